@@ -1,0 +1,137 @@
+"""Checkpoints with Orbax: parameters, optimizer state, data position and metadata in one atomic step directory.
+
+    <source>_checkpoints/<tag>/<step>/{params,optimizer,state}      metrics.jsonl beside the steps
+
+A step that is torn or damaged is passed over, with a warning that names it, for the one before.
+"""
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from jax.sharding import Mesh
+
+from nanochat_jax.cli import NotFound, UsageError
+from nanochat_jax.config import GPTConfig
+from nanochat_jax.gpt import Params, abstract_params
+from nanochat_jax.paths import HOW_TO_MAKE, Paths
+from nanochat_jax.sharding import make_mesh, param_shardings
+from nanochat_jax.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Restored:
+    """One step: `state` is the JSON written with it (step, model_config, config, data, loop, ...)."""
+
+    step: int
+    params: Params
+    optimizer: Any
+    state: dict[str, Any]
+
+
+class Checkpoints:
+    """The steps of one run. Saves are asynchronous; use as a context manager, so that none is left half-written."""
+
+    def __init__(self, directory: Path, *, keep: int | None = None) -> None:
+        self.directory = directory
+        options = ocp.CheckpointManagerOptions(
+            max_to_keep=keep, enable_async_checkpointing=True, cleanup_tmp_directories=True, create=True
+        )
+        self._manager = ocp.CheckpointManager(directory, options=options)
+
+    def __enter__(self) -> "Checkpoints":
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._manager.close()
+
+    def save(self, step: int, params: Params, optimizer: Any, state: dict[str, Any]) -> None:
+        """Start writing a step; raises here if an earlier save failed in the background."""
+        items: dict[str, Any] = {"params": ocp.args.StandardSave(params), "state": ocp.args.JsonSave(state)}
+        if optimizer is not None:
+            items["optimizer"] = ocp.args.StandardSave(optimizer)
+        self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+
+    def wait(self) -> None:
+        self._manager.wait_until_finished()
+
+    def steps(self) -> list[int]:
+        return sorted(self._manager.all_steps())
+
+    def restore_latest(self, abstract: Any, abstract_optimizer: Any) -> Restored | None:
+        """The newest step that can be read whole, or None if there is no step at all."""
+        steps = self.steps()
+        for step in reversed(steps):
+            items = {"params": ocp.args.StandardRestore(abstract), "state": ocp.args.JsonRestore(),
+                     "optimizer": ocp.args.StandardRestore(abstract_optimizer)}
+            try:
+                found = self._manager.restore(step, args=ocp.args.Composite(**items))
+            except Exception as error:  # Orbax raises many kinds for torn data; the step is passed over, loudly
+                log.warning("checkpoint %s cannot be read (%s): trying the step before",
+                            self.directory / str(step), str(error).splitlines()[0])
+                continue
+            return Restored(step, found.params, found.optimizer, found.state)
+        if steps:
+            raise UsageError(f"none of the steps {steps} in {self.directory} can be read: delete them or use --fresh")
+        return None
+
+
+@dataclass(frozen=True)
+class Loaded:
+    """A trained model, ready for inference or for the next stage."""
+
+    config: GPTConfig
+    params: Params
+    tokenizer: Tokenizer
+    meta: dict[str, Any]
+    tag: str
+    step: int
+    source: str
+
+
+def saved_steps(directory: Path) -> list[int]:
+    """Steps with a complete directory under a tag, in order."""
+    if not directory.is_dir():
+        return []
+    return sorted(int(path.name) for path in directory.iterdir() if path.name.isdigit() and (path / "params").is_dir())
+
+
+def read_meta(directory: Path, step: int) -> dict[str, Any]:
+    """The JSON state of a step."""
+    with ocp.CheckpointManager(directory, options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
+        return manager.restore(step, args=ocp.args.Composite(state=ocp.args.JsonRestore())).state
+
+
+def load_model(paths: Paths, source: str, *, tag: str | None = None, step: int | None = None, mesh: Mesh | None = None,
+               fsdp: bool = False) -> Loaded:
+    """Load the parameters of a stage ("base", "mid", "sft" or "rl"), float32, placed on the mesh.
+
+    Without a tag: the largest `d<depth>`, else the newest; without a step: the greatest. Raises `NotFound` when there is
+    none and `UsageError` when the checkpoint was trained with another tokenizer.
+    """
+    tag = tag or paths.find_tag(source)
+    directory = paths.checkpoints(source) / tag
+    steps = saved_steps(directory)
+    if not steps:
+        raise NotFound(f"no {source} checkpoint in {directory}: run `python -m {HOW_TO_MAKE[source]}` first")
+    step = steps[-1] if step is None else step
+    if step not in steps:
+        raise NotFound(f"no step {step} in {directory}: there are {', '.join(map(str, steps))}")
+    log.info("loading %s/%s step %d", source, tag, step)
+    meta = read_meta(directory, step)
+    config = GPTConfig.from_dict(meta["model_config"])
+    tokenizer = Tokenizer.load(paths.tokenizer)
+    if tokenizer.fingerprint() != meta["tokenizer"]:
+        raise UsageError(f"the tokenizer in {paths.tokenizer} is not the one {directory} was trained with: "
+                         "restore that tokenizer, or train the model again")
+    mesh = make_mesh("1x1") if mesh is None else mesh
+    abstract = jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+                            abstract_params(config), param_shardings(config, mesh, fsdp=fsdp))
+    with ocp.CheckpointManager(directory, options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
+        found = manager.restore(step, args=ocp.args.Composite(params=ocp.args.StandardRestore(abstract)))
+    return Loaded(config, found.params, tokenizer, meta, tag, step, source)

@@ -1,0 +1,113 @@
+"""Command lines generated from frozen dataclasses.
+
+A stage's flags are the fields of one frozen, keyword-only dataclass: the field gives the name, the type and the
+default, `flag(...)` adds help, choices and upstream's short form. `--max_chars` and `--max-chars` are the same flag.
+
+Whatever a user can get wrong raises `UsageError`; `run` prints it as one line and exits with code 2.
+"""
+
+import argparse
+import dataclasses
+import logging
+import os
+import sys
+import types
+import typing
+from collections.abc import Callable, Sequence
+from typing import Any, TypeVar
+
+C = TypeVar("C")
+
+EXIT_USAGE = 2
+
+
+class UsageError(Exception):
+    """A mistake of the user's: what was wrong, the value, and what to do, in one line."""
+
+
+class NotFound(UsageError, FileNotFoundError):
+    """A file, checkpoint or tokenizer that should exist does not."""
+
+
+def flag(default: Any, help: str, *, short: str | None = None, choices: Sequence[str] | None = None) -> Any:
+    """A dataclass field that is also a command-line flag."""
+    metadata = {"help": help, "short": short, "choices": choices}
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> typing.NoReturn:
+        raise UsageError(f"{message} (see `{self.prog} --help`)")
+
+
+def _parse_bool(text: str) -> bool:
+    if text.lower() in ("1", "true", "yes", "on"):
+        return True
+    if text.lower() in ("0", "false", "no", "off"):
+        return False
+    raise argparse.ArgumentTypeError(f"expected true or false, got {text!r}")
+
+
+def _parse_int(text: str) -> int:
+    try:
+        return int(text.replace("_", ""))
+    except ValueError:
+        value = float(text)  # `2e9` reads better than 2000000000
+        if value != int(value):
+            raise
+        return int(value)
+
+
+def _converter(kind: Any) -> Callable[[str], Any]:
+    if isinstance(kind, types.UnionType):  # `int | None`: the flag, when given, has the type that is not None
+        kind = next(arg for arg in typing.get_args(kind) if arg is not type(None))
+    converter = {bool: _parse_bool, int: _parse_int}.get(kind, kind)
+    converter.__name__ = getattr(kind, "__name__", str(kind))  # argparse names it in its message
+    return converter
+
+
+def make_parser(config_type: type, *, prog: str, description: str) -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog=prog, description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
+    )
+    hints = typing.get_type_hints(config_type)
+    for field in dataclasses.fields(config_type):
+        names = [f"--{field.name.replace('_', '-')}"]
+        if "_" in field.name:
+            names.append(f"--{field.name}")
+        if field.metadata.get("short"):
+            names.insert(0, field.metadata["short"])
+        options: dict[str, Any] = {"dest": field.name, "default": field.default, "help": field.metadata["help"]}
+        if hints[field.name] is bool:
+            options |= {"nargs": "?", "const": True, "type": _parse_bool}
+        else:
+            options |= {"type": _converter(hints[field.name]), "choices": field.metadata["choices"]}
+        parser.add_argument(*names, **options)
+    return parser
+
+
+def parse(config_type: type[C], argv: Sequence[str] | None = None, *, prog: str, description: str) -> C:
+    """Build `config_type` from a command line; raises `UsageError` on a flag or value that does not fit."""
+    namespace = make_parser(config_type, prog=prog, description=description).parse_args(argv)
+    try:
+        return config_type(**vars(namespace))
+    except ValueError as error:  # raised by `__post_init__`
+        raise UsageError(str(error)) from error
+
+
+def setup_logging() -> None:
+    level = os.environ.get("NANOCHAT_LOG", "INFO").upper()
+    logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
+    for noisy in ("absl", "jax", "orbax", "urllib3", "httpx", "asyncio"):
+        logging.getLogger(noisy).setLevel(logging.ERROR)
+
+
+def run(main: Callable[[C], int | None], config_type: type[C], *, prog: str, description: str) -> typing.NoReturn:
+    """Entry point of every script: parse, run, and turn a `UsageError` into one line and exit code 2."""
+    setup_logging()
+    try:
+        code = main(parse(config_type, prog=f"python -m {prog}", description=description))
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        code = EXIT_USAGE
+    sys.exit(code or 0)

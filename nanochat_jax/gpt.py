@@ -1,0 +1,245 @@
+"""The model: one forward pass for training, scoring, prefill and decoding.
+
+`GPT` is a Flax NNX module, used to declare the parameters and the computation. Everything outside this file works with
+`params`, the plain nested dict that `nnx.split` makes of it once, and with the pure functions at the end.
+
+Letters: B batch, T new tokens, S cache length, D width, H query heads, K key/value heads, h head width, L layers, V vocabulary.
+"""
+
+import functools
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+from jax import Array
+
+from nanochat_jax.attention import cached_attention, causal_attention
+from nanochat_jax.config import SMEAR_GATE_CHANNELS, VE_GATE_CHANNELS, GPTConfig
+from nanochat_jax.layers import apply_rotary, linear, mlp, rms_norm, rotary_tables
+
+Params = dict[str, Any]
+
+# Logical axes of each parameter; sharding.py maps them to axes of the mesh.
+LOGICAL_AXES = {
+    "wte": (None, "embed"),
+    "lm_head": ("embed", "vocab"),
+    "value_embeds": ("layers", None, "kv_heads"),
+    "ve_gate": ("layers", None, None),
+    "blocks": {
+        "c_q": ("layers", "embed", "heads"),
+        "c_k": ("layers", "embed", "kv_heads"),
+        "c_v": ("layers", "embed", "kv_heads"),
+        "c_proj": ("layers", "heads", "embed"),
+        "mlp_fc": ("layers", "embed", "mlp"),
+        "mlp_proj": ("layers", "mlp", "embed"),
+    },
+    "resid_lambdas": ("layers",),
+    "x0_lambdas": ("layers",),
+    "smear_gate": (None, None),
+    "smear_lambda": (None,),
+    "backout_lambda": (None,),
+}
+
+
+class KVCache(NamedTuple):
+    """Keys and values of the tokens seen so far, one row per sequence; rows may be at different positions."""
+
+    k: tuple[Array, ...]  # per layer [B, K, S, h]
+    v: tuple[Array, ...]
+    length: Array  # [B] int32, tokens in each row
+    prev_embedding: Array  # [B, D], the last token's embedding before smearing
+
+
+class Blocks(nnx.Module):
+    """The matrices of all layers, equal ones stacked on a leading axis: (L, in, out)."""
+
+    def __init__(self, config: GPTConfig, rngs: nnx.Rngs) -> None:
+        depth, width = config.n_layer, config.n_embd
+        heads, kv_heads = config.n_head * config.head_dim, config.n_kv_head * config.head_dim
+
+        def matrix(fan_in: int, fan_out: int, gain: float = 1.0) -> nnx.Param:
+            shape = (depth, fan_in, fan_out)
+            if config.arch == "classic":
+                std = min(1.0, math.sqrt(fan_out / fan_in)) / math.sqrt(fan_in)
+                return nnx.Param(std * jax.random.normal(rngs.params(), shape))
+            bound = gain * math.sqrt(3.0 / width)
+            return nnx.Param(jax.random.uniform(rngs.params(), shape, minval=-bound, maxval=bound))
+
+        self.c_q = matrix(width, heads)
+        self.c_k = matrix(width, kv_heads)
+        self.c_v = matrix(width, kv_heads)
+        self.c_proj = nnx.Param(jnp.zeros((depth, heads, width)))
+        self.mlp_fc = matrix(width, 4 * width, gain=0.4)
+        self.mlp_proj = nnx.Param(jnp.zeros((depth, 4 * width, width)))
+
+
+class GPT(nnx.Module):
+    """Parameters with upstream's initial distributions, and the forward pass of both eras."""
+
+    def __init__(self, config: GPTConfig, *, rngs: nnx.Rngs) -> None:
+        self.config = config
+        vocab, width, depth = config.padded_vocab_size, config.n_embd, config.n_layer
+        classic = config.arch == "classic"
+        self.wte = nnx.Param((1.0 if classic else 0.8) * jax.random.normal(rngs.params(), (vocab, width)))
+        # A zero unembedding makes the initial loss of the classic model exactly ln V.
+        self.lm_head = nnx.Param((0.0 if classic else 0.001) * jax.random.normal(rngs.params(), (width, vocab)))
+        self.blocks = Blocks(config, rngs)
+        if num_ve := len(config.value_embed_layers):
+            bound = math.sqrt(3.0 / width)
+            shape = (num_ve, vocab, config.n_kv_head * config.head_dim)
+            self.value_embeds = nnx.Param(jax.random.uniform(rngs.params(), shape, minval=-bound, maxval=bound))
+            self.ve_gate = nnx.Param(
+                jax.random.uniform(rngs.params(), (num_ve, VE_GATE_CHANNELS, config.n_kv_head), maxval=0.02)
+            )
+        if config.lambdas:
+            fraction = jnp.arange(depth) / max(depth - 1, 1)
+            self.resid_lambdas = nnx.Param(1.15 - 0.10 * fraction)
+            self.x0_lambdas = nnx.Param(0.20 - 0.15 * fraction)
+        if config.smear:
+            self.smear_gate = nnx.Param(jax.random.uniform(rngs.params(), (SMEAR_GATE_CHANNELS, 1), maxval=0.02))
+            self.smear_lambda = nnx.Param(jnp.zeros(1))
+        if config.backout:
+            self.backout_lambda = nnx.Param(jnp.full(1, 0.2))
+
+    def __call__(self, tokens: Array, cache: KVCache | None, valid: Array | None, dtype: Any, remat: bool
+                 ) -> tuple[Array, KVCache | None]:
+        config = self.config
+        batch, length = tokens.shape
+        start = jnp.zeros(batch, jnp.int32) if cache is None else cache.length
+        positions = start[:, None] + jnp.arange(length, dtype=jnp.int32)
+        rotary = rotary_tables(positions, config.head_dim, config.rotary_base, config.rotary_dtype)
+
+        embedding = rms_norm(self.wte[...][tokens].astype(dtype))
+        x = self._smear(embedding, cache) if config.smear else embedding
+        x0 = x
+
+        layers = self._unstack(dtype)
+        ve_rank = {layer: rank for rank, layer in enumerate(config.value_embed_layers)}
+        new_k, new_v, backout = [], [], None
+        block = jax.checkpoint(self._block, static_argnums=(6,)) if remat else self._block
+        for i, (weights, window) in enumerate(zip(layers, config.windows)):
+            if config.lambdas:
+                x = self.resid_lambdas[i].astype(dtype) * x + self.x0_lambdas[i].astype(dtype) * x0
+            ve = (self.value_embeds[ve_rank[i]][tokens].astype(dtype), self.ve_gate[ve_rank[i]]) if i in ve_rank else None
+            layer_cache = None if cache is None else (cache.k[i], cache.v[i])
+            x, kv = block(x, weights, ve, rotary, positions, layer_cache, window)
+            if kv is not None:
+                new_k.append(kv[0])
+                new_v.append(kv[1])
+            if config.backout and i == config.n_layer // 2:
+                backout = x
+        if config.backout:
+            x = x - self.backout_lambda[...].astype(dtype) * backout
+        hidden = rms_norm(x)
+        if cache is None:
+            return hidden, None
+
+        valid = jnp.full(batch, length, jnp.int32) if valid is None else valid
+        last = jnp.take_along_axis(embedding, jnp.maximum(valid - 1, 0)[:, None, None], axis=1)[:, 0]
+        prev = jnp.where((valid > 0)[:, None], last.astype(cache.prev_embedding.dtype), cache.prev_embedding)
+        return hidden, KVCache(tuple(new_k), tuple(new_v), cache.length + valid, prev)
+
+    def _unstack(self, dtype: Any) -> list[dict[str, Array]]:
+        """Per layer a dict of its matrices. `lax.split` transposes to one concatenation; indexing would pad L times."""
+        names = list(LOGICAL_AXES["blocks"])
+        ones = (1,) * self.config.n_layer
+        stacks = [jax.lax.split(getattr(self.blocks, name)[...].astype(dtype), ones) for name in names]
+        return [{name: piece[0] for name, piece in zip(names, pieces)} for pieces in zip(*stacks)]
+
+    def _smear(self, embedding: Array, cache: KVCache | None) -> Array:
+        """Mix a gated share of the previous token's embedding into each; the first position has no previous one."""
+        if cache is None:
+            first = jnp.zeros_like(embedding[:, :1])
+        else:
+            first = jnp.where((cache.length > 0)[:, None], cache.prev_embedding, 0)[:, None].astype(embedding.dtype)
+        previous = jnp.concatenate([first, embedding[:, :-1]], axis=1)
+        gate = jax.nn.sigmoid(linear(embedding[..., :SMEAR_GATE_CHANNELS], self.smear_gate[...]))
+        return embedding + self.smear_lambda[...].astype(embedding.dtype) * gate * previous
+
+    def _block(self, x: Array, weights: dict[str, Array], ve: tuple[Array, Array] | None, rotary: tuple[Array, Array],
+               positions: Array, cache: tuple[Array, Array] | None, window: int | None
+               ) -> tuple[Array, tuple[Array, Array] | None]:
+        with jax.named_scope("attention"):
+            out, cache = self._attention(rms_norm(x), weights, ve, rotary, positions, cache, window)
+            x = x + out
+        with jax.named_scope("mlp"):
+            return x + mlp(rms_norm(x), weights["mlp_fc"], weights["mlp_proj"]), cache
+
+    def _attention(self, x, weights, ve, rotary, positions, cache, window):
+        config = self.config
+        batch, length, _ = x.shape
+        q = linear(x, weights["c_q"]).reshape(batch, length, config.n_head, config.head_dim)
+        k = linear(x, weights["c_k"]).reshape(batch, length, config.n_kv_head, config.head_dim)
+        v = linear(x, weights["c_v"]).reshape(batch, length, config.n_kv_head, config.head_dim)
+        if ve is not None:
+            embed, gate_weight = ve
+            gate = 3.0 * jax.nn.sigmoid(linear(x[..., :VE_GATE_CHANNELS], gate_weight))
+            v = v + gate[..., None] * embed.reshape(v.shape)
+        q, k = (rms_norm(apply_rotary(each, *rotary)) * config.qk_scale for each in (q, k))
+        if cache is None:
+            out = causal_attention(q, k, v, window=window)
+        else:
+            cache = tuple(_write(old, new, positions) for old, new in zip(cache, (k, v)))
+            out = cached_attention(q, *cache, positions, window=window)
+        return linear(out.reshape(batch, length, -1), weights["c_proj"]), cache
+
+
+def _write(cache: Array, new: Array, positions: Array) -> Array:
+    """Put new [B, T, K, h] at positions [B, T] of a layer's cache [B, K, S, h]; positions past the end are dropped."""
+    rows = jnp.arange(new.shape[0])[:, None]
+    return cache.at[rows, :, positions].set(new.astype(cache.dtype), mode="drop")
+
+
+@functools.lru_cache(maxsize=16)
+def _abstract(config: GPTConfig) -> tuple[nnx.GraphDef, nnx.State]:
+    return nnx.split(nnx.eval_shape(lambda: GPT(config, rngs=nnx.Rngs(0))))
+
+
+def init_params(config: GPTConfig, key: Array) -> Params:
+    """Initial parameters, float32, from a PRNG key."""
+    return nnx.to_pure_dict(nnx.split(GPT(config, rngs=nnx.Rngs(params=key)))[1])
+
+
+def abstract_params(config: GPTConfig) -> Params:
+    """Shapes and dtypes of the parameters, as `jax.ShapeDtypeStruct`s."""
+    return jax.eval_shape(lambda: init_params(config, jax.random.key(0)))
+
+
+def logical_axes(config: GPTConfig) -> Params:
+    """Logical axis names of each parameter that this config has, a tree like the parameters'."""
+    return jax.tree.map_with_path(
+        lambda path, _: functools.reduce(lambda axes, key: axes[key.key], path, LOGICAL_AXES), abstract_params(config)
+    )
+
+
+def forward(params: Params, tokens: Array, *, config: GPTConfig, compute_dtype: Any = jnp.float32,
+            cache: KVCache | None = None, valid: Array | None = None, remat: bool = False
+            ) -> tuple[Array, KVCache | None]:
+    """Final hidden states [B, T, D] of tokens [B, T] int32, before the unembedding.
+
+    Without a cache: causal, from position 0. With one: row b's tokens take positions `cache.length[b]` onward and see all
+    before them; the returned cache has `length + valid`. `valid` [B] (default T) is how many tokens of a row count:
+    padding to its right is masked and later overwritten, and 0 leaves a row as it is. `remat` recomputes each block's
+    activations in the backward pass.
+    """
+    graphdef, state = _abstract(config)
+    state = jax.tree.map(lambda leaf: leaf, state)  # replace_by_pure_dict works in place
+    nnx.replace_by_pure_dict(state, params)
+    return nnx.merge(graphdef, state)(tokens, cache, valid, compute_dtype, remat)
+
+
+def unembed(params: Params, hidden: Array, *, config: GPTConfig) -> Array:
+    """Softcapped logits [..., V] in float32 of hidden states [..., D]."""
+    weight = params["lm_head"][:, : config.vocab_size].astype(hidden.dtype)
+    logits = jnp.dot(hidden, weight, preferred_element_type=jnp.float32)
+    return config.softcap * jnp.tanh(logits / config.softcap)
+
+
+def init_cache(config: GPTConfig, batch: int, max_len: int, dtype: Any = jnp.float32) -> KVCache:
+    """An empty cache for `batch` rows of at most `max_len` tokens."""
+    shape = (batch, config.n_kv_head, max_len, config.head_dim)
+    layers = range(config.n_layer)
+    return KVCache(tuple(jnp.zeros(shape, dtype) for _ in layers), tuple(jnp.zeros(shape, dtype) for _ in layers),
+                   jnp.zeros(batch, jnp.int32), jnp.zeros((batch, config.n_embd), dtype))

@@ -1,0 +1,39 @@
+"""The small parts of the transformer: norm, linear, rotary embedding, MLP. Pure functions of arrays.
+
+Matrices are stored [in, out] in float32 and cast to the dtype of the activations; products accumulate in float32.
+"""
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+RMS_EPS = 1.1920929e-07  # float32 machine epsilon, torch's default for every input dtype
+
+
+def rms_norm(x: Array) -> Array:
+    """Root-mean-square norm over the last axis without a gain (Zhang and Sennrich, 2019), computed in float32."""
+    x32 = x.astype(jnp.float32)
+    return (x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + RMS_EPS)).astype(x.dtype)
+
+
+def linear(x: Array, weight: Array) -> Array:
+    """x [..., in] times weight [in, out], in the dtype of x with float32 accumulation."""
+    return jnp.dot(x, weight.astype(x.dtype), preferred_element_type=jnp.float32).astype(x.dtype)
+
+
+def rotary_tables(positions: Array, head_dim: int, base: float, dtype: str) -> tuple[Array, Array]:
+    """Cosines and sines [B, T, 1, h/2] for positions [B, T]; rounded to `dtype`, returned as float32."""
+    frequencies = base ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
+    angles = positions.astype(jnp.float32)[..., None] * frequencies
+    return tuple(table.astype(dtype).astype(jnp.float32)[:, :, None, :] for table in (jnp.cos(angles), jnp.sin(angles)))
+
+
+def apply_rotary(x: Array, cos: Array, sin: Array) -> Array:
+    """Rotary embedding (Su et al., 2021) of x [B, T, H, h], halves layout, turning by the negative angle as upstream."""
+    x1, x2 = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    return jnp.concatenate([x1 * cos + x2 * sin, x2 * cos - x1 * sin], axis=-1).astype(x.dtype)
+
+
+def mlp(x: Array, c_fc: Array, c_proj: Array) -> Array:
+    """relu(x c_fc)^2 c_proj (squared ReLU: So et al., Primer, 2021). x [B, T, D], c_fc [D, F], c_proj [F, D]."""
+    return linear(jnp.square(jax.nn.relu(linear(x, c_fc))), c_proj)

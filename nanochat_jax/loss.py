@@ -1,0 +1,95 @@
+"""Softcapped cross-entropy over chunks of the sequence, with a hand-written backward pass.
+
+The [B, T, V] logits never exist: each chunk's logits are made, used for the loss and (when differentiated) at once for the
+gradients, and dropped. The softcap bounds the logits to +-15, so the log-sum-exp needs no pass for the maximum.
+"""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+
+CHUNK_ELEMENTS = 2**25  # float32 logits alive at once, per device: 128 MiB
+
+
+def chunk_length(batch: int, length: int, vocab: int, num_devices: int = 1) -> int:
+    """The largest power-of-two fraction of `length` whose logits stay within the budget on each device."""
+    while length % 2 == 0 and batch * length * vocab > CHUNK_ELEMENTS * num_devices:
+        length //= 2
+    return length
+
+
+def _chunks(x: Array, chunk: int) -> Array:
+    """[B, T, ...] -> [T / chunk, B, chunk, ...]: chunks of the sequence, so that the batch axis stays sharded."""
+    return jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)
+
+
+def _unchunk(x: Array) -> Array:
+    return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:])
+
+
+def _chunk_nll(hidden: Array, weight: Array, targets: Array, softcap: float) -> tuple[Array, Array, Array]:
+    """Negative log-likelihoods [B, C], tanh of the logits [B, C, V] and log-sum-exp [B, C] of one chunk."""
+    tanh = jnp.tanh(jnp.dot(hidden, weight, preferred_element_type=jnp.float32) / softcap)
+    log_z = jnp.log(jnp.exp(softcap * tanh).sum(axis=-1))
+    picked = softcap * jnp.take_along_axis(tanh, jnp.maximum(targets, 0)[..., None], axis=-1)[..., 0]
+    return jnp.where(targets >= 0, log_z - picked, 0.0), tanh, log_z
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
+def cross_entropy(hidden: Array, weight: Array, targets: Array, token_weights: Array, softcap: float, chunk: int
+                  ) -> tuple[Array, Array]:
+    """Weighted sum of negative log-likelihoods, and each of them.
+
+    Args:
+      hidden: [B, T, D] final hidden states, in the compute dtype.
+      weight: [D, V] unembedding.
+      targets: [B, T] int32; negative means ignored.
+      token_weights: [B, T] float32 factor of each token's loss in the sum (not differentiated).
+      softcap: logits are softcap * tanh(logits / softcap).
+      chunk: positions whose logits are computed at once; must divide T.
+
+    Returns:
+      (sum over tokens of token_weight * nll, nll [B, T] in nats with 0 where ignored). Only the sum has a gradient.
+    """
+    weight = weight.astype(hidden.dtype)
+
+    def body(total, inputs):
+        hidden, targets, scale = inputs
+        nll, _, _ = _chunk_nll(hidden, weight, targets, softcap)
+        return total + (nll * scale).sum(), nll
+
+    inputs = tuple(_chunks(x, chunk) for x in (hidden, targets, token_weights))
+    total, nll = jax.lax.scan(body, jnp.zeros((), jnp.float32), inputs)
+    return total, _unchunk(nll)
+
+
+def _cross_entropy_fwd(hidden, weight, targets, token_weights, softcap, chunk):
+    cast = weight.astype(hidden.dtype)
+
+    def body(carry, inputs):
+        total, d_weight = carry
+        hidden, targets, scale = inputs
+        nll, tanh, log_z = _chunk_nll(hidden, cast, targets, softcap)
+        scale = jnp.where(targets >= 0, scale, 0.0)[..., None]
+        d_logits = jnp.exp(softcap * tanh - log_z[..., None]) * scale
+        d_logits = d_logits.at[(*jnp.indices(targets.shape), jnp.maximum(targets, 0))].add(-scale[..., 0])
+        d_logits = (d_logits * (1.0 - tanh * tanh)).astype(hidden.dtype)
+        d_hidden = jnp.einsum("bcv,dv->bcd", d_logits, cast, preferred_element_type=jnp.float32)
+        d_weight += jnp.einsum("bcd,bcv->dv", hidden, d_logits, preferred_element_type=jnp.float32)
+        return (total + (nll * scale[..., 0]).sum(), d_weight), (nll, d_hidden.astype(hidden.dtype))
+
+    inputs = tuple(_chunks(x, chunk) for x in (hidden, targets, token_weights))
+    start = (jnp.zeros((), jnp.float32), jnp.zeros(weight.shape, jnp.float32))
+    (total, d_weight), (nll, d_hidden) = jax.lax.scan(body, start, inputs)
+    return (total, _unchunk(nll)), (_unchunk(d_hidden), d_weight.astype(weight.dtype))
+
+
+def _cross_entropy_bwd(softcap, chunk, residuals, cotangents):
+    d_hidden, d_weight = residuals
+    scale, _ = cotangents
+    return (d_hidden * scale.astype(d_hidden.dtype), d_weight * scale.astype(d_weight.dtype), None, None)
+
+
+cross_entropy.defvjp(_cross_entropy_fwd, _cross_entropy_bwd)

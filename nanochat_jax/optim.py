@@ -1,0 +1,125 @@
+"""Parameter groups and schedules of both eras: AdamW for tables and scalars, Muon for the matrices of the blocks."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax import Array
+from jax.sharding import Mesh
+
+from nanochat_jax.config import GPTConfig
+from nanochat_jax.muon import muon
+
+Schedule = Callable[[Array], Array]
+EPS = 1e-10
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig:
+    """Learning rates before width scaling, and the decay of the matrices (modern) or of the AdamW groups (classic)."""
+
+    embedding_lr: float = 0.3
+    unembedding_lr: float = 0.008
+    matrix_lr: float = 0.02
+    scalar_lr: float = 0.5
+    weight_decay: float = 0.0
+    grad_clip: float = 0.0  # classic: 1.0; 0 turns it off
+
+
+CLASSIC_RATES = dict(embedding_lr=0.2, unembedding_lr=0.004, matrix_lr=0.02, grad_clip=1.0)
+
+
+def trapezoid(num_steps: int, *, warmup: int, warmdown_ratio: float, final_fraction: float) -> Schedule:
+    """1 between a linear warm-up ((step + 1) / warmup) and a linear descent to `final_fraction` over the last share."""
+    warmdown = round(warmdown_ratio * num_steps)
+
+    def multiplier(step: Array) -> Array:
+        step = jnp.asarray(step, jnp.float32)
+        left = (num_steps - step) / max(warmdown, 1)
+        down = jnp.where(step <= num_steps - warmdown, 1.0, left + (1.0 - left) * final_fraction)
+        return jnp.where(step < warmup, (step + 1.0) / max(warmup, 1), down)
+
+    return multiplier
+
+
+def linear_momentum(steps: int, start: float, end: float) -> Schedule:
+    return lambda step: start + (end - start) * jnp.minimum(jnp.asarray(step, jnp.float32) / steps, 1.0)
+
+
+def modern_momentum(num_steps: int, warmdown_ratio: float) -> Schedule:
+    """0.85 -> 0.97 over the first 400 steps; 0.97 -> 0.90 during the descent of the learning rate."""
+    warmdown = round(warmdown_ratio * num_steps)
+
+    def momentum(step: Array) -> Array:
+        step = jnp.asarray(step, jnp.float32)
+        left = jnp.clip((num_steps - step) / max(warmdown, 1), 0.0, 1.0)
+        late = jnp.where(step < num_steps - warmdown, 0.97, 0.97 * left + 0.90 * (1.0 - left))
+        return jnp.where(step < 400, 0.85 + 0.12 * step / 400, late)
+
+    return momentum
+
+
+def cosine_decay(weight_decay: float, num_steps: int) -> Schedule:
+    return lambda step: weight_decay * 0.5 * (1.0 + jnp.cos(jnp.pi * jnp.asarray(step, jnp.float32) / num_steps))
+
+
+def constant(value: float) -> Schedule:
+    return lambda step: jnp.full((), value, jnp.float32)
+
+
+def adamw(learning_rate: Schedule, b1: float, b2: float, weight_decay: float) -> optax.GradientTransformation:
+    return optax.adamw(learning_rate, b1=b1, b2=b2, eps=EPS, weight_decay=weight_decay)
+
+
+def make_optimizer(config: GPTConfig, rates: OptimizerConfig, *, lr_multiplier: Schedule, momentum: Schedule,
+                   weight_decay: Schedule | None = None, lr_scale: float = 1.0, muon_dtype: Any = jnp.float32,
+                   mesh: Mesh | None = None) -> optax.GradientTransformation:
+    """The optimizer of the config's era.
+
+    Args:
+      rates: learning rates before scaling by (width / 768)^-0.5 (AdamW tables only, as upstream).
+      lr_multiplier, momentum: functions of the step.
+      weight_decay: schedule of the matrices' cautious decay (modern only).
+      lr_scale: factor of all scheduled rates from the batch size (modern: sqrt(B / 2^19)).
+      muon_dtype: dtype of Muon's products.
+    """
+    width_scale = (config.n_embd / 768) ** -0.5
+
+    def rate(value: float) -> Schedule:
+        return lambda step: value * lr_multiplier(step)
+
+    embedding, unembedding = rates.embedding_lr * lr_scale * width_scale, rates.unembedding_lr * lr_scale * width_scale
+    scalar = rates.scalar_lr * lr_scale
+    if config.arch == "modern":
+        groups = {
+            "lm_head": adamw(rate(unembedding), 0.8, 0.96, 0.01),
+            "wte": adamw(rate(embedding), 0.8, 0.995, 0.001),
+            "value_embeds": adamw(rate(0.5 * embedding), 0.8, 0.995, 0.01),
+            "resid_lambdas": adamw(rate(0.01 * scalar), 0.8, 0.95, 0.05),
+            "x0_lambdas": adamw(rate(scalar), 0.96, 0.95, 0.0),
+            "scalars": adamw(rate(0.2), 0.8, 0.95, 0.0),
+        }
+    else:
+        groups = {
+            "lm_head": adamw(rate(unembedding), 0.8, 0.95, rates.weight_decay),
+            "wte": adamw(rate(embedding), 0.8, 0.95, rates.weight_decay),
+        }
+    groups["matrices"] = muon(rate(rates.matrix_lr * lr_scale), momentum, weight_decay, variant=config.arch,
+                              compute_dtype=muon_dtype, mesh=mesh)
+    transform = optax.partition(groups, _group_labels)
+    if rates.grad_clip > 0:
+        transform = optax.chain(optax.clip_by_global_norm(rates.grad_clip), transform)
+    return transform
+
+
+def _group_labels(params: Any) -> Any:
+    def label(path: tuple, _: Any) -> str:
+        name = path[0].key
+        if name in ("blocks", "ve_gate"):
+            return "matrices"
+        return "scalars" if name.startswith("smear") or name == "backout_lambda" else name
+
+    return jax.tree.map_with_path(label, params)

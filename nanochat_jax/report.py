@@ -1,0 +1,393 @@
+"""The report of a run: every stage logs a section, `generate` makes one document of them.
+
+    python -m nanochat_jax.report reset       before a run: drop old sections, note the time and the machine
+    python -m nanochat_jax.report generate    after it: report.md, report.html (with curves) and results.json
+
+Stages call `log_section` from process 0. A section is two files in the report directory: `<slug>.md` for people and
+`<slug>.json` for `generate`, which never reads numbers back out of prose.
+"""
+
+import argparse
+import importlib.metadata
+import json
+import logging
+import math
+import os
+import platform
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from nanochat_jax import cli, report_html
+from nanochat_jax.cli import NotFound, UsageError
+from nanochat_jax.paths import Paths
+
+logger = logging.getLogger(__name__)
+
+SECTION_ORDER = (
+    "tokenizer-training",
+    "tokenizer-evaluation",
+    "base-model-training",
+    "base-model-loss",
+    "base-model-evaluation",
+    "midtraining",
+    "chat-evaluation-mid",
+    "chat-sft",
+    "chat-evaluation-sft",
+    "chat-rl",
+    "chat-evaluation-rl",
+)
+COLUMNS = ("BASE", "MID", "SFT", "RL")
+COLUMN_OF_STAGE = {
+    "base_train": "BASE",
+    "base_loss": "BASE",
+    "base_eval": "BASE",
+    "mid_train": "MID",
+    "chat_eval_mid": "MID",
+    "chat_sft": "SFT",
+    "chat_eval_sft": "SFT",
+    "chat_rl": "RL",
+    "chat_eval_rl": "RL",
+}
+LOSS_METRICS = ("train_bpb", "val_bpb", "val_loss")  # these and the evaluations below make the summary table
+RESERVED_SLUGS = ("header", "report", "results")
+SOURCE_SUFFIXES = (".py", ".md", ".rs", ".html", ".toml", ".sh")
+CHARS_PER_TOKEN = 4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """What a stage logged. `items` are markdown strings and mappings; `results` is what tables and charts are made of."""
+
+    slug: str
+    section: str
+    stage: str
+    timestamp: str  # ISO 8601 with offset
+    items: list[Any] = field(default_factory=list)
+    results: dict[str, Any] = field(default_factory=dict)
+    curves: str | None = None  # path of a metrics.jsonl
+
+
+def slug_of(section: str) -> str:
+    slug = re.sub(r"[^a-z0-9]+", "-", section.lower()).strip("-")
+    if not slug or slug in RESERVED_SLUGS:
+        raise ValueError(f"section {section!r} cannot name a report file (reserved: {', '.join(RESERVED_SLUGS)})")
+    return slug
+
+
+def log_section(
+    report_dir: Path,
+    section: str,
+    items: Sequence[str | Mapping[str, Any] | None],
+    *,
+    stage: str,
+    results: Mapping[str, float | int | str] | None = None,
+    curves: Path | None = None,
+) -> None:
+    """Write one section of the report; a later call with the same name replaces it. Call it from process 0 only.
+
+    Args:
+      section: title, e.g. "Base model training"; its slug gives the place in the report (`SECTION_ORDER`).
+      items: markdown strings, taken as they are, and mappings, printed as `- key: value`; empty ones are skipped.
+      stage: the key in results.json, e.g. "base_train", "base_loss", "base_eval", "chat_eval_sft".
+      results: the numbers. Of an evaluation, tasks under their proper names ("CORE", "ARC-Easy", "ChatCORE"): a name
+        with a capital makes a row of the summary. Losses are "train_bpb", "val_bpb", "val_loss". A "device" is shown
+        in the header. Other names reach results.json only. Not-a-number and infinities are stored as strings.
+      curves: the stage's metrics.jsonl, drawn in report.html.
+
+    Raises:
+      ValueError: the name has no letters or digits, or is one of `RESERVED_SLUGS`.
+    """
+    slug = slug_of(section)
+    timestamp = _now()
+    kept = [item for item in items if item]
+    lines = [f"## {section}", f"timestamp: {_clock(timestamp)}", ""]
+    for item in kept:
+        if isinstance(item, Mapping):
+            lines += [f"- {key}: {format_value(value)}" for key, value in item.items()]
+        else:
+            lines.append(str(item).rstrip("\n"))
+        lines.append("")
+    entry = {
+        "section": section,
+        "stage": stage,
+        "timestamp": timestamp,
+        "results": dict(results or {}),
+        "curves": str(Path(curves).absolute()) if curves else None,
+        "items": [
+            {str(key): format_value(value) for key, value in item.items()} if isinstance(item, Mapping) else str(item)
+            for item in kept
+        ],
+    }
+    report_dir.mkdir(parents=True, exist_ok=True)
+    _write(report_dir / f"{slug}.md", "\n".join(lines).rstrip("\n") + "\n")
+    _write(report_dir / f"{slug}.json", _to_json(entry))
+
+
+def format_value(value: Any) -> str:
+    """A number as people read it: 0.8121, 1.2e-05, 21,400; text on one line."""
+    value = _plain(value)
+    if isinstance(value, float):
+        if value and math.isfinite(value) and not 1e-3 <= abs(value) < 1e9:
+            return f"{value:.4g}"
+        return f"{value:.4f}"
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) >= 10000:
+        return f"{value:,}"
+    return str(value).replace("\r", "").replace("\n", "\\n")
+
+
+def reset(report_dir: Path) -> None:
+    """Delete the sections and documents of an earlier run; write header.md and header.json for a new one."""
+    report_dir.mkdir(parents=True, exist_ok=True)
+    for section in _read_sections(report_dir, strict=False):
+        for suffix in (".md", ".json"):
+            (report_dir / f"{section.slug}{suffix}").unlink(missing_ok=True)
+    for slug in SECTION_ORDER:  # a section torn between its two files
+        (report_dir / f"{slug}.md").unlink(missing_ok=True)
+        (report_dir / f"{slug}.json").unlink(missing_ok=True)
+    for name in ("report.md", "report.html", "results.json"):
+        (report_dir / name).unlink(missing_ok=True)
+    started = _now()
+    facts = _machine_facts()
+    _write(report_dir / "header.json", _to_json({"started": started, "facts": facts}))
+    lines = ["# nanochat training report", "", f"Run started: {_clock(started)}", ""]
+    lines += [f"- {name}: {value}" for name, value in facts.items()]
+    _write(report_dir / "header.md", "\n".join(lines) + "\n")
+
+
+def generate(report_dir: Path, out_dir: Path) -> None:
+    """Write report.md, report.html and results.json to `report_dir`; copy the first two to `out_dir`.
+
+    Raises:
+      NotFound: no section has been logged.
+      UsageError: a section file is not what `log_section` writes.
+    """
+    sections = _read_sections(report_dir)
+    if not sections:
+        raise NotFound(f"no sections in {report_dir}: run a stage first, e.g. `python -m scripts.tok_train`")
+    missing = [slug for slug in SECTION_ORDER if slug not in {section.slug for section in sections}]
+    header = _read_header(report_dir)
+    facts = dict(header["facts"])
+    devices = dict.fromkeys(str(s.results["device"]) for s in sections if s.results.get("device"))
+    if devices:
+        facts["Devices"] = ", ".join(devices)
+    results: dict[str, dict[str, Any]] = {}
+    for section in sections:
+        results.setdefault(section.stage, {}).update(section.results)
+    summary = summary_rows(sections)
+    wall_clock = _wall_clock(header["started"], sections)
+    code_size = _code_size()
+
+    header_path = report_dir / "header.md"
+    parts = [header_path.read_text("utf-8") if header_path.exists() else "# nanochat training report\n"]
+    if devices:
+        parts[0] = parts[0].rstrip("\n") + f"\n- Devices: {facts['Devices']}\n"
+    parts += [(report_dir / f"{section.slug}.md").read_text("utf-8") for section in sections]
+    parts.append(_summary_markdown(summary, wall_clock, code_size, missing))
+    markdown = "\n".join(part.rstrip("\n") + "\n" for part in parts)
+    page = report_html.page(
+        sections=sections,
+        facts=facts,
+        started=_clock(header["started"]) if header["started"] else None,
+        generated=_clock(_now()),
+        columns=COLUMNS,
+        summary=[(name, [format_value(v) if v is not None else "-" for v in row]) for name, row in summary],
+        results=results,
+        wall_clock=wall_clock,
+        code_size=code_size,
+        missing=missing,
+    )
+    _write(report_dir / "results.json", _to_json(results))
+    for directory in dict.fromkeys((report_dir.resolve(), out_dir.resolve())):
+        _write(directory / "report.md", markdown)
+        _write(directory / "report.html", page)
+
+
+def summary_rows(sections: Sequence[Section]) -> list[tuple[str, list[Any]]]:
+    """Rows (metric, [BASE, MID, SFT, RL]): CORE first, then losses, tasks by name, ChatCORE last; None where absent."""
+    table: dict[str, dict[str, Any]] = {}
+    for section in sections:
+        column = COLUMN_OF_STAGE.get(section.stage)
+        if column is None:
+            continue
+        for name, value in section.results.items():
+            if section.stage == "base_eval":
+                wanted = name == "CORE"  # its 22 tasks have a chart of their own
+            elif section.stage.startswith("chat_eval_"):
+                wanted = name != name.lower()
+            else:
+                wanted = name in LOSS_METRICS
+            if wanted:
+                table.setdefault(name, {})[column] = value
+
+    def order(name: str) -> tuple[int, str]:
+        return (0 if name == "CORE" else 1 if name in LOSS_METRICS else 3 if name == "ChatCORE" else 2, name)
+
+    return [(name, [table[name].get(column) for column in COLUMNS]) for name in sorted(table, key=order)]
+
+
+def _summary_markdown(summary: list, wall_clock: str, code_size: str | None, missing: list[str]) -> str:
+    lines = ["## Summary", ""]
+    if code_size:
+        lines += [f"- Code size: {code_size}", ""]
+    if summary:
+        lines.append(f"| {'Metric':<15} | " + " | ".join(f"{column:<8}" for column in COLUMNS) + " |")
+        lines.append(f"|{'-' * 17}|" + "|".join("-" * 10 for _ in COLUMNS) + "|")
+        for name, row in summary:
+            cells = [format_value(value) if value is not None else "-" for value in row]
+            lines.append(f"| {name:<15} | " + " | ".join(f"{cell:<8}" for cell in cells) + " |")
+        lines.append("")
+    lines.append(f"Total wall clock time: {wall_clock}")
+    if missing:
+        lines += ["", f"Sections not logged: {', '.join(missing)}"]
+    return "\n".join(lines) + "\n"
+
+
+def _read_sections(report_dir: Path, strict: bool = True) -> list[Section]:
+    """All logged sections: the known ones in `SECTION_ORDER`, others after them by name."""
+    sections = []
+    for path in sorted(report_dir.glob("*.json")):
+        if path.stem in RESERVED_SLUGS:
+            continue
+        try:
+            sections.append(Section(slug=path.stem, **json.loads(path.read_text("utf-8"))))
+        except (ValueError, TypeError) as error:
+            if strict:
+                raise UsageError(f"{path} is not a section of the report ({error}): delete it and rerun its stage") from error
+    known = {slug: place for place, slug in enumerate(SECTION_ORDER)}
+    return sorted(sections, key=lambda section: (known.get(section.slug, len(known)), section.slug))
+
+
+def _read_header(report_dir: Path) -> dict[str, Any]:
+    path = report_dir / "header.json"
+    if not path.exists():  # nobody ran `reset`: the start of the run is unknown
+        return {"started": None, "facts": _machine_facts()}
+    return json.loads(path.read_text("utf-8"))
+
+
+def _wall_clock(started: str | None, sections: Sequence[Section]) -> str:
+    """From `reset` to the last section, as "3h51m"; RL is left out: it is run apart, often days later."""
+    if started is None:
+        return "unknown (no `report reset` before the run)"
+    ends = [section.timestamp for section in sections if COLUMN_OF_STAGE.get(section.stage) != "RL"]
+    if not ends:
+        return "unknown (only RL sections)"
+    seconds = max((datetime.fromisoformat(end) - datetime.fromisoformat(started)).total_seconds() for end in ends)
+    return f"{int(seconds // 3600)}h{int(seconds % 3600 // 60):02d}m"
+
+
+def _machine_facts() -> dict[str, str]:
+    """Code version and machine, without touching an accelerator (stages log the devices they used)."""
+    facts = {}
+    if root := _checkout():
+        branch, commit = _git(root, "rev-parse", "--abbrev-ref", "HEAD"), _git(root, "rev-parse", "--short", "HEAD")
+        if branch and commit:
+            state = "modified" if _git(root, "status", "--porcelain") else "clean"
+            facts["Git"] = f"{branch} {commit} ({state}) {(_git(root, 'log', '-1', '--format=%s') or '')[:80]}".rstrip()
+    facts["Platform"] = f"{platform.system()} {platform.release()} {platform.machine()}"
+    facts["CPU cores"] = str(os.cpu_count())
+    if "SC_PHYS_PAGES" in os.sysconf_names:
+        facts["Memory"] = f"{os.sysconf('SC_PHYS_PAGES') * os.sysconf('SC_PAGE_SIZE') / 2**30:.1f} GiB"
+    facts["Python"] = platform.python_version()
+    facts["JAX"] = importlib.metadata.version("jax")
+    return facts
+
+
+def _checkout() -> Path | None:
+    """The git checkout this package runs from; None when it is installed elsewhere."""
+    root = Path(__file__).resolve().parents[1]
+    top = _git(root, "rev-parse", "--show-toplevel")
+    return root if top and Path(top).resolve() == root else None
+
+
+def _git(root: Path, *arguments: str) -> str | None:
+    """Output of a git command; None where git is absent or refuses."""
+    try:
+        done = subprocess.run(["git", "-C", str(root), *arguments], capture_output=True, text=True, timeout=20)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return done.stdout.strip() if done.returncode == 0 else None
+
+
+def _code_size() -> str | None:
+    """Size of the tracked sources, a number this project keeps small; None outside a checkout."""
+    root = _checkout()
+    names = (_git(root, "ls-files", "-z") or "").split("\0") if root else []
+    files = [root / name for name in names if name.endswith(SOURCE_SUFFIXES) and (root / name).is_file()]
+    if not files:
+        return None
+    texts = [path.read_text("utf-8", errors="replace") for path in files]
+    chars, lines = sum(map(len, texts)), sum(text.count("\n") for text in texts)
+    tokens = chars // CHARS_PER_TOKEN
+    return f"{chars:,} characters, {lines:,} lines, {len(files):,} files, about {tokens:,} tokens"
+
+
+def _now() -> str:
+    return datetime.now().astimezone().isoformat(timespec="seconds")
+
+
+def _clock(timestamp: str) -> str:
+    return datetime.fromisoformat(timestamp).strftime("%Y-%m-%d %H:%M:%S")
+
+
+def _plain(value: Any) -> Any:
+    """Python scalars in place of NumPy's and JAX's."""
+    return value.item() if hasattr(value, "item") else value
+
+
+def _to_json(value: Any) -> str:
+    def strict(node: Any) -> Any:
+        node = _plain(node)
+        if isinstance(node, Mapping):
+            return {str(key): strict(child) for key, child in node.items()}
+        if isinstance(node, list | tuple):
+            return [strict(child) for child in node]
+        if isinstance(node, float) and not math.isfinite(node):
+            return str(node)  # JSON has no such number
+        return node
+
+    return json.dumps(strict(value), indent=2, ensure_ascii=False, allow_nan=False, default=str) + "\n"
+
+
+def _write(path: Path, text: str) -> None:
+    """Write aside, sync, rename: a reader sees the whole old file or the whole new one."""
+    handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    try:
+        with os.fdopen(handle, "w", encoding="utf-8") as file:
+            file.write(text)
+            file.flush()
+            os.fsync(file.fileno())
+        os.chmod(aside, 0o644)
+        os.replace(aside, path)
+    except BaseException:
+        Path(aside).unlink(missing_ok=True)
+        raise
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m nanochat_jax.report", description="The report of a training run.")
+    parser.add_argument("command", nargs="?", choices=("generate", "reset"), default="generate")
+    command = parser.parse_args(argv).command
+    cli.setup_logging()
+    report_dir = Paths.from_env().report
+    try:
+        if command == "reset":
+            reset(report_dir)
+            print(f"report reset: {report_dir}")
+        else:
+            generate(report_dir, Path.cwd())
+            print(f"wrote report.md, report.html and results.json to {report_dir}; the first two also to {Path.cwd()}")
+    except UsageError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return cli.EXIT_USAGE
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,252 @@
+"""report.html: one page with no outside resources. Everything that comes from a run is escaped."""
+
+import html
+import json
+import logging
+import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from nanochat_jax.report_charts import Line, Point, bar_chart, line_chart, smooth
+
+logger = logging.getLogger(__name__)
+
+TILES = (  # label, stages to look in (the first that has it), result
+    ("validation bits per byte", ("base_loss", "base_train"), "val_bpb"),
+    ("CORE", ("base_eval",), "CORE"),
+    ("ChatCORE", ("chat_eval_sft", "chat_eval_mid"), "ChatCORE"),
+)
+LOSS_CHARTS = (  # stage, title
+    ("base_train", "Pretraining"),
+    ("mid_train", "Midtraining"),
+    ("chat_sft", "Supervised finetuning"),
+    ("chat_rl", "Reinforcement learning"),
+)
+MIN_POINTS_TO_SMOOTH = 30
+
+STYLE = """
+:root { --bg: #f7f7f5; --card: #fff; --ink: #1c1c1a; --soft: #6a6a65; --rule: #e3e3de; --grid: #ececE8;
+  --s0: #2563c9; --s1: #d9682b; --s2: #23876a; --s3: #8a4fb8; color-scheme: light dark; }
+@media (prefers-color-scheme: dark) { :root { --bg: #161615; --card: #1f1f1d; --ink: #ecebe6; --soft: #a3a29b;
+  --rule: #363632; --grid: #2d2d2a; --s0: #6ea3f5; --s1: #f0935b; --s2: #4fbf9b; --s3: #bd8be6; } }
+* { box-sizing: border-box; }
+body { margin: 0; background: var(--bg); color: var(--ink); font: 16px/1.55 system-ui, sans-serif; }
+main { max-width: 1080px; margin: 0 auto; padding: 2rem 1rem 4rem; }
+h1 { font-size: 1.7rem; margin: 0; } h2 { font-size: 1.2rem; margin: 2.4rem 0 .8rem; }
+h3 { font-size: 1rem; margin: 1rem 0 .4rem; }
+.sub, .note, .time { color: var(--soft); font-size: .85rem; } .sub { margin: .2rem 0 1.4rem; }
+.card, figure, details { background: var(--card); border: 1px solid var(--rule); border-radius: 10px; padding: 1rem; margin: 0; }
+.tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: .8rem; }
+.tile b { display: block; font-size: 1.55rem; line-height: 1.2; font-variant-numeric: tabular-nums; }
+.tile span { color: var(--soft); font-size: .85rem; }
+.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 400px), 1fr)); gap: .8rem;
+  align-items: start; margin-bottom: .8rem; }
+figcaption { font-weight: 600; margin-bottom: .4rem; } .note { margin: .3rem 0 0; }
+svg { display: block; width: 100%; height: auto; } svg text { font: 12px system-ui, sans-serif; fill: var(--soft); }
+svg .name { fill: var(--ink); } svg .value { font-size: 11px; } .grid { stroke: var(--grid); } .axis { stroke: var(--soft); }
+.line { fill: none; stroke-width: 1.8; stroke-linejoin: round; } .faint { opacity: .3; } .line.faint { stroke-width: 1; }
+.s0 { --c: var(--s0); } .s1 { --c: var(--s1); } .s2 { --c: var(--s2); } .s3 { --c: var(--s3); }
+.line { stroke: var(--c); } .dot, .bar { fill: var(--c); } .dot { stroke: var(--card); stroke-width: 1; }
+.key { display: inline-block; width: .9em; height: .9em; border-radius: 3px; background: var(--c); margin-right: .4em;
+  vertical-align: -.1em; }
+.legend { list-style: none; display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; padding: 0; margin: .4rem 0 0;
+  font-size: .85rem; color: var(--soft); }
+.wide { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+th, td { text-align: right; padding: .3rem .7rem; border-bottom: 1px solid var(--rule); white-space: nowrap; }
+th:first-child, td:first-child { text-align: left; padding-left: 0; } thead th { color: var(--soft); font-weight: 500; }
+tbody tr:last-child td { border-bottom: 0; }
+details { margin-bottom: .6rem; } summary { cursor: pointer; font-weight: 600; } details .time { margin: .2rem 0 .8rem; }
+dl { display: grid; grid-template-columns: minmax(9rem, max-content) 1fr; gap: .15rem 1.2rem; margin: .4rem 0; font-size: .92rem; }
+dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; white-space: pre-wrap; }
+pre { overflow-x: auto; background: var(--bg); padding: .7rem; border-radius: 6px; font-size: .85rem; }
+@media (max-width: 480px) { dl { grid-template-columns: 1fr; } dd { margin-bottom: .4rem; } }
+@media print { body { background: none; } figure, .card, details { break-inside: avoid; } }
+"""
+
+
+def page(
+    *,
+    sections: Sequence[Any],
+    facts: Mapping[str, str],
+    started: str | None,
+    generated: str,
+    columns: Sequence[str],
+    summary: Sequence[tuple[str, Sequence[str]]],
+    results: Mapping[str, Mapping[str, Any]],
+    wall_clock: str,
+    code_size: str | None,
+    missing: Sequence[str],
+) -> str:
+    """The whole document. `sections` are `report.Section`s in order; `summary` holds printed cells, "-" where absent."""
+    times = f"Run started {started}. " if started else ""
+    body = [
+        "<h1>nanochat training report</h1>",
+        f'<p class="sub">{_text(times)}Report made {_text(generated)}.</p>',
+        _tiles(results, wall_clock),
+    ]
+    if summary:
+        head = "".join(f"<th scope=col>{_text(name)}</th>" for name in ("Metric", *columns))
+        rows = "".join(
+            f"<tr><td>{_text(name)}</td>{''.join(f'<td>{_text(cell)}</td>' for cell in cells)}</tr>" for name, cells in summary
+        )
+        body.append(
+            f'<h2>Summary</h2><div class="card wide"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
+        )
+    if charts := _curves(sections):
+        body.append(f"<h2>Curves</h2>{charts}")
+    if charts := _evaluations(results):
+        body.append(f'<h2>Evaluations</h2><div class="charts">{charts}</div>')
+    body.append("<h2>Sections</h2>")
+    for section in sections:
+        time = section.timestamp.replace("T", " ")[:19]
+        content = "".join(_definitions(item) if isinstance(item, Mapping) else markdown(item) for item in section.items)
+        body.append(f'<details><summary>{_text(section.section)}</summary><p class="time">{_text(time)}</p>{content}</details>')
+    if missing:
+        body.append(f'<p class="note">Sections not logged: {_text(", ".join(missing))}.</p>')
+    machine = dict(facts) | ({"Code size": code_size} if code_size else {})
+    body.append(f'<h2>Machine and code</h2><div class="card">{_definitions(machine)}</div>')
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>nanochat training report</title>'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; style-src \'unsafe-inline\'">'
+        f"<style>{STYLE}</style></head>\n<body><main>\n" + "\n".join(part for part in body if part) + "\n</main></body></html>\n"
+    )
+
+
+def read_metrics(path: Path) -> dict[str, list[dict[str, Any]]]:
+    """Lines of a metrics.jsonl by kind ("train", "eval"), by rising step; a step logged again after a resume counts once.
+
+    A line that is not JSON (cut off when its process died) is left out and counted in the log.
+    """
+    kinds: dict[str, dict[float, dict[str, Any]]] = {}
+    bad = 0
+    with path.open(encoding="utf-8", errors="replace") as file:
+        for line in filter(str.strip, file):
+            try:
+                row = json.loads(line)
+                kinds.setdefault(row["kind"], {})[row["step"]] = row
+            except (ValueError, KeyError, TypeError):
+                bad += 1
+    if bad:
+        logger.warning("%s: %d lines that are not metrics left out", path, bad)
+    return {kind: [rows[step] for step in sorted(rows)] for kind, rows in kinds.items()}
+
+
+def markdown(text: str) -> str:
+    """The little markdown that stages write: headings, tables, bullets, fenced code, paragraphs."""
+    out: list[str] = []
+    for is_code, block in _blocks(text):
+        lines = block.split("\n")
+        if is_code:
+            out.append(f"<pre>{_text(block)}</pre>")
+        elif match := re.match(r"#{1,6} +(.*)", lines[0]):
+            out.append(f"<h3>{_text(match[1])}</h3>")
+            out.append(markdown("\n".join(lines[1:])))
+        elif len(lines) > 1 and all(line.lstrip().startswith("|") for line in lines):
+            cells = [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in lines]
+            rows = [row for row in cells[1:] if not all(re.fullmatch(r":?-+:?", cell) for cell in row)]
+            head = "".join(f"<th>{_text(cell)}</th>" for cell in cells[0])
+            body = "".join(f"<tr>{''.join(f'<td>{_text(cell)}</td>' for cell in row)}</tr>" for row in rows)
+            out.append(f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>')
+        elif all(line.startswith(("- ", "* ")) for line in lines):
+            out.append(f"<ul>{''.join(f'<li>{_text(line[2:])}</li>' for line in lines)}</ul>")
+        else:
+            out.append(f"<p>{'<br>'.join(map(_text, lines))}</p>")
+    return "".join(out)
+
+
+def _blocks(text: str) -> list[tuple[bool, str]]:
+    """(is code, text) of each paragraph and fenced block."""
+    blocks: list[tuple[bool, str]] = []
+    for place, piece in enumerate(re.split(r"^```.*$\n?", text, flags=re.MULTILINE)):
+        if place % 2:
+            blocks.append((True, piece.rstrip("\n")))
+        else:
+            blocks += [(False, part.strip("\n")) for part in re.split(r"\n\s*\n", piece) if part.strip()]
+    return blocks
+
+
+def _tiles(results: Mapping[str, Mapping[str, Any]], wall_clock: str) -> str:
+    tiles = []
+    for label, stages, name in TILES:
+        value = next((results[stage][name] for stage in stages if name in results.get(stage, {})), None)
+        if value is not None:
+            tiles.append((label, f"{value:.4f}" if isinstance(value, float) else str(value)))
+    if not wall_clock.startswith("unknown"):
+        tiles.append(("total wall clock time", wall_clock))
+    inner = "".join(f'<div class="card tile"><b>{_text(value)}</b><span>{_text(label)}</span></div>' for label, value in tiles)
+    return f'<div class="tiles">{inner}</div>' if inner else ""
+
+
+def _points(rows: Sequence[Mapping[str, Any]], name: str) -> list[Point]:
+    return [(row["step"], row[name]) for row in rows if isinstance(row.get(name), int | float)]
+
+
+def _noisy(label: str, points: list[Point], color: int) -> list[Line]:
+    if len(points) < MIN_POINTS_TO_SMOOTH:
+        return [Line(label=label, points=points, color=color, markers=len(points) < 12)]
+    return [
+        Line(label="each step", points=points, color=color, faint=True),
+        Line(label="moving average", points=smooth(points), color=color),
+    ]
+
+
+def _curves(sections: Sequence[Any]) -> str:
+    curves = {section.stage: Path(section.curves) for section in sections if section.curves}
+    out = []
+    for color, (stage, title) in enumerate(LOSS_CHARTS):
+        if stage not in curves:
+            continue
+        if not curves[stage].exists():
+            out.append(f'<p class="note">{_text(title)}: {_text(str(curves[stage]))} is gone, so there are no curves.</p>')
+            continue
+        metrics = read_metrics(curves[stage])
+        train, evals = metrics.get("train", []), metrics.get("eval", [])
+        charts = []
+        for name, rows, what in (
+            ("reward", train, "mean reward"),
+            ("loss", train if stage != "chat_rl" else [], "training loss"),
+        ):
+            if points := _points(rows, name):
+                charts.append(line_chart(f"{title}: {what}", _noisy(what, points, color), x_label="step", y_label=what))
+        for name, what in (("val_bpb", "validation bits per byte"), ("val_loss", "validation loss")):
+            if points := _points(evals, name):
+                line = Line(label=what, points=points, color=color, markers=True)
+                charts.append(line_chart(f"{title}: {what}", [line], x_label="step", y_label=what))
+        names = sorted({n for row in evals for n in row if n.startswith("pass@")}, key=lambda n: (len(n), n))
+        if names:
+            shown = dict.fromkeys((names[0], names[len(names) // 2], names[-1]))
+            lines = [Line(label=n, points=_points(evals, n), color=place, markers=True) for place, n in enumerate(shown)]
+            charts.append(line_chart(f"{title}: pass@k", lines, x_label="step", y_label="pass@k"))
+        if any(charts):
+            out.append(f'<div class="charts">{"".join(charts)}</div>')
+    return "".join(out)
+
+
+def _evaluations(results: Mapping[str, Mapping[str, Any]]) -> str:
+    def number(stage: str, name: str) -> float | None:
+        value = results[stage].get(name)
+        return float(value) if isinstance(value, int | float) else None
+
+    charts = ""
+    stages = [stage for stage in ("chat_eval_mid", "chat_eval_sft", "chat_eval_rl") if stage in results]
+    tasks = sorted({name for stage in stages for name in results[stage] if name != name.lower()})
+    tasks.sort(key=lambda name: name == "ChatCORE")
+    if tasks:
+        rows = [(task, [number(stage, task) for stage in stages]) for task in tasks]
+        labels = [stage.removeprefix("chat_eval_").upper() for stage in stages]
+        charts += bar_chart("Chat tasks", rows, labels, x_label="accuracy (ChatCORE: 0 is chance, 1 is all right)")
+    base = [name for name in results.get("base_eval", {}) if number("base_eval", name) is not None and name != "CORE"]
+    if base:
+        rows = [(name, [number("base_eval", name)]) for name in base]
+        charts += bar_chart("CORE tasks of the base model", rows, ["BASE"], x_label="centred accuracy (0 is chance)")
+    return charts
+
+
+def _definitions(item: Mapping[str, Any]) -> str:
+    return "<dl>" + "".join(f"<dt>{_text(key)}</dt><dd>{_text(value)}</dd>" for key, value in item.items()) + "</dl>"
+
+
+def _text(value: Any) -> str:
+    return html.escape(str(value))

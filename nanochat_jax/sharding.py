@@ -1,0 +1,108 @@
+"""The mesh, and which logical axis lies on which of its axes.
+
+A mesh is DxM: D-way data parallelism, M-way tensor ("model") parallelism. Weights name logical axes (gpt.LOGICAL_AXES);
+`RULES` maps those to mesh axes; layers never mention either. Optimizer state is always spread over the data axis too.
+"""
+
+import re
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
+
+from nanochat_jax.cli import UsageError
+from nanochat_jax.config import GPTConfig
+from nanochat_jax.gpt import abstract_params, logical_axes
+
+RULES = {"heads": "model", "kv_heads": "model", "mlp": "model", "vocab": "model", "embed": None, "layers": None, None: None}
+FSDP_RULES = RULES | {"embed": "data"}
+
+
+def make_mesh(text: str = "auto") -> Mesh:
+    """The mesh for "8x1", "4x2", ...; "auto" puts all devices on the data axis."""
+    devices = jax.devices()
+    if text == "auto":
+        data, model = len(devices), 1
+    else:
+        match = re.fullmatch(r"(\d+)x(\d+)", text)
+        if not match or 0 in (data := int(match[1]), model := int(match[2])):
+            raise UsageError(f"--mesh {text!r} is not of the form DxM, such as 8x1 (or auto)")
+    needed = data * model
+    if needed > len(devices) or (jax.process_count() > 1 and needed != len(devices)):
+        hint = ""
+        if devices[0].platform == "cpu":
+            hint = f"; to try a mesh on a CPU set XLA_FLAGS=--xla_force_host_platform_device_count={needed}"
+        raise UsageError(f"--mesh {data}x{model} needs {needed} devices, found {len(devices)} "
+                         f"({devices[0].device_kind}): give a mesh that fits, or auto{hint}")
+    return jax.make_mesh((data, model), ("data", "model"), axis_types=(AxisType.Auto,) * 2, devices=devices[:needed])
+
+
+def data_size(mesh: Mesh) -> int:
+    return mesh.shape["data"]
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec())
+
+
+def _spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh, rules: dict) -> PartitionSpec:
+    """Mesh axes of one weight; an axis whose size does not divide stays whole."""
+    names = [rules[axis] for axis in axes]
+    used = [name for name in names if name]
+    if len(used) != len(set(used)):
+        raise ValueError(f"logical axes {axes} put one mesh axis on two dimensions: {names}")
+    return PartitionSpec(*(name if name and size % mesh.shape[name] == 0 else None for name, size in zip(names, shape)))
+
+
+def param_shardings(config: GPTConfig, mesh: Mesh, *, fsdp: bool = False) -> Any:
+    """A tree of `NamedSharding`s like the parameters'."""
+    if config.n_kv_head % mesh.shape["model"]:
+        raise UsageError(f"{config.n_kv_head} key/value heads cannot be split over a model axis of "
+                         f"{mesh.shape['model']}: choose a --mesh DxM whose M divides them")
+    rules = FSDP_RULES if fsdp else RULES
+    shapes = abstract_params(config)
+    return jax.tree.map(
+        lambda leaf, axes: NamedSharding(mesh, _spec(axes, leaf.shape, mesh, rules)), shapes, logical_axes(config)
+    )
+
+
+def optimizer_shardings(opt_state: Any, params: Any, shardings: Any, mesh: Mesh) -> Any:
+    """Shardings of an optimizer state: like the parameter it belongs to, and spread over the data axis where it divides.
+
+    A leaf belongs to the parameter whose path ends its own (optax keeps the parameters' tree inside its states).
+    """
+    by_path = {}
+    jax.tree.map_with_path(lambda path, p, s: by_path.update({_keys(path): (p.shape, s.spec)}), params, shardings)
+    longest = max(len(path) for path in by_path)
+
+    def place(path: tuple, leaf: Any) -> NamedSharding:
+        keys = _keys(path)
+        for length in range(longest, 0, -1):
+            if keys[-length:] in by_path:
+                shape, spec = by_path[keys[-length:]]
+                if shape == leaf.shape:
+                    return NamedSharding(mesh, _add_data_axis(spec, leaf.shape, mesh))
+        return replicated(mesh)
+
+    return jax.tree.map_with_path(place, opt_state)
+
+
+def _keys(path: tuple) -> tuple[str, ...]:
+    return tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
+
+
+def _add_data_axis(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
+    axes = list(spec) + [None] * (len(shape) - len(spec))
+    if "data" not in axes:
+        free = [i for i, axis in enumerate(axes) if axis is None and shape[i] % mesh.shape["data"] == 0 and shape[i] > 1]
+        if free:
+            axes[max(free, key=lambda i: shape[i])] = "data"
+    return PartitionSpec(*axes)
+
+
+def global_batch(mesh: Mesh, local: np.ndarray, *, batch_axis: int) -> jax.Array:
+    """A global array from this process's rows, spread over the data axis along `batch_axis`."""
+    spec = [None] * local.ndim
+    spec[batch_axis] = "data"
+    return jax.make_array_from_process_local_data(NamedSharding(mesh, PartitionSpec(*spec)), local)

@@ -1,0 +1,92 @@
+"""What a task is: conversations by index, and a judgement of a reply.
+
+A conversation is `{"messages": [{"role", "content"}, ...], ...extras}`; roles alternate user, assistant (after an optional
+system message), content is a string or, of an assistant, a list of parts `{"type": "text" | "python" | "python_output",
+"text"}`. The last message of an evaluated conversation is the reference reply.
+"""
+
+import random
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+Conversation = dict[str, Any]
+Part = dict[str, str]
+
+
+class Task:
+    """A view `start:stop:step` of `num_examples()` conversations.
+
+    A generative task judges the text of a reply; a categorical one asks for one of the letters in
+    `conversation["letters"]`; a task without `eval_type` is only trained on.
+    """
+
+    key: str | None = None  # name of its result, in snake case
+    eval_type: Literal["generative", "categorical"] | None = None
+    baseline = 0.0  # accuracy of a guess
+
+    def __init__(self, *, start: int = 0, stop: int | None = None, step: int = 1) -> None:
+        if start < 0 or step < 1 or (stop is not None and stop < start):
+            raise ValueError(f"not a slice of a task: start {start}, stop {stop}, step {step}")
+        self.start, self.stop, self.step = start, stop, step
+
+    def num_examples(self) -> int:
+        """Size of the whole task, of which this is a view."""
+        raise NotImplementedError
+
+    def get_example(self, index: int) -> Conversation:
+        """Conversation `index` of the whole task, 0 <= index < num_examples()."""
+        raise NotImplementedError
+
+    def evaluate(self, conversation: Conversation, completion: str) -> bool:
+        """Whether `completion` (the reply's text, or the chosen letter of a categorical task) is right."""
+        raise TypeError(f"{type(self).__name__} is only for training, it cannot judge a reply")
+
+    def __len__(self) -> int:
+        total = self.num_examples()
+        stop = total if self.stop is None else min(self.stop, total)
+        return max(0, -(-(stop - self.start) // self.step))
+
+    def __getitem__(self, index: int) -> Conversation:
+        if not 0 <= index < len(self):
+            raise IndexError(f"conversation {index} of {len(self)}")
+        return self.get_example(self.start + index * self.step)
+
+    def __iter__(self) -> Iterator[Conversation]:
+        return (self[i] for i in range(len(self)))
+
+
+class TaskMixture(Task):
+    """All conversations of several tasks in one fixed random order; name a task twice to train on it twice."""
+
+    def __init__(self, tasks: Sequence[Task]) -> None:
+        super().__init__()
+        self.tasks = list(tasks)
+        self.order = [(t, i) for t, task in enumerate(self.tasks) for i in range(len(task))]
+        random.Random(42).shuffle(self.order)
+
+    def num_examples(self) -> int:
+        return len(self.order)
+
+    def get_example(self, index: int) -> Conversation:
+        task, i = self.order[index]
+        return self.tasks[task][i]
+
+
+def user(content: str) -> dict[str, str]:
+    return {"role": "user", "content": content}
+
+
+def assistant(content: str | list[Part]) -> dict[str, Any]:
+    return {"role": "assistant", "content": content}
+
+
+def text(value: str) -> Part:
+    return {"type": "text", "text": value}
+
+
+def python(expression: str) -> Part:
+    return {"type": "python", "text": expression}
+
+
+def python_output(value: str) -> Part:
+    return {"type": "python_output", "text": value}
