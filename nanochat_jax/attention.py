@@ -21,8 +21,8 @@ def _attend(q: Array, k: Array, v: Array, mask: Array) -> Array:
     scores = jnp.where(mask, scores * (1.0 / math.sqrt(head_dim)), -jnp.inf)
     scores = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
     weights = scores / scores.sum(axis=-1, keepdims=True)
-    out = jnp.einsum("bkgts,bksh->btkgh", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
-    return out.reshape(batch, q_len, n_head, head_dim).astype(q.dtype)
+    out = jnp.einsum("bkgts,bksh->bkgth", weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+    return out.transpose(0, 3, 1, 2, 4).reshape(batch, q_len, n_head, head_dim).astype(q.dtype)
 
 
 def _visible(q_positions: Array, k_positions: Array, window: int | None) -> Array:

@@ -50,20 +50,18 @@ def _parse_bool(text: str) -> bool:
 
 def _parse_int(text: str) -> int:
     try:
-        return int(text.replace("_", ""))
-    except ValueError:
         value = float(text)  # `2e9` reads better than 2000000000
-        if value != int(value):
-            raise
-        return int(value)
+        if value == int(value):
+            return int(text) if "e" not in text.lower() and "." not in text else int(value)
+    except (ValueError, OverflowError):
+        pass
+    raise argparse.ArgumentTypeError(f"expected an integer, got {text!r}")
 
 
 def _converter(kind: Any) -> Callable[[str], Any]:
     if isinstance(kind, types.UnionType):  # `int | None`: the flag, when given, has the type that is not None
         kind = next(arg for arg in typing.get_args(kind) if arg is not type(None))
-    converter = {bool: _parse_bool, int: _parse_int}.get(kind, kind)
-    converter.__name__ = getattr(kind, "__name__", str(kind))  # argparse names it in its message
-    return converter
+    return {bool: _parse_bool, int: _parse_int}.get(kind, kind)
 
 
 def make_parser(config_type: type, *, prog: str, description: str) -> argparse.ArgumentParser:
@@ -97,7 +95,7 @@ def parse(config_type: type[C], argv: Sequence[str] | None = None, *, prog: str,
 
 def setup_logging() -> None:
     level = os.environ.get("NANOCHAT_LOG", "INFO").upper()
-    logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr)
+    logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr, force=True)
     for noisy in ("absl", "jax", "orbax", "urllib3", "httpx", "asyncio"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
 

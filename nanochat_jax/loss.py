@@ -73,9 +73,9 @@ def _cross_entropy_fwd(hidden, weight, targets, token_weights, softcap, chunk):
         hidden, targets, scale = inputs
         nll, tanh, log_z = _chunk_nll(hidden, cast, targets, softcap)
         scale = jnp.where(targets >= 0, scale, 0.0)[..., None]
-        d_logits = jnp.exp(softcap * tanh - log_z[..., None]) * scale
-        d_logits = d_logits.at[(*jnp.indices(targets.shape), jnp.maximum(targets, 0))].add(-scale[..., 0])
-        d_logits = (d_logits * (1.0 - tanh * tanh)).astype(hidden.dtype)
+        hit = targets[..., None] == jnp.arange(weight.shape[1])  # fuses, where a scatter would copy the logits
+        d_logits = (jnp.exp(softcap * tanh - log_z[..., None]) - hit) * (scale * (1.0 - tanh * tanh))
+        d_logits = d_logits.astype(hidden.dtype)
         d_hidden = jnp.einsum("bcv,dv->bcd", d_logits, cast, preferred_element_type=jnp.float32)
         d_weight += jnp.einsum("bcd,bcv->dv", hidden, d_logits, preferred_element_type=jnp.float32)
         return (total + (nll * scale[..., 0]).sum(), d_weight), (nll, d_hidden.astype(hidden.dtype))

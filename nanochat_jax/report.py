@@ -63,7 +63,7 @@ CHARS_PER_TOKEN = 4
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
-    """What a stage logged. `items` are markdown strings and mappings; `results` is what tables and charts are made of."""
+    """What a stage logged: `items` are markdown strings and mappings, `results` what tables and charts are made of."""
 
     slug: str
     section: str
@@ -259,7 +259,7 @@ def _read_sections(report_dir: Path, strict: bool = True) -> list[Section]:
             sections.append(Section(slug=path.stem, **json.loads(path.read_text("utf-8"))))
         except (ValueError, TypeError) as error:
             if strict:
-                raise UsageError(f"{path} is not a section of the report ({error}): delete it and rerun its stage") from error
+                raise UsageError(f"{path} is not a report section ({error}): delete it and rerun its stage") from error
     known = {slug: place for place, slug in enumerate(SECTION_ORDER)}
     return sorted(sections, key=lambda section: (known.get(section.slug, len(known)), section.slug))
 

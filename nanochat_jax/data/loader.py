@@ -1,0 +1,207 @@
+"""Batches for training, made in a background thread, identical for any number of hosts, and resumable at every batch.
+
+The rows of a global batch are dealt to *virtual shards*, whose number is a constant of the run. Each has its own place
+in the corpus and its own packer; a process serves the rows of a contiguous range of virtual shards. So the sequence of
+global batches does not depend on how many processes there are, and the states of all processes, merged, restore on
+any other number of them.
+"""
+
+import math
+import os
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import grain
+import numpy as np
+from grain.experimental import ThreadPrefetchIterDataset
+
+from nanochat_jax.cli import UsageError
+from nanochat_jax.data.packing import BestFitPacker, Rows, Snapshot, StreamPacker, TokenizedStream
+from nanochat_jax.data.shards import DocumentStream, ShardReader, split_shards
+from nanochat_jax.tokenizer import Tokenizer
+
+Batch = dict[str, np.ndarray]  # inputs, targets: int32 [rows, T], target -1 = not trained
+PACKERS = {"bestfit": BestFitPacker, "stream": StreamPacker}
+PREFETCHED_BATCHES = 4
+
+
+class BatchSource(Protocol):
+    """What `Loader` drives in the background; `next_batch` raises StopIteration at the end, if there is one."""
+
+    def next_batch(self) -> Batch: ...
+
+    def snapshot(self) -> Snapshot: ...
+
+    def set_state(self, state: dict[str, Any]) -> None: ...
+
+
+class _SourceIterator(grain.DatasetIterator):
+    def __init__(self, source: BatchSource):
+        super().__init__()
+        self._source = source
+
+    def __next__(self) -> Batch:
+        return self._source.next_batch()
+
+    def get_state(self) -> dict[str, Snapshot]:
+        return {"snapshot": self._source.snapshot()}
+
+    def set_state(self, state: dict[str, Snapshot]) -> None:
+        self._source.set_state(state["snapshot"]())
+
+
+class _SourceDataset(grain.IterDataset):
+    def __init__(self, source: BatchSource):
+        super().__init__()
+        self._source = source
+
+    def __iter__(self) -> grain.DatasetIterator:
+        return _SourceIterator(self._source)
+
+
+class Loader:
+    """Iterator over the batches of a source; `get_state` counts those handed out, not those prefetched."""
+
+    def __init__(self, source: BatchSource, *, prefetch: bool = True, start_state: dict[str, Any] | None = None):
+        self._first_state = source.snapshot()()
+        dataset = _SourceDataset(source)
+        if prefetch:
+            dataset = ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=PREFETCHED_BATCHES)
+        self._open = [iter(dataset)]  # emptied by `close`, so that nothing of it is left to be taken down at exit
+        self.close = weakref.finalize(self, _close, self._open)  # also when this object goes, or the interpreter
+        self.set_state(self._first_state if start_state is None else start_state)
+
+    @property
+    def _iterator(self) -> grain.DatasetIterator:
+        if not self._open:
+            raise ValueError("the loader is closed")
+        return self._open[0]
+
+    def __iter__(self) -> "Loader":
+        return self
+
+    def __next__(self) -> Batch:
+        return next(self._iterator)
+
+    def get_state(self) -> dict[str, Any]:
+        """JSON-able position after the last batch handed out."""
+        return self._iterator.get_state()["snapshot"]()
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Continue after the batch at which `state` was taken; the batches that follow are prefetched at once."""
+        self._iterator.set_state({"snapshot": lambda: state})
+        self._iterator.start_prefetch()
+
+    def reset(self) -> None:
+        """Back to the first batch. Best called when an evaluation has ended, not when the next one begins."""
+        self.set_state(self._first_state)
+
+
+def _close(open_iterators: list[grain.DatasetIterator]) -> None:
+    while open_iterators:
+        open_iterators.pop().close()
+
+
+class PretrainingSource:
+    """This process's rows of each global batch, from the packers of its virtual shards."""
+
+    def __init__(self, packers: dict[int, Any], *, rows_per_shard: int, packing: str, num_shards: int):
+        self._packers, self._rows_per_shard = packers, rows_per_shard
+        self._packing, self._num_shards = packing, num_shards
+
+    def next_batch(self) -> Batch:
+        rows: list[Rows] = [packer.next_rows(self._rows_per_shard) for packer in self._packers.values()]
+        return {
+            "inputs": np.concatenate([inputs for inputs, _ in rows]),
+            "targets": np.concatenate([targets for _, targets in rows]),
+        }
+
+    def snapshot(self) -> Snapshot:
+        shards = {shard: packer.snapshot() for shard, packer in self._packers.items()}
+        return lambda: {
+            "packing": self._packing,
+            "num_shards": self._num_shards,
+            "shards": {str(shard): snapshot() for shard, snapshot in shards.items()},
+        }
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        for name, mine in (("packing", self._packing), ("num_shards", self._num_shards)):
+            if state[name] != mine:
+                raise UsageError(f"the saved data position has {name} {state[name]}, this run {mine}: they must agree")
+        for shard, packer in self._packers.items():
+            if str(shard) not in state["shards"]:
+                raise UsageError(
+                    f"the saved data position lacks virtual shard {shard} of {self._num_shards}: merge the "
+                    "states of all processes first"
+                )
+            packer.set_state(state["shards"][str(shard)])
+
+
+def pretraining_loader(
+    directory: Path | str,
+    tokenizer: Tokenizer,
+    *,
+    split: str,
+    batch_size: int,
+    sequence_len: int,
+    packing: str = "bestfit",
+    process_index: int = 0,
+    process_count: int = 1,
+    num_shards: int | None = None,
+    buffer_docs: int = 1000,
+    prefetch: bool = True,
+    start_state: dict[str, Any] | None = None,
+) -> Loader:
+    """Endless batches of `split` ("train" or "val"), from its beginning or from `start_state`.
+
+    Args:
+      batch_size: rows of the global batch of one micro-step; this process yields batch_size / process_count of them,
+        the process_index-th contiguous part.
+      packing: "bestfit" (`BestFitPacker`) or "stream" (`StreamPacker`).
+      num_shards: virtual shards; default: that of `start_state`, else gcd(batch_size, 8). One shard in one process
+        gives upstream's batches for one rank.
+      buffer_docs: documents that the best-fit packers of all virtual shards together choose from. (Shared out, because
+        documents longer than a row stay in a buffer for long: per shard, a small corpus would lie there as a whole.)
+
+    Yields dicts of inputs and targets, int32 [batch_size / process_count, sequence_len].
+    """
+    if packing not in PACKERS:
+        raise UsageError(f"unknown packing {packing!r}: expected one of {', '.join(PACKERS)}")
+    if num_shards is None:
+        num_shards = start_state["num_shards"] if start_state else math.gcd(batch_size, 8)
+    if batch_size % num_shards or num_shards % process_count:
+        raise UsageError(
+            f"{num_shards} virtual shards must divide the batch of {batch_size} rows and be a multiple of the "
+            f"{process_count} processes: choose another batch size"
+        )
+    per_process = num_shards // process_count
+    reader = ShardReader(split_shards(directory, split), cached_row_groups=2 * per_process)
+    threads = min(8, os.cpu_count() or 1)
+
+    def encode(texts: list[str]) -> list[list[int]]:
+        return tokenizer.encode(texts, prepend=tokenizer.bos_id, num_threads=threads)
+
+    options = {"buffer_docs": -(-buffer_docs // num_shards)} if packing == "bestfit" else {}
+    packers = {}
+    for shard in range(process_index * per_process, (process_index + 1) * per_process):
+        stream = TokenizedStream(DocumentStream(reader, shard, num_shards), encode)
+        packers[shard] = PACKERS[packing](stream, sequence_len, **options)
+    source = PretrainingSource(packers, rows_per_shard=batch_size // num_shards, packing=packing, num_shards=num_shards)
+    return Loader(source, prefetch=prefetch, start_state=start_state)
+
+
+def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+    """One state for the whole run from the states that all processes took after the same batch."""
+    merged = {**states[0], "shards": {}}
+    for state in states:
+        common = {name: value for name, value in state.items() if name != "shards"}
+        if common != {name: value for name, value in merged.items() if name != "shards"}:
+            raise ValueError(f"states of different runs: {common} and {merged}")
+        if repeated := merged["shards"].keys() & state["shards"].keys():
+            raise ValueError(f"virtual shards {sorted(repeated)} occur in two states")
+        merged["shards"] |= state["shards"]
+    if len(merged["shards"]) != merged["num_shards"]:
+        raise ValueError(f"states of {len(merged['shards'])} of {merged['num_shards']} virtual shards")
+    return merged

@@ -1,0 +1,319 @@
+"""Conversations into batches, for midtraining (a token stream) and for SFT (whole conversations in rows).
+
+One packer runs over the whole mixture, in its order, on every process; a process keeps its part of the rows. So the
+global batches and the state are the same on any number of processes.
+"""
+
+import logging
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol
+
+import numpy as np
+
+from nanochat_jax.chat import render_conversation
+from nanochat_jax.cli import UsageError
+from nanochat_jax.data.loader import Batch, Loader
+from nanochat_jax.data.packing import STATE_CHANGED, FitBuffer, Snapshot
+from nanochat_jax.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+STREAM_MAX_TOKENS = 2048  # where a conversation is cut that goes into a stream
+BUFFERED_CONVERSATIONS = 100
+IGNORE = -1
+
+
+class ConversationTask(Protocol):
+    def __len__(self) -> int: ...
+
+    def __getitem__(self, index: int) -> Mapping[str, Any]: ...
+
+
+class ConversationSource:
+    """What both modes share: rendering, and a cursor that passes over the task `num_epochs` times (None: for ever)."""
+
+    mode: str
+
+    def __init__(
+        self,
+        task: ConversationTask,
+        tokenizer: Tokenizer,
+        *,
+        batch_size: int,
+        sequence_len: int,
+        max_tokens: int,
+        num_epochs: int | None,
+        local_rows: slice = slice(None),
+    ):
+        self.size = len(task)
+        if not self.size:
+            raise UsageError("the mixture holds no conversation")
+        self._task, self._tokenizer, self._max_tokens = task, tokenizer, max_tokens
+        self._batch_size, self._sequence_len, self._local_rows = batch_size, sequence_len, local_rows
+        self._num_epochs = num_epochs
+        self._epoch = self._cursor = 0  # completed passes, and the next conversation to render
+        self.num_cut = 0  # conversations longer than max_tokens, which were cut
+        self.num_skipped = 0  # conversations that have no token to train on (any more)
+
+    def _render(self, index: int) -> tuple[np.ndarray, np.ndarray]:
+        """ids int32 [n] and mask bool [n], n <= max_tokens."""
+        try:
+            ids, mask = render_conversation(self._tokenizer, self._task[index], max_tokens=self._max_tokens + 1)
+        except ValueError as error:
+            raise UsageError(f"conversation {index} of the mixture: {error}") from error
+        self.num_cut += len(ids) > self._max_tokens
+        return np.array(ids[: self._max_tokens], np.int32), np.array(mask[: self._max_tokens], bool)
+
+    def _start_epoch(self) -> None:
+        """The next pass; StopIteration if there is none."""
+        if self._epoch + 1 == self._num_epochs:
+            raise StopIteration
+        self._epoch, self._cursor = self._epoch + 1, 0
+
+    def _state(self, **more: Any) -> dict[str, Any]:
+        return {
+            "mode": self.mode,
+            "size": self.size,
+            "epoch": self._epoch,
+            "cursor": self._cursor,
+            "num_cut": self.num_cut,
+            "num_skipped": self.num_skipped,
+            **more,
+        }
+
+    def _set_common(self, state: dict[str, Any]) -> None:
+        for name, mine in (("mode", self.mode), ("size", self.size)):
+            if state[name] != mine:
+                raise UsageError(
+                    f"the saved data position is of a mixture with {name} {state[name]}, this one has {mine}: "
+                    "they must agree"
+                )
+        self._epoch, self._cursor = state["epoch"], state["cursor"]
+        self.num_cut, self.num_skipped = state["num_cut"], state["num_skipped"]
+
+
+class StreamSource(ConversationSource):
+    """Rendered conversations end to end, every token trained (upstream's midtraining).
+
+    A batch takes B*T+1 tokens: inputs are all but the last, targets all but the first.
+    """
+
+    mode = "stream"
+
+    def __init__(self, task: ConversationTask, tokenizer: Tokenizer, **options: Any):
+        super().__init__(task, tokenizer, max_tokens=STREAM_MAX_TOKENS, **options)
+        self._piece = np.empty(0, np.int32)  # the conversation before the cursor
+        self._offset = 0  # its tokens that are used up
+
+    def next_batch(self) -> Batch:
+        flat = np.empty(self._batch_size * self._sequence_len + 1, np.int32)
+        filled = 0
+        while filled < len(flat):
+            if self._offset == len(self._piece):
+                self._next_piece()
+            piece = self._piece[self._offset : self._offset + len(flat) - filled]
+            flat[filled : filled + len(piece)] = piece
+            filled += len(piece)
+            self._offset += len(piece)
+        shape = (self._batch_size, self._sequence_len)
+        inputs, targets = flat[:-1].reshape(shape), flat[1:].reshape(shape)
+        return {"inputs": inputs[self._local_rows], "targets": targets[self._local_rows]}
+
+    def count_batches(self, num_epochs: int) -> int:
+        tokens = sum(len(self._render(index)[0]) for index in range(self.size))
+        return tokens * num_epochs // (self._batch_size * self._sequence_len + 1)
+
+    def snapshot(self) -> Snapshot:
+        state = self._state(offset=self._offset, piece_len=len(self._piece))
+        return lambda: state
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._set_common(state)
+        self._piece, self._offset = np.empty(0, np.int32), 0
+        if state["cursor"]:
+            num_cut = self.num_cut
+            self._piece, _ = self._render(self._cursor - 1)
+            self.num_cut = num_cut
+            if len(self._piece) != state["piece_len"]:
+                raise UsageError(STATE_CHANGED)
+            self._offset = state["offset"]
+
+    @staticmethod
+    def consumed(state: dict[str, Any]) -> int:
+        return state["cursor"] - (state["offset"] < state["piece_len"])
+
+    def _next_piece(self) -> None:
+        if self._cursor == self.size:
+            self._start_epoch()
+        self._piece, _ = self._render(self._cursor)
+        self._offset = 0
+        self._cursor += 1
+
+
+class RowsSource(ConversationSource):
+    """Rows of whole conversations (upstream's SFT since January 2026).
+
+    A row of T+1 tokens takes the longest buffered conversation that fits as long as there is one; the rest is BOS,
+    with targets that are not trained, as are all tokens that the assistant did not write. A conversation longer than a
+    row is cut to it; one that leaves nothing to train on is skipped. An epoch has each conversation once: its last rows
+    come from a buffer that runs empty.
+    """
+
+    mode = "rows"
+
+    def __init__(self, task: ConversationTask, tokenizer: Tokenizer, **options: Any):
+        super().__init__(task, tokenizer, max_tokens=options["sequence_len"] + 1, **options)
+        self._buffer = FitBuffer()  # of conversation indices
+        self._rendered: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+
+    def next_batch(self) -> Batch:
+        shape = (self._batch_size, self._sequence_len + 1)
+        tokens, learned = np.full(shape, self._tokenizer.bos_id, np.int32), np.zeros(shape, bool)
+        for row, row_learned in zip(tokens, learned, strict=True):
+            filled = 0
+            for index in self._plan_row():
+                ids, mask = self._rendered.pop(index)
+                row[filled : filled + len(ids)], row_learned[filled : filled + len(ids)] = ids, mask
+                filled += len(ids)
+        targets = np.where(learned[:, 1:], tokens[:, 1:], IGNORE).astype(np.int32)
+        return {"inputs": tokens[self._local_rows, :-1], "targets": targets[self._local_rows]}
+
+    def count_batches(self, num_epochs: int) -> int:
+        """Uses this source up: it must be fresh and of one epoch."""
+        rows = 0
+        try:
+            while True:
+                for index in self._plan_row():
+                    del self._rendered[index]
+                rows += 1
+        except StopIteration:
+            return rows * num_epochs // self._batch_size
+
+    def snapshot(self) -> Snapshot:
+        state, entries = self._state(), self._buffer.copy_entries()
+        return lambda: state | {"buffer": [index for _, index in FitBuffer.by_arrival(entries)]}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._set_common(state)
+        self._buffer, self._rendered = FitBuffer(), {}
+        for index in state["buffer"]:
+            self._add(index, *self._render(index))
+        self.num_cut = state["num_cut"]
+
+    @staticmethod
+    def consumed(state: dict[str, Any]) -> int:
+        return state["cursor"] - len(state["buffer"])
+
+    def _add(self, index: int, ids: np.ndarray, mask: np.ndarray) -> None:
+        self._buffer.add(len(ids), index)
+        self._rendered[index] = ids, mask
+
+    def _plan_row(self) -> list[int]:
+        """Indices of the conversations of the next row, at least one."""
+        row: list[int] = []
+        space = self._sequence_len + 1
+        self._refill()
+        while not len(self._buffer):
+            if self.num_skipped and self.num_skipped == self.size * (self._epoch + 1):
+                raise UsageError(
+                    f"none of the {self.size} conversations has a token to train on within a row of "
+                    f"{self._sequence_len} tokens: use longer rows"
+                )
+            self._start_epoch()
+            self._refill()
+        while (found := self._buffer.pop_longest(space)) is not None:
+            length, index = found
+            row.append(index)
+            space -= length
+            self._refill()
+        return row
+
+    def _refill(self) -> None:
+        while len(self._buffer) < BUFFERED_CONVERSATIONS and self._cursor < self.size:
+            ids, mask = self._render(self._cursor)
+            if mask.any():
+                self._add(self._cursor, ids, mask)
+            else:
+                self.num_skipped += 1
+            self._cursor += 1
+
+
+SOURCES: dict[str, type[StreamSource] | type[RowsSource]] = {"stream": StreamSource, "rows": RowsSource}
+
+
+class ConversationLoader(Loader):
+    """A `Loader` of conversations, which knows how far it is and how long an epoch is."""
+
+    def __init__(
+        self,
+        make_source: Callable[..., StreamSource | RowsSource],
+        *,
+        num_epochs: int | None,
+        prefetch: bool,
+        start_state: dict[str, Any] | None,
+    ):
+        self._make_source, self._num_epochs = make_source, num_epochs
+        self._source = make_source(num_epochs=num_epochs)
+        super().__init__(self._source, prefetch=prefetch, start_state=start_state)
+
+    @property
+    def epoch_progress(self) -> float:
+        """Share of the conversations of `num_epochs` epochs (of one, if endless) in the batches handed out, at most 1."""
+        state = self.get_state()
+        consumed = state["epoch"] * state["size"] + self._source.consumed(state)
+        return min(1.0, consumed / (state["size"] * (self._num_epochs or 1)))
+
+    def count_batches(self, num_epochs: int = 1) -> int:
+        """Full batches in that many epochs, found by packing one epoch without making its batches."""
+        source = self._make_source(num_epochs=1)
+        batches = source.count_batches(num_epochs)
+        if source.num_cut or source.num_skipped:
+            logger.warning(
+                "of %d conversations, %d were cut and %d have nothing left to train on and were skipped",
+                source.size,
+                source.num_cut,
+                source.num_skipped,
+            )
+        return batches
+
+
+def conversation_loader(
+    task: ConversationTask,
+    tokenizer: Tokenizer,
+    *,
+    batch_size: int,
+    sequence_len: int,
+    mode: str,
+    num_epochs: int | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
+    prefetch: bool = True,
+    start_state: dict[str, Any] | None = None,
+) -> ConversationLoader:
+    """Batches of the conversations of `task`, in its order, from the first or from `start_state`.
+
+    Args:
+      batch_size: rows of the global batch of one micro-step; this process yields its contiguous part of them.
+      mode: "stream" (`StreamSource`) or "rows" (`RowsSource`).
+      num_epochs: the loader ends with the last full batch of that many epochs; None: never.
+
+    Yields dicts of inputs and targets, int32 [batch_size / process_count, sequence_len]; target -1 = not trained.
+    """
+    if mode not in SOURCES:
+        raise UsageError(f"unknown mode {mode!r}: expected one of {', '.join(SOURCES)}")
+    if batch_size % process_count:
+        raise UsageError(f"{process_count} processes do not divide the batch of {batch_size} rows: choose another size")
+    rows = batch_size // process_count
+    local_rows = slice(process_index * rows, (process_index + 1) * rows)
+
+    def make_source(num_epochs: int | None) -> StreamSource | RowsSource:
+        return SOURCES[mode](
+            task,
+            tokenizer,
+            batch_size=batch_size,
+            sequence_len=sequence_len,
+            num_epochs=num_epochs,
+            local_rows=local_rows,
+        )
+
+    return ConversationLoader(make_source, num_epochs=num_epochs, prefetch=prefetch, start_state=start_state)

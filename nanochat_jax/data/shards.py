@@ -1,0 +1,287 @@
+"""Parquet shards of pretraining text: writing them, listing them, and reading documents in a resumable order.
+
+A corpus is a directory of `shard_00000.parquet, shard_00001.parquet, ...` with one string column `text` in row groups
+of 1024 documents. The last shard by name is the validation split, the others are the training split.
+"""
+
+import itertools
+import os
+import shutil
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from nanochat_jax.cli import NotFound, UsageError
+
+ROW_GROUP_SIZE = 1024
+TEXT_COLUMN = "text"
+SPLITS = ("train", "val")
+_SCHEMA = pa.schema([(TEXT_COLUMN, pa.string())])
+_ADVICE = (
+    "run `python -m nanochat_jax.dataset -n 8` (or `python -m nanochat_jax.dataset embedded`, without a network) first"
+)
+
+
+# ---------------------------------------------------------------------------------------------------- listing
+
+
+def list_shards(directory: Path | str) -> list[Path]:
+    """All shards of a corpus by name; raises `NotFound` where there are none."""
+    directory = Path(directory)
+    paths = sorted(directory.glob("*.parquet")) if directory.is_dir() else []
+    if not paths:
+        raise NotFound(f"no parquet shards in {directory}: {_ADVICE}")
+    return paths
+
+
+def split_shards(directory: Path | str, split: str) -> list[Path]:
+    """The shards of `train` (all but the last by name) or `val` (the last)."""
+    if split not in SPLITS:
+        raise UsageError(f"unknown split {split!r}: expected one of {', '.join(SPLITS)}")
+    paths = list_shards(directory)
+    if len(paths) < 2:
+        raise UsageError(
+            f"only one shard in {directory} ({paths[0].name}): the last shard is validation, so training "
+            "needs at least two; download or write more"
+        )
+    return paths[:-1] if split == "train" else paths[-1:]
+
+
+def train_shards(directory: Path | str) -> list[Path]:
+    return split_shards(directory, "train")
+
+
+def val_shard(directory: Path | str) -> Path:
+    return split_shards(directory, "val")[0]
+
+
+# ---------------------------------------------------------------------------------------------------- reading
+
+
+def open_shard(path: Path) -> pq.ParquetFile:
+    """Open a shard and check its footer and columns; raises `UsageError` naming the file."""
+    try:
+        file = pq.ParquetFile(path)
+    except FileNotFoundError as error:
+        raise NotFound(f"shard {path} does not exist") from error
+    except (pa.ArrowException, OSError) as error:
+        raise UsageError(
+            f"shard {path} is not a readable parquet file ({_first_line(error)}): delete it and download or "
+            "write it again"
+        ) from error
+    if TEXT_COLUMN not in file.schema_arrow.names:
+        raise UsageError(
+            f"shard {path} has no column {TEXT_COLUMN!r}, only {', '.join(file.schema_arrow.names) or 'none'}"
+        )
+    kind = file.schema_arrow.field(TEXT_COLUMN).type
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
+        raise UsageError(f"column {TEXT_COLUMN!r} of shard {path} holds {kind}, expected string")
+    return file
+
+
+def read_row_group(file: pq.ParquetFile, path: Path, row_group: int) -> pa.ChunkedArray:
+    try:
+        return file.read_row_group(row_group, columns=[TEXT_COLUMN], use_threads=False).column(0)
+    except (pa.ArrowException, OSError) as error:
+        raise UsageError(
+            f"row group {row_group} of shard {path} is corrupt ({_first_line(error)}): delete the file and "
+            "download or write it again"
+        ) from error
+
+
+def iter_documents(directory: Path | str, split: str) -> Iterator[str]:
+    """Every document of a split once, in file order, holding one row group in memory."""
+    for path in split_shards(directory, split):
+        with open_shard(path) as file:
+            for row_group in range(file.num_row_groups):
+                for text in read_row_group(file, path, row_group).to_pylist():
+                    if text is not None:
+                        yield text
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
+class ShardReader:
+    """Row groups of a list of shards by (file, row group), the most recently used ones kept decoded."""
+
+    def __init__(self, paths: Sequence[Path], *, cached_row_groups: int = 8):
+        self.paths = list(paths)
+        self.index = {path.name: i for i, path in enumerate(self.paths)}
+        self._cached_row_groups = cached_row_groups
+        self._rows: dict[int, list[int]] = {}
+        self._cache: OrderedDict[tuple[int, int], pa.ChunkedArray] = OrderedDict()
+
+    def row_counts(self, file: int) -> list[int]:
+        """Documents in each row group of a file."""
+        if file not in self._rows:
+            with open_shard(self.paths[file]) as parquet:
+                groups = range(parquet.num_row_groups)
+                self._rows[file] = [parquet.metadata.row_group(group).num_rows for group in groups]
+        return self._rows[file]
+
+    def texts(self, file: int, row_group: int, rows: Iterable[int]) -> list[str | None]:
+        key = (file, row_group)
+        if key not in self._cache:
+            with open_shard(self.paths[file]) as parquet:
+                self._cache[key] = read_row_group(parquet, self.paths[file], row_group)
+            while len(self._cache) > self._cached_row_groups:
+                self._cache.popitem(last=False)
+        self._cache.move_to_end(key)
+        return self._cache[key].take(pa.array(rows, pa.int64())).to_pylist()
+
+
+class Position(NamedTuple):
+    """A document's place, or where to look for the next: completed passes, file of the split, row group, row in it."""
+
+    epoch: int = 0
+    file: int = 0
+    row_group: int = 0
+    row: int = 0
+
+
+class DocumentStream:
+    """The endless sequence of documents of one virtual shard, in file order, starting over at the end of the split.
+
+    Virtual shard s of N reads the row groups s, s+N, ... of each file. A file with fewer row groups than virtual shards
+    is dealt out document by document instead, so that every virtual shard has something to read.
+
+    `position.epoch` is the pass of the document that comes next.
+    """
+
+    def __init__(self, reader: ShardReader, shard: int = 0, num_shards: int = 1):
+        self.reader, self.shard, self.num_shards = reader, shard, num_shards
+        self.seek(Position())
+
+    def next_batch(self, limit: int = 128) -> list[tuple[Position, str]]:
+        """Up to `limit` documents, all of one row group."""
+        while True:
+            at = self.position
+            rows = self._rows_left()[:limit]
+            texts = self.reader.texts(at.file, at.row_group, rows)
+            self.position = at._replace(row=rows[-1] + 1)
+            self._skip_exhausted()
+            found = zip(rows, texts, strict=True)
+            documents = [(at._replace(row=row), text) for row, text in found if text is not None]
+            if documents:
+                return documents
+
+    def load(self, places: Sequence[Position]) -> list[str]:
+        """The texts of documents that lie in one row group."""
+        return self.reader.texts(places[0].file, places[0].row_group, [place.row for place in places])
+
+    def seek(self, position: Position) -> None:
+        self.position = position
+        self._skip_exhausted()
+
+    def _rows_left(self) -> range:
+        at, counts = self.position, self.reader.row_counts(self.position.file)
+        if at.row_group >= len(counts):
+            return range(0)
+        if len(counts) >= self.num_shards:
+            mine = at.row_group % self.num_shards == self.shard
+            return range(at.row, counts[at.row_group]) if mine else range(0)
+        first = sum(counts[: at.row_group]) + at.row
+        return range(at.row + (self.shard - first) % self.num_shards, counts[at.row_group], self.num_shards)
+
+    def _skip_exhausted(self) -> None:
+        """Move on to a row group that has rows left for this virtual shard."""
+        starts = 0
+        while not self._rows_left():
+            at = self.position
+            if at.row_group + 1 < len(self.reader.row_counts(at.file)):
+                self.position = Position(at.epoch, at.file, at.row_group + 1)
+            elif at.file + 1 < len(self.reader.paths):
+                self.position = Position(at.epoch, at.file + 1)
+            elif starts == 0:
+                self.position, starts = Position(at.epoch + 1), 1
+            else:
+                raise UsageError(
+                    f"virtual shard {self.shard} of {self.num_shards} finds no document in "
+                    f"{self.reader.paths[0].parent}: use more text or a smaller batch"
+                )
+
+
+# ---------------------------------------------------------------------------------------------------- writing
+
+
+def write_shards(
+    texts: Iterable[str],
+    directory: Path | str,
+    *,
+    val_texts: Iterable[str],
+    rows_per_shard: int | None = None,
+    chars_per_shard: int | None = None,
+) -> list[Path]:
+    """Write a corpus: training shards from `texts`, then one validation shard from `val_texts`; returns their paths.
+
+    A training shard closes after `rows_per_shard` documents, or at the first full row group after `chars_per_shard`
+    characters (give one of the two). Everything is written to a directory aside that takes the place of `directory` at
+    the end, so that a corpus is there as a whole or not at all. Refuses a directory that holds files already.
+    """
+    if (rows_per_shard is None) == (chars_per_shard is None):
+        raise ValueError("give exactly one of rows_per_shard and chars_per_shard")
+    directory = Path(directory)
+    if directory.exists() and any(directory.iterdir()):
+        raise UsageError(f"{directory} is not empty: remove it before writing another corpus there")
+    aside = directory.with_name(f".{directory.name}.{os.getpid()}.partial")
+    aside.mkdir(parents=True)
+    try:
+        documents = iter(texts)
+        names: list[str] = []
+        while _write_shard(documents, aside / _shard_name(len(names)), rows_per_shard, chars_per_shard):
+            names.append(_shard_name(len(names)))
+        if not names:
+            raise UsageError(f"no training documents to write to {directory}")
+        names.append(_shard_name(len(names)))
+        if not _write_shard(iter(val_texts), aside / names[-1], None, None):
+            raise UsageError(f"no validation documents to write to {directory}")
+        fsync(aside)
+        os.rename(aside, directory)
+        fsync(directory.parent)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    return [directory / name for name in names]
+
+
+def _shard_name(index: int) -> str:
+    return f"shard_{index:05d}.parquet"
+
+
+def _write_shard(texts: Iterator[str], path: Path, max_rows: int | None, max_chars: int | None) -> bool:
+    """Write the next shard, if a text is left."""
+    num_rows = num_chars = 0
+    writer = None
+    while True:
+        room = ROW_GROUP_SIZE if max_rows is None else min(ROW_GROUP_SIZE, max_rows - num_rows)
+        group = list(itertools.islice(texts, room))
+        if not group:
+            break
+        if writer is None:
+            writer = pq.ParquetWriter(
+                path, _SCHEMA, compression="zstd", compression_level=3, use_dictionary=False, write_statistics=False
+            )
+        writer.write_table(pa.table([pa.array(group, pa.string())], schema=_SCHEMA), row_group_size=ROW_GROUP_SIZE)
+        num_rows += len(group)
+        num_chars += sum(map(len, group))
+        if max_chars is not None and num_chars >= max_chars and len(group) == ROW_GROUP_SIZE:
+            break
+    if writer is None:
+        return False
+    writer.close()
+    fsync(path)
+    return True
+
+
+def fsync(path: Path) -> None:
+    """Wait until a file, or the names in a directory, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

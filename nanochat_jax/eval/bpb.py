@@ -1,0 +1,49 @@
+"""Held-out loss: nats per supervised token, and bits per byte, which do not depend on the vocabulary."""
+
+import functools
+import math
+from collections.abc import Iterator, Mapping
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import Array
+from jax.sharding import Mesh
+
+from nanochat_jax.config import GPTConfig
+from nanochat_jax.gpt import Params, forward
+from nanochat_jax.loss import chunk_length, cross_entropy
+from nanochat_jax.sharding import global_batch
+
+
+class HeldOut(NamedTuple):
+    bpb: float  # bits per byte; infinite without any byte
+    loss: float  # nats per supervised token
+
+
+@functools.partial(jax.jit, static_argnames=("config", "dtype", "chunk"))
+def _sums(params: Params, inputs: Array, targets: Array, token_bytes: Array, *, config: GPTConfig, dtype: Any, chunk: int
+          ) -> tuple[Array, ...]:
+    hidden, _ = forward(params, inputs, config=config, compute_dtype=dtype)
+    weight = params["lm_head"][:, : config.vocab_size]
+    total, nll = cross_entropy(hidden, weight, targets, jnp.ones(targets.shape), config.softcap, chunk)
+    num_bytes = jnp.where(targets >= 0, token_bytes[jnp.maximum(targets, 0)], 0)
+    return jnp.where(num_bytes > 0, nll, 0.0).sum(), num_bytes.sum(), total, (targets >= 0).sum()
+
+
+def held_out_loss(params: Params, batches: Iterator[Mapping[str, np.ndarray]], steps: int, *, config: GPTConfig,
+                  token_bytes: np.ndarray, mesh: Mesh, dtype: Any) -> HeldOut:
+    """Loss over `steps` batches of this process's rows: inputs and targets [B, T], negative targets ignored.
+
+    Bits per byte: nats of the targets that stand for text over ln 2 times the bytes they stand for; special tokens
+    (0 bytes) count for nothing.
+    """
+    sums = []
+    for _ in range(steps):
+        batch = next(batches)
+        inputs, targets = (global_batch(mesh, batch[name], batch_axis=0) for name in ("inputs", "targets"))
+        chunk = chunk_length(*inputs.shape, config.vocab_size, mesh.size)
+        sums.append(_sums(params, inputs, targets, token_bytes, config=config, dtype=dtype, chunk=chunk))
+    nats, num_bytes, total, count = np.sum(jax.device_get(sums), axis=0, dtype=np.float64)
+    return HeldOut(bpb=float(nats / (math.log(2) * num_bytes)) if num_bytes else math.inf, loss=float(total / max(count, 1)))

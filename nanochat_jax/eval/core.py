@@ -1,0 +1,298 @@
+"""CORE: the mean centred accuracy over 22 tasks of in-context learning (DCLM, https://arxiv.org/abs/2406.11794).
+
+Nothing is generated: each example becomes prompts of which a span of tokens is scored. `multiple_choice` and `schema` pick
+the option whose span has the lowest mean negative log-likelihood; `language_modeling` asks that every token of the span
+be the model's first choice. The few-shot examples, their order and the spans are upstream's, so scores compare.
+"""
+
+import csv
+import functools
+import json
+import logging
+import math
+import random
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal, TypeVar
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import yaml
+from jax import Array
+from jax.sharding import Mesh
+
+from nanochat_jax.cli import UsageError
+from nanochat_jax.config import GPTConfig
+from nanochat_jax.eval.batching import Batching
+from nanochat_jax.gpt import Params, forward, unembed
+from nanochat_jax.sharding import replicated
+from nanochat_jax.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
+
+SHUFFLE_SEED = 1337  # order of a task's examples, before it is cut to `max_per_task`
+FEWSHOT_SEED = 1234  # plus the example's index: which examples are shown to it
+LOGITS_BYTES = 256 << 20  # upper bound of the float32 logits that exist at one time
+ENCODE_EXAMPLES = 64  # examples tokenized at a time
+
+Key = TypeVar("Key")
+TaskType = Literal["multiple_choice", "schema", "language_modeling"]
+Item = dict[str, Any]  # {query, choices, gold}, {context_options, continuation, gold} or {context, continuation}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CoreTask:
+    """One entry of the bundle's core.yaml."""
+
+    label: str
+    type: TaskType
+    path: Path  # JSON lines
+    num_fewshot: int
+    delimiter: str  # between what is given and what is scored
+    baseline: float  # accuracy of guessing, 0..1
+
+
+@dataclass(frozen=True)
+class Row:
+    """One prompt: `tokens[start:end]` is what is scored."""
+
+    tokens: np.ndarray  # [n] int32
+    start: int
+    end: int
+
+
+@dataclass(frozen=True)
+class RowScore:
+    mean_nll: float  # of the span, in nats; nan when it is empty (one choice begins another)
+    all_argmax: bool  # every token of the span is the model's first choice
+
+
+@dataclass(frozen=True)
+class CoreResult:
+    """Per task, in the bundle's order: accuracy, and accuracy rescaled so that guessing is 0; `core` is the latter's mean."""
+
+    accuracy: dict[str, float]
+    centered: dict[str, float]
+    core: float
+
+
+def read_tasks(bundle: Path) -> list[CoreTask]:
+    """The tasks that `core.yaml` and `eval_meta_data.csv` of a bundle describe."""
+    entries = yaml.safe_load((bundle / "core.yaml").read_text(encoding="utf-8"))["icl_tasks"]
+    with (bundle / "eval_meta_data.csv").open(newline="", encoding="utf-8") as file:
+        baselines = {row["Eval Task"]: float(row["Random baseline"]) for row in csv.DictReader(file)}
+    return [
+        CoreTask(
+            label=entry["label"], type=entry["icl_task_type"], path=bundle / "eval_data" / entry["dataset_uri"],
+            num_fewshot=entry["num_fewshot"][0], delimiter=entry.get("continuation_delimiter", " "),
+            baseline=0.01 * baselines[entry["label"]],
+        )
+        for entry in entries
+    ]  # fmt: skip
+
+
+def read_items(task: CoreTask, max_per_task: int = -1) -> list[Item]:
+    """A task's examples in evaluation order; the first `max_per_task` of them if that is positive."""
+    with task.path.open(encoding="utf-8") as file:
+        items = [json.loads(line) for line in file if line.strip()]
+    random.Random(SHUFFLE_SEED).shuffle(items)
+    return items[:max_per_task] if max_per_task > 0 else items
+
+
+def fewshot_indices(index: int, num_items: int, num_fewshot: int) -> list[int]:
+    """Which other examples are shown to example `index`; all of them where there are fewer than asked for."""
+    others = [i for i in range(num_items) if i != index]
+    return random.Random(FEWSHOT_SEED + index).sample(others, min(num_fewshot, len(others)))
+
+
+def render_prompts(task: CoreTask, items: Sequence[Item], index: int) -> list[str]:
+    """The prompts of one example, few-shot examples first.
+
+    multiple_choice: one per choice; schema: one per context; language_modeling: without, then with the continuation.
+    """
+    shots = "".join(_solved(task, items[i]) + "\n\n" for i in fewshot_indices(index, len(items), task.num_fewshot))
+    item = items[index]
+    if task.type == "multiple_choice":
+        return [f"{shots}{item['query']}{task.delimiter}{choice}" for choice in item["choices"]]
+    if task.type == "schema":
+        return [f"{shots}{context}{task.delimiter}{item['continuation']}" for context in item["context_options"]]
+    # Without its last space the prompt is a prefix in tokens too: the space belongs to the continuation's first token.
+    given = f"{shots}{item['context'].strip()}{task.delimiter}"
+    return [given.strip(), given + item["continuation"]]
+
+
+def _solved(task: CoreTask, item: Item) -> str:
+    if task.type == "multiple_choice":
+        return f"{item['query']}{task.delimiter}{item['choices'][item['gold']]}"
+    if task.type == "schema":
+        return f"{item['context_options'][item['gold']]}{task.delimiter}{item['continuation']}"
+    return f"{item['context'].strip()}{task.delimiter}{item['continuation']}"
+
+
+def make_rows(task: CoreTask, prompts: Sequence[Sequence[int]]) -> list[Row]:
+    """The rows to score of one example, from the tokens of its prompts.
+
+    The span is what follows the prefix that all choices share (multiple_choice), the suffix that all contexts share
+    (schema), or the continuation (language_modeling). Raises ValueError if the tokens of a prompt without the
+    continuation do not begin those of the prompt with it.
+    """
+    arrays = [np.asarray(tokens, np.int32) for tokens in prompts]
+    if task.type == "language_modeling":
+        without, full = arrays
+        if not np.array_equal(full[: len(without)], without):
+            raise ValueError(f"{task.label}: the prompt's tokens do not begin those of prompt and continuation")
+        return [Row(full, len(without), len(full))]
+    if task.type == "schema":
+        suffix = _common_length([tokens[::-1] for tokens in arrays])
+        return [Row(tokens, len(tokens) - suffix, len(tokens)) for tokens in arrays]
+    prefix = _common_length(arrays)
+    return [Row(tokens, prefix, len(tokens)) for tokens in arrays]
+
+
+def _common_length(arrays: Sequence[np.ndarray]) -> int:
+    shortest = min(len(tokens) for tokens in arrays)
+    differs = np.any([tokens[:shortest] != arrays[0][:shortest] for tokens in arrays], axis=0)
+    return int(differs.argmax()) if differs.any() else shortest
+
+
+def is_correct(task: CoreTask, item: Item, scores: Sequence[RowScore]) -> bool:
+    if task.type == "language_modeling":
+        return scores[0].all_argmax
+    # The lowest, the first of equals. A nan is the minimum only in the first place: upstream's rule, kept for its scores.
+    losses = [score.mean_nll for score in scores]
+    return losses.index(min(losses)) == item["gold"]
+
+
+def mean_of(correct: int, total: int) -> float:
+    """Accuracy, rounded to float32 as upstream's, so that tables agree to the last digit."""
+    return float(np.float32(correct) / np.float32(total))
+
+
+def center(accuracy: float, baseline: float) -> float:
+    return (accuracy - baseline) / (1.0 - baseline)
+
+
+@functools.partial(jax.jit, static_argnames=("config", "compute_dtype", "mesh"))
+def score_batch(params: Params, tokens: Array, start: Array, end: Array, *, config: GPTConfig,
+                compute_dtype: Any = jnp.float32, mesh: Mesh | None = None) -> tuple[Array, Array]:
+    """Score the span start..end-1 of each row of tokens [B, T]; start and end are [B], start at least 1.
+
+    Returns the summed negative log-likelihood [B] float32, and whether all tokens of the span are the argmax [B]. Right
+    padding is harmless. Logits are made for a few positions at a time, and only where some row needs them.
+    """
+    batch, length = tokens.shape
+    hidden, _ = forward(params, tokens, config=config, compute_dtype=compute_dtype)
+    affordable = max(1, LOGITS_BYTES // (4 * batch * config.vocab_size))
+    chunk = min(length, 64, 1 << (affordable.bit_length() - 1))
+    targets = jnp.roll(tokens, -1, axis=1)  # position p predicts token p + 1; the last one is outside every span
+
+    def add_chunk(totals: tuple[Array, Array], first: Array) -> tuple[tuple[Array, Array], None]:
+        positions = first + jnp.arange(chunk)
+        inside = (positions >= start[:, None] - 1) & (positions < end[:, None] - 1)  # [B, chunk]
+
+        def score(totals: tuple[Array, Array]) -> tuple[Array, Array]:
+            nll, all_argmax = totals
+            window = jax.lax.dynamic_slice_in_dim(hidden, first, chunk, axis=1)
+            target = jax.lax.dynamic_slice_in_dim(targets, first, chunk, axis=1)
+            logits = unembed(params, window, config=config)
+            chosen = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
+            losses = jax.nn.logsumexp(logits, axis=-1) - chosen
+            hits = logits.argmax(axis=-1) == target
+            return nll + jnp.where(inside, losses, 0.0).sum(axis=1), all_argmax & (hits | ~inside).all(axis=1)
+
+        return jax.lax.cond(inside.any(), score, lambda totals: totals, totals), None
+
+    totals = (jnp.zeros(batch, jnp.float32), jnp.ones(batch, bool))
+    totals, _ = jax.lax.scan(add_chunk, totals, jnp.arange(0, length, chunk))
+    if mesh is not None:  # so that every process can read all rows
+        totals = jax.lax.with_sharding_constraint(totals, replicated(mesh))
+    return totals
+
+
+@dataclass(frozen=True, kw_only=True)
+class Scorer:
+    """Scores rows with a model, in batches."""
+
+    config: GPTConfig
+    params: Params
+    batching: Batching
+    compute_dtype: Any = jnp.float32
+
+    def __call__(self, rows: Iterable[tuple[Key, Row]]) -> Iterator[tuple[Key, RowScore]]:
+        """(key, row) to (key, score), in the order in which batches fill up."""
+        for keyed, tokens in self.batching.batches((((key, row), row.tokens) for key, row in rows)):
+            span = np.ones((len(tokens), 2), np.int32)  # filler: an empty span
+            span[: len(keyed)] = [(row.start, row.end) for _, row in keyed]
+            nll, all_argmax = score_batch(
+                self.params, *self.batching.place(tokens, span[:, 0], span[:, 1]), config=self.config,
+                compute_dtype=self.compute_dtype, mesh=self.batching.mesh,
+            )  # fmt: skip
+            nll, all_argmax = np.asarray(nll), np.asarray(all_argmax)
+            for i, (key, row) in enumerate(keyed):
+                length = row.end - row.start
+                yield key, RowScore(float(nll[i]) / length if length else math.nan, bool(all_argmax[i]))
+
+
+def tokenize_task(tokenizer: Tokenizer, task: CoreTask, items: Sequence[Item], indices: Sequence[int]) -> list[list[Row]]:
+    """The rows of each of the examples `indices`."""
+    prompts = [render_prompts(task, items, index) for index in indices]
+    tokens = iter(tokenizer.encode([prompt for group in prompts for prompt in group], prepend=tokenizer.bos_id))
+    return [make_rows(task, [next(tokens) for _ in group]) for group in prompts]
+
+
+def evaluate_core(scorer: Scorer, tokenizer: Tokenizer, bundle: Path, *, max_per_task: int = -1,
+                  on_example: Callable[[str, int, list[Row], list[RowScore], bool], None] | None = None) -> CoreResult:
+    """Run the tasks of a bundle; examples of all tasks share batches, so that few shapes are compiled and none is half empty.
+
+    `on_example(label, index, rows, scores, correct)` is called for each example when it is done.
+    """
+    tasks = read_tasks(bundle)
+    items = [read_items(task, max_per_task) for task in tasks]
+    for task, examples in zip(tasks, items):
+        if not examples:
+            raise UsageError(f"{task.path} holds no examples: remove {bundle} so that it is downloaded again")
+
+    open_rows: dict[tuple[int, int], list[Row]] = {}
+
+    def rows() -> Iterator[tuple[tuple[int, int, int], Row]]:
+        for t, task in enumerate(tasks):
+            for first in range(0, len(items[t]), ENCODE_EXAMPLES):
+                indices = range(first, min(first + ENCODE_EXAMPLES, len(items[t])))
+                for index, group in zip(indices, tokenize_task(tokenizer, task, items[t], indices)):
+                    open_rows[t, index] = group
+                    yield from (((t, index, r), row) for r, row in enumerate(group))
+
+    scores: dict[tuple[int, int], dict[int, RowScore]] = {}
+    correct, done = [0] * len(tasks), [0] * len(tasks)
+    total, began, reported = sum(map(len, items)), time.monotonic(), time.monotonic()
+    for (t, index, r), score in scorer(rows()):
+        found = scores.setdefault((t, index), {})
+        found[r] = score
+        if len(found) < len(open_rows[t, index]):
+            continue
+        group, ordered = open_rows.pop((t, index)), [score for _, score in sorted(scores.pop((t, index)).items())]
+        verdict = is_correct(tasks[t], items[t][index], ordered)
+        correct[t] += verdict
+        done[t] += 1
+        if on_example is not None:
+            on_example(tasks[t].label, index, group, ordered, verdict)
+        if time.monotonic() - reported > 30:
+            reported = time.monotonic()
+            logger.info("CORE: %d of %d examples in %.0f s", sum(done), total, reported - began)
+
+    accuracy = {task.label: mean_of(correct[t], done[t]) for t, task in enumerate(tasks)}
+    centered = {task.label: center(accuracy[task.label], task.baseline) for task in tasks}
+    logger.info("CORE: %d examples in %.1f s", total, time.monotonic() - began)
+    return CoreResult(accuracy, centered, sum(centered.values()) / len(centered))
+
+
+def format_csv(result: CoreResult) -> str:
+    """The table in upstream's format: columns Task, Accuracy, Centered, padded to 35, 10 and 10."""
+    lines = [f"{'Task':<35}, {'Accuracy':<10}, {'Centered':<10}"]
+    for label, accuracy in result.accuracy.items():
+        lines.append(f"{label:<35}, {accuracy:<10.6f}, {result.centered[label]:<10.6f}")
+    lines.append(f"{'CORE':<35}, {'':<10}, {result.core:<10.6f}")
+    return "\n".join(lines) + "\n"

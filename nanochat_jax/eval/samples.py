@@ -1,0 +1,37 @@
+"""Short texts from a base model: greedy continuations of fixed prompts, and free samples from the start of a document."""
+
+from typing import Any
+
+from jax.sharding import Mesh
+
+from nanochat_jax.checkpoint import Loaded
+from nanochat_jax.infer.engine import Engine
+from nanochat_jax.infer.request import Request
+
+PROMPTS = (
+    "The capital of France is",
+    "The chemical symbol of gold is",
+    "If yesterday was Friday, then tomorrow will be",
+    "The opposite of hot is",
+    "The planets of the solar system are:",
+    "My favorite color is",
+    "If 5*x + 3 = 13, then x is",
+)
+
+
+def _generate(loaded: Loaded, requests: list[Request], dtype: Any, mesh: Mesh) -> list[str]:
+    engine = Engine(loaded.config, loaded.params, loaded.tokenizer, num_slots=len(requests), compute_dtype=dtype, mesh=mesh)
+    return [result.text for result in engine.generate(requests)]
+
+
+def greedy_samples(loaded: Loaded, *, dtype: Any, mesh: Mesh, max_tokens: int = 16) -> list[str]:
+    """Each prompt with its most likely continuation."""
+    encode, bos = loaded.tokenizer.encode, loaded.tokenizer.bos_id
+    requests = [Request(tuple(encode(prompt, prepend=bos)), max_tokens=max_tokens, temperature=0.0) for prompt in PROMPTS]
+    return [prompt + text for prompt, text in zip(PROMPTS, _generate(loaded, requests, dtype, mesh))]
+
+
+def free_samples(loaded: Loaded, count: int, *, dtype: Any, mesh: Mesh, max_tokens: int = 128) -> list[str]:
+    """Documents sampled at temperature 1 from the beginning-of-sequence token alone."""
+    requests = [Request((loaded.tokenizer.bos_id,), max_tokens=max_tokens, temperature=1.0, seed=i) for i in range(count)]
+    return _generate(loaded, requests, dtype, mesh)

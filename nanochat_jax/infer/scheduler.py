@@ -1,0 +1,217 @@
+"""Many callers, one engine: a thread that owns an engine loop, admits what waits, and hands out text as it comes."""
+
+import asyncio
+import logging
+import threading
+from collections import deque
+from collections.abc import AsyncIterator, Callable, Iterator
+
+from nanochat_jax.infer.engine import Engine, EngineLoop
+from nanochat_jax.infer.request import Generation, Request, Result, ToolCall
+
+log = logging.getLogger(__name__)
+
+Event = str | ToolCall | Result
+
+
+class QueueFull(Exception):
+    """As many requests wait as may; try again later."""
+
+
+class Handle:
+    """A submitted request. Iterate over it, with `for` or `async for`, for one consumer:
+
+    pieces of text (whole characters, none that a stop string takes back), tool calls where they happen, and at the end
+    the `Result`. If the generation failed, the iteration raises.
+    """
+
+    def __init__(self, request: Request) -> None:
+        self.request = request
+        self._changed = threading.Condition()
+        self._events: deque[str | ToolCall] = deque()
+        self._outcome: Result | Exception | None = None
+        self._cancelled = False
+        self._wake: Callable[[], None] | None = None
+
+    def cancel(self) -> None:
+        """Ask for an early end; the result, reason "cancelled", still comes. Nothing happens if it is over."""
+        self._cancelled = True
+
+    @property
+    def cancelled(self) -> bool:
+        """Whether `cancel` was called."""
+        return self._cancelled
+
+    def result(self, timeout: float | None = None) -> Result:
+        """Wait for the outcome. Raises what the generation failed with, or TimeoutError after `timeout` seconds."""
+        with self._changed:
+            if not self._changed.wait_for(lambda: self._outcome is not None, timeout):
+                raise TimeoutError(f"no result after {timeout} seconds")
+            outcome = self._outcome
+        if isinstance(outcome, Exception):
+            raise outcome
+        return outcome
+
+    def events(self) -> Iterator[Event]:
+        """What `for event in handle` runs over."""
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._events or self._outcome is not None)
+                if not self._events:
+                    break
+                event = self._events.popleft()
+            yield event
+        yield self.result()
+
+    def __iter__(self) -> Iterator[Event]:
+        return self.events()
+
+    async def __aiter__(self) -> AsyncIterator[Event]:
+        loop, changed = asyncio.get_running_loop(), asyncio.Event()
+        with self._changed:
+            self._wake = lambda: loop.call_soon_threadsafe(changed.set)
+        try:
+            while True:
+                changed.clear()
+                with self._changed:
+                    events, over = list(self._events), self._outcome is not None
+                    self._events.clear()
+                for event in events:
+                    yield event
+                if over:
+                    break
+                await changed.wait()
+        finally:
+            with self._changed:
+                self._wake = None
+        yield self.result()
+
+    def _publish(self, events: list[str | ToolCall], outcome: Result | Exception | None) -> None:
+        with self._changed:
+            self._events.extend(events)
+            self._outcome = outcome
+            self._changed.notify_all()
+            if self._wake is not None:
+                try:
+                    self._wake()
+                except RuntimeError:  # the consumer's event loop is closed: nobody will read this
+                    self._cancelled = True
+
+
+class Scheduler:
+    """Serves requests from any thread with one engine.
+
+    Use as a context manager, or call `start` and `close`. `max_waiting` requests may wait for a slot.
+    """
+
+    def __init__(self, engine: Engine, *, max_waiting: int = 64) -> None:
+        self._engine = engine
+        self._max_waiting = max_waiting
+        self._changed = threading.Condition()
+        self._waiting: deque[Handle] = deque()
+        self._live: dict[Generation, Handle] = {}
+        self._closing = False
+        self._failure: Exception | None = None
+        self._thread: threading.Thread | None = None
+
+    def __enter__(self) -> "Scheduler":
+        self.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    @property
+    def num_active(self) -> int:
+        """Requests in a slot."""
+        return len(self._live)
+
+    @property
+    def num_waiting(self) -> int:
+        return len(self._waiting)
+
+    def start(self) -> None:
+        if self._thread is not None:
+            raise RuntimeError("the scheduler was started before")
+        self._thread = threading.Thread(target=self._run, name="engine", daemon=True)
+        self._thread.start()
+
+    def close(self) -> None:
+        """Stop after the current step and wait for the thread; requests not done by then fail."""
+        with self._changed:
+            self._closing = True
+            self._changed.notify_all()
+        if self._thread is not None:
+            self._thread.join()
+
+    def submit(self, request: Request) -> Handle:
+        """Queue a request.
+
+        Raises:
+            ValueError: its prompt does not fit the context, or is not of this vocabulary.
+            QueueFull: too many wait.
+            RuntimeError: the scheduler is not running, or its engine has failed.
+        """
+        self._engine.budget(request)
+        with self._changed:
+            if self._failure is not None:
+                raise RuntimeError("the engine has failed") from self._failure
+            if self._thread is None or self._closing:
+                raise RuntimeError("the scheduler is not running")
+            if len(self._waiting) >= self._max_waiting:
+                raise QueueFull(f"{len(self._waiting)} requests wait already")
+            handle = Handle(request)
+            self._waiting.append(handle)
+            self._changed.notify_all()
+        return handle
+
+    def _run(self) -> None:
+        try:
+            self._serve(EngineLoop(self._engine))
+            message = "the scheduler was closed"
+        except Exception as error:
+            log.exception("the engine failed; all requests end")
+            self._failure = error
+            message = f"the engine failed: {error!r}"
+        with self._changed:  # no request can be queued from here on
+            self._closing = True
+            unfinished = [*self._live.values(), *self._waiting]
+            self._live.clear()
+            self._waiting.clear()
+        for handle in unfinished:
+            failure = RuntimeError(message)
+            failure.__cause__ = self._failure
+            handle._publish([], failure)
+
+    def _serve(self, loop: EngineLoop) -> None:
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._waiting or self._live or self._closing)
+                if self._closing:
+                    return
+                taken = [handle for handle in self._waiting if handle.cancelled]
+                self._waiting = deque(handle for handle in self._waiting if not handle.cancelled)
+                taken += [self._waiting.popleft() for _ in range(min(loop.num_free, len(self._waiting)))]
+                admitted = [self._engine.generation(handle.request) for handle in taken]
+                self._live.update(zip(admitted, taken))
+            for generation, handle in self._live.items():
+                if handle.cancelled:
+                    loop.cancel(generation)
+            self._deliver()
+            loop.admit([generation for generation in admitted if not generation.done])
+            self._deliver()
+            loop.step()
+            self._deliver()
+
+    def _deliver(self) -> None:
+        """Hand every caller what is new; forget those that are done."""
+        for generation, handle in list(self._live.items()):
+            events, outcome = generation.take_events(), None
+            if generation.done:
+                del self._live[generation]
+                try:
+                    outcome = generation.result()
+                except Exception as error:  # of this request alone, and so its caller's
+                    outcome = error
+            if events or outcome is not None:
+                handle._publish(events, outcome)

@@ -1,0 +1,126 @@
+"""What a run tells: metrics.jsonl for programs, a progress display for people, wandb if asked, and the device's peak."""
+
+import json
+import logging
+import os
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+log = logging.getLogger(__name__)
+
+# Dense bfloat16 FLOP/s, matched in this order against the lower-case device kind.
+PEAK_FLOPS = {
+    "gb200": 2.5e15, "b200": 2.25e15, "b100": 1.8e15, "h200 nvl": 836e12, "h200": 989e12, "h100 nvl": 835e12,
+    "h100 pcie": 756e12, "h100": 989e12, "h800": 756e12, "a100": 312e12, "a800": 312e12, "a40": 149.7e12,
+    "a30": 165e12, "l40s": 362e12, "l4": 121e12, "5090": 209.5e12, "4090": 165.2e12, "3090": 71e12,
+    "v6 lite": 918e12, "v6e": 918e12, "v5 lite": 197e12, "v5e": 197e12, "v5p": 459e12, "v5": 459e12, "v4": 275e12,
+    "v3": 123e12, "v2": 45e12,
+}
+
+
+def peak_flops(device: jax.Device) -> float | None:
+    """Peak dense bfloat16 FLOP/s of one device, or None where it is not known (a CPU, an unlisted chip)."""
+    if device.platform == "cpu":
+        return None
+    kind = device.device_kind.lower()
+    return next((flops for name, flops in PEAK_FLOPS.items() if name in kind), None)
+
+
+def peak_memory_bytes() -> int | None:
+    """Most device memory in use so far on the first local device; None where the backend does not say."""
+    return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+
+
+class MetricsLog:
+    """Appends one JSON object a line; after a resume the lines past the restored step are dropped."""
+
+    def __init__(self, path: Path, *, resume_step: int | None, wandb_run: Any = None) -> None:
+        self.path = path
+        self._wandb = wandb_run
+        kept = []
+        if resume_step is not None and path.exists():
+            kept = [line for line in read_metrics(path) if line["step"] < resume_step]
+        path.parent.mkdir(parents=True, exist_ok=True)
+        aside = path.with_suffix(".tmp")
+        aside.write_text("".join(json.dumps(line) + "\n" for line in kept))
+        aside.replace(path)
+        self._file = path.open("a")
+
+    def write(self, **values: Any) -> None:
+        self._file.write(json.dumps(values) + "\n")
+        self._file.flush()
+        if self._wandb is not None:
+            self._wandb.log({f"{values['kind']}/{key}": v for key, v in values.items() if key not in ("kind", "step")},
+                            step=values["step"])
+
+    def close(self) -> None:
+        self._file.close()
+
+
+def read_metrics(path: Path) -> list[dict[str, Any]]:
+    """The lines of a metrics file; a last line cut off by a crash is left out."""
+    lines = path.read_text().splitlines(keepends=True)
+    return [json.loads(line) for line in lines if line.endswith("\n")]
+
+
+def start_wandb(run: str, project: str, config: dict[str, Any]) -> Any:
+    """A wandb run, or None when `run` is "dummy"."""
+    if run == "dummy" or jax.process_index() != 0:
+        return None
+    import wandb  # an optional extra; its own message says what is missing
+
+    return wandb.init(project=project, name=run, config=config)
+
+
+def format_seconds(seconds: float) -> str:
+    minutes, seconds = divmod(int(seconds + 0.5), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+class Display:
+    """Progress of a loop: a live bar on a terminal, a plain line every few seconds elsewhere."""
+
+    def __init__(self, stage: str, total: int, *, start: int = 0, plain_every: float = 10.0) -> None:
+        self._stage, self._total, self._start = stage, total, start
+        self._plain_every, self._began, self._last = plain_every, time.monotonic(), float("-inf")
+        self._bar: Progress | None = None
+        if jax.process_index() == 0 and sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
+            self._bar = Progress(
+                TextColumn("[bold]{task.description}"), BarColumn(bar_width=None, complete_style="cyan"),
+                MofNCompleteColumn(), TextColumn("{task.fields[info]}"), console=Console(stderr=True), expand=True,
+            )
+            self._task = self._bar.add_task(stage, total=total, completed=start, info="compiling")
+            self._bar.start()
+
+    def update(self, step: int, **shown: str) -> None:
+        """`step` steps are done; `shown` are short texts by name."""
+        now = time.monotonic()
+        done = step - self._start
+        left = format_seconds((now - self._began) / done * (self._total - step)) if done > 0 else "?"
+        info = " · ".join([*(f"{name} {text}" for name, text in shown.items()), f"{left} left"])
+        if self._bar is not None:
+            self._bar.update(self._task, completed=step, info=info)
+        elif now - self._last >= self._plain_every or step == self._total:
+            self._last = now
+            if jax.process_index() == 0:
+                log.info("%s %d/%d · %s", self._stage, step, self._total, info)
+
+    def note(self, text: str) -> None:
+        """A line that stays."""
+        if jax.process_index() != 0:
+            return
+        if self._bar is not None:
+            self._bar.console.print(text, markup=False, highlight=False)
+        else:
+            log.info("%s", text)
+
+    def close(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()

@@ -1,0 +1,205 @@
+"""The whole line, stage by stage: what each stage's command is, which are finished, and what the run will cost.
+
+Finished stages are recorded in `speedrun.json` under the base directory, each with a key made of its own command and of
+the commands of the stages it builds on. So a second run skips what is done, a killed run goes on in the middle of a
+stage, and a changed setting runs again what depends on it, and nothing else.
+"""
+
+import hashlib
+import json
+import os
+import secrets
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from nanochat_jax.config import GPTConfig, Recipe
+from nanochat_jax.metrics import format_seconds
+from nanochat_jax.paths import Paths
+
+CHARS_PER_SHARD, CHARS_PER_TOKEN = 250_000_000, 4.8
+CROPPED_SHARE = 1.35  # best-fit packing throws about a third of the tokens it reads away
+TOKENIZER_CHARS = 2_000_000_000
+MODEL_FLOPS_UTILIZATION = 0.4  # assumed where the device's peak is known
+CPU_FLOPS_PER_CORE = 5e10  # float32 training, measured on current x86 cores
+
+
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """One step of the line.
+
+    `args` decide the result and enter the key; `placement` (mesh, logging, batch per device) does not. A stage with
+    `produces` is built upon by the later ones.
+    """
+
+    name: str
+    module: str
+    args: tuple[str, ...] = ()
+    placement: tuple[str, ...] = ()
+    produces: bool = False
+    resumable: bool = False
+    note: str = ""  # for the plan: model size, tokens, steps
+    seconds: float = 0.0  # estimated
+
+    def command(self, *more: str) -> list[str]:
+        return [sys.executable, "-m", self.module, *self.args, *self.placement, *more]
+
+    def text(self) -> str:
+        return " ".join(["python", "-m", self.module, *self.args, *self.placement])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """The devices that the stages will see, found in a process of its own: a TPU can be held by one process at a time."""
+
+    platform: str
+    kind: str
+    count: int
+    peak_flops: float | None
+
+    @classmethod
+    def probe(cls) -> "Machine":
+        code = ("import json, jax; from nanochat_jax.metrics import peak_flops; d = jax.devices(); "
+                "print(json.dumps([d[0].platform, d[0].device_kind, len(d), peak_flops(d[0])]))")
+        found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        if found.returncode:
+            raise RuntimeError(f"JAX does not start on this machine:\n{found.stderr}")
+        platform, kind, count, peak = json.loads(found.stdout.splitlines()[-1])
+        return cls(platform=platform, kind=kind, count=count, peak_flops=peak)
+
+    @property
+    def training_flops(self) -> float:
+        """FLOP/s to expect of all devices together."""
+        if self.platform == "cpu":
+            return CPU_FLOPS_PER_CORE * (os.cpu_count() or 1)
+        return (self.peak_flops or 1e14) * MODEL_FLOPS_UTILIZATION * self.count
+
+
+def shards_needed(recipe: Recipe) -> int:
+    """Shards of 250 million characters that the run reads, or that the tokenizer wants."""
+    characters = max(recipe.total_tokens * CHARS_PER_TOKEN * CROPPED_SHARE, TOKENIZER_CHARS)
+    return int(characters / CHARS_PER_SHARD) + 1
+
+
+def memory_estimate(model: GPTConfig, rows: int, fsdp_ways: int) -> float:
+    """Bytes per device, roughly: float32 parameters and gradients, optimizer state spread over the data axis, and the
+    activations of `rows` rows with attention scores a block at a time."""
+    state = model.num_params * 4 * (2 + 2 / fsdp_ways)
+    activations = rows * model.sequence_len * model.n_embd * model.n_layer * 34 * 2
+    return state + activations + 3 * 2**25 * 4
+
+
+def training_note(model: GPTConfig, tokens: int, steps: int, memory: float) -> str:
+    return (f"{model.num_params / 1e6:.1f}M parameters, {tokens / 1e6:,.1f}M tokens in {steps:,} steps, "
+            f"about {memory / 2**30:.1f} GiB per device")
+
+
+def print_plan(stages: Iterable[Stage], machine: Machine, title: str) -> None:
+    print(title)
+    print(f"machine: {machine.count} x {machine.kind} ({machine.platform})")
+    total = 0.0
+    for number, stage in enumerate(stages, 1):
+        total += stage.seconds
+        estimate = f"about {format_seconds(stage.seconds)}" if stage.seconds else ""
+        print(f"{number:3d}. {stage.name:14s} {'; '.join(filter(None, [stage.note, estimate]))}")
+        print(f"     {stage.text()}")
+    print(f"estimated time in all: {format_seconds(total)} (an estimate from FLOPs, not a measurement)")
+
+
+@dataclass
+class Record:
+    """Which stages of the run are finished or begun, by key. Written whole, aside, then renamed."""
+
+    path: Path
+    run: str = field(default_factory=lambda: secrets.token_hex(8))
+    finished: dict[str, str] = field(default_factory=dict)
+    begun: dict[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def open(cls, paths: Paths, *, fresh: bool) -> "Record":
+        path = paths.base / "speedrun.json"
+        if fresh or not path.exists():
+            return cls(path)
+        return cls(path, **json.loads(path.read_text()))
+
+    def write(self) -> None:
+        aside = self.path.with_suffix(".tmp")
+        with aside.open("w") as file:
+            json.dump({"run": self.run, "finished": self.finished, "begun": self.begun}, file, indent=1)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(self.path)
+
+
+def stage_keys(stages: Iterable[Stage], run: str) -> dict[str, str]:
+    """A key per stage: its own arguments and those of every producing stage before it."""
+    keys, chain = {}, run
+    for stage in stages:
+        keys[stage.name] = hashlib.sha256(json.dumps([chain, stage.module, stage.args]).encode()).hexdigest()
+        if stage.produces:
+            chain = keys[stage.name]
+    return keys
+
+
+def run_stages(stages: list[Stage], record: Record) -> int:
+    """Run what is not finished, in order; returns the exit code of the first stage that fails, or 0."""
+    keys = stage_keys(stages, record.run)
+    began = time.monotonic()
+    if not record.begun:
+        _call([sys.executable, "-m", "nanochat_jax.report", "reset"])
+    for number, stage in enumerate(stages, 1):
+        key, label = keys[stage.name], f"[{number}/{len(stages)}] {stage.name}"
+        if record.finished.get(stage.name) == key:
+            _headline(f"{label}: finished before")
+            continue
+        more: list[str] = []
+        if stage.resumable:  # begun with these very settings: go on; else whatever is there belongs to another run
+            more = ["--resume" if record.begun.get(stage.name) == key else "--fresh"]
+        record.begun[stage.name] = key
+        record.write()
+        left = sum(later.seconds for later in stages[number - 1 :])
+        _headline(f"{label} · {stage.note or stage.text()} · {format_seconds(time.monotonic() - began)} so far"
+                  + (f", about {format_seconds(left)} left in all" if left else ""))
+        code = _call(stage.command(*more))
+        if code:
+            print(f"error: {stage.name} ended with exit code {code}; run the same command again to go on from here "
+                  f"({stage.text()})", file=sys.stderr)
+            return code
+        record.finished[stage.name] = key
+        record.write()
+    _headline(f"all {len(stages)} stages done in {format_seconds(time.monotonic() - began)}")
+    return 0
+
+
+def _headline(text: str) -> None:
+    bold, plain = ("\x1b[1m", "\x1b[0m") if sys.stderr.isatty() else ("", "")
+    print(f"{bold}{text}{plain}", file=sys.stderr, flush=True)
+
+
+def _call(command: list[str]) -> int:
+    """Run a stage on this terminal. It gets Ctrl-C from there, and SIGTERM from here: it saves and exits, and is waited
+    for, not killed."""
+    process = subprocess.Popen(command)
+    old = signal.signal(signal.SIGTERM, lambda number, _: process.send_signal(number))
+    try:
+        while True:
+            try:
+                return process.wait()
+            except KeyboardInterrupt:
+                continue
+    finally:
+        signal.signal(signal.SIGTERM, old)
+
+
+def as_flags(**values: Any) -> tuple[str, ...]:
+    """Keyword arguments as command-line flags; None is left out."""
+    flags: list[str] = []
+    for name, value in values.items():
+        if value is not None:
+            flags += [f"--{name.replace('_', '-')}", str(value)]
+    return tuple(flags)

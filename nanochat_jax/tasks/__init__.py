@@ -1,0 +1,59 @@
+"""Tasks: conversations to train on and to judge replies by. One file per data set; this one knows them by name."""
+
+from collections.abc import Callable
+
+from nanochat_jax.cli import UsageError
+from nanochat_jax.paths import Paths
+from nanochat_jax.tasks.arc import ARC
+from nanochat_jax.tasks.base import Task, TaskMixture
+from nanochat_jax.tasks.gsm8k import GSM8K
+from nanochat_jax.tasks.humaneval import HumanEval
+from nanochat_jax.tasks.identity import Identity
+from nanochat_jax.tasks.mixtures import mixture_for, offline_mixture, upstream_mixture
+from nanochat_jax.tasks.mmlu import MMLU
+from nanochat_jax.tasks.skills import Arithmetic, LetterCount, Spelling, load_words
+from nanochat_jax.tasks.spelling import SpellingBee, load_words_alpha
+
+__all__ = ["EVAL_TASKS", "Task", "TaskMixture", "eval_tasks_for", "load_eval_task", "mixture_for", "offline_mixture",
+           "upstream_mixture"]
+
+UPSTREAM_TASKS = ("ARC-Easy", "ARC-Challenge", "MMLU", "GSM8K", "HumanEval", "SpellingBee")
+OFFLINE_TASKS = ("Arithmetic", "Spelling", "LetterCount", "Identity")
+EVAL_TASKS = UPSTREAM_TASKS + OFFLINE_TASKS
+
+SYNTHETIC_SIZE = 256  # problems of a generated task in an evaluation
+
+
+def eval_tasks_for(data: str) -> list[str]:
+    """Names of the tasks that a model trained on the corpus `data` is judged by."""
+    return list(OFFLINE_TASKS if data == "embedded" else UPSTREAM_TASKS)
+
+
+def load_eval_task(name: str, paths: Paths, split: str = "test", max_problems: int | None = None) -> Task:
+    """The first `max_problems` (None: all) problems of a task of `EVAL_TASKS`.
+
+    Raises `UsageError` for an unknown name and `NotFound` if its data cannot be had.
+    """
+
+    def embedded_words() -> list[str]:
+        return load_words(paths.data("embedded"))
+
+    if name == "HumanEval" and split != "test":
+        raise UsageError(f"HumanEval has only the split test, not {split!r}")
+    loaders: dict[str, Callable[[], Task]] = {
+        "ARC-Easy": lambda: ARC(paths, "ARC-Easy", split, stop=max_problems),
+        "ARC-Challenge": lambda: ARC(paths, "ARC-Challenge", split, stop=max_problems),
+        "MMLU": lambda: MMLU(paths, split, stop=max_problems),
+        "GSM8K": lambda: GSM8K(paths, split, stop=max_problems),
+        "HumanEval": lambda: HumanEval(paths, stop=max_problems),
+        "SpellingBee": lambda: SpellingBee(load_words_alpha(paths.base), split, size=SYNTHETIC_SIZE, stop=max_problems),
+        "Arithmetic": lambda: Arithmetic(split, SYNTHETIC_SIZE, stop=max_problems),
+        "Spelling": lambda: Spelling(split, SYNTHETIC_SIZE, embedded_words(), stop=max_problems),
+        "LetterCount": lambda: LetterCount(split, SYNTHETIC_SIZE, embedded_words(), stop=max_problems),
+        "Identity": lambda: Identity(split, SYNTHETIC_SIZE, stop=max_problems),
+    }
+    if name not in loaders:
+        raise UsageError(f"unknown task {name!r}: expected one of {', '.join(EVAL_TASKS)}")
+    if max_problems is not None and max_problems < 1:
+        raise UsageError(f"max_problems must be at least 1, got {max_problems}")
+    return loaders[name]()

@@ -1,0 +1,104 @@
+"""Human small talk for the offline mixtures: the package `chitchat-dataset` (BYU Chit-Chat Challenge, 2018, MIT).
+
+Its JSON file is read without importing the package. People wrote it to people, so a conversation whose opening holds
+rude words, contact details, places, ages or names of accounts is dropped whole; only the opening is used.
+"""
+
+import functools
+import json
+import re
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from nanochat_jax.data.embedded import package_dir
+from nanochat_jax.tasks.base import Conversation, Task, assistant, user
+from nanochat_jax.tasks.skills import Split, split_of
+
+MIN_TURNS, MAX_TURNS = 4, 8
+MAX_TURN_CHARACTERS = 220
+
+# Stems: a word that starts with one is meant.
+RUDE = re.compile(
+    r"\b(?:fuck|f\*|wtf|shit|bullshit|bitch|bastard|cunt|dick|cock|puss[yi]|ass\b|asses\b|asshole|dumbass|badass|arse"
+    r"|damn|goddam|crap|piss|poop|pee\b|fart|slut|whor|hooker|prostitut|stripper|fag|homo\b|dyke|tranny|nigg|negro|chink|retard|moron|idiot"
+    r"|stupid|dumb|loser|rape|rapi|molest|sex|porn|nude|naked|horny|boob|tits?\b|penis|vagina|erect|orgasm|condom|virgin|suicid|kill"
+    r"|murder|hitler|nazi|terroris|cocaine|heroin|meth\b|weed\b|drunk|stoned|hell\b|jesus\b|omg|shut up|hate you|ugly"
+    r"|creep|gay\b|lesbian|butt\b|sucks?\b)",
+    re.IGNORECASE,
+)
+PRIVATE = re.compile(
+    r"https?:|www\.|\w\.(?:com|org|net|edu|gov|io)\b|@|\d{4}|\d[\d .()-]{6,}\d"  # links, handles, years, phone numbers
+    r"|\b(?:snap ?chat|insta(?:gram)?|face ?book|twitter|venmo|slack|discord|user ?name|e-?mail|phone|address|number)\b"
+    r"|\bname'?s?\b|\b(?:i am|i'm|im|this is) (?-i:[A-Z])|\b(?:years?|yrs?) old\b|\bbirthday\b|\bturn(?:ed|ing)? \d"
+    r"|\b(?:byu|uvu|provo|orem|utah|salt lake|idaho|rexburg|mormon|lds|mission|missionary|bishop|stake|professor)\b"
+    r"|\b(?:from|live in|lives in|lived in|born in|grew up in) (?-i:[A-Z])",
+    re.IGNORECASE,
+)
+ABOUT_THE_SITE = re.compile(  # talk about the contest itself, and about being connected to somebody else
+    r"\b(?:chit ?chat|leader ?board|disconnect|reconnect|connection|ratings?|rated|points|prompt|extra credit|survey"
+    r"|bots?|glitch|anybody|anyone (?:here|there)|are you (?:still )?there|you there|chatting|challenge)\b",
+    re.IGNORECASE,
+)
+NOISE = re.compile(r"(.)\1{3,}|(?:ha){4,}|[^ -~]|[\\^_|~<>{}\[\]=+*#/]|[A-Z]{6,}", re.DOTALL)
+
+
+def tidy(utterances: Iterable[str]) -> str:
+    """One turn out of the messages that a person sent in a row: sentences with a capital and a full stop."""
+    turn = ""
+    for utterance in utterances:
+        utterance = " ".join(utterance.split())
+        if not re.search(r"\w", utterance):
+            turn += utterance  # a lone "?" belongs to the message before
+            continue
+        if turn:
+            turn += " " if turn[-1] in ".!?,:;" else ". "
+        turn += utterance[0].upper() + utterance[1:]
+    turn = re.sub(r"\bi\b(?=['\s]|$)", "I", turn)
+    turn = re.sub(r"\b([Ii])m\b", "I'm", turn)
+    return turn if not turn or turn[-1] in ".!?" else turn + "."
+
+
+def clean(turns: Iterable[Iterable[str]]) -> list[str] | None:
+    """The opening of a conversation: an even number of turns, 4 to 8; None if there is none to use."""
+    tidied: list[str] = []
+    for turn in turns:
+        turn = tidy(turn)
+        if len(tidied) == MAX_TURNS or len(turn) > MAX_TURN_CHARACTERS or not re.search("[a-z]", turn):
+            break
+        tidied.append(turn)
+    tidied = tidied[: len(tidied) // 2 * 2]
+    opening = "\n".join(tidied)
+    if len(tidied) < MIN_TURNS or any(bad.search(opening) for bad in (RUDE, PRIVATE, ABOUT_THE_SITE)):
+        return None
+    return None if any(NOISE.search(turn) for turn in tidied) else tidied
+
+
+def _reduce(value: dict[str, Any]) -> Any:
+    """Each object of the file as it is parsed, from the inside out: 40 MB of text would be 500 MB of dictionaries."""
+    if "text" in value:  # a message
+        return value["text"]
+    return clean(value["messages"]) if "messages" in value else value
+
+
+@functools.lru_cache(maxsize=1)
+def load_conversations(path: Path) -> tuple[tuple[str, ...], ...]:
+    """All usable conversations, in the file's order."""
+    cleaned = json.loads(path.read_text(encoding="utf-8"), object_hook=_reduce).values()
+    return tuple(dict.fromkeys(tuple(turns) for turns in cleaned if turns))
+
+
+class ChitChat(Task):
+    """Small talk between two people, the first of whom is the user; a tenth of the conversations is the test split."""
+
+    def __init__(self, split: Split, **view: int) -> None:
+        super().__init__(**view)
+        conversations = load_conversations(package_dir("chitchat_dataset", "chitchat-dataset") / "dataset.json")
+        self.conversations = [turns for turns in conversations if split_of("\n".join(turns)) == split]
+
+    def num_examples(self) -> int:
+        return len(self.conversations)
+
+    def get_example(self, index: int) -> Conversation:
+        roles = (user, assistant)
+        return {"messages": [roles[i % 2](turn) for i, turn in enumerate(self.conversations[index])]}

@@ -1,0 +1,56 @@
+"""GSM8K: word problems of grade-school mathematics (Cobbe et al. 2021, arXiv:2110.14168).
+
+A solution holds the calculator's calls as `<<12*3=36>>` and ends in `#### 36`.
+"""
+
+import re
+
+from nanochat_jax.paths import Paths
+from nanochat_jax.tasks.base import Conversation, Part, assistant, python, python_output, text, user
+from nanochat_jax.tasks.hub import HubTask
+
+CALL = re.compile(r"<<([^>]+)>>")
+FINAL_ANSWER = re.compile(r"#### (\-?[0-9\.\,]+)")
+
+
+def final_answer(reply: str) -> str | None:
+    """What follows the first `#### `, without commas."""
+    match = FINAL_ANSWER.search(reply)
+    return match[1].strip().replace(",", "") if match else None
+
+
+def parse_solution(solution: str) -> list[Part]:
+    """Text, calls of the calculator and their results, in order."""
+    parts: list[Part] = []
+    for i, piece in enumerate(CALL.split(solution)):
+        if i % 2:
+            expression, _, result = piece.rpartition("=")
+            parts += [python(expression), python_output(result)]
+        elif piece:
+            parts.append(text(piece))
+    return parts
+
+
+def same_final_answer(conversation: Conversation, completion: str) -> bool:
+    """Whether the reply ends in the reference's `#### number`; a reply without one is wrong."""
+    expected = final_answer(conversation["messages"][-1]["content"][-1]["text"])
+    if expected is None:
+        raise ValueError(f"no final answer in the reference {conversation['messages'][-1]!r}")
+    return final_answer(completion) == expected
+
+
+class GSM8K(HubTask):
+    """`subset` is main or socratic."""
+
+    key = "gsm8k"
+    eval_type = "generative"
+
+    def __init__(self, paths: Paths, split: str, *, subset: str = "main", **view: int) -> None:
+        super().__init__(paths, "openai/gsm8k", subset, split, **view)
+
+    def get_example(self, index: int) -> Conversation:
+        row = self.row(index)
+        return {"messages": [user(row["question"]), assistant(parse_solution(row["answer"]))]}
+
+    def evaluate(self, conversation: Conversation, completion: str) -> bool:
+        return same_final_answer(conversation, completion)

@@ -1,0 +1,85 @@
+"""What the chat stages train on: upstream's mixtures, and one for machines without a network."""
+
+from typing import Literal
+
+from nanochat_jax.paths import Paths
+from nanochat_jax.tasks.arc import ARC
+from nanochat_jax.tasks.base import Task, TaskMixture
+from nanochat_jax.tasks.chitchat import ChitChat
+from nanochat_jax.tasks.gsm8k import GSM8K
+from nanochat_jax.tasks.identity import Identity, identity_conversations
+from nanochat_jax.tasks.mmlu import MMLU
+from nanochat_jax.tasks.skills import Arithmetic, LetterCount, Spelling, load_words
+from nanochat_jax.tasks.smoltalk import SmolTalk
+from nanochat_jax.tasks.spelling import SimpleSpelling, SpellingBee, load_words_alpha
+
+Stage = Literal["mid", "sft"]
+
+# Conversations of each generated skill in one pass, and passes over the small talk.
+OFFLINE_SIZES = {
+    "mid": {"chitchat": 1, "arithmetic": 10_000, "spelling": 16_000, "letter_count": 6_000, "identity": 1_500},
+    "sft": {"chitchat": 1, "arithmetic": 3_000, "spelling": 4_000, "letter_count": 2_000, "identity": 1_000},
+}
+OFFLINE_VAL_SIZE = 200  # of each generated skill
+
+
+def offline_mixture(stage: Stage, split: Literal["train", "val"], paths: Paths) -> TaskMixture:
+    """Small talk, arithmetic, spelling, letter counting and chats about the assistant, without a network.
+
+    Needs the embedded corpus (for its word list) and the packages of the extra `offline`.
+    """
+    sizes = OFFLINE_SIZES[stage]
+    words = load_words(paths.data("embedded"))
+    if split == "val":
+        sizes = {name: 1 if name == "chitchat" else OFFLINE_VAL_SIZE for name in sizes}
+    part = _skill_split(split)
+    return TaskMixture([
+        *[ChitChat(part)] * sizes["chitchat"],
+        Arithmetic(part, sizes["arithmetic"]),
+        Spelling(part, sizes["spelling"], words),
+        LetterCount(part, sizes["letter_count"], words),
+        Identity(part, sizes["identity"]),
+    ])  # fmt: skip
+
+
+def upstream_mixture(stage: Stage, split: Literal["train", "val"], paths: Paths) -> TaskMixture:
+    """The mixtures of nanochat's speedrun of December 2025: 848K conversations of `mid`, 22.4K of `sft`."""
+    tasks: list[Task]
+    _skill_split(split)
+    if split == "val" and stage == "sft":
+        tasks = [SmolTalk(paths, "test")]
+    elif split == "val":
+        tasks = [SmolTalk(paths, "test"), MMLU(paths, "test", stop=5200), GSM8K(paths, "test", stop=420)]
+    elif stage == "mid":
+        words, identity = load_words_alpha(paths.base), identity_conversations(paths.base)
+        tasks = [
+            SmolTalk(paths, "train"),
+            MMLU(paths, "auxiliary_train"),
+            GSM8K(paths, "train"),
+            identity, identity,
+            SimpleSpelling(words, "train", size=200_000),
+            SpellingBee(words, "train", size=80_000),
+        ]  # fmt: skip
+    else:
+        words = load_words_alpha(paths.base)
+        tasks = [
+            ARC(paths, "ARC-Easy", "train"),
+            ARC(paths, "ARC-Challenge", "train"),
+            GSM8K(paths, "train"),
+            SmolTalk(paths, "train", stop=10_000),
+            identity_conversations(paths.base),
+            SimpleSpelling(words, "train", size=300),
+            SpellingBee(words, "train", size=300),
+        ]
+    return TaskMixture(tasks)
+
+
+def mixture_for(data: str, stage: Stage, split: Literal["train", "val"], paths: Paths) -> TaskMixture:
+    """The mixture that goes with a corpus: `embedded`, or one of upstream's."""
+    return (offline_mixture if data == "embedded" else upstream_mixture)(stage, split, paths)
+
+
+def _skill_split(split: str) -> Literal["train", "test"]:
+    if split not in ("train", "val"):
+        raise ValueError(f"split must be train or val, got {split!r}")
+    return "test" if split == "val" else "train"

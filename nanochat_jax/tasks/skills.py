@@ -1,0 +1,196 @@
+"""Skills that need no data set: arithmetic and letter counting through the calculator, and spelling.
+
+Conversation i of a split is a function of (split, i) alone. What is asked about (the two numbers and the operation, or
+the word) belongs to one split by a hash of itself, so that nothing tested was ever trained on.
+
+The tool calls are made to be copied: the tokenizer takes the character before a word into the word's first token, so a
+call repeats a word together with that character (a quotation mark or a space), and copies tokens rather than letters.
+"""
+
+import hashlib
+import random
+import re
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Literal
+
+from nanochat_jax.cli import NotFound
+from nanochat_jax.tasks.base import Conversation, Task, assistant, python, python_output, text, user
+
+Split = Literal["train", "test"]
+
+TEST_SHARE = 10  # one item in so many is of the test split
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+OUTPUT_END = "<|output_end|>"
+NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+
+
+def split_of(item: str) -> Split:
+    """The split an item belongs to, by a hash that is the same in every process."""
+    digest = hashlib.blake2b(item.encode(), digest_size=8).digest()
+    return "test" if int.from_bytes(digest) % TEST_SHARE == 0 else "train"
+
+
+def final_number(completion: str) -> float | None:
+    """The last number of the text after the last tool output (of the whole text where no tool was called)."""
+    numbers = NUMBER.findall(completion.rpartition(OUTPUT_END)[2])
+    return float(numbers[-1].replace(",", "")) if numbers else None
+
+
+def load_words(directory: Path) -> list[str]:
+    """The word list that `data.embedded.build` wrote beside its shards, most frequent first."""
+    path = directory / "words.txt"
+    if not path.exists():
+        raise NotFound(f"no word list {path}: run `python -m nanochat_jax.dataset embedded` first")
+    return path.read_text(encoding="utf-8").split()
+
+
+class Skill(Task):
+    """Generated conversations: `size` of one split."""
+
+    eval_type = "generative"
+
+    def __init__(self, split: Split, size: int, **view: int) -> None:
+        super().__init__(**view)
+        if split not in ("train", "test"):
+            raise ValueError(f"split must be train or test, got {split!r}")
+        self.split, self.size = split, size
+
+    def num_examples(self) -> int:
+        return self.size
+
+    def get_example(self, index: int) -> Conversation:
+        # A string seed is hashed whole; integers would collide, Python seeds with their absolute value.
+        return self.make(random.Random(f"{self.key}/{self.split}/{index}"))
+
+    def make(self, rng: random.Random) -> Conversation:
+        raise NotImplementedError
+
+
+class Arithmetic(Skill):
+    """Two numbers, one of + - * /, answered through the calculator. Divisions come out even."""
+
+    key = "arithmetic"
+
+    SPOKEN = {"+": ["plus"], "-": ["minus"], "*": ["times", "multiplied by", "x"], "/": ["divided by"]}
+    QUESTIONS = [
+        "What is {}?", "What is {}?", "What is {}?", "What is {}?", "What's {}?", "{}", "{} =", "{} = ?", "{}?",
+        "Calculate {}.", "Calculate {}", "Compute {}.", "How much is {}?", "What does {} equal?", "Please compute {}.",
+        "Can you calculate {}?", "Work out {}.", "what is {}", "Tell me what {} is.", "Solve {}.",
+    ]  # fmt: skip
+
+    def make(self, rng: random.Random) -> Conversation:
+        while True:
+            operation, a, b = self.draw(rng)
+            low, high = (a, b) if operation in "-/" else sorted((a, b))  # 2 + 3 and 3 + 2 are one item
+            if split_of(f"{low} {operation} {high}") == self.split:
+                break
+        expression = f"{a} {operation} {b}"
+        form = rng.random()
+        if form < 0.70:
+            asked = expression
+        elif form < 0.82:
+            asked = f"{a}{operation}{b}"
+        else:
+            asked = f"{a} {rng.choice(self.SPOKEN[operation])} {b}"
+        result = {"+": a + b, "-": a - b, "*": a * b, "/": a / b if operation == "/" else None}[operation]
+        return {
+            "messages": [
+                user(rng.choice(self.QUESTIONS).format(asked)),
+                assistant([python(expression), python_output(str(result)), text(f"{expression} = {result}")]),
+            ],
+            "answer": result,
+        }
+
+    @staticmethod
+    def draw(rng: random.Random) -> tuple[str, int, int]:
+        operation = rng.choices("+-*/", weights=[4, 3, 2, 1])[0]
+        a, b = (rng.randrange(10 ** rng.choices([1, 2, 3, 4], weights=[1, 3, 4, 2])[0]) for _ in range(2))
+        if operation == "/":
+            b = b % 99 + 1
+            a = a % 999 * b
+        return operation, a, b
+
+    def evaluate(self, conversation: Conversation, completion: str) -> bool:
+        """The last number after the tool output is the exact result."""
+        return final_number(completion) == conversation["answer"]
+
+
+class WordSkill(Skill):
+    """A skill about one word of a list."""
+
+    def __init__(self, split: Split, size: int, words: Sequence[str], **view: int) -> None:
+        super().__init__(split, size, **view)
+        self.words = [word for word in words if split_of(word) == split]
+        if not self.words:
+            raise ValueError(f"none of the {len(words)} words given is of the split {split}")
+
+
+class Spelling(WordSkill):
+    """The letters of a word, one by one."""
+
+    key = "spelling"
+
+    QUESTIONS = [
+        "Spell the word {}", "Spell the word {}.", "Spell the word {}.", "Spell {}", "Spell {}.",
+        "How do you spell {}?", "How do you spell {}?", "How is {} spelled?", "Can you spell {}?",
+        "Please spell {}.", "Please spell the word {}.", "What are the letters of {}?",
+        "how do you spell {}", "spell {}", "Spell out the word {}.",
+    ]  # fmt: skip
+
+    def make(self, rng: random.Random) -> Conversation:
+        word = rng.choice(self.words)
+        asked = word if rng.random() < 0.5 else f'"{word}"'
+        question = rng.choice(self.QUESTIONS).format(asked)
+        return {"messages": [user(question), assistant("-".join(word))], "answer": word}
+
+    def evaluate(self, conversation: Conversation, completion: str) -> bool:
+        """The reply is the letters in their order, with anything but letters between them."""
+        letters = re.findall(r"[^\W\d_]+", completion)
+        return all(len(letter) == 1 for letter in letters) and "".join(letters).lower() == conversation["answer"]
+
+
+class LetterCount(WordSkill):
+    """How often a letter is in a word, counted by the tool."""
+
+    key = "letter_count"
+
+    QUESTIONS = [
+        "How many {letter} are in {word}?", "How many {letter} are in {word}?", "How many {letter} in {word}?",
+        "How many {letter} are there in {word}?", "How many {letter}'s are in {word}?",
+        "How many letters {letter} are in {word}?", "How many times does {letter} appear in {word}?",
+        "How many times does the letter {letter} appear in {word}?", "How often does {letter} occur in {word}?",
+        "Count the {letter} in {word}.", "Count the letter {letter} in {word}.",
+        "How many {letter} are in the word {word}?", "How many {letter}'s are there in the word {word}?",
+        "how many {letter} are in {word}", "How many {letter} does {word} have?",
+    ]  # fmt: skip
+
+    def make(self, rng: random.Random) -> Conversation:
+        word = rng.choice(self.words)
+        letter = self.draw_letter(word, rng)
+        before = '"' if rng.random() < 0.7 else " "  # what the word's first token starts with in the question
+        asked_word = f'"{word}"' if before == '"' else word
+        asked_letter = f'"{letter}"' if rng.random() < 0.3 else letter
+        count = word.count(letter)
+        call = f'"{word}".count("{letter}")' if before == '"' else f'" {word}".count("{letter}")'
+        reply = f"It appears {count} {'time' if count == 1 else 'times'}."
+        return {
+            "messages": [
+                user(rng.choice(self.QUESTIONS).format(letter=asked_letter, word=asked_word)),
+                assistant([python(call), python_output(str(count)), text(reply)]),
+            ],
+            "answer": count,
+        }
+
+    @staticmethod
+    def draw_letter(word: str, rng: random.Random) -> str:
+        """Mostly a letter that repeats: answering always 1 must not pay."""
+        form = rng.random()
+        if form < 0.15:
+            return rng.choice(LETTERS)
+        repeated = [letter for letter in word if word.count(letter) > 1]
+        return rng.choice(repeated if repeated and form < 0.80 else word)
+
+    def evaluate(self, conversation: Conversation, completion: str) -> bool:
+        """The last number after the tool output is the count."""
+        return final_number(completion) == conversation["answer"]

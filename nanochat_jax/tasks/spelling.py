@@ -1,0 +1,149 @@
+"""Upstream's spelling tasks: counting a letter in a word by hand and by tool, and spelling alone.
+
+Both draw from a list of 370,000 English words. Item i is a function of (split, i).
+"""
+
+import random
+from pathlib import Path
+from typing import Literal
+
+from nanochat_jax.tasks.base import Conversation, Task, assistant, python, python_output, text, user
+from nanochat_jax.tasks.gsm8k import same_final_answer
+from nanochat_jax.tasks.hub import fetch_file
+
+WORDS_URL = "https://raw.githubusercontent.com/dwyl/english-words/refs/heads/master/words_alpha.txt"
+LETTERS = "abcdefghijklmnopqrstuvwxyz"
+TEST_SEED = 10_000_000  # Python seeds with the absolute value, so negative seeds would repeat the training items
+
+QUESTIONS = [
+    "How many {letter} are in the word {word}",
+    "How many {letter} are in {word}",
+    "How many {letter} are there in {word}",
+    "How many {letter} are there in the word {word}",
+    "How many {letter} does {word} have",
+    "How many {letter} does the word {word} contain",
+    "How many times does {letter} appear in {word}",
+    "How many times does the letter {letter} occur in {word}",
+    "How many times is {letter} used in the word {word}",
+    "How often does {letter} appear in {word}",
+    "How often is the letter {letter} found in {word}",
+    "Count the number of {letter} in {word}",
+    "Count the {letter} in the word {word}",
+    "Count every {letter} in {word}",
+    "Count how many times {letter} occurs in {word}",
+    "Can you count the {letter} letters in {word}",
+    "Could you count how many {letter} are in {word}",
+    "Please count the letter {letter} in the word {word}",
+    "Please tell me how many {letter} are in {word}",
+    "Tell me the number of {letter} in {word}",
+    "Tell me how often {letter} occurs in the word {word}",
+    "What is the number of {letter} in {word}",
+    "What is the count of the letter {letter} in {word}",
+    "In the word {word}, how many {letter} are there",
+    "In {word}, how often does the letter {letter} appear",
+    "Looking at {word}, how many {letter} do you see",
+    "Given the word {word}, count the {letter}",
+    "I need the number of {letter} in {word}",
+    "Find how many {letter} are in the word {word}",
+    "Number of {letter} in {word}",
+    "¿Cuántas {letter} hay en {word}?",
+    "¿Cuántas veces aparece {letter} en {word}?",
+    "Cuenta las letras {letter} en la palabra {word}",
+    "¿Cuántas letras {letter} tiene la palabra {word}?",
+    "{word}里有多少个{letter}",
+    "单词{word}中有几个{letter}",
+    "请数一数{word}中的字母{letter}",
+    "{letter}在{word}中出现了多少次",
+    "{word}에 {letter}가 몇 개 있나요",
+    "{word}라는 단어에 {letter}가 몇 번 나오나요",
+    "단어 {word}에서 {letter}의 개수를 세어 주세요",
+    "{word}에 들어 있는 {letter}는 모두 몇 개인가요",
+    "Combien de {letter} y a-t-il dans {word}",
+    "Combien de fois la lettre {letter} apparaît-elle dans {word}",
+    "Compte les {letter} dans le mot {word}",
+    "Wie viele {letter} sind in {word}",
+    "Wie oft kommt {letter} in {word} vor",
+    "Zähle die Buchstaben {letter} im Wort {word}",
+    "{word}に{letter}はいくつありますか",
+    "{word}の中に{letter}は何回出てきますか",
+    "単語{word}に含まれる{letter}を数えてください",
+]
+
+
+def load_words_alpha(base: Path) -> list[str]:
+    """The word list, fetched into the base directory unless it is there."""
+    return fetch_file(WORDS_URL, base / "words_alpha.txt").read_text(encoding="utf-8").split()
+
+
+class SpellingBee(Task):
+    """How often a letter is in a word: counted letter by letter, then checked with the tool, ending in `#### count`."""
+
+    key = "spelling_bee"
+    eval_type = "generative"
+
+    def __init__(self, words: list[str], split: Literal["train", "test"], *, size: int = 1000, **view: int) -> None:
+        super().__init__(**view)
+        if split not in ("train", "test"):
+            raise ValueError(f"split must be train or test, got {split!r}")
+        self.words, self.size = words, size
+        self.first_seed = TEST_SEED if split == "test" else 0
+
+    def num_examples(self) -> int:
+        return self.size
+
+    def get_example(self, index: int) -> Conversation:
+        rng = random.Random(self.first_seed + index)
+        word = rng.choice(self.words)
+        letter = rng.choice(word) if rng.random() < 0.9 else rng.choice(LETTERS)
+        question = rng.choice(QUESTIONS)
+        if rng.random() < 0.3:
+            question = question.lower()
+        letter_quote, word_quote = rng.choice(["", "'", '"']), rng.choice(["", "'", '"'])
+        question = question.format(letter=letter_quote + letter + letter_quote, word=word_quote + word + word_quote)
+        if rng.random() < 0.5:
+            question += "?"
+        return {"messages": [user(question), assistant(self.count(word, letter))]}
+
+    @staticmethod
+    def count(word: str, letter: str) -> list[dict[str, str]]:
+        lines, hits = [], 0
+        for i, character in enumerate(word, 1):
+            line = f"{i}:{character}"  # no space: the letter keeps the token it has in the spelled word
+            if character == letter:
+                hits += 1
+                line += f" hit! count={hits}"
+            lines.append(line)
+        manual = (
+            f"Let me count the letter '{letter}' in the word '{word}'.\n\n"
+            f"First I spell the word:\n{word}:{','.join(word)}\n\n"
+            f"Now I go through it letter by letter:\n" + "\n".join(lines) + f"\n\nThat makes {hits}."
+        )
+        return [
+            text(manual),
+            text("\n\nLet me check this with Python:\n\n"),
+            python(f"'{word}'.count('{letter}')"),
+            python_output(str(hits)),
+            text(f"\n\nPython says {hits}.\n\nThe answer is:\n\n#### {hits}"),
+        ]
+
+    def evaluate(self, conversation: Conversation, completion: str) -> bool:
+        return same_final_answer(conversation, completion)
+
+
+class SimpleSpelling(Task):
+    """Spelling alone, which is what the counting needs most."""
+
+    def __init__(self, words: list[str], split: Literal["train", "test"], *, size: int = 1000, **view: int) -> None:
+        super().__init__(**view)
+        if split not in ("train", "test"):
+            raise ValueError(f"split must be train or test, got {split!r}")
+        self.size, self.first_seed = size, TEST_SEED if split == "test" else 0
+        self.words = list(words)
+        random.Random(42).shuffle(self.words)  # another order than SpellingBee's, so item i is another word
+
+    def num_examples(self) -> int:
+        return self.size
+
+    def get_example(self, index: int) -> Conversation:
+        word = random.Random(self.first_seed + index).choice(self.words)
+        return {"messages": [user(f"Spell the word: {word}"), assistant(f"{word}:{','.join(word)}")]}

@@ -1,0 +1,230 @@
+"""The tokenizer: byte-level BPE with GPT-4's style of splitting, trained by our Rust crate, run by tiktoken.
+
+Ids are the bytes 0..255, then the merges in the order they were learned, then the special tokens. Text is always
+ordinary: a user who types `<|bos|>` gets the tokens of those seven characters, never the control token.
+
+On disk it is two text files, so that loading one never runs code:
+
+    mergeable_ranks.tiktoken    a line for each token: its bytes in base64, a space, its id
+    meta.json                   the split pattern, the special tokens, and a fingerprint of it all
+"""
+
+import base64
+import binascii
+import hashlib
+import json
+import logging
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import overload
+
+import numpy as np
+import tiktoken
+
+from nanochat_jax import rustbpe
+from nanochat_jax.cli import NotFound, UsageError
+
+logger = logging.getLogger(__name__)
+
+# GPT-4's pattern with numbers in groups of two digits, not three: small vocabularies have better uses for their tokens.
+SPLIT_PATTERN = (
+    r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"""
+)
+
+SPECIAL_TOKENS = (
+    "<|bos|>",  # starts every document and conversation
+    "<|user_start|>",
+    "<|user_end|>",
+    "<|assistant_start|>",
+    "<|assistant_end|>",
+    "<|python_start|>",  # the assistant calls the calculator
+    "<|python_end|>",
+    "<|output_start|>",  # the calculator answers
+    "<|output_end|>",
+)
+
+RANKS_FILE = "mergeable_ranks.tiktoken"
+META_FILE = "meta.json"
+
+
+class Tokenizer:
+    """Text to ids and back. Immutable, and safe to use from several threads.
+
+    Args:
+        mergeable_ranks: bytes of each token -> id; the ids are 0..n-1 and the 256 single bytes are among the tokens.
+        pattern: regular expression that cuts text into the chunks no merge crosses.
+        special_tokens: names of the control tokens, which take the ids n, n+1, ...
+
+    Raises:
+        ValueError: `mergeable_ranks` is not such a vocabulary.
+    """
+
+    def __init__(
+        self,
+        mergeable_ranks: Mapping[bytes, int],
+        *,
+        pattern: str = SPLIT_PATTERN,
+        special_tokens: Sequence[str] = SPECIAL_TOKENS,
+    ) -> None:
+        count = len(mergeable_ranks)
+        if sorted(mergeable_ranks.values()) != list(range(count)):
+            raise ValueError(f"the ids of {count} tokens must be 0..{count - 1}, each once")
+        if missing := [byte for byte in range(256) if bytes([byte]) not in mergeable_ranks]:
+            raise ValueError(f"byte {missing[0]} is not in the vocabulary ({len(missing)} bytes are missing)")
+        self.mergeable_ranks = dict(mergeable_ranks)
+        self.pattern = pattern
+        self.special_tokens = {name: count + index for index, name in enumerate(special_tokens)}
+        self._encoding = tiktoken.Encoding(
+            name="nanochat_jax",
+            pat_str=pattern,
+            mergeable_ranks=self.mergeable_ranks,
+            special_tokens=self.special_tokens,
+        )
+
+    @classmethod
+    def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
+        """Learn a vocabulary of `vocab_size` tokens, specials included; fewer, with a warning, if the text is too small."""
+        smallest = 256 + len(SPECIAL_TOKENS)
+        if vocab_size < smallest:
+            raise ValueError(f"vocab_size must be at least {smallest} (256 bytes and the special tokens), got {vocab_size}")
+        trainer = rustbpe.Tokenizer()
+        trainer.train_from_iterator(texts, vocab_size - len(SPECIAL_TOKENS), pattern=SPLIT_PATTERN)
+        tokenizer = cls(dict(trainer.get_mergeable_ranks()))
+        if tokenizer.vocab_size < vocab_size:
+            logger.warning(
+                "the text ran out of pairs to merge: %d tokens, not %d", tokenizer.vocab_size, vocab_size
+            )
+        return tokenizer
+
+    @classmethod
+    def load(cls, directory: Path) -> "Tokenizer":
+        """Read what `save` wrote. Raises `NotFound` if it is not there, `UsageError` if it is damaged."""
+        ranks_path, meta_path = Path(directory) / RANKS_FILE, Path(directory) / META_FILE
+        try:
+            ranks_text, meta_text = ranks_path.read_bytes(), meta_path.read_bytes()
+        except FileNotFoundError as error:
+            raise NotFound(f"no tokenizer: {error.filename} is missing, run `python -m scripts.tok_train` first") from error
+        ranks = _parse_ranks(ranks_text, ranks_path)
+        try:
+            meta = json.loads(meta_text)
+            pattern, special_tokens = meta["pattern"], meta["special_tokens"]
+            vocab_size, fingerprint = meta["vocab_size"], meta["fingerprint"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UsageError(f"{meta_path} is damaged ({error!r}): train the tokenizer again") from error
+        try:
+            tokenizer = cls(ranks, pattern=pattern, special_tokens=special_tokens)
+        except (ValueError, TypeError) as error:
+            raise UsageError(f"{ranks_path} is damaged ({error}): train the tokenizer again") from error
+        if tokenizer.vocab_size != vocab_size or tokenizer.fingerprint() != fingerprint:
+            raise UsageError(f"{ranks_path} and {meta_path} do not belong together: train the tokenizer again")
+        return tokenizer
+
+    def save(self, directory: Path) -> None:
+        """Write the tokenizer into `directory`, which is made if need be."""
+        directory = Path(directory)
+        directory.mkdir(parents=True, exist_ok=True)
+        meta = {
+            "vocab_size": self.vocab_size,
+            "pattern": self.pattern,
+            "special_tokens": list(self.special_tokens),
+            "fingerprint": self.fingerprint(),
+        }
+        _write(directory / RANKS_FILE, _format_ranks(self.mergeable_ranks))
+        _write(directory / META_FILE, (json.dumps(meta, indent=2) + "\n").encode())
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of tokens, specials included: ids are 0..vocab_size-1."""
+        return len(self.mergeable_ranks) + len(self.special_tokens)
+
+    @property
+    def bos_id(self) -> int:
+        return self.encode_special("<|bos|>")
+
+    def encode_special(self, name: str) -> int:
+        """The id of a special token; KeyError if there is none of that name."""
+        try:
+            return self.special_tokens[name]
+        except KeyError:
+            raise KeyError(f"no special token {name!r}: there are {', '.join(self.special_tokens)}") from None
+
+    @overload
+    def encode(
+        self, text: str, prepend: int | str | None = None, append: int | str | None = None, num_threads: int = 8
+    ) -> list[int]: ...
+    @overload
+    def encode(
+        self, text: list[str], prepend: int | str | None = None, append: int | str | None = None, num_threads: int = 8
+    ) -> list[list[int]]: ...
+    def encode(self, text, prepend=None, append=None, num_threads=8):
+        """The ids of a string, or a list of ids for each of a list of strings, which `num_threads` threads share.
+
+        `prepend` and `append` put a token, by id or by the name of a special, before and after each result.
+        """
+        if not isinstance(text, (str, list)):
+            raise TypeError(f"expected str or list of str, got {type(text).__name__}")
+        if isinstance(text, str):
+            rows = [self._encoding.encode_ordinary(text)]
+        else:
+            rows = self._encoding.encode_ordinary_batch(text, num_threads=num_threads)
+        before, after = ([] if token is None else [self._token_id(token)] for token in (prepend, append))
+        if before or after:
+            rows = [before + row + after for row in rows]
+        return rows[0] if isinstance(text, str) else rows
+
+    def _token_id(self, token: int | str) -> int:
+        return self.encode_special(token) if isinstance(token, str) else token
+
+    def decode(self, ids: Iterable[int]) -> str:
+        """The text of `ids`; bytes that are not UTF-8 become U+FFFD. KeyError for an id outside the vocabulary."""
+        return self.decode_bytes(ids).decode("utf-8", errors="replace")
+
+    def decode_bytes(self, ids: Iterable[int]) -> bytes:
+        """The bytes of `ids`, exactly. KeyError for an id outside the vocabulary."""
+        return self._encoding.decode_bytes(list(ids))
+
+    def token_bytes(self) -> np.ndarray:
+        """How many bytes of text each id stands for, 0 for the specials: int32 [V]. What bits per byte divides by."""
+        lengths = np.zeros(self.vocab_size, np.int32)
+        for token, rank in self.mergeable_ranks.items():
+            lengths[rank] = len(token)
+        return lengths
+
+    def fingerprint(self) -> str:
+        """SHA-256 of everything that decides which ids a text gets, in hexadecimal."""
+        digest = hashlib.sha256(_format_ranks(self.mergeable_ranks))
+        digest.update(json.dumps([self.pattern, list(self.special_tokens)]).encode())
+        return digest.hexdigest()
+
+
+def _format_ranks(ranks: Mapping[bytes, int]) -> bytes:
+    by_rank = sorted(ranks.items(), key=lambda item: item[1])
+    return b"".join(b"%s %d\n" % (base64.b64encode(token), rank) for token, rank in by_rank)
+
+
+def _parse_ranks(text: bytes, path: Path) -> dict[bytes, int]:
+    ranks: dict[bytes, int] = {}
+    for number, line in enumerate(text.splitlines(), start=1):
+        try:
+            encoded, rank = line.split()
+            token = base64.b64decode(encoded, validate=True)
+            if token in ranks:
+                raise ValueError("a token for the second time")
+            ranks[token] = int(rank)
+        except (ValueError, binascii.Error) as error:
+            raise UsageError(f"{path}, line {number}: {error} (expected `base64 id`): train the tokenizer again") from error
+    return ranks
+
+
+def _write(path: Path, content: bytes) -> None:
+    """Write aside, then rename: a reader sees the old file or the new one."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    try:
+        with aside.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)

@@ -1,0 +1,153 @@
+"""Pretrain a base model. One dial, --depth, sets everything else.
+
+    python -m scripts.base_train --depth 20 --mesh 8x1
+    python -m scripts.base_train --depth 4 --max-seq-len 512 --device-batch-size 1 --total-batch-size 512 --num-iterations 20
+"""
+
+import dataclasses
+import logging
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from nanochat_jax import cli, report
+from nanochat_jax.cli import flag
+from nanochat_jax.config import GPTConfig, Recipe, derive_recipe
+from nanochat_jax.data.loader import pretraining_loader
+from nanochat_jax.eval.bpb import held_out_loss
+from nanochat_jax.optim import (CLASSIC_RATES, OptimizerConfig, cosine_decay, linear_momentum, make_optimizer,
+                                modern_momentum, trapezoid)
+from nanochat_jax.paths import DATA_DIRS, Paths
+from nanochat_jax.sharding import make_mesh
+from nanochat_jax.startup import start
+from nanochat_jax.tokenizer import Tokenizer
+from nanochat_jax.train import Job, TrainConfig, batch_shape, init_state, make_train_step, resolve_dtype, train
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BaseTrainConfig(TrainConfig):
+    depth: int = flag(20, "number of layers; the dial", short="-d")
+    arch: str = flag("modern", "architecture and recipe", choices=["modern", "classic"])
+    data: str = flag("auto", "corpus; auto: the one on disk", choices=["auto", *DATA_DIRS])
+    aspect_ratio: int = flag(64, "width per layer (modern)")
+    head_dim: int = flag(128, "width of a head (modern)")
+    max_seq_len: int = flag(2048, "tokens of a row")
+    window_pattern: str = flag("SSSL", "short and long attention windows, tiled over layers (modern)")
+    packing: str = flag("auto", "how documents fill rows; auto: bestfit (modern), stream (classic)",
+                        choices=["auto", "bestfit", "stream"])
+    target_flops: float = flag(-1.0, "length of the run in training FLOPs; -1: by the ratio")
+    target_param_data_ratio: float = flag(-1.0, "tokens per parameter; -1: 12 scaling (modern), 20 total (classic)")
+    embedding_lr: float | None = flag(None, "rate of the embedding tables; default 0.3 (modern), 0.2 (classic)")
+    unembedding_lr: float | None = flag(None, "rate of the unembedding; default 0.008 (modern), 0.004 (classic)")
+    matrix_lr: float = flag(0.02, "Muon's rate of the matrices")
+    scalar_lr: float = flag(0.5, "rate of the per-layer scalars (modern)")
+    lr_scale: float = flag(-1.0, "factor of the rates; -1: by the batch, sqrt(B / 2^19) (modern)")
+    weight_decay: float | None = flag(None, "modern: Muon's, before scaling, default 0.28; classic: AdamW's, 0")
+    grad_clip: float = flag(1.0, "global norm of the gradient (classic); 0 turns it off")
+    warmup_steps: int | None = flag(None, "steps of rising rate; default 40 (modern), 0 (classic)")
+    warmdown_ratio: float | None = flag(None, "share of the run with falling rate; default 0.65 (modern), 0.2 (classic)")
+    final_lr_frac: float | None = flag(None, "rate at the end; default 0.05 (modern), 0 (classic)")
+
+
+def model_config(config: BaseTrainConfig, vocab_size: int) -> tuple[GPTConfig, GPTConfig]:
+    """The model of the dial, and the d12 model with the same flags that the scaling laws refer to."""
+    shape: dict[str, Any] = dict(sequence_len=config.max_seq_len, vocab_size=vocab_size)
+    if config.arch == "classic":
+        return GPTConfig.classic(config.depth, **shape), GPTConfig.classic(12, **shape)
+    shape |= dict(aspect_ratio=config.aspect_ratio, head_dim=config.head_dim, window_pattern=config.window_pattern)
+    return GPTConfig.modern(config.depth, **shape), GPTConfig.modern(12, **shape)
+
+
+def recipe(config: BaseTrainConfig, model: GPTConfig, reference: GPTConfig) -> Recipe:
+    weight_decay = config.weight_decay
+    if weight_decay is None:
+        weight_decay = 0.28 if config.arch == "modern" else 0.0
+    return derive_recipe(model, reference=reference, total_batch_size=config.total_batch_size,
+                         num_iterations=config.num_iterations, target_flops=config.target_flops,
+                         target_param_data_ratio=config.target_param_data_ratio, weight_decay=weight_decay)
+
+
+def optimizer_parts(config: BaseTrainConfig, plan: Recipe) -> tuple[OptimizerConfig, dict[str, Any]]:
+    """Rates, and the schedules of rate, momentum and decay."""
+    def given(value: Any, modern: Any, classic: Any) -> Any:
+        return value if value is not None else (modern if config.arch == "modern" else classic)
+
+    classic = config.arch == "classic"
+    rates = OptimizerConfig(
+        embedding_lr=given(config.embedding_lr, OptimizerConfig.embedding_lr, CLASSIC_RATES["embedding_lr"]),
+        unembedding_lr=given(config.unembedding_lr, OptimizerConfig.unembedding_lr, CLASSIC_RATES["unembedding_lr"]),
+        matrix_lr=config.matrix_lr, scalar_lr=config.scalar_lr,
+        weight_decay=plan.weight_decay if classic else 0.0, grad_clip=config.grad_clip if classic else 0.0,
+    )
+    steps = plan.num_iterations
+    warmdown = given(config.warmdown_ratio, 0.65, 0.2)
+    schedules = dict(
+        lr_multiplier=trapezoid(steps, warmup=given(config.warmup_steps, 40, 0), warmdown_ratio=warmdown,
+                                final_fraction=given(config.final_lr_frac, 0.05, 0.0)),
+        momentum=linear_momentum(300, 0.85, 0.95) if classic else modern_momentum(steps, warmdown),
+        weight_decay=None if classic else cosine_decay(plan.weight_decay, steps),
+        lr_scale=plan.lr_scale if config.lr_scale < 0 else config.lr_scale,
+    )
+    return rates, schedules
+
+
+def main(config: BaseTrainConfig) -> None:
+    paths = Paths.from_env()
+    start(paths)
+    tokenizer = Tokenizer.load(paths.tokenizer)
+    data = paths.find_data() if config.data == "auto" else config.data
+    model, reference = model_config(config, tokenizer.vocab_size)
+    plan = recipe(config, model, reference)
+    mesh, dtype = make_mesh(config.mesh), resolve_dtype(config.dtype)
+    shape = batch_shape(plan.total_batch_size, config.device_batch_size, model.sequence_len, mesh)
+    log.info("d%d %s: %s parameters, %s tokens in %d steps of %s, mesh %s, %s", config.depth, config.arch,
+             f"{model.num_params:,}", f"{plan.total_tokens:,}", plan.num_iterations, f"{shape.tokens:,}",
+             "x".join(map(str, mesh.shape.values())), dtype)
+
+    rates, schedules = optimizer_parts(config, plan)
+    optimizer = make_optimizer(model, rates, muon_dtype=dtype, mesh=mesh, **schedules)
+    state, shardings = init_state(model, optimizer, mesh, fsdp=config.fsdp, seed=config.seed)
+    step_fn = make_train_step(model, optimizer, dtype=dtype, mesh=mesh, shardings=shardings, remat=config.remat)
+
+    packing = config.packing if config.packing != "auto" else ("bestfit" if config.arch == "modern" else "stream")
+    hosts = dict(process_index=jax.process_index(), process_count=jax.process_count())
+    common = dict(sequence_len=model.sequence_len, packing=packing, **hosts)
+    batches = pretraining_loader(paths.data(data), tokenizer, split="train", batch_size=shape.rows, **common)
+    validation = pretraining_loader(paths.data(data), tokenizer, split="val", batch_size=shape.micro_rows,
+                                    num_shards=jax.process_count(), **common)
+    eval_steps = max(1, config.eval_tokens // (shape.micro_rows * model.sequence_len))
+    token_bytes = tokenizer.token_bytes()
+
+    def evaluate(params: Any, step: int, last: bool) -> dict[str, float]:
+        held_out = held_out_loss(params, validation, eval_steps, config=model, token_bytes=token_bytes, mesh=mesh,
+                                 dtype=dtype)
+        validation.reset()
+        return {"val_bpb": held_out.bpb}
+
+    tag = config.model_tag or f"d{config.depth}"
+    job = Job(
+        name="base_train", config=config, model=model, directory=paths.checkpoints("base") / tag,
+        num_steps=plan.num_iterations, shape=shape, lr_multiplier=schedules["lr_multiplier"], evaluate=evaluate,
+        metadata={"tokenizer": tokenizer.fingerprint(), "data": data, "arch": config.arch,
+                  "rates": dataclasses.asdict(rates), "lr_scale": schedules["lr_scale"]},
+    )
+    outcome = train(job, state, shardings, step_fn, batches)
+    if jax.process_index() == 0:
+        results = {
+            "parameters": model.num_params, "flops_per_token": model.flops_per_token, "num_iterations": job.num_steps,
+            "training_tokens": plan.total_tokens, "tokens_per_parameter": plan.total_tokens / model.num_params,
+            "min_val_bpb": outcome.minimum, "val_bpb": outcome.last["val_bpb"], "train_loss": outcome.train_loss,
+            "tokens_per_sec": outcome.tokens_per_sec, "mfu": outcome.mfu if outcome.mfu is not None else "n/a",
+            "total_flops": float(model.flops_per_token) * plan.total_tokens, "training_seconds": outcome.seconds,
+            "peak_memory_bytes": outcome.peak_memory if outcome.peak_memory is not None else "n/a",
+            "devices": f"{mesh.size} x {jax.devices()[0].device_kind}",
+        }
+        report.log_section(paths.report, "Base model training", [dataclasses.asdict(config), results],
+                           stage="base_train", results=results, curves=job.directory / "metrics.jsonl")
+
+
+if __name__ == "__main__":
+    cli.run(main, BaseTrainConfig, prog="scripts.base_train", description=__doc__.splitlines()[0])

@@ -1,0 +1,29 @@
+"""Midtrain the base model on conversations: the chat format, tools, and the skills of the mixture. All tokens train.
+
+    python -m scripts.mid_train --mesh 8x1
+"""
+
+from dataclasses import dataclass
+
+from nanochat_jax import cli
+from nanochat_jax.cli import flag
+from nanochat_jax.finetune import FinetuneConfig, finetune
+from nanochat_jax.optim import trapezoid
+
+
+@dataclass(frozen=True, kw_only=True)
+class MidTrainConfig(FinetuneConfig):
+    eval_every: int = flag(150, "steps between evaluations; -1: only at the end")
+    warmdown_ratio: float = flag(0.2, "share of the run with falling rate")
+
+
+def main(config: MidTrainConfig) -> None:
+    finetune(
+        config, name="mid_train", section="Midtraining", source="base", target="mid", stage="mid", mode="stream",
+        num_epochs=1, primary="val_bpb",
+        lr_schedule=lambda steps: trapezoid(steps, warmup=0, warmdown_ratio=config.warmdown_ratio, final_fraction=0.0),
+    )
+
+
+if __name__ == "__main__":
+    cli.run(main, MidTrainConfig, prog="scripts.mid_train", description=__doc__.splitlines()[0])

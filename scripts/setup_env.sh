@@ -1,0 +1,91 @@
+# shellcheck shell=bash
+# Sourced by speedrun.sh and test.sh in the root of the checkout. `setup_env EXTRA...` makes `.venv` if there is none and
+# installs the package into it, editable, with the extras that fit the machine and those it is given. A stamp in `.venv`
+# remembers what it installed, so that the next run starts at once.
+
+say() { echo "$*" >&2; }
+
+has_gpu() { command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q '^GPU'; }
+
+has_tpu() {
+    [[ -n "${TPU_NAME:-}${TPU_WORKER_ID:-}" ]] && return
+    compgen -G '/dev/accel[0-9]*' >/dev/null && return
+    # Newer TPUs appear as VFIO devices. Google's vendor id alone does not tell: its network cards have it too (0x0042).
+    local device
+    for device in /sys/bus/pci/devices/*; do
+        if grep -qsx 0x1ae0 "$device/vendor" && grep -qsE '^0x00(27|56|5e|62|63|6f|76)$' "$device/device"; then return; fi
+    done
+    return 1
+}
+
+machine_extras() {
+    if has_gpu; then echo gpu; elif has_tpu; then echo tpu; else echo cpu,offline; fi
+}
+
+make_venv() {
+    local python
+    if [[ -x .venv/bin/python ]] && .venv/bin/python -c '' 2>/dev/null; then return; fi
+    for python in python3.13 python3.12 python3.11 python3; do
+        # A name on PATH may be a shim that does not run, and some distributions leave out ensurepip.
+        "$python" -c 'import ensurepip, sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null || continue
+        say "making .venv with $("$python" --version)"
+        "$python" -m venv --clear .venv && return
+    done
+    if command -v uv >/dev/null; then
+        uv venv --clear --seed --python '>=3.11,<3.14' .venv && return
+    fi
+    say 'error: no Python 3.11, 3.12 or 3.13 that can make a virtual environment was found. Install one (for example'
+    say '`sudo apt install python3 python3-venv`), or uv, which brings its own: https://docs.astral.sh/uv/'
+    exit 1
+}
+
+install_package() {
+    # uv is faster but does not read pip's settings; where pip was told where to look, pip is the one to ask.
+    if command -v uv >/dev/null && ! .venv/bin/python -m pip config list 2>/dev/null | grep -qE 'index|find-links'; then
+        uv pip install --quiet --python .venv/bin/python --editable ".[$1]"
+        return
+    fi
+    .venv/bin/python -m pip --version >/dev/null 2>&1 || .venv/bin/python -m ensurepip >/dev/null
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[$1]"
+}
+
+# Says what is missing to build the Rust crate, if anything is.
+explain_toolchain() {
+    local wanted found
+    wanted=$(sed -n 's/^rust-version = "\(.*\)"/\1/p' rustbpe/Cargo.toml)
+    found=$(cargo --version 2>/dev/null | cut -d' ' -f2)
+    if [[ -z "$found" || "$(printf '%s\n' "$wanted" "$found" | sort -V | head -n1)" != "$wanted" ]]; then
+        say
+        say "The tokenizer is a Rust crate and needs cargo $wanted or newer; found: ${found:-none}. To get it, either"
+        say "    curl --proto '=https' --tlsv1.2 -sSf https://sh.rustup.rs | sh -s -- -y"
+        say 'or, where the distribution has it that new, its package: `sudo apt install cargo`, `sudo dnf install cargo`,'
+        say '`sudo pacman -S rust`. Then run this script again.'
+    fi
+    if ! command -v cc >/dev/null; then
+        say 'Rust needs a C linker, and there is no `cc`: `sudo apt install gcc libc6-dev` or the like.'
+    fi
+}
+
+setup_env() {
+    local extra extras fingerprint stamp
+    [[ -d "$HOME/.cargo/bin" ]] && PATH="$PATH:$HOME/.cargo/bin" # rustup was run, the shell not restarted
+    make_venv
+    extras=$(machine_extras)
+    for extra in "$@"; do [[ ",$extras," == *",$extra,"* ]] || extras+=",$extra"; done
+    stamp=".venv/.installed-${extras//,/-}"
+    fingerprint=$(
+        { pwd; .venv/bin/python --version; cat pyproject.toml rustbpe/Cargo.toml rustbpe/Cargo.lock rustbpe/src/*.rs; } |
+            sha256sum
+    )
+    if [[ -f "$stamp" && "$(<"$stamp")" == "$fingerprint" ]] && compgen -G 'nanochat_jax/rustbpe*.so' >/dev/null; then
+        return
+    fi
+    say "installing nanochat_jax[$extras] into .venv: the first time this takes a few minutes"
+    if ! install_package "$extras"; then
+        explain_toolchain
+        say
+        say 'error: the installation failed; the reason is above.'
+        exit 1
+    fi
+    echo "$fingerprint" >"$stamp"
+}

@@ -1,0 +1,134 @@
+"""How well the tokenizer compresses, next to GPT-2's and GPT-4's.
+
+    python -m scripts.tok_eval
+
+Those two come through tiktoken, which downloads them once; without a network they are left out, and a line says so.
+"""
+
+import json
+import threading
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+
+import tiktoken
+from rich.console import Console
+from rich.table import Table
+
+from nanochat_jax import cli, report
+from nanochat_jax.cli import flag
+from nanochat_jax.data.shards import open_shard, read_row_group, split_shards
+from nanochat_jax.paths import DATA_DIRS, Paths
+from nanochat_jax.tokenizer import Tokenizer
+
+SAMPLE_TEXTS = Path(__file__).with_name("tok_eval_texts.json")
+BASELINES = {"GPT-2": "gpt2", "GPT-4": "cl100k_base"}
+DOWNLOAD_SECONDS = 30.0
+HEADER = ("Text", "Bytes", "Tokens", "Ratio", "Our tokens", "Our ratio", "Relative diff", "Better")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    data: str = flag("auto", "corpus of the texts `train` and `val`; auto takes the one on disk", choices=["auto", *DATA_DIRS])
+
+
+def evaluation_texts(directory: Path) -> dict[str, str]:
+    """The sample texts, and the first row group of the training and of the validation split."""
+    texts = json.loads(SAMPLE_TEXTS.read_text(encoding="utf-8"))
+    for split in ("train", "val"):
+        path = split_shards(directory, split)[0]
+        with open_shard(path) as file:
+            texts[split] = "\n".join(text for text in read_row_group(file, path, 0).to_pylist() if text is not None)
+    return texts
+
+
+def load_baselines() -> tuple[dict[str, tiktoken.Encoding], dict[str, Exception]]:
+    """The encodings to compare with, from tiktoken's cache or the network, and why the others cannot be had.
+
+    tiktoken sets no timeout, so the downloads run in threads that are left behind when they hang.
+    """
+    loaded: dict[str, tiktoken.Encoding] = {}
+    failed: dict[str, Exception] = {}
+
+    def load(label: str) -> None:
+        try:
+            loaded[label] = tiktoken.get_encoding(BASELINES[label])
+        except OSError as error:
+            failed[label] = error
+
+    threads = [threading.Thread(target=load, args=(label,), daemon=True) for label in BASELINES]
+    deadline = time.monotonic() + DOWNLOAD_SECONDS
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(max(0.0, deadline - time.monotonic()))
+    timeout = TimeoutError(f"no answer in {DOWNLOAD_SECONDS:.0f} s")
+    missing = {label: failed.get(label, timeout) for label in BASELINES if label not in loaded}
+    return {label: loaded[label] for label in BASELINES if label not in missing}, missing
+
+
+def compare(sizes: Mapping[str, int], theirs: Mapping[str, int], ours: Mapping[str, int]) -> list[list[str]]:
+    """Rows of the table: bytes of each text, tokens of both, and by how much ours need fewer."""
+    rows = []
+    for name, size in sizes.items():
+        difference = 100 * (theirs[name] - ours[name]) / theirs[name]
+        better = "Ours" if difference > 0 else "Theirs" if difference < 0 else "Tie"
+        rows.append([
+            name, f"{size}", f"{theirs[name]}", f"{size / theirs[name]:.2f}",
+            f"{ours[name]}", f"{size / ours[name]:.2f}", f"{difference:+.1f}%", better,
+        ])  # fmt: skip
+    return rows
+
+
+def markdown(rows: list[list[str]]) -> str:
+    return "\n".join("| " + " | ".join(row) + " |" for row in [HEADER, ["---"] * len(HEADER), *rows])
+
+
+def show(console: Console, title: str, rows: list[list[str]]) -> None:
+    table = Table(*HEADER, title=title, title_justify="left")
+    for row in rows:
+        table.add_row(*row, style={"Ours": "green", "Theirs": "red", "Tie": None}[row[-1]])
+    console.print(table)
+
+
+def main(config: Config) -> None:
+    paths = Paths.from_env()
+    tokenizer = Tokenizer.load(paths.tokenizer)
+    texts = evaluation_texts(paths.data(paths.find_data() if config.data == "auto" else config.data))
+    sizes = {name: len(text.encode()) for name, text in texts.items()}
+    ours = {}
+    for name, text in texts.items():
+        ids = tokenizer.encode(text)
+        if tokenizer.decode(ids) != text:
+            raise RuntimeError(f"the tokenizer does not give back the text {name!r} it encodes")
+        ours[name] = len(ids)
+
+    console = Console()
+    results: dict[str, float] = {f"bytes_per_token_{name}": sizes[name] / ours[name] for name in texts}
+    vocab_sizes, sections = {"Ours": tokenizer.vocab_size}, []
+    baselines, missing = load_baselines()
+    if missing:
+        reasons = ", ".join(sorted({type(error).__name__ for error in missing.values()}))
+        sections.append(f"No comparison with {' and '.join(missing)}: tiktoken could not download them ({reasons}).")
+        console.print(sections[0])
+    for label, baseline in baselines.items():
+        theirs = {name: len(baseline.encode_ordinary(text)) for name, text in texts.items()}
+        vocab_sizes[label] = baseline.n_vocab
+        results |= {f"{BASELINES[label]}_bytes_per_token_{name}": sizes[name] / theirs[name] for name in texts}
+        rows = compare(sizes, theirs, ours)
+        show(console, f"Comparison with {label}", rows)
+        sections.append(f"### Comparison with {label}\n\n{markdown(rows)}")
+    if not baselines:
+        table = Table("Text", "Bytes", "Tokens", "Ratio")
+        for name, size in sizes.items():
+            table.add_row(name, f"{size}", f"{ours[name]}", f"{size / ours[name]:.2f}")
+        console.print(table)
+        sections.append({name: f"{size / ours[name]:.2f} bytes per token" for name, size in sizes.items()})
+    console.print("Vocabulary sizes: " + ", ".join(f"{label} {size}" for label, size in vocab_sizes.items()))
+    items = [{f"Vocabulary size, {label}": size for label, size in vocab_sizes.items()}, *sections]
+    report.log_section(paths.report, "Tokenizer evaluation", items, stage="tok_eval", results=results)
+
+
+if __name__ == "__main__":
+    cli.run(main, Config, prog="scripts.tok_eval", description="Compare the tokenizer's compression with GPT-2 and GPT-4.")

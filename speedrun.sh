@@ -1,0 +1,8 @@
+#!/usr/bin/env bash
+# The whole line, from raw text to a model you can talk to, on whatever this machine has. Installs what it needs into
+# `.venv` first; a second run continues where the first one stopped. Flags: `bash speedrun.sh --help`.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+source scripts/setup_env.sh
+setup_env
+exec .venv/bin/python -m scripts.speedrun "$@"

@@ -1,0 +1,123 @@
+"""Sampling: the right distribution, and a draw that depends on its own row alone."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from nanochat_jax.infer.sampling import SHORT_LIST, SamplingParams, first_argmax, sample
+
+ROWS, VOCAB = 500, 4 * SHORT_LIST  # one shape for all tests: one compilation
+compiled = jax.jit(sample)
+
+
+def draw(logits, params, position=0):
+    """Tokens of a few rows; the batch is filled up with rows at temperature 0, which take no part in anything."""
+    rows = len(params.temperature)
+    logits = np.broadcast_to(np.asarray(logits, np.float32), (rows, VOCAB))
+    position = np.broadcast_to(np.asarray(position, np.int32), (rows,))
+    fill = [(0, ROWS - rows)]
+    params = SamplingParams(*(np.pad(x, fill + [(0, 0)] * (x.ndim - 1)) for x in params))
+    return np.asarray(compiled(np.pad(logits, [*fill, (0, 0)]), params, np.pad(position, fill)))[:rows]
+
+
+def settings(rows, temperature=1.0, top_k=0, top_p=1.0, seeds=None):
+    def column(value, dtype):
+        return np.broadcast_to(np.asarray(value, dtype), (rows,))
+
+    seeds = np.arange(rows) if seeds is None else np.asarray(seeds)
+    seed = np.stack([np.zeros_like(seeds), seeds], axis=-1).astype(np.uint32)
+    return SamplingParams(column(temperature, np.float32), column(top_k, np.int32), column(top_p, np.float32), seed)
+
+
+def reference(logits, temperature, top_k, top_p):
+    """Probabilities of one row: temperature, then the k best, then the smallest head that reaches p."""
+    scaled = logits.astype(np.float64) / temperature
+    order = np.argsort(-scaled, kind="stable")
+    order = order[: top_k or len(order)]
+    weights = np.exp(scaled[order] - scaled[order[0]])
+    weights /= weights.sum()
+    before = np.cumsum(weights) - weights
+    weights = np.where(before < top_p, weights, 0)
+    full = np.zeros(len(logits))
+    full[order] = weights / weights.sum()
+    return full
+
+
+def test_first_argmax_takes_the_first_of_equals():
+    values = jnp.array([[1.0, 3.0, 3.0, 2.0], [0.0, 0.0, 0.0, 0.0], [-jnp.inf] * 4])
+    assert first_argmax(values).tolist() == [1, 0, 0]
+
+
+@pytest.mark.parametrize(
+    ("temperature", "top_k", "top_p"),
+    [(1.0, 0, 1.0), (0.5, 0, 1.0), (2.0, 7, 1.0), (1.0, 0, 0.6), (0.7, 20, 0.8), (1.0, 300, 1.0), (1.5, 300, 0.95),
+     (8.0, 0, 0.97), (1.0, 1, 1.0), (1.0, 0, 1e-6)],
+)  # fmt: skip
+def test_frequencies_follow_the_restricted_softmax(temperature, top_k, top_p):
+    rounds = 8
+    logits = np.random.default_rng(0).normal(size=VOCAB).astype(np.float32) * 2
+    expected = reference(logits, temperature, top_k, top_p)
+    params = settings(ROWS, temperature, top_k, top_p)
+    drawn = np.concatenate([draw(logits, params, position) for position in range(rounds)])
+    counts = np.bincount(drawn, minlength=VOCAB)
+    assert counts[expected == 0].sum() == 0  # nothing outside of the restriction
+    # Pearson's statistic over cells of at least 5 expected draws, the rest in one cell: its mean is cells - 1.
+    wanted = expected * ROWS * rounds
+    large = wanted >= 5
+    observed = np.append(counts[large], counts[~large].sum())
+    wanted = np.append(wanted[large], wanted[~large].sum())
+    observed, wanted = observed[wanted > 0], wanted[wanted > 0]
+    freedom = max(len(wanted) - 1, 1)
+    assert ((observed - wanted) ** 2 / wanted).sum() < freedom + 5 * np.sqrt(2 * freedom) + 5
+
+
+def test_a_nucleus_wider_than_the_short_list_is_not_cut():
+    params = settings(ROWS, top_p=0.75)
+    drawn = np.concatenate([draw(np.zeros(VOCAB), params, position) for position in range(6)])
+    assert len(np.unique(drawn)) > SHORT_LIST
+    assert 2.9 * SHORT_LIST < drawn.max() < 3 * SHORT_LIST  # of equal logits the first three quarters
+
+
+def test_temperature_zero_and_top_k_one_are_the_argmax():
+    logits = np.random.default_rng(1).normal(size=(6, VOCAB)).astype(np.float32)
+    best = logits.argmax(-1).tolist()
+    for params in (settings(6, temperature=0.0), settings(6, top_k=1), settings(6, top_p=1e-9),
+                   settings(6, temperature=1e-9), settings(6, temperature=1e-4, top_k=5)):
+        assert draw(logits, params).tolist() == best
+
+
+def test_temperature_zero_takes_the_first_of_equals():
+    logits = np.zeros((1, VOCAB))
+    logits[0, [33, 500]] = 9.0
+    assert draw(logits, settings(1, temperature=0.0)).tolist() == [33]
+
+
+def test_a_draw_does_not_depend_on_the_company():
+    """Each row with idle companions, and all in one batch where every path is taken: the same tokens."""
+    logits = np.random.default_rng(2).normal(size=(6, VOCAB)).astype(np.float32)
+    together = settings(6, temperature=[0, 1, 1, 0.8, 1, 3], top_k=[0, 0, 50, 0, 400, 0],
+                        top_p=[1, 1, 1, 0.9, 0.9, 0.99])
+    position = np.arange(6) + 7
+    drawn = draw(logits, together, position)
+    for row in range(6):
+        alone = SamplingParams(*(x[row : row + 1] for x in together))
+        assert draw(logits[row], alone, position[row]) == drawn[row]
+
+
+def test_draws_differ_by_seed_and_by_position_and_repeat_for_equal_ones():
+    flat = np.zeros(VOCAB)
+    by_seed = draw(flat, settings(64)).tolist()
+    assert len(set(by_seed)) > 50
+    assert draw(flat, settings(64)).tolist() == by_seed
+    one_seed = settings(64, seeds=[5] * 64)
+    assert len(set(draw(flat, one_seed, np.arange(64)).tolist())) > 50
+    assert len(set(draw(flat, one_seed).tolist())) == 1
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+def test_logits_that_are_not_finite_give_no_valid_token(value):
+    logits = np.zeros((5, VOCAB))
+    logits[:, 3] = value
+    params = settings(5, temperature=[0, 1, 1, 1, 1], top_k=[0, 0, 5, 0, 400], top_p=[1, 1, 1, 0.5, 1])
+    assert draw(logits, params).tolist() == [VOCAB] * 5

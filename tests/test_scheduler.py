@@ -1,0 +1,228 @@
+"""The scheduler: many callers, text as it comes, and failures that reach whom they concern."""
+
+import asyncio
+import threading
+import time
+
+import pytest
+from test_engine import OUTPUT_END, END, PYTHON, PYTHON_END, chain_engine
+
+from nanochat_jax.infer.engine import EngineLoop
+from nanochat_jax.infer.request import Generation, Request, Result, ToolCall
+from nanochat_jax.infer.scheduler import QueueFull, Scheduler
+
+SECONDS = 60  # for anything to happen on a busy machine
+
+
+@pytest.fixture(scope="module")
+def engine():
+    return chain_engine(("Q:é🙂", PYTHON, "12*3", PYTHON_END), (OUTPUT_END, "ok", END), ("ab",), ("c", END))
+
+
+@pytest.fixture
+def scheduler(engine):
+    with Scheduler(engine, max_waiting=4) as scheduler:
+        yield scheduler
+
+
+def ask(text, **options):
+    return Request(tuple(text.encode()), **({"temperature": 0.0, "max_tokens": 40} | options))
+
+
+def wait_until(condition):
+    deadline = time.monotonic() + SECONDS
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.005)
+
+
+class Gate:
+    """Holds the engine before each step until it is opened."""
+
+    def __init__(self, monkeypatch):
+        self.open = threading.Event()
+        step = EngineLoop.step
+
+        def guarded(loop):
+            assert self.open.wait(SECONDS)
+            step(loop)
+
+        monkeypatch.setattr(EngineLoop, "step", guarded)
+
+
+def test_events_are_text_then_tool_calls_where_they_happen_then_the_result(scheduler, engine):
+    *events, result = scheduler.submit(ask("Q"))
+    texts = [event for event in events if isinstance(event, str)]
+    assert ToolCall("12*3", "36") in events
+    assert "".join(texts) == ":é🙂ok"
+    assert not any("\ufffd" in text for text in texts)
+    assert "".join(event for event in events[: events.index(ToolCall("12*3", "36"))]) == ":é🙂"
+    assert result == engine.generate([ask("Q")])[0]
+    assert (result.finish_reason, result.prompt_tokens, result.text) == ("stop", 1, ":é🙂ok")
+
+
+def test_async_iteration_gives_the_same_while_the_loop_stays_free(scheduler, engine):
+    async def consume(handle):
+        return [event async for event in handle]
+
+    async def main():
+        ticks = 0
+
+        async def tick():
+            nonlocal ticks
+            while True:
+                ticks += 1
+                await asyncio.sleep(0)
+
+        ticking = asyncio.create_task(tick())
+        outcome = await asyncio.gather(*(consume(scheduler.submit(ask(text))) for text in "QaQc"))
+        ticking.cancel()
+        return outcome, ticks
+
+    outcome, ticks = asyncio.run(main())
+    assert ticks > 4
+    expected = engine.generate([ask(text) for text in "QaQc"])
+    assert [events[-1] for events in outcome] == expected
+    assert ["".join(e for e in events if isinstance(e, str)) for events in outcome] == [r.text for r in expected]
+
+
+def test_text_streams_before_the_reply_is_done(scheduler):
+    events = scheduler.submit(ask("a", max_tokens=90)).events()
+    assert next(events) == "b"
+    assert not isinstance(next(events), Result)
+
+
+def test_requests_from_many_threads_each_get_their_own_reply(engine):
+    results = {}
+
+    def caller(index):
+        text = "Qac"[index % 3]
+        results[index] = (text, scheduler.submit(ask(text, max_tokens=10 + index)).result(SECONDS))
+
+    with Scheduler(engine) as scheduler:
+        threads = [threading.Thread(target=caller, args=(index,)) for index in range(12)]
+        for thread in threads:
+            thread.start()
+        for thread in threads:
+            thread.join()
+    for index in range(12):
+        text, result = results[index]
+        assert result == engine.generate([ask(text, max_tokens=10 + index)])[0]
+
+
+def test_more_than_may_wait_are_refused(scheduler, monkeypatch):
+    gate = Gate(monkeypatch)
+    running = [scheduler.submit(ask("a")) for _ in range(3)]
+    wait_until(lambda: scheduler.num_active == 3)
+    waiting = [scheduler.submit(ask("a")) for _ in range(4)]
+    with pytest.raises(QueueFull, match="4 requests wait"):
+        scheduler.submit(ask("a"))
+    assert (scheduler.num_active, scheduler.num_waiting) == (3, 4)
+    gate.open.set()
+    assert all(len(handle.result(SECONDS).tokens) == 40 for handle in running + waiting)
+    wait_until(lambda: scheduler.num_active == 0)
+
+
+def test_a_prompt_that_does_not_fit_is_its_callers_error_alone(scheduler):
+    other = scheduler.submit(ask("a"))
+    with pytest.raises(ValueError, match="prompt of 96 tokens does not fit in the context of 96"):
+        scheduler.submit(ask("a" * 96))
+    assert other.result(SECONDS).finish_reason == "length"
+
+
+def test_cancelling_ends_a_running_and_a_waiting_request(scheduler, monkeypatch):
+    gate = Gate(monkeypatch)
+    running = [scheduler.submit(ask("a", max_tokens=90)) for _ in range(3)]
+    waiting = [scheduler.submit(ask("a")) for _ in range(2)]
+    wait_until(lambda: scheduler.num_active == 3)
+    running[0].cancel()
+    waiting[0].cancel()
+    gate.open.set()
+    assert running[0].result(SECONDS).finish_reason == "cancelled"
+    assert len(running[0].result().tokens) < 90
+    assert waiting[0].result(SECONDS) == Result([], [], "cancelled", "", 1)
+    assert waiting[1].result(SECONDS).finish_reason == "length"
+    running[0].cancel()  # nothing happens
+    assert list(running[0])[-1].finish_reason == "cancelled"
+
+
+def test_a_request_that_fails_fails_alone(scheduler, monkeypatch):
+    accept = Generation.accept
+
+    def choke(self, token, *, sampled):
+        if self.request.seed == 13 and len(self.tokens) == 3:
+            raise KeyError("cannot be shown")
+        accept(self, token, sampled=sampled)
+
+    monkeypatch.setattr(Generation, "accept", choke)
+    handles = [scheduler.submit(ask("a", seed=seed)) for seed in (12, 13, 14)]
+    with pytest.raises(KeyError, match="cannot be shown"):
+        list(handles[1])
+    assert [handles[i].result(SECONDS).finish_reason for i in (0, 2)] == ["length", "length"]
+    assert scheduler.submit(ask("c")).result(SECONDS).finish_reason == "stop"
+
+
+def test_a_failure_of_the_engine_reaches_everyone(engine, monkeypatch, caplog):
+    gate = Gate(monkeypatch)
+    decode = EngineLoop.decode
+    monkeypatch.setattr(EngineLoop, "decode", lambda *_: 1 / 0)
+    with Scheduler(engine) as scheduler:
+        handles = [scheduler.submit(ask("a")) for _ in range(5)]
+        gate.open.set()
+        for handle in handles:
+            with pytest.raises(RuntimeError, match="division by zero") as raised:
+                list(handle)
+            assert isinstance(raised.value.__cause__, ZeroDivisionError)
+        wait_until(lambda: not scheduler.num_active)
+        monkeypatch.setattr(EngineLoop, "decode", decode)
+        with pytest.raises(RuntimeError, match="failed"):
+            scheduler.submit(ask("a"))
+    assert "the engine failed" in caplog.text
+
+
+def test_closing_ends_what_is_left_and_joins_the_thread(engine, monkeypatch):
+    gate = Gate(monkeypatch)
+    scheduler = Scheduler(engine)
+    with pytest.raises(RuntimeError, match="not running"):
+        scheduler.submit(ask("a"))
+    scheduler.start()
+    handles = [scheduler.submit(ask("a", max_tokens=90)) for _ in range(5)]
+    wait_until(lambda: scheduler.num_active == 3)
+    closer = threading.Thread(target=scheduler.close)
+    closer.start()
+    gate.open.set()
+    closer.join(SECONDS)
+    assert not closer.is_alive()
+    for handle in handles:
+        with pytest.raises(RuntimeError, match="closed"):
+            handle.result(SECONDS)
+    with pytest.raises(RuntimeError, match="not running"):
+        scheduler.submit(ask("a"))
+    scheduler.close()  # once more does no harm
+
+
+def test_a_consumer_whose_event_loop_is_gone_does_not_hurt_the_others(scheduler, monkeypatch):
+    gate = Gate(monkeypatch)
+    handle = scheduler.submit(ask("a", max_tokens=90))
+
+    async def begin():
+        iterator = handle.__aiter__()
+        await iterator.__anext__()
+        return iterator  # kept, so that it is not closed with the loop
+
+    gate.open.set()
+    loop = asyncio.new_event_loop()
+    iterator = loop.run_until_complete(begin())
+    loop.close()
+    assert scheduler.submit(ask("a")).result(SECONDS).finish_reason == "length"
+    assert handle.result(SECONDS).finish_reason in ("cancelled", "length")
+    del iterator
+
+
+def test_waiting_for_a_result_can_time_out(scheduler, monkeypatch):
+    gate = Gate(monkeypatch)
+    handle = scheduler.submit(ask("a"))
+    with pytest.raises(TimeoutError):
+        handle.result(timeout=0.01)
+    gate.open.set()
+    assert handle.result(SECONDS).finish_reason == "length"

@@ -1,0 +1,135 @@
+"""Shards: what is written is read back in order, virtual shards share it out, and damage is named."""
+
+import itertools
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from nanochat_jax.cli import NotFound, UsageError
+from nanochat_jax.data.shards import (
+    DocumentStream,
+    Position,
+    ShardReader,
+    iter_documents,
+    list_shards,
+    train_shards,
+    val_shard,
+    write_shards,
+)
+
+
+def numbered(count, start=0):
+    return [f"document {i}" for i in range(start, start + count)]
+
+
+def one_pass(reader, shard, num_shards):
+    stream, texts = DocumentStream(reader, shard, num_shards), []
+    while stream.position.epoch == 0:
+        texts += [text for _, text in stream.next_batch()]
+    return texts
+
+
+def test_documents_come_back_in_order(tmp_path):
+    texts = numbered(5000)
+    paths = write_shards(iter(texts), tmp_path / "corpus", rows_per_shard=2048, val_texts=numbered(10, 9000))
+    assert [path.name for path in paths] == [f"shard_{i:05d}.parquet" for i in range(4)]
+    assert list_shards(tmp_path / "corpus") == paths
+    assert list(iter_documents(tmp_path / "corpus", "train")) == texts
+    assert list(iter_documents(tmp_path / "corpus", "val")) == numbered(10, 9000)
+    metadata = pq.ParquetFile(paths[0]).metadata
+    assert [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)] == [1024, 1024]
+    assert metadata.row_group(0).column(0).compression == "ZSTD"
+
+
+def test_shards_by_characters_close_at_full_row_groups(tmp_path):
+    write_shards(["x" * 10] * 5000, tmp_path / "corpus", chars_per_shard=11_000, val_texts=["v"])
+    rows = [pq.ParquetFile(path).metadata.num_rows for path in train_shards(tmp_path / "corpus")]
+    assert rows == [2048, 2048, 904]
+
+
+def test_writing_leaves_nothing_where_it_fails_and_never_mixes_corpora(tmp_path):
+    def broken():
+        yield from numbered(2000)
+        raise OSError("the source broke")
+
+    with pytest.raises(OSError, match="the source broke"):
+        write_shards(broken(), tmp_path / "corpus", rows_per_shard=1024, val_texts=["v"])
+    with pytest.raises(UsageError, match="no validation documents"):
+        write_shards(["a"], tmp_path / "corpus", rows_per_shard=1024, val_texts=[])
+    assert list(tmp_path.iterdir()) == []
+    write_shards(["a"], tmp_path / "corpus", rows_per_shard=1024, val_texts=["v"])
+    with pytest.raises(UsageError, match="not empty"):
+        write_shards(["b"], tmp_path / "corpus", rows_per_shard=1024, val_texts=["v"])
+
+
+@pytest.mark.parametrize(
+    ("files", "rows_per_group", "num_shards"),
+    [(1, [1] * 9, 8), (3, [7, 7, 2], 1), (3, [7, 7, 2], 2), (3, [7, 7, 2], 8), (2, [3] * 20, 8), (1, [9], 8)],
+)
+def test_virtual_shards_share_out_every_document_once(tmp_path, files, rows_per_group, num_shards):
+    ids = itertools.count()
+    paths = []
+    for file in range(files):
+        paths.append(tmp_path / f"shard_{file}.parquet")
+        with pq.ParquetWriter(paths[-1], pa.schema([("text", pa.string())])) as writer:
+            for rows in rows_per_group:
+                writer.write_table(pa.table({"text": [str(next(ids)) for _ in range(rows)]}))
+    reader = ShardReader(paths)
+    parts = [one_pass(reader, shard, num_shards) for shard in range(num_shards)]
+    assert sorted(itertools.chain(*parts), key=int) == [str(i) for i in range(next(ids))]
+    assert all(part == sorted(part, key=int) for part in parts)
+
+
+def test_stream_continues_from_any_position_and_starts_over(tmp_path):
+    write_shards(numbered(3000), tmp_path / "corpus", rows_per_shard=1500, val_texts=["v"])
+    reader = ShardReader(train_shards(tmp_path / "corpus"))
+    stream = DocumentStream(reader, 1, 2)
+    places, texts = zip(*itertools.chain.from_iterable(stream.next_batch() for _ in range(30)), strict=True)
+    assert places[-1].epoch == 3
+    start_over = [place.epoch for place in places].index(1)
+    assert texts[start_over:] == texts[: len(texts) - start_over]
+    for i in range(0, len(places), 97):
+        again = DocumentStream(reader, 1, 2)
+        again.seek(places[i])
+        batch = again.next_batch()
+        expected = list(zip(places[i:], texts[i:], strict=True))[: len(batch)]
+        assert batch[: len(expected)] == expected
+        assert again.load(list(places[i : i + 1])) == [texts[i]]
+
+
+def test_missing_values_are_skipped(tmp_path):
+    path = tmp_path / "shard_0.parquet"
+    pq.write_table(pa.table({"text": pa.array(["a", None, "", None, "b"])}), path)
+    batch = DocumentStream(ShardReader([path])).next_batch()
+    assert batch == [(Position(row=0), "a"), (Position(row=2), ""), (Position(row=4), "b")]
+    pq.write_table(pa.table({"text": pa.array(["v"])}), tmp_path / "shard_1.parquet")
+    assert list(iter_documents(tmp_path, "train")) == ["a", "", "b"]
+
+
+def test_mistakes_name_the_file_and_what_to_do(tmp_path):
+    with pytest.raises(NotFound, match=r"no parquet shards in .*nowhere: run"):
+        list_shards(tmp_path / "nowhere")
+    pq.write_table(pa.table({"text": ["a"]}), tmp_path / "shard_0.parquet")
+    with pytest.raises(UsageError, match=r"only one shard .*shard_0\.parquet"):
+        train_shards(tmp_path)
+    pq.write_table(pa.table({"content": ["a"], "id": [1]}), tmp_path / "shard_1.parquet")
+    with pytest.raises(UsageError, match=r"shard_1\.parquet has no column 'text', only content, id"):
+        list(iter_documents(tmp_path, "val"))
+    pq.write_table(pa.table({"text": [1]}), tmp_path / "shard_1.parquet")
+    with pytest.raises(UsageError, match=r"'text' of shard .*shard_1\.parquet holds int64"):
+        list(iter_documents(tmp_path, "val"))
+    val_shard(tmp_path).write_bytes((tmp_path / "shard_0.parquet").read_bytes()[:-7])
+    with pytest.raises(UsageError, match=r"shard_1\.parquet is not a readable parquet file"):
+        list(iter_documents(tmp_path, "val"))
+
+
+def test_a_damaged_row_group_is_named(tmp_path):
+    write_shards(numbered(3000), tmp_path / "corpus", rows_per_shard=3000, val_texts=["v"])
+    path = train_shards(tmp_path / "corpus")[0]
+    content = bytearray(path.read_bytes())
+    start = pq.ParquetFile(path).metadata.row_group(1).column(0).data_page_offset
+    content[start + 40 : start + 400] = bytes(360)
+    path.write_bytes(content)
+    with pytest.raises(UsageError, match=r"row group 1 of shard .*shard_00000\.parquet is corrupt"):
+        list(iter_documents(tmp_path / "corpus", "train"))

@@ -1,0 +1,351 @@
+"""Upstream's tasks: their wording, order, answers and judgement, and how their data gets onto the disk."""
+
+import http.server
+import json
+import random
+import threading
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from nanochat_jax import tasks
+from nanochat_jax.cli import NotFound, UsageError
+from nanochat_jax.infer.calculator import calculate
+from nanochat_jax.paths import Paths
+from nanochat_jax.tasks import gsm8k, hub, humaneval, spelling
+from nanochat_jax.tasks.base import Task, TaskMixture, user
+from nanochat_jax.tasks.custom_json import CustomJSON
+from nanochat_jax.tasks.multiple_choice import multiple_choice
+
+LINKED = ("task_data", "words_alpha.txt", "identity_conversations.jsonl")
+
+
+@pytest.fixture
+def no_network(monkeypatch):
+    def refuse(*args, **options):
+        raise AssertionError("the network was asked for something")
+
+    monkeypatch.setattr(hub.huggingface_hub, "HfApi", refuse)
+    monkeypatch.setattr(hub.urllib.request, "urlopen", refuse)
+
+
+@pytest.fixture
+def paths(tmp_path, test_data, no_network) -> Paths:
+    """A base directory that holds the reference data."""
+    for name in LINKED:
+        (tmp_path / name).symlink_to(test_data / "data" / name)
+    return Paths(tmp_path)
+
+
+class Count(Task):
+    def __init__(self, size: int, **view: int) -> None:
+        super().__init__(**view)
+        self.size = size
+
+    def num_examples(self) -> int:
+        return self.size
+
+    def get_example(self, index: int):
+        return {"messages": [user(f"{self.size}/{index}")]}
+
+
+def said(task: Task) -> list[str]:
+    return [conversation["messages"][0]["content"] for conversation in task]
+
+
+# ---------------------------------------------------------------------------------------------------- views, mixtures
+
+@pytest.mark.parametrize(
+    "view", [{}, {"stop": 4}, {"start": 3}, {"start": 2, "stop": 9, "step": 3}, {"stop": 99}, {"start": 12}]
+)
+def test_a_view_is_a_slice(view):
+    expected = [f"10/{i}" for i in range(10)][view.get("start") : view.get("stop") : view.get("step")]
+    task = Count(10, **view)
+    assert said(task) == expected and len(task) == len(expected)
+    with pytest.raises(IndexError):
+        task[len(expected)]
+
+
+def test_a_mixture_holds_everything_once_in_the_order_of_random_42():
+    mixture = TaskMixture([Count(5), Count(3, start=1), Count(5)])
+    order = [(0, i) for i in range(5)] + [(1, i) for i in range(2)] + [(2, i) for i in range(5)]
+    random.Random(42).shuffle(order)
+    names = [["5/0", "5/1", "5/2", "5/3", "5/4"], ["3/1", "3/2"], ["5/0", "5/1", "5/2", "5/3", "5/4"]]
+    assert said(mixture) == [names[task][i] for task, i in order]
+
+
+# ---------------------------------------------------------------------------------------------------- wording and judging
+
+def test_multiple_choice_to_the_byte():
+    conversation = multiple_choice("Which is blue?", ["grass", "the sky"], "AB", "B")
+    assert conversation["messages"] == [
+        user("Multiple Choice question: Which is blue?\n- grass=A\n- the sky=B\n\n"
+             "Respond only with the letter of the correct answer."),
+        {"role": "assistant", "content": "B"},
+    ]  # fmt: skip
+    assert conversation["letters"] == ["A", "B"]
+    with pytest.raises(ValueError, match="'C'"):
+        multiple_choice("Which?", ["a", "b"], "AB", "C")
+
+
+def test_gsm8k_solution_becomes_tool_calls():
+    solution = "Half of 24 is <<24/2=12>>12.\nSo <<12==12>><<1+1=2>>fine\n#### 1,012"
+    assert gsm8k.parse_solution(solution) == [
+        {"type": "text", "text": "Half of 24 is "},
+        {"type": "python", "text": "24/2"},
+        {"type": "python_output", "text": "12"},
+        {"type": "text", "text": "12.\nSo "},
+        {"type": "python", "text": "12="},
+        {"type": "python_output", "text": "12"},
+        {"type": "python", "text": "1+1"},
+        {"type": "python_output", "text": "2"},
+        {"type": "text", "text": "fine\n#### 1,012"},
+    ]
+
+
+@pytest.mark.parametrize("completion, right", [
+    ("So #### 1012", True), ("#### 1,012 apples", True), ("#### 1012\n#### 7", True), ("#### 1012.0", False),
+    ("1012", False), ("####1012", False), ("", False), ("#### -1012", False),
+])  # fmt: skip
+def test_gsm8k_judgement(completion, right):
+    conversation = {"messages": [user("?"), {"role": "assistant", "content": gsm8k.parse_solution("So\n#### 1,012")}]}
+    assert gsm8k.same_final_answer(conversation, completion) is right
+
+
+def test_humaneval_extraction():
+    prompt = "# a comment\nfrom typing import List\n\nimport math\n\ndef f():\n    import os\n"
+    assert humaneval.extract_imports(prompt) == "from typing import List\nimport math"
+    assert humaneval.extract_program("Sure:\n```python\nx = 1\n```\nand\n```\ny\n```") == "x = 1"
+    assert humaneval.extract_program("```\nx = 2\n```") == "x = 2"
+    assert humaneval.extract_program(" x = 3 \n") == "x = 3"
+
+
+def test_spelling_bee_counts_and_its_test_items_are_no_training_items():
+    words = [f"{a}{b}" for a in ("abra", "berry", "cable", "dodge") for b in ("cadabra", "bee", "bell", "dad", "zoo")]
+    assert (len(spelling.QUESTIONS), len(set(spelling.QUESTIONS))) == (51, 51)
+    train, test = (spelling.SpellingBee(words, split, size=300) for split in ("train", "test"))
+    for conversation in [*train, *test]:
+        manual, _, call, output, final = (part["text"] for part in conversation["messages"][1]["content"])
+        count = calculate(call)
+        word = call.split("'")[1]
+        assert output == str(count) and final.endswith(f"#### {count}")
+        assert f"{word}:{','.join(word)}\n" in manual and manual.count(" hit! count=") == count
+        assert f"\n{len(word)}:{word[-1]}" in manual
+        assert train.evaluate(conversation, manual + final) and not train.evaluate(conversation, f"#### {count + 1}")
+        assert word in conversation["messages"][0]["content"]
+    # A handful of equal questions is chance; seeds that repeat would make all of them equal.
+    assert len({*said(train)} & {*said(test)}) < 30
+    assert said(train) == said(spelling.SpellingBee(words, "train", size=300))
+
+
+def test_simple_spelling_form():
+    words = [f"word{chr(97 + i)}" for i in range(26)]
+    task = spelling.SimpleSpelling(words, "train", size=50)
+    for conversation in task:
+        asked, reply = (message["content"] for message in conversation["messages"])
+        word = asked.removeprefix("Spell the word: ")
+        assert word in words and reply == f"{word}:{','.join(word)}"
+    assert said(task) != said(spelling.SimpleSpelling(words, "test", size=50))
+
+
+# ---------------------------------------------------------------------------------------------------- own conversations
+
+@pytest.mark.parametrize("content, message", [
+    ("", "no conversation"),
+    ("[{]", "line 1 is not JSON"),
+    ('[{"role": "user", "content": "a"}]', "line 1: expected an array of at least 2"),
+    ('[{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]', "line 1: message 1 needs the role 'assist"),
+    ('\n[{"role": "user", "content": "a"}, {"role": "assistant", "content": 3}]', "line 2: message 1"),
+])  # fmt: skip
+def test_custom_json_names_the_bad_line(tmp_path, content, message):
+    path = tmp_path / "chats.jsonl"
+    path.write_text(content)
+    with pytest.raises(UsageError, match=message):
+        CustomJSON(path)
+
+
+def test_custom_json_reads_conversations(tmp_path):
+    chats = [[{"role": "user", "content": f"{i} \u2028é"}, {"role": "assistant", "content": "b"}] for i in range(3)]
+    path = tmp_path / "chats.jsonl"
+    path.write_text("\n\n".join(json.dumps(chat, ensure_ascii=False) for chat in chats) + "\n", encoding="utf-8")
+    assert [conversation["messages"] for conversation in CustomJSON(path)] == chats
+    with pytest.raises(NotFound, match="missing.jsonl"):
+        CustomJSON(tmp_path / "missing.jsonl")
+
+
+# ---------------------------------------------------------------------------------------------------- getting the data
+
+class FakeHub:
+    """Two parquet files of one split on the conversion branch, and some of other splits."""
+
+    def __init__(self, source: Path, calls: list) -> None:
+        self.source, self.calls = source, calls
+
+    def list_repo_files(self, repo, *, repo_type, revision):
+        self.calls.append(repo)
+        assert (repo_type, revision) == ("dataset", "refs/convert/parquet")
+        return ["README.md", "main/train/0001.parquet", "main/train/0000.parquet", "main/test/0000.parquet"]
+
+    def hf_hub_download(self, repo, name, *, repo_type, revision, local_dir):
+        target = Path(local_dir) / name
+        target.parent.mkdir(parents=True, exist_ok=True)
+        start = 5 * int(Path(name).stem)
+        pq.write_table(pa.table({"n": list(range(start, start + 5))}), target)
+        return str(target)
+
+
+def test_a_split_is_fetched_once_and_in_order(tmp_path, monkeypatch):
+    calls: list = []
+    monkeypatch.setattr(hub.huggingface_hub, "HfApi", lambda: FakeHub(tmp_path, calls))
+    paths = Paths(tmp_path)
+    torn = paths.task_data / "owner--name/main/train"
+    torn.mkdir(parents=True)
+    (torn / "00000.parquet").write_bytes(b"torn")  # without a manifest: fetched again
+    for _ in range(2):
+        assert hub.load_split(paths, "owner/name", "main", "train")["n"].to_pylist() == list(range(10))
+    assert calls == ["owner/name"]
+    assert sorted(path.name for path in torn.iterdir()) == ["00000.parquet", "00001.parquet", "manifest.json"]
+    assert [path.name for path in torn.parent.iterdir()] == ["train"]
+
+    class Order(hub.HubTask):
+        def get_example(self, index):
+            return self.row(index)
+
+    task = Order(paths, "owner/name", "main", "train")
+    assert [row["n"] for row in task] == np.random.default_rng(42).permutation(10).tolist()
+
+
+def test_data_that_cannot_be_had_is_an_error_that_names_it(tmp_path, monkeypatch):
+    class Unreachable(FakeHub):
+        def hf_hub_download(self, *args, **options):
+            raise ConnectionError("no route to host")
+
+    monkeypatch.setattr(hub.huggingface_hub, "HfApi", lambda: Unreachable(tmp_path, []))
+    paths = Paths(tmp_path)
+    with pytest.raises(NotFound, match=r"owner/name \(main, train\).*no route to host"):
+        hub.load_split(paths, "owner/name", "main", "train")
+    with pytest.raises(NotFound, match=r"owner/name \(main, validation\).*no parquet files"):
+        hub.load_split(paths, "owner/name", "main", "validation")
+    assert not list(paths.task_data.glob("*/*/*"))
+    with pytest.raises(NotFound, match="openai/gsm8k"):
+        tasks.load_eval_task("GSM8K", paths)
+
+
+@pytest.mark.parametrize("files, manifest", [([], '["00000.parquet"]'), (["00000.parquet"], "[broken"), ([], "[]")])
+def test_damaged_data_is_an_error(tmp_path, no_network, files, manifest):
+    folder = tmp_path / "task_data/owner--name/main/train"
+    folder.mkdir(parents=True)
+    for file in files:
+        pq.write_table(pa.table({"n": [1]}), folder / file)
+    (folder / "manifest.json").write_text(manifest)
+    with pytest.raises(UsageError, match=r"owner/name \(main, train\)"):
+        hub.load_split(Paths(tmp_path), "owner/name", "main", "train")
+
+
+def test_fetching_a_file(tmp_path):
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self):
+            if self.path == "/short":
+                self.send_response(200)
+                self.send_header("Content-Length", "100")
+                self.end_headers()
+                self.wfile.write(b"cut")
+            else:
+                self.send_response(200 if self.path == "/words" else 404)
+                self.end_headers()
+                self.wfile.write(b"word\n")
+
+        def log_message(self, *args):
+            pass
+
+    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        url = f"http://127.0.0.1:{server.server_port}"
+        path = tmp_path / "base" / "words.txt"
+        assert hub.fetch_file(f"{url}/words", path).read_bytes() == b"word\n"
+        path.write_text("mine")
+        assert hub.fetch_file(f"{url}/words", path).read_text() == "mine"
+        for bad in ("missing", "short"):
+            with pytest.raises(NotFound, match=rf"{bad}\.txt.*could not be fetched from {url}/{bad}"):
+                hub.fetch_file(f"{url}/{bad}", tmp_path / "base" / f"{bad}.txt")
+        server.shutdown()
+    assert [file.name for file in path.parent.iterdir()] == ["words.txt"]
+
+
+# ---------------------------------------------------------------------------------------------------- the real data
+
+@pytest.mark.parametrize("name, key, eval_type, baseline, size", [
+    ("ARC-Easy", "arc_easy", "categorical", 0.25, 1521),
+    ("ARC-Challenge", "arc_challenge", "categorical", 0.25, 779),
+    ("MMLU", "mmlu", "categorical", 0.25, 9214),
+    ("GSM8K", "gsm8k", "generative", 0.0, 862),
+    ("HumanEval", "humaneval", "generative", 0.0, 94),
+    ("SpellingBee", "spelling_bee", "generative", 0.0, 256),
+])  # fmt: skip
+def test_evaluation_tasks_on_real_rows(paths, name, key, eval_type, baseline, size):
+    task = tasks.load_eval_task(name, paths)
+    assert (task.key, task.eval_type, task.baseline, len(task)) == (key, eval_type, baseline, size)
+    few = tasks.load_eval_task(name, paths, max_problems=7)
+    assert [c["messages"] for c in few] == [task[i]["messages"] for i in range(7)]
+    for conversation in (task[i] for i in range(0, size, 1 if eval_type == "categorical" else 10)):
+        question, reply = conversation["messages"]
+        assert (question["role"], reply["role"]) == ("user", "assistant")
+        if eval_type == "categorical":
+            letters = conversation["letters"]
+            assert 2 < len(letters) < 6 and len(set(letters)) == len(letters)
+            assert [task.evaluate(conversation, letter) for letter in letters].count(True) == 1
+            for letter in letters:
+                assert f"={letter}\n" in question["content"]
+        elif name != "HumanEval":
+            assert task.evaluate(conversation, reply["content"][-1]["text"])
+            assert not task.evaluate(conversation, "#### 123456")
+
+
+def test_rows_are_in_the_order_of_numpys_permutation(paths):
+    table = pq.read_table(paths.task_data / "openai--gsm8k/main/train/00000.parquet")
+    order = np.random.default_rng(42).permutation(table.num_rows)
+    task = gsm8k.GSM8K(paths, "train", stop=50)
+    assert said(task) == [table["question"][int(i)].as_py() for i in order[:50]]
+
+
+def test_gsm8k_parts_are_the_solution(paths):
+    table = pq.read_table(paths.task_data / "openai--gsm8k/main/test/00000.parquet")
+    for answer in table["answer"].to_pylist():
+        parts = gsm8k.parse_solution(answer)
+        forms = {"text": "{}", "python": "<<{}=", "python_output": "{}>>"}
+        assert "".join(forms[part["type"]].format(part["text"]) for part in parts) == answer
+        assert sum(part["type"] == "python" for part in parts) == answer.count("<<")
+
+
+def test_humaneval_runs_the_tests(paths):
+    task = tasks.load_eval_task("HumanEval", paths, max_problems=2)
+    for conversation in task:
+        solution = conversation["messages"][1]["content"]
+        assert task.evaluate(conversation, f"Here it is:\n```python\n{solution}\n```")
+        assert not task.evaluate(conversation, conversation["messages"][0]["content"] + "    return None\n")
+
+
+@pytest.mark.parametrize("stage, split, size", [
+    ("mid", "train", 4197 + 8315 + 7473 + 2 * 1000 + 280_000),
+    ("mid", "val", 220 + 5200 + 420),
+    ("sft", "train", 2251 + 1119 + 7473 + 4197 + 1000 + 600),
+    ("sft", "val", 220),
+])  # fmt: skip
+def test_upstream_mixtures(paths, stage, split, size):
+    mixture = tasks.upstream_mixture(stage, split, paths)
+    assert len(mixture) == size
+    for i in range(0, size, max(1, size // 100)):
+        roles = [message["role"] for message in mixture[i]["messages"]]
+        turns = roles[1:] if roles[0] == "system" else roles
+        assert turns == ["user", "assistant"] * (len(turns) // 2)
+
+
+def test_names(tmp_path):
+    assert set(tasks.eval_tasks_for("embedded")) | set(tasks.eval_tasks_for("fineweb")) == set(tasks.EVAL_TASKS)
+    with pytest.raises(UsageError, match="'GSM9K': expected one of ARC-Easy"):
+        tasks.load_eval_task("GSM9K", Paths(tmp_path))
+    with pytest.raises(UsageError, match="only the split test"):
+        tasks.load_eval_task("HumanEval", Paths(tmp_path), "train")
