@@ -82,7 +82,7 @@ def finetune(config: FinetuneConfig, *, name: str, section: str, source: str, ta
         validation.reset()
         return {"val_bpb": figures.bpb, "val_loss": figures.loss}
 
-    metadata = {"tokenizer": tokenizer.fingerprint(), "data": loaded.meta["data"], "arch": model.arch,
+    metadata = {"tokenizer": tokenizer.fingerprint(), "data": loaded.meta["data"],
                 "rates": loaded.meta["rates"], "from": [source, loaded.tag, loaded.step]}
     job = Job(name=name, config=config, model=model, directory=paths.checkpoints(target) / loaded.tag,
               num_steps=num_steps, shape=shape, lr_multiplier=multiplier, evaluate=evaluate, metadata=metadata,

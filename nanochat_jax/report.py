@@ -96,9 +96,9 @@ def log_section(
       section: title, e.g. "Base model training"; its slug gives the place in the report (`SECTION_ORDER`).
       items: markdown strings, taken as they are, and mappings, printed as `- key: value`; empty ones are skipped.
       stage: the key in results.json, e.g. "base_train", "base_loss", "base_eval", "chat_eval_sft".
-      results: the numbers. Of an evaluation, tasks under their proper names ("CORE", "ARC-Easy", "ChatCORE"): a name
-        with a capital makes a row of the summary. Losses are "train_bpb", "val_bpb", "val_loss". A "device" is shown
-        in the header. Other names reach results.json only. Not-a-number and infinities are stored as strings.
+      results: the numbers, by the names they have in results.json. The summary shows "core" of the base evaluation, all
+        of the chat evaluations, and the losses "train_bpb", "val_bpb" and "val_loss" of the other stages. A "device" is
+        shown in the header. Not-a-number and infinities are stored as strings.
       curves: the stage's metrics.jsonl, drawn in report.html.
 
     Raises:
@@ -210,7 +210,7 @@ def generate(report_dir: Path, out_dir: Path) -> None:
 
 
 def summary_rows(sections: Sequence[Section]) -> list[tuple[str, list[Any]]]:
-    """Rows (metric, [BASE, MID, SFT, RL]): CORE first, then losses, tasks by name, ChatCORE last; None where absent."""
+    """Rows (result, [BASE, MID, SFT, RL]): CORE first, then losses, tasks by name, ChatCORE last; None where absent."""
     table: dict[str, dict[str, Any]] = {}
     for section in sections:
         column = COLUMN_OF_STAGE.get(section.stage)
@@ -218,16 +218,16 @@ def summary_rows(sections: Sequence[Section]) -> list[tuple[str, list[Any]]]:
             continue
         for name, value in section.results.items():
             if section.stage == "base_eval":
-                wanted = name == "CORE"  # its 22 tasks have a chart of their own
+                wanted = name == "core"  # its 22 tasks have a chart of their own
             elif section.stage.startswith("chat_eval_"):
-                wanted = name != name.lower()
+                wanted = True
             else:
                 wanted = name in LOSS_METRICS
             if wanted:
                 table.setdefault(name, {})[column] = value
 
     def order(name: str) -> tuple[int, str]:
-        return (0 if name == "CORE" else 1 if name in LOSS_METRICS else 3 if name == "ChatCORE" else 2, name)
+        return (0 if name == "core" else 1 if name in LOSS_METRICS else 3 if name.startswith("chatcore") else 2, name)
 
     return [(name, [table[name].get(column) for column in COLUMNS]) for name in sorted(table, key=order)]
 
@@ -241,7 +241,7 @@ def _summary_markdown(summary: list, wall_clock: str, code_size: str | None, mis
         lines.append(f"|{'-' * 17}|" + "|".join("-" * 10 for _ in COLUMNS) + "|")
         for name, row in summary:
             cells = [format_value(value) if value is not None else "-" for value in row]
-            lines.append(f"| {name:<15} | " + " | ".join(f"{cell:<8}" for cell in cells) + " |")
+            lines.append(f"| {report_html.label_of(name):<15} | " + " | ".join(f"{cell:<8}" for cell in cells) + " |")
         lines.append("")
     lines.append(f"Total wall clock time: {wall_clock}")
     if missing:

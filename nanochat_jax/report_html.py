@@ -14,9 +14,17 @@ logger = logging.getLogger(__name__)
 
 TILES = (  # label, stages to look in (the first that has it), result
     ("validation bits per byte", ("base_loss", "base_train"), "val_bpb"),
-    ("CORE", ("base_eval",), "CORE"),
-    ("ChatCORE", ("chat_eval_sft", "chat_eval_mid"), "ChatCORE"),
+    ("CORE", ("base_eval",), "core"),
+    ("ChatCORE", ("chat_eval_sft", "chat_eval_mid"), "chatcore_6"),
+    ("arithmetic with the calculator", ("chat_eval_sft", "chat_eval_mid"), "arithmetic"),
+    ("spelling", ("chat_eval_sft", "chat_eval_mid"), "spelling"),
+    ("counting letters", ("chat_eval_sft", "chat_eval_mid"), "letter_count"),
 )
+LABELS = {  # of results whose name is not how people write them
+    "core": "CORE", "chatcore_5": "ChatCORE (5)", "chatcore_6": "ChatCORE (6)", "arc_easy": "ARC-Easy",
+    "arc_challenge": "ARC-Challenge", "mmlu": "MMLU", "gsm8k": "GSM8K", "humaneval": "HumanEval",
+    "spelling_bee": "SpellingBee", "train_bpb": "train bpb", "val_bpb": "val bpb", "val_loss": "val loss",
+}  # fmt: skip
 LOSS_CHARTS = (  # stage, title
     ("base_train", "Pretraining"),
     ("mid_train", "Midtraining"),
@@ -93,7 +101,7 @@ def page(
     if summary:
         head = "".join(f"<th scope=col>{_text(name)}</th>" for name in ("Metric", *columns))
         rows = "".join(
-            f"<tr><td>{_text(name)}</td>{''.join(map(_cell, cells))}</tr>" for name, cells in summary
+            f"<tr><td>{_text(label_of(name))}</td>{''.join(map(_cell, cells))}</tr>" for name, cells in summary
         )
         body.append(f'<h2>Summary</h2><div class="card">{_table(head, rows)}</div>')
     if charts := _curves(sections):
@@ -239,19 +247,25 @@ def _evaluations(results: Mapping[str, Mapping[str, Any]]) -> str:
 
     charts = ""
     stages = [stage for stage in ("chat_eval_mid", "chat_eval_sft", "chat_eval_rl") if stage in results]
-    tasks = sorted({name for stage in stages for name in results[stage] if name != name.lower()})
-    tasks.sort(key=lambda name: name == "ChatCORE")
+    tasks = sorted({name for stage in stages for name in results[stage]})
+    tasks.sort(key=lambda name: name.startswith("chatcore"))
     if tasks:
-        rows = [(task, [number(stage, task) for stage in stages]) for task in tasks]
+        rows = [(label_of(task), [number(stage, task) for stage in stages]) for task in tasks]
         colors = {"chat_eval_mid": ("MID", 1), "chat_eval_sft": ("SFT", 2), "chat_eval_rl": ("RL", 3)}
-        x_label = "accuracy (ChatCORE: 0 is chance, 1 is all right)"
+        x_label = "accuracy" + (" (ChatCORE: 0 is chance)" if tasks[-1].startswith("chatcore") else "")
         charts += bar_chart("Chat tasks", rows, [colors[stage] for stage in stages], x_label=x_label)
-    base = [name for name in results.get("base_eval", {}) if number("base_eval", name) is not None and name != "CORE"]
+    base = [name for name in results.get("base_eval", {}) if number("base_eval", name) is not None
+            and name != "core" and not name.endswith("_bpb")]
     if base:
         rows = [(name, [number("base_eval", name)]) for name in base]
         x_label = "centred accuracy (0 is chance)"
         charts += bar_chart("CORE tasks of the base model", rows, [("BASE", 0)], x_label=x_label)
     return charts
+
+
+def label_of(result: str) -> str:
+    """How people write the name of a result."""
+    return LABELS.get(result, result.replace("_", " "))
 
 
 def _definitions(item: Mapping[str, Any]) -> str:

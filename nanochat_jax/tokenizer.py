@@ -15,7 +15,10 @@ import hashlib
 import json
 import logging
 import os
+import re
 from collections.abc import Iterable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from itertools import pairwise
 from pathlib import Path
 from typing import overload
 
@@ -43,6 +46,10 @@ SPECIAL_TOKENS = (
     "<|output_start|>",  # the calculator answers
     "<|output_end|>",
 )
+
+# tiktoken's regular expressions give out, and bring the process down, on a million white-space characters in a row:
+# longer runs than this are cut.
+WHITESPACE_LIMIT = 100_000
 
 RANKS_FILE = "mergeable_ranks.tiktoken"
 META_FILE = "meta.json"
@@ -165,13 +172,25 @@ class Tokenizer:
         if not isinstance(text, (str, list)):
             raise TypeError(f"expected str or list of str, got {type(text).__name__}")
         if isinstance(text, str):
-            rows = [self._encoding.encode_ordinary(text)]
-        else:
+            rows = [self._encode_one(text)]
+        elif all(len(item) <= WHITESPACE_LIMIT for item in text):
             rows = self._encoding.encode_ordinary_batch(text, num_threads=num_threads)
+        else:
+            with ThreadPoolExecutor(num_threads) as pool:
+                rows = list(pool.map(self._encode_one, text))
         before, after = ([] if token is None else [self._token_id(token)] for token in (prepend, append))
         if before or after:
             rows = [before + row + after for row in rows]
         return rows[0] if isinstance(text, str) else rows
+
+    def _encode_one(self, text: str) -> list[int]:
+        if len(text) <= WHITESPACE_LIMIT:
+            return self._encoding.encode_ordinary(text)
+        cuts = [0]
+        for run in re.finditer(r"\s+", text):
+            cuts.extend(range(run.start() + WHITESPACE_LIMIT, run.end(), WHITESPACE_LIMIT))
+        pieces = (text[start:end] for start, end in pairwise([*cuts, len(text)]))
+        return [token for piece in pieces for token in self._encoding.encode_ordinary(piece)]
 
     def _token_id(self, token: int | str) -> int:
         return self.encode_special(token) if isinstance(token, str) else token
@@ -210,7 +229,7 @@ def _parse_ranks(text: bytes, path: Path) -> dict[bytes, int]:
             encoded, rank = line.split()
             token = base64.b64decode(encoded, validate=True)
             if token in ranks:
-                raise ValueError("a token for the second time")
+                raise ValueError("the same token again")
             ranks[token] = int(rank)
         except (ValueError, binascii.Error) as error:
             raise UsageError(f"{path}, line {number}: {error} (expected `base64 id`): train the tokenizer again") from error

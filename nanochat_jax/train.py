@@ -151,7 +151,7 @@ def make_train_step(config: GPTConfig, optimizer: optax.GradientTransformation, 
         scale = 1.0 / jnp.maximum(count, 1)
         grads = jax.tree.map(lambda g: g * scale, grads)
         updates, opt_state = optimizer.update(grads, state.optimizer, state.params)
-        metrics = {"loss": total * scale, "grad_norm": optax.global_norm(grads), "tokens": count}
+        metrics = {"loss": total * scale, "grad_norm": optax.tree.norm(grads), "tokens": count}
         return TrainState(optax.apply_updates(state.params, updates), opt_state), metrics
 
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))

@@ -14,10 +14,9 @@ import jax
 
 from nanochat_jax import cli, report
 from nanochat_jax.checkpoint import Loaded, load_model
-from nanochat_jax.cli import UsageError, flag
-from nanochat_jax.data.loader import pretraining_loader
+from nanochat_jax.cli import flag
 from nanochat_jax.eval.batching import Batching
-from nanochat_jax.eval.bpb import held_out_loss
+from nanochat_jax.eval.bpb import corpus_bits_per_byte
 from nanochat_jax.eval.bundle import ensure_bundle, has_bundle
 from nanochat_jax.eval.core import Scorer, evaluate_core, format_csv
 from nanochat_jax.eval.samples import free_samples, greedy_samples
@@ -47,27 +46,6 @@ class BaseEvalConfig:
         unknown = set(self.eval.split(",")) - set(KINDS)
         if self.eval != "auto" and unknown:
             raise ValueError(f"--eval {self.eval!r}: expected auto, or some of {', '.join(KINDS)} joined by commas")
-
-
-def bits_per_byte(config: BaseEvalConfig, loaded: Loaded, paths: Paths, mesh, dtype) -> dict[str, float]:
-    model, rows = loaded.config, config.device_batch_size * data_size(mesh)
-    steps = config.split_tokens // (rows * model.sequence_len)
-    if steps < 1:
-        raise UsageError(f"--split-tokens {config.split_tokens} is less than one batch of {rows * model.sequence_len} "
-                         "tokens: give more, or a smaller --device-batch-size")  # fmt: skip
-    results = {}
-    for split in ("train", "val"):
-        batches = pretraining_loader(
-            paths.data(loaded.meta["data"]), loaded.tokenizer, split=split, batch_size=rows,
-            sequence_len=model.sequence_len, packing="bestfit" if model.arch == "modern" else "stream",
-            num_shards=jax.process_count(), process_index=jax.process_index(), process_count=jax.process_count(),
-        )  # fmt: skip
-        figures = held_out_loss(loaded.params, batches, steps, config=model, token_bytes=loaded.tokenizer.token_bytes(),
-                                mesh=mesh, dtype=dtype)  # fmt: skip
-        batches.close()
-        results[f"{split}_bpb"] = figures.bpb
-        log.info("%s: %.4f bits per byte", split, figures.bpb)
-    return results
 
 
 def core_metric(config: BaseEvalConfig, loaded: Loaded, bundle: Path, paths: Paths, mesh, dtype) -> dict[str, float]:
@@ -106,7 +84,8 @@ def main(config: BaseEvalConfig) -> None:
     if "core" in kinds:
         results |= core_metric(config, loaded, ensure_bundle(paths), paths, mesh, dtype)
     if "bpb" in kinds:
-        results |= bits_per_byte(config, loaded, paths, mesh, dtype)
+        results |= corpus_bits_per_byte(loaded, paths, device_batch_size=config.device_batch_size,
+                                        split_tokens=config.split_tokens, mesh=mesh, dtype=dtype)
     items.append(results)
     if "sample" in kinds:
         greedy, free = greedy_samples(loaded, dtype=dtype, mesh=mesh), free_samples(loaded, 8, dtype=dtype, mesh=mesh)

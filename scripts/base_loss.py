@@ -11,12 +11,11 @@ import jax
 
 from nanochat_jax import cli, report
 from nanochat_jax.checkpoint import load_model
-from nanochat_jax.cli import UsageError, flag
-from nanochat_jax.data.loader import pretraining_loader
-from nanochat_jax.eval.bpb import held_out_loss
+from nanochat_jax.cli import flag
+from nanochat_jax.eval.bpb import corpus_bits_per_byte
 from nanochat_jax.eval.samples import greedy_samples
 from nanochat_jax.paths import Paths
-from nanochat_jax.sharding import data_size, make_mesh
+from nanochat_jax.sharding import make_mesh
 from nanochat_jax.startup import start
 from nanochat_jax.train import resolve_dtype
 
@@ -38,24 +37,8 @@ def main(config: BaseLossConfig) -> None:
     start(paths)
     mesh, dtype = make_mesh(config.mesh), resolve_dtype(config.dtype)
     loaded = load_model(paths, "base", tag=config.model_tag, step=config.model_step, mesh=mesh)
-    model, tokenizer = loaded.config, loaded.tokenizer
-    rows = config.device_batch_size * data_size(mesh)
-    steps = config.split_tokens // (rows * model.sequence_len)
-    if steps < 1:
-        raise UsageError(f"--split-tokens {config.split_tokens} is less than one batch of {rows * model.sequence_len} "
-                         "tokens: give more, or a smaller --device-batch-size")
-    results: dict[str, float] = {}
-    for split in ("train", "val"):
-        batches = pretraining_loader(
-            paths.data(loaded.meta["data"]), tokenizer, split=split, batch_size=rows, sequence_len=model.sequence_len,
-            packing="bestfit" if model.arch == "modern" else "stream", num_shards=jax.process_count(),
-            process_index=jax.process_index(), process_count=jax.process_count(),
-        )
-        figures = held_out_loss(loaded.params, batches, steps, config=model, token_bytes=tokenizer.token_bytes(),
-                                mesh=mesh, dtype=dtype)
-        batches.close()
-        results[f"{split}_bpb"] = figures.bpb
-        log.info("%s: %.4f bits per byte over %s tokens", split, figures.bpb, f"{steps * rows * model.sequence_len:,}")
+    results = corpus_bits_per_byte(loaded, paths, device_batch_size=config.device_batch_size,
+                                   split_tokens=config.split_tokens, mesh=mesh, dtype=dtype)
     samples = greedy_samples(loaded, dtype=dtype, mesh=mesh)
     for sample in samples:
         log.info("  %s", sample)

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from chain_model import BOS, END, OUTPUT, OUTPUT_END, PYTHON, PYTHON_END, TOKENIZER, chain_engine
 
 from nanochat_jax.config import GPTConfig
 from nanochat_jax.gpt import abstract_params, forward, unembed
@@ -11,28 +12,8 @@ from nanochat_jax.infer.engine import Engine, EngineLoop, Request
 from nanochat_jax.infer.request import ToolCall
 from nanochat_jax.infer.sampling import SamplingParams, sample
 from nanochat_jax.sharding import make_mesh
-from nanochat_jax.tokenizer import SPECIAL_TOKENS
 
 MAX_LEN = 400
-
-
-class ByteTokenizer:
-    """A token for each byte, then the special tokens."""
-
-    vocab_size = 256 + len(SPECIAL_TOKENS)
-    special_tokens = {name: 256 + index for index, name in enumerate(SPECIAL_TOKENS)}
-
-    def encode(self, text):
-        return list(text.encode())
-
-    def decode_bytes(self, ids):
-        return b"".join(bytes([i]) if i < 256 else SPECIAL_TOKENS[i - 256].encode() for i in ids)
-
-
-TOKENIZER = ByteTokenizer()
-BOS, USER_START, USER_END, ASSISTANT_START, END, PYTHON, PYTHON_END, OUTPUT, OUTPUT_END = TOKENIZER.special_tokens.values()
-
-
 # A random model of every feature: windows, grouped heads, value embeddings, smear, backout.
 CONFIG = GPTConfig.modern(3, vocab_size=TOKENIZER.vocab_size, sequence_len=MAX_LEN, n_embd=64, n_head=4, n_kv_head=2)
 
@@ -169,27 +150,6 @@ def test_a_model_gone_wrong_is_an_error_not_a_text(params):
     broken = Engine(CONFIG, params | {"lm_head": params["lm_head"].at[3].set(jnp.nan)}, TOKENIZER, num_slots=4, max_prefill_rows=2)
     with pytest.raises(FloatingPointError, match="not finite"):
         broken.generate([Request((1, 2))])
-
-
-# A model that answers each token with one certain successor, to write a dialogue for it.
-CHAIN = GPTConfig.classic(1, vocab_size=TOKENIZER.vocab_size, sequence_len=96, n_embd=272, n_head=2, n_kv_head=2)
-
-
-def chain_engine(*texts, **options):
-    """An engine whose model, from the first token of any of `texts`, says the rest and begins again.
-
-    A text is a sequence of strings and special ids. The blocks are zero and add nothing, so that with one-hot
-    embeddings the logits are a row of `lm_head`.
-    """
-    params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), abstract_params(CHAIN))
-    head = np.zeros((272, TOKENIZER.vocab_size), np.float32)
-    for text in texts:
-        ids = [i for part in text for i in (part.encode() if isinstance(part, str) else [part])]
-        for token, successor in zip(ids, ids[1:] + ids[:1]):
-            assert not head[token].any(), f"{token} has two successors"
-            head[token, successor] = 10.0
-    params = params | {"wte": jnp.eye(272)[: TOKENIZER.vocab_size], "lm_head": jnp.asarray(head)}
-    return Engine(CHAIN, params, TOKENIZER, **({"num_slots": 3, "steps_per_dispatch": 5, "max_prefill_rows": 2} | options))
 
 
 def say(engine, *starts, **options):

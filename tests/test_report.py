@@ -20,11 +20,11 @@ def write_metrics(path: Path, rows: list[dict]) -> Path:
 
 def log_small_run(report_dir: Path) -> None:
     """Sections out of order, as reruns leave them."""
-    chat = {"ARC-Easy": 0.4684, "ChatCORE": 0.2793, "GSM8K": 0.0697, "seconds": 61.5}
+    chat = {"arc_easy": 0.4684, "chatcore_6": 0.2793, "gsm8k": 0.0697}
     report.log_section(report_dir, "Chat evaluation sft", [chat], stage="chat_eval_sft", results=chat)
     report.log_section(report_dir, "Zoo", ["Something of the user's own."], stage="zoo", results={"apes": 3})
     report.log_section(report_dir, "Base model loss", [], stage="base_loss", results={"val_bpb": 0.812})
-    core = {"CORE": 0.191, "hellaswag": 0.26, "boolq": -0.4172}
+    core = {"core": 0.191, "hellaswag": 0.26, "boolq": -0.4172}
     report.log_section(report_dir, "Base model evaluation", [core], stage="base_eval", results=core)
     results = {"val_bpb": 0.9, "device": "8 x TPU"}
     report.log_section(report_dir, "Base model training", ["Note."], stage="base_train", results=results)
@@ -79,11 +79,11 @@ def test_summary_takes_json_results_and_never_prose(tmp_path):
     log_small_run(tmp_path)
     report.log_section(tmp_path, "Midtraining", ["- CORE: 0.99\n- GSM8K: 0.99"], stage="mid_train", results={})
     report.generate(tmp_path, tmp_path)
-    rows = re.findall(r"^\| (\S+) +\| (.*) \|$", (tmp_path / "report.md").read_text(), re.MULTILINE)
+    rows = re.findall(r"^\| (\S.*?) +\| (.*) \|$", (tmp_path / "report.md").read_text(), re.MULTILINE)
     table = {name: [cell.strip() for cell in cells.split("|")] for name, cells in rows}
-    assert list(table) == ["Metric", "CORE", "val_bpb", "ARC-Easy", "GSM8K", "ChatCORE"]
+    assert list(table) == ["Metric", "CORE", "val bpb", "ARC-Easy", "GSM8K", "ChatCORE (6)"]
     assert table["CORE"] == ["0.1910", "-", "-", "-"]
-    assert table["val_bpb"] == ["0.8120", "-", "-", "-"]  # base_loss, measured after base_train, wins
+    assert table["val bpb"] == ["0.8120", "-", "-", "-"]  # base_loss, measured after base_train, wins
     assert table["GSM8K"] == ["-", "-", "0.0697", "-"]
 
 

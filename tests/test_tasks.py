@@ -56,7 +56,7 @@ def said(task: Task) -> list[str]:
     return [conversation["messages"][0]["content"] for conversation in task]
 
 
-# ---------------------------------------------------------------------------------------------------- views, mixtures
+# --------------------------------------------------------------------------------------- views, mixtures
 
 @pytest.mark.parametrize(
     "view", [{}, {"stop": 4}, {"start": 3}, {"start": 2, "stop": 9, "step": 3}, {"stop": 99}, {"start": 12}]
@@ -77,7 +77,7 @@ def test_a_mixture_holds_everything_once_in_the_order_of_random_42():
     assert said(mixture) == [names[task][i] for task, i in order]
 
 
-# ---------------------------------------------------------------------------------------------------- wording and judging
+# --------------------------------------------------------------------------------------- wording and judging
 
 def test_multiple_choice_to_the_byte():
     conversation = multiple_choice("Which is blue?", ["grass", "the sky"], "AB", "B")
@@ -151,13 +151,13 @@ def test_simple_spelling_form():
     assert said(task) != said(spelling.SimpleSpelling(words, "test", size=50))
 
 
-# ---------------------------------------------------------------------------------------------------- own conversations
+# --------------------------------------------------------------------------------------- own conversations
 
 @pytest.mark.parametrize("content, message", [
     ("", "no conversation"),
     ("[{]", "line 1 is not JSON"),
     ('[{"role": "user", "content": "a"}]', "line 1: expected an array of at least 2"),
-    ('[{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]', "line 1: message 1 needs the role 'assist"),
+    ('[{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]', "line 1: message 1 needs the role 'as"),
     ('\n[{"role": "user", "content": "a"}, {"role": "assistant", "content": 3}]', "line 2: message 1"),
 ])  # fmt: skip
 def test_custom_json_names_the_bad_line(tmp_path, content, message):
@@ -176,7 +176,7 @@ def test_custom_json_reads_conversations(tmp_path):
         CustomJSON(tmp_path / "missing.jsonl")
 
 
-# ---------------------------------------------------------------------------------------------------- getting the data
+# --------------------------------------------------------------------------------------- getting the data
 
 class FakeHub:
     """Two parquet files of one split on the conversion branch, and some of other splits."""
@@ -275,7 +275,7 @@ def test_fetching_a_file(tmp_path):
     assert [file.name for file in path.parent.iterdir()] == ["words.txt"]
 
 
-# ---------------------------------------------------------------------------------------------------- the real data
+# --------------------------------------------------------------------------------------- the real data
 
 @pytest.mark.parametrize("name, key, eval_type, baseline, size", [
     ("ARC-Easy", "arc_easy", "categorical", 0.25, 1521),

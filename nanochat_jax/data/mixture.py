@@ -258,7 +258,7 @@ class ConversationLoader(Loader):
 
     @property
     def epoch_progress(self) -> float:
-        """Share of the conversations of `num_epochs` epochs (of one, if endless) in the batches handed out, at most 1."""
+        """Share of the conversations of `num_epochs` epochs (endless: of one) in the batches handed out; at most 1."""
         state = self.get_state()
         consumed = state["epoch"] * state["size"] + self._source.consumed(state)
         return min(1.0, consumed / (state["size"] * (self._num_epochs or 1)))

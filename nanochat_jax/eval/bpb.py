@@ -1,6 +1,7 @@
 """Held-out loss: nats per supervised token, and bits per byte, which do not depend on the vocabulary."""
 
 import functools
+import logging
 import math
 from collections.abc import Iterator, Mapping
 from typing import Any, NamedTuple
@@ -11,10 +12,16 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
+from nanochat_jax.checkpoint import Loaded
+from nanochat_jax.cli import UsageError
 from nanochat_jax.config import GPTConfig
+from nanochat_jax.data.loader import pretraining_loader
 from nanochat_jax.gpt import Params, forward
 from nanochat_jax.loss import chunk_length, cross_entropy
-from nanochat_jax.sharding import global_batch
+from nanochat_jax.paths import Paths
+from nanochat_jax.sharding import data_size, global_batch
+
+log = logging.getLogger(__name__)
 
 
 class HeldOut(NamedTuple):
@@ -47,3 +54,27 @@ def held_out_loss(params: Params, batches: Iterator[Mapping[str, np.ndarray]], s
         sums.append(_sums(params, inputs, targets, token_bytes, config=config, dtype=dtype, chunk=chunk))
     nats, num_bytes, total, count = np.sum(jax.device_get(sums), axis=0, dtype=np.float64)
     return HeldOut(bpb=float(nats / (math.log(2) * num_bytes)) if num_bytes else math.inf, loss=float(total / max(count, 1)))
+
+
+def corpus_bits_per_byte(loaded: Loaded, paths: Paths, *, device_batch_size: int, split_tokens: int, mesh: Mesh, dtype: Any
+                         ) -> dict[str, float]:
+    """`train_bpb` and `val_bpb` of a base model over the first `split_tokens` tokens of each split of its corpus."""
+    model, tokenizer = loaded.config, loaded.tokenizer
+    rows = device_batch_size * data_size(mesh)
+    steps = split_tokens // (rows * model.sequence_len)
+    if steps < 1:
+        raise UsageError(f"--split-tokens {split_tokens} is less than one batch of {rows * model.sequence_len} tokens: "
+                         "give more, or a smaller --device-batch-size")
+    results = {}
+    for split in ("train", "val"):
+        batches = pretraining_loader(
+            paths.data(loaded.meta["data"]), tokenizer, split=split, batch_size=rows, sequence_len=model.sequence_len,
+            packing=loaded.meta["packing"], num_shards=jax.process_count(), process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        figures = held_out_loss(loaded.params, batches, steps, config=model, token_bytes=tokenizer.token_bytes(),
+                                mesh=mesh, dtype=dtype)
+        batches.close()
+        results[f"{split}_bpb"] = figures.bpb
+        log.info("%s: %.4f bits per byte over %s tokens", split, figures.bpb, f"{steps * rows * model.sequence_len:,}")
+    return results

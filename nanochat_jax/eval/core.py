@@ -28,6 +28,7 @@ from nanochat_jax.cli import UsageError
 from nanochat_jax.config import GPTConfig
 from nanochat_jax.eval.batching import Batching
 from nanochat_jax.gpt import Params, forward, unembed
+from nanochat_jax.infer.sampling import first_argmax
 from nanochat_jax.sharding import replicated
 from nanochat_jax.tokenizer import Tokenizer
 
@@ -200,7 +201,7 @@ def score_batch(params: Params, tokens: Array, start: Array, end: Array, *, conf
             logits = unembed(params, window, config=config)
             chosen = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
             losses = jax.nn.logsumexp(logits, axis=-1) - chosen
-            hits = logits.argmax(axis=-1) == target
+            hits = first_argmax(logits.reshape(-1, config.vocab_size)).reshape(target.shape) == target
             return nll + jnp.where(inside, losses, 0.0).sum(axis=1), all_argmax & (hits | ~inside).all(axis=1)
 
         return jax.lax.cond(inside.any(), score, lambda totals: totals, totals), None

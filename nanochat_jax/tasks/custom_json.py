@@ -35,7 +35,8 @@ class CustomJSON(Task):
             role = ("user", "assistant")[i % 2]
             fields = message if isinstance(message, dict) else {}
             if fields.get("role") != role or not isinstance(fields.get("content"), str):
-                raise UsageError(f"{self.path} line {number}: message {i} needs the role {role!r} and a string as content")
+                problem = f"message {i} needs the role {role!r} and a string as content"
+                raise UsageError(f"{self.path} line {number}: {problem}")
         return messages
 
     def num_examples(self) -> int:

@@ -2,6 +2,7 @@
 
 mod counts;
 mod encode;
+mod gpt4;
 mod split;
 mod train;
 

@@ -2,6 +2,8 @@
 
 use fancy_regex::Regex;
 
+use crate::gpt4;
+
 /// GPT-4's split pattern, the default when none is given.
 pub const DEFAULT_PATTERN: &str = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+";
 
@@ -9,13 +11,15 @@ pub const DEFAULT_PATTERN: &str = r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{
 #[derive(Clone, Debug)]
 pub struct Splitter {
     regex: Regex,
+    /// Set if the pattern is one that `gpt4` implements.
+    max_digits: Option<usize>,
 }
 
 impl Splitter {
     /// Fails with a message that names the pattern when it is not a regular expression.
     pub fn new(pattern: &str) -> Result<Self, String> {
         let regex = Regex::new(pattern).map_err(|error| format!("bad split pattern {pattern:?}: {error}"))?;
-        Ok(Self { regex })
+        Ok(Self { regex, max_digits: gpt4::max_digits(pattern) })
     }
 
     pub fn pattern(&self) -> &str {
@@ -25,6 +29,10 @@ impl Splitter {
     /// Calls `visit` with each match, left to right; text between matches is skipped. Fails when matching needs more
     /// backtracking than the engine allows.
     pub fn for_each(&self, text: &str, mut visit: impl FnMut(&str)) -> Result<(), String> {
+        if let Some(max_digits) = self.max_digits {
+            gpt4::for_each_chunk(text, max_digits, visit);
+            return Ok(());
+        }
         for found in self.regex.find_iter(text) {
             visit(found.map_err(|error| format!("split pattern {:?}: {error}", self.pattern()))?.as_str());
         }

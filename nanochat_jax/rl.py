@@ -1,0 +1,142 @@
+"""Reinforcement learning from checked answers: REINFORCE with the group's mean as baseline.
+
+Of each prompt several replies are sampled from the current parameters, a task judges them, and the log-probability of each
+sampled token is raised or lowered by its reply's advantage, reward minus the mean reward of the prompt's replies. What is
+left out of GRPO (Shao et al. 2024, arXiv:2402.03300): division by the standard deviation, the KL penalty, ratios and
+clipping; the samples are always on-policy. A prompt whose replies are all right or all wrong teaches nothing.
+"""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+from jax.sharding import Mesh
+
+from nanochat_jax.chat import render_for_completion
+from nanochat_jax.config import GPTConfig
+from nanochat_jax.eval.batching import bucket
+from nanochat_jax.gpt import Params, forward
+from nanochat_jax.infer.engine import Engine
+from nanochat_jax.infer.request import Request
+from nanochat_jax.loss import chunk_length, cross_entropy
+from nanochat_jax.sharding import replicated
+from nanochat_jax.tasks.base import Conversation, Task
+from nanochat_jax.tokenizer import Tokenizer
+from nanochat_jax.train import TrainState
+
+
+@dataclass(frozen=True)
+class Rollout:
+    """One sampled reply: prompt and reply, and for each token whether the model drew it (not the prompt, not a tool)."""
+
+    tokens: list[int]
+    sampled: list[bool]
+    reward: float
+
+
+@dataclass(frozen=True, kw_only=True)
+class RolloutConfig:
+    num_samples: int = 16
+    max_new_tokens: int = 256
+    temperature: float = 1.0
+    top_k: int = 50
+
+
+def sample_rollouts(engine: Engine, tokenizer: Tokenizer, task: Task, conversations: Sequence[Conversation],
+                    config: RolloutConfig, *, seed: int) -> list[list[Rollout]]:
+    """`num_samples` judged replies to each conversation, all in flight together; `seed` names this call's random streams."""
+    prompts = [tuple(render_for_completion(tokenizer, conversation)) for conversation in conversations]
+    streams = np.random.SeedSequence(seed).generate_state(len(prompts) * config.num_samples)
+    requests = [
+        Request(prompt, max_tokens=config.max_new_tokens, temperature=config.temperature, top_k=config.top_k,
+                seed=int(streams[i * config.num_samples + sample]))
+        for i, prompt in enumerate(prompts) for sample in range(config.num_samples)
+    ]  # fmt: skip
+    results = engine.generate(requests)
+    groups = []
+    for i, (prompt, conversation) in enumerate(zip(prompts, conversations)):
+        group = []
+        for result in results[i * config.num_samples : (i + 1) * config.num_samples]:
+            reward = float(task.evaluate(conversation, tokenizer.decode(result.tokens)))
+            group.append(Rollout([*prompt, *result.tokens], [False] * len(prompt) + list(result.sampled), reward))
+        groups.append(group)
+    return groups
+
+
+def advantages(rewards: np.ndarray) -> np.ndarray:
+    """Reward minus the mean of its prompt's rewards, [E, S] to [E, S]. Not divided by their deviation, which blows up
+    where all but one agree."""
+    return rewards - rewards.mean(axis=1, keepdims=True)
+
+
+class PolicyBatch(NamedTuple):
+    """Rows to learn from: the loss is the sum of `weights` times the negative log-likelihoods of `targets`."""
+
+    inputs: np.ndarray  # [N, T] int32
+    targets: np.ndarray  # [N, T] int32, -1 where nothing is learned
+    weights: np.ndarray  # [N, T] float32
+
+
+def policy_batch(groups: Sequence[Sequence[Rollout]], *, pass_rows: int, multiple: int = 1) -> PolicyBatch:
+    """The rows of E groups of S rollouts, padded to a power-of-two length and to a multiple of `multiple` rows.
+
+    Upstream's loss, the mean over passes of -sum(log p * advantage) / max(1, trained tokens of the pass), where a pass is
+    `pass_rows` rollouts of one prompt. As a weight per token it does not depend on how rows are cut into micro-batches.
+    Raises ValueError if `pass_rows` does not divide S.
+    """
+    num_samples = len(groups[0])
+    if num_samples % pass_rows:
+        raise ValueError(f"{num_samples} samples of a prompt are not a multiple of the {pass_rows} rows of a pass")
+    rollouts = [rollout for group in groups for rollout in group]
+    advantage = advantages(np.array([[rollout.reward for rollout in group] for group in groups])).ravel()
+    rows = -(-len(rollouts) // multiple) * multiple
+    length = bucket(max(len(rollout.tokens) for rollout in rollouts) - 1)
+    inputs, targets = np.zeros((rows, length), np.int32), np.full((rows, length), -1, np.int32)
+    for row, rollout in enumerate(rollouts):
+        tokens, end = np.array(rollout.tokens, np.int32), len(rollout.tokens) - 1
+        inputs[row, :end] = tokens[:-1]
+        targets[row, :end] = np.where(rollout.sampled[1:], tokens[1:], -1)
+    counts = (targets[: len(rollouts)] >= 0).sum(axis=1).reshape(-1, pass_rows).sum(axis=1)
+    scale = np.repeat(1.0 / (np.maximum(counts, 1) * len(counts)), pass_rows)
+    weights = np.zeros((rows, length), np.float32)
+    weights[: len(rollouts)] = (advantage * scale)[:, None]
+    return PolicyBatch(inputs, targets, weights)
+
+
+def policy_loss(params: Params, inputs: Array, targets: Array, weights: Array, *, config: GPTConfig,
+                dtype: Any = jnp.float32, remat: bool = False, num_devices: int = 1) -> Array:
+    """Scalar loss of rows [B, T], whose gradient is the policy gradient."""
+    hidden, _ = forward(params, inputs, config=config, compute_dtype=dtype, remat=remat)
+    unembedding = params["lm_head"][:, : config.vocab_size]
+    chunk = chunk_length(*inputs.shape, config.vocab_size, num_devices)
+    return cross_entropy(hidden, unembedding, targets, weights, config.softcap, chunk)[0]
+
+
+def make_policy_step(config: GPTConfig, optimizer: optax.GradientTransformation, *, dtype: Any, mesh: Mesh,
+                     shardings: TrainState, remat: bool = False) -> Callable:
+    """Jitted `step(state, inputs, targets, weights) -> (state, {"loss", "grad_norm"})` over micro-batches [A, B, T]."""
+
+    def micro_loss(params: Params, *rows: Array) -> Array:
+        return policy_loss(params, *rows, config=config, dtype=dtype, remat=remat, num_devices=mesh.size)
+
+    def step(state: TrainState, *rows: Array) -> tuple[TrainState, dict[str, Array]]:
+        def accumulate(carry, micro_batch):
+            return jax.tree.map(jnp.add, carry, jax.value_and_grad(micro_loss)(state.params, *micro_batch)), None
+
+        zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params))
+        (loss, grads), _ = jax.lax.scan(accumulate, zeros, rows)
+        updates, opt_state = optimizer.update(grads, state.optimizer, state.params)
+        metrics = {"loss": loss, "grad_norm": optax.global_norm(grads)}
+        return TrainState(optax.apply_updates(state.params, updates), opt_state), metrics
+
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
+
+
+def pass_at_k(rewards: np.ndarray) -> np.ndarray:
+    """For k = 1..S the share of problems of which one of the first k samples is right; rewards [P, S] to [S]."""
+    return (np.maximum.accumulate(rewards, axis=1) > 0).mean(axis=0)

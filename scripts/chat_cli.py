@@ -1,0 +1,156 @@
+"""Chat with a trained model in the terminal.
+
+    python -m scripts.chat_cli                              the newest finetuned model
+    python -m scripts.chat_cli -i rl -g d20                 another stage or model
+    python -m scripts.chat_cli -p "Why is the sky blue?"    one reply, then exit
+
+`clear` forgets the conversation, `quit` or Ctrl-D leaves, Ctrl-C stops a reply. Calculations of the model appear as
+[345+678 = 1023].
+"""
+
+import sys
+from dataclasses import dataclass
+
+from nanochat_jax import cli
+from nanochat_jax.checkpoint import load_model
+from nanochat_jax.cli import UsageError, flag
+from nanochat_jax.infer.engine import Engine, EngineLoop, Request
+from nanochat_jax.infer.request import Generation, ToolCall
+from nanochat_jax.paths import CHECKPOINT_DIRS, Paths
+from nanochat_jax.startup import start
+from nanochat_jax.tokenizer import Tokenizer
+from nanochat_jax.train import resolve_dtype
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    source: str = flag("sft", "stage whose model to load", short="-i", choices=list(CHECKPOINT_DIRS))
+    model_tag: str | None = flag(None, "model tag; the largest d<depth> if not given", short="-g")
+    step: int | None = flag(None, "step; the last if not given", short="-s")
+    prompt: str | None = flag(None, "answer this and exit", short="-p")
+    temperature: float = flag(0.6, "0 takes the most likely token each time", short="-t")
+    top_k: int = flag(50, "draw among the k most likely tokens; 0 among all", short="-k")
+    max_tokens: int = flag(256, "longest reply in tokens")
+    seed: int = flag(42, "of the random draws; a conversation with the same seed repeats itself")
+    dtype: str = flag("auto", "compute dtype", short="-d", choices=["auto", "float32", "bfloat16"])
+
+    def __post_init__(self) -> None:
+        if self.prompt is not None and not self.prompt.strip():
+            raise ValueError("--prompt is empty: give it a text, or leave it out for a conversation")
+        self.request([0], turn=0)  # checks the ranges
+
+    def request(self, tokens: list[int], *, turn: int) -> Request:
+        return Request(tuple(tokens), max_tokens=self.max_tokens, temperature=self.temperature, top_k=self.top_k,
+                       seed=self.seed + turn)
+
+
+class History:
+    """The tokens of a conversation, by turns, so that the oldest can be dropped when it outgrows the context."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._special = tokenizer.special_tokens
+        self._turns: list[list[int]] = []
+
+    def prompt(self, text: str, *, room: int) -> tuple[list[int], int]:
+        """Tokens that ask for the reply to `text`, and how many of the oldest turns were dropped to fit `room`."""
+        question = self._question(text)
+        dropped = 0
+        while self._turns and 1 + sum(map(len, self._turns)) + len(question) > room:
+            del self._turns[0]
+            dropped += 1
+        return [self._special["<|bos|>"], *(token for turn in self._turns for token in turn), *question], dropped
+
+    def add(self, text: str, reply: list[int]) -> None:
+        self._turns.append([*self._question(text), *reply, self._special["<|assistant_end|>"]])
+
+    def _question(self, text: str) -> list[int]:
+        tokens = self._tokenizer.encode(text, prepend="<|user_start|>", append="<|user_end|>")
+        return [*tokens, self._special["<|assistant_start|>"]]
+
+
+def dim(text: str) -> str:
+    return f"\033[2m{text}\033[0m" if sys.stdout.isatty() else text
+
+
+def answer(engine: Engine, request: Request) -> Generation:
+    """Generate and print a reply as it comes; Ctrl-C ends it early."""
+    generation = engine.generation(request)
+
+    def show() -> None:
+        for event in generation.take_events():
+            if isinstance(event, ToolCall):
+                event = dim(f"[{event.expression} = {'?' if event.output is None else event.output}]")
+            print(event, end="", flush=True)
+
+    loop = EngineLoop(engine)
+    try:
+        loop.admit([generation])
+        while not generation.done:
+            show()
+            loop.step()
+    except KeyboardInterrupt:
+        loop.cancel(generation)
+    show()
+    print(flush=True)
+    generation.result()  # raises what went wrong, if anything
+    return generation
+
+
+def chat(engine: Engine, tokenizer: Tokenizer, config: Config) -> None:
+    """Read, answer, repeat, until the input ends."""
+    print("`clear` starts over, `quit` or Ctrl-D leaves, Ctrl-C stops a reply.")
+    history, turn = History(tokenizer), 0
+    room = engine.max_len - min(config.max_tokens, engine.max_len // 2)
+    while True:
+        try:
+            text = input("\nUser: ").strip()
+        except KeyboardInterrupt:
+            continue
+        except EOFError:
+            print()
+            return
+        if text.lower() in ("quit", "exit"):
+            return
+        if text.lower() == "clear":
+            history = History(tokenizer)
+            print(dim("(a new conversation)"))
+        elif text:
+            tokens, dropped = history.prompt(text, room=room)
+            if dropped:
+                print(dim(f"(the context of {engine.max_len} tokens is full: the oldest {dropped} turns are forgotten)"))
+            request = config.request(tokens, turn=turn)
+            try:
+                engine.budget(request)
+            except ValueError as error:  # the message is too long even alone
+                print(dim(f"({error}: say it in fewer words)"))
+                continue
+            print("\nAssistant: ", end="", flush=True)
+            generation = answer(engine, request)
+            history.add(text, generation.tokens)
+            turn += 1
+            if generation.finish_reason == "length":
+                print(dim(f"(cut after {len(generation.tokens)} tokens)"))
+
+
+def main(config: Config) -> int | None:
+    sys.stdout.reconfigure(errors="replace")  # a character the terminal cannot show need not end the chat
+    paths = Paths.from_env()
+    start(paths)
+    model = load_model(paths, config.source, tag=config.model_tag, step=config.step)
+    engine = Engine(model.config, model.params, model.tokenizer, num_slots=1, steps_per_dispatch=4,
+                    compute_dtype=resolve_dtype(config.dtype))
+    if config.prompt is None:
+        chat(engine, model.tokenizer, config)
+        return None
+    tokens, _ = History(model.tokenizer).prompt(config.prompt, room=engine.max_len)
+    request = config.request(tokens, turn=0)
+    try:
+        engine.budget(request)
+    except ValueError as error:
+        raise UsageError(f"--prompt: {error}") from error
+    return 130 if answer(engine, request).finish_reason == "cancelled" else None
+
+
+if __name__ == "__main__":
+    cli.run(main, Config, prog="scripts.chat_cli", description="Chat with a trained model in the terminal.")

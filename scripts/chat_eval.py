@@ -1,0 +1,82 @@
+"""Evaluate a chat model on tasks: multiple choice by the likeliest letter, all others by what it writes.
+
+    python -m scripts.chat_eval -i sft
+    python -m scripts.chat_eval -i sft -a "ARC-Easy|GSM8K" -x 100
+"""
+
+import dataclasses
+import logging
+from dataclasses import dataclass
+
+import jax
+
+from nanochat_jax import cli, report
+from nanochat_jax.checkpoint import load_model
+from nanochat_jax.cli import flag
+from nanochat_jax.eval.batching import Batching
+from nanochat_jax.eval.chat import Generator, Sampling, accuracy, chatcore, evaluate_task, write_problems
+from nanochat_jax.paths import CHECKPOINT_DIRS, Paths
+from nanochat_jax.sharding import data_size, make_mesh
+from nanochat_jax.startup import start
+from nanochat_jax.tasks import eval_tasks_for, load_eval_task
+from nanochat_jax.train import resolve_dtype
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatEvalConfig:
+    source: str = flag("sft", "stage of the model", short="-i", choices=[*CHECKPOINT_DIRS])
+    task_name: str | None = flag(None, "tasks joined by |; default those that fit the model's corpus", short="-a")
+    temperature: float = flag(0.0, "of the replies; 0 takes the most likely token", short="-t")
+    max_new_tokens: int = flag(512, "longest reply", short="-m")
+    num_samples: int = flag(1, "replies per problem; one that is right passes", short="-n")
+    top_k: int = flag(50, "sample among the k likeliest tokens; 0: all", short="-k")
+    batch_size: int = flag(32, "replies in flight per device, and prompts of a batch of multiple choice", short="-b")
+    model_tag: str | None = flag(None, "name of the checkpoint directory; default the largest d<depth>", short="-g")
+    step: int | None = flag(None, "step of the checkpoint; default the newest", short="-s")
+    max_problems: int | None = flag(None, "problems of each task; default all", short="-x")
+    mesh: str = flag("auto", "devices as DxM: D-way data and M-way tensor parallelism")
+    dtype: str = flag("auto", "compute dtype", short="-d", choices=["auto", "float32", "bfloat16"])
+
+    def __post_init__(self) -> None:
+        for name in ("max_new_tokens", "num_samples", "batch_size"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+
+
+def main(config: ChatEvalConfig) -> None:
+    paths = Paths.from_env()
+    start(paths)
+    mesh, dtype = make_mesh(config.mesh), resolve_dtype(config.dtype)
+    loaded = load_model(paths, config.source, tag=config.model_tag, step=config.step, mesh=mesh)
+    names = config.task_name.split("|") if config.task_name else eval_tasks_for(loaded.meta["data"])
+    # All tasks are loaded before any is judged: one that is missing should not be found out after an hour.
+    tasks = [load_eval_task(name, paths, max_problems=config.max_problems) for name in names]
+
+    slots = config.batch_size * data_size(mesh)
+    generator = Generator(config=loaded.config, params=loaded.params, tokenizer=loaded.tokenizer, num_slots=slots,
+                          compute_dtype=dtype, mesh=mesh)
+    batching = Batching(tokens=slots * loaded.config.sequence_len, mesh=mesh)
+    sampling = Sampling(num_samples=config.num_samples, max_new_tokens=config.max_new_tokens,
+                        temperature=config.temperature, top_k=config.top_k)
+    results: dict[str, float] = {}
+    for task in tasks:
+        problems = evaluate_task(task, generator, batching, sampling)
+        results[task.key] = accuracy(problems)
+        if jax.process_index() == 0:
+            directory = paths.checkpoints(config.source) / loaded.tag
+            write_problems(directory / f"chat_eval_{task.key}.jsonl", problems)
+    results |= chatcore(results, {task.key: task.baseline for task in tasks})
+    for name, value in results.items():
+        log.info("%-20s %6.2f%%", name, 100 * value)
+    if jax.process_index() == 0:
+        report.log_section(
+            paths.report, f"Chat evaluation {config.source}",
+            [f"Model: {loaded.tag}, step {loaded.step}", dataclasses.asdict(config), results],
+            stage=f"chat_eval_{config.source}", results=results,
+        )
+
+
+if __name__ == "__main__":
+    cli.run(main, ChatEvalConfig, prog="scripts.chat_eval", description=__doc__.splitlines()[0])

@@ -1,0 +1,118 @@
+"""Rendering conversations: upstream's ids and masks, what is learned, and what is refused."""
+
+import copy
+import json
+import re
+
+import pytest
+
+from nanochat_jax.chat import render_conversation, render_for_completion, visualize_tokenization
+from nanochat_jax.tokenizer import RANKS_FILE, SPECIAL_TOKENS, Tokenizer, _parse_ranks
+
+PYTHON = [
+    {"type": "text", "text": "Let me see. "},
+    {"type": "python", "text": "12*3"},
+    {"type": "python_output", "text": "36"},
+    {"type": "text", "text": "It is 36."},
+]
+
+
+def chat(*contents, system=None):
+    roles = ("user", "assistant")
+    messages = [{"role": roles[index % 2], "content": content} for index, content in enumerate(contents)]
+    if system is not None:
+        messages.insert(0, {"role": "system", "content": system})
+    return {"messages": messages}
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.train(["What is 12 times 3? Let me see. It is 36."] * 3, 300)
+
+
+def test_ids_and_masks_equal_upstreams(test_data):
+    directory = test_data / "golden" / "tokenizer"
+    tokenizer = Tokenizer(_parse_ranks((directory / RANKS_FILE).read_bytes(), directory / RANKS_FILE))
+    cases = json.loads((directory / "expected.json").read_text())["conversations"]
+    assert cases
+    for case in cases:
+        assert render_conversation(tokenizer, case["conversation"]) == (case["ids"], case["mask"])
+        assert render_conversation(tokenizer, case["conversation"], 12)[0] == case["ids_max_tokens_12"]
+        assert render_for_completion(tokenizer, case["conversation"]) == case["completion_ids"]
+
+
+def test_only_what_the_assistant_produces_is_learned(tokenizer):
+    ids, mask = render_conversation(tokenizer, chat("What is 12 times 3?", PYTHON, "Thanks", "Welcome"))
+    assert len(ids) == len(mask)
+    learned = [token for token, bit in zip(ids, mask, strict=True) if bit]
+    assert tokenizer.decode(learned) == (
+        "Let me see. <|python_start|>12*3<|python_end|>It is 36.<|assistant_end|>Welcome<|assistant_end|>"
+    )
+    assert tokenizer.decode(ids) == (
+        "<|bos|><|user_start|>What is 12 times 3?<|user_end|>"
+        "<|assistant_start|>Let me see. <|python_start|>12*3<|python_end|><|output_start|>36<|output_end|>It is 36."
+        "<|assistant_end|><|user_start|>Thanks<|user_end|><|assistant_start|>Welcome<|assistant_end|>"
+    )
+
+
+def test_control_tokens_in_a_message_are_only_text(tokenizer):
+    attack = "".join(SPECIAL_TOKENS)
+    ids, _ = render_conversation(tokenizer, chat(attack, attack, system=attack))
+    specials = [token for token in ids if token in tokenizer.special_tokens.values()]
+    names = ["<|bos|>", "<|user_start|>", "<|user_end|>", "<|assistant_start|>", "<|assistant_end|>"]
+    assert specials == [tokenizer.encode_special(name) for name in names]
+
+
+def test_a_system_message_joins_the_first_user_message(tokenizer):
+    conversation = chat("Hi", "Hello", system="Be brief.")
+    before = copy.deepcopy(conversation)
+    assert render_conversation(tokenizer, conversation) == render_conversation(tokenizer, chat("Be brief.\n\nHi", "Hello"))
+    assert conversation == before
+
+
+def test_a_completion_prompt_ends_where_the_answer_begins(tokenizer):
+    conversation = chat("Hi", "Hello", "And?", PYTHON)
+    ids, _ = render_conversation(tokenizer, conversation)
+    prompt = render_for_completion(tokenizer, conversation)
+    assert prompt == ids[: len(prompt)]
+    assert prompt[-1] == tokenizer.encode_special("<|assistant_start|>")
+    assert prompt.count(prompt[-1]) == 2
+
+
+def test_ids_and_mask_are_cut_together(tokenizer):
+    ids, mask = render_conversation(tokenizer, chat("Hi", "Hello"))
+    assert render_conversation(tokenizer, chat("Hi", "Hello"), 5) == (ids[:5], mask[:5])
+
+
+@pytest.mark.parametrize(
+    ("conversation", "message"),
+    [
+        ({"messages": []}, "message 0: a conversation needs"),
+        (chat("a", "b", system=None) | {"messages": [{"role": "assistant", "content": "a"}]}, "message 0: the role should be user"),
+        ({"messages": chat("a")["messages"] * 2}, "message 1: the role should be assistant, not 'user'"),
+        ({"messages": [*chat("a", "b", system="s")["messages"], {"role": "tool", "content": "x"}]}, "message 3: the role"),
+        ({"messages": [{"role": "system", "content": "s"}]}, "message 1: the user must follow"),
+        ({"messages": [{"role": "system", "content": "s"}, {"role": "assistant", "content": "a"}]}, "message 1: the user"),
+        ({"messages": [{"role": "system", "content": None}, *chat("a")["messages"]]}, "message 0: the content of a system"),
+        (chat([{"type": "text", "text": "a"}]), "message 0: the content of a user message is a string, got list"),
+        (chat("a", "b", PYTHON, "c", system="s"), "message 3: the content of a user message"),
+        (chat("a", None), "message 1: content is a string or a list of parts, got NoneType"),
+        (chat("a", [{"type": "image", "text": "b"}]), "message 1: a part is a text of type"),
+        (chat("a", [{"type": "text"}]), "message 1: a part is a text of type"),
+    ],
+)
+def test_a_bad_conversation_is_an_error_that_gives_the_message(tokenizer, conversation, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        render_conversation(tokenizer, conversation)
+
+
+@pytest.mark.parametrize("conversation", [chat("a"), {"messages": []}])
+def test_a_completion_needs_an_answer_to_drop(tokenizer, conversation):
+    with pytest.raises(ValueError, match="last message must be the assistant's"):
+        render_for_completion(tokenizer, conversation)
+
+
+def test_learned_tokens_are_shown_green_and_others_red(tokenizer):
+    red, green, gray, reset = "\033[91m", "\033[92m", "\033[90m", "\033[0m"
+    assert visualize_tokenization(tokenizer, [97, 98], [0, 1]) == f"{red}a{reset}|{green}b{reset}"
+    assert visualize_tokenization(tokenizer, [97], [1], with_token_id=True) == f"{green}a{reset}{gray}(97){reset}"

@@ -1,0 +1,112 @@
+"""The chat in the terminal: what it shows, what it remembers, and how it is left."""
+
+from types import SimpleNamespace
+
+import pytest
+from chain_model import ASSISTANT_START, BOS, CHAIN, END, OUTPUT_END, PYTHON, PYTHON_END, TOKENIZER, USER_END, USER_START
+from chain_model import chain_engine
+
+from nanochat_jax.cli import UsageError
+from nanochat_jax.infer.engine import Engine, EngineLoop
+from scripts import chat_cli
+from scripts.chat_cli import Config
+
+CHAT = ((ASSISTANT_START, "Hé: ", PYTHON, "1+2", PYTHON_END), (OUTPUT_END, "!", END))
+REPLY = [*"Hé: ".encode(), PYTHON, *b"1+2", PYTHON_END, PYTHON_END + 1, *b"3", OUTPUT_END, *b"!", END]
+
+
+@pytest.fixture
+def talk(monkeypatch, tmp_path, capsys):
+    """Run the script on lines typed by a user; returns its exit code, its output, and the prompts the model saw."""
+
+    def run(*lines, texts=CHAT, **options):
+        params = chain_engine(*texts).params
+        prompts, generation = [], Engine.generation
+        monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+        monkeypatch.setattr(chat_cli, "start", lambda paths: None)
+        monkeypatch.setattr(chat_cli, "load_model", lambda *_, **__: SimpleNamespace(
+            config=CHAIN, params=params, tokenizer=TOKENIZER))
+        monkeypatch.setattr(Engine, "generation", lambda self, request: (
+            prompts.append(list(request.tokens)), generation(self, request))[1])
+        remaining = iter(lines)
+
+        def read(prompt):
+            line = next(remaining, EOFError())
+            if isinstance(line, BaseException):
+                raise line
+            return line
+
+        monkeypatch.setattr("builtins.input", read)
+        code = chat_cli.main(Config(**({"temperature": 0.0} | options)))
+        return code, capsys.readouterr().out, prompts
+
+    return run
+
+
+def question(text):
+    return [USER_START, *text.encode(), USER_END, ASSISTANT_START]
+
+
+def test_one_prompt_prints_the_reply_alone(talk):
+    code, out, prompts = talk(prompt="Hello <|bos|>")
+    assert (code, out) == (None, "Hé: [1+2 = 3]!\n")
+    assert prompts == [[BOS, *question("Hello <|bos|>")]]
+
+
+def test_history_holds_the_reply_tokens_until_cleared(talk):
+    _, out, prompts = talk("one", "  ", "two", "clear", "three", "quit", "four")
+    assert prompts == [
+        [BOS, *question("one")],
+        [BOS, *question("one"), *REPLY, *question("two")],
+        [BOS, *question("three")],
+    ]
+    assert out.count("Hé: [1+2 = 3]!") == 3
+
+
+def test_the_oldest_turns_are_dropped_when_the_context_is_full(talk):
+    _, out, prompts = talk("a" * 20, "b" * 20, "c" * 20, max_tokens=30)
+    assert prompts[1] == [BOS, *question("b" * 20)]
+    assert "the oldest 1 turns are forgotten" in out
+    assert all(len(prompt) + 30 <= CHAIN.sequence_len for prompt in prompts)
+
+
+def test_a_message_too_long_is_said_and_not_remembered(talk):
+    _, out, prompts = talk("x" * 200, "y")
+    assert "prompt of 204 tokens does not fit in the context of 96" in out
+    assert prompts == [[BOS, *question("y")]]
+    with pytest.raises(UsageError, match="prompt of 204 tokens does not fit"):
+        talk(prompt="x" * 200)
+
+
+def test_interrupting_a_reply_keeps_the_chat(talk, monkeypatch):
+    steps, step = [], EngineLoop.step
+
+    def interrupted(loop):
+        steps.append(1)
+        if len(steps) == 2:
+            raise KeyboardInterrupt
+        step(loop)
+
+    monkeypatch.setattr(EngineLoop, "step", interrupted)
+    _, out, prompts = talk("a", KeyboardInterrupt(), "b", texts=((ASSISTANT_START, "0123456789", END),), max_tokens=30)
+    assert "Assistant: 01234\n" in out
+    assert prompts[1] == [BOS, *question("a"), *b"01234", END, *question("b")]
+    assert "Assistant: 0123456789\n" in out
+
+
+def test_an_interrupted_single_reply_has_its_exit_code(talk, monkeypatch):
+    def interrupted(loop):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(EngineLoop, "step", interrupted)
+    assert talk(prompt="a")[0] == 130
+
+
+def test_a_reply_cut_for_length_says_so(talk):
+    assert "(cut after 3 tokens)" in talk("a", texts=((ASSISTANT_START, "abc"),), max_tokens=3)[1]
+
+
+@pytest.mark.parametrize("wrong", [dict(prompt=" "), dict(temperature=-1.0), dict(top_k=-1), dict(max_tokens=0)])
+def test_values_out_of_range_are_refused(wrong):
+    with pytest.raises(ValueError):
+        Config(**wrong)

@@ -1,0 +1,77 @@
+"""Command lines: both spellings, upstream's `--name=value`, and mistakes that end in one line and exit code 2."""
+
+import subprocess
+import sys
+from dataclasses import dataclass
+
+import pytest
+
+from nanochat_jax import cli
+from nanochat_jax.cli import UsageError, flag
+
+
+@dataclass(frozen=True, kw_only=True)
+class Config:
+    max_chars: int = flag(100, "characters")
+    rate: float | None = flag(None, "a rate", short="-r")
+    name: str = flag("a", "a name", choices=["a", "b"])
+    on: bool = flag(False, "a switch")
+
+    def __post_init__(self):
+        if self.max_chars < 1:
+            raise ValueError(f"--max-chars must be at least 1, got {self.max_chars}")
+
+
+def parse(*argv):
+    return cli.parse(Config, argv, prog="test", description="")
+
+
+@pytest.mark.parametrize("argv, expected", [
+    ([], Config()),
+    (["--max-chars", "5"], Config(max_chars=5)),
+    (["--max_chars=2e9"], Config(max_chars=2_000_000_000)),
+    (["-r", "0.5", "--name", "b"], Config(rate=0.5, name="b")),
+    (["--on"], Config(on=True)),
+    (["--on=false"], Config(on=False)),
+])
+def test_flags_of_both_spellings(argv, expected):
+    assert parse(*argv) == expected
+
+
+@pytest.mark.parametrize("argv, named", [
+    (["--max-char", "5"], "--max-char"), (["--max-chars", "1.5"], "1.5"), (["--max-chars", "x"], "x"),
+    (["--name", "c"], "'c'"), (["--max-chars", "0"], "got 0"), (["stray"], "stray"), (["--on=maybe"], "maybe"),
+    (["--max-chars", "inf"], "inf"),
+])
+def test_mistakes_name_the_value(argv, named):
+    with pytest.raises(UsageError, match=named):
+        parse(*argv)
+
+
+SCRIPTS = ["base_train", "base_loss", "base_eval", "mid_train", "chat_sft", "chat_eval", "chat_rl", "chat_cli", "serve",
+           "tok_train", "tok_eval", "speedrun"]
+
+
+@pytest.mark.parametrize("script", SCRIPTS)
+def test_every_script_refuses_an_unknown_flag_in_one_line(script, tmp_path):
+    ended = run_script(script, "--no-such-flag", base=tmp_path)
+    assert ended.returncode == 2
+    assert ended.stderr.strip().count("\n") == 0 and "--no-such-flag" in ended.stderr
+
+
+@pytest.mark.parametrize("script, argv, advice", [
+    ("base_train", [], "scripts.tok_train"), ("tok_train", [], "nanochat_jax.dataset"),
+    ("chat_cli", ["-p", "hi"], "scripts.chat_sft"), ("mid_train", [], "scripts.base_train"),
+    ("serve", ["-i", "mid"], "scripts.mid_train"), ("speedrun", ["--mesh", "64x1"], "64x1"),
+])
+def test_what_is_missing_is_said_in_one_line_with_what_to_run(script, argv, advice, tmp_path):
+    ended = run_script(script, *argv, base=tmp_path)
+    assert ended.returncode == 2, ended.stderr
+    assert "Traceback" not in ended.stderr and advice in ended.stderr.strip().splitlines()[-1]
+
+
+def run_script(script, *argv, base):
+    import os
+
+    env = os.environ | {"NANOCHAT_BASE_DIR": str(base), "XLA_FLAGS": ""}
+    return subprocess.run([sys.executable, "-m", f"scripts.{script}", *argv], capture_output=True, text=True, env=env)

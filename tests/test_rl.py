@@ -1,0 +1,170 @@
+"""Policy gradients: the loss against a plain form, how rows are cut, and that reward goes up."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+
+from nanochat_jax import rl
+from nanochat_jax.config import GPTConfig
+from nanochat_jax.gpt import abstract_params, forward, unembed
+from nanochat_jax.infer.engine import Engine
+from nanochat_jax.rl import Rollout, RolloutConfig
+from nanochat_jax.sharding import global_batch, make_mesh
+from nanochat_jax.tasks.base import Task, assistant, user
+from nanochat_jax.tokenizer import Tokenizer
+from nanochat_jax.train import init_state
+
+TOKENIZER = Tokenizer({bytes([i]): i for i in range(256)})
+CONFIG = GPTConfig.classic(1, n_embd=32, n_head=1, n_kv_head=1, sequence_len=64, vocab_size=TOKENIZER.vocab_size)
+
+
+def random_params(scale: float = 0.3):
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda w: rng.normal(0, scale, w.shape).astype(np.float32), abstract_params(CONFIG))
+
+
+policy_gradient = jax.jit(jax.value_and_grad(functools.partial(rl.policy_loss, config=CONFIG)))
+
+
+def random_groups(num_prompts: int = 2, num_samples: int = 4) -> list[list[Rollout]]:
+    rng = np.random.default_rng(1)
+    groups = []
+    for _ in range(num_prompts):
+        prompt = rng.integers(0, 256, 5).tolist()
+        group = []
+        for _ in range(num_samples):
+            reply = rng.integers(0, 256, int(rng.integers(1, 20))).tolist()
+            sampled = [bool(each) for each in rng.random(len(reply)) < 0.8]
+            group.append(Rollout(prompt + reply, [False] * 5 + sampled, float(rng.integers(0, 2))))
+        groups.append(group)
+    return groups
+
+
+def plain_loss(params, groups: list[list[Rollout]], pass_rows: int):
+    """Upstream's loss, pass by pass and token by token."""
+    rollouts = [rollout for group in groups for rollout in group]
+    longest = max(len(rollout.tokens) for rollout in rollouts)
+    tokens = np.array([rollout.tokens + [0] * (longest - len(rollout.tokens)) for rollout in rollouts])
+    log_probs = jax.nn.log_softmax(unembed(params, forward(params, tokens, config=CONFIG)[0], config=CONFIG))
+    num_passes = len(rollouts) // pass_rows
+    factor = np.zeros(log_probs.shape)
+    for start in range(0, len(rollouts), pass_rows):
+        rows = range(start, start + pass_rows)
+        count = sum(sum(rollouts[row].sampled) for row in rows)
+        for row in rows:
+            group = next(group for group in groups if rollouts[row] in group)
+            mean = sum(rollout.reward for rollout in group) / len(group)
+            for position, (token, sampled) in enumerate(zip(rollouts[row].tokens, rollouts[row].sampled)):
+                if sampled:
+                    factor[row, position - 1, token] = (rollouts[row].reward - mean) / max(1, count) / num_passes
+    return -(log_probs * factor).sum()
+
+
+def test_advantages_sum_to_zero_and_vanish_where_all_agree():
+    rewards = np.array([[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 0.0, 0.0]])
+    np.testing.assert_allclose(rl.advantages(rewards), [[0.75, -0.25, -0.25, -0.25], [0] * 4, [0] * 4])
+
+
+def test_only_sampled_tokens_are_targets():
+    group = [Rollout([7, 8, 9, 10, 11], [False, False, True, False, True], 1.0), Rollout([7, 8, 5], [False, False, True], 0.0)]
+    batch = rl.policy_batch([group], pass_rows=2, multiple=4)
+    assert batch.inputs.shape == (4, 32)
+    assert batch.inputs[0, :5].tolist() == [7, 8, 9, 10, 0]
+    assert batch.targets[0, :5].tolist() == [-1, 9, -1, 11, -1]
+    assert batch.targets[1, :3].tolist() == [-1, 5, -1]
+    assert (batch.targets[2:] == -1).all() and (batch.weights[2:] == 0).all()
+    np.testing.assert_allclose(batch.weights[:2, 0], [0.5 / 3, -0.5 / 3])
+    with pytest.raises(ValueError, match="not a multiple"):
+        rl.policy_batch([group], pass_rows=3)
+
+
+@pytest.mark.parametrize("pass_rows", [2, 4])
+def test_loss_and_gradient_equal_the_plain_form(pass_rows):
+    params, groups = random_params(), random_groups()
+    batch = rl.policy_batch(groups, pass_rows=pass_rows)
+    loss, grads = policy_gradient(params, *batch)
+    expected, expected_grads = jax.jit(jax.value_and_grad(lambda params: plain_loss(params, groups, pass_rows)))(params)
+    np.testing.assert_allclose(loss, expected, rtol=1e-4)
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), grads, expected_grads)
+
+
+def test_groups_that_agree_give_no_gradient():
+    groups = [[Rollout(rollout.tokens, rollout.sampled, 1.0) for rollout in group] for group in random_groups()]
+    _, grads = policy_gradient(random_params(), *rl.policy_batch(groups, pass_rows=4))
+    assert all(not np.any(leaf) for leaf in jax.tree.leaves(grads))
+
+
+def test_micro_batches_and_a_mesh_do_not_change_the_step():
+    groups = random_groups(num_prompts=3)
+    results = []
+    for mesh, micro_rows in ((make_mesh("1x1"), 12), (make_mesh("1x1"), 4), (make_mesh("4x1"), 4)):
+        optimizer = optax.sgd(1.0)
+        state, shardings = init_state(CONFIG, optimizer, mesh, fsdp=False, seed=0, params=jax.tree.map(jnp.asarray, random_params()))
+        step = rl.make_policy_step(CONFIG, optimizer, dtype=jnp.float32, mesh=mesh, shardings=shardings)
+        batch = rl.policy_batch(groups, pass_rows=4, multiple=micro_rows)
+        rows = (array.reshape(-1, micro_rows, array.shape[1]) for array in batch)
+        state, metrics = step(state, *(global_batch(mesh, array, batch_axis=1) for array in rows))
+        results.append((jax.device_get(state.params), float(metrics["loss"])))
+    for params, loss in results[1:]:
+        np.testing.assert_allclose(loss, results[0][1], rtol=1e-4)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), params, results[0][0])
+
+
+def test_pass_at_k_counts_problems_solved_by_the_first_k_samples():
+    rewards = np.array([[0, 1, 0], [1, 0, 0], [0, 0, 0], [0, 0, 1]], float)
+    np.testing.assert_allclose(rl.pass_at_k(rewards), [0.25, 0.5, 0.75])
+
+
+class Vowels(Task):
+    """The reply's first letter should be a vowel."""
+
+    eval_type = "generative"
+
+    def num_examples(self) -> int:
+        return 8
+
+    def get_example(self, index: int):
+        return {"messages": [user(f"#{index}"), assistant("a")]}
+
+    def evaluate(self, conversation, completion: str) -> bool:
+        return completion[:1] in tuple("aeiou")
+
+
+
+def test_rollouts_keep_the_prompt_apart_and_differ_among_samples():
+    config = RolloutConfig(num_samples=4, max_new_tokens=6, top_k=0)
+    engine = Engine(CONFIG, random_params(), TOKENIZER, num_slots=8)
+    task = Vowels()
+    sample = lambda seed: rl.sample_rollouts(engine, TOKENIZER, task, [task[0], task[1]], config, seed=seed)  # noqa: E731
+    groups = sample(1)
+    for index, group in enumerate(groups):
+        prompt = [TOKENIZER.bos_id, TOKENIZER.encode_special("<|user_start|>"), *TOKENIZER.encode(f"#{index}"),
+                  TOKENIZER.encode_special("<|user_end|>"), TOKENIZER.encode_special("<|assistant_start|>")]  # fmt: skip
+        assert len({tuple(rollout.tokens) for rollout in group}) > 1
+        for rollout in group:
+            assert rollout.tokens[: len(prompt)] == prompt and len(rollout.sampled) == len(rollout.tokens)
+            assert not any(rollout.sampled[: len(prompt)]) and all(rollout.sampled[len(prompt) :])
+            assert rollout.reward == Vowels().evaluate(task[index], TOKENIZER.decode(rollout.tokens[len(prompt) :]))
+    assert sample(1) == groups and sample(2) != groups
+
+
+def test_reward_rises():
+    """A few steps from a nearly uniform policy make a vowel the usual first letter."""
+    mesh, task = make_mesh("1x1"), Vowels()
+    optimizer = optax.adam(0.02)
+    params = jax.tree.map(jnp.asarray, random_params(scale=0.02))
+    state, shardings = init_state(CONFIG, optimizer, mesh, fsdp=False, seed=0, params=params)
+    step = rl.make_policy_step(CONFIG, optimizer, dtype=jnp.float32, mesh=mesh, shardings=shardings)
+    config = RolloutConfig(num_samples=64, max_new_tokens=1, top_k=0)
+    means = []
+    for i in range(12):
+        engine = Engine(CONFIG, state.params, TOKENIZER, num_slots=64, steps_per_dispatch=1)
+        groups = rl.sample_rollouts(engine, TOKENIZER, task, [task[0], task[1]], config, seed=i)
+        means.append(np.mean([rollout.reward for group in groups for rollout in group]))
+        batch = rl.policy_batch(groups, pass_rows=64)
+        state, _ = step(state, *(global_batch(mesh, array[None], batch_axis=1) for array in batch))
+    assert means[0] < 0.15 and np.mean(means[-2:]) > 0.5, means

@@ -1,0 +1,376 @@
+"""The tokenizer: training against the definition and upstream's vocabulary, encoding, storage, and its two scripts."""
+
+import json
+import random
+import re
+import shutil
+import signal
+import time
+from collections import Counter
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+import tiktoken
+
+from nanochat_jax import rustbpe
+from nanochat_jax.cli import NotFound, UsageError
+from nanochat_jax.paths import Paths
+from nanochat_jax.tokenizer import META_FILE, RANKS_FILE, SPECIAL_TOKENS, WHITESPACE_LIMIT, Tokenizer, _parse_ranks
+from scripts import tok_eval, tok_train
+
+TEXTS = [
+    "The quick brown fox jumps over the lazy dog, and the dog doesn't mind; it's 1234567 o'clock.\n",
+    "naïve café — “quotes” … 日本語 한국어 русский العربية 👩‍👩‍👧‍👦 \t\r\n\n  x  ",
+    "def f(x):\n    return x**2  # the square\n\n\nclass Thing:\n\tpass\n",
+] * 20
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return Tokenizer.train(TEXTS, 400)
+
+
+@pytest.fixture(scope="module")
+def golden(test_data):
+    return test_data / "golden" / "tokenizer", json.loads((test_data / "golden/tokenizer/expected.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def golden_tokenizer(golden):
+    path = golden[0] / RANKS_FILE
+    return Tokenizer(_parse_ranks(path.read_bytes(), path))
+
+
+def shard_texts(directory, names):
+    for name in names:
+        yield from pq.read_table(directory / name, columns=["text"])["text"].to_pylist()
+
+
+# ---------------------------------------------------------------------------------------------------- training
+
+
+def learn_slowly(chunks, num_merges):
+    """The definition of BPE training: recount every pair before every merge."""
+    words = [[list(chunk.encode()), count] for chunk, count in Counter(chunks).items()]
+    tokens = [bytes([byte]) for byte in range(256)]
+    for _ in range(num_merges):
+        counts = Counter()
+        for ids, count in words:
+            for pair in zip(ids, ids[1:], strict=False):
+                counts[pair] += count
+        if not counts:
+            break
+        best = max(counts, key=lambda pair: (counts[pair], -pair[0], -pair[1]))
+        for word in words:
+            ids, merged, index = word[0], [], 0
+            while index < len(ids):
+                if tuple(ids[index : index + 2]) == best:
+                    merged.append(len(tokens))
+                    index += 2
+                else:
+                    merged.append(ids[index])
+                    index += 1
+            word[0] = merged
+        tokens.append(tokens[best[0]] + tokens[best[1]])
+    return tokens
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_training_equals_the_definition_ties_and_runs_included(seed):
+    rng = random.Random(seed)
+    alphabet = "abé 日"[: rng.randint(1, 5)]
+    texts = ["".join(rng.choices(alphabet, k=rng.randint(0, 40))) for _ in range(30)]
+    pattern = r"[^ ]+| +"
+    trainer = rustbpe.Tokenizer()
+    trainer.train_from_iterator(iter(texts), 256 + 60, buffer_size=rng.choice([1, 7, 8192]), pattern=pattern)
+    chunks = [chunk for text in texts for chunk in re.findall(pattern, text)]
+    expected = learn_slowly(chunks, 60)
+    assert trainer.get_mergeable_ranks() == [(token, rank) for rank, token in enumerate(expected)]
+    assert trainer.get_pattern() == pattern
+
+
+def test_vocabulary_equals_upstreams(golden, golden_tokenizer, test_data):
+    _, expected = golden
+    texts = shard_texts(test_data / "data/base_data", expected["trained_on"])
+    trained = Tokenizer.train((text[: expected["doc_cap"]] for text in texts), expected["vocab_size"])
+    assert trained.mergeable_ranks == golden_tokenizer.mergeable_ranks
+    assert trained.special_tokens == expected["special_tokens"]
+    assert trained.pattern == expected["pattern"]
+
+
+def test_ids_equal_upstreams(golden, golden_tokenizer):
+    for sample in golden[1]["samples"]:
+        assert golden_tokenizer.encode(sample["text"]) == sample["ids"], sample["text"]
+
+
+def test_training_stops_when_no_pair_is_left(caplog):
+    tokenizer = Tokenizer.train(["ab ab", "x"], 1000)
+    assert tokenizer.vocab_size == 256 + 2 + len(SPECIAL_TOKENS)  # " a" and "ab" share no chunk: "ab", then " ab"
+    assert "ran out of pairs" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("arguments", "error", "message"),
+    [
+        ((["a"], 255), ValueError, "at least 256, got 255"),
+        ((["a"], -1), ValueError, "at least 256, got -1"),
+        ((["a"], 300, 0), ValueError, "buffer_size"),
+        ((["a"], 300, 1, "("), ValueError, "bad split pattern"),
+        ((["a", 3], 300), TypeError, "item 1 is int"),
+        (([b"a"], 300), TypeError, "item 0 is bytes"),
+        ((7, 300), TypeError, "not iterable"),
+        ((["\ud800"], 300), ValueError, "surrogates"),
+        ((["x" + "a" * 40], 300, 1, r"x(a+)+\1b"), ValueError, "split pattern"),  # needs too much backtracking
+    ],
+)
+def test_bad_training_input_is_an_error_and_changes_nothing(arguments, error, message):
+    trainer = rustbpe.Tokenizer()
+    trainer.train_from_iterator(["hello hello"], 260)
+    before = trainer.get_mergeable_ranks(), trainer.get_pattern()
+    with pytest.raises(error, match=re.escape(message)):
+        trainer.train_from_iterator(*arguments)
+    assert (trainer.get_mergeable_ranks(), trainer.get_pattern()) == before
+
+
+def test_an_exception_of_the_iterator_comes_through():
+    def texts():
+        yield "a"
+        raise RuntimeError("no more disk")
+
+    with pytest.raises(RuntimeError, match="no more disk"):
+        Tokenizer.train(texts(), 300)
+
+
+def test_a_signal_stops_training():
+    class Interrupted(Exception):
+        pass
+
+    def interrupt(*_):
+        raise Interrupted
+
+    rng = random.Random(0)
+    text = " ".join(["".join(rng.choices("abcdefghij", k=30)) for _ in range(20_000)])
+    previous = signal.signal(signal.SIGALRM, interrupt)
+    signal.setitimer(signal.ITIMER_REAL, 0.2)
+    try:
+        start = time.perf_counter()
+        with pytest.raises(Interrupted):
+            Tokenizer.train([text], 600_000)  # would take many times longer
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+    assert time.perf_counter() - start < 10
+
+
+def test_too_small_a_vocabulary_is_refused():
+    with pytest.raises(ValueError, match="at least 265"):
+        Tokenizer.train(["a"], 264)
+
+
+# ---------------------------------------------------------------------------------------------------- encoding
+
+
+def random_text(rng, length):
+    pools = ("abcdefgh ", " \n\t\r\u00a0\u3000", "0123456789½Ⅷ", "éßñſK한日م", "'\"!?.,;:-_()*#", "🙂👩‍👧🇫🇷\u0301\x00")
+    return "".join(rng.choice(rng.choice(pools)) for _ in range(length))
+
+
+def test_round_trip_and_agreement_of_both_encoders_on_random_unicode():
+    texts = [random_text(random.Random(seed), seed) for seed in range(300)]
+    trainer = rustbpe.Tokenizer()
+    trainer.train_from_iterator(texts, 500)
+    tokenizer = Tokenizer(dict(trainer.get_mergeable_ranks()), pattern=trainer.get_pattern())
+    for text in texts:
+        ids = tokenizer.encode(text)
+        assert tokenizer.decode(ids) == text
+        assert trainer.encode(text) == ids
+        assert trainer.decode(ids) == text.encode()
+
+
+def test_a_list_gives_the_ids_of_each(tokenizer):
+    assert tokenizer.encode(TEXTS, num_threads=3) == [tokenizer.encode(text) for text in TEXTS]
+    assert tokenizer.encode([]) == []
+
+
+def test_prepend_and_append_take_ids_and_names(tokenizer):
+    ids = tokenizer.encode("hello")
+    assert tokenizer.encode("hello", prepend="<|bos|>", append=7) == [tokenizer.bos_id, *ids, 7]
+    assert tokenizer.encode(["hello", ""], prepend=0) == [[0, *ids], [0]]
+    with pytest.raises(KeyError, match="<|eos|>"):
+        tokenizer.encode("hello", append="<|eos|>")
+
+
+def test_special_tokens_in_text_are_text(tokenizer):
+    first_special = tokenizer.special_tokens["<|bos|>"]
+    for name in SPECIAL_TOKENS:
+        ids = tokenizer.encode(f"a{name}b")
+        assert max(ids) < first_special
+        assert tokenizer.decode(ids) == f"a{name}b"
+        assert tokenizer.decode([tokenizer.encode_special(name)]) == name
+
+
+def test_specials_come_last(tokenizer):
+    assert list(tokenizer.special_tokens.values()) == list(range(tokenizer.vocab_size - 9, tokenizer.vocab_size))
+    assert tokenizer.bos_id == tokenizer.vocab_size - 9
+
+
+def test_token_bytes_add_up_to_the_text(tokenizer):
+    lengths = tokenizer.token_bytes()
+    assert lengths.shape == (tokenizer.vocab_size,) and lengths.dtype == np.int32
+    assert not lengths[list(tokenizer.special_tokens.values())].any()
+    for text in TEXTS[:3]:
+        assert lengths[tokenizer.encode(text, prepend="<|bos|>")].sum() == len(text.encode())
+
+
+def test_broken_utf8_decodes_to_replacement_characters(tokenizer):
+    ids = list("é".encode())
+    assert tokenizer.decode_bytes(ids) == "é".encode()
+    assert tokenizer.decode(np.array(ids)) == "é"
+    assert tokenizer.decode(ids[:1]) == "\ufffd"
+    assert tokenizer.decode(tokenizer.encode("a\ud800b")) == "a\ufffdb"
+    with pytest.raises(KeyError):
+        tokenizer.decode([tokenizer.vocab_size])
+
+
+def test_endless_white_space_is_encoded(tokenizer):
+    text = "a" + " \n" * 600_000 + " " * 1_200_000 + "b"
+    for ids in (tokenizer.encode(text), tokenizer.encode(["", text])[1]):
+        assert tokenizer.decode(ids) == text
+    long = "word and word. " * (WHITESPACE_LIMIT // 8)  # above the limit in length, but with no long run
+    assert tokenizer.encode(long) == tokenizer._encoding.encode_ordinary(long)
+
+
+# ---------------------------------------------------------------------------------------------------- storage
+
+
+def test_loading_gives_back_what_was_saved(tokenizer, tmp_path):
+    tokenizer.save(tmp_path / "tokenizer")
+    loaded = Tokenizer.load(tmp_path / "tokenizer")
+    assert loaded.fingerprint() == tokenizer.fingerprint()
+    assert loaded.special_tokens == tokenizer.special_tokens
+    assert loaded.encode(TEXTS) == tokenizer.encode(TEXTS)
+    assert sorted(path.name for path in (tmp_path / "tokenizer").iterdir()) == [RANKS_FILE, META_FILE]
+
+
+def test_the_fingerprint_tells_tokenizers_apart(tokenizer):
+    ranks = tokenizer.mergeable_ranks
+    swapped = ranks | {b"a": ranks[b"b"], b"b": ranks[b"a"]}
+    others = [Tokenizer(ranks, pattern=r"\S+|\s+"), Tokenizer(ranks, special_tokens=SPECIAL_TOKENS[:1]), Tokenizer(swapped)]
+    assert len({tokenizer.fingerprint(), *(other.fingerprint() for other in others)}) == 4
+
+
+@pytest.mark.parametrize("name", [RANKS_FILE, META_FILE])
+def test_a_missing_file_says_how_to_make_it(tokenizer, tmp_path, name):
+    tokenizer.save(tmp_path)
+    (tmp_path / name).unlink()
+    with pytest.raises(NotFound, match=r"scripts\.tok_train"):
+        Tokenizer.load(tmp_path)
+
+
+DAMAGE = {
+    "bad base64": (RANKS_FILE, lambda text: text.replace("\nAQ==", "\nA*==", 1), "line 2"),
+    "not a number": (RANKS_FILE, lambda text: text.replace("AQ== 1\n", "AQ== one\n"), "line 2"),
+    "missing rank": (RANKS_FILE, lambda text: text.replace("AQ== 1\n", ""), RANKS_FILE),
+    "token twice": (RANKS_FILE, lambda text: text.replace("AQ== 1\n", "AA== 1\n"), "line 2"),
+    "cut short": (RANKS_FILE, lambda text: text[: text.rindex("\n", 0, -1) + 1], META_FILE),
+    "another's": (RANKS_FILE, lambda text: re.sub(r"(\S+) 256\n(\S+) 257\n", r"\2 256\n\1 257\n", text), META_FILE),
+    "no json": (META_FILE, lambda text: text[:-10], META_FILE),
+    "no pattern": (META_FILE, lambda text: text.replace('"pattern"', '"patern"'), META_FILE),
+    "wrong size": (META_FILE, lambda text: re.sub(r'"vocab_size": \d+', '"vocab_size": 9', text), META_FILE),
+}
+
+
+@pytest.mark.parametrize(("name", "damage", "message"), DAMAGE.values(), ids=DAMAGE)
+def test_damage_is_a_usage_error_that_names_the_file(tokenizer, tmp_path, name, damage, message):
+    tokenizer.save(tmp_path)
+    text = (tmp_path / name).read_text()
+    (tmp_path / name).write_text(damage(text))
+    assert (tmp_path / name).read_text() != text
+    with pytest.raises(UsageError, match=re.escape(message)) as caught:
+        Tokenizer.load(tmp_path)
+    assert not isinstance(caught.value, NotFound)
+
+
+def test_ranks_must_be_a_vocabulary():
+    ranks = {bytes([byte]): byte for byte in range(256)}
+    with pytest.raises(ValueError, match="each once"):
+        Tokenizer(ranks | {b"ab": 300})
+    with pytest.raises(ValueError, match="byte 255"):
+        Tokenizer({token: rank for token, rank in ranks.items() if rank < 255} | {b"ab": 255})
+
+
+# ---------------------------------------------------------------------------------------------------- scripts
+
+
+@pytest.fixture
+def base(tmp_path, monkeypatch):
+    """A base directory with two training shards and one for validation."""
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    documents = [["aaaa bbbb" * 10, TEXTS[0]], [TEXTS[1]], ["zqzqzqzq " * 50]]
+    for index, texts in enumerate(documents):
+        path = Paths(tmp_path).data("embedded") / f"shard_{index:05d}.parquet"
+        path.parent.mkdir(exist_ok=True)
+        pq.write_table(pa.table({"text": texts}), path, row_group_size=1)
+    return Paths(tmp_path)
+
+
+def test_training_text_is_capped_and_leaves_out_the_last_shard(base):
+    directory = base.data("embedded")
+    assert list(tok_train.training_text(directory, 10**9, 10**9)) == ["aaaa bbbb" * 10, TEXTS[0], TEXTS[1]]
+    assert list(tok_train.training_text(directory, 10**9, 20)) == ["aaaa bbbbaaaa bbbbaa", TEXTS[0][:20], TEXTS[1][:20]]
+    assert [len(text) for text in tok_train.training_text(directory, 25, 20)] == [20, 5]
+
+
+def test_tok_train_saves_a_tokenizer_and_reports(base, capsys):
+    tok_train.main(tok_train.Config(vocab_size=300))
+    tokenizer = Tokenizer.load(base.tokenizer)
+    assert tokenizer.vocab_size == 300
+    assert b"zq" not in tokenizer.mergeable_ranks
+    section = json.loads((base.report / "tokenizer-training.json").read_text())
+    assert section["stage"] == "tok_train"
+    assert section["results"]["vocab_size"] == 300
+    assert section["results"]["token_bytes_min"] == 1
+    assert "300 tokens" in capsys.readouterr().out
+
+
+def test_tok_train_refuses_a_small_vocabulary_and_no_data(base):
+    with pytest.raises(UsageError, match="at least 265"):
+        tok_train.main(tok_train.Config(vocab_size=100))
+    shutil.rmtree(base.data("embedded"))
+    with pytest.raises(NotFound):
+        tok_train.main(tok_train.Config())
+
+
+def test_tok_eval_measures_compression_against_the_baselines(base, monkeypatch, capsys):
+    tok_train.main(tok_train.Config(vocab_size=300))
+    bytes_only = tiktoken.Encoding(
+        "bytes", pat_str=r"[\s\S]", mergeable_ranks={bytes([byte]): byte for byte in range(256)}, special_tokens={}
+    )
+    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: bytes_only)
+    tok_eval.main(tok_eval.Config())
+    results = json.loads((base.report / "tokenizer-evaluation.json").read_text())["results"]
+    tokens = len(Tokenizer.load(base.tokenizer).encode("zqzqzqzq " * 50))
+    assert results["bytes_per_token_val"] == pytest.approx(450 / tokens)
+    assert results["gpt2_bytes_per_token_val"] == 1.0
+    shown = capsys.readouterr().out
+    assert "GPT-2 256" in shown and "GPT-4 256" in shown
+
+
+@pytest.mark.parametrize("hangs", [False, True])
+def test_tok_eval_without_a_network_says_so_and_goes_on(base, monkeypatch, capsys, hangs):
+    def get_encoding(name):
+        if hangs:
+            time.sleep(3600)
+        raise ConnectionError("unreachable")
+
+    tok_train.main(tok_train.Config(vocab_size=300))
+    monkeypatch.setattr(tiktoken, "get_encoding", get_encoding)
+    monkeypatch.setattr(tok_eval, "DOWNLOAD_SECONDS", 0.1)
+    tok_eval.main(tok_eval.Config())
+    results = json.loads((base.report / "tokenizer-evaluation.json").read_text())["results"]
+    assert results["bytes_per_token_news"] > 1
+    assert not any(name.startswith("gpt2") for name in results)
+    shown = [line for line in capsys.readouterr().out.splitlines() if "No comparison with GPT-2 and GPT-4" in line]
+    assert len(shown) == 1 and ("TimeoutError" if hangs else "ConnectionError") in shown[0]
