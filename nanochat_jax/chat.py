@@ -88,7 +88,7 @@ def _turns(conversation: Conversation) -> list[tuple[int, str, Any]]:
         if role != expected:
             raise ValueError(f"message {index}: the role should be {expected}, not {role!r}")
         if role == "user" and not isinstance(content, str):
-            raise ValueError(f"message {index}: the content of a user message is a string, got {type(content).__name__}")
+            raise ValueError(f"message {index}: a user's content is a string, got {type(content).__name__}")
         if role == "assistant" and not isinstance(content, (str, list, tuple)):
             raise ValueError(f"message {index}: content is a string or a list of parts, got {type(content).__name__}")
         turns.append((index, role, prefix + content if index == first else content))

@@ -2,16 +2,18 @@
 
     <source>_checkpoints/<tag>/<step>/{params,optimizer,state}      metrics.jsonl beside the steps
 
-A step that is torn or damaged is passed over, with a warning that names it, for the one before.
+A step that is torn or damaged is set aside as `damaged-<step>`, with a warning that names it, for the one before.
 """
 
 import logging
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
 from jax.sharding import Mesh
 
 from nanochat_jax.cli import NotFound, UsageError
@@ -63,6 +65,15 @@ class Checkpoints:
     def steps(self) -> list[int]:
         return sorted(self._manager.all_steps())
 
+    def _set_aside(self, step: int) -> None:
+        """Out of the way of the save that will come to this step again; nothing is deleted."""
+        damaged = self.directory / f"damaged-{step}"
+        if jax.process_index() == 0:
+            shutil.rmtree(damaged, ignore_errors=True)  # of an earlier time
+            (self.directory / str(step)).rename(damaged)
+        multihost_utils.sync_global_devices("damaged checkpoint set aside")
+        self._manager.reload()
+
     def restore_latest(self, abstract: Any, abstract_optimizer: Any) -> Restored | None:
         """The newest step that can be read whole, or None if there is no step at all."""
         steps = self.steps()
@@ -72,8 +83,9 @@ class Checkpoints:
             try:
                 found = self._manager.restore(step, args=ocp.args.Composite(**items))
             except Exception as error:  # Orbax raises many kinds for torn data; the step is passed over, loudly
-                log.warning("checkpoint %s cannot be read (%s): trying the step before",
-                            self.directory / str(step), str(error).splitlines()[0])
+                log.warning("checkpoint %s cannot be read (%.200s): setting it aside and trying the step before",
+                            self.directory / str(step), error)
+                self._set_aside(step)
                 continue
             return Restored(step, found.params, found.optimizer, found.state)
         if steps:
@@ -132,6 +144,11 @@ def load_model(paths: Paths, source: str, *, tag: str | None = None, step: int |
     mesh = make_mesh("1x1") if mesh is None else mesh
     abstract = jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
                             abstract_params(config), param_shardings(config, mesh, fsdp=fsdp))
-    with ocp.CheckpointManager(directory, options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
-        found = manager.restore(step, args=ocp.args.Composite(params=ocp.args.StandardRestore(abstract)))
+    try:
+        with ocp.CheckpointManager(directory, options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
+            found = manager.restore(step, args=ocp.args.Composite(params=ocp.args.StandardRestore(abstract)))
+    except Exception as error:  # Orbax raises many kinds for torn data
+        earlier = ", ".join(map(str, steps[: steps.index(step)])) or "none"
+        raise UsageError(f"checkpoint {directory / str(step)} cannot be read ({str(error)[:200]}); "
+                         f"earlier steps: {earlier}") from error
     return Loaded(config, found.params, tokenizer, meta, tag, step, source)

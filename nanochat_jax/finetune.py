@@ -16,11 +16,10 @@ from nanochat_jax.data.mixture import conversation_loader
 from nanochat_jax.eval.bpb import held_out_loss
 from nanochat_jax.optim import OptimizerConfig, linear_momentum, make_optimizer
 from nanochat_jax.paths import Paths
-from nanochat_jax.sharding import make_mesh
+from nanochat_jax.sharding import data_size, make_mesh
 from nanochat_jax.startup import start
 from nanochat_jax.tasks.mixtures import mixture_for
-from nanochat_jax.train import (BatchShape, Job, Outcome, TrainConfig, batch_shape, init_state, make_train_step,
-                                resolve_dtype, train)
+from nanochat_jax.train import Job, TrainConfig, batch_shape, init_state, make_train_step, resolve_dtype, train
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +38,7 @@ class FinetuneConfig(TrainConfig):
 
 def finetune(config: FinetuneConfig, *, name: str, section: str, source: str, target: str, stage: str, mode: str,
              num_epochs: int, lr_schedule: Callable[[int], Callable[[Array], Array]], primary: str
-             ) -> tuple[Outcome, dict[str, Any]]:
+             ) -> None:
     """Train the newest model of `source` on the mixture of `stage` and save it under `target`.
 
     `mode` is how conversations fill rows (data/mixture.py); `lr_schedule` makes the multiplier from the number of steps.
@@ -50,10 +49,10 @@ def finetune(config: FinetuneConfig, *, name: str, section: str, source: str, ta
     loaded = load_model(paths, source, tag=config.model_tag, step=config.step, mesh=mesh, fsdp=config.fsdp)
     model, tokenizer = loaded.config, loaded.tokenizer
     length = config.max_seq_len or model.sequence_len
-    total = config.total_batch_size if config.total_batch_size > 0 else loaded.meta["config"]["total_batch_size"]
-    if total <= 0:
-        total = config.device_batch_size * length * mesh.shape["data"]
-    shape: BatchShape = batch_shape(total, config.device_batch_size, length, mesh)
+    total = config.total_batch_size
+    if total <= 0:  # midtraining goes on as pretraining did; a finetuning mixture is small and takes small steps
+        total = loaded.meta["total_batch_size"] if stage == "mid" else config.device_batch_size * length * data_size(mesh)
+    shape = batch_shape(total, config.device_batch_size, length, mesh)
 
     hosts = dict(process_index=jax.process_index(), process_count=jax.process_count())
     common = dict(sequence_len=length, mode=mode, **hosts)
@@ -83,7 +82,7 @@ def finetune(config: FinetuneConfig, *, name: str, section: str, source: str, ta
         return {"val_bpb": figures.bpb, "val_loss": figures.loss}
 
     metadata = {"tokenizer": tokenizer.fingerprint(), "data": loaded.meta["data"],
-                "rates": loaded.meta["rates"], "from": [source, loaded.tag, loaded.step]}
+                "total_batch_size": shape.tokens, "rates": loaded.meta["rates"], "from": [source, loaded.tag, loaded.step]}
     job = Job(name=name, config=config, model=model, directory=paths.checkpoints(target) / loaded.tag,
               num_steps=num_steps, shape=shape, lr_multiplier=multiplier, evaluate=evaluate, metadata=metadata,
               primary=primary)
@@ -96,4 +95,3 @@ def finetune(config: FinetuneConfig, *, name: str, section: str, source: str, ta
     if jax.process_index() == 0:
         report.log_section(paths.report, section, [dataclasses.asdict(config), results], stage=name, results=results,
                            curves=job.directory / "metrics.jsonl")
-    return outcome, results

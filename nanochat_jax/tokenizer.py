@@ -30,7 +30,7 @@ from nanochat_jax.cli import NotFound, UsageError
 
 logger = logging.getLogger(__name__)
 
-# GPT-4's pattern with numbers in groups of two digits, not three: small vocabularies have better uses for their tokens.
+# GPT-4's pattern with numbers in groups of two digits, not three: a small vocabulary has better uses for its tokens.
 SPLIT_PATTERN = (
     r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"""
 )
@@ -91,17 +91,15 @@ class Tokenizer:
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
-        """Learn a vocabulary of `vocab_size` tokens, specials included; fewer, with a warning, if the text is too small."""
+        """Learn `vocab_size` tokens, specials included; fewer, with a warning, if the text is too small."""
         smallest = 256 + len(SPECIAL_TOKENS)
         if vocab_size < smallest:
-            raise ValueError(f"vocab_size must be at least {smallest} (256 bytes and the special tokens), got {vocab_size}")
+            raise ValueError(f"vocab_size must be at least {smallest} (bytes and special tokens), got {vocab_size}")
         trainer = rustbpe.Tokenizer()
         trainer.train_from_iterator(texts, vocab_size - len(SPECIAL_TOKENS), pattern=SPLIT_PATTERN)
         tokenizer = cls(dict(trainer.get_mergeable_ranks()))
         if tokenizer.vocab_size < vocab_size:
-            logger.warning(
-                "the text ran out of pairs to merge: %d tokens, not %d", tokenizer.vocab_size, vocab_size
-            )
+            logger.warning("the text ran out of pairs to merge: %d tokens, not %d", tokenizer.vocab_size, vocab_size)
         return tokenizer
 
     @classmethod
@@ -111,7 +109,7 @@ class Tokenizer:
         try:
             ranks_text, meta_text = ranks_path.read_bytes(), meta_path.read_bytes()
         except FileNotFoundError as error:
-            raise NotFound(f"no tokenizer: {error.filename} is missing, run `python -m scripts.tok_train` first") from error
+            raise NotFound(f"no tokenizer: {error.filename} is missing, run `python -m scripts.tok_train`") from error
         ranks = _parse_ranks(ranks_text, ranks_path)
         try:
             meta = json.loads(meta_text)
@@ -232,7 +230,7 @@ def _parse_ranks(text: bytes, path: Path) -> dict[bytes, int]:
                 raise ValueError("the same token again")
             ranks[token] = int(rank)
         except (ValueError, binascii.Error) as error:
-            raise UsageError(f"{path}, line {number}: {error} (expected `base64 id`): train the tokenizer again") from error
+            raise UsageError(f"{path}, line {number} is damaged ({error}): train the tokenizer again") from error
     return ranks
 
 

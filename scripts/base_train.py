@@ -131,7 +131,7 @@ def main(config: BaseTrainConfig) -> None:
     job = Job(
         name="base_train", config=config, model=model, directory=paths.checkpoints("base") / tag,
         num_steps=plan.num_iterations, shape=shape, lr_multiplier=schedules["lr_multiplier"], evaluate=evaluate,
-        metadata={"tokenizer": tokenizer.fingerprint(), "data": data, "packing": packing,
+        metadata={"tokenizer": tokenizer.fingerprint(), "data": data, "packing": packing, "total_batch_size": shape.tokens,
                   "rates": dataclasses.asdict(rates), "lr_scale": schedules["lr_scale"]},
     )
     outcome = train(job, state, shardings, step_fn, batches)

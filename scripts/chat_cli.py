@@ -118,7 +118,7 @@ def chat(engine: Engine, tokenizer: Tokenizer, config: Config) -> None:
         elif text:
             tokens, dropped = history.prompt(text, room=room)
             if dropped:
-                print(dim(f"(the context of {engine.max_len} tokens is full: the oldest {dropped} turns are forgotten)"))
+                print(dim(f"(the context of {engine.max_len} tokens is full: dropped the oldest {dropped} turns)"))
             request = config.request(tokens, turn=turn)
             try:
                 engine.budget(request)

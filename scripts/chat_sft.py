@@ -16,6 +16,7 @@ class ChatSFTConfig(FinetuneConfig):
     source: str = flag("mid", "stage to start from", choices=["base", "mid"])
     num_epochs: int = flag(1, "passes over the mixture")
     device_batch_size: int = flag(4, "rows per device and micro-step")
+    total_batch_size: int = flag(-1, "tokens per optimizer step; -1: one micro-step")
     init_lr_frac: float = flag(0.02, "factor of all rates")
     eval_every: int = flag(100, "steps between evaluations; -1: only at the end")
     warmdown_ratio: float = flag(1.0, "share of the run with falling rate")

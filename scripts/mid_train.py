@@ -13,6 +13,7 @@ from nanochat_jax.optim import trapezoid
 
 @dataclass(frozen=True, kw_only=True)
 class MidTrainConfig(FinetuneConfig):
+    total_batch_size: int = flag(-1, "tokens per optimizer step; -1: as the base run")
     eval_every: int = flag(150, "steps between evaluations; -1: only at the end")
     warmdown_ratio: float = flag(0.2, "share of the run with falling rate")
 

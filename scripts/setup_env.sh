@@ -1,7 +1,7 @@
 # shellcheck shell=bash
-# Sourced by speedrun.sh and test.sh in the root of the checkout. `setup_env EXTRA...` makes `.venv` if there is none and
-# installs the package into it, editable, with the extras that fit the machine and those it is given. A stamp in `.venv`
-# remembers what it installed, so that the next run starts at once.
+# Sourced by speedrun.sh and test.sh in the root of the checkout. `setup_env EXTRA...` makes `.venv` if there is none
+# and installs the package into it, editable, with the extras that fit the machine and those it is given. A stamp in
+# `.venv` remembers what it installed, so that the next run starts at once.
 
 say() { echo "$*" >&2; }
 
@@ -10,7 +10,7 @@ has_gpu() { command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep
 has_tpu() {
     [[ -n "${TPU_NAME:-}${TPU_WORKER_ID:-}" ]] && return
     compgen -G '/dev/accel[0-9]*' >/dev/null && return
-    # Newer TPUs appear as VFIO devices. Google's vendor id alone does not tell: its network cards have it too (0x0042).
+    # Newer TPUs are VFIO devices. Google's vendor id alone does not tell: its network cards have it too.
     local device
     for device in /sys/bus/pci/devices/*; do
         if grep -qsx 0x1ae0 "$device/vendor" && grep -qsE '^0x00(27|56|5e|62|63|6f|76)$' "$device/device"; then return; fi
@@ -27,9 +27,10 @@ make_venv() {
     if [[ -x .venv/bin/python ]] && .venv/bin/python -c '' 2>/dev/null; then return; fi
     for python in python3.13 python3.12 python3.11 python3; do
         # A name on PATH may be a shim that does not run, and some distributions leave out ensurepip.
-        "$python" -c 'import ensurepip, sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null || continue
-        say "making .venv with $("$python" --version)"
-        "$python" -m venv --clear .venv && return
+        if "$python" -c 'import ensurepip, sys; exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; then
+            say "making .venv with $("$python" --version)"
+            "$python" -m venv --clear .venv && return
+        fi
     done
     if command -v uv >/dev/null; then
         uv venv --clear --seed --python '>=3.11,<3.14' .venv && return
@@ -58,8 +59,8 @@ explain_toolchain() {
         say
         say "The tokenizer is a Rust crate and needs cargo $wanted or newer; found: ${found:-none}. To get it, either"
         say "    curl --proto '=https' --tlsv1.2 -sSf https://sh.rustup.rs | sh -s -- -y"
-        say 'or, where the distribution has it that new, its package: `sudo apt install cargo`, `sudo dnf install cargo`,'
-        say '`sudo pacman -S rust`. Then run this script again.'
+        say 'or from the distribution, if it has it that new: `sudo apt install cargo`, `sudo dnf install cargo`'
+        say 'or `sudo pacman -S rust`. Then run this script again.'
     fi
     if ! command -v cc >/dev/null; then
         say 'Rust needs a C linker, and there is no `cc`: `sudo apt install gcc libc6-dev` or the like.'

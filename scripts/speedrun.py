@@ -19,11 +19,11 @@ from nanochat_jax.speedrun import (Machine, Record, Stage, as_flags, memory_esti
 
 # The model a CPU with two cores trains in a quarter of an hour, and how.
 CPU_DEPTH = 4
-CPU_VOCAB = 4096
-CPU_BASE = dict(head_dim=64, max_seq_len=256, window_pattern="L", packing="stream", total_batch_size=4096, num_iterations=250,
+CPU_VOCAB = 2048
+CPU_BASE = dict(head_dim=64, max_seq_len=256, window_pattern="L", packing="stream", total_batch_size=4096, num_iterations=220,
                 lr_scale=0.5, weight_decay=0.1, warmup_steps=10, eval_tokens=131072)
-CPU_MID = dict(total_batch_size=4096, num_iterations=300, init_lr_frac=0.5, eval_tokens=32768)
-CPU_SFT = dict(total_batch_size=4096, num_iterations=100, init_lr_frac=0.2, eval_tokens=32768)
+CPU_MID = dict(total_batch_size=4096, num_iterations=280, init_lr_frac=0.5, warmdown_ratio=0.5, eval_tokens=32768)
+CPU_SFT = dict(total_batch_size=4096, num_iterations=70, init_lr_frac=0.3, eval_tokens=32768)
 CPU_DEVICE_BATCH = 16
 
 EVALUATIONS = ("tok_eval", "base_loss", "base_eval", "chat_eval_mid", "chat_eval_sft", "chat_eval_rl")
@@ -69,12 +69,12 @@ def plan_stages(config: SpeedrunConfig, machine: Machine, wandb_run: str) -> tup
     mid: dict[str, Any] = CPU_MID.copy() if small else {}
     sft: dict[str, Any] = CPU_SFT.copy() if small else {}
     device_batch = CPU_DEVICE_BATCH if small else (32 if depth < 20 else 16 if depth < 28 else 8)
-    problems: dict[str, Any] = {}
+    problems: dict[str, Any] = dict(max_new_tokens=64) if small else {}
     if config.smoke:
         base |= dict(num_iterations=4, eval_tokens=8192)
         mid |= dict(num_iterations=4, eval_tokens=8192)
         sft |= dict(num_iterations=4, eval_tokens=8192)
-        problems = dict(max_problems=4, max_new_tokens=16)
+        problems = dict(max_problems=8, max_new_tokens=16)
 
     shape = dict(sequence_len=base.get("max_seq_len", 2048), vocab_size=vocab, head_dim=base.get("head_dim", 128),
                  window_pattern=base.get("window_pattern", "SSSL"))

@@ -30,7 +30,7 @@ HEADER = ("Text", "Bytes", "Tokens", "Ratio", "Our tokens", "Our ratio", "Relati
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    data: str = flag("auto", "corpus of the texts `train` and `val`; auto takes the one on disk", choices=["auto", *DATA_DIRS])
+    data: str = flag("auto", "corpus to take text from; auto takes the one on disk", choices=["auto", *DATA_DIRS])
 
 
 def evaluation_texts(directory: Path) -> dict[str, str]:
@@ -54,7 +54,7 @@ def load_baselines() -> tuple[dict[str, tiktoken.Encoding], dict[str, Exception]
     def load(label: str) -> None:
         try:
             loaded[label] = tiktoken.get_encoding(BASELINES[label])
-        except OSError as error:
+        except (OSError, ValueError) as error:  # ValueError: what came is not the file
             failed[label] = error
 
     threads = [threading.Thread(target=load, args=(label,), daemon=True) for label in BASELINES]
@@ -111,7 +111,7 @@ def main(config: Config) -> None:
     if missing:
         reasons = ", ".join(sorted({type(error).__name__ for error in missing.values()}))
         sections.append(f"No comparison with {' and '.join(missing)}: tiktoken could not download them ({reasons}).")
-        console.print(sections[0])
+        print(sections[0])
     for label, baseline in baselines.items():
         theirs = {name: len(baseline.encode_ordinary(text)) for name, text in texts.items()}
         vocab_sizes[label] = baseline.n_vocab
@@ -125,10 +125,10 @@ def main(config: Config) -> None:
             table.add_row(name, f"{size}", f"{ours[name]}", f"{size / ours[name]:.2f}")
         console.print(table)
         sections.append({name: f"{size / ours[name]:.2f} bytes per token" for name, size in sizes.items()})
-    console.print("Vocabulary sizes: " + ", ".join(f"{label} {size}" for label, size in vocab_sizes.items()))
+    print("Vocabulary sizes: " + ", ".join(f"{label} {size}" for label, size in vocab_sizes.items()))
     items = [{f"Vocabulary size, {label}": size for label, size in vocab_sizes.items()}, *sections]
     report.log_section(paths.report, "Tokenizer evaluation", items, stage="tok_eval", results=results)
 
 
 if __name__ == "__main__":
-    cli.run(main, Config, prog="scripts.tok_eval", description="Compare the tokenizer's compression with GPT-2 and GPT-4.")
+    cli.run(main, Config, prog="scripts.tok_eval", description="Measure the tokenizer's compression.")

@@ -1,6 +1,8 @@
 """Train the tokenizer on the text of the training shards.
 
     python -m scripts.tok_train --max_chars 2_000_000_000 --vocab_size 32768
+
+The result goes to `tokenizer/` in the base directory; every later stage reads it from there.
 """
 
 import logging
@@ -71,7 +73,7 @@ def main(config: Config) -> None:
     }
     settings = {"data": directory.name, "max_chars": config.max_chars, "doc_cap": config.doc_cap}
     report.log_section(paths.report, "Tokenizer training", [settings, results], stage="tok_train", results=results)
-    print(f"{tokenizer.vocab_size} tokens in {train_time:.1f} s, {results['token_bytes_mean']:.2f} bytes each on average")
+    print(f"{tokenizer.vocab_size} tokens in {train_time:.1f} s, {lengths.mean():.2f} bytes each on average")
     print(f"saved to {paths.tokenizer}")
 
 

@@ -25,7 +25,7 @@ class ByteTokenizer:
 
 
 TOKENIZER = ByteTokenizer()
-BOS, USER_START, USER_END, ASSISTANT_START, END, PYTHON, PYTHON_END, OUTPUT, OUTPUT_END = TOKENIZER.special_tokens.values()
+BOS, USER_START, USER_END, ASSISTANT_START, END, PYTHON, PYTHON_END, OUTPUT, OUTPUT_END = range(256, 265)
 
 CHAIN = GPTConfig.classic(1, vocab_size=TOKENIZER.vocab_size, sequence_len=96, n_embd=272, n_head=2, n_kv_head=2)
 
@@ -40,9 +40,10 @@ def chain_engine(*texts, **options):
     head = np.zeros((272, TOKENIZER.vocab_size), np.float32)
     for text in texts:
         ids = [i for part in text for i in (part.encode() if isinstance(part, str) else [part])]
-        for token, successor in zip(ids, ids[1:] + ids[:1]):
+        for token, successor in zip(ids, ids[1:] + ids[:1], strict=True):
             if token not in (END, BOS):
                 assert not head[token].any(), f"{token} has two successors"
                 head[token, successor] = 10.0
     params = params | {"wte": jnp.eye(272)[: TOKENIZER.vocab_size], "lm_head": jnp.asarray(head)}
-    return Engine(CHAIN, params, TOKENIZER, **({"num_slots": 3, "steps_per_dispatch": 5, "max_prefill_rows": 2} | options))
+    options = {"num_slots": 3, "steps_per_dispatch": 5, "max_prefill_rows": 2} | options
+    return Engine(CHAIN, params, TOKENIZER, **options)

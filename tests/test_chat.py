@@ -16,6 +16,8 @@ PYTHON = [
     {"type": "text", "text": "It is 36."},
 ]
 
+SYSTEM = {"role": "system", "content": "Be brief."}
+
 
 def chat(*contents, system=None):
     roles = ("user", "assistant")
@@ -66,7 +68,8 @@ def test_control_tokens_in_a_message_are_only_text(tokenizer):
 def test_a_system_message_joins_the_first_user_message(tokenizer):
     conversation = chat("Hi", "Hello", system="Be brief.")
     before = copy.deepcopy(conversation)
-    assert render_conversation(tokenizer, conversation) == render_conversation(tokenizer, chat("Be brief.\n\nHi", "Hello"))
+    merged = chat("Be brief.\n\nHi", "Hello")
+    assert render_conversation(tokenizer, conversation) == render_conversation(tokenizer, merged)
     assert conversation == before
 
 
@@ -88,14 +91,14 @@ def test_ids_and_mask_are_cut_together(tokenizer):
     ("conversation", "message"),
     [
         ({"messages": []}, "message 0: a conversation needs"),
-        (chat("a", "b", system=None) | {"messages": [{"role": "assistant", "content": "a"}]}, "message 0: the role should be user"),
+        ({"messages": [{"role": "assistant", "content": "a"}]}, "message 0: the role should be user"),
         ({"messages": chat("a")["messages"] * 2}, "message 1: the role should be assistant, not 'user'"),
-        ({"messages": [*chat("a", "b", system="s")["messages"], {"role": "tool", "content": "x"}]}, "message 3: the role"),
-        ({"messages": [{"role": "system", "content": "s"}]}, "message 1: the user must follow"),
-        ({"messages": [{"role": "system", "content": "s"}, {"role": "assistant", "content": "a"}]}, "message 1: the user"),
-        ({"messages": [{"role": "system", "content": None}, *chat("a")["messages"]]}, "message 0: the content of a system"),
-        (chat([{"type": "text", "text": "a"}]), "message 0: the content of a user message is a string, got list"),
-        (chat("a", "b", PYTHON, "c", system="s"), "message 3: the content of a user message"),
+        ({"messages": [*chat("a", "b")["messages"], {"role": "tool", "content": "c"}]}, "message 2: the role"),
+        ({"messages": [SYSTEM]}, "message 1: the user must follow"),
+        ({"messages": [SYSTEM, {"role": "assistant", "content": "a"}]}, "message 1: the user must follow"),
+        ({"messages": [SYSTEM | {"content": None}, *chat("a")["messages"]]}, "message 0: the content of a system"),
+        (chat([{"type": "text", "text": "a"}]), "message 0: a user's content is a string, got list"),
+        (chat("a", "b", PYTHON, "c", system="s"), "message 3: a user's content is a string"),
         (chat("a", None), "message 1: content is a string or a list of parts, got NoneType"),
         (chat("a", [{"type": "image", "text": "b"}]), "message 1: a part is a text of type"),
         (chat("a", [{"type": "text"}]), "message 1: a part is a text of type"),

@@ -3,8 +3,20 @@
 from types import SimpleNamespace
 
 import pytest
-from chain_model import ASSISTANT_START, BOS, CHAIN, END, OUTPUT_END, PYTHON, PYTHON_END, TOKENIZER, USER_END, USER_START
-from chain_model import chain_engine
+from chain_model import (
+    ASSISTANT_START,
+    BOS,
+    CHAIN,
+    END,
+    OUTPUT,
+    OUTPUT_END,
+    PYTHON,
+    PYTHON_END,
+    TOKENIZER,
+    USER_END,
+    USER_START,
+    chain_engine,
+)
 
 from nanochat_jax.cli import UsageError
 from nanochat_jax.infer.engine import Engine, EngineLoop
@@ -12,7 +24,7 @@ from scripts import chat_cli
 from scripts.chat_cli import Config
 
 CHAT = ((ASSISTANT_START, "Hé: ", PYTHON, "1+2", PYTHON_END), (OUTPUT_END, "!", END))
-REPLY = [*"Hé: ".encode(), PYTHON, *b"1+2", PYTHON_END, PYTHON_END + 1, *b"3", OUTPUT_END, *b"!", END]
+REPLY = [*"Hé: ".encode(), PYTHON, *b"1+2", PYTHON_END, OUTPUT, *b"3", OUTPUT_END, *b"!", END]
 
 
 @pytest.fixture
@@ -66,7 +78,7 @@ def test_history_holds_the_reply_tokens_until_cleared(talk):
 def test_the_oldest_turns_are_dropped_when_the_context_is_full(talk):
     _, out, prompts = talk("a" * 20, "b" * 20, "c" * 20, max_tokens=30)
     assert prompts[1] == [BOS, *question("b" * 20)]
-    assert "the oldest 1 turns are forgotten" in out
+    assert "dropped the oldest 1 turns" in out
     assert all(len(prompt) + 30 <= CHAIN.sequence_len for prompt in prompts)
 
 

@@ -4,7 +4,6 @@ import csv
 import functools
 import io
 import json
-import pickle
 import random
 import stat
 import threading
@@ -27,6 +26,7 @@ from nanochat_jax.gpt import abstract_params, forward, unembed
 from nanochat_jax.paths import Paths
 from nanochat_jax.sharding import make_mesh
 from nanochat_jax.tokenizer import Tokenizer
+from trained_golden import load_tokenizer, load_trained
 
 CONFIG = GPTConfig.modern(2, aspect_ratio=32, head_dim=32, sequence_len=64, vocab_size=300, window_pattern="SL")
 
@@ -58,23 +58,10 @@ def plain_score(params, row: Row) -> tuple[float, bool]:
     return -log_probs[at - 1, row.tokens[at]].mean(), bool((log_probs[at - 1].argmax(-1) == row.tokens[at]).all())
 
 
-class PickledEncoding:
-    def __setstate__(self, state):
-        self.state = state
-
-
-class EncodingUnpickler(pickle.Unpickler):
-    def find_class(self, module, name):
-        if (module, name) != ("tiktoken.core", "Encoding"):
-            raise pickle.UnpicklingError(f"{module}.{name}")
-        return PickledEncoding
-
-
 @pytest.mark.parametrize(("era", "max_per_task"), [("classic", 60), ("modern", 40)])
 def test_prompts_and_spans_are_upstreams(test_data, era, max_per_task):
     golden = test_data / "golden" / f"trained-{era}"
-    with (golden / "tokenizer" / "tokenizer.pkl").open("rb") as file:
-        tokenizer = Tokenizer(EncodingUnpickler(file).load().state["mergeable_ranks"])
+    tokenizer = load_tokenizer(golden)
     reference = json.loads((golden / "core_examples.json").read_text())
     tasks = core.read_tasks(test_data / "data" / "eval_bundle")
     assert [task.label for task in tasks] == list(reference)
@@ -89,6 +76,27 @@ def test_prompts_and_spans_are_upstreams(test_data, era, max_per_task):
             assert [row.end for row in rows] == example["end"], where
             scores = [RowScore(loss, example["correct"]) for loss in example["mean_loss"]]
             assert core.is_correct(task, items[index], scores) == example["correct"], where
+
+
+@pytest.mark.parametrize(("era", "max_per_task", "tolerance"), [("classic", 60, 1e-3), ("modern", 40, 1e-4)])
+def test_losses_and_verdicts_are_upstreams(test_data, era, max_per_task, tolerance):
+    """Of the tasks with short prompts, one of each type. Classic tolerance: its rotary tables are rounded to bfloat16."""
+    config, params, tokenizer, golden = load_trained(test_data, era)
+    reference = json.loads((golden / "core_examples.json").read_text())
+    scorer = Scorer(config=config, params=params, batching=Batching(tokens=1024))
+    tasks = {task.label: task for task in core.read_tasks(test_data / "data" / "eval_bundle")}
+    keyed = []
+    for label in ("copa", "winograd", "lambada_openai", "openbook_qa"):
+        items = core.read_items(tasks[label], max_per_task)
+        groups = core.tokenize_task(tokenizer, tasks[label], items, range(len(reference[label])))
+        keyed += [((label, i, r), row) for i, group in enumerate(groups) for r, row in enumerate(group)]
+    scores = dict(scorer(keyed))
+    for label in ("copa", "winograd", "lambada_openai", "openbook_qa"):
+        items = core.read_items(tasks[label], max_per_task)
+        for i, example in enumerate(reference[label]):
+            found = [scores[label, i, r] for r in range(len(example["mean_loss"]))]
+            np.testing.assert_allclose([score.mean_nll for score in found], example["mean_loss"], atol=tolerance)
+            assert core.is_correct(tasks[label], items[i], found) == example["correct"], f"{label} {i}"
 
 
 def test_centering_and_table_are_upstreams(test_data):

@@ -122,7 +122,7 @@ def test_training_stops_when_no_pair_is_left(caplog):
         (([b"a"], 300), TypeError, "item 0 is bytes"),
         ((7, 300), TypeError, "not iterable"),
         ((["\ud800"], 300), ValueError, "surrogates"),
-        ((["x" + "a" * 40], 300, 1, r"x(a+)+\1b"), ValueError, "split pattern"),  # needs too much backtracking
+        (([" " * 1_200_000], 300, 1, r"\s+(?!\S)"), ValueError, "split pattern"),  # needs too much backtracking
     ],
 )
 def test_bad_training_input_is_an_error_and_changes_nothing(arguments, error, message):
@@ -235,9 +235,10 @@ def test_broken_utf8_decodes_to_replacement_characters(tokenizer):
 
 
 def test_endless_white_space_is_encoded(tokenizer):
-    text = "a" + " \n" * 600_000 + " " * 1_200_000 + "b"
-    for ids in (tokenizer.encode(text), tokenizer.encode(["", text])[1]):
-        assert tokenizer.decode(ids) == text
+    text = "a\n" + " " * 1_200_000 + "b"
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.encode(["", text]) == [[], ids]
     long = "word and word. " * (WHITESPACE_LIMIT // 8)  # above the limit in length, but with no long run
     assert tokenizer.encode(long) == tokenizer._encoding.encode_ordinary(long)
 
@@ -257,7 +258,11 @@ def test_loading_gives_back_what_was_saved(tokenizer, tmp_path):
 def test_the_fingerprint_tells_tokenizers_apart(tokenizer):
     ranks = tokenizer.mergeable_ranks
     swapped = ranks | {b"a": ranks[b"b"], b"b": ranks[b"a"]}
-    others = [Tokenizer(ranks, pattern=r"\S+|\s+"), Tokenizer(ranks, special_tokens=SPECIAL_TOKENS[:1]), Tokenizer(swapped)]
+    others = [
+        Tokenizer(ranks, pattern=r"\S+|\s+"),
+        Tokenizer(ranks, special_tokens=SPECIAL_TOKENS[:1]),
+        Tokenizer(swapped),
+    ]
     assert len({tokenizer.fingerprint(), *(other.fingerprint() for other in others)}) == 4
 
 

@@ -79,7 +79,7 @@ def grow(cache: KVCache, *, length: int, program: Program) -> KVCache:
 
 @functools.partial(jax.jit, static_argnames="program")
 def prefill(params: Params, tokens: Array, lengths: Array, *, program: Program) -> tuple[KVCache, Array]:
-    """Cache of N prompts, and the logits after each, filled up to `max_rows` rows so that what reads them compiles once.
+    """Cache of N prompts, and the logits [max_rows, V] after each; the same shape for any N compiles their reader once.
 
     tokens [N, T] int32, padded on the right; lengths [N] int32, at least 1.
     """
@@ -121,8 +121,9 @@ def decode(params: Params, cache: KVCache, dispatch: Dispatch, *, program: Progr
 
     def advance(state):
         step, cache, token, active, remaining, emitted = state
+        valid = active.astype(jnp.int32)
         hidden, cache = forward(
-            params, token[:, None], config=config, compute_dtype=program.dtype, cache=cache, valid=active.astype(jnp.int32)
+            params, token[:, None], config=config, compute_dtype=program.dtype, cache=cache, valid=valid
         )
         logits = unembed(params, hidden[:, 0], config=config)
         drawn = sample(logits, dispatch.sampling, cache.length)

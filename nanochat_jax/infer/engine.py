@@ -9,8 +9,7 @@ calls, and admits the next requests. The cache starts short and grows as sequenc
 
 import logging
 from collections import deque
-from collections.abc import Iterable
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -22,7 +21,7 @@ from nanochat_jax.config import GPTConfig
 from nanochat_jax.gpt import KVCache, Params
 from nanochat_jax.infer import device
 from nanochat_jax.infer.device import Dispatch, Program
-from nanochat_jax.infer.request import Request, Result, Generation, TokenizerLike, Vocabulary
+from nanochat_jax.infer.request import Generation, Request, Result, TokenizerLike, Vocabulary
 from nanochat_jax.infer.sampling import SamplingParams
 from nanochat_jax.sharding import param_shardings
 
@@ -98,7 +97,7 @@ class Engine:
         self._compiled: set[tuple[Any, ...]] = set()  # for the log alone
 
     def budget(self, request: Request) -> int:
-        """Tokens the request may generate: its `max_tokens`, or what the context leaves. Raises ValueError if nothing."""
+        """Tokens the request may generate: its `max_tokens`, or what the context leaves; ValueError if that is none."""
         length = len(request.tokens)
         if length >= self.max_len:
             raise ValueError(f"prompt of {length} tokens does not fit in the context of {self.max_len}")
@@ -181,7 +180,7 @@ class EngineLoop:
         self.reserve(max(len(generation.request.tokens) for generation in generations))
         free = [slot for slot, occupant in enumerate(self._slots) if occupant is None]
         by_bucket: dict[int, dict[tuple[int, ...], list[tuple[int, Generation]]]] = {}
-        for slot, generation in zip(free, generations):
+        for slot, generation in zip(free, generations, strict=False):
             prompt = generation.request.tokens
             by_prompt = by_bucket.setdefault(_bucket(len(prompt), self._engine.prompt_buckets), {})
             by_prompt.setdefault(prompt, []).append((slot, generation))
@@ -239,7 +238,7 @@ class EngineLoop:
         self.cache = device.insert(self.cache, prompts, np.int32(row), np.int32(slot), program=program)
 
     def sample_first(self, logits: jax.Array, rows: Sequence[tuple[int, int, Generation]]) -> np.ndarray:
-        """First tokens [B] from logits [max_rows, V] after prompts; each of `rows` is (row of the logits, slot, generation)."""
+        """First tokens [B] from a prefill's logits; each of `rows` is (row of the logits, slot, generation)."""
         source = np.zeros(len(self._slots), np.int32)
         position = np.zeros(len(self._slots), np.int32)
         for row, slot, generation in rows:

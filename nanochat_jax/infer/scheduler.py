@@ -193,7 +193,7 @@ class Scheduler:
                 self._waiting = deque(handle for handle in self._waiting if not handle.cancelled)
                 taken += [self._waiting.popleft() for _ in range(min(loop.num_free, len(self._waiting)))]
                 admitted = [self._engine.generation(handle.request) for handle in taken]
-                self._live.update(zip(admitted, taken))
+                self._live.update(zip(admitted, taken, strict=True))
             for generation, handle in self._live.items():
                 if handle.cancelled:
                     loop.cancel(generation)

@@ -1,4 +1,4 @@
-"""Bytes of tokens to text that can be shown as it comes: whole characters, and nothing that a stop string takes back."""
+"""Bytes of tokens to text that can be shown as it comes: whole characters, nothing that a stop string takes back."""
 
 import codecs
 from collections.abc import Sequence

@@ -57,7 +57,9 @@ OPENERS = ["", "", "", "Hi! ", "Hello. ", "Hey, ", "Hello! ", "Please tell me: "
 
 
 class Identity(Skill):
-    """Short chats about the assistant itself; the combination of opening words and question belongs to one split.
+    """Short chats about the assistant itself.
+
+    The combination of opening words and question belongs to one split; questions without opening words are all trained.
 
     A conversation of the test split ends in a question about the assistant. In training there are greetings, thanks and
     farewells too.
@@ -70,7 +72,7 @@ class Identity(Skill):
             opener = rng.choice(OPENERS)
             questions, replies = ABOUT[rng.choice(list(ABOUT))]
             question = rng.choice(questions)
-            if split_of(opener + question) == self.split:
+            if (split_of(opener + question) if opener else "train") == self.split:
                 break
         asked = opener + question
         if rng.random() < 0.2:

@@ -17,8 +17,8 @@ Stage = Literal["mid", "sft"]
 
 # Conversations of each generated skill in one pass, and passes over the small talk.
 OFFLINE_SIZES = {
-    "mid": {"chitchat": 1, "arithmetic": 7_000, "spelling": 24_000, "letter_count": 6_000, "identity": 800},
-    "sft": {"chitchat": 1, "arithmetic": 2_000, "spelling": 8_000, "letter_count": 2_000, "identity": 500},
+    "mid": {"chitchat": 1, "arithmetic": 7_000, "spelling": 24_000, "letter_count": 6_000, "identity": 1_000},
+    "sft": {"chitchat": 1, "arithmetic": 2_000, "spelling": 6_000, "letter_count": 2_000, "identity": 1_000},
 }
 OFFLINE_VAL_SIZE = 200  # of each generated skill
 

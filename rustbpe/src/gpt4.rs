@@ -153,10 +153,11 @@ mod tests {
 
     #[test]
     fn chunks_equal_those_of_the_regular_expression() {
-        let samples: Vec<char> = "sdmtlvreSDMTLVRE''''ſKabé日ß\u{301}🙂½Ⅷ０123 \t\u{a0}\u{3000}\u{b}\u{85}\r\n.,!?-_#\0  \n\n"
-            .chars()
-            .chain((0..3000).filter_map(|code| char::from_u32(code * 47)))
-            .collect();
+        let samples: Vec<char> =
+            "sdmtlvreSDMTLVRE''''ſKabé日ß\u{301}🙂½Ⅷ０123 \t\u{a0}\u{3000}\u{b}\u{85}\r\n.,!?-_#\0  \n\n"
+                .chars()
+                .chain((0..3000).filter_map(|code| char::from_u32(code * 47)))
+                .collect();
         let mut state = 7u64;
         let mut random = |limit: usize| {
             state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);

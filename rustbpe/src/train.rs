@@ -173,7 +173,9 @@ mod tests {
         };
         for _ in 0..50 {
             let chunks: Vec<(String, u64)> = (0..20)
-                .map(|_| ((0..1 + random() % 12).map(|_| ["a", "b", "c"][random() % 3]).collect(), 1 + random() as u64 % 4))
+                .map(|_| {
+                    ((0..1 + random() % 12).map(|_| ["a", "b", "c"][random() % 3]).collect(), 1 + random() as u64 % 4)
+                })
                 .collect();
             let borrowed: Vec<(&str, u64)> = chunks.iter().map(|(chunk, count)| (chunk.as_str(), *count)).collect();
             assert_eq!(learn(&borrowed, 30), learn_slowly(&borrowed, 30));

@@ -1,0 +1,200 @@
+"""The stage of reinforcement learning: rollouts, policy steps and evaluations in turn."""
+
+import dataclasses
+import json
+import logging
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from nanochat_jax import report
+from nanochat_jax.checkpoint import Checkpoints, Loaded, load_model
+from nanochat_jax.cli import UsageError, flag
+from nanochat_jax.gpt import Params
+from nanochat_jax.infer.engine import Engine
+from nanochat_jax.metrics import Display, MetricsLog, start_wandb
+from nanochat_jax.optim import OptimizerConfig, constant, make_optimizer, trapezoid
+from nanochat_jax.paths import Paths
+from nanochat_jax.rl import (PolicyBatch, Rollout, RolloutConfig, advantages, make_policy_step, pass_at_k, policy_batch,
+                             sample_rollouts)
+from nanochat_jax.sharding import data_size, global_batch, make_mesh
+from nanochat_jax.startup import start
+from nanochat_jax.tasks.base import Task
+from nanochat_jax.tasks.gsm8k import GSM8K
+from nanochat_jax.tasks.skills import Arithmetic, LetterCount, Spelling, load_words
+from nanochat_jax.train import TrainState, init_state, resolve_dtype
+
+log = logging.getLogger(__name__)
+
+SKILL_SIZES = {"train": 640, "test": 200}  # generated problems
+
+
+@dataclass(frozen=True, kw_only=True)
+class ChatRLConfig:
+    task: str = flag("auto", "what to learn; auto: gsm8k, or arithmetic for a model of the embedded corpus",
+                     choices=["auto", "gsm8k", "arithmetic", "spelling", "letter_count"])
+    run: str = flag("dummy", "wandb run name; dummy turns wandb off")
+    mesh: str = flag("auto", "devices as DxM: D-way data and M-way tensor parallelism")
+    fsdp: bool = flag(False, "shard the parameters over the data axis too")
+    dtype: str = flag("auto", "compute dtype", choices=["auto", "float32", "bfloat16"])
+    remat: bool = flag(False, "recompute each block's activations in the backward pass, to save memory")
+    model_tag: str | None = flag(None, "name of the checkpoint directory; default the largest d<depth>", short="-g")
+    step: int | None = flag(None, "step of the checkpoint to start from; default the newest", short="-s")
+    device_batch_size: int = flag(8, "rows per device and micro-step; also the replies over which one mean of tokens is taken")
+    examples_per_step: int = flag(16, "prompts of an optimizer step")
+    num_samples: int = flag(16, "replies sampled of each prompt")
+    num_slots: int = flag(64, "replies in flight at once")
+    max_new_tokens: int = flag(256, "longest reply")
+    temperature: float = flag(1.0, "of the sampling")
+    top_k: int = flag(50, "sample among the k likeliest tokens; 0: all")
+    embedding_lr: float | None = flag(None, "rate of the embedding tables; default the base run's")
+    unembedding_lr: float | None = flag(None, "rate of the unembedding; default the base run's")
+    matrix_lr: float | None = flag(None, "Muon's rate of the matrices; default the base run's")
+    init_lr_frac: float = flag(0.05, "factor of all rates, which fall linearly to 0")
+    num_epochs: int = flag(1, "passes over the training problems")
+    num_iterations: int = flag(-1, "optimizer steps; -1: by the epochs")
+    eval_every: int = flag(60, "steps between evaluations; -1: only at the start and the end")
+    eval_examples: int = flag(400, "test problems of an evaluation")
+    save_every: int = flag(60, "steps between checkpoints; -1: only at the end")
+    keep: int = flag(2, "how many of the newest checkpoints to keep")
+    resume: bool = flag(False, "continue from the newest checkpoint of this tag, if there is one")
+    seed: int = flag(42, "of the sampling")
+
+    def __post_init__(self) -> None:
+        for name in ("device_batch_size", "examples_per_step", "num_samples", "eval_examples", "keep"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+        if self.num_samples % self.device_batch_size:
+            raise ValueError(f"--num-samples {self.num_samples} is not a multiple of --device-batch-size "
+                             f"{self.device_batch_size}")
+
+
+def load_task(name: str, split: str, paths: Paths) -> Task:
+    if name == "gsm8k":
+        return GSM8K(paths, split)
+    if name == "arithmetic":
+        return Arithmetic(split, SKILL_SIZES[split])
+    skill = {"spelling": Spelling, "letter_count": LetterCount}[name]
+    return skill(split, SKILL_SIZES[split], load_words(paths.data("embedded")))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sampler:
+    """Draws and judges replies with the parameters it is given."""
+
+    config: ChatRLConfig
+    model: Loaded
+    dtype: Any
+    mesh: Mesh
+
+    def __call__(self, params: Params, task: Task, indices: Sequence[int], *, num_samples: int, seed: int
+                 ) -> list[list[Rollout]]:
+        config = self.config
+        engine = Engine(self.model.config, params, self.model.tokenizer, num_slots=config.num_slots,
+                        compute_dtype=self.dtype, mesh=self.mesh)
+        settings = RolloutConfig(num_samples=num_samples, max_new_tokens=config.max_new_tokens,
+                                 temperature=config.temperature, top_k=config.top_k)
+        return sample_rollouts(engine, self.model.tokenizer, task, [task[i % len(task)] for i in indices], settings, seed=seed)
+
+    def pass_rates(self, params: Params, task: Task) -> dict[str, float]:
+        """pass@k on the first test problems, k = 1..device_batch_size; the same random streams each time."""
+        count = min(self.config.eval_examples, len(task))
+        groups = self(params, task, range(count), num_samples=self.config.device_batch_size, seed=self.config.seed)
+        return {f"pass@{k}": float(share) for k, share in enumerate(pass_at_k(_rewards(groups)), start=1)}
+
+
+def _rewards(groups: Sequence[Sequence[Rollout]]) -> np.ndarray:
+    return np.array([[rollout.reward for rollout in group] for group in groups])
+
+
+def _place(batch: PolicyBatch, micro_rows: int, mesh: Mesh) -> tuple[jax.Array, ...]:
+    """The rows, which every process holds, as global arrays [A, B, T]."""
+    share = slice(*(micro_rows * (jax.process_index() + i) // jax.process_count() for i in (0, 1)))
+    rows = (array.reshape(-1, micro_rows, array.shape[1])[:, share] for array in batch)
+    return tuple(global_batch(mesh, array, batch_axis=1) for array in rows)
+
+
+def _statistics(groups: Sequence[Sequence[Rollout]]) -> dict[str, float]:
+    rewards = _rewards(groups)
+    advantage = advantages(rewards)
+    return {"reward": float(rewards.mean()), "advantage_min": float(advantage.min()), "advantage_max": float(advantage.max()),
+            "sequence_length": float(np.mean([len(rollout.tokens) for group in groups for rollout in group]))}
+
+
+def reinforce(config: ChatRLConfig) -> None:
+    """The whole stage: from a finetuned model to checkpoints, metrics and a section of the report."""
+    paths = Paths.from_env()
+    start(paths)
+    mesh, dtype = make_mesh(config.mesh), resolve_dtype(config.dtype)
+    loaded = load_model(paths, "sft", tag=config.model_tag, step=config.step, mesh=mesh, fsdp=config.fsdp)
+    model, meta = loaded.config, loaded.meta
+    name = config.task if config.task != "auto" else "arithmetic" if meta["data"] == "embedded" else "gsm8k"
+    task, test = load_task(name, "train", paths), load_task(name, "test", paths)
+    num_steps = config.num_iterations
+    if num_steps <= 0:
+        num_steps = len(task) // config.examples_per_step * config.num_epochs
+    if num_steps < 1:
+        raise UsageError(f"--examples-per-step {config.examples_per_step} is more than the {len(task)} problems of {name}")
+
+    given = {key: value for key in ("embedding_lr", "unembedding_lr", "matrix_lr")
+             if (value := getattr(config, key)) is not None}
+    rates = OptimizerConfig(**(meta["rates"] | given | {"weight_decay": 0.0, "grad_clip": 0.0}))
+    multiplier = trapezoid(num_steps, warmup=0, warmdown_ratio=1.0, final_fraction=0.0)
+    optimizer = make_optimizer(model, rates, lr_multiplier=multiplier, momentum=constant(0.95),
+                               lr_scale=config.init_lr_frac, muon_dtype=dtype, mesh=mesh)
+    state, shardings = init_state(model, optimizer, mesh, fsdp=config.fsdp, seed=config.seed, params=loaded.params)
+    step_fn = make_policy_step(model, optimizer, dtype=dtype, mesh=mesh, shardings=shardings, remat=config.remat)
+    sampler = Sampler(config=config, model=loaded, dtype=dtype, mesh=mesh)
+    micro_rows = config.device_batch_size * data_size(mesh)
+    log.info("chat_rl: %s, %d problems, %d steps of %d x %d replies, mesh %s, %s", name, len(task), num_steps,
+             config.examples_per_step, config.num_samples, "x".join(map(str, mesh.shape.values())), dtype)
+
+    directory = paths.checkpoints("rl") / loaded.tag
+    metadata = {"model_config": dataclasses.asdict(model), "config": dataclasses.asdict(config), "task": name,
+                "from": ["sft", loaded.tag, loaded.step]}
+    metadata |= {key: meta[key] for key in ("tokenizer", "data", "arch", "rates")}
+    abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
+    wandb_run = start_wandb(config.run, "nanochat-rl", dataclasses.asdict(config))
+    figures: dict[str, float] = {}
+    with Checkpoints(directory, keep=config.keep) as checkpoints:
+        restored = checkpoints.restore_latest(*abstract) if config.resume else None
+        first = 0
+        if restored is not None:
+            state, first = TrainState(restored.params, restored.optimizer), restored.step
+        metrics_log = MetricsLog(directory / "metrics.jsonl", resume_step=first if restored else None, wandb_run=wandb_run)
+        display = Display("chat_rl", num_steps, start=first)
+        try:
+            for step in range(first, num_steps + 1):
+                last = step == num_steps
+                if step > first and (last or (config.save_every > 0 and step % config.save_every == 0)):
+                    checkpoints.save(step, state.params, state.optimizer, json.loads(json.dumps(metadata | {"step": step})))
+                if last or step == 0 or (config.eval_every > 0 and step % config.eval_every == 0):
+                    figures = sampler.pass_rates(state.params, test)
+                    metrics_log.write(step=step, kind="eval", time=time.time(), **figures)
+                    display.note(f"chat_rl step {step}: " + ", ".join(f"{k} {v:.4f}" for k, v in figures.items()))
+                if last:
+                    break
+                examples = range(step * config.examples_per_step, (step + 1) * config.examples_per_step)
+                groups = sampler(state.params, task, examples, num_samples=config.num_samples, seed=config.seed + 1 + step)
+                batch = policy_batch(groups, pass_rows=config.device_batch_size, multiple=micro_rows)
+                state, metrics = step_fn(state, *_place(batch, micro_rows, mesh))
+                statistics = _statistics(groups)
+                metrics_log.write(step=step, kind="train", loss=float(metrics["loss"]), time=time.time(), **statistics,
+                                  grad_norm=float(metrics["grad_norm"]), lrm=float(multiplier(step)))
+                display.update(step + 1, reward=f"{statistics['reward']:.3f}",
+                               length=f"{statistics['sequence_length']:.0f}")
+            checkpoints.wait()
+        finally:
+            display.close()
+            metrics_log.close()
+            if wandb_run is not None:
+                wandb_run.finish()
+    if jax.process_index() == 0:
+        results = {"task": name, "num_iterations": num_steps, **figures}
+        report.log_section(paths.report, "Chat RL", [dataclasses.asdict(config), results], stage="chat_rl", results=results,
+                           curves=directory / "metrics.jsonl")
