@@ -20,10 +20,10 @@ from nanochat_jax.speedrun import (Machine, Record, Stage, as_flags, memory_esti
 # The model a CPU with two cores trains in a quarter of an hour, and how.
 CPU_DEPTH = 4
 CPU_VOCAB = 2048
-CPU_BASE = dict(head_dim=64, max_seq_len=256, window_pattern="L", packing="stream", total_batch_size=4096, num_iterations=220,
-                lr_scale=0.5, weight_decay=0.1, warmup_steps=10, eval_tokens=131072)
-CPU_MID = dict(total_batch_size=4096, num_iterations=280, init_lr_frac=0.5, warmdown_ratio=0.5, eval_tokens=32768)
-CPU_SFT = dict(total_batch_size=4096, num_iterations=70, init_lr_frac=0.3, eval_tokens=32768)
+CPU_BASE = dict(head_dim=64, max_seq_len=256, window_pattern="L", packing="stream", total_batch_size=4096, num_iterations=210,
+                lr_scale=0.5, weight_decay=0.1, warmup_steps=10, eval_every=70, eval_tokens=65536)
+CPU_MID = dict(total_batch_size=4096, num_iterations=250, init_lr_frac=0.5, warmdown_ratio=0.5, eval_every=80, eval_tokens=16384)
+CPU_SFT = dict(total_batch_size=4096, num_iterations=60, init_lr_frac=0.3, eval_every=30, eval_tokens=16384)
 CPU_DEVICE_BATCH = 16
 
 EVALUATIONS = ("tok_eval", "base_loss", "base_eval", "chat_eval_mid", "chat_eval_sft", "chat_eval_rl")
@@ -114,7 +114,7 @@ def plan_stages(config: SpeedrunConfig, machine: Machine, wandb_run: str) -> tup
         Stage(name="tok_eval", module="scripts.tok_eval", args=as_flags(data=data), seconds=5),
         training("base_train", "scripts.base_train", base, recipe.total_tokens, recipe.num_iterations, data=data, depth=depth),
         Stage(name="base_loss", module="scripts.base_loss", placement=placed + as_flags(device_batch_size=device_batch),
-              args=chosen + (as_flags(split_tokens=base["eval_tokens"]) if small else ()), seconds=20),
+              args=chosen + (as_flags(split_tokens=2 * base["eval_tokens"]) if small else ()), seconds=20),
         Stage(name="base_eval", module="scripts.base_eval", args=chosen + _core_limit(config), placement=placed, seconds=20),
         training("mid_train", "scripts.mid_train", mid, mid_tokens, mid.get("num_iterations", 0)),
         Stage(name="chat_eval_mid", module="scripts.chat_eval", args=("-i", "mid", *chosen, *as_flags(**problems)),

@@ -30,8 +30,8 @@ BOS, USER_START, USER_END, ASSISTANT_START, END, PYTHON, PYTHON_END, OUTPUT, OUT
 CHAIN = GPTConfig.classic(1, vocab_size=TOKENIZER.vocab_size, sequence_len=96, n_embd=272, n_head=2, n_kv_head=2)
 
 
-def chain_engine(*texts, **options):
-    """An engine whose model, from the first token of any of `texts`, says the rest and begins again.
+def chain_params(*texts):
+    """Parameters of a model that, from the first token of any of `texts`, says the rest and begins again.
 
     A text is a sequence of strings and special ids. The blocks are zero and add nothing, so that with one-hot
     embeddings the logits are a row of `lm_head`.
@@ -44,6 +44,9 @@ def chain_engine(*texts, **options):
             if token not in (END, BOS):
                 assert not head[token].any(), f"{token} has two successors"
                 head[token, successor] = 10.0
-    params = params | {"wte": jnp.eye(272)[: TOKENIZER.vocab_size], "lm_head": jnp.asarray(head)}
+    return params | {"wte": jnp.eye(272)[: TOKENIZER.vocab_size], "lm_head": jnp.asarray(head)}
+
+
+def chain_engine(*texts, **options):
     options = {"num_slots": 3, "steps_per_dispatch": 5, "max_prefill_rows": 2} | options
-    return Engine(CHAIN, params, TOKENIZER, **options)
+    return Engine(CHAIN, chain_params(*texts), TOKENIZER, **options)

@@ -15,7 +15,7 @@ from chain_model import (
     TOKENIZER,
     USER_END,
     USER_START,
-    chain_engine,
+    chain_params,
 )
 
 from nanochat_jax.cli import UsageError
@@ -32,7 +32,7 @@ def talk(monkeypatch, tmp_path, capsys):
     """Run the script on lines typed by a user; returns its exit code, its output, and the prompts the model saw."""
 
     def run(*lines, texts=CHAT, **options):
-        params = chain_engine(*texts).params
+        params = chain_params(*texts)
         prompts, generation = [], Engine.generation
         monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
         monkeypatch.setattr(chat_cli, "start", lambda paths: None)
@@ -76,8 +76,8 @@ def test_history_holds_the_reply_tokens_until_cleared(talk):
 
 
 def test_the_oldest_turns_are_dropped_when_the_context_is_full(talk):
-    _, out, prompts = talk("a" * 20, "b" * 20, "c" * 20, max_tokens=30)
-    assert prompts[1] == [BOS, *question("b" * 20)]
+    _, out, prompts = talk("a" * 24, "b" * 24, "c" * 24, max_tokens=30)
+    assert prompts[1] == [BOS, *question("b" * 24)]
     assert "dropped the oldest 1 turns" in out
     assert all(len(prompt) + 30 <= CHAIN.sequence_len for prompt in prompts)
 

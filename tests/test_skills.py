@@ -1,5 +1,6 @@
 """The offline tasks: what is tested was never trained on, every tool call computes, and answers are judged strictly."""
 
+import random
 import json
 import re
 from collections import Counter
@@ -79,6 +80,10 @@ def test_no_word_is_in_both_splits():
     for make in (Spelling, LetterCount):
         train, test = make("train", 1, WORDS), make("test", 1, WORDS)
         assert set(train.words) | set(test.words) == set(WORDS)
+        drawn = {train.draw_word(random.Random(i)) for i in range(2000)}
+        assert drawn - set(WORDS) and not drawn & set(test.words)  # some are made up, none is a test word
+        assert all(split_of(word) == "train" for word in drawn)
+        assert {test.draw_word(random.Random(i)) for i in range(2000)} <= set(test.words)
         assert not set(train.words) & set(test.words)
     assert 0.05 < sum(split_of(f"word{i}") == "test" for i in range(2_000)) / 2_000 < 0.15
 
@@ -211,9 +216,13 @@ def test_offline_mixture_holds_each_of_its_conversations_once(stage, tmp_path):
     directory.mkdir()
     (directory / "words.txt").write_text("\n".join(WORDS))
     train, val = (tasks.offline_mixture(stage, split, paths) for split in ("train", "val"))
-    assert len(train) == sum(map(len, train.tasks))
-    assert sorted(train.order) == [(t, i) for t, task in enumerate(train.tasks) for i in range(len(task))]
-    assert train.order == tasks.offline_mixture(stage, "train", paths).order
+    mixture = train.task
+    assert len(mixture) == sum(map(len, mixture.tasks))
+    assert sorted(mixture.order) == [(t, i) for t, task in enumerate(mixture.tasks) for i in range(len(task))]
+    assert mixture.order == tasks.offline_mixture(stage, "train", paths).task.order
+    chained = [message for conversation in train for message in conversation["messages"]]
+    assert chained == [message for conversation in mixture for message in conversation["messages"]]
+    assert max(len(conversation["messages"]) for conversation in train) > 8 > 2 * len(mixture) / len(train)
     seen = {json.dumps(train[i]["messages"]) for i in range(0, len(train), 7)}
     assert not seen & {json.dumps(conversation["messages"]) for conversation in val}
     for name in tasks.eval_tasks_for("embedded"):

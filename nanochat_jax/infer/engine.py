@@ -85,9 +85,10 @@ class Engine:
             raise ValueError(f"max_len must be at least 2, a prompt and a reply, got {self.max_len}")
         dtype = jnp.dtype(compute_dtype)
         # Cast once: a cast inside the decoding loop would read the parameters in full precision every step.
-        self.params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
+        params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
         if mesh is not None:
-            self.params = jax.device_put(self.params, param_shardings(config, mesh))
+            params = jax.device_put(params, param_shardings(config, mesh))
+        self.params = device.split_layers(params)
         self.vocabulary = Vocabulary(tokenizer)
         max_rows = min(max_prefill_rows, num_slots)
         self.program = Program(config, dtype, max_rows, self.vocabulary.terminal, self.vocabulary.python_end, mesh)

@@ -74,7 +74,7 @@ class Identity(Skill):
             question = rng.choice(questions)
             if (split_of(opener + question) if opener else "train") == self.split:
                 break
-        asked = opener + question
+        asked = opener + (question[0].lower() + question[1:] if opener.endswith(", ") else question)
         if rng.random() < 0.2:
             asked = asked.lower().rstrip("?.")
         exchange = [user(asked), assistant(rng.choice(replies))]

@@ -1,10 +1,11 @@
 """What the chat stages train on: upstream's mixtures, and one for machines without a network."""
 
+import random
 from typing import Literal
 
 from nanochat_jax.paths import Paths
 from nanochat_jax.tasks.arc import ARC
-from nanochat_jax.tasks.base import Task, TaskMixture
+from nanochat_jax.tasks.base import Conversation, Task, TaskMixture
 from nanochat_jax.tasks.chitchat import ChitChat
 from nanochat_jax.tasks.gsm8k import GSM8K
 from nanochat_jax.tasks.identity import Identity, identity_conversations
@@ -23,7 +24,26 @@ OFFLINE_SIZES = {
 OFFLINE_VAL_SIZE = 200  # of each generated skill
 
 
-def offline_mixture(stage: Stage, split: Literal["train", "val"], paths: Paths) -> TaskMixture:
+class Chained(Task):
+    """One to three conversations of a task at a time, one after the other in one: a chat goes on after its first reply."""
+
+    def __init__(self, task: Task) -> None:
+        super().__init__()
+        self.task, self.starts = task, []
+        rng, start = random.Random(42), 0
+        while start < len(task):
+            self.starts.append(start)
+            start += rng.choice((1, 1, 2, 3))
+
+    def num_examples(self) -> int:
+        return len(self.starts)
+
+    def get_example(self, index: int) -> Conversation:
+        end = self.starts[index + 1] if index + 1 < len(self.starts) else len(self.task)
+        return {"messages": [message for i in range(self.starts[index], end) for message in self.task[i]["messages"]]}
+
+
+def offline_mixture(stage: Stage, split: Literal["train", "val"], paths: Paths) -> Task:
     """Small talk, arithmetic, spelling, letter counting and chats about the assistant, without a network.
 
     Needs the embedded corpus (for its word list) and the packages of the extra `offline`.
@@ -33,13 +53,13 @@ def offline_mixture(stage: Stage, split: Literal["train", "val"], paths: Paths) 
     if split == "val":
         sizes = {name: 1 if name == "chitchat" else OFFLINE_VAL_SIZE for name in sizes}
     part = _skill_split(split)
-    return TaskMixture([
+    return Chained(TaskMixture([
         *[ChitChat(part)] * sizes["chitchat"],
         Arithmetic(part, sizes["arithmetic"]),
         Spelling(part, sizes["spelling"], words),
         LetterCount(part, sizes["letter_count"], words),
         Identity(part, sizes["identity"]),
-    ])  # fmt: skip
+    ]))  # fmt: skip
 
 
 def upstream_mixture(stage: Stage, split: Literal["train", "val"], paths: Paths) -> TaskMixture:
@@ -74,7 +94,7 @@ def upstream_mixture(stage: Stage, split: Literal["train", "val"], paths: Paths)
     return TaskMixture(tasks)
 
 
-def mixture_for(data: str, stage: Stage, split: Literal["train", "val"], paths: Paths) -> TaskMixture:
+def mixture_for(data: str, stage: Stage, split: Literal["train", "val"], paths: Paths) -> Task:
     """The mixture that goes with a corpus: `embedded`, or one of upstream's."""
     return (offline_mixture if data == "embedded" else upstream_mixture)(stage, split, paths)
 

@@ -20,6 +20,7 @@ from nanochat_jax.tasks.base import Conversation, Task, assistant, python, pytho
 Split = Literal["train", "test"]
 
 TEST_SHARE = 10  # one item in so many is of the test split
+MADE_UP_SHARE, LONGEST_MADE_UP = 0.3, 12  # of training words, and their letters
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 OUTPUT_END = "<|output_end|>"
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
@@ -125,6 +126,16 @@ class WordSkill(Skill):
         if not self.words:
             raise ValueError(f"none of the {len(words)} words given is of the split {split}")
 
+    def draw_word(self, rng: random.Random) -> str:
+        """A word of the split. In training some are made of the parts of two: those can only be read, not remembered."""
+        word = rng.choice(self.words)
+        if self.split == "train" and rng.random() < MADE_UP_SHARE:
+            other = rng.choice(self.words)
+            made = word[: rng.randint(1, len(word))] + other[rng.randrange(len(other)) :]
+            if len(made) <= LONGEST_MADE_UP and split_of(made) == "train":
+                return made
+        return word
+
 
 class Spelling(WordSkill):
     """The letters of a word, one by one."""
@@ -139,7 +150,7 @@ class Spelling(WordSkill):
     ]  # fmt: skip
 
     def make(self, rng: random.Random) -> Conversation:
-        word = rng.choice(self.words)
+        word = self.draw_word(rng)
         asked = word if rng.random() < 0.5 else f'"{word}"'
         question = rng.choice(self.QUESTIONS).format(asked)
         return {"messages": [user(question), assistant("-".join(word))], "answer": word}
@@ -166,7 +177,7 @@ class LetterCount(WordSkill):
     ]  # fmt: skip
 
     def make(self, rng: random.Random) -> Conversation:
-        word = rng.choice(self.words)
+        word = self.draw_word(rng)
         letter = self.draw_letter(word, rng)
         before = '"' if rng.random() < 0.7 else " "  # what the word's first token starts with in the question
         asked_word = f'"{word}"' if before == '"' else word
