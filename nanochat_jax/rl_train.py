@@ -36,7 +36,7 @@ SKILL_SIZES = {"train": 640, "test": 200}  # generated problems
 
 @dataclass(frozen=True, kw_only=True)
 class ChatRLConfig:
-    task: str = flag("auto", "what to learn; auto: gsm8k, or arithmetic for a model of the embedded corpus",
+    task: str = flag("auto", "what to learn; auto: gsm8k, or spelling for a model of the embedded corpus",
                      choices=["auto", "gsm8k", "arithmetic", "spelling", "letter_count"])
     run: str = flag("dummy", "wandb run name; dummy turns wandb off")
     mesh: str = flag("auto", "devices as DxM: D-way data and M-way tensor parallelism")
@@ -133,7 +133,7 @@ def reinforce(config: ChatRLConfig) -> None:
     mesh, dtype = make_mesh(config.mesh), resolve_dtype(config.dtype)
     loaded = load_model(paths, "sft", tag=config.model_tag, step=config.step, mesh=mesh, fsdp=config.fsdp)
     model, meta = loaded.config, loaded.meta
-    name = config.task if config.task != "auto" else "arithmetic" if meta["data"] == "embedded" else "gsm8k"
+    name = config.task if config.task != "auto" else "spelling" if meta["data"] == "embedded" else "gsm8k"
     task, test = load_task(name, "train", paths), load_task(name, "test", paths)
     num_steps = config.num_iterations
     if num_steps <= 0:

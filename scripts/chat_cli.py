@@ -80,7 +80,7 @@ def answer(engine: Engine, request: Request) -> Generation:
     def show() -> None:
         for event in generation.take_events():
             if isinstance(event, ToolCall):
-                event = dim(f"[{event.expression} = {'?' if event.output is None else event.output}]")
+                event = dim(f"[{event.expression} = {'?' if event.output is None else event.output}]") + " "
             print(event, end="", flush=True)
 
     loop = EngineLoop(engine)

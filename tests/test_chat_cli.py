@@ -61,7 +61,7 @@ def question(text):
 
 def test_one_prompt_prints_the_reply_alone(talk):
     code, out, prompts = talk(prompt="Hello <|bos|>")
-    assert (code, out) == (None, "Hé: [1+2 = 3]!\n")
+    assert (code, out) == (None, "Hé: [1+2 = 3] !\n")
     assert prompts == [[BOS, *question("Hello <|bos|>")]]
 
 
@@ -72,7 +72,7 @@ def test_history_holds_the_reply_tokens_until_cleared(talk):
         [BOS, *question("one"), *REPLY, *question("two")],
         [BOS, *question("three")],
     ]
-    assert out.count("Hé: [1+2 = 3]!") == 3
+    assert out.count("Hé: [1+2 = 3] !") == 3
 
 
 def test_the_oldest_turns_are_dropped_when_the_context_is_full(talk):

@@ -104,7 +104,9 @@ def prefill(params: Params, tokens: Array, lengths: Array, *, program: Program) 
     """
     config, dtype = program.config, program.dtype
     cache = _place(init_cache(config, *tokens.shape, dtype), program.mesh)
-    hidden, cache = forward(_stack_layers(params), tokens, config=config, compute_dtype=dtype, cache=cache, valid=lengths)
+    hidden, cache = forward(
+        _stack_layers(params), tokens, config=config, compute_dtype=dtype, cache=cache, valid=lengths
+    )
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
     logits = unembed(params, last, config=config)
     logits = jnp.pad(logits, ((0, program.max_rows - logits.shape[0]), (0, 0)))

@@ -1,0 +1,117 @@
+"""The evaluation and RL stages end to end, on a tiny model that was never trained."""
+
+import dataclasses
+import json
+import shutil
+
+import jax
+import numpy as np
+import pytest
+
+from nanochat_jax.checkpoint import Checkpoints, load_model
+from nanochat_jax.cli import NotFound, UsageError
+from nanochat_jax.config import GPTConfig
+from nanochat_jax.gpt import abstract_params
+from nanochat_jax.metrics import read_metrics
+from nanochat_jax.optim import OptimizerConfig
+from nanochat_jax.paths import Paths
+from nanochat_jax.rl_train import ChatRLConfig, reinforce
+from nanochat_jax.tokenizer import Tokenizer
+from scripts.base_eval import BaseEvalConfig
+from scripts.base_eval import main as base_eval
+from scripts.chat_eval import ChatEvalConfig
+from scripts.chat_eval import main as chat_eval
+
+TOKENIZER = Tokenizer({bytes([i]): i for i in range(256)})
+MODEL = GPTConfig.classic(1, n_embd=32, n_head=1, n_kv_head=1, sequence_len=64, vocab_size=TOKENIZER.vocab_size)
+
+CORE_YAML = """
+icl_tasks:
+- {label: yes_no, dataset_uri: yes_no.jsonl, num_fewshot: [1], icl_task_type: multiple_choice}
+- {label: next, dataset_uri: next.jsonl, num_fewshot: [0], icl_task_type: language_modeling}
+"""
+
+
+@pytest.fixture
+def paths(tmp_path, monkeypatch):
+    """A base directory with a tokenizer, and a base and an sft model d1 at step 5 that came from the embedded corpus."""
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
+    paths = Paths(tmp_path)
+    TOKENIZER.save(paths.tokenizer)
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda w: jax.numpy.asarray(rng.normal(0, 0.1, w.shape).astype(np.float32)), abstract_params(MODEL))
+    meta = {"model_config": dataclasses.asdict(MODEL), "tokenizer": TOKENIZER.fingerprint(), "data": "embedded",
+            "arch": "classic", "rates": dataclasses.asdict(OptimizerConfig()), "config": {}, "step": 5}  # fmt: skip
+    for source in ("base", "sft"):
+        with Checkpoints(paths.checkpoints(source) / "d1") as checkpoints:
+            checkpoints.save(5, params, None, meta)
+            checkpoints.wait()
+    return paths
+
+
+def section(paths: Paths, slug: str) -> dict:
+    return json.loads((paths.report / f"{slug}.json").read_text())
+
+
+def test_base_eval_says_that_core_was_not_run(paths, caplog):
+    base_eval(BaseEvalConfig())
+    logged = section(paths, "base-model-evaluation")
+    assert logged["results"] == {} and any("CORE was not run" in str(item) for item in logged["items"])
+    assert "CORE was not run" in caplog.text
+    assert any("unconditioned sample 7" in item for item in logged["items"])
+
+
+def test_base_eval_runs_core_if_the_bundle_is_on_disk(paths):
+    (paths.eval_bundle / "eval_data").mkdir(parents=True)
+    (paths.eval_bundle / "core.yaml").write_text(CORE_YAML)
+    (paths.eval_bundle / "eval_meta_data.csv").write_text("Eval Task,Random baseline\nyes_no,50\nnext,0\n")
+    rows = [{"query": f"{i}?", "choices": ["yes", "no"], "gold": i % 2} for i in range(5)]
+    (paths.eval_bundle / "eval_data" / "yes_no.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    (paths.eval_bundle / "eval_data" / "next.jsonl").write_text(json.dumps({"context": "a", "continuation": "b"}))
+    base_eval(BaseEvalConfig(eval="core", device_batch_size=4))
+    results = section(paths, "base-model-evaluation")["results"]
+    assert list(results) == ["core", "yes_no", "next"]
+    assert results["core"] == pytest.approx((results["yes_no"] + results["next"]) / 2)
+    table = (paths.base / "base_eval" / "base_model_000005.csv").read_text().splitlines()
+    assert [line.split(",")[0].strip() for line in table] == ["Task", "yes_no", "next", "CORE"]
+
+
+def test_base_eval_refuses_an_unknown_kind():
+    with pytest.raises(ValueError, match="'bpb,typo'"):
+        BaseEvalConfig(eval="bpb,typo")
+
+
+def test_chat_eval_writes_problems_and_results(paths):
+    chat_eval(ChatEvalConfig(source="sft", task_name="Arithmetic", max_problems=3, max_new_tokens=4, batch_size=4))
+    assert section(paths, "chat-evaluation-sft")["results"] == {"arithmetic": 0.0}
+    assert section(paths, "chat-evaluation-sft")["stage"] == "chat_eval_sft"
+    lines = (paths.checkpoints("sft") / "d1" / "chat_eval_arithmetic.jsonl").read_text().splitlines()
+    assert [json.loads(line)["index"] for line in lines] == [0, 1, 2]
+
+
+def test_chat_eval_fails_on_a_task_that_cannot_be_loaded(paths):
+    with pytest.raises(UsageError, match="Arithmatic"):
+        chat_eval(ChatEvalConfig(source="sft", task_name="Arithmetic|Arithmatic", max_problems=1))
+    with pytest.raises(NotFound, match="words.txt"):
+        chat_eval(ChatEvalConfig(source="sft", task_name="Spelling", max_problems=1))
+    assert not paths.report.exists()
+
+
+def test_rl_saves_evaluates_and_resumes(paths):
+    config = ChatRLConfig(task="arithmetic", num_iterations=3, examples_per_step=2, num_samples=4, device_batch_size=2,
+                          max_new_tokens=4, eval_examples=2, save_every=2, num_slots=8, mesh="1x1")  # fmt: skip
+    reinforce(config)
+    whole = load_model(paths, "rl")
+    assert (whole.step, whole.tag, whole.meta["from"]) == (3, "d1", ["sft", "d1", 5])
+    directory = paths.checkpoints("rl") / "d1"
+    lines = read_metrics(directory / "metrics.jsonl")
+    assert [(line["kind"], line["step"]) for line in lines] == [("eval", 0), ("train", 0), ("train", 1), ("train", 2), ("eval", 3)]
+    assert set(section(paths, "chat-rl")["results"]) == {"task", "num_iterations", "pass@1", "pass@2"}
+
+    shutil.rmtree(directory / "3")  # as if it had been stopped after step 2
+    reinforce(dataclasses.replace(config, resume=True))
+    resumed = load_model(paths, "rl")
+    assert resumed.step == 3
+    jax.tree.map(np.testing.assert_array_equal, resumed.params, whole.params)
+    steps = [line["step"] for line in read_metrics(directory / "metrics.jsonl") if line["kind"] == "train"]
+    assert steps == [0, 1, 2]
