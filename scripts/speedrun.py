@@ -20,8 +20,8 @@ from nanochat_jax.speedrun import (Machine, Record, Stage, as_flags, memory_esti
 # The model a CPU with two cores trains in a quarter of an hour, and how.
 CPU_DEPTH = 4
 CPU_VOCAB = 2048
-CPU_BASE = dict(head_dim=64, max_seq_len=256, window_pattern="L", packing="stream", total_batch_size=4096, num_iterations=225,
-                lr_scale=0.5, weight_decay=0.1, warmup_steps=10, eval_every=75, eval_tokens=65536)
+CPU_BASE = dict(head_dim=64, max_seq_len=256, window_pattern="L", packing="stream", total_batch_size=4096, num_iterations=210,
+                lr_scale=0.5, weight_decay=0.1, warmup_steps=10, eval_every=70, eval_tokens=65536)
 CPU_MID = dict(total_batch_size=4096, num_iterations=250, init_lr_frac=0.5, warmdown_ratio=0.5, eval_every=80, eval_tokens=16384)
 CPU_SFT = dict(total_batch_size=4096, num_iterations=60, init_lr_frac=0.3, eval_every=30, eval_tokens=16384)
 CPU_DEVICE_BATCH = 16

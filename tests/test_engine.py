@@ -18,6 +18,14 @@ MAX_LEN = 320
 CONFIG = GPTConfig.modern(2, vocab_size=TOKENIZER.vocab_size, sequence_len=MAX_LEN, n_embd=64, n_head=4, n_kv_head=2)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    """These tests spend their time in the compiler; how fast its programs run does not matter here."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="module")
 def params():
     shapes = abstract_params(CONFIG)

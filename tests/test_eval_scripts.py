@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 
+from nanochat_jax import rl_train
 from nanochat_jax.checkpoint import Checkpoints, load_model
 from nanochat_jax.cli import NotFound, UsageError
 from nanochat_jax.config import GPTConfig
@@ -16,6 +17,7 @@ from nanochat_jax.metrics import read_metrics
 from nanochat_jax.optim import OptimizerConfig
 from nanochat_jax.paths import Paths
 from nanochat_jax.rl_train import ChatRLConfig, reinforce
+from nanochat_jax.tasks.base import Task, assistant, user
 from nanochat_jax.tokenizer import Tokenizer
 from scripts.base_eval import BaseEvalConfig
 from scripts.base_eval import main as base_eval
@@ -97,7 +99,21 @@ def test_chat_eval_fails_on_a_task_that_cannot_be_loaded(paths):
     assert not paths.report.exists()
 
 
-def test_rl_saves_evaluates_and_resumes(paths):
+class Even(Task):
+    """Replies of even length are right: something that an untrained model does now and then."""
+
+    def num_examples(self) -> int:
+        return 4
+
+    def get_example(self, index: int):
+        return {"messages": [user(f"{index}"), assistant("..")]}
+
+    def evaluate(self, conversation, completion):
+        return sum(map(ord, completion)) % 2 == 0
+
+
+def test_rl_saves_evaluates_and_resumes(paths, monkeypatch):
+    monkeypatch.setattr(rl_train, "load_task", lambda name, split, paths: Even())
     config = ChatRLConfig(task="arithmetic", num_iterations=3, examples_per_step=2, num_samples=4, device_batch_size=2,
                           max_new_tokens=4, eval_examples=2, save_every=2, num_slots=8, mesh="1x1")  # fmt: skip
     reinforce(config)
@@ -110,8 +126,9 @@ def test_rl_saves_evaluates_and_resumes(paths):
 
     shutil.rmtree(directory / "3")  # as if it had been stopped after step 2
     reinforce(dataclasses.replace(config, resume=True))
-    resumed = load_model(paths, "rl")
+    resumed, start = load_model(paths, "rl"), load_model(paths, "sft")
     assert resumed.step == 3
+    assert any(np.any(a != b) for a, b in zip(jax.tree.leaves(whole.params), jax.tree.leaves(start.params)))
     jax.tree.map(np.testing.assert_array_equal, resumed.params, whole.params)
     steps = [line["step"] for line in read_metrics(directory / "metrics.jsonl") if line["kind"] == "train"]
     assert steps == [0, 1, 2]
