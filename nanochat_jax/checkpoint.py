@@ -113,6 +113,15 @@ def saved_steps(directory: Path) -> list[int]:
     return sorted(int(path.name) for path in directory.iterdir() if path.name.isdigit() and (path / "params").is_dir())
 
 
+def claim_directory(directory: Path, *, resume: bool, fresh: bool) -> None:
+    """Before a run writes to a tag: steps that are there are continued or deleted only if the user said which."""
+    if fresh and jax.process_index() == 0:
+        shutil.rmtree(directory, ignore_errors=True)
+    elif not resume and (steps := saved_steps(directory)):
+        raise UsageError(f"{directory} already holds steps {', '.join(map(str, steps))}: --resume goes on with them, "
+                         "--fresh deletes them, --model-tag names another place")
+
+
 def read_meta(directory: Path, step: int) -> dict[str, Any]:
     """The JSON state of a step."""
     with ocp.CheckpointManager(directory, options=ocp.CheckpointManagerOptions(read_only=True)) as manager:

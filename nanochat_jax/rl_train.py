@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from nanochat_jax import report
-from nanochat_jax.checkpoint import Checkpoints, Loaded, load_model
+from nanochat_jax.checkpoint import Checkpoints, Loaded, claim_directory, load_model
 from nanochat_jax.cli import UsageError, flag
 from nanochat_jax.gpt import Params
 from nanochat_jax.infer.engine import Engine
@@ -63,6 +63,7 @@ class ChatRLConfig:
     save_every: int = flag(60, "steps between checkpoints; -1: only at the end")
     keep: int = flag(2, "how many of the newest checkpoints to keep")
     resume: bool = flag(False, "continue from the newest checkpoint of this tag, if there is one")
+    fresh: bool = flag(False, "delete the checkpoints that this tag already has, and start over")
     seed: int = flag(42, "of the sampling")
 
     def __post_init__(self) -> None:
@@ -72,6 +73,8 @@ class ChatRLConfig:
         if self.num_samples % self.device_batch_size:
             raise ValueError(f"--num-samples {self.num_samples} is not a multiple of --device-batch-size "
                              f"{self.device_batch_size}")
+        if self.resume and self.fresh:
+            raise ValueError("--resume goes on with the checkpoints of a tag, --fresh deletes them: give one of them")
 
 
 def load_task(name: str, split: str, paths: Paths) -> Task:
@@ -157,10 +160,11 @@ def reinforce(config: ChatRLConfig) -> None:
     directory = paths.checkpoints("rl") / loaded.tag
     metadata = {"model_config": dataclasses.asdict(model), "config": dataclasses.asdict(config), "task": name,
                 "from": ["sft", loaded.tag, loaded.step]}
-    metadata |= {key: meta[key] for key in ("tokenizer", "data", "arch", "rates")}
+    metadata |= {key: meta[key] for key in ("tokenizer", "data", "rates")}
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
     wandb_run = start_wandb(config.run, "nanochat-rl", dataclasses.asdict(config))
     figures: dict[str, float] = {}
+    claim_directory(directory, resume=config.resume, fresh=config.fresh)
     with Checkpoints(directory, keep=config.keep) as checkpoints:
         restored = checkpoints.restore_latest(*abstract) if config.resume else None
         first = 0

@@ -12,7 +12,6 @@ import json
 import logging
 import math
 import os
-import shutil
 import signal
 import time
 from collections.abc import Callable
@@ -27,7 +26,7 @@ import optax
 from jax import Array
 from jax.sharding import Mesh
 
-from nanochat_jax.checkpoint import Checkpoints, saved_steps
+from nanochat_jax.checkpoint import Checkpoints, claim_directory
 from nanochat_jax.cli import UsageError, flag
 from nanochat_jax.config import GPTConfig
 from nanochat_jax.gpt import Params, forward, init_params
@@ -252,11 +251,7 @@ def train(job: Job, state: TrainState, shardings: TrainState, step_fn: Callable,
     abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
     loop = {"minimum": math.inf, "smooth_loss": 0.0, "seconds": 0.0, "timed_steps": 0}
     start, last_figures = 0, {}
-    if config.fresh and jax.process_index() == 0:
-        shutil.rmtree(job.directory, ignore_errors=True)
-    elif not config.resume and (steps := saved_steps(job.directory)):
-        raise UsageError(f"{job.directory} already holds steps {', '.join(map(str, steps))}: --resume goes on with them, "
-                         "--fresh deletes them, --model-tag names another place")
+    claim_directory(job.directory, resume=config.resume, fresh=config.fresh)
     with Checkpoints(job.directory, keep=config.keep) as checkpoints, _StopSignal() as stop:
         restored = checkpoints.restore_latest(*abstract) if config.resume else None
         if restored is not None:

@@ -4,8 +4,7 @@
     python -m scripts.chat_cli -i rl -g d20                 another stage or model
     python -m scripts.chat_cli -p "Why is the sky blue?"    one reply, then exit
 
-`clear` forgets the conversation, `quit` or Ctrl-D leaves, Ctrl-C stops a reply. Calculations of the model appear as
-[345+678 = 1023].
+Calculations of the model appear as [345+678 = 1023].
 """
 
 import sys
@@ -49,24 +48,21 @@ class History:
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        self._special = tokenizer.special_tokens
         self._turns: list[list[int]] = []
 
     def prompt(self, text: str, *, room: int) -> tuple[list[int], int]:
         """Tokens that ask for the reply to `text`, and how many of the oldest turns were dropped to fit `room`."""
-        question = self._question(text)
-        dropped = 0
+        question, before = self._question(text), len(self._turns)
         while self._turns and 1 + sum(map(len, self._turns)) + len(question) > room:
             del self._turns[0]
-            dropped += 1
-        return [self._special["<|bos|>"], *(token for turn in self._turns for token in turn), *question], dropped
+        return [self._tokenizer.bos_id, *sum(self._turns, []), *question], before - len(self._turns)
 
     def add(self, text: str, reply: list[int]) -> None:
-        self._turns.append([*self._question(text), *reply, self._special["<|assistant_end|>"]])
+        self._turns.append([*self._question(text), *reply, self._tokenizer.special_tokens["<|assistant_end|>"]])
 
     def _question(self, text: str) -> list[int]:
         tokens = self._tokenizer.encode(text, prepend="<|user_start|>", append="<|user_end|>")
-        return [*tokens, self._special["<|assistant_start|>"]]
+        return [*tokens, self._tokenizer.special_tokens["<|assistant_start|>"]]
 
 
 def dim(text: str) -> str:
@@ -93,7 +89,7 @@ def answer(engine: Engine, request: Request) -> Generation:
         loop.cancel(generation)
     show()
     print(flush=True)
-    generation.result()  # raises what went wrong, if anything
+    generation.result()  # raises what went wrong, if anything did
     return generation
 
 
@@ -119,18 +115,17 @@ def chat(engine: Engine, tokenizer: Tokenizer, config: Config) -> None:
             tokens, dropped = history.prompt(text, room=room)
             if dropped:
                 print(dim(f"(the context of {engine.max_len} tokens is full: dropped the oldest {dropped} turns)"))
-            request = config.request(tokens, turn=turn)
             try:
-                engine.budget(request)
+                engine.budget(request := config.request(tokens, turn=turn))
             except ValueError as error:  # the message is too long even alone
                 print(dim(f"({error}: say it in fewer words)"))
                 continue
             print("\nAssistant: ", end="", flush=True)
-            generation = answer(engine, request)
-            history.add(text, generation.tokens)
+            reply = answer(engine, request)
+            history.add(text, reply.tokens)
             turn += 1
-            if generation.finish_reason == "length":
-                print(dim(f"(cut after {len(generation.tokens)} tokens)"))
+            if reply.finish_reason == "length":
+                print(dim(f"(cut after {len(reply.tokens)} tokens)"))
 
 
 def main(config: Config) -> int | None:
@@ -144,9 +139,8 @@ def main(config: Config) -> int | None:
         chat(engine, model.tokenizer, config)
         return None
     tokens, _ = History(model.tokenizer).prompt(config.prompt, room=engine.max_len)
-    request = config.request(tokens, turn=0)
     try:
-        engine.budget(request)
+        engine.budget(request := config.request(tokens, turn=0))
     except ValueError as error:
         raise UsageError(f"--prompt: {error}") from error
     return 130 if answer(engine, request).finish_reason == "cancelled" else None

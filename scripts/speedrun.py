@@ -24,9 +24,9 @@ CPU_BASE = dict(head_dim=64, max_seq_len=256, window_pattern="L", packing="strea
                 lr_scale=0.5, weight_decay=0.1, warmup_steps=10, eval_every=70, eval_tokens=65536)
 CPU_MID = dict(total_batch_size=4096, num_iterations=250, init_lr_frac=0.5, warmdown_ratio=0.5, eval_every=80, eval_tokens=16384)
 CPU_SFT = dict(total_batch_size=4096, num_iterations=60, init_lr_frac=0.3, eval_every=30, eval_tokens=16384)
+CPU_RL = dict(task="spelling", num_iterations=20, num_samples=8, max_new_tokens=48, init_lr_frac=0.05, eval_examples=100)
 CPU_DEVICE_BATCH = 16
 
-EVALUATIONS = ("tok_eval", "base_loss", "base_eval", "chat_eval_mid", "chat_eval_sft", "chat_eval_rl")
 STAGES = ("data", "tok_train", "tok_eval", "base_train", "base_loss", "base_eval", "mid_train", "chat_eval_mid",
           "chat_sft", "chat_eval_sft", "chat_rl", "chat_eval_rl", "report")
 
@@ -68,12 +68,14 @@ def plan_stages(config: SpeedrunConfig, machine: Machine, wandb_run: str) -> tup
     base: dict[str, Any] = CPU_BASE.copy() if small else {}
     mid: dict[str, Any] = CPU_MID.copy() if small else {}
     sft: dict[str, Any] = CPU_SFT.copy() if small else {}
+    rl: dict[str, Any] = CPU_RL.copy() if small else {}
     device_batch = CPU_DEVICE_BATCH if small else (32 if depth < 20 else 16 if depth < 28 else 8)
     problems: dict[str, Any] = dict(max_new_tokens=64) if small else {}
     if config.smoke:
         base |= dict(num_iterations=4, eval_tokens=8192)
         mid |= dict(num_iterations=4, eval_tokens=8192)
         sft |= dict(num_iterations=4, eval_tokens=8192)
+        rl |= dict(num_iterations=2, examples_per_step=2, max_new_tokens=8, eval_examples=4)
         problems = dict(max_problems=8, max_new_tokens=16)
 
     shape = dict(sequence_len=base.get("max_seq_len", 2048), vocab_size=vocab, head_dim=base.get("head_dim", 128),
@@ -126,8 +128,8 @@ def plan_stages(config: SpeedrunConfig, machine: Machine, wandb_run: str) -> tup
     ]
     if config.with_rl:
         stages[-1:-1] = [
-            Stage(name="chat_rl", module="scripts.chat_rl", args=chosen, placement=placed + as_flags(run=wandb_run),
-                  produces=True, seconds=600),
+            Stage(name="chat_rl", module="scripts.chat_rl", args=chosen + as_flags(**rl), produces=True, resumable=True,
+                  placement=placed + as_flags(run=wandb_run), seconds=300 if small else 3600),
             Stage(name="chat_eval_rl", module="scripts.chat_eval", args=("-i", "rl", *chosen, *as_flags(**problems)),
                   placement=placed, seconds=30),
         ]

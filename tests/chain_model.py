@@ -14,6 +14,7 @@ class ByteTokenizer:
     """A token for each byte, then the special tokens."""
 
     vocab_size = 256 + len(SPECIAL_TOKENS)
+    bos_id = 256
     special_tokens = {name: 256 + index for index, name in enumerate(SPECIAL_TOKENS)}
 
     def encode(self, text, prepend=None, append=None):

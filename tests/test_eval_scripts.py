@@ -43,7 +43,7 @@ def paths(tmp_path, monkeypatch):
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda w: jax.numpy.asarray(rng.normal(0, 0.1, w.shape).astype(np.float32)), abstract_params(MODEL))
     meta = {"model_config": dataclasses.asdict(MODEL), "tokenizer": TOKENIZER.fingerprint(), "data": "embedded",
-            "arch": "classic", "rates": dataclasses.asdict(OptimizerConfig()), "config": {}, "step": 5}  # fmt: skip
+            "rates": dataclasses.asdict(OptimizerConfig()), "config": {}, "step": 5}  # fmt: skip
     for source in ("base", "sft"):
         with Checkpoints(paths.checkpoints(source) / "d1") as checkpoints:
             checkpoints.save(5, params, None, meta)
@@ -56,7 +56,7 @@ def section(paths: Paths, slug: str) -> dict:
 
 
 def test_base_eval_says_that_core_was_not_run(paths, caplog):
-    base_eval(BaseEvalConfig())
+    base_eval(BaseEvalConfig(mesh="1x1"))
     logged = section(paths, "base-model-evaluation")
     assert logged["results"] == {} and any("CORE was not run" in str(item) for item in logged["items"])
     assert "CORE was not run" in caplog.text
@@ -84,7 +84,7 @@ def test_base_eval_refuses_an_unknown_kind():
 
 
 def test_chat_eval_writes_problems_and_results(paths):
-    chat_eval(ChatEvalConfig(source="sft", task_name="Arithmetic", max_problems=3, max_new_tokens=4, batch_size=4))
+    chat_eval(ChatEvalConfig(source="sft", task_name="Arithmetic", max_problems=3, max_new_tokens=4, batch_size=4, mesh="1x1"))
     assert section(paths, "chat-evaluation-sft")["results"] == {"arithmetic": 0.0}
     assert section(paths, "chat-evaluation-sft")["stage"] == "chat_eval_sft"
     lines = (paths.checkpoints("sft") / "d1" / "chat_eval_arithmetic.jsonl").read_text().splitlines()
