@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Restored:
-    """One step: `state` is the JSON written with it (step, model_config, config, data, loop, ...)."""
+    """One step: `state` is the JSON written with it (step, model_config, config, position, loop, ...)."""
 
     step: int
     params: Params

@@ -77,9 +77,9 @@ def _run(directory: str, timeout: float, memory_bytes: int) -> ExecutionResult:
     with open(status_read, "rb", buffering=0) as status_pipe:
         try:
             process = subprocess.Popen(
-                command, cwd=directory, env={}, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                pass_fds=(status_write,), start_new_session=True, bufsize=0,
-            )  # fmt: skip
+                command, cwd=directory, env={}, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE, pass_fds=(status_write,), start_new_session=True, bufsize=0,
+            )
         finally:
             os.close(status_write)
         with process:
@@ -103,13 +103,13 @@ def _run(directory: str, timeout: float, memory_bytes: int) -> ExecutionResult:
     else:
         error = lines[-1].decode("utf-8", "replace") if lines else f"exit code {process.returncode}"
     return ExecutionResult(
-        success=success, stdout=stdout.decode("utf-8", "replace"), stderr=stderr.decode("utf-8", "replace"), error=error,
-        timeout=timed_out, memory_exceeded=memory_exceeded, confined=frozenset(measures.split()),
-    )  # fmt: skip
+        success=success, stdout=stdout.decode("utf-8", "replace"), stderr=stderr.decode("utf-8", "replace"),
+        error=error, timeout=timed_out, memory_exceeded=memory_exceeded, confined=frozenset(measures.split()),
+    )
 
 
 def _collect(process: subprocess.Popen, status_pipe, deadline: float) -> tuple[bool, list[bytes]]:
-    """Reads all pipes until the process ends or `deadline`; keeps a bounded part. Returns (timed out, [out, err, status])."""
+    """Reads all pipes until the process ends or `deadline`, keeping a part: (timed out, [stdout, stderr, status])."""
     pipes = [process.stdout, process.stderr, status_pipe]
     kept = [bytearray(), bytearray(), bytearray()]
     timed_out = False
@@ -123,7 +123,7 @@ def _collect(process: subprocess.Popen, status_pipe, deadline: float) -> tuple[b
             timed_out = late and not ended
             if ended or timed_out:
                 _kill_group(process)
-            # A child that outlived the program may hold a pipe open: once it ended, take what is there, wait for nothing.
+            # A child that outlived the program may hold a pipe open: once it ended, take what is there without waiting.
             wait = 0.0 if ended or timed_out else min(0.05, max(0.0, deadline - time.monotonic()))
             events = selector.select(wait)
             for key, _ in events:

@@ -1,8 +1,8 @@
 """The inside of `execution.execute_code`: gives up what the kernel lets it give up, then runs `program.py`.
 
-Started by path in a fresh interpreter with arguments MEMORY_BYTES CPU_SECONDS STATUS_FD, in the temporary directory that
-holds the program; never imported, and imports nothing of the package. It writes the names of the measures that took hold
-as one line on STATUS_FD, and a second line only when the program has run to its end.
+Started by path in a fresh interpreter with arguments MEMORY_BYTES CPU_SECONDS STATUS_FD, in the temporary directory
+that holds the program; never imported, and imports nothing of the package. It writes the names of the measures that
+took hold as one line on STATUS_FD, and a second line only when the program has run to its end.
 """
 
 import ctypes
@@ -40,7 +40,7 @@ SYSCALLS = {
         "rt_tgsigqueueinfo": 240, "prlimit64": 261, "setns": 268, "process_vm_readv": 270, "process_vm_writev": 271,
         "bpf": 280, "execveat": 281, "pidfd_send_signal": 424, "io_uring_setup": 425, "pidfd_open": 434, "clone3": 435,
         "pidfd_getfd": 438}),
-}  # fmt: skip
+}
 
 
 def limit_resources(memory_bytes: int, cpu_seconds: int) -> None:
@@ -49,7 +49,7 @@ def limit_resources(memory_bytes: int, cpu_seconds: int) -> None:
         resource.RLIMIT_FSIZE: FILE_BYTES,
         resource.RLIMIT_NOFILE: OPEN_FILES,
         resource.RLIMIT_CORE: 0,
-        resource.RLIMIT_NPROC: 0,  # no children, no threads; Linux does not hold root to it, hence the system call filter
+        resource.RLIMIT_NPROC: 0,  # no children, no threads; but root is not held to it: hence the system call filter
     }
     if sys.platform != "darwin":  # macOS refuses to limit the address space
         limits[resource.RLIMIT_AS] = memory_bytes
@@ -63,7 +63,7 @@ def unshare_network(libc: ctypes.CDLL) -> bool:
 
 
 def forbid_writing_outside(libc: ctypes.CDLL, directory: str) -> bool:
-    """Landlock: files can be changed below `directory` only (and /dev/null written); also hides other processes' /proc."""
+    """Landlock: files can be changed below `directory` only, and other processes' memory and environment not read."""
     version = libc.syscall(LANDLOCK_CREATE_RULESET, None, 0, 1)
     if version < 1:
         return False
@@ -91,7 +91,7 @@ def filter_system_calls(libc: ctypes.CDLL) -> bool:
     denied = sorted(numbers.values())
     # The x32 calls of x86_64 are the same calls under numbers from 0x40000000 on: refuse the range.
     program = [(load, 0, 0, 4), (equal, 0, len(denied) + 3, architecture), (load, 0, 0, 0),
-               (at_least, len(denied) + 1, 0, 0x40000000)]  # fmt: skip
+               (at_least, len(denied) + 1, 0, 0x40000000)]
     program += [(equal, len(denied) - i, 0, number) for i, number in enumerate(denied)]
     program += [(give, 0, 0, allow), (give, 0, 0, refuse)]
     code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *instruction) for instruction in program))

@@ -1,8 +1,8 @@
 """Reinforcement learning from checked answers: REINFORCE with the group's mean as baseline.
 
-Of each prompt several replies are sampled from the current parameters, a task judges them, and the log-probability of each
-sampled token is raised or lowered by its reply's advantage, reward minus the mean reward of the prompt's replies. What is
-left out of GRPO (Shao et al. 2024, arXiv:2402.03300): division by the standard deviation, the KL penalty, ratios and
+Of each prompt several replies are sampled from the current parameters, a task judges them, and the log-probability of
+each sampled token is raised or lowered by its reply's advantage, reward minus the mean reward of the prompt's replies.
+Left out of GRPO (Shao et al. 2024, arXiv:2402.03300) are division by the standard deviation, the KL penalty, ratios and
 clipping; the samples are always on-policy. A prompt whose replies are all right or all wrong teaches nothing.
 """
 
@@ -32,7 +32,7 @@ from nanochat_jax.train import TrainState
 
 @dataclass(frozen=True)
 class Rollout:
-    """One sampled reply: prompt and reply, and for each token whether the model drew it (not the prompt, not a tool)."""
+    """One reply: tokens of prompt and reply, and for each whether the model drew it (not the prompt, not a tool)."""
 
     tokens: list[int]
     sampled: list[bool]
@@ -49,17 +49,17 @@ class RolloutConfig:
 
 def sample_rollouts(engine: Engine, tokenizer: Tokenizer, task: Task, conversations: Sequence[Conversation],
                     config: RolloutConfig, *, seed: int) -> list[list[Rollout]]:
-    """`num_samples` judged replies to each conversation, all in flight together; `seed` names this call's random streams."""
+    """`num_samples` judged replies to each conversation, all in flight together; `seed` names the random streams."""
     prompts = [tuple(render_for_completion(tokenizer, conversation)) for conversation in conversations]
     streams = np.random.SeedSequence(seed).generate_state(len(prompts) * config.num_samples)
     requests = [
         Request(prompt, max_tokens=config.max_new_tokens, temperature=config.temperature, top_k=config.top_k,
                 seed=int(streams[i * config.num_samples + sample]))
         for i, prompt in enumerate(prompts) for sample in range(config.num_samples)
-    ]  # fmt: skip
+    ]
     results = engine.generate(requests)
     groups = []
-    for i, (prompt, conversation) in enumerate(zip(prompts, conversations)):
+    for i, (prompt, conversation) in enumerate(zip(prompts, conversations, strict=True)):
         group = []
         for result in results[i * config.num_samples : (i + 1) * config.num_samples]:
             reward = float(task.evaluate(conversation, tokenizer.decode(result.tokens)))
@@ -85,8 +85,8 @@ class PolicyBatch(NamedTuple):
 def policy_batch(groups: Sequence[Sequence[Rollout]], *, pass_rows: int, multiple: int = 1) -> PolicyBatch:
     """The rows of E groups of S rollouts, padded to a power-of-two length and to a multiple of `multiple` rows.
 
-    Upstream's loss, the mean over passes of -sum(log p * advantage) / max(1, trained tokens of the pass), where a pass is
-    `pass_rows` rollouts of one prompt. As a weight per token it does not depend on how rows are cut into micro-batches.
+    Upstream's loss, the mean over passes of -sum(log p * advantage) / max(1, trained tokens of the pass), where a pass
+    is `pass_rows` rollouts of one prompt. As a weight per token it does not depend on the micro-batches.
     Raises ValueError if `pass_rows` does not divide S.
     """
     num_samples = len(groups[0])

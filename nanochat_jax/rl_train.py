@@ -20,8 +20,16 @@ from nanochat_jax.infer.engine import Engine
 from nanochat_jax.metrics import Display, MetricsLog, start_wandb
 from nanochat_jax.optim import OptimizerConfig, constant, make_optimizer, trapezoid
 from nanochat_jax.paths import Paths
-from nanochat_jax.rl import (PolicyBatch, Rollout, RolloutConfig, advantages, make_policy_step, pass_at_k, policy_batch,
-                             sample_rollouts)
+from nanochat_jax.rl import (
+    PolicyBatch,
+    Rollout,
+    RolloutConfig,
+    advantages,
+    make_policy_step,
+    pass_at_k,
+    policy_batch,
+    sample_rollouts,
+)
 from nanochat_jax.sharding import data_size, global_batch, make_mesh
 from nanochat_jax.startup import start
 from nanochat_jax.tasks.base import Task
@@ -45,7 +53,7 @@ class ChatRLConfig:
     remat: bool = flag(False, "recompute each block's activations in the backward pass, to save memory")
     model_tag: str | None = flag(None, "name of the checkpoint directory; default the largest d<depth>", short="-g")
     step: int | None = flag(None, "step of the checkpoint to start from; default the newest", short="-s")
-    device_batch_size: int = flag(8, "rows per device and micro-step; also the replies over which one mean of tokens is taken")
+    device_batch_size: int = flag(8, "rows per device and micro-step; the loss is a mean over the tokens of as many")
     examples_per_step: int = flag(16, "prompts of an optimizer step")
     num_samples: int = flag(16, "replies sampled of each prompt")
     num_slots: int = flag(64, "replies in flight at once")
@@ -102,7 +110,8 @@ class Sampler:
                         compute_dtype=self.dtype, mesh=self.mesh)
         settings = RolloutConfig(num_samples=num_samples, max_new_tokens=config.max_new_tokens,
                                  temperature=config.temperature, top_k=config.top_k)
-        return sample_rollouts(engine, self.model.tokenizer, task, [task[i % len(task)] for i in indices], settings, seed=seed)
+        conversations = [task[i % len(task)] for i in indices]
+        return sample_rollouts(engine, self.model.tokenizer, task, conversations, settings, seed=seed)
 
     def pass_rates(self, params: Params, task: Task) -> dict[str, float]:
         """pass@k on the first test problems, k = 1..device_batch_size; the same random streams each time."""
@@ -125,7 +134,8 @@ def _place(batch: PolicyBatch, micro_rows: int, mesh: Mesh) -> tuple[jax.Array, 
 def _statistics(groups: Sequence[Sequence[Rollout]]) -> dict[str, float]:
     rewards = _rewards(groups)
     advantage = advantages(rewards)
-    return {"reward": float(rewards.mean()), "advantage_min": float(advantage.min()), "advantage_max": float(advantage.max()),
+    return {"reward": float(rewards.mean()),
+            "advantage_min": float(advantage.min()), "advantage_max": float(advantage.max()),
             "sequence_length": float(np.mean([len(rollout.tokens) for group in groups for rollout in group]))}
 
 
@@ -142,7 +152,7 @@ def reinforce(config: ChatRLConfig) -> None:
     if num_steps <= 0:
         num_steps = len(task) // config.examples_per_step * config.num_epochs
     if num_steps < 1:
-        raise UsageError(f"--examples-per-step {config.examples_per_step} is more than the {len(task)} problems of {name}")
+        raise UsageError(f"--examples-per-step {config.examples_per_step} is more than {name}'s {len(task)} problems")
 
     given = {key: value for key in ("embedding_lr", "unembedding_lr", "matrix_lr")
              if (value := getattr(config, key)) is not None}
@@ -170,13 +180,15 @@ def reinforce(config: ChatRLConfig) -> None:
         first = 0
         if restored is not None:
             state, first = TrainState(restored.params, restored.optimizer), restored.step
-        metrics_log = MetricsLog(directory / "metrics.jsonl", resume_step=first if restored else None, wandb_run=wandb_run)
+        metrics_log = MetricsLog(directory / "metrics.jsonl", resume_step=first if restored else None,
+                                 wandb_run=wandb_run)
         display = Display("chat_rl", num_steps, start=first)
         try:
             for step in range(first, num_steps + 1):
                 last = step == num_steps
                 if step > first and (last or (config.save_every > 0 and step % config.save_every == 0)):
-                    checkpoints.save(step, state.params, state.optimizer, json.loads(json.dumps(metadata | {"step": step})))
+                    state_json = json.loads(json.dumps(metadata | {"step": step}))
+                    checkpoints.save(step, state.params, state.optimizer, state_json)
                 if last or step == 0 or (config.eval_every > 0 and step % config.eval_every == 0):
                     figures = sampler.pass_rates(state.params, test)
                     metrics_log.write(step=step, kind="eval", time=time.time(), **figures)
@@ -184,7 +196,8 @@ def reinforce(config: ChatRLConfig) -> None:
                 if last:
                     break
                 examples = range(step * config.examples_per_step, (step + 1) * config.examples_per_step)
-                groups = sampler(state.params, task, examples, num_samples=config.num_samples, seed=config.seed + 1 + step)
+                groups = sampler(state.params, task, examples, num_samples=config.num_samples,
+                                 seed=config.seed + 1 + step)
                 batch = policy_batch(groups, pass_rows=config.device_batch_size, multiple=micro_rows)
                 state, metrics = step_fn(state, *_place(batch, micro_rows, mesh))
                 statistics = _statistics(groups)
@@ -200,5 +213,5 @@ def reinforce(config: ChatRLConfig) -> None:
                 wandb_run.finish()
     if jax.process_index() == 0:
         results = {"task": name, "num_iterations": num_steps, **figures}
-        report.log_section(paths.report, "Chat RL", [dataclasses.asdict(config), results], stage="chat_rl", results=results,
-                           curves=directory / "metrics.jsonl")
+        report.log_section(paths.report, "Chat RL", [dataclasses.asdict(config), results], stage="chat_rl",
+                           results=results, curves=directory / "metrics.jsonl")

@@ -262,7 +262,7 @@ def train(job: Job, state: TrainState, shardings: TrainState, step_fn: Callable,
                 raise UsageError(f"{job.directory} is at step {start}, past the {job.num_steps} of this run: use --fresh "
                                  "or another --model-tag")
             state = TrainState(restored.params, restored.optimizer)
-            batches.set_state(restored.state["data"])
+            batches.set_state(restored.state["position"])
             log.info("resuming %s at step %d", job.directory, start)
         wandb_run = start_wandb(config.run, f"nanochat-{job.name}", dataclasses.asdict(config))
         metrics_log = MetricsLog(job.directory / "metrics.jsonl", resume_step=start if restored else None,
@@ -273,9 +273,10 @@ def train(job: Job, state: TrainState, shardings: TrainState, step_fn: Callable,
         flops_per_step = job.model.flops_per_token * job.shape.tokens
 
         def save(step: int) -> None:
-            state_json = {"step": step, "model_config": dataclasses.asdict(job.model), "loop": loop,
-                          "config": dataclasses.asdict(config), "data": batches.get_state(), **job.metadata}
-            checkpoints.save(step, state.params, state.optimizer, json.loads(json.dumps(state_json)))
+            own = {"step": step, "model_config": dataclasses.asdict(job.model), "loop": loop,
+                   "config": dataclasses.asdict(config), "position": batches.get_state()}
+            assert not own.keys() & job.metadata.keys()
+            checkpoints.save(step, state.params, state.optimizer, json.loads(json.dumps(own | job.metadata)))
 
         pending: tuple[int, Any] | None = None  # the step dispatched last, and its metrics
         clock = _StepClock()

@@ -32,8 +32,8 @@ KINDS = ("core", "bpb", "sample")
 
 @dataclass(frozen=True, kw_only=True)
 class BaseEvalConfig:
-    eval: str = flag("auto", "which of core, bpb and sample, joined by commas; auto: samples, and CORE if its bundle is on "
-                             "disk or the model's corpus came from the network")  # fmt: skip
+    eval: str = flag("auto", "which of core, bpb and sample, joined by commas; auto: samples, and CORE if its bundle "
+                             "is on disk or the model's corpus came from the network")
     max_per_task: int = flag(-1, "examples of each CORE task; -1: all")
     split_tokens: int = flag(40 * 524288, "tokens of each split for bits per byte")
     device_batch_size: int = flag(32, "rows of the model's length per device")
@@ -76,8 +76,8 @@ def main(config: BaseEvalConfig) -> None:
         if has_bundle(paths) or loaded.meta["data"] != "embedded":
             kinds.append("core")
         else:
-            notes.append(f"CORE was not run: the model was trained on the embedded corpus and {paths.eval_bundle} is not on "
-                         "disk. `--eval core,sample` fetches it.")  # fmt: skip
+            notes.append(f"CORE was not run: the model was trained on the embedded corpus and {paths.eval_bundle} is "
+                         "not on disk. `--eval core,sample` fetches it.")
             log.warning("%s", notes[0])
     results: dict[str, float] = {}
     items: list = [f"Model: {loaded.tag}, step {loaded.step}", dataclasses.asdict(config), *notes]
@@ -92,7 +92,7 @@ def main(config: BaseEvalConfig) -> None:
         for text in (*greedy, *free):
             log.info("  %s", text.replace("\n", " "))
         items += [{f"sample {i}": text for i, text in enumerate(greedy)},
-                  {f"unconditioned sample {i}": text for i, text in enumerate(free)}]  # fmt: skip
+                  {f"unconditioned sample {i}": text for i, text in enumerate(free)}]
     if jax.process_index() == 0:
         report.log_section(paths.report, "Base model evaluation", items, stage="base_eval", results=results)
 

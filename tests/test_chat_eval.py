@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-
 from chain_model import ASSISTANT_START, CHAIN, END, OUTPUT_END, PYTHON, PYTHON_END, chain_engine
+from trained_golden import load_trained
+
 from nanochat_jax.chat import render_for_completion
 from nanochat_jax.cli import UsageError
 from nanochat_jax.config import GPTConfig
@@ -20,7 +21,6 @@ from nanochat_jax.sharding import make_mesh
 from nanochat_jax.tasks.arc import ARC
 from nanochat_jax.tasks.base import Task, assistant, user
 from nanochat_jax.tokenizer import Tokenizer
-from trained_golden import load_trained
 
 TOKENIZER = Tokenizer({bytes([i]): i for i in range(256)})
 CONFIG = GPTConfig.modern(2, aspect_ratio=16, head_dim=32, sequence_len=64, vocab_size=TOKENIZER.vocab_size)
@@ -104,12 +104,14 @@ class Product(Task):
 
 def test_replies_are_judged_with_their_tool_calls_and_long_prompts_are_not_cut():
     engine = chain_engine((ASSISTANT_START, PYTHON, "6*7", PYTHON_END), (OUTPUT_END, "=ok", END))
-    stacked = {name: jnp.stack(layers) for name, layers in engine.params["blocks"].items()}  # an engine keeps layers apart
+    # An engine keeps its layers apart.
+    stacked = {name: jnp.stack(layers) for name, layers in engine.params["blocks"].items()}
     generator = Generator(config=CHAIN, params=engine.params | {"blocks": stacked}, tokenizer=TOKENIZER, num_slots=3)
     problems = chat.evaluate_generative(Product(), generator, Sampling(max_new_tokens=20))
     assert [problem.passed for problem in problems] == [True] * 5  # prompts up to three times the model's length
     problems = chat.evaluate_generative(Product(), generator, Sampling(max_new_tokens=9), max_problems=2)
-    assert [problem.completions for problem in problems] == [("<|python_start|>6*7<|python_end|><|output_start|>42<|output_end|>",)] * 2
+    cut = "<|python_start|>6*7<|python_end|><|output_start|>42<|output_end|>"
+    assert [problem.completions for problem in problems] == [(cut,)] * 2
     assert not any(problem.passed for problem in problems)
 
 
@@ -127,7 +129,8 @@ def test_one_right_sample_of_several_passes(params):
         assert problem.passed == any(completion in tuple("aeiou") for completion in problem.completions)
     completions = [problem.completions for problem in problems]
     assert len(set(completions)) == 3, "problems have random streams of their own"
-    assert [problem.completions for problem in chat.evaluate_generative(Vowel(), generator, sampling, max_problems=3)] == completions
+    again = chat.evaluate_generative(Vowel(), generator, sampling, max_problems=3)
+    assert [problem.completions for problem in again] == completions
 
 
 def test_tasks_that_cannot_be_evaluated_are_errors(params):
@@ -143,9 +146,10 @@ def test_tasks_that_cannot_be_evaluated_are_errors(params):
 
 
 def test_chatcore_is_only_given_for_all_its_tasks():
-    baselines = {"arc_easy": 0.25, "arc_challenge": 0.25, "mmlu": 0.25, "gsm8k": 0.0, "humaneval": 0.0, "spelling_bee": 0.0}
+    baselines = dict.fromkeys(chat.CHATCORE_6, 0.0) | dict.fromkeys(("arc_easy", "arc_challenge", "mmlu"), 0.25)
     # Accuracies and result of an independent report of the classic code, which counts six tasks.
-    accuracies = {"arc_easy": 0.4684, "arc_challenge": 0.3362, "mmlu": 0.3314, "gsm8k": 0.0697, "humaneval": 0.0915, "spelling_bee": 1.0}
+    accuracies = {"arc_easy": 0.4684, "arc_challenge": 0.3362, "mmlu": 0.3314, "gsm8k": 0.0697, "humaneval": 0.0915,
+                  "spelling_bee": 1.0}
     assert chat.chatcore(accuracies, baselines)["chatcore_6"] == pytest.approx(0.2793, abs=1e-4)
     # The README's table counts five.
     five = {"arc_easy": 0.3876, "arc_challenge": 0.2807, "mmlu": 0.3151, "gsm8k": 0.0455, "humaneval": 0.0854}
@@ -154,12 +158,13 @@ def test_chatcore_is_only_given_for_all_its_tasks():
 
 
 def test_problems_are_written_a_line_each(tmp_path, params):
-    problems = chat.evaluate_categorical(Letters(), CONFIG, params, TOKENIZER, batching=Batching(tokens=128), max_problems=3)
+    problems = chat.evaluate_categorical(Letters(stop=3), CONFIG, params, TOKENIZER, batching=Batching(tokens=128))
     path = tmp_path / "new" / "problems.jsonl"
     chat.write_problems(path, problems)
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [line["index"] for line in lines] == [0, 1, 2]
-    assert lines[0] == {"index": 0, "question": "0?", "completions": list(problems[0].completions), "passed": problems[0].passed}
+    assert lines[0] == {"index": 0, "question": "0?", "completions": list(problems[0].completions),
+                        "passed": problems[0].passed}
     assert [p.name for p in path.parent.iterdir()] == ["problems.jsonl"]
 
 
@@ -168,5 +173,6 @@ def test_accuracy_on_arc_is_upstreams(test_data, tmp_path):
     config, params, tokenizer, _ = load_trained(test_data, "modern")
     (tmp_path / "task_data").symlink_to(test_data / "data" / "task_data")
     task = ARC(Paths(tmp_path), "ARC-Easy", "test")
-    problems = chat.evaluate_categorical(task, config, params, tokenizer, batching=Batching(tokens=2048), max_problems=60)
+    batching = Batching(tokens=2048)
+    problems = chat.evaluate_categorical(task, config, params, tokenizer, batching=batching, max_problems=60)
     assert sum(problem.passed for problem in problems) == 5

@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from trained_golden import load_tokenizer, load_trained
 
 from nanochat_jax.cli import NotFound, UsageError
 from nanochat_jax.config import GPTConfig
@@ -26,7 +27,6 @@ from nanochat_jax.gpt import abstract_params, forward, unembed
 from nanochat_jax.paths import Paths
 from nanochat_jax.sharding import make_mesh
 from nanochat_jax.tokenizer import Tokenizer
-from trained_golden import load_tokenizer, load_trained
 
 CONFIG = GPTConfig.modern(2, aspect_ratio=32, head_dim=32, sequence_len=64, vocab_size=300, window_pattern="SL")
 
@@ -68,7 +68,8 @@ def test_prompts_and_spans_are_upstreams(test_data, era, max_per_task):
     for task in tasks:
         items = core.read_items(task, max_per_task)
         expected = reference[task.label]
-        for index, (rows, example) in enumerate(zip(core.tokenize_task(tokenizer, task, items, range(len(expected))), expected)):
+        groups = core.tokenize_task(tokenizer, task, items, range(len(expected)))
+        for index, (rows, example) in enumerate(zip(groups, expected, strict=True)):
             where = f"{task.label} {index}"
             assert core.render_prompts(task, items, index)[-1].endswith(example["last_prompt_tail"]), where
             assert [len(row.tokens) for row in rows] == example["lengths"], where
@@ -80,7 +81,7 @@ def test_prompts_and_spans_are_upstreams(test_data, era, max_per_task):
 
 @pytest.mark.parametrize(("era", "max_per_task", "tolerance"), [("classic", 60, 1e-3), ("modern", 40, 1e-4)])
 def test_losses_and_verdicts_are_upstreams(test_data, era, max_per_task, tolerance):
-    """Of the tasks with short prompts, one of each type. Classic tolerance: its rotary tables are rounded to bfloat16."""
+    """Of some tasks with short prompts, of each type. Tolerance: classic rotary tables are rounded to bfloat16."""
     config, params, tokenizer, golden = load_trained(test_data, era)
     reference = json.loads((golden / "core_examples.json").read_text())
     scorer = Scorer(config=config, params=params, batching=Batching(tokens=1024))
@@ -119,7 +120,8 @@ def task(kind: str, num_fewshot: int = 0, delimiter: str = " ") -> CoreTask:
 def test_fewshot_examples_never_include_the_question_and_are_clamped():
     for index in range(5):
         assert index not in core.fewshot_indices(index, 20, 10)
-        assert core.fewshot_indices(index, 20, 10) == random.Random(1234 + index).sample([*range(index), *range(index + 1, 20)], 10)
+        others = [*range(index), *range(index + 1, 20)]
+        assert core.fewshot_indices(index, 20, 10) == random.Random(1234 + index).sample(others, 10)
         assert sorted(core.fewshot_indices(index, 5, 10)) == [i for i in range(5) if i != index]
     assert core.fewshot_indices(0, 1, 10) == []
 
@@ -128,7 +130,8 @@ def test_prompts_show_the_right_answers_of_other_examples():
     items = [{"query": f"q{i}", "choices": ["a", "b"], "gold": i % 2} for i in range(3)]
     shown = core.fewshot_indices(0, 3, 2)
     shots = "".join(f"q{i}\nA: {'ab'[i % 2]}\n\n" for i in shown)
-    assert core.render_prompts(task("multiple_choice", 2, "\nA: "), items, 0) == [shots + "q0\nA: a", shots + "q0\nA: b"]
+    prompts = core.render_prompts(task("multiple_choice", 2, "\nA: "), items, 0)
+    assert prompts == [shots + "q0\nA: a", shots + "q0\nA: b"]
     items = [{"context": f" c{i} ", "continuation": f"k{i}"} for i in range(2)]
     assert core.render_prompts(task("language_modeling", 1), items, 0) == ["c1 k1\n\nc0", "c1 k1\n\nc0 k0"]
     items = [{"context_options": ["x", "y"], "continuation": "z", "gold": 1} for _ in range(2)]
@@ -149,7 +152,7 @@ def test_the_lowest_mean_loss_wins_and_the_first_of_equals():
     choose = lambda *losses: next(  # noqa: E731
         gold for gold in range(len(losses))
         if core.is_correct(task("multiple_choice"), {"gold": gold}, [RowScore(loss, False) for loss in losses])
-    )  # fmt: skip
+    )
     assert choose(3.0, 1.0, 2.0) == 1
     assert choose(2.0, 1.0, 1.0) == 1
     assert choose(1.0, float("nan")) == 0
@@ -204,19 +207,21 @@ def test_logits_are_cut_into_affordable_chunks(params, monkeypatch):
 
 CORE_YAML = """
 icl_tasks:
-- {label: choices, dataset_uri: a/choices.jsonl, num_fewshot: [2], icl_task_type: multiple_choice, continuation_delimiter: "\\nAnswer: "}
+- {label: choices, dataset_uri: a/choices.jsonl, num_fewshot: [2], icl_task_type: multiple_choice,
+   continuation_delimiter: "\\nAnswer: "}
 - {label: schemas, dataset_uri: a/schemas.jsonl, num_fewshot: [0], icl_task_type: schema}
 - {label: words, dataset_uri: b/words.jsonl, num_fewshot: [10], icl_task_type: language_modeling}
 """
 ROWS = {
     "a/choices.jsonl": [{"query": f"Is {i} even?", "choices": ["yes", "no"], "gold": i % 2} for i in range(7)],
-    "a/schemas.jsonl": [{"context_options": [f"Ann saw {i}, she", f"Bob saw {i}, she"], "continuation": "left.", "gold": 0} for i in range(3)],
+    "a/schemas.jsonl": [{"context_options": [f"Ann saw {i}, she", f"Bob did {i}, she"], "continuation": "left", "gold": 0}
+                        for i in range(3)],
     "b/words.jsonl": [{"context": f"After {i} comes", "continuation": str(i + 1)} for i in range(4)],
-}  # fmt: skip
+}
 
 
 def bundle_files() -> dict[str, str]:
-    files = {f"eval_bundle/eval_data/{name}": "".join(json.dumps(row) + "\n" for row in rows) for name, rows in ROWS.items()}
+    files = {f"eval_bundle/eval_data/{name}": "\n".join(map(json.dumps, rows)) for name, rows in ROWS.items()}
     meta = "Eval Task,Task Category,Random baseline\nchoices,x,50\nschemas,x,50\nwords,x,0\n"
     return files | {"eval_bundle/core.yaml": CORE_YAML, "eval_bundle/eval_meta_data.csv": meta}
 
@@ -272,13 +277,14 @@ def test_a_bundle_is_fetched_once_and_evaluated(serve, tmp_path, params):
     result = core.evaluate_core(
         Scorer(config=CONFIG, params=params, batching=Batching(tokens=1024)), tokenizer, paths.eval_bundle,
         on_example=lambda label, index, rows, scores, correct: seen.append((label, index, correct)),
-    )  # fmt: skip
-    assert sorted((label, index) for label, index, _ in seen) == sorted(
-        [("choices", i) for i in range(7)] + [("schemas", i) for i in range(3)] + [("words", i) for i in range(4)])  # fmt: skip
-    assert result.accuracy["choices"] == pytest.approx(sum(correct for label, _, correct in seen if label == "choices") / 7)
+    )
+    expected = [(label, i) for label, size in (("choices", 7), ("schemas", 3), ("words", 4)) for i in range(size)]
+    assert sorted((label, index) for label, index, _ in seen) == expected
+    assert result.accuracy["choices"] == pytest.approx(sum(right for label, _, right in seen if label == "choices") / 7)
     assert result.centered["choices"] == pytest.approx(2 * result.accuracy["choices"] - 1)
     assert result.core == pytest.approx(np.mean(list(result.centered.values())))
-    few = core.evaluate_core(Scorer(config=CONFIG, params=params, batching=Batching(tokens=1024)), tokenizer, paths.eval_bundle, max_per_task=2)
+    scorer = Scorer(config=CONFIG, params=params, batching=Batching(tokens=1024))
+    few = core.evaluate_core(scorer, tokenizer, paths.eval_bundle, max_per_task=2)
     assert few.accuracy["choices"] in (0, 0.5, 1)
 
 

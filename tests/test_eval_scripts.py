@@ -5,6 +5,7 @@ import json
 import shutil
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -36,14 +37,14 @@ icl_tasks:
 
 @pytest.fixture
 def paths(tmp_path, monkeypatch):
-    """A base directory with a tokenizer, and a base and an sft model d1 at step 5 that came from the embedded corpus."""
+    """A base directory with a tokenizer, and a base and an sft model d1 at step 5 that saw the embedded corpus."""
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
     paths = Paths(tmp_path)
     TOKENIZER.save(paths.tokenizer)
     rng = np.random.default_rng(0)
-    params = jax.tree.map(lambda w: jax.numpy.asarray(rng.normal(0, 0.1, w.shape).astype(np.float32)), abstract_params(MODEL))
+    params = jax.tree.map(lambda w: jnp.asarray(rng.normal(0, 0.1, w.shape), jnp.float32), abstract_params(MODEL))
     meta = {"model_config": dataclasses.asdict(MODEL), "tokenizer": TOKENIZER.fingerprint(), "data": "embedded",
-            "rates": dataclasses.asdict(OptimizerConfig()), "config": {}, "step": 5}  # fmt: skip
+            "rates": dataclasses.asdict(OptimizerConfig()), "config": {}, "step": 5}
     for source in ("base", "sft"):
         with Checkpoints(paths.checkpoints(source) / "d1") as checkpoints:
             checkpoints.save(5, params, None, meta)
@@ -84,7 +85,8 @@ def test_base_eval_refuses_an_unknown_kind():
 
 
 def test_chat_eval_writes_problems_and_results(paths):
-    chat_eval(ChatEvalConfig(source="sft", task_name="Arithmetic", max_problems=3, max_new_tokens=4, batch_size=4, mesh="1x1"))
+    chat_eval(ChatEvalConfig(source="sft", task_name="Arithmetic", max_problems=3, max_new_tokens=4, batch_size=4,
+                             mesh="1x1"))
     assert section(paths, "chat-evaluation-sft")["results"] == {"arithmetic": 0.0}
     assert section(paths, "chat-evaluation-sft")["stage"] == "chat_eval_sft"
     lines = (paths.checkpoints("sft") / "d1" / "chat_eval_arithmetic.jsonl").read_text().splitlines()
@@ -115,20 +117,21 @@ class Even(Task):
 def test_rl_saves_evaluates_and_resumes(paths, monkeypatch):
     monkeypatch.setattr(rl_train, "load_task", lambda name, split, paths: Even())
     config = ChatRLConfig(task="arithmetic", num_iterations=3, examples_per_step=2, num_samples=4, device_batch_size=2,
-                          max_new_tokens=4, eval_examples=2, save_every=2, num_slots=8, mesh="1x1")  # fmt: skip
+                          max_new_tokens=4, eval_examples=2, save_every=2, num_slots=8, mesh="1x1")
     reinforce(config)
     whole = load_model(paths, "rl")
     assert (whole.step, whole.tag, whole.meta["from"]) == (3, "d1", ["sft", "d1", 5])
     directory = paths.checkpoints("rl") / "d1"
     lines = read_metrics(directory / "metrics.jsonl")
-    assert [(line["kind"], line["step"]) for line in lines] == [("eval", 0), ("train", 0), ("train", 1), ("train", 2), ("eval", 3)]
+    kinds = [("eval", 0), ("train", 0), ("train", 1), ("train", 2), ("eval", 3)]
+    assert [(line["kind"], line["step"]) for line in lines] == kinds
     assert set(section(paths, "chat-rl")["results"]) == {"task", "num_iterations", "pass@1", "pass@2"}
 
     shutil.rmtree(directory / "3")  # as if it had been stopped after step 2
     reinforce(dataclasses.replace(config, resume=True))
     resumed, start = load_model(paths, "rl"), load_model(paths, "sft")
     assert resumed.step == 3
-    assert any(np.any(a != b) for a, b in zip(jax.tree.leaves(whole.params), jax.tree.leaves(start.params)))
+    assert any(np.any(a != b) for a, b in zip(*map(jax.tree.leaves, (whole.params, start.params)), strict=True))
     jax.tree.map(np.testing.assert_array_equal, resumed.params, whole.params)
     steps = [line["step"] for line in read_metrics(directory / "metrics.jsonl") if line["kind"] == "train"]
     assert steps == [0, 1, 2]

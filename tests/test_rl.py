@@ -58,7 +58,7 @@ def plain_loss(params, groups: list[list[Rollout]], pass_rows: int):
         for row in rows:
             group = next(group for group in groups if rollouts[row] in group)
             mean = sum(rollout.reward for rollout in group) / len(group)
-            for position, (token, sampled) in enumerate(zip(rollouts[row].tokens, rollouts[row].sampled)):
+            for position, (token, sampled) in enumerate(zip(rollouts[row].tokens, rollouts[row].sampled, strict=True)):
                 if sampled:
                     factor[row, position - 1, token] = (rollouts[row].reward - mean) / max(1, count) / num_passes
     return -(log_probs * factor).sum()
@@ -70,7 +70,8 @@ def test_advantages_sum_to_zero_and_vanish_where_all_agree():
 
 
 def test_only_sampled_tokens_are_targets():
-    group = [Rollout([7, 8, 9, 10, 11], [False, False, True, False, True], 1.0), Rollout([7, 8, 5], [False, False, True], 0.0)]
+    group = [Rollout([7, 8, 9, 10, 11], [False, False, True, False, True], 1.0),
+             Rollout([7, 8, 5], [False, False, True], 0.0)]
     batch = rl.policy_batch([group], pass_rows=2, multiple=4)
     assert batch.inputs.shape == (4, 32)
     assert batch.inputs[0, :5].tolist() == [7, 8, 9, 10, 0]
@@ -103,7 +104,8 @@ def test_micro_batches_and_a_mesh_do_not_change_the_step():
     results = []
     for mesh, micro_rows in ((make_mesh("1x1"), 12), (make_mesh("1x1"), 4), (make_mesh("4x1"), 4)):
         optimizer = optax.sgd(1.0)
-        state, shardings = init_state(CONFIG, optimizer, mesh, fsdp=False, seed=0, params=jax.tree.map(jnp.asarray, random_params()))
+        params = jax.tree.map(jnp.asarray, random_params())
+        state, shardings = init_state(CONFIG, optimizer, mesh, fsdp=False, seed=0, params=params)
         step = rl.make_policy_step(CONFIG, optimizer, dtype=jnp.float32, mesh=mesh, shardings=shardings)
         batch = rl.policy_batch(groups, pass_rows=4, multiple=micro_rows)
         rows = (array.reshape(-1, micro_rows, array.shape[1]) for array in batch)
@@ -139,17 +141,17 @@ def test_rollouts_keep_the_prompt_apart_and_differ_among_samples():
     config = RolloutConfig(num_samples=4, max_new_tokens=6, top_k=0)
     engine = Engine(CONFIG, random_params(), TOKENIZER, num_slots=8)
     task = Vowels()
-    sample = lambda seed: rl.sample_rollouts(engine, TOKENIZER, task, [task[0], task[1]], config, seed=seed)  # noqa: E731
-    groups = sample(1)
+    sample = functools.partial(rl.sample_rollouts, engine, TOKENIZER, task, [task[0], task[1]], config)
+    groups = sample(seed=1)
     for index, group in enumerate(groups):
-        prompt = [TOKENIZER.bos_id, TOKENIZER.encode_special("<|user_start|>"), *TOKENIZER.encode(f"#{index}"),
-                  TOKENIZER.encode_special("<|user_end|>"), TOKENIZER.encode_special("<|assistant_start|>")]  # fmt: skip
+        asked = TOKENIZER.encode(f"#{index}", prepend="<|user_start|>", append="<|user_end|>")
+        prompt = [TOKENIZER.bos_id, *asked, TOKENIZER.encode_special("<|assistant_start|>")]
         assert len({tuple(rollout.tokens) for rollout in group}) > 1
         for rollout in group:
             assert rollout.tokens[: len(prompt)] == prompt and len(rollout.sampled) == len(rollout.tokens)
             assert not any(rollout.sampled[: len(prompt)]) and all(rollout.sampled[len(prompt) :])
             assert rollout.reward == Vowels().evaluate(task[index], TOKENIZER.decode(rollout.tokens[len(prompt) :]))
-    assert sample(1) == groups and sample(2) != groups
+    assert sample(seed=1) == groups and sample(seed=2) != groups
 
 
 def test_reward_rises():

@@ -1,5 +1,5 @@
-"""The small checkpoints that upstream trained, read without torch: the archive's tensors and the pickled vocabulary, with
-unpicklers that know nothing but the few names these files hold."""
+"""The small checkpoints that upstream trained, read without torch: the archive's tensors and the pickled vocabulary,
+with unpicklers that know nothing but the few names these files hold."""
 
 import collections
 import json
@@ -11,8 +11,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 import numpy as np
-
 from golden_weights import to_params
+
 from nanochat_jax.config import GPTConfig
 from nanochat_jax.tokenizer import Tokenizer
 
@@ -40,7 +40,8 @@ class _TensorUnpickler(pickle.Unpickler):
         self.archive, self.root = archive, root
 
     def find_class(self, module: str, name: str) -> Any:
-        return {"_rebuild_tensor_v2": self.rebuild, "OrderedDict": collections.OrderedDict, "FloatStorage": np.float32}[name]
+        known = {"_rebuild_tensor_v2": self.rebuild, "OrderedDict": collections.OrderedDict, "FloatStorage": np.float32}
+        return known[name]
 
     def persistent_load(self, reference: tuple) -> np.ndarray:
         _, dtype, key, *_ = reference

@@ -1,4 +1,4 @@
-"""Sequences of any length in batches of few shapes: lengths are powers of two, rows as many as a budget of tokens allows."""
+"""Sequences of any length in batches of few shapes: lengths are powers of two, rows what a budget of tokens allows."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass

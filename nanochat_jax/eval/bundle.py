@@ -30,15 +30,15 @@ def has_bundle(paths: Paths) -> bool:
 def ensure_bundle(paths: Paths, *, url: str = BUNDLE_URL) -> Path:
     """The directory of a complete bundle: what is on disk, else a fresh download.
 
-    Raises `NotFound` if it cannot be fetched, or if the files on disk are incomplete; `UsageError` if the archive is not
-    the bundle.
+    Raises `NotFound` if it cannot be fetched, or if the files on disk are incomplete; `UsageError` if the archive is
+    not the bundle.
     """
     target = paths.eval_bundle
     if has_bundle(paths):
         _check_complete(target)
         return target
     if target.exists() and any(target.iterdir()):
-        raise NotFound(f"{target} has no core.yaml: it is not the evaluation bundle, move it away to download the bundle")
+        raise NotFound(f"{target} has no core.yaml: it is not the evaluation bundle, move it away to fetch that")
     paths.base.mkdir(parents=True, exist_ok=True)
     aside = Path(tempfile.mkdtemp(prefix=".eval_bundle-", dir=paths.base))
     try:
@@ -59,7 +59,7 @@ def _check_complete(bundle: Path) -> None:
         missing = [str(error)]
     if missing:
         raise NotFound(f"the evaluation bundle in {bundle} is incomplete ({len(missing)} missing, first {missing[0]}): "
-                       "remove the directory to download it again")  # fmt: skip
+                       "remove the directory to download it again")
 
 
 def _download(url: str, path: Path, target: Path) -> None:
@@ -76,7 +76,7 @@ def _download(url: str, path: Path, target: Path) -> None:
             logger.warning("attempt %d of %d failed: %s", attempt, ATTEMPTS, error)
             failure = error
     raise NotFound(f"could not fetch {url} ({failure}): unzip a copy of it so that {target / 'core.yaml'} exists, "
-                   "or evaluate without CORE")  # fmt: skip
+                   "or evaluate without CORE")
 
 
 def _unpack(archive: Path, directory: Path) -> None:

@@ -8,7 +8,6 @@ import functools
 import json
 import logging
 import os
-import tempfile
 import time
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -37,8 +36,8 @@ logger = logging.getLogger(__name__)
 
 MAX_PROMPT_TOKENS = 1 << 16  # nothing is cut from a prompt
 
-# ChatCORE is the mean over all of these of accuracy above chance. Upstream counts six tasks in 2025 and five in 2026 (and
-# in the README's table), which are different numbers.
+# ChatCORE is the mean over all of these of accuracy above chance. Upstream counts six tasks in 2025 and five in 2026
+# (and in the README's table), which are different numbers.
 CHATCORE_5 = ("arc_easy", "arc_challenge", "mmlu", "gsm8k", "humaneval")
 CHATCORE_6 = (*CHATCORE_5, "spelling_bee")
 
@@ -101,12 +100,12 @@ def evaluate_categorical(task: Task, config: GPTConfig, params: Params, tokenize
             ids = [_letter_id(tokenizer, letter) for letter in conversations[index]["letters"]]
             letters[row, : len(ids)] = ids
         logits = np.asarray(_letter_logits(params, *batching.place(tokens, lengths, letters), config=config,
-                                           compute_dtype=compute_dtype, mesh=batching.mesh))  # fmt: skip
+                                           compute_dtype=compute_dtype, mesh=batching.mesh))
         for row, (index, _) in enumerate(keyed):
             conversation = conversations[index]
             letter = conversation["letters"][logits[row, : len(conversation["letters"])].argmax()]
             problems.append(Problem(index=index, question=_question(conversation), completions=(letter,),
-                                    passed=task.evaluate(conversation, letter)))  # fmt: skip
+                                    passed=task.evaluate(conversation, letter)))
     return sorted(problems, key=lambda problem: problem.index)
 
 
@@ -145,10 +144,10 @@ class Generator:
             Request(tuple(prompt), max_tokens=sampling.max_new_tokens, temperature=sampling.temperature,
                     top_k=sampling.top_k, seed=sampling.seed + i * sampling.num_samples + sample)
             for i, prompt in enumerate(prompts) for sample in range(sampling.num_samples)
-        ]  # fmt: skip
+        ]
         longest = max(len(prompt) for prompt in prompts) + sampling.max_new_tokens
         engine = Engine(self.config, self.params, self.tokenizer, num_slots=min(self.num_slots, len(requests)),
-                        compute_dtype=self.compute_dtype, max_len=longest, mesh=self.mesh)  # fmt: skip
+                        compute_dtype=self.compute_dtype, max_len=longest, mesh=self.mesh)
         replies = [self.tokenizer.decode(result.tokens) for result in engine.generate(requests)]
         return [replies[i : i + sampling.num_samples] for i in range(0, len(replies), sampling.num_samples)]
 
@@ -175,14 +174,15 @@ def evaluate_task(task: Task, generator: Generator, batching: Batching, sampling
     """Evaluate a task of either type. Raises ValueError for one that is only for training."""
     began = time.monotonic()
     if task.eval_type == "categorical":
-        problems = evaluate_categorical(task, generator.config, generator.params, generator.tokenizer, batching=batching,
-                                        compute_dtype=generator.compute_dtype, max_problems=max_problems)  # fmt: skip
+        problems = evaluate_categorical(task, generator.config, generator.params, generator.tokenizer,
+                                        batching=batching, compute_dtype=generator.compute_dtype,
+                                        max_problems=max_problems)
     elif task.eval_type == "generative":
         problems = evaluate_generative(task, generator, sampling, max_problems=max_problems)
     else:
         raise ValueError(f"{type(task).__name__} is only for training, it cannot be evaluated")
     logger.info("%s: %d of %d right (%.2f%%) in %.1f s", task.key, sum(problem.passed for problem in problems),
-                len(problems), 100 * accuracy(problems), time.monotonic() - began)  # fmt: skip
+                len(problems), 100 * accuracy(problems), time.monotonic() - began)
     return problems
 
 
@@ -199,8 +199,8 @@ def chatcore(accuracies: Mapping[str, float], baselines: Mapping[str, float]) ->
 def write_problems(path: Path, problems: Sequence[Problem]) -> None:
     """One JSON object per line, in the order of the task; replaces the file whole."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile("w", encoding="utf-8", dir=path.parent, prefix=f".{path.name}-", delete=False) as file:
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with aside.open("w", encoding="utf-8") as file:
         for problem in problems:
             file.write(json.dumps(asdict(problem), ensure_ascii=False) + "\n")
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)
+    aside.replace(path)

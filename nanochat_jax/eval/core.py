@@ -1,8 +1,8 @@
 """CORE: the mean centred accuracy over 22 tasks of in-context learning (DCLM, https://arxiv.org/abs/2406.11794).
 
-Nothing is generated: each example becomes prompts of which a span of tokens is scored. `multiple_choice` and `schema` pick
-the option whose span has the lowest mean negative log-likelihood; `language_modeling` asks that every token of the span
-be the model's first choice. The few-shot examples, their order and the spans are upstream's, so scores compare.
+Nothing is generated: each example becomes prompts of which a span of tokens is scored. `multiple_choice` and `schema`
+pick the option whose span has the lowest mean negative log-likelihood; `language_modeling` asks that every token of the
+span be the model's first choice. The few-shot examples, their order and the spans are upstream's, so scores compare.
 """
 
 import csv
@@ -73,7 +73,7 @@ class RowScore:
 
 @dataclass(frozen=True)
 class CoreResult:
-    """Per task, in the bundle's order: accuracy, and accuracy rescaled so that guessing is 0; `core` is the latter's mean."""
+    """Per task, in the bundle's order: accuracy, and it rescaled so that guessing is 0; `core` is that one's mean."""
 
     accuracy: dict[str, float]
     centered: dict[str, float]
@@ -92,7 +92,7 @@ def read_tasks(bundle: Path) -> list[CoreTask]:
             baseline=0.01 * baselines[entry["label"]],
         )
         for entry in entries
-    ]  # fmt: skip
+    ]
 
 
 def read_items(task: CoreTask, max_per_task: int = -1) -> list[Item]:
@@ -162,7 +162,7 @@ def _common_length(arrays: Sequence[np.ndarray]) -> int:
 def is_correct(task: CoreTask, item: Item, scores: Sequence[RowScore]) -> bool:
     if task.type == "language_modeling":
         return scores[0].all_argmax
-    # The lowest, the first of equals. A nan is the minimum only in the first place: upstream's rule, kept for its scores.
+    # The lowest, the first of equals. A nan is the minimum only in the first place: upstream's rule, kept for scores.
     losses = [score.mean_nll for score in scores]
     return losses.index(min(losses)) == item["gold"]
 
@@ -224,20 +224,30 @@ class Scorer:
 
     def __call__(self, rows: Iterable[tuple[Key, Row]]) -> Iterator[tuple[Key, RowScore]]:
         """(key, row) to (key, score), in the order in which batches fill up."""
+        pending: tuple[list[tuple[Key, Row]], tuple[Array, Array]] | None = None
         for keyed, tokens in self.batching.batches((((key, row), row.tokens) for key, row in rows)):
             span = np.ones((len(tokens), 2), np.int32)  # filler: an empty span
             span[: len(keyed)] = [(row.start, row.end) for _, row in keyed]
-            nll, all_argmax = score_batch(
+            sums = score_batch(
                 self.params, *self.batching.place(tokens, span[:, 0], span[:, 1]), config=self.config,
                 compute_dtype=self.compute_dtype, mesh=self.batching.mesh,
-            )  # fmt: skip
-            nll, all_argmax = np.asarray(nll), np.asarray(all_argmax)
-            for i, (key, row) in enumerate(keyed):
-                length = row.end - row.start
-                yield key, RowScore(float(nll[i]) / length if length else math.nan, bool(all_argmax[i]))
+            )
+            if pending:  # read a batch when the next one is dispatched: the device works while the host tokenizes
+                yield from self._read(*pending)
+            pending = keyed, sums
+        if pending:
+            yield from self._read(*pending)
+
+    @staticmethod
+    def _read(keyed: list[tuple[Key, Row]], sums: tuple[Array, Array]) -> Iterator[tuple[Key, RowScore]]:
+        nll, all_argmax = (np.asarray(each) for each in sums)
+        for i, (key, row) in enumerate(keyed):
+            length = row.end - row.start
+            yield key, RowScore(float(nll[i]) / length if length else math.nan, bool(all_argmax[i]))
 
 
-def tokenize_task(tokenizer: Tokenizer, task: CoreTask, items: Sequence[Item], indices: Sequence[int]) -> list[list[Row]]:
+def tokenize_task(tokenizer: Tokenizer, task: CoreTask, items: Sequence[Item], indices: Sequence[int]
+                  ) -> list[list[Row]]:
     """The rows of each of the examples `indices`."""
     prompts = [render_prompts(task, items, index) for index in indices]
     tokens = iter(tokenizer.encode([prompt for group in prompts for prompt in group], prepend=tokenizer.bos_id))
@@ -246,13 +256,13 @@ def tokenize_task(tokenizer: Tokenizer, task: CoreTask, items: Sequence[Item], i
 
 def evaluate_core(scorer: Scorer, tokenizer: Tokenizer, bundle: Path, *, max_per_task: int = -1,
                   on_example: Callable[[str, int, list[Row], list[RowScore], bool], None] | None = None) -> CoreResult:
-    """Run the tasks of a bundle; examples of all tasks share batches, so that few shapes are compiled and none is half empty.
+    """Run the tasks of a bundle. Examples of all tasks share batches: few shapes are compiled, few rows are filler.
 
     `on_example(label, index, rows, scores, correct)` is called for each example when it is done.
     """
     tasks = read_tasks(bundle)
     items = [read_items(task, max_per_task) for task in tasks]
-    for task, examples in zip(tasks, items):
+    for task, examples in zip(tasks, items, strict=True):
         if not examples:
             raise UsageError(f"{task.path} holds no examples: remove {bundle} so that it is downloaded again")
 
@@ -262,7 +272,7 @@ def evaluate_core(scorer: Scorer, tokenizer: Tokenizer, bundle: Path, *, max_per
         for t, task in enumerate(tasks):
             for first in range(0, len(items[t]), ENCODE_EXAMPLES):
                 indices = range(first, min(first + ENCODE_EXAMPLES, len(items[t])))
-                for index, group in zip(indices, tokenize_task(tokenizer, task, items[t], indices)):
+                for index, group in zip(indices, tokenize_task(tokenizer, task, items[t], indices), strict=True):
                     open_rows[t, index] = group
                     yield from (((t, index, r), row) for r, row in enumerate(group))
 
