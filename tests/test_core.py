@@ -214,7 +214,7 @@ icl_tasks:
 """
 ROWS = {
     "a/choices.jsonl": [{"query": f"Is {i} even?", "choices": ["yes", "no"], "gold": i % 2} for i in range(7)],
-    "a/schemas.jsonl": [{"context_options": [f"Ann saw {i}, she", f"Bob did {i}, she"], "continuation": "left", "gold": 0}
+    "a/schemas.jsonl": [{"context_options": [f"Ann saw {i}, she", f"Bob saw {i}, she"], "continuation": "left", "gold": 0}
                         for i in range(3)],
     "b/words.jsonl": [{"context": f"After {i} comes", "continuation": str(i + 1)} for i in range(4)],
 }
