@@ -20,7 +20,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from itertools import pairwise
 from pathlib import Path
-from typing import overload
+from typing import Literal, overload
 
 import numpy as np
 import tiktoken
@@ -50,6 +50,8 @@ SPECIAL_TOKENS = (
 # tiktoken's regular expressions give out, and bring the process down, on a million white-space characters in a row:
 # longer runs than this are cut.
 WHITESPACE_LIMIT = 100_000
+
+ByteRule = Literal["raw", "decoded"]
 
 RANKS_FILE = "mergeable_ranks.tiktoken"
 META_FILE = "meta.json"
@@ -201,11 +203,15 @@ class Tokenizer:
         """The bytes of `ids`, exactly. KeyError for an id outside the vocabulary."""
         return self._encoding.decode_bytes(list(ids))
 
-    def token_bytes(self) -> np.ndarray:
-        """How many bytes of text each id stands for, 0 for the specials: int32 [V]. What bits per byte divides by."""
+    def token_bytes(self, rule: ByteRule = "raw") -> np.ndarray:
+        """How many bytes of text each id stands for, 0 for the specials: int32 [V]. What bits per byte divides by.
+
+        "decoded" is nanochat's rule of 2025, for models whose figures were made with it: it counts the UTF-8 bytes of the
+        decoded token, so that a part of a character counts as the three bytes of U+FFFD.
+        """
         lengths = np.zeros(self.vocab_size, np.int32)
         for token, rank in self.mergeable_ranks.items():
-            lengths[rank] = len(token)
+            lengths[rank] = len(token if rule == "raw" else token.decode("utf-8", errors="replace").encode())
         return lengths
 
     def fingerprint(self) -> str:
