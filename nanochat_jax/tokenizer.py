@@ -184,7 +184,9 @@ class Tokenizer:
         """
         before = None if prepend is None else self._token_id(prepend)
         if isinstance(texts, (pa.Array, pa.ChunkedArray)):
-            return self._encoder.encode_utf8(*_utf8_buffer(texts), before, num_threads)
+            if texts.null_count:
+                raise ValueError(f"{texts.null_count} of {len(texts)} texts are null: leave them out first")
+            return self._encoder.encode_arrow(texts, before, num_threads)
         try:
             return self._encoder.encode_batch(texts, before, num_threads)
         except UnicodeEncodeError:
@@ -216,22 +218,6 @@ class Tokenizer:
         digest = hashlib.sha256(_format_ranks(self.mergeable_ranks))
         digest.update(json.dumps([self.pattern, list(self.special_tokens)]).encode())
         return digest.hexdigest()
-
-
-def _utf8_buffer(texts: pa.Array | pa.ChunkedArray) -> tuple[memoryview, np.ndarray]:
-    """The UTF-8 of an Arrow array of strings, and the offsets of the texts in it."""
-    if isinstance(texts, pa.ChunkedArray):
-        texts = texts.chunk(0) if texts.num_chunks == 1 else pa.concat_arrays([pa.array([], texts.type), *texts.chunks])
-    if not (pa.types.is_string(texts.type) or pa.types.is_large_string(texts.type)):
-        raise TypeError(f"expected strings, got an Arrow array of {texts.type}")
-    if texts.null_count:
-        raise ValueError(f"{texts.null_count} of {len(texts)} texts are null: leave them out first")
-    _, offsets, data = texts.buffers()
-    if offsets is None or len(texts) == 0:
-        return memoryview(b""), np.zeros(1, np.int64)
-    width = np.dtype(np.int32 if pa.types.is_string(texts.type) else np.int64)
-    bounds = np.frombuffer(offsets, width, len(texts) + 1, texts.offset * width.itemsize).astype(np.int64)
-    return memoryview(data or b"").cast("B")[bounds[0] : bounds[-1]], bounds - bounds[0]
 
 
 def _without_surrogates(text: str) -> str:
