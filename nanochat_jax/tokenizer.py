@@ -17,10 +17,10 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
-from typing import overload
+from typing import Any, Literal, overload
 
 import numpy as np
 import pyarrow as pa
@@ -46,6 +46,9 @@ SPECIAL_TOKENS = (
     "<|output_start|>",  # the calculator answers
     "<|output_end|>",
 )
+
+ByteRule = Literal["raw", "decoded"]
+Progress = Callable[[str, int, int | None], None]
 
 RANKS_FILE = "mergeable_ranks.tiktoken"
 META_FILE = "meta.json"
@@ -83,13 +86,39 @@ class Tokenizer:
         self._bytes_of = dict(enumerate([*tokens, *(name.encode() for name in special_tokens)]))
 
     @classmethod
-    def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
-        """Learn `vocab_size` tokens, specials included; fewer, with a warning, if the text is too small."""
+    def train(cls, texts: Iterable[str], vocab_size: int, *, progress: Progress | None = None) -> "Tokenizer":
+        """Learn `vocab_size` tokens, specials included; fewer, with a warning, if the text is too small.
+
+        `progress(stage, done, total)` hears several times a second how far it is: characters in the stage "count",
+        whose total is None as long as it is not known, then merges in the stage "merge". What it raises ends the training.
+        """
+        return cls._learn(vocab_size, "train_from_iterator", texts, progress=progress)
+
+    @classmethod
+    def train_from_parquet(
+        cls,
+        paths: Sequence[Path],
+        vocab_size: int,
+        *,
+        max_chars: int | None = None,
+        doc_cap: int | None = None,
+        progress: Progress | None = None,
+    ) -> "Tokenizer":
+        """The same on the `text` columns of Parquet files, read with no Python strings between.
+
+        Of each document the first `doc_cap` characters count. The document that takes them over `max_chars` together is
+        the last, which is whole.
+        """
+        limits = {"max_chars": max_chars, "doc_cap": doc_cap}
+        return cls._learn(vocab_size, "train_from_parquet", paths, progress=progress, **limits)
+
+    @classmethod
+    def _learn(cls, vocab_size: int, method: str, source: Any, **options: Any) -> "Tokenizer":
         smallest = 256 + len(SPECIAL_TOKENS)
         if vocab_size < smallest:
             raise ValueError(f"vocab_size must be at least {smallest} (bytes and special tokens), got {vocab_size}")
         trainer = rustbpe.Tokenizer()
-        trainer.train_from_iterator(texts, vocab_size - len(SPECIAL_TOKENS), pattern=SPLIT_PATTERN)
+        getattr(trainer, method)(source, vocab_size - len(SPECIAL_TOKENS), pattern=SPLIT_PATTERN, **options)
         tokenizer = cls(dict(trainer.get_mergeable_ranks()))
         if tokenizer.vocab_size < vocab_size:
             logger.warning("the text ran out of pairs to merge: %d tokens, not %d", tokenizer.vocab_size, vocab_size)
@@ -206,11 +235,15 @@ class Tokenizer:
         except KeyError as error:
             raise KeyError(f"no token has the id {error}: the vocabulary has {self.vocab_size}") from None
 
-    def token_bytes(self) -> np.ndarray:
-        """How many bytes of text each id stands for, 0 for the specials: int32 [V]. What bits per byte divides by."""
+    def token_bytes(self, rule: ByteRule = "raw") -> np.ndarray:
+        """How many bytes of text each id stands for, 0 for the specials: int32 [V]. What bits per byte divides by.
+
+        "decoded" is nanochat's rule of 2025, for models whose figures were made with it: it counts the UTF-8 bytes of the
+        decoded token, so that a part of a character counts as the three bytes of U+FFFD.
+        """
         lengths = np.zeros(self.vocab_size, np.int32)
         for token, rank in self.mergeable_ranks.items():
-            lengths[rank] = len(token)
+            lengths[rank] = len(token if rule == "raw" else token.decode("utf-8", errors="replace").encode())
         return lengths
 
     def fingerprint(self) -> str:

@@ -94,8 +94,8 @@ def upstream_mixture(stage: Stage, split: Literal["train", "val"], paths: Paths)
     return TaskMixture(tasks)
 
 
-def mixture_for(data: str, stage: Stage, split: Literal["train", "val"], paths: Paths) -> Task:
-    """The mixture that goes with a corpus: `embedded`, or one of upstream's."""
+def mixture_for(data: str | None, stage: Stage, split: Literal["train", "val"], paths: Paths) -> Task:
+    """The mixture that goes with a corpus: `embedded`, or upstream's (also where imported weights name none)."""
     return (offline_mixture if data == "embedded" else upstream_mixture)(stage, split, paths)
 
 
