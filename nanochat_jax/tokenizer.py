@@ -18,6 +18,7 @@ import json
 import logging
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, Literal, overload
@@ -85,12 +86,17 @@ class Tokenizer:
         self._encoder = rustbpe.Tokenizer.from_tokens(tokens, pattern)
         self._bytes_of = dict(enumerate([*tokens, *(name.encode() for name in special_tokens)]))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return partial(Tokenizer, pattern=self.pattern, special_tokens=list(self.special_tokens)), (
+            self.mergeable_ranks,
+        )
+
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, *, progress: Progress | None = None) -> "Tokenizer":
         """Learn `vocab_size` tokens, specials included; fewer, with a warning, if the text is too small.
 
         `progress(stage, done, total)` hears several times a second how far it is: characters in the stage "count",
-        whose total is None as long as it is not known, then merges in the stage "merge". What it raises ends the training.
+        whose total is None as long as it is not known, then merges in the stage "merge". What it raises ends training.
         """
         return cls._learn(vocab_size, "train_from_iterator", texts, progress=progress)
 
