@@ -11,29 +11,26 @@ data directory only when it is whole: the size the Hub announced, a readable foo
 
 import logging
 import os
-import shutil
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import NoReturn
 
-from huggingface_hub import constants, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
-from huggingface_hub.utils import disable_progress_bars
+from rich.console import Console
+from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from nanochat_jax import cli
 from nanochat_jax.cli import NotFound, UsageError, flag
 from nanochat_jax.data import embedded
-from nanochat_jax.data.shards import TEXT_COLUMN, fsync, list_shards, open_shard
+from nanochat_jax.data.hub import clean_up, fetch, first_line
+from nanochat_jax.data.shards import TEXT_COLUMN, list_shards, open_shard
 from nanochat_jax.paths import DATA_DIRS, Paths
 
 logger = logging.getLogger(__name__)
 
-ATTEMPTS = 5
 CHARS_PER_TOKEN = 4.8  # of English web text in a vocabulary of 32,768 to 65,536 (tokens are an estimate here)
 
 
@@ -63,39 +60,54 @@ def is_whole(path: Path) -> bool:
     if not path.exists():
         return False
     try:
-        open_shard(path).close()
+        _check_shard(path)
     except UsageError as error:
         logger.warning("downloading again: %s", error)
         return False
     return True
 
 
-def _fetch(repo: str, name: str, staging: Path) -> Path:
-    """Download one shard into `staging`; the Hub's client checks its size."""
-    if not constants.HF_HUB_OFFLINE:
-        return Path(hf_hub_download(repo, name, repo_type="dataset", local_dir=staging))
-    cached = hf_hub_download(repo, name, repo_type="dataset", local_files_only=True)
-    return Path(shutil.copyfile(cached, staging / name))
+def _check_shard(path: Path) -> None:
+    open_shard(path).close()
 
 
-def _fetch_verified(repo: str, name: str, directory: Path, staging: Path, wait_s: float) -> None:
-    for attempt in range(1, ATTEMPTS + 1):
-        path = staging / name
-        try:
-            path = _fetch(repo, name, staging)
-            open_shard(path).close()
-            break
-        except Exception as error:  # the HTTP client's errors have no common class; the last one is passed on
-            path.unlink(missing_ok=True)
-            absent = isinstance(error, (EntryNotFoundError, RepositoryNotFoundError))
-            if isinstance(error, LocalEntryNotFoundError):  # also what a failed connection looks like
-                absent = constants.HF_HUB_OFFLINE
-            if absent or attempt == ATTEMPTS:
-                raise
-            logger.warning("%s: attempt %d of %d failed (%s)", name, attempt, ATTEMPTS, _first_line(error))
-            time.sleep(wait_s * 2**attempt)
-    fsync(path)
-    os.replace(path, directory / name)
+class DownloadDisplay:
+    """On a terminal a bar for all shards and one for each that is arriving; elsewhere a line for each that came."""
+
+    def __init__(self, num_shards: int) -> None:
+        self._num_shards, self._done, self._bytes, self._began = num_shards, 0, 0, time.monotonic()
+        live = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+        self._bars = Progress(
+            TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(),
+            TimeRemainingColumn(), console=Console(stderr=True), disable=not live,
+        )  # fmt: skip
+        self._all = self._bars.add_task(f"0/{num_shards} shards", total=None)
+        self._tasks: dict[str, TaskID] = {}
+
+    def __enter__(self) -> "DownloadDisplay":
+        self._bars.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bars.stop()
+
+    def arriving(self, name: str, done: int, total: int | None) -> None:
+        if name not in self._tasks:
+            self._tasks[name] = self._bars.add_task(name, total=total)
+        self._bars.update(self._tasks[name], completed=done, total=total)
+        self._bars.update(self._all, completed=sum(task.completed for task in self._bars.tasks[1:]))
+
+    def ended(self, name: str, path: Path | None, problem: str = "") -> None:
+        self._done += path is not None
+        self._bytes += path.stat().st_size if path else 0
+        self._bars.update(self._all, description=f"{self._done}/{self._num_shards} shards")
+        if name in self._tasks:
+            self._bars.update(self._tasks[name], visible=False)
+        if problem:
+            self._bars.console.print(f"{name} failed: {problem}", markup=False, highlight=False)
+        elif self._bars.disable:
+            speed = self._bytes / 1e6 / (time.monotonic() - self._began)
+            logger.info("[%d/%d] %s (%.1f MB/s in all)", self._done, self._num_shards, name, speed)
 
 
 def download(
@@ -103,40 +115,38 @@ def download(
 ) -> dict[str, str]:
     """Download the shards of `names` that are not in `directory` yet; returns the reason for each that failed.
 
-    A shard is tried five times, with pauses of 2, 4, 8 and 16 times `wait_s` seconds.
+    The last name is the validation shard. It comes first, and alone: without it, an interrupted download would leave
+    a training shard as the last file, which a loader would take for validation.
     """
     directory.mkdir(parents=True, exist_ok=True)
     missing = [name for name in names if not is_whole(directory / name)]
     if len(missing) < len(names):
         logger.info("%d of %d shards are in %s already", len(names) - len(missing), len(names), directory)
     failed: dict[str, str] = {}
-    disable_progress_bars()  # they garble each other when several files arrive at once
-    with (
-        tempfile.TemporaryDirectory(prefix=".download-", dir=directory) as staging,
-        ThreadPoolExecutor(num_workers) as pool,
-    ):
-        jobs = {pool.submit(_fetch_verified, repo, name, directory, Path(staging), wait_s): name for name in missing}
-        start = time.monotonic()
-        num_bytes = 0
+    with DownloadDisplay(len(missing)) as display:
+
+        def get(name: str) -> None:
+            try:
+                fetch(repo, name, directory / name, check=_check_shard, wait_s=wait_s,
+                      progress=lambda done, total: display.arriving(name, done, total))  # fmt: skip
+            except Exception as error:  # of the HTTP client or the disk; reported to the caller, by name
+                failed[name] = first_line(error)
+            display.ended(name, None if name in failed else directory / name, failed.get(name, ""))
+
+        if names[-1] in missing:
+            get(names[-1])
+            missing.remove(names[-1])
+        if names[-1] in failed:
+            return failed | {name: "not tried, as there is no validation shard" for name in missing}
+        pool = ThreadPoolExecutor(num_workers)
         try:
-            for done, job in enumerate(as_completed(jobs), start=1):
-                name = jobs[job]
-                if error := job.exception():
-                    failed[name] = _first_line(error)
-                    logger.error("[%d/%d] %s failed: %s", done, len(missing), name, failed[name])
-                    continue
-                num_bytes += (directory / name).stat().st_size
-                speed = num_bytes / 1e6 / (time.monotonic() - start)
-                logger.info("[%d/%d] %s (%.1f MB/s in all)", done, len(missing), name, speed)
+            for job in [pool.submit(get, name) for name in missing]:
+                job.result()
         finally:
             pool.shutdown(cancel_futures=True)  # on Ctrl-C, wait for what is under way, not for the whole list
-    fsync(directory)
+    if not failed:
+        clean_up(directory)
     return failed
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 @dataclass(frozen=True, kw_only=True)
