@@ -1,5 +1,6 @@
 """The tokenizer: training against the definition and upstream's vocabulary, encoding, storage, and its two scripts."""
 
+import itertools
 import json
 import random
 import re
@@ -17,7 +18,7 @@ import tiktoken
 from nanochat_jax import rustbpe
 from nanochat_jax.cli import NotFound, UsageError
 from nanochat_jax.paths import Paths
-from nanochat_jax.tokenizer import META_FILE, RANKS_FILE, SPECIAL_TOKENS, WHITESPACE_LIMIT, Tokenizer, _parse_ranks
+from nanochat_jax.tokenizer import META_FILE, RANKS_FILE, SPECIAL_TOKENS, Tokenizer, _parse_ranks
 from scripts import tok_eval, tok_train
 
 TEXTS = [
@@ -194,6 +195,43 @@ def test_a_list_gives_the_ids_of_each(tokenizer):
     assert tokenizer.encode([]) == []
 
 
+def test_a_batch_is_the_ids_of_all_texts_in_one_array(tokenizer):
+    texts = [*TEXTS, "", "a\ud800b", "<|bos|>"]
+    for threads in (1, 3):
+        ids, offsets = tokenizer.encode_batch(texts, "<|bos|>", num_threads=threads)
+        assert ids.dtype == np.int32 and offsets.dtype == np.int64
+        rows = [ids[start:end].tolist() for start, end in itertools.pairwise(offsets)]
+        assert rows == [[tokenizer.bos_id, *tokenizer.encode(text)] for text in texts]
+    ids, offsets = tokenizer.encode_batch([])
+    assert (ids.size, offsets.tolist()) == (0, [0])
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string()])
+def test_arrow_arrays_give_the_ids_of_their_strings(tokenizer, kind):
+    array = pa.array([*TEXTS, ""], kind)
+    for column in (array, array[7:19], array[:0], pa.chunked_array([array[3:], array[:2]]), pa.chunked_array([], kind)):
+        expected = tokenizer.encode_batch(column.to_pylist(), 5)
+        for ours, theirs in zip(tokenizer.encode_batch(column, 5), expected, strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+    with pytest.raises(ValueError, match="1 of 2 texts are null"):
+        tokenizer.encode_batch(pa.array(["a", None], kind))
+    with pytest.raises(TypeError, match="Arrow array of int64"):
+        tokenizer.encode_batch(pa.array([1]))
+
+
+def test_bytes_that_are_no_utf8_and_offsets_that_do_not_fit_are_refused(tokenizer):
+    encode = tokenizer._encoder.encode_utf8
+    for data, offsets in [
+        (b"a\xffb", [0, 1, 3]),
+        ("é".encode(), [0, 1]),
+        (b"ab", [0, 3]),
+        (b"ab", [-1, 1]),
+        (b"ab", [2, 1]),
+    ]:
+        with pytest.raises(ValueError, match="is no UTF-8"):
+            encode(data, np.array(offsets))
+
+
 def test_prepend_and_append_take_ids_and_names(tokenizer):
     ids = tokenizer.encode("hello")
     assert tokenizer.encode("hello", prepend="<|bos|>", append=7) == [tokenizer.bos_id, *ids, 7]
@@ -239,8 +277,6 @@ def test_endless_white_space_is_encoded(tokenizer):
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
     assert tokenizer.encode(["", text]) == [[], ids]
-    long = "word and word. " * (WHITESPACE_LIMIT // 8)  # above the limit in length, but with no long run
-    assert tokenizer.encode(long) == tokenizer._encoding.encode_ordinary(long)
 
 
 # ---------------------------------------------------------------------------------------------------- storage

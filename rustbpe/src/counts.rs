@@ -113,7 +113,7 @@ fn count_received(
         let Ok(batch) = received else { return Ok(counts) };
         for document in batch.documents() {
             splitter.for_each(document, |chunk| {
-                let chunk = chunk.as_bytes();
+                let chunk = &document.as_bytes()[chunk];
                 let hash = hasher.hash_one(chunk);
                 // The table uses the top and the bottom bits, so the part comes from the middle.
                 counts[(hash >> 24) as usize % parts].add(chunk, hash, 1);
