@@ -15,6 +15,7 @@ from typing import Any, Protocol
 
 import grain
 import numpy as np
+import pyarrow as pa
 from grain.experimental import ThreadPrefetchIterDataset
 
 from nanochat_jax.cli import UsageError
@@ -180,8 +181,8 @@ def pretraining_loader(
     reader = ShardReader(split_shards(directory, split), cached_row_groups=2 * per_process)
     threads = min(8, os.cpu_count() or 1)
 
-    def encode(texts: list[str]) -> list[list[int]]:
-        return tokenizer.encode(texts, prepend=tokenizer.bos_id, num_threads=threads)
+    def encode(texts: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
+        return tokenizer.encode_batch(texts, prepend=tokenizer.bos_id, num_threads=threads)
 
     options = {"buffer_docs": -(-buffer_docs // num_shards)} if packing == "bestfit" else {}
     packers = {}

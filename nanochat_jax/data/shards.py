@@ -108,11 +108,15 @@ def _first_line(error: Exception) -> str:
 
 
 class ShardReader:
-    """Row groups of a list of shards by (file, row group), the most recently used ones kept decoded."""
+    """Row groups of a list of shards by (file, row group), the most recently used ones kept decoded.
+
+    A shard that vanishes or changes its size while this object lives is an error at the next access.
+    """
 
     def __init__(self, paths: Sequence[Path], *, cached_row_groups: int = 8):
         self.paths = list(paths)
         self.index = {path.name: i for i, path in enumerate(self.paths)}
+        self.sizes = {path.name: path.stat().st_size for path in self.paths}
         self._cached_row_groups = cached_row_groups
         self._rows: dict[int, list[int]] = {}
         self._cache: OrderedDict[tuple[int, int], pa.ChunkedArray] = OrderedDict()
@@ -120,20 +124,30 @@ class ShardReader:
     def row_counts(self, file: int) -> list[int]:
         """Documents in each row group of a file."""
         if file not in self._rows:
-            with open_shard(self.paths[file]) as parquet:
+            with self._open(file) as parquet:
                 groups = range(parquet.num_row_groups)
                 self._rows[file] = [parquet.metadata.row_group(group).num_rows for group in groups]
         return self._rows[file]
 
-    def texts(self, file: int, row_group: int, rows: Iterable[int]) -> list[str | None]:
+    def texts(self, file: int, row_group: int, rows: Sequence[int]) -> pa.ChunkedArray:
+        """The documents `rows` of a row group, not copied if `rows` is a range without gaps."""
         key = (file, row_group)
         if key not in self._cache:
-            with open_shard(self.paths[file]) as parquet:
+            with self._open(file) as parquet:
                 self._cache[key] = read_row_group(parquet, self.paths[file], row_group)
             while len(self._cache) > self._cached_row_groups:
                 self._cache.popitem(last=False)
         self._cache.move_to_end(key)
-        return self._cache[key].take(pa.array(rows, pa.int64())).to_pylist()
+        if isinstance(rows, range) and rows.step == 1:
+            return self._cache[key].slice(rows.start, len(rows))
+        return self._cache[key].take(pa.array(rows, pa.int64()))
+
+    def _open(self, file: int) -> pq.ParquetFile:
+        path = self.paths[file]
+        parquet = open_shard(path)
+        if path.stat().st_size != self.sizes[path.name]:
+            raise UsageError(f"shard {path} has changed since this run opened it: start again to read the new one")
+        return parquet
 
 
 class Position(NamedTuple):
@@ -158,20 +172,25 @@ class DocumentStream:
         self.reader, self.shard, self.num_shards = reader, shard, num_shards
         self.seek(Position())
 
-    def next_batch(self, limit: int = 128) -> list[tuple[Position, str]]:
-        """Up to `limit` documents, all of one row group."""
+    def next_batch(self, limit: int = 128) -> tuple[list[Position], pa.ChunkedArray]:
+        """Up to `limit` documents, all of one row group: where they are, and their texts."""
+        first_epoch = self.position.epoch
         while True:
             at = self.position
+            if at.epoch > first_epoch + 1:
+                raise UsageError(f"virtual shard {self.shard} of {self.num_shards} finds no text in "
+                                 f"{self.reader.paths[0].parent}, only missing values")  # fmt: skip
             rows = self._rows_left()[:limit]
             texts = self.reader.texts(at.file, at.row_group, rows)
             self.position = at._replace(row=rows[-1] + 1)
             self._skip_exhausted()
-            found = zip(rows, texts, strict=True)
-            documents = [(at._replace(row=row), text) for row, text in found if text is not None]
-            if documents:
-                return documents
+            if texts.null_count:
+                present = texts.is_valid().to_pylist()
+                rows, texts = [row for row, valid in zip(rows, present, strict=True) if valid], texts.drop_null()
+            if rows:
+                return [Position(at.epoch, at.file, at.row_group, row) for row in rows], texts
 
-    def load(self, places: Sequence[Position]) -> list[str]:
+    def load(self, places: Sequence[Position]) -> pa.ChunkedArray:
         """The texts of documents that lie in one row group."""
         return self.reader.texts(places[0].file, places[0].row_group, [place.row for place in places])
 
