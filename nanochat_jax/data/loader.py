@@ -6,6 +6,8 @@ global batches does not depend on how many processes there are, and the states o
 any other number of them.
 """
 
+import json
+import logging
 import math
 import os
 import weakref
@@ -14,14 +16,18 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import grain
+import jax
 import numpy as np
 import pyarrow as pa
 from grain.experimental import ThreadPrefetchIterDataset
+from jax.experimental import multihost_utils
 
 from nanochat_jax.cli import UsageError
 from nanochat_jax.data.packing import BestFitPacker, Rows, Snapshot, StreamPacker, TokenizedStream
 from nanochat_jax.data.shards import DocumentStream, ShardReader, split_shards
 from nanochat_jax.tokenizer import Tokenizer
+
+logger = logging.getLogger(__name__)
 
 Batch = dict[str, np.ndarray]  # inputs, targets: int32 [rows, T], target -1 = not trained
 PACKERS = {"bestfit": BestFitPacker, "stream": StreamPacker}
@@ -108,9 +114,11 @@ def _close(open_iterators: list[grain.DatasetIterator]) -> None:
 class PretrainingSource:
     """This process's rows of each global batch, from the packers of its virtual shards."""
 
-    def __init__(self, packers: dict[int, Any], *, rows_per_shard: int, packing: str, num_shards: int):
+    def __init__(self, packers: dict[int, Any], *, rows_per_shard: int, packing: str, num_shards: int,
+                 corpus: dict[str, int]):  # fmt: skip
+        """corpus: name and size of every shard file."""
         self._packers, self._rows_per_shard = packers, rows_per_shard
-        self._packing, self._num_shards = packing, num_shards
+        self._packing, self._num_shards, self._corpus = packing, num_shards, corpus
 
     def next_batch(self) -> Batch:
         rows: list[Rows] = [packer.next_rows(self._rows_per_shard) for packer in self._packers.values()]
@@ -124,6 +132,7 @@ class PretrainingSource:
         return lambda: {
             "packing": self._packing,
             "num_shards": self._num_shards,
+            "corpus": self._corpus,
             "shards": {str(shard): snapshot() for shard, snapshot in shards.items()},
         }
 
@@ -131,6 +140,7 @@ class PretrainingSource:
         for name, mine in (("packing", self._packing), ("num_shards", self._num_shards)):
             if state[name] != mine:
                 raise UsageError(f"the saved data position has {name} {state[name]}, this run {mine}: they must agree")
+        self._check_corpus(state["corpus"])
         for shard, packer in self._packers.items():
             if str(shard) not in state["shards"]:
                 raise UsageError(
@@ -138,6 +148,17 @@ class PretrainingSource:
                     "states of all processes first"
                 )
             packer.set_state(state["shards"][str(shard)])
+
+    def _check_corpus(self, saved: dict[str, int]) -> None:
+        """What was there when the position was saved must be there; more may have come."""
+        for name, size in saved.items():
+            if name not in self._corpus:
+                raise UsageError(f"the saved data position is of a corpus with {name}, which is not there any more")
+            if size != self._corpus[name]:
+                raise UsageError(f"the saved data position is of a corpus in which {name} had {size:,} bytes, "
+                                 f"now it has {self._corpus[name]:,}: the text is not the same")  # fmt: skip
+        if more := len(self._corpus) - len(saved):
+            logger.warning("%d shards have come since the data position was saved: they are read in their turn", more)
 
 
 def pretraining_loader(
@@ -189,17 +210,44 @@ def pretraining_loader(
     for shard in range(process_index * per_process, (process_index + 1) * per_process):
         stream = TokenizedStream(DocumentStream(reader, shard, num_shards), encode)
         packers[shard] = PACKERS[packing](stream, sequence_len, **options)
-    source = PretrainingSource(packers, rows_per_shard=batch_size // num_shards, packing=packing, num_shards=num_shards)
+    source = PretrainingSource(packers, rows_per_shard=batch_size // num_shards, packing=packing,
+                               num_shards=num_shards, corpus=reader.sizes)  # fmt: skip
     return Loader(source, prefetch=prefetch, start_state=start_state)
 
 
+def gather_state(state: dict[str, Any]) -> dict[str, Any]:
+    """The state of the whole run, from `get_state()` of each process's loader after the same batch.
+
+    A collective: every process calls it, and every one gets the same. What it gives restores on any number of
+    processes, and is what belongs into a checkpoint.
+    """
+    if jax.process_count() == 1:
+        return merge_states([state])
+    text = np.frombuffer(json.dumps(state).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.array(len(text)))  # [processes]
+    padded = np.pad(text, (0, int(sizes.max()) - len(text)))
+    texts = multihost_utils.process_allgather(padded)  # [processes, longest]
+    return merge_states([json.loads(bytes(row[:size])) for row, size in zip(texts, sizes, strict=True)])
+
+
 def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One state for the whole run from the states that all processes took after the same batch."""
-    merged = {**states[0], "shards": {}}
+    """One state for the whole run from the states that all processes took after the same batch.
+
+    A loader of conversations has the same state everywhere; of a pretraining loader each has its virtual shards'.
+    """
+
+    def common(state: dict[str, Any]) -> dict[str, Any]:
+        return {name: value for name, value in state.items() if name != "shards"}
+
+    merged = common(states[0])
     for state in states:
-        common = {name: value for name, value in state.items() if name != "shards"}
-        if common != {name: value for name, value in merged.items() if name != "shards"}:
-            raise ValueError(f"states of different runs: {common} and {merged}")
+        if common(state) != merged:
+            unlike = [name for name in merged if state.get(name) != merged[name]]
+            raise ValueError(f"states of different runs or steps: they differ in {', '.join(unlike)}")
+    if "shards" not in states[0]:
+        return merged
+    merged["shards"] = {}
+    for state in states:
         if repeated := merged["shards"].keys() & state["shards"].keys():
             raise ValueError(f"virtual shards {sorted(repeated)} occur in two states")
         merged["shards"] |= state["shards"]
