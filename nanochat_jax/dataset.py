@@ -2,36 +2,48 @@
 
     python -m nanochat_jax.dataset -n 8                      8 training shards of ClimbMix and its validation shard
     python -m nanochat_jax.dataset -n 8 --dataset fineweb    of FineWeb-Edu
+    python -m nanochat_jax.dataset hf --dataset OWNER/NAME   any data set of the Hub
+    python -m nanochat_jax.dataset local FILES...            txt, md, jsonl, csv or parquet files of yours
     python -m nanochat_jax.dataset embedded                  the offline corpus, which needs no network
-    python -m nanochat_jax.dataset info                      what is on disk
+    python -m nanochat_jax.dataset info                      what is on disk, and what it is enough for
 
 Downloads go through huggingface_hub, which reads HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE. A shard gets its name in the
-data directory only when it is whole: the size the Hub announced, a readable footer, a `text` column.
+data directory only when it is whole: size and checksum as the Hub announced, a readable footer, a `text` column.
 """
 
+import hashlib
 import logging
 import os
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from rich.console import Console
-from rich.progress import BarColumn, DownloadColumn, Progress, TaskID, TextColumn, TimeRemainingColumn, TransferSpeedColumn
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 from nanochat_jax import cli
 from nanochat_jax.cli import NotFound, UsageError, flag
-from nanochat_jax.data import embedded
+from nanochat_jax.data import embedded, hub_dataset
+from nanochat_jax.data.convert import FORMATS, describe, file_format, read_documents, write_corpus
 from nanochat_jax.data.hub import clean_up, fetch, first_line
-from nanochat_jax.data.shards import TEXT_COLUMN, list_shards, open_shard
+from nanochat_jax.data.hub_dataset import find_files
+from nanochat_jax.data.needs import summary
+from nanochat_jax.data.shards import open_shard
 from nanochat_jax.paths import DATA_DIRS, Paths
 
 logger = logging.getLogger(__name__)
-
-CHARS_PER_TOKEN = 4.8  # of English web text in a vocabulary of 32,768 to 65,536 (tokens are an estimate here)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -170,6 +182,105 @@ def download_main(config: DownloadConfig) -> int:
     return 1 if failed else 0
 
 
+PRESETS = {"k12": "CrowdMind/K-12Corpus", "opc": "CrowdMind/opc-annealing-corpus-synthetic"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusConfig:
+    """What making a corpus of one's own has in common, wherever the text comes from."""
+
+    text_field: str = flag("text", "column of parquet and csv files, or key of JSON Lines, that holds the text")
+    rows_per_shard: int = flag(500_000, "documents of a shard")
+    val_fraction: float = flag(0.005, "share of the documents that goes to the validation shard")
+    cut_chars: int = flag(10_000, "text files: length of the documents they are cut into, in characters; 0: not cut")
+    append: bool = flag(False, "add to the corpus that is there")
+
+    def __post_init__(self) -> None:
+        if self.rows_per_shard < 1:
+            raise ValueError(f"--rows-per-shard must be at least 1, got {self.rows_per_shard}")
+        if not 0 <= self.val_fraction < 1:
+            raise ValueError(f"--val-fraction must be at least 0 and less than 1, got {self.val_fraction}")
+        if self.cut_chars < 0:
+            raise ValueError(f"--cut-chars must be at least 0, got {self.cut_chars}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HfConfig(CorpusConfig):
+    preset: str | None = flag(None, f"a known data set, of {', '.join(PRESETS.values())}", choices=list(PRESETS))
+    dataset: str | None = flag(None, "data set OWNER/NAME")
+    subset: str | None = flag(None, "subset of the data set; default the one its card calls default")
+    split: str = flag("train", "split of the data set")
+    revision: str = flag("main", "commit, branch or tag of the data set")
+    limit_rows: int | None = flag(None, "read only that many rows")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.preset is None and self.dataset is None:
+            raise ValueError("name a data set: --preset " + "|".join(PRESETS) + " or --dataset OWNER/NAME")
+        if self.preset is None and self.dataset.count("/") != 1:
+            raise ValueError(f"--dataset {self.dataset!r} is not of the form OWNER/NAME")
+        if self.limit_rows is not None and self.limit_rows < 2:
+            raise ValueError(f"--limit-rows must be at least 2, got {self.limit_rows}")
+
+
+def hf_main(config: HfConfig) -> int:
+    directory = Paths.from_env().data("custom")
+    subset, split, field = config.subset, config.split, config.text_field
+    if config.preset is not None:  # the known data sets have one subset, the split train and the column text
+        subset, split, field = None, "train", "text"
+    files = find_files(PRESETS.get(config.preset or "") or config.dataset, subset, split, config.revision)
+    source = {"dataset": files.repo, "revision": files.commit, "subset": subset, "split": split, "text_field": field,
+              "cut_chars": config.cut_chars, "files": len(files.names), "limit_rows": config.limit_rows}  # fmt: skip
+    logger.info("%s: %d files", describe(source), len(files.names))
+    staging = directory.with_name(f".{directory.name}.source")
+    return _write(directory, source, config, lambda: hub_dataset.iter_documents(
+        files, field, staging, cut_chars=config.cut_chars, limit_rows=config.limit_rows))  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalConfig(CorpusConfig):
+    files: list[str] = cli.arguments("txt, md, jsonl, csv, tsv or parquet files, or directories of such")
+
+
+def local_main(config: LocalConfig) -> int:
+    paths = list(_expand(config.files))
+    source = {"files": [{"name": str(path.absolute()), "sha256": _sha256(path)} for path in paths],
+              "text_field": config.text_field, "cut_chars": config.cut_chars}  # fmt: skip
+    documents = (document for path in paths for document in read_documents(path, config.text_field, config.cut_chars))
+    return _write(Paths.from_env().data("custom"), source, config, lambda: documents)
+
+
+def _expand(names: Sequence[str]) -> Iterator[Path]:
+    for path in map(Path, names):
+        if not path.is_dir():
+            yield path
+            continue
+        inside = [file for file in sorted(path.rglob("*")) if file.is_file() and file_format(file.name)]
+        if not inside:
+            raise UsageError(f"{path} holds no file of a known kind ({', '.join(FORMATS)})")
+        yield from inside
+
+
+def _sha256(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise NotFound(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _write(directory: Path, source: dict[str, Any], config: CorpusConfig,
+           documents: Callable[[], Iterable[str | None]]) -> int:  # fmt: skip
+    entry = write_corpus(directory, source, documents, rows_per_shard=config.rows_per_shard,
+                         val_fraction=config.val_fraction, append=config.append)  # fmt: skip
+    if entry is None:
+        print(f"{describe(source)} is in {directory} already")
+    else:
+        print(f"{entry['documents']:,} documents ({entry['val_documents']:,} for validation) of {describe(source)} "
+              f"are in {directory}; {entry['skipped']:,} rows without text were skipped")  # fmt: skip
+    return 0
+
+
 @dataclass(frozen=True, kw_only=True)
 class EmbeddedConfig:
     """No flags."""
@@ -187,51 +298,21 @@ class InfoConfig:
     """No flags."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class SplitSize:
-    shards: int
-    documents: int
-    text_bytes: int
-
-    @property
-    def tokens(self) -> int:
-        """An estimate."""
-        return round(self.text_bytes / CHARS_PER_TOKEN)
-
-
-def measure(paths: Sequence[Path]) -> SplitSize:
-    """Documents and UTF-8 bytes of shards, from their footers alone."""
-    documents = text_bytes = 0
-    for path in paths:
-        with open_shard(path) as file:
-            column = file.schema_arrow.names.index(TEXT_COLUMN)
-            documents += file.metadata.num_rows
-            for group in range(file.num_row_groups):
-                text_bytes += file.metadata.row_group(group).column(column).total_uncompressed_size
-    text_bytes -= 4 * documents  # each text is stored with its length
-    return SplitSize(shards=len(paths), documents=documents, text_bytes=max(0, text_bytes))
-
-
 def info_main(config: InfoConfig) -> int:
     paths = Paths.from_env()
     paths.find_data()  # says what to do if there is none
-    print(f"{'corpus':10} {'split':6} {'shards':>6} {'documents':>12} {'text MB':>10} {'tokens, about':>14}")
     for name in DATA_DIRS:
-        try:
-            shards = list_shards(paths.data(name))
-        except NotFound:
-            continue
-        for split, members in (("train", shards[:-1]), ("val", shards[-1:])):
-            size = measure(members)
-            megabytes = size.text_bytes / 1e6
-            print(f"{name:10} {split:6} {size.shards:6} {size.documents:12,} {megabytes:10,.1f} {size.tokens:14,}")
+        if (directory := paths.data(name)).is_dir() and any(directory.glob("*.parquet")):
+            print(summary(name, directory))
     return 0
 
 
 COMMANDS: dict[str, tuple[Callable[..., int], type, str]] = {
-    "download": (download_main, DownloadConfig, "Download a corpus. Also: `embedded` (the offline corpus), `info`."),
+    "download": (download_main, DownloadConfig, "Download a corpus. Also: `hf`, `local`, `embedded`, `info`."),
+    "hf": (hf_main, HfConfig, "Make a corpus of any data set of the Hugging Face Hub."),
+    "local": (local_main, LocalConfig, "Make a corpus of files on this machine."),
     "embedded": (embedded_main, EmbeddedConfig, "Build the offline corpus, which needs no network."),
-    "info": (info_main, InfoConfig, "Show which corpora are on disk."),
+    "info": (info_main, InfoConfig, "Show which corpora are on disk, and what they are enough for."),
 }
 
 

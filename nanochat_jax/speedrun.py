@@ -18,13 +18,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nanochat_jax.config import GPTConfig, Recipe
+from nanochat_jax.config import GPTConfig
 from nanochat_jax.metrics import format_seconds
 from nanochat_jax.paths import Paths
 
-CHARS_PER_SHARD, CHARS_PER_TOKEN = 250_000_000, 4.8
-CROPPED_SHARE = 1.35  # best-fit packing throws about a third of the tokens it reads away
-TOKENIZER_CHARS = 2_000_000_000
 MODEL_FLOPS_UTILIZATION = 0.4  # assumed where the device's peak is known
 CPU_FLOPS_PER_CORE = 5e10  # float32 training, measured on current x86 cores
 
@@ -78,12 +75,6 @@ class Machine:
         if self.platform == "cpu":
             return CPU_FLOPS_PER_CORE * (os.cpu_count() or 1)
         return (self.peak_flops or 1e14) * MODEL_FLOPS_UTILIZATION * self.count
-
-
-def shards_needed(recipe: Recipe) -> int:
-    """Shards of 250 million characters that the run reads, or that the tokenizer wants."""
-    characters = max(recipe.total_tokens * CHARS_PER_TOKEN * CROPPED_SHARE, TOKENIZER_CHARS)
-    return int(characters / CHARS_PER_SHARD) + 1
 
 
 def memory_estimate(model: GPTConfig, rows: int, fsdp_ways: int) -> float:

@@ -13,9 +13,9 @@ from typing import Any
 from nanochat_jax import cli
 from nanochat_jax.cli import UsageError, flag
 from nanochat_jax.config import GPTConfig, derive_recipe
+from nanochat_jax.data.needs import shards_needed
 from nanochat_jax.paths import DATA_DIRS, Paths
-from nanochat_jax.speedrun import (Machine, Record, Stage, as_flags, memory_estimate, print_plan, run_stages,
-                                   shards_needed, training_note)
+from nanochat_jax.speedrun import Machine, Record, Stage, as_flags, memory_estimate, print_plan, run_stages, training_note
 
 # The model a CPU with two cores trains in a quarter of an hour, and how.
 CPU_DEPTH = 4

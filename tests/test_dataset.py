@@ -12,7 +12,8 @@ import pytest
 from hub_server import HubServer
 
 from nanochat_jax import dataset
-from nanochat_jax.dataset import HUB_CORPORA, measure
+from nanochat_jax.data.needs import measure
+from nanochat_jax.dataset import HUB_CORPORA
 
 REPO = HUB_CORPORA["climbmix"].repo
 
@@ -83,7 +84,8 @@ def test_download_adds_the_pinned_validation_shard(hub, files, tmp_path):
 
     result = command(["info"], hub, tmp_path)
     rows = [line.split() for line in result.stdout.splitlines()[1:3]]
-    assert [row[:4] for row in rows] == [["climbmix", "train", "3", "1,500"], ["climbmix", "val", "1", "500"]]
+    assert [row[:5] for row in rows] == [
+        ["train", "3", "shards", "1,500", "documents"], ["val", "1", "shards", "500", "documents"]]  # fmt: skip
 
 
 def test_failed_shards_are_listed_and_the_exit_code_is_one(hub, tmp_path):

@@ -12,13 +12,11 @@ import os
 import re
 import shutil
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub import HfApi, constants, get_hf_file_metadata, hf_hub_download, hf_hub_url, snapshot_download
+from huggingface_hub import constants, get_hf_file_metadata, hf_hub_download, hf_hub_url
 from huggingface_hub.errors import (
     EntryNotFoundError,
     HfHubHTTPError,
@@ -37,7 +35,6 @@ logger = logging.getLogger(__name__)
 
 ATTEMPTS = 5
 PARTIAL_DIR = ".download"
-CONVERTED = "refs/convert/parquet"  # the branch where the Hub keeps data sets as <subset>/<split>/0000.parquet
 
 # Asking again does not help against these: the server refuses, or the disk does.
 _REFUSED = (EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError, OfflineModeIsEnabled)
@@ -168,40 +165,3 @@ def _may_pass(error: Exception) -> bool:
 def first_line(error: BaseException) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-
-
-# ---------------------------------------------------------------------------------------------------- data sets
-
-
-@dataclass(frozen=True)
-class Listing:
-    """A data set at one commit: its files, and the `configs` of its card, which say what belongs to which split."""
-
-    repo: str
-    commit: str
-    files: tuple[str, ...]
-    configs: tuple[dict[str, Any], ...] = ()
-
-
-@contextmanager
-def reachable(what: str) -> Iterator[None]:
-    """Errors of the network and of the Hub become a `UsageError` that says what was not to be had."""
-    try:
-        yield
-    except UsageError:
-        raise
-    except Exception as error:
-        advice = "HF_HUB_OFFLINE is set and it is not in the local cache" if constants.HF_HUB_OFFLINE else ""
-        raise UsageError(f"{what} cannot be had from the Hub: {advice or first_line(error)}") from error
-
-
-def list_dataset(repo: str, revision: str = "main") -> Listing:
-    if constants.HF_HUB_OFFLINE:
-        folder = Path(snapshot_download(repo, repo_type="dataset", revision=revision, local_files_only=True))
-        files = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-        return Listing(repo, folder.name, tuple(files))
-    info = HfApi().dataset_info(repo, revision=revision)
-    card = info.card_data.to_dict() if info.card_data else {}
-    files = tuple(sorted(sibling.rfilename for sibling in info.siblings or ()))
-    return Listing(repo, info.sha or revision, files, tuple(card.get("configs") or ()))
-

@@ -4,13 +4,14 @@ A corpus is a directory of `shard_00000.parquet, shard_00001.parquet, ...` with 
 of 1024 documents. The last shard by name is the validation split, the others are the training split.
 """
 
-import itertools
+import json
 import os
 import shutil
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -19,6 +20,7 @@ from nanochat_jax.cli import NotFound, UsageError
 
 ROW_GROUP_SIZE = 1024
 TEXT_COLUMN = "text"
+MANIFEST = "manifest.json"
 SPLITS = ("train", "val")
 _SCHEMA = pa.schema([(TEXT_COLUMN, pa.string())])
 _ADVICE = (
@@ -35,7 +37,20 @@ def list_shards(directory: Path | str) -> list[Path]:
     paths = sorted(directory.glob("*.parquet")) if directory.is_dir() else []
     if not paths:
         raise NotFound(f"no parquet shards in {directory}: {_ADVICE}")
+    if read_manifest(directory).get("appending"):
+        raise UsageError(f"adding to {directory} was interrupted: give the same `--append` command again")
     return paths
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """What `dataset hf` and `dataset local` note down of a corpus; empty for other corpora."""
+    path = directory / MANIFEST
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise UsageError(f"{path} is damaged ({error}): remove the corpus and make it again") from error
 
 
 def split_shards(directory: Path | str, split: str) -> list[Path]:
@@ -96,11 +111,15 @@ def read_row_group(file: pq.ParquetFile, path: Path, row_group: int) -> pa.Chunk
 def iter_documents(directory: Path | str, split: str) -> Iterator[str]:
     """Every document of a split once, in file order, holding one row group in memory."""
     for path in split_shards(directory, split):
-        with open_shard(path) as file:
-            for row_group in range(file.num_row_groups):
-                for text in read_row_group(file, path, row_group).to_pylist():
-                    if text is not None:
-                        yield text
+        yield from iter_shard(path)
+
+
+def iter_shard(path: Path) -> Iterator[str]:
+    with open_shard(path) as file:
+        for row_group in range(file.num_row_groups):
+            for text in read_row_group(file, path, row_group).to_pylist():
+                if text is not None:
+                    yield text
 
 
 def _first_line(error: Exception) -> str:
@@ -229,6 +248,52 @@ class DocumentStream:
 # ---------------------------------------------------------------------------------------------------- writing
 
 
+class ShardWriter:
+    """One shard: texts go in, row groups of 1,024 come out; it is whole, and on the disk, when `close` returns.
+
+    Raises `UsageError`, naming the file, where the disk does not take it.
+    """
+
+    def __init__(self, path: Path):
+        self.path, self.num_rows, self.num_chars = path, 0, 0
+        self._group: list[str] = []
+        with self._named():
+            self._file = pq.ParquetWriter(
+                path, _SCHEMA, compression="zstd", compression_level=3, use_dictionary=False, write_statistics=False
+            )
+
+    def add(self, text: str) -> None:
+        self._group.append(text)
+        self.num_rows += 1
+        self.num_chars += len(text)
+        if len(self._group) == ROW_GROUP_SIZE:
+            self._flush()
+
+    def close(self) -> None:
+        if self._group:
+            self._flush()
+        with self._named():
+            self._file.close()
+            fsync(self.path)
+
+    def _flush(self) -> None:
+        try:
+            column = pa.array(self._group, pa.string())
+        except UnicodeEncodeError:  # half a surrogate pair, as JSON can hold it: no Unicode text has that
+            mended = [text.encode("utf-16", "surrogatepass").decode("utf-16", "replace") for text in self._group]
+            column = pa.array(mended, pa.string())
+        with self._named():
+            self._file.write_table(pa.table([column], schema=_SCHEMA), row_group_size=ROW_GROUP_SIZE)
+        self._group = []
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, pa.ArrowException) as error:
+            raise UsageError(f"cannot write {self.path}: {_first_line(error)}") from error
+
+
 def write_shards(
     texts: Iterable[str],
     directory: Path | str,
@@ -248,53 +313,50 @@ def write_shards(
     directory = Path(directory)
     if directory.exists() and any(directory.iterdir()):
         raise UsageError(f"{directory} is not empty: remove it before writing another corpus there")
+
+    def full(shard: ShardWriter) -> bool:
+        if rows_per_shard is not None:
+            return shard.num_rows >= rows_per_shard
+        return shard.num_chars >= chars_per_shard and shard.num_rows % ROW_GROUP_SIZE == 0
+
     aside = directory.with_name(f".{directory.name}.{os.getpid()}.partial")
     aside.mkdir(parents=True)
     try:
-        documents = iter(texts)
-        names: list[str] = []
-        while _write_shard(documents, aside / _shard_name(len(names)), rows_per_shard, chars_per_shard):
-            names.append(_shard_name(len(names)))
+        names = write_series(texts, aside, full=full)
         if not names:
             raise UsageError(f"no training documents to write to {directory}")
-        names.append(_shard_name(len(names)))
-        if not _write_shard(iter(val_texts), aside / names[-1], None, None):
+        last = write_series(val_texts, aside, first=len(names))
+        if not last:
             raise UsageError(f"no validation documents to write to {directory}")
         fsync(aside)
         os.rename(aside, directory)
         fsync(directory.parent)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    return [directory / name for name in names]
+    return [directory / name for name in names + last]
 
 
-def _shard_name(index: int) -> str:
+def write_series(
+    texts: Iterable[str], directory: Path, *, first: int = 0, full: Callable[[ShardWriter], bool] = lambda shard: False
+) -> list[str]:
+    """Write texts to shards numbered from `first`, the next one where the last is `full`; returns their names."""
+    names: list[str] = []
+    shard = None
+    for text in texts:
+        if shard is None:
+            names.append(shard_name(first + len(names)))
+            shard = ShardWriter(directory / names[-1])
+        shard.add(text)
+        if full(shard):
+            shard.close()
+            shard = None
+    if shard is not None:
+        shard.close()
+    return names
+
+
+def shard_name(index: int) -> str:
     return f"shard_{index:05d}.parquet"
-
-
-def _write_shard(texts: Iterator[str], path: Path, max_rows: int | None, max_chars: int | None) -> bool:
-    """Write the next shard, if a text is left."""
-    num_rows = num_chars = 0
-    writer = None
-    while True:
-        room = ROW_GROUP_SIZE if max_rows is None else min(ROW_GROUP_SIZE, max_rows - num_rows)
-        group = list(itertools.islice(texts, room))
-        if not group:
-            break
-        if writer is None:
-            writer = pq.ParquetWriter(
-                path, _SCHEMA, compression="zstd", compression_level=3, use_dictionary=False, write_statistics=False
-            )
-        writer.write_table(pa.table([pa.array(group, pa.string())], schema=_SCHEMA), row_group_size=ROW_GROUP_SIZE)
-        num_rows += len(group)
-        num_chars += sum(map(len, group))
-        if max_chars is not None and num_chars >= max_chars and len(group) == ROW_GROUP_SIZE:
-            break
-    if writer is None:
-        return False
-    writer.close()
-    fsync(path)
-    return True
 
 
 def fsync(path: Path) -> None:
