@@ -51,11 +51,11 @@ def find_files(repo: str, subset: str | None, split: str, revision: str) -> File
     """Raises `NotFound` if there is no such data set, subset or split, or it cannot be asked for."""
     name = f"data set {repo}"
     try:
-        listing = _list(repo, revision)
+        listing = list_dataset(repo, revision)
         if names := select_files(listing, subset, split):
             return Files(repo, listing.commit, tuple(names))
         try:
-            converted = _list(repo, CONVERTED)
+            converted = list_dataset(repo, CONVERTED)
         except RevisionNotFoundError:
             converted = Listing("", (), ())
     except UsageError:
@@ -72,7 +72,8 @@ def find_files(repo: str, subset: str | None, split: str, revision: str) -> File
                    f"it has {', '.join(known) or 'no file that can be read'}")  # fmt: skip
 
 
-def _list(repo: str, revision: str) -> Listing:
+def list_dataset(repo: str, revision: str) -> Listing:
+    """The files of a data set at a revision; raises what the Hub's client raises."""
     if constants.HF_HUB_OFFLINE:
         folder = Path(snapshot_download(repo, repo_type="dataset", revision=revision, local_files_only=True))
         names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
