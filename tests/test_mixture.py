@@ -13,7 +13,7 @@ from nanochat_jax.data.mixture import conversation_loader
 from nanochat_jax.tokenizer import Tokenizer
 
 T = 96
-MODES = ("rows", "stream")
+MODES = ("rows", "single", "stream")
 
 
 @pytest.fixture(scope="module")
@@ -49,8 +49,9 @@ def split_row(row, bos):
     return [row[a:b].tolist() for a, b in itertools.pairwise(starts) if b - a > 1]
 
 
-def test_rows_hold_each_conversation_whole_and_once(task, tokenizer):
-    batches = list(make(task, tokenizer, "rows", num_epochs=1, batch_size=1))
+@pytest.mark.parametrize("mode", ["rows", "single"])
+def test_rows_hold_each_conversation_whole_and_once(task, tokenizer, mode):
+    batches = list(make(task, tokenizer, mode, num_epochs=1, batch_size=1))
     expected = [render_conversation(tokenizer, conversation) for conversation in task]
     assert min(len(ids) for ids, _ in expected) < T / 3 and max(len(ids) for ids, _ in expected) > T + 1
     found = []
@@ -63,6 +64,8 @@ def test_rows_hold_each_conversation_whole_and_once(task, tokenizer):
         supervised = targets != -1
         np.testing.assert_array_equal(targets[:-1][supervised[:-1]], inputs[1:][supervised[:-1]])
     assert sorted(found) == sorted(ids[: T + 1] for ids, _ in expected)
+    if mode == "single":
+        assert found == [ids[: T + 1] for ids, _ in expected]
     trained = sum(int((batch["targets"] != -1).sum()) for batch in batches)
     assert trained == sum(sum(mask[: T + 1]) for _, mask in expected)
 
@@ -104,9 +107,10 @@ def test_conversations_longer_than_a_row_are_cut_and_those_with_nothing_to_learn
         next(make(task[:1], tokenizer, "rows"))
 
 
-def test_every_row_has_a_token_to_train_on(task, tokenizer):
+@pytest.mark.parametrize("mode", MODES)
+def test_every_row_has_a_token_to_train_on(task, tokenizer, mode):
     mixed = [chat("q" * 300, "a") if i % 3 == 0 else task[i] for i in range(300)]
-    for batch in make(mixed, tokenizer, "rows", num_epochs=2):
+    for batch in make(mixed, tokenizer, mode, num_epochs=2):
         assert (batch["targets"] != -1).any(axis=1).all()
 
 
@@ -175,5 +179,10 @@ def test_mistakes_are_named(task, tokenizer):
         make(task, tokenizer, "rows", process_count=3)
     with pytest.raises(UsageError, match="with size 331, this one has 330"):
         make(task[1:], tokenizer, "rows", start_state=make(task, tokenizer, "rows").get_state())
+    state = make(task, tokenizer, "rows").get_state()
+    changed = [*task[:-1], chat("another", "text")]
+    changed[0] = changed[-1]
+    with pytest.raises(UsageError, match="the tokenizer or the texts have changed"):
+        make(changed, tokenizer, "rows", start_state=state)
     with pytest.raises(UsageError, match="conversation 1 of the mixture: message 0"):
         next(make([task[0], {"messages": [{"role": "assistant", "content": "hm"}]}], tokenizer, "rows"))

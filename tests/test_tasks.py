@@ -7,6 +7,7 @@ import random
 import re
 import subprocess
 import sys
+from collections import Counter
 
 import numpy as np
 import pyarrow as pa
@@ -18,7 +19,7 @@ from nanochat_jax import tasks
 from nanochat_jax.cli import NotFound, UsageError
 from nanochat_jax.infer.calculator import calculate
 from nanochat_jax.paths import Paths
-from nanochat_jax.tasks import gsm8k, hub, humaneval, spelling
+from nanochat_jax.tasks import gsm8k, hub, humaneval, mixtures, spelling
 from nanochat_jax.tasks.base import Task, TaskMixture, user
 from nanochat_jax.tasks.custom_json import CustomJSON
 from nanochat_jax.tasks.multiple_choice import multiple_choice
@@ -79,6 +80,31 @@ def test_a_mixture_holds_everything_once_in_the_order_of_random_42():
     random.Random(42).shuffle(order)
     names = [["5/0", "5/1", "5/2", "5/3", "5/4"], ["3/1", "3/2"], ["5/0", "5/1", "5/2", "5/3", "5/4"]]
     assert said(mixture) == [names[task][i] for task, i in order]
+
+
+def test_weights_are_passes_over_a_task():
+    twice = TaskMixture([Count(5), Count(5), Count(3)])
+    assert said(TaskMixture([Count(5), Count(3)], [2, 1])) == said(twice)
+    counts = Counter(said(TaskMixture([Count(4), Count(3), Count(9)], [2.5, 1, 1 / 3])))
+    assert counts == {"4/0": 3, "4/1": 3, "4/2": 2, "4/3": 2, "3/0": 1, "3/1": 1, "3/2": 1, "9/0": 1, "9/1": 1, "9/2": 1}
+
+
+def test_a_named_mixture(tmp_path, paths):
+    chat = json.dumps([user("hi"), {"role": "assistant", "content": "there"}])
+    (tmp_path / "chats.jsonl").write_text(f"{chat}\n" * 10)
+    mixture = tasks.mixture_for("climbmix", "sft", "train", paths, f"GSM8K, ARC-Easy*3,{tmp_path}/chats.jsonl*0.5")
+    assert len(mixture) == 7473 + 3 * 2251 + 5
+    assert len(tasks.mixture_for("climbmix", "sft", "val", paths, "GSM8K")) == 220  # validation stays what it was
+
+
+@pytest.mark.parametrize("named, message", [
+    ("GSM9K", "unknown task 'GSM9K': expected SmolTalk, "), ("GSM8K*", "the weight of 'ChitChat\\*' must be"),
+    ("GSM8K*0", "must be a positive"), ("GSM8K*nan", "must be a positive"), ("", "unknown task ''"),
+    ("no.jsonl", "the file does not exist"),
+])  # fmt: skip
+def test_a_mixture_that_cannot_be(tmp_path, no_network, named, message):
+    with pytest.raises(UsageError, match=message):
+        mixtures.named_mixture(named.replace("GSM8K*", "ChitChat*"), Paths(tmp_path))
 
 
 # --------------------------------------------------------------------------------------- wording and judging
