@@ -130,7 +130,7 @@ import jax
 import numpy as np
 index, port, corpus = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=2, process_id=index)
-from nanochat_jax.data.loader import gather_state, pretraining_loader
+from nanochat_jax.data.loader import pretraining_loader
 from nanochat_jax.sharding import global_batch, make_mesh
 from nanochat_jax.tokenizer import Tokenizer
 loader = pretraining_loader(corpus, Tokenizer({bytes([byte]): byte for byte in range(256)}), split="train", batch_size=8,
@@ -139,12 +139,12 @@ mesh = make_mesh("auto")
 for _ in range(5):
     rows = global_batch(mesh, next(loader)["inputs"][None], batch_axis=1)
 mine = {shard.index[1].start: np.asarray(shard.data).tolist() for shard in rows.addressable_shards}
-print(json.dumps([gather_state(loader.get_state()), mine]))
+print(json.dumps([loader.get_state(), mine]))
 loader.close()
 """
 
 
-def test_two_processes_make_one_global_array_and_one_state(corpus, tokenizer):
+def test_two_processes_make_one_global_array_and_one_position(corpus, tokenizer):
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -162,7 +162,7 @@ def test_two_processes_make_one_global_array_and_one_state(corpus, tokenizer):
     (state, first), (other_state, second) = (json.loads(output.splitlines()[-1]) for output in outputs)
     loader = make(corpus, tokenizer)
     batch = take(loader, 5)[-1]
-    assert state == other_state == json.loads(json.dumps(loader.get_state()))
+    assert merge_states([other_state, state]) == json.loads(json.dumps(loader.get_state()))
     assert (sorted(first), sorted(second)) == (["0", "1", "2", "3"], ["4", "5", "6", "7"])
     for row, data in (first | second).items():
         np.testing.assert_array_equal(data, batch["inputs"][None, int(row) : int(row) + 1])
@@ -188,6 +188,8 @@ def test_prefetching_changes_neither_batches_nor_states(corpus, tokenizer, packi
     for _ in range(20):
         assert plain.get_state() == prefetching.get_state()
         assert_equal(take(plain, 1), take(prefetching, 1))
+        assert plain.place == prefetching.place == plain.get_state()["shards"]["0"]["position"] or packing == "stream"
+    assert plain.place["epoch"] == prefetching.place["epoch"] and plain.place["file"].endswith(".parquet")
 
 
 def test_reset_starts_over(corpus, tokenizer):

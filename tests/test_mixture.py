@@ -101,7 +101,7 @@ def test_conversations_longer_than_a_row_are_cut_and_those_with_nothing_to_learn
     assert "of 3 conversations, 2 were cut and 1 have nothing left to train on" in caplog.text
     batches = list(loader)
     assert [int((batch["targets"] != -1).sum()) for batch in batches] == [T + 1 - 14, 6]
-    assert loader.epoch_progress == 1.0
+    assert loader.epoch_progress == 1.0 and loader.place == {"epoch": 0, "cursor": 3}
     assert (loader.get_state()["num_cut"], loader.get_state()["num_skipped"]) == (2, 1)
     with pytest.raises(UsageError, match="none of the 1 conversations has a token to train on within a row of 96"):
         next(make(task[:1], tokenizer, "rows"))

@@ -92,6 +92,9 @@ class ConversationSource:
             **more,
         }
 
+    def place(self) -> dict[str, int]:
+        return {"epoch": self._epoch, "cursor": self._cursor}
+
     def _set_common(self, state: dict[str, Any]) -> None:
         for name, mine in (("mode", self.mode), ("size", self.size)):
             if state[name] != mine:

@@ -153,6 +153,10 @@ class BestFitPacker:
         position, entries = self._source.position, self._buffer.copy_entries()
         return lambda: self._to_json(position, entries)
 
+    def place(self) -> dict[str, Any]:
+        """Where the source reads next."""
+        return _position_to_json(self._source.position, self._source)
+
     def get_state(self) -> dict[str, Any]:
         return self.snapshot()()
 
@@ -250,6 +254,10 @@ class StreamPacker:
     def snapshot(self) -> Snapshot:
         position, offset = self._pieces[0][0] if self._pieces else self._source.position, self._offset
         return lambda: {"position": _position_to_json(position, self._source), "offset": offset}
+
+    def place(self) -> dict[str, Any]:
+        """Where the source reads next."""
+        return _position_to_json(self._source.position, self._source)
 
     def get_state(self) -> dict[str, Any]:
         return self.snapshot()()
