@@ -107,7 +107,10 @@ class DownloadDisplay:
         if name not in self._tasks:
             self._tasks[name] = self._bars.add_task(name, total=total)
         self._bars.update(self._tasks[name], completed=done, total=total)
-        self._bars.update(self._all, completed=sum(task.completed for task in self._bars.tasks[1:]))
+        known = [task for task in self._bars.tasks[1:] if task.total]
+        if known:  # the others are about as large
+            total_in_all = sum(task.total for task in known) / len(known) * self._num_shards
+            self._bars.update(self._all, completed=sum(task.completed for task in known), total=total_in_all)
 
     def ended(self, name: str, path: Path | None, problem: str = "") -> None:
         self._done += path is not None

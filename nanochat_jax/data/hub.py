@@ -60,7 +60,7 @@ def fetch(
     Tried five times, with pauses of 2, 4, 8 and 16 times `wait_s` seconds. `check` gets the file before it has its name
     and raises `UsageError` if it is not what it should be. Raises the last error.
     """
-    disable_progress_bars()  # ours is `progress`
+    quiet_client()
     partial_dir = target.parent / PARTIAL_DIR
     partial_dir.mkdir(parents=True, exist_ok=True)
     before = _identity(target)
@@ -84,6 +84,13 @@ def fetch(
                 raise
             logger.warning("%s: attempt %d of %d failed (%s)", name, attempt, ATTEMPTS, first_line(error))
             time.sleep(wait_s * 2**attempt)
+
+
+def quiet_client() -> None:
+    """No bars (ours is `progress`) and no line for every request."""
+    disable_progress_bars()
+    for name in ("httpx", "httpx2"):
+        logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def clean_up(directory: Path) -> None:

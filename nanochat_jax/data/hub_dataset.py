@@ -18,7 +18,7 @@ from huggingface_hub.errors import RevisionNotFoundError
 
 from nanochat_jax.cli import NotFound, UsageError
 from nanochat_jax.data.convert import file_format, read_documents
-from nanochat_jax.data.hub import clean_up, fetch, first_line
+from nanochat_jax.data.hub import clean_up, fetch, first_line, quiet_client
 
 logger = logging.getLogger(__name__)
 
@@ -74,6 +74,7 @@ def find_files(repo: str, subset: str | None, split: str, revision: str) -> File
 
 def list_dataset(repo: str, revision: str) -> Listing:
     """The files of a data set at a revision; raises what the Hub's client raises."""
+    quiet_client()
     if constants.HF_HUB_OFFLINE:
         folder = Path(snapshot_download(repo, repo_type="dataset", revision=revision, local_files_only=True))
         names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
