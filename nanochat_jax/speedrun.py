@@ -144,9 +144,11 @@ def stage_keys(stages: Iterable[Stage], run: str) -> dict[str, str]:
 def run_stages(stages: list[Stage], record: Record) -> int:
     """Run what is not finished, in order; returns the exit code of the first stage that fails, or 0."""
     background: dict[str, Background] = {}
+    old = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # between two stages
     try:
         return _run_stages(stages, record, background)
     finally:
+        signal.signal(signal.SIGTERM, old)
         for process in background.values():
             process.stop()
 

@@ -6,6 +6,7 @@ import json
 import subprocess
 import sys
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -44,6 +45,18 @@ def test_parquet_of_any_string_type(tmp_path, kind):
     table = pa.table({"id": range(len(TEXTS)), "body": pa.array(TEXTS, pa.string()).cast(kind)})
     pq.write_table(table, tmp_path / "a.parquet")
     assert list(read_documents(tmp_path / "a.parquet", "body", 0)) == TEXTS
+
+
+def test_a_row_group_of_any_size_is_read_in_pieces(tmp_path):
+    rows = np.random.default_rng(0).bytes(20_000_000).hex()
+    texts = [rows[i : i + 2000] for i in range(0, len(rows), 2000)]
+    pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet", row_group_size=len(texts), use_dictionary=False)
+    del rows
+    before = peak = pa.total_allocated_bytes()
+    for text, expected in zip(read_documents(tmp_path / "a.parquet", "text", 0), texts, strict=True):
+        assert text == expected
+        peak = max(peak, pa.total_allocated_bytes())
+    assert peak - before < 10_000_000
 
 
 def test_text_is_cut_where_a_paragraph_ends():

@@ -100,7 +100,8 @@ def cut_text(text: str, cut_chars: int) -> Iterator[str]:
 
 def _read_parquet(path: Path, field: str) -> Iterator[str | None]:
     try:
-        with pq.ParquetFile(path) as file:
+        # Read in pieces: a row group may be the whole file, of any size.
+        with pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
             if field not in file.schema_arrow.names:
                 raise _no_field(path, "column", field, file.schema_arrow.names)
             kind = file.schema_arrow.field(field).type
