@@ -1,6 +1,7 @@
 """Checkpoints with Orbax: parameters, optimizer state, data position and metadata in one atomic step directory.
 
-    <source>_checkpoints/<tag>/<step>/{params,optimizer,state}      metrics.jsonl beside the steps
+    <source>_checkpoints/<tag>/<step>/{params,optimizer,state}      metrics.jsonl beside the steps; `optimizer` is
+                                                                    absent where weights were imported
 
 A step that is torn or damaged is set aside as `damaged-<step>`, with a warning that names it, for the one before.
 """
@@ -24,6 +25,9 @@ from nanochat_jax.sharding import make_mesh, param_shardings
 from nanochat_jax.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
+
+# Besides read_only, what Orbax would otherwise set itself, with a warning each time.
+READ_ONLY = ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0, create=False)
 
 
 @dataclass(frozen=True)
@@ -99,11 +103,15 @@ class Loaded:
 
     config: GPTConfig
     params: Params
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None  # None only where the caller said that it needs none
     meta: dict[str, Any]
-    tag: str
+    directory: Path
     step: int
     source: str
+
+    @property
+    def tag(self) -> str:
+        return self.directory.name
 
 
 def saved_steps(directory: Path) -> list[int]:
@@ -124,40 +132,67 @@ def claim_directory(directory: Path, *, resume: bool, fresh: bool) -> None:
 
 def read_meta(directory: Path, step: int) -> dict[str, Any]:
     """The JSON state of a step."""
-    with ocp.CheckpointManager(directory, options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
+    with ocp.CheckpointManager(directory, options=READ_ONLY) as manager:
         return manager.restore(step, args=ocp.args.Composite(state=ocp.args.JsonRestore())).state
 
 
 def load_model(paths: Paths, source: str, *, tag: str | None = None, step: int | None = None, mesh: Mesh | None = None,
-               fsdp: bool = False) -> Loaded:
-    """Load the parameters of a stage ("base", "mid", "sft" or "rl"), float32, placed on the mesh.
+               fsdp: bool = False, need_tokenizer: bool = True) -> Loaded:
+    """Load the parameters of a stage ("base", "mid", "sft" or "rl"), as `load_directory` does.
 
-    Without a tag: the largest `d<depth>`, else the newest; without a step: the greatest. Raises `NotFound` when there is
-    none and `UsageError` when the checkpoint was trained with another tokenizer.
+    Without a tag: the largest `d<depth>`, else the newest. Raises `NotFound` when there is none.
     """
-    tag = tag or paths.find_tag(source)
-    directory = paths.checkpoints(source) / tag
-    steps = saved_steps(directory)
-    if not steps:
+    directory = paths.checkpoints(source) / (tag or paths.find_tag(source))
+    if not saved_steps(directory):
         raise NotFound(f"no {source} checkpoint in {directory}: run `python -m {HOW_TO_MAKE[source]}` first")
-    step = steps[-1] if step is None else step
+    return load_directory(directory, source=source, step=step, mesh=mesh, fsdp=fsdp, need_tokenizer=need_tokenizer)
+
+
+def load_directory(directory: Path, *, source: str = "base", step: int | None = None, mesh: Mesh | None = None,
+                   fsdp: bool = False, need_tokenizer: bool = True) -> Loaded:
+    """Load the parameters of a tag's directory, float32, placed on the mesh; without a step, the greatest.
+
+    Its tokenizer is in `tokenizer/` under it (where an imported model brought one that is not the base directory's), else
+    in that of the base directory. Raises `NotFound` when there is no such step and `UsageError` when the checkpoint was
+    trained with another tokenizer, or came without one and `need_tokenizer`.
+    """
+    steps = saved_steps(directory)
+    step = steps[-1] if step is None and steps else step
     if step not in steps:
-        raise NotFound(f"no step {step} in {directory}: there are {', '.join(map(str, steps))}")
-    log.info("loading %s/%s step %d", source, tag, step)
+        raise NotFound(f"no step {step} in {directory}: there are {', '.join(map(str, steps)) or 'none'}")
+    log.info("loading %s step %d", directory, step)
     meta = read_meta(directory, step)
     config = GPTConfig.from_dict(meta["model_config"])
-    tokenizer = Tokenizer.load(paths.tokenizer)
-    if tokenizer.fingerprint() != meta["tokenizer"]:
-        raise UsageError(f"the tokenizer in {paths.tokenizer} is not the one {directory} was trained with: "
-                         "restore that tokenizer, or train the model again")
+    tokenizer = _load_tokenizer(directory, meta["tokenizer"], need_tokenizer)
     mesh = make_mesh("1x1") if mesh is None else mesh
     abstract = jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
                             abstract_params(config), param_shardings(config, mesh, fsdp=fsdp))
     try:
-        with ocp.CheckpointManager(directory, options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
+        with ocp.CheckpointManager(directory, options=READ_ONLY) as manager:
             found = manager.restore(step, args=ocp.args.Composite(params=ocp.args.StandardRestore(abstract)))
     except Exception as error:  # Orbax raises many kinds for torn data
         earlier = ", ".join(map(str, steps[: steps.index(step)])) or "none"
         raise UsageError(f"checkpoint {directory / str(step)} cannot be read ({str(error)[:200]}); "
                          f"earlier steps: {earlier}") from error
-    return Loaded(config, found.params, tokenizer, meta, tag, step, source)
+    return Loaded(config, found.params, tokenizer, meta, directory, step, source)
+
+
+def _load_tokenizer(directory: Path, fingerprint: str | None, needed: bool) -> Tokenizer | None:
+    """The tokenizer that a checkpoint was trained with; its fingerprint is None if it was imported without one."""
+    if fingerprint is None:
+        if needed:
+            raise UsageError(f"{directory} was imported without a tokenizer: import it again with --tokenizer DIR")
+        return None
+    own, shared = directory / "tokenizer", directory.resolve().parent.parent / "tokenizer"
+    place = own if own.is_dir() else shared
+    tokenizer = Tokenizer.load(place)
+    if tokenizer.fingerprint() != fingerprint:
+        raise UsageError(f"the tokenizer in {place} is not the one {directory} was trained with: "
+                         "restore that tokenizer, or train the model again")
+    return tokenizer
+
+
+def carry_tokenizer(loaded: Loaded, directory: Path) -> None:
+    """Give the next stage's directory the tokenizer that a model carries with it, if it does not use the shared one."""
+    if (loaded.directory / "tokenizer").is_dir() and jax.process_index() == 0:
+        loaded.tokenizer.save(directory / "tokenizer")

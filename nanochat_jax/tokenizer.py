@@ -17,10 +17,11 @@ import hashlib
 import json
 import logging
 import os
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import overload
+from typing import Any, Literal, overload
 
 import numpy as np
 import pyarrow as pa
@@ -46,6 +47,9 @@ SPECIAL_TOKENS = (
     "<|output_start|>",  # the calculator answers
     "<|output_end|>",
 )
+
+ByteRule = Literal["raw", "decoded"]
+Progress = Callable[[str, int, int | None], None]
 
 RANKS_FILE = "mergeable_ranks.tiktoken"
 META_FILE = "meta.json"
@@ -82,14 +86,45 @@ class Tokenizer:
         self._encoder = rustbpe.Tokenizer.from_tokens(tokens, pattern)
         self._bytes_of = dict(enumerate([*tokens, *(name.encode() for name in special_tokens)]))
 
+    def __reduce__(self) -> tuple[Any, ...]:
+        return partial(Tokenizer, pattern=self.pattern, special_tokens=list(self.special_tokens)), (
+            self.mergeable_ranks,
+        )
+
     @classmethod
-    def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
-        """Learn `vocab_size` tokens, specials included; fewer, with a warning, if the text is too small."""
+    def train(cls, texts: Iterable[str], vocab_size: int, *, progress: Progress | None = None) -> "Tokenizer":
+        """Learn `vocab_size` tokens, specials included; fewer, with a warning, if the text is too small.
+
+        `progress(stage, done, total)` hears several times a second how far it is: characters in the stage "count",
+        whose total is None as long as it is not known, then merges in the stage "merge". What it raises ends training.
+        """
+        return cls._learn(vocab_size, "train_from_iterator", texts, progress=progress)
+
+    @classmethod
+    def train_from_parquet(
+        cls,
+        paths: Sequence[Path],
+        vocab_size: int,
+        *,
+        max_chars: int | None = None,
+        doc_cap: int | None = None,
+        progress: Progress | None = None,
+    ) -> "Tokenizer":
+        """The same on the `text` columns of Parquet files, read with no Python strings between.
+
+        Of each document the first `doc_cap` characters count. The document that takes them over `max_chars` together is
+        the last, which is whole.
+        """
+        limits = {"max_chars": max_chars, "doc_cap": doc_cap}
+        return cls._learn(vocab_size, "train_from_parquet", paths, progress=progress, **limits)
+
+    @classmethod
+    def _learn(cls, vocab_size: int, method: str, source: Any, **options: Any) -> "Tokenizer":
         smallest = 256 + len(SPECIAL_TOKENS)
         if vocab_size < smallest:
             raise ValueError(f"vocab_size must be at least {smallest} (bytes and special tokens), got {vocab_size}")
         trainer = rustbpe.Tokenizer()
-        trainer.train_from_iterator(texts, vocab_size - len(SPECIAL_TOKENS), pattern=SPLIT_PATTERN)
+        getattr(trainer, method)(source, vocab_size - len(SPECIAL_TOKENS), pattern=SPLIT_PATTERN, **options)
         tokenizer = cls(dict(trainer.get_mergeable_ranks()))
         if tokenizer.vocab_size < vocab_size:
             logger.warning("the text ran out of pairs to merge: %d tokens, not %d", tokenizer.vocab_size, vocab_size)
@@ -184,7 +219,9 @@ class Tokenizer:
         """
         before = None if prepend is None else self._token_id(prepend)
         if isinstance(texts, (pa.Array, pa.ChunkedArray)):
-            return self._encoder.encode_utf8(*_utf8_buffer(texts), before, num_threads)
+            if texts.null_count:
+                raise ValueError(f"{texts.null_count} of {len(texts)} texts are null: leave them out first")
+            return self._encoder.encode_arrow(texts, before, num_threads)
         try:
             return self._encoder.encode_batch(texts, before, num_threads)
         except UnicodeEncodeError:
@@ -204,11 +241,15 @@ class Tokenizer:
         except KeyError as error:
             raise KeyError(f"no token has the id {error}: the vocabulary has {self.vocab_size}") from None
 
-    def token_bytes(self) -> np.ndarray:
-        """How many bytes of text each id stands for, 0 for the specials: int32 [V]. What bits per byte divides by."""
+    def token_bytes(self, rule: ByteRule = "raw") -> np.ndarray:
+        """How many bytes of text each id stands for, 0 for the specials: int32 [V]. What bits per byte divides by.
+
+        "decoded" is nanochat's rule of 2025, for models whose figures were made with it: it counts the UTF-8 bytes of the
+        decoded token, so that a part of a character counts as the three bytes of U+FFFD.
+        """
         lengths = np.zeros(self.vocab_size, np.int32)
         for token, rank in self.mergeable_ranks.items():
-            lengths[rank] = len(token)
+            lengths[rank] = len(token if rule == "raw" else token.decode("utf-8", errors="replace").encode())
         return lengths
 
     def fingerprint(self) -> str:
@@ -216,22 +257,6 @@ class Tokenizer:
         digest = hashlib.sha256(_format_ranks(self.mergeable_ranks))
         digest.update(json.dumps([self.pattern, list(self.special_tokens)]).encode())
         return digest.hexdigest()
-
-
-def _utf8_buffer(texts: pa.Array | pa.ChunkedArray) -> tuple[memoryview, np.ndarray]:
-    """The UTF-8 of an Arrow array of strings, and the offsets of the texts in it."""
-    if isinstance(texts, pa.ChunkedArray):
-        texts = texts.chunk(0) if texts.num_chunks == 1 else pa.concat_arrays([pa.array([], texts.type), *texts.chunks])
-    if not (pa.types.is_string(texts.type) or pa.types.is_large_string(texts.type)):
-        raise TypeError(f"expected strings, got an Arrow array of {texts.type}")
-    if texts.null_count:
-        raise ValueError(f"{texts.null_count} of {len(texts)} texts are null: leave them out first")
-    _, offsets, data = texts.buffers()
-    if offsets is None or len(texts) == 0:
-        return memoryview(b""), np.zeros(1, np.int64)
-    width = np.dtype(np.int32 if pa.types.is_string(texts.type) else np.int64)
-    bounds = np.frombuffer(offsets, width, len(texts) + 1, texts.offset * width.itemsize).astype(np.int64)
-    return memoryview(data or b"").cast("B")[bounds[0] : bounds[-1]], bounds - bounds[0]
 
 
 def _without_surrogates(text: str) -> str:

@@ -99,9 +99,12 @@ def upstream_mixture(stage: Stage, split: Literal["train", "val"], paths: Paths)
 
 
 def mixture_for(
-    data: str, stage: Stage, split: Literal["train", "val"], paths: Paths, named: str | None = None
+    data: str | None, stage: Stage, split: Literal["train", "val"], paths: Paths, named: str | None = None
 ) -> Task:
-    """The mixture that goes with a corpus: `embedded`, or one of upstream's; to train on, the one that is `named`."""
+    """The mixture that goes with a corpus: `embedded`, or upstream's (also where imported weights name none).
+
+    If a mixture is `named`, it is what is trained on; validation stays the same.
+    """
     if named and split == "train":
         return named_mixture(named, paths)
     return (offline_mixture if data == "embedded" else upstream_mixture)(stage, split, paths)

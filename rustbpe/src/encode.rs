@@ -3,11 +3,12 @@
 //! Encoding is what tiktoken defines: a chunk that is a token gets that token's id; in any other, of all neighbours
 //! that together are a token the pair of the lowest id merges, the leftmost first, until none is left.
 
+use std::collections::BTreeMap;
 use std::hash::BuildHasher;
-use std::ops::Range;
 
 use hashbrown::{DefaultHashBuilder, HashMap, HashSet, HashTable};
 
+use crate::key;
 use crate::split::Splitter;
 use crate::train::Pair;
 
@@ -88,8 +89,7 @@ impl Vocabulary {
     }
 }
 
-/// Chunks of at most this many bytes are cached: they fit into a machine word of 128 bits with their length.
-const CACHED_BYTES: usize = 15;
+/// How many chunks a thread remembers, as a power of two, and of how many ids at most.
 const CACHE_BITS: u32 = 15;
 const CACHED_IDS: usize = 4;
 
@@ -134,11 +134,8 @@ impl Encoder {
         let Scratch { splitter, cache, ids, ranks } = scratch;
         let bytes = text.as_bytes();
         splitter.for_each(text, |chunk| {
-            if chunk.len() > CACHED_BYTES {
-                return self.encode_chunk(&bytes[chunk], ids, ranks, out);
-            }
-            let key = short_key(bytes, chunk.clone());
-            let cached = &mut cache[cache_index(key)];
+            let Some(key) = key::of(bytes, &chunk) else { return self.encode_chunk(&bytes[chunk], ids, ranks, out) };
+            let cached = &mut cache[key::index(key, CACHE_BITS)];
             if cached.key != key {
                 let start = out.len();
                 self.encode_chunk(&bytes[chunk], ids, ranks, out);
@@ -199,7 +196,7 @@ impl Vocabulary {
         ranks.push(NONE); // nothing follows the last
         let mut next: Vec<usize> = (1..=len).collect();
         let mut previous: Vec<usize> = (0..len).map(|at| at.wrapping_sub(1)).collect();
-        let mut waiting = std::collections::BTreeMap::<u32, Vec<usize>>::new();
+        let mut waiting = BTreeMap::<u32, Vec<usize>>::new();
         for (at, &rank) in ranks.iter().enumerate().filter(|(_, &rank)| rank != NONE) {
             waiting.entry(rank).or_default().push(at);
         }
@@ -232,24 +229,6 @@ impl Vocabulary {
             }
         }
     }
-}
-
-/// The bytes of a chunk and its length in one number, which is never 0.
-#[inline]
-fn short_key(text: &[u8], chunk: Range<usize>) -> u128 {
-    let mut window = [0; 16];
-    match text.get(chunk.start..chunk.start + 16) {
-        Some(bytes) => window.copy_from_slice(bytes),
-        None => window[..chunk.len()].copy_from_slice(&text[chunk.clone()]),
-    }
-    u128::from_le_bytes(window) << (128 - 8 * chunk.len()) | chunk.len() as u128
-}
-
-#[inline]
-fn cache_index(key: u128) -> usize {
-    let (low, high) = (key as u64 ^ 0x9e37_79b9_7f4a_7c15, (key >> 64) as u64 ^ 0xd1b5_4a32_d192_ed03);
-    let product = u128::from(low) * u128::from(high);
-    ((product as u64 ^ (product >> 64) as u64) >> (64 - CACHE_BITS)) as usize
 }
 
 #[cfg(test)]

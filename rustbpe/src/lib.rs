@@ -1,33 +1,31 @@
-//! Byte-pair encoding for Python: train a vocabulary quickly, deterministically, on all cores.
+//! Byte-pair encoding for Python: train a vocabulary and encode with it, quickly, exactly, on all cores.
 
 mod batch;
 mod counts;
 mod encode;
+mod feed;
 mod gpt4;
+mod key;
 mod split;
+mod texts;
 mod train;
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::SyncSender;
-use std::time::{Duration, Instant};
+use std::thread;
 
-use numpy::{IntoPyArray, PyArray1, PyReadonlyArray1};
-use pyo3::buffer::PyBuffer;
+use numpy::{IntoPyArray, PyArray1};
 use pyo3::exceptions::{PyTypeError, PyValueError};
 use pyo3::prelude::*;
-use pyo3::types::{PyBytes, PyIterator, PyString};
+use pyo3::types::{PyBytes, PyString};
 
 use batch::{encode_batch, Pool};
-use counts::{count_chunks, Batch, ChunkCounts};
+use counts::{count_chunks, ChunkCounts};
 use encode::{Encoder, Vocabulary};
+use feed::{Feed, Limits, Progress};
 use split::{Splitter, DEFAULT_PATTERN};
+use texts::{as_string, Texts};
 use train::{learn_merges, Words};
-
-/// A batch goes to a worker when it has this many bytes, or `buffer_size` documents.
-const BATCH_BYTES: usize = 1 << 22;
-
-/// How often long work looks for Ctrl-C.
-const SIGNAL_INTERVAL: Duration = Duration::from_millis(100);
 
 /// A byte-level BPE tokenizer: ids 0..=255 are bytes, then come the learned merges.
 #[pyclass]
@@ -36,9 +34,10 @@ struct Tokenizer {
     pool: Pool,
 }
 
-/// Ids of several texts one after the other (int32), and where each text's begin and the last one's end (int64).
+/// Ids of several texts one after the other (int32 [N]), and where each text's begin and the last one's end (int64).
 type Arrays<'py> = (Bound<'py, PyArray1<i32>>, Bound<'py, PyArray1<i64>>);
 
+/// A Python exception, which any message of ours can become.
 struct Failure(PyErr);
 
 impl From<String> for Failure {
@@ -53,11 +52,17 @@ impl From<PyErr> for Failure {
     }
 }
 
+impl From<Failure> for PyErr {
+    fn from(Failure(error): Failure) -> Self {
+        error
+    }
+}
+
 #[pymethods]
 impl Tokenizer {
     #[new]
     fn new() -> PyResult<Self> {
-        let splitter = Splitter::new(DEFAULT_PATTERN).map_err(PyValueError::new_err)?;
+        let splitter = Splitter::new(DEFAULT_PATTERN).map_err(Failure::from)?;
         Ok(Self::of(Vocabulary::from_merges(&[]), splitter))
     }
 
@@ -65,14 +70,15 @@ impl Tokenizer {
     /// or `pattern` is not a regular expression.
     #[staticmethod]
     fn from_tokens(py: Python<'_>, tokens: Vec<Vec<u8>>, pattern: &str) -> PyResult<Self> {
-        let splitter = Splitter::new(pattern).map_err(PyValueError::new_err)?;
-        let vocabulary = py.detach(|| Vocabulary::from_tokens(tokens)).map_err(PyValueError::new_err)?;
+        let splitter = Splitter::new(pattern).map_err(Failure::from)?;
+        let vocabulary = py.detach(|| Vocabulary::from_tokens(tokens)).map_err(Failure::from)?;
         Ok(Self::of(vocabulary, splitter))
     }
 
     /// Learn a vocabulary of up to `vocab_size` tokens (at least 256, the bytes) from an iterable of str. Chunks of
     /// `pattern` are never merged across. On any exception the tokenizer stays as it was.
-    #[pyo3(signature = (iterator, vocab_size, buffer_size=8192, pattern=None))]
+    #[pyo3(signature = (iterator, vocab_size, buffer_size=8192, pattern=None, *, progress=None, num_threads=None))]
+    #[allow(clippy::too_many_arguments)] // they are Python's keywords
     fn train_from_iterator(
         &mut self,
         py: Python<'_>,
@@ -80,25 +86,44 @@ impl Tokenizer {
         vocab_size: i64,
         buffer_size: i64,
         pattern: Option<&str>,
+        progress: Option<Py<PyAny>>,
+        num_threads: Option<usize>,
     ) -> PyResult<()> {
-        let num_merges = match u32::try_from(vocab_size) {
-            Ok(size) if size >= 256 => size as usize - 256,
-            _ => return Err(PyValueError::new_err(format!("vocab_size must be at least 256, got {vocab_size}"))),
-        };
-        let buffer_size = usize::try_from(buffer_size).unwrap_or(0);
-        if buffer_size == 0 {
-            return Err(PyValueError::new_err("buffer_size must be at least 1"));
-        }
-        let splitter = Splitter::new(pattern.unwrap_or(DEFAULT_PATTERN)).map_err(PyValueError::new_err)?;
+        let batch_size = at_least_one("buffer_size", buffer_size)?;
+        let limits = Limits { document: u64::MAX, total: None };
         let iterator = iterator.try_iter()?.unbind();
-        let vocabulary = py.detach(|| {
-            let counts = count_chunks(&splitter, |sender, failed| {
-                Python::attach(|py| send(iterator.bind(py), buffer_size, sender, failed))
-            });
-            learn(counts.map_err(|Failure(error)| error)?, num_merges)
-        })?;
-        *self = Self::of(vocabulary, splitter);
-        Ok(())
+        self.train(py, vocab_size, pattern, progress, num_threads, |sender, failed, progress| {
+            Python::attach(|py| Feed::new(sender, failed, progress, batch_size, limits).iterator(iterator.bind(py)))
+        })
+    }
+
+    /// The same from a column of strings of Parquet files: the first `doc_cap` characters of each document, until they
+    /// are more than `max_chars` together.
+    #[pyo3(signature = (
+        paths, vocab_size, pattern=None, *, column="text", max_chars=None, doc_cap=None, progress=None, num_threads=None
+    ))]
+    #[allow(clippy::too_many_arguments)]
+    fn train_from_parquet(
+        &mut self,
+        py: Python<'_>,
+        paths: Vec<Py<PyAny>>,
+        vocab_size: i64,
+        pattern: Option<&str>,
+        column: &str,
+        max_chars: Option<i64>,
+        doc_cap: Option<i64>,
+        progress: Option<Py<PyAny>>,
+        num_threads: Option<usize>,
+    ) -> PyResult<()> {
+        let limit = |name, value: Option<i64>| value.map(|value| at_least_one(name, value)).transpose();
+        let document = limit("doc_cap", doc_cap)?.map_or(u64::MAX, |chars| chars as u64);
+        let limits = Limits { document, total: limit("max_chars", max_chars)?.map(|chars| chars as u64) };
+        self.train(py, vocab_size, pattern, progress, num_threads, |sender, failed, progress| {
+            Python::attach(|py| {
+                let paths: Vec<_> = paths.iter().map(|path| path.bind(py).clone()).collect();
+                Feed::new(sender, failed, progress, usize::MAX, limits).parquet(py, &paths, column)
+            })
+        })
     }
 
     /// The split pattern that training used and encoding uses.
@@ -114,42 +139,41 @@ impl Tokenizer {
 
     /// The ids of `text`.
     fn encode(&self, py: Python<'_>, text: &str) -> PyResult<Vec<i32>> {
-        py.detach(|| {
+        let result = py.detach(|| {
             let mut ids = Vec::new();
-            self.pool.with(&self.encoder, |scratch| self.encoder.encode(text, scratch, &mut ids))?;
-            Ok(ids)
-        })
-        .map_err(|message: String| PyValueError::new_err(message))
+            self.pool.with(&self.encoder, |scratch| self.encoder.encode(text, scratch, &mut ids)).map(|()| ids)
+        });
+        Ok(result.map_err(Failure::from)?)
     }
 
-    /// The ids of each of `texts`, after the id `prepend` if one is given, encoded by up to `num_threads` threads
-    /// without the GIL: all ids (int32 [N]) and offsets (int64 [len(texts) + 1]).
+    /// The ids of each of `texts`, an iterable of str, after the id `prepend` if one is given, encoded by up to
+    /// `num_threads` threads without the GIL: all ids (int32 [N]) and offsets (int64 [len(texts) + 1]).
     #[pyo3(signature = (texts, prepend=None, num_threads=8))]
     fn encode_batch<'py>(
         &self,
-        py: Python<'py>,
-        texts: Vec<Bound<'py, PyString>>,
+        texts: &Bound<'py, PyAny>,
         prepend: Option<i32>,
         num_threads: usize,
     ) -> PyResult<Arrays<'py>> {
-        let texts: Vec<&str> = texts.iter().map(|text| text.to_str()).collect::<PyResult<_>>()?;
-        self.encode_texts(py, &texts, prepend, num_threads)
+        if texts.is_instance_of::<PyString>() {
+            return Err(PyTypeError::new_err("expected a list of str, got a str"));
+        }
+        let strings = texts.try_iter()?.enumerate().map(|(index, item)| as_string(item?, index));
+        let strings = strings.collect::<PyResult<Vec<_>>>()?;
+        let strings = strings.iter().map(|string| string.to_str()).collect::<PyResult<Vec<_>>>()?;
+        self.encode_texts(texts.py(), &strings, prepend, num_threads)
     }
 
-    /// The same for texts that lie in one buffer of UTF-8: text `i` from byte `offsets[i]` to byte `offsets[i + 1]`.
-    /// ValueError if the offsets do not fit or the bytes are not UTF-8.
-    #[pyo3(signature = (data, offsets, prepend=None, num_threads=8))]
-    fn encode_utf8<'py>(
+    /// The same for the strings of a pyarrow Array or ChunkedArray, without its nulls.
+    #[pyo3(signature = (array, prepend=None, num_threads=8))]
+    fn encode_arrow<'py>(
         &self,
-        py: Python<'py>,
-        data: PyBuffer<u8>,
-        offsets: PyReadonlyArray1<'py, i64>,
+        array: &Bound<'py, PyAny>,
         prepend: Option<i32>,
         num_threads: usize,
     ) -> PyResult<Arrays<'py>> {
-        let data = data.to_vec(py)?; // costs little, and nobody can change it while we read without the GIL
-        let texts = texts_of(&data, offsets.as_slice()?)?;
-        self.encode_texts(py, &texts, prepend, num_threads)
+        let texts = Texts::from_arrow(array)?;
+        self.encode_texts(array.py(), &texts.iter().collect::<Vec<_>>(), prepend, num_threads)
     }
 
     /// The bytes that `ids` stand for, which need not be whole UTF-8 characters.
@@ -169,6 +193,34 @@ impl Tokenizer {
         Self { encoder: Encoder { vocabulary, splitter }, pool: Pool::default() }
     }
 
+    /// Counts what `feed` sends and learns from it.
+    fn train(
+        &mut self,
+        py: Python<'_>,
+        vocab_size: i64,
+        pattern: Option<&str>,
+        progress: Option<Py<PyAny>>,
+        num_threads: Option<usize>,
+        feed: impl FnOnce(SyncSender<Texts>, &AtomicBool, &mut Progress) -> PyResult<()> + Send,
+    ) -> PyResult<()> {
+        let num_merges = match u32::try_from(vocab_size) {
+            Ok(size @ 256..) => size as usize - 256,
+            _ => return Err(PyValueError::new_err(format!("vocab_size must be at least 256, got {vocab_size}"))),
+        };
+        let cores = || thread::available_parallelism().map_or(1, |count| count.get());
+        let threads = num_threads.unwrap_or_else(cores).max(1);
+        let splitter = Splitter::new(pattern.unwrap_or(DEFAULT_PATTERN)).map_err(Failure::from)?;
+        let mut progress = Progress::new(progress);
+        let vocabulary = py.detach(|| -> Result<_, Failure> {
+            let counts = count_chunks(&splitter, threads, |sender, failed| {
+                feed(sender, failed, &mut progress).map_err(Failure::from)
+            })?;
+            learn(counts, num_merges, &mut progress)
+        })?;
+        *self = Self::of(vocabulary, splitter);
+        Ok(())
+    }
+
     fn encode_texts<'py>(
         &self,
         py: Python<'py>,
@@ -176,86 +228,34 @@ impl Tokenizer {
         prepend: Option<i32>,
         num_threads: usize,
     ) -> PyResult<Arrays<'py>> {
-        let mut signals = Signals::new();
+        let mut signals = Progress::new(None);
         let encoded = py.detach(|| {
-            encode_batch(&self.encoder, &self.pool, texts, prepend, num_threads, || signals.check().map_err(Failure))
-        });
-        let encoded = encoded.map_err(|Failure(error)| error)?;
+            encode_batch(&self.encoder, &self.pool, texts, prepend, num_threads, || {
+                signals.update("", 0, None).map_err(Failure::from)
+            })
+        })?;
         Ok((encoded.ids.into_pyarray(py), encoded.offsets.into_pyarray(py)))
     }
 }
 
-fn texts_of<'a>(data: &'a [u8], offsets: &[i64]) -> PyResult<Vec<&'a str>> {
-    let text = |bounds: &[i64]| {
-        let range = usize::try_from(bounds[0]).ok()?..usize::try_from(bounds[1]).ok()?;
-        data.get(range).and_then(|bytes| std::str::from_utf8(bytes).ok())
-    };
-    let texts = offsets.windows(2).enumerate();
-    texts
-        .map(|(index, bounds)| {
-            text(bounds).ok_or_else(|| {
-                let [start, end] = bounds else { unreachable!("windows of two") };
-                PyValueError::new_err(format!("text {index}, bytes {start} to {end} of {}, is no UTF-8", data.len()))
-            })
-        })
-        .collect()
-}
-
-/// Looks for Ctrl-C now and then, from threads that do not hold the GIL.
-struct Signals(Instant);
-
-impl Signals {
-    fn new() -> Self {
-        Self(Instant::now())
-    }
-
-    fn check(&mut self) -> PyResult<()> {
-        if self.0.elapsed() < SIGNAL_INTERVAL {
-            return Ok(());
-        }
-        self.0 = Instant::now();
-        Python::attach(|py| py.check_signals())
-    }
-}
-
-/// Reads the iterator under the GIL and hands its text to the workers, waiting for them without the GIL.
-fn send(
-    iterator: &Bound<'_, PyIterator>,
-    buffer_size: usize,
-    sender: SyncSender<Batch>,
-    failed: &AtomicBool,
-) -> Result<(), Failure> {
-    let py = iterator.py();
-    let flush = |batch: &mut Batch| {
-        let batch = std::mem::take(batch);
-        let _ = py.detach(|| sender.send(batch)); // fails when every worker has: joining them tells why
-        py.check_signals()
-    };
-    let mut batch = Batch::default();
-    for (index, item) in iterator.clone().enumerate() {
-        let item = item?;
-        let text = item.cast::<PyString>().map_err(|_| {
-            let kind = item.get_type().name().map_or_else(|_| "object".to_owned(), |name| name.to_string());
-            PyTypeError::new_err(format!("expected an iterable of str, but item {index} is {kind}"))
-        })?;
-        batch.push(text.to_str()?);
-        if batch.ends.len() >= buffer_size || batch.text.len() >= BATCH_BYTES {
-            flush(&mut batch)?;
-            if failed.load(Ordering::Relaxed) {
-                break;
-            }
-        }
-    }
-    Ok(flush(&mut batch)?)
-}
-
-fn learn(counts: Vec<ChunkCounts>, num_merges: usize) -> PyResult<Vocabulary> {
-    let mut words = Words::default();
+fn learn(counts: Vec<ChunkCounts>, num_merges: usize, progress: &mut Progress) -> Result<Vocabulary, Failure> {
+    let (num_words, num_bytes) =
+        counts.iter().map(ChunkCounts::len).fold((0, 0), |sum, len| (sum.0 + len.0, sum.1 + len.1));
+    let mut words = Words::with_capacity(num_words, num_bytes)?;
     for part in counts {
         part.iter().for_each(|(chunk, count)| words.push(chunk, count));
     }
-    let mut signals = Signals::new();
-    Ok(Vocabulary::from_merges(&learn_merges(words, num_merges, || signals.check())?))
+    let merges =
+        learn_merges(words, num_merges, |done| progress.update("merge", done as u64, Some(num_merges as u64)))?;
+    progress.report("merge", merges.len() as u64, Some(merges.len() as u64))?;
+    Ok(Vocabulary::from_merges(&merges))
+}
+
+fn at_least_one(name: &str, value: i64) -> PyResult<usize> {
+    match usize::try_from(value) {
+        Ok(value @ 1..) => Ok(value),
+        _ => Err(PyValueError::new_err(format!("{name} must be at least 1, got {value}"))),
+    }
 }
 
 #[pymodule]
