@@ -29,6 +29,8 @@ class FinetuneConfig(TrainConfig):
     """Flags of both stages."""
 
     step: int | None = flag(None, "step of the checkpoint to start from; default the newest")
+    mixture: str | None = flag(None, "what to train on, such as SmolTalk,MMLU*3,chats.jsonl: tasks or files of "
+                               "conversations, each with its weight; default: what goes with the corpus")
     max_seq_len: int | None = flag(None, "tokens of a row; default the base model's")
     embedding_lr: float | None = flag(None, "rate of the embedding tables; default the base run's")
     unembedding_lr: float | None = flag(None, "rate of the unembedding; default the base run's")
@@ -56,7 +58,7 @@ def finetune(config: FinetuneConfig, *, name: str, section: str, source: str, ta
 
     hosts = dict(process_index=jax.process_index(), process_count=jax.process_count())
     common = dict(sequence_len=length, mode=mode, **hosts)
-    mixture = mixture_for(loaded.meta["data"], stage, "train", paths)
+    mixture = mixture_for(loaded.meta["data"], stage, "train", paths, config.mixture)
     batches = conversation_loader(mixture, tokenizer, batch_size=shape.rows, **common)
     validation = conversation_loader(mixture_for(loaded.meta["data"], stage, "val", paths), tokenizer,
                                      batch_size=shape.micro_rows, **common)

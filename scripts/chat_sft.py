@@ -14,6 +14,8 @@ from nanochat_jax.optim import trapezoid
 @dataclass(frozen=True, kw_only=True)
 class ChatSFTConfig(FinetuneConfig):
     source: str = flag("mid", "stage to start from", choices=["base", "mid"])
+    packing: str = flag("rows", "how conversations fill rows; rows: several, best fit; single: one a row, as upstream "
+                        "until 2026", choices=["rows", "single"])
     num_epochs: int = flag(1, "passes over the mixture")
     device_batch_size: int = flag(4, "rows per device and micro-step")
     total_batch_size: int = flag(-1, "tokens per optimizer step; -1: one micro-step")
@@ -24,8 +26,8 @@ class ChatSFTConfig(FinetuneConfig):
 
 def main(config: ChatSFTConfig) -> None:
     finetune(
-        config, name="chat_sft", section="Chat SFT", source=config.source, target="sft", stage="sft", mode="rows",
-        num_epochs=config.num_epochs, primary="val_loss",
+        config, name="chat_sft", section="Chat SFT", source=config.source, target="sft", stage="sft",
+        mode=config.packing, num_epochs=config.num_epochs, primary="val_loss",
         lr_schedule=lambda steps: trapezoid(steps, warmup=0, warmdown_ratio=config.warmdown_ratio, final_fraction=0.0),
     )
 
