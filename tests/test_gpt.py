@@ -90,11 +90,12 @@ def test_attention_equals_a_plain_masked_softmax(window):
     np.testing.assert_allclose(causal_attention(q, k, v, window=window), expected, atol=1e-5)
 
 
-def test_rematerialised_gradients_equal_plain_ones(model):
+@pytest.mark.parametrize("remat", ["block", "full"])
+def test_rematerialised_gradients_equal_plain_ones(model, remat):
     config, params = model
     tokens = random_tokens(config, 1, 20)
     gradient = lambda remat: jax.grad(lambda p: (forward(p, tokens, config=config, remat=remat)[0] ** 2).sum())(params)  # noqa: E731
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), gradient(True), gradient(False))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), gradient(remat), gradient("none"))
 
 
 def test_initial_classic_loss_is_ln_v():

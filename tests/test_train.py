@@ -15,10 +15,21 @@ from nanochat_jax.config import GPTConfig
 from nanochat_jax.metrics import read_metrics
 from nanochat_jax.optim import OptimizerConfig, cosine_decay, make_optimizer, modern_momentum, trapezoid
 from nanochat_jax.sharding import make_mesh
-from nanochat_jax.train import EXIT_STOPPED, Job, TrainConfig, batch_shape, init_state, make_train_step, train
+from nanochat_jax.step import batch_shape, init_state, make_train_step
+from nanochat_jax.stopping import EXIT_STOPPED
+from nanochat_jax.train import Evaluation, Job, TrainConfig, train
 
 MODEL = GPTConfig.modern(3, n_embd=32, n_head=4, n_kv_head=4, vocab_size=100, sequence_len=16)
 ROWS, STEPS = 8, 6
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compile_cache(tmp_path_factory):
+    """Most runs here compile the same step."""
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    yield
+    jax.config.update("jax_compilation_cache_dir", None)
 
 
 class CountedBatches:
@@ -53,7 +64,7 @@ def run(directory, *, mesh="1x1", device_batch=ROWS, fsdp=False, batches=None, *
     state, shardings = init_state(MODEL, optimizer, mesh, fsdp=fsdp, seed=1)
     step = make_train_step(MODEL, optimizer, dtype=jnp.float32, mesh=mesh, shardings=shardings)
     job = Job(name="test", config=config, model=MODEL, directory=directory, num_steps=STEPS, shape=shape,
-              lr_multiplier=multiplier, evaluate=lambda params, step, last: {"val_bpb": 1.0}, metadata={})
+              lr_multiplier=multiplier, evaluations=[Evaluation(-1, lambda params: {"val_bpb": 1.0})], metadata={})
     outcome = train(job, state, shardings, step, batches or CountedBatches())
     losses = [line["loss"] for line in read_metrics(directory / "metrics.jsonl") if line["kind"] == "train"]
     return losses, jax.tree.map(np.asarray, outcome.params)
