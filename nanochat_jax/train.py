@@ -47,7 +47,7 @@ class TrainConfig:
     fsdp: bool = flag(False, "shard the parameters over the data axis too")
     dtype: str = flag("auto", "compute dtype", choices=["auto", "float32", "bfloat16"])
     remat: str = flag("none", "activations that the backward pass recomputes, to save memory: those inside blocks, or "
-                              "also most blocks' inputs", choices=REMAT)
+                              "also most blocks' inputs (without effect on a CPU, whose compiler undoes it)", choices=REMAT)
     device_batch_size: int | Literal["auto"] = flag(32, "rows per device and micro-step; auto: the most that fit into memory")
     total_batch_size: int = flag(-1, "tokens per optimizer step; -1: the recipe's")
     num_iterations: int = flag(-1, "optimizer steps; -1: the recipe's horizon")
