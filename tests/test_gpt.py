@@ -9,7 +9,7 @@ import pytest
 
 from nanochat_jax.attention import causal_attention
 from nanochat_jax.config import GPTConfig
-from nanochat_jax.gpt import forward, init_cache, init_params, unembed
+from nanochat_jax.gpt import REMAT, forward, init_cache, init_params, unembed
 from nanochat_jax.loss import cross_entropy
 
 CONFIGS = {
@@ -80,6 +80,33 @@ def test_cached_decode_equals_full_forward_for_rows_at_different_positions(model
     assert (np.asarray(cache.length) == length).all()
 
 
+ODD_SHAPES = {
+    "one layer": dict(n_layer=1),
+    "one key/value head": dict(n_head=4, n_kv_head=1),
+    "three heads": dict(n_head=3, n_kv_head=3, n_embd=36),
+    "long windows first": dict(window_pattern="LSL", n_layer=4),
+    "short windows only": dict(window_pattern="S", n_layer=2),
+    "vocabulary of a prime size": dict(vocab_size=101, n_layer=2),
+}
+
+
+@pytest.mark.parametrize("shape", ODD_SHAPES)
+@pytest.mark.parametrize("era", CONFIGS)
+def test_any_shape_decodes_as_it_reads(era, shape):
+    """The forward pass, and decoding through the cache past the short window, for shapes off the dial."""
+    config = dataclasses.replace(CONFIGS[era], n_layer=2)
+    change = {name: value for name, value in ODD_SHAPES[shape].items() if era == "modern" or name != "window_pattern"}
+    config = dataclasses.replace(config, **change)
+    params, tokens = random_params(config), random_tokens(config, 1, 150)
+    expected = unembed(params, forward(params, tokens, config=config)[0], config=config)
+    assert expected.shape == (1, 150, config.vocab_size)
+    cache = init_cache(config, 1, 150)
+    step = jax.jit(lambda tokens, cache: forward(params, tokens, config=config, cache=cache))
+    for start, stop in [(0, 146), *((i, i + 1) for i in range(146, 150))]:
+        hidden, cache = step(tokens[:, start:stop], cache)
+        np.testing.assert_allclose(unembed(params, hidden, config=config), expected[:, start:stop], atol=2e-4)
+
+
 @pytest.mark.parametrize("window", [None, 0, 3, 130])
 def test_attention_equals_a_plain_masked_softmax(window):
     q, k, v = (jax.random.normal(key, (2, 200, heads, 8)) for key, heads in zip(jax.random.split(jax.random.key(2), 3), (4, 2, 2)))
@@ -91,11 +118,22 @@ def test_attention_equals_a_plain_masked_softmax(window):
     np.testing.assert_allclose(causal_attention(q, k, v, window=window), expected, atol=1e-5)
 
 
-def test_rematerialised_gradients_equal_plain_ones(model):
+@pytest.mark.parametrize("remat", ["block", "full"])
+def test_rematerialised_gradients_equal_plain_ones(model, remat):
     config, params = model
     tokens = random_tokens(config, 1, 20)
     gradient = lambda remat: jax.grad(lambda p: (forward(p, tokens, config=config, remat=remat)[0] ** 2).sum())(params)  # noqa: E731
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), gradient(True), gradient(False))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), gradient(remat), gradient("none"))
+
+
+def test_rematerialisation_keeps_fewer_activations_for_the_backward_pass():
+    config = dataclasses.replace(CONFIGS["modern"], n_layer=9)
+    params, tokens = init_params(config, jax.random.key(0)), random_tokens(config, 4, 64)
+    kept = {}
+    for remat in REMAT:
+        _, backward = jax.vjp(lambda p, remat=remat: forward(p, tokens, config=config, remat=remat)[0], params)
+        kept[remat] = sum(leaf.size for leaf in jax.tree.leaves(backward))
+    assert kept["none"] > 2 * kept["block"] and kept["block"] > kept["full"]
 
 
 def test_initial_classic_loss_is_ln_v():
