@@ -19,7 +19,7 @@ import tiktoken
 from nanochat_jax import rustbpe
 from nanochat_jax.cli import NotFound, UsageError
 from nanochat_jax.paths import Paths
-from nanochat_jax.tokenizer import META_FILE, RANKS_FILE, SPECIAL_TOKENS, Tokenizer, _parse_ranks
+from nanochat_jax.tokenizer import META_FILE, RANKS_FILE, SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer, _parse_ranks
 from scripts import tok_eval, tok_train
 
 TEXTS = [
@@ -256,16 +256,67 @@ def random_text(rng, length):
     return "".join(rng.choice(rng.choice(pools)) for _ in range(length))
 
 
-def test_round_trip_and_agreement_of_both_encoders_on_random_unicode():
-    texts = [random_text(random.Random(seed), seed) for seed in range(300)]
+def reference(tokenizer):
+    return tiktoken.Encoding(
+        "x", pat_str=tokenizer.pattern, mergeable_ranks=tokenizer.mergeable_ranks, special_tokens={}
+    )
+
+
+# GPT-4's pattern with other numbers of digits, and some that the splitter leaves to the regular expression engine.
+PATTERNS = [
+    SPLIT_PATTERN,
+    SPLIT_PATTERN.replace("{1,2}", "{1,3}"),
+    r"\S+|\s+",
+    r"(?s).{1,200}",
+    r"[a-z]+(?!\d)| ?\w|\W+",
+]
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_random_unicode_gets_tiktokens_ids_and_comes_back(pattern):
+    texts = [random_text(random.Random(seed), seed) for seed in range(300)] + TEXTS[:3]
     trainer = rustbpe.Tokenizer()
-    trainer.train_from_iterator(texts, 500)
-    tokenizer = Tokenizer(dict(trainer.get_mergeable_ranks()), pattern=trainer.get_pattern())
-    for text in texts:
+    trainer.train_from_iterator(texts, 500, pattern=pattern)
+    tokenizer = Tokenizer(dict(trainer.get_mergeable_ranks()), pattern=pattern)
+    expected = reference(tokenizer)
+    unseen = [random_text(random.Random(seed), 400) for seed in range(300, 330)]
+    for text in texts + unseen:
         ids = tokenizer.encode(text)
+        assert ids == expected.encode_ordinary(text)
+        assert ids == trainer.encode(text)
+        if pattern.startswith("'"):  # the others may leave text between their matches
+            assert tokenizer.decode(ids) == text
+            assert trainer.decode(ids) == text.encode()
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_vocabulary_that_nobody_trained_gets_tiktokens_ids(seed):
+    rng = random.Random(seed)
+    tokens = [bytes([byte]) for byte in range(256)]
+    tokens += {"".join(rng.choices("aab ", k=rng.randint(2, 6))).encode() for _ in range(60)}
+    rng.shuffle(tokens)
+    tokenizer = Tokenizer({token: rank for rank, token in enumerate(tokens)}, pattern=r"(?s).{1,300}")
+    expected = reference(tokenizer)
+    for length in (1, 7, 50, 1000):
+        text = "".join(rng.choices("aaabc ", k=length))
+        assert tokenizer.encode(text) == expected.encode_ordinary(text)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_arbitrary_bytes_come_back(tokenizer, seed):
+    noise = random.Random(seed).randbytes(5000)
+    for text in (noise.decode("latin-1"), noise.decode("utf-8", "replace")):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+        assert tokenizer.encode(text) == reference(tokenizer).encode_ordinary(text)
+    assert tokenizer.decode_bytes(list(noise)) == noise
+
+
+def test_text_without_a_place_to_cut_gets_tiktokens_ids(tokenizer):
+    rng = random.Random(0)
+    for text in ("".join(rng.choices("theqbrown", k=50_000)), "a" * 100_000, "'" * 30_000, " " * 30_000):
+        ids = tokenizer.encode(text)
+        assert ids == reference(tokenizer).encode_ordinary(text)
         assert tokenizer.decode(ids) == text
-        assert trainer.encode(text) == ids
-        assert trainer.decode(ids) == text.encode()
 
 
 def test_a_list_gives_the_ids_of_each(tokenizer):
