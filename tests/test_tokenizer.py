@@ -9,6 +9,7 @@ import shutil
 import signal
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pyarrow as pa
@@ -118,6 +119,7 @@ def test_training_stops_when_no_pair_is_left(caplog):
     [
         ((["a"], 255), ValueError, "at least 256, got 255"),
         ((["a"], -1), ValueError, "at least 256, got -1"),
+        ((["a"], 2**40), ValueError, "at most 4294967295, got 1099511627776"),
         ((["a"], 300, 0), ValueError, "buffer_size"),
         ((["a"], 300, 1, "("), ValueError, "bad split pattern"),
         ((["a", 3], 300), TypeError, "item 1 is int"),
@@ -302,6 +304,12 @@ def test_a_vocabulary_that_nobody_trained_gets_tiktokens_ids(seed):
         assert tokenizer.encode(text) == expected.encode_ordinary(text)
 
 
+@pytest.mark.parametrize("token", [-1, 256, 2**40])
+def test_an_id_without_a_token_is_refused(token):
+    with pytest.raises(ValueError, match=f"no token has id {token}"):
+        rustbpe.Tokenizer().decode([97, token])
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_arbitrary_bytes_come_back(tokenizer, seed):
     noise = random.Random(seed).randbytes(5000)
@@ -333,6 +341,15 @@ def test_a_batch_is_the_ids_of_all_texts_in_one_array(tokenizer):
         assert rows == [[tokenizer.bos_id, *tokenizer.encode(text)] for text in texts]
     ids, offsets = tokenizer.encode_batch([])
     assert (ids.size, offsets.tolist()) == (0, [0])
+
+
+def test_several_python_threads_share_a_tokenizer(tokenizer):
+    batches = [TEXTS[start:] * 20 for start in range(12)]
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda texts: tokenizer.encode_batch(texts, num_threads=2), batches))
+    for texts, (ids, offsets) in zip(batches, results, strict=True):
+        assert ids.tolist() == [token for text in texts for token in tokenizer.encode(text)]
+        assert len(offsets) == len(texts) + 1
 
 
 @pytest.mark.parametrize("kind", [pa.string(), pa.large_string()])

@@ -104,10 +104,11 @@ impl Vocabulary {
     }
 
     /// The bytes of `ids` joined, or the first id that is not in the vocabulary.
-    pub fn decode(&self, ids: &[u32]) -> Result<Vec<u8>, u32> {
+    pub fn decode(&self, ids: &[i64]) -> Result<Vec<u8>, i64> {
         let mut bytes = Vec::new();
         for &id in ids {
-            bytes.extend_from_slice(self.tokens.get(id as usize).ok_or(id)?);
+            let token = usize::try_from(id).ok().and_then(|id| self.tokens.get(id));
+            bytes.extend_from_slice(token.ok_or(id)?);
         }
         Ok(bytes)
     }
