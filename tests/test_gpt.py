@@ -80,6 +80,33 @@ def test_cached_decode_equals_full_forward_for_rows_at_different_positions(model
     assert (np.asarray(cache.length) == length).all()
 
 
+ODD_SHAPES = {
+    "one layer": dict(n_layer=1),
+    "one key/value head": dict(n_head=4, n_kv_head=1),
+    "three heads": dict(n_head=3, n_kv_head=3, n_embd=36),
+    "long windows first": dict(window_pattern="LSL", n_layer=4),
+    "short windows only": dict(window_pattern="S", n_layer=2),
+    "vocabulary of a prime size": dict(vocab_size=101, n_layer=2),
+}
+
+
+@pytest.mark.parametrize("shape", ODD_SHAPES)
+@pytest.mark.parametrize("era", CONFIGS)
+def test_any_shape_decodes_as_it_reads(era, shape):
+    """The forward pass, and decoding through the cache past the short window, for shapes off the dial."""
+    config = dataclasses.replace(CONFIGS[era], n_layer=2)
+    change = {name: value for name, value in ODD_SHAPES[shape].items() if era == "modern" or name != "window_pattern"}
+    config = dataclasses.replace(config, **change)
+    params, tokens = random_params(config), random_tokens(config, 1, 150)
+    expected = unembed(params, forward(params, tokens, config=config)[0], config=config)
+    assert expected.shape == (1, 150, config.vocab_size)
+    cache = init_cache(config, 1, 150)
+    step = jax.jit(lambda tokens, cache: forward(params, tokens, config=config, cache=cache))
+    for start, stop in [(0, 146), *((i, i + 1) for i in range(146, 150))]:
+        hidden, cache = step(tokens[:, start:stop], cache)
+        np.testing.assert_allclose(unembed(params, hidden, config=config), expected[:, start:stop], atol=2e-4)
+
+
 @pytest.mark.parametrize("window", [None, 0, 3, 130])
 def test_attention_equals_a_plain_masked_softmax(window):
     q, k, v = (jax.random.normal(key, (2, 200, heads, 8)) for key, heads in zip(jax.random.split(jax.random.key(2), 3), (4, 2, 2)))
