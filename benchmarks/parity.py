@@ -2,8 +2,8 @@
 
     NANOCHAT_TEST_DATA=DIR python benchmarks/parity.py [classic modern]
 
-Upstream's d4 runs come with the reference data: their settings and their bits per byte at the last step. The order of the
-documents and the initial weights are our own, so the figures agree to about the spread between seeds. Prints a table, then
+Upstream's d4 runs come with the reference data: their settings and their bits per byte at the last step. The batches are the
+same, the initial weights are our own, so the figures agree to about the spread between seeds. Prints a table, then
 one JSON line; exit code 1 if an era ends more than 0.03 bits per byte from upstream's.
 """
 
@@ -35,7 +35,8 @@ def train(era: str, reference: Path, corpus: Path) -> dict[str, float]:
         flags = [f"--{name.replace('_', '-')}={settings[name]}" for name in SETTINGS if settings.get(name) is not None]
         start = time.perf_counter()
         run("scripts.base_train", "--arch", era, "--data", "fineweb", "--mesh", "1x1", "--dtype", "float32",
-            "--model-tag", "ours", "--eval-every", "-1", *flags)
+            "--model-tag", "ours", "--eval-every", "-1",
+            "--data-shards", "1", *flags)
         seconds = time.perf_counter() - start
         log = [json.loads(line) for line in (Path(base) / "base_checkpoints/ours/metrics.jsonl").read_text().splitlines()]
     ours = [row["val_bpb"] for row in log if "val_bpb" in row][-1]

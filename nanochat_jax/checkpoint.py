@@ -3,31 +3,77 @@
     <source>_checkpoints/<tag>/<step>/{params,optimizer,state}      metrics.jsonl beside the steps; `optimizer` is
                                                                     absent where weights were imported
 
-A step that is torn or damaged is set aside as `damaged-<step>`, with a warning that names it, for the one before.
+Each step carries checksums of its content. One that is torn or damaged is passed over, with a warning that names it, for
+the one before; a resumed run renames it to `damaged-<step>`. Nothing here deletes a step but `keep` and `--fresh`.
 """
 
+import json
 import logging
+import math
+import os
 import shutil
+import zlib
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import orbax.checkpoint as ocp
-from jax.experimental import multihost_utils
+from jax import Array
 from jax.sharding import Mesh
 
 from nanochat_jax.cli import NotFound, UsageError
 from nanochat_jax.config import GPTConfig
 from nanochat_jax.gpt import Params, abstract_params
 from nanochat_jax.paths import HOW_TO_MAKE, Paths
-from nanochat_jax.sharding import make_mesh, param_shardings
+from nanochat_jax.sharding import barrier, make_mesh, param_shardings
 from nanochat_jax.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
 # Besides read_only, what Orbax would otherwise set itself, with a warning each time.
 READ_ONLY = ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0, create=False)
+CHECKSUMS = "checksums"  # its key in the state
+
+
+class Damaged(Exception):
+    """A step's content is not what was saved."""
+
+
+@jax.jit
+def _checksum(tree: Any) -> Array:
+    """uint32 that depends on every bit of the tree's arrays and on its place, and not on how they are sharded: words
+    times odd numbers, added modulo 2^32, so that no order of additions matters and no changed word goes unseen."""
+    total = jnp.zeros((), jnp.uint32)
+    for number, leaf in enumerate(jax.tree.leaves(tree)):
+        leaf = jnp.asarray(leaf)
+        words = jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{8 * leaf.dtype.itemsize}")).astype(jnp.uint32)
+        place = jnp.zeros(leaf.shape, jnp.uint32)
+        for axis in range(leaf.ndim):
+            stride = math.prod(leaf.shape[axis + 1 :]) % 2**32
+            place += jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis) * jnp.uint32(stride)
+        total += (words * (2 * place + 1)).sum(dtype=jnp.uint32) * jnp.uint32(2 * number + 1)
+    return total
+
+
+def _state_checksum(state: dict[str, Any]) -> int:
+    return zlib.crc32(json.dumps({k: v for k, v in state.items() if k != CHECKSUMS}, sort_keys=True).encode())
+
+
+def _structure(tree: Any) -> int:
+    """Of the names, shapes and dtypes of a tree."""
+    described = [(jax.tree_util.keystr(path), leaf.shape, str(leaf.dtype))
+                 for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
+    return zlib.crc32(json.dumps(described).encode())
+
+
+def _verify(found: dict[str, Any], state: dict[str, Any]) -> None:
+    """Raises `Damaged` if an item is not as it was saved; steps without checksums are taken as they are."""
+    for name, expected in state.get(CHECKSUMS, {}).get("content", {}).items():
+        if name in found and int(_checksum(found[name])) != expected:
+            raise Damaged(f"the checksum of its {name} does not match")
 
 
 @dataclass(frozen=True)
@@ -49,51 +95,113 @@ class Checkpoints:
             max_to_keep=keep, enable_async_checkpointing=True, cleanup_tmp_directories=True, create=True
         )
         self._manager = ocp.CheckpointManager(directory, options=options)
+        self._saving: int | None = None  # the step whose save has not been seen to end
 
     def __enter__(self) -> "Checkpoints":
         return self
 
-    def __exit__(self, *_: Any) -> None:
-        self._manager.close()
+    def __exit__(self, kind: type | None, *_: Any) -> None:
+        try:
+            self._manager.close()
+        except Exception as error:
+            if kind is None:
+                raise
+            log.warning("closing %s: %s", self.directory, error)  # beside the error that is on its way already
 
     def save(self, step: int, params: Params, optimizer: Any, state: dict[str, Any]) -> None:
         """Start writing a step; raises here if an earlier save failed in the background."""
-        items: dict[str, Any] = {"params": ocp.args.StandardSave(params), "state": ocp.args.JsonSave(state)}
-        if optimizer is not None:
-            items["optimizer"] = ocp.args.StandardSave(optimizer)
+        self.wait()
+        trees = {"params": params} | ({} if optimizer is None else {"optimizer": optimizer})
+        sums = {"content": {name: int(_checksum(tree)) for name, tree in trees.items()},
+                "structure": {name: _structure(tree) for name, tree in trees.items()}, "state": _state_checksum(state)}
+        items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
+        items["state"] = ocp.args.JsonSave(state | {CHECKSUMS: sums})
+        self._saving = step
         self._manager.save(step, args=ocp.args.Composite(**items), force=True)
 
+    def check(self) -> None:
+        """Raises `UsageError` if a save has failed in the background. Costs nothing while none is on its way."""
+        if self._saving is not None and not self._manager.is_saving_in_progress():
+            self.wait()
+
     def wait(self) -> None:
-        self._manager.wait_until_finished()
+        """Until the save on its way, if any, is on disk; raises `UsageError` if it failed."""
+        if self._saving is None:
+            return
+        step, self._saving = self._saving, None
+        try:
+            self._manager.wait_until_finished()
+            self._manager.check_for_errors()
+        except Exception as error:  # whatever the disk or the network says
+            self._manager.reload()
+            raise UsageError(f"the checkpoint of step {step} could not be written ({str(error)[:200]}): mend that and go on "
+                             "with --resume") from error
 
     def steps(self) -> list[int]:
         return sorted(self._manager.all_steps())
 
-    def _set_aside(self, step: int) -> None:
-        """Out of the way of the save that will come to this step again; nothing is deleted."""
-        damaged = self.directory / f"damaged-{step}"
+    def last_step(self) -> int | str:
+        return (self.steps() or ["none"])[-1]
+
+    def set_aside(self, steps: list[int], prefix: str) -> None:
+        """Rename steps, out of the way of the saves that will come to them again; nothing is deleted."""
         if jax.process_index() == 0:
-            shutil.rmtree(damaged, ignore_errors=True)  # of an earlier time
-            (self.directory / str(step)).rename(damaged)
-        multihost_utils.sync_global_devices("damaged checkpoint set aside")
+            for step in steps:
+                target = self.directory / f"{prefix}-{step}"
+                shutil.rmtree(target, ignore_errors=True)  # of an earlier time
+                (self.directory / str(step)).rename(target)
+        barrier("steps set aside")
         self._manager.reload()
 
-    def restore_latest(self, abstract: Any, abstract_optimizer: Any) -> Restored | None:
-        """The newest step that can be read whole, or None if there is no step at all."""
+    def restore(self, step: int, abstract: Params, abstract_optimizer: Any = None,
+                accept: Callable[[dict[str, Any]], None] = lambda state: None) -> Restored:
+        """One step, whole; the optimizer only if asked for. `accept` may refuse its state before the arrays are read.
+
+        Raises `UsageError` if it is another kind of checkpoint, and other errors if it cannot be read or is damaged.
+        """
+        state = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.JsonRestore())).state
+        sums = state.pop(CHECKSUMS, {})
+        if sums and sums["state"] != _state_checksum(state):
+            raise Damaged("the checksum of its state does not match")
+        accept(state)
+        if abstract_optimizer is not None and "optimizer" not in sums.get("structure", {"optimizer": 0}):
+            raise UsageError(f"{self.directory / str(step)} holds no optimizer state, as imported weights do not: train "
+                             "under another --model-tag")
+        trees = {"params": abstract} | ({} if abstract_optimizer is None else {"optimizer": abstract_optimizer})
+        for name, structure in sums.get("structure", {}).items():
+            if name in trees and structure != _structure(trees[name]):
+                raise UsageError(f"{self.directory / str(step)} holds other {name} than this run's: its architecture or "
+                                 "kind of optimizer was another")
+        items = {name: ocp.args.StandardRestore(tree) for name, tree in trees.items()}
+        found = dict(self._manager.restore(step, args=ocp.args.Composite(**items)).items())
+        _verify(found, {CHECKSUMS: sums})
+        return Restored(step, found["params"], found.get("optimizer"), state)
+
+    def restore_latest(self, abstract: Any, abstract_optimizer: Any, *, step: int | None = None,
+                       accept: Callable[[dict[str, Any]], None] = lambda state: None) -> Restored | None:
+        """The newest step that can be read whole, or None if there is no step at all; or `step`, which must be there.
+
+        Newer steps, damaged or not wanted, are renamed, never deleted.
+        """
         steps = self.steps()
-        for step in reversed(steps):
-            items = {"params": ocp.args.StandardRestore(abstract), "state": ocp.args.JsonRestore(),
-                     "optimizer": ocp.args.StandardRestore(abstract_optimizer)}
+        if step is not None and step not in steps:
+            raise UsageError(f"no step {step} in {self.directory}: there are {', '.join(map(str, steps)) or 'none'}")
+        damaged = []
+        for candidate in reversed(steps) if step is None else [step]:
             try:
-                found = self._manager.restore(step, args=ocp.args.Composite(**items))
+                restored = self.restore(candidate, abstract, abstract_optimizer, accept)
+            except UsageError:
+                raise
             except Exception as error:  # Orbax raises many kinds for torn data; the step is passed over, loudly
-                log.warning("checkpoint %s cannot be read (%.200s): setting it aside and trying the step before",
-                            self.directory / str(step), error)
-                self._set_aside(step)
+                damaged.append(candidate)
+                log.warning("checkpoint %s cannot be read (%.200s): trying the step before",
+                            self.directory / str(candidate), error)
                 continue
-            return Restored(step, found.params, found.optimizer, found.state)
+            self.set_aside(damaged, "damaged")
+            self.set_aside([other for other in self.steps() if other > candidate], "replaced")
+            return restored
         if steps:
-            raise UsageError(f"none of the steps {steps} in {self.directory} can be read: delete them or use --fresh")
+            raise UsageError(f"none of the steps {damaged} in {self.directory} can be read: delete them or use --fresh")
         return None
 
 
@@ -123,8 +231,14 @@ def saved_steps(directory: Path) -> list[int]:
 
 def claim_directory(directory: Path, *, resume: bool, fresh: bool) -> None:
     """Before a run writes to a tag: steps that are there are continued or deleted only if the user said which."""
-    if fresh and jax.process_index() == 0:
-        shutil.rmtree(directory, ignore_errors=True)
+    if fresh:
+        if jax.process_index() == 0:
+            for old in directory.parent.glob(f".deleted-{directory.name}-*"):  # what a killed run began to delete
+                shutil.rmtree(old)
+            if directory.exists():  # renamed first: of a directory that is half deleted, steps could be resumed
+                gone = directory.rename(directory.with_name(f".deleted-{directory.name}-{os.getpid()}"))
+                shutil.rmtree(gone)
+        barrier("old steps deleted")
     elif not resume and (steps := saved_steps(directory)):
         raise UsageError(f"{directory} already holds steps {', '.join(map(str, steps))}: --resume goes on with them, "
                          "--fresh deletes them, --model-tag names another place")
@@ -150,31 +264,34 @@ def load_model(paths: Paths, source: str, *, tag: str | None = None, step: int |
 
 def load_directory(directory: Path, *, source: str = "base", step: int | None = None, mesh: Mesh | None = None,
                    fsdp: bool = False, need_tokenizer: bool = True) -> Loaded:
-    """Load the parameters of a tag's directory, float32, placed on the mesh; without a step, the greatest.
+    """Load the parameters of a tag's directory, float32, placed on the mesh; without a step, the greatest that can be read.
 
     Its tokenizer is in `tokenizer/` under it (where an imported model brought one that is not the base directory's), else
     in that of the base directory. Raises `NotFound` when there is no such step and `UsageError` when the checkpoint was
     trained with another tokenizer, or came without one and `need_tokenizer`.
     """
     steps = saved_steps(directory)
-    step = steps[-1] if step is None and steps else step
-    if step not in steps:
-        raise NotFound(f"no step {step} in {directory}: there are {', '.join(map(str, steps)) or 'none'}")
-    log.info("loading %s step %d", directory, step)
-    meta = read_meta(directory, step)
-    config = GPTConfig.from_dict(meta["model_config"])
-    tokenizer = _load_tokenizer(directory, meta["tokenizer"], need_tokenizer)
+    if not steps or step is not None and step not in steps:
+        raise NotFound(f"no step {'' if step is None else step} in {directory}: there are {', '.join(map(str, steps)) or 'none'}")
     mesh = make_mesh("1x1") if mesh is None else mesh
-    abstract = jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
-                            abstract_params(config), param_shardings(config, mesh, fsdp=fsdp))
-    try:
-        with ocp.CheckpointManager(directory, options=READ_ONLY) as manager:
-            found = manager.restore(step, args=ocp.args.Composite(params=ocp.args.StandardRestore(abstract)))
-    except Exception as error:  # Orbax raises many kinds for torn data
-        earlier = ", ".join(map(str, steps[: steps.index(step)])) or "none"
-        raise UsageError(f"checkpoint {directory / str(step)} cannot be read ({str(error)[:200]}); "
-                         f"earlier steps: {earlier}") from error
-    return Loaded(config, found.params, tokenizer, meta, directory, step, source)
+    for candidate in reversed(steps) if step is None else [step]:
+        log.info("loading %s step %d", directory, candidate)
+        try:
+            meta = read_meta(directory, candidate)
+            config = GPTConfig.from_dict(meta["model_config"])
+            tokenizer = _load_tokenizer(directory, meta["tokenizer"], need_tokenizer)
+            abstract = abstract_tree(abstract_params(config), param_shardings(config, mesh, fsdp=fsdp))
+            with ocp.CheckpointManager(directory, options=READ_ONLY) as manager:
+                found = manager.restore(candidate, args=ocp.args.Composite(params=ocp.args.StandardRestore(abstract)))
+            _verify({"params": found.params}, meta)
+        except UsageError:
+            raise
+        except Exception as error:  # Orbax raises many kinds for torn data
+            log.warning("checkpoint %s cannot be read (%.200s)", directory / str(candidate), error)
+            continue
+        return Loaded(config, found.params, tokenizer, meta, directory, candidate, source)
+    raise UsageError(f"none of the steps {steps if step is None else [step]} in {directory} can be read"
+                     + (f"; there are {', '.join(map(str, steps))}" if step is not None else ""))
 
 
 def _load_tokenizer(directory: Path, fingerprint: str | None, needed: bool) -> Tokenizer | None:
@@ -196,3 +313,19 @@ def carry_tokenizer(loaded: Loaded, directory: Path) -> None:
     """Give the next stage's directory the tokenizer that a model carries with it, if it does not use the shared one."""
     if (loaded.directory / "tokenizer").is_dir() and jax.process_index() == 0:
         loaded.tokenizer.save(directory / "tokenizer")
+
+
+def abstract_tree(tree: Any, shardings: Any) -> Any:
+    """Shapes, dtypes and places of a tree's arrays, to restore them by."""
+    return jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree, shardings)
+
+
+def load_optimizer(loaded: Loaded, abstract: Any) -> Any:
+    """The optimizer state that was saved with a loaded model; `abstract` says its shapes and where it shall lie."""
+    directory = loaded.directory
+    if not (directory / str(loaded.step) / "optimizer").is_dir():
+        raise NotFound(f"{directory / str(loaded.step)} was saved without an optimizer: use --load-optimizer 0")
+    with ocp.CheckpointManager(directory, options=READ_ONLY) as manager:
+        found = manager.restore(loaded.step, args=ocp.args.Composite(optimizer=ocp.args.StandardRestore(abstract)))
+    _verify({"optimizer": found.optimizer}, loaded.meta)
+    return found.optimizer

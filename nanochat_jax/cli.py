@@ -29,9 +29,10 @@ class NotFound(UsageError, FileNotFoundError):
     """A file, checkpoint or tokenizer that should exist does not."""
 
 
-def flag(default: Any, help: str, *, short: str | None = None, choices: Sequence[str] | None = None) -> Any:
-    """A dataclass field that is also a command-line flag."""
-    metadata = {"help": help, "short": short, "choices": choices}
+def flag(default: Any, help: str, *, short: str | None = None, choices: Sequence[str] | None = None,
+         aliases: Sequence[str] = ()) -> Any:
+    """A dataclass field that is also a command-line flag; `aliases` are other names of it."""
+    metadata = {"help": help, "short": short, "choices": choices, "aliases": aliases}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -64,8 +65,12 @@ def _parse_int(text: str) -> int:
 
 
 def _converter(kind: Any) -> Callable[[str], Any]:
-    if isinstance(kind, types.UnionType):  # `int | None`: the flag, when given, has the type that is not None
-        kind = next(arg for arg in typing.get_args(kind) if arg is not type(None))
+    if typing.get_origin(kind) in (types.UnionType, typing.Union):
+        # `int | None`: the flag, when given, has the type that is not None; `int | Literal["auto"]`: either of them.
+        plain = [arg for arg in typing.get_args(kind) if arg is not type(None)]
+        words = [word for arg in plain if typing.get_origin(arg) is typing.Literal for word in typing.get_args(arg)]
+        convert = _converter(plain[0])
+        return (lambda text: text if text in words else convert(text)) if words else convert
     return {bool: _parse_bool, int: _parse_int}.get(kind, kind)
 
 
@@ -78,9 +83,9 @@ def make_parser(config_type: type, *, prog: str, description: str) -> argparse.A
         if field.metadata.get("arguments"):
             parser.add_argument(field.name, nargs="+", metavar=field.name.upper(), help=field.metadata["help"])
             continue
-        names = [f"--{field.name.replace('_', '-')}"]
-        if "_" in field.name:
-            names.append(f"--{field.name}")
+        names = []
+        for name in (field.name, *field.metadata.get("aliases", ())):
+            names += dict.fromkeys([f"--{name.replace('_', '-')}", f"--{name}"])
         if field.metadata.get("short"):
             names.insert(0, field.metadata["short"])
         options: dict[str, Any] = {"dest": field.name, "default": field.default, "help": field.metadata["help"]}
@@ -104,8 +109,9 @@ def parse(config_type: type[C], argv: Sequence[str] | None = None, *, prog: str,
 def setup_logging() -> None:
     level = os.environ.get("NANOCHAT_LOG", "INFO").upper()
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr, force=True)
-    for noisy in ("absl", "jax", "orbax", "urllib3", "httpx", "asyncio"):
+    for noisy in ("jax", "orbax", "urllib3", "httpx", "asyncio"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
+    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs the stack of every error that it raises
 
 
 def run(main: Callable[[C], int | None], config_type: type[C], *, prog: str, description: str) -> typing.NoReturn:

@@ -7,19 +7,24 @@ from dataclasses import dataclass
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+import optax
 from jax import Array
 
 from nanochat_jax import report
-from nanochat_jax.checkpoint import load_model
+from nanochat_jax.checkpoint import Loaded, abstract_tree, load_model, load_optimizer
 from nanochat_jax.cli import flag
 from nanochat_jax.data.mixture import conversation_loader
 from nanochat_jax.eval.bpb import held_out_loss
-from nanochat_jax.optim import OptimizerConfig, linear_momentum, make_optimizer
+from nanochat_jax.gpt import Params
+from nanochat_jax.muon import MuonState
+from nanochat_jax.optim import OptimizerConfig, constant, linear_momentum, make_optimizer
 from nanochat_jax.paths import Paths
-from nanochat_jax.sharding import data_size, make_mesh
+from nanochat_jax.sharding import data_share, make_mesh, optimizer_shardings
 from nanochat_jax.startup import start
-from nanochat_jax.tasks.mixtures import mixture_for
-from nanochat_jax.train import Job, TrainConfig, batch_shape, init_state, make_train_step, resolve_dtype, train
+from nanochat_jax.step import choose_batch_shape, init_state, make_train_step, resolve_dtype
+from nanochat_jax.tasks.base import Task
+from nanochat_jax.train import Evaluation, Job, TrainConfig, train
 
 log = logging.getLogger(__name__)
 
@@ -28,7 +33,8 @@ log = logging.getLogger(__name__)
 class FinetuneConfig(TrainConfig):
     """Flags of both stages."""
 
-    step: int | None = flag(None, "step of the checkpoint to start from; default the newest")
+    step: int | None = flag(None, "step of the checkpoint to start from; default the newest", aliases=("model_step",))
+    load_optimizer: bool = flag(False, "go on with the moments of its optimizer; the rates begin anew")
     mixture: str | None = flag(None, "what to train on, such as SmolTalk,MMLU*3,chats.jsonl: tasks or files of "
                                "conversations, each with its weight; default: what goes with the corpus")
     max_seq_len: int | None = flag(None, "tokens of a row; default the base model's")
@@ -36,64 +42,107 @@ class FinetuneConfig(TrainConfig):
     unembedding_lr: float | None = flag(None, "rate of the unembedding; default the base run's")
     matrix_lr: float | None = flag(None, "Muon's rate of the matrices; default the base run's")
     init_lr_frac: float = flag(1.0, "factor of all rates")
+    weight_decay: float = flag(0.0, "modern: Muon's cautious decay; classic: AdamW's")
+    dry_run: bool = flag(False, "leave no checkpoint and no section of the report")
 
 
-def finetune(config: FinetuneConfig, *, name: str, section: str, source: str, target: str, stage: str, mode: str,
-             num_epochs: int, lr_schedule: Callable[[int], Callable[[Array], Array]], primary: str
-             ) -> None:
-    """Train the newest model of `source` on the mixture of `stage` and save it under `target`.
+@dataclass(frozen=True, kw_only=True)
+class Stage:
+    """What tells a stage of finetuning from another."""
 
-    `mode` is how conversations fill rows (data/mixture.py); `lr_schedule` makes the multiplier from the number of steps.
+    name: str  # "mid_train", "chat_sft"
+    section: str  # of the report
+    source: str  # the model it starts from, and where its own goes
+    target: str
+    mode: str  # how conversations fill rows: data/mixture.py
+    primary: str  # the figure whose minimum is reported
+    num_epochs: int
+    step_rows: int | None  # rows of a step where no batch size is given; None: as many tokens as the base run's steps
+    mixture: Callable[[str, str, Paths], Task]  # (corpus, "train" or "val", paths)
+    lr_schedule: Callable[[int], Callable[[Array], Array]]  # from the number of steps
+    eval_steps: int | None = None  # instead of --eval-tokens
+    # More evaluations, given the model, its micro-batch rows, the compute dtype and the mesh.
+    evaluations: Callable[..., list[Evaluation]] = lambda *_: []
+
+
+def warm_optimizer(loaded: Loaded, optimizer: optax.GradientTransformation, params: Params, shardings: Any,
+                   mesh: jax.sharding.Mesh) -> Any:
+    """The optimizer state saved with `loaded`, with the counts that schedules follow set back to 0.
+
+    Adam's own count stays, for its moments are of that many steps.
     """
+    # Where pretraining clips, that comes first in its chain; here it is left out.
+    clipped = loaded.source == "base" and loaded.meta["rates"]["grad_clip"] > 0
+    saved = optax.chain(optax.clip_by_global_norm(1.0), optimizer) if clipped else optimizer
+    abstract = jax.eval_shape(saved.init, params)
+    state = load_optimizer(loaded, abstract_tree(abstract, optimizer_shardings(abstract, params, shardings, mesh)))
+    scheduled = (MuonState, optax.ScaleByScheduleState)
+    return jax.tree.map(lambda node: node._replace(count=jnp.zeros_like(node.count)) if isinstance(node, scheduled) else node,
+                        state[1] if clipped else state, is_leaf=lambda node: isinstance(node, scheduled))
+
+
+def finetune(config: FinetuneConfig, stage: Stage) -> None:
+    """Train the newest model of `stage.source` on the stage's mixture and save it under `stage.target`."""
     paths = Paths.from_env()
-    start(paths)
+    start(paths, device_type=config.device_type, compile_cache=config.compile_cache)
     mesh, dtype = make_mesh(config.mesh), resolve_dtype(config.dtype)
-    loaded = load_model(paths, source, tag=config.model_tag, step=config.step, mesh=mesh, fsdp=config.fsdp)
-    model, tokenizer = loaded.config, loaded.tokenizer
+    loaded = load_model(paths, stage.source, tag=config.model_tag, step=config.step, mesh=mesh, fsdp=config.fsdp)
+    model, tokenizer, meta = loaded.config, loaded.tokenizer, loaded.meta
+    mixture = stage.mixture(meta["data"], "train", paths)
     length = config.max_seq_len or model.sequence_len
     total = config.total_batch_size
-    if total <= 0:  # midtraining goes on as pretraining did; a finetuning mixture is small and takes small steps
-        total = loaded.meta["total_batch_size"] if stage == "mid" else config.device_batch_size * length * data_size(mesh)
-    shape = batch_shape(total, config.device_batch_size, length, mesh)
+    if total <= 0:
+        total = stage.step_rows * length if stage.step_rows else meta["total_batch_size"]
 
-    hosts = dict(process_index=jax.process_index(), process_count=jax.process_count())
-    common = dict(sequence_len=length, mode=mode, **hosts)
-    mixture = mixture_for(loaded.meta["data"], stage, "train", paths, config.mixture)
-    batches = conversation_loader(mixture, tokenizer, batch_size=shape.rows, **common)
-    validation = conversation_loader(mixture_for(loaded.meta["data"], stage, "val", paths), tokenizer,
-                                     batch_size=shape.micro_rows, **common)
-    num_steps = config.num_iterations if config.num_iterations > 0 else max(1, batches.count_batches(num_epochs))
-    eval_steps = max(1, min(config.eval_tokens // (shape.micro_rows * length), validation.count_batches(1)))
+    # The batch decides the number of steps, which the schedules follow, but no shape: any schedule does to measure it.
+    def optimizer_for(num_steps: int) -> optax.GradientTransformation:
+        given = {key: value for key in ("embedding_lr", "unembedding_lr", "matrix_lr")
+                 if (value := getattr(config, key)) is not None}
+        rates = OptimizerConfig(**(meta["rates"] | given | {"weight_decay": config.weight_decay, "grad_clip": 0.0}))
+        decay = constant(config.weight_decay) if model.arch == "modern" and config.weight_decay else None
+        return make_optimizer(model, rates, lr_multiplier=stage.lr_schedule(num_steps), weight_decay=decay,
+                              momentum=linear_momentum(300, 0.85, 0.95), lr_scale=config.init_lr_frac, muon_dtype=dtype,
+                              mesh=mesh)
 
-    given = {key: value for key in ("embedding_lr", "unembedding_lr", "matrix_lr")
-             if (value := getattr(config, key)) is not None}
-    rates = OptimizerConfig(**(loaded.meta["rates"] | given | {"weight_decay": 0.0, "grad_clip": 0.0}))
-    multiplier = lr_schedule(num_steps)
-    optimizer = make_optimizer(model, rates, lr_multiplier=multiplier, momentum=linear_momentum(300, 0.85, 0.95),
-                               lr_scale=config.init_lr_frac, muon_dtype=dtype, mesh=mesh)
-    state, shardings = init_state(model, optimizer, mesh, fsdp=config.fsdp, seed=config.seed, params=loaded.params)
-    step_fn = make_train_step(model, optimizer, dtype=dtype, mesh=mesh, shardings=shardings, remat=config.remat)
-    log.info("%s: %d conversations, %d steps of %s tokens, mesh %s, %s", name, len(mixture), num_steps,
+    def step_for(optimizer: optax.GradientTransformation) -> Callable:
+        return make_train_step(model, optimizer, dtype=dtype, mesh=mesh, shardings=shardings, remat=config.remat)
+
+    state, shardings = init_state(model, optimizer_for(1), mesh, fsdp=config.fsdp, seed=config.seed, params=loaded.params)
+    shape = choose_batch_shape(total, config.device_batch_size, length, mesh, step_for(optimizer_for(1)), state)
+    common = dict(sequence_len=length, mode=stage.mode)
+    index, count = data_share(mesh)
+    batches = conversation_loader(mixture, tokenizer, batch_size=shape.rows, process_index=index, process_count=count, **common)
+    validation = conversation_loader(stage.mixture(meta["data"], "val", paths), tokenizer, batch_size=shape.micro_rows, **common)
+    num_steps = config.num_iterations if config.num_iterations > 0 else max(1, batches.count_batches(stage.num_epochs))
+    wanted = stage.eval_steps or config.eval_tokens // (shape.micro_rows * length)
+    eval_steps = max(1, min(wanted, validation.count_batches(1)))
+    optimizer = optimizer_for(num_steps)
+    if config.load_optimizer:
+        state = state._replace(optimizer=warm_optimizer(loaded, optimizer, state.params, shardings.params, mesh))
+    log.info("%s: %d conversations, %d steps of %s tokens, mesh %s, %s", stage.name, len(mixture), num_steps,
              f"{shape.tokens:,}", "x".join(map(str, mesh.shape.values())), dtype)
     token_bytes = tokenizer.token_bytes()
 
-    def evaluate(params: Any, step: int, last: bool) -> dict[str, float]:
+    def held_out(params: Params) -> dict[str, float]:
         figures = held_out_loss(params, validation, eval_steps, config=model, token_bytes=token_bytes, mesh=mesh,
                                 dtype=dtype)
         validation.reset()
         return {"val_bpb": figures.bpb, "val_loss": figures.loss}
 
-    metadata = {"tokenizer": tokenizer.fingerprint(), "data": loaded.meta["data"],
-                "total_batch_size": shape.tokens, "rates": loaded.meta["rates"], "from": [source, loaded.tag, loaded.step]}
-    job = Job(name=name, config=config, model=model, directory=paths.checkpoints(target) / loaded.tag,
-              num_steps=num_steps, shape=shape, lr_multiplier=multiplier, evaluate=evaluate, metadata=metadata,
-              primary=primary)
-    outcome = train(job, state, shardings, step_fn, batches)
+    job = Job(
+        name=stage.name, config=config, model=model, directory=paths.checkpoints(stage.target) / loaded.tag,
+        num_steps=num_steps, shape=shape, lr_multiplier=stage.lr_schedule(num_steps), primary=stage.primary,
+        evaluations=[Evaluation(config.eval_every, held_out), *stage.evaluations(loaded, shape.micro_rows, dtype, mesh)],
+        metadata={"tokenizer": tokenizer.fingerprint(), "data": meta["data"], "total_batch_size": shape.tokens,
+                  "rates": meta["rates"], "from": [stage.source, loaded.tag, loaded.step]},
+        dry_run=config.dry_run, origin=loaded,
+    )
+    outcome = train(job, state, shardings, step_for(optimizer), batches)
     results = {
         "training_rows": len(mixture), "num_iterations": num_steps, "training_tokens": num_steps * shape.tokens,
-        "train_loss": outcome.train_loss, **outcome.last, f"min_{primary}": outcome.minimum,
+        "train_loss": outcome.train_loss, **outcome.last, f"min_{stage.primary}": outcome.minimum,
         "tokens_per_sec": outcome.tokens_per_sec, "training_seconds": outcome.seconds,
     }
-    if jax.process_index() == 0:
-        report.log_section(paths.report, section, [dataclasses.asdict(config), results], stage=name, results=results,
-                           curves=job.directory / "metrics.jsonl")
+    if jax.process_index() == 0 and not config.dry_run:
+        report.log_section(paths.report, stage.section, [dataclasses.asdict(config), results], stage=stage.name,
+                           results=results, curves=job.directory / "metrics.jsonl")

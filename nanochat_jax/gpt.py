@@ -20,6 +20,7 @@ from nanochat_jax.config import SMEAR_GATE_CHANNELS, VE_GATE_CHANNELS, GPTConfig
 from nanochat_jax.layers import apply_rotary, linear, mlp, rms_norm, rotary_tables
 
 Params = dict[str, Any]
+REMAT = ("none", "block", "full")  # what of the activations is recomputed in the backward pass
 
 # Logical axes of each parameter; sharding.py maps them to axes of the mesh.
 LOGICAL_AXES = {
@@ -103,7 +104,7 @@ class GPT(nnx.Module):
         if config.backout:
             self.backout_lambda = nnx.Param(jnp.full(1, 0.2))
 
-    def __call__(self, tokens: Array, cache: KVCache | None, valid: Array | None, dtype: Any, remat: bool
+    def __call__(self, tokens: Array, cache: KVCache | None, valid: Array | None, dtype: Any, remat: str
                  ) -> tuple[Array, KVCache | None]:
         config = self.config
         batch, length = tokens.shape
@@ -117,19 +118,29 @@ class GPT(nnx.Module):
 
         layers = self._unstack(dtype)
         ve_rank = {layer: rank for rank, layer in enumerate(config.value_embed_layers)}
-        new_k, new_v, backout = [], [], None
-        block = jax.checkpoint(self._block, static_argnums=(6,)) if remat else self._block
-        for i, (weights, window) in enumerate(zip(layers, config.windows)):
-            if config.lambdas:
-                x = self.resid_lambdas[i].astype(dtype) * x + self.x0_lambdas[i].astype(dtype) * x0
-            ve = (self.value_embeds[ve_rank[i]][tokens].astype(dtype), self.ve_gate[ve_rank[i]]) if i in ve_rank else None
-            layer_cache = None if cache is None else (cache.k[i], cache.v[i])
-            x, kv = block(x, weights, ve, rotary, positions, layer_cache, window)
-            if kv is not None:
-                new_k.append(kv[0])
-                new_v.append(kv[1])
-            if config.backout and i == config.n_layer // 2:
-                backout = x
+        new_k, new_v = [], []
+        block = jax.checkpoint(self._block, static_argnums=(6,)) if remat != "none" else self._block
+
+        def run(x: Array, backout: Array, span: range) -> tuple[Array, Array]:
+            for i in span:
+                if config.lambdas:
+                    x = self.resid_lambdas[i].astype(dtype) * x + self.x0_lambdas[i].astype(dtype) * x0
+                ve = (self.value_embeds[ve_rank[i]][tokens].astype(dtype), self.ve_gate[ve_rank[i]]) if i in ve_rank else None
+                layer_cache = None if cache is None else (cache.k[i], cache.v[i])
+                x, kv = block(x, layers[i], ve, rotary, positions, layer_cache, config.windows[i])
+                if kv is not None:
+                    new_k.append(kv[0])
+                    new_v.append(kv[1])
+                if config.backout and i == config.n_layer // 2:
+                    backout = x
+            return x, backout
+
+        # "full": of about the square root of L groups of blocks only the inputs are kept (Chen et al., 2016).
+        size = config.n_layer if remat != "full" else math.isqrt(config.n_layer - 1) + 1
+        backout = x
+        for first in range(0, config.n_layer, size):
+            span = range(first, min(first + size, config.n_layer))
+            x, backout = (jax.checkpoint(run, static_argnums=2) if remat == "full" else run)(x, backout, span)
         if config.backout:
             x = x - self.backout_lambda[...].astype(dtype) * backout
         hidden = rms_norm(x)
@@ -215,15 +226,17 @@ def logical_axes(config: GPTConfig) -> Params:
 
 
 def forward(params: Params, tokens: Array, *, config: GPTConfig, compute_dtype: Any = jnp.float32,
-            cache: KVCache | None = None, valid: Array | None = None, remat: bool = False
+            cache: KVCache | None = None, valid: Array | None = None, remat: str = "none"
             ) -> tuple[Array, KVCache | None]:
     """Final hidden states [B, T, D] of tokens [B, T] int32, before the unembedding.
 
     Without a cache: causal, from position 0. With one: row b's tokens take positions `cache.length[b]` onward and see all
     before them; the returned cache has `length + valid`. `valid` [B] (default T) is how many tokens of a row count:
-    padding to its right is masked and later overwritten, and 0 leaves a row as it is. `remat` recomputes each block's
-    activations in the backward pass.
+    padding to its right is masked and later overwritten, and 0 leaves a row as it is. The backward pass recomputes what
+    `remat` says: nothing ("none"), what is inside of blocks ("block"), or also most blocks' inputs ("full").
     """
+    if remat not in REMAT:
+        raise ValueError(f"remat {remat!r} is none of {', '.join(REMAT)}")
     graphdef, state = _abstract(config)
     state = jax.tree.map(lambda leaf: leaf, state)  # replace_by_pure_dict works in place
     nnx.replace_by_pure_dict(state, params)

@@ -1,8 +1,10 @@
 """What a run tells: metrics.jsonl for programs, a progress display for people, wandb if asked, and the device's peak."""
 
+import contextlib
 import json
 import logging
 import os
+import resource
 import sys
 import time
 from pathlib import Path
@@ -32,17 +34,21 @@ def peak_flops(device: jax.Device) -> float | None:
     return next((flops for name, flops in PEAK_FLOPS.items() if name in kind), None)
 
 
-def peak_memory_bytes() -> int | None:
-    """Most device memory in use so far on the first local device; None where the backend does not say."""
-    return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
+def peak_memory_bytes() -> int:
+    """Most memory in use so far on the first local device; on a CPU, where devices share it, of the process."""
+    stats = jax.local_devices()[0].memory_stats() or {}
+    return stats.get("peak_bytes_in_use") or 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 class MetricsLog:
-    """Appends one JSON object a line; after a resume the lines past the restored step are dropped."""
+    """Appends one JSON object a line; after a resume the lines past the restored step are dropped. Process 0 only."""
 
     def __init__(self, path: Path, *, resume_step: int | None, wandb_run: Any = None) -> None:
         self.path = path
         self._wandb = wandb_run
+        self._file = None
+        if jax.process_index() != 0:
+            return
         kept = []
         if resume_step is not None and path.exists():
             kept = [line for line in read_metrics(path) if line["step"] < resume_step]
@@ -53,14 +59,44 @@ class MetricsLog:
         self._file = path.open("a")
 
     def write(self, **values: Any) -> None:
+        if self._file is None:
+            return
         self._file.write(json.dumps(values) + "\n")
         self._file.flush()
         if self._wandb is not None:
-            self._wandb.log({f"{values['kind']}/{key}": v for key, v in values.items() if key not in ("kind", "step")},
-                            step=values["step"])
+            figures = {f"{values['kind']}/{key}": v for key, v in values.items() if isinstance(v, (int, float)) and key != "step"}
+            self._wandb.log(figures, step=values["step"])
 
     def close(self) -> None:
-        self._file.close()
+        if self._file is not None:
+            self._file.close()
+
+
+class Profiler:
+    """Traces a range of steps for xprof (`tensorboard --logdir`, or the xprof package)."""
+
+    def __init__(self, steps: range, directory: Path) -> None:
+        self._steps, self._directory, self._running = steps, directory, False
+
+    def changes_at(self, step: int) -> bool:
+        """Whether tracing begins or ends before this step; the steps before it must be finished then."""
+        return len(self._steps) > 0 and step in (self._steps.start, self._steps.stop)
+
+    def at(self, step: int) -> None:
+        if step in self._steps and not self._running:
+            jax.profiler.start_trace(str(self._directory))
+            self._running = True
+        elif step not in self._steps:
+            self.close()
+
+    def annotate(self, step: int) -> Any:
+        return jax.profiler.StepTraceAnnotation("train", step_num=step) if self._running else contextlib.nullcontext()
+
+    def close(self) -> None:
+        if self._running:
+            jax.profiler.stop_trace()
+            self._running = False
+            log.info("the trace is in %s", self._directory)
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:

@@ -29,8 +29,8 @@ from nanochat_jax.interop.hf import read_hf
 from nanochat_jax.interop.torch_checkpoint import Imported, read_checkpoint
 from nanochat_jax.paths import CHECKPOINT_DIRS, Paths
 from nanochat_jax.sharding import make_mesh, param_shardings
+from nanochat_jax.step import resolve_dtype
 from nanochat_jax.tokenizer import SPECIAL_TOKENS, Tokenizer
-from nanochat_jax.train import resolve_dtype
 
 
 class _NoTokenizer:

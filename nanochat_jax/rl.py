@@ -25,9 +25,9 @@ from nanochat_jax.infer.engine import Engine
 from nanochat_jax.infer.request import Request
 from nanochat_jax.loss import chunk_length, cross_entropy
 from nanochat_jax.sharding import replicated
+from nanochat_jax.step import TrainState
 from nanochat_jax.tasks.base import Conversation, Task
 from nanochat_jax.tokenizer import Tokenizer
-from nanochat_jax.train import TrainState
 
 
 @dataclass(frozen=True)
@@ -109,7 +109,7 @@ def policy_batch(groups: Sequence[Sequence[Rollout]], *, pass_rows: int, multipl
 
 
 def policy_loss(params: Params, inputs: Array, targets: Array, weights: Array, *, config: GPTConfig,
-                dtype: Any = jnp.float32, remat: bool = False, num_devices: int = 1) -> Array:
+                dtype: Any = jnp.float32, remat: str = "none", num_devices: int = 1) -> Array:
     """Scalar loss of rows [B, T], whose gradient is the policy gradient."""
     hidden, _ = forward(params, inputs, config=config, compute_dtype=dtype, remat=remat)
     unembedding = params["lm_head"][:, : config.vocab_size]
@@ -118,7 +118,7 @@ def policy_loss(params: Params, inputs: Array, targets: Array, weights: Array, *
 
 
 def make_policy_step(config: GPTConfig, optimizer: optax.GradientTransformation, *, dtype: Any, mesh: Mesh,
-                     shardings: TrainState, remat: bool = False) -> Callable:
+                     shardings: TrainState, remat: str = "none") -> Callable:
     """Jitted `step(state, inputs, targets, weights) -> (state, {"loss", "grad_norm"})` over micro-batches [A, B, T]."""
 
     def micro_loss(params: Params, *rows: Array) -> Array:
@@ -131,7 +131,7 @@ def make_policy_step(config: GPTConfig, optimizer: optax.GradientTransformation,
         zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params))
         (loss, grads), _ = jax.lax.scan(accumulate, zeros, rows)
         updates, opt_state = optimizer.update(grads, state.optimizer, state.params)
-        metrics = {"loss": loss, "grad_norm": optax.global_norm(grads)}
+        metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
         return TrainState(optax.apply_updates(state.params, updates), opt_state), metrics
 
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))

@@ -13,9 +13,9 @@ import numpy as np
 from jax.sharding import Mesh
 
 from nanochat_jax import report
-from nanochat_jax.checkpoint import Checkpoints, Loaded, claim_directory, load_model
+from nanochat_jax.checkpoint import Checkpoints, Loaded, carry_tokenizer, claim_directory, load_model
 from nanochat_jax.cli import UsageError, flag
-from nanochat_jax.gpt import Params
+from nanochat_jax.gpt import REMAT, Params
 from nanochat_jax.infer.engine import Engine
 from nanochat_jax.metrics import Display, MetricsLog, start_wandb
 from nanochat_jax.optim import OptimizerConfig, constant, make_optimizer, trapezoid
@@ -30,12 +30,12 @@ from nanochat_jax.rl import (
     policy_batch,
     sample_rollouts,
 )
-from nanochat_jax.sharding import data_size, global_batch, make_mesh
+from nanochat_jax.sharding import data_share, data_size, global_batch, make_mesh
 from nanochat_jax.startup import start
+from nanochat_jax.step import TrainState, init_state, resolve_dtype
 from nanochat_jax.tasks.base import Task
 from nanochat_jax.tasks.gsm8k import GSM8K
 from nanochat_jax.tasks.skills import Arithmetic, LetterCount, Spelling, load_words
-from nanochat_jax.train import TrainState, init_state, resolve_dtype
 
 log = logging.getLogger(__name__)
 
@@ -50,7 +50,7 @@ class ChatRLConfig:
     mesh: str = flag("auto", "devices as DxM: D-way data and M-way tensor parallelism")
     fsdp: bool = flag(False, "shard the parameters over the data axis too")
     dtype: str = flag("auto", "compute dtype", choices=["auto", "float32", "bfloat16"])
-    remat: bool = flag(False, "recompute each block's activations in the backward pass, to save memory")
+    remat: str = flag("none", "activations that the backward pass recomputes, to save memory", choices=REMAT)
     model_tag: str | None = flag(None, "name of the checkpoint directory; default the largest d<depth>", short="-g")
     step: int | None = flag(None, "step of the checkpoint to start from; default the newest", short="-s")
     device_batch_size: int = flag(8, "rows per device and micro-step; the loss is a mean over the tokens of as many")
@@ -126,7 +126,8 @@ def _rewards(groups: Sequence[Sequence[Rollout]]) -> np.ndarray:
 
 def _place(batch: PolicyBatch, micro_rows: int, mesh: Mesh) -> tuple[jax.Array, ...]:
     """The rows, which every process holds, as global arrays [A, B, T]."""
-    share = slice(*(micro_rows * (jax.process_index() + i) // jax.process_count() for i in (0, 1)))
+    index, count = data_share(mesh)
+    share = slice(*(micro_rows * (index + i) // count for i in (0, 1)))
     rows = (array.reshape(-1, micro_rows, array.shape[1])[:, share] for array in batch)
     return tuple(global_batch(mesh, array, batch_axis=1) for array in rows)
 
@@ -175,6 +176,7 @@ def reinforce(config: ChatRLConfig) -> None:
     wandb_run = start_wandb(config.run, "nanochat-rl", dataclasses.asdict(config))
     figures: dict[str, float] = {}
     claim_directory(directory, resume=config.resume, fresh=config.fresh)
+    carry_tokenizer(loaded, directory)
     with Checkpoints(directory, keep=config.keep) as checkpoints:
         restored = checkpoints.restore_latest(*abstract) if config.resume else None
         first = 0

@@ -4,11 +4,13 @@ A mesh is DxM: D-way data parallelism, M-way tensor ("model") parallelism. Weigh
 `RULES` maps those to mesh axes; layers never mention either. Optimizer state is always spread over the data axis too.
 """
 
+import json
 import re
 from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from nanochat_jax.cli import UsageError
@@ -101,8 +103,45 @@ def _add_data_axis(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> P
     return PartitionSpec(*axes)
 
 
+def data_share(mesh: Mesh) -> tuple[int, int]:
+    """(index, count): this process's devices hold the index-th of `count` equal parts of a batch's rows.
+
+    Processes whose devices differ only along the model axis hold the same part.
+    """
+    mine = [row for row, devices in enumerate(mesh.devices) if any(d.process_index == jax.process_index() for d in devices)]
+    first, size, rows = mine[0], len(mine), mesh.shape["data"]
+    if mine != list(range(first, first + size)) or rows % size or first % size:
+        raise UsageError(f"--mesh {'x'.join(map(str, mesh.shape.values()))}: the devices of one process must lie together "
+                         f"on the data axis, these are at {mine}: choose a model axis that divides the devices of a host")
+    return first // size, rows // size
+
+
 def global_batch(mesh: Mesh, local: np.ndarray, *, batch_axis: int) -> jax.Array:
     """A global array from this process's rows, spread over the data axis along `batch_axis`."""
-    spec = [None] * local.ndim
+    spec: list[str | None] = [None] * local.ndim
     spec[batch_axis] = "data"
-    return jax.make_array_from_process_local_data(NamedSharding(mesh, PartitionSpec(*spec)), local)
+    shape = list(local.shape)
+    shape[batch_axis] *= data_share(mesh)[1]
+    return jax.make_array_from_process_local_data(NamedSharding(mesh, PartitionSpec(*spec)), local, tuple(shape))
+
+
+def spread_rows(mesh: Mesh, rows: np.ndarray) -> jax.Array:
+    """A global array, spread over the data axis along the first one, of rows that every process holds all of."""
+    return jax.make_array_from_callback(rows.shape, NamedSharding(mesh, PartitionSpec("data")), lambda index: rows[index])
+
+
+def barrier(name: str) -> None:
+    """Wait for all processes of the run."""
+    if jax.process_count() > 1:
+        multihost_utils.sync_global_devices(name)
+
+
+def gather_json(value: Any) -> list[Any]:
+    """A JSON-able value of each process, in the order of the processes, on every process."""
+    if jax.process_count() == 1:
+        return [value]
+    data = np.frombuffer(json.dumps(value).encode(), np.uint8)
+    sizes = multihost_utils.process_allgather(np.array(len(data), np.int32)).reshape(-1)
+    padded = np.zeros(sizes.max(), np.uint8)
+    padded[: len(data)] = data
+    return [json.loads(row[:size].tobytes()) for row, size in zip(multihost_utils.process_allgather(padded), sizes)]

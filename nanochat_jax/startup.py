@@ -1,23 +1,64 @@
-"""What every script that uses JAX does first."""
+"""What every script that uses JAX does first: choose the platform, join the run's other processes, set up caches."""
 
 import ctypes
+import os
 import sys
 
 import jax
 
+from nanochat_jax.cli import UsageError
 from nanochat_jax.paths import Paths
 
 # Options of glibc's mallopt (malloc.h).
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
 
+PLATFORMS = ("", "cpu", "cuda", "rocm", "tpu")  # of --device-type
 
-def start(paths: Paths) -> None:
-    """Keep compiled programs under the base directory, so that the next start of the same stage does not compile."""
+
+def start(paths: Paths, *, device_type: str = "", compile_cache: bool = True) -> None:
+    """Call once, before JAX is used.
+
+    Args:
+      device_type: the platform to run on; "" takes the best there is.
+      compile_cache: keep compiled programs under the base directory, so that the next start does not compile.
+    """
+    if device_type:
+        jax.config.update("jax_platforms", device_type)
+    join_processes()
+    jax.config.update("jax_enable_compilation_cache", compile_cache)
     jax.config.update("jax_compilation_cache_dir", str(paths.compile_cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    if jax.devices()[0].platform == "cpu" and sys.platform == "linux":
+    try:
+        platform = jax.devices()[0].platform
+    except RuntimeError as error:
+        if not device_type:
+            raise
+        raise UsageError(f"--device-type {device_type}: JAX finds no such device here ({str(error)[:150]})") from error
+    if platform == "cpu" and sys.platform == "linux":
         _keep_memory()
+
+
+def join_processes() -> None:
+    """Start `jax.distributed` if this is one process of several.
+
+    Either the environment says which one, in `JAX_COORDINATOR_ADDRESS` (host:port of process 0), `JAX_NUM_PROCESSES` and
+    `JAX_PROCESS_ID`; or JAX finds out, under Slurm, Open MPI or on TPU slices that name their workers in the
+    environment. `NANOCHAT_DISTRIBUTED=1` makes JAX look where none of these variables is set (TPU VMs).
+    """
+    env = os.environ
+    if "JAX_COORDINATOR_ADDRESS" in env:
+        try:
+            count, index = int(env["JAX_NUM_PROCESSES"]), int(env["JAX_PROCESS_ID"])
+        except (KeyError, ValueError) as error:
+            raise UsageError("JAX_COORDINATOR_ADDRESS is set: JAX_NUM_PROCESSES and JAX_PROCESS_ID must be numbers too, "
+                             f"found {env.get('JAX_NUM_PROCESSES')!r} and {env.get('JAX_PROCESS_ID')!r}") from error
+        if count > 1:
+            jax.distributed.initialize(num_processes=count, process_id=index, cluster_detection_method="deactivate")
+    elif (env.get("NANOCHAT_DISTRIBUTED", "0") not in ("", "0") or "MEGASCALE_COORDINATOR_ADDRESS" in env
+          or "," in env.get("TPU_WORKER_HOSTNAMES", "")
+          or any(int(env.get(name, "1")) > 1 for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"))):
+        jax.distributed.initialize()
 
 
 def _keep_memory() -> None:

@@ -1,42 +1,40 @@
-"""The train step and the one loop that pretraining, midtraining and finetuning share.
+"""The one loop that pretraining, midtraining and finetuning share: train, log, evaluate, save, resume, stop.
 
-    state, metrics = step(state, batch)      pure, jitted once, donated; gradients accumulate inside
-
-The loss is the sum over supervised tokens divided by their number in the whole batch, across micro-batches and devices,
-so how a batch is cut never changes the result. Metrics of a step are read after the next one is dispatched.
+At step s, in this order: save, evaluate, stop if it is the last, train. So no evaluation can lose a checkpoint. Metrics of
+a step are read after the next one is dispatched, so that the device never waits for a log line.
 """
 
 import collections
+import contextlib
 import dataclasses
+import gc
 import json
 import logging
 import math
-import os
-import signal
+import shutil
+import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
-from jax import Array
-from jax.sharding import Mesh
 
-from nanochat_jax.checkpoint import Checkpoints, claim_directory
+from nanochat_jax.checkpoint import Checkpoints, Loaded, abstract_tree, carry_tokenizer, claim_directory
 from nanochat_jax.cli import UsageError, flag
 from nanochat_jax.config import GPTConfig
-from nanochat_jax.gpt import Params, forward, init_params
-from nanochat_jax.loss import chunk_length, cross_entropy
-from nanochat_jax.metrics import Display, MetricsLog, peak_flops, peak_memory_bytes, start_wandb
-from nanochat_jax.sharding import data_size, global_batch, optimizer_shardings, param_shardings, replicated
+from nanochat_jax.data.loader import merge_states
+from nanochat_jax.gpt import REMAT, Params
+from nanochat_jax.metrics import Display, MetricsLog, Profiler, peak_flops, peak_memory_bytes, start_wandb
+from nanochat_jax.sharding import barrier, data_share, gather_json
+from nanochat_jax.startup import PLATFORMS
+from nanochat_jax.step import BatchShape, TrainState, compile_step, is_out_of_memory, out_of_memory, place_batch
+from nanochat_jax.stopping import EXIT_STOPPED, Interrupted, StopRequest
 
 log = logging.getLogger(__name__)
-
-EXIT_STOPPED = 75  # a signal stopped the run after a save: run the same command again to go on
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -44,33 +42,47 @@ class TrainConfig:
     """Flags that every training stage has. Stages extend it with their own."""
 
     run: str = flag("dummy", "wandb run name; dummy turns wandb off")
+    device_type: str = flag("", "platform to run on; default the best there is", choices=PLATFORMS)
     mesh: str = flag("auto", "devices as DxM: D-way data and M-way tensor parallelism")
     fsdp: bool = flag(False, "shard the parameters over the data axis too")
     dtype: str = flag("auto", "compute dtype", choices=["auto", "float32", "bfloat16"])
-    remat: bool = flag(False, "recompute each block's activations in the backward pass, to save memory")
-    device_batch_size: int = flag(32, "rows per device and micro-step")
+    remat: str = flag("none", "activations that the backward pass recomputes, to save memory: those inside blocks, or "
+                              "also most blocks' inputs (without effect on a CPU, whose compiler undoes it)", choices=REMAT)
+    device_batch_size: int | Literal["auto"] = flag(32, "rows per device and micro-step; auto: the most that fit into memory")
     total_batch_size: int = flag(-1, "tokens per optimizer step; -1: the recipe's")
     num_iterations: int = flag(-1, "optimizer steps; -1: the recipe's horizon")
     eval_every: int = flag(250, "steps between evaluations; -1: only at the end")
     eval_tokens: int = flag(20 * 524288, "tokens of an evaluation")
-    save_every: int = flag(-1, "steps between checkpoints; -1: only at the end")
+    save_every: int = flag(-1, "steps between checkpoints; -1: before every evaluation; 0: only at the end")
     keep: int = flag(2, "how many of the newest checkpoints to keep")
     resume: bool = flag(False, "continue from the newest checkpoint of this tag, if there is one")
+    resume_from_step: int = flag(-1, "continue from this step of the tag; later ones are renamed. -1: see --resume")
     fresh: bool = flag(False, "delete the checkpoints that this tag already has, and start over")
     model_tag: str | None = flag(None, "name of the checkpoint directory; default d<depth>")
     seed: int = flag(42, "seed of the initial weights")
+    profile: str = flag("", "START:STOP, steps to trace for xprof; the trace goes to profile/ beside the checkpoints")
+    compile_cache: bool = flag(True, "keep compiled programs under the base directory for the next start")
 
     def __post_init__(self) -> None:
         for name in ("device_batch_size", "eval_tokens", "keep"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
-        if self.resume and self.fresh:
+            if (value := getattr(self, name)) != "auto" and value < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+        if self.resuming and self.fresh:
             raise ValueError("--resume goes on with the checkpoints of a tag, --fresh deletes them: give one of them")
+        self.profiled_steps  # noqa: B018  (raises if it is malformed)
 
+    @property
+    def resuming(self) -> bool:
+        return self.resume or self.resume_from_step >= 0
 
-class TrainState(NamedTuple):
-    params: Params
-    optimizer: Any
+    @property
+    def profiled_steps(self) -> range:
+        start, colon, stop = self.profile.partition(":")
+        if not self.profile:
+            return range(0)
+        if not (colon and start.isdigit() and stop.isdigit() and int(start) < int(stop)):
+            raise ValueError(f"--profile {self.profile!r} is not START:STOP, two steps such as 10:13")
+        return range(int(start), int(stop))
 
 
 class Batches(Protocol):
@@ -83,88 +95,16 @@ class Batches(Protocol):
     def set_state(self, state: dict[str, Any]) -> None: ...
 
 
-def resolve_dtype(name: str) -> Any:
-    """The compute dtype: bfloat16 on accelerators and float32 on a CPU, unless named."""
-    if name == "auto":
-        name = "float32" if jax.devices()[0].platform == "cpu" else "bfloat16"
-    return jnp.dtype(name)
-
-
 @dataclass(frozen=True)
-class BatchShape:
-    """How the rows of a step are cut: `accumulation` micro-batches of `micro_rows` rows over all devices."""
+class Evaluation:
+    """Figures for metrics.jsonl, made from the parameters every so many steps, and at the end."""
 
-    rows: int
-    accumulation: int
-    sequence_len: int
+    every: int  # below 1: only at the end
+    run: Callable[[Params], dict[str, float]]
+    at_end: bool = True
 
-    @property
-    def micro_rows(self) -> int:
-        return self.rows // self.accumulation
-
-    @property
-    def tokens(self) -> int:
-        return self.rows * self.sequence_len
-
-
-def batch_shape(total_batch_size: int, device_batch_size: int, sequence_len: int, mesh: Mesh) -> BatchShape:
-    """Cut `total_batch_size` tokens into micro-batches; raises `UsageError` with numbers that would fit."""
-    if total_batch_size % sequence_len:
-        raise UsageError(f"--total-batch-size {total_batch_size} is not a multiple of the sequence length {sequence_len}: "
-                         f"try {max(total_batch_size // sequence_len, 1) * sequence_len}")
-    rows, devices = total_batch_size // sequence_len, data_size(mesh)
-    if rows % devices:
-        raise UsageError(f"--total-batch-size {total_batch_size} has {rows} rows of {sequence_len} tokens, which do not "
-                         f"divide over {devices} data-parallel devices: try {-(-rows // devices) * devices * sequence_len}")
-    micro_rows = min(device_batch_size * devices, rows)
-    if rows % micro_rows:
-        fitting = max(size for size in range(1, device_batch_size + 1) if rows % (size * devices) == 0)
-        raise UsageError(f"--device-batch-size {device_batch_size} on {devices} data-parallel devices does not divide the "
-                         f"{rows} rows of a step: try --device-batch-size {fitting}")
-    return BatchShape(rows, rows // micro_rows, sequence_len)
-
-
-def make_train_step(config: GPTConfig, optimizer: optax.GradientTransformation, *, dtype: Any, mesh: Mesh,
-                    shardings: TrainState, remat: bool = False) -> Callable:
-    """Jitted `step(state, inputs [A, B, T], targets [A, B, T]) -> (state, {"loss", "grad_norm", "tokens"})`."""
-
-    def micro_loss(params: Params, inputs: Array, targets: Array) -> tuple[Array, Array]:
-        hidden, _ = forward(params, inputs, config=config, compute_dtype=dtype, remat=remat)
-        weight = params["lm_head"][:, : config.vocab_size]
-        chunk = chunk_length(*inputs.shape, config.vocab_size, mesh.size)
-        total, _ = cross_entropy(hidden, weight, targets, jnp.ones(targets.shape), config.softcap, chunk)
-        return total, (targets >= 0).sum()
-
-    value_and_grad = jax.value_and_grad(micro_loss, has_aux=True)
-
-    def step(state: TrainState, inputs: Array, targets: Array) -> tuple[TrainState, dict[str, Array]]:
-        def accumulate(carry, micro_batch):
-            (total, count), grads = value_and_grad(state.params, *micro_batch)
-            return jax.tree.map(jnp.add, carry, (total, count, grads)), None
-
-        if inputs.shape[0] == 1:
-            (total, count), grads = value_and_grad(state.params, inputs[0], targets[0])
-        else:
-            zeros = (jnp.zeros(()), jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, state.params))
-            (total, count, grads), _ = jax.lax.scan(accumulate, zeros, (inputs, targets))
-        scale = 1.0 / jnp.maximum(count, 1)
-        grads = jax.tree.map(lambda g: g * scale, grads)
-        updates, opt_state = optimizer.update(grads, state.optimizer, state.params)
-        metrics = {"loss": total * scale, "grad_norm": optax.tree.norm(grads), "tokens": count}
-        return TrainState(optax.apply_updates(state.params, updates), opt_state), metrics
-
-    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
-
-
-def init_state(config: GPTConfig, optimizer: optax.GradientTransformation, mesh: Mesh, *, fsdp: bool, seed: int,
-               params: Params | None = None) -> tuple[TrainState, TrainState]:
-    """A placed train state, with fresh parameters unless given, and the tree of its shardings."""
-    param_sharding = param_shardings(config, mesh, fsdp=fsdp)
-    if params is None:
-        params = jax.jit(lambda key: init_params(config, key), out_shardings=param_sharding)(jax.random.key(seed))
-    opt_sharding = optimizer_shardings(jax.eval_shape(optimizer.init, params), params, param_sharding, mesh)
-    opt_state = jax.jit(optimizer.init, out_shardings=opt_sharding)(params)
-    return TrainState(params, opt_state), TrainState(param_sharding, opt_sharding)
+    def due(self, step: int, last: bool) -> bool:
+        return (last and self.at_end) or _due(step, self.every)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,9 +118,11 @@ class Job:
     num_steps: int
     shape: BatchShape
     lr_multiplier: Callable[[Any], Any]
-    evaluate: Callable[[Params, int, bool], dict[str, float]]  # (params, step, last) -> figures for metrics.jsonl
+    evaluations: Sequence[Evaluation]
     metadata: dict[str, Any]  # goes into every checkpoint: tokenizer fingerprint, corpus, ...
     primary: str = "val_bpb"  # the figure whose minimum is kept
+    dry_run: bool = False  # save nothing
+    origin: Loaded | None = None  # the model that this one goes on from
 
 
 @dataclass(frozen=True)
@@ -194,27 +136,7 @@ class Outcome:
     seconds: float  # in training steps, without compilation, evaluation and saving
     tokens_per_sec: float
     mfu: float | None  # fraction of the devices' peak, None where that is unknown
-    peak_memory: int | None
-
-
-class _StopSignal:
-    """Turns the first SIGTERM or SIGINT into a flag for the loop; a second one ends the process at once."""
-
-    def __init__(self) -> None:
-        self.received: int | None = None
-
-    def __enter__(self) -> "_StopSignal":
-        self._old = {number: signal.signal(number, self._handle) for number in (signal.SIGTERM, signal.SIGINT)}
-        return self
-
-    def __exit__(self, *_: Any) -> None:
-        for number, handler in self._old.items():
-            signal.signal(number, handler)
-
-    def _handle(self, number: int, _: Any) -> None:
-        if self.received is not None:
-            os._exit(128 + number)
-        self.received = number
+    peak_memory: int
 
 
 class _StepClock:
@@ -242,116 +164,184 @@ class _StepClock:
         return sum(self._laps) / len(self._laps)
 
 
-def train(job: Job, state: TrainState, shardings: TrainState, step_fn: Callable, batches: Batches) -> Outcome:
-    """Run the loop to `num_steps`, resuming if the config asks for it. Exits the process with 75 after a signal's save.
-
-    At step s, in this order: save, evaluate, stop if it is the last, train. So no evaluation can lose a checkpoint.
-    """
-    config = job.config
-    abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
-    loop = {"minimum": math.inf, "smooth_loss": 0.0, "seconds": 0.0, "timed_steps": 0}
-    start, last_figures = 0, {}
-    claim_directory(job.directory, resume=config.resume, fresh=config.fresh)
-    with Checkpoints(job.directory, keep=config.keep) as checkpoints, _StopSignal() as stop:
-        restored = checkpoints.restore_latest(*abstract) if config.resume else None
-        if restored is not None:
-            if restored.state["model_config"] != dataclasses.asdict(job.model):
-                raise UsageError(f"{job.directory} holds a model of another shape: use --fresh or another --model-tag")
-            start, loop = restored.step, restored.state["loop"]
-            if start > job.num_steps:
-                raise UsageError(f"{job.directory} is at step {start}, past the {job.num_steps} of this run: use --fresh "
-                                 "or another --model-tag")
-            state = TrainState(restored.params, restored.optimizer)
-            batches.set_state(restored.state["position"])
-            log.info("resuming %s at step %d", job.directory, start)
-        wandb_run = start_wandb(config.run, f"nanochat-{job.name}", dataclasses.asdict(config))
-        metrics_log = MetricsLog(job.directory / "metrics.jsonl", resume_step=start if restored else None,
-                                 wandb_run=wandb_run)
-        display = Display(job.name, job.num_steps, start=start)
-        peak = peak_flops(jax.devices()[0])
-        devices = data_size(step_mesh := shardings.params["wte"].mesh) * step_mesh.shape["model"]
-        flops_per_step = job.model.flops_per_token * job.shape.tokens
-
-        def save(step: int) -> None:
-            own = {"step": step, "model_config": dataclasses.asdict(job.model), "loop": loop,
-                   "config": dataclasses.asdict(config), "position": batches.get_state()}
-            assert not own.keys() & job.metadata.keys()
-            checkpoints.save(step, state.params, state.optimizer, json.loads(json.dumps(own | job.metadata)))
-
-        pending: tuple[int, Any] | None = None  # the step dispatched last, and its metrics
-        clock = _StepClock()
-
-        def finish(step: int, metrics: dict[str, Array]) -> None:
-            """Read a dispatched step's metrics, which waits for it, and report them."""
-            loss, grad_norm = float(metrics["loss"]), float(metrics["grad_norm"])
-            interval = clock.lap()
-            if not math.isfinite(loss):
-                raise UsageError(f"the loss of step {step} is {loss}: the last good checkpoint is step "
-                                 f"{(checkpoints.steps() or ['none'])[-1]} in {job.directory}; lower the learning rates")
-            loop["smooth_loss"] = 0.9 * loop["smooth_loss"] + 0.1 * loss
-            smooth = loop["smooth_loss"] / (1.0 - 0.9 ** (step + 1))
-            if step > start:  # the first step of a process compiles
-                loop["seconds"] += interval
-                loop["timed_steps"] += 1
-            seconds = clock.mean
-            rate = job.shape.tokens / seconds
-            mfu = flops_per_step / seconds / (peak * devices) if peak else None
-            metrics_log.write(step=step, kind="train", loss=loss, grad_norm=grad_norm, lrm=float(job.lr_multiplier(step)),
-                              tokens_per_sec=rate, mfu=mfu, seconds=seconds, tokens=(step + 1) * job.shape.tokens,
-                              time=time.time(), peak_memory=peak_memory_bytes())
-            display.update(step + 1, loss=f"{smooth:.4f}", **{"tok/s": f"{rate:,.0f}"},
-                           mfu=f"{100 * mfu:.1f}%" if mfu else "n/a")
-
-        try:
-            for step in range(start, job.num_steps + 1):
-                last = step == job.num_steps
-                if pending and (last or stop.received or _due(step, config.save_every) or _due(step, config.eval_every)):
-                    finish(*pending)
-                    pending = None
-                resumed_here = restored is not None and step == start
-                if not resumed_here and (last or stop.received or _due(step, config.save_every)):
-                    save(step)
-                if stop.received and not last:
-                    checkpoints.wait()
-                    display.close()
-                    log.warning("stopped by signal %d at step %d and saved: run the same command with --resume to go on",
-                                stop.received, step)
-                    raise SystemExit(EXIT_STOPPED)
-                if last or _due(step, config.eval_every):
-                    last_figures = job.evaluate(state.params, step, last)
-                    if job.primary in last_figures:
-                        loop["minimum"] = min(loop["minimum"], last_figures[job.primary])
-                    metrics_log.write(step=step, kind="eval", time=time.time(), **last_figures)
-                    display.note(f"{job.name} step {step}: " + ", ".join(f"{k} {v:.4f}" for k, v in last_figures.items()))
-                if last:
-                    break
-                if pending is None:
-                    clock.restart()
-                batch = next(batches)
-                inputs, targets = (_place(batch[name], job.shape, step_mesh) for name in ("inputs", "targets"))
-                state, metrics = step_fn(state, inputs, targets)
-                if pending:
-                    finish(*pending)
-                pending = (step, metrics)
-            checkpoints.wait()
-        finally:
-            display.close()
-            metrics_log.close()
-            if wandb_run is not None:
-                wandb_run.finish()
-    steps = max(loop["timed_steps"], 1)
-    rate = job.shape.tokens * steps / loop["seconds"] if loop["seconds"] else 0.0
-    return Outcome(
-        params=state.params, last=last_figures, minimum=loop["minimum"],
-        train_loss=loop["smooth_loss"] / (1.0 - 0.9**job.num_steps), seconds=loop["seconds"], tokens_per_sec=rate,
-        mfu=job.model.flops_per_token * rate / (peak * devices) if peak else None, peak_memory=peak_memory_bytes(),
-    )
-
-
 def _due(step: int, every: int) -> bool:
     return every > 0 and step > 0 and step % every == 0
 
 
-def _place(rows: np.ndarray, shape: BatchShape, mesh: Mesh) -> Array:
-    """This process's rows [R, T] as a global array [A, B, T], rows spread over the data axis."""
-    return global_batch(mesh, rows.reshape(shape.accumulation, -1, shape.sequence_len), batch_axis=1)
+def global_position(state: dict[str, Any], mesh: jax.sharding.Mesh) -> dict[str, Any]:
+    """The data position of the whole run from that of each process, which must be at the same step."""
+    shares = dict(gather_json([data_share(mesh)[0], state]))
+    states = [shares[index] for index in sorted(shares)]
+    return merge_states(states) if "shards" in state else states[0]
+
+
+def short_position(state: dict[str, Any]) -> dict[str, Any]:
+    """A few numbers that say where in the data a process is: its first virtual shard's place, or its conversation."""
+    if "shards" in state:
+        state = next(iter(state["shards"].values()))
+    return state.get("position") or {key: value for key, value in state.items() if isinstance(value, int)}
+
+
+class _Reporter:
+    """Reads the metrics of finished steps, refuses what is not finite, and tells the log and the display."""
+
+    def __init__(self, job: Job, loop: dict[str, Any], start: int, mesh: jax.sharding.Mesh, resumed: bool) -> None:
+        self._job, self._loop = job, loop
+        self._wandb = start_wandb(job.config.run, f"nanochat-{job.name}", dataclasses.asdict(job.config))
+        self.log = MetricsLog(job.directory / "metrics.jsonl", resume_step=start if resumed else None, wandb_run=self._wandb)
+        self.display = Display(job.name, job.num_steps, start=start)
+        peak = peak_flops(jax.devices()[0])
+        self.peak = peak * mesh.size if peak else None
+        self._rates = np.asarray(jax.jit(jax.vmap(job.lr_multiplier))(jnp.arange(job.num_steps)))
+        self.clock = _StepClock()
+
+    def finish(self, step: int, metrics: dict[str, Any], batch: dict[str, np.ndarray], position: dict[str, Any]) -> None:
+        """Wait for a dispatched step and report it. Raises `UsageError` if its loss or gradient is not finite."""
+        job, loop = self._job, self._loop
+        loss, grad_norm = float(metrics["loss"]), float(metrics["grad_norm"])
+        interval = self.clock.lap()
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            dump = job.directory / f"bad-batch-{step}-{jax.process_index()}.npz"
+            np.savez(dump, **batch)
+            raise UsageError(f"the loss of step {step} is {loss}, the gradient's norm {grad_norm}; the batch is in {dump}")
+        loop["smooth_loss"] = 0.9 * loop["smooth_loss"] + 0.1 * loss
+        smooth = loop["smooth_loss"] / (1.0 - 0.9 ** (step + 1))
+        loop["seconds"] += interval
+        loop["timed_steps"] += 1
+        seconds = self.clock.mean
+        rate = job.shape.tokens / seconds
+        mfu = job.model.flops_per_token * rate / self.peak if self.peak else None
+        self.log.write(step=step, kind="train", loss=loss, grad_norm=grad_norm, lrm=float(self._rates[step]),
+                       tokens_per_sec=rate, mfu="n/a" if mfu is None else mfu, seconds=seconds,
+                       tokens=(step + 1) * job.shape.tokens, supervised=int(metrics["tokens"]), time=time.time(),
+                       position=short_position(position), peak_memory=peak_memory_bytes())
+        self.display.update(step + 1, loss=f"{smooth:.4f}", **{"tok/s": f"{rate:,.0f}"},
+                            mfu="n/a" if mfu is None else f"{100 * mfu:.1f}%")
+
+    def evaluated(self, step: int, figures: dict[str, float]) -> None:
+        if self._job.primary in figures:
+            self._loop["minimum"] = min(self._loop["minimum"], figures[self._job.primary])
+        self.log.write(step=step, kind="eval", time=time.time(), **figures)
+        self.display.note(f"{self._job.name} step {step}: " + ", ".join(f"{k} {v:.4f}" for k, v in figures.items()))
+
+    def close(self) -> None:
+        self.display.close()
+        self.log.close()
+        if self._wandb is not None:
+            self._wandb.finish()
+
+
+def train(job: Job, state: TrainState, shardings: TrainState, step_fn: Callable, batches: Batches) -> Outcome:
+    """Run the loop to `num_steps`, resuming if the config asks for it. Exits the process with 75 after a signal's save.
+
+    `step_fn` is the jitted step of step.py. Raises `UsageError` for a loss that is not finite, a step that does not fit
+    into memory, and a checkpoint that could not be written.
+    """
+    config, mesh = job.config, shardings.params["wte"].mesh
+    loop = {"minimum": math.inf, "smooth_loss": 0.0, "seconds": 0.0, "timed_steps": 0}
+
+    def accept(saved: dict[str, Any]) -> None:
+        if saved["model_config"] != json.loads(json.dumps(dataclasses.asdict(job.model))):
+            raise UsageError(f"{job.directory} holds a model of another shape: use --fresh or another --model-tag")
+        if saved["step"] > job.num_steps:
+            raise UsageError(f"{job.directory} is at step {saved['step']}, past the {job.num_steps} of this run: use "
+                             "--fresh or another --model-tag")
+
+    if job.dry_run:
+        job = dataclasses.replace(job, directory=Path(tempfile.mkdtemp(prefix="dry-run-")))
+    claim_directory(job.directory, resume=config.resuming, fresh=config.fresh)
+    if job.origin is not None:
+        carry_tokenizer(job.origin, job.directory)
+    with Checkpoints(job.directory, keep=config.keep) as checkpoints, StopRequest() as stop:
+        restored = None
+        if config.resuming:
+            wanted = config.resume_from_step if config.resume_from_step >= 0 else None
+            restored = checkpoints.restore_latest(*abstract_tree(state, shardings), step=wanted, accept=accept)
+        start = 0
+        if restored is not None:
+            start, loop = restored.step, restored.state["loop"]
+            state = TrainState(restored.params, restored.optimizer)
+            batches.set_state(restored.state["position"])
+            log.info("resuming %s at step %d", job.directory, start)
+        reporter = _Reporter(job, loop, start, mesh, restored is not None)
+        profiler = Profiler(config.profiled_steps, job.directory / "profile")
+
+        def save(step: int) -> None:
+            own = {"step": step, "model_config": dataclasses.asdict(job.model), "loop": loop,
+                   "config": dataclasses.asdict(config), "position": global_position(batches.get_state(), mesh)}
+            assert not own.keys() & job.metadata.keys()
+            checkpoints.save(step, state.params, state.optimizer, json.loads(json.dumps(own | job.metadata)))
+
+        def stop_here(step: int) -> None:
+            checkpoints.wait()
+            reporter.display.close()
+            log.warning("stopped by signal %d at step %d and saved: run the same command with --resume to go on",
+                        stop.signal, step)
+            raise SystemExit(EXIT_STOPPED)
+
+        pending: tuple | None = None  # the step dispatched last: its number, metrics, batch and the position after it
+        last_figures: dict[str, float] = {}
+        try:
+            run_step, _ = compile_step(step_fn, state, job.shape, mesh) if start < job.num_steps else (step_fn, 0)
+            gc.collect()
+            gc.freeze()  # what exists by now stays: the collector need not go through it again and again
+            for step in range(start, job.num_steps + 1):
+                last = step == job.num_steps
+                checkpoints.check()
+                stopping = stop.reached(step) and not last
+                due = [] if stopping else [each for each in job.evaluations if each.due(step, last)]
+                saving = last or stopping or _due(step, config.save_every) or (due and config.save_every == -1)
+                saving = saving and not job.dry_run
+                if pending and (saving or due or profiler.changes_at(step)):
+                    reporter.finish(*pending)
+                    pending = None
+                saved = restored is not None and step == start
+                if saving and not saved:
+                    save(step)
+                    saved = True
+                if stopping:
+                    stop_here(step)
+                if due:
+                    try:
+                        with stop.interruptible():
+                            last_figures = {k: v for each in due for k, v in each.run(state.params).items()}
+                    except Interrupted:
+                        if not (saved or job.dry_run):
+                            save(step)
+                        stop_here(step)
+                    reporter.evaluated(step, last_figures)
+                if last:
+                    break
+                profiler.at(step)
+                if pending is None:
+                    reporter.clock.restart()
+                batch = next(batches)
+                inputs, targets = (place_batch(batch[name], job.shape, mesh) for name in ("inputs", "targets"))
+                with profiler.annotate(step):
+                    state, metrics = run_step(state, inputs, targets)
+                if pending:
+                    reporter.finish(*pending)
+                pending = (step, metrics, batch, batches.get_state())
+            checkpoints.wait()
+        except jax.errors.JaxRuntimeError as error:
+            if is_out_of_memory(error):
+                raise out_of_memory(job.shape, mesh) from error
+            raise
+        except UsageError as error:
+            with contextlib.suppress(UsageError):
+                checkpoints.wait()
+            raise UsageError(f"{error} (the last good checkpoint is step {checkpoints.last_step()} in {job.directory})"
+                             ) from error
+        finally:
+            gc.unfreeze()
+            profiler.close()
+            reporter.close()
+    barrier("trained")
+    if job.dry_run:
+        shutil.rmtree(job.directory)
+    rate = job.shape.tokens * loop["timed_steps"] / loop["seconds"] if loop["seconds"] else 0.0
+    return Outcome(
+        params=state.params, last=last_figures, minimum=loop["minimum"],
+        train_loss=loop["smooth_loss"] / (1.0 - 0.9**job.num_steps), seconds=loop["seconds"], tokens_per_sec=rate,
+        mfu=job.model.flops_per_token * rate / reporter.peak if reporter.peak else None, peak_memory=peak_memory_bytes(),
+    )

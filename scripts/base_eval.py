@@ -23,7 +23,7 @@ from nanochat_jax.eval.samples import free_samples, greedy_samples
 from nanochat_jax.paths import Paths
 from nanochat_jax.sharding import data_size, make_mesh
 from nanochat_jax.startup import start
-from nanochat_jax.train import resolve_dtype
+from nanochat_jax.step import resolve_dtype
 
 log = logging.getLogger(__name__)
 

@@ -12,17 +12,30 @@ from typing import Any
 import jax
 
 from nanochat_jax import cli, report
+from nanochat_jax.checkpoint import Loaded
 from nanochat_jax.cli import flag
 from nanochat_jax.config import GPTConfig, Recipe, derive_recipe
 from nanochat_jax.data.loader import pretraining_loader
+from nanochat_jax.eval.batching import Batching
 from nanochat_jax.eval.bpb import held_out_loss
-from nanochat_jax.optim import (CLASSIC_RATES, OptimizerConfig, cosine_decay, linear_momentum, make_optimizer,
-                                modern_momentum, trapezoid)
+from nanochat_jax.eval.bundle import ensure_bundle
+from nanochat_jax.eval.core import Scorer, evaluate_core
+from nanochat_jax.eval.samples import greedy_samples
+from nanochat_jax.optim import (
+    CLASSIC_RATES,
+    OptimizerConfig,
+    cosine_decay,
+    linear_momentum,
+    make_optimizer,
+    modern_momentum,
+    trapezoid,
+)
 from nanochat_jax.paths import DATA_DIRS, Paths
-from nanochat_jax.sharding import make_mesh
+from nanochat_jax.sharding import data_share, make_mesh
 from nanochat_jax.startup import start
+from nanochat_jax.step import choose_batch_shape, init_state, make_train_step, resolve_dtype
 from nanochat_jax.tokenizer import Tokenizer
-from nanochat_jax.train import Job, TrainConfig, batch_shape, init_state, make_train_step, resolve_dtype, train
+from nanochat_jax.train import Evaluation, Job, TrainConfig, train
 
 log = logging.getLogger(__name__)
 
@@ -38,6 +51,8 @@ class BaseTrainConfig(TrainConfig):
     window_pattern: str = flag("SSSL", "short and long attention windows, tiled over layers (modern)")
     packing: str = flag("auto", "how documents fill rows; auto: bestfit (modern), stream (classic)",
                         choices=["auto", "bestfit", "stream"])
+    data_shards: int | None = flag(None, "streams the documents are dealt to, each packed alone; default up to 8; 1 is "
+                                   "upstream's order for one process")
     target_flops: float = flag(-1.0, "length of the run in training FLOPs; -1: by the ratio")
     target_param_data_ratio: float = flag(-1.0, "tokens per parameter; -1: 12 scaling (modern), 20 total (classic)")
     embedding_lr: float | None = flag(None, "rate of the embedding tables; default 0.3 (modern), 0.2 (classic)")
@@ -48,8 +63,17 @@ class BaseTrainConfig(TrainConfig):
     weight_decay: float | None = flag(None, "modern: Muon's, before scaling, default 0.28; classic: AdamW's, 0")
     grad_clip: float = flag(1.0, "global norm of the gradient (classic); 0 turns it off")
     warmup_steps: int | None = flag(None, "steps of rising rate; default 40 (modern), 0 (classic)")
+    warmup_ratio: float | None = flag(None, "the same as a share of the run")
     warmdown_ratio: float | None = flag(None, "share of the run with falling rate; default 0.65 (modern), 0.2 (classic)")
     final_lr_frac: float | None = flag(None, "rate at the end; default 0.05 (modern), 0 (classic)")
+    core_metric_every: int = flag(-1, "steps between evaluations of CORE; -1: none, scripts.base_eval does it at the end")
+    core_metric_max_per_task: int = flag(500, "examples of each of its tasks")
+    sample_every: int = flag(2000, "steps between samples; -1: none")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.warmup_steps is not None and self.warmup_ratio is not None:
+            raise ValueError("--warmup-steps and --warmup-ratio say the same thing: give one of them")
 
 
 def model_config(config: BaseTrainConfig, vocab_size: int) -> tuple[GPTConfig, GPTConfig]:
@@ -84,8 +108,9 @@ def optimizer_parts(config: BaseTrainConfig, plan: Recipe) -> tuple[OptimizerCon
     )
     steps = plan.num_iterations
     warmdown = given(config.warmdown_ratio, 0.65, 0.2)
+    warmup = given(config.warmup_steps, 40, 0) if config.warmup_ratio is None else round(config.warmup_ratio * steps)
     schedules = dict(
-        lr_multiplier=trapezoid(steps, warmup=given(config.warmup_steps, 40, 0), warmdown_ratio=warmdown,
+        lr_multiplier=trapezoid(steps, warmup=warmup, warmdown_ratio=warmdown,
                                 final_fraction=given(config.final_lr_frac, 0.05, 0.0)),
         momentum=linear_momentum(300, 0.85, 0.95) if classic else modern_momentum(steps, warmdown),
         weight_decay=None if classic else cosine_decay(plan.weight_decay, steps),
@@ -96,41 +121,57 @@ def optimizer_parts(config: BaseTrainConfig, plan: Recipe) -> tuple[OptimizerCon
 
 def main(config: BaseTrainConfig) -> None:
     paths = Paths.from_env()
-    start(paths)
+    start(paths, device_type=config.device_type, compile_cache=config.compile_cache)
     tokenizer = Tokenizer.load(paths.tokenizer)
     data = paths.find_data() if config.data == "auto" else config.data
     model, reference = model_config(config, tokenizer.vocab_size)
     plan = recipe(config, model, reference)
     mesh, dtype = make_mesh(config.mesh), resolve_dtype(config.dtype)
-    shape = batch_shape(plan.total_batch_size, config.device_batch_size, model.sequence_len, mesh)
-    log.info("d%d %s: %s parameters, %s tokens in %d steps of %s, mesh %s, %s", config.depth, config.arch,
-             f"{model.num_params:,}", f"{plan.total_tokens:,}", plan.num_iterations, f"{shape.tokens:,}",
-             "x".join(map(str, mesh.shape.values())), dtype)
-
     rates, schedules = optimizer_parts(config, plan)
     optimizer = make_optimizer(model, rates, muon_dtype=dtype, mesh=mesh, **schedules)
     state, shardings = init_state(model, optimizer, mesh, fsdp=config.fsdp, seed=config.seed)
     step_fn = make_train_step(model, optimizer, dtype=dtype, mesh=mesh, shardings=shardings, remat=config.remat)
+    shape = choose_batch_shape(plan.total_batch_size, config.device_batch_size, model.sequence_len, mesh, step_fn, state)
+    log.info("d%d %s: %s parameters, %s tokens in %d steps of %s in %d x %d rows, mesh %s, %s", config.depth, config.arch,
+             f"{model.num_params:,}", f"{plan.total_tokens:,}", plan.num_iterations, f"{shape.tokens:,}", shape.accumulation,
+             shape.micro_rows, "x".join(map(str, mesh.shape.values())), dtype)
 
     packing = config.packing if config.packing != "auto" else ("bestfit" if config.arch == "modern" else "stream")
-    hosts = dict(process_index=jax.process_index(), process_count=jax.process_count())
-    common = dict(sequence_len=model.sequence_len, packing=packing, **hosts)
-    batches = pretraining_loader(paths.data(data), tokenizer, split="train", batch_size=shape.rows, **common)
-    validation = pretraining_loader(paths.data(data), tokenizer, split="val", batch_size=shape.micro_rows,
-                                    num_shards=jax.process_count(), **common)
+    index, count = data_share(mesh)
+    common = dict(sequence_len=model.sequence_len, packing=packing)
+    batches = pretraining_loader(paths.data(data), tokenizer, split="train", batch_size=shape.rows, process_index=index,
+                                 process_count=count, num_shards=config.data_shards, **common)
+    validation = pretraining_loader(paths.data(data), tokenizer, split="val", batch_size=shape.micro_rows, num_shards=1,
+                                    **common)
     eval_steps = max(1, config.eval_tokens // (shape.micro_rows * model.sequence_len))
     token_bytes = tokenizer.token_bytes()
 
-    def evaluate(params: Any, step: int, last: bool) -> dict[str, float]:
+    def bits_per_byte(params: Any) -> dict[str, float]:
         held_out = held_out_loss(params, validation, eval_steps, config=model, token_bytes=token_bytes, mesh=mesh,
                                  dtype=dtype)
         validation.reset()
         return {"val_bpb": held_out.bpb}
 
+    def core(params: Any) -> dict[str, float]:
+        batching = Batching(tokens=shape.micro_rows * model.sequence_len, mesh=mesh)
+        scorer = Scorer(config=model, params=params, batching=batching, compute_dtype=dtype)
+        return {"core": evaluate_core(scorer, tokenizer, bundle, max_per_task=config.core_metric_max_per_task).core}
+
+    def samples(params: Any) -> dict[str, float]:
+        for text in greedy_samples(Loaded(model, params, tokenizer, {}, job.directory, 0, "base"), dtype=dtype, mesh=mesh):
+            log.info("  %s", text.replace("\n", " "))
+        return {}
+
+    evaluations = [Evaluation(config.eval_every, bits_per_byte), Evaluation(config.sample_every, samples, at_end=False)]
+    if config.core_metric_every > 0:
+        bundle = ensure_bundle(paths)  # now: that it cannot be had should not be found out in the middle of the run
+        evaluations.append(Evaluation(config.core_metric_every, core))
+
     tag = config.model_tag or f"d{config.depth}"
     job = Job(
         name="base_train", config=config, model=model, directory=paths.checkpoints("base") / tag,
-        num_steps=plan.num_iterations, shape=shape, lr_multiplier=schedules["lr_multiplier"], evaluate=evaluate,
+        num_steps=plan.num_iterations, shape=shape, lr_multiplier=schedules["lr_multiplier"],
+        evaluations=evaluations,
         metadata={"tokenizer": tokenizer.fingerprint(), "data": data, "packing": packing, "total_batch_size": shape.tokens,
                   "rates": dataclasses.asdict(rates), "lr_scale": schedules["lr_scale"]},
     )
@@ -142,7 +183,8 @@ def main(config: BaseTrainConfig) -> None:
             "min_val_bpb": outcome.minimum, "val_bpb": outcome.last["val_bpb"], "train_loss": outcome.train_loss,
             "tokens_per_sec": outcome.tokens_per_sec, "mfu": outcome.mfu if outcome.mfu is not None else "n/a",
             "total_flops": float(model.flops_per_token) * plan.total_tokens, "training_seconds": outcome.seconds,
-            "peak_memory_bytes": outcome.peak_memory if outcome.peak_memory is not None else "n/a",
+            "peak_memory_bytes": outcome.peak_memory,
+            **{key: value for key, value in outcome.last.items() if key == "core"},
             "devices": f"{mesh.size} x {jax.devices()[0].device_kind}",
         }
         report.log_section(paths.report, "Base model training", [dataclasses.asdict(config), results],

@@ -17,8 +17,8 @@ from nanochat_jax.infer.engine import Engine, EngineLoop, Request
 from nanochat_jax.infer.request import Generation, ToolCall
 from nanochat_jax.paths import CHECKPOINT_DIRS, Paths
 from nanochat_jax.startup import start
+from nanochat_jax.step import resolve_dtype
 from nanochat_jax.tokenizer import Tokenizer
-from nanochat_jax.train import resolve_dtype
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -18,8 +18,8 @@ from nanochat_jax.eval.chat import Generator, Sampling, accuracy, chatcore, eval
 from nanochat_jax.paths import CHECKPOINT_DIRS, Paths
 from nanochat_jax.sharding import data_size, make_mesh
 from nanochat_jax.startup import start
+from nanochat_jax.step import resolve_dtype
 from nanochat_jax.tasks import eval_tasks_for, load_eval_task
-from nanochat_jax.train import resolve_dtype
 
 log = logging.getLogger(__name__)
 

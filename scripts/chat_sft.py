@@ -1,14 +1,27 @@
 """Finetune the midtrained model on whole conversations; only what the assistant says trains.
 
     python -m scripts.chat_sft --mesh 8x1
+    python -m scripts.chat_sft --source base --load-optimizer     without midtraining, as nanochat does since 2026
 """
 
 from dataclasses import dataclass
+from typing import Any, Literal
+
+import jax
 
 from nanochat_jax import cli
+from nanochat_jax.checkpoint import Loaded
 from nanochat_jax.cli import flag
-from nanochat_jax.finetune import FinetuneConfig, finetune
+from nanochat_jax.eval.batching import Batching
+from nanochat_jax.eval.chat import Generator, Sampling, accuracy, chatcore, evaluate_task
+from nanochat_jax.finetune import FinetuneConfig, Stage, finetune
+from nanochat_jax.gpt import Params
 from nanochat_jax.optim import trapezoid
+from nanochat_jax.paths import Paths
+from nanochat_jax.tasks import eval_tasks_for, load_eval_task
+from nanochat_jax.tasks.base import Task
+from nanochat_jax.tasks.mixtures import mixture_for
+from nanochat_jax.train import Evaluation
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -17,19 +30,58 @@ class ChatSFTConfig(FinetuneConfig):
     packing: str = flag("rows", "how conversations fill rows; rows: several, best fit; single: one a row, as upstream "
                         "until 2026", choices=["rows", "single"])
     num_epochs: int = flag(1, "passes over the mixture")
-    device_batch_size: int = flag(4, "rows per device and micro-step")
-    total_batch_size: int = flag(-1, "tokens per optimizer step; -1: one micro-step")
+    device_batch_size: int | Literal["auto"] = flag(4, "rows per device and micro-step; auto: the most that fit into memory")
+    target_examples_per_step: int = flag(32, "rows of a step, where --total-batch-size is not given")
     init_lr_frac: float = flag(0.02, "factor of all rates")
-    eval_every: int = flag(100, "steps between evaluations; -1: only at the end")
+    warmup_ratio: float = flag(0.0, "share of the run with rising rate")
     warmdown_ratio: float = flag(1.0, "share of the run with falling rate")
+    final_lr_frac: float = flag(0.0, "rate at the end")
+    eval_every: int = flag(100, "steps between evaluations; -1: only at the end")
+    eval_steps: int | None = flag(None, "batches of an evaluation, instead of --eval-tokens")
+    mmlu_epochs: int | None = flag(None, "passes over MMLU in the mixture; default 0, from base 3")
+    gsm8k_epochs: int | None = flag(None, "passes over GSM8K; default 1, from base 4")
+    chatcore_every: int = flag(-1, "steps between evaluations of the chat tasks; -1: none, scripts.chat_eval does it at the "
+                                   "end", aliases=("eval_metrics_every",))
+    chatcore_max_cat: int = flag(-1, "problems of each multiple-choice task; -1: all", aliases=("eval_metrics_max_problems",))
+    chatcore_max_sample: int = flag(24, "problems of each task whose replies are generated; -1: all")
+
+
+def chat_tasks(config: ChatSFTConfig, model: Loaded, rows: int, dtype: Any, mesh: jax.sharding.Mesh) -> list[Evaluation]:
+    """The accuracies of the corpus's chat tasks, and ChatCORE, if they are asked for."""
+    if config.chatcore_every < 1:
+        return []
+    paths = Paths.from_env()
+    tasks = [load_eval_task(name, paths) for name in eval_tasks_for(model.meta["data"])]
+    limits = {"categorical": config.chatcore_max_cat, "generative": config.chatcore_max_sample}
+
+    def run(params: Params) -> dict[str, float]:
+        generator = Generator(config=model.config, params=params, tokenizer=model.tokenizer, num_slots=rows,
+                              compute_dtype=dtype, mesh=mesh)
+        batching = Batching(tokens=rows * model.config.sequence_len, mesh=mesh)
+        found = {}
+        for task in tasks:
+            limit = limits[task.eval_type]
+            found[task.key] = accuracy(evaluate_task(task, generator, batching, Sampling(),
+                                                     max_problems=limit if limit > 0 else None))
+        return found | chatcore(found, {task.key: task.baseline for task in tasks})
+
+    return [Evaluation(config.chatcore_every, run)]
 
 
 def main(config: ChatSFTConfig) -> None:
-    finetune(
-        config, name="chat_sft", section="Chat SFT", source=config.source, target="sft", stage="sft",
-        mode=config.packing, num_epochs=config.num_epochs, primary="val_loss",
-        lr_schedule=lambda steps: trapezoid(steps, warmup=0, warmdown_ratio=config.warmdown_ratio, final_fraction=0.0),
-    )
+    def mixture(data: str, split: str, paths: Paths) -> Task:
+        return mixture_for(data, "sft", split, paths, named=config.mixture, after=config.source, mmlu_epochs=config.mmlu_epochs,
+                           gsm8k_epochs=config.gsm8k_epochs)
+
+    def lr_schedule(steps: int) -> Any:
+        return trapezoid(steps, warmup=round(config.warmup_ratio * steps), warmdown_ratio=config.warmdown_ratio,
+                         final_fraction=config.final_lr_frac)
+
+    finetune(config, Stage(
+        name="chat_sft", section="Chat SFT", source=config.source, target="sft", mode=config.packing, primary="val_loss",
+        num_epochs=config.num_epochs, step_rows=config.target_examples_per_step, mixture=mixture, lr_schedule=lr_schedule,
+        eval_steps=config.eval_steps, evaluations=lambda *model: chat_tasks(config, *model),
+    ))
 
 
 if __name__ == "__main__":

@@ -7,8 +7,9 @@ from dataclasses import dataclass
 
 from nanochat_jax import cli
 from nanochat_jax.cli import flag
-from nanochat_jax.finetune import FinetuneConfig, finetune
+from nanochat_jax.finetune import FinetuneConfig, Stage, finetune
 from nanochat_jax.optim import trapezoid
+from nanochat_jax.tasks.mixtures import mixture_for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,11 +20,12 @@ class MidTrainConfig(FinetuneConfig):
 
 
 def main(config: MidTrainConfig) -> None:
-    finetune(
-        config, name="mid_train", section="Midtraining", source="base", target="mid", stage="mid", mode="stream",
-        num_epochs=1, primary="val_bpb",
+    finetune(config, Stage(
+        name="mid_train", section="Midtraining", source="base", target="mid", mode="stream", primary="val_bpb",
+        num_epochs=1, step_rows=None,
+        mixture=lambda data, split, paths: mixture_for(data, "mid", split, paths, named=config.mixture),
         lr_schedule=lambda steps: trapezoid(steps, warmup=0, warmdown_ratio=config.warmdown_ratio, final_fraction=0.0),
-    )
+    ))
 
 
 if __name__ == "__main__":

@@ -20,7 +20,7 @@ from nanochat_jax.serve import server
 from nanochat_jax.serve.chat_request import Sampling
 from nanochat_jax.sharding import make_mesh
 from nanochat_jax.startup import start
-from nanochat_jax.train import resolve_dtype
+from nanochat_jax.step import resolve_dtype
 
 DESCRIPTION = "Chat with a trained model in the browser."
 

@@ -16,7 +16,16 @@ from nanochat_jax.cli import UsageError, flag
 from nanochat_jax.config import GPTConfig, Recipe, derive_recipe
 from nanochat_jax.data.needs import TOKENIZER_SHARDS, explain_shards, shards_needed
 from nanochat_jax.paths import DATA_DIRS, Paths
-from nanochat_jax.speedrun import Machine, Record, Stage, as_flags, memory_estimate, print_plan, run_stages, training_note
+from nanochat_jax.speedrun import (
+    Machine,
+    Record,
+    Stage,
+    as_flags,
+    memory_estimate,
+    print_plan,
+    run_stages,
+    training_note,
+)
 
 # The model a CPU with two cores trains in a quarter of an hour, and how.
 CPU_DEPTH = 4

@@ -9,7 +9,7 @@ import pytest
 
 from nanochat_jax.attention import causal_attention
 from nanochat_jax.config import GPTConfig
-from nanochat_jax.gpt import forward, init_cache, init_params, unembed
+from nanochat_jax.gpt import REMAT, forward, init_cache, init_params, unembed
 from nanochat_jax.loss import cross_entropy
 
 CONFIGS = {
@@ -118,11 +118,22 @@ def test_attention_equals_a_plain_masked_softmax(window):
     np.testing.assert_allclose(causal_attention(q, k, v, window=window), expected, atol=1e-5)
 
 
-def test_rematerialised_gradients_equal_plain_ones(model):
+@pytest.mark.parametrize("remat", ["block", "full"])
+def test_rematerialised_gradients_equal_plain_ones(model, remat):
     config, params = model
     tokens = random_tokens(config, 1, 20)
     gradient = lambda remat: jax.grad(lambda p: (forward(p, tokens, config=config, remat=remat)[0] ** 2).sum())(params)  # noqa: E731
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), gradient(True), gradient(False))
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), gradient(remat), gradient("none"))
+
+
+def test_rematerialisation_keeps_fewer_activations_for_the_backward_pass():
+    config = dataclasses.replace(CONFIGS["modern"], n_layer=9)
+    params, tokens = init_params(config, jax.random.key(0)), random_tokens(config, 4, 64)
+    kept = {}
+    for remat in REMAT:
+        _, backward = jax.vjp(lambda p, remat=remat: forward(p, tokens, config=config, remat=remat)[0], params)
+        kept[remat] = sum(leaf.size for leaf in jax.tree.leaves(backward))
+    assert kept["none"] > 2 * kept["block"] and kept["block"] > kept["full"]
 
 
 def test_initial_classic_loss_is_ln_v():

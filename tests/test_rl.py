@@ -14,9 +14,9 @@ from nanochat_jax.gpt import abstract_params, forward, unembed
 from nanochat_jax.infer.engine import Engine
 from nanochat_jax.rl import Rollout, RolloutConfig
 from nanochat_jax.sharding import global_batch, make_mesh
+from nanochat_jax.step import init_state
 from nanochat_jax.tasks.base import Task, assistant, user
 from nanochat_jax.tokenizer import Tokenizer
-from nanochat_jax.train import init_state
 
 TOKENIZER = Tokenizer({bytes([i]): i for i in range(256)})
 CONFIG = GPTConfig.classic(1, n_embd=32, n_head=1, n_kv_head=1, sequence_len=64, vocab_size=TOKENIZER.vocab_size)

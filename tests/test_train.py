@@ -1,24 +1,41 @@
 """The training loop: equal on any mesh, exact when resumed, never fooled by a torn checkpoint."""
 
+import dataclasses
 import json
 import os
 import shutil
 import signal
+import subprocess
+import sys
+import time
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from nanochat_jax import step as step_module
+from nanochat_jax.checkpoint import saved_steps
 from nanochat_jax.cli import UsageError
 from nanochat_jax.config import GPTConfig
 from nanochat_jax.metrics import read_metrics
 from nanochat_jax.optim import OptimizerConfig, cosine_decay, make_optimizer, modern_momentum, trapezoid
 from nanochat_jax.sharding import make_mesh
-from nanochat_jax.train import EXIT_STOPPED, Job, TrainConfig, batch_shape, init_state, make_train_step, train
+from nanochat_jax.step import batch_shape, choose_batch_shape, compile_step, init_state, make_train_step
+from nanochat_jax.stopping import EXIT_STOPPED
+from nanochat_jax.train import Evaluation, Job, TrainConfig, train
 
 MODEL = GPTConfig.modern(3, n_embd=32, n_head=4, n_kv_head=4, vocab_size=100, sequence_len=16)
 ROWS, STEPS = 8, 6
+
+
+@pytest.fixture(scope="module", autouse=True)
+def compile_cache(tmp_path_factory):
+    """Most runs here compile the same step."""
+    jax.config.update("jax_compilation_cache_dir", str(tmp_path_factory.mktemp("compiled")))
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.1)
+    yield
+    jax.config.update("jax_compilation_cache_dir", None)
 
 
 class CountedBatches:
@@ -43,9 +60,9 @@ class CountedBatches:
         self.position = state["position"]
 
 
-def run(directory, *, mesh="1x1", device_batch=ROWS, fsdp=False, batches=None, **flags):
+def run(directory, *, mesh="1x1", device_batch=ROWS, fsdp=False, batches=None, evaluations=None, **flags):
     mesh = make_mesh(mesh)
-    config = TrainConfig(eval_every=-1, **flags)
+    config = TrainConfig(**flags)
     shape = batch_shape(ROWS * MODEL.sequence_len, device_batch, MODEL.sequence_len, mesh)
     multiplier = trapezoid(STEPS, warmup=2, warmdown_ratio=0.5, final_fraction=0.1)
     optimizer = make_optimizer(MODEL, OptimizerConfig(), lr_multiplier=multiplier, momentum=modern_momentum(STEPS, 0.5),
@@ -53,7 +70,8 @@ def run(directory, *, mesh="1x1", device_batch=ROWS, fsdp=False, batches=None, *
     state, shardings = init_state(MODEL, optimizer, mesh, fsdp=fsdp, seed=1)
     step = make_train_step(MODEL, optimizer, dtype=jnp.float32, mesh=mesh, shardings=shardings)
     job = Job(name="test", config=config, model=MODEL, directory=directory, num_steps=STEPS, shape=shape,
-              lr_multiplier=multiplier, evaluate=lambda params, step, last: {"val_bpb": 1.0}, metadata={})
+              lr_multiplier=multiplier, metadata={},
+              evaluations=evaluations or [Evaluation(-1, lambda params: {"val_bpb": 1.0})])
     outcome = train(job, state, shardings, step, batches or CountedBatches())
     losses = [line["loss"] for line in read_metrics(directory / "metrics.jsonl") if line["kind"] == "train"]
     return losses, jax.tree.map(np.asarray, outcome.params)
@@ -62,6 +80,14 @@ def run(directory, *, mesh="1x1", device_batch=ROWS, fsdp=False, batches=None, *
 @pytest.fixture(scope="module")
 def reference(tmp_path_factory):
     return run(tmp_path_factory.mktemp("reference") / "d3")
+
+
+@pytest.fixture(scope="module")
+def saved_run(tmp_path_factory):
+    """A finished run with the steps 2, 4 and 6."""
+    directory = tmp_path_factory.mktemp("saved") / "d3"
+    run(directory, save_every=2, keep=3)
+    return directory
 
 
 @pytest.mark.parametrize("mesh, device_batch, fsdp", [
@@ -81,24 +107,111 @@ def test_a_stopped_run_resumes_bit_for_bit(reference, tmp_path):
 
 
 def test_a_run_resumes_on_another_mesh(reference, tmp_path):
-    with pytest.raises(SystemExit):
-        run(tmp_path / "d3", mesh="8x1", device_batch=1, batches=CountedBatches(stop_at=3))
-    losses, _ = run(tmp_path / "d3", mesh="4x2", device_batch=2, resume=True)
+    for mesh, device_batch, stop_at in (("8x1", 1, 1), ("4x2", 2, 3), ("1x1", ROWS, None)):
+        try:
+            run(tmp_path / "d3", mesh=mesh, device_batch=device_batch, batches=CountedBatches(stop_at=stop_at), resume=True)
+        except SystemExit:
+            assert stop_at is not None
+    losses = [line["loss"] for line in read_metrics(tmp_path / "d3" / "metrics.jsonl") if line["kind"] == "train"]
+    assert len(losses) == STEPS
     np.testing.assert_allclose(losses, reference[0], rtol=1e-5)
 
 
+def test_a_signal_in_an_evaluation_saves_without_waiting_for_its_end(reference, tmp_path):
+    ended = []
+
+    def evaluate(params):
+        os.kill(os.getpid(), signal.SIGTERM)
+        time.sleep(30)
+        ended.append(True)
+
+    with pytest.raises(SystemExit) as stopped:
+        run(tmp_path / "d3", evaluations=[Evaluation(2, evaluate)], save_every=0)
+    assert stopped.value.code == EXIT_STOPPED and not ended
+    assert saved_steps(tmp_path / "d3") == [2]
+    assert run(tmp_path / "d3", resume=True)[0] == reference[0]
+
+
+def test_a_second_signal_ends_the_process_at_once():
+    code = """
+import os, signal, time
+from nanochat_jax.stopping import StopRequest
+with StopRequest() as stop:
+    os.kill(os.getpid(), signal.SIGTERM)
+    assert stop.reached(0)
+    os.kill(os.getpid(), signal.SIGINT)
+    time.sleep(30)
+"""
+    assert subprocess.run([sys.executable, "-c", code], timeout=25).returncode == 128 + signal.SIGINT
+
+
+def test_every_evaluation_comes_after_a_save(tmp_path):
+    seen = []
+
+    def evaluate(params):
+        seen.append(max(saved_steps(tmp_path / "d3"), default=None) or list((tmp_path / "d3").glob("*tmp*")))
+        return {"val_bpb": 1.0}
+
+    run(tmp_path / "d3", evaluations=[Evaluation(3, evaluate)], keep=1)
+    assert len(seen) == 2 and all(seen)
+    assert saved_steps(tmp_path / "d3") == [STEPS]
+
+
+def test_a_save_that_fails_in_the_background_stops_the_run_at_the_next_step(tmp_path, monkeypatch):
+    def full(*_, **__):
+        raise OSError("No space left on device")
+
+    class Slow(CountedBatches):
+        def __next__(self):
+            if self.position == 2:
+                time.sleep(2)
+            return super().__next__()
+
+    monkeypatch.setattr("orbax.checkpoint._src.path.atomicity.AtomicRenameTemporaryPath.finalize", full)
+    batches = Slow()
+    with pytest.raises(UsageError, match="step 2 could not be written.*No space left"):
+        run(tmp_path / "d3", save_every=2, batches=batches)
+    assert batches.position <= 4 and not saved_steps(tmp_path / "d3")
+
+
+def test_resume_from_step_goes_back_and_keeps_what_it_replaces(reference, saved_run, tmp_path):
+    directory = shutil.copytree(saved_run, tmp_path / "d3")
+    losses, params = run(directory, save_every=0, keep=3, resume_from_step=2)
+    assert losses == reference[0]
+    assert saved_steps(directory) == [2, STEPS]
+    assert (directory / "replaced-4").is_dir() and (directory / "replaced-6").is_dir()
+    with pytest.raises(UsageError, match="no step 3"):
+        run(directory, resume_from_step=3)
+
+
+def test_another_model_is_refused_and_nothing_is_set_aside(saved_run, tmp_path, monkeypatch):
+    directory = shutil.copytree(saved_run, tmp_path / "d3")
+    monkeypatch.setattr(sys.modules[__name__], "MODEL", dataclasses.replace(MODEL, n_layer=2))
+    with pytest.raises(UsageError, match="another shape"):
+        run(directory, resume=True)
+    assert saved_steps(directory) == [2, 4, 6]
+
+
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax drops readers of the torn step
-@pytest.mark.parametrize("damage", ["truncate", "remove"])
-def test_a_torn_checkpoint_falls_back_to_the_step_before(reference, tmp_path, caplog, damage):
-    run(tmp_path / "d3", save_every=2, keep=3)
+@pytest.mark.parametrize("damage", ["truncate", "remove", "one bit of the arrays", "a digit of the state"])
+def test_a_damaged_checkpoint_falls_back_to_the_step_before(reference, saved_run, tmp_path, caplog, damage):
+    shutil.copytree(saved_run, tmp_path / "d3")
     torn = max((tmp_path / "d3").glob("[0-9]*"), key=lambda path: int(path.name))
     files = sorted((path for path in torn.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
     if damage == "truncate":
         os.truncate(files[-1], files[-1].stat().st_size // 2)
-    else:
+    elif damage == "remove":
         shutil.rmtree(torn / "params")
+    elif damage == "one bit of the arrays":
+        content = bytearray(files[-1].read_bytes())
+        content[len(content) // 2] ^= 1
+        files[-1].write_bytes(content)
+    else:
+        state = torn / "state" / "metadata"
+        state.write_text(state.read_text().replace('"position": {"position": 6}', '"position": {"position": 5}'))
     losses, params = run(tmp_path / "d3", save_every=2, keep=3, resume=True)
     assert str(torn) in caplog.text
+    assert (tmp_path / "d3" / f"damaged-{torn.name}").is_dir()
     assert losses == reference[0]
     jax.tree.map(np.testing.assert_array_equal, params, reference[1])
 
@@ -115,8 +228,42 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
             return super().__next__() if self.position < 2 else {
                 name: np.full((ROWS, MODEL.sequence_len), 2**30, np.int32) for name in ("inputs", "targets")}
 
-    with pytest.raises(UsageError, match="loss of step"):
-        run(tmp_path / "d3", batches=Broken())
+    with pytest.raises(UsageError, match=r"loss of step 2 .*last good checkpoint is step 2"):
+        run(tmp_path / "d3", batches=Broken(), save_every=2)
+    dumped = np.load(tmp_path / "d3" / "bad-batch-2-0.npz")
+    assert (dumped["inputs"] == 2**30).all()
+
+
+def test_a_batch_without_supervised_tokens_changes_nothing_but_decay(tmp_path):
+    class Silent(CountedBatches):
+        def __next__(self):
+            return super().__next__() | {"targets": np.full((ROWS, MODEL.sequence_len), -1, np.int32)}
+
+    losses, params = run(tmp_path / "d3", batches=Silent())
+    assert losses == [0.0] * STEPS
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves(params))
+
+
+def test_the_automatic_batch_is_the_largest_that_fits(monkeypatch):
+    mesh, length = make_mesh("2x1"), MODEL.sequence_len
+    optimizer = make_optimizer(MODEL, OptimizerConfig(), lr_multiplier=lambda step: 1.0, momentum=lambda step: 0.9, mesh=mesh)
+    state, shardings = init_state(MODEL, optimizer, mesh, fsdp=False, seed=0)
+    step_fn = make_train_step(MODEL, optimizer, dtype=jnp.float32, mesh=mesh, shardings=shardings)
+    shapes = {size: batch_shape(48 * length, size, length, mesh) for size in (12, 24)}
+    needed = {size: compile_step(step_fn, state, shape, mesh)[1] for size, shape in shapes.items()}
+    assert needed[12] < needed[24]
+    monkeypatch.setattr(step_module, "memory_limit", lambda: needed[12] / 0.7 + 1)
+    assert choose_batch_shape(48 * length, "auto", length, mesh, step_fn, state) == shapes[12]
+    monkeypatch.setattr(step_module, "memory_limit", lambda: needed[12] - 1)
+    with pytest.raises(UsageError, match=r"halve --device-batch-size \(try 6\)"):
+        compile_step(step_fn, state, shapes[12], mesh)
+
+
+def test_profile_writes_a_trace_of_the_steps(tmp_path):
+    run(tmp_path / "d3", profile="2:4")
+    assert list((tmp_path / "d3" / "profile").rglob("*.xplane.pb"))
+    with pytest.raises(ValueError, match="4:2"):
+        TrainConfig(profile="4:2")
 
 
 @pytest.mark.parametrize("mesh", ["16x1", "3", "0x1", "8x", "axb"])

@@ -4,12 +4,11 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TypeVar
 
-import jax
 import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
-from nanochat_jax.sharding import data_size, global_batch
+from nanochat_jax.sharding import data_size, spread_rows
 
 Key = TypeVar("Key")
 
@@ -63,6 +62,4 @@ class Batching:
         """Arrays [B, ...], which every process holds whole, on the devices of the mesh."""
         if self.mesh is None:
             return arrays
-        rows, processes = len(arrays[0]), jax.process_count()
-        mine = slice(*(rows * (jax.process_index() + i) // processes for i in (0, 1)))
-        return tuple(global_batch(self.mesh, array[mine], batch_axis=0) for array in arrays)
+        return tuple(spread_rows(self.mesh, array) for array in arrays)

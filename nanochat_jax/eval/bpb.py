@@ -19,7 +19,7 @@ from nanochat_jax.data.loader import pretraining_loader
 from nanochat_jax.gpt import Params, forward
 from nanochat_jax.loss import chunk_length, cross_entropy
 from nanochat_jax.paths import Paths
-from nanochat_jax.sharding import data_size, global_batch
+from nanochat_jax.sharding import data_size, spread_rows
 
 log = logging.getLogger(__name__)
 
@@ -41,7 +41,8 @@ def _sums(params: Params, inputs: Array, targets: Array, token_bytes: Array, *, 
 
 def held_out_loss(params: Params, batches: Iterator[Mapping[str, np.ndarray]], steps: int, *, config: GPTConfig,
                   token_bytes: np.ndarray, mesh: Mesh, dtype: Any) -> HeldOut:
-    """Loss over `steps` batches of this process's rows: inputs and targets [B, T], negative targets ignored.
+    """Loss over `steps` batches: inputs and targets [B, T], negative targets ignored. Every process reads all the rows,
+    so that the figure does not depend on how many there are.
 
     Bits per byte: nats of the targets that stand for text over ln 2 times the bytes they stand for; special tokens
     (0 bytes) count for nothing.
@@ -49,7 +50,7 @@ def held_out_loss(params: Params, batches: Iterator[Mapping[str, np.ndarray]], s
     sums = []
     for _ in range(steps):
         batch = next(batches)
-        inputs, targets = (global_batch(mesh, batch[name], batch_axis=0) for name in ("inputs", "targets"))
+        inputs, targets = (spread_rows(mesh, batch[name]) for name in ("inputs", "targets"))
         chunk = chunk_length(*inputs.shape, config.vocab_size, mesh.size)
         sums.append(_sums(params, inputs, targets, token_bytes, config=config, dtype=dtype, chunk=chunk))
     nats, num_bytes, total, count = np.sum(jax.device_get(sums), axis=0, dtype=np.float64)
@@ -71,8 +72,7 @@ def corpus_bits_per_byte(loaded: Loaded, paths: Paths, *, device_batch_size: int
     for split in ("train", "val"):
         batches = pretraining_loader(
             paths.data(corpus), tokenizer, split=split, batch_size=rows, sequence_len=model.sequence_len,
-            packing=loaded.meta["packing"], num_shards=jax.process_count(), process_index=jax.process_index(),
-            process_count=jax.process_count(),
+            packing=loaded.meta["packing"], num_shards=1,
         )
         figures = held_out_loss(loaded.params, batches, steps, config=model, token_bytes=token_bytes,
                                 mesh=mesh, dtype=dtype)

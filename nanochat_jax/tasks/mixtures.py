@@ -66,8 +66,12 @@ def offline_mixture(stage: Stage, split: Literal["train", "val"], paths: Paths) 
     ]))  # fmt: skip
 
 
-def upstream_mixture(stage: Stage, split: Literal["train", "val"], paths: Paths) -> TaskMixture:
-    """The mixtures of nanochat's speedrun of December 2025: 848K conversations of `mid`, 22.4K of `sft`."""
+def upstream_mixture(stage: Stage, split: Literal["train", "val"], paths: Paths, mmlu_epochs: int = 0,
+                     gsm8k_epochs: int = 1) -> TaskMixture:
+    """The mixtures of nanochat's speedrun of December 2025: 848K conversations of `mid`, 22.4K of `sft`.
+
+    The passes over MMLU and GSM8K are those of `sft`.
+    """
     tasks: list[Task]
     _skill_split(split)
     if split == "val" and stage == "sft":
@@ -89,7 +93,8 @@ def upstream_mixture(stage: Stage, split: Literal["train", "val"], paths: Paths)
         tasks = [
             ARC(paths, "ARC-Easy", "train"),
             ARC(paths, "ARC-Challenge", "train"),
-            GSM8K(paths, "train"),
+            *[MMLU(paths, "auxiliary_train")] * mmlu_epochs,
+            *[GSM8K(paths, "train")] * gsm8k_epochs,
             SmolTalk(paths, "train", stop=10_000),
             identity_conversations(paths.base),
             SimpleSpelling(words, "train", size=300),
@@ -98,16 +103,30 @@ def upstream_mixture(stage: Stage, split: Literal["train", "val"], paths: Paths)
     return TaskMixture(tasks)
 
 
-def mixture_for(
-    data: str | None, stage: Stage, split: Literal["train", "val"], paths: Paths, named: str | None = None
-) -> Task:
+def mixture_for(data: str | None, stage: Stage, split: Literal["train", "val"], paths: Paths, *,
+                named: str | None = None, after: str = "mid", mmlu_epochs: int | None = None,
+                gsm8k_epochs: int | None = None) -> Task:
     """The mixture that goes with a corpus: `embedded`, or upstream's (also where imported weights name none).
 
     If a mixture is `named`, it is what is trained on; validation stays the same.
+    SFT after "base" has upstream's of 2026, all of SmolTalk with 3 passes over MMLU and 4 over GSM8K; after "mid" its of
+    2025, with none over MMLU and 1 over GSM8K. `mmlu_epochs` and `gsm8k_epochs` change these numbers.
     """
     if named and split == "train":
+        if mmlu_epochs is not None or gsm8k_epochs is not None:
+            raise UsageError("--mmlu-epochs and --gsm8k-epochs: give the weights in --mixture, as in MMLU*3")
         return named_mixture(named, paths)
-    return (offline_mixture if data == "embedded" else upstream_mixture)(stage, split, paths)
+    if data == "embedded":
+        if mmlu_epochs is not None or gsm8k_epochs is not None:
+            raise UsageError("--mmlu-epochs and --gsm8k-epochs: the mixture of the embedded corpus has neither")
+        return offline_mixture(stage, split, paths)
+    if after == "base" and stage == "sft":
+        if split == "val":
+            return upstream_mixture("mid", "val", paths)
+        mmlu, gsm8k = (given if given is not None else usual for given, usual in ((mmlu_epochs, 3), (gsm8k_epochs, 4)))
+        return TaskMixture([SmolTalk(paths, "train"), *[MMLU(paths, "auxiliary_train")] * mmlu,
+                            *[GSM8K(paths, "train")] * gsm8k])
+    return upstream_mixture(stage, split, paths, mmlu_epochs or 0, 1 if gsm8k_epochs is None else gsm8k_epochs)
 
 
 def named_mixture(named: str, paths: Paths) -> TaskMixture:

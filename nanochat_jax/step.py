@@ -1,0 +1,207 @@
+"""The train step: a pure function of state and batch, how a batch is cut for it, and whether it fits into memory.
+
+    state, metrics = step(state, inputs, targets)      jitted once, donated; gradients accumulate inside
+
+The loss is the sum over supervised tokens divided by their number in the whole batch, across micro-batches and devices,
+so how a batch is cut never changes the result.
+"""
+
+import logging
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from jax import Array
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from nanochat_jax.checkpoint import abstract_tree
+from nanochat_jax.cli import UsageError
+from nanochat_jax.config import GPTConfig
+from nanochat_jax.gpt import Params, forward, init_params
+from nanochat_jax.loss import chunk_length, cross_entropy
+from nanochat_jax.sharding import data_size, global_batch, optimizer_shardings, param_shardings, replicated
+
+log = logging.getLogger(__name__)
+
+USABLE_MEMORY = {"cpu": 0.7}  # share of a device's memory that `auto` fills; elsewhere 0.92, for fragmentation
+
+
+class TrainState(NamedTuple):
+    params: Params
+    optimizer: Any
+
+
+def resolve_dtype(name: str) -> Any:
+    """The compute dtype: bfloat16 on accelerators and float32 on a CPU, unless named."""
+    if name == "auto":
+        name = "float32" if jax.devices()[0].platform == "cpu" else "bfloat16"
+    return jnp.dtype(name)
+
+
+@dataclass(frozen=True)
+class BatchShape:
+    """How the rows of a step are cut: `accumulation` micro-batches of `micro_rows` rows over all devices."""
+
+    rows: int
+    accumulation: int
+    sequence_len: int
+
+    @property
+    def micro_rows(self) -> int:
+        return self.rows // self.accumulation
+
+    @property
+    def tokens(self) -> int:
+        return self.rows * self.sequence_len
+
+
+def batch_shape(total_batch_size: int, device_batch_size: int, sequence_len: int, mesh: Mesh) -> BatchShape:
+    """Cut `total_batch_size` tokens into micro-batches; raises `UsageError` with numbers that would fit."""
+    if total_batch_size % sequence_len or total_batch_size < 1:
+        raise UsageError(f"--total-batch-size {total_batch_size} is not a multiple of the sequence length {sequence_len}: "
+                         f"try {max(total_batch_size // sequence_len, 1) * sequence_len}")
+    rows, devices = total_batch_size // sequence_len, data_size(mesh)
+    if rows % devices:
+        raise UsageError(f"--total-batch-size {total_batch_size} has {rows} rows of {sequence_len} tokens, which do not "
+                         f"divide over {devices} data-parallel devices: try {-(-rows // devices) * devices * sequence_len}")
+    micro_rows = min(device_batch_size * devices, rows)
+    if rows % micro_rows:
+        fitting = max(size for size in range(1, device_batch_size + 1) if rows % (size * devices) == 0)
+        raise UsageError(f"--device-batch-size {device_batch_size} on {devices} data-parallel devices does not divide the "
+                         f"{rows} rows of a step: try --device-batch-size {fitting}")
+    return BatchShape(rows, rows // micro_rows, sequence_len)
+
+
+def place_batch(rows: np.ndarray, shape: BatchShape, mesh: Mesh) -> Array:
+    """This process's rows [R, T] as a global array [A, B, T], rows spread over the data axis."""
+    return global_batch(mesh, rows.reshape(shape.accumulation, -1, shape.sequence_len), batch_axis=1)
+
+
+def make_train_step(config: GPTConfig, optimizer: optax.GradientTransformation, *, dtype: Any, mesh: Mesh,
+                    shardings: TrainState, remat: str = "none") -> Callable:
+    """Jitted `step(state, inputs [A, B, T], targets [A, B, T]) -> (state, {"loss", "grad_norm", "tokens"})`."""
+
+    def micro_loss(params: Params, inputs: Array, targets: Array) -> tuple[Array, Array]:
+        hidden, _ = forward(params, inputs, config=config, compute_dtype=dtype, remat=remat)
+        weight = params["lm_head"][:, : config.vocab_size]
+        chunk = chunk_length(*inputs.shape, config.vocab_size, mesh.size)
+        total, _ = cross_entropy(hidden, weight, targets, jnp.ones(targets.shape), config.softcap, chunk)
+        return total, (targets >= 0).sum()
+
+    value_and_grad = jax.value_and_grad(micro_loss, has_aux=True)
+
+    def step(state: TrainState, inputs: Array, targets: Array) -> tuple[TrainState, dict[str, Array]]:
+        def accumulate(carry, micro_batch):
+            (total, count), grads = value_and_grad(state.params, *micro_batch)
+            return jax.tree.map(jnp.add, carry, (total, count, grads)), None
+
+        if inputs.shape[0] == 1:
+            (total, count), grads = value_and_grad(state.params, inputs[0], targets[0])
+        else:
+            zeros = (jnp.zeros(()), jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, state.params))
+            (total, count, grads), _ = jax.lax.scan(accumulate, zeros, (inputs, targets))
+        scale = 1.0 / jnp.maximum(count, 1)
+        grads = jax.tree.map(lambda g: g * scale, grads)
+        updates, opt_state = optimizer.update(grads, state.optimizer, state.params)
+        metrics = {"loss": total * scale, "grad_norm": optax.tree.norm(grads), "tokens": count}
+        return TrainState(optax.apply_updates(state.params, updates), opt_state), metrics
+
+    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
+
+
+def init_state(config: GPTConfig, optimizer: optax.GradientTransformation, mesh: Mesh, *, fsdp: bool, seed: int,
+               params: Params | None = None) -> tuple[TrainState, TrainState]:
+    """A placed train state, with fresh parameters unless given, and the tree of its shardings."""
+    param_sharding = param_shardings(config, mesh, fsdp=fsdp)
+    if params is None:
+        params = jax.jit(lambda key: init_params(config, key), out_shardings=param_sharding)(jax.random.key(seed))
+    opt_sharding = optimizer_shardings(jax.eval_shape(optimizer.init, params), params, param_sharding, mesh)
+    opt_state = jax.jit(optimizer.init, out_shardings=opt_sharding)(params)
+    return TrainState(params, opt_state), TrainState(param_sharding, opt_sharding)
+
+
+# ------------------------------------------------------------------------------------------------------ memory
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    return "RESOURCE_EXHAUSTED" in str(error) or "Out of memory" in str(error)
+
+
+def memory_limit() -> int | None:
+    """Bytes that one device can hold; None where the backend does not say. Devices of a CPU share the machine's."""
+    device = jax.local_devices()[0]
+    if device.platform != "cpu":
+        return (device.memory_stats() or {}).get("bytes_limit")
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    container = Path("/sys/fs/cgroup/memory.max")
+    if container.exists() and (limit := container.read_text().strip()).isdigit():
+        total = min(total, int(limit))
+    return total // jax.local_device_count()
+
+
+def compile_step(step_fn: Callable, state: TrainState, shape: BatchShape, mesh: Mesh) -> tuple[Callable, int]:
+    """The compiled step and the bytes it needs on each device (state, batch and temporaries).
+
+    Raises `UsageError` if that is more than a device has.
+    """
+    batch = jax.ShapeDtypeStruct((shape.accumulation, shape.micro_rows, shape.sequence_len), jnp.int32,
+                                 sharding=NamedSharding(mesh, PartitionSpec(None, "data")))
+    abstract = abstract_tree(state, jax.tree.map(lambda leaf: leaf.sharding, state))
+    try:
+        compiled = step_fn.lower(abstract, batch, batch).compile()
+    except jax.errors.JaxRuntimeError as error:
+        if is_out_of_memory(error):  # compilers for TPUs know beforehand
+            raise out_of_memory(shape, mesh) from error
+        raise
+    memory = compiled.memory_analysis()
+    needed = (memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+              + memory.temp_size_in_bytes)
+    if (limit := memory_limit()) and needed > limit:
+        raise out_of_memory(shape, mesh, needed)
+    return compiled, needed
+
+
+def out_of_memory(shape: BatchShape, mesh: Mesh, needed: int | None = None) -> UsageError:
+    rows, limit = shape.micro_rows // data_size(mesh), memory_limit()
+    said = f"a step of {rows} rows of {shape.sequence_len} tokens per device does not fit into memory"
+    if needed and limit:
+        said += f": it needs {needed / 2**30:.1f} GiB of {limit / 2**30:.1f} GiB"
+    smaller = [size for size in range(1, rows // 2 + 1) if shape.rows % (size * data_size(mesh)) == 0]
+    advice = f"halve --device-batch-size (try {smaller[-1]}), or " if smaller else "--device-batch-size is at its smallest; "
+    return UsageError(f"{said}; {advice}give --remat block or full, --fsdp, or a smaller --depth or --max-seq-len")
+
+
+def choose_batch_shape(total_batch_size: int, device_batch_size: int | str, sequence_len: int, mesh: Mesh,
+                       step_fn: Callable, state: TrainState) -> BatchShape:
+    """`batch_shape`; with the device batch size "auto", the largest that fits by the memory analysis of the compiled step."""
+    if device_batch_size != "auto":
+        return batch_shape(total_batch_size, int(device_batch_size), sequence_len, mesh)
+    if (limit := memory_limit()) is None:
+        raise UsageError(f"--device-batch-size auto: {jax.devices()[0].device_kind} does not tell its memory, give a number")
+    limit *= USABLE_MEMORY.get(jax.devices()[0].platform, 0.92)
+    rows = batch_shape(total_batch_size, 1, sequence_len, mesh).rows // data_size(mesh)
+    sizes = [size for size in range(1, rows + 1) if rows % size == 0]
+    fits, first_too_large = None, len(sizes)
+    low = 0
+    while low < first_too_large:
+        middle = (low + first_too_large) // 2
+        shape = batch_shape(total_batch_size, sizes[middle], sequence_len, mesh)
+        try:
+            _, needed = compile_step(step_fn, state, shape, mesh)
+        except UsageError:
+            needed = None
+        log.info("--device-batch-size %d needs %s of %.1f GiB", sizes[middle],
+                 "more than there is" if needed is None else f"{needed / 2**30:.2f} GiB", limit / 2**30)
+        if needed is not None and needed <= limit:
+            fits, low = shape, middle + 1
+        else:
+            first_too_large = middle
+    if fits is None:
+        raise out_of_memory(batch_shape(total_batch_size, 1, sequence_len, mesh), mesh, needed)
+    return fits

@@ -1,0 +1,77 @@
+"""Kill a training run again and again, at random moments and in the middle of saves, and compare it with one left alone.
+
+    python tests/kill_runs.py --kills 30
+
+Every process is ended by SIGKILL and started again with --resume until the run is through. Then its losses, its data
+positions and every bit of its parameters and optimizer must be those of the run that was never killed; if not, the exit
+code is 1. Ends with one JSON line.
+"""
+
+import argparse
+import json
+import random
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+from small_line import MODEL, lines, make_base, run, saved_state, start
+
+STEPS = 150
+FLAGS = [*MODEL, "--mesh", "1x1", "--total-batch-size", "512", "--device-batch-size", "4", "--num-iterations", str(STEPS),
+         "--save-every", "2", "--eval-every", "50", "--eval-tokens", "512"]
+
+
+def outcome(directory: Path) -> tuple:
+    """All that must be equal: metrics of every step, and the last step's state with the checksums of its arrays."""
+    state = saved_state(directory, STEPS)
+    return (lines(directory, "train"), lines(directory, "eval"), state["checksums"]["content"], state["position"],
+            state["loop"]["minimum"], state["loop"]["smooth_loss"])
+
+
+def killed_run(directory: Path, base: Path, rng: random.Random, kills_left: int) -> list[bool]:
+    """Run to the end under fire; for each kill, whether a save was on its way."""
+    kills: list[bool] = []
+    while True:
+        (process,) = start("base_train", *FLAGS, "--model-tag", directory.name, "--resume", base=base)
+        if len(kills) < kills_left:
+            in_save = rng.random() < 0.5
+            aims_at = time.monotonic() + rng.uniform(0, 8)  # from the start of Python to some way into the run
+            while process.poll() is None:
+                if time.monotonic() > aims_at and (not in_save or any(directory.glob("*tmp*"))):
+                    time.sleep(rng.uniform(0, 0.02) if in_save else 0)
+                    process.kill()
+                    break
+                time.sleep(0.0005)
+        said = process.communicate()[1]
+        if process.returncode == 0:
+            return kills
+        if process.returncode != -9:
+            sys.exit(f"a run ended by itself with {process.returncode}:\n{said}")
+        kills.append(any(directory.glob("*tmp*")))
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    rng, kills, runs, equal = random.Random(options.seed), [], 0, True
+    with tempfile.TemporaryDirectory() as scratch:
+        paths = make_base(Path(scratch))
+        root = paths.checkpoints("base")
+        run("base_train", *FLAGS, "--model-tag", "alone", base=paths.base)
+        expected = outcome(root / "alone")
+        while len(kills) < options.kills:
+            runs += 1
+            kills += killed_run(root / f"killed{runs}", paths.base, rng, options.kills - len(kills))
+            same = outcome(root / f"killed{runs}") == expected
+            equal &= same
+            print(f"run {runs}: {len(kills)} kills so far, {sum(kills)} of them in a save; "
+                  f"{'equal to' if same else 'DIFFERENT from'} the run left alone", flush=True)
+    print(json.dumps({"kills": len(kills), "kills_in_a_save": sum(kills), "runs": runs, "steps": STEPS, "equal": equal}))
+    sys.exit(not equal)
+
+
+if __name__ == "__main__":
+    main()

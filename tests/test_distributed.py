@@ -1,0 +1,66 @@
+"""Several processes: the same losses as one, whatever the mesh, and checkpoints that any number of them can go on with."""
+
+import os
+import shutil
+import signal
+import time
+
+import numpy as np
+import pytest
+from small_line import MODEL, lines, losses, make_base, run, start
+
+from nanochat_jax.stopping import EXIT_STOPPED
+
+pytestmark = pytest.mark.slow
+STEPS = 4
+FLAGS = [*MODEL, "--total-batch-size", "1024", "--device-batch-size", "1", "--num-iterations", str(STEPS), "--save-every", "2",
+         "--keep", "3", "--eval-every", "-1", "--eval-tokens", "512"]
+
+
+@pytest.fixture(scope="module")
+def paths(tmp_path_factory):
+    return make_base(tmp_path_factory.mktemp("base"))
+
+
+@pytest.fixture(scope="module")
+def one(paths):
+    """One process with 8 devices."""
+    run("base_train", *FLAGS, "--mesh", "8x1", "--model-tag", "one", base=paths.base, devices=8)
+    return paths.checkpoints("base") / "one"
+
+
+def assert_equal_runs(found, expected):
+    np.testing.assert_allclose(losses(found), losses(expected), rtol=1e-5)
+    assert len(losses(found)) == STEPS
+    bpb = [[line["val_bpb"] for line in lines(each, "eval")] for each in (found, expected)]
+    np.testing.assert_allclose(*bpb, rtol=1e-5)
+
+
+def test_two_processes_train_as_one_and_hand_over_to_one(paths, one):
+    run("base_train", *FLAGS, "--mesh", "8x1", "--model-tag", "two", base=paths.base, devices=4, processes=2)
+    two = one.with_name("two")
+    assert_equal_runs(two, one)
+    shutil.rmtree(two / "4")  # as if killed before the last save
+    run("base_train", *FLAGS, "--mesh", "4x2", "--model-tag", "two", "--resume", base=paths.base, devices=8)
+    assert_equal_runs(two, one)
+
+
+def test_a_model_axis_over_both_processes_takes_over_from_one(paths, one):
+    both = shutil.copytree(one, one.with_name("both"))
+    shutil.rmtree(both / "4")
+    run("base_train", *FLAGS, "--mesh", "1x8", "--model-tag", "both", "--resume", base=paths.base, devices=4, processes=2)
+    assert_equal_runs(both, one)
+
+
+def test_a_preempted_process_stops_all_of_them_at_one_step(paths):
+    long = [flag if flag != str(STEPS) else "100000" for flag in FLAGS] + ["--eval-every", "-1", "--save-every", "0"]
+    running = start("base_train", *long, "--mesh", "8x1", "--model-tag", "preempted", base=paths.base, devices=4, processes=2)
+    directory = paths.checkpoints("base") / "preempted"
+    deadline = time.monotonic() + 120
+    while not ((directory / "metrics.jsonl").exists() and losses(directory)) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    running[1].send_signal(signal.SIGTERM)
+    said = [process.communicate()[1] for process in running]
+    assert [process.returncode for process in running] == [EXIT_STOPPED] * 2, said
+    (step,) = (int(name) for name in os.listdir(directory) if name.isdigit())
+    assert len(losses(directory)) == step
