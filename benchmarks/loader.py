@@ -5,8 +5,8 @@
     python benchmarks/loader.py --corpus DIRECTORY  shards of your own instead of the offline corpus
 
 From parquet files to numpy batches on the host, tokenized as they are read, BOS before every document. Passes are
-repeated in turns, and the best of each is shown. The vocabulary is trained on the corpus first. The peer is given what
-helps it: its tokenizer uses all cores, and its rows are built from numpy arrays. Both make the same rows, which is checked.
+repeated in turns, and the best of each is shown. The vocabulary is trained on the corpus first. The peer's tokenizer uses
+all cores too. Both make the same rows of best fit, which is checked.
 """
 
 import argparse
@@ -40,15 +40,14 @@ def peer_documents(paths: list[Path], encoding: tiktoken.Encoding, bos: int, thr
             for group in range(file.num_row_groups):
                 texts = file.read_row_group(group).column("text").to_pylist()
                 for start in range(0, len(texts), 128):
-                    documents = encoding.encode_ordinary_batch(texts[start : start + 128], num_threads=threads)
+                    part = texts[start : start + 128]
+                    documents = encoding.encode_ordinary_batch(part, num_threads=threads)
                     for ids in documents:
                         ids.insert(0, bos)
                     yield documents
 
 
-def peer_bestfit(
-    documents: Iterator[list[list[int]]], rows: int, length: int, buffer_docs: int
-) -> Iterator[np.ndarray]:
+def peer_bestfit(documents: Iterator[list[list[int]]], rows: int, length: int, buffer_docs: int) -> Iterator[np.ndarray]:
     """A buffer of documents; each row takes the longest that fits, else a part of the shortest."""
     buffer: list[list[int]] = []
     while True:
@@ -94,12 +93,8 @@ def rate(batches: Iterator, tokens: int, seconds: float) -> tuple[float, float]:
 
 def measure_rates(corpus: Path, tokenizer: Tokenizer, args: argparse.Namespace) -> dict[str, tuple[float, float]]:
     shape = dict(batch_size=args.rows, sequence_len=args.length)
-    encoding = tiktoken.Encoding(
-        "peer",
-        pat_str=tokenizer.pattern,
-        mergeable_ranks=tokenizer.mergeable_ranks,
-        special_tokens=tokenizer.special_tokens,
-    )
+    encoding = tiktoken.Encoding("peer", pat_str=tokenizer.pattern, mergeable_ranks=tokenizer.mergeable_ranks,
+                                 special_tokens=tokenizer.special_tokens)
     paths, threads = train_shards(corpus), os.cpu_count() or 1
 
     def documents() -> Iterator[list[list[int]]]:
@@ -143,14 +138,13 @@ def measure_steps(corpus: Path, tokenizer: Tokenizer, args: argparse.Namespace) 
     from nanochat_jax.config import GPTConfig
     from nanochat_jax.optim import OptimizerConfig, constant, linear_momentum, make_optimizer
     from nanochat_jax.sharding import make_mesh
-    from nanochat_jax.train import init_state, make_train_step
+    from nanochat_jax.step import init_state, make_train_step
 
     rows, length = 4, 256
     model = GPTConfig.modern(4, head_dim=64, sequence_len=length, vocab_size=tokenizer.vocab_size, window_pattern="L")
     mesh = make_mesh("auto")
-    optimizer = make_optimizer(
-        model, OptimizerConfig(), lr_multiplier=constant(1.0), momentum=linear_momentum(300, 0.85, 0.95), mesh=mesh
-    )
+    optimizer = make_optimizer(model, OptimizerConfig(), lr_multiplier=constant(1.0),
+                               momentum=linear_momentum(300, 0.85, 0.95), mesh=mesh)
     state, shardings = init_state(model, optimizer, mesh, fsdp=False, seed=0)
     step = make_train_step(model, optimizer, dtype=np.float32, mesh=mesh, shardings=shardings)
     loader = pretraining_loader(corpus, tokenizer, split="train", batch_size=rows, sequence_len=length)
@@ -194,27 +188,15 @@ def main() -> None:
             print(json.dumps({"benchmark": "loader_step", **about, "ratio": ratio, "seconds": steps}))
             return
         best = measure_rates(corpus, tokenizer, args)
-        print(
-            f"{cores} cores, vocabulary of {tokenizer.vocab_size:,}, rows of {args.length:,} tokens, {args.rows} a batch"
-        )
+        print(f"{cores} cores, vocabulary {tokenizer.vocab_size:,}, rows of {args.length:,} tokens, {args.rows} a batch")
         print(f"{'':24} {'M tokens/s':>10} {'per core':>10} {'times the peer':>15}")
         ratios = {}
         for name, (per_second, per_cpu_second) in best.items():
             packing = name.partition(",")[0]
             ratios[packing] = per_second / best[f"{packing}, peer"][0]
             print(f"{name:24} {per_second / 1e6:10.2f} {per_cpu_second / 1e6:10.2f} {ratios[packing]:15.1f}")
-        print(
-            json.dumps(
-                {
-                    "benchmark": "loader",
-                    **about,
-                    "rows": args.rows,
-                    "length": args.length,
-                    "ratio": ratios,
-                    "tokens_per_second": {name: value[0] for name, value in best.items()},
-                }
-            )
-        )
+        print(json.dumps({"benchmark": "loader", **about, "rows": args.rows, "length": args.length, "ratio": ratios,
+                          "tokens_per_second": {name: value[0] for name, value in best.items()}}))
 
 
 if __name__ == "__main__":
