@@ -1,6 +1,7 @@
 """Checkpoints with Orbax: parameters, optimizer state, data position and metadata in one atomic step directory.
 
-    <source>_checkpoints/<tag>/<step>/{params,optimizer,state}      metrics.jsonl beside the steps
+    <source>_checkpoints/<tag>/<step>/{params,optimizer,state}      metrics.jsonl beside the steps; `optimizer` is
+                                                                    absent where weights were imported
 
 Each step carries checksums of its content. One that is torn or damaged is passed over, with a warning that names it, for
 the one before; a resumed run renames it to `damaged-<step>`. Nothing here deletes a step but `keep` and `--fresh`.
@@ -32,6 +33,8 @@ from nanochat_jax.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
+# Besides read_only, what Orbax would otherwise set itself, with a warning each time.
+READ_ONLY = ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0, create=False)
 CHECKSUMS = "checksums"  # its key in the state
 
 
@@ -161,6 +164,9 @@ class Checkpoints:
         if sums and sums["state"] != _state_checksum(state):
             raise Damaged("the checksum of its state does not match")
         accept(state)
+        if abstract_optimizer is not None and "optimizer" not in sums.get("structure", {"optimizer": 0}):
+            raise UsageError(f"{self.directory / str(step)} holds no optimizer state, as imported weights do not: train "
+                             "under another --model-tag")
         trees = {"params": abstract} | ({} if abstract_optimizer is None else {"optimizer": abstract_optimizer})
         for name, structure in sums.get("structure", {}).items():
             if name in trees and structure != _structure(trees[name]):
@@ -205,11 +211,15 @@ class Loaded:
 
     config: GPTConfig
     params: Params
-    tokenizer: Tokenizer
+    tokenizer: Tokenizer | None  # None only where the caller said that it needs none
     meta: dict[str, Any]
-    tag: str
+    directory: Path
     step: int
     source: str
+
+    @property
+    def tag(self) -> str:
+        return self.directory.name
 
 
 def saved_steps(directory: Path) -> list[int]:
@@ -236,52 +246,73 @@ def claim_directory(directory: Path, *, resume: bool, fresh: bool) -> None:
 
 def read_meta(directory: Path, step: int) -> dict[str, Any]:
     """The JSON state of a step."""
-    with ocp.CheckpointManager(directory, options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
+    with ocp.CheckpointManager(directory, options=READ_ONLY) as manager:
         return manager.restore(step, args=ocp.args.Composite(state=ocp.args.JsonRestore())).state
 
 
 def load_model(paths: Paths, source: str, *, tag: str | None = None, step: int | None = None, mesh: Mesh | None = None,
-               fsdp: bool = False) -> Loaded:
-    """Load the parameters of a stage ("base", "mid", "sft" or "rl"), float32, placed on the mesh.
+               fsdp: bool = False, need_tokenizer: bool = True) -> Loaded:
+    """Load the parameters of a stage ("base", "mid", "sft" or "rl"), as `load_directory` does.
 
-    Without a tag: the largest `d<depth>`, else the newest; without a step: the greatest that can be read. Raises
-    `NotFound` when there is none and `UsageError` when the checkpoint was trained with another tokenizer.
+    Without a tag: the largest `d<depth>`, else the newest. Raises `NotFound` when there is none.
     """
-    tag = tag or paths.find_tag(source)
-    directory = paths.checkpoints(source) / tag
-    steps = saved_steps(directory)
-    if not steps:
+    directory = paths.checkpoints(source) / (tag or paths.find_tag(source))
+    if not saved_steps(directory):
         raise NotFound(f"no {source} checkpoint in {directory}: run `python -m {HOW_TO_MAKE[source]}` first")
-    if step is not None and step not in steps:
-        raise NotFound(f"no step {step} in {directory}: there are {', '.join(map(str, steps))}")
+    return load_directory(directory, source=source, step=step, mesh=mesh, fsdp=fsdp, need_tokenizer=need_tokenizer)
+
+
+def load_directory(directory: Path, *, source: str = "base", step: int | None = None, mesh: Mesh | None = None,
+                   fsdp: bool = False, need_tokenizer: bool = True) -> Loaded:
+    """Load the parameters of a tag's directory, float32, placed on the mesh; without a step, the greatest that can be read.
+
+    Its tokenizer is in `tokenizer/` under it (where an imported model brought one that is not the base directory's), else
+    in that of the base directory. Raises `NotFound` when there is no such step and `UsageError` when the checkpoint was
+    trained with another tokenizer, or came without one and `need_tokenizer`.
+    """
+    steps = saved_steps(directory)
+    if not steps or step is not None and step not in steps:
+        raise NotFound(f"no step {'' if step is None else step} in {directory}: there are {', '.join(map(str, steps)) or 'none'}")
     mesh = make_mesh("1x1") if mesh is None else mesh
-    tokenizer = Tokenizer.load(paths.tokenizer)
     for candidate in reversed(steps) if step is None else [step]:
-        log.info("loading %s/%s step %d", source, tag, candidate)
+        log.info("loading %s step %d", directory, candidate)
         try:
-            config, params, meta = _load_step(directory, candidate, tokenizer, paths, mesh, fsdp)
+            meta = read_meta(directory, candidate)
+            config = GPTConfig.from_dict(meta["model_config"])
+            tokenizer = _load_tokenizer(directory, meta["tokenizer"], need_tokenizer)
+            abstract = abstract_tree(abstract_params(config), param_shardings(config, mesh, fsdp=fsdp))
+            with ocp.CheckpointManager(directory, options=READ_ONLY) as manager:
+                found = manager.restore(candidate, args=ocp.args.Composite(params=ocp.args.StandardRestore(abstract)))
+            _verify({"params": found.params}, meta)
         except UsageError:
             raise
         except Exception as error:  # Orbax raises many kinds for torn data
             log.warning("checkpoint %s cannot be read (%.200s)", directory / str(candidate), error)
             continue
-        return Loaded(config, params, tokenizer, meta, tag, candidate, source)
+        return Loaded(config, found.params, tokenizer, meta, directory, candidate, source)
     raise UsageError(f"none of the steps {steps if step is None else [step]} in {directory} can be read"
                      + (f"; there are {', '.join(map(str, steps))}" if step is not None else ""))
 
 
-def _load_step(directory: Path, step: int, tokenizer: Tokenizer, paths: Paths, mesh: Mesh, fsdp: bool
-               ) -> tuple[GPTConfig, Params, dict[str, Any]]:
-    meta = read_meta(directory, step)
-    config = GPTConfig.from_dict(meta["model_config"])
-    if tokenizer.fingerprint() != meta["tokenizer"]:
-        raise UsageError(f"the tokenizer in {paths.tokenizer} is not the one {directory} was trained with: "
+def _load_tokenizer(directory: Path, fingerprint: str | None, needed: bool) -> Tokenizer | None:
+    """The tokenizer that a checkpoint was trained with; its fingerprint is None if it was imported without one."""
+    if fingerprint is None:
+        if needed:
+            raise UsageError(f"{directory} was imported without a tokenizer: import it again with --tokenizer DIR")
+        return None
+    own, shared = directory / "tokenizer", directory.resolve().parent.parent / "tokenizer"
+    place = own if own.is_dir() else shared
+    tokenizer = Tokenizer.load(place)
+    if tokenizer.fingerprint() != fingerprint:
+        raise UsageError(f"the tokenizer in {place} is not the one {directory} was trained with: "
                          "restore that tokenizer, or train the model again")
-    abstract = abstract_tree(abstract_params(config), param_shardings(config, mesh, fsdp=fsdp))
-    with ocp.CheckpointManager(directory, options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
-        found = manager.restore(step, args=ocp.args.Composite(params=ocp.args.StandardRestore(abstract)))
-    _verify({"params": found.params}, meta)
-    return config, found.params, meta
+    return tokenizer
+
+
+def carry_tokenizer(loaded: Loaded, directory: Path) -> None:
+    """Give the next stage's directory the tokenizer that a model carries with it, if it does not use the shared one."""
+    if (loaded.directory / "tokenizer").is_dir() and jax.process_index() == 0:
+        loaded.tokenizer.save(directory / "tokenizer")
 
 
 def abstract_tree(tree: Any, shardings: Any) -> Any:
@@ -289,12 +320,12 @@ def abstract_tree(tree: Any, shardings: Any) -> Any:
     return jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree, shardings)
 
 
-def load_optimizer(paths: Paths, loaded: Loaded, abstract: Any) -> Any:
+def load_optimizer(loaded: Loaded, abstract: Any) -> Any:
     """The optimizer state that was saved with a loaded model; `abstract` says its shapes and where it shall lie."""
-    directory = paths.checkpoints(loaded.source) / loaded.tag
+    directory = loaded.directory
     if not (directory / str(loaded.step) / "optimizer").is_dir():
         raise NotFound(f"{directory / str(loaded.step)} was saved without an optimizer: use --load-optimizer 0")
-    with ocp.CheckpointManager(directory, options=ocp.CheckpointManagerOptions(read_only=True)) as manager:
+    with ocp.CheckpointManager(directory, options=READ_ONLY) as manager:
         found = manager.restore(loaded.step, args=ocp.args.Composite(optimizer=ocp.args.StandardRestore(abstract)))
     _verify({"optimizer": found.optimizer}, loaded.meta)
     return found.optimizer

@@ -36,6 +36,11 @@ def flag(default: Any, help: str, *, short: str | None = None, choices: Sequence
     return dataclasses.field(default=default, metadata=metadata)
 
 
+def arguments(help: str) -> Any:
+    """A dataclass field, a list, that takes the arguments of the command line that are no flags: one at least."""
+    return dataclasses.field(metadata={"help": help, "arguments": True})
+
+
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> typing.NoReturn:
         raise UsageError(f"{message} (see `{self.prog} --help`)")
@@ -75,6 +80,9 @@ def make_parser(config_type: type, *, prog: str, description: str) -> argparse.A
     )
     hints = typing.get_type_hints(config_type)
     for field in dataclasses.fields(config_type):
+        if field.metadata.get("arguments"):
+            parser.add_argument(field.name, nargs="+", metavar=field.name.upper(), help=field.metadata["help"])
+            continue
         names = []
         for name in (field.name, *field.metadata.get("aliases", ())):
             names += dict.fromkeys([f"--{name.replace('_', '-')}", f"--{name}"])

@@ -51,6 +51,9 @@ class GPTConfig:
             raise ValueError(f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}")
         if self.head_dim % 2:
             raise ValueError(f"head width {self.head_dim} must be even, rotary embeddings turn pairs")
+        narrowest = max(SMEAR_GATE_CHANNELS * self.smear, VE_GATE_CHANNELS * self.value_embeds)
+        if self.n_embd < narrowest:
+            raise ValueError(f"n_embd {self.n_embd} must be at least {narrowest}, the channels that the gates read")
         if self.window_pattern is not None and (not self.window_pattern or set(self.window_pattern) - set("SL")):
             raise ValueError(f"window_pattern {self.window_pattern!r} must be made of the letters S and L")
 

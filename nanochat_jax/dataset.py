@@ -2,39 +2,48 @@
 
     python -m nanochat_jax.dataset -n 8                      8 training shards of ClimbMix and its validation shard
     python -m nanochat_jax.dataset -n 8 --dataset fineweb    of FineWeb-Edu
+    python -m nanochat_jax.dataset hf --dataset OWNER/NAME   any data set of the Hub
+    python -m nanochat_jax.dataset local FILES...            txt, md, jsonl, csv or parquet files of yours
     python -m nanochat_jax.dataset embedded                  the offline corpus, which needs no network
-    python -m nanochat_jax.dataset info                      what is on disk
+    python -m nanochat_jax.dataset info                      what is on disk, and what it is enough for
 
 Downloads go through huggingface_hub, which reads HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE. A shard gets its name in the
-data directory only when it is whole: the size the Hub announced, a readable footer, a `text` column.
+data directory only when it is whole: size and checksum as the Hub announced, a readable footer, a `text` column.
 """
 
+import hashlib
 import logging
 import os
-import shutil
 import sys
-import tempfile
 import time
-from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor, as_completed
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from huggingface_hub import constants, hf_hub_download
-from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError, RepositoryNotFoundError
-from huggingface_hub.utils import disable_progress_bars
+from rich.console import Console
+from rich.progress import (
+    BarColumn,
+    DownloadColumn,
+    Progress,
+    TaskID,
+    TextColumn,
+    TimeRemainingColumn,
+    TransferSpeedColumn,
+)
 
 from nanochat_jax import cli
 from nanochat_jax.cli import NotFound, UsageError, flag
-from nanochat_jax.data import embedded
-from nanochat_jax.data.shards import TEXT_COLUMN, fsync, list_shards, open_shard
+from nanochat_jax.data import embedded, hub_dataset
+from nanochat_jax.data.convert import FORMATS, describe, file_format, read_documents, write_corpus
+from nanochat_jax.data.hub import clean_up, fetch, first_line
+from nanochat_jax.data.hub_dataset import find_files
+from nanochat_jax.data.needs import summary
+from nanochat_jax.data.shards import open_shard
 from nanochat_jax.paths import DATA_DIRS, Paths
 
 logger = logging.getLogger(__name__)
-
-ATTEMPTS = 5
-CHARS_PER_TOKEN = 4.8  # of English web text in a vocabulary of 32,768 to 65,536 (tokens are an estimate here)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -63,39 +72,57 @@ def is_whole(path: Path) -> bool:
     if not path.exists():
         return False
     try:
-        open_shard(path).close()
+        _check_shard(path)
     except UsageError as error:
         logger.warning("downloading again: %s", error)
         return False
     return True
 
 
-def _fetch(repo: str, name: str, staging: Path) -> Path:
-    """Download one shard into `staging`; the Hub's client checks its size."""
-    if not constants.HF_HUB_OFFLINE:
-        return Path(hf_hub_download(repo, name, repo_type="dataset", local_dir=staging))
-    cached = hf_hub_download(repo, name, repo_type="dataset", local_files_only=True)
-    return Path(shutil.copyfile(cached, staging / name))
+def _check_shard(path: Path) -> None:
+    open_shard(path).close()
 
 
-def _fetch_verified(repo: str, name: str, directory: Path, staging: Path, wait_s: float) -> None:
-    for attempt in range(1, ATTEMPTS + 1):
-        path = staging / name
-        try:
-            path = _fetch(repo, name, staging)
-            open_shard(path).close()
-            break
-        except Exception as error:  # the HTTP client's errors have no common class; the last one is passed on
-            path.unlink(missing_ok=True)
-            absent = isinstance(error, (EntryNotFoundError, RepositoryNotFoundError))
-            if isinstance(error, LocalEntryNotFoundError):  # also what a failed connection looks like
-                absent = constants.HF_HUB_OFFLINE
-            if absent or attempt == ATTEMPTS:
-                raise
-            logger.warning("%s: attempt %d of %d failed (%s)", name, attempt, ATTEMPTS, _first_line(error))
-            time.sleep(wait_s * 2**attempt)
-    fsync(path)
-    os.replace(path, directory / name)
+class DownloadDisplay:
+    """On a terminal a bar for all shards and one for each that is arriving; elsewhere a line for each that came."""
+
+    def __init__(self, num_shards: int) -> None:
+        self._num_shards, self._done, self._bytes, self._began = num_shards, 0, 0, time.monotonic()
+        live = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
+        self._bars = Progress(
+            TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(),
+            TimeRemainingColumn(), console=Console(stderr=True), disable=not live,
+        )  # fmt: skip
+        self._all = self._bars.add_task(f"0/{num_shards} shards", total=None)
+        self._tasks: dict[str, TaskID] = {}
+
+    def __enter__(self) -> "DownloadDisplay":
+        self._bars.start()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._bars.stop()
+
+    def arriving(self, name: str, done: int, total: int | None) -> None:
+        if name not in self._tasks:
+            self._tasks[name] = self._bars.add_task(name, total=total)
+        self._bars.update(self._tasks[name], completed=done, total=total)
+        known = [task for task in self._bars.tasks[1:] if task.total]
+        if known:  # the others are about as large
+            total_in_all = sum(task.total for task in known) / len(known) * self._num_shards
+            self._bars.update(self._all, completed=sum(task.completed for task in known), total=total_in_all)
+
+    def ended(self, name: str, path: Path | None, problem: str = "") -> None:
+        self._done += path is not None
+        self._bytes += path.stat().st_size if path else 0
+        self._bars.update(self._all, description=f"{self._done}/{self._num_shards} shards")
+        if name in self._tasks:
+            self._bars.update(self._tasks[name], visible=False)
+        if problem:
+            self._bars.console.print(f"{name} failed: {problem}", markup=False, highlight=False)
+        elif self._bars.disable:
+            speed = self._bytes / 1e6 / (time.monotonic() - self._began)
+            logger.info("[%d/%d] %s (%.1f MB/s in all)", self._done, self._num_shards, name, speed)
 
 
 def download(
@@ -103,40 +130,38 @@ def download(
 ) -> dict[str, str]:
     """Download the shards of `names` that are not in `directory` yet; returns the reason for each that failed.
 
-    A shard is tried five times, with pauses of 2, 4, 8 and 16 times `wait_s` seconds.
+    The last name is the validation shard. It comes first, and alone: without it, an interrupted download would leave
+    a training shard as the last file, which a loader would take for validation.
     """
     directory.mkdir(parents=True, exist_ok=True)
     missing = [name for name in names if not is_whole(directory / name)]
     if len(missing) < len(names):
         logger.info("%d of %d shards are in %s already", len(names) - len(missing), len(names), directory)
     failed: dict[str, str] = {}
-    disable_progress_bars()  # they garble each other when several files arrive at once
-    with (
-        tempfile.TemporaryDirectory(prefix=".download-", dir=directory) as staging,
-        ThreadPoolExecutor(num_workers) as pool,
-    ):
-        jobs = {pool.submit(_fetch_verified, repo, name, directory, Path(staging), wait_s): name for name in missing}
-        start = time.monotonic()
-        num_bytes = 0
+    with DownloadDisplay(len(missing)) as display:
+
+        def get(name: str) -> None:
+            try:
+                fetch(repo, name, directory / name, check=_check_shard, wait_s=wait_s,
+                      progress=lambda done, total: display.arriving(name, done, total))  # fmt: skip
+            except Exception as error:  # of the HTTP client or the disk; reported to the caller, by name
+                failed[name] = first_line(error)
+            display.ended(name, None if name in failed else directory / name, failed.get(name, ""))
+
+        if names[-1] in missing:
+            get(names[-1])
+            missing.remove(names[-1])
+        if names[-1] in failed:
+            return failed | {name: "not tried, as there is no validation shard" for name in missing}
+        pool = ThreadPoolExecutor(num_workers)
         try:
-            for done, job in enumerate(as_completed(jobs), start=1):
-                name = jobs[job]
-                if error := job.exception():
-                    failed[name] = _first_line(error)
-                    logger.error("[%d/%d] %s failed: %s", done, len(missing), name, failed[name])
-                    continue
-                num_bytes += (directory / name).stat().st_size
-                speed = num_bytes / 1e6 / (time.monotonic() - start)
-                logger.info("[%d/%d] %s (%.1f MB/s in all)", done, len(missing), name, speed)
+            for job in [pool.submit(get, name) for name in missing]:
+                job.result()
         finally:
             pool.shutdown(cancel_futures=True)  # on Ctrl-C, wait for what is under way, not for the whole list
-    fsync(directory)
+    if not failed:
+        clean_up(directory)
     return failed
-
-
-def _first_line(error: BaseException) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -160,6 +185,105 @@ def download_main(config: DownloadConfig) -> int:
     return 1 if failed else 0
 
 
+PRESETS = {"k12": "CrowdMind/K-12Corpus", "opc": "CrowdMind/opc-annealing-corpus-synthetic"}
+
+
+@dataclass(frozen=True, kw_only=True)
+class CorpusConfig:
+    """What making a corpus of one's own has in common, wherever the text comes from."""
+
+    text_field: str = flag("text", "column of parquet and csv files, or key of JSON Lines, that holds the text")
+    rows_per_shard: int = flag(500_000, "documents of a shard")
+    val_fraction: float = flag(0.005, "share of the documents that goes to the validation shard")
+    cut_chars: int = flag(10_000, "text files: length of the documents they are cut into, in characters; 0: not cut")
+    append: bool = flag(False, "add to the corpus that is there")
+
+    def __post_init__(self) -> None:
+        if self.rows_per_shard < 1:
+            raise ValueError(f"--rows-per-shard must be at least 1, got {self.rows_per_shard}")
+        if not 0 <= self.val_fraction < 1:
+            raise ValueError(f"--val-fraction must be at least 0 and less than 1, got {self.val_fraction}")
+        if self.cut_chars < 0:
+            raise ValueError(f"--cut-chars must be at least 0, got {self.cut_chars}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HfConfig(CorpusConfig):
+    preset: str | None = flag(None, f"a known data set, of {', '.join(PRESETS.values())}", choices=list(PRESETS))
+    dataset: str | None = flag(None, "data set OWNER/NAME")
+    subset: str | None = flag(None, "subset of the data set; default the one its card calls default")
+    split: str = flag("train", "split of the data set")
+    revision: str = flag("main", "commit, branch or tag of the data set")
+    limit_rows: int | None = flag(None, "read only that many rows")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.preset is None and self.dataset is None:
+            raise ValueError("name a data set: --preset " + "|".join(PRESETS) + " or --dataset OWNER/NAME")
+        if self.preset is None and self.dataset.count("/") != 1:
+            raise ValueError(f"--dataset {self.dataset!r} is not of the form OWNER/NAME")
+        if self.limit_rows is not None and self.limit_rows < 2:
+            raise ValueError(f"--limit-rows must be at least 2, got {self.limit_rows}")
+
+
+def hf_main(config: HfConfig) -> int:
+    directory = Paths.from_env().data("custom")
+    subset, split, field = config.subset, config.split, config.text_field
+    if config.preset is not None:  # the known data sets have one subset, the split train and the column text
+        subset, split, field = None, "train", "text"
+    files = find_files(PRESETS.get(config.preset or "") or config.dataset, subset, split, config.revision)
+    source = {"dataset": files.repo, "revision": files.commit, "subset": subset, "split": split, "text_field": field,
+              "cut_chars": config.cut_chars, "files": len(files.names), "limit_rows": config.limit_rows}  # fmt: skip
+    logger.info("%s: %d files", describe(source), len(files.names))
+    staging = directory.with_name(f".{directory.name}.source")
+    return _write(directory, source, config, lambda: hub_dataset.iter_documents(
+        files, field, staging, cut_chars=config.cut_chars, limit_rows=config.limit_rows))  # fmt: skip
+
+
+@dataclass(frozen=True, kw_only=True)
+class LocalConfig(CorpusConfig):
+    files: list[str] = cli.arguments("txt, md, jsonl, csv, tsv or parquet files, or directories of such")
+
+
+def local_main(config: LocalConfig) -> int:
+    paths = list(_expand(config.files))
+    source = {"files": [{"name": str(path.absolute()), "sha256": _sha256(path)} for path in paths],
+              "text_field": config.text_field, "cut_chars": config.cut_chars}  # fmt: skip
+    documents = (document for path in paths for document in read_documents(path, config.text_field, config.cut_chars))
+    return _write(Paths.from_env().data("custom"), source, config, lambda: documents)
+
+
+def _expand(names: Sequence[str]) -> Iterator[Path]:
+    for path in map(Path, names):
+        if not path.is_dir():
+            yield path
+            continue
+        inside = [file for file in sorted(path.rglob("*")) if file.is_file() and file_format(file.name)]
+        if not inside:
+            raise UsageError(f"{path} holds no file of a known kind ({', '.join(FORMATS)})")
+        yield from inside
+
+
+def _sha256(path: Path) -> str:
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise NotFound(f"{path} cannot be read: {error.strerror}") from error
+
+
+def _write(directory: Path, source: dict[str, Any], config: CorpusConfig,
+           documents: Callable[[], Iterable[str | None]]) -> int:  # fmt: skip
+    entry = write_corpus(directory, source, documents, rows_per_shard=config.rows_per_shard,
+                         val_fraction=config.val_fraction, append=config.append)  # fmt: skip
+    if entry is None:
+        print(f"{describe(source)} is in {directory} already")
+    else:
+        print(f"{entry['documents']:,} documents ({entry['val_documents']:,} for validation) of {describe(source)} "
+              f"are in {directory}; {entry['skipped']:,} rows without text were skipped")  # fmt: skip
+    return 0
+
+
 @dataclass(frozen=True, kw_only=True)
 class EmbeddedConfig:
     """No flags."""
@@ -177,51 +301,21 @@ class InfoConfig:
     """No flags."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class SplitSize:
-    shards: int
-    documents: int
-    text_bytes: int
-
-    @property
-    def tokens(self) -> int:
-        """An estimate."""
-        return round(self.text_bytes / CHARS_PER_TOKEN)
-
-
-def measure(paths: Sequence[Path]) -> SplitSize:
-    """Documents and UTF-8 bytes of shards, from their footers alone."""
-    documents = text_bytes = 0
-    for path in paths:
-        with open_shard(path) as file:
-            column = file.schema_arrow.names.index(TEXT_COLUMN)
-            documents += file.metadata.num_rows
-            for group in range(file.num_row_groups):
-                text_bytes += file.metadata.row_group(group).column(column).total_uncompressed_size
-    text_bytes -= 4 * documents  # each text is stored with its length
-    return SplitSize(shards=len(paths), documents=documents, text_bytes=max(0, text_bytes))
-
-
 def info_main(config: InfoConfig) -> int:
     paths = Paths.from_env()
     paths.find_data()  # says what to do if there is none
-    print(f"{'corpus':10} {'split':6} {'shards':>6} {'documents':>12} {'text MB':>10} {'tokens, about':>14}")
     for name in DATA_DIRS:
-        try:
-            shards = list_shards(paths.data(name))
-        except NotFound:
-            continue
-        for split, members in (("train", shards[:-1]), ("val", shards[-1:])):
-            size = measure(members)
-            megabytes = size.text_bytes / 1e6
-            print(f"{name:10} {split:6} {size.shards:6} {size.documents:12,} {megabytes:10,.1f} {size.tokens:14,}")
+        if (directory := paths.data(name)).is_dir() and any(directory.glob("*.parquet")):
+            print(summary(name, directory))
     return 0
 
 
 COMMANDS: dict[str, tuple[Callable[..., int], type, str]] = {
-    "download": (download_main, DownloadConfig, "Download a corpus. Also: `embedded` (the offline corpus), `info`."),
+    "download": (download_main, DownloadConfig, "Download a corpus. Also: `hf`, `local`, `embedded`, `info`."),
+    "hf": (hf_main, HfConfig, "Make a corpus of any data set of the Hugging Face Hub."),
+    "local": (local_main, LocalConfig, "Make a corpus of files on this machine."),
     "embedded": (embedded_main, EmbeddedConfig, "Build the offline corpus, which needs no network."),
-    "info": (info_main, InfoConfig, "Show which corpora are on disk."),
+    "info": (info_main, InfoConfig, "Show which corpora are on disk, and what they are enough for."),
 }
 
 

@@ -35,6 +35,8 @@ class FinetuneConfig(TrainConfig):
 
     step: int | None = flag(None, "step of the checkpoint to start from; default the newest", aliases=("model_step",))
     load_optimizer: bool = flag(False, "go on with the moments of its optimizer; the rates begin anew")
+    mixture: str | None = flag(None, "what to train on, such as SmolTalk,MMLU*3,chats.jsonl: tasks or files of "
+                               "conversations, each with its weight; default: what goes with the corpus")
     max_seq_len: int | None = flag(None, "tokens of a row; default the base model's")
     embedding_lr: float | None = flag(None, "rate of the embedding tables; default the base run's")
     unembedding_lr: float | None = flag(None, "rate of the unembedding; default the base run's")
@@ -63,7 +65,7 @@ class Stage:
     evaluations: Callable[..., list[Evaluation]] = lambda *_: []
 
 
-def warm_optimizer(paths: Paths, loaded: Loaded, optimizer: optax.GradientTransformation, params: Params, shardings: Any,
+def warm_optimizer(loaded: Loaded, optimizer: optax.GradientTransformation, params: Params, shardings: Any,
                    mesh: jax.sharding.Mesh) -> Any:
     """The optimizer state saved with `loaded`, with the counts that schedules follow set back to 0.
 
@@ -73,7 +75,7 @@ def warm_optimizer(paths: Paths, loaded: Loaded, optimizer: optax.GradientTransf
     clipped = loaded.source == "base" and loaded.meta["rates"]["grad_clip"] > 0
     saved = optax.chain(optax.clip_by_global_norm(1.0), optimizer) if clipped else optimizer
     abstract = jax.eval_shape(saved.init, params)
-    state = load_optimizer(paths, loaded, abstract_tree(abstract, optimizer_shardings(abstract, params, shardings, mesh)))
+    state = load_optimizer(loaded, abstract_tree(abstract, optimizer_shardings(abstract, params, shardings, mesh)))
     scheduled = (MuonState, optax.ScaleByScheduleState)
     return jax.tree.map(lambda node: node._replace(count=jnp.zeros_like(node.count)) if isinstance(node, scheduled) else node,
                         state[1] if clipped else state, is_leaf=lambda node: isinstance(node, scheduled))
@@ -116,7 +118,7 @@ def finetune(config: FinetuneConfig, stage: Stage) -> None:
     eval_steps = max(1, min(wanted, validation.count_batches(1)))
     optimizer = optimizer_for(num_steps)
     if config.load_optimizer:
-        state = state._replace(optimizer=warm_optimizer(paths, loaded, optimizer, state.params, shardings.params, mesh))
+        state = state._replace(optimizer=warm_optimizer(loaded, optimizer, state.params, shardings.params, mesh))
     log.info("%s: %d conversations, %d steps of %s tokens, mesh %s, %s", stage.name, len(mixture), num_steps,
              f"{shape.tokens:,}", "x".join(map(str, mesh.shape.values())), dtype)
     token_bytes = tokenizer.token_bytes()
@@ -133,7 +135,7 @@ def finetune(config: FinetuneConfig, stage: Stage) -> None:
         evaluations=[Evaluation(config.eval_every, held_out), *stage.evaluations(loaded, shape.micro_rows, dtype, mesh)],
         metadata={"tokenizer": tokenizer.fingerprint(), "data": meta["data"], "total_batch_size": shape.tokens,
                   "rates": meta["rates"], "from": [stage.source, loaded.tag, loaded.step]},
-        dry_run=config.dry_run,
+        dry_run=config.dry_run, origin=loaded,
     )
     outcome = train(job, state, shardings, step_for(optimizer), batches)
     results = {

@@ -15,20 +15,25 @@ CPU_CHUNK_ELEMENTS = 2**22  # 16 MiB: what stays in the caches is faster
 
 
 def chunk_length(batch: int, length: int, vocab: int, num_devices: int = 1) -> int:
-    """The largest power-of-two fraction of `length` whose logits stay within the budget on each device."""
+    """Positions whose logits stay within the budget on each device: a divisor of `length` if a good one is near."""
     budget = CPU_CHUNK_ELEMENTS if jax.default_backend() == "cpu" else CHUNK_ELEMENTS
-    while length % 2 == 0 and batch * length * vocab > budget * num_devices:
-        length //= 2
-    return length
+    fewest = min(length, -(-batch * length * vocab // (budget * num_devices)))
+    count = next((n for n in range(fewest, min(2 * fewest, length) + 1) if length % n == 0), fewest)
+    return -(-length // count)
 
 
-def _chunks(x: Array, chunk: int) -> Array:
-    """[B, T, ...] -> [T / chunk, B, chunk, ...]: chunks of the sequence, so that the batch axis stays sharded."""
+def _chunks(x: Array, chunk: int, fill: float) -> Array:
+    """[B, T, ...] -> [T / chunk, B, chunk, ...]: chunks of the sequence, so that the batch axis stays sharded.
+
+    Where `chunk` does not divide T, the last one is filled up.
+    """
+    if missing := -x.shape[1] % chunk:
+        x = jnp.pad(x, ((0, 0), (0, missing)) + ((0, 0),) * (x.ndim - 2), constant_values=fill)
     return jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)
 
 
-def _unchunk(x: Array) -> Array:
-    return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:])
+def _unchunk(x: Array, length: int) -> Array:
+    return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:])[:, :length]
 
 
 def _chunk_nll(hidden: Array, weight: Array, targets: Array, softcap: float) -> tuple[Array, Array, Array]:
@@ -50,7 +55,7 @@ def cross_entropy(hidden: Array, weight: Array, targets: Array, token_weights: A
       targets: [B, T] int32; negative means ignored.
       token_weights: [B, T] float32 factor of each token's loss in the sum (not differentiated).
       softcap: logits are softcap * tanh(logits / softcap).
-      chunk: positions whose logits are computed at once; must divide T.
+      chunk: positions whose logits are computed at once.
 
     Returns:
       (sum over tokens of token_weight * nll, nll [B, T] in nats with 0 where ignored). Only the sum has a gradient.
@@ -62,9 +67,9 @@ def cross_entropy(hidden: Array, weight: Array, targets: Array, token_weights: A
         nll, _, _ = _chunk_nll(hidden, weight, targets, softcap)
         return total + (nll * scale).sum(), nll
 
-    inputs = tuple(_chunks(x, chunk) for x in (hidden, targets, token_weights))
+    inputs = (_chunks(hidden, chunk, 0), _chunks(targets, chunk, -1), _chunks(token_weights, chunk, 0))
     total, nll = jax.lax.scan(body, jnp.zeros((), jnp.float32), inputs)
-    return total, _unchunk(nll)
+    return total, _unchunk(nll, targets.shape[1])
 
 
 def _cross_entropy_fwd(hidden, weight, targets, token_weights, softcap, chunk):
@@ -82,10 +87,11 @@ def _cross_entropy_fwd(hidden, weight, targets, token_weights, softcap, chunk):
         d_weight += jnp.einsum("bcd,bcv->dv", hidden, d_logits, preferred_element_type=jnp.float32)
         return (total + (nll * scale[..., 0]).sum(), d_weight), (nll, d_hidden.astype(hidden.dtype))
 
-    inputs = tuple(_chunks(x, chunk) for x in (hidden, targets, token_weights))
+    inputs = (_chunks(hidden, chunk, 0), _chunks(targets, chunk, -1), _chunks(token_weights, chunk, 0))
     start = (jnp.zeros((), jnp.float32), jnp.zeros(weight.shape, jnp.float32))
     (total, d_weight), (nll, d_hidden) = jax.lax.scan(body, start, inputs)
-    return (total, _unchunk(nll)), (_unchunk(d_hidden), d_weight.astype(weight.dtype))
+    length = targets.shape[1]
+    return (total, _unchunk(nll, length)), (_unchunk(d_hidden, length), d_weight.astype(weight.dtype))
 
 
 def _cross_entropy_bwd(softcap, chunk, residuals, cotangents):

@@ -1,7 +1,7 @@
 """The base directory: where every stage reads the one before it and writes its own.
 
     tokenizer/                        the trained vocabulary
-    base_data[_climbmix|_embedded]/   parquet shards; the last one by name is validation
+    base_data[_custom|_climbmix|_embedded]/   parquet shards; the last one by name is validation
     base_checkpoints/<tag>/           likewise mid_, chatsft_ and chatrl_checkpoints; metrics.jsonl lies beside the steps
     task_data/  eval_bundle/  report/
 """
@@ -19,7 +19,9 @@ CHECKPOINT_DIRS = {
     "sft": "chatsft_checkpoints",
     "rl": "chatrl_checkpoints",
 }
-DATA_DIRS = {"climbmix": "base_data_climbmix", "fineweb": "base_data", "embedded": "base_data_embedded"}
+# Where each corpus lies, in the order of preference; `custom` is there only if somebody made it, so it comes first.
+DATA_DIRS = {"custom": "base_data_custom", "climbmix": "base_data_climbmix", "fineweb": "base_data",
+             "embedded": "base_data_embedded"}
 HOW_TO_MAKE = {"base": "scripts.base_train", "mid": "scripts.mid_train", "sft": "scripts.chat_sft", "rl": "scripts.chat_rl"}
 
 
@@ -57,11 +59,11 @@ class Paths:
         return self.base / "compile_cache"
 
     def data(self, name: str) -> Path:
-        """Directory of the parquet shards of `climbmix`, `fineweb` or `embedded`."""
+        """Directory of the parquet shards of one of `DATA_DIRS`."""
         return self.base / DATA_DIRS[name]
 
     def find_data(self) -> str:
-        """Name of the corpus that is on disk (the first of climbmix, fineweb, embedded that has shards)."""
+        """Name of the corpus that is on disk (the first of `DATA_DIRS` that has shards)."""
         for name in DATA_DIRS:
             if any(self.data(name).glob("*.parquet")):
                 return name

@@ -13,7 +13,7 @@ import numpy as np
 from jax.sharding import Mesh
 
 from nanochat_jax import report
-from nanochat_jax.checkpoint import Checkpoints, Loaded, claim_directory, load_model
+from nanochat_jax.checkpoint import Checkpoints, Loaded, carry_tokenizer, claim_directory, load_model
 from nanochat_jax.cli import UsageError, flag
 from nanochat_jax.gpt import REMAT, Params
 from nanochat_jax.infer.engine import Engine
@@ -176,6 +176,7 @@ def reinforce(config: ChatRLConfig) -> None:
     wandb_run = start_wandb(config.run, "nanochat-rl", dataclasses.asdict(config))
     figures: dict[str, float] = {}
     claim_directory(directory, resume=config.resume, fresh=config.fresh)
+    carry_tokenizer(loaded, directory)
     with Checkpoints(directory, keep=config.keep) as checkpoints:
         restored = checkpoints.restore_latest(*abstract) if config.resume else None
         first = 0

@@ -18,13 +18,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nanochat_jax.config import GPTConfig, Recipe
+from nanochat_jax.config import GPTConfig
 from nanochat_jax.metrics import format_seconds
 from nanochat_jax.paths import Paths
 
-CHARS_PER_SHARD, CHARS_PER_TOKEN = 250_000_000, 4.8
-CROPPED_SHARE = 1.35  # best-fit packing throws about a third of the tokens it reads away
-TOKENIZER_CHARS = 2_000_000_000
 MODEL_FLOPS_UTILIZATION = 0.4  # assumed where the device's peak is known
 CPU_FLOPS_PER_CORE = 5e10  # float32 training, measured on current x86 cores
 
@@ -34,7 +31,8 @@ class Stage:
     """One step of the line.
 
     `args` decide the result and enter the key; `placement` (mesh, logging, batch per device) does not. A stage with
-    `produces` is built upon by the later ones.
+    `produces` is built upon by the later ones. One in the `background` runs beside those after it, up to the one that
+    `waits_for` it.
     """
 
     name: str
@@ -43,6 +41,8 @@ class Stage:
     placement: tuple[str, ...] = ()
     produces: bool = False
     resumable: bool = False
+    background: bool = False
+    waits_for: str = ""
     note: str = ""  # for the plan: model size, tokens, steps
     seconds: float = 0.0  # estimated
 
@@ -80,12 +80,6 @@ class Machine:
         return (self.peak_flops or 1e14) * MODEL_FLOPS_UTILIZATION * self.count
 
 
-def shards_needed(recipe: Recipe) -> int:
-    """Shards of 250 million characters that the run reads, or that the tokenizer wants."""
-    characters = max(recipe.total_tokens * CHARS_PER_TOKEN * CROPPED_SHARE, TOKENIZER_CHARS)
-    return int(characters / CHARS_PER_SHARD) + 1
-
-
 def memory_estimate(model: GPTConfig, rows: int, fsdp_ways: int) -> float:
     """Bytes per device, roughly: float32 parameters and gradients, optimizer state spread over the data axis, and the
     activations of `rows` rows with attention scores a block at a time."""
@@ -105,8 +99,9 @@ def print_plan(stages: Iterable[Stage], machine: Machine, title: str) -> None:
     total = 0.0
     for number, stage in enumerate(stages, 1):
         total += stage.seconds
+        where = "in the background" if stage.background else ""
         estimate = f"about {format_seconds(stage.seconds)}" if stage.seconds else ""
-        print(f"{number:3d}. {stage.name:14s} {'; '.join(filter(None, [stage.note, estimate]))}")
+        print(f"{number:3d}. {stage.name:14s} {'; '.join(filter(None, [stage.note, where, estimate]))}")
         print(f"     {stage.text()}")
     print(f"estimated time in all: {format_seconds(total)} (an estimate from FLOPs, not a measurement)")
 
@@ -148,10 +143,27 @@ def stage_keys(stages: Iterable[Stage], run: str) -> dict[str, str]:
 
 def run_stages(stages: list[Stage], record: Record) -> int:
     """Run what is not finished, in order; returns the exit code of the first stage that fails, or 0."""
+    background: dict[str, Background] = {}
+    old = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # between two stages
+    try:
+        return _run_stages(stages, record, background)
+    finally:
+        signal.signal(signal.SIGTERM, old)
+        for process in background.values():
+            process.stop()
+
+
+def _run_stages(stages: list[Stage], record: Record, background: "dict[str, Background]") -> int:
     keys = stage_keys(stages, record.run)
     began = time.monotonic()
     if not record.begun:
         _call([sys.executable, "-m", "nanochat_jax.report", "reset"])
+
+    def failed(stage: Stage, code: int) -> int:
+        print(f"error: {stage.name} ended with exit code {code}; run the same command again to go on from here "
+              f"({stage.text()})", file=sys.stderr)
+        return code
+
     for number, stage in enumerate(stages, 1):
         key, label = keys[stage.name], f"[{number}/{len(stages)}] {stage.name}"
         if record.finished.get(stage.name) == key:
@@ -160,16 +172,24 @@ def run_stages(stages: list[Stage], record: Record) -> int:
         more: list[str] = []
         if stage.resumable:  # begun with these very settings: go on; else whatever is there belongs to another run
             more = ["--resume" if record.begun.get(stage.name) == key else "--fresh"]
+        if stage.waits_for in background:
+            waited = next(other for other in stages if other.name == stage.waits_for)
+            _headline(f"{label}: waits for {waited.name} (see {background[waited.name].log})")
+            if code := background.pop(waited.name).wait():
+                return failed(waited, code)
+            record.finished[waited.name] = keys[waited.name]
         record.begun[stage.name] = key
         record.write()
+        if stage.background:
+            background[stage.name] = Background(stage.command(), record.path.with_name(f"{stage.name}.log"))
+            _headline(f"{label} · {stage.note} · in the background, see {background[stage.name].log}")
+            continue
         left = sum(later.seconds for later in stages[number - 1 :])
         _headline(f"{label} · {stage.note or stage.text()} · {format_seconds(time.monotonic() - began)} so far"
                   + (f", about {format_seconds(left)} left in all" if left else ""))
         code = _call(stage.command(*more))
         if code:
-            print(f"error: {stage.name} ended with exit code {code}; run the same command again to go on from here "
-                  f"({stage.text()})", file=sys.stderr)
-            return code
+            return failed(stage, code)
         record.finished[stage.name] = key
         record.write()
     _headline(f"all {len(stages)} stages done in {format_seconds(time.monotonic() - began)}")
@@ -194,6 +214,25 @@ def _call(command: list[str]) -> int:
                 continue
     finally:
         signal.signal(signal.SIGTERM, old)
+
+
+class Background:
+    """A stage beside the others. What it prints goes to a file; the end of that is shown if it fails."""
+
+    def __init__(self, command: list[str], log: Path) -> None:
+        self.log = log
+        with log.open("w") as file:
+            self._process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+
+    def wait(self) -> int:
+        code = self._process.wait()
+        if code:
+            print("\n".join(self.log.read_text(errors="replace").splitlines()[-10:]), file=sys.stderr)
+        return code
+
+    def stop(self) -> None:
+        self._process.terminate()
+        self._process.wait()
 
 
 def as_flags(**values: Any) -> tuple[str, ...]:

@@ -1,4 +1,6 @@
-"""The tokenizer: byte-level BPE with GPT-4's style of splitting, trained by our Rust crate, run by tiktoken.
+"""The tokenizer: byte-level BPE with GPT-4's style of splitting, trained and run by our Rust crate.
+
+A text gets the ids that tiktoken gives it with the same vocabulary and pattern.
 
 Ids are the bytes 0..255, then the merges in the order they were learned, then the special tokens. Text is always
 ordinary: a user who types `<|bos|>` gets the tokens of those seven characters, never the control token.
@@ -15,15 +17,14 @@ import hashlib
 import json
 import logging
 import os
-import re
-from collections.abc import Iterable, Mapping, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
-from typing import overload
+from typing import Any, Literal, overload
 
 import numpy as np
-import tiktoken
+import pyarrow as pa
 
 from nanochat_jax import rustbpe
 from nanochat_jax.cli import NotFound, UsageError
@@ -47,9 +48,8 @@ SPECIAL_TOKENS = (
     "<|output_end|>",
 )
 
-# tiktoken's regular expressions give out, and bring the process down, on a million white-space characters in a row:
-# longer runs than this are cut.
-WHITESPACE_LIMIT = 100_000
+ByteRule = Literal["raw", "decoded"]
+Progress = Callable[[str, int, int | None], None]
 
 RANKS_FILE = "mergeable_ranks.tiktoken"
 META_FILE = "meta.json"
@@ -82,21 +82,49 @@ class Tokenizer:
         self.mergeable_ranks = dict(mergeable_ranks)
         self.pattern = pattern
         self.special_tokens = {name: count + index for index, name in enumerate(special_tokens)}
-        self._encoding = tiktoken.Encoding(
-            name="nanochat_jax",
-            pat_str=pattern,
-            mergeable_ranks=self.mergeable_ranks,
-            special_tokens=self.special_tokens,
+        tokens = sorted(mergeable_ranks, key=mergeable_ranks.__getitem__)
+        self._encoder = rustbpe.Tokenizer.from_tokens(tokens, pattern)
+        self._bytes_of = dict(enumerate([*tokens, *(name.encode() for name in special_tokens)]))
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return partial(Tokenizer, pattern=self.pattern, special_tokens=list(self.special_tokens)), (
+            self.mergeable_ranks,
         )
 
     @classmethod
-    def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
-        """Learn `vocab_size` tokens, specials included; fewer, with a warning, if the text is too small."""
+    def train(cls, texts: Iterable[str], vocab_size: int, *, progress: Progress | None = None) -> "Tokenizer":
+        """Learn `vocab_size` tokens, specials included; fewer, with a warning, if the text is too small.
+
+        `progress(stage, done, total)` hears several times a second how far it is: characters in the stage "count",
+        whose total is None as long as it is not known, then merges in the stage "merge". What it raises ends training.
+        """
+        return cls._learn(vocab_size, "train_from_iterator", texts, progress=progress)
+
+    @classmethod
+    def train_from_parquet(
+        cls,
+        paths: Sequence[Path],
+        vocab_size: int,
+        *,
+        max_chars: int | None = None,
+        doc_cap: int | None = None,
+        progress: Progress | None = None,
+    ) -> "Tokenizer":
+        """The same on the `text` columns of Parquet files, read with no Python strings between.
+
+        Of each document the first `doc_cap` characters count. The document that takes them over `max_chars` together is
+        the last, which is whole.
+        """
+        limits = {"max_chars": max_chars, "doc_cap": doc_cap}
+        return cls._learn(vocab_size, "train_from_parquet", paths, progress=progress, **limits)
+
+    @classmethod
+    def _learn(cls, vocab_size: int, method: str, source: Any, **options: Any) -> "Tokenizer":
         smallest = 256 + len(SPECIAL_TOKENS)
         if vocab_size < smallest:
             raise ValueError(f"vocab_size must be at least {smallest} (bytes and special tokens), got {vocab_size}")
         trainer = rustbpe.Tokenizer()
-        trainer.train_from_iterator(texts, vocab_size - len(SPECIAL_TOKENS), pattern=SPLIT_PATTERN)
+        getattr(trainer, method)(source, vocab_size - len(SPECIAL_TOKENS), pattern=SPLIT_PATTERN, **options)
         tokenizer = cls(dict(trainer.get_mergeable_ranks()))
         if tokenizer.vocab_size < vocab_size:
             logger.warning("the text ran out of pairs to merge: %d tokens, not %d", tokenizer.vocab_size, vocab_size)
@@ -167,28 +195,37 @@ class Tokenizer:
 
         `prepend` and `append` put a token, by id or by the name of a special, before and after each result.
         """
-        if not isinstance(text, (str, list)):
-            raise TypeError(f"expected str or list of str, got {type(text).__name__}")
         if isinstance(text, str):
-            rows = [self._encode_one(text)]
-        elif all(len(item) <= WHITESPACE_LIMIT for item in text):
-            rows = self._encoding.encode_ordinary_batch(text, num_threads=num_threads)
-        else:
-            with ThreadPoolExecutor(num_threads) as pool:
-                rows = list(pool.map(self._encode_one, text))
-        before, after = ([] if token is None else [self._token_id(token)] for token in (prepend, append))
-        if before or after:
-            rows = [before + row + after for row in rows]
-        return rows[0] if isinstance(text, str) else rows
+            (row,) = self.encode([text], prepend, append)
+            return row
+        if not isinstance(text, list):
+            raise TypeError(f"expected str or list of str, got {type(text).__name__}")
+        ids, offsets = self.encode_batch(text, prepend, num_threads)
+        after = [] if append is None else [self._token_id(append)]
+        ids, bounds = ids.tolist(), pairwise(offsets.tolist())
+        return [ids[start:end] + after for start, end in bounds]
 
-    def _encode_one(self, text: str) -> list[int]:
-        if len(text) <= WHITESPACE_LIMIT:
-            return self._encoding.encode_ordinary(text)
-        cuts = [0]
-        for run in re.finditer(r"\s+", text):
-            cuts.extend(range(run.start() + WHITESPACE_LIMIT, run.end(), WHITESPACE_LIMIT))
-        pieces = (text[start:end] for start, end in pairwise([*cuts, len(text)]))
-        return [token for piece in pieces for token in self._encoding.encode_ordinary(piece)]
+    def encode_batch(
+        self,
+        texts: list[str] | pa.StringArray | pa.LargeStringArray | pa.ChunkedArray,
+        prepend: int | str | None = None,
+        num_threads: int = 8,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The ids of all texts in one array, int32 [N], and offsets, int64 [len(texts) + 1].
+
+        Those of text `i` are `ids[offsets[i] : offsets[i + 1]]`, the first of them `prepend`, an id or the name of a
+        special, if given. Up to `num_threads` threads encode, without the GIL. An Arrow array of strings is read in
+        place, with no Python strings between; ValueError if it has nulls.
+        """
+        before = None if prepend is None else self._token_id(prepend)
+        if isinstance(texts, (pa.Array, pa.ChunkedArray)):
+            if texts.null_count:
+                raise ValueError(f"{texts.null_count} of {len(texts)} texts are null: leave them out first")
+            return self._encoder.encode_arrow(texts, before, num_threads)
+        try:
+            return self._encoder.encode_batch(texts, before, num_threads)
+        except UnicodeEncodeError:
+            return self._encoder.encode_batch([_without_surrogates(text) for text in texts], before, num_threads)
 
     def _token_id(self, token: int | str) -> int:
         return self.encode_special(token) if isinstance(token, str) else token
@@ -199,13 +236,20 @@ class Tokenizer:
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
         """The bytes of `ids`, exactly. KeyError for an id outside the vocabulary."""
-        return self._encoding.decode_bytes(list(ids))
+        try:
+            return b"".join([self._bytes_of[token] for token in ids])
+        except KeyError as error:
+            raise KeyError(f"no token has the id {error}: the vocabulary has {self.vocab_size}") from None
 
-    def token_bytes(self) -> np.ndarray:
-        """How many bytes of text each id stands for, 0 for the specials: int32 [V]. What bits per byte divides by."""
+    def token_bytes(self, rule: ByteRule = "raw") -> np.ndarray:
+        """How many bytes of text each id stands for, 0 for the specials: int32 [V]. What bits per byte divides by.
+
+        "decoded" is nanochat's rule of 2025, for models whose figures were made with it: it counts the UTF-8 bytes of the
+        decoded token, so that a part of a character counts as the three bytes of U+FFFD.
+        """
         lengths = np.zeros(self.vocab_size, np.int32)
         for token, rank in self.mergeable_ranks.items():
-            lengths[rank] = len(token)
+            lengths[rank] = len(token if rule == "raw" else token.decode("utf-8", errors="replace").encode())
         return lengths
 
     def fingerprint(self) -> str:
@@ -213,6 +257,11 @@ class Tokenizer:
         digest = hashlib.sha256(_format_ranks(self.mergeable_ranks))
         digest.update(json.dumps([self.pattern, list(self.special_tokens)]).encode())
         return digest.hexdigest()
+
+
+def _without_surrogates(text: str) -> str:
+    """Surrogates, which UTF-8 cannot hold, as UTF-16 reads them: a pair is its character, a lone one is U+FFFD."""
+    return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
 def _format_ranks(ranks: Mapping[bytes, int]) -> bytes:

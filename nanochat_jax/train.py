@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nanochat_jax.checkpoint import Checkpoints, abstract_tree, claim_directory
+from nanochat_jax.checkpoint import Checkpoints, Loaded, abstract_tree, carry_tokenizer, claim_directory
 from nanochat_jax.cli import UsageError, flag
 from nanochat_jax.config import GPTConfig
 from nanochat_jax.data.loader import merge_states
@@ -122,6 +122,7 @@ class Job:
     metadata: dict[str, Any]  # goes into every checkpoint: tokenizer fingerprint, corpus, ...
     primary: str = "val_bpb"  # the figure whose minimum is kept
     dry_run: bool = False  # save nothing
+    origin: Loaded | None = None  # the model that this one goes on from
 
 
 @dataclass(frozen=True)
@@ -249,6 +250,8 @@ def train(job: Job, state: TrainState, shardings: TrainState, step_fn: Callable,
     if job.dry_run:
         job = dataclasses.replace(job, directory=Path(tempfile.mkdtemp(prefix="dry-run-")))
     claim_directory(job.directory, resume=config.resuming, fresh=config.fresh)
+    if job.origin is not None:
+        carry_tokenizer(job.origin, job.directory)
     with Checkpoints(job.directory, keep=config.keep) as checkpoints, StopRequest() as stop:
         restored = None
         if config.resuming:

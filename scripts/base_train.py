@@ -51,6 +51,8 @@ class BaseTrainConfig(TrainConfig):
     window_pattern: str = flag("SSSL", "short and long attention windows, tiled over layers (modern)")
     packing: str = flag("auto", "how documents fill rows; auto: bestfit (modern), stream (classic)",
                         choices=["auto", "bestfit", "stream"])
+    data_shards: int | None = flag(None, "streams the documents are dealt to, each packed alone; default up to 8; 1 is "
+                                   "upstream's order for one process")
     target_flops: float = flag(-1.0, "length of the run in training FLOPs; -1: by the ratio")
     target_param_data_ratio: float = flag(-1.0, "tokens per parameter; -1: 12 scaling (modern), 20 total (classic)")
     embedding_lr: float | None = flag(None, "rate of the embedding tables; default 0.3 (modern), 0.2 (classic)")
@@ -138,7 +140,7 @@ def main(config: BaseTrainConfig) -> None:
     index, count = data_share(mesh)
     common = dict(sequence_len=model.sequence_len, packing=packing)
     batches = pretraining_loader(paths.data(data), tokenizer, split="train", batch_size=shape.rows, process_index=index,
-                                 process_count=count, **common)
+                                 process_count=count, num_shards=config.data_shards, **common)
     validation = pretraining_loader(paths.data(data), tokenizer, split="val", batch_size=shape.micro_rows, num_shards=1,
                                     **common)
     eval_steps = max(1, config.eval_tokens // (shape.micro_rows * model.sequence_len))
@@ -156,7 +158,7 @@ def main(config: BaseTrainConfig) -> None:
         return {"core": evaluate_core(scorer, tokenizer, bundle, max_per_task=config.core_metric_max_per_task).core}
 
     def samples(params: Any) -> dict[str, float]:
-        for text in greedy_samples(Loaded(model, params, tokenizer, {}, "", 0, "base"), dtype=dtype, mesh=mesh):
+        for text in greedy_samples(Loaded(model, params, tokenizer, {}, job.directory, 0, "base"), dtype=dtype, mesh=mesh):
             log.info("  %s", text.replace("\n", " "))
         return {}
 

@@ -27,6 +27,8 @@ from nanochat_jax.train import Evaluation
 @dataclass(frozen=True, kw_only=True)
 class ChatSFTConfig(FinetuneConfig):
     source: str = flag("mid", "stage to start from", choices=["base", "mid"])
+    packing: str = flag("rows", "how conversations fill rows; rows: several, best fit; single: one a row, as upstream "
+                        "until 2026", choices=["rows", "single"])
     num_epochs: int = flag(1, "passes over the mixture")
     device_batch_size: int | Literal["auto"] = flag(4, "rows per device and micro-step; auto: the most that fit into memory")
     target_examples_per_step: int = flag(32, "rows of a step, where --total-batch-size is not given")
@@ -68,7 +70,7 @@ def chat_tasks(config: ChatSFTConfig, model: Loaded, rows: int, dtype: Any, mesh
 
 def main(config: ChatSFTConfig) -> None:
     def mixture(data: str, split: str, paths: Paths) -> Task:
-        return mixture_for(data, "sft", split, paths, after=config.source, mmlu_epochs=config.mmlu_epochs,
+        return mixture_for(data, "sft", split, paths, named=config.mixture, after=config.source, mmlu_epochs=config.mmlu_epochs,
                            gsm8k_epochs=config.gsm8k_epochs)
 
     def lr_schedule(steps: int) -> Any:
@@ -76,7 +78,7 @@ def main(config: ChatSFTConfig) -> None:
                          final_fraction=config.final_lr_frac)
 
     finetune(config, Stage(
-        name="chat_sft", section="Chat SFT", source=config.source, target="sft", mode="rows", primary="val_loss",
+        name="chat_sft", section="Chat SFT", source=config.source, target="sft", mode=config.packing, primary="val_loss",
         num_epochs=config.num_epochs, step_rows=config.target_examples_per_step, mixture=mixture, lr_schedule=lr_schedule,
         eval_steps=config.eval_steps, evaluations=lambda *model: chat_tasks(config, *model),
     ))

@@ -22,7 +22,8 @@ class MidTrainConfig(FinetuneConfig):
 def main(config: MidTrainConfig) -> None:
     finetune(config, Stage(
         name="mid_train", section="Midtraining", source="base", target="mid", mode="stream", primary="val_bpb",
-        num_epochs=1, step_rows=None, mixture=lambda data, split, paths: mixture_for(data, "mid", split, paths),
+        num_epochs=1, step_rows=None,
+        mixture=lambda data, split, paths: mixture_for(data, "mid", split, paths, named=config.mixture),
         lr_schedule=lambda steps: trapezoid(steps, warmup=0, warmdown_ratio=config.warmdown_ratio, final_fraction=0.0),
     ))
 

@@ -7,15 +7,25 @@
 
 import os
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from nanochat_jax import cli
 from nanochat_jax.cli import UsageError, flag
-from nanochat_jax.config import GPTConfig, derive_recipe
+from nanochat_jax.config import GPTConfig, Recipe, derive_recipe
+from nanochat_jax.data.needs import TOKENIZER_SHARDS, explain_shards, shards_needed
 from nanochat_jax.paths import DATA_DIRS, Paths
-from nanochat_jax.speedrun import (Machine, Record, Stage, as_flags, memory_estimate, print_plan, run_stages,
-                                   shards_needed, training_note)
+from nanochat_jax.speedrun import (
+    Machine,
+    Record,
+    Stage,
+    as_flags,
+    memory_estimate,
+    print_plan,
+    run_stages,
+    training_note,
+)
 
 # The model a CPU with two cores trains in a quarter of an hour, and how.
 CPU_DEPTH = 4
@@ -27,7 +37,7 @@ CPU_SFT = dict(total_batch_size=4096, num_iterations=60, init_lr_frac=0.3, eval_
 CPU_RL = dict(task="spelling", num_iterations=20, num_samples=8, max_new_tokens=48, init_lr_frac=0.05, eval_examples=100)
 CPU_DEVICE_BATCH = 16
 
-STAGES = ("data", "tok_train", "tok_eval", "base_train", "base_loss", "base_eval", "mid_train", "chat_eval_mid",
+STAGES = ("data", "data_rest", "tok_train", "tok_eval", "base_train", "base_loss", "base_eval", "mid_train", "chat_eval_mid",
           "chat_sft", "chat_eval_sft", "chat_rl", "chat_eval_rl", "report")
 
 
@@ -35,11 +45,11 @@ STAGES = ("data", "tok_train", "tok_eval", "base_train", "base_loss", "base_eval
 class SpeedrunConfig:
     mesh: str = flag("auto", "devices as DxM: D-way data and M-way tensor parallelism")
     depth: int | None = flag(None, f"number of layers, the dial; default 20, {CPU_DEPTH} on a CPU", short="-d")
-    data: str | None = flag(None, "corpus; default climbmix, on a CPU embedded (which needs no network)", choices=[*DATA_DIRS])
+    data: str | None = flag(None, "corpus; default: the one on disk, else climbmix; on a CPU embedded, which needs no network", choices=[*DATA_DIRS])
     run: str | None = flag(None, "wandb run name; dummy turns wandb off; default $WANDB_RUN, else dummy")
     resume: bool = flag(False, "go on with the last run and skip what it finished (the default)")
     fresh: bool = flag(False, "begin a new run: every stage runs again and replaces what it made before")
-    skip: str = flag("", "stages to leave out, joined by commas")
+    skip: str = flag("", "stages to leave out, joined by commas; data: train on the shards that are there")
     with_rl: bool = flag(False, "reinforcement learning after SFT, and its evaluation")
     smoke: bool = flag(False, "a few steps per stage, to try an installation; the model learns nothing")
     dry_run: bool = flag(False, "print the plan and stop")
@@ -55,14 +65,16 @@ class SpeedrunConfig:
 
     @property
     def skipped(self) -> list[str]:
-        return [name for name in self.skip.split(",") if name]
+        names = [name for name in self.skip.split(",") if name]
+        return names + ["data_rest"] if "data" in names else names
 
 
-def plan_stages(config: SpeedrunConfig, machine: Machine, wandb_run: str) -> tuple[list[Stage], str]:
-    """The stages of this run, in order, and a title."""
+def plan_stages(config: SpeedrunConfig, machine: Machine, wandb_run: str, on_disk: Mapping[str, int]
+                ) -> tuple[list[Stage], str]:
+    """The stages of this run, in order, and a title. `on_disk`: training shards that are there, by corpus."""
     cpu = machine.platform == "cpu"
     depth = config.depth or (CPU_DEPTH if cpu else 20)
-    data = config.data or ("embedded" if cpu else "climbmix")
+    data = config.data or ("embedded" if cpu else next((name for name in DATA_DIRS if on_disk.get(name)), "climbmix"))
     small = data == "embedded"  # too small a corpus for the dial: it has a preset of its own
     vocab = CPU_VOCAB if small else 32768
     base: dict[str, Any] = CPU_BASE.copy() if small else {}
@@ -94,6 +106,7 @@ def plan_stages(config: SpeedrunConfig, machine: Machine, wandb_run: str) -> tup
         return Stage(name=name, module=module, args=as_flags(**flags, model_tag=tag, **own),
                      placement=as_flags(mesh=config.mesh, device_batch_size=rows, save_every=save_every, run=wandb_run),
                      produces=True, resumable=True, seconds=seconds(tokens),
+                     waits_for="data_rest" if name == "base_train" else "",
                      note=training_note(model, tokens, steps, memory))
 
     tag = f"d{depth}"
@@ -102,15 +115,13 @@ def plan_stages(config: SpeedrunConfig, machine: Machine, wandb_run: str) -> tup
     placed = as_flags(mesh=config.mesh)
     tokens_of = lambda own, default: own["num_iterations"] * own["total_batch_size"] if own else default  # noqa: E731
     if data == "embedded":
-        fetch = Stage(name="data", module="nanochat_jax.dataset", args=("embedded",), produces=True,
-                      note="12 MB of speeches from an installed package", seconds=10)
+        fetch = [Stage(name="data", module="nanochat_jax.dataset", args=("embedded",), produces=True,
+                       note="12 MB of speeches from an installed package", seconds=10)]
     else:
-        count = shards_needed(recipe)
-        fetch = Stage(name="data", module="nanochat_jax.dataset", args=as_flags(dataset=data) + ("-n", str(count)),
-                      produces=True, note=f"{count} shards of 250M characters for {recipe.total_tokens / 1e9:.2f}B tokens")
+        fetch = _fetch_stages(data, recipe, on_disk.get(data, 0))
     mid_tokens, sft_tokens = tokens_of(mid, 400_000_000), tokens_of(sft, 12_000_000)
     stages = [
-        fetch,
+        *fetch,
         Stage(name="tok_train", module="scripts.tok_train", args=as_flags(data=data, vocab_size=vocab), produces=True,
               note=f"vocabulary of {vocab:,}", seconds=5 if small else 100),
         Stage(name="tok_eval", module="scripts.tok_eval", args=as_flags(data=data), seconds=5),
@@ -138,6 +149,24 @@ def plan_stages(config: SpeedrunConfig, machine: Machine, wandb_run: str) -> tup
     return [stage for stage in stages if stage.name not in config.skipped], title
 
 
+def _fetch_stages(data: str, recipe: Recipe, have: int) -> list[Stage]:
+    """The shards for the tokenizer first, then the rest in the background, while the tokenizer trains."""
+    if data == "custom":  # made by hand: nothing to fetch
+        if not have:
+            raise UsageError("there is no corpus of your own yet: make one with `python -m nanochat_jax.dataset hf` or "
+                             "`python -m nanochat_jax.dataset local`")
+        return []
+    needed = shards_needed(recipe)
+    first = min(needed, TOKENIZER_SHARDS)
+    explained = f"{explain_shards(recipe, needed)}; {min(have, needed)} are there"
+    stages = [Stage(name="data", module="nanochat_jax.dataset", args=as_flags(dataset=data) + ("-n", str(first)),
+                    produces=True, note=f"the first {first} of {explained}")]
+    if needed > first:
+        stages.append(Stage(name="data_rest", module="nanochat_jax.dataset", background=True, note=f"{needed} shards in all",
+                            args=as_flags(dataset=data) + ("-n", str(needed))))
+    return stages
+
+
 def _core_limit(config: SpeedrunConfig) -> tuple[str, ...]:
     return as_flags(max_per_task=8) if config.smoke else ()
 
@@ -161,7 +190,8 @@ def main(config: SpeedrunConfig) -> int:
     paths = Paths.from_env()
     machine = Machine.probe()
     wandb_run = config.run or os.environ.get("WANDB_RUN") or "dummy"
-    stages, title = plan_stages(config, machine, wandb_run)
+    on_disk = {name: max(0, len(list(paths.data(name).glob("*.parquet"))) - 1) for name in DATA_DIRS}
+    stages, title = plan_stages(config, machine, wandb_run, on_disk)
     if config.dry_run:
         print_plan(stages, machine, title)
         return 0

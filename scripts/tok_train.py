@@ -5,17 +5,24 @@
 The result goes to `tokenizer/` in the base directory; every later stage reads it from there.
 """
 
+import contextlib
 import logging
+import os
+import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import pyarrow as pa
+import rich.progress
+from rich.console import Console
+
 from nanochat_jax import cli, report
 from nanochat_jax.cli import UsageError, flag
-from nanochat_jax.data.shards import iter_documents
+from nanochat_jax.data.shards import TEXT_COLUMN, open_shard, train_shards
 from nanochat_jax.paths import DATA_DIRS, Paths
-from nanochat_jax.tokenizer import Tokenizer
+from nanochat_jax.tokenizer import Progress, Tokenizer
 
 logger = logging.getLogger(__name__)
 
@@ -25,7 +32,7 @@ ROUND_TRIP_TEXT = "Hello, 世界! I'm 123 years old.\n\n\tdef f(x): return x**2 
 @dataclass(frozen=True, kw_only=True)
 class Config:
     data: str = flag("auto", "corpus to train on; auto takes the one on disk", choices=["auto", *DATA_DIRS])
-    max_chars: int = flag(2_000_000_000, "characters to train on")
+    max_chars: int = flag(2_000_000_000, "characters to train on, to the end of the document that exceeds them")
     doc_cap: int = flag(10_000, "characters to take of one document")
     vocab_size: int = flag(32_768, "number of tokens, the special ones included")
 
@@ -35,15 +42,52 @@ class Config:
                 raise ValueError(f"--{name} must be at least 1, got {getattr(self, name)}")
 
 
-def training_text(directory: Path, max_chars: int, doc_cap: int) -> Iterator[str]:
-    """Documents of the training split, cut to `doc_cap` characters, `max_chars` characters in all."""
-    left = max_chars
-    for text in iter_documents(directory, "train"):
-        text = text[: min(doc_cap, left)]
-        yield text
-        left -= len(text)
-        if left == 0:
-            return
+STAGES = {"count": "counting characters", "merge": "merging tokens"}
+
+
+def text_size(path: Path) -> int:
+    """About how many bytes of text a shard holds; raises `UsageError` if it is no shard."""
+    with open_shard(path) as file:
+        column = file.schema_arrow.names.index(TEXT_COLUMN)
+        groups = [file.metadata.row_group(group) for group in range(file.num_row_groups)]
+    return sum(group.column(column).total_uncompressed_size for group in groups)
+
+
+@contextlib.contextmanager
+def progress_display(expected_chars: int) -> Iterator[Progress]:
+    """A bar for each stage on a terminal, a line every ten seconds elsewhere."""
+
+    def estimate(stage: str, done: int, total: int | None) -> int | None:
+        return max(done + 1, expected_chars) if stage == "count" and done != total else total
+
+    if not sys.stderr.isatty() or os.environ.get("TERM") == "dumb":
+        last = time.monotonic()
+
+        def log(stage: str, done: int, total: int | None) -> None:
+            nonlocal last
+            total = estimate(stage, done, total)
+            if done == total or time.monotonic() - last > 10:
+                last = time.monotonic()
+                logger.info("%s: %s%s", STAGES[stage], f"{done:,}", ", done" if done == total else f" of {total:,}")
+
+        yield log
+        return
+    columns = (
+        rich.progress.TextColumn("[bold]{task.description:20}"),
+        rich.progress.BarColumn(bar_width=None),
+        rich.progress.TaskProgressColumn(),
+        rich.progress.TextColumn("{task.completed:,.0f}"),
+        rich.progress.TimeRemainingColumn(elapsed_when_finished=True),
+    )
+    with rich.progress.Progress(*columns, console=Console(stderr=True), expand=True) as bars:
+        tasks = {stage: bars.add_task(name, total=None, start=False) for stage, name in STAGES.items()}
+
+        def show(stage: str, done: int, total: int | None) -> None:
+            if not bars.tasks[tasks[stage]].started:
+                bars.start_task(tasks[stage])
+            bars.update(tasks[stage], completed=done, total=estimate(stage, done, total))
+
+        yield show
 
 
 def main(config: Config) -> None:
@@ -51,10 +95,19 @@ def main(config: Config) -> None:
     directory = paths.data(paths.find_data() if config.data == "auto" else config.data)
     logger.info("training a tokenizer of %d tokens on %s", config.vocab_size, directory)
     start = time.perf_counter()
+    shards = train_shards(directory)
+    expected = min(config.max_chars, sum(map(text_size, shards)))
     try:
-        tokenizer = Tokenizer.train(training_text(directory, config.max_chars, config.doc_cap), config.vocab_size)
-    except ValueError as error:
-        raise UsageError(str(error)) from error
+        with progress_display(expected) as progress:
+            tokenizer = Tokenizer.train_from_parquet(
+                shards,
+                config.vocab_size,
+                max_chars=config.max_chars,
+                doc_cap=config.doc_cap,
+                progress=progress,
+            )
+    except (ValueError, OSError, pa.ArrowException) as error:
+        raise UsageError(" ".join([str(error), *getattr(error, "__notes__", [])])) from error
     train_time = time.perf_counter() - start
     if tokenizer.decode(tokenizer.encode(ROUND_TRIP_TEXT)) != ROUND_TRIP_TEXT:
         raise RuntimeError("the trained tokenizer does not give back the text it encodes")

@@ -7,7 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from chain_model import ASSISTANT_START, CHAIN, END, OUTPUT_END, PYTHON, PYTHON_END, chain_engine
-from trained_golden import load_trained
+from golden_data import load_trained
 
 from nanochat_jax.chat import render_for_completion
 from nanochat_jax.cli import UsageError

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from trained_golden import load_tokenizer, load_trained
+from golden_data import load_trained
 
 from nanochat_jax.cli import NotFound, UsageError
 from nanochat_jax.config import GPTConfig
@@ -60,8 +60,7 @@ def plain_score(params, row: Row) -> tuple[float, bool]:
 
 @pytest.mark.parametrize(("era", "max_per_task"), [("classic", 60), ("modern", 40)])
 def test_prompts_and_spans_are_upstreams(test_data, era, max_per_task):
-    golden = test_data / "golden" / f"trained-{era}"
-    tokenizer = load_tokenizer(golden)
+    _, _, tokenizer, golden = load_trained(test_data, era)
     reference = json.loads((golden / "core_examples.json").read_text())
     tasks = core.read_tasks(test_data / "data" / "eval_bundle")
     assert [task.label for task in tasks] == list(reference)

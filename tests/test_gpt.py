@@ -10,6 +10,7 @@ import pytest
 from nanochat_jax.attention import causal_attention
 from nanochat_jax.config import GPTConfig
 from nanochat_jax.gpt import REMAT, forward, init_cache, init_params, unembed
+from nanochat_jax.loss import cross_entropy
 
 CONFIGS = {
     "classic": GPTConfig.classic(2, n_embd=32, n_head=4, n_kv_head=2, vocab_size=97, sequence_len=512),
@@ -79,6 +80,33 @@ def test_cached_decode_equals_full_forward_for_rows_at_different_positions(model
     assert (np.asarray(cache.length) == length).all()
 
 
+ODD_SHAPES = {
+    "one layer": dict(n_layer=1),
+    "one key/value head": dict(n_head=4, n_kv_head=1),
+    "three heads": dict(n_head=3, n_kv_head=3, n_embd=36),
+    "long windows first": dict(window_pattern="LSL", n_layer=4),
+    "short windows only": dict(window_pattern="S", n_layer=2),
+    "vocabulary of a prime size": dict(vocab_size=101, n_layer=2),
+}
+
+
+@pytest.mark.parametrize("shape", ODD_SHAPES)
+@pytest.mark.parametrize("era", CONFIGS)
+def test_any_shape_decodes_as_it_reads(era, shape):
+    """The forward pass, and decoding through the cache past the short window, for shapes off the dial."""
+    config = dataclasses.replace(CONFIGS[era], n_layer=2)
+    change = {name: value for name, value in ODD_SHAPES[shape].items() if era == "modern" or name != "window_pattern"}
+    config = dataclasses.replace(config, **change)
+    params, tokens = random_params(config), random_tokens(config, 1, 150)
+    expected = unembed(params, forward(params, tokens, config=config)[0], config=config)
+    assert expected.shape == (1, 150, config.vocab_size)
+    cache = init_cache(config, 1, 150)
+    step = jax.jit(lambda tokens, cache: forward(params, tokens, config=config, cache=cache))
+    for start, stop in [(0, 146), *((i, i + 1) for i in range(146, 150))]:
+        hidden, cache = step(tokens[:, start:stop], cache)
+        np.testing.assert_allclose(unembed(params, hidden, config=config), expected[:, start:stop], atol=2e-4)
+
+
 @pytest.mark.parametrize("window", [None, 0, 3, 130])
 def test_attention_equals_a_plain_masked_softmax(window):
     q, k, v = (jax.random.normal(key, (2, 200, heads, 8)) for key, heads in zip(jax.random.split(jax.random.key(2), 3), (4, 2, 2)))
@@ -110,12 +138,67 @@ def test_rematerialisation_keeps_fewer_activations_for_the_backward_pass():
 
 def test_initial_classic_loss_is_ln_v():
     config = CONFIGS["classic"]
-    hidden, _ = forward(init_params(config, jax.random.key(3)), random_tokens(config, 2, 9), config=config)
-    logits = unembed(init_params(config, jax.random.key(3)), hidden, config=config)
-    assert (logits == 0).all()
+    params, tokens = init_params(config, jax.random.key(3)), random_tokens(config, 2, 9)
+    hidden, _ = forward(params, tokens, config=config)
+    assert (unembed(params, hidden, config=config) == 0).all()
+    _, nll = cross_entropy(hidden, params["lm_head"], tokens, jnp.ones(tokens.shape), config.softcap, 9)
+    assert (nll == jnp.log(jnp.float32(config.vocab_size))).all()
 
 
-@pytest.mark.parametrize("change", [dict(n_head=3), dict(n_kv_head=3), dict(window_pattern="SX"), dict(n_layer=0)])
+ROOT_3, N = 3**0.5, 192
+# name -> ("normal", standard deviation) or ("uniform", low, high) or a constant array, upstream's of each era at width N
+INITIAL = {
+    "classic": {
+        "wte": ("normal", 1.0), "lm_head": 0.0, "c_q": ("normal", N**-0.5), "c_k": ("normal", N**-0.5 * 0.5**0.5),
+        "c_v": ("normal", N**-0.5 * 0.5**0.5), "c_proj": 0.0, "mlp_fc": ("normal", N**-0.5), "mlp_proj": 0.0,
+    },
+    "modern": {
+        "wte": ("normal", 0.8), "lm_head": ("normal", 0.001), "c_proj": 0.0, "mlp_proj": 0.0,
+        "mlp_fc": ("uniform", -0.4 * ROOT_3 * N**-0.5, 0.4 * ROOT_3 * N**-0.5),
+        **{name: ("uniform", -ROOT_3 * N**-0.5, ROOT_3 * N**-0.5) for name in ("c_q", "c_k", "c_v", "value_embeds")},
+        "ve_gate": ("uniform", 0.0, 0.02), "smear_gate": ("uniform", 0.0, 0.02),
+        "smear_lambda": 0.0, "backout_lambda": 0.2,
+        "resid_lambdas": [1.15, 1.125, 1.10, 1.075, 1.05], "x0_lambdas": [0.20, 0.1625, 0.125, 0.0875, 0.05],
+    },
+}
+
+
+@pytest.mark.parametrize("era", CONFIGS)
+def test_initial_parameters_have_upstreams_distributions(era):
+    """Every one of them, by bounds, mean and spread; half as many key/value heads, so that fan-out is not fan-in."""
+    config = dataclasses.replace(CONFIGS[era], n_embd=N, n_head=4, n_kv_head=2, n_layer=5, vocab_size=500)
+    params = init_params(config, jax.random.key(7))
+    leaves = {**params, **params["blocks"]}
+    del leaves["blocks"]
+    assert set(leaves) == set(INITIAL[era])
+    for name, expected in INITIAL[era].items():
+        value = np.asarray(leaves[name], np.float64)
+        if not isinstance(expected, tuple):
+            np.testing.assert_allclose(value, np.broadcast_to(expected, value.shape), rtol=1e-6, err_msg=name)
+            continue
+        if expected[0] == "normal":
+            mean, std = 0.0, expected[1]
+            assert 3.5 * std < np.abs(value).max() < 6.5 * std, name
+            assert np.mean(np.abs(value) < std) == pytest.approx(0.6827, abs=0.01), name
+        else:
+            low, high = expected[1:]
+            mean, std = (low + high) / 2, (high - low) / 12**0.5
+            assert low <= value.min() and value.max() <= high and np.ptp(value) > 0.8 * (high - low), name
+        tolerance = 5 / value.size**0.5  # five standard errors
+        assert value.mean() == pytest.approx(mean, abs=tolerance * std), name
+        assert value.std() == pytest.approx(std, rel=tolerance), name
+
+
+def test_initial_matrices_are_independent():
+    """No two layers, tables or projections share their random numbers."""
+    params = init_params(dataclasses.replace(CONFIGS["modern"], n_embd=64), jax.random.key(7))
+    matrices = [np.asarray(layer).ravel()[:2000] for name in ("c_q", "c_k", "c_v", "mlp_fc")
+                for layer in params["blocks"][name]] + [np.asarray(table).ravel()[:2000] for table in params["value_embeds"]]
+    correlation = np.corrcoef([matrix - matrix.mean() for matrix in matrices]) - np.eye(len(matrices))
+    assert np.abs(correlation).max() < 0.15
+
+
+@pytest.mark.parametrize("change", [dict(n_head=3), dict(n_kv_head=3), dict(window_pattern="SX"), dict(n_layer=0), dict(n_embd=16)])
 def test_impossible_shapes_are_refused_with_the_value(change):
     with pytest.raises(ValueError, match=str(next(iter(change.values())))):
         dataclasses.replace(CONFIGS["modern"], **change)

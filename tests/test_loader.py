@@ -1,6 +1,10 @@
 """Batches are the same on any number of processes, continue exactly from any state, and come at speed."""
 
 import json
+import os
+import socket
+import subprocess
+import sys
 import threading
 
 import numpy as np
@@ -120,12 +124,58 @@ def test_state_of_two_processes_restores_on_one_and_on_four(corpus, tokenizer, p
     assert_equal([{name: array[4:6] for name, array in batch.items()} for batch in alone[7:]], take(quarter, 13))
 
 
+PROCESS = """
+import json, sys
+import jax
+import numpy as np
+index, port, corpus = int(sys.argv[1]), sys.argv[2], sys.argv[3]
+jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=2, process_id=index)
+from nanochat_jax.data.loader import pretraining_loader
+from nanochat_jax.sharding import global_batch, make_mesh
+from nanochat_jax.tokenizer import Tokenizer
+loader = pretraining_loader(corpus, Tokenizer({bytes([byte]): byte for byte in range(256)}), split="train", batch_size=8,
+                            sequence_len=48, buffer_docs=64, process_index=index, process_count=2)
+mesh = make_mesh("auto")
+for _ in range(5):
+    rows = global_batch(mesh, next(loader)["inputs"][None], batch_axis=1)
+mine = {shard.index[1].start: np.asarray(shard.data).tolist() for shard in rows.addressable_shards}
+print(json.dumps([loader.get_state(), mine]))
+loader.close()
+"""
+
+
+def test_two_processes_make_one_global_array_and_one_position(corpus, tokenizer):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    pair = [
+        subprocess.Popen(
+            [sys.executable, "-c", PROCESS, str(index), str(port), str(corpus)],
+            env=env,
+            stdout=subprocess.PIPE,
+            text=True,
+        )
+        for index in range(2)
+    ]
+    outputs = [process.communicate(timeout=120)[0] for process in pair]
+    (state, first), (other_state, second) = (json.loads(output.splitlines()[-1]) for output in outputs)
+    loader = make(corpus, tokenizer)
+    batch = take(loader, 5)[-1]
+    assert merge_states([other_state, state]) == json.loads(json.dumps(loader.get_state()))
+    assert (sorted(first), sorted(second)) == (["0", "1", "2", "3"], ["4", "5", "6", "7"])
+    for row, data in (first | second).items():
+        np.testing.assert_array_equal(data, batch["inputs"][None, int(row) : int(row) + 1])
+
+
 def test_merging_incomplete_or_repeated_states_is_refused(corpus, tokenizer):
     state = make(corpus, tokenizer, process_index=1, process_count=2).get_state()
     with pytest.raises(ValueError, match="4 of 8 virtual shards"):
         merge_states([state])
     with pytest.raises(ValueError, match="occur in two states"):
         merge_states([state, state])
+    with pytest.raises(ValueError, match="different runs or steps: they differ in packing"):
+        merge_states([state, state | {"packing": "stream"}])
     with pytest.raises(UsageError, match="lacks virtual shard 0 of 8"):
         make(corpus, tokenizer, start_state=state)
     with pytest.raises(UsageError, match="packing bestfit, this run stream"):
@@ -138,6 +188,8 @@ def test_prefetching_changes_neither_batches_nor_states(corpus, tokenizer, packi
     for _ in range(20):
         assert plain.get_state() == prefetching.get_state()
         assert_equal(take(plain, 1), take(prefetching, 1))
+        assert plain.place == prefetching.place == plain.get_state()["shards"]["0"]["position"] or packing == "stream"
+    assert plain.place["epoch"] == prefetching.place["epoch"] and plain.place["file"].endswith(".parquet")
 
 
 def test_reset_starts_over(corpus, tokenizer):
@@ -169,8 +221,12 @@ def test_more_shards_on_disk_do_not_move_the_position(tmp_path, tokenizer):
     state, batches = loader.get_state(), take(loader, 5)
     later.write_bytes(kept)
     assert_equal(batches, take(make(tmp_path / "corpus", tokenizer, start_state=state), 5))
-    (tmp_path / "corpus" / "shard_00000.parquet").unlink()
-    with pytest.raises(UsageError, match=r"position is in shard_00000\.parquet, which is no shard of this split"):
+    first = tmp_path / "corpus" / "shard_00000.parquet"
+    first.rename(tmp_path / "kept")
+    with pytest.raises(UsageError, match=r"of a corpus with shard_00000\.parquet, which is not there any more"):
+        make(tmp_path / "corpus", tokenizer, start_state=state)
+    later.rename(first)
+    with pytest.raises(UsageError, match=r"in which shard_00000\.parquet had [0-9,]+ bytes, now it has"):
         make(tmp_path / "corpus", tokenizer, start_state=state)
 
 
@@ -186,6 +242,14 @@ def test_an_error_in_the_background_reaches_the_caller(tmp_path, tokenizer):
     pq.write_table(pa.table({"other": ["a"]}), tmp_path / "corpus" / "shard_00001.parquet")
     with pytest.raises(UsageError, match=r"shard_00001\.parquet has no column 'text'"):
         take(make(tmp_path / "corpus", tokenizer), 2000)
+
+
+def test_text_that_is_not_utf8_is_named(tmp_path, tokenizer):
+    write_shards(["a" * 100] * 300, tmp_path / "corpus", rows_per_shard=100, val_texts=["v"])
+    broken = pa.StringArray.from_buffers(1, pa.py_buffer(np.array([0, 3], np.int32)), pa.py_buffer(b"a\xff\xfe"))
+    pq.write_table(pa.table({"text": broken}), tmp_path / "corpus" / "shard_00001.parquet")
+    with pytest.raises(UsageError, match=r"row group 0 of shard .*shard_00001\.parquet cannot be encoded"):
+        take(make(tmp_path / "corpus", tokenizer, num_shards=1, buffer_docs=10), 2000)
 
 
 def test_batches_that_cannot_be_shared_out_are_refused(corpus, tokenizer):

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nanochat_jax.loss import chunk_length, cross_entropy
+from nanochat_jax.loss import CPU_CHUNK_ELEMENTS, chunk_length, cross_entropy
 
 SOFTCAP = 15.0
 
@@ -26,7 +26,7 @@ def batch():
             jnp.asarray(targets), jnp.asarray(rng.normal(0, 1, (3, 8)), jnp.float32))
 
 
-@pytest.mark.parametrize("chunk", [1, 2, 8])
+@pytest.mark.parametrize("chunk", [1, 2, 3, 5, 8, 9])
 def test_value_and_gradients_equal_the_plain_form(batch, chunk):
     hidden, weight, targets, scale = batch
     run = lambda f: jax.value_and_grad(lambda h, w: f(h, w), argnums=(0, 1), has_aux=True)(hidden, weight)  # noqa: E731
@@ -44,8 +44,10 @@ def test_nothing_to_train_on_gives_zero_loss_and_gradients(batch):
     assert all((g == 0).all() for g in grad(hidden, weight))
 
 
-def test_full_logits_are_never_in_memory():
-    batch, length, width, vocab = 4, 2048, 32, 32768
+@pytest.mark.parametrize("length", [2048, 2047, 1500])
+def test_full_logits_are_never_in_memory(length):
+    """Not for the loss and its gradients, whatever the length."""
+    batch, width, vocab = 4, 32, 32768
     chunk = chunk_length(batch, length, vocab)
     arrays = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in (
         ((batch, length, width), jnp.float32), ((width, vocab), jnp.float32), ((batch, length), jnp.int32),
@@ -53,3 +55,11 @@ def test_full_logits_are_never_in_memory():
     grad = jax.jit(jax.grad(lambda h, w, t, s: cross_entropy(h, w, t, s, SOFTCAP, chunk)[0], (0, 1)))
     temporary = grad.lower(*arrays).compile().memory_analysis().temp_size_in_bytes
     assert temporary < batch * length * vocab * 4 / 1.5
+
+
+def test_chunks_fit_the_budget_and_cover_the_length():
+    for length in (2048, 2047, 1500, 7):
+        for vocab in (2048, 65536):
+            chunk = chunk_length(8, length, vocab)
+            assert 8 * chunk * vocab <= CPU_CHUNK_ELEMENTS + 8 * vocab and 1 <= chunk <= length
+    assert chunk_length(32, 2048, 65536) * 1024 == 2048  # no filling where a power of two will do

@@ -8,11 +8,12 @@ import pytest
 
 from nanochat_jax.chat import render_conversation
 from nanochat_jax.cli import UsageError
+from nanochat_jax.data.loader import merge_states
 from nanochat_jax.data.mixture import conversation_loader
 from nanochat_jax.tokenizer import Tokenizer
 
 T = 96
-MODES = ("rows", "stream")
+MODES = ("rows", "single", "stream")
 
 
 @pytest.fixture(scope="module")
@@ -48,8 +49,9 @@ def split_row(row, bos):
     return [row[a:b].tolist() for a, b in itertools.pairwise(starts) if b - a > 1]
 
 
-def test_rows_hold_each_conversation_whole_and_once(task, tokenizer):
-    batches = list(make(task, tokenizer, "rows", num_epochs=1, batch_size=1))
+@pytest.mark.parametrize("mode", ["rows", "single"])
+def test_rows_hold_each_conversation_whole_and_once(task, tokenizer, mode):
+    batches = list(make(task, tokenizer, mode, num_epochs=1, batch_size=1))
     expected = [render_conversation(tokenizer, conversation) for conversation in task]
     assert min(len(ids) for ids, _ in expected) < T / 3 and max(len(ids) for ids, _ in expected) > T + 1
     found = []
@@ -62,6 +64,8 @@ def test_rows_hold_each_conversation_whole_and_once(task, tokenizer):
         supervised = targets != -1
         np.testing.assert_array_equal(targets[:-1][supervised[:-1]], inputs[1:][supervised[:-1]])
     assert sorted(found) == sorted(ids[: T + 1] for ids, _ in expected)
+    if mode == "single":
+        assert found == [ids[: T + 1] for ids, _ in expected]
     trained = sum(int((batch["targets"] != -1).sum()) for batch in batches)
     assert trained == sum(sum(mask[: T + 1]) for _, mask in expected)
 
@@ -97,15 +101,16 @@ def test_conversations_longer_than_a_row_are_cut_and_those_with_nothing_to_learn
     assert "of 3 conversations, 2 were cut and 1 have nothing left to train on" in caplog.text
     batches = list(loader)
     assert [int((batch["targets"] != -1).sum()) for batch in batches] == [T + 1 - 14, 6]
-    assert loader.epoch_progress == 1.0
+    assert loader.epoch_progress == 1.0 and loader.place == {"epoch": 0, "cursor": 3}
     assert (loader.get_state()["num_cut"], loader.get_state()["num_skipped"]) == (2, 1)
     with pytest.raises(UsageError, match="none of the 1 conversations has a token to train on within a row of 96"):
         next(make(task[:1], tokenizer, "rows"))
 
 
-def test_every_row_has_a_token_to_train_on(task, tokenizer):
+@pytest.mark.parametrize("mode", MODES)
+def test_every_row_has_a_token_to_train_on(task, tokenizer, mode):
     mixed = [chat("q" * 300, "a") if i % 3 == 0 else task[i] for i in range(300)]
-    for batch in make(mixed, tokenizer, "rows", num_epochs=2):
+    for batch in make(mixed, tokenizer, mode, num_epochs=2):
         assert (batch["targets"] != -1).any(axis=1).all()
 
 
@@ -151,7 +156,8 @@ def test_processes_share_out_the_same_global_batches(task, tokenizer, mode):
     steps = zip(*parts, strict=True)
     together = [{name: np.concatenate([part[name] for part in step]) for name in step[0]} for step in steps]
     assert_equal(alone, together)
-    assert loaders[0].get_state() == loaders[1].get_state()
+    states = [loader.get_state() for loader in loaders]
+    assert merge_states(states) == states[0] == states[1]
 
 
 @pytest.mark.parametrize("mode", MODES)
@@ -173,5 +179,10 @@ def test_mistakes_are_named(task, tokenizer):
         make(task, tokenizer, "rows", process_count=3)
     with pytest.raises(UsageError, match="with size 331, this one has 330"):
         make(task[1:], tokenizer, "rows", start_state=make(task, tokenizer, "rows").get_state())
+    state = make(task, tokenizer, "rows").get_state()
+    changed = [*task[:-1], chat("another", "text")]
+    changed[0] = changed[-1]
+    with pytest.raises(UsageError, match="the tokenizer or the texts have changed"):
+        make(changed, tokenizer, "rows", start_state=state)
     with pytest.raises(UsageError, match="conversation 1 of the mixture: message 0"):
         next(make([task[0], {"messages": [{"role": "assistant", "content": "hm"}]}], tokenizer, "rows"))

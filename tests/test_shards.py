@@ -23,10 +23,15 @@ def numbered(count, start=0):
     return [f"document {i}" for i in range(start, start + count)]
 
 
+def next_batch(stream):
+    places, texts = stream.next_batch()
+    return list(zip(places, texts.to_pylist(), strict=True))
+
+
 def one_pass(reader, shard, num_shards):
     stream, texts = DocumentStream(reader, shard, num_shards), []
     while stream.position.epoch == 0:
-        texts += [text for _, text in stream.next_batch()]
+        texts += [text for _, text in next_batch(stream)]
     return texts
 
 
@@ -85,26 +90,47 @@ def test_stream_continues_from_any_position_and_starts_over(tmp_path):
     write_shards(numbered(3000), tmp_path / "corpus", rows_per_shard=1500, val_texts=["v"])
     reader = ShardReader(train_shards(tmp_path / "corpus"))
     stream = DocumentStream(reader, 1, 2)
-    places, texts = zip(*itertools.chain.from_iterable(stream.next_batch() for _ in range(30)), strict=True)
+    places, texts = zip(*itertools.chain.from_iterable(next_batch(stream) for _ in range(30)), strict=True)
     assert places[-1].epoch == 3
     start_over = [place.epoch for place in places].index(1)
     assert texts[start_over:] == texts[: len(texts) - start_over]
     for i in range(0, len(places), 97):
         again = DocumentStream(reader, 1, 2)
         again.seek(places[i])
-        batch = again.next_batch()
+        batch = next_batch(again)
         expected = list(zip(places[i:], texts[i:], strict=True))[: len(batch)]
         assert batch[: len(expected)] == expected
-        assert again.load(list(places[i : i + 1])) == [texts[i]]
+        assert again.load(list(places[i : i + 1])).to_pylist() == [texts[i]]
 
 
 def test_missing_values_are_skipped(tmp_path):
     path = tmp_path / "shard_0.parquet"
     pq.write_table(pa.table({"text": pa.array(["a", None, "", None, "b"])}), path)
-    batch = DocumentStream(ShardReader([path])).next_batch()
+    batch = next_batch(DocumentStream(ShardReader([path])))
     assert batch == [(Position(row=0), "a"), (Position(row=2), ""), (Position(row=4), "b")]
     pq.write_table(pa.table({"text": pa.array(["v"])}), tmp_path / "shard_1.parquet")
     assert list(iter_documents(tmp_path, "train")) == ["a", "", "b"]
+
+
+@pytest.mark.parametrize("texts", [[None, None], []])
+def test_a_corpus_without_a_text_is_an_error_not_a_hang(tmp_path, texts):
+    path = tmp_path / "shard_0.parquet"
+    pq.write_table(pa.table({"text": pa.array(texts, pa.string())}), path)
+    with pytest.raises(UsageError, match=f"virtual shard 0 of 1 finds no (document|text) in {tmp_path}"):
+        DocumentStream(ShardReader([path])).next_batch()
+
+
+def test_a_shard_that_changes_or_vanishes_during_the_run_is_named(tmp_path):
+    paths = write_shards(numbered(3000), tmp_path / "corpus", rows_per_shard=1024, val_texts=["v"])
+    reader = ShardReader(paths[:-1])
+    for _ in range(8):
+        DocumentStream(reader).next_batch()
+    paths[1].write_bytes(paths[-1].read_bytes())
+    with pytest.raises(UsageError, match=r"shard_00001\.parquet has changed since"):
+        one_pass(reader, 0, 1)
+    paths[1].unlink()
+    with pytest.raises(NotFound, match=r"shard_00001\.parquet does not exist"):
+        one_pass(reader, 0, 1)
 
 
 def test_mistakes_name_the_file_and_what_to_do(tmp_path):

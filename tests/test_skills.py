@@ -1,7 +1,7 @@
 """The offline tasks: what is tested was never trained on, every tool call computes, and answers are judged strictly."""
 
-import random
 import json
+import random
 import re
 from collections import Counter
 from importlib.util import find_spec

@@ -1,10 +1,12 @@
 """Which stages run again: a finished one never, one that depends on a change always; and the dial's plan."""
 
 import dataclasses
+import time
 
 import pytest
 
 from nanochat_jax import speedrun
+from nanochat_jax.cli import UsageError
 from nanochat_jax.speedrun import Machine, Record, Stage, run_stages, stage_keys
 from scripts.speedrun import STAGES, SpeedrunConfig, plan_stages
 
@@ -78,17 +80,87 @@ GPUS = Machine(platform="gpu", kind="NVIDIA H100", count=8, peak_flops=989e12)
 
 
 def test_the_line_of_a_gpu_node_is_the_dial_on_real_data():
-    stages, _ = plan_stages(SpeedrunConfig(mesh="8x1", with_rl=True), GPUS, "dummy")
+    stages, _ = plan_stages(SpeedrunConfig(mesh="8x1", with_rl=True), GPUS, "dummy", {})
     assert [stage.name for stage in stages] == list(STAGES)
     base = next(stage for stage in stages if stage.name == "base_train")
     assert "climbmix" in base.args and "896.5M parameters" in base.note and "4,980 steps" in base.note
 
 
 def test_without_an_accelerator_the_line_needs_no_network():
-    stages, _ = plan_stages(SpeedrunConfig(skip="base_eval,report"), CPU, "dummy")
+    stages, _ = plan_stages(SpeedrunConfig(skip="base_eval,report"), CPU, "dummy", {"climbmix": 8})
     assert [stage.name for stage in stages] == [
-        name for name in STAGES if name not in ("base_eval", "report", "chat_rl", "chat_eval_rl")]
+        name for name in STAGES if name not in ("data_rest", "base_eval", "report", "chat_rl", "chat_eval_rl")]
     assert stages[0].args == ("embedded",)
+
+
+def test_what_the_depth_needs_is_fetched_and_explained():
+    """d20 trains on 5.22B tokens: 135 shards of 250M characters, by 4.8 characters a token and a third that is cut."""
+    stages, _ = plan_stages(SpeedrunConfig(mesh="8x1"), GPUS, "dummy", {"climbmix": 40})
+    first, rest, *others = stages
+    assert first.args == ("--dataset", "climbmix", "-n", "10") and not first.background
+    assert rest.args == ("--dataset", "climbmix", "-n", "136") and rest.background
+    assert "first 10 of 136 training shards" in first.note and "5.22B tokens" in first.note and "40 are there" in first.note
+    assert [stage.name for stage in others if stage.waits_for == "data_rest"] == ["base_train"]
+    small, _ = plan_stages(SpeedrunConfig(mesh="8x1", depth=4), GPUS, "dummy", {})
+    assert [stage.name for stage in small[:2]] == ["data", "tok_train"]
+
+
+@pytest.mark.parametrize(("on_disk", "data"), [
+    ({}, "climbmix"), ({"fineweb": 3}, "fineweb"), ({"fineweb": 3, "climbmix": 1}, "climbmix"), ({"custom": 1, "fineweb": 3}, "custom"),
+])
+def test_the_corpus_on_disk_is_the_default(on_disk, data):
+    stages, title = plan_stages(SpeedrunConfig(), GPUS, "dummy", on_disk)
+    assert title == f"speedrun: d20 on {data}"
+    assert (stages[0].name == "data") is (data != "custom")
+    skipped, _ = plan_stages(SpeedrunConfig(skip="data"), GPUS, "dummy", on_disk)
+    assert skipped[0].name == "tok_train"
+
+
+def test_a_corpus_of_ones_own_must_be_there():
+    with pytest.raises(UsageError, match="make one with `python -m nanochat_jax.dataset hf`"):
+        plan_stages(SpeedrunConfig(data="custom"), GPUS, "dummy", {})
+
+
+BACKGROUND = """
+import pathlib, sys, time
+time.sleep(0.3)
+print("it came")
+pathlib.Path("rest").touch()
+sys.exit(int(sys.argv[1]))
+"""
+
+
+@pytest.mark.parametrize("code", [0, 3])
+def test_a_stage_in_the_background_runs_beside_others_and_is_waited_for(tmp_path, monkeypatch, capfd, code):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "background.py").write_text(BACKGROUND)
+    seen = []
+    monkeypatch.setattr(speedrun, "_call", lambda command: seen.append((command[2], (tmp_path / "rest").exists())) or 0)
+    line = [
+        Stage(name="data", module="m.data", produces=True),
+        Stage(name="rest", module="background", args=(str(code),), background=True),
+        Stage(name="tokenizer", module="m.tok", produces=True),
+        Stage(name="train", module="m.train", waits_for="rest", resumable=True),
+    ]
+    record = Record(tmp_path / "speedrun.json")
+    assert run_stages(line, record) == code
+    done = [("m.data", False), ("m.tok", False), *([("m.train", True)] if code == 0 else [])]
+    assert seen[1:] == done
+    err = capfd.readouterr().err
+    if code:
+        assert "it came" in err and "rest ended with exit code 3" in err and "rest" not in record.finished
+    else:
+        assert run_stages(line, record) == 0 and seen[1:] == done  # the next run does nothing again
+
+
+def test_a_failure_elsewhere_stops_the_background(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "background.py").write_text("import time\ntime.sleep(60)\n")
+    monkeypatch.setattr(speedrun, "_call", lambda command: 5 if command[2] == "m.tok" else 0)
+    line = [Stage(name="rest", module="background", background=True), Stage(name="tokenizer", module="m.tok")]
+    start = time.monotonic()
+    assert run_stages(line, Record(tmp_path / "speedrun.json")) == 5
+    assert time.monotonic() - start < 30
 
 
 def test_mistakes_are_refused_with_the_value():

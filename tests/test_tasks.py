@@ -1,21 +1,25 @@
 """Upstream's tasks: their wording, order, answers and judgement, and how their data gets onto the disk."""
 
-import http.server
+import hashlib
 import json
+import os
 import random
-import threading
-from pathlib import Path
+import re
+import subprocess
+import sys
+from collections import Counter
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
+from hub_server import HubServer
 
 from nanochat_jax import tasks
 from nanochat_jax.cli import NotFound, UsageError
 from nanochat_jax.infer.calculator import calculate
 from nanochat_jax.paths import Paths
-from nanochat_jax.tasks import gsm8k, hub, humaneval, spelling
+from nanochat_jax.tasks import gsm8k, hub, humaneval, mixtures, spelling
 from nanochat_jax.tasks.base import Task, TaskMixture, user
 from nanochat_jax.tasks.custom_json import CustomJSON
 from nanochat_jax.tasks.multiple_choice import multiple_choice
@@ -28,7 +32,8 @@ def no_network(monkeypatch):
     def refuse(*args, **options):
         raise AssertionError("the network was asked for something")
 
-    monkeypatch.setattr(hub.huggingface_hub, "HfApi", refuse)
+    monkeypatch.setattr(hub, "list_dataset", refuse)
+    monkeypatch.setattr(hub, "fetch", refuse)
     monkeypatch.setattr(hub.urllib.request, "urlopen", refuse)
 
 
@@ -75,6 +80,31 @@ def test_a_mixture_holds_everything_once_in_the_order_of_random_42():
     random.Random(42).shuffle(order)
     names = [["5/0", "5/1", "5/2", "5/3", "5/4"], ["3/1", "3/2"], ["5/0", "5/1", "5/2", "5/3", "5/4"]]
     assert said(mixture) == [names[task][i] for task, i in order]
+
+
+def test_weights_are_passes_over_a_task():
+    twice = TaskMixture([Count(5), Count(5), Count(3)])
+    assert said(TaskMixture([Count(5), Count(3)], [2, 1])) == said(twice)
+    counts = Counter(said(TaskMixture([Count(4), Count(3), Count(9)], [2.5, 1, 1 / 3])))
+    assert counts == {"4/0": 3, "4/1": 3, "4/2": 2, "4/3": 2, "3/0": 1, "3/1": 1, "3/2": 1, "9/0": 1, "9/1": 1, "9/2": 1}
+
+
+def test_a_named_mixture(tmp_path, paths):
+    chat = json.dumps([user("hi"), {"role": "assistant", "content": "there"}])
+    (tmp_path / "chats.jsonl").write_text(f"{chat}\n" * 10)
+    mixture = tasks.mixture_for("climbmix", "sft", "train", paths, f"GSM8K, ARC-Easy*3,{tmp_path}/chats.jsonl*0.5")
+    assert len(mixture) == 7473 + 3 * 2251 + 5
+    assert len(tasks.mixture_for("climbmix", "sft", "val", paths, "GSM8K")) == 220  # validation stays what it was
+
+
+@pytest.mark.parametrize("named, message", [
+    ("GSM9K", "unknown task 'GSM9K': expected SmolTalk, "), ("GSM8K*", "the weight of 'ChitChat\\*' must be"),
+    ("GSM8K*0", "must be a positive"), ("GSM8K*nan", "must be a positive"), ("", "unknown task ''"),
+    ("no.jsonl", "the file does not exist"),
+])  # fmt: skip
+def test_a_mixture_that_cannot_be(tmp_path, no_network, named, message):
+    with pytest.raises(UsageError, match=message):
+        mixtures.named_mixture(named.replace("GSM8K*", "ChitChat*"), Paths(tmp_path))
 
 
 # --------------------------------------------------------------------------------------- wording and judging
@@ -178,60 +208,85 @@ def test_custom_json_reads_conversations(tmp_path):
 
 # --------------------------------------------------------------------------------------- getting the data
 
-class FakeHub:
-    """Two parquet files of one split on the conversion branch, and some of other splits."""
-
-    def __init__(self, source: Path, calls: list) -> None:
-        self.source, self.calls = source, calls
-
-    def list_repo_files(self, repo, *, repo_type, revision):
-        self.calls.append(repo)
-        assert (repo_type, revision) == ("dataset", "refs/convert/parquet")
-        return ["README.md", "main/train/0001.parquet", "main/train/0000.parquet", "main/test/0000.parquet"]
-
-    def hf_hub_download(self, repo, name, *, repo_type, revision, local_dir):
-        target = Path(local_dir) / name
-        target.parent.mkdir(parents=True, exist_ok=True)
-        start = 5 * int(Path(name).stem)
-        pq.write_table(pa.table({"n": list(range(start, start + 5))}), target)
-        return str(target)
+@pytest.fixture
+def hub_server(tmp_path, monkeypatch):
+    """Two parquet files of one split at the pinned commit, and others; the client is told to ask this server."""
+    with HubServer() as server:
+        commit = server.commit("owner/name")
+        monkeypatch.setitem(hub.PINNED, "owner/name", (commit, "{subset}/{split}-*.parquet"))
+        pq.write_table(pa.table({"n": list(range(10))}), tmp_path / "whole.parquet")
+        for start in (5, 0):
+            pq.write_table(pa.table({"n": list(range(start, start + 5))}), tmp_path / "x.parquet")
+            server.add("owner/name", f"main/train-{start:05d}-of-00002.parquet", (tmp_path / "x.parquet").read_bytes())
+        server.add("owner/name", "main/test-00000-of-00001.parquet", (tmp_path / "x.parquet").read_bytes())
+        server.add("owner/name", "README.md", b"# Data")
+        yield server
 
 
-def test_a_split_is_fetched_once_and_in_order(tmp_path, monkeypatch):
-    calls: list = []
-    monkeypatch.setattr(hub.huggingface_hub, "HfApi", lambda: FakeHub(tmp_path, calls))
-    paths = Paths(tmp_path)
-    torn = paths.task_data / "owner--name/main/train"
-    torn.mkdir(parents=True)
-    (torn / "00000.parquet").write_bytes(b"torn")  # without a manifest: fetched again
-    for _ in range(2):
-        assert hub.load_split(paths, "owner/name", "main", "train")["n"].to_pylist() == list(range(10))
-    assert calls == ["owner/name"]
-    assert sorted(path.name for path in torn.iterdir()) == ["00000.parquet", "00001.parquet", "manifest.json"]
-    assert [path.name for path in torn.parent.iterdir()] == ["train"]
+FETCH = """
+import json, sys
+from pathlib import Path
+from nanochat_jax.cli import NotFound
+from nanochat_jax.paths import Paths
+from nanochat_jax.tasks import hub
+commit, split, base = sys.argv[1:]
+hub.PINNED["owner/name"] = (commit, "{subset}/{split}-*.parquet")
+try:
+    print(json.dumps(hub.load_split(Paths(Path(base)), "owner/name", "main", split)["n"].to_pylist()))
+except NotFound as error:
+    print(json.dumps(str(error)))
+"""
+
+
+def fetch_split(server, tmp_path, split="train", **environment):
+    """In a process of its own, as the Hub's client reads its environment when it is imported."""
+    env = os.environ | server.environment(tmp_path) | environment
+    arguments = [sys.executable, "-c", FETCH, server.commit("owner/name"), split, str(tmp_path)]
+    return json.loads(subprocess.run(arguments, env=env, capture_output=True, text=True, check=True).stdout)
+
+
+def test_a_split_is_fetched_once_and_in_order(tmp_path, hub_server):
+    folder = tmp_path / "task_data/owner--name/main/train"
+    folder.mkdir(parents=True)
+    (folder / "00000.parquet").write_bytes(b"torn")  # without a manifest: fetched again
+    hub_server.faults["main/train-00005-of-00002.parquet"] = "torn"
+    assert fetch_split(hub_server, tmp_path) == list(range(10))
+    assert sorted(path.name for path in folder.iterdir()) == [
+        "00000.parquet", "00001.parquet", "manifest.json", "source.json"]  # fmt: skip
+    assert json.loads((folder / "manifest.json").read_text()) == ["00000.parquet", "00001.parquet"]
+    source = json.loads((folder / "source.json").read_text())
+    assert source["revision"] == hub_server.commit("owner/name") and source["files"][1].startswith("main/train-00005")
+    assert {path.name for path in folder.parent.iterdir()} == {"train", ".train.lock"}
+    hub_server.requests.clear()
+    assert fetch_split(hub_server, tmp_path) == list(range(10)) and not hub_server.requests
 
     class Order(hub.HubTask):
         def get_example(self, index):
             return self.row(index)
 
-    task = Order(paths, "owner/name", "main", "train")
+    task = Order(Paths(tmp_path), "owner/name", "main", "train")
     assert [row["n"] for row in task] == np.random.default_rng(42).permutation(10).tolist()
 
 
-def test_data_that_cannot_be_had_is_an_error_that_names_it(tmp_path, monkeypatch):
-    class Unreachable(FakeHub):
-        def hf_hub_download(self, *args, **options):
-            raise ConnectionError("no route to host")
+def test_data_that_cannot_be_had_is_an_error_that_names_it(tmp_path, hub_server):
+    second = "main/train-00005-of-00002.parquet"
+    hub_server.faults[second] = "gated"
+    message = fetch_split(hub_server, tmp_path)
+    assert "data set owner/name (main, train) is not in" in message and "GatedRepoError" in message
+    assert not (tmp_path / "task_data/owner--name/main/train").exists()
+    message = fetch_split(hub_server, tmp_path, "validation")
+    assert "owner/name (main, validation)" in message and "it has no files main/validation-*.parquet" in message
+    assert "owner/name (main, train)" in fetch_split(hub_server, tmp_path, HF_HUB_OFFLINE="1")
+    hub_server.faults.clear()
+    hub_server.requests.clear()
+    assert fetch_split(hub_server, tmp_path) == list(range(10))
+    assert hub_server.asked("GET /cdn/") == 1  # the first file was there already
 
-    monkeypatch.setattr(hub.huggingface_hub, "HfApi", lambda: Unreachable(tmp_path, []))
-    paths = Paths(tmp_path)
-    with pytest.raises(NotFound, match=r"owner/name \(main, train\).*no route to host"):
-        hub.load_split(paths, "owner/name", "main", "train")
-    with pytest.raises(NotFound, match=r"owner/name \(main, validation\).*no parquet files"):
-        hub.load_split(paths, "owner/name", "main", "validation")
-    assert not list(paths.task_data.glob("*/*/*"))
-    with pytest.raises(NotFound, match="openai/gsm8k"):
-        tasks.load_eval_task("GSM8K", paths)
+
+def test_every_data_set_is_pinned_to_a_commit():
+    assert set(hub.PINNED) >= {"allenai/ai2_arc", "cais/mmlu", "openai/gsm8k", "openai/openai_humaneval",
+                               "HuggingFaceTB/smol-smoltalk"}  # fmt: skip
+    assert all(re.fullmatch("[0-9a-f]{40}", revision) for revision, _ in hub.PINNED.values())
 
 
 @pytest.mark.parametrize("files, manifest", [([], '["00000.parquet"]'), (["00000.parquet"], "[broken"), ([], "[]")])
@@ -246,32 +301,18 @@ def test_damaged_data_is_an_error(tmp_path, no_network, files, manifest):
 
 
 def test_fetching_a_file(tmp_path):
-    class Handler(http.server.BaseHTTPRequestHandler):
-        def do_GET(self):
-            if self.path == "/short":
-                self.send_response(200)
-                self.send_header("Content-Length", "100")
-                self.end_headers()
-                self.wfile.write(b"cut")
-            else:
-                self.send_response(200 if self.path == "/words" else 404)
-                self.end_headers()
-                self.wfile.write(b"word\n")
-
-        def log_message(self, *args):
-            pass
-
-    with http.server.HTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        url = f"http://127.0.0.1:{server.server_port}"
+    with HubServer() as server:
+        server.plain |= {"words": b"word\n", "short": b"word\n" * 100}
+        server.faults["short"] = "gone"
+        url = f"{server.url}/files"
         path = tmp_path / "base" / "words.txt"
-        assert hub.fetch_file(f"{url}/words", path).read_bytes() == b"word\n"
+        checksum = hashlib.sha256(b"word\n").hexdigest()
+        assert hub.fetch_file(f"{url}/words", path, sha256=checksum).read_bytes() == b"word\n"
         path.write_text("mine")
-        assert hub.fetch_file(f"{url}/words", path).read_text() == "mine"
-        for bad in ("missing", "short"):
-            with pytest.raises(NotFound, match=rf"{bad}\.txt.*could not be fetched from {url}/{bad}"):
-                hub.fetch_file(f"{url}/{bad}", tmp_path / "base" / f"{bad}.txt")
-        server.shutdown()
+        assert hub.fetch_file(f"{url}/words", path, sha256=checksum).read_text() == "mine"
+        for bad, options in (("missing", {}), ("short", {}), ("words", {"sha256": "0" * 64})):
+            with pytest.raises(NotFound, match=rf"{bad}\.new.*could not be fetched from {url}/{bad}"):
+                hub.fetch_file(f"{url}/{bad}", tmp_path / "base" / f"{bad}.new", **options)
     assert [file.name for file in path.parent.iterdir()] == ["words.txt"]
 
 

@@ -1,6 +1,8 @@
 """The tokenizer: training against the definition and upstream's vocabulary, encoding, storage, and its two scripts."""
 
+import itertools
 import json
+import pickle
 import random
 import re
 import shutil
@@ -17,7 +19,7 @@ import tiktoken
 from nanochat_jax import rustbpe
 from nanochat_jax.cli import NotFound, UsageError
 from nanochat_jax.paths import Paths
-from nanochat_jax.tokenizer import META_FILE, RANKS_FILE, SPECIAL_TOKENS, WHITESPACE_LIMIT, Tokenizer, _parse_ranks
+from nanochat_jax.tokenizer import META_FILE, RANKS_FILE, SPECIAL_TOKENS, Tokenizer, _parse_ranks
 from scripts import tok_eval, tok_train
 
 TEXTS = [
@@ -134,6 +136,83 @@ def test_bad_training_input_is_an_error_and_changes_nothing(arguments, error, me
     assert (trainer.get_mergeable_ranks(), trainer.get_pattern()) == before
 
 
+DOCUMENTS = [*TEXTS, "", "é" * 50, "x" * 3, "a\u0301b " * 9]
+
+
+@pytest.fixture(scope="module")
+def shards(tmp_path_factory):
+    """Two Parquet files of `DOCUMENTS` with nulls between them, in strings of both kinds and small row groups."""
+    directory = tmp_path_factory.mktemp("shards")
+    for index, (kind, texts) in enumerate([(pa.string(), DOCUMENTS[:30]), (pa.large_string(), DOCUMENTS[30:])]):
+        table = pa.table({"n": range(len(texts) + 2), "text": pa.array([None, *texts, None], kind)})
+        pq.write_table(table, directory / f"{index}.parquet", row_group_size=7)
+    return sorted(directory.iterdir())
+
+
+@pytest.mark.parametrize(("max_chars", "doc_cap"), [(None, None), (None, 10), (300, 40), (399, 40), (400, 40), (1, 1)])
+def test_parquet_gives_the_vocabulary_of_its_texts(shards, max_chars, doc_cap):
+    texts, total = [], 0
+    for text in DOCUMENTS:
+        texts.append(text[:doc_cap])
+        total += len(texts[-1])
+        if max_chars is not None and total > max_chars:
+            break
+    expected = rustbpe.Tokenizer()
+    expected.train_from_iterator(texts, 330)
+    for threads in (1, 3):
+        trained, calls = rustbpe.Tokenizer(), []
+        trained.train_from_parquet(
+            shards,
+            330,
+            max_chars=max_chars,
+            doc_cap=doc_cap,
+            num_threads=threads,
+            progress=lambda *call, calls=calls: calls.append(call),
+        )
+        assert trained.get_mergeable_ranks() == expected.get_mergeable_ranks()
+        merges = len(trained.get_mergeable_ranks()) - 256
+        assert ("count", total, total) in calls and calls[-1] == ("merge", merges, merges)
+
+
+def test_trouble_with_a_parquet_file_names_it(shards, tmp_path):
+    def note_of(caught):
+        return "".join(caught.value.__notes__)
+
+    train = rustbpe.Tokenizer().train_from_parquet
+    with pytest.raises(FileNotFoundError) as caught:
+        train([*shards, tmp_path / "none.parquet"], 300)
+    assert "none.parquet" in note_of(caught)
+    (tmp_path / "bad.parquet").write_bytes(shards[0].read_bytes()[:-9])
+    with pytest.raises(pa.ArrowInvalid) as caught:
+        train([tmp_path / "bad.parquet"], 300)
+    assert "bad.parquet" in note_of(caught)
+    with pytest.raises(ValueError, match='no column "words", only n, text') as caught:
+        train(shards, 300, column="words")
+    assert "0.parquet" in note_of(caught)
+    with pytest.raises(TypeError, match="array of int64"):
+        train(shards, 300, column="n")
+
+
+@pytest.mark.parametrize("limits", [{"max_chars": 0}, {"doc_cap": -1}])
+def test_limits_are_at_least_one(shards, limits):
+    with pytest.raises(ValueError, match=f"{next(iter(limits))} must be at least 1"):
+        rustbpe.Tokenizer().train_from_parquet(shards, 300, **limits)
+
+
+@pytest.mark.parametrize("stage", ["count", "merge"])
+def test_an_exception_of_the_callback_ends_training(shards, stage):
+    def progress(current, done, total):
+        if current == stage:
+            raise RuntimeError("enough")
+
+    trainer = rustbpe.Tokenizer()
+    for train in (lambda: trainer.train_from_parquet(shards, 300, progress=progress),
+                  lambda: trainer.train_from_iterator(TEXTS, 300, progress=progress)):  # fmt: skip
+        with pytest.raises(RuntimeError, match="enough"):
+            train()
+    assert len(trainer.get_mergeable_ranks()) == 256
+
+
 def test_an_exception_of_the_iterator_comes_through():
     def texts():
         yield "a"
@@ -194,12 +273,49 @@ def test_a_list_gives_the_ids_of_each(tokenizer):
     assert tokenizer.encode([]) == []
 
 
+def test_a_batch_is_the_ids_of_all_texts_in_one_array(tokenizer):
+    texts = [*TEXTS, "", "a\ud800b", "<|bos|>"]
+    for threads in (1, 3):
+        ids, offsets = tokenizer.encode_batch(texts, "<|bos|>", num_threads=threads)
+        assert ids.dtype == np.int32 and offsets.dtype == np.int64
+        rows = [ids[start:end].tolist() for start, end in itertools.pairwise(offsets)]
+        assert rows == [[tokenizer.bos_id, *tokenizer.encode(text)] for text in texts]
+    ids, offsets = tokenizer.encode_batch([])
+    assert (ids.size, offsets.tolist()) == (0, [0])
+
+
+@pytest.mark.parametrize("kind", [pa.string(), pa.large_string()])
+def test_arrow_arrays_give_the_ids_of_their_strings(tokenizer, kind):
+    array = pa.array([*TEXTS, ""], kind)
+    for column in (array, array[7:19], array[:0], pa.chunked_array([array[3:], array[:2]]), pa.chunked_array([], kind)):
+        expected = tokenizer.encode_batch(column.to_pylist(), 5)
+        for ours, theirs in zip(tokenizer.encode_batch(column, 5), expected, strict=True):
+            np.testing.assert_array_equal(ours, theirs)
+    with pytest.raises(ValueError, match="1 of 2 texts are null"):
+        tokenizer.encode_batch(pa.array(["a", None], kind))
+    with pytest.raises(TypeError, match="Arrow array of int64"):
+        tokenizer.encode_batch(pa.array([1]))
+
+
+def test_an_arrow_array_that_is_no_utf8_is_refused(tokenizer):
+    for data, offsets in [(b"a\xffb", [0, 1, 3]), ("é".encode(), [0, 1, 2])]:
+        buffers = [None, pa.py_buffer(np.array(offsets, np.int32)), pa.py_buffer(data)]
+        with pytest.raises(ValueError, match="UTF-?8"):
+            tokenizer.encode_batch(pa.Array.from_buffers(pa.string(), 2, buffers))
+
+
 def test_prepend_and_append_take_ids_and_names(tokenizer):
     ids = tokenizer.encode("hello")
     assert tokenizer.encode("hello", prepend="<|bos|>", append=7) == [tokenizer.bos_id, *ids, 7]
     assert tokenizer.encode(["hello", ""], prepend=0) == [[0, *ids], [0]]
     with pytest.raises(KeyError, match="<|eos|>"):
         tokenizer.encode("hello", append="<|eos|>")
+
+
+def test_a_pickled_tokenizer_is_the_same(tokenizer):
+    copy = pickle.loads(pickle.dumps(tokenizer))
+    assert copy.fingerprint() == tokenizer.fingerprint()
+    assert copy.encode(TEXTS) == tokenizer.encode(TEXTS)
 
 
 def test_special_tokens_in_text_are_text(tokenizer):
@@ -239,8 +355,6 @@ def test_endless_white_space_is_encoded(tokenizer):
     ids = tokenizer.encode(text)
     assert tokenizer.decode(ids) == text
     assert tokenizer.encode(["", text]) == [[], ids]
-    long = "word and word. " * (WHITESPACE_LIMIT // 8)  # above the limit in length, but with no long run
-    assert tokenizer.encode(long) == tokenizer._encoding.encode_ordinary(long)
 
 
 # ---------------------------------------------------------------------------------------------------- storage
@@ -321,13 +435,6 @@ def base(tmp_path, monkeypatch):
     return Paths(tmp_path)
 
 
-def test_training_text_is_capped_and_leaves_out_the_last_shard(base):
-    directory = base.data("embedded")
-    assert list(tok_train.training_text(directory, 10**9, 10**9)) == ["aaaa bbbb" * 10, TEXTS[0], TEXTS[1]]
-    assert list(tok_train.training_text(directory, 10**9, 20)) == ["aaaa bbbbaaaa bbbbaa", TEXTS[0][:20], TEXTS[1][:20]]
-    assert [len(text) for text in tok_train.training_text(directory, 25, 20)] == [20, 5]
-
-
 def test_tok_train_saves_a_tokenizer_and_reports(base, capsys):
     tok_train.main(tok_train.Config(vocab_size=300))
     tokenizer = Tokenizer.load(base.tokenizer)
@@ -340,9 +447,18 @@ def test_tok_train_saves_a_tokenizer_and_reports(base, capsys):
     assert "300 tokens" in capsys.readouterr().out
 
 
-def test_tok_train_refuses_a_small_vocabulary_and_no_data(base):
+def test_tok_train_refuses_a_small_vocabulary_a_bad_shard_and_no_data(base):
     with pytest.raises(UsageError, match="at least 265"):
         tok_train.main(tok_train.Config(vocab_size=100))
+    shard = base.data("embedded") / "shard_00000.parquet"
+    content = bytearray(shard.read_bytes())
+    content[4:40] = bytes(36)  # the pages are broken, the footer is not
+    shard.write_bytes(content)
+    with pytest.raises(UsageError, match="shard_00000.parquet"):
+        tok_train.main(tok_train.Config(vocab_size=300))
+    shard.write_bytes(content[:-5])
+    with pytest.raises(UsageError, match="shard_00000.parquet"):
+        tok_train.main(tok_train.Config(vocab_size=300))
     shutil.rmtree(base.data("embedded"))
     with pytest.raises(NotFound):
         tok_train.main(tok_train.Config())

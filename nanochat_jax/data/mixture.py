@@ -1,9 +1,10 @@
-"""Conversations into batches, for midtraining (a token stream) and for SFT (whole conversations in rows).
+"""Conversations into batches, for midtraining (a token stream) and for SFT (whole conversations, several or one a row).
 
 One packer runs over the whole mixture, in its order, on every process; a process keeps its part of the rows. So the
 global batches and the state are the same on any number of processes.
 """
 
+import hashlib
 import logging
 from collections.abc import Callable, Mapping
 from typing import Any, Protocol
@@ -19,7 +20,7 @@ from nanochat_jax.tokenizer import Tokenizer
 logger = logging.getLogger(__name__)
 
 STREAM_MAX_TOKENS = 2048  # where a conversation is cut that goes into a stream
-BUFFERED_CONVERSATIONS = 100
+SAMPLED_CONVERSATIONS = 16
 IGNORE = -1
 
 
@@ -54,6 +55,7 @@ class ConversationSource:
         self._epoch = self._cursor = 0  # completed passes, and the next conversation to render
         self.num_cut = 0  # conversations longer than max_tokens, which were cut
         self.num_skipped = 0  # conversations that have no token to train on (any more)
+        self._fingerprint = self._sample()
 
     def _render(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """ids int32 [n] and mask bool [n], n <= max_tokens."""
@@ -63,6 +65,14 @@ class ConversationSource:
             raise UsageError(f"conversation {index} of the mixture: {error}") from error
         self.num_cut += len(ids) > self._max_tokens
         return np.array(ids[: self._max_tokens], np.int32), np.array(mask[: self._max_tokens], bool)
+
+    def _sample(self) -> str:
+        """A checksum of some rendered conversations: another tokenizer, text or template hardly has the same."""
+        digest = hashlib.sha256()
+        for index in range(0, self.size, -(-self.size // SAMPLED_CONVERSATIONS)):
+            digest.update(self._render(index)[0].tobytes())
+        self.num_cut = 0
+        return digest.hexdigest()[:16]
 
     def _start_epoch(self) -> None:
         """The next pass; StopIteration if there is none."""
@@ -74,12 +84,16 @@ class ConversationSource:
         return {
             "mode": self.mode,
             "size": self.size,
+            "fingerprint": self._fingerprint,
             "epoch": self._epoch,
             "cursor": self._cursor,
             "num_cut": self.num_cut,
             "num_skipped": self.num_skipped,
             **more,
         }
+
+    def place(self) -> dict[str, int]:
+        return {"epoch": self._epoch, "cursor": self._cursor}
 
     def _set_common(self, state: dict[str, Any]) -> None:
         for name, mine in (("mode", self.mode), ("size", self.size)):
@@ -88,6 +102,8 @@ class ConversationSource:
                     f"the saved data position is of a mixture with {name} {state[name]}, this one has {mine}: "
                     "they must agree"
                 )
+        if state["fingerprint"] != self._fingerprint:
+            raise UsageError(STATE_CHANGED)
         self._epoch, self._cursor = state["epoch"], state["cursor"]
         self.num_cut, self.num_skipped = state["num_cut"], state["num_skipped"]
 
@@ -160,6 +176,8 @@ class RowsSource(ConversationSource):
     """
 
     mode = "rows"
+    buffered = 100  # conversations to choose from
+    fills = True
 
     def __init__(self, task: ConversationTask, tokenizer: Tokenizer, **options: Any):
         super().__init__(task, tokenizer, max_tokens=options["sequence_len"] + 1, **options)
@@ -224,12 +242,14 @@ class RowsSource(ConversationSource):
         while (found := self._buffer.pop_longest(space)) is not None:
             length, index = found
             row.append(index)
+            if not self.fills:
+                break
             space -= length
             self._refill()
         return row
 
     def _refill(self) -> None:
-        while len(self._buffer) < BUFFERED_CONVERSATIONS and self._cursor < self.size:
+        while len(self._buffer) < self.buffered and self._cursor < self.size:
             ids, mask = self._render(self._cursor)
             if mask.any():
                 self._add(self._cursor, ids, mask)
@@ -238,7 +258,17 @@ class RowsSource(ConversationSource):
             self._cursor += 1
 
 
-SOURCES: dict[str, type[StreamSource] | type[RowsSource]] = {"stream": StreamSource, "rows": RowsSource}
+class SingleSource(RowsSource):
+    """One conversation a row, in the mixture's order (upstream's SFT until January 2026)."""
+
+    mode = "single"
+    buffered = 1
+    fills = False
+
+
+SOURCES: dict[str, type[StreamSource] | type[RowsSource]] = {
+    source.mode: source for source in (StreamSource, RowsSource, SingleSource)
+}
 
 
 class ConversationLoader(Loader):
@@ -294,7 +324,7 @@ def conversation_loader(
 
     Args:
       batch_size: rows of the global batch of one micro-step; this process yields its contiguous part of them.
-      mode: "stream" (`StreamSource`) or "rows" (`RowsSource`).
+      mode: "stream" (`StreamSource`), "rows" (`RowsSource`) or "single" (`SingleSource`).
       num_epochs: the loader ends with the last full batch of that many epochs; None: never.
 
     Yields dicts of inputs and targets, int32 [batch_size / process_count, sequence_len]; target -1 = not trained.

@@ -8,9 +8,11 @@ that packing decides by, and reads and tokenizes a document when a row takes it.
 from bisect import bisect_left, insort
 from collections import Counter, deque
 from collections.abc import Callable
+from itertools import pairwise
 from typing import Any, Protocol
 
 import numpy as np
+import pyarrow as pa
 
 from nanochat_jax.cli import UsageError
 from nanochat_jax.data.shards import DocumentStream, Position
@@ -43,8 +45,8 @@ class TokenSource(Protocol):
 class TokenizedStream:
     """A `DocumentStream` tokenized, BOS first."""
 
-    def __init__(self, documents: DocumentStream, encode: Callable[[list[str]], list[list[int]]]):
-        """encode: texts -> token ids with BOS in front of each."""
+    def __init__(self, documents: DocumentStream, encode: Callable[[pa.ChunkedArray], tuple[np.ndarray, np.ndarray]]):
+        """encode: texts -> ids int32 [N] with BOS in front of each text, and where each begins, int64 [texts + 1]."""
         self._documents, self._encode = documents, encode
 
     @property
@@ -52,11 +54,11 @@ class TokenizedStream:
         return self._documents.position
 
     def next_batch(self) -> list[tuple[Position, np.ndarray]]:
-        places, texts = zip(*self._documents.next_batch(), strict=True)
-        return list(zip(places, self._tokens(list(texts)), strict=True))
+        places, texts = self._documents.next_batch()
+        return list(zip(places, self._tokens(texts, places[0]), strict=True))
 
     def load(self, places: list[Position]) -> list[np.ndarray]:
-        return self._tokens(self._documents.load(places))
+        return self._tokens(self._documents.load(places), places[0])
 
     def seek(self, position: Position) -> None:
         self._documents.seek(position)
@@ -71,8 +73,14 @@ class TokenizedStream:
             raise UsageError(f"the saved data position is in {name}, which is no shard of this split in {directory}")
         return index
 
-    def _tokens(self, texts: list[str]) -> list[np.ndarray]:
-        return [np.array(ids, np.int32) for ids in self._encode(texts)]
+    def _tokens(self, texts: pa.ChunkedArray, place: Position) -> list[np.ndarray]:
+        try:
+            ids, offsets = self._encode(texts)
+        except ValueError as error:
+            path = self._documents.reader.paths[place.file]
+            raise UsageError(f"row group {place.row_group} of shard {path} cannot be encoded: {error}") from error
+        bounds = offsets.tolist()
+        return [ids[start:stop] for start, stop in pairwise(bounds)]
 
 
 class FitBuffer:
@@ -145,6 +153,10 @@ class BestFitPacker:
         position, entries = self._source.position, self._buffer.copy_entries()
         return lambda: self._to_json(position, entries)
 
+    def place(self) -> dict[str, Any]:
+        """Where the source reads next."""
+        return _position_to_json(self._source.position, self._source)
+
     def get_state(self) -> dict[str, Any]:
         return self.snapshot()()
 
@@ -171,7 +183,8 @@ class BestFitPacker:
         self._per_epoch[place.epoch] += 1
 
     def _keep(self, number: int, tokens: np.ndarray) -> None:
-        self._tokens[number] = tokens if len(tokens) <= self._capacity else tokens[: self._capacity].copy()
+        # A copy, as a document can stay for long and would keep all that was encoded together with it.
+        self._tokens[number] = tokens[: self._capacity].copy()
 
     def _refill(self) -> None:
         while len(self._buffer) < self._buffer_docs:
@@ -241,6 +254,10 @@ class StreamPacker:
     def snapshot(self) -> Snapshot:
         position, offset = self._pieces[0][0] if self._pieces else self._source.position, self._offset
         return lambda: {"position": _position_to_json(position, self._source), "offset": offset}
+
+    def place(self) -> dict[str, Any]:
+        """Where the source reads next."""
+        return _position_to_json(self._source.position, self._source)
 
     def get_state(self) -> dict[str, Any]:
         return self.snapshot()()

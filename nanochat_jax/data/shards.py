@@ -4,13 +4,14 @@ A corpus is a directory of `shard_00000.parquet, shard_00001.parquet, ...` with 
 of 1024 documents. The last shard by name is the validation split, the others are the training split.
 """
 
-import itertools
+import json
 import os
 import shutil
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -19,6 +20,7 @@ from nanochat_jax.cli import NotFound, UsageError
 
 ROW_GROUP_SIZE = 1024
 TEXT_COLUMN = "text"
+MANIFEST = "manifest.json"
 SPLITS = ("train", "val")
 _SCHEMA = pa.schema([(TEXT_COLUMN, pa.string())])
 _ADVICE = (
@@ -35,7 +37,20 @@ def list_shards(directory: Path | str) -> list[Path]:
     paths = sorted(directory.glob("*.parquet")) if directory.is_dir() else []
     if not paths:
         raise NotFound(f"no parquet shards in {directory}: {_ADVICE}")
+    if read_manifest(directory).get("appending"):
+        raise UsageError(f"adding to {directory} was interrupted: give the same `--append` command again")
     return paths
+
+
+def read_manifest(directory: Path) -> dict[str, Any]:
+    """What `dataset hf` and `dataset local` note down of a corpus; empty for other corpora."""
+    path = directory / MANIFEST
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except ValueError as error:
+        raise UsageError(f"{path} is damaged ({error}): remove the corpus and make it again") from error
 
 
 def split_shards(directory: Path | str, split: str) -> list[Path]:
@@ -96,11 +111,15 @@ def read_row_group(file: pq.ParquetFile, path: Path, row_group: int) -> pa.Chunk
 def iter_documents(directory: Path | str, split: str) -> Iterator[str]:
     """Every document of a split once, in file order, holding one row group in memory."""
     for path in split_shards(directory, split):
-        with open_shard(path) as file:
-            for row_group in range(file.num_row_groups):
-                for text in read_row_group(file, path, row_group).to_pylist():
-                    if text is not None:
-                        yield text
+        yield from iter_shard(path)
+
+
+def iter_shard(path: Path) -> Iterator[str]:
+    with open_shard(path) as file:
+        for row_group in range(file.num_row_groups):
+            for text in read_row_group(file, path, row_group).to_pylist():
+                if text is not None:
+                    yield text
 
 
 def _first_line(error: Exception) -> str:
@@ -108,11 +127,15 @@ def _first_line(error: Exception) -> str:
 
 
 class ShardReader:
-    """Row groups of a list of shards by (file, row group), the most recently used ones kept decoded."""
+    """Row groups of a list of shards by (file, row group), the most recently used ones kept decoded.
+
+    A shard that vanishes or changes its size while this object lives is an error at the next access.
+    """
 
     def __init__(self, paths: Sequence[Path], *, cached_row_groups: int = 8):
         self.paths = list(paths)
         self.index = {path.name: i for i, path in enumerate(self.paths)}
+        self.sizes = {path.name: path.stat().st_size for path in self.paths}
         self._cached_row_groups = cached_row_groups
         self._rows: dict[int, list[int]] = {}
         self._cache: OrderedDict[tuple[int, int], pa.ChunkedArray] = OrderedDict()
@@ -120,20 +143,30 @@ class ShardReader:
     def row_counts(self, file: int) -> list[int]:
         """Documents in each row group of a file."""
         if file not in self._rows:
-            with open_shard(self.paths[file]) as parquet:
+            with self._open(file) as parquet:
                 groups = range(parquet.num_row_groups)
                 self._rows[file] = [parquet.metadata.row_group(group).num_rows for group in groups]
         return self._rows[file]
 
-    def texts(self, file: int, row_group: int, rows: Iterable[int]) -> list[str | None]:
+    def texts(self, file: int, row_group: int, rows: Sequence[int]) -> pa.ChunkedArray:
+        """The documents `rows` of a row group, not copied if `rows` is a range without gaps."""
         key = (file, row_group)
         if key not in self._cache:
-            with open_shard(self.paths[file]) as parquet:
+            with self._open(file) as parquet:
                 self._cache[key] = read_row_group(parquet, self.paths[file], row_group)
             while len(self._cache) > self._cached_row_groups:
                 self._cache.popitem(last=False)
         self._cache.move_to_end(key)
-        return self._cache[key].take(pa.array(rows, pa.int64())).to_pylist()
+        if isinstance(rows, range) and rows.step == 1:
+            return self._cache[key].slice(rows.start, len(rows))
+        return self._cache[key].take(pa.array(rows, pa.int64()))
+
+    def _open(self, file: int) -> pq.ParquetFile:
+        path = self.paths[file]
+        parquet = open_shard(path)
+        if path.stat().st_size != self.sizes[path.name]:
+            raise UsageError(f"shard {path} has changed since this run opened it: start again to read the new one")
+        return parquet
 
 
 class Position(NamedTuple):
@@ -158,20 +191,25 @@ class DocumentStream:
         self.reader, self.shard, self.num_shards = reader, shard, num_shards
         self.seek(Position())
 
-    def next_batch(self, limit: int = 128) -> list[tuple[Position, str]]:
-        """Up to `limit` documents, all of one row group."""
+    def next_batch(self, limit: int = 128) -> tuple[list[Position], pa.ChunkedArray]:
+        """Up to `limit` documents, all of one row group: where they are, and their texts."""
+        first_epoch = self.position.epoch
         while True:
             at = self.position
+            if at.epoch > first_epoch + 1:
+                raise UsageError(f"virtual shard {self.shard} of {self.num_shards} finds no text in "
+                                 f"{self.reader.paths[0].parent}, only missing values")  # fmt: skip
             rows = self._rows_left()[:limit]
             texts = self.reader.texts(at.file, at.row_group, rows)
             self.position = at._replace(row=rows[-1] + 1)
             self._skip_exhausted()
-            found = zip(rows, texts, strict=True)
-            documents = [(at._replace(row=row), text) for row, text in found if text is not None]
-            if documents:
-                return documents
+            if texts.null_count:
+                present = texts.is_valid().to_pylist()
+                rows, texts = [row for row, valid in zip(rows, present, strict=True) if valid], texts.drop_null()
+            if rows:
+                return [Position(at.epoch, at.file, at.row_group, row) for row in rows], texts
 
-    def load(self, places: Sequence[Position]) -> list[str]:
+    def load(self, places: Sequence[Position]) -> pa.ChunkedArray:
         """The texts of documents that lie in one row group."""
         return self.reader.texts(places[0].file, places[0].row_group, [place.row for place in places])
 
@@ -210,6 +248,52 @@ class DocumentStream:
 # ---------------------------------------------------------------------------------------------------- writing
 
 
+class ShardWriter:
+    """One shard: texts go in, row groups of 1,024 come out; it is whole, and on the disk, when `close` returns.
+
+    Raises `UsageError`, naming the file, where the disk does not take it.
+    """
+
+    def __init__(self, path: Path):
+        self.path, self.num_rows, self.num_chars = path, 0, 0
+        self._group: list[str] = []
+        with self._named():
+            self._file = pq.ParquetWriter(
+                path, _SCHEMA, compression="zstd", compression_level=3, use_dictionary=False, write_statistics=False
+            )
+
+    def add(self, text: str) -> None:
+        self._group.append(text)
+        self.num_rows += 1
+        self.num_chars += len(text)
+        if len(self._group) == ROW_GROUP_SIZE:
+            self._flush()
+
+    def close(self) -> None:
+        if self._group:
+            self._flush()
+        with self._named():
+            self._file.close()
+            fsync(self.path)
+
+    def _flush(self) -> None:
+        try:
+            column = pa.array(self._group, pa.string())
+        except UnicodeEncodeError:  # half a surrogate pair, as JSON can hold it: no Unicode text has that
+            mended = [text.encode("utf-16", "surrogatepass").decode("utf-16", "replace") for text in self._group]
+            column = pa.array(mended, pa.string())
+        with self._named():
+            self._file.write_table(pa.table([column], schema=_SCHEMA), row_group_size=ROW_GROUP_SIZE)
+        self._group = []
+
+    @contextmanager
+    def _named(self) -> Iterator[None]:
+        try:
+            yield
+        except (OSError, pa.ArrowException) as error:
+            raise UsageError(f"cannot write {self.path}: {_first_line(error)}") from error
+
+
 def write_shards(
     texts: Iterable[str],
     directory: Path | str,
@@ -229,53 +313,50 @@ def write_shards(
     directory = Path(directory)
     if directory.exists() and any(directory.iterdir()):
         raise UsageError(f"{directory} is not empty: remove it before writing another corpus there")
+
+    def full(shard: ShardWriter) -> bool:
+        if rows_per_shard is not None:
+            return shard.num_rows >= rows_per_shard
+        return shard.num_chars >= chars_per_shard and shard.num_rows % ROW_GROUP_SIZE == 0
+
     aside = directory.with_name(f".{directory.name}.{os.getpid()}.partial")
     aside.mkdir(parents=True)
     try:
-        documents = iter(texts)
-        names: list[str] = []
-        while _write_shard(documents, aside / _shard_name(len(names)), rows_per_shard, chars_per_shard):
-            names.append(_shard_name(len(names)))
+        names = write_series(texts, aside, full=full)
         if not names:
             raise UsageError(f"no training documents to write to {directory}")
-        names.append(_shard_name(len(names)))
-        if not _write_shard(iter(val_texts), aside / names[-1], None, None):
+        last = write_series(val_texts, aside, first=len(names))
+        if not last:
             raise UsageError(f"no validation documents to write to {directory}")
         fsync(aside)
         os.rename(aside, directory)
         fsync(directory.parent)
     finally:
         shutil.rmtree(aside, ignore_errors=True)
-    return [directory / name for name in names]
+    return [directory / name for name in names + last]
 
 
-def _shard_name(index: int) -> str:
+def write_series(
+    texts: Iterable[str], directory: Path, *, first: int = 0, full: Callable[[ShardWriter], bool] = lambda shard: False
+) -> list[str]:
+    """Write texts to shards numbered from `first`, the next one where the last is `full`; returns their names."""
+    names: list[str] = []
+    shard = None
+    for text in texts:
+        if shard is None:
+            names.append(shard_name(first + len(names)))
+            shard = ShardWriter(directory / names[-1])
+        shard.add(text)
+        if full(shard):
+            shard.close()
+            shard = None
+    if shard is not None:
+        shard.close()
+    return names
+
+
+def shard_name(index: int) -> str:
     return f"shard_{index:05d}.parquet"
-
-
-def _write_shard(texts: Iterator[str], path: Path, max_rows: int | None, max_chars: int | None) -> bool:
-    """Write the next shard, if a text is left."""
-    num_rows = num_chars = 0
-    writer = None
-    while True:
-        room = ROW_GROUP_SIZE if max_rows is None else min(ROW_GROUP_SIZE, max_rows - num_rows)
-        group = list(itertools.islice(texts, room))
-        if not group:
-            break
-        if writer is None:
-            writer = pq.ParquetWriter(
-                path, _SCHEMA, compression="zstd", compression_level=3, use_dictionary=False, write_statistics=False
-            )
-        writer.write_table(pa.table([pa.array(group, pa.string())], schema=_SCHEMA), row_group_size=ROW_GROUP_SIZE)
-        num_rows += len(group)
-        num_chars += sum(map(len, group))
-        if max_chars is not None and num_chars >= max_chars and len(group) == ROW_GROUP_SIZE:
-            break
-    if writer is None:
-        return False
-    writer.close()
-    fsync(path)
-    return True
 
 
 def fsync(path: Path) -> None:

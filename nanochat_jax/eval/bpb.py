@@ -66,13 +66,15 @@ def corpus_bits_per_byte(loaded: Loaded, paths: Paths, *, device_batch_size: int
     if steps < 1:
         raise UsageError(f"--split-tokens {split_tokens} is less than one batch of {rows * model.sequence_len} tokens: "
                          "give more, or a smaller --device-batch-size")
+    corpus = loaded.meta["data"] or paths.find_data()  # imported weights do not say what they were trained on
+    token_bytes = tokenizer.token_bytes(loaded.meta.get("byte_rule", "raw"))
     results = {}
     for split in ("train", "val"):
         batches = pretraining_loader(
-            paths.data(loaded.meta["data"]), tokenizer, split=split, batch_size=rows, sequence_len=model.sequence_len,
+            paths.data(corpus), tokenizer, split=split, batch_size=rows, sequence_len=model.sequence_len,
             packing=loaded.meta["packing"], num_shards=1,
         )
-        figures = held_out_loss(loaded.params, batches, steps, config=model, token_bytes=tokenizer.token_bytes(),
+        figures = held_out_loss(loaded.params, batches, steps, config=model, token_bytes=token_bytes,
                                 mesh=mesh, dtype=dtype)
         batches.close()
         results[f"{split}_bpb"] = figures.bpb

@@ -24,7 +24,7 @@ EVAL_TASKS = UPSTREAM_TASKS + OFFLINE_TASKS
 SYNTHETIC_SIZE = 256  # problems of a generated task in an evaluation
 
 
-def eval_tasks_for(data: str) -> list[str]:
+def eval_tasks_for(data: str | None) -> list[str]:
     """Names of the tasks that a model trained on the corpus `data` is judged by."""
     return list(OFFLINE_TASKS if data == "embedded" else UPSTREAM_TASKS)
 

@@ -56,12 +56,16 @@ class Task:
 
 
 class TaskMixture(Task):
-    """All conversations of several tasks in one fixed random order; name a task twice to train on it twice."""
+    """All conversations of several tasks in one fixed random order.
 
-    def __init__(self, tasks: Sequence[Task]) -> None:
+    `weights` says how often each task is there: 2.5 means all of it twice, and its first half once more. Default 1.
+    """
+
+    def __init__(self, tasks: Sequence[Task], weights: Sequence[float] | None = None) -> None:
         super().__init__()
         self.tasks = list(tasks)
-        self.order = [(t, i) for t, task in enumerate(self.tasks) for i in range(len(task))]
+        counts = [round(w * len(task)) for task, w in zip(tasks, weights or [1] * len(tasks), strict=True)]
+        self.order = [(t, i % len(self.tasks[t])) for t, count in enumerate(counts) for i in range(count)]
         random.Random(42).shuffle(self.order)
 
     def num_examples(self) -> int:

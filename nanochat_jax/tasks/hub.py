@@ -1,4 +1,4 @@
-"""Data sets of the Hugging Face Hub, kept as parquet under the base directory.
+"""Data sets of the Hugging Face Hub, each at one commit, kept as parquet under the base directory.
 
     task_data/<owner>--<name>/<subset>/<split>/00000.parquet ... manifest.json
 
@@ -6,6 +6,7 @@
 as it is, nothing is asked of the network.
 """
 
+import hashlib
 import http.client
 import json
 import logging
@@ -16,21 +17,31 @@ import urllib.request
 from pathlib import Path
 from typing import Any
 
-import huggingface_hub
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
+from huggingface_hub.utils import WeakFileLock
 
 from nanochat_jax.cli import NotFound, UsageError
+from nanochat_jax.data.hub import clean_up, fetch, first_line
+from nanochat_jax.data.hub_dataset import glob_pattern, list_dataset
 from nanochat_jax.data.shards import fsync
 from nanochat_jax.paths import Paths
 from nanochat_jax.tasks.base import Task
 
 logger = logging.getLogger(__name__)
 
-PARQUET_BRANCH = "refs/convert/parquet"  # where the Hub keeps every data set as <subset>/<split>/0000.parquet
+# Commit of each data set, and where a split's files lie in it: a benchmark must not change between two runs.
+PINNED = {
+    "allenai/ai2_arc": ("210d026faf9955653af8916fad021475a3f00453", "{subset}/{split}-*.parquet"),
+    "cais/mmlu": ("c30699e8356da336a370243923dbaf21066bb9fe", "{subset}/{split}-*.parquet"),
+    "openai/gsm8k": ("e53f048856ff4f594e959d75785d2c2d37b678ee", "{subset}/{split}-*.parquet"),
+    "openai/openai_humaneval": ("7dce6050a7d6d172f3cc5c32aa97f52fa1a2e544", "{subset}/{split}-*.parquet"),
+    "HuggingFaceTB/smol-smoltalk": ("f73fe857d519ff6ac5af2ea67c4d3834da7b8bcc", "data/{split}-*.parquet"),
+}
 SHUFFLE_SEED = 42
 MANIFEST = "manifest.json"
+SOURCE = "source.json"  # repository, commit and names there, of what was fetched here
 
 
 def load_split(paths: Paths, repo: str, subset: str, split: str) -> pa.Table:
@@ -53,43 +64,41 @@ def load_split(paths: Paths, repo: str, subset: str, split: str) -> pa.Table:
 
 
 def _fetch_split(repo: str, subset: str, split: str, folder: Path) -> None:
-    logger.info("fetching %s (%s, %s)", repo, subset, split)
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=f".{split}-", dir=folder.parent))
-    try:
+    revision, pattern = PINNED[repo]
+    aside = folder.with_name(f".{split}.partial")  # what is in it after a failure is gone on with
+    aside.mkdir(parents=True, exist_ok=True)
+    with WeakFileLock(aside.with_suffix(".lock")):
+        if (folder / MANIFEST).exists():
+            return  # another process has fetched it meanwhile
+        logger.info("fetching %s (%s, %s)", repo, subset, split)
         try:
-            names = _download(repo, f"{subset}/{split}/", aside)
+            wanted = glob_pattern(pattern.format(subset=subset, split=split))
+            remote = [name for name in list_dataset(repo, revision).names if wanted.fullmatch(name)]
+            if not remote:
+                raise FileNotFoundError(f"it has no files {pattern.format(subset=subset, split=split)}")
+            names = [f"{i:05d}.parquet" for i in range(len(remote))]
+            for name, local in zip(remote, names, strict=True):
+                if not (aside / local).exists():
+                    fetch(repo, name, aside / local, revision=revision, check=_check_parquet)
         except Exception as error:  # the HTTP client's errors have no common class
             raise NotFound(f"data set {repo} ({subset}, {split}) is not in {folder} and could not be fetched: "
-                           f"{type(error).__name__}: {(str(error).splitlines() or [''])[0]}") from error
-        (aside / MANIFEST).write_text(json.dumps(names), encoding="utf-8")
-        for name in (*names, MANIFEST):
+                           f"{first_line(error)}") from error
+        clean_up(aside)
+        source = {"repo": repo, "revision": revision, "files": remote}
+        for name, content in ((SOURCE, source), (MANIFEST, names)):
+            (aside / name).write_text(json.dumps(content), encoding="utf-8")
             fsync(aside / name)
-        aside.chmod(0o755)
-        if folder.exists():  # without a manifest: a fetch that was torn, or a whole one by another process just now
-            if (folder / MANIFEST).exists():
-                return
+        if folder.exists():  # without a manifest: a fetch that was torn
             shutil.rmtree(folder)
         aside.rename(folder)
         fsync(folder.parent)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
 
 
-def _download(repo: str, prefix: str, folder: Path) -> list[str]:
-    """Put the parquet files under `prefix` into `folder` as 00000.parquet, ...; returns the names."""
-    api = huggingface_hub.HfApi()
-    listing = api.list_repo_files(repo, repo_type="dataset", revision=PARQUET_BRANCH)
-    remote = sorted(name for name in listing if name.startswith(prefix) and name.endswith(".parquet"))
-    if not remote:
-        raise FileNotFoundError(f"the Hub has no parquet files {prefix}*.parquet of it")
-    names = []
-    with tempfile.TemporaryDirectory(dir=folder) as staging:
-        for i, name in enumerate(remote):
-            fetched = api.hf_hub_download(repo, name, repo_type="dataset", revision=PARQUET_BRANCH, local_dir=staging)
-            names.append(f"{i:05d}.parquet")
-            shutil.move(fetched, folder / names[-1])
-    return names
+def _check_parquet(path: Path) -> None:
+    try:
+        pq.ParquetFile(path).close()
+    except (pa.ArrowException, OSError) as error:
+        raise UsageError(f"{path} is not a readable parquet file ({first_line(error)})") from error
 
 
 class HubTask(Task):
@@ -108,22 +117,29 @@ class HubTask(Task):
         return self.table.slice(int(self.order[index]), 1).to_pylist()[0]
 
 
-def fetch_file(url: str, path: Path, *, timeout_s: float = 30.0) -> Path:
-    """`path`, downloaded from `url` unless it exists; raises `NotFound` naming both if it cannot be had."""
+def fetch_file(url: str, path: Path, *, sha256: str | None = None, timeout_s: float = 30.0) -> Path:
+    """`path`, downloaded from `url` unless it exists, and then with the checksum `sha256` if that is given.
+
+    Raises `NotFound`, naming both, if it cannot be had.
+    """
     if path.exists():
         return path
     logger.info("fetching %s", url)
     path.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.NamedTemporaryFile(prefix=f".{path.name}-", dir=path.parent, delete=False) as aside:
-        try:
-            with urllib.request.urlopen(url, timeout=timeout_s) as response:
-                aside.write(response.read())  # all at once: reading in pieces does not notice a cut connection
+    try:
+        with urllib.request.urlopen(url, timeout=timeout_s) as response:
+            content = response.read()  # all at once: reading in pieces does not notice a cut connection
+        if sha256 is not None and (found := hashlib.sha256(content).hexdigest()) != sha256:
+            raise ValueError(f"its checksum is {found}, expected {sha256}")
+        with tempfile.NamedTemporaryFile(prefix=f".{path.name}-", dir=path.parent) as aside:
+            aside.write(content)
             aside.flush()
             os.fsync(aside.fileno())
             os.chmod(aside.name, 0o644)
-            os.replace(aside.name, path)
-        except (OSError, ValueError, http.client.HTTPException) as error:  # URLError is an OSError
-            os.unlink(aside.name)
-            raise NotFound(f"{path} does not exist and could not be fetched from {url} ({error}): "
-                           "put the file there, or run where the network can be reached") from error
+            os.link(aside.name, path)
+    except FileExistsError:
+        pass  # another process was faster
+    except (OSError, ValueError, http.client.HTTPException) as error:  # URLError is an OSError
+        raise NotFound(f"{path} does not exist and could not be fetched from {url} ({error}): "
+                       "put the file there, or run where the network can be reached") from error
     return path

@@ -1,6 +1,8 @@
 """What the chat stages train on: upstream's mixtures, and one for machines without a network."""
 
 import random
+from collections.abc import Callable
+from pathlib import Path
 from typing import Literal
 
 from nanochat_jax.cli import UsageError
@@ -8,6 +10,7 @@ from nanochat_jax.paths import Paths
 from nanochat_jax.tasks.arc import ARC
 from nanochat_jax.tasks.base import Conversation, Task, TaskMixture
 from nanochat_jax.tasks.chitchat import ChitChat
+from nanochat_jax.tasks.custom_json import CustomJSON
 from nanochat_jax.tasks.gsm8k import GSM8K
 from nanochat_jax.tasks.identity import Identity, identity_conversations
 from nanochat_jax.tasks.mmlu import MMLU
@@ -100,13 +103,19 @@ def upstream_mixture(stage: Stage, split: Literal["train", "val"], paths: Paths,
     return TaskMixture(tasks)
 
 
-def mixture_for(data: str, stage: Stage, split: Literal["train", "val"], paths: Paths, *, after: str = "mid",
-                mmlu_epochs: int | None = None, gsm8k_epochs: int | None = None) -> Task:
-    """The mixture that goes with a corpus: `embedded`, or one of upstream's.
+def mixture_for(data: str | None, stage: Stage, split: Literal["train", "val"], paths: Paths, *,
+                named: str | None = None, after: str = "mid", mmlu_epochs: int | None = None,
+                gsm8k_epochs: int | None = None) -> Task:
+    """The mixture that goes with a corpus: `embedded`, or upstream's (also where imported weights name none).
 
+    If a mixture is `named`, it is what is trained on; validation stays the same.
     SFT after "base" has upstream's of 2026, all of SmolTalk with 3 passes over MMLU and 4 over GSM8K; after "mid" its of
     2025, with none over MMLU and 1 over GSM8K. `mmlu_epochs` and `gsm8k_epochs` change these numbers.
     """
+    if named and split == "train":
+        if mmlu_epochs is not None or gsm8k_epochs is not None:
+            raise UsageError("--mmlu-epochs and --gsm8k-epochs: give the weights in --mixture, as in MMLU*3")
+        return named_mixture(named, paths)
     if data == "embedded":
         if mmlu_epochs is not None or gsm8k_epochs is not None:
             raise UsageError("--mmlu-epochs and --gsm8k-epochs: the mixture of the embedded corpus has neither")
@@ -118,6 +127,44 @@ def mixture_for(data: str, stage: Stage, split: Literal["train", "val"], paths: 
         return TaskMixture([SmolTalk(paths, "train"), *[MMLU(paths, "auxiliary_train")] * mmlu,
                             *[GSM8K(paths, "train")] * gsm8k])
     return upstream_mixture(stage, split, paths, mmlu_epochs or 0, 1 if gsm8k_epochs is None else gsm8k_epochs)
+
+
+def named_mixture(named: str, paths: Paths) -> TaskMixture:
+    """The mixture "SmolTalk,MMLU*3,GSM8K*4,chats.jsonl*0.5": tasks or files of conversations, each with its weight.
+
+    (Those three tasks are upstream's SFT since January 2026.) Raises `UsageError` for a name or weight that is none.
+    """
+
+    def words() -> list[str]:
+        return load_words_alpha(paths.base)
+
+    tasks: dict[str, Callable[[], Task]] = {
+        "SmolTalk": lambda: SmolTalk(paths, "train"),
+        "MMLU": lambda: MMLU(paths, "auxiliary_train"),
+        "GSM8K": lambda: GSM8K(paths, "train"),
+        "ARC-Easy": lambda: ARC(paths, "ARC-Easy", "train"),
+        "ARC-Challenge": lambda: ARC(paths, "ARC-Challenge", "train"),
+        "Identity": lambda: identity_conversations(paths.base),
+        "SimpleSpelling": lambda: SimpleSpelling(words(), "train", size=200_000),
+        "SpellingBee": lambda: SpellingBee(words(), "train", size=80_000),
+        "ChitChat": lambda: ChitChat("train"),
+    }
+    chosen, weights = [], []
+    for entry in named.split(","):
+        name, star, weight = entry.strip().partition("*")
+        try:
+            weights.append(float(weight) if star else 1.0)
+            if not 0 < weights[-1] < 1e6:
+                raise ValueError
+        except ValueError:
+            raise UsageError(f"the weight of {entry.strip()!r} must be a positive number, as in {name}*2.5") from None
+        if name.endswith(".jsonl"):
+            chosen.append(CustomJSON(Path(name)))
+        elif name in tasks:
+            chosen.append(tasks[name]())
+        else:
+            raise UsageError(f"unknown task {name!r}: expected {', '.join(tasks)} or a file FILE.jsonl")
+    return TaskMixture(chosen, weights)
 
 
 def _skill_split(split: str) -> Literal["train", "test"]:

@@ -11,7 +11,8 @@ from nanochat_jax.tasks.base import Conversation, Task, assistant, python, pytho
 from nanochat_jax.tasks.gsm8k import same_final_answer
 from nanochat_jax.tasks.hub import fetch_file
 
-WORDS_URL = "https://raw.githubusercontent.com/dwyl/english-words/refs/heads/master/words_alpha.txt"
+WORDS_URL = "https://raw.githubusercontent.com/dwyl/english-words/20f5cc9b3f0ccc8ce45d814c532b7c2031bba31c/words_alpha.txt"
+WORDS_SHA256 = "3ed0c94610d8bcf7c11bbb49c56aa49c7234d32b66824df91f554169e572da48"
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 TEST_SEED = 10_000_000  # Python seeds with the absolute value, so negative seeds would repeat the training items
 
@@ -72,7 +73,7 @@ QUESTIONS = [
 
 def load_words_alpha(base: Path) -> list[str]:
     """The word list, fetched into the base directory unless it is there."""
-    return fetch_file(WORDS_URL, base / "words_alpha.txt").read_text(encoding="utf-8").split()
+    return fetch_file(WORDS_URL, base / "words_alpha.txt", sha256=WORDS_SHA256).read_text(encoding="utf-8").split()
 
 
 class SpellingBee(Task):

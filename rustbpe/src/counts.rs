@@ -8,32 +8,33 @@ use std::thread;
 
 use hashbrown::{DefaultHashBuilder, HashTable};
 
+use crate::key;
 use crate::split::Splitter;
+use crate::texts::Texts;
 
-/// Several documents in one allocation; `ends[i]` is where document `i` ends in `text`.
-#[derive(Default)]
-pub struct Batch {
-    pub text: String,
-    pub ends: Vec<usize>,
-}
+/// The counts lie in this many tables, by hash, so that threads seldom wait for each other.
+const PARTS: usize = 64;
 
-impl Batch {
-    pub fn push(&mut self, document: &str) {
-        self.text.push_str(document);
-        self.ends.push(self.text.len());
-    }
+/// A thread hands its counts over when they take about this many bytes: the memory for all threads is that of the
+/// distinct chunks, plus this for each.
+const LOCAL_BYTES: usize = 16 << 20;
 
-    fn documents(&self) -> impl Iterator<Item = &str> {
-        let starts = std::iter::once(0).chain(self.ends.iter().copied());
-        starts.zip(&self.ends).map(|(start, &end)| &self.text[start..end])
-    }
-}
+/// A thread counts the short chunks it met last in this many places, which fit into the processor's cache.
+const RECENT_BITS: u32 = 13;
 
+#[derive(Clone, Copy)]
 struct Entry {
-    start: usize,
-    len: usize,
-    hash: u64,
+    start: u64,
     count: u64,
+    len: u32,
+    hash: u32,
+}
+
+impl Entry {
+    /// Spreads the bits: the table uses the top and the bottom ones.
+    fn table_hash(hash: u32) -> u64 {
+        u64::from(hash).wrapping_mul(0x9e37_79b9_7f4a_7c15)
+    }
 }
 
 /// A multiset of byte strings. The strings lie one after the other in one buffer: most are a few bytes long, and an
@@ -45,100 +46,187 @@ pub struct ChunkCounts {
 }
 
 impl ChunkCounts {
-    fn add(&mut self, chunk: &[u8], hash: u64, count: u64) {
+    fn add(&mut self, chunk: &[u8], hash: u32, count: u64) {
         let Self { bytes, table } = self;
-        let equal = |entry: &Entry| entry.hash == hash && &bytes[entry.start..entry.start + entry.len] == chunk;
-        if let Some(entry) = table.find_mut(hash, equal) {
+        let table_hash = Entry::table_hash(hash);
+        let text = |entry: &Entry| entry.start as usize..entry.start as usize + entry.len as usize;
+        if let Some(entry) = table.find_mut(table_hash, |entry| entry.hash == hash && &bytes[text(entry)] == chunk) {
             entry.count += count;
             return;
         }
-        let entry = Entry { start: bytes.len(), len: chunk.len(), hash, count };
+        let entry = Entry { start: bytes.len() as u64, count, len: chunk.len() as u32, hash };
         bytes.extend_from_slice(chunk);
-        table.insert_unique(hash, entry, |entry| entry.hash);
+        table.insert_unique(table_hash, entry, |entry| Entry::table_hash(entry.hash));
     }
 
-    fn absorb(&mut self, other: &ChunkCounts) {
-        for entry in &other.table {
-            self.add(&other.bytes[entry.start..entry.start + entry.len], entry.hash, entry.count);
-        }
+    fn entries(&self) -> impl Iterator<Item = (&[u8], &Entry)> {
+        self.table.iter().map(|entry| (&self.bytes[entry.start as usize..][..entry.len as usize], entry))
     }
 
     /// Every distinct chunk with its count, in no particular order.
     pub fn iter(&self) -> impl Iterator<Item = (&[u8], u64)> {
-        self.table.iter().map(|entry| (&self.bytes[entry.start..entry.start + entry.len], entry.count))
+        self.entries().map(|(chunk, entry)| (chunk, entry.count))
+    }
+
+    /// Moves all counts to `shared`.
+    fn drain_into(&mut self, shared: &mut ChunkCounts) {
+        self.entries().for_each(|(chunk, entry)| shared.add(chunk, entry.hash, entry.count));
+        self.bytes.clear();
+        self.table.clear();
+    }
+
+    /// The number of distinct chunks and of their bytes.
+    pub fn len(&self) -> (usize, usize) {
+        (self.table.len(), self.bytes.len())
+    }
+
+    fn size(&self) -> usize {
+        self.bytes.len() + self.table.len() * size_of::<Entry>()
     }
 }
 
-/// Counts the chunks of the batches that `produce` sends, on all cores. The result is a partition by hash: no chunk is
-/// in two of its parts. `produce` gets the channel and a flag that says a worker has failed and more is pointless.
+/// Counts the chunks of the texts that `produce` sends, by `threads` threads. The result is a partition by hash: no
+/// chunk is in two of its parts. `produce` gets the channel and a flag that says a thread has failed and more is
+/// pointless.
 pub fn count_chunks<E: From<String>>(
     splitter: &Splitter,
-    produce: impl FnOnce(SyncSender<Batch>, &AtomicBool) -> Result<(), E>,
+    threads: usize,
+    produce: impl FnOnce(SyncSender<Texts>, &AtomicBool) -> Result<(), E>,
 ) -> Result<Vec<ChunkCounts>, E> {
-    let threads = thread::available_parallelism().map_or(1, |count| count.get());
+    let shared: Vec<_> = (0..PARTS).map(|_| Mutex::new(ChunkCounts::default())).collect();
     let (sender, receiver) = std::sync::mpsc::sync_channel(2 * threads);
     // Owned by the workers alone: when the last one is gone, however it went, sending fails instead of blocking.
     let receiver = Arc::new(Mutex::new(receiver));
     let failed = AtomicBool::new(false);
     let hasher = DefaultHashBuilder::default();
-    thread::scope(|scope| {
+    thread::scope(|scope| -> Result<(), E> {
         let workers: Vec<_> = (0..threads)
-            .map(|_| {
-                let (receiver, splitter, hasher) = (Arc::clone(&receiver), splitter.clone(), hasher.clone());
-                let failed = &failed;
+            .map(|index| {
+                let worker = Worker::new(index, splitter.clone(), hasher.clone(), &shared);
+                let (receiver, failed) = (Arc::clone(&receiver), &failed);
                 scope.spawn(move || {
-                    let counts = count_received(&receiver, &splitter, hasher, threads);
-                    failed.fetch_or(counts.is_err(), Ordering::Relaxed);
-                    counts
+                    let result = worker.run(&receiver);
+                    failed.fetch_or(result.is_err(), Ordering::Relaxed);
+                    result
                 })
             })
             .collect();
         drop(receiver);
         let produced = produce(sender, &failed);
-        let counted: Result<Vec<_>, _> = workers.into_iter().map(|worker| worker.join().unwrap()).collect();
+        let counted = workers.into_iter().map(|worker| worker.join().unwrap()).fold(Ok(()), Result::and);
         produced?;
-        Ok(merge_partitions(counted?))
-    })
+        Ok(counted?)
+    })?;
+    Ok(shared.into_iter().map(|part| part.into_inner().unwrap()).collect())
 }
 
-fn count_received(
-    receiver: &Mutex<Receiver<Batch>>,
-    splitter: &Splitter,
+struct Worker<'a> {
+    index: usize,
+    splitter: Splitter,
+    local: Local,
+    shared: &'a [Mutex<ChunkCounts>],
+}
+
+/// The counts of one thread.
+struct Local {
     hasher: DefaultHashBuilder,
-    parts: usize,
-) -> Result<Vec<ChunkCounts>, String> {
-    let mut counts: Vec<_> = (0..parts).map(|_| ChunkCounts::default()).collect();
-    loop {
-        let received = receiver.lock().unwrap().recv();
-        let Ok(batch) = received else { return Ok(counts) };
-        for document in batch.documents() {
-            splitter.for_each(document, |chunk| {
-                let chunk = chunk.as_bytes();
-                let hash = hasher.hash_one(chunk);
-                // The table uses the top and the bottom bits, so the part comes from the middle.
-                counts[(hash >> 24) as usize % parts].add(chunk, hash, 1);
-            })?;
+    /// Keys of short chunks and how often they came; a newcomer drives out the one before it.
+    recent: Vec<(u128, u64)>,
+    parts: Vec<ChunkCounts>,
+}
+
+impl<'a> Worker<'a> {
+    fn new(index: usize, splitter: Splitter, hasher: DefaultHashBuilder, shared: &'a [Mutex<ChunkCounts>]) -> Self {
+        let parts = shared.iter().map(|_| ChunkCounts::default()).collect();
+        Self { index, splitter, local: Local { hasher, recent: vec![(0, 0); 1 << RECENT_BITS], parts }, shared }
+    }
+
+    fn run(mut self, receiver: &Mutex<Receiver<Texts>>) -> Result<(), String> {
+        loop {
+            let received = receiver.lock().unwrap().recv();
+            let Ok(texts) = received else { break };
+            let Self { splitter, local, .. } = &mut self;
+            for text in texts.iter() {
+                splitter.for_each(text, |chunk| match key::of(text.as_bytes(), &chunk) {
+                    Some(key) => local.add_short(key),
+                    None => local.add(&text.as_bytes()[chunk], 1),
+                })?;
+            }
+            if self.local.parts.iter().map(ChunkCounts::size).sum::<usize>() > LOCAL_BYTES {
+                self.hand_over();
+            }
+        }
+        self.local.forget_recent();
+        self.hand_over();
+        Ok(())
+    }
+
+    fn hand_over(&mut self) {
+        for part in 0..PARTS {
+            let part = (self.index + part) % PARTS; // each thread starts elsewhere
+            self.local.parts[part].drain_into(&mut self.shared[part].lock().unwrap());
         }
     }
 }
 
-/// `counted[worker][part]` -> one table for each part.
-fn merge_partitions(counted: Vec<Vec<ChunkCounts>>) -> Vec<ChunkCounts> {
-    let mut by_part: Vec<Vec<ChunkCounts>> = Vec::new();
-    by_part.resize_with(counted.len(), Vec::new);
-    for worker in counted {
-        for (part, counts) in by_part.iter_mut().zip(worker) {
-            part.push(counts);
+impl Local {
+    #[inline]
+    fn add_short(&mut self, key: u128) {
+        let place = &mut self.recent[key::index(key, RECENT_BITS)];
+        if place.0 == key {
+            place.1 += 1;
+            return;
+        }
+        let (old, count) = std::mem::replace(place, (key, 1));
+        self.add_key(old, count);
+    }
+
+    fn add_key(&mut self, key: u128, count: u64) {
+        if count > 0 {
+            let (bytes, len) = key::bytes(key);
+            self.add(&bytes[..len], count);
         }
     }
-    let merge = |tables: Vec<ChunkCounts>| {
-        let mut tables = tables.into_iter();
-        let mut merged = tables.next().unwrap_or_default();
-        tables.for_each(|table| merged.absorb(&table));
-        merged
-    };
-    thread::scope(|scope| {
-        let threads: Vec<_> = by_part.into_iter().map(|tables| scope.spawn(move || merge(tables))).collect();
-        threads.into_iter().map(|thread| thread.join().unwrap()).collect()
-    })
+
+    fn add(&mut self, chunk: &[u8], count: u64) {
+        let hash = self.hasher.hash_one(chunk);
+        self.parts[(hash >> 32) as usize % PARTS].add(chunk, hash as u32, count);
+    }
+
+    fn forget_recent(&mut self) {
+        for (key, count) in std::mem::take(&mut self.recent) {
+            self.add_key(key, count);
+        }
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use std::collections::HashMap;
+
+    #[test]
+    fn counts_are_exact_over_threads_and_hand_overs() {
+        let splitter = Splitter::new(r"\S+").unwrap();
+        let words: Vec<String> = (0..400_000u64).map(|index| format!("{:x}", index * index * 7919 % 300_007)).collect();
+        let mut expected = HashMap::new();
+        for word in words.iter().chain(&words) {
+            *expected.entry(word.repeat(5).into_bytes()).or_insert(0) += 1;
+            *expected.entry(word.clone().into_bytes()).or_insert(0) += 1;
+        }
+        for threads in [1, 3] {
+            let counts = count_chunks(&splitter, threads, |sender, _| {
+                for texts in words.chunks(5000).chain(words.chunks(5000)) {
+                    let mut batch = Texts::default();
+                    texts.iter().for_each(|word| batch.push(&format!("{word} {}", word.repeat(5))));
+                    sender.send(batch).unwrap();
+                }
+                Ok::<(), String>(())
+            });
+            let counts = counts.unwrap();
+            let counted: Vec<(&[u8], u64)> = counts.iter().flat_map(ChunkCounts::iter).collect();
+            assert_eq!(counted.len(), expected.len());
+            assert!(counted.iter().all(|&(chunk, count)| expected[chunk] == count));
+        }
+    }
 }

@@ -13,6 +13,7 @@
 //!
 //! The first alternative that matches wins. Every character is in some chunk.
 
+use std::ops::Range;
 use std::sync::LazyLock;
 
 use regex_syntax::hir::{Class as HirClass, HirKind};
@@ -52,13 +53,13 @@ pub fn max_digits(pattern: &str) -> Option<usize> {
     }
 }
 
-/// Calls `visit` with each chunk of `text`, left to right.
-pub fn for_each_chunk(text: &str, max_digits: usize, mut visit: impl FnMut(&str)) {
+/// Calls `visit` with where each chunk of `text` lies, left to right.
+pub fn for_each_chunk(text: &str, max_digits: usize, mut visit: impl FnMut(Range<usize>)) {
     let scanner = Scanner { text, classes: &CLASSES };
     let mut start = 0;
     while let Some((class, next)) = scanner.at(start) {
         let end = scanner.chunk_end(start, class, next, max_digits);
-        visit(&text[start..end]);
+        visit(start..end);
         start = end;
     }
 }
@@ -171,7 +172,7 @@ mod tests {
                 let pool = if random(3) == 0 { samples.len() } else { 50 };
                 let text: String = (0..random(24)).map(|_| samples[random(pool)]).collect();
                 let mut chunks = Vec::new();
-                for_each_chunk(&text, digits, |chunk| chunks.push(chunk.to_owned()));
+                for_each_chunk(&text, digits, |chunk| chunks.push(text[chunk].to_owned()));
                 let expected: Vec<_> = regex.find_iter(&text).map(|found| found.unwrap().as_str().to_owned()).collect();
                 assert_eq!(chunks, expected, "{text:?}");
             }
@@ -184,7 +185,7 @@ mod tests {
         for character in (0..=char::MAX as u32).filter_map(char::from_u32) {
             let text = format!("a{character}a 1{character}.");
             let mut chunks = Vec::new();
-            for_each_chunk(&text, 3, |chunk| chunks.push(chunk.to_owned()));
+            for_each_chunk(&text, 3, |chunk| chunks.push(text[chunk].to_owned()));
             let expected: Vec<_> = regex.find_iter(&text).map(|found| found.unwrap().as_str().to_owned()).collect();
             assert_eq!(chunks, expected, "{text:?}");
         }

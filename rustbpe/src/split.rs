@@ -1,5 +1,7 @@
 //! Cutting text into the chunks that merges never cross.
 
+use std::ops::Range;
+
 use fancy_regex::Regex;
 
 use crate::gpt4;
@@ -27,15 +29,15 @@ impl Splitter {
         self.regex.as_str()
     }
 
-    /// Calls `visit` with each match, left to right; text between matches is skipped. Fails when matching needs more
+    /// Calls `visit` with where each match lies, left to right; text between matches is skipped. Fails when matching needs more
     /// backtracking than the engine allows.
-    pub fn for_each(&self, text: &str, mut visit: impl FnMut(&str)) -> Result<(), String> {
+    pub fn for_each(&self, text: &str, mut visit: impl FnMut(Range<usize>)) -> Result<(), String> {
         if let Some(max_digits) = self.max_digits {
             gpt4::for_each_chunk(text, max_digits, visit);
             return Ok(());
         }
         for found in self.regex.find_iter(text) {
-            visit(found.map_err(|error| format!("split pattern {:?}: {error}", self.pattern()))?.as_str());
+            visit(found.map_err(|error| format!("split pattern {:?}: {error}", self.pattern()))?.range());
         }
         Ok(())
     }
@@ -47,7 +49,7 @@ mod tests {
 
     fn split(text: &str) -> Vec<String> {
         let mut chunks = Vec::new();
-        Splitter::new(DEFAULT_PATTERN).unwrap().for_each(text, |chunk| chunks.push(chunk.to_owned())).unwrap();
+        Splitter::new(DEFAULT_PATTERN).unwrap().for_each(text, |chunk| chunks.push(text[chunk].to_owned())).unwrap();
         chunks
     }
 

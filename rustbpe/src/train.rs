@@ -8,34 +8,52 @@ use hashbrown::HashMap;
 /// Left and right token id.
 pub type Pair = (u32, u32);
 
-/// The distinct chunks of the training text as token ids, one after the other in one buffer. Chunks only shrink, so a
-/// merge rewrites a chunk where it lies.
+/// The distinct chunks of the training text as token ids, in one buffer: for each its length, its count in two halves,
+/// then its ids. A word is known by where it starts. Words only shrink, so a merge rewrites a word where it lies.
 #[derive(Default)]
 pub struct Words {
-    ids: Vec<u32>,
-    words: Vec<Word>,
+    buffer: Vec<u32>,
+    /// Where each word starts. Dropped once the pairs know their words.
+    starts: Vec<u32>,
 }
 
-struct Word {
-    start: usize,
-    len: usize,
-    count: i64,
-}
+const HEADER: usize = 3;
 
 impl Words {
+    /// Space for `words` words of `bytes` bytes together, or an error if they are too many to number.
+    pub fn with_capacity(words: usize, bytes: usize) -> Result<Self, String> {
+        let size = bytes + HEADER * words;
+        if u32::try_from(size).is_err() {
+            return Err(format!("{words} distinct chunks of {bytes} bytes are too much text: train on less"));
+        }
+        Ok(Self { buffer: Vec::with_capacity(size), starts: Vec::with_capacity(words) })
+    }
+
     /// Adds a chunk that occurs `count` times. A single byte has no pair and is left out.
     pub fn push(&mut self, chunk: &[u8], count: u64) {
         if chunk.len() > 1 {
-            self.words.push(Word { start: self.ids.len(), len: chunk.len(), count: count as i64 });
-            self.ids.extend(chunk.iter().map(|&byte| u32::from(byte)));
+            self.starts.push(self.buffer.len() as u32);
+            self.buffer.extend([chunk.len() as u32, count as u32, (count >> 32) as u32]);
+            self.buffer.extend(chunk.iter().map(|&byte| u32::from(byte)));
         }
+    }
+
+    fn count(&self, word: u32) -> i64 {
+        let word = word as usize;
+        (u64::from(self.buffer[word + 2]) << 32 | u64::from(self.buffer[word + 1])) as i64
+    }
+
+    fn ids(&mut self, word: u32) -> &mut [u32] {
+        let word = word as usize;
+        let len = self.buffer[word] as usize;
+        &mut self.buffer[word + HEADER..][..len]
     }
 }
 
 #[derive(Default)]
 struct PairInfo {
     count: i64,
-    /// Indices of the words the pair was seen in, each once; a word may have lost it since.
+    /// The words the pair was seen in, each once; a word may have lost it since.
     words: Vec<u32>,
 }
 
@@ -50,17 +68,17 @@ impl PairInfo {
 }
 
 /// Learns up to `num_merges` merges, fewer if no pair is left; merge `i` makes token `256 + i`. Ties go to the smallest
-/// pair. `check` runs before every merge and can stop the training.
+/// pair. `check` runs before every merge, gets how many there are, and can stop the training.
 pub fn learn_merges<E>(
     mut words: Words,
     num_merges: usize,
-    mut check: impl FnMut() -> Result<(), E>,
+    mut check: impl FnMut(usize) -> Result<(), E>,
 ) -> Result<Vec<Pair>, E> {
-    let mut pairs = initial_pairs(&words);
+    let mut pairs = initial_pairs(&mut words);
     let mut heap: BinaryHeap<_> = pairs.iter().map(|(&pair, info)| (info.count, Reverse(pair))).collect();
     let mut merges = Vec::new();
     while merges.len() < num_merges {
-        check()?;
+        check(merges.len())?;
         let Some((count, Reverse(pair))) = heap.pop() else { break };
         let current = pairs[&pair].count;
         if current != count {
@@ -90,12 +108,25 @@ pub fn learn_merges<E>(
 }
 
 /// Every pair of bytes that occurs, with its count and words.
-fn initial_pairs(words: &Words) -> HashMap<Pair, PairInfo> {
+fn initial_pairs(words: &mut Words) -> HashMap<Pair, PairInfo> {
+    let starts = std::mem::take(&mut words.starts);
     let mut table: Vec<PairInfo> = Vec::new();
     table.resize_with(1 << 16, PairInfo::default);
-    for (index, word) in words.words.iter().enumerate() {
-        for pair in words.ids[word.start..word.start + word.len].windows(2) {
-            table[(pair[0] << 8 | pair[1]) as usize].add(index as u32, word.count);
+    // First only the sizes of the lists: growing them would take twice the memory.
+    let mut sizes = vec![(0usize, u32::MAX); 1 << 16]; // and the last word
+    for &word in &starts {
+        for pair in words.ids(word).windows(2) {
+            let size = &mut sizes[(pair[0] << 8 | pair[1]) as usize];
+            *size = (size.0 + usize::from(size.1 != word), word);
+        }
+    }
+    for (info, (size, _)) in table.iter_mut().zip(sizes) {
+        info.words.reserve_exact(size);
+    }
+    for &word in &starts {
+        let count = words.count(word);
+        for pair in words.ids(word).windows(2) {
+            table[(pair[0] << 8 | pair[1]) as usize].add(word, count);
         }
     }
     let seen = table.into_iter().enumerate().filter(|(_, info)| info.count > 0);
@@ -106,18 +137,18 @@ fn initial_pairs(words: &Words) -> HashMap<Pair, PairInfo> {
 /// replacement breaks (in `pairs`) or makes (in `created`, the pairs that contain `new_id`).
 fn merge_in_word(
     words: &mut Words,
-    index: u32,
+    word: u32,
     pair: Pair,
     new_id: u32,
     pairs: &mut HashMap<Pair, PairInfo>,
     created: &mut HashMap<Pair, PairInfo>,
 ) {
-    let word = &mut words.words[index as usize];
-    let ids = &mut words.ids[word.start..word.start + word.len];
+    let count = words.count(word);
+    let ids = words.ids(word);
     let mut lose = |lost: Pair, created: &mut HashMap<Pair, PairInfo>| {
         let table = if lost.0 == new_id { created } else { &mut *pairs };
         if let Some(info) = table.get_mut(&lost) {
-            info.count -= word.count; // absent only when `lost` is the merged pair itself, as in "aaa"
+            info.count -= count; // absent only when `lost` is the merged pair itself, as in "aaa"
         }
     };
     let (mut read, mut write) = (0, 0);
@@ -130,17 +161,17 @@ fn merge_in_word(
         if write > 0 {
             let left = ids[write - 1];
             lose((left, pair.0), created);
-            created.entry((left, new_id)).or_default().add(index, word.count);
+            created.entry((left, new_id)).or_default().add(word, count);
         }
         if read + 2 < ids.len() {
             let right = ids[read + 2];
             lose((pair.1, right), created);
-            created.entry((new_id, right)).or_default().add(index, word.count);
+            created.entry((new_id, right)).or_default().add(word, count);
         }
         ids[write] = new_id;
         (read, write) = (read + 2, write + 1);
     }
-    word.len = write;
+    words.buffer[word as usize] = write as u32;
 }
 
 #[cfg(test)]
@@ -150,7 +181,7 @@ mod tests {
     fn learn(chunks: &[(&str, u64)], num_merges: usize) -> Vec<Pair> {
         let mut words = Words::default();
         chunks.iter().for_each(|(chunk, count)| words.push(chunk.as_bytes(), *count));
-        learn_merges(words, num_merges, || Ok::<(), ()>(())).unwrap()
+        learn_merges(words, num_merges, |_| Ok::<(), ()>(())).unwrap()
     }
 
     #[test]

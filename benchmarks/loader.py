@@ -1,0 +1,202 @@
+"""How fast text becomes rows for training: this loader beside upstream's algorithm, written plainly with tiktoken.
+
+    python benchmarks/loader.py                     rates of both packings, 2,048 tokens a row, vocabulary of 32,768
+    python benchmarks/loader.py --train             does a train step on this CPU wait for the loader?
+    python benchmarks/loader.py --corpus DIRECTORY  shards of your own instead of the offline corpus
+
+From parquet files to numpy batches on the host, tokenized as they are read, BOS before every document. Passes are
+repeated in turns, and the best of each is shown. The vocabulary is trained on the corpus first. The peer is given what
+helps it: its tokenizer uses all cores, and its rows are built from numpy arrays. Both make the same rows, which is checked.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import tiktoken
+
+from nanochat_jax.data import embedded
+from nanochat_jax.data.loader import pretraining_loader
+from nanochat_jax.data.shards import iter_documents, train_shards
+from nanochat_jax.tokenizer import Tokenizer
+
+VOCAB = 32_768
+BLOCK = 10  # steps
+
+
+def peer_documents(paths: list[Path], encoding: tiktoken.Encoding, bos: int, threads: int) -> Iterator[list[list[int]]]:
+    """Row group by row group, up to 128 documents at a time, for ever."""
+    while True:
+        for path in paths:
+            file = pq.ParquetFile(path)
+            for group in range(file.num_row_groups):
+                texts = file.read_row_group(group).column("text").to_pylist()
+                for start in range(0, len(texts), 128):
+                    documents = encoding.encode_ordinary_batch(texts[start : start + 128], num_threads=threads)
+                    for ids in documents:
+                        ids.insert(0, bos)
+                    yield documents
+
+
+def peer_bestfit(documents: Iterator[list[list[int]]], rows: int, length: int, buffer_docs: int) -> Iterator[np.ndarray]:
+    """A buffer of documents; each row takes the longest that fits, else a part of the shortest."""
+    buffer: list[list[int]] = []
+    while True:
+        batch = np.empty((rows, length + 1), np.int32)
+        for row in batch:
+            filled = 0
+            while filled <= length:
+                while len(buffer) < buffer_docs:
+                    buffer += next(documents)
+                space = length + 1 - filled
+                best, best_length = -1, 0
+                for i, document in enumerate(buffer):
+                    if best_length < len(document) <= space:
+                        best, best_length = i, len(document)
+                if best < 0:
+                    best = min(range(len(buffer)), key=lambda i: len(buffer[i]))
+                piece = buffer.pop(best)[:space]
+                row[filled : filled + len(piece)] = piece
+                filled += len(piece)
+        yield batch
+
+
+def peer_stream(documents: Iterator[list[list[int]]], rows: int, length: int) -> Iterator[np.ndarray]:
+    """Documents end to end."""
+    tokens: list[int] = []
+    needed = rows * length + 1
+    while True:
+        while len(tokens) < needed:
+            for ids in next(documents):
+                tokens += ids
+        yield np.array(tokens[:needed], np.int32)
+        del tokens[:needed]
+
+
+def rate(batches: Iterator, tokens: int, seconds: float) -> tuple[float, float]:
+    """(tokens per second, tokens per second of processor time) over at least `seconds`."""
+    wall, cpu, count = time.perf_counter(), time.process_time(), 0
+    while time.perf_counter() - wall < seconds:
+        next(batches)
+        count += 1
+    return count * tokens / (time.perf_counter() - wall), count * tokens / (time.process_time() - cpu)
+
+
+def measure_rates(corpus: Path, tokenizer: Tokenizer, args: argparse.Namespace) -> dict[str, tuple[float, float]]:
+    shape = dict(batch_size=args.rows, sequence_len=args.length)
+    encoding = tiktoken.Encoding("peer", pat_str=tokenizer.pattern, mergeable_ranks=tokenizer.mergeable_ranks,
+                                 special_tokens=tokenizer.special_tokens)
+    paths, threads = train_shards(corpus), os.cpu_count() or 1
+
+    def documents() -> Iterator[list[list[int]]]:
+        return peer_documents(paths, encoding, tokenizer.bos_id, threads)
+
+    def ours(packing: str, **options: object) -> Iterator:
+        return pretraining_loader(corpus, tokenizer, split="train", packing=packing, **shape, **options)
+
+    check = ours("bestfit", num_shards=1)
+    for expected in (found := peer_bestfit(documents(), args.rows, args.length, 1000), found):
+        batch = next(expected)
+        mine = next(check)
+        np.testing.assert_array_equal(mine["inputs"], batch[:, :-1])
+        np.testing.assert_array_equal(mine["targets"], batch[:, 1:])
+    check.close()
+
+    makers: dict[str, Callable[[], Iterator]] = {
+        "best fit, peer": lambda: peer_bestfit(documents(), args.rows, args.length, 1000),
+        "best fit, this loader": lambda: ours("bestfit"),
+        "stream, peer": lambda: peer_stream(documents(), args.rows, args.length),
+        "stream, this loader": lambda: ours("stream"),
+    }
+    best = dict.fromkeys(makers, (0.0, 0.0))
+    for _ in range(args.rounds):
+        for name, make in makers.items():
+            batches = make()
+            next(batches)
+            best[name] = max(best[name], rate(batches, args.rows * args.length, args.seconds))
+            if hasattr(batches, "close"):
+                batches.close()
+    return best
+
+
+def measure_steps(corpus: Path, tokenizer: Tokenizer, args: argparse.Namespace) -> dict[str, float]:
+    """Seconds of a train step of a d4 model, on one batch again and again, and on batches from the loader.
+
+    By turns, in blocks that are longer than what the loader makes in advance.
+    """
+    import jax
+
+    from nanochat_jax.config import GPTConfig
+    from nanochat_jax.optim import OptimizerConfig, constant, linear_momentum, make_optimizer
+    from nanochat_jax.sharding import make_mesh
+    from nanochat_jax.step import init_state, make_train_step
+
+    rows, length = 4, 256
+    model = GPTConfig.modern(4, head_dim=64, sequence_len=length, vocab_size=tokenizer.vocab_size, window_pattern="L")
+    mesh = make_mesh("auto")
+    optimizer = make_optimizer(model, OptimizerConfig(), lr_multiplier=constant(1.0),
+                               momentum=linear_momentum(300, 0.85, 0.95), mesh=mesh)
+    state, shardings = init_state(model, optimizer, mesh, fsdp=False, seed=0)
+    step = make_train_step(model, optimizer, dtype=np.float32, mesh=mesh, shardings=shardings)
+    loader = pretraining_loader(corpus, tokenizer, split="train", batch_size=rows, sequence_len=length)
+    fixed = next(loader)
+    seconds: dict[str, list[float]] = {"a fixed batch": [], "the loader": []}
+    for count in range(2 * args.steps):
+        source = ("a fixed batch", "the loader")[count // BLOCK % 2]
+        start = time.perf_counter()
+        batch = fixed if source == "a fixed batch" else next(loader)
+        state, metrics = step(state, batch["inputs"][None], batch["targets"][None])
+        jax.block_until_ready(metrics)
+        if count:  # the first compiles
+            seconds[source].append(time.perf_counter() - start)
+    loader.close()
+    return {source: statistics.median(values) for source, values in seconds.items()}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--corpus", type=Path, help="directory of shards; default: the offline corpus, made for this")
+    parser.add_argument("--rows", type=int, default=32)
+    parser.add_argument("--length", type=int, default=2048)
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--seconds", type=float, default=2.0, help="of one measurement")
+    parser.add_argument("--train", action="store_true", help="time train steps instead")
+    parser.add_argument("--steps", type=int, default=20, help="of each kind")
+    args = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        corpus = args.corpus or Path(scratch) / "corpus"
+        if args.corpus is None:
+            embedded.build(corpus)
+        tokenizer = Tokenizer.train(iter_documents(corpus, "train"), VOCAB)
+        cores = os.cpu_count() or 1
+        about = {"cores": cores, "load": os.getloadavg()[0], "vocabulary": tokenizer.vocab_size}
+        if args.train:
+            steps = measure_steps(corpus, tokenizer, args)
+            for source, value in steps.items():
+                print(f"train step on {source:15} {1000 * value:8.1f} ms")
+            ratio = steps["the loader"] / steps["a fixed batch"]
+            print(f"with the loader it takes {100 * (ratio - 1):+.1f}%")
+            print(json.dumps({"benchmark": "loader_step", **about, "ratio": ratio, "seconds": steps}))
+            return
+        best = measure_rates(corpus, tokenizer, args)
+        print(f"{cores} cores, vocabulary of {tokenizer.vocab_size:,}, rows of {args.length:,} tokens, {args.rows} a batch")
+        print(f"{'':24} {'M tokens/s':>10} {'per core':>10} {'times the peer':>15}")
+        ratios = {}
+        for name, (per_second, per_cpu_second) in best.items():
+            packing = name.partition(",")[0]
+            ratios[packing] = per_second / best[f"{packing}, peer"][0]
+            print(f"{name:24} {per_second / 1e6:10.2f} {per_cpu_second / 1e6:10.2f} {ratios[packing]:15.1f}")
+        print(json.dumps({"benchmark": "loader", **about, "rows": args.rows, "length": args.length, "ratio": ratios,
+                          "tokens_per_second": {name: value[0] for name, value in best.items()}}))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

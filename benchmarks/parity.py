@@ -1,0 +1,60 @@
+"""Does our training reach what upstream's reaches? The same text, vocabulary, shape, batch and schedule, both eras.
+
+    NANOCHAT_TEST_DATA=DIR python benchmarks/parity.py [classic modern]
+
+Upstream's d4 runs come with the reference data: their settings and their bits per byte at the last step. The batches are the
+same, the initial weights are our own, so the figures agree to about the spread between seeds. Prints a table, then
+one JSON line; exit code 1 if an era ends more than 0.03 bits per byte from upstream's.
+"""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+TOLERANCE = 0.03
+# Settings of upstream's that decide the result; the others say where and how often to log, evaluate and save.
+SETTINGS = ("depth", "aspect_ratio", "head_dim", "max_seq_len", "window_pattern", "num_iterations", "device_batch_size",
+            "target_param_data_ratio", "total_batch_size", "embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr",
+            "weight_decay", "grad_clip", "warmup_steps", "warmdown_ratio", "final_lr_frac", "eval_tokens")
+
+
+def train(era: str, reference: Path, corpus: Path) -> dict[str, float]:
+    """Train as upstream's checkpoint in `reference` was; its figures and ours."""
+    meta = json.loads(next(reference.glob("meta_*.json")).read_text())
+    with tempfile.TemporaryDirectory() as base:
+        environment = os.environ | {"NANOCHAT_BASE_DIR": base}
+        run = lambda module, *args: subprocess.run([sys.executable, "-m", module, *args], env=environment, check=True)  # noqa: E731
+        shutil.copytree(corpus, Path(base) / "base_data")
+        run("scripts.import_weights", "--from", str(reference), "--model-tag", "upstream")  # brings the tokenizer
+        settings = meta["user_config"]
+        flags = [f"--{name.replace('_', '-')}={settings[name]}" for name in SETTINGS if settings.get(name) is not None]
+        start = time.perf_counter()
+        run("scripts.base_train", "--arch", era, "--data", "fineweb", "--mesh", "1x1", "--dtype", "float32",
+            "--model-tag", "ours", "--eval-every", "-1",
+            "--data-shards", "1", *flags)
+        seconds = time.perf_counter() - start
+        log = [json.loads(line) for line in (Path(base) / "base_checkpoints/ours/metrics.jsonl").read_text().splitlines()]
+    ours = [row["val_bpb"] for row in log if "val_bpb" in row][-1]
+    return {"steps": meta["step"], "upstream_bpb": meta["val_bpb"], "ours_bpb": ours, "difference": ours - meta["val_bpb"],
+            "seconds": seconds}
+
+
+def main() -> int:
+    data = Path(os.environ["NANOCHAT_TEST_DATA"])
+    eras = sys.argv[1:] or ["classic", "modern"]
+    results = {era: train(era, data / "golden" / f"trained-{era}", data / "data" / "base_data") for era in eras}
+    print(f"\n{'era':8}  {'steps':>5}  {'upstream':>8}  {'ours':>8}  {'difference':>10}  {'seconds':>7}")
+    for era, row in results.items():
+        print(f"{era:8}  {row['steps']:5}  {row['upstream_bpb']:8.4f}  {row['ours_bpb']:8.4f}  {row['difference']:+10.4f}  "
+              f"{row['seconds']:7.0f}")
+    print(json.dumps(results))
+    return int(any(abs(row["difference"]) > TOLERANCE for row in results.values()))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,85 @@
+"""How much text a run needs, how much a corpus has, and what that is enough for."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from nanochat_jax.config import GPTConfig, Recipe, derive_recipe
+from nanochat_jax.data.convert import describe
+from nanochat_jax.data.shards import TEXT_COLUMN, list_shards, open_shard, read_manifest
+
+CHARS_PER_SHARD = 250_000_000  # of FineWeb-Edu and ClimbMix as upstream shuffled them
+CHARS_PER_TOKEN = 4.8  # of English web text in a vocabulary of 32,768 to 65,536
+CROPPED_SHARE = 1.35  # best-fit packing throws about a third of the tokens it reads away
+TOKENIZER_CHARS = 2_000_000_000
+TOKENIZER_SHARDS = 10  # hold that many characters, also when each document is cut to 10,000 of them
+DIAL = range(4, 33, 2)  # depths that people train
+
+
+def chars_needed(recipe: Recipe) -> float:
+    """Characters that pretraining reads without seeing one twice."""
+    return recipe.total_tokens * CROPPED_SHARE * CHARS_PER_TOKEN
+
+
+def shards_needed(recipe: Recipe) -> int:
+    """Training shards of 250 million characters for the tokenizer and for pretraining, whichever wants more."""
+    return max(TOKENIZER_SHARDS, int(chars_needed(recipe) / CHARS_PER_SHARD) + 1)
+
+
+def explain_shards(recipe: Recipe, count: int) -> str:
+    return (f"{count} training shards of 250M characters: {recipe.total_tokens / 1e9:.2f}B tokens to train on, "
+            f"{CHARS_PER_TOKEN} characters each, a third more as rows cut documents; the tokenizer takes 2B characters")
+
+
+@dataclass(frozen=True, kw_only=True)
+class SplitSize:
+    shards: int
+    documents: int
+    text_bytes: int
+
+    @property
+    def tokens(self) -> int:
+        """An estimate."""
+        return round(self.text_bytes / CHARS_PER_TOKEN)
+
+
+def measure(paths: Sequence[Path]) -> SplitSize:
+    """Documents and UTF-8 bytes of shards, from their footers alone."""
+    documents = text_bytes = 0
+    for path in paths:
+        with open_shard(path) as file:
+            column = file.schema_arrow.names.index(TEXT_COLUMN)
+            documents += file.metadata.num_rows
+            for group in range(file.num_row_groups):
+                text_bytes += file.metadata.row_group(group).column(column).total_uncompressed_size
+    text_bytes -= 4 * documents  # each text is stored with its length
+    return SplitSize(shards=len(paths), documents=documents, text_bytes=max(0, text_bytes))
+
+
+def summary(name: str, directory: Path) -> str:
+    """What a corpus holds, and which stages it is enough for, in a few lines."""
+    shards = list_shards(directory)
+    lines = [f"{name}, in {directory}"]
+    lines += [f"  from {describe(entry['source'])}: {entry['documents']:,} documents, {entry['skipped']:,} rows skipped"
+              for entry in read_manifest(directory).get("sources", ())]  # fmt: skip
+    sizes = {"train": measure(shards[:-1]), "val": measure(shards[-1:])}
+    lines += [f"  {split:5} {size.shards:6,} shards {size.documents:14,} documents {size.text_bytes / 1e6:12,.1f} MB "
+              f"{size.tokens / 1e6:10,.1f}M tokens, about" for split, size in sizes.items()]  # fmt: skip
+    return "\n".join([*lines, *(f"  {line}" for line in enough_for(name, sizes["train"]))])
+
+
+def enough_for(name: str, train: SplitSize) -> list[str]:
+    if not train.documents:
+        return ["enough for nothing: there is one shard, which is validation; training needs at least two"]
+    if name == "embedded":
+        return ["enough for all stages of the preset for a CPU"]
+    lines = ["tok_train: " + ("all it takes, 2 billion characters" if train.text_bytes >= TOKENIZER_CHARS else
+                              f"{train.text_bytes / TOKENIZER_CHARS:.1%} of the 2 billion characters it takes at most")]
+    reference = GPTConfig.modern(12)
+    needs = {depth: chars_needed(derive_recipe(GPTConfig.modern(depth), reference=reference)) for depth in DIAL}
+    fitting = [depth for depth, chars in needs.items() if chars <= train.text_bytes]
+    following = next((depth for depth, chars in needs.items() if chars > train.text_bytes), None)
+    text = f"up to d{fitting[-1]} without repeating a document" if fitting else "any depth, with repetitions"
+    if following is not None:
+        text += f"; d{following} reads it {needs[following] / train.text_bytes:,.1f} times"
+    return [*lines, f"base_train: {text}", "base_loss, base_eval: the validation shard is there"]

@@ -1,0 +1,203 @@
+"""PyTorch's `.pt` files and nanochat's `tokenizer.pkl`, read and written without torch.
+
+A `.pt` file is a zip archive: `data.pkl` is a pickle of the tensors' names, shapes and strides, `data/<key>` are their
+bytes. Pickles can run code when they are read. Ours are read by unpicklers that know the few classes such files need
+and refuse every other, so that nothing a file brings along is ever executed.
+"""
+
+import collections
+import math
+import os
+import pickle
+import struct
+import zipfile
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import ml_dtypes
+import numpy as np
+
+from nanochat_jax.cli import NotFound, UsageError
+
+STORAGES = {
+    "FloatStorage": np.dtype(np.float32), "BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
+    "HalfStorage": np.dtype(np.float16), "DoubleStorage": np.dtype(np.float64), "IntStorage": np.dtype(np.int32),
+    "LongStorage": np.dtype(np.int64), "ShortStorage": np.dtype(np.int16), "CharStorage": np.dtype(np.int8),
+    "ByteStorage": np.dtype(np.uint8), "BoolStorage": np.dtype(np.bool_),
+}
+ALIGNMENT = 64  # of each tensor in the file, as torch aligns them
+
+
+def read_pt(path: Path) -> Any:
+    """What `torch.save` wrote: a tensor as an array, a state dict as a dict of arrays.
+
+    Raises `NotFound` if there is no such file; `UsageError`, with the file's name, if it is torn, or holds anything but
+    plain containers of tensors.
+    """
+    with _refusing(path), zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+        root = next((name.removesuffix("data.pkl") for name in names if name.endswith("/data.pkl")), None)
+        if root is None:
+            raise ValueError("there is no data.pkl in it")
+        if f"{root}byteorder" in names and archive.read(f"{root}byteorder") != b"little":
+            raise ValueError("it was written on a big-endian machine")
+        with archive.open(f"{root}data.pkl") as file:
+            return _TensorUnpickler(file, lambda key: archive.read(f"{root}data/{key}")).load()
+
+
+@contextmanager
+def _refusing(path: Path) -> Iterator[None]:
+    """Whatever is wrong with a file becomes one line that names it."""
+    try:
+        yield
+    except FileNotFoundError as error:
+        raise NotFound(f"{path} does not exist") from error
+    except UsageError:
+        raise
+    except Exception as error:  # damaged pickles raise nearly anything
+        raise UsageError(f"{path} cannot be read ({type(error).__name__}: {str(error)[:200]}): it is damaged or not what "
+                         "its name says") from error
+
+
+class _TensorUnpickler(pickle.Unpickler):
+    def __init__(self, file: BinaryIO, read: Callable[[str], bytes]) -> None:
+        super().__init__(file)
+        self._read = read
+
+    def find_class(self, module: str, name: str) -> Any:
+        if module in ("torch", "torch.storage") and name in STORAGES:
+            return name
+        known = {("collections", "OrderedDict"): collections.OrderedDict,
+                 ("torch._utils", "_rebuild_tensor_v2"): _RebuildTensor(),
+                 ("torch._utils", "_rebuild_parameter"): _RebuildParameter()}
+        if (module, name) not in known:
+            raise pickle.UnpicklingError(f"refused to load {module}.{name}: only tensors belong in this file")
+        return known[module, name]
+
+    def persistent_load(self, reference: tuple) -> np.ndarray:
+        kind, storage, key, _, count = reference
+        if kind != "storage" or storage not in STORAGES:
+            raise pickle.UnpicklingError(f"refused a reference to {kind!r} {storage!r}")
+        dtype, content = STORAGES[storage], self._read(key)
+        if len(content) != count * dtype.itemsize:
+            raise ValueError(f"data/{key} has {len(content)} bytes, not {count} x {dtype.itemsize}")
+        return np.frombuffer(content, dtype)
+
+
+class _RebuildTensor:
+    """Called by the pickle. An object without attributes, where a function would have some for a pickle to set."""
+
+    __slots__ = ()
+
+    def __call__(self, storage: np.ndarray, offset: int, shape: tuple[int, ...], stride: tuple[int, ...], *_: Any
+                 ) -> np.ndarray:
+        if any(not isinstance(n, int) or n < 0 for n in (offset, *shape, *stride)) or len(shape) != len(stride):
+            raise ValueError(f"a tensor has shape {shape}, strides {stride}, offset {offset}")
+        last = offset + sum((size - 1) * step for size, step in zip(shape, stride))
+        if math.prod(shape) and last >= storage.size:
+            raise ValueError(f"a tensor of shape {shape} reaches past the {storage.size} elements of its storage")
+        byte_strides = [step * storage.dtype.itemsize for step in stride]
+        return np.lib.stride_tricks.as_strided(storage[offset:], shape, byte_strides, writeable=False)
+
+
+class _RebuildParameter:
+    __slots__ = ()
+
+    def __call__(self, tensor: np.ndarray, *_: Any) -> np.ndarray:
+        return tensor
+
+
+def write_pt(path: Path, content: np.ndarray | Mapping[str, np.ndarray]) -> None:
+    """Write an array, or a state dict of arrays, so that `torch.load(path, weights_only=True)` gives it back.
+
+    Written aside, synced and renamed: the file is whole or not there.
+    """
+    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    root = path.stem
+    try:
+        with aside.open("wb") as file:
+            with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+                single = isinstance(content, np.ndarray)
+                arrays = [content] if single else list(content.values())
+                archive.writestr(f"{root}/data.pkl", _pickle(None if single else list(content), arrays))
+                archive.writestr(f"{root}/byteorder", "little")
+                for key, array in enumerate(arrays):
+                    info = zipfile.ZipInfo(f"{root}/data/{key}")
+                    start = file.tell() + 30 + len(info.filename) + 4  # local header, name, head of the padding
+                    info.extra = struct.pack("<2sH", b"FB", -start % ALIGNMENT) + b"Z" * (-start % ALIGNMENT)
+                    archive.writestr(info, np.ascontiguousarray(array).tobytes())
+                archive.writestr(f"{root}/version", "3\n")
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    finally:
+        aside.unlink(missing_ok=True)
+
+
+def _pickle(names: list[str] | None, arrays: list[np.ndarray]) -> bytes:
+    """The protocol-2 pickle of a state dict, or of one tensor where `names` is None.
+
+    Spelled in opcodes: a pickler would import torch to check the names it writes.
+    """
+    storage_names = {dtype: name for name, dtype in STORAGES.items()}
+
+    def number(value: int) -> bytes:
+        if value < 2**31:
+            return b"J" + struct.pack("<i", value)
+        digits = value.to_bytes(value.bit_length() // 8 + 1, "little", signed=True)
+        return b"\x8a" + bytes([len(digits)]) + digits
+
+    def text(value: str) -> bytes:
+        return b"X" + struct.pack("<I", len(value.encode())) + value.encode()
+
+    def tuple_of(*items: bytes) -> bytes:
+        return b"(" + b"".join(items) + b"t"
+
+    def tensor(key: int, array: np.ndarray) -> bytes:
+        storage = b"ctorch\n%s\n" % storage_names[array.dtype].encode()
+        reference = tuple_of(text("storage"), storage, text(str(key)), text("cpu"), number(array.size)) + b"Q"
+        strides = np.cumprod((1, *array.shape[:0:-1]))[::-1].tolist() if array.ndim else []
+        hooks = b"ccollections\nOrderedDict\n)R"
+        return b"ctorch._utils\n_rebuild_tensor_v2\n" + tuple_of(
+            reference, number(0), tuple_of(*map(number, array.shape)), tuple_of(*map(number, strides)), b"\x89", hooks
+        ) + b"R"
+
+    tensors = [tensor(key, array) for key, array in enumerate(arrays)]
+    if names is None:
+        return b"\x80\x02" + tensors[0] + b"."
+    return b"\x80\x02}(" + b"".join(text(name) + value for name, value in zip(names, tensors)) + b"u."
+
+
+@dataclass
+class PickledEncoding:
+    """What a pickled `tiktoken.Encoding` holds."""
+
+    pattern: str = ""
+    mergeable_ranks: Any = None
+    special_tokens: Any = None
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.pattern, self.mergeable_ranks = state["pat_str"], state["mergeable_ranks"]
+        self.special_tokens = state["special_tokens"]
+
+
+class _EncodingUnpickler(pickle.Unpickler):
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) != ("tiktoken.core", "Encoding"):
+            raise pickle.UnpicklingError(f"refused to load {module}.{name}: only a tiktoken Encoding belongs in this file")
+        return PickledEncoding
+
+
+def read_encoding(path: Path) -> PickledEncoding:
+    """The vocabulary in nanochat's `tokenizer.pkl`. Raises as `read_pt` does."""
+    with _refusing(path), path.open("rb") as file:
+        encoding = _EncodingUnpickler(file).load()
+        if not isinstance(encoding, PickledEncoding) or not isinstance(encoding.pattern, str):
+            raise ValueError("it holds no vocabulary")
+        for table, kind in ((encoding.mergeable_ranks, bytes), (encoding.special_tokens, str)):
+            if not isinstance(table, dict) or not all(type(k) is kind and type(v) is int for k, v in table.items()):
+                raise ValueError("its vocabulary is not a table of tokens and ids")
+        return encoding

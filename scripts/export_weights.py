@@ -1,0 +1,84 @@
+"""Hand a trained model on: as nanochat's PyTorch checkpoint, or as a Hugging Face directory.
+
+    python -m scripts.export_weights --source sft --format hf --out ~/my-model
+"""
+
+import json
+import logging
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nanochat_jax import cli
+from nanochat_jax.checkpoint import Loaded, load_model
+from nanochat_jax.cli import UsageError, flag
+from nanochat_jax.data.shards import fsync
+from nanochat_jax.interop.hf import write_hf
+from nanochat_jax.interop.torch_checkpoint import write_checkpoint
+from nanochat_jax.paths import CHECKPOINT_DIRS, Paths
+from nanochat_jax.startup import start
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ExportConfig:
+    source: str = flag("sft", "stage of the model", choices=[*CHECKPOINT_DIRS], short="-i")
+    model_tag: str | None = flag(None, "name of the checkpoint directory; default the largest d<depth>", short="-g")
+    step: int | None = flag(None, "step of the checkpoint; default the newest", short="-s")
+    format: str = flag("nanochat", "nanochat: upstream's .pt files; hf: what transformers loads", choices=["nanochat", "hf"])
+    out: str = flag("", "directory to write; must be new or empty")
+    dtype: str = flag("float32", "dtype of the weights (hf); bfloat16 rounds them", choices=["float32", "bfloat16"])
+
+    def __post_init__(self) -> None:
+        if not self.out:
+            raise ValueError("--out is missing: give the directory to write")
+        if self.dtype != "float32" and self.format != "hf":
+            raise ValueError(f"--dtype {self.dtype} is for --format hf: nanochat's own files are float32")
+
+
+def upstream_meta(loaded: Loaded) -> dict[str, Any]:
+    """Upstream's metadata: its own if the model came from there, else what its loaders read."""
+    meta = loaded.meta
+    if "imported" in meta:
+        return {key: value for key, value in meta["imported"]["meta"].items() if key not in ("step", "model_config")}
+    return {"val_bpb": meta["loop"]["minimum"] if "loop" in meta else None, "user_config": meta.get("config", {}),
+            "max_seq_len": loaded.config.sequence_len, "total_batch_size": meta.get("total_batch_size")}
+
+
+def main(config: ExportConfig) -> None:
+    paths = Paths.from_env()
+    start(paths)
+    out = Path(config.out).expanduser().absolute()
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise UsageError(f"--out {out} is not an empty directory: name a new one")
+    loaded = load_model(paths, config.source, tag=config.model_tag, step=config.step)
+    aside = out.with_name(f".{out.name}.partial")  # so that a directory of that name is always whole
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir(parents=True)
+    try:
+        if config.format == "hf":
+            files = write_hf(aside, loaded.config, loaded.params, loaded.tokenizer, dtype=config.dtype)
+        else:
+            files = write_checkpoint(aside, loaded.config, loaded.params, loaded.tokenizer, step=loaded.step,
+                                     byte_rule=loaded.meta.get("byte_rule", "raw"),
+                                     meta=json.loads(json.dumps(upstream_meta(loaded))))
+        for path in [*files, aside]:
+            fsync(path)
+        sizes = [(path.name, path.stat().st_size) for path in files]
+        if out.exists():
+            out.rmdir()
+        aside.rename(out)
+    finally:
+        shutil.rmtree(aside, ignore_errors=True)
+    for name, size in sizes:
+        log.info("%14s  %s", f"{size:,}", name)
+    log.info("exported %s/%s step %d, %s parameters, to %s", loaded.source, loaded.tag, loaded.step,
+             f"{loaded.config.num_params:,}", out)
+    if config.format == "hf" and loaded.config.arch == "modern":
+        log.info("transformers loads it with trust_remote_code=True: the model's code is in the directory")
+
+
+if __name__ == "__main__":
+    cli.run(main, ExportConfig, prog="scripts.export_weights", description=__doc__.splitlines()[0])

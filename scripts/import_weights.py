@@ -1,0 +1,103 @@
+"""Take over a trained model: nanochat's PyTorch checkpoint (either era) or a Hugging Face directory.
+
+    python -m scripts.import_weights --from ~/nanochat-d32 --source sft --model-tag d32
+"""
+
+import dataclasses
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from nanochat_jax import cli
+from nanochat_jax.checkpoint import Checkpoints, claim_directory
+from nanochat_jax.cli import NotFound, flag
+from nanochat_jax.interop.torch_checkpoint import Imported, check_vocabulary
+from nanochat_jax.optim import CLASSIC_RATES, OptimizerConfig
+from nanochat_jax.paths import CHECKPOINT_DIRS, Paths
+from nanochat_jax.pretrained import read_foreign
+from nanochat_jax.startup import start
+from nanochat_jax.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImportConfig:
+    from_dir: str = flag("", "directory with model_<step>.pt and meta_<step>.json, or with config.json and .safetensors",
+                         short="--from")
+    source: str = flag("base", "stage the model is of", choices=[*CHECKPOINT_DIRS])
+    model_tag: str | None = flag(None, "name of the checkpoint directory to make; default d<depth>", short="-g")
+    step: int | None = flag(None, "step to import; default the greatest", short="-s")
+    tokenizer: str | None = flag(None, "directory of its tokenizer; default beside the model, or in its base directory")
+    rotary_dtype: str = flag("auto", "rotary tables of a classic model; auto: bfloat16 as nanochat's own code, float32 as "
+                             "transformers' (hf)", choices=["auto", "float32", "bfloat16"])
+    fresh: bool = flag(False, "delete the checkpoints that this tag already has")
+
+    def __post_init__(self) -> None:
+        if not self.from_dir:
+            raise ValueError("--from is missing: give the directory of the checkpoint")
+
+
+def place_tokenizer(found: Tokenizer | None, paths: Paths, directory: Path, imported: Imported) -> str | None:
+    """Put the model's tokenizer where loading looks for it; returns its fingerprint.
+
+    The base directory's own is never replaced: a model with another one keeps it under its tag.
+    """
+    try:
+        shared = Tokenizer.load(paths.tokenizer)
+    except NotFound:
+        shared = None
+    if found is None:
+        if shared is None:
+            log.warning("no tokenizer was found: the weights are imported alone, and only token ids will go in and out")
+            return None
+        check_vocabulary(imported.config, shared, directory)
+        log.info("taking the tokenizer in %s to be the model's", paths.tokenizer)
+        found = shared
+    elif shared is None:
+        found.save(paths.tokenizer)
+    elif shared.fingerprint() != found.fingerprint():
+        log.info("the tokenizer in %s is another one: the model's goes to %s", paths.tokenizer, directory / "tokenizer")
+        found.save(directory / "tokenizer")
+    return found.fingerprint()
+
+
+def checkpoint_state(imported: Imported, fingerprint: str | None, config: ImportConfig) -> dict[str, Any]:
+    """What training would have written beside the weights, as far as upstream's metadata tell it."""
+    modern = imported.config.arch == "modern"
+    given = imported.meta.get("user_config") or {}
+    defaults = OptimizerConfig(**({} if modern else CLASSIC_RATES))
+    names = ("embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr")
+    rates = dataclasses.replace(defaults, **{name: float(given[name]) for name in names if given.get(name) is not None})
+    total = imported.meta.get("total_batch_size") or given.get("total_batch_size")
+    return {
+        "step": imported.step, "model_config": dataclasses.asdict(imported.config), "tokenizer": fingerprint,
+        "byte_rule": imported.byte_rule, "data": None, "packing": "bestfit" if modern else "stream",
+        "rates": dataclasses.asdict(rates), "lr_scale": 1.0,
+        "total_batch_size": total if isinstance(total, int) and total > 0 else 524288,
+        "imported": {"from": config.from_dir, "meta": imported.meta},
+    }
+
+
+def main(config: ImportConfig) -> None:
+    paths = Paths.from_env()
+    start(paths)
+    source = Path(config.from_dir).expanduser()
+    if not source.is_dir():
+        raise NotFound(f"--from {source} is not a directory")
+    tokenizer = Path(config.tokenizer).expanduser() if config.tokenizer else None
+    imported = read_foreign(source, step=config.step, tokenizer=tokenizer,
+                            rotary_dtype=None if config.rotary_dtype == "auto" else config.rotary_dtype)
+    directory = paths.checkpoints(config.source) / (config.model_tag or f"d{imported.config.n_layer}")
+    claim_directory(directory, resume=False, fresh=config.fresh)
+    fingerprint = place_tokenizer(imported.tokenizer, paths, directory, imported)
+    with Checkpoints(directory) as checkpoints:
+        checkpoints.save(imported.step, imported.params, None, checkpoint_state(imported, fingerprint, config))
+        checkpoints.wait()
+    log.info("imported a %s model of %d layers, %s parameters, step %d, to %s", imported.config.arch,
+             imported.config.n_layer, f"{imported.config.num_params:,}", imported.step, directory)
+
+
+if __name__ == "__main__":
+    cli.run(main, ImportConfig, prog="scripts.import_weights", description=__doc__.splitlines()[0])

@@ -1,0 +1,155 @@
+"""A server on this machine that speaks the Hub's protocol for data sets, with faults on demand.
+
+    /datasets/<repo>/resolve/<revision>/<file>    HEAD: size, checksum, commit; GET: redirects to /cdn/ on another host
+    /api/datasets/<repo>/revision/<revision>      the commit, the list of files, the card
+    /cdn/<repo>/<revision>/<file>                 the bytes, ranges too
+    /files/<name>                                 any other file
+
+`faults[file name]` is how /cdn/ serves a file:
+    "torn"   closes the connection in the middle of the first body        "gone"    always does, and sends nothing new
+    "busy"   answers 503 three times                                      "error"   answers 500 always
+    "short"  gives a shorter body than was announced, and says so         "long"    gives a longer one
+    "flip"   gives other bytes the first time                             "slow"    gives the first body in drops
+    "no range"  ignores ranges, and tears the first body                  "gated"   answers 403 before anything else
+"""
+
+import hashlib
+import json
+import threading
+import time
+from collections import Counter
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote, urlsplit
+
+
+class HubServer(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def __init__(self):
+        super().__init__(("127.0.0.1", 0), _Handler)
+        self.repos: dict[tuple[str, str], dict[str, bytes]] = {}  # (repo, revision) -> files
+        self.cards: dict[str, dict] = {}
+        self.plain: dict[str, bytes] = {}
+        self.faults: dict[str, str] = {}
+        self.requests: Counter[str] = Counter()  # "GET /path"
+        self.ranges: list[tuple[str, int]] = []  # (file name, first byte) of each ranged request
+        self.tokens: dict[str, set] = {"hub": set(), "cdn": set()}
+
+    def __enter__(self):
+        threading.Thread(target=self.serve_forever, daemon=True).start()
+        return self
+
+    def __exit__(self, *error):
+        self.shutdown()
+        self.server_close()
+
+    @property
+    def url(self):
+        return f"http://127.0.0.1:{self.server_port}"
+
+    def add(self, repo, name, content, revision="main"):
+        for key in (revision, self.commit(repo, revision)):
+            self.repos.setdefault((repo, key), {})[name] = content
+
+    @staticmethod
+    def commit(repo, revision="main"):
+        return hashlib.sha1(f"{repo}@{revision}".encode()).hexdigest()
+
+    def asked(self, part):
+        """Requests for a path that contains `part`."""
+        return sum(count for request, count in self.requests.items() if part in request)
+
+    def environment(self, base_dir):
+        return {
+            "NANOCHAT_BASE_DIR": str(base_dir / "base"), "HF_HOME": str(base_dir / "hf"), "HF_ENDPOINT": self.url,
+            "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_secret", "NO_PROXY": "127.0.0.1,localhost",
+        }  # fmt: skip
+
+
+class _Handler(BaseHTTPRequestHandler):
+    protocol_version = "HTTP/1.1"
+
+    def do_HEAD(self):
+        self.answer()
+
+    def do_GET(self):
+        self.answer()
+
+    def answer(self):
+        path = unquote(urlsplit(self.path).path)
+        self.server.requests[f"{self.command} {path}"] += 1
+        kind, _, rest = path.lstrip("/").partition("/")
+        if kind == "files":
+            content = self.server.plain.get(rest)
+            return self.reply(404, {}) if content is None else self.body(rest, content)
+        if kind == "cdn":
+            self.server.tokens["cdn"].add(self.headers.get("Authorization"))
+            owner, name, revision, file = rest.split("/", 3)
+            return self.body(file, self.server.repos[f"{owner}/{name}", unquote(revision)][file])
+        self.server.tokens["hub"].add(self.headers.get("Authorization"))
+        if kind == "api" and rest.startswith("datasets/"):
+            _, owner, name, _, revision = rest.split("/", 4)
+            return self.describe(f"{owner}/{name}", revision)
+        if kind != "datasets":
+            return self.reply(404, {})
+        repo, _, rest = rest.partition("/resolve/")
+        found = [key for key in self.server.repos if key[0] == repo and rest.startswith(f"{key[1]}/")]
+        if not found:
+            return self.reply(404, {"X-Error-Code": "RepoNotFound"})
+        revision, file = found[0][1], rest.removeprefix(f"{found[0][1]}/")
+        content = self.server.repos[found[0]].get(file)
+        if content is None:
+            return self.reply(404, {"X-Error-Code": "EntryNotFound"})
+        if self.server.faults.get(file) == "gated":
+            return self.reply(403, {"X-Error-Code": "GatedRepo", "X-Error-Message": "Ask for access first."})
+        digest = hashlib.sha256(content).hexdigest()
+        self.reply(302, {
+            "X-Repo-Commit": self.server.commit(repo, revision), "X-Linked-Etag": f'"{digest}"',
+            "X-Linked-Size": str(len(content)), "ETag": f'"{digest}"',
+            "Location": f"http://localhost:{self.server.server_port}/cdn/{repo}/{revision.replace('/', '%2F')}/{file}",
+        })  # fmt: skip
+
+    def describe(self, repo, revision):
+        files = self.server.repos.get((repo, revision))
+        if files is None:
+            return self.reply(404, {"X-Error-Code": "RepoNotFound" if revision == "main" else "RevisionNotFound"})
+        facts = {"id": repo, "sha": self.server.commit(repo, revision), "siblings": [{"rfilename": f} for f in files]}
+        if repo in self.server.cards:
+            facts["cardData"] = self.server.cards[repo]
+        self.reply(200, {"Content-Type": "application/json"}, json.dumps(facts).encode())
+
+    def body(self, name, content):
+        fault = self.server.faults.get(name)
+        count = self.server.requests[f"{self.command} {unquote(self.path)}"]
+        if fault == "error" or (fault == "busy" and count <= 3):
+            return self.reply(500 if fault == "error" else 503, {})
+        if fault == "short":
+            content = content[: len(content) // 2]
+        if fault == "long":
+            content += b"more"
+        if fault == "flip" and count == 1:
+            content = content[:-1] + bytes([content[-1] ^ 1])
+        start = int(self.headers.get("Range", "bytes=0-").removeprefix("bytes=").rstrip("-"))
+        if start:
+            self.server.ranges.append((name, start))
+        if fault == "no range":
+            start = 0
+        headers = {"Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}"} if start else {}
+        torn = fault == "gone" or (fault in ("torn", "no range") and count == 1)
+        stop = len(content) // 2 if torn else len(content)
+        self.reply(206 if start else 200, headers | {"Content-Length": str(len(content) - start)},
+                   content[start:max(start, stop)], torn=torn, slow=fault == "slow" and count == 1)  # fmt: skip
+
+    def reply(self, status, headers, body=b"", torn=False, slow=False):
+        self.send_response(status)
+        for name, value in {"Content-Length": str(len(body)), **headers}.items():
+            self.send_header(name, value)
+        self.end_headers()
+        if self.command == "GET":
+            for start in range(0, len(body), step := max(1, len(body) // 20 if slow else len(body))):
+                self.wfile.write(body[start : start + step])
+                time.sleep(0.02 * slow)
+        self.close_connection = torn
+
+    def log_message(self, *args):
+        pass
