@@ -1,6 +1,6 @@
 """The classic model and its optimizer in plain PyTorch, as a user would write them: what train_step.py is measured against.
 
-Weights are [out, in], as torch has them. Needs the extra `bench`.
+Weights are [out, in], as torch has them. Needs the extra `torch`.
 """
 
 import math

@@ -6,7 +6,7 @@
     python benchmarks/train_step.py --first-step                           seconds to the first step of d12, twice
 
 Each contender is a process of its own; they take turns, and the fastest of each one's rounds counts. The losses of the
-first steps must agree, so that both do compute the same. Prints a table, then one JSON line. Needs the extra `bench`.
+first steps must agree, so that both do compute the same. Prints a table, then one JSON line. Needs the extra `torch`.
 """
 
 import argparse
