@@ -181,6 +181,7 @@ FAULTS = {  # what is done to the directory, and what the message must name
                     r"transformer\.h\.1\.attn\.c_k\.weight has shape \(32, 16\).*\(16, 32\)"),
     "integers": (lambda d: change_tensor(d, "lm_head.weight", lambda x: x.astype(np.int32)), r"lm_head\.weight has dtype int32"),
     "other heads": (lambda d: change_meta(d, n_head=3), r"meta_000012\.json.*n_head 3"),
+    "no number": (lambda d: change_meta(d, n_layer="3"), r"meta_000012\.json: n_layer must be an integer, got '3'"),
     "unknown field": (lambda d: change_meta(d, n_expert=8), r"n_expert"),
     "no metadata": (lambda d: (d / "meta_000012.json").unlink(), r"meta_000012\.json does not exist"),
     "torn metadata": (lambda d: truncate(d / "meta_000012.json", 0.5), r"meta_000012\.json holds no model_config"),

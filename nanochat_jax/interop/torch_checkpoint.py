@@ -173,6 +173,8 @@ def _config(shape: dict[str, Any], tensors: Mapping[str, np.ndarray], where: Pat
         shape.setdefault("window_pattern", "L")  # as upstream does for its older checkpoints
     if set(shape) != fields:
         raise UsageError(f"{where}: model_config has fields {sorted(shape)}, expected {sorted(fields)}")
+    if wrong := [name for name in SHAPE_FIELDS if type(shape[name]) is not int]:
+        raise UsageError(f"{where}: {wrong[0]} must be an integer, got {shape[wrong[0]]!r}")
     try:
         if modern:
             return GPTConfig.modern(shape["n_layer"], **shape)

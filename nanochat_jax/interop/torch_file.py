@@ -128,7 +128,7 @@ def write_pt(path: Path, content: np.ndarray | Mapping[str, np.ndarray]) -> None
                     info = zipfile.ZipInfo(f"{root}/data/{key}")
                     start = file.tell() + 30 + len(info.filename) + 4  # local header, name, head of the padding
                     info.extra = struct.pack("<2sH", b"FB", -start % ALIGNMENT) + b"Z" * (-start % ALIGNMENT)
-                    archive.writestr(info, np.ascontiguousarray(array).tobytes())
+                    archive.writestr(info, np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
                 archive.writestr(f"{root}/version", "3\n")
             file.flush()
             os.fsync(file.fileno())
