@@ -11,7 +11,7 @@ import re
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanochat_jax.cli import NotFound
+from nanochat_jax.cli import NotFound, UsageError
 
 CHECKPOINT_DIRS = {
     "base": "base_checkpoints",
@@ -34,7 +34,11 @@ class Paths:
     @classmethod
     def from_env(cls) -> "Paths":
         """`$NANOCHAT_BASE_DIR`, else `~/.cache/nanochat`; created on demand. For entry points only."""
-        base = Path(os.environ.get("NANOCHAT_BASE_DIR") or "~/.cache/nanochat").expanduser().absolute()
+        given = os.environ.get("NANOCHAT_BASE_DIR") or "~/.cache/nanochat"
+        if "://" in given:  # as a path it would be a directory of that odd name, here
+            raise UsageError(f"NANOCHAT_BASE_DIR={given}: the base directory must be a path; mount the bucket (gcsfuse) and "
+                             "give the place")
+        base = Path(given).expanduser().absolute()
         base.mkdir(parents=True, exist_ok=True)
         return cls(base)
 

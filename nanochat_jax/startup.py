@@ -31,10 +31,10 @@ def start(paths: Paths, *, device_type: str = "", compile_cache: bool = True) ->
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     try:
         platform = jax.devices()[0].platform
-    except RuntimeError as error:
+    except (RuntimeError, AssertionError) as error:  # the latter, without a word, where the platform's plugin is missing
         if not device_type:
             raise
-        raise UsageError(f"--device-type {device_type}: JAX finds no such device here ({str(error)[:150]})") from error
+        raise UsageError(f"--device-type {device_type}: JAX finds no such device here {str(error)[:150]}".rstrip()) from error
     if platform == "cpu" and sys.platform == "linux":
         _keep_memory()
 

@@ -65,8 +65,12 @@ def main() -> None:
         while len(kills) < options.kills:
             runs += 1
             kills += killed_run(root / f"killed{runs}", paths.base, rng, options.kills - len(kills))
-            same = outcome(root / f"killed{runs}") == expected
+            found = outcome(root / f"killed{runs}")
+            same = found == expected
             equal &= same
+            if not same:
+                first = next((line for line, other in zip(found[0], expected[0], strict=False) if line != other), None)
+                print(f"the first step that differs: {first}; then {found[2:]} against {expected[2:]}")
             print(f"run {runs}: {len(kills)} kills so far, {sum(kills)} of them in a save; "
                   f"{'equal to' if same else 'DIFFERENT from'} the run left alone", flush=True)
     print(json.dumps({"kills": len(kills), "kills_in_a_save": sum(kills), "runs": runs, "steps": STEPS, "equal": equal}))

@@ -70,6 +70,11 @@ def test_what_is_missing_is_said_in_one_line_with_what_to_run(script, argv, advi
     assert "Traceback" not in ended.stderr and advice in ended.stderr.strip().splitlines()[-1]
 
 
+def test_a_bucket_is_not_taken_for_a_directory(tmp_path):
+    ended = run_script("base_loss", base="gs://bucket/base")
+    assert ended.returncode == 2 and "gs://bucket/base" in ended.stderr
+
+
 def run_script(script, *argv, base):
     import os
 

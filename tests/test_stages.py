@@ -1,18 +1,24 @@
-"""The training scripts on a small corpus of their own: each stage reads the one before it, and resumes bit for bit."""
+"""The training scripts on a small corpus: each stage reads the one before it, resumes bit for bit, and survives kill -9."""
 
 import importlib.util
-import random
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
 import pytest
+from small_line import losses, make_base, start
 
-from nanochat_jax.data.shards import write_shards
-from nanochat_jax.metrics import read_metrics
-from nanochat_jax.paths import Paths
-from nanochat_jax.tokenizer import Tokenizer
-from scripts import base_train, chat_sft, mid_train
+from nanochat_jax.checkpoint import load_model
+from nanochat_jax.finetune import warm_optimizer
+from nanochat_jax.gpt import abstract_params
+from nanochat_jax.optim import OptimizerConfig, constant, make_optimizer
+from nanochat_jax.sharding import make_mesh, param_shardings
+from scripts import base_loss, base_train, chat_sft, mid_train
 
-WORDS = ["apple", "banana", "river", "mountain", "letter", "window", "garden", "silver", "people", "government", "summer"] * 3
 needs_chitchat = pytest.mark.skipif(importlib.util.find_spec("chitchat_dataset") is None, reason="the extra offline")
 COMMON = dict(mesh="1x1", total_batch_size=256, device_batch_size=2, num_iterations=6, save_every=3, keep=3,
               eval_every=-1, eval_tokens=256, model_tag="d2")
@@ -20,15 +26,7 @@ COMMON = dict(mesh="1x1", total_batch_size=256, device_batch_size=2, num_iterati
 
 @pytest.fixture(scope="module")
 def paths(tmp_path_factory):
-    base = tmp_path_factory.mktemp("base")
-    rng = random.Random(0)
-    texts = [" ".join(rng.choice(WORDS) for _ in range(60)) for _ in range(60)]
-    paths = Paths(base)
-    write_shards(texts[:50], paths.data("embedded"), val_texts=texts[50:], rows_per_shard=25)
-    (paths.data("embedded") / "words.txt").write_text("\n".join(dict.fromkeys(
-        WORDS + [a + b for a in ("over", "under", "out") for b in WORDS])))
-    Tokenizer.train(texts, 300).save(paths.tokenizer)
-    return paths
+    return make_base(tmp_path_factory.mktemp("base"))
 
 
 @needs_chitchat
@@ -38,13 +36,58 @@ def test_every_stage_builds_on_the_one_before_and_resumes_bit_for_bit(paths, mon
     for source, script, config in (
         ("base", base_train, lambda **more: base_train.BaseTrainConfig(
             depth=2, aspect_ratio=16, head_dim=16, max_seq_len=64, data="embedded", **COMMON, **more)),
-        ("mid", mid_train, lambda **more: mid_train.MidTrainConfig(**COMMON, **more)),
+        ("mid", mid_train, lambda **more: mid_train.MidTrainConfig(load_optimizer=True, **COMMON, **more)),
         ("sft", chat_sft, lambda **more: chat_sft.ChatSFTConfig(**COMMON, **more)),
     ):
         directory = paths.checkpoints(source) / "d2"
         script.main(config())
-        first = [line["loss"] for line in read_metrics(directory / "metrics.jsonl") if line["kind"] == "train"]
+        first = losses(directory)
         shutil.rmtree(directory / "6")  # as if killed before the last save
         script.main(config(resume=True))
-        second = [line["loss"] for line in read_metrics(directory / "metrics.jsonl") if line["kind"] == "train"]
-        assert len(first) == 6 and first == second, source
+        assert len(first) == 6 and first == losses(directory), source
+
+    before = sorted(path.name for path in paths.checkpoints("mid").rglob("*"))
+    mid_train.main(mid_train.MidTrainConfig(dry_run=True, **COMMON))
+    assert before == sorted(path.name for path in paths.checkpoints("mid").rglob("*"))
+
+    base_loss.main(base_loss.BaseLossConfig(mesh="1x1", device_batch_size=2, split_tokens=512))
+    written = "".join(path.read_text() for path in paths.report.glob("*.md"))
+    for section in ("Base model training", "Midtraining", "Chat SFT", "Base model loss"):
+        assert f"## {section}" in written
+
+
+@needs_chitchat
+@pytest.mark.slow
+@pytest.mark.parametrize("arch", ["modern", "classic"])
+def test_a_warm_optimizer_has_the_moments_of_the_stage_before_and_schedules_that_begin_anew(paths, monkeypatch, arch):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(paths.base))
+    base_train.main(base_train.BaseTrainConfig(depth=2, aspect_ratio=16, head_dim=16, max_seq_len=64, data="embedded",
+                                               arch=arch, **COMMON | dict(model_tag=arch)))
+    loaded, mesh = load_model(paths, "base", tag=arch), make_mesh("1x1")
+    optimizer = make_optimizer(loaded.config, OptimizerConfig(), lr_multiplier=constant(1.0), momentum=constant(0.9))
+    shardings = param_shardings(loaded.config, mesh)
+    warm = warm_optimizer(loaded, optimizer, abstract_params(loaded.config), shardings, mesh)
+    saved = ocp.CheckpointManager(paths.checkpoints("base") / arch).restore(
+        6, args=ocp.args.Composite(optimizer=ocp.args.StandardRestore())).optimizer
+    flat = [np.asarray(leaf) for leaf in jax.tree.leaves(saved)]
+    for path, leaf in jax.tree_util.tree_leaves_with_path(warm):
+        name = jax.tree_util.keystr(path)
+        if leaf.ndim:
+            assert any(np.array_equal(leaf, other) for other in flat if other.shape == leaf.shape), name
+        elif "matrices" in name:
+            assert leaf == 0, name
+    assert jax.tree.structure(warm) == jax.tree.structure(jax.eval_shape(optimizer.init, abstract_params(loaded.config)))
+
+
+@pytest.mark.slow
+def test_killed_runs_end_as_if_they_had_been_left_alone():
+    killed = subprocess.run([sys.executable, Path(__file__).with_name("kill_runs.py"), "--kills", "3"], capture_output=True,
+                            text=True)
+    assert killed.returncode == 0, killed.stdout + killed.stderr
+
+
+@pytest.mark.slow
+def test_a_device_type_that_is_not_there_is_refused_in_one_line(paths):
+    (process,) = start("base_loss", "--device-type", "cuda", base=paths.base)
+    said = process.communicate()[1]
+    assert process.returncode == 2 and said.startswith("error: --device-type cuda") and said.count("\n") == 1, said

@@ -1,0 +1,223 @@
+"""Training tokens/s on this machine's CPU, side by side with PyTorch: the same model, weights, batch and optimizer.
+
+    python benchmarks/train_step.py                                        one point: d4, 512 tokens, vocabulary 8,192
+    python benchmarks/train_step.py --depth 8 --sequence 2048 --vocab 65536 --dtype bfloat16
+    python benchmarks/train_step.py --loop                                 what the loop adds to the bare step
+    python benchmarks/train_step.py --first-step                           seconds to the first step of d12, twice
+
+Each contender is a process of its own; they take turns, and the fastest of each one's rounds counts. The losses of the
+first steps must agree, so that both do compute the same. Prints a table, then one JSON line. Needs the extra `torch`.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # else torch's idle threads take the cores from everyone else
+CHECKED_STEPS = 3
+TOLERANCE = {"float32": 2e-4, "bfloat16": 2e-2}
+
+
+def make_batch(options: argparse.Namespace) -> Any:
+    import numpy as np
+
+    shape = (options.batch, options.sequence + 1)
+    tokens = np.random.default_rng(0).zipf(1.3, shape).astype(np.int64) % options.vocab
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+def jax_parts(options: argparse.Namespace) -> tuple:
+    """The product's own step, its state and its batch shape, on one device."""
+    import jax.numpy as jnp
+
+    from nanochat_jax.config import GPTConfig
+    from nanochat_jax.optim import CLASSIC_RATES, OptimizerConfig, constant, make_optimizer
+    from nanochat_jax.paths import Paths
+    from nanochat_jax.sharding import make_mesh
+    from nanochat_jax.startup import start
+    from nanochat_jax.step import batch_shape, init_state, make_train_step
+
+    scratch = Paths(Path(tempfile.gettempdir()) / "nanochat_jax-benchmark")
+    scratch.base.mkdir(exist_ok=True)
+    start(scratch)
+    model = GPTConfig.classic(options.depth, sequence_len=options.sequence, vocab_size=options.vocab)
+    mesh, dtype = make_mesh("1x1"), jnp.dtype(options.dtype)
+    rates = OptimizerConfig(**(CLASSIC_RATES | {"grad_clip": 0.0}))
+    optimizer = make_optimizer(model, rates, lr_multiplier=constant(1.0), momentum=constant(0.95), muon_dtype=dtype, mesh=mesh)
+    state, shardings = init_state(model, optimizer, mesh, fsdp=False, seed=0)
+    step = make_train_step(model, optimizer, dtype=dtype, mesh=mesh, shardings=shardings)
+    shape = batch_shape(options.batch * options.sequence, options.batch, options.sequence, mesh)
+    return model, mesh, state, shardings, step, shape
+
+
+def jax_worker(options: argparse.Namespace) -> Any:
+    import numpy as np
+
+    from nanochat_jax.step import compile_step, place_batch
+
+    _, mesh, state, _, step, shape = jax_parts(options)
+    compiled, _ = compile_step(step, state, shape, mesh)
+    batch = [place_batch(array.astype(np.int32), shape, mesh) for array in make_batch(options)]
+
+    def run() -> float:
+        nonlocal state
+        state, metrics = compiled(state, *batch)
+        return float(metrics["loss"])
+
+    return run
+
+
+def torch_worker(options: argparse.Namespace, compiled: bool) -> Any:
+    import jax
+    import numpy as np
+    import torch
+    from torch_reference import GPT, Trainer
+
+    jax.config.update("jax_platforms", "cpu")
+    config, _, state, *_ = jax_parts(options)
+    params = jax.tree.map(np.array, state.params)
+    model = GPT(depth=config.n_layer, num_heads=config.n_head, width=config.n_embd, vocab_size=config.vocab_size,
+                sequence_len=options.sequence)
+    with torch.no_grad():  # ours are [in, out]
+        model.wte.weight.copy_(torch.from_numpy(params["wte"]))
+        model.lm_head.weight.copy_(torch.from_numpy(params["lm_head"].T))
+        for i, block in enumerate(model.blocks):
+            for name, stack in params["blocks"].items():
+                getattr(block, name).weight.copy_(torch.from_numpy(stack[i].T))
+    del state, params
+    trainer = Trainer(model, dtype=getattr(torch, options.dtype), compiled=compiled)
+    batch = [torch.from_numpy(array.copy()) for array in make_batch(options)]
+    return lambda: trainer.step(*batch)
+
+
+def worker(name: str, options: argparse.Namespace) -> None:
+    """Takes numbers of steps from standard input; answers each with the seconds and losses of those steps."""
+    run = jax_worker(options) if name == "jax" else torch_worker(options, compiled=name == "torch.compile")
+    for line in sys.stdin:
+        began = time.perf_counter()
+        losses = [run() for _ in range(int(line))]
+        print(json.dumps({"seconds": time.perf_counter() - began, "losses": losses}), flush=True)
+
+
+class Contender:
+    def __init__(self, name: str) -> None:
+        command = [sys.executable, __file__, *sys.argv[1:], "--worker", name]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def steps(self, count: int) -> dict[str, Any]:
+        print(count, file=self._process.stdin, flush=True)
+        answer = self._process.stdout.readline()
+        if not answer:
+            sys.exit(f"a contender ended with exit code {self._process.wait()}")
+        return json.loads(answer)
+
+    def close(self) -> None:
+        self._process.stdin.close()
+        self._process.wait()
+
+
+def compare(options: argparse.Namespace) -> dict[str, Any]:
+    contenders = {name: Contender(name) for name in options.against.split(",")}
+    first = {name: each.steps(CHECKED_STEPS)["losses"] for name, each in contenders.items()}  # compiles
+    for name, losses in first.items():
+        for mine, theirs in zip(first["jax"], losses, strict=True):
+            if abs(mine - theirs) > TOLERANCE[options.dtype] * mine:
+                sys.exit(f"the losses differ, so the contenders do not compute the same: {first}")
+    best = dict.fromkeys(contenders, float("inf"))
+    for _ in range(options.rounds):
+        for name, each in contenders.items():
+            best[name] = min(best[name], each.steps(options.steps)["seconds"] / options.steps)
+    for each in contenders.values():
+        each.close()
+    tokens = options.batch * options.sequence
+    rates = {name: tokens / seconds for name, seconds in best.items()}
+    print(f"d{options.depth}, {options.batch} x {options.sequence} tokens, vocabulary {options.vocab:,}, {options.dtype}, "
+          f"{os.cpu_count()} cores; the step alone, without compilation, data and evaluation; best of {options.rounds} rounds")
+    for name, rate in rates.items():
+        print(f"  {name:14s} {rate:9,.0f} tokens/s  {1000 * tokens / rate:8.0f} ms  ours is {rates['jax'] / rate:.2f}x")
+    return {"tokens_per_sec": rates, "ratio": {name: rates["jax"] / rate for name, rate in rates.items() if name != "jax"}}
+
+
+def measure_loop(options: argparse.Namespace) -> dict[str, Any]:
+    """Time of a step in the loop (batches, logging, display) over that of the bare step, in turns."""
+    import numpy as np
+
+    from nanochat_jax.optim import constant
+    from nanochat_jax.step import compile_step, place_batch
+    from nanochat_jax.train import Evaluation, Job, TrainConfig, train
+
+    model, mesh, state, shardings, step, shape = jax_parts(options)
+    host = dict(zip(("inputs", "targets"), (array.astype(np.int32) for array in make_batch(options)), strict=True))
+
+    class Batches:
+        def __next__(self) -> dict[str, np.ndarray]:
+            return host
+
+        def get_state(self) -> dict[str, Any]:
+            return {}
+
+    compiled, _ = compile_step(step, state, shape, mesh)
+    best = {"bare": float("inf"), "loop": float("inf")}
+    for _ in range(options.rounds):
+        batch = [place_batch(array, shape, mesh) for array in host.values()]
+        began = time.perf_counter()
+        for _ in range(options.steps):
+            state, metrics = compiled(state, *batch)
+        float(metrics["loss"])
+        best["bare"] = min(best["bare"], (time.perf_counter() - began) / options.steps)
+        with tempfile.TemporaryDirectory() as directory:
+            job = Job(name="loop", config=TrainConfig(save_every=0), model=model, directory=Path(directory) / "d",
+                      num_steps=options.steps, shape=shape, lr_multiplier=constant(1.0), metadata={}, dry_run=True,
+                      evaluations=[Evaluation(-1, lambda params: {"val_bpb": 0.0})])
+            outcome = train(job, state, shardings, step, Batches())
+            state = state._replace(params=outcome.params)
+            best["loop"] = min(best["loop"], outcome.seconds / options.steps)
+    overhead = best["loop"] / best["bare"] - 1.0
+    print(f"d{options.depth}: bare step {1000 * best['bare']:.2f} ms, in the loop {1000 * best['loop']:.2f} ms: "
+          f"{100 * overhead:+.2f}%")
+    return {"seconds": best, "overhead": overhead}
+
+
+def measure_first_step(options: argparse.Namespace) -> dict[str, Any]:
+    """Seconds from the start of Python to the end of the first step, with an empty compile cache and with a warm one."""
+    command = [sys.executable, __file__, *sys.argv[1:], "--depth", "12", "--batch", "1", "--worker", "jax"]
+    found = {}
+    with tempfile.TemporaryDirectory() as scratch:
+        for name in ("cold", "warm"):
+            began = time.perf_counter()
+            subprocess.run(command, input="1\n", text=True, check=True, capture_output=True, env=os.environ | {"TMPDIR": scratch})
+            found[name] = time.perf_counter() - began
+            print(f"d12: first step after {found[name]:.1f} s with a {name} compile cache")
+    return {"seconds": found}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--depth", type=int, default=4)
+    parser.add_argument("--sequence", type=int, default=512)
+    parser.add_argument("--vocab", type=int, default=8192)
+    parser.add_argument("--batch", type=int, help="rows; default 4,096 tokens, half of it with a large vocabulary")
+    parser.add_argument("--dtype", choices=["float32", "bfloat16"], default="float32")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=2, help="of a round")
+    parser.add_argument("--against", default="jax,torch.compile", help="contenders: jax and any of torch.compile, torch")
+    parser.add_argument("--loop", action="store_true")
+    parser.add_argument("--first-step", action="store_true")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.batch is None:
+        options.batch = max(1, (2048 if options.vocab > 32768 else 4096) // options.sequence)
+    if options.worker:
+        return worker(options.worker, options)
+    measure = measure_loop if options.loop else measure_first_step if options.first_step else compare
+    print(json.dumps({"benchmark": "train_step", **vars(options), **measure(options)}))
+
+
+if __name__ == "__main__":
+    main()
