@@ -161,6 +161,8 @@ def measure_loop(options: argparse.Namespace) -> dict[str, Any]:
         def __next__(self) -> dict[str, np.ndarray]:
             return host
 
+        place: dict[str, Any] = {}
+
         def get_state(self) -> dict[str, Any]:
             return {}
 

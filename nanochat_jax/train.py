@@ -90,6 +90,10 @@ class Batches(Protocol):
 
     def __next__(self) -> dict[str, np.ndarray]: ...
 
+    @property
+    def place(self) -> dict[str, Any]:
+        """A few numbers for a log: where in the data the last batch was. Cheap, where `get_state` is not."""
+
     def get_state(self) -> dict[str, Any]: ...
 
     def set_state(self, state: dict[str, Any]) -> None: ...
@@ -175,13 +179,6 @@ def global_position(state: dict[str, Any], mesh: jax.sharding.Mesh) -> dict[str,
     return merge_states(states) if "shards" in state else states[0]
 
 
-def short_position(state: dict[str, Any]) -> dict[str, Any]:
-    """A few numbers that say where in the data a process is: its first virtual shard's place, or its conversation."""
-    if "shards" in state:
-        state = next(iter(state["shards"].values()))
-    return state.get("position") or {key: value for key, value in state.items() if isinstance(value, int)}
-
-
 class _Reporter:
     """Reads the metrics of finished steps, refuses what is not finite, and tells the log and the display."""
 
@@ -195,7 +192,7 @@ class _Reporter:
         self._rates = np.asarray(jax.jit(jax.vmap(job.lr_multiplier))(jnp.arange(job.num_steps)))
         self.clock = _StepClock()
 
-    def finish(self, step: int, metrics: dict[str, Any], batch: dict[str, np.ndarray], position: dict[str, Any]) -> None:
+    def finish(self, step: int, metrics: dict[str, Any], batch: dict[str, np.ndarray], place: dict[str, Any]) -> None:
         """Wait for a dispatched step and report it. Raises `UsageError` if its loss or gradient is not finite."""
         job, loop = self._job, self._loop
         loss, grad_norm = float(metrics["loss"]), float(metrics["grad_norm"])
@@ -214,7 +211,7 @@ class _Reporter:
         self.log.write(step=step, kind="train", loss=loss, grad_norm=grad_norm, lrm=float(self._rates[step]),
                        tokens_per_sec=rate, mfu="n/a" if mfu is None else mfu, seconds=seconds,
                        tokens=(step + 1) * job.shape.tokens, supervised=int(metrics["tokens"]), time=time.time(),
-                       position=short_position(position), peak_memory=peak_memory_bytes())
+                       position=place, peak_memory=peak_memory_bytes())
         self.display.update(step + 1, loss=f"{smooth:.4f}", **{"tok/s": f"{rate:,.0f}"},
                             mfu="n/a" if mfu is None else f"{100 * mfu:.1f}%")
 
@@ -321,7 +318,7 @@ def train(job: Job, state: TrainState, shardings: TrainState, step_fn: Callable,
                     state, metrics = run_step(state, inputs, targets)
                 if pending:
                     reporter.finish(*pending)
-                pending = (step, metrics, batch, batches.get_state())
+                pending = (step, metrics, batch, batches.place)
             checkpoints.wait()
         except jax.errors.JaxRuntimeError as error:
             if is_out_of_memory(error):

@@ -53,6 +53,10 @@ class CountedBatches:
         targets = np.where(rng.random((ROWS, MODEL.sequence_len)) < 0.3, -1, tokens[:, 1:]).astype(np.int32)
         return {"inputs": tokens[:, :-1], "targets": targets}
 
+    @property
+    def place(self):
+        return {"position": self.position}
+
     def get_state(self):
         return {"position": self.position}
 
