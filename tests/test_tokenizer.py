@@ -1,11 +1,10 @@
-"""The tokenizer: training against the definition and upstream's vocabulary, encoding, storage, and its two scripts."""
+"""The tokenizer: training against the definition and upstream's vocabulary, encoding, and storage."""
 
 import itertools
 import json
 import pickle
 import random
 import re
-import shutil
 import signal
 import time
 from collections import Counter
@@ -19,9 +18,7 @@ import tiktoken
 
 from nanochat_jax import rustbpe
 from nanochat_jax.cli import NotFound, UsageError
-from nanochat_jax.paths import Paths
 from nanochat_jax.tokenizer import META_FILE, RANKS_FILE, SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer, _parse_ranks
-from scripts import tok_eval, tok_train
 
 TEXTS = [
     "The quick brown fox jumps over the lazy dog, and the dog doesn't mind; it's 1234567 o'clock.\n",
@@ -486,80 +483,3 @@ def test_ranks_must_be_a_vocabulary():
         Tokenizer(ranks | {b"ab": 300})
     with pytest.raises(ValueError, match="byte 255"):
         Tokenizer({token: rank for token, rank in ranks.items() if rank < 255} | {b"ab": 255})
-
-
-# ---------------------------------------------------------------------------------------------------- scripts
-
-
-@pytest.fixture
-def base(tmp_path, monkeypatch):
-    """A base directory with two training shards and one for validation."""
-    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
-    documents = [["aaaa bbbb" * 10, TEXTS[0]], [TEXTS[1]], ["zqzqzqzq " * 50]]
-    for index, texts in enumerate(documents):
-        path = Paths(tmp_path).data("embedded") / f"shard_{index:05d}.parquet"
-        path.parent.mkdir(exist_ok=True)
-        pq.write_table(pa.table({"text": texts}), path, row_group_size=1)
-    return Paths(tmp_path)
-
-
-def test_tok_train_saves_a_tokenizer_and_reports(base, capsys):
-    tok_train.main(tok_train.Config(vocab_size=300))
-    tokenizer = Tokenizer.load(base.tokenizer)
-    assert tokenizer.vocab_size == 300
-    assert b"zq" not in tokenizer.mergeable_ranks
-    section = json.loads((base.report / "tokenizer-training.json").read_text())
-    assert section["stage"] == "tok_train"
-    assert section["results"]["vocab_size"] == 300
-    assert section["results"]["token_bytes_min"] == 1
-    assert "300 tokens" in capsys.readouterr().out
-
-
-def test_tok_train_refuses_a_small_vocabulary_a_bad_shard_and_no_data(base):
-    with pytest.raises(UsageError, match="at least 265"):
-        tok_train.main(tok_train.Config(vocab_size=100))
-    shard = base.data("embedded") / "shard_00000.parquet"
-    content = bytearray(shard.read_bytes())
-    content[4:40] = bytes(36)  # the pages are broken, the footer is not
-    shard.write_bytes(content)
-    with pytest.raises(UsageError, match="shard_00000.parquet"):
-        tok_train.main(tok_train.Config(vocab_size=300))
-    shard.write_bytes(content[:-5])
-    with pytest.raises(UsageError, match="shard_00000.parquet"):
-        tok_train.main(tok_train.Config(vocab_size=300))
-    shutil.rmtree(base.data("embedded"))
-    with pytest.raises(NotFound):
-        tok_train.main(tok_train.Config())
-
-
-def test_tok_eval_measures_compression_against_the_baselines(base, monkeypatch, capsys):
-    tok_train.main(tok_train.Config(vocab_size=300))
-    bytes_only = tiktoken.Encoding(
-        "bytes", pat_str=r"[\s\S]", mergeable_ranks={bytes([byte]): byte for byte in range(256)}, special_tokens={}
-    )
-    monkeypatch.setattr(tiktoken, "get_encoding", lambda name: bytes_only)
-    tok_eval.main(tok_eval.Config())
-    results = json.loads((base.report / "tokenizer-evaluation.json").read_text())["results"]
-    tokens = len(Tokenizer.load(base.tokenizer).encode("zqzqzqzq " * 50))
-    assert results["bytes_per_token_val"] == pytest.approx(450 / tokens)
-    assert results["gpt2_bytes_per_token_val"] == 1.0
-    shown = capsys.readouterr().out
-    assert "GPT-2 256" in shown and "GPT-4 256" in shown
-
-
-@pytest.mark.parametrize("hangs", [False, True])
-def test_tok_eval_without_a_network_says_so_and_goes_on(base, monkeypatch, capsys, hangs):
-    def get_encoding(name):
-        if hangs:
-            time.sleep(3600)
-        raise ConnectionError("unreachable")
-
-    tok_train.main(tok_train.Config(vocab_size=300))
-    monkeypatch.setattr(tiktoken, "get_encoding", get_encoding)
-    monkeypatch.setattr(tok_eval, "DOWNLOAD_SECONDS", 0.1)
-    tok_eval.main(tok_eval.Config())
-    results = json.loads((base.report / "tokenizer-evaluation.json").read_text())["results"]
-    assert results["bytes_per_token_news"] > 1
-    assert not any(name.startswith("gpt2") for name in results)
-    shown = [line for line in capsys.readouterr().out.splitlines() if "No comparison with GPT-2 and GPT-4" in line]
-    assert len(shown) == 1 and ("TimeoutError" if hangs else "ConnectionError") in shown[0]
