@@ -5,8 +5,8 @@
     python benchmarks/loader.py --corpus DIRECTORY  shards of your own instead of the offline corpus
 
 From parquet files to numpy batches on the host, tokenized as they are read, BOS before every document. Passes are
-repeated in turns, and the best of each is shown. The vocabulary is trained on the corpus first. The peer is given what
-helps it: its tokenizer uses all cores, and its rows are built from numpy arrays. Both make the same rows, which is checked.
+repeated in turns, and the best of each is shown. The vocabulary is trained on the corpus first. The peer's tokenizer uses
+all cores too. Both make the same rows of best fit, which is checked.
 """
 
 import argparse
@@ -40,7 +40,8 @@ def peer_documents(paths: list[Path], encoding: tiktoken.Encoding, bos: int, thr
             for group in range(file.num_row_groups):
                 texts = file.read_row_group(group).column("text").to_pylist()
                 for start in range(0, len(texts), 128):
-                    documents = encoding.encode_ordinary_batch(texts[start : start + 128], num_threads=threads)
+                    part = texts[start : start + 128]
+                    documents = encoding.encode_ordinary_batch(part, num_threads=threads)
                     for ids in documents:
                         ids.insert(0, bos)
                     yield documents
@@ -187,7 +188,7 @@ def main() -> None:
             print(json.dumps({"benchmark": "loader_step", **about, "ratio": ratio, "seconds": steps}))
             return
         best = measure_rates(corpus, tokenizer, args)
-        print(f"{cores} cores, vocabulary of {tokenizer.vocab_size:,}, rows of {args.length:,} tokens, {args.rows} a batch")
+        print(f"{cores} cores, vocabulary {tokenizer.vocab_size:,}, rows of {args.length:,} tokens, {args.rows} a batch")
         print(f"{'':24} {'M tokens/s':>10} {'per core':>10} {'times the peer':>15}")
         ratios = {}
         for name, (per_second, per_cpu_second) in best.items():

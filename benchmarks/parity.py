@@ -18,9 +18,27 @@ from pathlib import Path
 
 TOLERANCE = 0.03
 # Settings of upstream's that decide the result; the others say where and how often to log, evaluate and save.
-SETTINGS = ("depth", "aspect_ratio", "head_dim", "max_seq_len", "window_pattern", "num_iterations", "device_batch_size",
-            "target_param_data_ratio", "total_batch_size", "embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr",
-            "weight_decay", "grad_clip", "warmup_steps", "warmdown_ratio", "final_lr_frac", "eval_tokens")
+SETTINGS = (
+    "depth",
+    "aspect_ratio",
+    "head_dim",
+    "max_seq_len",
+    "window_pattern",
+    "num_iterations",
+    "device_batch_size",
+    "target_param_data_ratio",
+    "total_batch_size",
+    "embedding_lr",
+    "unembedding_lr",
+    "matrix_lr",
+    "scalar_lr",
+    "weight_decay",
+    "grad_clip",
+    "warmup_steps",
+    "warmdown_ratio",
+    "final_lr_frac",
+    "eval_tokens",
+)
 
 
 def train(era: str, reference: Path, corpus: Path) -> dict[str, float]:
@@ -34,14 +52,36 @@ def train(era: str, reference: Path, corpus: Path) -> dict[str, float]:
         settings = meta["user_config"]
         flags = [f"--{name.replace('_', '-')}={settings[name]}" for name in SETTINGS if settings.get(name) is not None]
         start = time.perf_counter()
-        run("scripts.base_train", "--arch", era, "--data", "fineweb", "--mesh", "1x1", "--dtype", "float32",
-            "--model-tag", "ours", "--eval-every", "-1",
-            "--data-shards", "1", *flags)
+        run(
+            "scripts.base_train",
+            "--arch",
+            era,
+            "--data",
+            "fineweb",
+            "--mesh",
+            "1x1",
+            "--dtype",
+            "float32",
+            "--model-tag",
+            "ours",
+            "--eval-every",
+            "-1",
+            "--data-shards",
+            "1",
+            *flags,
+        )
         seconds = time.perf_counter() - start
-        log = [json.loads(line) for line in (Path(base) / "base_checkpoints/ours/metrics.jsonl").read_text().splitlines()]
+        log = [
+            json.loads(line) for line in (Path(base) / "base_checkpoints/ours/metrics.jsonl").read_text().splitlines()
+        ]
     ours = [row["val_bpb"] for row in log if "val_bpb" in row][-1]
-    return {"steps": meta["step"], "upstream_bpb": meta["val_bpb"], "ours_bpb": ours, "difference": ours - meta["val_bpb"],
-            "seconds": seconds}
+    return {
+        "steps": meta["step"],
+        "upstream_bpb": meta["val_bpb"],
+        "ours_bpb": ours,
+        "difference": ours - meta["val_bpb"],
+        "seconds": seconds,
+    }
 
 
 def main() -> int:
@@ -50,8 +90,10 @@ def main() -> int:
     results = {era: train(era, data / "golden" / f"trained-{era}", data / "data" / "base_data") for era in eras}
     print(f"\n{'era':8}  {'steps':>5}  {'upstream':>8}  {'ours':>8}  {'difference':>10}  {'seconds':>7}")
     for era, row in results.items():
-        print(f"{era:8}  {row['steps']:5}  {row['upstream_bpb']:8.4f}  {row['ours_bpb']:8.4f}  {row['difference']:+10.4f}  "
-              f"{row['seconds']:7.0f}")
+        print(
+            f"{era:8}  {row['steps']:5}  {row['upstream_bpb']:8.4f}  {row['ours_bpb']:8.4f}  {row['difference']:+10.4f}  "
+            f"{row['seconds']:7.0f}"
+        )
     print(json.dumps(results))
     return int(any(abs(row["difference"]) > TOLERANCE for row in results.values()))
 

@@ -92,9 +92,9 @@ def test_weights_are_passes_over_a_task():
 def test_a_named_mixture(tmp_path, paths):
     chat = json.dumps([user("hi"), {"role": "assistant", "content": "there"}])
     (tmp_path / "chats.jsonl").write_text(f"{chat}\n" * 10)
-    mixture = tasks.mixture_for("climbmix", "sft", "train", paths, f"GSM8K, ARC-Easy*3,{tmp_path}/chats.jsonl*0.5")
+    mixture = tasks.mixture_for("climbmix", "sft", "train", paths, named=f"GSM8K, ARC-Easy*3,{tmp_path}/chats.jsonl*0.5")
     assert len(mixture) == 7473 + 3 * 2251 + 5
-    assert len(tasks.mixture_for("climbmix", "sft", "val", paths, "GSM8K")) == 220  # validation stays what it was
+    assert len(tasks.mixture_for("climbmix", "sft", "val", paths, named="GSM8K")) == 220  # validation stays what it was
 
 
 @pytest.mark.parametrize("named, message", [

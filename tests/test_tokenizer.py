@@ -9,6 +9,7 @@ import shutil
 import signal
 import time
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import pyarrow as pa
@@ -19,7 +20,7 @@ import tiktoken
 from nanochat_jax import rustbpe
 from nanochat_jax.cli import NotFound, UsageError
 from nanochat_jax.paths import Paths
-from nanochat_jax.tokenizer import META_FILE, RANKS_FILE, SPECIAL_TOKENS, Tokenizer, _parse_ranks
+from nanochat_jax.tokenizer import META_FILE, RANKS_FILE, SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer, _parse_ranks
 from scripts import tok_eval, tok_train
 
 TEXTS = [
@@ -118,6 +119,7 @@ def test_training_stops_when_no_pair_is_left(caplog):
     [
         ((["a"], 255), ValueError, "at least 256, got 255"),
         ((["a"], -1), ValueError, "at least 256, got -1"),
+        ((["a"], 2**40), ValueError, "at most 4294967295, got 1099511627776"),
         ((["a"], 300, 0), ValueError, "buffer_size"),
         ((["a"], 300, 1, "("), ValueError, "bad split pattern"),
         ((["a", 3], 300), TypeError, "item 1 is int"),
@@ -256,16 +258,73 @@ def random_text(rng, length):
     return "".join(rng.choice(rng.choice(pools)) for _ in range(length))
 
 
-def test_round_trip_and_agreement_of_both_encoders_on_random_unicode():
-    texts = [random_text(random.Random(seed), seed) for seed in range(300)]
+def reference(tokenizer):
+    return tiktoken.Encoding(
+        "x", pat_str=tokenizer.pattern, mergeable_ranks=tokenizer.mergeable_ranks, special_tokens={}
+    )
+
+
+# GPT-4's pattern with other numbers of digits, and some that the splitter leaves to the regular expression engine.
+PATTERNS = [
+    SPLIT_PATTERN,
+    SPLIT_PATTERN.replace("{1,2}", "{1,3}"),
+    r"\S+|\s+",
+    r"(?s).{1,200}",
+    r"[a-z]+(?!\d)| ?\w|\W+",
+]
+
+
+@pytest.mark.parametrize("pattern", PATTERNS)
+def test_random_unicode_gets_tiktokens_ids_and_comes_back(pattern):
+    texts = [random_text(random.Random(seed), seed) for seed in range(300)] + TEXTS[:3]
     trainer = rustbpe.Tokenizer()
-    trainer.train_from_iterator(texts, 500)
-    tokenizer = Tokenizer(dict(trainer.get_mergeable_ranks()), pattern=trainer.get_pattern())
-    for text in texts:
+    trainer.train_from_iterator(texts, 500, pattern=pattern)
+    tokenizer = Tokenizer(dict(trainer.get_mergeable_ranks()), pattern=pattern)
+    expected = reference(tokenizer)
+    unseen = [random_text(random.Random(seed), 400) for seed in range(300, 330)]
+    for text in texts + unseen:
         ids = tokenizer.encode(text)
+        assert ids == expected.encode_ordinary(text)
+        assert ids == trainer.encode(text)
+        if pattern.startswith("'"):  # the others may leave text between their matches
+            assert tokenizer.decode(ids) == text
+            assert trainer.decode(ids) == text.encode()
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_a_vocabulary_that_nobody_trained_gets_tiktokens_ids(seed):
+    rng = random.Random(seed)
+    tokens = [bytes([byte]) for byte in range(256)]
+    tokens += {"".join(rng.choices("aab ", k=rng.randint(2, 6))).encode() for _ in range(60)}
+    rng.shuffle(tokens)
+    tokenizer = Tokenizer({token: rank for rank, token in enumerate(tokens)}, pattern=r"(?s).{1,300}")
+    expected = reference(tokenizer)
+    for length in (1, 7, 50, 1000):
+        text = "".join(rng.choices("aaabc ", k=length))
+        assert tokenizer.encode(text) == expected.encode_ordinary(text)
+
+
+@pytest.mark.parametrize("token", [-1, 256, 2**40])
+def test_an_id_without_a_token_is_refused(token):
+    with pytest.raises(ValueError, match=f"no token has id {token}"):
+        rustbpe.Tokenizer().decode([97, token])
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_arbitrary_bytes_come_back(tokenizer, seed):
+    noise = random.Random(seed).randbytes(5000)
+    for text in (noise.decode("latin-1"), noise.decode("utf-8", "replace")):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+        assert tokenizer.encode(text) == reference(tokenizer).encode_ordinary(text)
+    assert tokenizer.decode_bytes(list(noise)) == noise
+
+
+def test_text_without_a_place_to_cut_gets_tiktokens_ids(tokenizer):
+    rng = random.Random(0)
+    for text in ("".join(rng.choices("theqbrown", k=50_000)), "a" * 100_000, "'" * 30_000, " " * 30_000):
+        ids = tokenizer.encode(text)
+        assert ids == reference(tokenizer).encode_ordinary(text)
         assert tokenizer.decode(ids) == text
-        assert trainer.encode(text) == ids
-        assert trainer.decode(ids) == text.encode()
 
 
 def test_a_list_gives_the_ids_of_each(tokenizer):
@@ -282,6 +341,15 @@ def test_a_batch_is_the_ids_of_all_texts_in_one_array(tokenizer):
         assert rows == [[tokenizer.bos_id, *tokenizer.encode(text)] for text in texts]
     ids, offsets = tokenizer.encode_batch([])
     assert (ids.size, offsets.tolist()) == (0, [0])
+
+
+def test_several_python_threads_share_a_tokenizer(tokenizer):
+    batches = [TEXTS[start:] * 20 for start in range(12)]
+    with ThreadPoolExecutor(4) as pool:
+        results = list(pool.map(lambda texts: tokenizer.encode_batch(texts, num_threads=2), batches))
+    for texts, (ids, offsets) in zip(batches, results, strict=True):
+        assert ids.tolist() == [token for text in texts for token in tokenizer.encode(text)]
+        assert len(offsets) == len(texts) + 1
 
 
 @pytest.mark.parametrize("kind", [pa.string(), pa.large_string()])

@@ -7,7 +7,8 @@ Data sets in another format than parquet, JSON Lines or CSV are read from the br
 
 import logging
 import re
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import RevisionNotFoundError
 
 from nanochat_jax.cli import NotFound, UsageError
-from nanochat_jax.data.convert import file_format, read_documents
+from nanochat_jax.data.convert import REPORT_EVERY_S, file_format, read_documents
 from nanochat_jax.data.hub import clean_up, fetch, first_line, quiet_client
 
 logger = logging.getLogger(__name__)
@@ -168,6 +169,19 @@ def iter_documents(files: Files, field: str, folder: Path, *, cut_chars: int, li
                 folder.rmdir()
 
 
+def _report_arrival(name: str) -> Callable[[int, int | None], None]:
+    """A line every ten seconds while a file arrives."""
+    last = time.monotonic()
+
+    def report(done: int, total: int | None) -> None:
+        nonlocal last
+        if time.monotonic() - last > REPORT_EVERY_S:
+            last = time.monotonic()
+            logger.info("%s: %.0f of %s MB", name, done / 1e6, "?" if total is None else f"{total / 1e6:.0f}")
+
+    return report
+
+
 def _iter_documents(files: Files, field: str, folder: Path, cut_chars: int, limit_rows: int | None, wait_s: float
                     ) -> Iterator[str | None]:  # fmt: skip
     left = limit_rows
@@ -175,7 +189,7 @@ def _iter_documents(files: Files, field: str, folder: Path, cut_chars: int, limi
 
         def start(index: int) -> tuple[Path, Future[None]]:
             target = folder / f"{index:05d}-{files.names[index].replace('/', '-')}"
-            options = dict(revision=files.commit, wait_s=wait_s)
+            options = dict(revision=files.commit, wait_s=wait_s, progress=_report_arrival(files.names[index]))
             return target, pool.submit(fetch, files.repo, files.names[index], target, **options)
 
         arriving = None

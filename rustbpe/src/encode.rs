@@ -3,10 +3,11 @@
 //! Encoding is what tiktoken defines: a chunk that is a token gets that token's id; in any other, of all neighbours
 //! that together are a token the pair of the lowest id merges, the leftmost first, until none is left.
 
+use std::cmp::Reverse;
 use std::collections::BTreeMap;
 use std::hash::BuildHasher;
 
-use hashbrown::{DefaultHashBuilder, HashMap, HashSet, HashTable};
+use hashbrown::{DefaultHashBuilder, HashTable};
 
 use crate::key;
 use crate::split::Splitter;
@@ -18,10 +19,15 @@ const NONE: u32 = u32::MAX;
 /// The tokens of a vocabulary and which pairs of them make another.
 pub struct Vocabulary {
     tokens: Vec<Vec<u8>>,
-    ids: HashTable<u32>,
     hasher: DefaultHashBuilder,
-    merges: HashMap<Pair, u32>,
+    /// Ids by the hash of the token's bytes.
+    ids: HashTable<u32>,
+    /// Ids by the hash of the pair that makes the token. More than one pair may spell a token, but merging arrives at
+    /// no more than one of them: what happens within the token's bytes does not depend on what is around them.
+    merges: HashTable<(Pair, u32)>,
     byte_ids: [u32; 256],
+    /// What two bytes make, by the number that they are.
+    byte_merges: Vec<u32>,
 }
 
 impl Vocabulary {
@@ -36,31 +42,49 @@ impl Vocabulary {
 
     /// Token `i` gets the id `i`. Fails if a token is there twice or one of the 256 bytes is not.
     pub fn from_tokens(tokens: Vec<Vec<u8>>) -> Result<Self, String> {
-        let ids = HashTable::with_capacity(tokens.len());
-        let mut vocabulary =
-            Self { tokens, ids, hasher: Default::default(), merges: HashMap::new(), byte_ids: [NONE; 256] };
-        for (id, token) in vocabulary.tokens.iter().enumerate() {
+        let size = tokens.len();
+        let mut vocabulary = Self {
+            tokens,
+            hasher: DefaultHashBuilder::default(),
+            ids: HashTable::with_capacity(size),
+            merges: HashTable::with_capacity(size),
+            byte_ids: [NONE; 256],
+            byte_merges: vec![NONE; 1 << 16],
+        };
+        for (id, token) in (0..).zip(&vocabulary.tokens) {
             if let Some(twin) = vocabulary.id(token) {
                 return Err(format!("tokens {twin} and {id} are the same: {:?}", String::from_utf8_lossy(token)));
             }
-            let rehash = |&id: &u32| vocabulary.hasher.hash_one(vocabulary.tokens[id as usize].as_slice());
-            vocabulary.ids.insert_unique(vocabulary.hasher.hash_one(token.as_slice()), id as u32, rehash);
+            let hash = |&id: &u32| vocabulary.hasher.hash_one(vocabulary.tokens[id as usize].as_slice());
+            vocabulary.ids.insert_unique(hash(&id), id, hash);
         }
         for byte in 0..=255 {
             let id = vocabulary.id(&[byte]).ok_or_else(|| format!("byte {byte} is not in the vocabulary"))?;
             vocabulary.byte_ids[usize::from(byte)] = id;
         }
-        // Only parts as long as some token need a look, which matters where tokens are very long.
-        let lengths: HashSet<usize> = vocabulary.tokens.iter().map(Vec::len).collect();
-        for (id, token) in vocabulary.tokens.iter().enumerate() {
-            for cut in (1..token.len()).filter(|&cut| lengths.contains(&cut) && lengths.contains(&(token.len() - cut)))
-            {
-                if let (Some(left), Some(right)) = (vocabulary.id(&token[..cut]), vocabulary.id(&token[cut..])) {
-                    vocabulary.merges.insert((left, right), id as u32);
+        vocabulary.find_merges();
+        Ok(vocabulary)
+    }
+
+    /// Merges the bytes of each token, the shorter ones first, as far as the merges found so far go: if two parts are
+    /// left, they are the pair that makes the token. If more are left, only a chunk that is the token gets it.
+    fn find_merges(&mut self) {
+        let mut by_length: Vec<u32> = (0..self.tokens.len() as u32).collect();
+        by_length.sort_by_key(|&id| self.tokens[id as usize].len());
+        let mut buffers = Buffers::default();
+        for id in by_length {
+            let token = &self.tokens[id as usize];
+            if token.len() > 1 {
+                self.merge(token, &mut buffers);
+                if let [left, right] = buffers.ids[..] {
+                    self.merges
+                        .insert_unique(hash_pair((left, right)), ((left, right), id), |entry| hash_pair(entry.0));
+                    if let [first, second] = token[..] {
+                        self.byte_merges[usize::from(first) << 8 | usize::from(second)] = id;
+                    }
                 }
             }
         }
-        Ok(vocabulary)
     }
 
     /// The bytes of every token, by id.
@@ -75,27 +99,123 @@ impl Vocabulary {
 
     /// The id of the token that two tokens make together, or NONE.
     #[inline]
-    fn merge(&self, left: u32, right: u32) -> u32 {
-        self.merges.get(&(left, right)).copied().unwrap_or(NONE)
+    fn product(&self, left: u32, right: u32) -> u32 {
+        self.merges.find(hash_pair((left, right)), |entry| entry.0 == (left, right)).map_or(NONE, |entry| entry.1)
     }
 
     /// The bytes of `ids` joined, or the first id that is not in the vocabulary.
-    pub fn decode(&self, ids: &[u32]) -> Result<Vec<u8>, u32> {
+    pub fn decode(&self, ids: &[i64]) -> Result<Vec<u8>, i64> {
         let mut bytes = Vec::new();
         for &id in ids {
-            bytes.extend_from_slice(self.tokens.get(id as usize).ok_or(id)?);
+            let token = usize::try_from(id).ok().and_then(|id| self.tokens.get(id));
+            bytes.extend_from_slice(token.ok_or(id)?);
         }
         Ok(bytes)
+    }
+}
+
+#[inline]
+fn hash_pair(pair: Pair) -> u64 {
+    let product = u128::from(u64::from(pair.0) << 32 | u64::from(pair.1)) * 0x9e37_79b9_7f4a_7c15_f39c;
+    product as u64 ^ (product >> 64) as u64
+}
+
+/// Chunks up to this long are merged by searching the best pair over and over, which is fast because it needs no more
+/// than two small arrays; longer ones by `merge_long`, whose time does not grow with the square of the length.
+const SHORT_CHUNK: usize = 128;
+
+/// Space for merging a chunk.
+#[derive(Default)]
+struct Buffers {
+    ids: Vec<u32>,
+    /// What each id and the next one make.
+    products: Vec<u32>,
+}
+
+impl Vocabulary {
+    /// Merges a chunk as far as it goes and leaves the result in `buffers.ids`.
+    fn merge(&self, chunk: &[u8], Buffers { ids, products }: &mut Buffers) {
+        ids.clear();
+        ids.extend(chunk.iter().map(|&byte| self.byte_ids[usize::from(byte)]));
+        products.clear();
+        let pairs = chunk.windows(2).map(|pair| usize::from(pair[0]) << 8 | usize::from(pair[1]));
+        products.extend(pairs.map(|pair| self.byte_merges[pair]));
+        if ids.len() <= SHORT_CHUNK {
+            self.merge_short(ids, products);
+        } else {
+            self.merge_long(ids, products);
+            ids.retain(|&id| id != NONE);
+        }
+    }
+
+    fn merge_short(&self, ids: &mut Vec<u32>, products: &mut Vec<u32>) {
+        while let Some((at, &best)) = products.iter().enumerate().min_by_key(|&(_, &product)| product) {
+            if best == NONE {
+                return;
+            }
+            ids[at] = best;
+            ids.remove(at + 1);
+            products.remove(at);
+            if at > 0 {
+                products[at - 1] = self.product(ids[at - 1], best);
+            }
+            if at < products.len() {
+                products[at] = self.product(best, ids[at + 1]);
+            }
+        }
+    }
+
+    /// The same in near-linear time: places wait in a list for each product, and a whole list is merged at once, left to
+    /// right. Ids that are merged away become NONE.
+    fn merge_long(&self, ids: &mut [u32], products: &mut Vec<u32>) {
+        let len = ids.len() as u32;
+        products.push(NONE); // nothing follows the last
+        let mut next: Vec<u32> = (1..=len).collect();
+        let mut previous: Vec<u32> = (0..len).map(|at| at.wrapping_sub(1)).collect();
+        let mut waiting = BTreeMap::<u32, Vec<u32>>::new();
+        for (at, &product) in (0..).zip(products.iter()).filter(|(_, &product)| product != NONE) {
+            waiting.entry(product).or_default().push(at);
+        }
+        while let Some((best, mut places)) = waiting.pop_first() {
+            places.sort_unstable_by_key(|&at| Reverse(at));
+            while let Some(at) = places.pop() {
+                if products[at as usize] != best {
+                    continue; // a neighbour was merged since
+                }
+                let right = next[at as usize];
+                let (before, after) = (previous[at as usize], next[right as usize]);
+                (ids[at as usize], ids[right as usize]) = (best, NONE);
+                (products[at as usize], products[right as usize]) = (NONE, NONE);
+                next[at as usize] = after;
+                if after < len {
+                    previous[after as usize] = at;
+                    products[at as usize] = self.product(best, ids[after as usize]);
+                }
+                if before < len {
+                    products[before as usize] = self.product(ids[before as usize], best);
+                }
+                let mut lowest = NONE;
+                for place in [before, at].into_iter().filter(|&place| place < len) {
+                    let product = products[place as usize];
+                    if product != NONE {
+                        waiting.entry(product).or_default().push(place);
+                        lowest = lowest.min(product);
+                    }
+                }
+                if lowest < best {
+                    // Cannot happen in a trained vocabulary, where a token is younger than its parts. No merge makes a
+                    // pair with its own product, so nobody has started another list for `best`.
+                    waiting.insert(best, places);
+                    break;
+                }
+            }
+        }
     }
 }
 
 /// How many chunks a thread remembers, as a power of two, and of how many ids at most.
 const CACHE_BITS: u32 = 15;
 const CACHED_IDS: usize = 4;
-
-/// Chunks up to this long are merged by searching the best pair over and over, which is fast because it needs no more
-/// than two small arrays; longer ones by `merge_long`, whose time does not grow with the square of the length.
-const SHORT_CHUNK: usize = 128;
 
 #[derive(Clone, Copy)]
 struct Cached {
@@ -108,8 +228,7 @@ pub struct Scratch {
     splitter: Splitter,
     /// The chunk that last fell on each place, with its ids. Most text consists of few words.
     cache: Box<[Cached]>,
-    ids: Vec<u32>,
-    ranks: Vec<u32>,
+    buffers: Buffers,
 }
 
 /// Splits and encodes text.
@@ -121,113 +240,41 @@ pub struct Encoder {
 impl Encoder {
     pub fn scratch(&self) -> Scratch {
         let empty = Cached { key: 0, ids: [-1; CACHED_IDS] };
-        Scratch {
-            splitter: self.splitter.clone(),
-            cache: vec![empty; 1 << CACHE_BITS].into_boxed_slice(),
-            ids: Vec::new(),
-            ranks: Vec::new(),
-        }
+        let cache = vec![empty; 1 << CACHE_BITS].into_boxed_slice();
+        Scratch { splitter: self.splitter.clone(), cache, buffers: Buffers::default() }
     }
 
     /// Appends the ids of `text` to `out`.
     pub fn encode(&self, text: &str, scratch: &mut Scratch, out: &mut Vec<i32>) -> Result<(), String> {
-        let Scratch { splitter, cache, ids, ranks } = scratch;
+        let Scratch { splitter, cache, buffers } = scratch;
         let bytes = text.as_bytes();
+        if u32::try_from(bytes.len()).is_err() {
+            return Err(format!("a text of {} bytes is too long: cut it below 4 GiB", bytes.len()));
+        }
         splitter.for_each(text, |chunk| {
-            let Some(key) = key::of(bytes, &chunk) else { return self.encode_chunk(&bytes[chunk], ids, ranks, out) };
+            let Some(key) = key::of(bytes, &chunk) else { return self.encode_chunk(&bytes[chunk], buffers, out) };
             let cached = &mut cache[key::index(key, CACHE_BITS)];
-            if cached.key != key {
-                let start = out.len();
-                self.encode_chunk(&bytes[chunk], ids, ranks, out);
-                let fresh = &out[start..];
-                if fresh.len() <= CACHED_IDS {
-                    *cached = Cached { key, ids: [-1; CACHED_IDS] };
-                    cached.ids[..fresh.len()].copy_from_slice(fresh);
-                }
+            if cached.key == key {
+                out.push(cached.ids[0]);
+                out.extend(cached.ids[1..].iter().take_while(|&&id| id >= 0));
                 return;
             }
-            out.push(cached.ids[0]);
-            out.extend(cached.ids[1..].iter().take_while(|&&id| id >= 0));
+            let start = out.len();
+            self.encode_chunk(&bytes[chunk], buffers, out);
+            let fresh = &out[start..];
+            if fresh.len() <= CACHED_IDS {
+                *cached = Cached { key, ids: [-1; CACHED_IDS] };
+                cached.ids[..fresh.len()].copy_from_slice(fresh);
+            }
         })
     }
 
-    fn encode_chunk(&self, chunk: &[u8], ids: &mut Vec<u32>, ranks: &mut Vec<u32>, out: &mut Vec<i32>) {
+    fn encode_chunk(&self, chunk: &[u8], buffers: &mut Buffers, out: &mut Vec<i32>) {
         if let Some(id) = self.vocabulary.id(chunk) {
             return out.push(id as i32);
         }
-        ids.clear();
-        ids.extend(chunk.iter().map(|&byte| self.vocabulary.byte_ids[usize::from(byte)]));
-        ranks.clear();
-        ranks.extend(ids.windows(2).map(|pair| self.vocabulary.merge(pair[0], pair[1])));
-        if ids.len() <= SHORT_CHUNK {
-            self.vocabulary.merge_short(ids, ranks);
-            out.extend(ids.iter().map(|&id| id as i32));
-        } else {
-            self.vocabulary.merge_long(ids, ranks);
-            out.extend(ids.iter().filter(|&&id| id != NONE).map(|&id| id as i32));
-        }
-    }
-}
-
-impl Vocabulary {
-    /// Merges in place; `ranks[i]` is the id that `ids[i]` and `ids[i + 1]` make.
-    fn merge_short(&self, ids: &mut Vec<u32>, ranks: &mut Vec<u32>) {
-        loop {
-            let Some((at, &rank)) = ranks.iter().enumerate().min_by_key(|&(_, &rank)| rank) else { return };
-            if rank == NONE {
-                return;
-            }
-            ids[at] = rank;
-            ids.remove(at + 1);
-            ranks.remove(at);
-            if at > 0 {
-                ranks[at - 1] = self.merge(ids[at - 1], rank);
-            }
-            if at < ranks.len() {
-                ranks[at] = self.merge(rank, ids[at + 1]);
-            }
-        }
-    }
-
-    /// The same in near-linear time: places wait in a list for each rank, and a whole list is merged at once, left to
-    /// right. What a merge makes new has another rank than its own. Ids that are merged away become NONE.
-    fn merge_long(&self, ids: &mut [u32], ranks: &mut Vec<u32>) {
-        let len = ids.len();
-        ranks.push(NONE); // nothing follows the last
-        let mut next: Vec<usize> = (1..=len).collect();
-        let mut previous: Vec<usize> = (0..len).map(|at| at.wrapping_sub(1)).collect();
-        let mut waiting = BTreeMap::<u32, Vec<usize>>::new();
-        for (at, &rank) in ranks.iter().enumerate().filter(|(_, &rank)| rank != NONE) {
-            waiting.entry(rank).or_default().push(at);
-        }
-        while let Some((rank, mut places)) = waiting.pop_first() {
-            places.sort_unstable();
-            for at in places {
-                if ranks[at] != rank {
-                    continue; // a neighbour was merged since
-                }
-                let right = next[at];
-                let after = next[right];
-                (ids[at], ids[right]) = (rank, NONE);
-                ranks[right] = NONE;
-                next[at] = after;
-                ranks[at] = NONE;
-                if after < len {
-                    previous[after] = at;
-                    ranks[at] = self.merge(rank, ids[after]);
-                    if ranks[at] != NONE {
-                        waiting.entry(ranks[at]).or_default().push(at);
-                    }
-                }
-                if at > 0 {
-                    let before = previous[at];
-                    ranks[before] = self.merge(ids[before], rank);
-                    if ranks[before] != NONE {
-                        waiting.entry(ranks[before]).or_default().push(before);
-                    }
-                }
-            }
-        }
+        self.vocabulary.merge(chunk, buffers);
+        out.extend(buffers.ids.iter().map(|&id| id as i32));
     }
 }
 
@@ -255,22 +302,44 @@ mod tests {
         assert_eq!(encoder.vocabulary.decode(&[259]), Err(259));
     }
 
+    /// tiktoken's definition: any two neighbours that together spell a token may merge.
+    fn merge_by_spelling(vocabulary: &Vocabulary, chunk: &[u8]) -> Vec<u32> {
+        let mut parts: Vec<Vec<u8>> = chunk.iter().map(|&byte| vec![byte]).collect();
+        loop {
+            let pairs = parts.windows(2).map(|pair| vocabulary.id(&pair.concat()).unwrap_or(NONE)).enumerate();
+            match pairs.min_by_key(|&(_, id)| id) {
+                Some((at, id)) if id != NONE => {
+                    let right = parts.remove(at + 1);
+                    parts[at].extend(right);
+                }
+                _ => return parts.iter().map(|part| vocabulary.id(part).unwrap()).collect(),
+            }
+        }
+    }
+
     #[test]
-    fn merging_is_the_same_for_short_and_long_chunks() {
-        let vocabulary = Vocabulary::from_merges(&[(97, 97), (97, 98), (256, 97), (98, 257), (256, 256), (259, 257)]);
+    fn merging_equals_the_definition_in_any_vocabulary_and_length() {
         let mut state = 3u64;
-        let mut random = move || {
+        let mut random = move |limit: usize| {
             state = state.wrapping_mul(6364136223846793005).wrapping_add(1442695040888963407);
-            (state >> 33) as usize
+            (state >> 33) as usize % limit
         };
-        for length in (0..200).chain([1000]) {
-            let bytes: Vec<u32> = (0..length).map(|_| [97, 97, 98][random() % 3]).collect();
-            let mut ranks: Vec<u32> = bytes.windows(2).map(|pair| vocabulary.merge(pair[0], pair[1])).collect();
-            let (mut short, mut long) = (bytes.clone(), bytes);
-            vocabulary.merge_short(&mut short, &mut ranks.clone());
-            vocabulary.merge_long(&mut long, &mut ranks);
-            long.retain(|&id| id != NONE);
-            assert_eq!(short, long);
+        for _ in 0..300 {
+            // Not a trained vocabulary: tokens that merging cannot reach, ids in any order.
+            let mut tokens: Vec<Vec<u8>> = (0..=255).map(|byte| vec![byte]).collect();
+            for _ in 0..random(40) {
+                let token: Vec<u8> = (0..2 + random(6)).map(|_| b"aab"[random(3)]).collect();
+                if !tokens.contains(&token) {
+                    tokens.insert(random(tokens.len()), token);
+                }
+            }
+            let vocabulary = Vocabulary::from_tokens(tokens).unwrap();
+            let mut buffers = Buffers::default();
+            for length in [1, 2, 5, 20, 60, SHORT_CHUNK + 1, 300] {
+                let chunk: Vec<u8> = (0..length).map(|_| b"aaabc"[random(5)]).collect();
+                vocabulary.merge(&chunk, &mut buffers);
+                assert_eq!(buffers.ids, merge_by_spelling(&vocabulary, &chunk));
+            }
         }
     }
 

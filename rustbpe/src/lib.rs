@@ -27,6 +27,9 @@ use split::{Splitter, DEFAULT_PATTERN};
 use texts::{as_string, Texts};
 use train::{learn_merges, Words};
 
+/// More threads than any machine has cores would only cost memory, and at some number none can be started.
+const MAX_THREADS: usize = 1024;
+
 /// A byte-level BPE tokenizer: ids 0..=255 are bytes, then come the learned merges.
 #[pyclass]
 struct Tokenizer {
@@ -177,7 +180,7 @@ impl Tokenizer {
     }
 
     /// The bytes that `ids` stand for, which need not be whole UTF-8 characters.
-    fn decode<'py>(&self, py: Python<'py>, ids: Vec<u32>) -> PyResult<Bound<'py, PyBytes>> {
+    fn decode<'py>(&self, py: Python<'py>, ids: Vec<i64>) -> PyResult<Bound<'py, PyBytes>> {
         match self.encoder.vocabulary.decode(&ids) {
             Ok(bytes) => Ok(PyBytes::new(py, &bytes)),
             Err(id) => {
@@ -205,10 +208,15 @@ impl Tokenizer {
     ) -> PyResult<()> {
         let num_merges = match u32::try_from(vocab_size) {
             Ok(size @ 256..) => size as usize - 256,
-            _ => return Err(PyValueError::new_err(format!("vocab_size must be at least 256, got {vocab_size}"))),
+            _ if vocab_size < 256 => {
+                return Err(PyValueError::new_err(format!("vocab_size must be at least 256, got {vocab_size}")))
+            }
+            _ => {
+                return Err(PyValueError::new_err(format!("vocab_size must be at most {}, got {vocab_size}", u32::MAX)))
+            }
         };
         let cores = || thread::available_parallelism().map_or(1, |count| count.get());
-        let threads = num_threads.unwrap_or_else(cores).max(1);
+        let threads = num_threads.unwrap_or_else(cores).clamp(1, MAX_THREADS);
         let splitter = Splitter::new(pattern.unwrap_or(DEFAULT_PATTERN)).map_err(Failure::from)?;
         let mut progress = Progress::new(progress);
         let vocabulary = py.detach(|| -> Result<_, Failure> {
@@ -230,7 +238,7 @@ impl Tokenizer {
     ) -> PyResult<Arrays<'py>> {
         let mut signals = Progress::new(None);
         let encoded = py.detach(|| {
-            encode_batch(&self.encoder, &self.pool, texts, prepend, num_threads, || {
+            encode_batch(&self.encoder, &self.pool, texts, prepend, num_threads.min(MAX_THREADS), || {
                 signals.update("", 0, None).map_err(Failure::from)
             })
         })?;
