@@ -53,11 +53,12 @@ def test_a_model_axis_over_both_processes_takes_over_from_one(paths, one):
 
 
 def test_a_preempted_process_stops_all_of_them_at_one_step(paths):
-    long = [flag if flag != str(STEPS) else "100000" for flag in FLAGS] + ["--eval-every", "-1", "--save-every", "0"]
+    long = [*FLAGS, "--num-iterations", "100000", "--save-every", "0"]
     running = start("base_train", *long, "--mesh", "8x1", "--model-tag", "preempted", base=paths.base, devices=4, processes=2)
     directory = paths.checkpoints("base") / "preempted"
     deadline = time.monotonic() + 120
-    while not ((directory / "metrics.jsonl").exists() and losses(directory)) and time.monotonic() < deadline:
+    while not ((directory / "metrics.jsonl").exists() and losses(directory)):
+        assert time.monotonic() < deadline and running[0].poll() is None
         time.sleep(0.1)
     running[1].send_signal(signal.SIGTERM)
     said = [process.communicate()[1] for process in running]
