@@ -85,6 +85,9 @@ def train(era: str, reference: Path, corpus: Path) -> dict[str, float]:
 
 
 def main() -> int:
+    if not os.environ.get("NANOCHAT_TEST_DATA"):
+        print("error: NANOCHAT_TEST_DATA is not set: it names the folder with upstream's runs", file=sys.stderr)
+        return 2
     data = Path(os.environ["NANOCHAT_TEST_DATA"])
     eras = sys.argv[1:] or ["classic", "modern"]
     results = {era: train(era, data / "golden" / f"trained-{era}", data / "data" / "base_data") for era in eras}

@@ -7,11 +7,10 @@ Each step carries checksums of its content. One that is torn or damaged is passe
 the one before; a resumed run renames it to `damaged-<step>`. Nothing here deletes a step but `keep` and `--fresh`.
 """
 
+import itertools
 import json
 import logging
 import math
-import os
-import shutil
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,7 +26,7 @@ from jax.sharding import Mesh
 from nanochat_jax.cli import NotFound, UsageError
 from nanochat_jax.config import GPTConfig
 from nanochat_jax.gpt import Params, abstract_params
-from nanochat_jax.paths import HOW_TO_MAKE, Paths
+from nanochat_jax.paths import HOW_TO_MAKE, Paths, remove_directory
 from nanochat_jax.sharding import barrier, make_mesh, param_shardings
 from nanochat_jax.tokenizer import Tokenizer
 
@@ -147,9 +146,9 @@ class Checkpoints:
         """Rename steps, out of the way of the saves that will come to them again; nothing is deleted."""
         if jax.process_index() == 0:
             for step in steps:
-                target = self.directory / f"{prefix}-{step}"
-                shutil.rmtree(target, ignore_errors=True)  # of an earlier time
-                (self.directory / str(step)).rename(target)
+                names = (f"{prefix}-{step}" + (f"-{n}" if n else "") for n in itertools.count())
+                free = next(name for name in names if not (self.directory / name).exists())
+                (self.directory / str(step)).rename(self.directory / free)
         barrier("steps set aside")
         self._manager.reload()
 
@@ -193,6 +192,11 @@ class Checkpoints:
             except UsageError:
                 raise
             except Exception as error:  # Orbax raises many kinds for torn data; the step is passed over, loudly
+                if "RESOURCE_EXHAUSTED" in str(error):  # memory ran out: nothing is wrong with the step
+                    raise
+                if jax.process_count() > 1 and not isinstance(error, Damaged):  # the others may have read it well
+                    raise UsageError(f"checkpoint {self.directory / str(candidate)} cannot be read ({str(error)[:200]}): "
+                                     "name the step to go on from by --resume-from-step") from error
                 damaged.append(candidate)
                 log.warning("checkpoint %s cannot be read (%.200s): trying the step before",
                             self.directory / str(candidate), error)
@@ -233,11 +237,7 @@ def claim_directory(directory: Path, *, resume: bool, fresh: bool) -> None:
     """Before a run writes to a tag: steps that are there are continued or deleted only if the user said which."""
     if fresh:
         if jax.process_index() == 0:
-            for old in directory.parent.glob(f".deleted-{directory.name}-*"):  # what a killed run began to delete
-                shutil.rmtree(old)
-            if directory.exists():  # renamed first: of a directory that is half deleted, steps could be resumed
-                gone = directory.rename(directory.with_name(f".deleted-{directory.name}-{os.getpid()}"))
-                shutil.rmtree(gone)
+            remove_directory(directory)
         barrier("old steps deleted")
     elif not resume and (steps := saved_steps(directory)):
         raise UsageError(f"{directory} already holds steps {', '.join(map(str, steps))}: --resume goes on with them, "

@@ -8,6 +8,7 @@
 
 import os
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -80,10 +81,18 @@ class Paths:
     def find_tag(self, source: str) -> str:
         """The tag a user means who names none: the largest `d<depth>`, else the newest directory."""
         root = self.checkpoints(source)
-        tags = [path for path in root.iterdir() if path.is_dir()] if root.is_dir() else []
+        tags = [path for path in root.iterdir() if path.is_dir() and path.name[0] != "."] if root.is_dir() else []
         if not tags:
             raise NotFound(f"no {source} checkpoint in {root}: run `python -m {HOW_TO_MAKE[source]}` first")
         sized = [(int(match[1]), path.name) for path in tags if (match := re.match(r"d(\d+)", path.name))]
         if sized:
             return max(sized)[1]
         return max(tags, key=lambda path: path.stat().st_mtime).name
+
+
+def remove_directory(directory: Path) -> None:
+    """Delete a directory so that, wherever this is interrupted, no half of it is left under its name."""
+    for old in directory.parent.glob(f".deleted-{directory.name}-*"):
+        shutil.rmtree(old)
+    if directory.exists():
+        shutil.rmtree(directory.rename(directory.with_name(f".deleted-{directory.name}-{os.getpid()}")))

@@ -7,6 +7,7 @@
 
 import dataclasses
 import functools
+import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -118,7 +119,7 @@ class Model:
         if not chat:
             return self.tokenizer.encode(text, prepend=self.tokenizer.bos_id)
         messages = [{"role": "user", "content": text}, {"role": "assistant", "content": ""}]
-        return render_for_completion(self.tokenizer, {"messages": messages})
+        return render_for_completion(self.tokenizer, {"messages": messages}, max_tokens=sys.maxsize)  # cut nothing
 
     @functools.cached_property
     def _engine(self) -> Engine:

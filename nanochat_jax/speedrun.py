@@ -20,7 +20,7 @@ from typing import Any
 
 from nanochat_jax.config import GPTConfig
 from nanochat_jax.metrics import format_seconds
-from nanochat_jax.paths import Paths
+from nanochat_jax.paths import Paths, remove_directory
 
 MODEL_FLOPS_UTILIZATION = 0.4  # assumed where the device's peak is known
 CPU_FLOPS_PER_CORE = 5e10  # float32 training, measured on current x86 cores
@@ -40,7 +40,7 @@ class Stage:
     args: tuple[str, ...] = ()
     placement: tuple[str, ...] = ()
     produces: bool = False
-    resumable: bool = False
+    checkpoints: str = ""  # directory of its checkpoints under the base directory, if it has any
     background: bool = False
     waits_for: str = ""
     note: str = ""  # for the plan: model size, tokens, steps
@@ -169,15 +169,16 @@ def _run_stages(stages: list[Stage], record: Record, background: "dict[str, Back
         if record.finished.get(stage.name) == key:
             _headline(f"{label}: finished before")
             continue
-        more: list[str] = []
-        if stage.resumable:  # begun with these very settings: go on; else whatever is there belongs to another run
-            more = ["--resume" if record.begun.get(stage.name) == key else "--fresh"]
         if stage.waits_for in background:
             waited = next(other for other in stages if other.name == stage.waits_for)
             _headline(f"{label}: waits for {waited.name} (see {background[waited.name].log})")
             if code := background.pop(waited.name).wait():
                 return failed(waited, code)
             record.finished[waited.name] = keys[waited.name]
+        record.finished.pop(stage.name, None)
+        if stage.checkpoints and record.begun.pop(stage.name, None) != key:  # what is there belongs to another run
+            record.write()
+            remove_directory(record.path.parent / stage.checkpoints)
         record.begun[stage.name] = key
         record.write()
         if stage.background:
@@ -187,7 +188,7 @@ def _run_stages(stages: list[Stage], record: Record, background: "dict[str, Back
         left = sum(later.seconds for later in stages[number - 1 :])
         _headline(f"{label} · {stage.note or stage.text()} · {format_seconds(time.monotonic() - began)} so far"
                   + (f", about {format_seconds(left)} left in all" if left else ""))
-        code = _call(stage.command(*more))
+        code = _call(stage.command(*(["--resume"] if stage.checkpoints else [])))
         if code:
             return failed(stage, code)
         record.finished[stage.name] = key

@@ -222,6 +222,7 @@ class Tokenizer:
             if texts.null_count:
                 raise ValueError(f"{texts.null_count} of {len(texts)} texts are null: leave them out first")
             return self._encoder.encode_arrow(texts, before, num_threads)
+        texts = list(texts)  # an iterator could be read only once
         try:
             return self._encoder.encode_batch(texts, before, num_threads)
         except UnicodeEncodeError:

@@ -182,9 +182,10 @@ def global_position(state: dict[str, Any], mesh: jax.sharding.Mesh) -> dict[str,
 class _Reporter:
     """Reads the metrics of finished steps, refuses what is not finite, and tells the log and the display."""
 
-    def __init__(self, job: Job, loop: dict[str, Any], start: int, mesh: jax.sharding.Mesh, resumed: bool) -> None:
+    def __init__(self, job: Job, loop: dict[str, Any], start: int, mesh: jax.sharding.Mesh, resumed: bool,
+                 wandb_run: Any) -> None:
         self._job, self._loop = job, loop
-        self._wandb = start_wandb(job.config.run, f"nanochat-{job.name}", dataclasses.asdict(job.config))
+        self._wandb = wandb_run
         self.log = MetricsLog(job.directory / "metrics.jsonl", resume_step=start if resumed else None, wandb_run=self._wandb)
         self.display = Display(job.name, job.num_steps, start=start)
         peak = peak_flops(jax.devices()[0])
@@ -240,10 +241,16 @@ def train(job: Job, state: TrainState, shardings: TrainState, step_fn: Callable,
     def accept(saved: dict[str, Any]) -> None:
         if saved["model_config"] != json.loads(json.dumps(dataclasses.asdict(job.model))):
             raise UsageError(f"{job.directory} holds a model of another shape: use --fresh or another --model-tag")
+        if saved["tokenizer"] != job.metadata["tokenizer"]:
+            raise UsageError(f"{job.directory} was trained with another tokenizer: restore that one, or use --fresh or "
+                             "another --model-tag")
         if saved["step"] > job.num_steps:
             raise UsageError(f"{job.directory} is at step {saved['step']}, past the {job.num_steps} of this run: use "
                              "--fresh or another --model-tag")
 
+    # What can fail for want of memory or of a package comes before --fresh deletes anything.
+    run_step, _ = compile_step(step_fn, state, job.shape, mesh)
+    wandb_run = start_wandb(config.run, f"nanochat-{job.name}", dataclasses.asdict(config))
     if job.dry_run:
         job = dataclasses.replace(job, directory=Path(tempfile.mkdtemp(prefix="dry-run-")))
     claim_directory(job.directory, resume=config.resuming, fresh=config.fresh)
@@ -253,14 +260,18 @@ def train(job: Job, state: TrainState, shardings: TrainState, step_fn: Callable,
         restored = None
         if config.resuming:
             wanted = config.resume_from_step if config.resume_from_step >= 0 else None
-            restored = checkpoints.restore_latest(*abstract_tree(state, shardings), step=wanted, accept=accept)
+            abstract = abstract_tree(state, shardings)
+            if checkpoints.steps():  # what is restored takes the place of this, in memory too
+                for leaf in jax.tree.leaves(state):
+                    leaf.delete()
+            restored = checkpoints.restore_latest(*abstract, step=wanted, accept=accept)
         start = 0
         if restored is not None:
             start, loop = restored.step, restored.state["loop"]
             state = TrainState(restored.params, restored.optimizer)
             batches.set_state(restored.state["position"])
             log.info("resuming %s at step %d", job.directory, start)
-        reporter = _Reporter(job, loop, start, mesh, restored is not None)
+        reporter = _Reporter(job, loop, start, mesh, restored is not None, wandb_run)
         profiler = Profiler(config.profiled_steps, job.directory / "profile")
 
         def save(step: int) -> None:
@@ -279,7 +290,6 @@ def train(job: Job, state: TrainState, shardings: TrainState, step_fn: Callable,
         pending: tuple | None = None  # the step dispatched last: its number, metrics, batch and the position after it
         last_figures: dict[str, float] = {}
         try:
-            run_step, _ = compile_step(step_fn, state, job.shape, mesh) if start < job.num_steps else (step_fn, 0)
             gc.collect()
             gc.freeze()  # what exists by now stays: the collector need not go through it again and again
             for step in range(start, job.num_steps + 1):

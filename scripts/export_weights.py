@@ -38,12 +38,19 @@ class ExportConfig:
             raise ValueError(f"--dtype {self.dtype} is for --format hf: nanochat's own files are float32")
 
 
+def validation_bpb(loaded: Loaded) -> float | None:
+    """The bits per byte that this step's evaluation gave; None if it had none."""
+    path = loaded.directory / "metrics.jsonl"
+    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    return next((row["val_bpb"] for row in reversed(rows) if row["step"] == loaded.step and "val_bpb" in row), None)
+
+
 def upstream_meta(loaded: Loaded) -> dict[str, Any]:
     """Upstream's metadata: its own if the model came from there, else what its loaders read."""
     meta = loaded.meta
     if "imported" in meta:
         return {key: value for key, value in meta["imported"]["meta"].items() if key not in ("step", "model_config")}
-    return {"val_bpb": meta["loop"]["minimum"] if "loop" in meta else None, "user_config": meta.get("config", {}),
+    return {"val_bpb": validation_bpb(loaded), "user_config": meta.get("config", {}),
             "max_seq_len": loaded.config.sequence_len, "total_batch_size": meta.get("total_batch_size")}
 
 

@@ -11,7 +11,7 @@ from typing import Any
 
 from nanochat_jax import cli
 from nanochat_jax.checkpoint import Checkpoints, claim_directory
-from nanochat_jax.cli import NotFound, flag
+from nanochat_jax.cli import NotFound, UsageError, flag
 from nanochat_jax.interop.torch_checkpoint import Imported, check_vocabulary
 from nanochat_jax.optim import CLASSIC_RATES, OptimizerConfig
 from nanochat_jax.paths import CHECKPOINT_DIRS, Paths
@@ -39,8 +39,9 @@ class ImportConfig:
             raise ValueError("--from is missing: give the directory of the checkpoint")
 
 
-def place_tokenizer(found: Tokenizer | None, paths: Paths, directory: Path, imported: Imported) -> str | None:
-    """Put the model's tokenizer where loading looks for it; returns its fingerprint.
+def choose_tokenizer(found: Tokenizer | None, paths: Paths, directory: Path, imported: Imported
+                     ) -> tuple[Tokenizer | None, Path | None]:
+    """The model's tokenizer, and where it has to be saved for loading to find it, if anywhere.
 
     The base directory's own is never replaced: a model with another one keeps it under its tag.
     """
@@ -51,16 +52,16 @@ def place_tokenizer(found: Tokenizer | None, paths: Paths, directory: Path, impo
     if found is None:
         if shared is None:
             log.warning("no tokenizer was found: the weights are imported alone, and only token ids will go in and out")
-            return None
+            return None, None
         check_vocabulary(imported.config, shared, directory)
         log.info("taking the tokenizer in %s to be the model's", paths.tokenizer)
-        found = shared
-    elif shared is None:
-        found.save(paths.tokenizer)
-    elif shared.fingerprint() != found.fingerprint():
-        log.info("the tokenizer in %s is another one: the model's goes to %s", paths.tokenizer, directory / "tokenizer")
-        found.save(directory / "tokenizer")
-    return found.fingerprint()
+        return shared, None
+    if shared is None:
+        return found, paths.tokenizer
+    if shared.fingerprint() == found.fingerprint():
+        return found, None
+    log.info("the tokenizer in %s is another one: the model's goes to %s", paths.tokenizer, directory / "tokenizer")
+    return found, directory / "tokenizer"
 
 
 def checkpoint_state(imported: Imported, fingerprint: str | None, config: ImportConfig) -> dict[str, Any]:
@@ -86,12 +87,18 @@ def main(config: ImportConfig) -> None:
     source = Path(config.from_dir).expanduser()
     if not source.is_dir():
         raise NotFound(f"--from {source} is not a directory")
-    tokenizer = Path(config.tokenizer).expanduser() if config.tokenizer else None
-    imported = read_foreign(source, step=config.step, tokenizer=tokenizer,
+    given = Path(config.tokenizer).expanduser() if config.tokenizer else None
+    imported = read_foreign(source, step=config.step, tokenizer=given,
                             rotary_dtype=None if config.rotary_dtype == "auto" else config.rotary_dtype)
     directory = paths.checkpoints(config.source) / (config.model_tag or f"d{imported.config.n_layer}")
+    if source.resolve().is_relative_to(directory.resolve()):
+        raise UsageError(f"--from {source} lies in the directory to write: name another --model-tag")
+    tokenizer, place = choose_tokenizer(imported.tokenizer, paths, directory, imported)
+    # All that can be refused has been: from here on --fresh may delete.
     claim_directory(directory, resume=False, fresh=config.fresh)
-    fingerprint = place_tokenizer(imported.tokenizer, paths, directory, imported)
+    if tokenizer is not None and place is not None:
+        tokenizer.save(place)
+    fingerprint = tokenizer.fingerprint() if tokenizer else None
     with Checkpoints(directory) as checkpoints:
         checkpoints.save(imported.step, imported.params, None, checkpoint_state(imported, fingerprint, config))
         checkpoints.wait()

@@ -15,7 +15,7 @@ from nanochat_jax import cli
 from nanochat_jax.cli import UsageError, flag
 from nanochat_jax.config import GPTConfig, Recipe, derive_recipe
 from nanochat_jax.data.needs import TOKENIZER_SHARDS, explain_shards, shards_needed
-from nanochat_jax.paths import DATA_DIRS, Paths
+from nanochat_jax.paths import CHECKPOINT_DIRS, DATA_DIRS, Paths
 from nanochat_jax.speedrun import (
     Machine,
     Record,
@@ -101,11 +101,11 @@ def plan_stages(config: SpeedrunConfig, machine: Machine, wandb_run: str, on_dis
     def seconds(tokens: float) -> float:
         return tokens * model.flops_per_token / machine.training_flops
 
-    def training(name: str, module: str, own: dict[str, Any], tokens: int, steps: int, **flags: Any) -> Stage:
+    def training(name: str, module: str, source: str, own: dict[str, Any], tokens: int, steps: int, **flags: Any) -> Stage:
         rows = device_batch if name != "chat_sft" or small else min(device_batch, 4)
         return Stage(name=name, module=module, args=as_flags(**flags, model_tag=tag, **own),
                      placement=as_flags(mesh=config.mesh, device_batch_size=rows, save_every=save_every, run=wandb_run),
-                     produces=True, resumable=True, seconds=seconds(tokens),
+                     produces=True, checkpoints=f"{CHECKPOINT_DIRS[source]}/{tag}", seconds=seconds(tokens),
                      waits_for="data_rest" if name == "base_train" else "",
                      note=training_note(model, tokens, steps, memory))
 
@@ -125,21 +125,23 @@ def plan_stages(config: SpeedrunConfig, machine: Machine, wandb_run: str, on_dis
         Stage(name="tok_train", module="scripts.tok_train", args=as_flags(data=data, vocab_size=vocab), produces=True,
               note=f"vocabulary of {vocab:,}", seconds=5 if small else 100),
         Stage(name="tok_eval", module="scripts.tok_eval", args=as_flags(data=data), seconds=5),
-        training("base_train", "scripts.base_train", base, recipe.total_tokens, recipe.num_iterations, data=data, depth=depth),
+        training("base_train", "scripts.base_train", "base", base, recipe.total_tokens, recipe.num_iterations, data=data,
+                 depth=depth),
         Stage(name="base_loss", module="scripts.base_loss", placement=placed + as_flags(device_batch_size=device_batch),
               args=chosen + (as_flags(split_tokens=2 * base["eval_tokens"]) if small else ()), seconds=20),
         Stage(name="base_eval", module="scripts.base_eval", args=chosen + _core_limit(config), placement=placed, seconds=20),
-        training("mid_train", "scripts.mid_train", mid, mid_tokens, mid.get("num_iterations", 0)),
+        training("mid_train", "scripts.mid_train", "mid", mid, mid_tokens, mid.get("num_iterations", 0)),
         Stage(name="chat_eval_mid", module="scripts.chat_eval", args=("-i", "mid", *chosen, *as_flags(**problems)),
               placement=placed, seconds=30),
-        training("chat_sft", "scripts.chat_sft", sft, sft_tokens, sft.get("num_iterations", 0)),
+        training("chat_sft", "scripts.chat_sft", "sft", sft, sft_tokens, sft.get("num_iterations", 0)),
         Stage(name="chat_eval_sft", module="scripts.chat_eval", args=("-i", "sft", *chosen, *as_flags(**problems)),
               placement=placed, seconds=30),
         Stage(name="report", module="nanochat_jax.report", args=("generate",), seconds=3),
     ]
     if config.with_rl:
         stages[-1:-1] = [
-            Stage(name="chat_rl", module="scripts.chat_rl", args=chosen + as_flags(**rl), produces=True, resumable=True,
+            Stage(name="chat_rl", module="scripts.chat_rl", args=chosen + as_flags(**rl), produces=True,
+                  checkpoints=f"{CHECKPOINT_DIRS['rl']}/{tag}",
                   placement=placed + as_flags(run=wandb_run), seconds=300 if small else 3600),
             Stage(name="chat_eval_rl", module="scripts.chat_eval", args=("-i", "rl", *chosen, *as_flags(**problems)),
                   placement=placed, seconds=30),

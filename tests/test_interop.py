@@ -189,7 +189,7 @@ FAULTS = {  # what is done to the directory, and what the message must name
                               r"tokenizer\.pkl.*refused to load \w+\.exec"),
     "torn tokenizer": (lambda d: truncate(d / "tokenizer.pkl", 0.5), r"tokenizer\.pkl cannot be read"),
     "other tokenizer": (lambda d: (d / "tokenizer.pkl").write_bytes(
-        (d / "tokenizer.pkl").read_bytes().replace(b"\x94M\x02\x01", b"\x94M\x09\x01")), "tokenizer"),
+        (d / "tokenizer.pkl").read_bytes().replace(b"\x94M\x02\x01", b"\x94M\x09\x01")), r"tokenizer\.pkl.*each once"),
     "counts of another tokenizer": (lambda d: write_pt(d / "token_bytes.pt", np.arange(9, dtype=np.int32)),
                                     r"token_bytes\.pt does not belong"),
 }
@@ -235,13 +235,16 @@ def test_what_the_target_cannot_represent_is_not_exported(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("field, value", [("hidden_act", "gelu"), ("model_type", "llama"), ("intermediate_size", 64)])
+@pytest.mark.parametrize("field, value", [
+    ("hidden_act", "gelu"), ("model_type", "llama"), ("intermediate_size", 64), ("rms_norm_eps", 0.001),
+    ("rope_parameters", {"rope_type": "linear", "factor": 4.0, "rope_theta": 10000.0}),
+])
 def test_other_huggingface_models_are_refused(tmp_path, field, value):
     config = dataclasses.replace(MODELS["classic"], rotary_dtype="float32")
     write_hf(tmp_path, config, random_params(config), VOCABULARY)
     shape = json.loads((tmp_path / "config.json").read_text()) | {field: value}
     (tmp_path / "config.json").write_text(json.dumps(shape))
-    with pytest.raises(UsageError, match=f"config.json.*{value}"):
+    with pytest.raises(UsageError, match="config.json.*" + ("scales" if field == "rope_parameters" else str(value))):
         read_hf(tmp_path)
 
 
@@ -306,6 +309,20 @@ def test_weights_without_a_tokenizer_take_ids_only(exported, base):
             model.generate("text")
     with pytest.raises(UsageError, match="without a tokenizer"):
         export_weights.main(export_weights.ExportConfig(source="base", out=str(base / "out")))
+
+
+def test_fresh_deletes_nothing_before_all_that_can_be_refused_has_been(exported, base):
+    import_from(exported, model_tag="mine")
+    for path in exported.glob("token*"):
+        path.unlink()
+    Tokenizer({bytes([i]): i for i in range(256)}).save(base / "tokenizer")
+    with pytest.raises(UsageError, match="do not belong together"):
+        import_from(exported, model_tag="mine", fresh=True)
+    inside = base / "base_checkpoints" / "mine" / "pytorch"
+    shutil.copytree(exported, inside)
+    with pytest.raises(UsageError, match="lies in the directory to write"):
+        import_from(inside, model_tag="mine", fresh=True)
+    assert (base / "base_checkpoints" / "mine" / "12").is_dir() and (inside / "model_000012.pt").exists()
 
 
 def test_the_greatest_step_is_taken_and_others_by_name(exported, base):

@@ -12,9 +12,10 @@ from scripts.speedrun import STAGES, SpeedrunConfig, plan_stages
 
 LINE = [
     Stage(name="data", module="m.data", produces=True),
-    Stage(name="base_train", module="m.base", args=("--depth", "4"), placement=("--mesh", "1x1"), produces=True, resumable=True),
+    Stage(name="base_train", module="m.base", args=("--depth", "4"), placement=("--mesh", "1x1"), produces=True,
+          checkpoints="base_checkpoints/d4"),
     Stage(name="base_loss", module="m.loss"),
-    Stage(name="mid_train", module="m.mid", produces=True, resumable=True),
+    Stage(name="mid_train", module="m.mid", produces=True, checkpoints="mid_checkpoints/d4"),
 ]
 
 
@@ -41,7 +42,7 @@ def line(tmp_path, monkeypatch):
     return go
 
 
-ALL = [("data",), ("base", "--fresh"), ("loss",), ("mid", "--fresh")]
+ALL = [("data",), ("base", "--resume"), ("loss",), ("mid", "--resume")]
 
 
 def test_a_second_run_skips_what_is_finished(line):
@@ -51,7 +52,24 @@ def test_a_second_run_skips_what_is_finished(line):
 
 def test_a_killed_run_goes_on_in_the_middle_of_the_stage(line):
     assert line(fail="m.base") == (9, ALL[:2])
-    assert line() == (0, [("base", "--resume"), ("loss",), ("mid", "--fresh")])
+    assert line() == (0, ALL[1:])
+
+
+def test_a_stage_that_other_settings_overwrote_is_not_finished(line):
+    line()
+    smoke = [LINE[0], dataclasses.replace(LINE[1], args=("--depth", "4", "--steps", "2")), *LINE[2:]]
+    assert line(smoke, fail="m.base")[0] == 9
+    assert line() == (0, ALL[1:2])  # what was built on the first model is still there, and of these settings
+
+
+def test_steps_of_other_settings_are_gone_before_a_stage_has_begun(line, tmp_path):
+    """However early it is killed, `--resume` finds its own steps only."""
+    step = tmp_path / "base_checkpoints" / "d4" / "100"
+    step.mkdir(parents=True)
+    assert line(fail="m.base") == (9, ALL[:2])
+    assert not step.exists()
+    step.mkdir(parents=True)  # its own
+    assert line() == (0, ALL[1:]) and step.exists()
 
 
 def test_a_changed_setting_runs_again_what_depends_on_it(line):
@@ -140,7 +158,7 @@ def test_a_stage_in_the_background_runs_beside_others_and_is_waited_for(tmp_path
         Stage(name="data", module="m.data", produces=True),
         Stage(name="rest", module="background", args=(str(code),), background=True),
         Stage(name="tokenizer", module="m.tok", produces=True),
-        Stage(name="train", module="m.train", waits_for="rest", resumable=True),
+        Stage(name="train", module="m.train", waits_for="rest"),
     ]
     record = Record(tmp_path / "speedrun.json")
     assert run_stages(line, record) == code

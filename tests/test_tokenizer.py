@@ -483,3 +483,15 @@ def test_ranks_must_be_a_vocabulary():
         Tokenizer(ranks | {b"ab": 300})
     with pytest.raises(ValueError, match="byte 255"):
         Tokenizer({token: rank for token, rank in ranks.items() if rank < 255} | {b"ab": 255})
+
+
+def test_a_pattern_that_can_match_nothing_is_refused():
+    """Where it does, the text after it would be lost."""
+    with pytest.raises(ValueError, match=r"matches the empty string"):
+        Tokenizer({bytes([i]): i for i in range(256)}, pattern=r"\w*|\W")
+
+
+def test_texts_may_come_from_an_iterator_whatever_is_in_them():
+    tokenizer = Tokenizer({bytes([i]): i for i in range(256)})
+    ids, offsets = tokenizer.encode_batch(text for text in ("a", "\ud800", "b"))
+    assert tokenizer.decode(ids) == "a\ufffdb" and len(offsets) == 4

@@ -206,7 +206,7 @@ def pretraining_loader(
     if batch_size % num_shards or num_shards % process_count:
         raise UsageError(
             f"{num_shards} virtual shards must divide the batch of {batch_size} rows and be a multiple of the "
-            f"{process_count} processes: choose another batch size"
+            f"{process_count} processes: give --data-shards, a multiple of {process_count} that divides the rows"
         )
     per_process = num_shards // process_count
     reader = ShardReader(split_shards(directory, split), cached_row_groups=2 * per_process)

@@ -116,7 +116,7 @@ impl Vocabulary {
 
 #[inline]
 fn hash_pair(pair: Pair) -> u64 {
-    let product = u128::from(u64::from(pair.0) << 32 | u64::from(pair.1)) * 0x9e37_79b9_7f4a_7c15_f39c;
+    let product = u128::from(u64::from(pair.0) << 32 | u64::from(pair.1)).wrapping_mul(0x9e37_79b9_7f4a_7c15_f39c);
     product as u64 ^ (product >> 64) as u64
 }
 

@@ -19,9 +19,12 @@ pub struct Splitter {
 }
 
 impl Splitter {
-    /// Fails with a message that names the pattern when it is not a regular expression.
+    /// Fails with a message that names the pattern when it is not a regular expression or can match nothing.
     pub fn new(pattern: &str) -> Result<Self, String> {
         let regex = Regex::new(pattern).map_err(|error| format!("bad split pattern {pattern:?}: {error}"))?;
+        if regex.is_match("").unwrap_or(false) {
+            return Err(format!("bad split pattern {pattern:?}: it matches the empty string, and would skip text"));
+        }
         Ok(Self { regex, max_digits: gpt4::max_digits(pattern) })
     }
 
@@ -37,7 +40,10 @@ impl Splitter {
             return Ok(());
         }
         for found in self.regex.find_iter(text) {
-            visit(found.map_err(|error| format!("split pattern {:?}: {error}", self.pattern()))?.range());
+            let range = found.map_err(|error| format!("split pattern {:?}: {error}", self.pattern()))?.range();
+            if !range.is_empty() {
+                visit(range); // a pattern may match nothing between two chunks, and that is no chunk
+            }
         }
         Ok(())
     }
