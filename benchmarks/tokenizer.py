@@ -171,7 +171,7 @@ def measure_encoding(tokenizer: Tokenizer, texts: list[str], threads: int, repea
             "ours, Arrow": lambda count=count: tokenizer.encode_batch(column, num_threads=count),
             "tiktoken": lambda count=count: reference.encode_ordinary_batch(texts, num_threads=count),
         }
-        if count == threads:  # its threads are those of the machine
+        if count == (os.cpu_count() or 1):  # it always takes all of the machine
             works["tokenizers"] = lambda: other.encode_batch_fast(texts, add_special_tokens=False)
         for name, work in works.items():
             seconds, encoded = quickest(work, repeats)

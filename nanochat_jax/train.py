@@ -241,7 +241,7 @@ def train(job: Job, state: TrainState, shardings: TrainState, step_fn: Callable,
     def accept(saved: dict[str, Any]) -> None:
         if saved["model_config"] != json.loads(json.dumps(dataclasses.asdict(job.model))):
             raise UsageError(f"{job.directory} holds a model of another shape: use --fresh or another --model-tag")
-        if saved["tokenizer"] != job.metadata["tokenizer"]:
+        if saved.get("tokenizer") != job.metadata.get("tokenizer"):
             raise UsageError(f"{job.directory} was trained with another tokenizer: restore that one, or use --fresh or "
                              "another --model-tag")
         if saved["step"] > job.num_steps:
