@@ -283,8 +283,12 @@ def train(job: Job, state: TrainState, shardings: TrainState, step_fn: Callable,
         def stop_here(step: int) -> None:
             checkpoints.wait()
             reporter.display.close()
-            log.warning("stopped by signal %d at step %d and saved: run the same command with --resume to go on",
-                        stop.signal, step)
+            if job.dry_run:
+                shutil.rmtree(job.directory)
+                log.warning("stopped by signal %d at step %d; a dry run saves nothing", stop.signal, step)
+            else:
+                log.warning("stopped by signal %d at step %d and saved: run the same command with --resume to go on",
+                            stop.signal, step)
             raise SystemExit(EXIT_STOPPED)
 
         pending: tuple | None = None  # the step dispatched last: its number, metrics, batch and the position after it

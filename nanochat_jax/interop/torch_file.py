@@ -7,7 +7,6 @@ and refuse every other, so that nothing a file brings along is ever executed.
 
 import collections
 import math
-import os
 import pickle
 import struct
 import zipfile
@@ -113,28 +112,19 @@ class _RebuildParameter:
 def write_pt(path: Path, content: np.ndarray | Mapping[str, np.ndarray]) -> None:
     """Write an array, or a state dict of arrays, so that `torch.load(path, weights_only=True)` gives it back.
 
-    Written aside, synced and renamed: the file is whole or not there.
+    Straight to `path`: a caller that may be interrupted writes to a directory aside and renames that.
     """
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    root = path.stem
-    try:
-        with aside.open("wb") as file:
-            with zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-                single = isinstance(content, np.ndarray)
-                arrays = [content] if single else list(content.values())
-                archive.writestr(f"{root}/data.pkl", _pickle(None if single else list(content), arrays))
-                archive.writestr(f"{root}/byteorder", "little")
-                for key, array in enumerate(arrays):
-                    info = zipfile.ZipInfo(f"{root}/data/{key}")
-                    start = file.tell() + 30 + len(info.filename) + 4  # local header, name, head of the padding
-                    info.extra = struct.pack("<2sH", b"FB", -start % ALIGNMENT) + b"Z" * (-start % ALIGNMENT)
-                    archive.writestr(info, np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
-                archive.writestr(f"{root}/version", "3\n")
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)
+    root, single = path.stem, isinstance(content, np.ndarray)
+    arrays = [content] if single else list(content.values())
+    with path.open("wb") as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
+        archive.writestr(f"{root}/data.pkl", _pickle(None if single else list(content), arrays))
+        archive.writestr(f"{root}/byteorder", "little")
+        for key, array in enumerate(arrays):
+            info = zipfile.ZipInfo(f"{root}/data/{key}")
+            start = file.tell() + 30 + len(info.filename) + 4  # local header, name, head of the padding
+            info.extra = struct.pack("<2sH", b"FB", -start % ALIGNMENT) + b"Z" * (-start % ALIGNMENT)
+            archive.writestr(info, np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+        archive.writestr(f"{root}/version", "3\n")
 
 
 def _pickle(names: list[str] | None, arrays: list[np.ndarray]) -> bytes:
