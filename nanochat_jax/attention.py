@@ -1,13 +1,19 @@
 """Causal attention with an optional window, for training (no cache) and for decoding (over a KV cache).
 
 Reference implementation in XLA: scores and softmax in float32. Without a cache the queries are cut into blocks, and each
-block meets only the keys it may see, which skips half the work of causal attention and most of a windowed one's.
+block meets only the keys it may see, which skips half the work of causal attention and most of a windowed one's. Its
+gradient is written by hand: of the [T, S] weights nothing is kept, and all products have the form that a CPU is fast at.
 """
 
+import functools
 import math
+from collections.abc import Iterator
 
+import jax
 import jax.numpy as jnp
 from jax import Array
+
+from nanochat_jax.layers import transpose
 
 QUERY_BLOCK = 128
 
@@ -31,17 +37,82 @@ def _visible(q_positions: Array, k_positions: Array, window: int | None) -> Arra
     return (distance >= 0) if window is None else (distance >= 0) & (distance <= window)
 
 
-def causal_attention(q: Array, k: Array, v: Array, *, window: int | None) -> Array:
-    """Self-attention of whole sequences. q [B, T, H, h]; k, v [B, T, K, h] with H a multiple of K. Returns [B, T, H, h]."""
-    length = q.shape[1]
-    k, v = k.swapaxes(1, 2), v.swapaxes(1, 2)
-    blocks = []
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def _causal(q: Array, k: Array, v: Array, window: int | None) -> Array:
+    return _causal_fwd(q, k, v, window)[0]
+
+
+def _blocks(length: int, window: int | None) -> Iterator[tuple[slice, slice, Array]]:
+    """Blocks of queries, the keys that each may see, and which of them each query sees."""
     for start in range(0, length, QUERY_BLOCK):
         stop = min(start + QUERY_BLOCK, length)
         first = 0 if window is None else max(0, start - window)
-        mask = _visible(jnp.arange(start, stop), jnp.arange(first, stop), window)
-        blocks.append(_attend(q[:, start:stop], k[:, :, first:stop], v[:, :, first:stop], mask))
-    return blocks[0] if len(blocks) == 1 else jnp.concatenate(blocks, axis=1)
+        yield slice(start, stop), slice(first, stop), _visible(jnp.arange(start, stop), jnp.arange(first, stop), window)
+
+
+def _by_head(x: Array, n_kv_head: int) -> Array:
+    """[B, T, H, h] -> [B, K, G, T, h], the G query heads of each key/value head together."""
+    batch, length, n_head, head_dim = x.shape
+    return x.reshape(batch, length, n_kv_head, n_head // n_kv_head, head_dim).transpose(0, 2, 3, 1, 4)
+
+
+def _by_position(x: Array, like: Array) -> Array:
+    return x.transpose(0, 3, 1, 2, 4).reshape(like.shape).astype(like.dtype)
+
+
+def _product(equation: str, a: Array, b: Array) -> Array:
+    return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32)
+
+
+def _weights(q: Array, k_columns: Array, shift: Array, mask: Array) -> Array:
+    """exp(scores - shift) [B, K, G, t, s] where the mask is true; q [B, K, G, t, h], k_columns [B, K, h, s]."""
+    scores = _product("bkgth,bkhs->bkgts", q, k_columns) / math.sqrt(q.shape[-1])
+    return jnp.where(mask, jnp.exp(scores - shift[..., None]), 0.0)
+
+
+def _causal_fwd(q: Array, k: Array, v: Array, window: int | None) -> tuple[Array, tuple]:
+    queries, keys, values = (_by_head(x, k.shape[2]) for x in (q, k, v))
+    k_columns, values = transpose(keys[:, :, 0]), values[:, :, 0]
+    norm = [jnp.linalg.norm(x.astype(jnp.float32), axis=-1) for x in (queries, keys)]
+    shift = norm[0] * norm[1].max(axis=-1, keepdims=True) / math.sqrt(q.shape[-1])  # no score exceeds it (Cauchy-Schwarz)
+    out, log_sum = [], []
+    for rows, columns, mask in _blocks(q.shape[1], window):
+        weights = _weights(queries[..., rows, :], k_columns[..., columns], shift[..., rows], mask)
+        total = weights.sum(axis=-1)
+        product = _product("bkgts,bksh->bkgth", weights.astype(v.dtype), values[:, :, columns])
+        out.append(product / total[..., None])
+        log_sum.append(jnp.log(total) + shift[..., rows])
+    out = _by_position(jnp.concatenate(out, axis=3), q)
+    return out, (q, k, v, out, jnp.concatenate(log_sum, axis=3))
+
+
+def _causal_bwd(window: int | None, residuals: tuple, d_out: Array) -> tuple[Array, Array, Array]:
+    """The weights are computed again from the log-sum-exp instead of kept (Dao et al., FlashAttention, 2022)."""
+    q, k, v, out, log_sum = residuals
+    n_kv_head, scale = k.shape[2], 1.0 / math.sqrt(q.shape[-1])
+    queries, outs, d_outs = (_by_head(x, n_kv_head) for x in (q, out, d_out))
+    keys, values = (_by_head(x, n_kv_head)[:, :, 0] for x in (k, v))
+    delta = (outs.astype(jnp.float32) * d_outs.astype(jnp.float32)).sum(axis=-1)
+    k_columns, v_columns, q_columns, d_out_columns = (transpose(x) for x in (keys, values, queries, d_outs))
+    d_q, d_k, d_v = [], jnp.zeros(k_columns.shape, jnp.float32), jnp.zeros(v_columns.shape, jnp.float32)
+    for rows, columns, mask in _blocks(q.shape[1], window):
+        weights = _weights(queries[..., rows, :], k_columns[..., columns], log_sum[..., rows], mask)
+        d_weights = _product("bkgth,bkhs->bkgts", d_outs[..., rows, :], v_columns[..., columns])
+        d_scores = (scale * weights * (d_weights - delta[..., rows, None])).astype(q.dtype)
+        d_q.append(_product("bkgts,bksh->bkgth", d_scores, keys[:, :, columns]))
+        from_scores = _product("bkght,bkgts->bkghs", q_columns[..., rows], d_scores).sum(axis=2)
+        from_weights = _product("bkght,bkgts->bkghs", d_out_columns[..., rows], weights.astype(q.dtype)).sum(axis=2)
+        d_k, d_v = d_k.at[..., columns].add(from_scores), d_v.at[..., columns].add(from_weights)
+    d_q = _by_position(jnp.concatenate(d_q, axis=3), q)
+    return d_q, d_k.transpose(0, 3, 1, 2).astype(k.dtype), d_v.transpose(0, 3, 1, 2).astype(v.dtype)
+
+
+_causal.defvjp(_causal_fwd, _causal_bwd)
+
+
+def causal_attention(q: Array, k: Array, v: Array, *, window: int | None) -> Array:
+    """Self-attention of whole sequences. q [B, T, H, h]; k, v [B, T, K, h] with H a multiple of K. Returns [B, T, H, h]."""
+    return _causal(q, k, v, window)
 
 
 def cached_attention(q: Array, k: Array, v: Array, positions: Array, *, window: int | None) -> Array:

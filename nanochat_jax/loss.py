@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
+from nanochat_jax.layers import product_transposed, transpose
+
 CHUNK_ELEMENTS = 2**25  # float32 logits alive at once, per device: 128 MiB
 CPU_CHUNK_ELEMENTS = 2**22  # 16 MiB: what stays in the caches is faster
 
@@ -74,6 +76,7 @@ def cross_entropy(hidden: Array, weight: Array, targets: Array, token_weights: A
 
 def _cross_entropy_fwd(hidden, weight, targets, token_weights, softcap, chunk):
     cast = weight.astype(hidden.dtype)
+    cast_t = transpose(cast)
 
     def body(carry, inputs):
         total, d_weight = carry
@@ -83,8 +86,8 @@ def _cross_entropy_fwd(hidden, weight, targets, token_weights, softcap, chunk):
         hit = targets[..., None] == jnp.arange(weight.shape[1])  # fuses, where a scatter would copy the logits
         d_logits = (jnp.exp(softcap * tanh - log_z[..., None]) - hit) * (scale * (1.0 - tanh * tanh))
         d_logits = d_logits.astype(hidden.dtype)
-        d_hidden = jnp.einsum("bcv,dv->bcd", d_logits, cast, preferred_element_type=jnp.float32)
-        d_weight += jnp.einsum("bcd,bcv->dv", hidden, d_logits, preferred_element_type=jnp.float32)
+        d_hidden = jnp.dot(d_logits, cast_t, preferred_element_type=jnp.float32)
+        d_weight += product_transposed(hidden.reshape(-1, weight.shape[0]), d_logits.reshape(-1, weight.shape[1]))
         return (total + (nll * scale[..., 0]).sum(), d_weight), (nll, d_hidden.astype(hidden.dtype))
 
     inputs = (_chunks(hidden, chunk, 0), _chunks(targets, chunk, -1), _chunks(token_weights, chunk, 0))
