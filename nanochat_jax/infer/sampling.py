@@ -45,6 +45,16 @@ def first_argmax(values: jax.Array) -> jax.Array:
     return jnp.min(jnp.where(values == greatest, index, size), axis=-1)
 
 
+def log_probability(logits: jax.Array, tokens: jax.Array, asked: jax.Array) -> jax.Array:
+    """Natural log-probabilities [B] of `tokens` [B] under `logits` [B, V]; NaN for rows that `asked` [B] leaves out."""
+
+    def compute() -> jax.Array:
+        chosen = jnp.take_along_axis(logits, tokens[:, None], axis=-1, mode="fill")[:, 0]
+        return jnp.where(asked, chosen - jax.nn.logsumexp(logits, axis=-1), jnp.nan)
+
+    return lax.cond(jnp.any(asked), compute, lambda: jnp.full(tokens.shape, jnp.nan, logits.dtype))
+
+
 def sample(logits: jax.Array, params: SamplingParams, position: jax.Array) -> jax.Array:
     """Draw one token id per row.
 
