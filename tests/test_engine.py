@@ -94,7 +94,7 @@ def test_sampling_equals_drawing_from_the_full_forward(params, engine):
             np.array([[request.seed >> 32, request.seed & 0xFFFFFFFF]] * rows, np.uint32),
         )
         position = len(request.tokens) + np.arange(rows, dtype=np.int32)
-        assert draw(logits, settings, position)[:count].tolist() == result.tokens
+        assert draw(logits.T, settings, position)[:count].tolist() == result.tokens
 
 
 def test_results_do_not_depend_on_the_company(engine):

@@ -89,7 +89,7 @@ class Engine:
         params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
         if mesh is not None:
             params = jax.device_put(params, param_shardings(config, mesh))
-        self.params = device.split_layers(params)
+        self.params = device.split_layers(params, config=config)
         self.vocabulary = Vocabulary(tokenizer)
         self.program = Program(config, dtype, self.vocabulary.python_end, mesh)
         self.prompt_buckets = buckets(min(SHORTEST_PROMPT, self.max_len), self.max_len)
