@@ -10,7 +10,7 @@ from nanochat_jax.config import GPTConfig
 from nanochat_jax.gpt import abstract_params, forward, unembed
 from nanochat_jax.infer.engine import Engine, EngineLoop, Request
 from nanochat_jax.infer.request import ToolCall
-from nanochat_jax.infer.sampling import SamplingParams, sample
+from nanochat_jax.infer.sampling import SamplingParams, randomness, sample
 from nanochat_jax.sharding import make_mesh
 
 MAX_LEN = 320
@@ -82,7 +82,8 @@ MIXED = [
 
 
 def test_sampling_equals_drawing_from_the_full_forward(params, engine):
-    draw, rows = jax.jit(sample), 32
+    draw = jax.jit(lambda logits, params, position: sample(logits, params, randomness(params.seed, position)))
+    rows = 32
     for request, result in zip(MIXED, engine.generate(MIXED), strict=True):
         count = len(result.tokens)
         logits = np.zeros((rows, TOKENIZER.vocab_size), np.float32)

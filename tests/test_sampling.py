@@ -5,10 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nanochat_jax.infer.sampling import SHORT_LISTS, SamplingParams, first_argmax, log_probability, most_likely, sample
+from nanochat_jax.infer.sampling import SHORT_LISTS, SamplingParams, first_argmax, log_probability, most_likely, randomness, sample
 
 ROWS, VOCAB = 500, 2 * SHORT_LISTS[-1]  # one shape for all tests: one compilation
-compiled = jax.jit(sample)
+
+
+@jax.jit
+def compiled(logits, params, position):
+    return sample(logits, params, randomness(params.seed, position))
+
 
 
 def draw(logits, params, position=0):
@@ -131,8 +136,8 @@ def test_a_monotone_map_of_the_logits_may_come_late():
     def cap(x):
         return 15 * jnp.tanh(x / 15)
 
-    late = jax.jit(lambda x: sample(x, params, np.arange(6), cap))(logits.T)
-    assert late.tolist() == jax.jit(lambda x: sample(cap(x), params, np.arange(6)))(logits.T).tolist()
+    late = jax.jit(lambda x: sample(x, params, randomness(params.seed, jnp.arange(6)), cap))(logits.T)
+    assert late.tolist() == compiled(cap(logits.T), params, np.arange(6)).tolist()
 
 
 def test_log_probabilities_are_of_the_whole_softmax_and_only_of_rows_that_ask():

@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from nanochat_jax.config import GPTConfig
 from nanochat_jax.gpt import KVCache, Params, forward, init_cache, softcap
-from nanochat_jax.infer.sampling import SamplingParams, log_probability, sample
+from nanochat_jax.infer.sampling import SamplingParams, log_probability, randomness, sample
 from nanochat_jax.layers import rms_norm
 
 
@@ -77,7 +77,7 @@ def split_layers(params: Params, *, config: GPTConfig) -> Params:
 
 
 def _stack_layers(params: Params) -> Params:
-    """What the forward pass takes. It splits the stacks again, and the compiler drops the pair."""
+    """What the forward pass takes. It splits the stacks again, and the compiler drops the pair (not across a loop)."""
     blocks = {name: jnp.stack(layers) for name, layers in params["blocks"].items()}
     return {name: leaf for name, leaf in params.items() if name != "lm_head_rows"} | {"blocks": blocks}
 
@@ -169,18 +169,18 @@ def decode(params: Params, slots: Slots, dispatch: Dispatch, *, program: Program
     and where not asked for.
     """
     config, mesh = program.config, program.mesh
-    stack, cap = _stack_layers(params), functools.partial(softcap, config=config)
+    cap = functools.partial(softcap, config=config)
 
     def advance(state):
         step, cache, token, active, remaining, emitted, logprobs = state
         valid = active.astype(jnp.int32)
         hidden, cache = forward(
-            stack, token[:, None], config=config, compute_dtype=program.dtype, cache=cache, valid=valid
+            _stack_layers(params), token[:, None], config=config, compute_dtype=program.dtype, cache=cache, valid=valid
         )
         logits = lax.dot_general(
             params["lm_head_rows"], hidden[:, 0], (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
         )  # [V, B], before the softcap
-        drawn = sample(logits, dispatch.sampling, cache.length, cap)
+        drawn = sample(logits, dispatch.sampling, jax.tree.map(lambda x: x[step], numbers), cap)
         is_forced = step < dispatch.num_forced
         token = jnp.where(active, jnp.where(is_forced, dispatch.forced[:, step], drawn), token)
         emitted = emitted.at[:, step].set(jnp.where(active, token, -1))
@@ -195,6 +195,9 @@ def decode(params: Params, slots: Slots, dispatch: Dispatch, *, program: Program
         step, _, _, active, *_ = state
         return (step < dispatch.steps) & jnp.any(active)
 
+    # A slot draws at every step, or not again in this dispatch.
+    position = dispatch.length + 1 + jnp.arange(dispatch.forced.shape[1])[:, None]
+    numbers = jax.tree.map(lambda x: _replicate(x, mesh), randomness(dispatch.sampling.seed, position))
     # What smearing mixes into the newest token: the embedding of the one before, as the forward pass makes it.
     previous = rms_norm(params["wte"][dispatch.previous].astype(program.dtype))
     cache = KVCache(slots.k, slots.v, dispatch.length, previous)

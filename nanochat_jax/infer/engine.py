@@ -42,6 +42,13 @@ def buckets(smallest: int, largest: int) -> tuple[int, ...]:
     return (*sizes, largest)
 
 
+def cache_lengths(largest: int) -> tuple[int, ...]:
+    """Lengths of the cache: doubling from `SHORTEST_CACHE`, and one halfway up each time, since every step reads all."""
+    sizes = buckets(min(SHORTEST_CACHE, largest), largest)
+    halfway = (size + size // 2 for size in sizes)
+    return tuple(sorted({*sizes, *(size for size in halfway if size < largest)}))
+
+
 def _bucket(size: int, sizes: Iterable[int]) -> int:
     return next(each for each in sizes if each >= size)
 
@@ -93,7 +100,7 @@ class Engine:
         self.vocabulary = Vocabulary(tokenizer)
         self.program = Program(config, dtype, self.vocabulary.python_end, mesh)
         self.prompt_buckets = buckets(min(SHORTEST_PROMPT, self.max_len), self.max_len)
-        self.cache_buckets = buckets(min(SHORTEST_CACHE, self.max_len), self.max_len)
+        self.cache_buckets = cache_lengths(self.max_len)
         self._max_prefill_rows = min(max_prefill_rows, num_slots)
         self._compiled: set[tuple[Any, ...]] = set()  # for the log alone
 

@@ -39,6 +39,29 @@ class SamplingParams(NamedTuple):
     seed: Array
 
 
+class Randomness(NamedTuple):
+    """What the draws of each row are made with. Computed for several steps at once: a few numbers take a CPU as long.
+
+    Attributes:
+        keys: [..., B, 2] uint32, threefry keys of the rare draws that need more.
+        noise: [..., B, SHORT_LISTS[0]] float32, Gumbel noise for the first short list.
+    """
+
+    keys: Array
+    noise: Array
+
+
+def randomness(seed: Array, position: Array) -> Randomness:
+    """Random numbers of rows with `seed` [B, 2], for tokens at `position` [..., B] of their sequences."""
+    seed = jnp.broadcast_to(seed, (*position.shape, 2))
+
+    def of_row(seed: Array, position: Array) -> tuple[Array, Array]:
+        key = jax.random.fold_in(jax.random.wrap_key_data(seed, impl="threefry2x32"), position)
+        return jax.random.key_data(key), jax.random.gumbel(key, SHORT_LISTS[:1])
+
+    return Randomness(*jnp.vectorize(of_row, signature="(k),()->(k),(n)")(seed, position))
+
+
 def identity(x: Array) -> Array:
     return x
 
@@ -66,6 +89,11 @@ def _power_of_two_near(value: float) -> int:
     return 2 ** max(0, round(math.log2(value)))
 
 
+def _top_k(values: Array, count: int) -> tuple[Array, Array]:
+    # Without the barrier XLA pushes what reads only the first of them into top-k, and then sorts everything instead.
+    return lax.optimization_barrier(lax.top_k(values, count))
+
+
 def most_likely(logits: Array, count: int) -> tuple[Array, Array]:
     """The `count` greatest of logits [V, B], falling, and their ids: [B, count] each; of equals the first ids.
 
@@ -74,13 +102,13 @@ def most_likely(logits: Array, count: int) -> tuple[Array, Array]:
     vocab_size, rows = logits.shape
     size = _power_of_two_near(math.sqrt(vocab_size / count))
     if size < 4:
-        return lax.top_k(logits.T, count)
+        return _top_k(logits.T, count)
     blocks = _blocks(logits, size)
-    _, chosen = lax.top_k(jnp.max(blocks, axis=1).T, count)
+    _, chosen = _top_k(jnp.max(blocks, axis=1).T, count)
     ids = (jnp.sort(chosen, axis=-1)[:, :, None] * size + jnp.arange(size, dtype=jnp.int32)).reshape(rows, -1)
     # Ids of the filling are out of range.
     candidates = logits.at[ids, jnp.arange(rows)[:, None]].get(mode="fill", fill_value=-jnp.inf)
-    values, index = lax.top_k(candidates, count)
+    values, index = _top_k(candidates, count)
     return values, jnp.take_along_axis(ids, index, axis=-1)
 
 
@@ -94,13 +122,13 @@ def log_probability(logits: Array, tokens: Array, asked: Array, transform: Map =
     return lax.cond(jnp.any(asked), compute, lambda: jnp.full(tokens.shape, jnp.nan, logits.dtype))
 
 
-def sample(logits: Array, params: SamplingParams, position: Array, transform: Map = identity) -> Array:
+def sample(logits: Array, params: SamplingParams, random_numbers: Randomness, transform: Map = identity) -> Array:
     """Draw one token id per row.
 
     Args:
         logits: [V, B] float32.
         params: settings of each row.
-        position: [B] int32, where in its sequence the drawn token will stand; names the row's random number.
+        random_numbers: of each row.
         transform: monotone map of the logits, elementwise, still to be applied.
     Returns:
         [B] int32; V (no valid id) for a row whose logits are not all finite.
@@ -110,11 +138,12 @@ def sample(logits: Array, params: SamplingParams, position: Array, transform: Ma
     random = params.temperature > MIN_TEMPERATURE
     whole = random & (top_k == vocab_size) & (params.top_p >= 1)
     temperature = jnp.where(random, params.temperature, 1.0)
-    keys = jax.random.wrap_key_data(params.seed, impl="threefry2x32")
-    keys = jax.vmap(jax.random.fold_in)(keys, position)
 
-    def draw(values: Array, keys: Array) -> Array:  # [B, N] -> [B], by the Gumbel-max trick
-        noise = jax.vmap(lambda key: jax.random.gumbel(key, values.shape[-1:], values.dtype))(keys)
+    def draw(values: Array, stream: int) -> Array:  # [B, N] -> [B], by the Gumbel-max trick
+        if stream == 0:
+            return first_argmax(values + random_numbers.noise[:, : values.shape[-1]])
+        keys = jax.random.wrap_key_data(random_numbers.keys, impl="threefry2x32")
+        noise = jax.vmap(lambda key: jax.random.gumbel(jax.random.fold_in(key, stream), values.shape[-1:]))(keys)
         return first_argmax(values + noise)
 
     def all_scaled(greatest: Array) -> Array:  # [V, B]
@@ -137,7 +166,7 @@ def sample(logits: Array, params: SamplingParams, position: Array, transform: Ma
         more_likely = (jnp.cumsum(weights, axis=-1) - weights) / total[:, None]
         # The first rank stays whatever rounding does to the sums.
         kept = jnp.where((rank == 0) | (more_likely < params.top_p[:, None]), values, -jnp.inf)
-        index = jnp.where(random, draw(kept, keys), 0)
+        index = jnp.where(random, draw(kept, counts.index(count)), 0)
         settled = ~beyond | ((top_k == vocab_size) & (listed / total >= params.top_p))
         return jnp.take_along_axis(ids, index[:, None], axis=-1)[:, 0], settled, greatest
 
@@ -145,9 +174,8 @@ def sample(logits: Array, params: SamplingParams, position: Array, transform: Ma
         """Draws a block by its probability, then a token of the block: two short draws instead of one of V numbers."""
         size = _power_of_two_near(math.sqrt(vocab_size))
         blocks = _blocks(all_scaled(greatest), size)
-        block = draw(jnp.log(jnp.sum(jnp.exp(blocks), axis=1)).T, keys)
-        inside = blocks[block, :, jnp.arange(rows)]
-        return block * size + draw(inside, jax.vmap(lambda key: jax.random.fold_in(key, 1))(keys))
+        block = draw(jnp.log(jnp.sum(jnp.exp(blocks), axis=1)).T, len(counts))
+        return block * size + draw(blocks[block, :, jnp.arange(rows)], len(counts) + 1)
 
     counts = [count for count in SHORT_LISTS if count < vocab_size] + [vocab_size]
     tokens, settled, greatest = draw_listed(counts[0])
