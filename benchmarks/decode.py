@@ -29,21 +29,6 @@ CONTEXT, ROOM, TOP_K = 256, 512, 50
 CHECKED = 8  # greedy tokens that must agree
 
 
-class NoText:
-    """A tokenizer for random weights: no id is special, none has text."""
-
-    def __init__(self) -> None:
-        from nanochat_jax.tokenizer import SPECIAL_TOKENS
-
-        self.special_tokens = dict.fromkeys(SPECIAL_TOKENS, -1)
-
-    def encode(self, text: str) -> list[int]:
-        raise ValueError("no text is encoded here")
-
-    def decode_bytes(self, ids: list[int]) -> bytes:
-        return b""
-
-
 def make_config(options: argparse.Namespace) -> Any:
     from nanochat_jax.config import GPTConfig
 
@@ -70,6 +55,7 @@ def make_engine(options: argparse.Namespace, num_slots: int) -> Any:
     from tempfile import gettempdir
 
     from nanochat_jax.infer.engine import Engine
+    from nanochat_jax.infer.request import NoTokenizer
     from nanochat_jax.paths import Paths
     from nanochat_jax.startup import start
 
@@ -77,7 +63,7 @@ def make_engine(options: argparse.Namespace, num_slots: int) -> Any:
     scratch.base.mkdir(exist_ok=True)
     start(scratch)
     config = make_config(options)
-    return Engine(config, make_params(config), NoText(), num_slots=num_slots)
+    return Engine(config, make_params(config), NoTokenizer(), num_slots=num_slots)
 
 
 Round = Callable[[int, bool], tuple[float, list[list[int]]]]  # (steps, greedy) to (seconds, tokens by row)
