@@ -90,8 +90,10 @@ def _power_of_two_near(value: float) -> int:
 
 
 def _top_k(values: Array, count: int) -> tuple[Array, Array]:
-    # Without the barrier XLA pushes what reads only the first of them into top-k, and then sorts everything instead.
-    return lax.optimization_barrier(lax.top_k(values, count))
+    # Without the barriers XLA pushes what reads only the first of them into top-k, and then sorts everything instead.
+    # One barrier for both would abort its compiler (the pass TopkDecomposer).
+    values, index = lax.top_k(values, count)
+    return lax.optimization_barrier(values), lax.optimization_barrier(index)
 
 
 def most_likely(logits: Array, count: int) -> tuple[Array, Array]:
