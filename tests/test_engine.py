@@ -15,7 +15,7 @@ from nanochat_jax.gpt import abstract_params, forward, unembed
 from nanochat_jax.infer import device
 from nanochat_jax.infer.engine import Engine, EngineLoop, Request
 from nanochat_jax.infer.request import ToolCall
-from nanochat_jax.infer.sampling import SamplingParams, randomness, sample
+from nanochat_jax.infer.sampling import SamplingParams, noise_for, sample
 from nanochat_jax.infer.scheduler import Scheduler
 from nanochat_jax.sharding import make_mesh
 
@@ -88,7 +88,7 @@ MIXED = [
 
 
 def test_sampling_equals_drawing_from_the_full_forward(params, engine):
-    draw = jax.jit(lambda logits, params, position: sample(logits, params, randomness(params.seed, position)))
+    draw = jax.jit(lambda logits, params, position: sample(logits, params, noise_for(params.seed, position, len(logits))))
     rows = 32
     for request, result in zip(MIXED, engine.generate(MIXED), strict=True):
         count = len(result.tokens)

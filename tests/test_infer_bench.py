@@ -5,6 +5,7 @@ import math
 from pathlib import Path
 from types import SimpleNamespace
 
+import jax
 import pytest
 
 from nanochat_jax.cli import UsageError
@@ -16,10 +17,16 @@ from scripts.infer_bench import Config, flops_per_token, keys_read
 MODEL = GPTConfig.modern(2, vocab_size=320, sequence_len=256, n_embd=64, n_head=2, n_kv_head=1)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation():
+    """These tests spend their time in the compiler; how fast its programs run does not matter here."""
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture
 def bench(monkeypatch, tmp_path, capsys):
-    import jax
-
     def run(**options):
         loaded = SimpleNamespace(config=MODEL, params=init_params(MODEL, jax.random.key(0)), tag="d2", step=7, directory=Path("d2"))
         monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))

@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from nanochat_jax.config import GPTConfig
 from nanochat_jax.gpt import KVCache, Params, forward, init_cache, softcap
-from nanochat_jax.infer.sampling import SamplingParams, log_probability, randomness, sample
+from nanochat_jax.infer.sampling import SamplingParams, log_probability, noise_for, sample
 from nanochat_jax.layers import rms_norm
 
 
@@ -180,7 +180,7 @@ def decode(params: Params, slots: Slots, dispatch: Dispatch, *, program: Program
         logits = lax.dot_general(
             params["lm_head_rows"], hidden[:, 0], (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
         )  # [V, B], before the softcap
-        drawn = sample(logits, dispatch.sampling, jax.tree.map(lambda x: x[step], numbers), cap)
+        drawn = sample(logits, dispatch.sampling, noise[step], cap)
         is_forced = step < dispatch.num_forced
         token = jnp.where(active, jnp.where(is_forced, dispatch.forced[:, step], drawn), token)
         emitted = emitted.at[:, step].set(jnp.where(active, token, -1))
@@ -197,7 +197,7 @@ def decode(params: Params, slots: Slots, dispatch: Dispatch, *, program: Program
 
     # A slot draws at every step, or not again in this dispatch.
     position = dispatch.length + 1 + jnp.arange(dispatch.forced.shape[1])[:, None]
-    numbers = jax.tree.map(lambda x: _replicate(x, mesh), randomness(dispatch.sampling.seed, position))
+    noise = noise_for(dispatch.sampling.seed, position, config.vocab_size)
     # What smearing mixes into the newest token: the embedding of the one before, as the forward pass makes it.
     previous = rms_norm(params["wte"][dispatch.previous].astype(program.dtype))
     cache = KVCache(slots.k, slots.v, dispatch.length, previous)
