@@ -28,6 +28,7 @@ class Program:
 
     config: GPTConfig
     dtype: jnp.dtype
+    shortest: int  # positions that a prefilled prompt has at least, so that few sizes are inserted
     pause: int  # token id after which the host must decide how a sequence goes on
     mesh: Mesh | None
 
@@ -122,7 +123,7 @@ def resize(slots: Slots, *, length: int, program: Program) -> Slots:
 
 @functools.partial(jax.jit, static_argnames="program")
 def prefill(params: Params, tokens: Array, lengths: Array, *, program: Program) -> tuple[Array, ...]:
-    """Keys and values of N prompts, for each an array [2, L, G, T, h].
+    """Keys and values of N prompts, for each an array [2, L, G, max(T, `program.shortest`), h].
 
     tokens [N, T] int32, padded on the right; lengths [N] int32.
     """
@@ -133,6 +134,8 @@ def prefill(params: Params, tokens: Array, lengths: Array, *, program: Program) 
     rows = []
     for row in range(tokens.shape[0]):
         prompt = jnp.stack([jnp.stack([layer[row] for layer in each]) for each in (cache.k, cache.v)])
+        missing = max(0, program.shortest - prompt.shape[3])
+        prompt = jnp.pad(prompt, ((0, 0), (0, 0), (0, 0), (0, missing), (0, 0)))
         if mesh is not None:
             prompt = lax.with_sharding_constraint(prompt, cache_sharding(1, config.n_kv_head, mesh, row_axis=1))
         rows.append(prompt)
