@@ -5,7 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nanochat_jax.infer.sampling import SHORT_LISTS, SamplingParams, first_argmax, log_probability, most_likely, noise_for, sample
+from nanochat_jax.infer.sampling import (
+    SHORT_LISTS,
+    SamplingParams,
+    first_argmax,
+    log_probability,
+    most_likely,
+    noise_for,
+    sample,
+)
 
 ROWS, VOCAB = 500, 2 * SHORT_LISTS[-1]  # one shape for all tests: one compilation
 

@@ -1,8 +1,12 @@
 """The engine: a fixed number of slots over one KV cache, filled and refilled while the others keep decoding.
 
-Prompts are padded to a few lengths and prefilled several at once, then each is put into a free slot. One dispatch
-advances all slots by several tokens; between dispatches the host looks at what came: it ends sequences, answers tool
-calls, and admits the next requests. The cache starts short and grows as sequences do, since attention reads all of it.
+Prompts are padded to a few lengths and prefilled several at once, then each is put into a free slot; a prompt that a slot
+holds already is copied from there. One dispatch advances all slots by several tokens; between dispatches the host looks at
+what came: it ends sequences, answers tool calls, and admits the next requests. The cache is as long as the longest sequence
+present needs, since attention reads all of it.
+
+A request's tokens do not depend on who shares the batch: its random numbers are its own. Company does choose how many
+prompts are prefilled together and how long the cache is, and so the last bits of the logits (about 1e-6 in float32).
 
 `Engine` is immutable and may be shared; `EngineLoop` holds the state of one batch in flight and belongs to one thread.
 """
