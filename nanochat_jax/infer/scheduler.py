@@ -4,12 +4,14 @@ import asyncio
 import logging
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 
 from nanochat_jax.infer.engine import Engine, EngineLoop
 from nanochat_jax.infer.request import Generation, Request, Result, ToolCall
 
 log = logging.getLogger(__name__)
+
+ADMITTED_TOKENS = 2048  # most prompt tokens between two steps, but for one prompt alone, so that running replies go on
 
 Event = str | ToolCall | Result
 
@@ -25,8 +27,9 @@ class Handle:
     the `Result`. If the generation failed, the iteration raises.
     """
 
-    def __init__(self, request: Request) -> None:
-        self.request = request
+    def __init__(self, generation: Generation) -> None:
+        self.request = generation.request
+        self._generation = generation
         self._changed = threading.Condition()
         self._events: deque[str | ToolCall] = deque()
         self._outcome: Result | Exception | None = None
@@ -148,22 +151,28 @@ class Scheduler:
         """Queue a request.
 
         Raises:
-            ValueError: its prompt does not fit the context, or is not of this vocabulary.
+            ValueError: its prompt does not fit the context, it or a stop token is not of this vocabulary.
             QueueFull: too many wait.
             RuntimeError: the scheduler is not running, or its engine has failed.
         """
-        self._engine.budget(request)
+        return self.submit_all([request])[0]
+
+    def submit_all(self, requests: Sequence[Request]) -> list[Handle]:
+        """Queue requests together, all or none: such as several samples of one prompt, which is then computed once.
+
+        Raises as `submit`.
+        """
+        handles = [Handle(self._engine.generation(request)) for request in requests]
         with self._changed:
             if self._failure is not None:
                 raise RuntimeError("the engine has failed") from self._failure
             if self._thread is None or self._closing:
                 raise RuntimeError("the scheduler is not running")
-            if len(self._waiting) >= self._max_waiting:
-                raise QueueFull(f"{len(self._waiting)} requests wait already")
-            handle = Handle(request)
-            self._waiting.append(handle)
+            if len(self._waiting) + len(handles) > self._max_waiting:
+                raise QueueFull(f"{len(self._waiting)} requests wait already, of at most {self._max_waiting}")
+            self._waiting.extend(handles)
             self._changed.notify_all()
-        return handle
+        return handles
 
     def _run(self) -> None:
         try:
@@ -191,8 +200,8 @@ class Scheduler:
                     return
                 taken = [handle for handle in self._waiting if handle.cancelled]
                 self._waiting = deque(handle for handle in self._waiting if not handle.cancelled)
-                taken += [self._waiting.popleft() for _ in range(min(loop.num_free, len(self._waiting)))]
-                admitted = [self._engine.generation(handle.request) for handle in taken]
+                taken += self._next(loop.num_free)
+                admitted = [handle._generation for handle in taken]
                 self._live.update(zip(admitted, taken, strict=True))
             for generation, handle in self._live.items():
                 if handle.cancelled:
@@ -202,6 +211,17 @@ class Scheduler:
             self._deliver()
             loop.step()
             self._deliver()
+
+    def _next(self, num_free: int) -> list[Handle]:
+        """Take from the queue, first come first served, what is admitted before the next step."""
+        taken: list[Handle] = []
+        tokens = 0
+        while self._waiting and len(taken) < num_free:
+            tokens += len(self._waiting[0]._generation.prompt)
+            if taken and tokens > ADMITTED_TOKENS:
+                break
+            taken.append(self._waiting.popleft())
+        return taken
 
     def _deliver(self) -> None:
         """Hand every caller what is new; forget those that are done."""
