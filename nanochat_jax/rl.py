@@ -109,32 +109,55 @@ def policy_batch(groups: Sequence[Sequence[Rollout]], *, pass_rows: int, multipl
 
 
 def policy_loss(params: Params, inputs: Array, targets: Array, weights: Array, *, config: GPTConfig,
-                dtype: Any = jnp.float32, remat: str = "none", num_devices: int = 1) -> Array:
-    """Scalar loss of rows [B, T], whose gradient is the policy gradient."""
+                dtype: Any = jnp.float32, remat: str = "none", num_devices: int = 1) -> tuple[Array, Array]:
+    """Scalar loss of rows [B, T], whose gradient is the policy gradient, and log-probabilities [B, T] of the targets."""
     hidden, _ = forward(params, inputs, config=config, compute_dtype=dtype, remat=remat)
     unembedding = params["lm_head"][:, : config.vocab_size]
     chunk = chunk_length(*inputs.shape, config.vocab_size, num_devices)
-    return cross_entropy(hidden, unembedding, targets, weights, config.softcap, chunk)[0]
+    loss, nll = cross_entropy(hidden, unembedding, targets, weights, config.softcap, chunk)
+    return loss, -nll
 
 
 def make_policy_step(config: GPTConfig, optimizer: optax.GradientTransformation, *, dtype: Any, mesh: Mesh,
                      shardings: TrainState, remat: str = "none") -> Callable:
-    """Jitted `step(state, inputs, targets, weights) -> (state, {"loss", "grad_norm"})` over micro-batches [A, B, T]."""
+    """Jitted `step(state, inputs, targets, weights) -> (state, {"loss", "grad_norm", "entropy"})` of micro-batches [A, B, T].
 
-    def micro_loss(params: Params, *rows: Array) -> Array:
-        return policy_loss(params, *rows, config=config, dtype=dtype, remat=remat, num_devices=mesh.size)
+    The entropy, in nats a token, is estimated by the mean negative log-probability of what was sampled.
+    """
+
+    def micro_loss(params: Params, *rows: Array) -> tuple[Array, Array]:
+        loss, log_probs = policy_loss(params, *rows, config=config, dtype=dtype, remat=remat, num_devices=mesh.size)
+        return loss, log_probs.sum()
 
     def step(state: TrainState, *rows: Array) -> tuple[TrainState, dict[str, Array]]:
         def accumulate(carry, micro_batch):
-            return jax.tree.map(jnp.add, carry, jax.value_and_grad(micro_loss)(state.params, *micro_batch)), None
+            (loss, log_prob), grads = jax.value_and_grad(micro_loss, has_aux=True)(state.params, *micro_batch)
+            return jax.tree.map(jnp.add, carry, (loss, log_prob, grads)), None
 
-        zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params))
-        (loss, grads), _ = jax.lax.scan(accumulate, zeros, rows)
+        zeros = (jnp.zeros(()), jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params))
+        (loss, log_prob, grads), _ = jax.lax.scan(accumulate, zeros, rows)
         updates, opt_state = optimizer.update(grads, state.optimizer, state.params)
-        metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
+        metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads),
+                   "entropy": -log_prob / jnp.maximum((rows[1] >= 0).sum(), 1)}
         return TrainState(optax.apply_updates(state.params, updates), opt_state), metrics
 
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
+
+
+def statistics(groups: Sequence[Sequence[Rollout]]) -> dict[str, float]:
+    """What a log says of E groups of S rollouts. `reward_std` is the spread among all of them, `reward_group_std` the mean
+    spread within a prompt's; `mixed` is the share of prompts with replies of both kinds, from which alone is learned."""
+    rewards = np.array([[rollout.reward for rollout in group] for group in groups])
+    advantage = advantages(rewards)
+    lengths = [len(rollout.tokens) for group in groups for rollout in group]
+    sampled = [sum(rollout.sampled) for group in groups for rollout in group]
+    return {
+        "reward": float(rewards.mean()), "reward_std": float(rewards.std()),
+        "reward_group_std": float(rewards.std(axis=1).mean()), "mixed": float((np.ptp(rewards, axis=1) > 0).mean()),
+        "advantage_min": float(advantage.min()), "advantage_max": float(advantage.max()),
+        "sequence_length": float(np.mean(lengths)), "sequence_length_max": max(lengths),
+        "sampled_tokens": float(np.mean(sampled)),
+    }
 
 
 def pass_at_k(rewards: np.ndarray) -> np.ndarray:
