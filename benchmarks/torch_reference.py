@@ -1,9 +1,11 @@
-"""The classic model and its optimizer in plain PyTorch, as a user would write them: what train_step.py is measured against.
+"""The classic model and its optimizer in plain PyTorch, as a user would write them: what train_step.py and
+decode.py are measured against.
 
 Weights are [out, in], as torch has them. Needs the extra `torch`.
 """
 
 import math
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -42,6 +44,15 @@ class GPT(nn.Module):
         # The classic tables are rounded to bfloat16.
         self.register_buffer("cos", angles.cos().bfloat16().float()[:, None])
         self.register_buffer("sin", angles.sin().bfloat16().float()[:, None])
+
+    @torch.no_grad()
+    def load(self, params: dict[str, Any]) -> None:
+        """Take the weights of one of our models, as numpy arrays; those are [in, out]."""
+        self.wte.weight.copy_(torch.from_numpy(params["wte"]))
+        self.lm_head.weight.copy_(torch.from_numpy(params["lm_head"].T))
+        for i, block in enumerate(self.blocks):
+            for name, stack in params["blocks"].items():
+                getattr(block, name).weight.copy_(torch.from_numpy(stack[i].T))
 
     def forward(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """Mean loss in nats of targets [B, T] after inputs [B, T]."""

@@ -84,12 +84,7 @@ def torch_worker(options: argparse.Namespace, compiled: bool) -> Any:
     params = jax.tree.map(np.array, state.params)
     model = GPT(depth=config.n_layer, num_heads=config.n_head, width=config.n_embd, vocab_size=config.vocab_size,
                 sequence_len=options.sequence)
-    with torch.no_grad():  # ours are [in, out]
-        model.wte.weight.copy_(torch.from_numpy(params["wte"]))
-        model.lm_head.weight.copy_(torch.from_numpy(params["lm_head"].T))
-        for i, block in enumerate(model.blocks):
-            for name, stack in params["blocks"].items():
-                getattr(block, name).weight.copy_(torch.from_numpy(stack[i].T))
+    model.load(params)
     del state, params
     trainer = Trainer(model, dtype=getattr(torch, options.dtype), compiled=compiled)
     batch = [torch.from_numpy(array.copy()) for array in make_batch(options)]

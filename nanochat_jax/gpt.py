@@ -246,7 +246,11 @@ def forward(params: Params, tokens: Array, *, config: GPTConfig, compute_dtype: 
 def unembed(params: Params, hidden: Array, *, config: GPTConfig) -> Array:
     """Softcapped logits [..., V] in float32 of hidden states [..., D]."""
     weight = params["lm_head"][:, : config.vocab_size].astype(hidden.dtype)
-    logits = jnp.dot(hidden, weight, preferred_element_type=jnp.float32)
+    return softcap(jnp.dot(hidden, weight, preferred_element_type=jnp.float32), config=config)
+
+
+def softcap(logits: Array, *, config: GPTConfig) -> Array:
+    """Logits bounded to (-softcap, softcap) by a tanh (Gemma 2, 2024), in order."""
     return config.softcap * jnp.tanh(logits / config.softcap)
 
 

@@ -69,9 +69,8 @@ def dim(text: str) -> str:
     return f"\033[2m{text}\033[0m" if sys.stdout.isatty() else text
 
 
-def answer(engine: Engine, request: Request) -> Generation:
+def answer(engine: Engine, generation: Generation) -> None:
     """Generate and print a reply as it comes; Ctrl-C ends it early."""
-    generation = engine.generation(request)
 
     def show() -> None:
         for event in generation.take_events():
@@ -90,7 +89,6 @@ def answer(engine: Engine, request: Request) -> Generation:
     show()
     print(flush=True)
     generation.result()  # raises what went wrong, if anything did
-    return generation
 
 
 def chat(engine: Engine, tokenizer: Tokenizer, config: Config) -> None:
@@ -116,12 +114,12 @@ def chat(engine: Engine, tokenizer: Tokenizer, config: Config) -> None:
             if dropped:
                 print(dim(f"(the context of {engine.max_len} tokens is full: dropped the oldest {dropped} turns)"))
             try:
-                engine.budget(request := config.request(tokens, turn=turn))
+                reply = engine.generation(config.request(tokens, turn=turn))
             except ValueError as error:  # the message is too long even alone
                 print(dim(f"({error}: say it in fewer words)"))
                 continue
             print("\nAssistant: ", end="", flush=True)
-            reply = answer(engine, request)
+            answer(engine, reply)
             history.add(text, reply.tokens)
             turn += 1
             if reply.finish_reason == "length":
@@ -140,10 +138,11 @@ def main(config: Config) -> int | None:
         return None
     tokens, _ = History(model.tokenizer).prompt(config.prompt, room=engine.max_len)
     try:
-        engine.budget(request := config.request(tokens, turn=0))
+        reply = engine.generation(config.request(tokens, turn=0))
     except ValueError as error:
         raise UsageError(f"--prompt: {error}") from error
-    return 130 if answer(engine, request).finish_reason == "cancelled" else None
+    answer(engine, reply)
+    return 130 if reply.finish_reason == "cancelled" else None
 
 
 if __name__ == "__main__":

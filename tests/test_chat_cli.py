@@ -38,8 +38,13 @@ def talk(monkeypatch, tmp_path, capsys):
         monkeypatch.setattr(chat_cli, "start", lambda paths: None)
         monkeypatch.setattr(chat_cli, "load_model", lambda *_, **__: SimpleNamespace(
             config=CHAIN, params=params, tokenizer=TOKENIZER))
-        monkeypatch.setattr(Engine, "generation", lambda self, request: (
-            prompts.append(list(request.tokens)), generation(self, request))[1])
+
+        def recorded(self, request):
+            made = generation(self, request)
+            prompts.append(list(made.prompt))
+            return made
+
+        monkeypatch.setattr(Engine, "generation", recorded)
         remaining = iter(lines)
 
         def read(prompt):
@@ -95,7 +100,7 @@ def test_interrupting_a_reply_keeps_the_chat(talk, monkeypatch):
 
     def interrupted(loop):
         steps.append(1)
-        if len(steps) == 2:
+        if len(steps) == 3:
             raise KeyboardInterrupt
         step(loop)
 

@@ -10,7 +10,7 @@ from nanochat_jax.config import GPTConfig
 from nanochat_jax.gpt import abstract_params, forward, unembed
 from nanochat_jax.infer.engine import Engine, EngineLoop, Request
 from nanochat_jax.infer.request import ToolCall
-from nanochat_jax.infer.sampling import SamplingParams, sample
+from nanochat_jax.infer.sampling import SamplingParams, randomness, sample
 from nanochat_jax.sharding import make_mesh
 
 MAX_LEN = 320
@@ -82,7 +82,8 @@ MIXED = [
 
 
 def test_sampling_equals_drawing_from_the_full_forward(params, engine):
-    draw, rows = jax.jit(sample), 32
+    draw = jax.jit(lambda logits, params, position: sample(logits, params, randomness(params.seed, position)))
+    rows = 32
     for request, result in zip(MIXED, engine.generate(MIXED), strict=True):
         count = len(result.tokens)
         logits = np.zeros((rows, TOKENIZER.vocab_size), np.float32)
@@ -94,7 +95,7 @@ def test_sampling_equals_drawing_from_the_full_forward(params, engine):
             np.array([[request.seed >> 32, request.seed & 0xFFFFFFFF]] * rows, np.uint32),
         )
         position = len(request.tokens) + np.arange(rows, dtype=np.int32)
-        assert draw(logits, settings, position)[:count].tolist() == result.tokens
+        assert draw(logits.T, settings, position)[:count].tolist() == result.tokens
 
 
 def test_results_do_not_depend_on_the_company(engine):
@@ -119,17 +120,18 @@ def test_samples_of_one_prompt_differ_by_seed_and_share_its_prefill(engine, monk
     prefill = EngineLoop.prefill
 
     def counted(self, rows, bucket):
-        prefilled.append(rows)
+        prefilled.extend(rows)
         return prefill(self, rows, bucket)
 
     monkeypatch.setattr(EngineLoop, "prefill", counted)
-    prompt = prompts(10)[0]
-    requests = [Request(prompt, max_tokens=5, temperature=2.0, seed=seed) for seed in range(16)]
+    first, second = prompts(10, 40)
+    requests = [Request(first, max_tokens=3 + seed % 4, temperature=2.0, seed=seed) for seed in range(16)]
+    requests += [Request(second, max_tokens=5, temperature=2.0, seed=seed) for seed in range(8)]
     results = engine.generate(requests)
     assert len({result.tokens[0] for result in results}) > 8
-    assert [result.tokens for result in engine.generate(requests)] == [result.tokens for result in results]
-    assert all(rows == [prompt] for rows in prefilled)
-    assert len(prefilled) < 32
+    assert prefilled == [first[:-1], second[:-1]]  # more samples than slots, and each prompt once
+    for request, result in zip(requests, results, strict=True):
+        assert engine.generate([request])[0].tokens == result.tokens
 
 
 def test_a_context_too_short_cuts_the_reply_or_refuses_the_prompt(engine):
@@ -158,7 +160,7 @@ def test_requests_that_make_no_sense_are_refused(wrong):
 def test_shapes_come_from_buckets(engine):
     assert engine.prompt_buckets == (32, 64, 128, 256, MAX_LEN)
     assert engine.cache_buckets == (256, MAX_LEN)
-    assert engine.row_buckets == (1, 2)
+    assert [engine.prefill_rows(bucket) for bucket in (32, MAX_LEN)] == [(1, 2), (1, 2)]
 
 
 def test_a_model_gone_wrong_is_an_error_not_a_text(params):
@@ -255,6 +257,7 @@ def test_cancelling_frees_the_slot_for_the_next():
     loop = EngineLoop(engine)
     endless, *others = [engine.generation(Request(tuple(b"a"), temperature=0.0, max_tokens=50)) for _ in range(3)]
     loop.admit([endless, *others])
+    loop.step()  # the first token alone
     loop.step()
     with pytest.raises(ValueError, match="0 free slots"):
         loop.admit([engine.generation(Request((1,)))])
@@ -265,8 +268,9 @@ def test_cancelling_frees_the_slot_for_the_next():
     brief = engine.generation(Request(tuple(b"c"), temperature=0.0))
     loop.admit([brief])
     loop.step()
+    loop.step()
     assert brief.result().text == "d"
-    assert all(len(other.tokens) == 11 and not other.done for other in others)
+    assert all(len(other.tokens) == 12 and not other.done for other in others)
 
 
 def test_after_warmup_nothing_is_compiled(caplog):

@@ -5,10 +5,15 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nanochat_jax.infer.sampling import SHORT_LIST, SamplingParams, first_argmax, sample
+from nanochat_jax.infer.sampling import SHORT_LISTS, SamplingParams, first_argmax, log_probability, most_likely, randomness, sample
 
-ROWS, VOCAB = 500, 4 * SHORT_LIST  # one shape for all tests: one compilation
-compiled = jax.jit(sample)
+ROWS, VOCAB = 500, 2 * SHORT_LISTS[-1]  # one shape for all tests: one compilation
+
+
+@jax.jit
+def compiled(logits, params, position):
+    return sample(logits, params, randomness(params.seed, position))
+
 
 
 def draw(logits, params, position=0):
@@ -18,7 +23,7 @@ def draw(logits, params, position=0):
     position = np.broadcast_to(np.asarray(position, np.int32), (rows,))
     fill = [(0, ROWS - rows)]
     params = SamplingParams(*(np.pad(x, fill + [(0, 0)] * (x.ndim - 1)) for x in params))
-    return np.asarray(compiled(np.pad(logits, [*fill, (0, 0)]), params, np.pad(position, fill)))[:rows]
+    return np.asarray(compiled(np.pad(logits, [*fill, (0, 0)]).T, params, np.pad(position, fill)))[:rows]
 
 
 def settings(rows, temperature=1.0, top_k=0, top_p=1.0, seeds=None):
@@ -75,8 +80,8 @@ def test_frequencies_follow_the_restricted_softmax(temperature, top_k, top_p):
 def test_a_nucleus_wider_than_the_short_list_is_not_cut():
     params = settings(ROWS, top_p=0.75)
     drawn = np.concatenate([draw(np.zeros(VOCAB), params, position) for position in range(6)])
-    assert len(np.unique(drawn)) > SHORT_LIST
-    assert 2.9 * SHORT_LIST < drawn.max() < 3 * SHORT_LIST  # of equal logits the first three quarters
+    assert len(np.unique(drawn)) > SHORT_LISTS[-1]
+    assert 0.74 * VOCAB < drawn.max() < 0.75 * VOCAB  # of equal logits the first three quarters
 
 
 def test_temperature_zero_and_top_k_one_are_the_argmax():
@@ -113,6 +118,35 @@ def test_draws_differ_by_seed_and_by_position_and_repeat_for_equal_ones():
     one_seed = settings(64, seeds=[5] * 64)
     assert len(set(draw(flat, one_seed, np.arange(64)).tolist())) > 50
     assert len(set(draw(flat, one_seed).tolist())) == 1
+
+
+@pytest.mark.parametrize(("vocab_size", "count"), [(65536, 64), (5003, 64), (5003, 512), (70, 64), (64, 64)])
+def test_the_most_likely_come_in_order_and_of_equals_the_first(vocab_size, count):
+    logits = np.random.default_rng(3).integers(-40, 40, (3, vocab_size)).astype(np.float32)
+    values, ids = jax.jit(most_likely, static_argnums=1)(logits.T, count)
+    expected = np.argsort(-logits, axis=-1, kind="stable")[:, :count]
+    assert np.array_equal(ids, expected)
+    assert np.array_equal(values, np.take_along_axis(logits, expected, axis=-1))
+
+
+def test_a_monotone_map_of_the_logits_may_come_late():
+    logits = 20 * np.random.default_rng(4).normal(size=(6, VOCAB)).astype(np.float32)
+    params = settings(6, temperature=[0, 1, 1, 0.8, 1, 3], top_k=[0, 0, 50, 0, 600, 0], top_p=[1, 1, 1, 0.9, 0.9, 0.99])
+
+    def cap(x):
+        return 15 * jnp.tanh(x / 15)
+
+    late = jax.jit(lambda x: sample(x, params, randomness(params.seed, jnp.arange(6)), cap))(logits.T)
+    assert late.tolist() == compiled(cap(logits.T), params, np.arange(6)).tolist()
+
+
+def test_log_probabilities_are_of_the_whole_softmax_and_only_of_rows_that_ask():
+    logits = np.random.default_rng(5).normal(size=(4, VOCAB)).astype(np.float32)
+    tokens, asked = np.array([3, 0, VOCAB - 1, 7]), np.array([True, False, True, True])
+    found = np.asarray(jax.jit(log_probability)(logits.T, tokens, asked))
+    expected = logits[range(4), tokens] - np.log(np.exp(logits.astype(np.float64)).sum(-1))
+    assert np.isnan(found[1]) and np.allclose(found[asked], expected[asked], atol=1e-6)
+    assert np.isnan(np.asarray(jax.jit(log_probability)(logits.T, tokens, np.zeros(4, bool)))).all()
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])

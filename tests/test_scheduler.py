@@ -138,7 +138,7 @@ def test_cancelling_ends_a_running_and_a_waiting_request(scheduler, monkeypatch)
     wait_until(lambda: scheduler.num_active == 3)
     waiting = [scheduler.submit(ask("a")) for _ in range(2)]
     running[0].cancel()
-    assert running[0].result(SECONDS) == Result([ord("b")], [True], "cancelled", "b", 1)  # the prefill's token
+    assert running[0].result(SECONDS) == Result([], [], "cancelled", "", 1)
     wait_until(lambda: scheduler.num_active == 3)  # the first to wait has its place
     waiting[1].cancel()
     assert waiting[1].result(SECONDS) == Result([], [], "cancelled", "", 1)
@@ -151,10 +151,10 @@ def test_cancelling_ends_a_running_and_a_waiting_request(scheduler, monkeypatch)
 def test_a_request_that_fails_fails_alone(scheduler, monkeypatch):
     accept = Generation.accept
 
-    def choke(self, token, *, sampled):
+    def choke(self, token, **rest):
         if self.request.seed == 13 and len(self.tokens) == 3:
             raise KeyError("cannot be shown")
-        accept(self, token, sampled=sampled)
+        accept(self, token, **rest)
 
     monkeypatch.setattr(Generation, "accept", choke)
     handles = [scheduler.submit(ask("a", seed=seed)) for seed in (12, 13, 14)]
@@ -167,7 +167,7 @@ def test_a_request_that_fails_fails_alone(scheduler, monkeypatch):
 def test_a_failure_of_the_engine_reaches_everyone(engine, monkeypatch, caplog):
     gate = Gate(monkeypatch)
     decode = EngineLoop.decode
-    monkeypatch.setattr(EngineLoop, "decode", lambda *_: 1 / 0)
+    monkeypatch.setattr(EngineLoop, "decode", lambda *_, **__: 1 / 0)
     with Scheduler(engine) as scheduler:
         handles = [scheduler.submit(ask("a")) for _ in range(5)]
         gate.open.set()

@@ -1,13 +1,15 @@
-"""The engine's device programs: prefill, insertion into slots, growth of the cache, and decoding several steps.
+"""The engine's device programs: prefill, moving sequences between slots and sizes, and decoding several steps.
 
 All take parameters, as `split_layers` gives them, and cache as arguments; `Program` is the static rest. Shapes come
-from buckets (engine.py), so the number of compilations is bounded. B slots, K steps of a dispatch, N prompts of a
-prefill, T their padded length.
+from buckets (engine.py), so the number of compilations is bounded. B slots, S positions of each, K steps of a dispatch,
+N prompts of a prefill, T their padded length, L layers, G key/value heads of width h.
+
+The cache holds keys and values alone: how far each slot has come is the host's to say, with each dispatch.
 """
 
 import functools
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +17,9 @@ from jax import Array, lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from nanochat_jax.config import GPTConfig
-from nanochat_jax.gpt import KVCache, Params, forward, init_cache, unembed
-from nanochat_jax.infer.sampling import SamplingParams, sample
+from nanochat_jax.gpt import KVCache, Params, forward, init_cache, softcap
+from nanochat_jax.infer.sampling import SamplingParams, log_probability, randomness, sample
+from nanochat_jax.layers import rms_norm
 
 
 @dataclass(frozen=True)
@@ -25,55 +28,74 @@ class Program:
 
     config: GPTConfig
     dtype: jnp.dtype
-    max_rows: int  # most prompts of a prefill
-    terminal: tuple[int, ...]  # token ids that end a sequence
     pause: int  # token id after which the host must decide how a sequence goes on
     mesh: Mesh | None
+
+
+class Slots(NamedTuple):
+    """Keys and values of all slots, per layer [B, G, S, h]."""
+
+    k: tuple[Array, ...]
+    v: tuple[Array, ...]
+
+    @property
+    def length(self) -> int:
+        """S: positions of each slot."""
+        return self.k[0].shape[2]
 
 
 class Dispatch(NamedTuple):
     """What the host says about each slot for the next K steps."""
 
+    length: Array  # [B] int32, positions filled; S or more for a slot that is to be left as it is
+    previous: Array  # [B] int32, the token before the newest
     token: Array  # [B] int32, the newest token, not yet in the cache
     active: Array  # [B] bool
     remaining: Array  # [B] int32, tokens the slot may still emit
     forced: Array  # [B, K] int32, tokens to emit in place of drawn ones
     num_forced: Array  # [B] int32
+    stop: Array  # [B, M] int32, drawn tokens that end the sequence; filled up with -1
+    logprobs: Array  # [B] bool, whether to compute them
     sampling: SamplingParams
+    steps: Array  # [] int32, at most K
 
 
-def split_layers(params: Params) -> Params:
-    """The parameters with each stack of the blocks, (L, in, out), as a tuple of its matrices.
+def split_layers(params: Params, *, config: GPTConfig) -> Params:
+    """The parameters as decoding reads them fastest on a CPU.
 
-    Decoding from the stacks would copy every matrix out of its stack at every step: half as fast again on a CPU.
+    Each stack of the blocks, (L, in, out), is a tuple of its matrices: from the stacks every step would copy every matrix.
+    The unembedding is `lm_head_rows` [V, D], a row for each token.
     """
 
     @jax.jit
     def split(stack: Array) -> tuple[Array, ...]:
         return tuple(layer[0] for layer in lax.split(stack, (1,) * len(stack)))
 
-    return params | {"blocks": {name: split(stack) for name, stack in params["blocks"].items()}}
+    params = params | {"blocks": {name: split(stack) for name, stack in params["blocks"].items()}}
+    params["lm_head_rows"] = jax.jit(lambda head: head[:, : config.vocab_size].T)(params.pop("lm_head"))
+    return params
 
 
 def _stack_layers(params: Params) -> Params:
-    """What the forward pass takes. It splits the stacks again, and the compiler drops the pair."""
-    return params | {"blocks": {name: jnp.stack(layers) for name, layers in params["blocks"].items()}}
+    """What the forward pass takes. It splits the stacks again, and the compiler drops the pair (not across a loop)."""
+    blocks = {name: jnp.stack(layers) for name, layers in params["blocks"].items()}
+    return {name: leaf for name, leaf in params.items() if name != "lm_head_rows"} | {"blocks": blocks}
 
 
-def cache_sharding(shape: tuple[int, ...], mesh: Mesh) -> NamedSharding:
-    """Rows over the data axis, key/value heads over the model axis, where the sizes divide.
+def cache_sharding(rows: int, heads: int, mesh: Mesh, *, row_axis: int = 0) -> NamedSharding:
+    """Rows (of axis `row_axis`) over the data axis, key/value heads, the axis after, over the model axis, where the
+    sizes divide."""
+    spec = [None] * row_axis
+    spec.append("data" if rows % mesh.shape["data"] == 0 else None)
+    spec.append("model" if heads % mesh.shape["model"] == 0 else None)
+    return NamedSharding(mesh, PartitionSpec(*spec))
 
-    `shape` is [B, K, S, h] of a layer's keys, or [B, ...] of the rest.
-    """
-    rows = "data" if shape[0] % mesh.shape["data"] == 0 else None
-    heads = "model" if len(shape) == 4 and shape[1] % mesh.shape["model"] == 0 else None
-    return NamedSharding(mesh, PartitionSpec(rows, heads) if heads else PartitionSpec(rows))
 
-
-def _place(cache: KVCache, mesh: Mesh | None) -> KVCache:
+def _place(cache: Any, mesh: Mesh | None) -> Any:
+    """Constrain arrays [B, G, S, h]."""
     if mesh is None:
         return cache
-    return jax.tree.map(lambda x: lax.with_sharding_constraint(x, cache_sharding(x.shape, mesh)), cache)
+    return jax.tree.map(lambda x: lax.with_sharding_constraint(x, cache_sharding(*x.shape[:2], mesh)), cache)
 
 
 def _replicate(x: Array, mesh: Mesh | None) -> Array:
@@ -82,84 +104,105 @@ def _replicate(x: Array, mesh: Mesh | None) -> Array:
 
 
 @functools.partial(jax.jit, static_argnames=("rows", "length", "program"))
-def new_cache(*, rows: int, length: int, program: Program) -> KVCache:
-    return _place(init_cache(program.config, rows, length, program.dtype), program.mesh)
+def new_slots(*, rows: int, length: int, program: Program) -> Slots:
+    cache = init_cache(program.config, rows, length, program.dtype)
+    return _place(Slots(cache.k, cache.v), program.mesh)
 
 
 @functools.partial(jax.jit, static_argnames=("length", "program"))
-def grow(cache: KVCache, *, length: int, program: Program) -> KVCache:
-    """The same cache with room for `length` positions a row."""
+def resize(slots: Slots, *, length: int, program: Program) -> Slots:
+    """The same slots with `length` positions each; those beyond are dropped."""
 
-    def pad(x: Array) -> Array:
+    def fit(x: Array) -> Array:
+        x = x[:, :, :length]
         return jnp.pad(x, ((0, 0), (0, 0), (0, length - x.shape[2]), (0, 0)))
 
-    return _place(cache._replace(k=tuple(map(pad, cache.k)), v=tuple(map(pad, cache.v))), program.mesh)
+    return _place(jax.tree.map(fit, slots), program.mesh)
 
 
 @functools.partial(jax.jit, static_argnames="program")
-def prefill(params: Params, tokens: Array, lengths: Array, *, program: Program) -> tuple[KVCache, Array]:
-    """Cache of N prompts, and the logits [max_rows, V] after each; the same shape for any N compiles their reader once.
+def prefill(params: Params, tokens: Array, lengths: Array, *, program: Program) -> tuple[Array, ...]:
+    """Keys and values of N prompts, for each an array [2, L, G, T, h].
 
-    tokens [N, T] int32, padded on the right; lengths [N] int32, at least 1.
+    tokens [N, T] int32, padded on the right; lengths [N] int32.
     """
-    config, dtype = program.config, program.dtype
-    cache = _place(init_cache(config, *tokens.shape, dtype), program.mesh)
-    hidden, cache = forward(
-        _stack_layers(params), tokens, config=config, compute_dtype=dtype, cache=cache, valid=lengths
-    )
-    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
-    logits = unembed(params, last, config=config)
-    logits = jnp.pad(logits, ((0, program.max_rows - logits.shape[0]), (0, 0)))
-    return _place(cache, program.mesh), _replicate(logits, program.mesh)
+    config, dtype, mesh = program.config, program.dtype, program.mesh
+    cache = init_cache(config, *tokens.shape, dtype)
+    cache = cache._replace(k=_place(cache.k, mesh), v=_place(cache.v, mesh))
+    _, cache = forward(_stack_layers(params), tokens, config=config, compute_dtype=dtype, cache=cache, valid=lengths)
+    rows = []
+    for row in range(tokens.shape[0]):
+        prompt = jnp.stack([jnp.stack([layer[row] for layer in each]) for each in (cache.k, cache.v)])
+        if mesh is not None:
+            prompt = lax.with_sharding_constraint(prompt, cache_sharding(1, config.n_kv_head, mesh, row_axis=1))
+        rows.append(prompt)
+    return tuple(rows)
 
 
-@functools.partial(jax.jit, static_argnames="program")
-def sample_first(logits: Array, source: Array, position: Array, sampling: SamplingParams, *, program: Program) -> Array:
-    """First tokens [B] of slots, each from its row, source [B], of a prefill's logits."""
-    return _replicate(sample(logits[source], sampling, position), program.mesh)
+@functools.partial(jax.jit, donate_argnames="slots", static_argnames="program")
+def insert(slots: Slots, prompt: Array, slot: Array, *, program: Program) -> Slots:
+    """Put one prompt of a prefill, [2, L, G, T, h], into a slot; what exceeds the slot is padding and is dropped."""
+
+    def put(old: tuple[Array, ...], new: Array) -> tuple[Array, ...]:
+        new = new[:, None, :, : slots.length]
+        return tuple(lax.dynamic_update_slice(x, new[layer], (slot, 0, 0, 0)) for layer, x in enumerate(old))
+
+    return _place(Slots(put(slots.k, prompt[0]), put(slots.v, prompt[1])), program.mesh)
 
 
-@functools.partial(jax.jit, donate_argnames="cache", static_argnames="program")
-def insert(cache: KVCache, prompts: KVCache, row: Array, slot: Array, *, program: Program) -> KVCache:
-    """Put one row of a prefill into a slot. One at a time, so that it compiles once for any number of slots filled."""
+@functools.partial(jax.jit, donate_argnames="slots", static_argnames="program")
+def copy(slots: Slots, source: Array, target: Array, *, program: Program) -> Slots:
+    """Make one slot hold what another does."""
 
-    def put(x: Array, new: Array) -> Array:
-        new = lax.dynamic_slice_in_dim(new, row, 1)
-        return lax.dynamic_update_slice(x, new, (slot,) + (0,) * (x.ndim - 1))
+    def put(x: Array) -> Array:
+        return lax.dynamic_update_slice(x, lax.dynamic_slice_in_dim(x, source, 1), (target, 0, 0, 0))
 
-    return _place(jax.tree.map(put, cache, prompts), program.mesh)
+    return _place(jax.tree.map(put, slots), program.mesh)
 
 
-@functools.partial(jax.jit, donate_argnames="cache", static_argnames="program")
-def decode(params: Params, cache: KVCache, dispatch: Dispatch, *, program: Program) -> tuple[KVCache, Array]:
-    """Advance every active slot by up to K tokens.
+@functools.partial(jax.jit, donate_argnames="slots", static_argnames="program")
+def decode(params: Params, slots: Slots, dispatch: Dispatch, *, program: Program) -> tuple[Slots, Array, Array]:
+    """Advance every active slot by up to `dispatch.steps` tokens.
 
-    A slot rests once it has emitted a terminal token, the pausing token or its last; the loop ends when all rest.
-    Returns the cache and the emitted tokens [B, K], -1 where a slot rested.
+    A slot rests once it has drawn a stop token or the pausing token, or emitted its last; the loop ends when all rest.
+    Returns the cache, the emitted tokens [B, K], -1 where a slot rested, and their log-probabilities [B, K], NaN there
+    and where not asked for.
     """
-    config, steps = program.config, dispatch.forced.shape[1]
-    stops = jnp.array((*program.terminal, program.pause), jnp.int32)
+    config, mesh = program.config, program.mesh
+    cap = functools.partial(softcap, config=config)
 
     def advance(state):
-        step, cache, token, active, remaining, emitted = state
+        step, cache, token, active, remaining, emitted, logprobs = state
         valid = active.astype(jnp.int32)
         hidden, cache = forward(
             _stack_layers(params), token[:, None], config=config, compute_dtype=program.dtype, cache=cache, valid=valid
         )
-        logits = unembed(params, hidden[:, 0], config=config)
-        drawn = sample(logits, dispatch.sampling, cache.length)
+        logits = lax.dot_general(
+            params["lm_head_rows"], hidden[:, 0], (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
+        )  # [V, B], before the softcap
+        drawn = sample(logits, dispatch.sampling, jax.tree.map(lambda x: x[step], numbers), cap)
         is_forced = step < dispatch.num_forced
         token = jnp.where(active, jnp.where(is_forced, dispatch.forced[:, step], drawn), token)
         emitted = emitted.at[:, step].set(jnp.where(active, token, -1))
+        asked = active & dispatch.logprobs
+        logprobs = logprobs.at[:, step].set(log_probability(logits, token, asked, cap))
         remaining = remaining - active
-        halted = ~is_forced & jnp.any(token[:, None] == stops, axis=-1)
-        return step + 1, _place(cache, program.mesh), token, active & ~halted & (remaining > 0), remaining, emitted
+        halted = ~is_forced & (jnp.any(token[:, None] == dispatch.stop, axis=-1) | (token == program.pause))
+        cache = cache._replace(k=_place(cache.k, mesh), v=_place(cache.v, mesh))
+        return step + 1, cache, token, active & ~halted & (remaining > 0), remaining, emitted, logprobs
 
     def running(state):
-        step, _, _, active, _, _ = state
-        return (step < steps) & jnp.any(active)
+        step, _, _, active, *_ = state
+        return (step < dispatch.steps) & jnp.any(active)
 
-    emitted = jnp.full((dispatch.token.shape[0], steps), -1, jnp.int32)
-    state = (jnp.int32(0), cache, dispatch.token, dispatch.active, dispatch.remaining, emitted)
-    _, cache, _, _, _, emitted = lax.while_loop(running, advance, state)
-    return _place(cache, program.mesh), _replicate(emitted, program.mesh)
+    # A slot draws at every step, or not again in this dispatch.
+    position = dispatch.length + 1 + jnp.arange(dispatch.forced.shape[1])[:, None]
+    numbers = jax.tree.map(lambda x: _replicate(x, mesh), randomness(dispatch.sampling.seed, position))
+    # What smearing mixes into the newest token: the embedding of the one before, as the forward pass makes it.
+    previous = rms_norm(params["wte"][dispatch.previous].astype(program.dtype))
+    cache = KVCache(slots.k, slots.v, dispatch.length, previous)
+    emitted = jnp.full(dispatch.forced.shape, -1, jnp.int32)
+    logprobs = jnp.full(dispatch.forced.shape, jnp.nan, jnp.float32)
+    state = (jnp.int32(0), cache, dispatch.token, dispatch.active, dispatch.remaining, emitted, logprobs)
+    _, cache, _, _, _, emitted, logprobs = lax.while_loop(running, advance, state)
+    return _place(Slots(cache.k, cache.v), mesh), _replicate(emitted, mesh), _replicate(logprobs, mesh)

@@ -8,6 +8,7 @@ calls, and admits the next requests. The cache starts short and grows as sequenc
 """
 
 import logging
+import time
 from collections import deque
 from collections.abc import Iterable, Sequence
 from typing import Any
@@ -18,10 +19,10 @@ import numpy as np
 from jax.sharding import Mesh
 
 from nanochat_jax.config import GPTConfig
-from nanochat_jax.gpt import KVCache, Params
+from nanochat_jax.gpt import Params
 from nanochat_jax.infer import device
-from nanochat_jax.infer.device import Dispatch, Program
-from nanochat_jax.infer.request import Generation, Request, Result, TokenizerLike, Vocabulary
+from nanochat_jax.infer.device import Dispatch, Program, Slots
+from nanochat_jax.infer.request import MAX_STOP_TOKENS, Generation, Request, Result, TokenizerLike, Vocabulary
 from nanochat_jax.infer.sampling import SamplingParams
 from nanochat_jax.sharding import param_shardings
 
@@ -39,6 +40,13 @@ def buckets(smallest: int, largest: int) -> tuple[int, ...]:
         sizes.append(smallest)
         smallest *= 2
     return (*sizes, largest)
+
+
+def cache_lengths(largest: int) -> tuple[int, ...]:
+    """Lengths of the cache: doubling from `SHORTEST_CACHE`, and one halfway up each time, since every step reads all."""
+    sizes = buckets(min(SHORTEST_CACHE, largest), largest)
+    halfway = (size + size // 2 for size in sizes)
+    return tuple(sorted({*sizes, *(size for size in halfway if size < largest)}))
 
 
 def _bucket(size: int, sizes: Iterable[int]) -> int:
@@ -88,32 +96,41 @@ class Engine:
         params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
         if mesh is not None:
             params = jax.device_put(params, param_shardings(config, mesh))
-        self.params = device.split_layers(params)
+        self.params = device.split_layers(params, config=config)
         self.vocabulary = Vocabulary(tokenizer)
-        max_rows = min(max_prefill_rows, num_slots)
-        self.program = Program(config, dtype, max_rows, self.vocabulary.terminal, self.vocabulary.python_end, mesh)
+        self.program = Program(config, dtype, self.vocabulary.python_end, mesh)
         self.prompt_buckets = buckets(min(SHORTEST_PROMPT, self.max_len), self.max_len)
-        self.cache_buckets = buckets(min(SHORTEST_CACHE, self.max_len), self.max_len)
-        self.row_buckets = buckets(1, max_rows)
+        self.cache_buckets = cache_lengths(self.max_len)
+        self._max_prefill_rows = min(max_prefill_rows, num_slots)
         self._compiled: set[tuple[Any, ...]] = set()  # for the log alone
 
     def budget(self, request: Request) -> int:
-        """Tokens the request may generate: its `max_tokens`, or what the context leaves; ValueError if that is none."""
-        length = len(request.tokens)
-        if length >= self.max_len:
-            raise ValueError(f"prompt of {length} tokens does not fit in the context of {self.max_len}")
-        if not all(0 <= token < self.config.vocab_size for token in request.tokens):
-            raise ValueError(f"the prompt has ids outside of the vocabulary of {self.config.vocab_size}")
-        return min(request.max_tokens, self.max_len - length)
+        """Tokens the request may generate: its `max_tokens`, or what the context leaves; ValueError as `generation`."""
+        return self.generation(request).max_tokens
 
     def generation(self, request: Request) -> Generation:
-        """A request ready for `EngineLoop.admit`. Raises ValueError as `budget` does."""
-        return Generation(request, self.budget(request), self.vocabulary)
+        """A request ready for `EngineLoop.admit`.
+
+        Raises ValueError if its prompt leaves no room in the context, or has ids outside of the vocabulary, or if there
+        is no such stop token.
+        """
+        prompt = request.tokens
+        if not all(0 <= token < self.config.vocab_size for token in prompt):
+            raise ValueError(f"the prompt has ids outside of the vocabulary of {self.config.vocab_size}")
+        if request.truncate:
+            room = self.max_len - min(request.max_tokens, self.max_len // 2)
+            if len(prompt) > room:
+                head = prompt[:1] if prompt[0] == self.vocabulary.bos and room > 1 else ()
+                prompt = head + prompt[len(prompt) - room + len(head) :]
+        if len(prompt) >= self.max_len:
+            raise ValueError(f"prompt of {len(prompt)} tokens does not fit in the context of {self.max_len}")
+        stop = [self.vocabulary.resolve(each, self.config.vocab_size) for each in request.stop_tokens]
+        return Generation(request, prompt, min(request.max_tokens, self.max_len - len(prompt)), stop, self.vocabulary)
 
     def generate(self, requests: Sequence[Request]) -> list[Result]:
-        """Results of all requests, in their order; any number of them.
+        """Results of all requests, in their order; any number of them. Equal prompts are computed once.
 
-        Raises ValueError before any work if a prompt does not fit, and names which.
+        Raises ValueError before any work if a request cannot be served, and names which.
         """
         generations = []
         for index, request in enumerate(requests):
@@ -121,7 +138,7 @@ class Engine:
                 generations.append(self.generation(request))
             except ValueError as error:
                 raise ValueError(f"request {index}: {error}") from error
-        loop = EngineLoop(self)
+        loop = EngineLoop(self, streaming=False)
         waiting = deque(generations)
         while waiting or loop.num_active:
             loop.admit([waiting.popleft() for _ in range(min(loop.num_free, len(waiting)))])
@@ -130,19 +147,24 @@ class Engine:
 
     def warmup(self) -> None:
         """Compile all that serving can need, so that no request waits for it."""
+        began = time.monotonic()
         loop = EngineLoop(self)
-        for length in self.cache_buckets:
-            loop.reserve(length)
+        for size in self.cache_buckets:
+            loop.resize(size)
             loop.decode([])
-            for bucket in (each for each in self.prompt_buckets if each <= length):
-                for rows in self.prefill_rows(bucket):
-                    prompts, logits = loop.prefill([(0,)] * rows, bucket)
-                    loop.insert(prompts, row=0, slot=0)
-                    loop.sample_first(logits, [])
+            loop.copy(0, 0)
+        prompts = {bucket: [loop.prefill([(0,)] * rows, bucket) for rows in self.prefill_rows(bucket)][0][0]
+                   for bucket in self.prompt_buckets}
+        for size in reversed(self.cache_buckets):
+            loop.resize(size)
+            for shorter, bucket in zip((0, *self.prompt_buckets), self.prompt_buckets):
+                if shorter < size:
+                    loop.insert(prompts[bucket], 0)
+        log.info("the engine is ready: %d programs in %.1f s", len(self._compiled), time.monotonic() - began)
 
     def prefill_rows(self, bucket: int) -> tuple[int, ...]:
-        """How many prompts of a padded length a prefill may hold, ascending."""
-        return tuple(rows for rows in self.row_buckets if rows == 1 or rows * bucket <= PREFILL_TOKENS)
+        """How many prompts of a padded length a prefill may hold: one, or as many as fit."""
+        return tuple(sorted({1, max(1, min(self._max_prefill_rows, PREFILL_TOKENS // bucket))}))
 
     def log_compilation(self, program: str, *shape: int) -> None:
         if (program, *shape) not in self._compiled:
@@ -155,12 +177,17 @@ class EngineLoop:
 
     A generation that is done has left its slot. Not for several threads at once. After an exception from the device the
     cache is lost: throw the loop away.
+
+    `streaming` looks at the first token of a reply as soon as it is there, rather than after a whole dispatch.
     """
 
-    def __init__(self, engine: Engine) -> None:
+    def __init__(self, engine: Engine, *, streaming: bool = True) -> None:
         self._engine = engine
+        self._streaming = streaming
         self._slots: list[Generation | None] = [None] * engine.num_slots
-        self.cache: KVCache | None = None
+        # The prompt, all but its last token, that a slot's first positions hold; also once its generation is done.
+        self._held: list[tuple[int, ...]] = [()] * engine.num_slots
+        self.cache: Slots | None = None
 
     @property
     def num_active(self) -> int:
@@ -171,36 +198,44 @@ class EngineLoop:
         return len(self._slots) - self.num_active
 
     def admit(self, generations: Sequence[Generation]) -> None:
-        """Prefill, at most `num_free`, and draw the first token of each. Equal prompts are computed once."""
+        """Give each a slot, at most `num_free`, and prefill their prompts; each prompt that a slot holds is copied.
+
+        The last token of a prompt is left to the first step, whose logits are those of the first token to draw.
+        """
         if len(generations) > self.num_free:
             raise ValueError(f"{len(generations)} generations for {self.num_free} free slots")
         if not generations:
             return
-        if self.num_active == 0:
-            self.cache = None  # start over with a short one
-        self.reserve(max(len(generation.request.tokens) for generation in generations))
-        free = [slot for slot, occupant in enumerate(self._slots) if occupant is None]
-        by_bucket: dict[int, dict[tuple[int, ...], list[tuple[int, Generation]]]] = {}
-        for slot, generation in zip(free, generations, strict=False):
-            prompt = generation.request.tokens
-            by_prompt = by_bucket.setdefault(_bucket(len(prompt), self._engine.prompt_buckets), {})
-            by_prompt.setdefault(prompt, []).append((slot, generation))
+        self._make_room(generations)
+        wanted = {generation.prompt[:-1] for generation in generations}
+        new: dict[int, dict[tuple[int, ...], list[int]]] = {}  # slots by prompt by padded length
+        for generation in generations:
+            free = [slot for slot, occupant in enumerate(self._slots) if occupant is None]
+            prompt = generation.prompt[:-1]
+            sources = [slot for slot, held in enumerate(self._held) if held == prompt] if prompt else []
+            slot = next((slot for slot in free if slot in sources), None)
+            if slot is None:
+                slot = next((slot for slot in free if self._held[slot] not in wanted), free[0])
+                if sources:
+                    self.copy(sources[0], slot)
+                elif prompt:
+                    by_prompt = new.setdefault(_bucket(len(prompt), self._engine.prompt_buckets), {})
+                    by_prompt.setdefault(prompt, []).append(slot)
+                self._held[slot] = prompt if sources else ()
             self._slots[slot] = generation
-        for bucket, by_prompt in by_bucket.items():
-            prompts, most = list(by_prompt), self._engine.prefill_rows(bucket)[-1]
-            for start in range(0, len(prompts), most):
-                self._start(bucket, {prompt: by_prompt[prompt] for prompt in prompts[start : start + most]})
+        for bucket, by_prompt in new.items():
+            self._prefill(bucket, deque(by_prompt.items()))
 
     def step(self) -> None:
         """Advance every active slot by up to `steps_per_dispatch` tokens."""
         active = [(slot, generation) for slot, generation in enumerate(self._slots) if generation is not None]
         if not active:
             return
-        steps = self._engine.steps_per_dispatch
-        self.reserve(max(min(each.length + steps, len(each.request.tokens) + each.max_tokens) for _, each in active))
-        emitted = self.decode(active)
+        self._make_room()
+        first = self._streaming and any(not generation.tokens for _, generation in active)
+        emitted, logprobs = self.decode(active, steps=1 if first else self._engine.steps_per_dispatch)
         for slot, generation in active:
-            self._accept(slot, generation, [token for token in emitted[slot].tolist() if token >= 0])
+            self._accept(slot, generation, emitted[slot].tolist(), logprobs[slot].tolist())
 
     def cancel(self, generation: Generation) -> None:
         """End a generation early, keeping what it has; nothing happens to one that is done."""
@@ -209,20 +244,28 @@ class EngineLoop:
         if generation in self._slots:
             self._slots[self._slots.index(generation)] = None
 
-    def reserve(self, length: int) -> None:
-        """Make room for `length` positions in every slot, keeping what the cache holds."""
-        engine = self._engine
-        target = _bucket(length, engine.cache_buckets)
-        if self.cache is None:
-            engine.log_compilation("new_cache", engine.num_slots, target)
-            self.cache = device.new_cache(rows=engine.num_slots, length=target, program=engine.program)
-        for size in engine.cache_buckets:  # through all sizes between, so that only neighbours are compiled
-            if self.cache.k[0].shape[2] < size <= target:
-                engine.log_compilation("grow", engine.num_slots, size)
-                self.cache = device.grow(self.cache, length=size, program=engine.program)
+    def _make_room(self, newcomers: Sequence[Generation] = ()) -> None:
+        """Fit the cache to what the next step needs: longer, or shorter once long sequences have left."""
+        steps = self._engine.steps_per_dispatch
+        present = [each for each in (*self._slots, *newcomers) if each is not None]
+        needed = max(min(each.length + steps, len(each.prompt) + each.max_tokens) for each in present)
+        self.resize(_bucket(needed, self._engine.cache_buckets))
 
-    def prefill(self, prompts: Sequence[tuple[int, ...]], bucket: int) -> tuple[KVCache, jax.Array]:
-        """Cache of prompts padded to `bucket`, and the logits [max_rows, V] after each; filler rows come last."""
+    def resize(self, length: int) -> None:
+        """Give every slot `length` positions, one of the engine's `cache_buckets`."""
+        engine = self._engine
+        if self.cache is None:
+            engine.log_compilation("new_slots", engine.num_slots, length)
+            self.cache = device.new_slots(rows=engine.num_slots, length=length, program=engine.program)
+        sizes = engine.cache_buckets
+        while (old := self.cache.length) != length:  # through all sizes between, so that only neighbours are compiled
+            size = sizes[sizes.index(old) + (1 if length > old else -1)]
+            engine.log_compilation("resize", engine.num_slots, old, size)
+            self.cache = device.resize(self.cache, length=size, program=engine.program)
+        self._held = [held if len(held) <= length else () for held in self._held]
+
+    def prefill(self, prompts: Sequence[tuple[int, ...]], bucket: int) -> tuple[jax.Array, ...]:
+        """Keys and values of prompts, one of `prefill_rows` at most, padded to `bucket`; filler comes last."""
         engine = self._engine
         rows = _bucket(len(prompts), engine.prefill_rows(bucket))
         tokens = np.zeros((rows, bucket), np.int32)
@@ -233,64 +276,73 @@ class EngineLoop:
         engine.log_compilation("prefill", rows, bucket)
         return device.prefill(engine.params, tokens, lengths, program=engine.program)
 
-    def insert(self, prompts: KVCache, *, row: int, slot: int) -> None:
-        """Put one row of a prefill's cache into a slot."""
-        program = self._engine.program
-        self.cache = device.insert(self.cache, prompts, np.int32(row), np.int32(slot), program=program)
+    def insert(self, prompt: jax.Array, slot: int) -> None:
+        """Put one prompt of a prefill into a slot."""
+        engine = self._engine
+        engine.log_compilation("insert", engine.num_slots, self.cache.length, prompt.shape[3])
+        self.cache = device.insert(self.cache, prompt, np.int32(slot), program=engine.program)
 
-    def sample_first(self, logits: jax.Array, rows: Sequence[tuple[int, int, Generation]]) -> np.ndarray:
-        """First tokens [B] from a prefill's logits; each of `rows` is (row of the logits, slot, generation)."""
-        source = np.zeros(len(self._slots), np.int32)
-        position = np.zeros(len(self._slots), np.int32)
-        for row, slot, generation in rows:
-            source[slot] = row
-            position[slot] = len(generation.request.tokens)
-        sampling = self._sampling([(slot, generation) for _, slot, generation in rows])
-        return np.asarray(device.sample_first(logits, source, position, sampling, program=self._engine.program))
+    def copy(self, source: int, target: int) -> None:
+        """Make a slot hold what another does."""
+        engine = self._engine
+        engine.log_compilation("copy", engine.num_slots, self.cache.length)
+        self.cache = device.copy(self.cache, np.int32(source), np.int32(target), program=engine.program)
 
-    def decode(self, active: Sequence[tuple[int, Generation]]) -> np.ndarray:
-        """One dispatch for these (slot, generation); tokens [B, K], -1 where a slot rested."""
-        engine, size = self._engine, len(self._slots)
+    def decode(self, active: Sequence[tuple[int, Generation]], *, steps: int = 1) -> tuple[np.ndarray, np.ndarray]:
+        """One dispatch for these (slot, generation); tokens [B, K], -1 where a slot rested, and log-probabilities."""
+        engine, size, most = self._engine, len(self._slots), self._engine.steps_per_dispatch
         dispatch = Dispatch(
+            length=np.full(size, self.cache.length, np.int32),
+            previous=np.zeros(size, np.int32),
             token=np.zeros(size, np.int32),
             active=np.zeros(size, bool),
             remaining=np.zeros(size, np.int32),
-            forced=np.zeros((size, engine.steps_per_dispatch), np.int32),
+            forced=np.zeros((size, most), np.int32),
             num_forced=np.zeros(size, np.int32),
+            stop=np.full((size, len(engine.vocabulary.terminal) + MAX_STOP_TOKENS), -1, np.int32),
+            logprobs=np.zeros(size, bool),
             sampling=self._sampling(active),
+            steps=np.int32(steps),
         )
         for slot, generation in active:
-            dispatch.token[slot] = generation.tokens[-1]
+            dispatch.length[slot] = generation.length
+            dispatch.previous[slot], dispatch.token[slot] = generation.newest
             dispatch.active[slot] = True
             dispatch.remaining[slot] = generation.max_tokens - len(generation.tokens)
-            forced = list(generation.forced)[: engine.steps_per_dispatch]
+            forced = list(generation.forced)[:most]
             dispatch.forced[slot, : len(forced)] = forced
             dispatch.num_forced[slot] = len(forced)
-        engine.log_compilation("decode", size, self.cache.k[0].shape[2])
-        self.cache, emitted = device.decode(engine.params, self.cache, dispatch, program=engine.program)
-        return np.asarray(emitted)
+            dispatch.stop[slot, : len(generation.stop_ids)] = generation.stop_ids
+            dispatch.logprobs[slot] = generation.request.logprobs
+        engine.log_compilation("decode", size, self.cache.length)
+        self.cache, emitted, logprobs = device.decode(engine.params, self.cache, dispatch, program=engine.program)
+        return np.asarray(emitted), np.asarray(logprobs)
 
-    def _start(self, bucket: int, by_prompt: dict[tuple[int, ...], list[tuple[int, Generation]]]) -> None:
-        prompts, logits = self.prefill(list(by_prompt), bucket)
-        rows = [(row, slot, each) for row, users in enumerate(by_prompt.values()) for slot, each in users]
-        for row, slot, _ in rows:
-            self.insert(prompts, row=row, slot=slot)
-        first = self.sample_first(logits, rows)
-        for _, slot, generation in rows:
-            self._accept(slot, generation, [int(first[slot])])
+    def _prefill(self, bucket: int, waiting: deque[tuple[tuple[int, ...], list[int]]]) -> None:
+        """Prefill prompts of one padded length and put each into its slots."""
+        most = self._engine.prefill_rows(bucket)[-1]
+        while waiting:
+            # A batch that is hardly half full costs more than its prompts one by one.
+            size = min(most, len(waiting)) if 2 * len(waiting) > most else 1
+            batch = [waiting.popleft() for _ in range(size)]
+            computed = self.prefill([prompt for prompt, _ in batch], bucket)
+            for (prompt, slots), keys_and_values in zip(batch, computed, strict=False):
+                for slot in slots:
+                    self.insert(keys_and_values, slot)
+                    self._held[slot] = prompt
 
-    def _accept(self, slot: int, generation: Generation, tokens: list[int]) -> None:
+    def _accept(self, slot: int, generation: Generation, tokens: list[int], logprobs: list[float]) -> None:
         """Hand new tokens to their generation; what goes wrong in that is this generation's error, not the batch's."""
         try:
-            for token in tokens:
+            for token, logprob in zip(tokens, logprobs, strict=True):
+                if token < 0 or generation.done:
+                    break
                 if token >= self._engine.config.vocab_size:
                     raise FloatingPointError("the model's logits are not finite")
                 sampled = not generation.forced
                 if not sampled:
                     generation.forced.popleft()
-                generation.accept(token, sampled=sampled)
-                if generation.done:
-                    break
+                generation.accept(token, sampled=sampled, logprob=logprob)
         except Exception as error:
             generation.error = error
         if generation.done:

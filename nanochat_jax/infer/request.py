@@ -2,7 +2,7 @@
 
 import math
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Literal, Protocol
 
@@ -10,6 +10,8 @@ from nanochat_jax.infer.calculator import calculate
 from nanochat_jax.infer.streaming import TextStream
 
 FinishReason = Literal["stop", "length", "cancelled"]
+
+MAX_STOP_TOKENS = 4  # of one request
 
 
 class TokenizerLike(Protocol):
@@ -34,6 +36,11 @@ class Request:
         top_p: keep the fewest most likely tokens whose probability reaches p; 1 keeps all.
         seed: names the random stream: the same request always gives the same tokens, whoever shares the batch.
         stop: the text ends before the first of these strings to appear.
+        stop_tokens: ids, or names of special tokens, that end the reply as `<|assistant_end|>` does; `MAX_STOP_TOKENS` at
+            most.
+        truncate: cut a prompt that leaves no room for `max_tokens` (or half of the context) from the left, but for a
+            leading bos, rather than refuse it.
+        logprobs: ask for the log-probability of each token.
     """
 
     tokens: tuple[int, ...]
@@ -44,6 +51,9 @@ class Request:
     top_p: float = 1.0
     seed: int = 0
     stop: tuple[str, ...] = ()
+    stop_tokens: tuple[int | str, ...] = ()
+    truncate: bool = False
+    logprobs: bool = False
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "tokens", tuple(map(int, self.tokens)))
@@ -60,6 +70,9 @@ class Request:
         if isinstance(self.stop, str) or not all(self.stop):
             raise ValueError(f"stop must be a sequence of strings that are not empty, got {self.stop!r}")
         object.__setattr__(self, "stop", tuple(self.stop))
+        if isinstance(self.stop_tokens, str) or len(self.stop_tokens) > MAX_STOP_TOKENS:
+            raise ValueError(f"stop_tokens must be a sequence of at most {MAX_STOP_TOKENS}, got {self.stop_tokens!r}")
+        object.__setattr__(self, "stop_tokens", tuple(self.stop_tokens))
 
 
 @dataclass(frozen=True)
@@ -77,9 +90,11 @@ class Result:
     Attributes:
         tokens: the generated ids, without the terminal token.
         sampled: for each of them whether the model drew it; False where a tool wrote it.
-        finish_reason: "stop" (a terminal token or a stop string), "length", or "cancelled".
+        finish_reason: "stop" (a terminal token, a stop token or a stop string), "length", or "cancelled".
         text: the text outside of tool calls, without special tokens; `tokenizer.decode(tokens)` shows everything.
-        prompt_tokens: length of the prompt.
+        prompt_tokens: length of the prompt, after truncation.
+        logprobs: if asked for, the natural logarithm of the model's probability of each token, drawn or not, before
+            temperature, top-k and top-p.
     """
 
     tokens: list[int]
@@ -87,6 +102,7 @@ class Result:
     finish_reason: FinishReason
     text: str
     prompt_tokens: int
+    logprobs: list[float] | None = None
 
 
 class Vocabulary:
@@ -95,10 +111,23 @@ class Vocabulary:
     def __init__(self, tokenizer: TokenizerLike) -> None:
         special = tokenizer.special_tokens
         self.tokenizer = tokenizer
+        self.special_ids = special
         self.special = frozenset(special.values())
+        self.bos = special["<|bos|>"]
         self.terminal = (special["<|assistant_end|>"], special["<|bos|>"])
         self.python_start, self.python_end = special["<|python_start|>"], special["<|python_end|>"]
         self.output_start, self.output_end = special["<|output_start|>"], special["<|output_end|>"]
+
+
+    def resolve(self, stop: int | str, vocab_size: int) -> int:
+        """Id of a stop token; ValueError if there is none such."""
+        if isinstance(stop, str):
+            if stop not in self.special_ids:
+                raise ValueError(f"unknown stop token {stop!r}: give an id, or one of {', '.join(self.special_ids)}")
+            return self.special_ids[stop]
+        if not 0 <= stop < vocab_size:
+            raise ValueError(f"unknown stop token {stop}: the vocabulary has the ids 0 to {vocab_size - 1}")
+        return int(stop)
 
 
 class Generation:
@@ -108,11 +137,15 @@ class Generation:
     output_start, the value and output_end are queued in `forced`; the engine feeds them in place of drawn tokens.
     """
 
-    def __init__(self, request: Request, max_tokens: int, vocabulary: Vocabulary) -> None:
+    def __init__(self, request: Request, prompt: tuple[int, ...], max_tokens: int, stop_ids: Sequence[int],
+                 vocabulary: Vocabulary) -> None:
         self.request = request
+        self.prompt = prompt
         self.max_tokens = max_tokens
+        self.stop_ids = (*vocabulary.terminal, *stop_ids)
         self.tokens: list[int] = []
         self.sampled: list[bool] = []
+        self.logprobs: list[float] = []
         self.forced: deque[int] = deque()
         self.finish_reason: FinishReason | None = None
         self.error: Exception | None = None  # what went wrong with this request alone
@@ -130,16 +163,24 @@ class Generation:
     @property
     def length(self) -> int:
         """Tokens of it in the KV cache once admitted: all but the newest, which the next step feeds."""
-        return len(self.request.tokens) + len(self.tokens) - 1
+        return len(self.prompt) + len(self.tokens) - 1
 
-    def accept(self, token: int, *, sampled: bool) -> None:
+    @property
+    def newest(self) -> tuple[int, int]:
+        """The last two tokens, prompt included, oldest first; 0 stands for one that is not there."""
+        before, last = (0, *self.prompt[-2:], *self.tokens[-2:])[-2:]
+        return before, last
+
+    def accept(self, token: int, *, sampled: bool, logprob: float = math.nan) -> None:
         """Take the next token; sets `finish_reason` if it is the last."""
         vocabulary = self._vocabulary
-        if token in vocabulary.terminal:
+        if sampled and token in self.stop_ids:
             self.finish("stop")
             return
         self.tokens.append(token)
         self.sampled.append(sampled)
+        if self.request.logprobs:
+            self.logprobs.append(logprob)
         if token == vocabulary.python_start:
             self._expression = []
         elif token == vocabulary.python_end and self._expression is not None:
@@ -172,7 +213,8 @@ class Generation:
             raise self.error
         if self.finish_reason is None:
             raise RuntimeError("the generation has not finished")
-        return Result(self.tokens, self.sampled, self.finish_reason, "".join(self._text), len(self.request.tokens))
+        logprobs = self.logprobs if self.request.logprobs else None
+        return Result(self.tokens, self.sampled, self.finish_reason, "".join(self._text), len(self.prompt), logprobs)
 
     def _run_tool(self) -> None:
         vocabulary, tokens, self._expression = self._vocabulary, self._expression, None

@@ -2,19 +2,24 @@
 
 A row's draw depends on its own logits, settings, seed and position only, so it is the same whoever shares the batch.
 Work that no row of the batch asks for is skipped at run time, not by compiling another program.
+
+Logits are [V, B] here, the vocabulary first: for a few rows that is the faster side of the unembedding to be on, and
+reductions over the vocabulary then run over whole vectors of rows. They may come before a monotone map, the softcap:
+the most likely tokens are the same without it, and the map is applied to those few.
 """
 
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
-from jax import lax
+from jax import Array, lax
 
-SHORT_LIST = 256  # most draws are made among this many most likely tokens, without sorting the whole vocabulary
+SHORT_LISTS = (64, 512)  # how many most likely tokens are looked at, first and next, before the whole vocabulary is sorted
 MIN_TEMPERATURE = 1e-6  # at and below it only equal logits could share the draw; treated as 0
 
-Draws = Callable[[], tuple[jax.Array, jax.Array]]  # tokens [B], and for which rows they are right [B]
+Map = Callable[[Array], Array]
 
 
 class SamplingParams(NamedTuple):
@@ -28,13 +33,40 @@ class SamplingParams(NamedTuple):
         seed: [B, 2] uint32; the high and low half of the request's seed.
     """
 
-    temperature: jax.Array
-    top_k: jax.Array
-    top_p: jax.Array
-    seed: jax.Array
+    temperature: Array
+    top_k: Array
+    top_p: Array
+    seed: Array
 
 
-def first_argmax(values: jax.Array) -> jax.Array:
+class Randomness(NamedTuple):
+    """What the draws of each row are made with. Computed for several steps at once: a few numbers take a CPU as long.
+
+    Attributes:
+        keys: [..., B, 2] uint32, threefry keys of the rare draws that need more.
+        noise: [..., B, SHORT_LISTS[0]] float32, Gumbel noise for the first short list.
+    """
+
+    keys: Array
+    noise: Array
+
+
+def randomness(seed: Array, position: Array) -> Randomness:
+    """Random numbers of rows with `seed` [B, 2], for tokens at `position` [..., B] of their sequences."""
+    seed = jnp.broadcast_to(seed, (*position.shape, 2))
+
+    def of_row(seed: Array, position: Array) -> tuple[Array, Array]:
+        key = jax.random.fold_in(jax.random.wrap_key_data(seed, impl="threefry2x32"), position)
+        return jax.random.key_data(key), jax.random.gumbel(key, SHORT_LISTS[:1])
+
+    return Randomness(*jnp.vectorize(of_row, signature="(k),()->(k),(n)")(seed, position))
+
+
+def identity(x: Array) -> Array:
+    return x
+
+
+def first_argmax(values: Array) -> Array:
     """Index [B] of the greatest of `values` [B, V], the first of equals. Rows with a NaN have no defined answer.
 
     Two plain reductions: XLA's argmax, which reduces values and indices together, is several times slower on CPU.
@@ -45,67 +77,115 @@ def first_argmax(values: jax.Array) -> jax.Array:
     return jnp.min(jnp.where(values == greatest, index, size), axis=-1)
 
 
-def sample(logits: jax.Array, params: SamplingParams, position: jax.Array) -> jax.Array:
+def _blocks(logits: Array, size: int) -> Array:
+    """Logits [V, B] as [V / size, size, B], filled up with -inf."""
+    missing = -logits.shape[0] % size
+    if missing:
+        logits = jnp.pad(logits, ((0, missing), (0, 0)), constant_values=-jnp.inf)
+    return logits.reshape(-1, size, logits.shape[1])
+
+
+def _power_of_two_near(value: float) -> int:
+    return 2 ** max(0, round(math.log2(value)))
+
+
+def _top_k(values: Array, count: int) -> tuple[Array, Array]:
+    # Without the barrier XLA pushes what reads only the first of them into top-k, and then sorts everything instead.
+    return lax.optimization_barrier(lax.top_k(values, count))
+
+
+def most_likely(logits: Array, count: int) -> tuple[Array, Array]:
+    """The `count` greatest of logits [V, B], falling, and their ids: [B, count] each; of equals the first ids.
+
+    All of them lie in the `count` blocks of the greatest maxima, so only those are ranked.
+    """
+    vocab_size, rows = logits.shape
+    size = _power_of_two_near(math.sqrt(vocab_size / count))
+    if size < 4:
+        return _top_k(logits.T, count)
+    blocks = _blocks(logits, size)
+    _, chosen = _top_k(jnp.max(blocks, axis=1).T, count)
+    ids = (jnp.sort(chosen, axis=-1)[:, :, None] * size + jnp.arange(size, dtype=jnp.int32)).reshape(rows, -1)
+    # Ids of the filling are out of range.
+    candidates = logits.at[ids, jnp.arange(rows)[:, None]].get(mode="fill", fill_value=-jnp.inf)
+    values, index = _top_k(candidates, count)
+    return values, jnp.take_along_axis(ids, index, axis=-1)
+
+
+def log_probability(logits: Array, tokens: Array, asked: Array, transform: Map = identity) -> Array:
+    """Natural log-probabilities [B] of `tokens` [B] under logits [V, B]; NaN for rows that `asked` [B] leaves out."""
+
+    def compute() -> Array:
+        chosen = transform(logits.at[tokens, jnp.arange(len(tokens))].get(mode="fill", fill_value=jnp.nan))
+        return jnp.where(asked, chosen - jax.nn.logsumexp(transform(logits), axis=0), jnp.nan)
+
+    return lax.cond(jnp.any(asked), compute, lambda: jnp.full(tokens.shape, jnp.nan, logits.dtype))
+
+
+def sample(logits: Array, params: SamplingParams, random_numbers: Randomness, transform: Map = identity) -> Array:
     """Draw one token id per row.
 
     Args:
-        logits: [B, V] float32.
+        logits: [V, B] float32.
         params: settings of each row.
-        position: [B] int32, where in its sequence the drawn token will stand; names the row's random number.
+        random_numbers: of each row.
+        transform: monotone map of the logits, elementwise, still to be applied.
     Returns:
         [B] int32; V (no valid id) for a row whose logits are not all finite.
     """
-    vocab_size = logits.shape[-1]
-    short_list = min(SHORT_LIST, vocab_size)
+    vocab_size, rows = logits.shape
     top_k = jnp.where((params.top_k == 0) | (params.top_k > vocab_size), vocab_size, params.top_k)
-
     random = params.temperature > MIN_TEMPERATURE
-    unbounded = top_k == vocab_size
-    whole = random & unbounded & (params.top_p >= 1)
-    ranked = random & ~whole
-    listed = ranked & ((top_k <= short_list) | unbounded)
+    whole = random & (top_k == vocab_size) & (params.top_p >= 1)
+    temperature = jnp.where(random, params.temperature, 1.0)
 
-    keys = jax.random.wrap_key_data(params.seed, impl="threefry2x32")
-    keys = jax.vmap(jax.random.fold_in)(keys, position)
-
-    def scale(values: jax.Array) -> jax.Array:
-        # With the greatest at 0, dividing by a small temperature cannot overflow upwards.
-        values = values - jnp.max(values, axis=-1, keepdims=True)
-        return values / jnp.where(random, params.temperature, 1.0)[:, None]
-
-    def draw(values: jax.Array) -> jax.Array:  # [B, N] -> [B], by the Gumbel-max trick
-        noise = jax.vmap(lambda key: jax.random.gumbel(key, values.shape[-1:], values.dtype))(keys)
+    def draw(values: Array, stream: int) -> Array:  # [B, N] -> [B], by the Gumbel-max trick
+        if stream == 0:
+            return first_argmax(values + random_numbers.noise[:, : values.shape[-1]])
+        keys = jax.random.wrap_key_data(random_numbers.keys, impl="threefry2x32")
+        noise = jax.vmap(lambda key: jax.random.gumbel(jax.random.fold_in(key, stream), values.shape[-1:]))(keys)
         return first_argmax(values + noise)
 
-    def draw_ranked(size: int) -> tuple[jax.Array, jax.Array]:
-        """Draws among the `size` most likely, and whether all that top-k and top-p keep were among them: [B] each."""
-        values, ids = lax.top_k(logits, size)
-        values, rank = scale(values), jnp.arange(size)
-        values = jnp.where(rank < top_k[:, None], values, -jnp.inf)
+    def all_scaled(greatest: Array) -> Array:  # [V, B]
+        return (transform(logits) - greatest) / temperature
+
+    def draw_listed(count: int) -> tuple[Array, Array, Array]:
+        """Draws among the `count` most likely; whether all that top-k and top-p keep were among them; the greatest."""
+        values, ids = most_likely(logits, count)
+        values = transform(values)
+        greatest, rank = values[:, 0], jnp.arange(count)
+        # With the greatest at 0, dividing by a small temperature cannot overflow upwards.
+        values = jnp.where(rank < top_k[:, None], (values - greatest[:, None]) / temperature[:, None], -jnp.inf)
         weights = jnp.exp(values)
-        total = jnp.sum(weights, axis=-1)
-        beyond = listed & (top_k > size)
-        total = lax.cond(
-            jnp.any(beyond), lambda: jnp.where(beyond, jnp.sum(jnp.exp(scale(logits)), axis=-1), total), lambda: total
-        )
+        listed = total = jnp.sum(weights, axis=-1)
+        beyond = random & ~whole & (top_k > count)
+        if count < vocab_size:
+            # Exact only where top-k keeps all; a bound that leaves other rows to a longer list.
+            total = lax.cond(jnp.any(beyond & (top_k == vocab_size)),
+                             lambda: jnp.where(beyond, jnp.sum(jnp.exp(all_scaled(greatest)), axis=0), total), lambda: total)
         more_likely = (jnp.cumsum(weights, axis=-1) - weights) / total[:, None]
         # The first rank stays whatever rounding does to the sums.
         kept = jnp.where((rank == 0) | (more_likely < params.top_p[:, None]), values, -jnp.inf)
-        tokens = jnp.take_along_axis(ids, draw(kept)[:, None], axis=-1)[:, 0]
-        return tokens, ~beyond | (jnp.sum(weights, axis=-1) / total >= params.top_p)
+        index = jnp.where(random, draw(kept, counts.index(count)), 0)
+        settled = ~beyond | ((top_k == vocab_size) & (listed / total >= params.top_p))
+        return jnp.take_along_axis(ids, index[:, None], axis=-1)[:, 0], settled, greatest
 
-    def when_any(rows: jax.Array, draws: Draws, tokens: jax.Array) -> tuple[jax.Array, jax.Array]:
-        """Replace the tokens of `rows` that `draws` settles, and say which those are."""
+    def draw_whole(greatest: Array) -> Array:
+        """Draws a block by its probability, then a token of the block: two short draws instead of one of V numbers."""
+        size = _power_of_two_near(math.sqrt(vocab_size))
+        blocks = _blocks(all_scaled(greatest), size)
+        block = draw(jnp.log(jnp.sum(jnp.exp(blocks), axis=1)).T, len(counts))
+        return block * size + draw(blocks[block, :, jnp.arange(rows)], len(counts) + 1)
 
-        def replace() -> tuple[jax.Array, jax.Array]:
-            drawn, settled = draws()
-            return jnp.where(rows & settled, drawn, tokens), rows & settled
+    counts = [count for count in SHORT_LISTS if count < vocab_size] + [vocab_size]
+    tokens, settled, greatest = draw_listed(counts[0])
+    tokens = lax.cond(jnp.any(whole), lambda: jnp.where(whole, draw_whole(greatest), tokens), lambda: tokens)
+    for count in counts[1:]:
 
-        return lax.cond(jnp.any(rows), replace, lambda: (tokens, jnp.zeros_like(rows)))
+        def replace(tokens: Array = tokens, settled: Array = settled, count: int = count) -> tuple[Array, Array]:
+            longer, enough, _ = draw_listed(count)
+            return jnp.where(settled, tokens, longer), settled | enough
 
-    tokens = first_argmax(logits)
-    tokens, _ = when_any(whole, lambda: (draw(scale(logits)), whole), tokens)
-    tokens, settled = when_any(listed, lambda: draw_ranked(short_list), tokens)
-    tokens, _ = when_any(ranked & ~settled, lambda: draw_ranked(vocab_size), tokens)
+        tokens, settled = lax.cond(jnp.all(settled), lambda pair=(tokens, settled): pair, replace)
     # A sum, because reductions by maximum pass over a NaN on some backends.
-    return jnp.where(jnp.isfinite(jnp.sum(logits, axis=-1)), tokens, vocab_size)
+    return jnp.where(jnp.isfinite(jnp.sum(logits, axis=0)), tokens, vocab_size)

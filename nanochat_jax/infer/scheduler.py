@@ -4,7 +4,7 @@ import asyncio
 import logging
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Sequence
 
 from nanochat_jax.infer.engine import Engine, EngineLoop
 from nanochat_jax.infer.request import Generation, Request, Result, ToolCall
@@ -25,8 +25,9 @@ class Handle:
     the `Result`. If the generation failed, the iteration raises.
     """
 
-    def __init__(self, request: Request) -> None:
-        self.request = request
+    def __init__(self, generation: Generation) -> None:
+        self.request = generation.request
+        self._generation = generation
         self._changed = threading.Condition()
         self._events: deque[str | ToolCall] = deque()
         self._outcome: Result | Exception | None = None
@@ -148,22 +149,28 @@ class Scheduler:
         """Queue a request.
 
         Raises:
-            ValueError: its prompt does not fit the context, or is not of this vocabulary.
+            ValueError: its prompt does not fit the context, it or a stop token is not of this vocabulary.
             QueueFull: too many wait.
             RuntimeError: the scheduler is not running, or its engine has failed.
         """
-        self._engine.budget(request)
+        return self.submit_all([request])[0]
+
+    def submit_all(self, requests: Sequence[Request]) -> list[Handle]:
+        """Queue requests together, all or none: such as several samples of one prompt, which is then computed once.
+
+        Raises as `submit`.
+        """
+        handles = [Handle(self._engine.generation(request)) for request in requests]
         with self._changed:
             if self._failure is not None:
                 raise RuntimeError("the engine has failed") from self._failure
             if self._thread is None or self._closing:
                 raise RuntimeError("the scheduler is not running")
-            if len(self._waiting) >= self._max_waiting:
-                raise QueueFull(f"{len(self._waiting)} requests wait already")
-            handle = Handle(request)
-            self._waiting.append(handle)
+            if len(self._waiting) + len(handles) > self._max_waiting:
+                raise QueueFull(f"{len(self._waiting)} requests wait already, of at most {self._max_waiting}")
+            self._waiting.extend(handles)
             self._changed.notify_all()
-        return handle
+        return handles
 
     def _run(self) -> None:
         try:
@@ -192,7 +199,7 @@ class Scheduler:
                 taken = [handle for handle in self._waiting if handle.cancelled]
                 self._waiting = deque(handle for handle in self._waiting if not handle.cancelled)
                 taken += [self._waiting.popleft() for _ in range(min(loop.num_free, len(self._waiting)))]
-                admitted = [self._engine.generation(handle.request) for handle in taken]
+                admitted = [handle._generation for handle in taken]
                 self._live.update(zip(admitted, taken, strict=True))
             for generation, handle in self._live.items():
                 if handle.cancelled:

@@ -1,0 +1,260 @@
+"""Decoding tokens/s on this machine's CPU: the engine beside an ordinary PyTorch loop, and beside itself one at a time.
+
+    python benchmarks/decode.py                              d4, batches of 1, 8 and 32
+    python benchmarks/decode.py --depth 12 --rounds 3
+    python benchmarks/decode.py --mixed                      32 mixed requests, batched against one after another
+
+The same model (classic, random weights), vocabulary and settings: prompts of 256 tokens, room for 512, float32, top-k 50
+at temperature 1. The PyTorch loop is what one writes by hand: preallocated keys and values of which the filled part is
+read, one step per token, sampling with torch.topk and torch.multinomial. Its greedy tokens must equal the engine's.
+Contenders are processes of their own and take turns; the fastest of each one's rounds counts. Prefill is left out, but
+not in --mixed, where the one-at-a-time engine has a single slot and so the faster program for it. Prints a table, then
+one JSON line. Needs the extra `torch`, except for --mixed.
+"""
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # else torch's idle threads take the cores from everyone else
+CONTEXT, ROOM, TOP_K = 256, 512, 50
+CHECKED = 8  # greedy tokens that must agree
+
+
+class NoText:
+    """A tokenizer for random weights: no id is special, none has text."""
+
+    def __init__(self) -> None:
+        from nanochat_jax.tokenizer import SPECIAL_TOKENS
+
+        self.special_tokens = dict.fromkeys(SPECIAL_TOKENS, -1)
+
+    def encode(self, text: str) -> list[int]:
+        raise ValueError("no text is encoded here")
+
+    def decode_bytes(self, ids: list[int]) -> bytes:
+        return b""
+
+
+def make_config(options: argparse.Namespace) -> Any:
+    from nanochat_jax.config import GPTConfig
+
+    return GPTConfig.classic(options.depth, sequence_len=ROOM, vocab_size=options.vocab)
+
+
+def make_params(config: Any) -> dict[str, Any]:
+    """Random weights [in, out], about as large as trained ones are."""
+    import jax
+
+    from nanochat_jax.gpt import abstract_params
+
+    rng = np.random.default_rng(0)
+    return jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape, np.float32) * np.float32(leaf.shape[-2] ** -0.5),
+                        abstract_params(config))
+
+
+def make_prompts(options: argparse.Namespace, batch: int) -> np.ndarray:
+    return np.random.default_rng(1).integers(0, options.vocab, (batch, CONTEXT))
+
+
+def make_engine(options: argparse.Namespace, num_slots: int) -> Any:
+    from pathlib import Path
+    from tempfile import gettempdir
+
+    from nanochat_jax.infer.engine import Engine
+    from nanochat_jax.paths import Paths
+    from nanochat_jax.startup import start
+
+    scratch = Paths(Path(gettempdir()) / "nanochat_jax-benchmark")
+    scratch.base.mkdir(exist_ok=True)
+    start(scratch)
+    config = make_config(options)
+    return Engine(config, make_params(config), NoText(), num_slots=num_slots)
+
+
+Round = Callable[[int, bool], tuple[float, list[list[int]]]]  # (steps, greedy) to (seconds, tokens by row)
+
+
+def jax_contender(options: argparse.Namespace, batch: int) -> Round:
+    from nanochat_jax.infer.engine import EngineLoop
+    from nanochat_jax.infer.request import Request
+
+    engine = make_engine(options, batch)
+    prompts = [tuple(row) for row in make_prompts(options, batch).tolist()]
+
+    def run(steps: int, greedy: bool) -> tuple[float, list[list[int]]]:
+        loop = EngineLoop(engine)
+        generations = [engine.generation(Request(prompt, max_tokens=steps, temperature=0.0 if greedy else 1.0,
+                                                 top_k=TOP_K, seed=row)) for row, prompt in enumerate(prompts)]
+        loop.admit(generations)
+        loop.cache.k[0].block_until_ready()
+        began = time.perf_counter()
+        while loop.num_active:
+            loop.step()
+        return time.perf_counter() - began, [generation.tokens for generation in generations]
+
+    return run
+
+
+def torch_contender(options: argparse.Namespace, batch: int) -> Round:
+    import torch
+    import torch.nn.functional as F
+    from torch_reference import GPT, rotate
+
+    config = make_config(options)
+    params = make_params(config)
+    model = GPT(depth=config.n_layer, num_heads=config.n_head, width=config.n_embd, vocab_size=config.vocab_size,
+                sequence_len=ROOM)
+    model.load(params)
+    del params
+    prompts = torch.from_numpy(make_prompts(options, batch))
+    heads, head_dim, width = config.n_head, config.head_dim, config.n_embd
+
+    def forward(tokens: Any, cache: Any, start: int) -> Any:
+        """Logits [B, V] after tokens [B, T] at positions from `start`; their keys and values go into the cache."""
+        rows, length = tokens.shape
+        end = start + length
+        x = F.rms_norm(model.wte(tokens), (width,))
+        for block, (keys, values) in zip(model.blocks, cache, strict=True):
+            normed = F.rms_norm(x, (width,))
+            q, k, v = (each(normed).view(rows, length, heads, head_dim) for each in (block.c_q, block.c_k, block.c_v))
+            q, k = (F.rms_norm(rotate(each, model.cos[start:end], model.sin[start:end]), (head_dim,)) for each in (q, k))
+            keys[:, :, start:end], values[:, :, start:end] = k.transpose(1, 2), v.transpose(1, 2)
+            out = F.scaled_dot_product_attention(q.transpose(1, 2), keys[:, :, :end], values[:, :, :end],
+                                                 is_causal=length > 1)
+            x = x + block.c_proj(out.transpose(1, 2).reshape(rows, length, width))
+            x = x + block.mlp_proj(F.relu(block.mlp_fc(F.rms_norm(x, (width,)))).square())
+        logits = model.lm_head(F.rms_norm(x[:, -1], (width,)))
+        return 15.0 * torch.tanh(logits / 15.0)
+
+    def choose(logits: Any, greedy: bool) -> Any:
+        if greedy:
+            return logits.argmax(-1, keepdim=True)
+        values, ids = torch.topk(logits, TOP_K)
+        return ids.gather(1, torch.multinomial(values.softmax(-1), 1))
+
+    @torch.inference_mode()
+    def run(steps: int, greedy: bool) -> tuple[float, list[list[int]]]:
+        cache = [tuple(torch.empty(batch, heads, ROOM, head_dim) for _ in range(2)) for _ in model.blocks]
+        for first in range(0, batch, 8):  # as much memory as eight rows take
+            rows = slice(first, first + 8)
+            forward(prompts[rows, :-1], [(k[rows], v[rows]) for k, v in cache], 0)
+        tokens, columns = prompts[:, -1:], []
+        began = time.perf_counter()
+        for position in range(CONTEXT - 1, CONTEXT - 1 + steps):
+            tokens = choose(forward(tokens, cache, position), greedy)
+            columns.append(tokens[:, 0].tolist())  # for the caller, who streams them
+        return time.perf_counter() - began, [list(row) for row in zip(*columns, strict=True)]
+
+    return run
+
+
+def worker(name: str, options: argparse.Namespace) -> None:
+    """Answers lines "batch steps greedy" of standard input with the seconds and tokens of such a round."""
+    made: dict[int, Round] = {}
+    for line in sys.stdin:
+        batch, steps, greedy = map(int, line.split())
+        if batch not in made:
+            made.clear()
+            made[batch] = (jax_contender if name == "jax" else torch_contender)(options, batch)
+        print(json.dumps(made[batch](steps, bool(greedy))), flush=True)
+
+
+class Contender:
+    def __init__(self, name: str) -> None:
+        command = [sys.executable, __file__, *sys.argv[1:], "--worker", name]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def run(self, batch: int, steps: int, *, greedy: bool = False) -> tuple[float, list[list[int]]]:
+        print(batch, steps, int(greedy), file=self._process.stdin, flush=True)
+        answer = self._process.stdout.readline()
+        if not answer:
+            sys.exit(f"a contender ended with exit code {self._process.wait()}")
+        return json.loads(answer)
+
+    def close(self) -> None:
+        self._process.stdin.close()
+        self._process.wait()
+
+
+def compare(options: argparse.Namespace) -> dict[str, Any]:
+    contenders = {name: Contender(name) for name in ("jax", "torch")}
+    print(f"d{options.depth}, vocabulary {options.vocab:,}, float32, {os.cpu_count()} cores; decoding alone, {CONTEXT} tokens "
+          f"before it, {options.steps} steps, top-k {TOP_K}; best of {options.rounds} rounds")
+    rows = []
+    for batch in map(int, options.batches.split(",")):
+        greedy = {name: each.run(batch, CHECKED, greedy=True)[1] for name, each in contenders.items()}  # compiles too
+        if greedy["jax"] != greedy["torch"]:
+            sys.exit(f"the greedy tokens differ, so the contenders do not compute the same: {greedy}")
+        best = dict.fromkeys(contenders, float("inf"))
+        for each in contenders.values():
+            each.run(batch, options.steps)  # warm
+        for _ in range(options.rounds):
+            for name, each in contenders.items():
+                best[name] = min(best[name], each.run(batch, options.steps)[0] / options.steps)
+        rows.append({"batch": batch, "ratio": best["torch"] / best["jax"]}
+                    | {f"{name}_ms": 1000 * seconds for name, seconds in best.items()})
+        print(f"  batch {batch:3d}   engine {1000 * best['jax']:7.2f} ms a step {batch / best['jax']:7,.0f} tokens/s   "
+              f"torch {1000 * best['torch']:7.2f} ms {batch / best['torch']:7,.0f} tokens/s   ratio {rows[-1]['ratio']:.2f}",
+              flush=True)
+    for each in contenders.values():
+        each.close()
+    return {"rows": rows}
+
+
+def measure_mixed(options: argparse.Namespace) -> dict[str, Any]:
+    """Total tokens/s of 32 requests of mixed lengths: all submitted at once, and each after the one before."""
+    from nanochat_jax.infer.request import Request
+
+    rng = np.random.default_rng(2)
+    requests = [Request(rng.integers(0, options.vocab, rng.integers(16, 129)).tolist(), seed=index, top_k=TOP_K,
+                        max_tokens=int(rng.integers(32, 97))) for index in range(32)]
+    together, single = make_engine(options, options.slots), make_engine(options, 1)
+    together.warmup()
+    single.warmup()
+    best = {"together": float("inf"), "one at a time": float("inf")}
+    for _ in range(options.rounds):
+        began = time.perf_counter()
+        results = together.generate(requests)
+        best["together"] = min(best["together"], time.perf_counter() - began)
+        began = time.perf_counter()
+        alone = [single.generate([request])[0] for request in requests]
+        best["one at a time"] = min(best["one at a time"], time.perf_counter() - began)
+    count = sum(len(result.tokens) for result in results)
+    equal = sum(a.tokens == b.tokens for a, b in zip(results, alone, strict=True))
+    ratio = best["one at a time"] / best["together"]
+    print(f"d{options.depth}, vocabulary {options.vocab:,}, float32, {os.cpu_count()} cores; 32 requests: prompts of 16 to 128 "
+          f"tokens, {count} generated, prefill included; best of {options.rounds} rounds")
+    for name, seconds in best.items():
+        print(f"  {name:14s} {seconds:7.2f} s {count / seconds:8,.0f} tokens/s")
+    print(f"  ratio {ratio:.2f}, {equal} of 32 replies equal")
+    return {"seconds": best, "tokens": count, "ratio": ratio, "equal_replies": equal}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--depth", type=int, default=4)
+    parser.add_argument("--vocab", type=int, default=65536)
+    parser.add_argument("--batches", default="1,8,32")
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=32, help="of a round")
+    parser.add_argument("--slots", type=int, default=32, help="of the batching engine in --mixed")
+    parser.add_argument("--mixed", action="store_true")
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if not 1 <= options.steps <= ROOM - CONTEXT:
+        parser.error(f"--steps must be from 1 to {ROOM - CONTEXT}")
+    if options.worker:
+        return worker(options.worker, options)
+    print(json.dumps({"benchmark": "decode", **vars(options), **(measure_mixed if options.mixed else compare)(options)}))
+
+
+if __name__ == "__main__":
+    main()
