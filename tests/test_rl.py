@@ -12,6 +12,7 @@ from nanochat_jax import rl
 from nanochat_jax.config import GPTConfig
 from nanochat_jax.gpt import abstract_params, forward, unembed
 from nanochat_jax.infer.engine import Engine
+from nanochat_jax.infer.request import Request
 from nanochat_jax.rl import Rollout, RolloutConfig
 from nanochat_jax.sharding import global_batch, make_mesh
 from nanochat_jax.step import init_state
@@ -27,7 +28,7 @@ def random_params(scale: float = 0.3):
     return jax.tree.map(lambda w: rng.normal(0, scale, w.shape).astype(np.float32), abstract_params(CONFIG))
 
 
-policy_gradient = jax.jit(jax.value_and_grad(functools.partial(rl.policy_loss, config=CONFIG)))
+policy_gradient = jax.jit(jax.value_and_grad(functools.partial(rl.policy_loss, config=CONFIG), has_aux=True))
 
 
 def random_groups(num_prompts: int = 2, num_samples: int = 4) -> list[list[Rollout]]:
@@ -87,7 +88,7 @@ def test_only_sampled_tokens_are_targets():
 def test_loss_and_gradient_equal_the_plain_form(pass_rows):
     params, groups = random_params(), random_groups()
     batch = rl.policy_batch(groups, pass_rows=pass_rows)
-    loss, grads = policy_gradient(params, *batch)
+    (loss, _), grads = policy_gradient(params, *batch)
     expected, expected_grads = jax.jit(jax.value_and_grad(lambda params: plain_loss(params, groups, pass_rows)))(params)
     np.testing.assert_allclose(loss, expected, rtol=1e-4)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), grads, expected_grads)
@@ -114,6 +115,40 @@ def test_micro_batches_and_a_mesh_do_not_change_the_step():
     for params, loss in results[1:]:
         np.testing.assert_allclose(loss, results[0][1], rtol=1e-4)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), params, results[0][0])
+
+
+@pytest.mark.parametrize("arch", ["classic", "modern"])
+def test_log_probabilities_recomputed_are_the_samplers(arch):
+    """On-policy: what is differentiated is what was sampled with, token by token, at temperature 1 without top-k."""
+    config = CONFIG
+    if arch == "modern":
+        config = GPTConfig.modern(2, aspect_ratio=16, head_dim=32, sequence_len=64, vocab_size=TOKENIZER.vocab_size)
+    rng = np.random.default_rng(3)
+    params = jax.tree.map(lambda w: rng.normal(0, 0.3, w.shape).astype(np.float32), abstract_params(config))
+    engine = Engine(config, params, TOKENIZER, num_slots=4)
+    requests = [Request((TOKENIZER.bos_id, *range(40, 40 + n)), max_tokens=20, top_k=0, seed=n, logprobs=True) for n in (1, 3, 7, 12)]
+    results = engine.generate(requests)
+    group = [Rollout([*request.tokens, *result.tokens], [False] * len(request.tokens) + list(result.sampled), float(i % 2))
+             for i, (request, result) in enumerate(zip(requests, results, strict=True))]
+    batch = rl.policy_batch([group], pass_rows=4)
+    _, log_probs = jax.jit(functools.partial(rl.policy_loss, config=config))(params, *batch)
+    compared = 0
+    for row, result in enumerate(results):
+        found = np.asarray(log_probs)[row][batch.targets[row] >= 0]
+        expected = [each for each, sampled in zip(result.logprobs, result.sampled, strict=True) if sampled]
+        np.testing.assert_allclose(found, expected, atol=1e-4)
+        compared += len(found)
+    assert compared > 40
+
+
+def test_statistics_tell_spread_and_signal_apart():
+    groups = [[Rollout([1] * (3 + s), [False] * 2 + [True] * (1 + s), reward) for s, reward in enumerate(rewards)]
+              for rewards in ((1.0, 0.0), (1.0, 1.0))]
+    found = rl.statistics(groups)
+    assert found["reward"] == 0.75 and found["reward_std"] == pytest.approx(np.std([1, 0, 1, 1]))
+    assert found["reward_group_std"] == 0.25 and found["mixed"] == 0.5
+    assert (found["advantage_min"], found["advantage_max"]) == (-0.5, 0.5)
+    assert (found["sequence_length"], found["sequence_length_max"], found["sampled_tokens"]) == (3.5, 4, 1.5)
 
 
 def test_pass_at_k_counts_problems_solved_by_the_first_k_samples():
