@@ -27,11 +27,11 @@ from nanochat_jax.rl import (
     RolloutConfig,
     make_policy_step,
     pass_at_k,
-    policy_batch,
+    policy_batches,
     sample_rollouts,
     statistics,
 )
-from nanochat_jax.sharding import data_share, data_size, global_batch, make_mesh
+from nanochat_jax.sharding import data_size, make_mesh, spread_rows
 from nanochat_jax.startup import start
 from nanochat_jax.step import TrainState, init_state, resolve_dtype
 from nanochat_jax.stopping import EXIT_STOPPED, Interrupted, StopRequest
@@ -133,12 +133,9 @@ def _rewards(groups: Sequence[Sequence[Rollout]]) -> np.ndarray:
     return np.array([[rollout.reward for rollout in group] for group in groups])
 
 
-def _place(batch: PolicyBatch, micro_rows: int, mesh: Mesh) -> tuple[jax.Array, ...]:
-    """The rows, which every process holds, as global arrays [A, B, T]."""
-    index, count = data_share(mesh)
-    share = slice(*(micro_rows * (index + i) // count for i in (0, 1)))
-    rows = (array.reshape(-1, micro_rows, array.shape[1])[:, share] for array in batch)
-    return tuple(global_batch(mesh, array, batch_axis=1) for array in rows)
+def _place(batch: PolicyBatch, mesh: Mesh) -> PolicyBatch:
+    """The rows, which every process holds, as global arrays [B, T]."""
+    return PolicyBatch(*(spread_rows(mesh, array) for array in batch))
 
 
 def reinforce(config: ChatRLConfig) -> None:
@@ -214,8 +211,8 @@ def reinforce(config: ChatRLConfig) -> None:
                     groups = sampler(state.params, task, examples, num_samples=config.num_samples,
                                      seed=config.seed + 1 + step)
                     sampled = time.monotonic()
-                batch = policy_batch(groups, pass_rows=config.device_batch_size, multiple=micro_rows)
-                state, metrics = step_fn(state, *_place(batch, micro_rows, mesh))
+                batches = policy_batches(groups, pass_rows=config.device_batch_size, micro_rows=micro_rows)
+                state, metrics = step_fn(state, (_place(batch, mesh) for batch in batches))
                 figures_of_step = statistics(groups) | {key: float(value) for key, value in metrics.items()}
                 metrics_log.write(step=step, kind="train", time=time.time(), **figures_of_step, lrm=float(multiplier(step)),
                                   rollout_seconds=sampled - started, train_seconds=time.monotonic() - sampled)

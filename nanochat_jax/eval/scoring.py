@@ -20,6 +20,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 from nanochat_jax.config import GPTConfig
+from nanochat_jax.eval.batching import bucket
 from nanochat_jax.gpt import KVCache, Params, forward, init_cache, unembed
 from nanochat_jax.infer.sampling import first_argmax
 from nanochat_jax.sharding import data_size, replicated, spread_rows
@@ -68,13 +69,6 @@ class _Example:
     @property
     def longest_rest(self) -> int:
         return max(row.end for row in self.rows) - self.shared
-
-
-def _cache_length(length: int) -> int:
-    """Slots of a cache for `length` tokens: CHUNK times 1, 2, 3, 4, 6, 8, 12, 16, ..."""
-    chunks = max(1, -(-length // CHUNK))
-    power = 1 << (chunks - 1).bit_length()
-    return CHUNK * (power * 3 // 4 if power > 2 and chunks <= power * 3 // 4 else power)
 
 
 def _rest_length(length: int) -> int:
@@ -209,7 +203,7 @@ class Scorer:
         return sums
 
     def _reserve(self, cache: KVCache, length: int) -> KVCache:
-        target = _cache_length(length)
+        target = bucket(length, CHUNK)
         return cache if cache.k[0].shape[2] >= target else _grow(cache, length=target)
 
 
