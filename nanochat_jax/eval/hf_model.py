@@ -145,6 +145,7 @@ class HFModel:
                 count += float(num_bytes.sum())
             batches.close()
             results[f"{split}_bpb"] = nats / (math.log(2) * count) if count else math.inf
+            log.info("%s: %.4f bits per byte", split, results[f"{split}_bpb"])
         return results
 
     def continuation(self, prompt: str, max_tokens: int, seed: int | None = None) -> str:
@@ -152,6 +153,7 @@ class HFModel:
         ids = torch.tensor([self.tokenizer.encode(prompt, prepend=self.tokenizer.bos_id)], device=self.device)
         if seed is not None:
             torch.manual_seed(seed)
-        out = self.model.generate(ids, max_new_tokens=max_tokens, do_sample=seed is not None, temperature=1.0, top_k=0,
+        options = {"do_sample": False} if seed is None else {"do_sample": True, "temperature": 1.0, "top_k": 0}
+        out = self.model.generate(ids, max_new_tokens=max_tokens, **options,
                                   attention_mask=torch.ones_like(ids), pad_token_id=self.tokenizer.bos_id)
         return self.tokenizer.decode(out[0, ids.shape[1] :].tolist())

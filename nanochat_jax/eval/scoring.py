@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from nanochat_jax.config import GPTConfig
 from nanochat_jax.eval.batching import bucket
@@ -78,22 +78,34 @@ def _rest_length(length: int) -> int:
 
 @functools.partial(jax.jit, static_argnames=("config", "rows", "dtype", "mesh"))
 def _new_cache(*, config: GPTConfig, rows: int, dtype: Any, mesh: Mesh | None) -> KVCache:
-    cache = init_cache(config, rows, CHUNK, dtype)
-    return cache if mesh is None else jax.lax.with_sharding_constraint(cache, replicated(mesh))
+    return _spread(init_cache(config, rows, CHUNK, dtype), mesh)
 
 
-@functools.partial(jax.jit, static_argnames="length")
-def _grow(cache: KVCache, *, length: int) -> KVCache:
+@functools.partial(jax.jit, static_argnames=("length", "mesh"))
+def _grow(cache: KVCache, *, length: int, mesh: Mesh | None) -> KVCache:
     def pad(x: Array) -> Array:
         return jnp.pad(x, ((0, 0), (0, 0), (0, length - x.shape[2]), (0, 0)))
 
-    return cache._replace(k=tuple(map(pad, cache.k)), v=tuple(map(pad, cache.v)))
+    return _spread(cache._replace(k=tuple(map(pad, cache.k)), v=tuple(map(pad, cache.v))), mesh)
 
 
-@functools.partial(jax.jit, donate_argnames="cache", static_argnames=("config", "dtype"))
-def _extend(params: Params, cache: KVCache, tokens: Array, valid: Array, *, config: GPTConfig, dtype: Any) -> KVCache:
+def _spread(cache: KVCache, mesh: Mesh | None) -> KVCache:
+    """Rows over the data axis; keys and values [B, K, S, h] by heads over the model axis too, where the number divides."""
+    if mesh is None:
+        return cache
+
+    def place(x: Array) -> Array:
+        heads = "model" if x.ndim == 4 and x.shape[1] % mesh.shape["model"] == 0 else None
+        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec("data", *[heads] * (x.ndim > 1))))
+
+    return jax.tree.map(place, cache)
+
+
+@functools.partial(jax.jit, donate_argnames="cache", static_argnames=("config", "dtype", "mesh"))
+def _extend(params: Params, cache: KVCache, tokens: Array, valid: Array, *, config: GPTConfig, dtype: Any, mesh: Mesh | None
+            ) -> KVCache:
     """Append the first valid [B] of tokens [B, T]. The last layer's output is not asked for, so it is not computed."""
-    return forward(params, tokens, config=config, compute_dtype=dtype, cache=cache, valid=valid)[1]
+    return _spread(forward(params, tokens, config=config, compute_dtype=dtype, cache=cache, valid=valid)[1], mesh)
 
 
 @functools.partial(jax.jit, donate_argnames=("k", "v"), static_argnames=("config", "dtype", "mesh"))
@@ -108,6 +120,7 @@ def _score(params: Params, k: tuple[Array, ...], v: tuple[Array, ...], length: A
     batch, size = tokens.shape
     cache = KVCache(k, v, length, prev_embedding)
     hidden, cache = forward(params, tokens, config=config, compute_dtype=dtype, cache=cache, valid=end)
+    cache = _spread(cache, mesh)
     affordable = max(1, LOGITS_BYTES // (4 * batch * config.vocab_size))
     chunk = min(size, 1 << (affordable.bit_length() - 1))
     targets = jnp.roll(tokens, -1, axis=1)  # position p predicts token p + 1; the last one is outside every span
@@ -172,13 +185,13 @@ class Scorer:
 
     def _dispatch(self, batch: Sequence[_Example]) -> list[tuple[Array, Array]]:
         """Sums [B] of each continuation in turn."""
-        options = {"config": self.config, "dtype": self.compute_dtype}
+        options = {"config": self.config, "dtype": self.compute_dtype, "mesh": self.mesh}
         count = self.batch_rows
         shared = np.zeros(count, np.int32)
         shared[: len(batch)] = [example.shared for example in batch]
         size = _rest_length(max(example.longest_rest for example in batch))
         longest = int(shared.max())
-        cache = _new_cache(rows=count, mesh=self.mesh, **options)
+        cache = _new_cache(rows=count, **options)
         for at in range(0, longest, CHUNK):
             tokens = np.zeros((count, CHUNK), np.int32)
             for row, example in enumerate(batch):
@@ -197,14 +210,13 @@ class Scorer:
                     piece = given.tokens[example.shared : given.end]
                     tokens[row, : len(piece)] = piece
                     span[row] = given.start - example.shared, given.end - example.shared
-            *totals, k, v = _score(self.params, k, v, length, prev_embedding, *map(self._place, (tokens, *span.T)),
-                                   mesh=self.mesh, **options)
+            *totals, k, v = _score(self.params, k, v, length, prev_embedding, *map(self._place, (tokens, *span.T)), **options)
             sums.append(totals)
         return sums
 
     def _reserve(self, cache: KVCache, length: int) -> KVCache:
         target = bucket(length, CHUNK)
-        return cache if cache.k[0].shape[2] >= target else _grow(cache, length=target)
+        return cache if cache.k[0].shape[2] >= target else _grow(cache, length=target, mesh=self.mesh)
 
 
 def _read(batch: Sequence[_Example], sums: Sequence[tuple[Array, Array]]) -> Iterator[tuple[Any, list[RowScore]]]:
