@@ -22,7 +22,7 @@ from nanochat_jax.eval.bpb import corpus_bits_per_byte
 from nanochat_jax.eval.bundle import ensure_bundle, has_bundle
 from nanochat_jax.eval.core import evaluate_core, format_csv
 from nanochat_jax.eval.samples import PROMPTS, free_samples, greedy_samples
-from nanochat_jax.eval.scoring import Scorer
+from nanochat_jax.eval.scoring import Scorer, rows_for
 from nanochat_jax.paths import Paths
 from nanochat_jax.sharding import make_mesh
 from nanochat_jax.startup import start
@@ -84,8 +84,8 @@ def evaluate_ours(config: BaseEvalConfig, paths: Paths) -> tuple[str, dict[str, 
                          "not on disk. `--eval core,sample` fetches it.")
             log.warning("%s", items[0])
     if "core" in kinds:
-        scorer = Scorer(config=loaded.config, params=loaded.params, num_rows=max(1, config.device_batch_size // 8), mesh=mesh,
-                        compute_dtype=dtype)
+        scorer = Scorer(config=loaded.config, params=loaded.params, num_rows=rows_for(config.device_batch_size),
+                        mesh=mesh, compute_dtype=dtype)
         results |= core_metric(scorer, loaded.tokenizer, config, paths, f"base_model_{loaded.step:06d}")
     if "bpb" in kinds:
         results |= corpus_bits_per_byte(loaded, paths, device_batch_size=config.device_batch_size,

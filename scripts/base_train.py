@@ -20,7 +20,7 @@ from nanochat_jax.eval.bpb import held_out_loss
 from nanochat_jax.eval.bundle import ensure_bundle
 from nanochat_jax.eval.core import evaluate_core
 from nanochat_jax.eval.samples import greedy_samples
-from nanochat_jax.eval.scoring import Scorer
+from nanochat_jax.eval.scoring import Scorer, rows_for
 from nanochat_jax.optim import (
     CLASSIC_RATES,
     OptimizerConfig,
@@ -153,8 +153,8 @@ def main(config: BaseTrainConfig) -> None:
         return {"val_bpb": held_out.bpb}
 
     def core(params: Any) -> dict[str, float]:
-        scorer = Scorer(config=model, params=params, num_rows=max(1, shape.micro_rows // data_size(mesh) // 8), mesh=mesh,
-                        compute_dtype=dtype)
+        scorer = Scorer(config=model, params=params, num_rows=rows_for(shape.micro_rows // data_size(mesh)),
+                        mesh=mesh, compute_dtype=dtype)
         return {"core": evaluate_core(scorer, tokenizer, bundle, max_per_task=config.core_metric_max_per_task).core}
 
     def samples(params: Any) -> dict[str, float]:

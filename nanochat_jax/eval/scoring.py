@@ -54,6 +54,11 @@ def common_length(arrays: Sequence[np.ndarray]) -> int:
     return int(differs.argmax()) if np.any(differs) else shortest
 
 
+def rows_for(device_batch_size: int) -> int:
+    """`Scorer.num_rows` where a device can hold `device_batch_size` rows; few on a CPU, whose caches then hold their scores."""
+    return max(1, device_batch_size // 8) if jax.default_backend() == "cpu" else device_batch_size
+
+
 @dataclass(frozen=True)
 class _Example:
     """The rows of an example, the tokens that they share cut off: the last of them predicts the first that is scored."""
