@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from chain_model import ASSISTANT_START, CHAIN, END, OUTPUT_END, PYTHON, PYTHON_END, chain_engine
+from chain_model import ASSISTANT_START, CHAIN, END, OUTPUT_END, PYTHON, PYTHON_END, chain_params
 from golden_data import load_trained
 
 from nanochat_jax.chat import render_for_completion
@@ -103,10 +103,8 @@ class Product(Task):
 
 
 def test_replies_are_judged_with_their_tool_calls_and_long_prompts_are_not_cut():
-    engine = chain_engine((ASSISTANT_START, PYTHON, "6*7", PYTHON_END), (OUTPUT_END, "=ok", END))
-    # An engine keeps its layers apart.
-    stacked = {name: jnp.stack(layers) for name, layers in engine.params["blocks"].items()}
-    generator = Generator(config=CHAIN, params=engine.params | {"blocks": stacked}, tokenizer=TOKENIZER, num_slots=3)
+    params = chain_params((ASSISTANT_START, PYTHON, "6*7", PYTHON_END), (OUTPUT_END, "=ok", END))
+    generator = Generator(config=CHAIN, params=params, tokenizer=TOKENIZER, num_slots=3)
     problems = chat.evaluate_generative(Product(), generator, Sampling(max_new_tokens=20))
     assert [problem.passed for problem in problems] == [True] * 5  # prompts up to three times the model's length
     problems = chat.evaluate_generative(Product(), generator, Sampling(max_new_tokens=9), max_problems=2)
