@@ -6,10 +6,11 @@
 
 The same model (classic, random weights), vocabulary and settings: prompts of 256 tokens, room for 512, float32, top-k 50
 at temperature 1. The PyTorch loop is what one writes by hand: preallocated keys and values of which the filled part is
-read, one step per token, sampling with torch.topk and torch.multinomial. Its greedy tokens must equal the engine's.
+read, one step per token, sampling with torch.topk and torch.multinomial. Its greedy tokens must equal the engine's, but
+for one row in eight: random weights come to near ties, which rounding decides.
 Contenders are processes of their own and take turns; the fastest of each one's rounds counts. Prefill is left out, but
-not in --mixed, where the one-at-a-time engine has a single slot and so the faster program for it. Prints a table, then
-one JSON line. Needs the extra `torch`, except for --mixed.
+not in --mixed, where the requests also go one at a time through the same engine, and through one of a single slot, whose
+program is the faster for that. Prints a table, then one JSON line. Needs the extra `torch`, except for --mixed.
 """
 
 import argparse
@@ -26,21 +27,6 @@ import numpy as np
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # else torch's idle threads take the cores from everyone else
 CONTEXT, ROOM, TOP_K = 256, 512, 50
 CHECKED = 8  # greedy tokens that must agree
-
-
-class NoText:
-    """A tokenizer for random weights: no id is special, none has text."""
-
-    def __init__(self) -> None:
-        from nanochat_jax.tokenizer import SPECIAL_TOKENS
-
-        self.special_tokens = dict.fromkeys(SPECIAL_TOKENS, -1)
-
-    def encode(self, text: str) -> list[int]:
-        raise ValueError("no text is encoded here")
-
-    def decode_bytes(self, ids: list[int]) -> bytes:
-        return b""
 
 
 def make_config(options: argparse.Namespace) -> Any:
@@ -69,6 +55,7 @@ def make_engine(options: argparse.Namespace, num_slots: int) -> Any:
     from tempfile import gettempdir
 
     from nanochat_jax.infer.engine import Engine
+    from nanochat_jax.infer.request import NoTokenizer
     from nanochat_jax.paths import Paths
     from nanochat_jax.startup import start
 
@@ -76,7 +63,7 @@ def make_engine(options: argparse.Namespace, num_slots: int) -> Any:
     scratch.base.mkdir(exist_ok=True)
     start(scratch)
     config = make_config(options)
-    return Engine(config, make_params(config), NoText(), num_slots=num_slots)
+    return Engine(config, make_params(config), NoTokenizer(), num_slots=num_slots)
 
 
 Round = Callable[[int, bool], tuple[float, list[list[int]]]]  # (steps, greedy) to (seconds, tokens by row)
@@ -191,7 +178,8 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
     rows = []
     for batch in map(int, options.batches.split(",")):
         greedy = {name: each.run(batch, CHECKED, greedy=True)[1] for name, each in contenders.items()}  # compiles too
-        if greedy["jax"] != greedy["torch"]:
+        apart = sum(a != b for a, b in zip(greedy["jax"], greedy["torch"], strict=True))
+        if apart > batch // 8:
             sys.exit(f"the greedy tokens differ, so the contenders do not compute the same: {greedy}")
         best = dict.fromkeys(contenders, float("inf"))
         for each in contenders.values():
@@ -219,23 +207,27 @@ def measure_mixed(options: argparse.Namespace) -> dict[str, Any]:
     together, single = make_engine(options, options.slots), make_engine(options, 1)
     together.warmup()
     single.warmup()
-    best = {"together": float("inf"), "one at a time": float("inf")}
+    best = {}
+
+    def measure(name: str, engine: Any, batches: list[list[Request]]) -> list[list[int]]:
+        began = time.perf_counter()
+        results = [result for batch in batches for result in engine.generate(batch)]
+        rate = sum(len(result.tokens) for result in results) / (time.perf_counter() - began)
+        best[name] = max(best.get(name, 0.0), rate)
+        return [result.tokens for result in results]
+
     for _ in range(options.rounds):
-        began = time.perf_counter()
-        results = together.generate(requests)
-        best["together"] = min(best["together"], time.perf_counter() - began)
-        began = time.perf_counter()
-        alone = [single.generate([request])[0] for request in requests]
-        best["one at a time"] = min(best["one at a time"], time.perf_counter() - began)
-    count = sum(len(result.tokens) for result in results)
-    equal = sum(a.tokens == b.tokens for a, b in zip(results, alone, strict=True))
-    ratio = best["one at a time"] / best["together"]
+        mixed = measure("together", together, [requests])
+        alone = measure("one at a time, one slot", single, [[request] for request in requests])
+        measure("one at a time, same engine", together, [[request] for request in requests[:8]])  # the rest is alike
+    equal = sum(a == b for a, b in zip(mixed, alone, strict=True))
     print(f"d{options.depth}, vocabulary {options.vocab:,}, float32, {os.cpu_count()} cores; 32 requests: prompts of 16 to 128 "
-          f"tokens, {count} generated, prefill included; best of {options.rounds} rounds")
-    for name, seconds in best.items():
-        print(f"  {name:14s} {seconds:7.2f} s {count / seconds:8,.0f} tokens/s")
-    print(f"  ratio {ratio:.2f}, {equal} of 32 replies equal")
-    return {"seconds": best, "tokens": count, "ratio": ratio, "equal_replies": equal}
+          f"tokens, {sum(map(len, mixed))} generated, prefill included; best of {options.rounds} rounds")
+    for name, rate in best.items():
+        print(f"  {name:26s} {rate:7,.0f} tokens/s   together is {best['together'] / rate:.2f}x")
+    print(f"  {equal} of 32 replies are equal, together and alone")
+    return {"tokens_per_sec": best, "equal_replies": equal,
+            "ratio": {name: best["together"] / rate for name, rate in best.items() if name != "together"}}
 
 
 def main() -> None:

@@ -25,13 +25,30 @@ PEAK_FLOPS = {
     "v3": 123e12, "v2": 45e12,
 }
 
+# Bytes/s of the device's memory, matched likewise.
+PEAK_BANDWIDTH = {
+    "gb200": 8.0e12, "b200": 8.0e12, "b100": 8.0e12, "h200": 4.8e12, "h100 nvl": 3.9e12, "h100 pcie": 2.0e12,
+    "h100": 3.35e12, "h800 pcie": 2.0e12, "h800": 3.35e12, "a100": 2.0e12, "a800": 2.0e12, "a40": 696e9, "a30": 933e9,
+    "l40": 864e9, "l4": 300e9, "5090": 1.79e12, "4090": 1.01e12, "3090": 936e9, "v6 lite": 1.64e12, "v6e": 1.64e12,
+    "v5 lite": 819e9, "v5e": 819e9, "v5p": 2.765e12, "v5": 2.765e12, "v4": 1.2e12, "v3": 900e9, "v2": 700e9,
+}
 
-def peak_flops(device: jax.Device) -> float | None:
-    """Peak dense bfloat16 FLOP/s of one device, or None where it is not known (a CPU, an unlisted chip)."""
+
+def _of_kind(table: dict[str, float], device: jax.Device) -> float | None:
     if device.platform == "cpu":
         return None
     kind = device.device_kind.lower()
-    return next((flops for name, flops in PEAK_FLOPS.items() if name in kind), None)
+    return next((value for name, value in table.items() if name in kind), None)
+
+
+def peak_flops(device: jax.Device) -> float | None:
+    """Peak dense bfloat16 FLOP/s of one device, or None where it is not known (a CPU, an unlisted chip)."""
+    return _of_kind(PEAK_FLOPS, device)
+
+
+def peak_bandwidth(device: jax.Device) -> float | None:
+    """Peak bytes/s of one device's memory, or None where it is not known."""
+    return _of_kind(PEAK_BANDWIDTH, device)
 
 
 def peak_memory_bytes() -> int:

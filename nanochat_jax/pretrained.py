@@ -25,25 +25,13 @@ from nanochat_jax.cli import NotFound, UsageError
 from nanochat_jax.config import GPTConfig
 from nanochat_jax.gpt import Params, forward, unembed
 from nanochat_jax.infer.engine import Engine, buckets
-from nanochat_jax.infer.request import Request
+from nanochat_jax.infer.request import NoTokenizer, Request
 from nanochat_jax.interop.hf import read_hf
 from nanochat_jax.interop.torch_checkpoint import Imported, read_checkpoint
 from nanochat_jax.paths import CHECKPOINT_DIRS, Paths
 from nanochat_jax.sharding import make_mesh, param_shardings
 from nanochat_jax.step import resolve_dtype
-from nanochat_jax.tokenizer import SPECIAL_TOKENS, Tokenizer
-
-
-class _NoTokenizer:
-    """For weights that came without one: no token is special, and ids have no text."""
-
-    special_tokens = dict.fromkeys(SPECIAL_TOKENS, -1)
-
-    def encode(self, text: str) -> list[int]:
-        raise UsageError("these weights came without a tokenizer: give token ids, or put tokenizer.pkl beside them")
-
-    def decode_bytes(self, ids: list[int]) -> bytes:
-        return b""
+from nanochat_jax.tokenizer import Tokenizer
 
 
 @functools.partial(jax.jit, static_argnames=("config", "dtype"))
@@ -115,7 +103,7 @@ class Model:
 
     def _prompt_ids(self, text: str, chat: bool) -> list[int]:
         if self.tokenizer is None:
-            return _NoTokenizer().encode(text)
+            return NoTokenizer().encode(text)
         if not chat:
             return self.tokenizer.encode(text, prepend=self.tokenizer.bos_id)
         messages = [{"role": "user", "content": text}, {"role": "assistant", "content": ""}]
@@ -123,7 +111,7 @@ class Model:
 
     @functools.cached_property
     def _engine(self) -> Engine:
-        return Engine(self.config, self.params, self.tokenizer or _NoTokenizer(), num_slots=1, compute_dtype=self.dtype,
+        return Engine(self.config, self.params, self.tokenizer or NoTokenizer(), num_slots=1, compute_dtype=self.dtype,
                       mesh=self.mesh if self.mesh.size > 1 else None)
 
 

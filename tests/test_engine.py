@@ -1,5 +1,9 @@
 """The engine gives each request what the model alone would, whoever shares the batch."""
 
+import dataclasses
+import math
+import re
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,9 +12,11 @@ from chain_model import BOS, END, OUTPUT, OUTPUT_END, PYTHON, PYTHON_END, TOKENI
 
 from nanochat_jax.config import GPTConfig
 from nanochat_jax.gpt import abstract_params, forward, unembed
+from nanochat_jax.infer import device
 from nanochat_jax.infer.engine import Engine, EngineLoop, Request
 from nanochat_jax.infer.request import ToolCall
-from nanochat_jax.infer.sampling import SamplingParams, randomness, sample
+from nanochat_jax.infer.sampling import SamplingParams, noise_for, sample
+from nanochat_jax.infer.scheduler import Scheduler
 from nanochat_jax.sharding import make_mesh
 
 MAX_LEN = 320
@@ -82,7 +88,7 @@ MIXED = [
 
 
 def test_sampling_equals_drawing_from_the_full_forward(params, engine):
-    draw = jax.jit(lambda logits, params, position: sample(logits, params, randomness(params.seed, position)))
+    draw = jax.jit(lambda logits, params, position: sample(logits, params, noise_for(params.seed, position, len(logits))))
     rows = 32
     for request, result in zip(MIXED, engine.generate(MIXED), strict=True):
         count = len(result.tokens)
@@ -104,15 +110,54 @@ def test_results_do_not_depend_on_the_company(engine):
     assert engine.generate([MIXED[3]])[0].tokens == expected[3]
 
 
-def test_results_do_not_depend_on_slots_steps_or_mesh(params, engine):
-    mesh = make_mesh("2x2")
-    other = Engine(CONFIG, params, TOKENIZER, num_slots=2, steps_per_dispatch=3, max_prefill_rows=1, mesh=mesh)
+def test_company_changes_probabilities_by_no_more_than_rounding(engine):
+    """Tokens could agree by luck; probabilities show what was computed."""
+    requests = [dataclasses.replace(request, logprobs=True) for request in MIXED]
+    together = engine.generate(requests)
+    for request, result in list(zip(requests, together, strict=True))[::2]:
+        np.testing.assert_allclose(engine.generate([request])[0].logprobs, result.logprobs, atol=3e-6)
+
+
+def test_log_probabilities_are_those_of_the_full_forward(params, engine):
+    for request, result in zip(MIXED, engine.generate([dataclasses.replace(r, logprobs=True) for r in MIXED]), strict=True):
+        logits = logits_before(params, request.tokens, result.tokens)[: len(result.tokens)]
+        expected = np.take_along_axis(jax.nn.log_softmax(logits), np.array(result.tokens, int)[:, None], axis=-1)[:, 0]
+        np.testing.assert_allclose(result.logprobs, expected, atol=1e-4)
+    assert engine.generate(MIXED[:1])[0].logprobs is None
+
+
+@pytest.mark.parametrize(("layout", "shard"), [("8x1", (1, 2)), ("4x2", (2, 1)), ("2x2", (4, 1))])
+def test_a_mesh_changes_nothing(params, engine, layout, shard):
+    """Slots over the data axis, heads over the model axis; with forks, tools' tokens and a cache that grows."""
+    mesh = make_mesh(layout)
+    other = Engine(CONFIG, params, TOKENIZER, num_slots=8, steps_per_dispatch=3, max_prefill_rows=2, mesh=mesh)
     brief = [request for request in MIXED if len(request.tokens) <= 32]
+    brief += [dataclasses.replace(brief[0], seed=5), Request(prompts(250)[0], max_tokens=12, temperature=0.0)]
     assert [r.tokens for r in other.generate(brief)] == [r.tokens for r in engine.generate(brief)]
     loop = EngineLoop(other)
     loop.admit([other.generation(brief[0])])
     loop.step()
-    assert loop.cache.k[0].sharding.shard_shape(loop.cache.k[0].shape) == (1, 1, 256, CONFIG.head_dim)
+    assert loop.cache.k[0].sharding.shard_shape(loop.cache.k[0].shape) == (*shard, 256, CONFIG.head_dim)
+
+
+def test_no_device_of_a_mesh_gathers_the_cache(params, monkeypatch):
+    """The compiled step moves activations between devices, never keys and values."""
+    engine = Engine(CONFIG, params, TOKENIZER, num_slots=8, max_prefill_rows=2, mesh=make_mesh("4x2"))
+    compiled = []
+    for name in ("decode", "insert", "copy"):
+
+        def recorded(*args, function=getattr(device, name), **options):
+            compiled.append(function.lower(*args, **options).compile().as_text())
+            return function(*args, **options)
+
+        monkeypatch.setattr(device, name, recorded)
+    prompt = prompts(10)[0]
+    engine.generate([Request(prompt, max_tokens=3, seed=seed) for seed in range(9)])
+    assert len(compiled) > 3
+    one_slot = CONFIG.n_kv_head * 256 * CONFIG.head_dim
+    for text in compiled:
+        for shape in re.findall(r"= f32\[([\d,]+)\]\S* (?:all-gather|all-to-all|collective-permute)\(", text):
+            assert math.prod(map(int, shape.split(","))) < one_slot, shape
 
 
 def test_samples_of_one_prompt_differ_by_seed_and_share_its_prefill(engine, monkeypatch):
@@ -147,10 +192,34 @@ def test_a_context_too_short_cuts_the_reply_or_refuses_the_prompt(engine):
         engine.generate([Request((-1,))])
 
 
+def test_a_prompt_too_long_is_cut_from_the_left_when_asked(engine):
+    body = prompts(MAX_LEN)[0]
+    for prompt, kept in ((body, body[-(MAX_LEN - 20) :]), ((BOS, *body), (BOS, *body[-(MAX_LEN - 21) :])), (body[:50], body[:50])):
+        cut = Request(prompt, max_tokens=20, temperature=0.0, truncate=True)
+        result = engine.generate([cut])[0]
+        assert result.prompt_tokens == len(kept) <= MAX_LEN - 20
+        assert result.tokens == engine.generate([Request(kept, max_tokens=20, temperature=0.0)])[0].tokens
+    assert engine.generation(Request(body, max_tokens=10_000, truncate=True)).prompt == body[MAX_LEN // 2 :]
+
+
+def test_the_cache_is_as_long_as_the_longest_present(engine):
+    loop = EngineLoop(engine)
+    long, short = (engine.generation(Request(prompts(length)[0], temperature=0.0)) for length in (300, 10))
+    loop.admit([long])
+    loop.admit([short])
+    assert loop.cache.length == MAX_LEN
+    loop.cancel(long)
+    loop.step()
+    assert loop.cache.length == 256
+    while not short.done:
+        loop.step()
+    assert short.tokens == engine.generate([short.request])[0].tokens
+
+
 @pytest.mark.parametrize(
     "wrong",
     [dict(tokens=()), dict(max_tokens=0), dict(temperature=-0.1), dict(temperature=float("nan")), dict(top_k=-1),
-     dict(top_p=0.0), dict(top_p=1.1), dict(stop="END"), dict(stop=("",))],
+     dict(top_p=0.0), dict(top_p=1.1), dict(stop="END"), dict(stop=("",)), dict(stop_tokens="END"), dict(stop_tokens=(1,) * 5)],
 )  # fmt: skip
 def test_requests_that_make_no_sense_are_refused(wrong):
     with pytest.raises(ValueError):
@@ -237,6 +306,19 @@ def test_stop_strings_end_the_text_before_them():
     assert say(engine, "Q", stop=("cde", "e"))[0].text == "ab"
 
 
+def test_stop_tokens_end_a_reply_by_id_and_by_name():
+    engine = chain_engine(("Qabc", OUTPUT_END, "d"), ("R", PYTHON, "3*4", PYTHON_END), (OUTPUT, "x"))
+    for stop in (OUTPUT_END, "<|output_end|>"):
+        result = say(engine, "Q", stop_tokens=(stop,))[0]
+        assert (result.tokens, result.finish_reason) == (list(b"abc"), "stop")
+    assert say(engine, "Q", stop_tokens=(ord("b"), ord("c")))[0].tokens == list(b"a")
+    forced = say(engine, "R", stop_tokens=(OUTPUT_END,), max_tokens=12)[0]
+    assert OUTPUT_END in forced.tokens  # what a tool writes ends nothing
+    for unknown, message in ((-1, "unknown stop token -1"), (10**6, "unknown stop"), ("<|end|>", "give an id, or one of <.bos.>")):
+        with pytest.raises(ValueError, match=message):
+            engine.generation(Request((1,), stop_tokens=(unknown,)))
+
+
 def test_streamed_text_holds_back_half_characters_and_half_stop_strings():
     engine = chain_engine(("Qé🙂и",))
     for count in range(1, 12):
@@ -273,10 +355,26 @@ def test_cancelling_frees_the_slot_for_the_next():
     assert all(len(other.tokens) == 12 and not other.done for other in others)
 
 
-def test_after_warmup_nothing_is_compiled(caplog):
-    engine = chain_engine(("ab",), max_len=40, max_prefill_rows=1)
+def test_after_warmup_200_requests_compile_nothing(caplog):
+    engine = chain_engine(("ab",), ("Q:", PYTHON, "12*34", PYTHON_END), (OUTPUT_END, "fine", END), num_slots=8)
+    caplog.set_level("INFO", logger="nanochat_jax.infer.engine")
     engine.warmup()
-    caplog.set_level("DEBUG", logger="nanochat_jax.infer.engine")
-    with jax.log_compiles():
-        say(engine, "a", "b" * 30, "a" * 37, "b" * 35, "aa", "a")
-    assert not [record for record in caplog.records if "ompiling" in record.message and "infer" in record.pathname]
+    known = re.search(r"(\d+) programs", caplog.text)
+    assert known and int(known[1]) < 40
+    rng = np.random.default_rng(0)
+    requests = [
+        Request(tuple(rng.choice([ord("a"), ord("b"), ord("Q")], rng.integers(1, 90)).tolist()), seed=seed,
+                max_tokens=int(rng.integers(1, 60)), temperature=float(rng.integers(0, 2)), top_k=int(rng.integers(0, 70)),
+                top_p=float(rng.choice([0.3, 1.0])), logprobs=bool(rng.integers(0, 2)), stop_tokens=(7,) * int(rng.integers(0, 3)))
+        for seed in range(200)
+    ]
+    compiled = []
+    monitor = jax.monitoring.register_event_duration_secs_listener
+    monitor(lambda event, *_, **__: compiled.append(event) if event.endswith("backend_compile_duration") else None)
+    with Scheduler(engine, max_waiting=200) as scheduler:
+        handles = scheduler.submit_all(requests)
+        results = [handle.result(120) for handle in handles]
+    assert not compiled
+    assert any(not all(result.sampled) for result in results) and {r.finish_reason for r in results} == {"stop", "length"}
+    jax.jit(lambda x: x + len(compiled))(0)
+    assert compiled  # the listener hears

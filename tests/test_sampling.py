@@ -5,14 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nanochat_jax.infer.sampling import SHORT_LISTS, SamplingParams, first_argmax, log_probability, most_likely, randomness, sample
+from nanochat_jax.infer.sampling import SHORT_LISTS, SamplingParams, first_argmax, log_probability, most_likely, noise_for, sample
 
 ROWS, VOCAB = 500, 2 * SHORT_LISTS[-1]  # one shape for all tests: one compilation
 
 
 @jax.jit
 def compiled(logits, params, position):
-    return sample(logits, params, randomness(params.seed, position))
+    return sample(logits, params, noise_for(params.seed, position, VOCAB))
 
 
 
@@ -136,7 +136,7 @@ def test_a_monotone_map_of_the_logits_may_come_late():
     def cap(x):
         return 15 * jnp.tanh(x / 15)
 
-    late = jax.jit(lambda x: sample(x, params, randomness(params.seed, jnp.arange(6)), cap))(logits.T)
+    late = jax.jit(lambda x: sample(x, params, noise_for(params.seed, jnp.arange(6), VOCAB), cap))(logits.T)
     assert late.tolist() == compiled(cap(logits.T), params, np.arange(6)).tolist()
 
 

@@ -1,6 +1,8 @@
 """The scheduler: many callers, text as it comes, and failures that reach whom they concern."""
 
 import asyncio
+import random
+import re
 import threading
 import time
 
@@ -125,11 +127,82 @@ def test_more_than_may_wait_are_refused(scheduler, monkeypatch):
     wait_until(lambda: scheduler.num_active == 0)
 
 
-def test_a_prompt_that_does_not_fit_is_its_callers_error_alone(scheduler):
+BAD = [
+    (lambda: ask("a" * 96), "prompt of 96 tokens does not fit in the context of 96"),
+    (lambda: ask(""), "no tokens"),
+    (lambda: Request((10**6,)), "outside of the vocabulary"),
+    (lambda: Request((-1,)), "outside of the vocabulary"),
+    (lambda: ask("a", stop_tokens=("<|nothing|>",)), "unknown stop token '<|nothing|>'"),
+    (lambda: ask("a", stop_tokens=(-7,)), "unknown stop token -7"),
+]
+
+
+@pytest.mark.parametrize(("request_", "message"), BAD)
+def test_bad_input_is_its_callers_error_alone(scheduler, request_, message):
     other = scheduler.submit(ask("a"))
-    with pytest.raises(ValueError, match="prompt of 96 tokens does not fit in the context of 96"):
-        scheduler.submit(ask("a" * 96))
+    with pytest.raises(ValueError, match=re.escape(message)):
+        scheduler.submit(request_())
     assert other.result(SECONDS).finish_reason == "length"
+    assert scheduler.submit(ask("c")).result(SECONDS).finish_reason == "stop"
+
+
+def test_requests_submitted_together_are_queued_all_or_none(scheduler, monkeypatch):
+    gate = Gate(monkeypatch)
+    running = [scheduler.submit(ask("a")) for _ in range(3)]
+    wait_until(lambda: scheduler.num_active == 3)
+    pair = scheduler.submit_all([ask("a", seed=seed) for seed in range(2)])
+    with pytest.raises(QueueFull):
+        scheduler.submit_all([ask("a")] * 3)
+    with pytest.raises(ValueError, match="does not fit"):
+        scheduler.submit_all([ask("a"), ask("a" * 96)])
+    assert scheduler.num_waiting == 2
+    gate.open.set()
+    assert all(handle.result(SECONDS) for handle in running + pair)
+
+
+def test_first_come_is_first_served(scheduler, engine, monkeypatch):
+    gate, order = Gate(monkeypatch), []
+    admit = EngineLoop.admit
+    monkeypatch.setattr(EngineLoop, "admit", lambda loop, generations: (
+        order.extend(each.request.seed for each in generations), admit(loop, generations))[1])
+    running = [scheduler.submit(ask("a", max_tokens=10 + seed, seed=seed)) for seed in range(3)]
+    wait_until(lambda: scheduler.num_active == 3)
+    waiting = [scheduler.submit(ask("a" * (1 + 20 * (seed % 2)), seed=seed)) for seed in range(3, 7)]
+    gate.open.set()
+    for handle in running + waiting:
+        handle.result(SECONDS)
+    assert order == list(range(7))
+
+
+def test_prompts_that_would_stall_the_running_are_admitted_a_few_at_a_time(engine, monkeypatch):
+    monkeypatch.setattr("nanochat_jax.infer.scheduler.ADMITTED_TOKENS", 50)
+    sizes, admit = [], EngineLoop.admit
+    monkeypatch.setattr(EngineLoop, "admit", lambda loop, generations: (sizes.append(len(generations)), admit(loop, generations))[1])
+    scheduler = Scheduler(engine)
+    gate = Gate(monkeypatch)
+    scheduler.start()
+    handles = scheduler.submit_all([ask("a" * 40, max_tokens=20), ask("b" * 60, max_tokens=20), ask("ab", max_tokens=20)])
+    wait_until(lambda: scheduler.num_active == 3)
+    gate.open.set()
+    assert all(len(handle.result(SECONDS).tokens) == 20 for handle in handles)
+    scheduler.close()
+    assert [size for size in sizes if size] == [1, 1, 1]
+
+
+def test_no_slot_is_lost_when_requests_come_and_go_at_random(engine):
+    rng = random.Random(0)
+    with Scheduler(engine, max_waiting=30) as scheduler:
+        handles = []
+        for seed in range(150):
+            while scheduler.num_waiting > 20:
+                time.sleep(0.002)
+            handles.append(scheduler.submit(ask(rng.choice("Qac") * rng.randint(1, 30), max_tokens=rng.randint(1, 60), seed=seed)))
+            if rng.random() < 0.5:
+                rng.choice(handles).cancel()
+        results = [handle.result(SECONDS) for handle in handles]
+        assert {result.finish_reason for result in results} == {"stop", "length", "cancelled"}
+        wait_until(lambda: (scheduler.num_active, scheduler.num_waiting) == (0, 0))
+        assert [len(h.result(SECONDS).tokens) for h in scheduler.submit_all([ask("a")] * 3)] == [40] * 3
 
 
 def test_cancelling_ends_a_running_and_a_waiting_request(scheduler, monkeypatch):

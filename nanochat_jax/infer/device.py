@@ -18,7 +18,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from nanochat_jax.config import GPTConfig
 from nanochat_jax.gpt import KVCache, Params, forward, init_cache, softcap
-from nanochat_jax.infer.sampling import SamplingParams, log_probability, randomness, sample
+from nanochat_jax.infer.sampling import SamplingParams, log_probability, noise_for, sample
 from nanochat_jax.layers import rms_norm
 
 
@@ -28,6 +28,7 @@ class Program:
 
     config: GPTConfig
     dtype: jnp.dtype
+    shortest: int  # positions that a prefilled prompt has at least, so that few sizes are inserted
     pause: int  # token id after which the host must decide how a sequence goes on
     mesh: Mesh | None
 
@@ -122,7 +123,7 @@ def resize(slots: Slots, *, length: int, program: Program) -> Slots:
 
 @functools.partial(jax.jit, static_argnames="program")
 def prefill(params: Params, tokens: Array, lengths: Array, *, program: Program) -> tuple[Array, ...]:
-    """Keys and values of N prompts, for each an array [2, L, G, T, h].
+    """Keys and values of N prompts, for each an array [2, L, G, max(T, `program.shortest`), h].
 
     tokens [N, T] int32, padded on the right; lengths [N] int32.
     """
@@ -133,6 +134,8 @@ def prefill(params: Params, tokens: Array, lengths: Array, *, program: Program) 
     rows = []
     for row in range(tokens.shape[0]):
         prompt = jnp.stack([jnp.stack([layer[row] for layer in each]) for each in (cache.k, cache.v)])
+        missing = max(0, program.shortest - prompt.shape[3])
+        prompt = jnp.pad(prompt, ((0, 0), (0, 0), (0, 0), (0, missing), (0, 0)))
         if mesh is not None:
             prompt = lax.with_sharding_constraint(prompt, cache_sharding(1, config.n_kv_head, mesh, row_axis=1))
         rows.append(prompt)
@@ -180,7 +183,7 @@ def decode(params: Params, slots: Slots, dispatch: Dispatch, *, program: Program
         logits = lax.dot_general(
             params["lm_head_rows"], hidden[:, 0], (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
         )  # [V, B], before the softcap
-        drawn = sample(logits, dispatch.sampling, jax.tree.map(lambda x: x[step], numbers), cap)
+        drawn = sample(logits, dispatch.sampling, noise[step], cap)
         is_forced = step < dispatch.num_forced
         token = jnp.where(active, jnp.where(is_forced, dispatch.forced[:, step], drawn), token)
         emitted = emitted.at[:, step].set(jnp.where(active, token, -1))
@@ -197,7 +200,7 @@ def decode(params: Params, slots: Slots, dispatch: Dispatch, *, program: Program
 
     # A slot draws at every step, or not again in this dispatch.
     position = dispatch.length + 1 + jnp.arange(dispatch.forced.shape[1])[:, None]
-    numbers = jax.tree.map(lambda x: _replicate(x, mesh), randomness(dispatch.sampling.seed, position))
+    noise = noise_for(dispatch.sampling.seed, position, config.vocab_size)
     # What smearing mixes into the newest token: the embedding of the one before, as the forward pass makes it.
     previous = rms_norm(params["wte"][dispatch.previous].astype(program.dtype))
     cache = KVCache(slots.k, slots.v, dispatch.length, previous)

@@ -30,7 +30,7 @@ log = logging.getLogger(__name__)
 
 SHORTEST_PROMPT = 32  # smallest padded length of a prefill
 SHORTEST_CACHE = 256
-PREFILL_TOKENS = 8192  # most tokens, padding included, in one prefill: bounds its attention scores in memory
+PREFILL_TOKENS = 2048  # most tokens, padding included, of several prompts in one prefill: no device needs more at once
 
 
 def buckets(smallest: int, largest: int) -> tuple[int, ...]:
@@ -98,9 +98,9 @@ class Engine:
             params = jax.device_put(params, param_shardings(config, mesh))
         self.params = device.split_layers(params, config=config)
         self.vocabulary = Vocabulary(tokenizer)
-        self.program = Program(config, dtype, self.vocabulary.python_end, mesh)
         self.prompt_buckets = buckets(min(SHORTEST_PROMPT, self.max_len), self.max_len)
         self.cache_buckets = cache_lengths(self.max_len)
+        self.program = Program(config, dtype, self.cache_buckets[0], self.vocabulary.python_end, mesh)
         self._max_prefill_rows = min(max_prefill_rows, num_slots)
         self._compiled: set[tuple[Any, ...]] = set()  # for the log alone
 
@@ -157,7 +157,7 @@ class Engine:
                    for bucket in self.prompt_buckets}
         for size in reversed(self.cache_buckets):
             loop.resize(size)
-            for shorter, bucket in zip((0, *self.prompt_buckets), self.prompt_buckets):
+            for shorter, bucket in zip((0, *self.prompt_buckets), self.prompt_buckets, strict=False):
                 if shorter < size:
                     loop.insert(prompts[bucket], 0)
         log.info("the engine is ready: %d programs in %.1f s", len(self._compiled), time.monotonic() - began)

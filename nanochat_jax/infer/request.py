@@ -6,8 +6,10 @@ from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Literal, Protocol
 
+from nanochat_jax.cli import UsageError
 from nanochat_jax.infer.calculator import calculate
 from nanochat_jax.infer.streaming import TextStream
+from nanochat_jax.tokenizer import SPECIAL_TOKENS
 
 FinishReason = Literal["stop", "length", "cancelled"]
 
@@ -22,6 +24,18 @@ class TokenizerLike(Protocol):
     def encode(self, text: str) -> list[int]: ...
 
     def decode_bytes(self, ids: list[int]) -> bytes: ...
+
+
+class NoTokenizer:
+    """For weights without one: no token is special, so that nothing but the length ends a reply, and ids have no text."""
+
+    special_tokens = dict.fromkeys(SPECIAL_TOKENS, -1)
+
+    def encode(self, text: str) -> list[int]:
+        raise UsageError("these weights came without a tokenizer: give token ids, or put tokenizer.pkl beside them")
+
+    def decode_bytes(self, ids: list[int]) -> bytes:
+        return b""
 
 
 @dataclass(frozen=True)

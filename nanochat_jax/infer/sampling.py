@@ -39,27 +39,19 @@ class SamplingParams(NamedTuple):
     seed: Array
 
 
-class Randomness(NamedTuple):
-    """What the draws of each row are made with. Computed for several steps at once: a few numbers take a CPU as long.
+def noise_for(seed: Array, position: Array, vocab_size: int) -> Array:
+    """Gumbel noise [..., B, N] of the draws of rows with `seed` [B, 2], for tokens at `position` [..., B] of a sequence.
 
-    Attributes:
-        keys: [..., B, 2] uint32, threefry keys of the rare draws that need more.
-        noise: [..., B, SHORT_LISTS[0]] float32, Gumbel noise for the first short list.
+    For several steps at once, since for a few numbers a CPU takes as long. N is what any draw of `sample` needs.
     """
+    block = _block_size(vocab_size)
+    count = max(SHORT_LISTS[-1], -(-vocab_size // block) + block)
 
-    keys: Array
-    noise: Array
-
-
-def randomness(seed: Array, position: Array) -> Randomness:
-    """Random numbers of rows with `seed` [B, 2], for tokens at `position` [..., B] of their sequences."""
-    seed = jnp.broadcast_to(seed, (*position.shape, 2))
-
-    def of_row(seed: Array, position: Array) -> tuple[Array, Array]:
+    def of_row(seed: Array, position: Array) -> Array:
         key = jax.random.fold_in(jax.random.wrap_key_data(seed, impl="threefry2x32"), position)
-        return jax.random.key_data(key), jax.random.gumbel(key, SHORT_LISTS[:1])
+        return jax.random.gumbel(key, (count,))
 
-    return Randomness(*jnp.vectorize(of_row, signature="(k),()->(k),(n)")(seed, position))
+    return jnp.vectorize(of_row, signature="(k),()->(n)")(jnp.broadcast_to(seed, (*position.shape, 2)), position)
 
 
 def identity(x: Array) -> Array:
@@ -85,13 +77,16 @@ def _blocks(logits: Array, size: int) -> Array:
     return logits.reshape(-1, size, logits.shape[1])
 
 
-def _power_of_two_near(value: float) -> int:
-    return 2 ** max(0, round(math.log2(value)))
+def _block_size(vocab_size: int, count: int = 1) -> int:
+    """A power of two near the size of which as many numbers are looked at among blocks as in the chosen `count`."""
+    return 2 ** max(0, round(math.log2(vocab_size / count) / 2))
 
 
 def _top_k(values: Array, count: int) -> tuple[Array, Array]:
-    # Without the barrier XLA pushes what reads only the first of them into top-k, and then sorts everything instead.
-    return lax.optimization_barrier(lax.top_k(values, count))
+    # Without the barriers XLA pushes what reads only the first of them into top-k, and then sorts everything instead.
+    # One barrier for both would abort its compiler (the pass TopkDecomposer).
+    values, index = lax.top_k(values, count)
+    return lax.optimization_barrier(values), lax.optimization_barrier(index)
 
 
 def most_likely(logits: Array, count: int) -> tuple[Array, Array]:
@@ -100,7 +95,7 @@ def most_likely(logits: Array, count: int) -> tuple[Array, Array]:
     All of them lie in the `count` blocks of the greatest maxima, so only those are ranked.
     """
     vocab_size, rows = logits.shape
-    size = _power_of_two_near(math.sqrt(vocab_size / count))
+    size = _block_size(vocab_size, count)
     if size < 4:
         return _top_k(logits.T, count)
     blocks = _blocks(logits, size)
@@ -122,13 +117,13 @@ def log_probability(logits: Array, tokens: Array, asked: Array, transform: Map =
     return lax.cond(jnp.any(asked), compute, lambda: jnp.full(tokens.shape, jnp.nan, logits.dtype))
 
 
-def sample(logits: Array, params: SamplingParams, random_numbers: Randomness, transform: Map = identity) -> Array:
+def sample(logits: Array, params: SamplingParams, noise: Array, transform: Map = identity) -> Array:
     """Draw one token id per row.
 
     Args:
         logits: [V, B] float32.
         params: settings of each row.
-        random_numbers: of each row.
+        noise: [B, N] float32, of `noise_for`. A row draws once, whichever way, so all ways share it.
         transform: monotone map of the logits, elementwise, still to be applied.
     Returns:
         [B] int32; V (no valid id) for a row whose logits are not all finite.
@@ -139,12 +134,18 @@ def sample(logits: Array, params: SamplingParams, random_numbers: Randomness, tr
     whole = random & (top_k == vocab_size) & (params.top_p >= 1)
     temperature = jnp.where(random, params.temperature, 1.0)
 
-    def draw(values: Array, stream: int) -> Array:  # [B, N] -> [B], by the Gumbel-max trick
-        if stream == 0:
-            return first_argmax(values + random_numbers.noise[:, : values.shape[-1]])
-        keys = jax.random.wrap_key_data(random_numbers.keys, impl="threefry2x32")
-        noise = jax.vmap(lambda key: jax.random.gumbel(jax.random.fold_in(key, stream), values.shape[-1:]))(keys)
-        return first_argmax(values + noise)
+    def draw(values: Array) -> Array:  # [B, M] -> [B], by the Gumbel-max trick
+        if values.shape[-1] > SHORT_LISTS[-1]:
+            return draw_by_block(values.T)
+        return first_argmax(values + noise[:, : values.shape[-1]])
+
+    def draw_by_block(values: Array) -> Array:  # [M, B] -> [B]
+        """A block by its probability, then one of the block: two short draws instead of one of many numbers."""
+        size = _block_size(len(values))
+        blocks = _blocks(values, size)
+        block = first_argmax(jax.nn.logsumexp(blocks, axis=1).T + noise[:, : len(blocks)])
+        inside = blocks[block, :, jnp.arange(rows)]
+        return block * size + first_argmax(inside + noise[:, len(blocks) : len(blocks) + size])
 
     def all_scaled(greatest: Array) -> Array:  # [V, B]
         return (transform(logits) - greatest) / temperature
@@ -166,20 +167,13 @@ def sample(logits: Array, params: SamplingParams, random_numbers: Randomness, tr
         more_likely = (jnp.cumsum(weights, axis=-1) - weights) / total[:, None]
         # The first rank stays whatever rounding does to the sums.
         kept = jnp.where((rank == 0) | (more_likely < params.top_p[:, None]), values, -jnp.inf)
-        index = jnp.where(random, draw(kept, counts.index(count)), 0)
+        index = jnp.where(random, draw(kept), 0)
         settled = ~beyond | ((top_k == vocab_size) & (listed / total >= params.top_p))
         return jnp.take_along_axis(ids, index[:, None], axis=-1)[:, 0], settled, greatest
 
-    def draw_whole(greatest: Array) -> Array:
-        """Draws a block by its probability, then a token of the block: two short draws instead of one of V numbers."""
-        size = _power_of_two_near(math.sqrt(vocab_size))
-        blocks = _blocks(all_scaled(greatest), size)
-        block = draw(jnp.log(jnp.sum(jnp.exp(blocks), axis=1)).T, len(counts))
-        return block * size + draw(blocks[block, :, jnp.arange(rows)], len(counts) + 1)
-
     counts = [count for count in SHORT_LISTS if count < vocab_size] + [vocab_size]
     tokens, settled, greatest = draw_listed(counts[0])
-    tokens = lax.cond(jnp.any(whole), lambda: jnp.where(whole, draw_whole(greatest), tokens), lambda: tokens)
+    tokens = lax.cond(jnp.any(whole), lambda: jnp.where(whole, draw_by_block(all_scaled(greatest)), tokens), lambda: tokens)
     for count in counts[1:]:
 
         def replace(tokens: Array = tokens, settled: Array = settled, count: int = count) -> tuple[Array, Array]:

@@ -11,6 +11,8 @@ from nanochat_jax.infer.request import Generation, Request, Result, ToolCall
 
 log = logging.getLogger(__name__)
 
+ADMITTED_TOKENS = 2048  # most prompt tokens between two steps, but for one prompt alone, so that running replies go on
+
 Event = str | ToolCall | Result
 
 
@@ -198,7 +200,7 @@ class Scheduler:
                     return
                 taken = [handle for handle in self._waiting if handle.cancelled]
                 self._waiting = deque(handle for handle in self._waiting if not handle.cancelled)
-                taken += [self._waiting.popleft() for _ in range(min(loop.num_free, len(self._waiting)))]
+                taken += self._next(loop.num_free)
                 admitted = [handle._generation for handle in taken]
                 self._live.update(zip(admitted, taken, strict=True))
             for generation, handle in self._live.items():
@@ -209,6 +211,17 @@ class Scheduler:
             self._deliver()
             loop.step()
             self._deliver()
+
+    def _next(self, num_free: int) -> list[Handle]:
+        """Take from the queue, first come first served, what is admitted before the next step."""
+        taken: list[Handle] = []
+        tokens = 0
+        while self._waiting and len(taken) < num_free:
+            tokens += len(self._waiting[0]._generation.prompt)
+            if taken and tokens > ADMITTED_TOKENS:
+                break
+            taken.append(self._waiting.popleft())
+        return taken
 
     def _deliver(self) -> None:
         """Hand every caller what is new; forget those that are done."""
