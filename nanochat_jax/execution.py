@@ -4,6 +4,7 @@ This contains accidents (endless loops, memory, endless output, stray files, for
 
 - the program reads whatever files this user can read;
 - its own judge runs in the same interpreter, so code that means to can report a success it did not earn;
+- until its time is up it may fill the disk, with as many files of 16 MiB as it can write;
 - a fault of the kernel is a way out; and how much is closed depends on the kernel (see `ExecutionResult.confined`):
   without "files" it writes and deletes wherever this user can, without "network" and "syscalls" the network is open and
   a child process that leaves the process group outlives the time limit.
@@ -14,7 +15,6 @@ Run code from a model you do not trust in a virtual machine without secrets.
 import math
 import os
 import selectors
-import shutil
 import signal
 import subprocess
 import sys
@@ -152,8 +152,7 @@ def _kill_group(process: subprocess.Popen) -> None:
 
 
 def _remove(directory: str) -> None:
-    try:
-        shutil.rmtree(directory)
-    except (OSError, RecursionError):  # unreadable or very deep directories that the program made
+    """`rm` is several times faster than shutil on the many files that a program may leave, and goes to any depth."""
+    if subprocess.run(["rm", "-rf", directory], stderr=subprocess.DEVNULL).returncode:
         subprocess.run(["chmod", "-R", "u+rwx", directory], check=False, stderr=subprocess.DEVNULL)
         subprocess.run(["rm", "-rf", directory], check=True)

@@ -25,21 +25,25 @@ LANDLOCK_CREATE_RULESET, LANDLOCK_ADD_RULE, LANDLOCK_RESTRICT_SELF = 444, 445, 4
 LANDLOCK_WRITE_FILE, LANDLOCK_TRUNCATE = 1 << 1, 1 << 14
 LANDLOCK_CHANGE_TREE = 0b1_1111_1111_0000 | LANDLOCK_WRITE_FILE  # remove or make an entry of any kind, write a file
 
-# audit architecture and system call numbers of what no program here needs: children, sockets, signals to others,
-# other processes' memory, sessions, limits, namespaces (linux/audit.h, unistd.h)
+# Audit architecture and system call numbers of what no program here needs: children, sockets, signals to others, other
+# processes' memory, priorities and limits, sessions, namespaces, keys, files in memory (linux/audit.h, unistd.h).
 SYSCALLS = {
     "x86_64": (0xC000003E, {
         "socket": 41, "socketpair": 53, "clone": 56, "fork": 57, "vfork": 58, "execve": 59, "kill": 62, "ptrace": 101,
-        "setpgid": 109, "setsid": 112, "rt_sigqueueinfo": 129, "setrlimit": 160, "tkill": 200, "tgkill": 234,
-        "unshare": 272, "rt_tgsigqueueinfo": 297, "prlimit64": 302, "setns": 308, "process_vm_readv": 310,
-        "process_vm_writev": 311, "bpf": 321, "execveat": 322, "pidfd_send_signal": 424, "io_uring_setup": 425,
-        "pidfd_open": 434, "clone3": 435, "pidfd_getfd": 438}),
+        "setpgid": 109, "setsid": 112, "rt_sigqueueinfo": 129, "setpriority": 141, "sched_setparam": 142,
+        "sched_setscheduler": 144, "setrlimit": 160, "tkill": 200, "sched_setaffinity": 203, "tgkill": 234, "add_key": 248,
+        "request_key": 249, "keyctl": 250, "ioprio_set": 251, "migrate_pages": 256, "unshare": 272, "move_pages": 279,
+        "rt_tgsigqueueinfo": 297, "prlimit64": 302, "setns": 308, "process_vm_readv": 310, "process_vm_writev": 311,
+        "sched_setattr": 314, "memfd_create": 319, "bpf": 321, "execveat": 322, "pidfd_send_signal": 424,
+        "io_uring_setup": 425, "pidfd_open": 434, "clone3": 435, "pidfd_getfd": 438}),
     "aarch64": (0xC00000B7, {
-        "unshare": 97, "ptrace": 117, "kill": 129, "tkill": 130, "tgkill": 131, "rt_sigqueueinfo": 138, "setpgid": 154,
-        "setsid": 157, "setrlimit": 164, "socket": 198, "socketpair": 199, "clone": 220, "execve": 221,
+        "ioprio_set": 30, "unshare": 97, "ptrace": 117, "sched_setparam": 118, "sched_setscheduler": 119,
+        "sched_setaffinity": 122, "kill": 129, "tkill": 130, "tgkill": 131, "rt_sigqueueinfo": 138, "setpriority": 140,
+        "setpgid": 154, "setsid": 157, "setrlimit": 164, "socket": 198, "socketpair": 199, "add_key": 217,
+        "request_key": 218, "keyctl": 219, "clone": 220, "execve": 221, "migrate_pages": 238, "move_pages": 239,
         "rt_tgsigqueueinfo": 240, "prlimit64": 261, "setns": 268, "process_vm_readv": 270, "process_vm_writev": 271,
-        "bpf": 280, "execveat": 281, "pidfd_send_signal": 424, "io_uring_setup": 425, "pidfd_open": 434, "clone3": 435,
-        "pidfd_getfd": 438}),
+        "sched_setattr": 274, "memfd_create": 279, "bpf": 280, "execveat": 281, "pidfd_send_signal": 424,
+        "io_uring_setup": 425, "pidfd_open": 434, "clone3": 435, "pidfd_getfd": 438}),
 }
 
 

@@ -19,6 +19,7 @@ TILES = (  # label, stages to look in (the first that has it), result
     ("arithmetic with the calculator", ("chat_eval_sft", "chat_eval_mid"), "arithmetic"),
     ("spelling", ("chat_eval_sft", "chat_eval_mid"), "spelling"),
     ("counting letters", ("chat_eval_sft", "chat_eval_mid"), "letter_count"),
+    ("held-out accuracy after RL", ("chat_rl",), "accuracy"),
 )
 LABELS = {  # of results whose name is not how people write them
     "core": "CORE", "chatcore_5": "ChatCORE (5)", "chatcore_6": "ChatCORE (6)", "arc_easy": "ARC-Easy",
@@ -226,7 +227,8 @@ def _curves(sections: Sequence[Any]) -> str:
         ):
             if points := _points(rows, name):
                 charts.append(line_chart(f"{title}: {what}", _noisy(what, points, color), x_label="step", y_label=what))
-        for name, what in (("val_bpb", "validation bits per byte"), ("val_loss", "validation loss")):
+        for name, what in (("accuracy", "held-out accuracy"), ("val_bpb", "validation bits per byte"),
+                           ("val_loss", "validation loss")):
             if points := _points(evals, name):
                 line = Line(label=what, points=points, color=color, markers=True)
                 charts.append(line_chart(f"{title}: {what}", [line], x_label="step", y_label=what))
@@ -235,6 +237,9 @@ def _curves(sections: Sequence[Any]) -> str:
             shown = dict.fromkeys((names[0], names[len(names) // 2], names[-1]))
             lines = [Line(label=n, points=_points(evals, n), color=c, markers=True) for c, n in enumerate(shown)]
             charts.append(line_chart(f"{title}: pass@k", lines, x_label="step", y_label="pass@k"))
+        for name, what in (("entropy", "entropy, nats a token"), ("sequence_length", "tokens of prompt and reply")):
+            if stage == "chat_rl" and (points := _points(train, name)):
+                charts.append(line_chart(f"{title}: {what}", _noisy(what, points, color), x_label="step", y_label=what))
         if any(charts):
             out.append(f'<div class="charts">{"".join(charts)}</div>')
     return "".join(out)

@@ -6,7 +6,8 @@ Left out of GRPO (Shao et al. 2024, arXiv:2402.03300) are division by the standa
 clipping; the samples are always on-policy. A prompt whose replies are all right or all wrong teaches nothing.
 """
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -32,11 +33,13 @@ from nanochat_jax.tokenizer import Tokenizer
 
 @dataclass(frozen=True)
 class Rollout:
-    """One reply: tokens of prompt and reply, and for each whether the model drew it (not the prompt, not a tool)."""
+    """One reply: tokens of prompt and reply, and for each whether the model drew it (not the prompt, not a tool);
+    `log_prob` is the sum of the model's log-probabilities of those, before temperature and top-k."""
 
     tokens: list[int]
     sampled: list[bool]
     reward: float
+    log_prob: float = 0.0
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,7 +57,7 @@ def sample_rollouts(engine: Engine, tokenizer: Tokenizer, task: Task, conversati
     streams = np.random.SeedSequence(seed).generate_state(len(prompts) * config.num_samples)
     requests = [
         Request(prompt, max_tokens=config.max_new_tokens, temperature=config.temperature, top_k=config.top_k,
-                seed=int(streams[i * config.num_samples + sample]))
+                seed=int(streams[i * config.num_samples + sample]), logprobs=True)
         for i, prompt in enumerate(prompts) for sample in range(config.num_samples)
     ]
     results = engine.generate(requests)
@@ -63,7 +66,8 @@ def sample_rollouts(engine: Engine, tokenizer: Tokenizer, task: Task, conversati
         group = []
         for result in results[i * config.num_samples : (i + 1) * config.num_samples]:
             reward = float(task.evaluate(conversation, tokenizer.decode(result.tokens)))
-            group.append(Rollout([*prompt, *result.tokens], [False] * len(prompt) + list(result.sampled), reward))
+            log_prob = sum(each for each, sampled in zip(result.logprobs, result.sampled, strict=True) if sampled)
+            group.append(Rollout([*prompt, *result.tokens], [False] * len(prompt) + list(result.sampled), reward, log_prob))
         groups.append(group)
     return groups
 
@@ -82,59 +86,93 @@ class PolicyBatch(NamedTuple):
     weights: np.ndarray  # [N, T] float32
 
 
-def policy_batch(groups: Sequence[Sequence[Rollout]], *, pass_rows: int, multiple: int = 1) -> PolicyBatch:
-    """The rows of E groups of S rollouts, padded to a power-of-two length and to a multiple of `multiple` rows.
+def policy_batches(groups: Sequence[Sequence[Rollout]], *, pass_rows: int, micro_rows: int) -> Iterator[PolicyBatch]:
+    """The rows of E groups of S rollouts that something is learned from, `micro_rows` at a time, short ones first.
 
     Upstream's loss, the mean over passes of -sum(log p * advantage) / max(1, trained tokens of the pass), where a pass
-    is `pass_rows` rollouts of one prompt. As a weight per token it does not depend on the micro-batches.
-    Raises ValueError if `pass_rows` does not divide S.
+    is `pass_rows` rollouts of one prompt. As a weight per token it does not depend on the micro-batches, and replies of
+    advantage 0 need not be there. Raises ValueError if `pass_rows` does not divide S.
     """
     num_samples = len(groups[0])
     if num_samples % pass_rows:
         raise ValueError(f"{num_samples} samples of a prompt are not a multiple of the {pass_rows} rows of a pass")
     rollouts = [rollout for group in groups for rollout in group]
     advantage = advantages(np.array([[rollout.reward for rollout in group] for group in groups])).ravel()
-    rows = -(-len(rollouts) // multiple) * multiple
-    length = bucket(max(len(rollout.tokens) for rollout in rollouts) - 1)
-    inputs, targets = np.zeros((rows, length), np.int32), np.full((rows, length), -1, np.int32)
-    for row, rollout in enumerate(rollouts):
-        tokens, end = np.array(rollout.tokens, np.int32), len(rollout.tokens) - 1
-        inputs[row, :end] = tokens[:-1]
-        targets[row, :end] = np.where(rollout.sampled[1:], tokens[1:], -1)
-    counts = (targets[: len(rollouts)] >= 0).sum(axis=1).reshape(-1, pass_rows).sum(axis=1)
-    scale = np.repeat(1.0 / (np.maximum(counts, 1) * len(counts)), pass_rows)
-    weights = np.zeros((rows, length), np.float32)
-    weights[: len(rollouts)] = (advantage * scale)[:, None]
-    return PolicyBatch(inputs, targets, weights)
+    counts = np.array([sum(rollout.sampled) for rollout in rollouts]).reshape(-1, pass_rows).sum(axis=1)
+    weight = advantage * np.repeat(1.0 / (np.maximum(counts, 1) * len(counts)), pass_rows)
+    order = sorted(np.flatnonzero(weight), key=lambda i: len(rollouts[i].tokens))
+    for start in range(0, len(order), micro_rows):
+        chosen = order[start : start + micro_rows]
+        length = bucket(len(rollouts[chosen[-1]].tokens) - 1)
+        inputs, targets = np.zeros((micro_rows, length), np.int32), np.full((micro_rows, length), -1, np.int32)
+        weights = np.zeros((micro_rows, length), np.float32)
+        for row, index in enumerate(chosen):
+            tokens, end = np.array(rollouts[index].tokens, np.int32), len(rollouts[index].tokens) - 1
+            inputs[row, :end] = tokens[:-1]
+            targets[row, :end] = np.where(rollouts[index].sampled[1:], tokens[1:], -1)
+            weights[row] = weight[index]
+        yield PolicyBatch(inputs, targets, weights)
 
 
 def policy_loss(params: Params, inputs: Array, targets: Array, weights: Array, *, config: GPTConfig,
-                dtype: Any = jnp.float32, remat: str = "none", num_devices: int = 1) -> Array:
-    """Scalar loss of rows [B, T], whose gradient is the policy gradient."""
+                dtype: Any = jnp.float32, remat: str = "none", num_devices: int = 1) -> tuple[Array, Array]:
+    """Scalar loss of rows [B, T], whose gradient is the policy gradient, and log-probabilities [B, T] of the targets."""
     hidden, _ = forward(params, inputs, config=config, compute_dtype=dtype, remat=remat)
     unembedding = params["lm_head"][:, : config.vocab_size]
     chunk = chunk_length(*inputs.shape, config.vocab_size, num_devices)
-    return cross_entropy(hidden, unembedding, targets, weights, config.softcap, chunk)[0]
+    loss, nll = cross_entropy(hidden, unembedding, targets, weights, config.softcap, chunk)
+    return loss, -nll
 
 
 def make_policy_step(config: GPTConfig, optimizer: optax.GradientTransformation, *, dtype: Any, mesh: Mesh,
-                     shardings: TrainState, remat: str = "none") -> Callable:
-    """Jitted `step(state, inputs, targets, weights) -> (state, {"loss", "grad_norm"})` over micro-batches [A, B, T]."""
+                     shardings: TrainState, remat: str = "none") -> Callable[..., tuple[TrainState, dict[str, Array]]]:
+    """`step(state, micro_batches) -> (state, {"loss", "grad_norm"})`, of any number of `PolicyBatch`es of global arrays.
 
-    def micro_loss(params: Params, *rows: Array) -> Array:
-        return policy_loss(params, *rows, config=config, dtype=dtype, remat=remat, num_devices=mesh.size)
+    It compiles once for each of their lengths. The state given is used up.
+    """
 
-    def step(state: TrainState, *rows: Array) -> tuple[TrainState, dict[str, Array]]:
-        def accumulate(carry, micro_batch):
-            return jax.tree.map(jnp.add, carry, jax.value_and_grad(micro_loss)(state.params, *micro_batch)), None
+    def loss_of(params: Params, *rows: Array) -> Array:
+        return policy_loss(params, *rows, config=config, dtype=dtype, remat=remat, num_devices=mesh.size)[0]
 
-        zeros = (jnp.zeros(()), jax.tree.map(jnp.zeros_like, state.params))
-        (loss, grads), _ = jax.lax.scan(accumulate, zeros, rows)
+    @functools.partial(jax.jit, donate_argnums=1, out_shardings=(replicated(mesh), shardings.params))
+    def accumulate(params: Params, sums: tuple[Array, Params], *rows: Array) -> tuple[Array, Params]:
+        return jax.tree.map(jnp.add, sums, jax.value_and_grad(loss_of)(params, *rows))
+
+    @functools.partial(jax.jit, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
+    def update(state: TrainState, grads: Params) -> tuple[TrainState, Array]:
         updates, opt_state = optimizer.update(grads, state.optimizer, state.params)
-        metrics = {"loss": loss, "grad_norm": optax.tree.norm(grads)}
-        return TrainState(optax.apply_updates(state.params, updates), opt_state), metrics
+        return TrainState(optax.apply_updates(state.params, updates), opt_state), optax.tree.norm(grads)
 
-    return jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
+    @functools.partial(jax.jit, out_shardings=(replicated(mesh), shardings.params))
+    def zeros(params: Params) -> tuple[Array, Params]:
+        return jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)
+
+    def step(state: TrainState, micro_batches: Iterable[PolicyBatch]) -> tuple[TrainState, dict[str, Array]]:
+        loss, grads = zeros(state.params)
+        for rows in micro_batches:
+            loss, grads = accumulate(state.params, (loss, grads), *rows)
+        state, grad_norm = update(state, grads)
+        return state, {"loss": loss, "grad_norm": grad_norm}
+
+    return step
+
+
+def statistics(groups: Sequence[Sequence[Rollout]]) -> dict[str, float]:
+    """What a log says of E groups of S rollouts. `reward_std` is the spread among all of them, `reward_group_std` the mean
+    spread within a prompt's; `mixed` is the share of prompts with replies of both kinds, from which alone is learned.
+    The entropy, in nats a token, is estimated by the mean negative log-probability of what was sampled."""
+    rewards = np.array([[rollout.reward for rollout in group] for group in groups])
+    advantage = advantages(rewards)
+    lengths = [len(rollout.tokens) for group in groups for rollout in group]
+    sampled = [sum(rollout.sampled) for group in groups for rollout in group]
+    log_prob = sum(rollout.log_prob for group in groups for rollout in group)
+    return {
+        "reward": float(rewards.mean()), "reward_std": float(rewards.std()),
+        "reward_group_std": float(rewards.std(axis=1).mean()), "mixed": float((np.ptp(rewards, axis=1) > 0).mean()),
+        "advantage_min": float(advantage.min()), "advantage_max": float(advantage.max()),
+        "sequence_length": float(np.mean(lengths)), "sequence_length_max": max(lengths),
+        "sampled_tokens": float(np.mean(sampled)), "entropy": -log_prob / max(1, sum(sampled)),
+    }
 
 
 def pass_at_k(rewards: np.ndarray) -> np.ndarray:

@@ -6,6 +6,7 @@ import logging
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,28 +25,28 @@ from nanochat_jax.rl import (
     PolicyBatch,
     Rollout,
     RolloutConfig,
-    advantages,
     make_policy_step,
     pass_at_k,
-    policy_batch,
+    policy_batches,
     sample_rollouts,
+    statistics,
 )
-from nanochat_jax.sharding import data_share, data_size, global_batch, make_mesh
+from nanochat_jax.sharding import data_size, make_mesh, spread_rows
 from nanochat_jax.startup import start
 from nanochat_jax.step import TrainState, init_state, resolve_dtype
+from nanochat_jax.stopping import EXIT_STOPPED, Interrupted, StopRequest
+from nanochat_jax.tasks import load_eval_task
 from nanochat_jax.tasks.base import Task
-from nanochat_jax.tasks.gsm8k import GSM8K
-from nanochat_jax.tasks.skills import Arithmetic, LetterCount, Spelling, load_words
+from nanochat_jax.tasks.custom_json import CustomJSON
+from nanochat_jax.train import is_due, restore_state
 
 log = logging.getLogger(__name__)
 
-SKILL_SIZES = {"train": 640, "test": 200}  # generated problems
-
-
 @dataclass(frozen=True, kw_only=True)
 class ChatRLConfig:
-    task: str = flag("auto", "what to learn; auto: gsm8k, or spelling for a model of the embedded corpus",
-                     choices=["auto", "gsm8k", "arithmetic", "spelling", "letter_count"])
+    task: str = flag("auto", "what to learn, such as GSM8K or SpellingBee; auto: GSM8K, or WordArithmetic "
+                             "for a model of the embedded corpus")
+    task_file: str | None = flag(None, "learn the problems of this JSON Lines file instead; a tenth of them is held out")
     run: str = flag("dummy", "wandb run name; dummy turns wandb off")
     mesh: str = flag("auto", "devices as DxM: D-way data and M-way tensor parallelism")
     fsdp: bool = flag(False, "shard the parameters over the data axis too")
@@ -85,13 +86,18 @@ class ChatRLConfig:
             raise ValueError("--resume goes on with the checkpoints of a tag, --fresh deletes them: give one of them")
 
 
-def load_task(name: str, split: str, paths: Paths) -> Task:
-    if name == "gsm8k":
-        return GSM8K(paths, split)
-    if name == "arithmetic":
-        return Arithmetic(split, SKILL_SIZES[split])
-    skill = {"spelling": Spelling, "letter_count": LetterCount}[name]
-    return skill(split, SKILL_SIZES[split], load_words(paths.data("embedded")))
+def load_tasks(config: ChatRLConfig, data: str | None, paths: Paths) -> tuple[str, Task, Task]:
+    """What is learned: its name, the problems to train on and those held out."""
+    if config.task_file:
+        path = Path(config.task_file)
+        task, test = (CustomJSON(path, split=split) for split in ("train", "test"))
+        name = task.key
+    else:
+        name = config.task if config.task != "auto" else "WordArithmetic" if data == "embedded" else "GSM8K"
+        task, test = (load_eval_task(name, paths, split) for split in ("train", "test"))
+    if task.eval_type != "generative":
+        raise UsageError(f"{name} has no replies to reward: choose a task whose answers are written, such as GSM8K")
+    return name, task, test
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,41 +109,33 @@ class Sampler:
     dtype: Any
     mesh: Mesh
 
-    def __call__(self, params: Params, task: Task, indices: Sequence[int], *, num_samples: int, seed: int
-                 ) -> list[list[Rollout]]:
+    def __call__(self, params: Params, task: Task, indices: Sequence[int], *, num_samples: int, seed: int,
+                 temperature: float | None = None) -> list[list[Rollout]]:
         config = self.config
         engine = Engine(self.model.config, params, self.model.tokenizer, num_slots=config.num_slots,
                         compute_dtype=self.dtype, mesh=self.mesh)
         settings = RolloutConfig(num_samples=num_samples, max_new_tokens=config.max_new_tokens,
-                                 temperature=config.temperature, top_k=config.top_k)
+                                 temperature=config.temperature if temperature is None else temperature, top_k=config.top_k)
         conversations = [task[i % len(task)] for i in indices]
         return sample_rollouts(engine, self.model.tokenizer, task, conversations, settings, seed=seed)
 
-    def pass_rates(self, params: Params, task: Task) -> dict[str, float]:
-        """pass@k on the first test problems, k = 1..device_batch_size; the same random streams each time."""
-        count = min(self.config.eval_examples, len(task))
-        groups = self(params, task, range(count), num_samples=self.config.device_batch_size, seed=self.config.seed)
-        return {f"pass@{k}": float(share) for k, share in enumerate(pass_at_k(_rewards(groups)), start=1)}
+    def evaluate(self, params: Params, task: Task) -> dict[str, float]:
+        """On the first test problems: `accuracy` of the most likely reply, and pass@k for k = 1..device_batch_size of
+        sampled ones, of the same random streams each time."""
+        indices = range(min(self.config.eval_examples, len(task)))
+        greedy = _rewards(self(params, task, indices, num_samples=1, seed=0, temperature=0.0))
+        drawn = _rewards(self(params, task, indices, num_samples=self.config.device_batch_size, seed=self.config.seed))
+        return {"accuracy": float((greedy > 0).mean())} | {
+            f"pass@{k}": float(share) for k, share in enumerate(pass_at_k(drawn), start=1)}
 
 
 def _rewards(groups: Sequence[Sequence[Rollout]]) -> np.ndarray:
     return np.array([[rollout.reward for rollout in group] for group in groups])
 
 
-def _place(batch: PolicyBatch, micro_rows: int, mesh: Mesh) -> tuple[jax.Array, ...]:
-    """The rows, which every process holds, as global arrays [A, B, T]."""
-    index, count = data_share(mesh)
-    share = slice(*(micro_rows * (index + i) // count for i in (0, 1)))
-    rows = (array.reshape(-1, micro_rows, array.shape[1])[:, share] for array in batch)
-    return tuple(global_batch(mesh, array, batch_axis=1) for array in rows)
-
-
-def _statistics(groups: Sequence[Sequence[Rollout]]) -> dict[str, float]:
-    rewards = _rewards(groups)
-    advantage = advantages(rewards)
-    return {"reward": float(rewards.mean()),
-            "advantage_min": float(advantage.min()), "advantage_max": float(advantage.max()),
-            "sequence_length": float(np.mean([len(rollout.tokens) for group in groups for rollout in group]))}
+def _place(batch: PolicyBatch, mesh: Mesh) -> PolicyBatch:
+    """The rows, which every process holds, as global arrays [B, T]."""
+    return PolicyBatch(*(spread_rows(mesh, array) for array in batch))
 
 
 def reinforce(config: ChatRLConfig) -> None:
@@ -147,8 +145,7 @@ def reinforce(config: ChatRLConfig) -> None:
     mesh, dtype = make_mesh(config.mesh), resolve_dtype(config.dtype)
     loaded = load_model(paths, "sft", tag=config.model_tag, step=config.step, mesh=mesh, fsdp=config.fsdp)
     model, meta = loaded.config, loaded.meta
-    name = config.task if config.task != "auto" else "spelling" if meta["data"] == "embedded" else "gsm8k"
-    task, test = load_task(name, "train", paths), load_task(name, "test", paths)
+    name, task, test = load_tasks(config, meta["data"], paths)
     num_steps = config.num_iterations
     if num_steps <= 0:
         num_steps = len(task) // config.examples_per_step * config.num_epochs
@@ -172,48 +169,69 @@ def reinforce(config: ChatRLConfig) -> None:
     metadata = {"model_config": dataclasses.asdict(model), "config": dataclasses.asdict(config), "task": name,
                 "from": ["sft", loaded.tag, loaded.step]}
     metadata |= {key: meta[key] for key in ("tokenizer", "data", "rates")}
-    abstract = jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), state, shardings)
     wandb_run = start_wandb(config.run, "nanochat-rl", dataclasses.asdict(config))
     figures: dict[str, float] = {}
+    began = time.monotonic()
     claim_directory(directory, resume=config.resume, fresh=config.fresh)
     carry_tokenizer(loaded, directory)
-    with Checkpoints(directory, keep=config.keep) as checkpoints:
-        restored = checkpoints.restore_latest(*abstract) if config.resume else None
+    with Checkpoints(directory, keep=config.keep) as checkpoints, StopRequest() as stop:
+        restored = None
+        if config.resume:
+            restored = restore_state(checkpoints, state, shardings, model=model, metadata=metadata, num_steps=num_steps)
         first = 0
         if restored is not None:
             state, first = TrainState(restored.params, restored.optimizer), restored.step
+            log.info("resuming %s at step %d", directory, first)
         metrics_log = MetricsLog(directory / "metrics.jsonl", resume_step=first if restored else None,
                                  wandb_run=wandb_run)
         display = Display("chat_rl", num_steps, start=first)
+
+        def save(step: int) -> None:
+            if restored is None or step > first:
+                checkpoints.save(step, state.params, state.optimizer, json.loads(json.dumps(metadata | {"step": step})))
+
         try:
             for step in range(first, num_steps + 1):
                 last = step == num_steps
-                if step > first and (last or (config.save_every > 0 and step % config.save_every == 0)):
-                    state_json = json.loads(json.dumps(metadata | {"step": step}))
-                    checkpoints.save(step, state.params, state.optimizer, state_json)
-                if last or step == 0 or (config.eval_every > 0 and step % config.eval_every == 0):
-                    figures = sampler.pass_rates(state.params, test)
-                    metrics_log.write(step=step, kind="eval", time=time.time(), **figures)
-                    display.note(f"chat_rl step {step}: " + ", ".join(f"{k} {v:.4f}" for k, v in figures.items()))
-                if last:
-                    break
-                examples = range(step * config.examples_per_step, (step + 1) * config.examples_per_step)
-                groups = sampler(state.params, task, examples, num_samples=config.num_samples,
-                                 seed=config.seed + 1 + step)
-                batch = policy_batch(groups, pass_rows=config.device_batch_size, multiple=micro_rows)
-                state, metrics = step_fn(state, *_place(batch, micro_rows, mesh))
-                statistics = _statistics(groups)
-                metrics_log.write(step=step, kind="train", loss=float(metrics["loss"]), time=time.time(), **statistics,
-                                  grad_norm=float(metrics["grad_norm"]), lrm=float(multiplier(step)))
-                display.update(step + 1, reward=f"{statistics['reward']:.3f}",
-                               length=f"{statistics['sequence_length']:.0f}")
+                checkpoints.check()
+                if stop.reached(step) and not last:
+                    raise Interrupted
+                if last or is_due(step, config.save_every):
+                    save(step)
+                # What a signal breaks off here is sampled again after a resume.
+                with stop.interruptible():
+                    if last or step == 0 or is_due(step, config.eval_every):
+                        figures = sampler.evaluate(state.params, test)
+                        metrics_log.write(step=step, kind="eval", time=time.time(), **figures)
+                        display.note(f"chat_rl step {step}: " + ", ".join(f"{k} {v:.4f}" for k, v in figures.items()))
+                    if last:
+                        break
+                    started = time.monotonic()
+                    examples = range(step * config.examples_per_step, (step + 1) * config.examples_per_step)
+                    groups = sampler(state.params, task, examples, num_samples=config.num_samples,
+                                     seed=config.seed + 1 + step)
+                    sampled = time.monotonic()
+                batches = policy_batches(groups, pass_rows=config.device_batch_size, micro_rows=micro_rows)
+                state, metrics = step_fn(state, (_place(batch, mesh) for batch in batches))
+                figures_of_step = statistics(groups) | {key: float(value) for key, value in metrics.items()}
+                metrics_log.write(step=step, kind="train", time=time.time(), **figures_of_step, lrm=float(multiplier(step)),
+                                  rollout_seconds=sampled - started, train_seconds=time.monotonic() - sampled)
+                display.update(step + 1, reward=f"{figures_of_step['reward']:.3f}",
+                               length=f"{figures_of_step['sequence_length']:.0f}")
             checkpoints.wait()
+        except Interrupted:
+            if checkpoints.last_step() != step:
+                save(step)
+            checkpoints.wait()
+            log.warning("stopped by signal %d at step %d and saved: run the same command with --resume to go on",
+                        stop.signal, step)
+            raise SystemExit(EXIT_STOPPED) from None
         finally:
             display.close()
             metrics_log.close()
             if wandb_run is not None:
                 wandb_run.finish()
     if jax.process_index() == 0:
-        results = {"task": name, "num_iterations": num_steps, **figures}
+        results = {"task": name, "num_iterations": num_steps, **figures, "seconds": time.monotonic() - began}
         report.log_section(paths.report, "Chat RL", [dataclasses.asdict(config), results], stage="chat_rl",
                            results=results, curves=directory / "metrics.jsonl")

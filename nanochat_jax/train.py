@@ -23,7 +23,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nanochat_jax.checkpoint import Checkpoints, Loaded, abstract_tree, carry_tokenizer, claim_directory
+from nanochat_jax.checkpoint import Checkpoints, Loaded, Restored, abstract_tree, carry_tokenizer, claim_directory
 from nanochat_jax.cli import UsageError, flag
 from nanochat_jax.config import GPTConfig
 from nanochat_jax.data.loader import merge_states
@@ -108,7 +108,7 @@ class Evaluation:
     at_end: bool = True
 
     def due(self, step: int, last: bool) -> bool:
-        return (last and self.at_end) or _due(step, self.every)
+        return (last and self.at_end) or is_due(step, self.every)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -168,7 +168,7 @@ class _StepClock:
         return sum(self._laps) / len(self._laps)
 
 
-def _due(step: int, every: int) -> bool:
+def is_due(step: int, every: int) -> bool:
     return every > 0 and step > 0 and step % every == 0
 
 
@@ -229,6 +229,31 @@ class _Reporter:
             self._wandb.finish()
 
 
+def restore_state(checkpoints: Checkpoints, state: TrainState, shardings: TrainState, *, model: GPTConfig,
+                  metadata: dict[str, Any], num_steps: int, step: int | None = None) -> Restored | None:
+    """The newest step of a run (or `step`), None if it has none; raises `UsageError` if it is another run's.
+
+    What is restored takes the place of `state` in memory, too.
+    """
+    directory = checkpoints.directory
+
+    def accept(saved: dict[str, Any]) -> None:
+        if saved["model_config"] != json.loads(json.dumps(dataclasses.asdict(model))):
+            raise UsageError(f"{directory} holds a model of another shape: use --fresh or another --model-tag")
+        if saved.get("tokenizer") != metadata.get("tokenizer"):
+            raise UsageError(f"{directory} was trained with another tokenizer: restore that one, or use --fresh or "
+                             "another --model-tag")
+        if saved["step"] > num_steps:
+            raise UsageError(f"{directory} is at step {saved['step']}, past the {num_steps} of this run: use "
+                             "--fresh or another --model-tag")
+
+    abstract = abstract_tree(state, shardings)
+    if checkpoints.steps():
+        for leaf in jax.tree.leaves(state):
+            leaf.delete()
+    return checkpoints.restore_latest(*abstract, step=step, accept=accept)
+
+
 def train(job: Job, state: TrainState, shardings: TrainState, step_fn: Callable, batches: Batches) -> Outcome:
     """Run the loop to `num_steps`, resuming if the config asks for it. Exits the process with 75 after a signal's save.
 
@@ -237,17 +262,6 @@ def train(job: Job, state: TrainState, shardings: TrainState, step_fn: Callable,
     """
     config, mesh = job.config, shardings.params["wte"].mesh
     loop = {"minimum": math.inf, "smooth_loss": 0.0, "seconds": 0.0, "timed_steps": 0}
-
-    def accept(saved: dict[str, Any]) -> None:
-        if saved["model_config"] != json.loads(json.dumps(dataclasses.asdict(job.model))):
-            raise UsageError(f"{job.directory} holds a model of another shape: use --fresh or another --model-tag")
-        if saved.get("tokenizer") != job.metadata.get("tokenizer"):
-            raise UsageError(f"{job.directory} was trained with another tokenizer: restore that one, or use --fresh or "
-                             "another --model-tag")
-        if saved["step"] > job.num_steps:
-            raise UsageError(f"{job.directory} is at step {saved['step']}, past the {job.num_steps} of this run: use "
-                             "--fresh or another --model-tag")
-
     # What can fail for want of memory or of a package comes before --fresh deletes anything.
     run_step, _ = compile_step(step_fn, state, job.shape, mesh)
     wandb_run = start_wandb(config.run, f"nanochat-{job.name}", dataclasses.asdict(config))
@@ -259,12 +273,8 @@ def train(job: Job, state: TrainState, shardings: TrainState, step_fn: Callable,
     with Checkpoints(job.directory, keep=config.keep) as checkpoints, StopRequest() as stop:
         restored = None
         if config.resuming:
-            wanted = config.resume_from_step if config.resume_from_step >= 0 else None
-            abstract = abstract_tree(state, shardings)
-            if checkpoints.steps():  # what is restored takes the place of this, in memory too
-                for leaf in jax.tree.leaves(state):
-                    leaf.delete()
-            restored = checkpoints.restore_latest(*abstract, step=wanted, accept=accept)
+            restored = restore_state(checkpoints, state, shardings, model=job.model, metadata=job.metadata, num_steps=job.num_steps,
+                                     step=config.resume_from_step if config.resume_from_step >= 0 else None)
         start = 0
         if restored is not None:
             start, loop = restored.step, restored.state["loop"]
@@ -301,7 +311,7 @@ def train(job: Job, state: TrainState, shardings: TrainState, step_fn: Callable,
                 checkpoints.check()
                 stopping = stop.reached(step) and not last
                 due = [] if stopping else [each for each in job.evaluations if each.due(step, last)]
-                saving = last or stopping or _due(step, config.save_every) or (due and config.save_every == -1)
+                saving = last or stopping or is_due(step, config.save_every) or (due and config.save_every == -1)
                 saving = saving and not job.dry_run
                 if pending and (saving or due or profiler.changes_at(step)):
                     reporter.finish(*pending)

@@ -2,26 +2,29 @@
 
     python -m scripts.base_eval
     python -m scripts.base_eval --eval core,bpb,sample --max-per-task 100
+    python -m scripts.base_eval --eval core --hf-path ~/models/gpt2
 """
 
 import dataclasses
 import logging
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import jax
 
 from nanochat_jax import cli, report
-from nanochat_jax.checkpoint import Loaded, load_model
+from nanochat_jax.checkpoint import load_model
 from nanochat_jax.cli import flag
-from nanochat_jax.eval.batching import Batching
 from nanochat_jax.eval.bpb import corpus_bits_per_byte
 from nanochat_jax.eval.bundle import ensure_bundle, has_bundle
-from nanochat_jax.eval.core import Scorer, evaluate_core, format_csv
-from nanochat_jax.eval.samples import free_samples, greedy_samples
+from nanochat_jax.eval.core import evaluate_core, format_csv
+from nanochat_jax.eval.samples import PROMPTS, free_samples, greedy_samples
+from nanochat_jax.eval.scoring import Scorer, rows_for
 from nanochat_jax.paths import Paths
-from nanochat_jax.sharding import data_size, make_mesh
+from nanochat_jax.sharding import make_mesh
 from nanochat_jax.startup import start
 from nanochat_jax.step import resolve_dtype
 
@@ -39,24 +42,27 @@ class BaseEvalConfig:
     device_batch_size: int = flag(32, "rows of the model's length per device")
     mesh: str = flag("auto", "devices as DxM: D-way data and M-way tensor parallelism")
     dtype: str = flag("auto", "compute dtype", choices=["auto", "float32", "bfloat16"])
+    hf_path: str | None = flag(None, "evaluate this directory of a transformers model instead; needs the extra torch")
+    trust_remote_code: bool = flag(False, "let --hf-path run model code that lies in its directory")
     model_tag: str | None = flag(None, "name of the checkpoint directory; default the largest d<depth>", short="-g")
     step: int | None = flag(None, "step of the checkpoint; default the newest", short="-s")
 
     def __post_init__(self) -> None:
-        unknown = set(self.eval.split(",")) - set(KINDS)
+        unknown = set(self.kinds) - set(KINDS)
         if self.eval != "auto" and unknown:
             raise ValueError(f"--eval {self.eval!r}: expected auto, or some of {', '.join(KINDS)} joined by commas")
 
+    @property
+    def kinds(self) -> list[str]:
+        return self.eval.split(",")
 
-def core_metric(config: BaseEvalConfig, loaded: Loaded, bundle: Path, paths: Paths, mesh, dtype) -> dict[str, float]:
-    model = loaded.config
-    batching = Batching(tokens=config.device_batch_size * model.sequence_len * data_size(mesh), mesh=mesh)
-    scorer = Scorer(config=model, params=loaded.params, batching=batching, compute_dtype=dtype)
-    result = evaluate_core(scorer, loaded.tokenizer, bundle, max_per_task=config.max_per_task)
+
+def core_metric(scorer: Callable, tokenizer: Any, config: BaseEvalConfig, paths: Paths, name: str) -> dict[str, float]:
+    result = evaluate_core(scorer, tokenizer, ensure_bundle(paths), max_per_task=config.max_per_task)
     table = format_csv(result)
     log.info("%s", table)
     if jax.process_index() == 0:
-        path = paths.base / "base_eval" / f"base_model_{loaded.step:06d}.csv"
+        path = paths.base / "base_eval" / f"{name}.csv"
         path.parent.mkdir(exist_ok=True)
         aside = path.with_suffix(".tmp")
         aside.write_text(table, encoding="utf-8")
@@ -64,37 +70,62 @@ def core_metric(config: BaseEvalConfig, loaded: Loaded, bundle: Path, paths: Pat
     return {"core": result.core, **result.centered}
 
 
-def main(config: BaseEvalConfig) -> None:
-    paths = Paths.from_env()
-    start(paths)
+def evaluate_ours(config: BaseEvalConfig, paths: Paths) -> tuple[str, dict[str, float], list]:
+    """The model's name, the results, and further items for the report."""
     mesh, dtype = make_mesh(config.mesh), resolve_dtype(config.dtype)
     loaded = load_model(paths, "base", tag=config.model_tag, step=config.step, mesh=mesh)
-
-    kinds, notes = config.eval.split(","), []
+    kinds, results, items = config.kinds, {}, []
     if config.eval == "auto":
         kinds = ["sample"]
         if has_bundle(paths) or loaded.meta["data"] != "embedded":
             kinds.append("core")
         else:
-            notes.append(f"CORE was not run: the model was trained on the embedded corpus and {paths.eval_bundle} is "
+            items.append(f"CORE was not run: the model was trained on the embedded corpus and {paths.eval_bundle} is "
                          "not on disk. `--eval core,sample` fetches it.")
-            log.warning("%s", notes[0])
-    results: dict[str, float] = {}
-    items: list = [f"Model: {loaded.tag}, step {loaded.step}", dataclasses.asdict(config), *notes]
+            log.warning("%s", items[0])
     if "core" in kinds:
-        results |= core_metric(config, loaded, ensure_bundle(paths), paths, mesh, dtype)
+        scorer = Scorer(config=loaded.config, params=loaded.params, num_rows=rows_for(config.device_batch_size),
+                        mesh=mesh, compute_dtype=dtype)
+        results |= core_metric(scorer, loaded.tokenizer, config, paths, f"base_model_{loaded.step:06d}")
     if "bpb" in kinds:
         results |= corpus_bits_per_byte(loaded, paths, device_batch_size=config.device_batch_size,
                                         split_tokens=config.split_tokens, mesh=mesh, dtype=dtype)
-    items.append(results)
     if "sample" in kinds:
-        greedy, free = greedy_samples(loaded, dtype=dtype, mesh=mesh), free_samples(loaded, 8, dtype=dtype, mesh=mesh)
-        for text in (*greedy, *free):
-            log.info("  %s", text.replace("\n", " "))
-        items += [{f"sample {i}": text for i, text in enumerate(greedy)},
-                  {f"unconditioned sample {i}": text for i, text in enumerate(free)}]
+        items += sample_items(greedy_samples(loaded, dtype=dtype, mesh=mesh), free_samples(loaded, 8, dtype=dtype, mesh=mesh))
+    return f"{loaded.tag}, step {loaded.step}", results, items
+
+
+def evaluate_hf(config: BaseEvalConfig, paths: Paths) -> tuple[str, dict[str, float], list]:
+    """The same of a model of transformers."""
+    from nanochat_jax.eval.hf_model import HFModel  # an optional extra
+
+    directory = Path(config.hf_path)
+    model = HFModel(directory, tokens=config.device_batch_size * 1024, trust_remote_code=config.trust_remote_code)
+    kinds, results, items = config.kinds if config.eval != "auto" else ["core", "sample"], {}, []
+    if "core" in kinds:
+        results |= core_metric(model, model.tokenizer, config, paths, config.hf_path.strip("/").replace("/", "-"))
+    if "bpb" in kinds:
+        results |= model.bits_per_byte(paths.data(paths.find_data()), config.device_batch_size, config.split_tokens)
+    if "sample" in kinds:
+        items += sample_items([prompt + model.continuation(prompt, 16) for prompt in PROMPTS],
+                              [model.continuation("", 128, seed=i) for i in range(8)])
+    return str(directory), results, items
+
+
+def sample_items(greedy: list[str], free: list[str]) -> list[dict[str, str]]:
+    for text in (*greedy, *free):
+        log.info("  %s", text.replace("\n", " "))
+    return [{f"sample {i}": text for i, text in enumerate(greedy)},
+            {f"unconditioned sample {i}": text for i, text in enumerate(free)}]
+
+
+def main(config: BaseEvalConfig) -> None:
+    paths = Paths.from_env()
+    start(paths)
+    name, results, items = (evaluate_hf if config.hf_path else evaluate_ours)(config, paths)
     if jax.process_index() == 0:
-        report.log_section(paths.report, "Base model evaluation", items, stage="base_eval", results=results)
+        report.log_section(paths.report, "Base model evaluation",
+                           [f"Model: {name}", dataclasses.asdict(config), results, *items], stage="base_eval", results=results)
 
 
 if __name__ == "__main__":

@@ -16,11 +16,11 @@ from nanochat_jax.checkpoint import Loaded
 from nanochat_jax.cli import flag
 from nanochat_jax.config import GPTConfig, Recipe, derive_recipe
 from nanochat_jax.data.loader import pretraining_loader
-from nanochat_jax.eval.batching import Batching
 from nanochat_jax.eval.bpb import held_out_loss
 from nanochat_jax.eval.bundle import ensure_bundle
-from nanochat_jax.eval.core import Scorer, evaluate_core
+from nanochat_jax.eval.core import evaluate_core
 from nanochat_jax.eval.samples import greedy_samples
+from nanochat_jax.eval.scoring import Scorer, rows_for
 from nanochat_jax.optim import (
     CLASSIC_RATES,
     OptimizerConfig,
@@ -31,7 +31,7 @@ from nanochat_jax.optim import (
     trapezoid,
 )
 from nanochat_jax.paths import DATA_DIRS, Paths
-from nanochat_jax.sharding import data_share, make_mesh
+from nanochat_jax.sharding import data_share, data_size, make_mesh
 from nanochat_jax.startup import start
 from nanochat_jax.step import choose_batch_shape, init_state, make_train_step, resolve_dtype
 from nanochat_jax.tokenizer import Tokenizer
@@ -153,8 +153,8 @@ def main(config: BaseTrainConfig) -> None:
         return {"val_bpb": held_out.bpb}
 
     def core(params: Any) -> dict[str, float]:
-        batching = Batching(tokens=shape.micro_rows * model.sequence_len, mesh=mesh)
-        scorer = Scorer(config=model, params=params, batching=batching, compute_dtype=dtype)
+        scorer = Scorer(config=model, params=params, num_rows=rows_for(shape.micro_rows // data_size(mesh)),
+                        mesh=mesh, compute_dtype=dtype)
         return {"core": evaluate_core(scorer, tokenizer, bundle, max_per_task=config.core_metric_max_per_task).core}
 
     def samples(params: Any) -> dict[str, float]:

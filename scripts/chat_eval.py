@@ -2,11 +2,13 @@
 
     python -m scripts.chat_eval -i sft
     python -m scripts.chat_eval -i sft -a "ARC-Easy|GSM8K" -x 100
+    python -m scripts.chat_eval -i sft --task-file questions.jsonl
 """
 
 import dataclasses
 import logging
 from dataclasses import dataclass
+from pathlib import Path
 
 import jax
 
@@ -20,6 +22,7 @@ from nanochat_jax.sharding import data_size, make_mesh
 from nanochat_jax.startup import start
 from nanochat_jax.step import resolve_dtype
 from nanochat_jax.tasks import eval_tasks_for, load_eval_task
+from nanochat_jax.tasks.custom_json import CustomJSON
 
 log = logging.getLogger(__name__)
 
@@ -28,6 +31,7 @@ log = logging.getLogger(__name__)
 class ChatEvalConfig:
     source: str = flag("sft", "stage of the model", short="-i", choices=[*CHECKPOINT_DIRS])
     task_name: str | None = flag(None, "tasks joined by |; default those that fit the model's corpus", short="-a")
+    task_file: str | None = flag(None, "judge by this JSON Lines file instead: conversations, or questions with choices")
     temperature: float = flag(0.0, "of the replies; 0 takes the most likely token", short="-t")
     max_new_tokens: int = flag(512, "longest reply", short="-m")
     num_samples: int = flag(1, "replies per problem; one that is right passes", short="-n")
@@ -43,6 +47,8 @@ class ChatEvalConfig:
         for name in ("max_new_tokens", "num_samples", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+        if self.task_name and self.task_file:
+            raise ValueError("--task-name and --task-file: give one of them")
 
 
 def main(config: ChatEvalConfig) -> None:
@@ -50,9 +56,12 @@ def main(config: ChatEvalConfig) -> None:
     start(paths)
     mesh, dtype = make_mesh(config.mesh), resolve_dtype(config.dtype)
     loaded = load_model(paths, config.source, tag=config.model_tag, step=config.step, mesh=mesh)
-    names = config.task_name.split("|") if config.task_name else eval_tasks_for(loaded.meta["data"])
     # All tasks are loaded before any is judged: one that is missing should not be found out after an hour.
-    tasks = [load_eval_task(name, paths, max_problems=config.max_problems) for name in names]
+    if config.task_file:
+        tasks = [CustomJSON(Path(config.task_file), stop=config.max_problems)]
+    else:
+        names = config.task_name.split("|") if config.task_name else eval_tasks_for(loaded.meta["data"])
+        tasks = [load_eval_task(name, paths, max_problems=config.max_problems) for name in names]
 
     slots = config.batch_size * data_size(mesh)
     generator = Generator(config=loaded.config, params=loaded.params, tokenizer=loaded.tokenizer, num_slots=slots,

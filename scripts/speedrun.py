@@ -1,6 +1,7 @@
 """From nothing to a chat model: data, tokenizer, pretraining, midtraining, finetuning, evaluation, report.
 
     python -m scripts.speedrun                          without an accelerator: a small model of a corpus that needs no network
+    python -m scripts.speedrun --with-rl                the same, and reinforcement learning after it
     python -m scripts.speedrun --mesh 8x1               on 8xH100: the d20 model on FineWeb-Edu or ClimbMix
     python -m scripts.speedrun --dry-run                what would run, and what it would cost
 """
@@ -34,7 +35,8 @@ CPU_BASE = dict(head_dim=64, max_seq_len=256, window_pattern="L", packing="strea
                 lr_scale=0.5, weight_decay=0.1, warmup_steps=10, eval_every=70, eval_tokens=65536)
 CPU_MID = dict(total_batch_size=4096, num_iterations=250, init_lr_frac=0.5, warmdown_ratio=0.5, eval_every=80, eval_tokens=16384)
 CPU_SFT = dict(total_batch_size=4096, num_iterations=60, init_lr_frac=0.3, eval_every=30, eval_tokens=16384)
-CPU_RL = dict(task="spelling", num_iterations=20, num_samples=8, max_new_tokens=48, init_lr_frac=0.05, eval_examples=100)
+CPU_RL = dict(task="WordArithmetic", num_iterations=36, examples_per_step=32, num_samples=16, device_batch_size=16,
+              num_slots=128, max_new_tokens=40, init_lr_frac=0.03, eval_every=12, eval_examples=128, save_every=12)
 CPU_DEVICE_BATCH = 16
 
 STAGES = ("data", "data_rest", "tok_train", "tok_eval", "base_train", "base_loss", "base_eval", "mid_train", "chat_eval_mid",
@@ -87,7 +89,7 @@ def plan_stages(config: SpeedrunConfig, machine: Machine, wandb_run: str, on_dis
         base |= dict(num_iterations=4, eval_tokens=8192)
         mid |= dict(num_iterations=4, eval_tokens=8192)
         sft |= dict(num_iterations=4, eval_tokens=8192)
-        rl |= dict(num_iterations=2, examples_per_step=2, max_new_tokens=8, eval_examples=4)
+        rl |= dict(num_iterations=2, examples_per_step=2, max_new_tokens=8, eval_every=-1, eval_examples=4)
         problems = dict(max_problems=8, max_new_tokens=16)
 
     shape = dict(sequence_len=base.get("max_seq_len", 2048), vocab_size=vocab, head_dim=base.get("head_dim", 128),
@@ -142,7 +144,8 @@ def plan_stages(config: SpeedrunConfig, machine: Machine, wandb_run: str, on_dis
         stages[-1:-1] = [
             Stage(name="chat_rl", module="scripts.chat_rl", args=chosen + as_flags(**rl), produces=True,
                   checkpoints=f"{CHECKPOINT_DIRS['rl']}/{tag}",
-                  placement=placed + as_flags(run=wandb_run), seconds=300 if small else 3600),
+                  placement=placed + as_flags(run=wandb_run), seconds=300 if small else 3600,
+                  note="word problems, answered through the calculator" if small else "GSM8K"),
             Stage(name="chat_eval_rl", module="scripts.chat_eval", args=("-i", "rl", *chosen, *as_flags(**problems)),
                   placement=placed, seconds=30),
         ]

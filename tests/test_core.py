@@ -19,10 +19,10 @@ from golden_data import load_trained
 from nanochat_jax.cli import NotFound, UsageError
 from nanochat_jax.config import GPTConfig
 from nanochat_jax.eval import bundle as bundle_module
-from nanochat_jax.eval import core
-from nanochat_jax.eval.batching import Batching
+from nanochat_jax.eval import core, scoring
 from nanochat_jax.eval.bundle import ensure_bundle
-from nanochat_jax.eval.core import CoreTask, Row, RowScore, Scorer
+from nanochat_jax.eval.core import CoreTask
+from nanochat_jax.eval.scoring import Row, RowScore, Scorer
 from nanochat_jax.gpt import abstract_params, forward, unembed
 from nanochat_jax.paths import Paths
 from nanochat_jax.sharding import make_mesh
@@ -52,12 +52,6 @@ def all_logits(params, tokens):  # [T] -> [T, V]
     return unembed(params, forward(params, tokens[None], config=CONFIG)[0][0], config=CONFIG)
 
 
-def plain_score(params, row: Row) -> tuple[float, bool]:
-    log_probs = np.asarray(jax.nn.log_softmax(all_logits(params, jnp.asarray(row.tokens))))
-    at = np.arange(row.start, row.end)
-    return -log_probs[at - 1, row.tokens[at]].mean(), bool((log_probs[at - 1].argmax(-1) == row.tokens[at]).all())
-
-
 @pytest.mark.parametrize(("era", "max_per_task"), [("classic", 60), ("modern", 40)])
 def test_prompts_and_spans_are_upstreams(test_data, era, max_per_task):
     _, _, tokenizer, golden = load_trained(test_data, era)
@@ -83,18 +77,18 @@ def test_losses_and_verdicts_are_upstreams(test_data, era, max_per_task, toleran
     """Of some tasks with short prompts, of each type. Tolerance: classic rotary tables are rounded to bfloat16."""
     config, params, tokenizer, golden = load_trained(test_data, era)
     reference = json.loads((golden / "core_examples.json").read_text())
-    scorer = Scorer(config=config, params=params, batching=Batching(tokens=1024))
+    scorer = Scorer(config=config, params=params)
     tasks = {task.label: task for task in core.read_tasks(test_data / "data" / "eval_bundle")}
     keyed = []
     for label in ("copa", "winograd", "lambada_openai", "openbook_qa"):
         items = core.read_items(tasks[label], max_per_task)
         groups = core.tokenize_task(tokenizer, tasks[label], items, range(len(reference[label])))
-        keyed += [((label, i, r), row) for i, group in enumerate(groups) for r, row in enumerate(group)]
+        keyed += [((label, i), group) for i, group in enumerate(groups)]
     scores = dict(scorer(keyed))
     for label in ("copa", "winograd", "lambada_openai", "openbook_qa"):
         items = core.read_items(tasks[label], max_per_task)
         for i, example in enumerate(reference[label]):
-            found = [scores[label, i, r] for r in range(len(example["mean_loss"]))]
+            found = scores[label, i]
             np.testing.assert_allclose([score.mean_nll for score in found], example["mean_loss"], atol=tolerance)
             assert core.is_correct(tasks[label], items[i], found) == example["correct"], f"{label} {i}"
 
@@ -157,49 +151,93 @@ def test_the_lowest_mean_loss_wins_and_the_first_of_equals():
     assert choose(1.0, float("nan")) == 0
 
 
-def test_scores_equal_a_plain_computation_at_any_length(params):
-    """Lengths beyond sequence_len included; rows of all buckets mixed, none lost, batches partly empty."""
-    rows = random_rows(24, (3, 100, 31))
-    scorer = Scorer(config=CONFIG, params=params, batching=Batching(tokens=512))
-    scores = dict(scorer(enumerate(rows)))
-    assert sorted(scores) == list(range(24))
-    for i, row in enumerate(rows):
-        mean_nll, all_argmax = plain_score(params, row)
-        np.testing.assert_allclose(scores[i].mean_nll, mean_nll, rtol=1e-4)
-        assert scores[i].all_argmax == all_argmax
+def alone(rows: list[Row]) -> list[tuple[int, list[Row]]]:
+    return [(i, [row]) for i, row in enumerate(rows)]
+
+
+def random_examples(shared: tuple[int, ...], choices: int) -> list[tuple[int, list[Row]]]:
+    """Examples whose rows begin with so many tokens in common; the spans begin there or later."""
+    rng, examples = np.random.default_rng(1), []
+    for i, size in enumerate(shared):
+        prefix = rng.integers(0, 300, size)
+        rows = []
+        for _ in range(1 + i % choices):
+            tokens = np.concatenate([prefix, rng.integers(0, 300, rng.integers(1, 40))]).astype(np.int32)
+            rows.append(Row(tokens, int(rng.integers(max(1, size), len(tokens))) if i % 3 else max(1, size), len(tokens)))
+        examples.append((i, rows))
+    return examples
+
+
+@pytest.mark.parametrize("arch", ["classic", "modern"])
+def test_scores_equal_a_plain_computation_at_any_length(arch, monkeypatch):
+    """Prompts of no chunk, one and several (windows and sequence_len included), with and without a common beginning."""
+    monkeypatch.setattr(scoring, "CHUNK", 32)
+    monkeypatch.setattr(scoring, "WINDOW", 7)
+    config = CONFIG if arch == "modern" else GPTConfig.classic(2, n_embd=64, n_head=2, n_kv_head=1, sequence_len=64, vocab_size=300)
+    rng = np.random.default_rng(1)
+    params = jax.tree.map(lambda w: rng.normal(0, 0.3, w.shape).astype(np.float32), abstract_params(config))
+    plain = jax.jit(lambda params, tokens: unembed(params, forward(params, tokens[None], config=config)[0][0], config=config))
+    examples = random_examples((0, 1, 5, 31, 32, 33, 64, 65, 100, 129, 200), choices=4) + alone(random_rows(6, (3, 100, 31)))
+    examples = [(key, rows) for key, (_, rows) in enumerate(examples)]
+    scores = dict(Scorer(config=config, params=params, num_rows=3)(examples))
+    assert sorted(scores) == list(range(len(examples)))
+    for key, rows in examples:
+        for row, score in zip(rows, scores[key], strict=True):
+            padded = np.zeros(256, np.int32)
+            padded[: row.end] = row.tokens
+            log_probs = np.asarray(jax.nn.log_softmax(plain(params, padded)))
+            at = np.arange(row.start, row.end)
+            np.testing.assert_allclose(score.mean_nll, -log_probs[at - 1, row.tokens[at]].mean(), rtol=1e-4)
+            assert score.all_argmax == (log_probs[at - 1].argmax(-1) == row.tokens[at]).all()
+
+
+def test_what_rows_share_is_computed_once(params, monkeypatch):
+    """Four choices after 64 tokens that they share take two chunks of them, not eight."""
+    monkeypatch.setattr(scoring, "CHUNK", 32)
+    chunks, extend = [], scoring._extend
+    monkeypatch.setattr(scoring, "_extend", lambda *args, **options: chunks.append(args[2].shape) or extend(*args, **options))
+    rows = [Row(np.r_[np.arange(65), last].astype(np.int32), 65, 66) for last in (7, 8, 9, 10)]
+    ((_, scores),) = Scorer(config=CONFIG, params=params, num_rows=1)([(0, rows)])
+    assert chunks == [(1, 32), (1, 32)] and len({score.mean_nll for score in scores}) == 4
 
 
 def test_a_span_that_the_model_would_write_is_all_argmax(params):
     greedy = np.array([5, 17, 3] + [0] * 6, np.int32)
     for i in range(3, 9):  # what is to the right of a position does not change it
         greedy[i] = all_logits(params, jnp.asarray(greedy))[i - 1].argmax()
-    scorer = Scorer(config=CONFIG, params=params, batching=Batching(tokens=64))
     wrong = greedy.copy()
     wrong[-2] = (wrong[-2] + 1) % 300
     rows = [Row(greedy, 3, 9), Row(wrong, 3, 9), Row(wrong, 3, 7)]  # a fault outside of the span does not count
-    assert [score.all_argmax for _, score in scorer(enumerate(rows))] == [True, False, True]
+    scores = dict(Scorer(config=CONFIG, params=params)(alone(rows)))
+    assert [scores[i][0].all_argmax for i in range(3)] == [True, False, True]
 
 
-def test_a_mesh_gives_the_same_scores(params):
-    rows = random_rows(20, (40, 20))
-    plain = Scorer(config=CONFIG, params=params, batching=Batching(tokens=256))
-    sharded = Scorer(config=CONFIG, params=params, batching=Batching(tokens=256, mesh=make_mesh("4x1")))
-    assert sharded.batching.num_rows(32) == 8 and sharded.batching.num_rows(4096) == 4
-    expected = dict(plain(enumerate(rows)))
-    for i, score in sharded(enumerate(rows)):
-        np.testing.assert_allclose(score.mean_nll, expected[i].mean_nll, rtol=1e-5)
-        assert score.all_argmax == expected[i].all_argmax
+def test_an_empty_span_has_no_loss(params):
+    row = Row(np.arange(1, 9, dtype=np.int32), 8, 8)
+    ((_, (score, other)),) = Scorer(config=CONFIG, params=params)([(0, [row, Row(np.arange(1, 12, dtype=np.int32), 8, 11)])])
+    assert np.isnan(score.mean_nll) and score.all_argmax and other.mean_nll > 0
+
+
+def test_a_mesh_gives_the_same_scores(params, monkeypatch):
+    monkeypatch.setattr(scoring, "CHUNK", 32)
+    examples = random_examples((5, 31, 40, 64, 70), choices=3)
+    expected = dict(Scorer(config=CONFIG, params=params, num_rows=2)(examples))
+    sharded = Scorer(config=CONFIG, params=params, num_rows=1, mesh=make_mesh("4x1"))
+    for key, scores in sharded(examples):
+        for score, other in zip(scores, expected[key], strict=True):
+            np.testing.assert_allclose(score.mean_nll, other.mean_nll, rtol=1e-5)
+            assert score.all_argmax == other.all_argmax
 
 
 def test_logits_are_cut_into_affordable_chunks(params, monkeypatch):
-    rows = random_rows(4, (64, 60))
-    scorer = Scorer(config=CONFIG, params=params, batching=Batching(tokens=256))
-    whole = dict(scorer(enumerate(rows)))
-    monkeypatch.setattr(core, "LOGITS_BYTES", 4 * 4 * 300 * 3)  # three positions, rounded down to two
-    core.score_batch.clear_cache()
-    for i, score in scorer(enumerate(rows)):
-        np.testing.assert_allclose(score.mean_nll, whole[i].mean_nll, rtol=1e-5)
-    core.score_batch.clear_cache()
+    examples = alone(random_rows(4, (64, 60)))
+    scorer = Scorer(config=CONFIG, params=params, num_rows=4)
+    whole = dict(scorer(examples))
+    monkeypatch.setattr(scoring, "LOGITS_BYTES", 4 * 4 * 300 * 3)  # three positions, rounded down to two
+    scoring._score.clear_cache()
+    for key, (score,) in scorer(examples):
+        np.testing.assert_allclose(score.mean_nll, whole[key][0].mean_nll, rtol=1e-5)
+    scoring._score.clear_cache()
 
 
 # The bundle. A small one: three tasks, one of each type.
@@ -274,7 +312,7 @@ def test_a_bundle_is_fetched_once_and_evaluated(serve, tmp_path, params):
     tokenizer = Tokenizer({bytes([i]): i for i in range(256)})
     seen = []
     result = core.evaluate_core(
-        Scorer(config=CONFIG, params=params, batching=Batching(tokens=1024)), tokenizer, paths.eval_bundle,
+        Scorer(config=CONFIG, params=params), tokenizer, paths.eval_bundle,
         on_example=lambda label, index, rows, scores, correct: seen.append((label, index, correct)),
     )
     expected = [(label, i) for label, size in (("choices", 7), ("schemas", 3), ("words", 4)) for i in range(size)]
@@ -282,7 +320,7 @@ def test_a_bundle_is_fetched_once_and_evaluated(serve, tmp_path, params):
     assert result.accuracy["choices"] == pytest.approx(sum(right for label, _, right in seen if label == "choices") / 7)
     assert result.centered["choices"] == pytest.approx(2 * result.accuracy["choices"] - 1)
     assert result.core == pytest.approx(np.mean(list(result.centered.values())))
-    scorer = Scorer(config=CONFIG, params=params, batching=Batching(tokens=1024))
+    scorer = Scorer(config=CONFIG, params=params)
     few = core.evaluate_core(scorer, tokenizer, paths.eval_bundle, max_per_task=2)
     assert few.accuracy["choices"] in (0, 0.5, 1)
 

@@ -1,8 +1,11 @@
 """The evaluation and RL stages end to end, on a tiny model that was never trained."""
 
 import dataclasses
+import functools
 import json
+import os
 import shutil
+import signal
 
 import jax
 import jax.numpy as jnp
@@ -104,6 +107,8 @@ def test_chat_eval_fails_on_a_task_that_cannot_be_loaded(paths):
 class Even(Task):
     """Replies of even length are right: something that an untrained model does now and then."""
 
+    eval_type = "generative"
+
     def num_examples(self) -> int:
         return 4
 
@@ -114,10 +119,13 @@ class Even(Task):
         return sum(map(ord, completion)) % 2 == 0
 
 
+RL = ChatRLConfig(task="arithmetic", num_iterations=3, examples_per_step=2, num_samples=4, device_batch_size=2,
+                  max_new_tokens=4, eval_examples=2, save_every=2, num_slots=8, mesh="1x1")
+
+
 def test_rl_saves_evaluates_and_resumes(paths, monkeypatch):
-    monkeypatch.setattr(rl_train, "load_task", lambda name, split, paths: Even())
-    config = ChatRLConfig(task="arithmetic", num_iterations=3, examples_per_step=2, num_samples=4, device_batch_size=2,
-                          max_new_tokens=4, eval_examples=2, save_every=2, num_slots=8, mesh="1x1")
+    monkeypatch.setattr(rl_train, "load_eval_task", lambda name, paths, split: Even())
+    config = RL
     reinforce(config)
     whole = load_model(paths, "rl")
     assert (whole.step, whole.tag, whole.meta["from"]) == (3, "d1", ["sft", "d1", 5])
@@ -125,7 +133,7 @@ def test_rl_saves_evaluates_and_resumes(paths, monkeypatch):
     lines = read_metrics(directory / "metrics.jsonl")
     kinds = [("eval", 0), ("train", 0), ("train", 1), ("train", 2), ("eval", 3)]
     assert [(line["kind"], line["step"]) for line in lines] == kinds
-    assert set(section(paths, "chat-rl")["results"]) == {"task", "num_iterations", "pass@1", "pass@2"}
+    assert set(section(paths, "chat-rl")["results"]) == {"task", "num_iterations", "accuracy", "pass@1", "pass@2", "seconds"}
 
     shutil.rmtree(directory / "3")  # as if it had been stopped after step 2
     reinforce(dataclasses.replace(config, resume=True))
@@ -135,3 +143,52 @@ def test_rl_saves_evaluates_and_resumes(paths, monkeypatch):
     jax.tree.map(np.testing.assert_array_equal, resumed.params, whole.params)
     steps = [line["step"] for line in read_metrics(directory / "metrics.jsonl") if line["kind"] == "train"]
     assert steps == [0, 1, 2]
+
+
+@pytest.mark.parametrize("calls", [10, 22], ids=["between steps 0 and 1", "in an evaluation"])
+def test_rl_stopped_by_a_signal_goes_on_as_if_it_had_not_been(paths, monkeypatch, calls):
+    """The signal comes while replies are judged: they are thrown away, the last finished step is saved."""
+    task, judged = Even(), []
+
+    def evaluate(conversation, completion):
+        judged.append(completion)
+        if len(judged) == calls:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return Even.evaluate(task, conversation, completion)
+
+    monkeypatch.setattr(rl_train, "load_eval_task", lambda name, paths, split: task)
+    config = dataclasses.replace(RL, eval_every=1)
+    reinforce(config)
+    whole = load_model(paths, "rl")
+    monkeypatch.setattr(task, "evaluate", evaluate)
+    judged.clear()
+    with pytest.raises(SystemExit, match="75"):
+        reinforce(dataclasses.replace(config, fresh=True))
+    stopped = load_model(paths, "rl")
+    assert stopped.step < 3
+    monkeypatch.setattr(task, "evaluate", functools.partial(Even.evaluate, task))
+    reinforce(dataclasses.replace(config, resume=True))
+    assert load_model(paths, "rl").step == 3
+    jax.tree.map(np.testing.assert_array_equal, load_model(paths, "rl").params, whole.params)
+    lines = read_metrics(paths.checkpoints("rl") / "d1" / "metrics.jsonl")
+    assert [line["step"] for line in lines if line["kind"] == "train"] == [0, 1, 2]
+
+
+def test_rl_refuses_what_it_cannot_reward_or_resume(paths, tmp_path):
+    questions = tmp_path / "questions.jsonl"
+    questions.write_text("".join(json.dumps({"question": f"{i}?", "choices": ["a", "b"], "answer": 0}) + "\n" for i in range(40)))
+    with pytest.raises(UsageError, match="no replies to reward"):
+        reinforce(dataclasses.replace(RL, task_file=str(questions)))
+    with pytest.raises(UsageError, match="'Arithmatic'"):
+        reinforce(dataclasses.replace(RL, task="Arithmatic"))
+    assert not paths.checkpoints("rl").exists()
+
+
+def test_a_file_of_ones_own_is_evaluated_and_learned(paths, tmp_path):
+    chats = tmp_path / "my-chats.jsonl"
+    chats.write_text("".join(json.dumps([{"role": "user", "content": f"{i}"}, {"role": "assistant", "content": "yes"}]) + "\n"
+                             for i in range(40)))
+    chat_eval(ChatEvalConfig(source="sft", task_file=str(chats), max_problems=3, max_new_tokens=4, batch_size=4, mesh="1x1"))
+    assert section(paths, "chat-evaluation-sft")["results"] == {"my_chats": 0.0}
+    reinforce(dataclasses.replace(RL, task_file=str(chats), num_iterations=1))
+    assert section(paths, "chat-rl")["results"]["task"] == "my_chats"

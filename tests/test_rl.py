@@ -12,8 +12,9 @@ from nanochat_jax import rl
 from nanochat_jax.config import GPTConfig
 from nanochat_jax.gpt import abstract_params, forward, unembed
 from nanochat_jax.infer.engine import Engine
+from nanochat_jax.infer.request import Request
 from nanochat_jax.rl import Rollout, RolloutConfig
-from nanochat_jax.sharding import global_batch, make_mesh
+from nanochat_jax.sharding import make_mesh, spread_rows
 from nanochat_jax.step import init_state
 from nanochat_jax.tasks.base import Task, assistant, user
 from nanochat_jax.tokenizer import Tokenizer
@@ -27,7 +28,7 @@ def random_params(scale: float = 0.3):
     return jax.tree.map(lambda w: rng.normal(0, scale, w.shape).astype(np.float32), abstract_params(CONFIG))
 
 
-policy_gradient = jax.jit(jax.value_and_grad(functools.partial(rl.policy_loss, config=CONFIG)))
+policy_gradient = jax.jit(jax.value_and_grad(functools.partial(rl.policy_loss, config=CONFIG), has_aux=True))
 
 
 def random_groups(num_prompts: int = 2, num_samples: int = 4) -> list[list[Rollout]]:
@@ -72,31 +73,35 @@ def test_advantages_sum_to_zero_and_vanish_where_all_agree():
 def test_only_sampled_tokens_are_targets():
     group = [Rollout([7, 8, 9, 10, 11], [False, False, True, False, True], 1.0),
              Rollout([7, 8, 5], [False, False, True], 0.0)]
-    batch = rl.policy_batch([group], pass_rows=2, multiple=4)
+    (batch,) = rl.policy_batches([group], pass_rows=2, micro_rows=4)
     assert batch.inputs.shape == (4, 32)
-    assert batch.inputs[0, :5].tolist() == [7, 8, 9, 10, 0]
-    assert batch.targets[0, :5].tolist() == [-1, 9, -1, 11, -1]
-    assert batch.targets[1, :3].tolist() == [-1, 5, -1]
+    assert batch.inputs[1, :5].tolist() == [7, 8, 9, 10, 0]
+    assert batch.targets[1, :5].tolist() == [-1, 9, -1, 11, -1]
+    assert batch.targets[0, :3].tolist() == [-1, 5, -1]
     assert (batch.targets[2:] == -1).all() and (batch.weights[2:] == 0).all()
-    np.testing.assert_allclose(batch.weights[:2, 0], [0.5 / 3, -0.5 / 3])
+    np.testing.assert_allclose(batch.weights[:2, 0], [-0.5 / 3, 0.5 / 3])
     with pytest.raises(ValueError, match="not a multiple"):
-        rl.policy_batch([group], pass_rows=3)
+        next(rl.policy_batches([group], pass_rows=3, micro_rows=4))
 
 
 @pytest.mark.parametrize("pass_rows", [2, 4])
 def test_loss_and_gradient_equal_the_plain_form(pass_rows):
     params, groups = random_params(), random_groups()
-    batch = rl.policy_batch(groups, pass_rows=pass_rows)
-    loss, grads = policy_gradient(params, *batch)
+    batches = [policy_gradient(params, *rows) for rows in rl.policy_batches(groups, pass_rows=pass_rows, micro_rows=3)]
+    loss, grads = jax.tree.map(lambda *parts: sum(parts), *[(loss, grads) for (loss, _), grads in batches])
     expected, expected_grads = jax.jit(jax.value_and_grad(lambda params: plain_loss(params, groups, pass_rows)))(params)
     np.testing.assert_allclose(loss, expected, rtol=1e-4)
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), grads, expected_grads)
 
 
 def test_groups_that_agree_give_no_gradient():
-    groups = [[Rollout(rollout.tokens, rollout.sampled, 1.0) for rollout in group] for group in random_groups()]
-    _, grads = policy_gradient(random_params(), *rl.policy_batch(groups, pass_rows=4))
-    assert all(not np.any(leaf) for leaf in jax.tree.leaves(grads))
+    """So they are left out of the batches; what they take from the mean over all passes stays."""
+    alike = [[Rollout(rollout.tokens, rollout.sampled, 1.0) for rollout in group] for group in random_groups()]
+    assert list(rl.policy_batches(alike, pass_rows=4, micro_rows=4)) == []
+    groups = random_groups()
+    (alone,), (among,) = (list(rl.policy_batches(each, pass_rows=4, micro_rows=8)) for each in (groups, groups + alike))
+    np.testing.assert_array_equal(alone.inputs, among.inputs)
+    np.testing.assert_allclose(alone.weights, 2 * among.weights, rtol=1e-6)
 
 
 def test_micro_batches_and_a_mesh_do_not_change_the_step():
@@ -107,13 +112,49 @@ def test_micro_batches_and_a_mesh_do_not_change_the_step():
         params = jax.tree.map(jnp.asarray, random_params())
         state, shardings = init_state(CONFIG, optimizer, mesh, fsdp=False, seed=0, params=params)
         step = rl.make_policy_step(CONFIG, optimizer, dtype=jnp.float32, mesh=mesh, shardings=shardings)
-        batch = rl.policy_batch(groups, pass_rows=4, multiple=micro_rows)
-        rows = (array.reshape(-1, micro_rows, array.shape[1]) for array in batch)
-        state, metrics = step(state, *(global_batch(mesh, array, batch_axis=1) for array in rows))
+        batches = rl.policy_batches(groups, pass_rows=4, micro_rows=micro_rows)
+        state, metrics = step(state, [[spread_rows(mesh, array) for array in batch] for batch in batches])
         results.append((jax.device_get(state.params), float(metrics["loss"])))
     for params, loss in results[1:]:
         np.testing.assert_allclose(loss, results[0][1], rtol=1e-4)
         jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), params, results[0][0])
+
+
+@pytest.mark.parametrize("arch", ["classic", "modern"])
+def test_log_probabilities_recomputed_are_the_samplers(arch):
+    """On-policy: what is differentiated is what was sampled with, token by token, at temperature 1 without top-k."""
+    config = CONFIG
+    if arch == "modern":
+        config = GPTConfig.modern(2, aspect_ratio=16, head_dim=32, sequence_len=64, vocab_size=TOKENIZER.vocab_size)
+    rng = np.random.default_rng(3)
+    params = jax.tree.map(lambda w: rng.normal(0, 0.3, w.shape).astype(np.float32), abstract_params(config))
+    engine = Engine(config, params, TOKENIZER, num_slots=4)
+    requests = [Request((TOKENIZER.bos_id, *range(40, 40 + n)), max_tokens=20, top_k=0, seed=n, logprobs=True) for n in (1, 3, 7, 12)]
+    results = engine.generate(requests)
+    group = [Rollout([*request.tokens, *result.tokens], [False] * len(request.tokens) + list(result.sampled), float(i % 2))
+             for i, (request, result) in enumerate(zip(requests, results, strict=True))]
+    group.sort(key=lambda rollout: len(rollout.tokens))
+    results = [result for _, result in sorted(zip(requests, results, strict=True), key=lambda pair: len(pair[0].tokens) + len(pair[1].tokens))]
+    (batch,) = rl.policy_batches([group], pass_rows=4, micro_rows=4)
+    _, log_probs = jax.jit(functools.partial(rl.policy_loss, config=config))(params, *batch)
+    compared = 0
+    for row, result in enumerate(results):
+        found = np.asarray(log_probs)[row][batch.targets[row] >= 0]
+        expected = [each for each, sampled in zip(result.logprobs, result.sampled, strict=True) if sampled]
+        np.testing.assert_allclose(found, expected, atol=1e-4)
+        compared += len(found)
+    assert compared > 40
+
+
+def test_statistics_tell_spread_and_signal_apart():
+    groups = [[Rollout([1] * (3 + s), [False] * 2 + [True] * (1 + s), reward, -1.0) for s, reward in enumerate(rewards)]
+              for rewards in ((1.0, 0.0), (1.0, 1.0))]
+    found = rl.statistics(groups)
+    assert found["reward"] == 0.75 and found["reward_std"] == pytest.approx(np.std([1, 0, 1, 1]))
+    assert found["reward_group_std"] == 0.25 and found["mixed"] == 0.5
+    assert (found["advantage_min"], found["advantage_max"]) == (-0.5, 0.5)
+    assert found["entropy"] == pytest.approx(4.0 / 6)
+    assert (found["sequence_length"], found["sequence_length_max"], found["sampled_tokens"]) == (3.5, 4, 1.5)
 
 
 def test_pass_at_k_counts_problems_solved_by_the_first_k_samples():
@@ -167,6 +208,5 @@ def test_reward_rises():
         engine = Engine(CONFIG, state.params, TOKENIZER, num_slots=64, steps_per_dispatch=1)
         groups = rl.sample_rollouts(engine, TOKENIZER, task, [task[0], task[1]], config, seed=i)
         means.append(np.mean([rollout.reward for group in groups for rollout in group]))
-        batch = rl.policy_batch(groups, pass_rows=64)
-        state, _ = step(state, *(global_batch(mesh, array[None], batch_axis=1) for array in batch))
+        state, _ = step(state, rl.policy_batches(groups, pass_rows=64, micro_rows=128))
     assert means[0] < 0.15 and np.mean(means[-2:]) > 0.5, means

@@ -15,7 +15,7 @@ from nanochat_jax.paths import Paths
 from nanochat_jax.tasks import chitchat
 from nanochat_jax.tasks.chitchat import ChitChat
 from nanochat_jax.tasks.identity import ABOUT, OPENERS, Identity
-from nanochat_jax.tasks.skills import Arithmetic, LetterCount, Spelling, final_number, load_words, split_of
+from nanochat_jax.tasks.skills import Arithmetic, LetterCount, Spelling, WordArithmetic, final_number, load_words, split_of
 
 STEMS = ("gover", "straw", "open", "settle", "win", "under", "commit", "peace", "labor", "nation")
 ENDINGS = ("ment", "berry", "ing", "ters", "dow", "stand", "tee", "ful", "able", "al", "ion", "ist", "ness", "ship")
@@ -27,7 +27,7 @@ needs_chitchat = pytest.mark.skipif(
 
 def skills(split: str, size: int) -> list:
     words = (Spelling(split, size, WORDS), LetterCount(split, size, WORDS))
-    return [Arithmetic(split, size), *words, Identity(split, size)]
+    return [Arithmetic(split, size), WordArithmetic(split, size), *words, Identity(split, size)]
 
 
 def question(conversation) -> str:

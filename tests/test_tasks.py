@@ -206,6 +206,56 @@ def test_custom_json_reads_conversations(tmp_path):
         CustomJSON(tmp_path / "missing.jsonl")
 
 
+def write_lines(path, values):
+    path.write_text("\n".join(map(json.dumps, values)))
+    return path
+
+
+def test_a_file_of_questions_is_a_categorical_task(tmp_path):
+    """The answer as an index, a letter or a text of its choice, which comes before a letter that it might be."""
+    answers = [(["x", "y", "z"], 2, "C"), (["x", "y"], "B", "B"), (["x", "y"], "y", "B"), (["B", "A"], "B", "A")]
+    path = write_lines(tmp_path / "My-Quiz.jsonl", [{"question": "?", "choices": c, "answer": a} for c, a, _ in answers])
+    task = CustomJSON(path)
+    assert (task.key, task.eval_type, task.baseline) == ("my_quiz", "categorical", pytest.approx((1 / 3 + 3 / 2) / 4))
+    for conversation, (choices, _, letter) in zip(task, answers, strict=True):
+        assert conversation["letters"] == list("ABC"[: len(choices)])
+        assert conversation["messages"][0]["content"].startswith("Multiple Choice question: ?\n- " + choices[0] + "=A\n")
+        assert [each for each in conversation["letters"] if task.evaluate(conversation, each)] == [letter]
+
+
+@pytest.mark.parametrize("value, message", [
+    ({"question": "?", "choices": ["a", "b"], "answer": 2}, "the answer 2 is no index"),
+    ({"question": "?", "choices": ["a", "b"], "answer": True}, "the answer True is no index"),
+    ({"question": "?", "choices": ["a"], "answer": 0}, "1 choices: expected 2 to 26"),
+    ({"question": "?", "choices": ["a", 3], "answer": 0}, "array of strings"),
+    ({"choices": ["a", "b"], "answer": 0}, "no 'question'"),
+    ({"text": "a"}, "no 'messages'"),
+])  # fmt: skip
+def test_a_bad_question_is_named(tmp_path, value, message):
+    with pytest.raises(UsageError, match=f"quiz.jsonl line 1: .*{message}"):
+        CustomJSON(write_lines(tmp_path / "quiz.jsonl", [value]))
+
+
+def test_a_file_of_conversations_judges_its_last_message(tmp_path):
+    chats = [[{"role": "user", "content": "a"}, {"role": "assistant", "content": reply}] for reply in ("It is  Paris.", "so\n#### 1,200")]
+    system = {"messages": [{"role": "system", "content": "s"}, *chats[0]]}
+    task = CustomJSON(write_lines(tmp_path / "chats.jsonl", [*chats, system]))
+    assert task.eval_type == "generative" and len(task) == 3
+    assert task.evaluate(task[0], " it is paris. ") and not task.evaluate(task[0], "It is Paris, France.")
+    assert task.evaluate(task[1], "otherwise #### 1200") and not task.evaluate(task[1], "1200")
+    assert task[2]["messages"][0]["role"] == "system"
+    mixed = write_lines(tmp_path / "mixed.jsonl", [chats[0], {"question": "?", "choices": ["a", "b"], "answer": 0}])
+    with pytest.raises(UsageError, match="both conversations and questions"):
+        CustomJSON(mixed)
+
+
+def test_splits_of_a_file_share_no_line(tmp_path):
+    chats = [[{"role": "user", "content": str(i)}, {"role": "assistant", "content": "b"}] for i in range(300)]
+    path = write_lines(tmp_path / "chats.jsonl", chats)
+    train, test = (said(CustomJSON(path, split=split)) for split in ("train", "test"))
+    assert not set(train) & set(test) and len(train) + len(test) == 300 and 10 < len(test) < 60
+
+
 # --------------------------------------------------------------------------------------- getting the data
 
 @pytest.fixture
@@ -386,6 +436,7 @@ def test_upstream_mixtures(paths, stage, split, size):
 
 def test_names(tmp_path):
     assert set(tasks.eval_tasks_for("embedded")) | set(tasks.eval_tasks_for("fineweb")) == set(tasks.EVAL_TASKS)
+    assert tasks.load_eval_task("word_arithmetic", Paths(tmp_path)).key == tasks.load_eval_task("WordArithmetic", Paths(tmp_path)).key
     with pytest.raises(UsageError, match="'GSM9K': expected one of ARC-Easy"):
         tasks.load_eval_task("GSM9K", Paths(tmp_path))
     with pytest.raises(UsageError, match="only the split test"):

@@ -1,4 +1,4 @@
-"""Sequences of any length in batches of few shapes: lengths are powers of two, rows what a budget of tokens allows."""
+"""Sequences of any length in batches of few shapes: a few padded lengths, and the rows that a budget of tokens allows."""
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -15,9 +15,11 @@ Key = TypeVar("Key")
 SHORTEST = 32
 
 
-def bucket(length: int) -> int:
-    """The padded length of a sequence."""
-    return max(SHORTEST, 1 << (length - 1).bit_length())
+def bucket(length: int, unit: int = SHORTEST) -> int:
+    """The padded length of a sequence: `unit` times 1, 2, 3, 4, 6, 8, 12, 16, ..."""
+    units = max(1, -(-length // unit))
+    power = 1 << (units - 1).bit_length()
+    return unit * (power * 3 // 4 if power > 2 and units <= power * 3 // 4 else power)
 
 
 @dataclass(frozen=True, kw_only=True)

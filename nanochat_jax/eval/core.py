@@ -6,40 +6,28 @@ span be the model's first choice. The few-shot examples, their order and the spa
 """
 
 import csv
-import functools
 import json
 import logging
-import math
 import random
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, Literal
 
-import jax
-import jax.numpy as jnp
 import numpy as np
 import yaml
-from jax import Array
-from jax.sharding import Mesh
 
 from nanochat_jax.cli import UsageError
-from nanochat_jax.config import GPTConfig
-from nanochat_jax.eval.batching import Batching
-from nanochat_jax.gpt import Params, forward, unembed
-from nanochat_jax.infer.sampling import first_argmax
-from nanochat_jax.sharding import replicated
+from nanochat_jax.eval.scoring import Row, RowScore, Scorer, common_length
 from nanochat_jax.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
 SHUFFLE_SEED = 1337  # order of a task's examples, before it is cut to `max_per_task`
 FEWSHOT_SEED = 1234  # plus the example's index: which examples are shown to it
-LOGITS_BYTES = 256 << 20  # upper bound of the float32 logits that exist at one time
 ENCODE_EXAMPLES = 64  # examples tokenized at a time
 
-Key = TypeVar("Key")
 TaskType = Literal["multiple_choice", "schema", "language_modeling"]
 Item = dict[str, Any]  # {query, choices, gold}, {context_options, continuation, gold} or {context, continuation}
 
@@ -54,21 +42,6 @@ class CoreTask:
     num_fewshot: int
     delimiter: str  # between what is given and what is scored
     baseline: float  # accuracy of guessing, 0..1
-
-
-@dataclass(frozen=True)
-class Row:
-    """One prompt: `tokens[start:end]` is what is scored."""
-
-    tokens: np.ndarray  # [n] int32
-    start: int
-    end: int
-
-
-@dataclass(frozen=True)
-class RowScore:
-    mean_nll: float  # of the span, in nats; nan when it is empty (one choice begins another)
-    all_argmax: bool  # every token of the span is the model's first choice
 
 
 @dataclass(frozen=True)
@@ -147,16 +120,10 @@ def make_rows(task: CoreTask, prompts: Sequence[Sequence[int]]) -> list[Row]:
             raise ValueError(f"{task.label}: the prompt's tokens do not begin those of prompt and continuation")
         return [Row(full, len(without), len(full))]
     if task.type == "schema":
-        suffix = _common_length([tokens[::-1] for tokens in arrays])
+        suffix = common_length([tokens[::-1] for tokens in arrays])
         return [Row(tokens, len(tokens) - suffix, len(tokens)) for tokens in arrays]
-    prefix = _common_length(arrays)
+    prefix = common_length(arrays)
     return [Row(tokens, prefix, len(tokens)) for tokens in arrays]
-
-
-def _common_length(arrays: Sequence[np.ndarray]) -> int:
-    shortest = min(len(tokens) for tokens in arrays)
-    differs = np.any([tokens[:shortest] != arrays[0][:shortest] for tokens in arrays], axis=0)
-    return int(differs.argmax()) if differs.any() else shortest
 
 
 def is_correct(task: CoreTask, item: Item, scores: Sequence[RowScore]) -> bool:
@@ -174,76 +141,6 @@ def mean_of(correct: int, total: int) -> float:
 
 def center(accuracy: float, baseline: float) -> float:
     return (accuracy - baseline) / (1.0 - baseline)
-
-
-@functools.partial(jax.jit, static_argnames=("config", "compute_dtype", "mesh"))
-def score_batch(params: Params, tokens: Array, start: Array, end: Array, *, config: GPTConfig,
-                compute_dtype: Any = jnp.float32, mesh: Mesh | None = None) -> tuple[Array, Array]:
-    """Score the span start..end-1 of each row of tokens [B, T]; start and end are [B], start at least 1.
-
-    Returns the summed negative log-likelihood [B] float32, and whether all tokens of the span are the argmax [B]. Right
-    padding is harmless. Logits are made for a few positions at a time, and only where some row needs them.
-    """
-    batch, length = tokens.shape
-    hidden, _ = forward(params, tokens, config=config, compute_dtype=compute_dtype)
-    affordable = max(1, LOGITS_BYTES // (4 * batch * config.vocab_size))
-    chunk = min(length, 64, 1 << (affordable.bit_length() - 1))
-    targets = jnp.roll(tokens, -1, axis=1)  # position p predicts token p + 1; the last one is outside every span
-
-    def add_chunk(totals: tuple[Array, Array], first: Array) -> tuple[tuple[Array, Array], None]:
-        positions = first + jnp.arange(chunk)
-        inside = (positions >= start[:, None] - 1) & (positions < end[:, None] - 1)  # [B, chunk]
-
-        def score(totals: tuple[Array, Array]) -> tuple[Array, Array]:
-            nll, all_argmax = totals
-            window = jax.lax.dynamic_slice_in_dim(hidden, first, chunk, axis=1)
-            target = jax.lax.dynamic_slice_in_dim(targets, first, chunk, axis=1)
-            logits = unembed(params, window, config=config)
-            chosen = jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
-            losses = jax.nn.logsumexp(logits, axis=-1) - chosen
-            hits = first_argmax(logits.reshape(-1, config.vocab_size)).reshape(target.shape) == target
-            return nll + jnp.where(inside, losses, 0.0).sum(axis=1), all_argmax & (hits | ~inside).all(axis=1)
-
-        return jax.lax.cond(inside.any(), score, lambda totals: totals, totals), None
-
-    totals = (jnp.zeros(batch, jnp.float32), jnp.ones(batch, bool))
-    totals, _ = jax.lax.scan(add_chunk, totals, jnp.arange(0, length, chunk))
-    if mesh is not None:  # so that every process can read all rows
-        totals = jax.lax.with_sharding_constraint(totals, replicated(mesh))
-    return totals
-
-
-@dataclass(frozen=True, kw_only=True)
-class Scorer:
-    """Scores rows with a model, in batches."""
-
-    config: GPTConfig
-    params: Params
-    batching: Batching
-    compute_dtype: Any = jnp.float32
-
-    def __call__(self, rows: Iterable[tuple[Key, Row]]) -> Iterator[tuple[Key, RowScore]]:
-        """(key, row) to (key, score), in the order in which batches fill up."""
-        pending: tuple[list[tuple[Key, Row]], tuple[Array, Array]] | None = None
-        for keyed, tokens in self.batching.batches((((key, row), row.tokens) for key, row in rows)):
-            span = np.ones((len(tokens), 2), np.int32)  # filler: an empty span
-            span[: len(keyed)] = [(row.start, row.end) for _, row in keyed]
-            sums = score_batch(
-                self.params, *self.batching.place(tokens, span[:, 0], span[:, 1]), config=self.config,
-                compute_dtype=self.compute_dtype, mesh=self.batching.mesh,
-            )
-            if pending:  # read a batch when the next one is dispatched: the device works while the host tokenizes
-                yield from self._read(*pending)
-            pending = keyed, sums
-        if pending:
-            yield from self._read(*pending)
-
-    @staticmethod
-    def _read(keyed: list[tuple[Key, Row]], sums: tuple[Array, Array]) -> Iterator[tuple[Key, RowScore]]:
-        nll, all_argmax = (np.asarray(each) for each in sums)
-        for i, (key, row) in enumerate(keyed):
-            length = row.end - row.start
-            yield key, RowScore(float(nll[i]) / length if length else math.nan, bool(all_argmax[i]))
 
 
 def tokenize_task(tokenizer: Tokenizer, task: CoreTask, items: Sequence[Item], indices: Sequence[int]
@@ -266,30 +163,25 @@ def evaluate_core(scorer: Scorer, tokenizer: Tokenizer, bundle: Path, *, max_per
         if not examples:
             raise UsageError(f"{task.path} holds no examples: remove {bundle} so that it is downloaded again")
 
-    open_rows: dict[tuple[int, int], list[Row]] = {}
+    groups: dict[tuple[int, int], list[Row]] = {}
 
-    def rows() -> Iterator[tuple[tuple[int, int, int], Row]]:
+    def examples() -> Iterator[tuple[tuple[int, int], list[Row]]]:
         for t, task in enumerate(tasks):
             for first in range(0, len(items[t]), ENCODE_EXAMPLES):
                 indices = range(first, min(first + ENCODE_EXAMPLES, len(items[t])))
                 for index, group in zip(indices, tokenize_task(tokenizer, task, items[t], indices), strict=True):
-                    open_rows[t, index] = group
-                    yield from (((t, index, r), row) for r, row in enumerate(group))
+                    groups[t, index] = group
+                    yield (t, index), group
 
-    scores: dict[tuple[int, int], dict[int, RowScore]] = {}
     correct, done = [0] * len(tasks), [0] * len(tasks)
     total, began, reported = sum(map(len, items)), time.monotonic(), time.monotonic()
-    for (t, index, r), score in scorer(rows()):
-        found = scores.setdefault((t, index), {})
-        found[r] = score
-        if len(found) < len(open_rows[t, index]):
-            continue
-        group, ordered = open_rows.pop((t, index)), [score for _, score in sorted(scores.pop((t, index)).items())]
-        verdict = is_correct(tasks[t], items[t][index], ordered)
+    for (t, index), scores in scorer(examples()):
+        group = groups.pop((t, index))
+        verdict = is_correct(tasks[t], items[t][index], scores)
         correct[t] += verdict
         done[t] += 1
         if on_example is not None:
-            on_example(tasks[t].label, index, group, ordered, verdict)
+            on_example(tasks[t].label, index, group, scores, verdict)
         if time.monotonic() - reported > 30:
             reported = time.monotonic()
             logger.info("CORE: %d of %d examples in %.0f s", sum(done), total, reported - began)

@@ -11,17 +11,17 @@ from nanochat_jax.tasks.humaneval import HumanEval
 from nanochat_jax.tasks.identity import Identity
 from nanochat_jax.tasks.mixtures import mixture_for, offline_mixture, upstream_mixture
 from nanochat_jax.tasks.mmlu import MMLU
-from nanochat_jax.tasks.skills import Arithmetic, LetterCount, Spelling, load_words
+from nanochat_jax.tasks.skills import Arithmetic, LetterCount, Spelling, WordArithmetic, load_words
 from nanochat_jax.tasks.spelling import SpellingBee, load_words_alpha
 
 __all__ = ["EVAL_TASKS", "Task", "TaskMixture", "eval_tasks_for", "load_eval_task", "mixture_for", "offline_mixture",
            "upstream_mixture"]
 
 UPSTREAM_TASKS = ("ARC-Easy", "ARC-Challenge", "MMLU", "GSM8K", "HumanEval", "SpellingBee")
-OFFLINE_TASKS = ("Arithmetic", "Spelling", "LetterCount", "Identity")
+OFFLINE_TASKS = ("Arithmetic", "Spelling", "LetterCount", "Identity", "WordArithmetic")
 EVAL_TASKS = UPSTREAM_TASKS + OFFLINE_TASKS
 
-SYNTHETIC_SIZE = 256  # problems of a generated task in an evaluation
+SYNTHETIC_SIZES = {"train": 100_000, "test": 256}  # problems of a generated task
 
 
 def eval_tasks_for(data: str | None) -> list[str]:
@@ -30,10 +30,12 @@ def eval_tasks_for(data: str | None) -> list[str]:
 
 
 def load_eval_task(name: str, paths: Paths, split: str = "test", max_problems: int | None = None) -> Task:
-    """The first `max_problems` (None: all) problems of a task of `EVAL_TASKS`.
+    """The first `max_problems` (None: all) problems of a task of `EVAL_TASKS`, by its name or its key (`arc_easy`).
 
     Raises `UsageError` for an unknown name and `NotFound` if its data cannot be had.
     """
+    size = SYNTHETIC_SIZES.get(split, 0)
+    name = next((each for each in EVAL_TASKS if _plain(each) == _plain(name)), name)
 
     def embedded_words() -> list[str]:
         return load_words(paths.data("embedded"))
@@ -46,14 +48,19 @@ def load_eval_task(name: str, paths: Paths, split: str = "test", max_problems: i
         "MMLU": lambda: MMLU(paths, split, stop=max_problems),
         "GSM8K": lambda: GSM8K(paths, split, stop=max_problems),
         "HumanEval": lambda: HumanEval(paths, stop=max_problems),
-        "SpellingBee": lambda: SpellingBee(load_words_alpha(paths.base), split, size=SYNTHETIC_SIZE, stop=max_problems),
-        "Arithmetic": lambda: Arithmetic(split, SYNTHETIC_SIZE, stop=max_problems),
-        "Spelling": lambda: Spelling(split, SYNTHETIC_SIZE, embedded_words(), stop=max_problems),
-        "LetterCount": lambda: LetterCount(split, SYNTHETIC_SIZE, embedded_words(), stop=max_problems),
-        "Identity": lambda: Identity(split, SYNTHETIC_SIZE, stop=max_problems),
+        "SpellingBee": lambda: SpellingBee(load_words_alpha(paths.base), split, size=size, stop=max_problems),
+        "Arithmetic": lambda: Arithmetic(split, size, stop=max_problems),
+        "WordArithmetic": lambda: WordArithmetic(split, size, stop=max_problems),
+        "Spelling": lambda: Spelling(split, size, embedded_words(), stop=max_problems),
+        "LetterCount": lambda: LetterCount(split, size, embedded_words(), stop=max_problems),
+        "Identity": lambda: Identity(split, size, stop=max_problems),
     }
     if name not in loaders:
         raise UsageError(f"unknown task {name!r}: expected one of {', '.join(EVAL_TASKS)}")
     if max_problems is not None and max_problems < 1:
         raise UsageError(f"max_problems must be at least 1, got {max_problems}")
     return loaders[name]()
+
+
+def _plain(name: str) -> str:
+    return name.lower().replace("-", "").replace("_", "")

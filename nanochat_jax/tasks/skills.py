@@ -87,21 +87,25 @@ class Arithmetic(Skill):
             if split_of(f"{low} {operation} {high}") == self.split:
                 break
         expression = f"{a} {operation} {b}"
-        form = rng.random()
-        if form < 0.70:
-            asked = expression
-        elif form < 0.82:
-            asked = f"{a}{operation}{b}"
-        else:
-            asked = f"{a} {rng.choice(self.SPOKEN[operation])} {b}"
+        question = self.ask(rng, operation, a, b)
         result = {"+": a + b, "-": a - b, "*": a * b, "/": a / b if operation == "/" else None}[operation]
         return {
             "messages": [
-                user(rng.choice(self.QUESTIONS).format(asked)),
+                user(question),
                 assistant([python(expression), python_output(str(result)), text(f"{expression} = {result}")]),
             ],
             "answer": result,
         }
+
+    def ask(self, rng: random.Random, operation: str, a: int, b: int) -> str:
+        form = rng.random()
+        if form < 0.70:
+            asked = f"{a} {operation} {b}"
+        elif form < 0.82:
+            asked = f"{a}{operation}{b}"
+        else:
+            asked = f"{a} {rng.choice(self.SPOKEN[operation])} {b}"
+        return rng.choice(self.QUESTIONS).format(asked)
 
     @staticmethod
     def draw(rng: random.Random) -> tuple[str, int, int]:
@@ -115,6 +119,27 @@ class Arithmetic(Skill):
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
         """The last number after the tool output is the exact result."""
         return final_number(completion) == conversation["answer"]
+
+
+class WordArithmetic(Arithmetic):
+    """Arithmetic asked for in words that no training mixture has: what is left for reinforcement learning to find out."""
+
+    key = "word_arithmetic"
+
+    ASKED = {
+        "+": ["What is the sum of {a} and {b}?", "Add {a} and {b}.", "Add {b} to {a}.", "Find the sum of {a} and {b}.",
+              "What do you get if you add {b} to {a}?", "Increase {a} by {b}.", "How much are {a} and {b} together?",
+              "I have {a} apples and get {b} more. How many are there?"],
+        "-": ["What is the difference between {a} and {b}?", "Subtract {b} from {a}.", "Take {b} away from {a}.",
+              "How much more is {a} than {b}?", "Decrease {a} by {b}.", "What is left of {a} without {b}?",
+              "I have {a} apples and eat {b} of them. How many are left?"],
+        "*": ["What is the product of {a} and {b}?", "Multiply {a} by {b}.", "Find the product of {a} and {b}.",
+              "What do you get if you multiply {a} by {b}?", "There are {a} boxes of {b} apples. How many are there?"],
+        "/": ["Divide {a} by {b}.", "What do you get if you divide {a} by {b}?", "Share {a} among {b}."],
+    }  # fmt: skip
+
+    def ask(self, rng: random.Random, operation: str, a: int, b: int) -> str:
+        return rng.choice(self.ASKED[operation]).format(a=a, b=b)
 
 
 class WordSkill(Skill):
