@@ -84,7 +84,7 @@ def warm_optimizer(loaded: Loaded, optimizer: optax.GradientTransformation, para
 def finetune(config: FinetuneConfig, stage: Stage) -> None:
     """Train the newest model of `stage.source` on the stage's mixture and save it under `stage.target`."""
     paths = Paths.from_env()
-    start(paths, device_type=config.device_type, compile_cache=config.compile_cache)
+    start(paths, device_type=config.device_type, compile_cache=config.compile_cache, processes=config)
     mesh, dtype = make_mesh(config.mesh), resolve_dtype(config.dtype)
     loaded = load_model(paths, stage.source, tag=config.model_tag, step=config.step, mesh=mesh, fsdp=config.fsdp)
     model, tokenizer, meta = loaded.config, loaded.tokenizer, loaded.meta

@@ -74,9 +74,10 @@ def topology_devices(name: str) -> tuple[str, list[jax.Device]]:
     tpu = chip.startswith("v")
     if importlib.util.find_spec("libtpu" if tpu else "jax_plugins.xla_cuda12" if _has("jax_plugins") else "jax_plugins") is None:
         raise UsageError(f"--topology {name}: {INSTALL_TPU if tpu else INSTALL_GPU.format(jax.__version__)}")
-    # Nothing is asked of the cloud that a TPU machine would be in.
-    os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-    os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+    # No chip is touched: nothing to ask of the cloud, and no reason to keep other processes from libtpu.
+    for variable, value in (("TPU_SKIP_MDS_QUERY", "1"), ("TPU_WORKER_HOSTNAMES", "localhost"),
+                            ("ALLOW_MULTIPLE_LIBTPU_LOAD", "1"), ("TPU_STDERR_LOG_LEVEL", "3"), ("TPU_MIN_LOG_LEVEL", "3")):
+        os.environ.setdefault(variable, value)
     from jax.experimental import topologies
 
     try:

@@ -31,7 +31,7 @@ from nanochat_jax.rl import (
     sample_rollouts,
 )
 from nanochat_jax.sharding import data_share, data_size, global_batch, make_mesh
-from nanochat_jax.startup import start
+from nanochat_jax.startup import Processes, start
 from nanochat_jax.step import TrainState, init_state, resolve_dtype
 from nanochat_jax.tasks.base import Task
 from nanochat_jax.tasks.gsm8k import GSM8K
@@ -43,7 +43,7 @@ SKILL_SIZES = {"train": 640, "test": 200}  # generated problems
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChatRLConfig:
+class ChatRLConfig(Processes):
     task: str = flag("auto", "what to learn; auto: gsm8k, or spelling for a model of the embedded corpus",
                      choices=["auto", "gsm8k", "arithmetic", "spelling", "letter_count"])
     run: str = flag("dummy", "wandb run name; dummy turns wandb off")
@@ -143,7 +143,7 @@ def _statistics(groups: Sequence[Sequence[Rollout]]) -> dict[str, float]:
 def reinforce(config: ChatRLConfig) -> None:
     """The whole stage: from a finetuned model to checkpoints, metrics and a section of the report."""
     paths = Paths.from_env()
-    start(paths)
+    start(paths, processes=config)
     mesh, dtype = make_mesh(config.mesh), resolve_dtype(config.dtype)
     loaded = load_model(paths, "sft", tag=config.model_tag, step=config.step, mesh=mesh, fsdp=config.fsdp)
     model, meta = loaded.config, loaded.meta

@@ -31,7 +31,7 @@ from nanochat_jax.gpt import REMAT, Params
 from nanochat_jax.kernels import ATTENTION
 from nanochat_jax.metrics import Display, MetricsLog, Profiler, peak_flops, peak_memory_bytes, start_wandb
 from nanochat_jax.sharding import abstract_tree, barrier, data_share, gather_json
-from nanochat_jax.startup import PLATFORMS
+from nanochat_jax.startup import PLATFORMS, Processes
 from nanochat_jax.step import BatchShape, TrainState, compile_step, is_out_of_memory, out_of_memory, place_batch
 from nanochat_jax.stopping import EXIT_STOPPED, Interrupted, StopRequest
 
@@ -39,7 +39,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(Processes):
     """Flags that every training stage has. Stages extend it with their own."""
 
     run: str = flag("dummy", "wandb run name; dummy turns wandb off")

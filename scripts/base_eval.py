@@ -22,7 +22,7 @@ from nanochat_jax.eval.core import Scorer, evaluate_core, format_csv
 from nanochat_jax.eval.samples import free_samples, greedy_samples
 from nanochat_jax.paths import Paths
 from nanochat_jax.sharding import data_size, make_mesh
-from nanochat_jax.startup import start
+from nanochat_jax.startup import Processes, start
 from nanochat_jax.step import resolve_dtype
 
 log = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ KINDS = ("core", "bpb", "sample")
 
 
 @dataclass(frozen=True, kw_only=True)
-class BaseEvalConfig:
+class BaseEvalConfig(Processes):
     eval: str = flag("auto", "which of core, bpb and sample, joined by commas; auto: samples, and CORE if its bundle "
                              "is on disk or the model's corpus came from the network")
     max_per_task: int = flag(-1, "examples of each CORE task; -1: all")
@@ -66,7 +66,7 @@ def core_metric(config: BaseEvalConfig, loaded: Loaded, bundle: Path, paths: Pat
 
 def main(config: BaseEvalConfig) -> None:
     paths = Paths.from_env()
-    start(paths)
+    start(paths, processes=config)
     mesh, dtype = make_mesh(config.mesh), resolve_dtype(config.dtype)
     loaded = load_model(paths, "base", tag=config.model_tag, step=config.step, mesh=mesh)
 

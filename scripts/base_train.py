@@ -121,7 +121,7 @@ def optimizer_parts(config: BaseTrainConfig, plan: Recipe) -> tuple[OptimizerCon
 
 def main(config: BaseTrainConfig) -> None:
     paths = Paths.from_env()
-    start(paths, device_type=config.device_type, compile_cache=config.compile_cache)
+    start(paths, device_type=config.device_type, compile_cache=config.compile_cache, processes=config)
     tokenizer = Tokenizer.load(paths.tokenizer)
     data = paths.find_data() if config.data == "auto" else config.data
     model, reference = model_config(config, tokenizer.vocab_size)

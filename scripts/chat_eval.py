@@ -17,7 +17,7 @@ from nanochat_jax.eval.batching import Batching
 from nanochat_jax.eval.chat import Generator, Sampling, accuracy, chatcore, evaluate_task, write_problems
 from nanochat_jax.paths import CHECKPOINT_DIRS, Paths
 from nanochat_jax.sharding import data_size, make_mesh
-from nanochat_jax.startup import start
+from nanochat_jax.startup import Processes, start
 from nanochat_jax.step import resolve_dtype
 from nanochat_jax.tasks import eval_tasks_for, load_eval_task
 
@@ -25,7 +25,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChatEvalConfig:
+class ChatEvalConfig(Processes):
     source: str = flag("sft", "stage of the model", short="-i", choices=[*CHECKPOINT_DIRS])
     task_name: str | None = flag(None, "tasks joined by |; default those that fit the model's corpus", short="-a")
     temperature: float = flag(0.0, "of the replies; 0 takes the most likely token", short="-t")
@@ -47,7 +47,7 @@ class ChatEvalConfig:
 
 def main(config: ChatEvalConfig) -> None:
     paths = Paths.from_env()
-    start(paths)
+    start(paths, processes=config)
     mesh, dtype = make_mesh(config.mesh), resolve_dtype(config.dtype)
     loaded = load_model(paths, config.source, tag=config.model_tag, step=config.step, mesh=mesh)
     names = config.task_name.split("|") if config.task_name else eval_tasks_for(loaded.meta["data"])

@@ -25,8 +25,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nanochat_jax import cli
-from nanochat_jax.cli import UsageError, flag
-from nanochat_jax.config import GPTConfig
+from nanochat_jax.cli import flag
 from nanochat_jax.gpt import REMAT, abstract_params
 from nanochat_jax.infer import device
 from nanochat_jax.infer.device import Dispatch, Program, cache_sharding
