@@ -163,14 +163,14 @@ class DoesNotFit(Exception):
 
 
 def compile_plan(step: Callable, arguments: Sequence[Any], *, chip: str, mesh: Mesh, parameters: Any, state: Any,
-                 flops: float, model_flops: float, tokens: int) -> Plan:
+                 flops: float, model_flops: float, tokens: int, options: dict[str, str] | None = None) -> Plan:
     """Compile a jitted function for abstract, placed arguments. `flops` and `model_flops` are over all devices.
 
     Raises `DoesNotFit` where the compiler itself says so (TPUs).
     """
     began = time.perf_counter()
     try:
-        compiled = step.lower(*arguments).compile()
+        compiled = step.lower(*arguments).compile(compiler_options=options)
     except jax.errors.JaxRuntimeError as error:
         if is_out_of_memory(error):
             raise DoesNotFit(str(error).splitlines()[0]) from error
@@ -184,14 +184,14 @@ def compile_plan(step: Callable, arguments: Sequence[Any], *, chip: str, mesh: M
 
 
 def train_plan(config: GPTConfig, step: Callable, state: TrainState, shardings: TrainState, shape: BatchShape, *, chip: str,
-               mesh: Mesh) -> Plan:
+               mesh: Mesh, options: dict[str, str] | None = None) -> Plan:
     """The plan of a train step as `step.make_train_step` makes it, for the shapes of its state."""
     state = abstract_tree(state, shardings)
     batch = jax.ShapeDtypeStruct((shape.accumulation, shape.micro_rows, shape.sequence_len), jnp.int32,
                                  sharding=NamedSharding(mesh, PartitionSpec(None, "data")))
     flops = jaxpr_flops(step.trace(state, batch, batch).jaxpr, config, shape.micro_rows)
     return compile_plan(step, (state, batch, batch), chip=chip, mesh=mesh, parameters=state.params, state=state.optimizer,
-                        flops=flops, model_flops=float(config.flops_per_token) * shape.tokens, tokens=shape.tokens)
+                        flops=flops, model_flops=float(config.flops_per_token) * shape.tokens, tokens=shape.tokens, options=options)
 
 
 def largest_batch(attempt: Callable[[int], Plan], rows: int) -> tuple[int, Plan]:

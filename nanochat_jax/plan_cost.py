@@ -206,8 +206,9 @@ def hlo_cost(text: str) -> HloCost:
                 cost.hbm_bytes += times * fusion_bytes(each, scope)
             elif each.opcode == "dynamic-update-slice":
                 cost.hbm_bytes += times * 2 * _bytes(scope[each.operands[1]].result)
-            elif each.opcode == "dynamic-slice":
-                cost.hbm_bytes += times * 2 * _hbm(each.result)
+            elif base in ("slice", "dynamic-slice"):  # the result of a start holds the whole operand, the slice and a counter
+                moved = [size for elements, size, _, _ in _sizes(each.result) if elements > 1]
+                cost.hbm_bytes += times * (2 * _hbm(each.result) if base == each.opcode else min(moved, default=0))
             elif each.opcode not in FREE and not each.opcode.endswith("-done"):
                 read = sum(_hbm(scope[operand].result) for operand in each.operands if operand in scope)
                 # The result of a start holds what is written first, then what is read.

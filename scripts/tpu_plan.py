@@ -62,7 +62,18 @@ class PlanConfig:
     target_param_data_ratio: float = flag(-1.0, "tokens per parameter; -1: the recipe's")
     decode: bool = flag(False, "plan the engine's decoding instead of training")
     slots: int = flag(8, "sequences that decode together (with --decode)")
+    compiler_options: str = flag("", "XLA options as NAME=VALUE, joined by commas; a real run takes them from LIBTPU_INIT_ARGS")
     price: float = flag(0.0, "price of one device for an hour; 0: unknown")
+
+    def __post_init__(self) -> None:
+        if not all("=" in option for option in self.compiler_options.split(",") if option):
+            raise ValueError(f"--compiler-options {self.compiler_options!r} is not NAME=VALUE, joined by commas")
+        if self.slots < 1:
+            raise ValueError(f"--slots must be at least 1, got {self.slots}")
+
+    @property
+    def options(self) -> dict[str, str]:
+        return dict(option.split("=", 1) for option in self.compiler_options.split(",") if option)
 
     def training(self) -> BaseTrainConfig:
         """The same flags, as `scripts.base_train` takes them."""
@@ -85,7 +96,7 @@ def plan_training(config: PlanConfig, chip: str, mesh: jax.sharding.Mesh) -> tup
     def attempt(rows: int) -> Plan:
         log.info("compiling a step of %d rows per device for %d x %s", rows, mesh.size, chip)
         shape = batch_shape(run.total_batch_size, rows, model.sequence_len, mesh)
-        return train_plan(model, step, state, shardings, shape, chip=chip, mesh=mesh)
+        return train_plan(model, step, state, shardings, shape, chip=chip, mesh=mesh, options=config.options)
 
     rows = config.device_batch_size
     if rows == "auto":
@@ -123,7 +134,7 @@ def plan_decoding(config: PlanConfig, chip: str, mesh: jax.sharding.Mesh) -> Pla
     flops = 2.0 * config.slots * (model.num_scaling_params + 2 * model.n_head * model.head_dim * model.n_layer * model.sequence_len)
     step = jax.jit(lambda p, c, d: device.decode(p, c, d, program=program), donate_argnums=1)
     return compile_plan(step, (params, cache, dispatch), chip=chip, mesh=mesh, parameters=params, state=cache, flops=flops,
-                        model_flops=flops, tokens=config.slots)
+                        model_flops=flops, tokens=config.slots, options=config.options)
 
 
 def table(plan: Plan, facts: dict[str, Any]) -> Table:
