@@ -54,10 +54,9 @@ H100 = """gpu_device_info { threads_per_block_limit: 1024 threads_per_warp: 32 s
   cuda_compute_capability { major: 9 minor: 0 } registers_per_core_limit: 65536 registers_per_block_limit: 65536 }
 platform_name: "CUDA" dnn_version_info { major: 9 minor: 8 patch: 0 } device_description_str: "NVIDIA H100 80GB HBM3"
 """
-# The names of products count chips: v5e-16 is v5e:4x4.
 INSTALL_TPU = "the compiler for TPUs is missing: pip install libtpu"
-INSTALL_GPU = ("the compiler for GPUs is missing: pip install --no-deps jax-cuda12-pjrt=={0} jax-cuda12-plugin=={0} (the "
-               "version of jax)")
+INSTALL_GPU = ("the compiler for GPUs is missing: pip install --no-deps jax-cuda12-pjrt=={0} jax-cuda12-plugin=={0} "
+               "nvidia-cuda-nvcc-cu12")
 
 
 def topology_devices(name: str) -> tuple[str, list[jax.Device]]:
@@ -174,6 +173,8 @@ def compile_plan(step: Callable, arguments: Sequence[Any], *, chip: str, mesh: M
     except jax.errors.JaxRuntimeError as error:
         if is_out_of_memory(error):
             raise DoesNotFit(str(error).splitlines()[0]) from error
+        if "No PTX compilation provider" in str(error):
+            raise UsageError("the assembler for GPUs, ptxas, is missing: pip install --no-deps nvidia-cuda-nvcc-cu12") from error
         raise
     stats = compiled.memory_analysis()
     total = (stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
