@@ -103,7 +103,7 @@ class Trainer:
         self.muon = torch.compile(muon_update) if compiled else muon_update
 
     def step(self, inputs: Tensor, targets: Tensor) -> float:
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16):
+        with torch.autocast(inputs.device.type, dtype=torch.bfloat16, enabled=self.dtype == torch.bfloat16):
             loss = self.loss(inputs, targets)
         loss.backward()
         with torch.no_grad():

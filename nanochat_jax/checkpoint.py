@@ -27,7 +27,7 @@ from nanochat_jax.cli import NotFound, UsageError
 from nanochat_jax.config import GPTConfig
 from nanochat_jax.gpt import Params, abstract_params
 from nanochat_jax.paths import HOW_TO_MAKE, Paths, remove_directory
-from nanochat_jax.sharding import barrier, make_mesh, param_shardings
+from nanochat_jax.sharding import abstract_tree, barrier, make_mesh, param_shardings
 from nanochat_jax.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -313,11 +313,6 @@ def carry_tokenizer(loaded: Loaded, directory: Path) -> None:
     """Give the next stage's directory the tokenizer that a model carries with it, if it does not use the shared one."""
     if (loaded.directory / "tokenizer").is_dir() and jax.process_index() == 0:
         loaded.tokenizer.save(directory / "tokenizer")
-
-
-def abstract_tree(tree: Any, shardings: Any) -> Any:
-    """Shapes, dtypes and places of a tree's arrays, to restore them by."""
-    return jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree, shardings)
 
 
 def load_optimizer(loaded: Loaded, abstract: Any) -> Any:

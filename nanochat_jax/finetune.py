@@ -12,7 +12,7 @@ import optax
 from jax import Array
 
 from nanochat_jax import report
-from nanochat_jax.checkpoint import Loaded, abstract_tree, load_model, load_optimizer
+from nanochat_jax.checkpoint import Loaded, load_model, load_optimizer
 from nanochat_jax.cli import flag
 from nanochat_jax.data.mixture import conversation_loader
 from nanochat_jax.eval.bpb import held_out_loss
@@ -20,7 +20,7 @@ from nanochat_jax.gpt import Params
 from nanochat_jax.muon import MuonState
 from nanochat_jax.optim import OptimizerConfig, constant, linear_momentum, make_optimizer
 from nanochat_jax.paths import Paths
-from nanochat_jax.sharding import data_share, make_mesh, optimizer_shardings
+from nanochat_jax.sharding import abstract_tree, data_share, make_mesh, optimizer_shardings
 from nanochat_jax.startup import start
 from nanochat_jax.step import choose_batch_shape, init_state, make_train_step, resolve_dtype
 from nanochat_jax.tasks.base import Task
@@ -84,7 +84,7 @@ def warm_optimizer(loaded: Loaded, optimizer: optax.GradientTransformation, para
 def finetune(config: FinetuneConfig, stage: Stage) -> None:
     """Train the newest model of `stage.source` on the stage's mixture and save it under `stage.target`."""
     paths = Paths.from_env()
-    start(paths, device_type=config.device_type, compile_cache=config.compile_cache)
+    start(paths, device_type=config.device_type, compile_cache=config.compile_cache, processes=config)
     mesh, dtype = make_mesh(config.mesh), resolve_dtype(config.dtype)
     loaded = load_model(paths, stage.source, tag=config.model_tag, step=config.step, mesh=mesh, fsdp=config.fsdp)
     model, tokenizer, meta = loaded.config, loaded.tokenizer, loaded.meta
@@ -105,7 +105,8 @@ def finetune(config: FinetuneConfig, stage: Stage) -> None:
                               mesh=mesh)
 
     def step_for(optimizer: optax.GradientTransformation) -> Callable:
-        return make_train_step(model, optimizer, dtype=dtype, mesh=mesh, shardings=shardings, remat=config.remat)
+        return make_train_step(model, optimizer, dtype=dtype, mesh=mesh, shardings=shardings, remat=config.remat,
+                               attention=config.attention)
 
     state, shardings = init_state(model, optimizer_for(1), mesh, fsdp=config.fsdp, seed=config.seed, params=loaded.params)
     shape = choose_batch_shape(total, config.device_batch_size, length, mesh, step_for(optimizer_for(1)), state)

@@ -8,6 +8,7 @@ Letters: B batch, T new tokens, S cache length, D width, H query heads, K key/va
 
 import functools
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -104,7 +105,7 @@ class GPT(nnx.Module):
         if config.backout:
             self.backout_lambda = nnx.Param(jnp.full(1, 0.2))
 
-    def __call__(self, tokens: Array, cache: KVCache | None, valid: Array | None, dtype: Any, remat: str
+    def __call__(self, tokens: Array, cache: KVCache | None, valid: Array | None, dtype: Any, remat: str, attend: Callable
                  ) -> tuple[Array, KVCache | None]:
         config = self.config
         batch, length = tokens.shape
@@ -119,7 +120,7 @@ class GPT(nnx.Module):
         layers = self._unstack(dtype)
         ve_rank = {layer: rank for rank, layer in enumerate(config.value_embed_layers)}
         new_k, new_v = [], []
-        block = jax.checkpoint(self._block, static_argnums=(6,)) if remat != "none" else self._block
+        block = jax.checkpoint(self._block, static_argnums=(6, 7)) if remat != "none" else self._block
 
         def run(x: Array, backout: Array, span: range) -> tuple[Array, Array]:
             for i in span:
@@ -127,7 +128,7 @@ class GPT(nnx.Module):
                     x = self.resid_lambdas[i].astype(dtype) * x + self.x0_lambdas[i].astype(dtype) * x0
                 ve = (self.value_embeds[ve_rank[i]][tokens].astype(dtype), self.ve_gate[ve_rank[i]]) if i in ve_rank else None
                 layer_cache = None if cache is None else (cache.k[i], cache.v[i])
-                x, kv = block(x, layers[i], ve, rotary, positions, layer_cache, config.windows[i])
+                x, kv = block(x, layers[i], ve, rotary, positions, layer_cache, config.windows[i], attend)
                 if kv is not None:
                     new_k.append(kv[0])
                     new_v.append(kv[1])
@@ -170,15 +171,15 @@ class GPT(nnx.Module):
         return embedding + self.smear_lambda[...].astype(embedding.dtype) * gate * previous
 
     def _block(self, x: Array, weights: dict[str, Array], ve: tuple[Array, Array] | None, rotary: tuple[Array, Array],
-               positions: Array, cache: tuple[Array, Array] | None, window: int | None
+               positions: Array, cache: tuple[Array, Array] | None, window: int | None, attend: Callable
                ) -> tuple[Array, tuple[Array, Array] | None]:
         with jax.named_scope("attention"):
-            out, cache = self._attention(rms_norm(x), weights, ve, rotary, positions, cache, window)
+            out, cache = self._attention(rms_norm(x), weights, ve, rotary, positions, cache, window, attend)
             x = x + out
         with jax.named_scope("mlp"):
             return x + mlp(rms_norm(x), weights["mlp_fc"], weights["mlp_proj"]), cache
 
-    def _attention(self, x, weights, ve, rotary, positions, cache, window):
+    def _attention(self, x, weights, ve, rotary, positions, cache, window, attend):
         config = self.config
         batch, length, _ = x.shape
         q = linear(x, weights["c_q"]).reshape(batch, length, config.n_head, config.head_dim)
@@ -190,7 +191,7 @@ class GPT(nnx.Module):
             v = v + gate[..., None] * embed.reshape(v.shape)
         q, k = (rms_norm(apply_rotary(each, *rotary)) * config.qk_scale for each in (q, k))
         if cache is None:
-            out = causal_attention(q, k, v, window=window)
+            out = attend(q, k, v, window=window)
         else:
             cache = tuple(_write(old, new, positions) for old, new in zip(cache, (k, v)))
             out = cached_attention(q, *cache, positions, window=window)
@@ -226,21 +227,22 @@ def logical_axes(config: GPTConfig) -> Params:
 
 
 def forward(params: Params, tokens: Array, *, config: GPTConfig, compute_dtype: Any = jnp.float32,
-            cache: KVCache | None = None, valid: Array | None = None, remat: str = "none"
-            ) -> tuple[Array, KVCache | None]:
+            cache: KVCache | None = None, valid: Array | None = None, remat: str = "none",
+            attention: Callable = causal_attention) -> tuple[Array, KVCache | None]:
     """Final hidden states [B, T, D] of tokens [B, T] int32, before the unembedding.
 
     Without a cache: causal, from position 0. With one: row b's tokens take positions `cache.length[b]` onward and see all
     before them; the returned cache has `length + valid`. `valid` [B] (default T) is how many tokens of a row count:
     padding to its right is masked and later overwritten, and 0 leaves a row as it is. The backward pass recomputes what
     `remat` says: nothing ("none"), what is inside of blocks ("block"), or also most blocks' inputs ("full").
+    `attention` takes the place of the reference where there is no cache (kernels.py).
     """
     if remat not in REMAT:
         raise ValueError(f"remat {remat!r} is none of {', '.join(REMAT)}")
     graphdef, state = _abstract(config)
     state = jax.tree.map(lambda leaf: leaf, state)  # replace_by_pure_dict works in place
     nnx.replace_by_pure_dict(state, params)
-    return nnx.merge(graphdef, state)(tokens, cache, valid, compute_dtype, remat)
+    return nnx.merge(graphdef, state)(tokens, cache, valid, compute_dtype, remat, attention)
 
 
 def unembed(params: Params, hidden: Array, *, config: GPTConfig) -> Array:

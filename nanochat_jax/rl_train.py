@@ -32,7 +32,7 @@ from nanochat_jax.rl import (
     statistics,
 )
 from nanochat_jax.sharding import data_size, make_mesh, spread_rows
-from nanochat_jax.startup import start
+from nanochat_jax.startup import Processes, start
 from nanochat_jax.step import TrainState, init_state, resolve_dtype
 from nanochat_jax.stopping import EXIT_STOPPED, Interrupted, StopRequest
 from nanochat_jax.tasks import load_eval_task
@@ -43,7 +43,7 @@ from nanochat_jax.train import is_due, restore_state
 log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
-class ChatRLConfig:
+class ChatRLConfig(Processes):
     task: str = flag("auto", "what to learn, such as GSM8K or SpellingBee; auto: GSM8K, or WordArithmetic "
                              "for a model of the embedded corpus")
     task_file: str | None = flag(None, "learn the problems of this JSON Lines file instead; a tenth of them is held out")
@@ -141,7 +141,7 @@ def _place(batch: PolicyBatch, mesh: Mesh) -> PolicyBatch:
 def reinforce(config: ChatRLConfig) -> None:
     """The whole stage: from a finetuned model to checkpoints, metrics and a section of the report."""
     paths = Paths.from_env()
-    start(paths)
+    start(paths, processes=config)
     mesh, dtype = make_mesh(config.mesh), resolve_dtype(config.dtype)
     loaded = load_model(paths, "sft", tag=config.model_tag, step=config.step, mesh=mesh, fsdp=config.fsdp)
     model, meta = loaded.config, loaded.meta

@@ -6,6 +6,7 @@ A mesh is DxM: D-way data parallelism, M-way tensor ("model") parallelism. Weigh
 
 import json
 import re
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -21,9 +22,9 @@ RULES = {"heads": "model", "kv_heads": "model", "mlp": "model", "vocab": "model"
 FSDP_RULES = RULES | {"embed": "data"}
 
 
-def make_mesh(text: str = "auto") -> Mesh:
-    """The mesh for "8x1", "4x2", ...; "auto" puts all devices on the data axis."""
-    devices = jax.devices()
+def make_mesh(text: str = "auto", devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """The mesh for "8x1", "4x2", ...; "auto" puts all devices (those of this run by default) on the data axis."""
+    devices = jax.devices() if devices is None else devices
     if text == "auto":
         data, model = len(devices), 1
     else:
@@ -101,6 +102,11 @@ def _add_data_axis(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> P
         if free:
             axes[max(free, key=lambda i: shape[i])] = "data"
     return PartitionSpec(*axes)
+
+
+def abstract_tree(tree: Any, shardings: Any) -> Any:
+    """Shapes, dtypes and places of a tree's arrays, to restore them by."""
+    return jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree, shardings)
 
 
 def data_share(mesh: Mesh) -> tuple[int, int]:

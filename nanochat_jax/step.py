@@ -20,12 +20,12 @@ import optax
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from nanochat_jax.checkpoint import abstract_tree
 from nanochat_jax.cli import UsageError
 from nanochat_jax.config import GPTConfig
-from nanochat_jax.gpt import Params, forward, init_params
+from nanochat_jax.gpt import Params, abstract_params, forward, init_params
+from nanochat_jax.kernels import choose_attention
 from nanochat_jax.loss import chunk_length, cross_entropy
-from nanochat_jax.sharding import data_size, global_batch, optimizer_shardings, param_shardings, replicated
+from nanochat_jax.sharding import abstract_tree, data_size, global_batch, optimizer_shardings, param_shardings, replicated
 
 log = logging.getLogger(__name__)
 
@@ -84,13 +84,16 @@ def place_batch(rows: np.ndarray, shape: BatchShape, mesh: Mesh) -> Array:
 
 
 def make_train_step(config: GPTConfig, optimizer: optax.GradientTransformation, *, dtype: Any, mesh: Mesh,
-                    shardings: TrainState, remat: str = "none") -> Callable:
+                    shardings: TrainState, remat: str = "none", attention: str = "auto") -> Callable:
     """Jitted `step(state, inputs [A, B, T], targets [A, B, T]) -> (state, {"loss", "grad_norm", "tokens"})`."""
 
+    attend = choose_attention(attention, mesh=mesh, dtype=dtype, length=config.sequence_len, head_dim=config.head_dim)
+    platform = mesh.devices.flat[0].platform
+
     def micro_loss(params: Params, inputs: Array, targets: Array) -> tuple[Array, Array]:
-        hidden, _ = forward(params, inputs, config=config, compute_dtype=dtype, remat=remat)
+        hidden, _ = forward(params, inputs, config=config, compute_dtype=dtype, remat=remat, attention=attend)
         weight = params["lm_head"][:, : config.vocab_size]
-        chunk = chunk_length(*inputs.shape, config.vocab_size, mesh.size)
+        chunk = chunk_length(*inputs.shape, config.vocab_size, mesh.size, platform)
         total, _ = cross_entropy(hidden, weight, targets, jnp.ones(targets.shape), config.softcap, chunk)
         return total, (targets >= 0).sum()
 
@@ -115,15 +118,22 @@ def make_train_step(config: GPTConfig, optimizer: optax.GradientTransformation, 
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
 
 
+def state_shardings(config: GPTConfig, optimizer: optax.GradientTransformation, mesh: Mesh, *, fsdp: bool
+                    ) -> tuple[TrainState, TrainState]:
+    """The shapes of a train state, and the tree of its shardings."""
+    params, param_sharding = abstract_params(config), param_shardings(config, mesh, fsdp=fsdp)
+    opt_state = jax.eval_shape(optimizer.init, params)
+    opt_sharding = optimizer_shardings(opt_state, params, param_sharding, mesh)
+    return TrainState(params, opt_state), TrainState(param_sharding, opt_sharding)
+
+
 def init_state(config: GPTConfig, optimizer: optax.GradientTransformation, mesh: Mesh, *, fsdp: bool, seed: int,
                params: Params | None = None) -> tuple[TrainState, TrainState]:
     """A placed train state, with fresh parameters unless given, and the tree of its shardings."""
-    param_sharding = param_shardings(config, mesh, fsdp=fsdp)
+    _, shardings = state_shardings(config, optimizer, mesh, fsdp=fsdp)
     if params is None:
-        params = jax.jit(lambda key: init_params(config, key), out_shardings=param_sharding)(jax.random.key(seed))
-    opt_sharding = optimizer_shardings(jax.eval_shape(optimizer.init, params), params, param_sharding, mesh)
-    opt_state = jax.jit(optimizer.init, out_shardings=opt_sharding)(params)
-    return TrainState(params, opt_state), TrainState(param_sharding, opt_sharding)
+        params = jax.jit(lambda key: init_params(config, key), out_shardings=shardings.params)(jax.random.key(seed))
+    return TrainState(params, jax.jit(optimizer.init, out_shardings=shardings.optimizer)(params)), shardings
 
 
 # ------------------------------------------------------------------------------------------------------ memory

@@ -23,14 +23,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nanochat_jax.checkpoint import Checkpoints, Loaded, Restored, abstract_tree, carry_tokenizer, claim_directory
+from nanochat_jax.checkpoint import Checkpoints, Loaded, Restored, carry_tokenizer, claim_directory
 from nanochat_jax.cli import UsageError, flag
 from nanochat_jax.config import GPTConfig
 from nanochat_jax.data.loader import merge_states
 from nanochat_jax.gpt import REMAT, Params
+from nanochat_jax.kernels import ATTENTION
 from nanochat_jax.metrics import Display, MetricsLog, Profiler, peak_flops, peak_memory_bytes, start_wandb
-from nanochat_jax.sharding import barrier, data_share, gather_json
-from nanochat_jax.startup import PLATFORMS
+from nanochat_jax.sharding import abstract_tree, barrier, data_share, gather_json
+from nanochat_jax.startup import PLATFORMS, Processes
 from nanochat_jax.step import BatchShape, TrainState, compile_step, is_out_of_memory, out_of_memory, place_batch
 from nanochat_jax.stopping import EXIT_STOPPED, Interrupted, StopRequest
 
@@ -38,7 +39,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig:
+class TrainConfig(Processes):
     """Flags that every training stage has. Stages extend it with their own."""
 
     run: str = flag("dummy", "wandb run name; dummy turns wandb off")
@@ -48,6 +49,7 @@ class TrainConfig:
     dtype: str = flag("auto", "compute dtype", choices=["auto", "float32", "bfloat16"])
     remat: str = flag("none", "activations that the backward pass recomputes, to save memory: those inside blocks, or "
                               "also most blocks' inputs (without effect on a CPU, whose compiler undoes it)", choices=REMAT)
+    attention: str = flag("auto", "attention kernel; auto: splash on TPUs, cudnn on NVIDIA GPUs, else xla", choices=ATTENTION)
     device_batch_size: int | Literal["auto"] = flag(32, "rows per device and micro-step; auto: the most that fit into memory")
     total_batch_size: int = flag(-1, "tokens per optimizer step; -1: the recipe's")
     num_iterations: int = flag(-1, "optimizer steps; -1: the recipe's horizon")

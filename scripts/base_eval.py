@@ -25,7 +25,7 @@ from nanochat_jax.eval.samples import PROMPTS, free_samples, greedy_samples
 from nanochat_jax.eval.scoring import Scorer, rows_for
 from nanochat_jax.paths import Paths
 from nanochat_jax.sharding import make_mesh
-from nanochat_jax.startup import start
+from nanochat_jax.startup import Processes, start
 from nanochat_jax.step import resolve_dtype
 
 log = logging.getLogger(__name__)
@@ -34,7 +34,7 @@ KINDS = ("core", "bpb", "sample")
 
 
 @dataclass(frozen=True, kw_only=True)
-class BaseEvalConfig:
+class BaseEvalConfig(Processes):
     eval: str = flag("auto", "which of core, bpb and sample, joined by commas; auto: samples, and CORE if its bundle "
                              "is on disk or the model's corpus came from the network")
     max_per_task: int = flag(-1, "examples of each CORE task; -1: all")
@@ -121,7 +121,7 @@ def sample_items(greedy: list[str], free: list[str]) -> list[dict[str, str]]:
 
 def main(config: BaseEvalConfig) -> None:
     paths = Paths.from_env()
-    start(paths)
+    start(paths, processes=config)
     name, results, items = (evaluate_hf if config.hf_path else evaluate_ours)(config, paths)
     if jax.process_index() == 0:
         report.log_section(paths.report, "Base model evaluation",

@@ -16,14 +16,14 @@ from nanochat_jax.eval.bpb import corpus_bits_per_byte
 from nanochat_jax.eval.samples import greedy_samples
 from nanochat_jax.paths import Paths
 from nanochat_jax.sharding import make_mesh
-from nanochat_jax.startup import PLATFORMS, start
+from nanochat_jax.startup import PLATFORMS, Processes, start
 from nanochat_jax.step import resolve_dtype
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class BaseLossConfig:
+class BaseLossConfig(Processes):
     device_type: str = flag("", "platform to run on; default the best there is", choices=PLATFORMS)
     mesh: str = flag("auto", "devices as DxM: D-way data and M-way tensor parallelism")
     dtype: str = flag("auto", "compute dtype", choices=["auto", "float32", "bfloat16"])
@@ -35,7 +35,7 @@ class BaseLossConfig:
 
 def main(config: BaseLossConfig) -> None:
     paths = Paths.from_env()
-    start(paths, device_type=config.device_type)
+    start(paths, device_type=config.device_type, processes=config)
     mesh, dtype = make_mesh(config.mesh), resolve_dtype(config.dtype)
     loaded = load_model(paths, "base", tag=config.model_tag, step=config.model_step, mesh=mesh)
     results = corpus_bits_per_byte(loaded, paths, device_batch_size=config.device_batch_size,

@@ -121,7 +121,7 @@ def optimizer_parts(config: BaseTrainConfig, plan: Recipe) -> tuple[OptimizerCon
 
 def main(config: BaseTrainConfig) -> None:
     paths = Paths.from_env()
-    start(paths, device_type=config.device_type, compile_cache=config.compile_cache)
+    start(paths, device_type=config.device_type, compile_cache=config.compile_cache, processes=config)
     tokenizer = Tokenizer.load(paths.tokenizer)
     data = paths.find_data() if config.data == "auto" else config.data
     model, reference = model_config(config, tokenizer.vocab_size)
@@ -130,7 +130,8 @@ def main(config: BaseTrainConfig) -> None:
     rates, schedules = optimizer_parts(config, plan)
     optimizer = make_optimizer(model, rates, muon_dtype=dtype, mesh=mesh, **schedules)
     state, shardings = init_state(model, optimizer, mesh, fsdp=config.fsdp, seed=config.seed)
-    step_fn = make_train_step(model, optimizer, dtype=dtype, mesh=mesh, shardings=shardings, remat=config.remat)
+    step_fn = make_train_step(model, optimizer, dtype=dtype, mesh=mesh, shardings=shardings, remat=config.remat,
+                              attention=config.attention)
     shape = choose_batch_shape(plan.total_batch_size, config.device_batch_size, model.sequence_len, mesh, step_fn, state)
     log.info("d%d %s: %s parameters, %s tokens in %d steps of %s in %d x %d rows, mesh %s, %s", config.depth, config.arch,
              f"{model.num_params:,}", f"{plan.total_tokens:,}", plan.num_iterations, f"{shape.tokens:,}", shape.accumulation,

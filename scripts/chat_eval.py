@@ -19,7 +19,7 @@ from nanochat_jax.eval.batching import Batching
 from nanochat_jax.eval.chat import Generator, Sampling, accuracy, chatcore, evaluate_task, write_problems
 from nanochat_jax.paths import CHECKPOINT_DIRS, Paths
 from nanochat_jax.sharding import data_size, make_mesh
-from nanochat_jax.startup import start
+from nanochat_jax.startup import Processes, start
 from nanochat_jax.step import resolve_dtype
 from nanochat_jax.tasks import eval_tasks_for, load_eval_task
 from nanochat_jax.tasks.custom_json import CustomJSON
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChatEvalConfig:
+class ChatEvalConfig(Processes):
     source: str = flag("sft", "stage of the model", short="-i", choices=[*CHECKPOINT_DIRS])
     task_name: str | None = flag(None, "tasks joined by |; default those that fit the model's corpus", short="-a")
     task_file: str | None = flag(None, "judge by this JSON Lines file instead: conversations, or questions with choices")
@@ -53,7 +53,7 @@ class ChatEvalConfig:
 
 def main(config: ChatEvalConfig) -> None:
     paths = Paths.from_env()
-    start(paths)
+    start(paths, processes=config)
     mesh, dtype = make_mesh(config.mesh), resolve_dtype(config.dtype)
     loaded = load_model(paths, config.source, tag=config.model_tag, step=config.step, mesh=mesh)
     # All tasks are loaded before any is judged: one that is missing should not be found out after an hour.

@@ -3,6 +3,7 @@
 import os
 import shutil
 import signal
+import socket
 import time
 
 import numpy as np
@@ -56,7 +57,7 @@ def test_a_preempted_process_stops_all_of_them_at_one_step(paths):
     long = [*FLAGS, "--num-iterations", "100000", "--save-every", "0"]
     running = start("base_train", *long, "--mesh", "8x1", "--model-tag", "preempted", base=paths.base, devices=4, processes=2)
     directory = paths.checkpoints("base") / "preempted"
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while not ((directory / "metrics.jsonl").exists() and losses(directory)):
         assert time.monotonic() < deadline and running[0].poll() is None
         time.sleep(0.1)
@@ -65,3 +66,39 @@ def test_a_preempted_process_stops_all_of_them_at_one_step(paths):
     assert [process.returncode for process in running] == [EXIT_STOPPED] * 2, said
     (step,) = (int(name) for name in os.listdir(directory) if name.isdigit())
     assert len(losses(directory)) == step
+
+
+@pytest.mark.parametrize("victim", [0, 1])
+def test_a_dead_process_ends_the_others_with_an_error(paths, victim):
+    long = [*FLAGS, "--num-iterations", "100000", "--save-every", "0"]
+    tag = f"dead-{victim}"
+    running = start("base_train", *long, "--mesh", "8x1", "--model-tag", tag, base=paths.base, devices=4, processes=2)
+    directory = paths.checkpoints("base") / tag
+    deadline = time.monotonic() + 300
+    while not ((directory / "metrics.jsonl").exists() and losses(directory)):
+        assert time.monotonic() < deadline and running[0].poll() is None
+        time.sleep(0.1)
+    running[victim].kill()
+    _, said = running[1 - victim].communicate(timeout=150)
+    assert running[1 - victim].returncode not in (0, EXIT_STOPPED), said
+    running[victim].communicate()
+
+
+def test_flags_name_the_processes_as_the_environment_does(paths, one):
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    running = [start("base_train", *FLAGS, "--mesh", "8x1", "--model-tag", "flags", "--coordinator", f"127.0.0.1:{port}",
+                     "--num-processes", "2", "--process-id", str(index), base=paths.base, devices=4)[0] for index in range(2)]
+    said = [process.communicate()[1] for process in running]
+    assert [process.returncode for process in running] == [0, 0], said
+    assert_equal_runs(one.with_name("flags"), one)
+    assert "in 4 steps" in said[0] and "in 4 steps" not in said[1]
+
+
+@pytest.mark.parametrize("flags", [["--coordinator", "here"], ["--num-processes", "2"], ["--coordinator", "a:1", "--num-processes",
+                                                                                       "2", "--process-id", "2"]])
+def test_half_of_the_flags_is_a_mistake(paths, flags):
+    (process,) = start("base_train", *FLAGS, *flags, base=paths.base)
+    said = process.communicate()[1]
+    assert process.returncode == 2 and said.count("\n") == 1 and "--process-id" in said

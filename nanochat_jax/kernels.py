@@ -1,0 +1,95 @@
+"""Fused causal attention for training on accelerators: Splash on TPU, cuDNN on GPU, both with sliding windows.
+
+Each computes what `attention.causal_attention` does, the reference, without its [T, T] scores in memory. The mesh is part
+of a kernel: rows are spread over its data axis, heads over its model axis.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.sharding import Mesh, PartitionSpec
+
+from nanochat_jax.attention import causal_attention
+from nanochat_jax.cli import UsageError
+
+ATTENTION = ("auto", "xla", "splash", "cudnn")
+LANES = 128  # Splash's blocks are multiples of this
+ROWS = PartitionSpec("data", None, "model", None)  # of q, k and v [B, T, H, h]
+
+Attention = Callable[..., Array]  # (q [B, T, H, h], k, v [B, T, K, h], *, window) -> [B, T, H, h]
+
+
+def choose_attention(kind: str, *, mesh: Mesh, dtype: jnp.dtype, length: int, head_dim: int) -> Attention:
+    """The attention of rows of `length` tokens on the mesh's devices.
+
+    "auto": on TPUs Splash, on NVIDIA GPUs cuDNN, for the shapes and dtypes that these can take; else the reference. A kernel
+    asked for by name that cannot run raises `UsageError`.
+    """
+    device = mesh.devices.flat[0]
+    cuda = device.platform in ("gpu", "cuda") and "rocm" not in device.client.platform_version.lower()
+    refused = {
+        "splash": (device.platform != "tpu" and "it runs on TPUs only"
+                   or length % LANES and f"the row length {length} is not a multiple of {LANES}"),
+        "cudnn": (not cuda and "it runs on NVIDIA GPUs only"
+                  or jnp.dtype(dtype).itemsize != 2 and f"it computes in bfloat16, not {jnp.dtype(dtype)}"
+                  or (head_dim % 8 or head_dim > 128) and f"heads of {head_dim} are not a multiple of 8 up to 128"),
+    }
+    if kind == "auto":
+        kind = next((name for name, reason in refused.items() if not reason), "xla")
+    if kind == "xla":
+        return causal_attention
+    if reason := refused[kind]:
+        raise UsageError(f"--attention {kind}: {reason}; give --attention xla or auto")
+    return functools.partial(splash_attention, mesh=mesh) if kind == "splash" else cudnn_attention
+
+
+def _block(length: int, most: int) -> int:
+    """The largest block of whole lanes, up to `most`, that divides the length."""
+    return next(size for size in range(most, 0, -LANES) if length % size == 0)
+
+
+@functools.lru_cache(maxsize=64)
+def _splash_kernel(length: int, heads: int, window: int | None, interpret: bool) -> Callable:
+    """A kernel of one row: q [H, T, h], k and v [K, T, h] -> [H, T, h]."""
+    # Here, because Pallas takes long to import.
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
+    from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
+
+    if window is None or window >= length - 1:
+        mask = masks.CausalMask((length, length))
+    else:
+        mask = masks.LocalMask((length, length), (window, 0), 0)
+    # A block of keys wider than the window would be mostly masked.
+    most = 1024 if window is None or window >= 1024 else max(LANES, window // LANES * LANES)
+    q_block, kv_block = _block(length, 512), _block(length, most)
+    compute = _block(kv_block, 512)
+    sizes = splash.BlockSizes(block_q=q_block, block_kv=kv_block, block_kv_compute=compute, block_q_dkv=q_block,
+                              block_kv_dkv=kv_block, block_kv_dkv_compute=compute, use_fused_bwd_kernel=True)
+    with jax.ensure_compile_time_eval():  # the mask's tables are arrays: they must not belong to one trace
+        return splash.make_splash_mha(masks.MultiHeadMask([mask] * heads), block_sizes=sizes, head_shards=1, q_seq_shards=1,
+                                      interpret=interpret)
+
+
+def splash_attention(q: Array, k: Array, v: Array, *, window: int | None, mesh: Mesh, interpret: bool = False) -> Array:
+    """As `attention.causal_attention`, by the Pallas kernel for TPUs. T is a multiple of 128.
+
+    `interpret` runs the kernel step by step on any device, for tests.
+    """
+
+    def local(q: Array, k: Array, v: Array) -> Array:
+        kernel = _splash_kernel(q.shape[1], q.shape[2], window, interpret)
+        rows = (jnp.swapaxes(each, 1, 2) for each in (q, k, v))
+        return jnp.swapaxes(jax.vmap(kernel)(*rows), 1, 2)
+
+    q = q * jnp.asarray(1.0 / math.sqrt(q.shape[-1]), q.dtype)  # the kernel does not scale
+    return jax.shard_map(local, mesh=mesh, in_specs=(ROWS,) * 3, out_specs=ROWS, check_vma=False)(q, k, v)
+
+
+def cudnn_attention(q: Array, k: Array, v: Array, *, window: int | None) -> Array:
+    """As `attention.causal_attention`, by cuDNN. Without `is_causal` a window's queries would see the future too."""
+    local = None if window is None or window >= q.shape[1] - 1 else (window, 0)
+    return jax.nn.dot_product_attention(q, k, v, is_causal=True, local_window_size=local, implementation="cudnn")

@@ -1,0 +1,223 @@
+"""What a compiled step costs: FLOPs from its jaxpr, HBM traffic and collectives from its optimised HLO.
+
+XLA's own `cost_analysis` counts the body of a loop once, and a Pallas kernel as nothing; both are counted here.
+"""
+
+import math
+import re
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from nanochat_jax.config import GPTConfig
+
+DTYPE_BYTES = {"pred": 1, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4,
+               "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
+# Bytes that a device sends, as a multiple of the result's (of the operand's for reduce-scatter), in a group of n.
+SENT = {"all-gather": lambda n: (n - 1) / n, "all-reduce": lambda n: 2 * (n - 1) / n, "reduce-scatter": lambda n: n - 1,
+        "all-to-all": lambda n: (n - 1) / n, "collective-permute": lambda n: 1.0}
+FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "iota", "partition-id", "replica-id",
+        "opt-barrier", "while", "conditional", "call"}
+
+SHAPE = re.compile(r"(\w+)\[([\d,]*)\](?:\{([^}]*)\})?")
+
+
+# ------------------------------------------------------------------------------------------------------ FLOPs
+
+
+def visible_pairs(length: int, window: int | None) -> int:
+    """Pairs of query and key that causal attention over one row with this window computes."""
+    span = length if window is None else min(window + 1, length)
+    return span * (span + 1) // 2 + (length - span) * span
+
+
+def jaxpr_flops(jaxpr: Any, config: GPTConfig, rows: int) -> float:
+    """FLOPs of the products of a traced step, over all devices, recomputation included.
+
+    A fused attention kernel counts for the pairs that its mask leaves, averaged over the layers: 2 products forward, 5
+    backward. `rows` are the rows of a micro-batch.
+    """
+    pairs = sum(visible_pairs(config.sequence_len, window) for window in config.windows) / config.n_layer
+    product = 2.0 * rows * pairs * config.n_head * config.head_dim
+
+    def walk(jaxpr: Any, times: float) -> float:
+        total = 0.0
+        for eqn in jaxpr.eqns:
+            name = eqn.primitive.name
+            if name == "dot_general":
+                (contracted, _), _ = eqn.params["dimension_numbers"]
+                lhs = eqn.invars[0].aval.shape
+                total += times * 2.0 * math.prod(eqn.outvars[0].aval.shape) * math.prod(lhs[i] for i in contracted)
+            elif name == "pallas_call":
+                backward = any(word in str(eqn.params.get("name") or eqn.params.get("name_and_src_info")) for word in ("dkv", "dq"))
+                total += times * product * (5 if backward else 2)
+            elif name == "cond":
+                total += max(walk(branch.jaxpr, times) for branch in eqn.params["branches"])
+            else:
+                # The shapes inside of a shard_map are one device's; only kernels are in ours, counted by the whole batch.
+                inner = times * (eqn.params["length"] if name == "scan" else 1)
+                total += sum(walk(each, inner) for each in _inner_jaxprs(eqn.params))
+        return total
+
+    return walk(jaxpr.jaxpr, 1.0)
+
+
+def _inner_jaxprs(params: dict[str, Any]) -> Iterator[Any]:
+    for value in params.values():
+        for each in value if isinstance(value, (tuple, list)) else (value,):
+            if hasattr(each, "eqns"):
+                yield each
+            elif hasattr(each, "jaxpr") and hasattr(each.jaxpr, "eqns"):
+                yield each.jaxpr
+
+
+# ------------------------------------------------------------------------------------------------------ HLO
+
+
+@dataclass
+class HloCost:
+    """Of one device and step."""
+
+    hbm_bytes: float = 0.0  # read and written
+    sent: Counter = field(default_factory=Counter)  # bytes sent to other devices, by kind of collective
+    calls: Counter = field(default_factory=Counter)  # collectives executed, by kind
+    largest: tuple[int, str] = (0, "")  # elements and shape of the largest array
+    unknown_loops: int = 0  # loops whose number of rounds is not written in their condition; counted once
+
+
+@dataclass(frozen=True)
+class Instruction:
+    name: str
+    opcode: str
+    result: str  # its type
+    argument: str  # between the parentheses
+    operands: tuple[str, ...]
+    attributes: str
+
+
+def _matching(text: str, start: int) -> int:
+    """Position after the parenthesis that closes the one at `start`."""
+    depth = 0
+    for position in range(start, len(text)):
+        depth += (text[position] == "(") - (text[position] == ")")
+        if depth == 0:
+            return position + 1
+    raise ValueError(f"unbalanced parentheses in HLO: {text[:120]!r}")
+
+
+def parse_hlo(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
+    """Computations by name, each its instructions by name, and the entry's name."""
+    computations: dict[str, dict[str, Instruction]] = {}
+    entry, current = "", None
+    for line in text.splitlines():
+        if match := re.match(r"(ENTRY )?%?([\w.\-]+) \(.*\) -> .*\{$", line):
+            current = computations.setdefault(match[2], {})
+            entry = match[2] if match[1] else entry
+        elif current is not None and (match := re.match(r"\s+(?:ROOT )?%?([\w.\-]+) = ", line)):
+            rest = line[match.end():]
+            end = _matching(rest, 0) if rest[0] == "(" else rest.index(" ")
+            opcode, _, _ = rest[end:].strip().partition("(")
+            opening = rest.index("(", end)
+            closing = _matching(rest, opening)
+            argument = rest[opening + 1 : closing - 1]
+            operands = tuple(re.findall(r"%([\w.\-]+)", argument))
+            current[match[1]] = Instruction(match[1], opcode, rest[:end], argument, operands, rest[closing:])
+    return computations, entry
+
+
+def _sizes(result: str) -> Iterator[tuple[int, int, bool, str]]:
+    """(elements, bytes, whether in HBM, text) of each array of a type. On TPUs S(n) is on the chip or the host."""
+    for match in SHAPE.finditer(result):
+        if match[1] in DTYPE_BYTES:
+            elements = math.prod(int(size) for size in match[2].split(",") if size)
+            yield elements, elements * DTYPE_BYTES[match[1]], "S(" not in (match[3] or ""), match[0].partition("{")[0]
+
+
+def _hbm(result: str) -> int:
+    return sum(size for _, size, in_hbm, _ in _sizes(result) if in_hbm)
+
+
+def _group_size(attributes: str) -> int:
+    if match := re.search(r"replica_groups=\{\{([\d,]+)\}", attributes):
+        return match[1].count(",") + 1
+    if match := re.search(r"replica_groups=\[\d+,(\d+)\]", attributes):
+        return int(match[1])
+    if match := re.search(r"replica_groups=mesh\[([^\]]*)\] ?\{([^}]*)\}", attributes):
+        sizes = dict(re.findall(r"'(\w+)'=(\d+)", match[1]))
+        return math.prod(int(sizes[axis]) for axis in re.findall(r"'(\w+)'", match[2]))
+    return 2  # a permute has pairs
+
+
+def hlo_cost(text: str) -> HloCost:
+    """HBM traffic and collectives of an optimised module, loops multiplied out.
+
+    Traffic is what instructions read and write outside of fusions, so an estimate from above where XLA keeps a buffer
+    on the chip without saying so.
+    """
+    computations, entry = parse_hlo(text)
+    cost = HloCost()
+
+    def rounds(condition: str) -> int | None:
+        """Of a counting loop: the largest integer its condition compares with."""
+        return max((int(each.argument) for each in computations[condition].values()
+                    if each.opcode == "constant" and each.argument.isdigit()), default=None)
+
+    def fusion_bytes(call: Instruction, scope: dict[str, Instruction]) -> int:
+        """What a fusion moves: slices of what it only slices, the updated part of what it updates in place."""
+        body = computations[re.search(r"calls=%?([\w.\-]+)", call.attributes)[1]]
+        parameters = [each.name for each in body.values() if each.opcode == "parameter"]
+        total, in_place = 0, 0
+        for operand, parameter in zip(call.operands, parameters):
+            if operand not in scope or not _hbm(scope[operand].result):
+                continue
+            users = [each for each in body.values() if parameter in each.operands]
+            if users and all(each.opcode in ("dynamic-slice", "gather", "slice") for each in users):
+                total += sum(_bytes(each.result) for each in users)
+            elif users and all(each.opcode == "dynamic-update-slice" and each.operands[0] == parameter for each in users):
+                in_place += _hbm(scope[operand].result)
+                total += sum(2 * _bytes(body[each.operands[1]].result) for each in users)
+            else:
+                total += _hbm(scope[operand].result)
+        return total + max(_hbm(call.result) - in_place, 0)
+
+    def walk(name: str, times: float) -> None:
+        scope = computations[name]
+        for each in scope.values():
+            for elements, _, _, shape in _sizes(each.result):
+                cost.largest = max(cost.largest, (elements, shape))
+            base = each.opcode.removesuffix("-start")
+            if each.opcode == "while":
+                condition, body = (re.search(rf"{word}=%?([\w.\-]+)", each.attributes)[1] for word in ("condition", "body"))
+                known = re.search(r'known_trip_count"?:\{"?n"?:"?(\d+)', each.attributes)
+                count = int(known[1]) if known else rounds(condition)
+                cost.unknown_loops += count is None
+                walk(body, times * (count or 1))
+            elif each.opcode in ("call", "async-start", "conditional"):
+                for called in re.findall(r"(?:to_apply|calls|_computation)=%?([\w.\-]+)", each.attributes):
+                    walk(called, times)
+            elif base in SENT:
+                size, group = _bytes(each.result), _group_size(each.attributes)
+                if each.opcode != base:  # the result of a start holds operand and result, or both and two counters
+                    size = max((size for _, size, _, _ in _sizes(each.result)), default=0)
+                cost.sent[base] += times * size * SENT[base](group)
+                cost.calls[base] += int(times)
+            elif each.opcode == "fusion":
+                cost.hbm_bytes += times * fusion_bytes(each, scope)
+            elif each.opcode == "dynamic-update-slice":
+                cost.hbm_bytes += times * 2 * _bytes(scope[each.operands[1]].result)
+            elif base in ("slice", "dynamic-slice"):  # the result of a start holds the whole operand, the slice and a counter
+                moved = [size for elements, size, _, _ in _sizes(each.result) if elements > 1]
+                cost.hbm_bytes += times * (2 * _hbm(each.result) if base == each.opcode else min(moved, default=0))
+            elif each.opcode not in FREE and not each.opcode.endswith("-done"):
+                read = sum(_hbm(scope[operand].result) for operand in each.operands if operand in scope)
+                # The result of a start holds what is written first, then what is read.
+                written = _hbm(each.result) if base == each.opcode else _hbm(SHAPE.search(each.result)[0])
+                cost.hbm_bytes += times * (read + written)
+
+    walk(entry, 1.0)
+    return cost
+
+
+def _bytes(result: str) -> int:
+    return sum(size for _, size, _, _ in _sizes(result))

@@ -1,0 +1,190 @@
+"""Plan a training run on TPUs or GPUs that you do not have: what fits, how fast it can be, what it costs.
+
+    python -m tpu.plan --depth 20 --topology v6e:2x4
+    python -m tpu.plan --depth 24 --topology v5e-16 --remat block --price 1.20
+    python -m tpu.plan --depth 20 --topology h100:8
+    python -m tpu.plan --depth 20 --topology v6e:1x1 --decode
+
+The real train step (or, with --decode, the engine's) is compiled ahead of time for the slice. Prints a table, then one
+line of JSON. Times are the roofline's: what the hardware cannot beat, not what a run will reach.
+"""
+
+import dataclasses
+import json
+import logging
+import os
+from dataclasses import dataclass
+from typing import Any, Literal
+
+os.environ.setdefault("JAX_PLATFORMS", "cpu")  # this process computes nothing; before JAX is imported
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from rich.console import Console
+from rich.table import Table
+
+from nanochat_jax import cli
+from nanochat_jax.cli import flag
+from nanochat_jax.gpt import REMAT, abstract_params
+from nanochat_jax.infer import device
+from nanochat_jax.infer.device import Dispatch, Program, cache_sharding
+from nanochat_jax.infer.sampling import SamplingParams
+from nanochat_jax.kernels import ATTENTION
+from nanochat_jax.metrics import format_seconds
+from nanochat_jax.optim import make_optimizer
+from nanochat_jax.plan import GIB, DoesNotFit, Plan, compile_plan, largest_batch, topology_devices, train_plan
+from nanochat_jax.sharding import abstract_tree, data_size, make_mesh, param_shardings, replicated
+from nanochat_jax.step import BatchShape, batch_shape, make_train_step, state_shardings
+from scripts.base_train import BaseTrainConfig, model_config, optimizer_parts, recipe
+
+log = logging.getLogger(__name__)
+EXIT_DOES_NOT_FIT = 3
+
+
+@dataclass(frozen=True, kw_only=True)
+class PlanConfig:
+    topology: str = flag("v6e:2x4", "CHIP:SHAPE, such as v6e:2x4, v5e-16, v5p:2x2x2 or h100:8")
+    mesh: str = flag("auto", "devices as DxM: D-way data and M-way tensor parallelism")
+    depth: int = flag(20, "number of layers; the dial", short="-d")
+    arch: str = flag("modern", "architecture and recipe", choices=["modern", "classic"])
+    max_seq_len: int = flag(2048, "tokens of a row")
+    vocab_size: int = flag(32768, "size of the vocabulary (classic: 65536 is upstream's)")
+    aspect_ratio: int = flag(64, "width per layer (modern)")
+    head_dim: int = flag(128, "width of a head (modern)")
+    window_pattern: str = flag("SSSL", "short and long attention windows, tiled over layers (modern)")
+    attention: str = flag("auto", "attention kernel", choices=ATTENTION)
+    fsdp: bool = flag(BaseTrainConfig.fsdp, "shard the parameters over the data axis too")
+    remat: str = flag(BaseTrainConfig.remat, "activations that the backward pass recomputes", choices=REMAT)
+    device_batch_size: int | Literal["auto"] = flag(8, "rows per device and micro-step; auto: the most that fit")
+    total_batch_size: int = flag(-1, "tokens per optimizer step; -1: the recipe's")
+    num_iterations: int = flag(-1, "optimizer steps; -1: the recipe's horizon")
+    target_param_data_ratio: float = flag(-1.0, "tokens per parameter; -1: the recipe's")
+    decode: bool = flag(False, "plan the engine's decoding instead of training")
+    slots: int = flag(8, "sequences that decode together (with --decode)")
+    compiler_options: str = flag("", "XLA options as NAME=VALUE, joined by commas; a real run takes them from LIBTPU_INIT_ARGS")
+    price: float = flag(0.0, "price of one device for an hour; 0: unknown")
+
+    def __post_init__(self) -> None:
+        if not all("=" in option for option in self.compiler_options.split(",") if option):
+            raise ValueError(f"--compiler-options {self.compiler_options!r} is not NAME=VALUE, joined by commas")
+        if self.slots < 1:
+            raise ValueError(f"--slots must be at least 1, got {self.slots}")
+
+    @property
+    def options(self) -> dict[str, str]:
+        return dict(option.split("=", 1) for option in self.compiler_options.split(",") if option)
+
+    def training(self) -> BaseTrainConfig:
+        """The same flags, as `scripts.base_train` takes them."""
+        shared = {each.name for each in dataclasses.fields(BaseTrainConfig)} & {each.name for each in dataclasses.fields(self)}
+        return BaseTrainConfig(**{name: getattr(self, name) for name in shared})
+
+
+def plan_training(config: PlanConfig, chip: str, mesh: jax.sharding.Mesh) -> tuple[Plan, BatchShape, dict[str, Any]]:
+    training = config.training()
+    model, reference = model_config(training, config.vocab_size)
+    run = recipe(training, model, reference)
+    rates, schedules = optimizer_parts(training, run)
+    optimizer = make_optimizer(model, rates, muon_dtype=jnp.bfloat16, mesh=mesh, **schedules)
+    state, shardings = state_shardings(model, optimizer, mesh, fsdp=config.fsdp)
+    # cuDNN cannot even be lowered where it is not.
+    attention = "xla" if chip == "h100" else config.attention
+    step = make_train_step(model, optimizer, dtype=jnp.dtype(jnp.bfloat16), mesh=mesh, shardings=shardings,
+                           remat=config.remat, attention=attention)
+
+    def attempt(rows: int) -> Plan:
+        log.info("compiling a step of %d rows per device for %d x %s", rows, mesh.size, chip)
+        shape = batch_shape(run.total_batch_size, rows, model.sequence_len, mesh)
+        return train_plan(model, step, state, shardings, shape, chip=chip, mesh=mesh, options=config.options)
+
+    rows = config.device_batch_size
+    if rows == "auto":
+        most = run.total_batch_size // model.sequence_len // data_size(mesh)
+        rows, plan = largest_batch(attempt, most)
+    else:
+        plan = attempt(rows)
+    shape = batch_shape(run.total_batch_size, rows, model.sequence_len, mesh)
+    return plan, shape, {"parameters": model.num_params, "num_iterations": run.num_iterations,
+                         "device_batch_size": shape.micro_rows // data_size(mesh), "accumulation": shape.accumulation}
+
+
+def plan_decoding(config: PlanConfig, chip: str, mesh: jax.sharding.Mesh) -> Plan:
+    """One token for each of `slots` sequences, over a cache of `max_seq_len`."""
+    model, _ = model_config(config.training(), config.vocab_size)
+    dtype = jnp.dtype(jnp.bfloat16)
+    program = Program(model, dtype, 1, (0,), 1, mesh)
+    abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), abstract_params(model))
+    placed = abstract_tree(abstract, param_shardings(model, mesh))
+
+    def layers(stack: jax.ShapeDtypeStruct) -> tuple[jax.ShapeDtypeStruct, ...]:
+        sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*stack.sharding.spec[1:]))
+        return (jax.ShapeDtypeStruct(stack.shape[1:], dtype, sharding=sharding),) * stack.shape[0]
+
+    params = placed | {"blocks": {name: layers(stack) for name, stack in placed["blocks"].items()}}
+    cache = jax.eval_shape(lambda: device.init_cache(model, config.slots, model.sequence_len, dtype))
+    cache = abstract_tree(cache, jax.tree.map(lambda leaf: cache_sharding(leaf.shape, mesh), cache))
+
+    def rows(kind: Any, *shape: int) -> jax.ShapeDtypeStruct:
+        return jax.ShapeDtypeStruct((config.slots, *shape), kind, sharding=replicated(mesh))
+
+    sampling = SamplingParams(temperature=rows(np.float32), top_k=rows(np.int32), top_p=rows(np.float32), seed=rows(np.uint32, 2))
+    dispatch = Dispatch(token=rows(np.int32), active=rows(bool), remaining=rows(np.int32), forced=rows(np.int32, 1),
+                        num_forced=rows(np.int32), sampling=sampling)
+    flops = 2.0 * config.slots * (model.num_scaling_params + 2 * model.n_head * model.head_dim * model.n_layer * model.sequence_len)
+    step = jax.jit(lambda p, c, d: device.decode(p, c, d, program=program), donate_argnums=1)
+    return compile_plan(step, (params, cache, dispatch), chip=chip, mesh=mesh, parameters=params, state=cache, flops=flops,
+                        model_flops=flops, tokens=config.slots, options=config.options)
+
+
+def table(plan: Plan, facts: dict[str, Any]) -> Table:
+    memory = plan.memory
+    shown = Table(show_header=False, box=None)
+    for name, value in facts.items():
+        shown.add_row(name.replace("_", " "), f"{value:,}" if isinstance(value, int) else str(value))
+    for name in ("parameters", "optimizer", "temporary", "total", "limit"):
+        label = "cache" if name == "optimizer" and facts["program"] == "decode" else name
+        shown.add_row(f"memory: {label}", f"{getattr(memory, name) / GIB:.2f} GiB" + (" (of a device)" if name == "limit" else ""))
+    shown.add_row("fits", "yes" if memory.fits else "NO")
+    shown.add_row("products", f"{plan.flops / 1e12:,.2f} TFLOP, {plan.times['products'] * 1e3:,.2f} ms at peak")
+    shown.add_row("memory traffic", f"{plan.cost.hbm_bytes / GIB:,.2f} GiB, {plan.times['memory'] * 1e3:,.2f} ms at peak")
+    for kind, sent in plan.cost.sent.most_common():
+        shown.add_row(f"  {kind}", f"{plan.cost.calls[kind]:,} calls, {sent / GIB:,.3f} GiB sent")
+    shown.add_row("links", f"{plan.times['links'] * 1e3:,.2f} ms at peak")
+    shown.add_row("largest array", plan.cost.largest[1])
+    shown.add_row("roofline", f"{plan.step_seconds * 1e3:,.2f} ms a step, MFU at most {100 * plan.mfu_bound:.1f}%, "
+                              f"{plan.tokens_per_second:,.0f} tokens/s")
+    shown.add_row("compiled in", f"{plan.compile_seconds:.0f} s")
+    return shown
+
+
+def main(config: PlanConfig) -> int | None:
+    chip, devices = topology_devices(config.topology)
+    mesh = make_mesh(config.mesh, devices)
+    facts: dict[str, Any] = {"program": "decode" if config.decode else "train", "topology": config.topology,
+                             "devices": mesh.size, "mesh": "x".join(map(str, mesh.shape.values())), "depth": config.depth,
+                             "arch": config.arch}
+    try:
+        if config.decode:
+            plan = plan_decoding(config, chip, mesh)
+            facts["slots"] = config.slots
+        else:
+            plan, _, run = plan_training(config, chip, mesh)
+            facts |= run
+            hours = plan.step_seconds * run["num_iterations"] / 3600
+            facts["at_least"] = format_seconds(hours * 3600)
+            if config.price:
+                facts["cost_at_least"] = f"{hours * mesh.size * config.price:,.2f}"
+    except DoesNotFit as error:
+        print(f"does not fit: {error}")
+        print(json.dumps(facts | {"memory": {"fits": False}}))
+        return EXIT_DOES_NOT_FIT
+    if chip == "h100":
+        facts["attention"] = "XLA's reference stands in for cuDNN: its memory and traffic are estimates from above"
+    Console().print(table(plan, facts))
+    print(json.dumps(facts | plan.as_json()))
+    return None if plan.memory.fits else EXIT_DOES_NOT_FIT
+
+
+if __name__ == "__main__":
+    cli.run(main, PlanConfig, prog="tpu.plan", description=__doc__.splitlines()[0])

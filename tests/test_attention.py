@@ -1,0 +1,96 @@
+"""The fused kernels compute what the reference attention does; on a CPU the TPU's runs step by step."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+
+from nanochat_jax.attention import causal_attention
+from nanochat_jax.cli import UsageError
+from nanochat_jax.kernels import choose_attention, cudnn_attention, splash_attention
+from nanochat_jax.sharding import make_mesh
+
+
+def draw(length, heads, kv_heads, width, batch=2, dtype=jnp.float32):
+    keys = jax.random.split(jax.random.key(0), 4)
+    shapes = [(batch, length, heads, width), *[(batch, length, kv_heads, width)] * 2, (batch, length, heads, width)]
+    return [jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes)]
+
+
+def compare(attend, q, k, v, cotangent, window, tolerance):
+    """Outputs and gradients of all three, against the reference in float32."""
+    wide = [each.astype(jnp.float32) for each in (q, k, v, cotangent)]
+    expected, backward = jax.vjp(lambda *qkv: causal_attention(*qkv, window=window), *wide[:3])
+    found, found_backward = jax.vjp(lambda *qkv: attend(*qkv, window=window), q, k, v)
+    for one, other in zip((expected, *backward(wide[3])), (found, *found_backward(cotangent))):
+        np.testing.assert_allclose(np.asarray(other, np.float32), one, rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("length, heads, kv_heads, width, window", [
+    (256, 2, 2, 128, None),
+    (512, 2, 2, 128, 128),
+    (384, 2, 2, 64, 200),  # neither blocks nor the window are powers of two
+    (256, 4, 2, 128, 128),  # grouped queries
+    (256, 2, 2, 128, 255),  # the window is the whole row
+    (256, 2, 2, 128, 1000),
+    (256, 2, 1, 64, 0),  # each token sees itself alone
+])
+def test_splash_equals_the_reference(length, heads, kv_heads, width, window):
+    mesh = make_mesh("1x1", jax.devices()[:1])
+    attend = lambda q, k, v, *, window: splash_attention(q, k, v, window=window, mesh=mesh, interpret=True)  # noqa: E731
+    compare(attend, *draw(length, heads, kv_heads, width), window, 2e-5)
+
+
+def test_splash_takes_the_place_of_the_reference_inside_jit_and_remat():
+    """The kernel's mask tables are made in one trace and used in others."""
+    mesh = make_mesh("1x1", jax.devices()[:1])
+    q, k, v, _ = draw(128, 2, 2, 128)
+
+    def total(attend, q):
+        return (jax.checkpoint(lambda q: attend(q, k, v, window=64))(q) ** 2).sum()
+
+    splash = lambda q, k, v, *, window: splash_attention(q, k, v, window=window, mesh=mesh, interpret=True)  # noqa: E731
+    for _ in range(2):
+        found = jax.jit(jax.grad(lambda q: total(splash, q)))(q)
+    np.testing.assert_allclose(found, jax.grad(lambda q: total(causal_attention, q))(q), rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("kind, length, message", [("splash", 256, "TPUs only"), ("cudnn", 256, "NVIDIA")])
+def test_a_kernel_asked_for_by_name_never_falls_back(kind, length, message):
+    mesh = make_mesh("1x1", jax.devices()[:1])
+    with pytest.raises(UsageError, match=message):
+        choose_attention(kind, mesh=mesh, dtype=jnp.bfloat16, length=length, head_dim=128)
+
+
+def test_the_choice_follows_device_dtype_and_shape():
+    class Device:
+        def __init__(self, platform, version=""):
+            self.platform, self.client = platform, type("Client", (), {"platform_version": version})
+
+    class FakeMesh:
+        def __init__(self, device):
+            self.devices = np.array([device])
+
+    def name(device, dtype=jnp.bfloat16, length=2048, head_dim=128):
+        found = choose_attention("auto", mesh=FakeMesh(device), dtype=dtype, length=length, head_dim=head_dim)
+        return getattr(found, "func", found).__name__
+
+    assert name(Device("tpu")) == "splash_attention"
+    assert name(Device("tpu"), length=1000) == "causal_attention"
+    assert name(Device("gpu", "cuda 12090")) == name(Device("cuda")) == "cudnn_attention"
+    assert name(Device("cuda"), dtype=jnp.float32) == "causal_attention"
+    assert name(Device("gpu", "rocm 70000")) == name(Device("cpu")) == "causal_attention"
+
+
+@pytest.mark.skipif(jax.default_backend() != "gpu", reason="cuDNN attention runs on NVIDIA GPUs only")
+@pytest.mark.parametrize("window", [None, 128, 512])
+def test_cudnn_equals_the_reference(window):
+    compare(cudnn_attention, *draw(1024, 4, 2, 128, dtype=jnp.bfloat16), window, 3e-2)
+
+
+@pytest.mark.skipif(jax.device_count() < 2, reason="needs several devices: XLA_FLAGS=--xla_force_host_platform_device_count=4")
+def test_splash_on_a_mesh_equals_the_reference():
+    mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
+    attend = lambda q, k, v, *, window: splash_attention(q, k, v, window=window, mesh=mesh, interpret=True)  # noqa: E731
+    compare(attend, *draw(256, 4, 2, 64), 128, 2e-5)
