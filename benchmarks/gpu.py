@@ -72,7 +72,6 @@ def tokens(batch: int, sequence: int, vocab: int) -> Any:
 def train_jax(options: argparse.Namespace) -> float:
     """Seconds of a step of `options.batch` rows."""
     import jax
-    import jax.numpy as jnp
 
     from nanochat_jax.config import GPTConfig
     from nanochat_jax.optim import CLASSIC_RATES, OptimizerConfig, constant, make_optimizer
@@ -111,30 +110,24 @@ def train_torch(options: argparse.Namespace) -> float:
 def decode_jax(options: argparse.Namespace) -> float:
     """Seconds of decoding one token for each of `options.batch` sequences, 32 tokens a dispatch, over a full-length cache."""
     import jax
-    import jax.numpy as jnp
-    import numpy as np
 
     from nanochat_jax.config import GPTConfig
     from nanochat_jax.gpt import init_params
     from nanochat_jax.infer import device
-    from nanochat_jax.infer.device import Dispatch, Program
-    from nanochat_jax.infer.sampling import SamplingParams
+    from nanochat_jax.infer.device import Program
     from nanochat_jax.step import resolve_dtype
 
     model = GPTConfig.modern(options.depth, sequence_len=options.sequence, vocab_size=options.vocab)
     dtype, steps, batch = resolve_dtype("auto"), 32, options.batch
     params = jax.jit(lambda key: jax.tree.map(lambda leaf: leaf.astype(dtype), init_params(model, key)))(jax.random.key(0))
-    params = device.split_layers(params)
-    program = Program(model, dtype, 1, (options.vocab,), options.vocab, None)  # ids that no token has: nothing ends
-    cache = device.new_cache(rows=batch, length=options.sequence, program=program)
-    sampling = SamplingParams(temperature=np.zeros(batch, np.float32), top_k=np.zeros(batch, np.int32),
-                              top_p=np.ones(batch, np.float32), seed=np.zeros((batch, 2), np.uint32))
-    dispatch = Dispatch(token=np.zeros(batch, np.int32), active=np.ones(batch, bool), remaining=np.full(batch, 10**6, np.int32),
-                        forced=np.zeros((batch, steps), np.int32), num_forced=np.zeros(batch, np.int32), sampling=sampling)
+    params = device.split_layers(params, config=model)
+    program = Program(model, dtype, shortest=1, pause=options.vocab, mesh=None)  # an id that no token has
+    slots = device.new_slots(rows=batch, length=options.sequence, program=program)
+    dispatch = device.greedy_dispatch(batch, length=0, steps=steps)
 
     def run() -> None:
-        nonlocal cache
-        cache, emitted = device.decode(params, cache._replace(length=jnp.zeros(batch, jnp.int32)), dispatch, program=program)
+        nonlocal slots
+        slots, emitted, _ = device.decode(params, slots, dispatch, program=program)
         jax.block_until_ready(emitted)
 
     return timed(run, max(1, options.steps // 4)) / steps

@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 
 from nanochat_jax.chat import render_for_completion
 from nanochat_jax.checkpoint import load_directory, load_model, saved_steps
-from nanochat_jax.cli import NotFound, UsageError
+from nanochat_jax.cli import NotFound
 from nanochat_jax.config import GPTConfig
 from nanochat_jax.gpt import Params, forward, unembed
 from nanochat_jax.infer.engine import Engine, buckets

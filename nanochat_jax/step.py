@@ -25,7 +25,14 @@ from nanochat_jax.config import GPTConfig
 from nanochat_jax.gpt import Params, abstract_params, forward, init_params
 from nanochat_jax.kernels import choose_attention
 from nanochat_jax.loss import chunk_length, cross_entropy
-from nanochat_jax.sharding import abstract_tree, data_size, global_batch, optimizer_shardings, param_shardings, replicated
+from nanochat_jax.sharding import (
+    abstract_tree,
+    data_size,
+    global_batch,
+    optimizer_shardings,
+    param_shardings,
+    replicated,
+)
 
 log = logging.getLogger(__name__)
 

@@ -20,7 +20,7 @@ os.environ.setdefault("JAX_PLATFORMS", "cpu")  # this process computes nothing; 
 
 import jax
 import jax.numpy as jnp
-import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from rich.console import Console
 from rich.table import Table
 
@@ -28,8 +28,7 @@ from nanochat_jax import cli
 from nanochat_jax.cli import flag
 from nanochat_jax.gpt import REMAT, abstract_params
 from nanochat_jax.infer import device
-from nanochat_jax.infer.device import Dispatch, Program, cache_sharding
-from nanochat_jax.infer.sampling import SamplingParams
+from nanochat_jax.infer.device import Program, cache_sharding
 from nanochat_jax.kernels import ATTENTION
 from nanochat_jax.metrics import format_seconds
 from nanochat_jax.optim import make_optimizer
@@ -113,27 +112,26 @@ def plan_decoding(config: PlanConfig, chip: str, mesh: jax.sharding.Mesh) -> Pla
     """One token for each of `slots` sequences, over a cache of `max_seq_len`."""
     model, _ = model_config(config.training(), config.vocab_size)
     dtype = jnp.dtype(jnp.bfloat16)
-    program = Program(model, dtype, 1, (0,), 1, mesh)
+    program = Program(model, dtype, shortest=1, pause=-1, mesh=mesh)
     abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), abstract_params(model))
     placed = abstract_tree(abstract, param_shardings(model, mesh))
 
     def layers(stack: jax.ShapeDtypeStruct) -> tuple[jax.ShapeDtypeStruct, ...]:
-        sharding = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(*stack.sharding.spec[1:]))
+        sharding = NamedSharding(mesh, PartitionSpec(*stack.sharding.spec[1:]))
         return (jax.ShapeDtypeStruct(stack.shape[1:], dtype, sharding=sharding),) * stack.shape[0]
 
-    params = placed | {"blocks": {name: layers(stack) for name, stack in placed["blocks"].items()}}
-    cache = jax.eval_shape(lambda: device.init_cache(model, config.slots, model.sequence_len, dtype))
-    cache = abstract_tree(cache, jax.tree.map(lambda leaf: cache_sharding(leaf.shape, mesh), cache))
-
-    def rows(kind: Any, *shape: int) -> jax.ShapeDtypeStruct:
-        return jax.ShapeDtypeStruct((config.slots, *shape), kind, sharding=replicated(mesh))
-
-    sampling = SamplingParams(temperature=rows(np.float32), top_k=rows(np.int32), top_p=rows(np.float32), seed=rows(np.uint32, 2))
-    dispatch = Dispatch(token=rows(np.int32), active=rows(bool), remaining=rows(np.int32), forced=rows(np.int32, 1),
-                        num_forced=rows(np.int32), sampling=sampling)
+    head = placed.pop("lm_head")
+    rows = NamedSharding(mesh, PartitionSpec(*reversed((*head.sharding.spec, None, None)[:2])))
+    params = placed | {"blocks": {name: layers(stack) for name, stack in placed["blocks"].items()},
+                       "lm_head_rows": jax.ShapeDtypeStruct((model.vocab_size, model.n_embd), dtype, sharding=rows)}
+    shape = (config.slots, model.n_kv_head, model.sequence_len, model.head_dim)
+    layer = jax.ShapeDtypeStruct(shape, dtype, sharding=cache_sharding(*shape[:2], mesh))
+    slots = device.Slots((layer,) * model.n_layer, (layer,) * model.n_layer)
+    dispatch = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated(mesh)),
+                            device.greedy_dispatch(config.slots, length=0, steps=1))
     flops = 2.0 * config.slots * (model.num_scaling_params + 2 * model.n_head * model.head_dim * model.n_layer * model.sequence_len)
-    step = jax.jit(lambda p, c, d: device.decode(p, c, d, program=program), donate_argnums=1)
-    return compile_plan(step, (params, cache, dispatch), chip=chip, mesh=mesh, parameters=params, state=cache, flops=flops,
+    step = jax.jit(lambda p, s, d: device.decode(p, s, d, program=program), donate_argnums=1)
+    return compile_plan(step, (params, slots, dispatch), chip=chip, mesh=mesh, parameters=params, state=slots, flops=flops,
                         model_flops=flops, tokens=config.slots, options=config.options)
 
 

@@ -15,7 +15,15 @@ from nanochat_jax.paths import Paths
 from nanochat_jax.tasks import chitchat
 from nanochat_jax.tasks.chitchat import ChitChat
 from nanochat_jax.tasks.identity import ABOUT, OPENERS, Identity
-from nanochat_jax.tasks.skills import Arithmetic, LetterCount, Spelling, WordArithmetic, final_number, load_words, split_of
+from nanochat_jax.tasks.skills import (
+    Arithmetic,
+    LetterCount,
+    Spelling,
+    WordArithmetic,
+    final_number,
+    load_words,
+    split_of,
+)
 
 STEMS = ("gover", "straw", "open", "settle", "win", "under", "commit", "peace", "labor", "nation")
 ENDINGS = ("ment", "berry", "ing", "ters", "dow", "stand", "tee", "ful", "able", "al", "ion", "ist", "ness", "ship")

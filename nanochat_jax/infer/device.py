@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
@@ -59,6 +60,17 @@ class Dispatch(NamedTuple):
     logprobs: Array  # [B] bool, whether to compute them
     sampling: SamplingParams
     steps: Array  # [] int32, at most K
+
+
+def greedy_dispatch(rows: int, *, length: int, steps: int) -> Dispatch:
+    """`steps` most likely tokens for each of `rows` sequences of `length` tokens, which nothing ends: for measurements."""
+    def full(value: Any, dtype: Any, *shape: int) -> np.ndarray:
+        return np.full((rows, *shape), value, dtype)
+
+    sampling = SamplingParams(full(0, np.float32), full(0, np.int32), full(1, np.float32), full(0, np.uint32, 2))
+    return Dispatch(full(length, np.int32), full(0, np.int32), full(0, np.int32), full(True, bool), full(steps, np.int32),
+                    full(0, np.int32, steps), full(0, np.int32), full(-1, np.int32, 1), full(False, bool), sampling,
+                    np.int32(steps))
 
 
 def split_layers(params: Params, *, config: GPTConfig) -> Params:
