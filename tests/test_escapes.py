@@ -176,7 +176,7 @@ def test_no_way_out(name, tmp_path, other, server):
     victim = home / "victim"
     victim.write_text("keep")
     before = victim.stat()
-    own = standing()
+    own, on_interrupt = standing(), signal.getsignal(signal.SIGINT)
     temporary = set(os.listdir(execution.tempfile.gettempdir()))
     root = str(Path(execution.__file__).parents[1])
     code = ATTEMPTS[name].format(victim=str(victim), home=str(home), pid=os.getpid(), other=other.pid,
@@ -200,7 +200,7 @@ def test_no_way_out(name, tmp_path, other, server):
         server.accept()
     assert not [path for path in set(os.listdir(execution.tempfile.gettempdir())) - temporary if "nanochat" in path]
     assert not processes_of(str(execution.CHILD)), "a process is left"
-    assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    assert signal.getsignal(signal.SIGINT) is on_interrupt
 
 
 def test_it_still_runs_after_all_that():
