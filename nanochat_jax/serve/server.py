@@ -38,7 +38,8 @@ WEB = Path(__file__).parent / "web"
 PAGE_FILES = {
     "/": ("index.html", "text/html"),
     "/chat.js": ("chat.js", "text/javascript"),
-    "/markdown.js": ("markdown.js", "text/javascript"),
+    **{f"/{name}.js": (f"{name}.js", "text/javascript")
+       for name in ("api", "dom", "highlight", "markdown", "settings", "store")},
     "/chat.css": ("chat.css", "text/css"),
     "/logo.svg": ("logo.svg", "image/svg+xml"),
 }
