@@ -82,7 +82,7 @@ class Served:
 
     def __init__(self, scheduler, **options):
         self.scheduler, self.port = scheduler, 0
-        self.options = {"max_len": 4096, "num_slots": 2, "defaults": Sampling()} | options
+        self.options = {"max_len": 2**17, "num_slots": 2, "defaults": Sampling()} | options
         self.loop = asyncio.new_event_loop()
         threading.Thread(target=self.loop.run_forever, daemon=True).start()
         self.start()
@@ -116,7 +116,7 @@ class Served:
 @pytest.fixture(scope="module")
 def browser():
     with playwright_api.sync_playwright() as playwright:
-        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=["--no-sandbox"])
+        browser = playwright.chromium.launch(executable_path=CHROMIUM)
         yield browser
         browser.close()
 
@@ -148,9 +148,8 @@ def open_page(browser, served):
     def watch(page):
         page.on("pageerror", lambda error: problems.append(f"error: {error}"))
         page.on("dialog", answer)
-        page.on("console", lambda message: problems.append(message.text) if "Content Security" in message.text else None)
-        page.on("request", lambda request: None if request.url.startswith(served.url) or "blob:" in request.url
-                else problems.append(f"request: {request.url}"))
+        page.on("console", lambda message: "Content Security" in message.text and problems.append(message.text))
+        page.on("request", lambda request: request.url.startswith(served.url) or problems.append(request.url))
 
     context.on("page", watch)
 
@@ -212,6 +211,24 @@ def test_shift_enter_starts_a_new_line(page, script):
     expect(page.locator(".user")).to_have_text("one\ntwo", use_inner_text=True)
 
 
+def test_a_message_that_is_too_long_is_told_before_it_is_sent(page, script):
+    send(page, "x" * 8001)
+    expect(page.locator("#too-long")).to_have_text("8001 characters: a message has at most 8000.")
+    expect(page.locator("#input")).to_have_value("x" * 8001)
+    expect(page.locator("#send")).to_be_disabled()
+    send(page, "🙂" * 8000)
+    expect(replies(page)).to_have_text("Yes.")
+    assert len(script.requests) == 1
+
+
+def test_a_conversation_over_the_servers_limit_goes_on_without_its_beginning(page, script):
+    for count in range(5):
+        send(page, f"{count}" * 7500)
+        expect(replies(page)).to_have_count(count + 1)
+        expect(replies(page).last).to_have_text("Yes.")
+    expect(page.get_by_text("The first 2 messages no longer fit")).to_be_visible()
+
+
 @pytest.mark.parametrize("how", ["button", "Escape"])
 def test_stop_ends_the_generation_and_keeps_what_came(page, script, how):
     script.replies.append(["Once upon", HOLD, " a time"])
@@ -271,7 +288,7 @@ def test_a_reload_keeps_the_conversation_and_the_model_is_sent_it(page, script):
     expect(replies(page)).to_contain_text("It is 4.")
     page.reload()
     expect(page.locator(".user")).to_have_text("What is 2+2?")
-    expect(page.locator(".tool")).to_have_text("2+2=4")
+    expect(page.locator(".tool")).to_have_text("2+2 = 4")
     send(page, "Sure?")
     expect(replies(page).last).to_have_text("Yes.")
     assert "<|python_start|>2+2<|python_end|><|output_start|>4<|output_end|>It is 4." in script.prompts[-1]
@@ -389,6 +406,21 @@ def test_slash_commands_set_what_is_sent(page, script):
     expect(page.locator("#welcome")).to_be_visible()
 
 
+def test_commands_are_offered_and_completed(page, script):
+    page.locator("#input").fill("/")
+    expect(page.locator("#commands button")).to_have_count(5)
+    page.locator("#input").press_sequentially("te")
+    expect(page.locator("#commands button")).to_have_count(1)
+    page.locator("#input").press("Tab")
+    expect(page.locator("#input")).to_have_value("/temperature ")
+    page.keyboard.type("0.5\n")
+    expect(page.locator(".note")).to_have_text("temperature is now 0.5.")
+    page.locator("#input").fill("/h")
+    page.locator("#commands button").click()
+    expect(page.locator(".note").last).to_contain_text("/topk [0 to 200]")
+    assert script.requests == []
+
+
 def test_settings_are_sent_and_survive_a_reload(page, script):
     page.get_by_role("button", name="Settings").click()
     expect(page.locator("#model-info")).to_contain_text("2048")
@@ -469,7 +501,8 @@ def test_markdown_becomes_elements(page, script):
 def test_code_is_coloured_and_copied_as_it_was_written(page, script):
     code = 'def f(x):\n    # <b>no</b>\n    return "s" + str(12)'
     reply = show(page, script, f"Look:\n```python\n{code}\n```\nDone.")
-    for kind, text in {"keyword": "def", "comment": "# <b>no</b>", "string": '"s"', "number": "12", "call": "f"}.items():
+    colours = {"keyword": "def", "comment": "# <b>no</b>", "string": '"s"', "number": "12", "call": "f"}
+    for kind, text in colours.items():
         expect(reply.locator(f".hl-{kind}").first).to_have_text(text)
     assert reply.locator("pre").inner_text() == code
     reply.get_by_role("button", name="Copy").click()
@@ -479,8 +512,8 @@ def test_code_is_coloured_and_copied_as_it_was_written(page, script):
 
 def test_tool_calls_show_expression_and_result(page, script):
     reply = show(page, script, [ToolCall("345+678", "1023"), "It is 1023, not ", ToolCall("1/0", None), "."])
-    expect(reply.locator(".tool")).to_have_text(["345+678=1023", "1/0=no result"])
-    expect(reply).to_have_text("345+678=1023It is 1023, not 1/0=no result.")
+    expect(reply.locator(".tool")).to_have_text(["345+678 = 1023", "1/0 = no result"])
+    expect(reply).to_have_text("345+678 = 1023It is 1023, not 1/0 = no result.")
 
 
 HOSTILE = [
@@ -489,7 +522,8 @@ HOSTILE = [
     "<a href='javascript:alert(1)'>x</a>", "[x](javascript:alert(1))", "[x](JaVaScRiPt:alert(1))",
     "[x](&#106;avascript:alert(1))", "[x](java\tscript:alert(1))", "[x](data:text/html,<script>alert(1)</script>)",
     "[x](vbscript:msgbox)", "[x](//evil.example)", "[x](https://bank.example@evil.example)", "<javascript:alert(1)>",
-    "![x](http://evil.example/pixel.png)", "![x](javascript:alert(1))", "[![x](http://evil.example/p)](javascript:alert(1))",
+    "![x](http://evil.example/pixel.png)", "![x](javascript:alert(1))",
+    "[![x](http://evil.example/p)](javascript:alert(1))",
     "[x](https://ok.example\" onmouseover=\"alert(1))", "```\"><script>alert(1)</script>\nx\n```",
     "```constructor\nx\n```", "| <img src=x onerror=alert(1)> |\n|--|\n| <script>alert(1)</script> |",
     "`<img src=x onerror=alert(1)>`", "\ue000\ue001\uf8ff", ">" * 3000, "- " * 1500, "[" * 3000, "*" * 3000 + "a",
@@ -544,8 +578,9 @@ def test_the_page_follows_the_reader_only_at_the_bottom(page, script):
     expect(page.locator("#to-bottom")).to_be_hidden()
 
 
-SHOWN = ("Sorting a list takes **one call**:\n\n```python\ndef smallest(values, count=3):\n    # the list is not changed\n"
-         '    return sorted(values)[:count]\n\nprint(smallest([5, 2, 9], 2), "done")\n```\n\n'
+SHOWN = ("Sorting a list takes **one call**:\n\n```python\ndef smallest(values, count=3):\n"
+         '    # the list is not changed\n    return sorted(values)[:count]\n\n'
+         'print(smallest([5, 2, 9], 2), "done")\n```\n\n'
          "| Method | Cost |\n|:--|--:|\n| `sorted` | n log n |\n| `min` | n |\n\n"
          "1. It makes a *new* list.\n2. The old one stays.\n")
 

@@ -1,5 +1,6 @@
 // The server, as the page sees it.
 
+export const MAX_MESSAGE_CHARS = 8000; // of one message
 const MAX_CHARS = 32000; // of a request's messages together, and their number, as the server has it
 const MAX_MESSAGES = 500;
 

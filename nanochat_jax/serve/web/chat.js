@@ -2,7 +2,7 @@
 //   {role: "user", text} | {role: "note", text}
 //   | {role: "assistant", parts, state: "streaming" | "done" | "stopped" | "failed", error, dropped, speed}
 
-import { complete, health } from "./api.js";
+import { MAX_MESSAGE_CHARS, complete, health } from "./api.js";
 import { $, button, copyButton, element, icon } from "./dom.js";
 import { render } from "./markdown.js";
 import { choose, command as setByCommand, sampling, setUp, settings, showModel } from "./settings.js";
@@ -11,14 +11,17 @@ import * as store from "./store.js";
 const SUGGESTIONS = [
   "Why is the sky blue?", "What is 345 + 678?", "How many r are in strawberry?", "Write a short poem.",
 ];
-const HELP = `/temperature [0 to 2]   show or set how freely it draws its words
-/topk [0 to 200]        show or set among how many tokens it draws, 0 is all
-/length [1 to 4096]     show or set the most tokens of a reply
-/clear                  new conversation, as Ctrl+Shift+O
-/help                   this list
-
-Enter sends, Shift+Enter starts a new line, Escape stops a reply or an edit,
-Up in the empty box edits your last message, / goes to the box.`;
+const COMMANDS = [
+  ["/temperature", "0 to 2", "show or set how freely it draws its words"],
+  ["/topk", "0 to 200", "show or set among how many tokens it draws, 0 is all"],
+  ["/length", "1 to 4096", "show or set the most tokens of a reply"],
+  ["/clear", "", "new conversation, as Ctrl+Shift+O"],
+  ["/help", "", "all commands and keys"],
+];
+const KEYS = `
+Enter sends, Shift+Enter starts a new line, Tab completes a command,
+Escape stops a reply or an edit, Up in the empty box edits your last message,
+/ goes to the box.`;
 
 const [scroll, log, welcome, input] = ["scroll", "log", "welcome", "input"].map($);
 const narrow = matchMedia("(max-width: 860px)");
@@ -90,10 +93,35 @@ function drawComposer() {
   const streaming = requests.has(chat.id);
   $("send").hidden = streaming;
   $("stop").hidden = !streaming;
-  $("send").disabled = !input.value.trim();
+  const length = [...input.value.trim()].length; // in characters, as the server counts
+  $("send").disabled = length === 0 || length > MAX_MESSAGE_CHARS;
+  $("too-long").hidden = length <= MAX_MESSAGE_CHARS;
+  $("too-long").textContent = `${length} characters: a message has at most ${MAX_MESSAGE_CHARS}.`;
   $("editing").hidden = editing === null;
+  drawCommands();
   input.style.height = "auto";
   input.style.height = `${input.scrollHeight}px`;
+}
+
+const fittingCommands = () =>
+  (/^\/[a-z]*$/i.test(input.value) ? COMMANDS.filter(([name]) => name.startsWith(input.value.toLowerCase())) : []);
+
+function drawCommands() {
+  const rows = fittingCommands().map((command) => {
+    const row = button(command[0], () => takeCommand(command));
+    row.append(element("small", command[2]));
+    return element("li", row);
+  });
+  $("commands").replaceChildren(...rows);
+  $("commands").hidden = !rows.length;
+}
+
+// Into the box if it wants a value, else done.
+function takeCommand([name, range]) {
+  input.value = range ? `${name} ` : name;
+  input.focus();
+  if (range) drawComposer();
+  else submit();
 }
 
 function drawSidebar() {
@@ -200,7 +228,8 @@ function takeChanges() {
 
 function submit() {
   const text = input.value.trim();
-  if (!text || requests.has(chat.id)) return;
+  drawComposer();
+  if ($("send").disabled || requests.has(chat.id)) return;
   input.value = "";
   if (command(text)) return;
   if (editing !== null) chat.turns.length = editing;
@@ -220,9 +249,14 @@ function command(text) {
   if (!match) return false;
   const [word, value] = [match[1].toLowerCase(), match[2]];
   if (word === "clear") startAgain();
-  else if (word === "help") note(HELP);
+  else if (word === "help") note(help());
   else note(setByCommand(word, value) ?? `There is no command /${word}; /help lists them.`);
   return true;
+}
+
+function help() {
+  const lines = COMMANDS.map(([name, range, what]) => `${name} ${range && `[${range}]`}`.padEnd(25) + what);
+  return [...lines, KEYS].join("\n");
 }
 
 function edit(index) {
@@ -335,6 +369,9 @@ input.addEventListener("keydown", (event) => {
     event.preventDefault();
     submit();
     drawComposer();
+  } else if (event.key === "Tab" && !event.shiftKey && fittingCommands().length && input.value.length > 1) {
+    event.preventDefault();
+    takeCommand(fittingCommands()[0]);
   } else if (event.key === "ArrowUp" && !input.value && editing === null) {
     const index = chat.turns.findLastIndex((turn) => turn.role === "user");
     if (index < 0) return;

@@ -5,8 +5,9 @@ import { element } from "./dom.js";
 const words = (text) => new Set(text.split(" "));
 const C_LIKE = words("auto bool break case catch char class const continue default delete do double else enum export "
   + "extends false final float fn for func function if impl import in int interface let long loop match mut namespace "
-  + "new null nullptr package private protected public pub return self short static string struct super switch template "
-  + "this throw true try type typedef typeof undefined unsigned use using var virtual void while async await of yield");
+  + "new null nullptr package private protected public pub return self short static string struct super switch "
+  + "template this throw true try type typedef typeof undefined unsigned use using var virtual "
+  + "void while async await of yield");
 const PYTHON = words("and as assert async await break class continue def del elif else except False finally for from "
   + "global if import in is lambda match case None nonlocal not or pass raise return self True try while with yield");
 const SHELL = words("if then else elif fi for while do done case esac in function return export local source echo cd");

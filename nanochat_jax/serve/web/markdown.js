@@ -166,7 +166,7 @@ function withTools(text, context, make = (piece) => [piece]) {
 
 function toolChip({ expression, output }) {
   const result = output === null ? element("span.failed", "no result") : element("b", output);
-  const chip = element("span.tool", icon("calculator"), element("span", expression), element("span.equals", "="), result);
+  const chip = element("span.tool", icon("calculator"), element("span", expression, " = ", result));
   chip.title = "The model used the calculator";
   return chip;
 }

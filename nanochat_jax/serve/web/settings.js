@@ -23,7 +23,8 @@ export function command(word, value) {
   if (!Object.hasOwn(NUMBERS, word)) return null;
   const { name, range } = NUMBERS[word];
   if (value !== undefined && !set(word, value)) return `${word} must be ${range}, not ${value}.`;
-  return `${word} is ${value === undefined ? "" : "now "}${settings[name] ?? defaults[name] ?? "the server's default"}.`;
+  const current = settings[name] ?? defaults[name] ?? "the server's default";
+  return `${word} is ${value === undefined ? "" : "now "}${current}.`;
 }
 
 function set(word, text) {
@@ -54,7 +55,7 @@ function fill() {
   for (const [word, { name }] of Object.entries(NUMBERS)) {
     field(word).value = settings[name] ?? defaults[name] ?? "";
     field(word).setCustomValidity("");
-    $(`now-${word}`).textContent = settings[name] === undefined ? "the server's default" : "";
+    $(`now-${word}`).textContent = settings[name] === undefined ? "The server's default." : "Your choice.";
   }
   $("set-theme").value = settings.theme ?? "auto";
   $("set-key").value = settings.key ?? "";

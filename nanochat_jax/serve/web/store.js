@@ -51,7 +51,7 @@ function isChat({ title, turns }) {
 
 function isTurn(turn) {
   if (turn?.role === "user") return typeof turn.text === "string";
-  const isPart = (part) => (part?.type === "text" ? typeof part.text === "string" : typeof part?.expression === "string");
+  const isPart = (part) => typeof (part?.type === "text" ? part.text : part?.expression) === "string";
   return turn?.role === "assistant" && Array.isArray(turn.parts) && turn.parts.every(isPart);
 }
 
