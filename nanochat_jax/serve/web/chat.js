@@ -1,28 +1,15 @@
-// The page: everything on screen is drawn from a list of conversations, each a list of turns.
-//   {role: "user", text} | {role: "note", text}
-//   | {role: "assistant", parts, state: "streaming" | "done" | "stopped" | "failed", error, dropped, speed}
+// The page: everything on screen is drawn from a list of conversations, each a list of turns (turns.js).
 
 import { MAX_MESSAGE_CHARS, complete, health } from "./api.js";
-import { $, button, copyButton, element, icon } from "./dom.js";
-import { render } from "./markdown.js";
+import { fittingCommands, help } from "./commands.js";
+import { $, button, element, icon } from "./dom.js";
 import { choose, command as setByCommand, sampling, setUp, settings, showModel } from "./settings.js";
 import * as store from "./store.js";
+import { drawTurn, plainText } from "./turns.js";
 
 const SUGGESTIONS = [
   "Why is the sky blue?", "What is 345 + 678?", "How many r are in strawberry?", "Write a short poem.",
 ];
-const COMMANDS = [
-  ["/temperature", "0 to 2", "show or set how freely it draws its words"],
-  ["/topk", "0 to 200", "show or set among how many tokens it draws, 0 is all"],
-  ["/length", "1 to 4096", "show or set the most tokens of a reply"],
-  ["/clear", "", "new conversation, as Ctrl+Shift+O"],
-  ["/help", "", "all commands and keys"],
-];
-const KEYS = `
-Enter sends, Shift+Enter starts a new line, Tab completes a command,
-Escape stops a reply or an edit, Up in the empty box edits your last message,
-/ goes to the box.`;
-
 const [scroll, log, welcome, input] = ["scroll", "log", "welcome", "input"].map($);
 const narrow = matchMedia("(max-width: 860px)");
 
@@ -35,58 +22,19 @@ let editing = null; // index of the user turn in the composer
 
 function draw() {
   welcome.hidden = chat.turns.length > 0;
-  log.replaceChildren(...chat.turns.map(drawTurn));
+  log.replaceChildren(...chat.turns.map((_, index) => turnNode(index)));
   drawComposer();
   drawSidebar();
 }
 
-function drawTurn(turn, index) {
-  const node = element("div.message");
-  node.classList.toggle("later", editing !== null && index > editing);
-  if (turn.role === "user") {
-    const bubble = element("div.user", turn.text);
-    bubble.classList.toggle("edited", index === editing);
-    const row = element("div.controls.right", button("Edit", () => edit(index), "edit"), copyButton(() => turn.text));
-    node.append(element("h3.hidden", "You said"), bubble, row);
-  } else if (turn.role === "assistant") {
-    node.append(element("h3.hidden", "nanochat said"), ...drawReply(turn, index));
-  } else {
-    node.append(element("div.note", turn.text));
-  }
-  return node;
-}
-
-function drawReply(turn, index) {
-  const reply = element("div.reply", render(turn.parts));
-  const nodes = [reply];
-  if (turn.dropped) {
-    nodes.unshift(element("p.ended", `The first ${turn.dropped} messages no longer fit in the model's memory.`));
-  }
-  if (turn.state === "streaming") {
-    reply.append(turn.parts.length ? element("span.caret") : dots());
-    return nodes;
-  }
-  const isLast = !chat.turns.slice(index + 1).some((other) => other.role === "assistant");
-  if (turn.state === "failed") {
-    const again = isLast ? [" ", button("Try again", () => regenerate(index))] : [];
-    nodes.push(element("div.error", turn.error, ...again));
-    nodes.at(-1).setAttribute("role", "alert");
-    return nodes;
-  }
-  if (turn.state === "stopped") nodes.push(element("p.ended", "Stopped."));
-  else if (!turn.parts.length) nodes.push(element("p.ended", "The model had nothing to say."));
-  const row = element("div.controls", copyButton(() => plainText(turn.parts)));
-  if (isLast) row.prepend(button("Regenerate", () => regenerate(index), "again"));
-  if (turn.speed) row.append(element("span.speed", `${turn.speed.toFixed(turn.speed < 10 ? 1 : 0)} tokens/s`));
-  nodes.push(row);
-  return nodes;
-}
-
-function dots() {
-  const node = element("span.dots", element("i"), element("i"), element("i"));
-  node.setAttribute("role", "img");
-  node.setAttribute("aria-label", "writing");
-  return node;
+function turnNode(index) {
+  const isLast = !chat.turns.slice(index + 1).some((turn) => turn.role === "assistant");
+  return drawTurn(chat.turns[index], {
+    edited: index === editing,
+    later: editing !== null && index > editing,
+    edit: () => edit(index),
+    regenerate: isLast ? () => regenerate(index) : null,
+  });
 }
 
 function drawComposer() {
@@ -103,11 +51,8 @@ function drawComposer() {
   input.style.height = `${input.scrollHeight}px`;
 }
 
-const fittingCommands = () =>
-  (/^\/[a-z]*$/i.test(input.value) ? COMMANDS.filter(([name]) => name.startsWith(input.value.toLowerCase())) : []);
-
 function drawCommands() {
-  const rows = fittingCommands().map((command) => {
+  const rows = fittingCommands(input.value).map((command) => {
     const row = button(command[0], () => takeCommand(command));
     row.append(element("small", command[2]));
     return element("li", row);
@@ -155,11 +100,6 @@ function keepBottom(change) {
 
 function toBottom() {
   scroll.scrollTop = scroll.scrollHeight;
-}
-
-function plainText(parts) {
-  const plain = (part) => (part.type === "text" ? part.text : `${part.expression} = ${part.output ?? "?"} `);
-  return parts.map(plain).join("");
 }
 
 // ---- conversations
@@ -254,11 +194,6 @@ function command(text) {
   return true;
 }
 
-function help() {
-  const lines = COMMANDS.map(([name, range, what]) => `${name} ${range && `[${range}]`}`.padEnd(25) + what);
-  return [...lines, KEYS].join("\n");
-}
-
 function edit(index) {
   if (requests.has(chat.id)) return;
   editing = index;
@@ -332,7 +267,7 @@ function take(own, turn, event) {
   frame ??= requestAnimationFrame(() => { // one drawing per frame, however many tokens
     frame = null;
     const index = chat.turns.indexOf(turn);
-    if (index >= 0) keepBottom(() => log.children[index].replaceWith(drawTurn(turn, index)));
+    if (index >= 0) keepBottom(() => log.children[index].replaceWith(turnNode(index)));
   });
 }
 
@@ -369,9 +304,9 @@ input.addEventListener("keydown", (event) => {
     event.preventDefault();
     submit();
     drawComposer();
-  } else if (event.key === "Tab" && !event.shiftKey && fittingCommands().length && input.value.length > 1) {
+  } else if (event.key === "Tab" && !event.shiftKey && fittingCommands(input.value).length && input.value.length > 1) {
     event.preventDefault();
-    takeCommand(fittingCommands()[0]);
+    takeCommand(fittingCommands(input.value)[0]);
   } else if (event.key === "ArrowUp" && !input.value && editing === null) {
     const index = chat.turns.findLastIndex((turn) => turn.role === "user");
     if (index < 0) return;

@@ -1,5 +1,5 @@
 // What the browser keeps (localStorage): the settings, and each conversation under a key of its own.
-//   {id, title, updated, turns}; see chat.js for turns. Notes are not kept.
+//   {id, title, updated, turns}; see turns.js for turns. Notes are not kept.
 
 const CHAT = "nanochat.chat.";
 const SETTINGS = "nanochat.settings";
