@@ -466,14 +466,16 @@ def test_a_busy_server_is_told_in_words_and_asked_again(page, script):
 
 
 def test_a_server_that_is_gone_is_told_until_it_is_back(page, served):
+    show(page, served.scheduler, "line\n\n" * 40)
     served.stop()
     send(page, "Hello")
     expect(page.locator(".error")).to_contain_text("The server cannot be reached.")
     expect(page.locator("#gone")).to_be_visible()
+    expect(page.get_by_role("button", name="Try again")).to_be_in_viewport()
     served.start()
     expect(page.locator("#gone")).to_be_hidden()
     page.get_by_role("button", name="Try again").click()
-    expect(replies(page)).to_have_text("Yes.")
+    expect(replies(page).last).to_have_text("Yes.")
 
 
 def test_a_reply_that_breaks_off_keeps_what_came(page, script):
@@ -481,6 +483,12 @@ def test_a_reply_that_breaks_off_keeps_what_came(page, script):
     send(page, "Hello")
     expect(page.locator(".error")).to_contain_text("The generation failed")
     expect(replies(page)).to_have_text("Half a")
+
+
+def test_an_empty_reply_is_told(page, script):
+    show(page, script, [])
+    expect(page.get_by_text("The model had nothing to say.")).to_be_visible()
+    expect(page.get_by_role("button", name="Regenerate")).to_be_visible()
 
 
 def test_markdown_becomes_elements(page, script):

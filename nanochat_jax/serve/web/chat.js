@@ -329,7 +329,12 @@ document.addEventListener("keydown", (event) => {
     else if (narrow.matches) showSidebar(false);
   }
 });
-scroll.addEventListener("scroll", () => { $("to-bottom").hidden = isAtBottom(); });
+let following = true; // the reader is at the bottom, and stays there when a banner or the keyboard takes room
+scroll.addEventListener("scroll", () => {
+  following = isAtBottom();
+  $("to-bottom").hidden = following;
+});
+new ResizeObserver(() => following && toBottom()).observe(scroll);
 $("to-bottom").addEventListener("click", toBottom);
 $("new").addEventListener("click", startAgain);
 $("stop").addEventListener("click", () => requests.get(chat.id)?.abort());

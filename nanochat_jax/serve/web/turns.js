@@ -40,7 +40,7 @@ function drawReply(turn, regenerate) {
   }
   if (turn.state === "stopped") nodes.push(element("p.ended", "Stopped."));
   else if (!turn.parts.length) nodes.push(element("p.ended", "The model had nothing to say."));
-  const row = element("div.controls", copyButton(() => plainText(turn.parts)));
+  const row = element("div.controls", ...(turn.parts.length ? [copyButton(() => plainText(turn.parts))] : []));
   if (regenerate) row.prepend(button("Regenerate", regenerate, "again"));
   if (turn.speed) row.append(element("span.speed", `${turn.speed.toFixed(turn.speed < 10 ? 1 : 0)} tokens/s`));
   nodes.push(row);
