@@ -445,7 +445,10 @@ def test_settings_are_sent_and_survive_a_reload(page, script):
                                                       ("tokens", "seed")}, temperature=0.8, top_k=50, max_tokens=512)
 
 
-def test_an_api_key_is_sent_as_a_bearer_token(page):
+def test_an_api_key_is_asked_for_and_sent_as_a_bearer_token(page):
+    page.route("**/chat/completions", lambda route: route.fulfill(status=401, json={"detail": "no key"}), times=1)
+    send(page, "Hello")
+    expect(page.locator(".error")).to_contain_text("This server asks for an API key: enter it in the settings.")
     page.get_by_role("button", name="Settings").click()
     page.locator("#set-key").fill("secret")
     page.locator("#set-key").blur()
