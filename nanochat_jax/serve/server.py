@@ -1,6 +1,6 @@
 """The chat server: one page and one streaming endpoint over a scheduler.
 
-    GET  /                    the page, and what it loads: /chat.js, /markdown.js, /chat.css, /logo.svg
+    GET  /                    the page, and what it loads: /chat.js and other modules, /chat.css, /logo.svg
     POST /chat/completions    a reply as server-sent events; chat_request.py says what may be asked
     GET  /health, /stats      whether it is up, and how many of its slots are busy
 
@@ -38,7 +38,8 @@ WEB = Path(__file__).parent / "web"
 PAGE_FILES = {
     "/": ("index.html", "text/html"),
     "/chat.js": ("chat.js", "text/javascript"),
-    "/markdown.js": ("markdown.js", "text/javascript"),
+    **{f"/{name}.js": (f"{name}.js", "text/javascript")
+       for name in ("api", "commands", "dom", "highlight", "markdown", "settings", "store", "turns")},
     "/chat.css": ("chat.css", "text/css"),
     "/logo.svg": ("logo.svg", "image/svg+xml"),
 }

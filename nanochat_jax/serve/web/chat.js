@@ -1,136 +1,99 @@
-// The page's state is one list of turns; everything on screen is drawn from it.
-//   {role: "user", text} | {role: "note", text}
-//   | {role: "assistant", parts, state: "streaming" | "done" | "stopped" | "failed", error, dropped}
+// The page: everything on screen is drawn from a list of conversations, each a list of turns (turns.js).
 
-import { element, icon, render } from "./markdown.js";
+import { MAX_MESSAGE_CHARS, complete, health } from "./api.js";
+import { fittingCommands, help } from "./commands.js";
+import { $, button, element, icon } from "./dom.js";
+import { choose, command as setByCommand, sampling, setUp, settings, showModel } from "./settings.js";
+import * as store from "./store.js";
+import { drawTurn, plainText } from "./turns.js";
 
 const SUGGESTIONS = [
   "Why is the sky blue?", "What is 345 + 678?", "How many r are in strawberry?", "Write a short poem.",
 ];
-const HELP = `/temperature [0 to 2]   show or set how freely it draws its words
-/topk [0 to 200]        show or set among how many tokens it draws, 0 is all
-/clear                  new conversation, as Ctrl+Shift+N
-/help                   this list`;
-const SETTINGS = {
-  temperature: { name: "temperature", valid: (value) => value >= 0 && value <= 2, range: "from 0 to 2" },
-  topk: {
-    name: "top_k",
-    valid: (value) => Number.isInteger(value) && value >= 0 && value <= 200,
-    range: "a whole number from 0 to 200",
-  },
-};
-const ICONS = {
-  edit: "M4 20h4L19 9l-4-4L4 16zM13 7l4 4",
-  again: "M20 11a8 8 0 1 0-2.3 6.3M20 4v7h-7",
-  copy: "M9 9h11v11H9zM5 15H4V4h11v1",
-};
-
-const $ = (id) => document.getElementById(id);
 const [scroll, log, welcome, input] = ["scroll", "log", "welcome", "input"].map($);
+const narrow = matchMedia("(max-width: 860px)");
 
-let turns = [];
-let settings = {}; // what the user set by command; all else is the server's default
-let defaults = {};
+let chats = store.loadConversations();
+let chat = store.newConversation(); // the one on screen; among `chats` once it has a message
+const requests = new Map(); // conversation id to the AbortController of the reply being streamed
 let editing = null; // index of the user turn in the composer
-let request = null; // AbortController of the reply being streamed
 
 // ---- drawing
 
 function draw() {
-  welcome.hidden = turns.length > 0;
-  log.replaceChildren(...turns.map(drawTurn));
+  welcome.hidden = chat.turns.length > 0;
+  log.replaceChildren(...chat.turns.map((_, index) => turnNode(index)));
   drawComposer();
+  drawSidebar();
 }
 
-function drawTurn(turn, index) {
-  const node = element("div");
-  node.className = "message" + (editing !== null && index > editing ? " later" : "");
-  if (turn.role === "user") {
-    const bubble = element("div", turn.text);
-    bubble.className = "user" + (index === editing ? " edited" : "");
-    bubble.addEventListener("click", () => getSelection().isCollapsed && edit(index));
-    node.append(element("h3", "You said"), bubble, controls("right", ["edit", "Edit", () => edit(index)]));
-    node.firstChild.className = "hidden";
-  } else if (turn.role === "assistant") {
-    node.append(element("h3", "nanochat said"), ...drawReply(turn, index));
-    node.firstChild.className = "hidden";
-  } else {
-    node.append(element("div", turn.text));
-    node.firstChild.className = "note";
-  }
-  return node;
-}
-
-function drawReply(turn, index) {
-  const reply = element("div", render(turn.parts));
-  reply.className = "reply";
-  const nodes = [reply];
-  if (turn.dropped) {
-    nodes.unshift(element("p", `The first ${turn.dropped} messages no longer fit in the model's memory.`));
-    nodes[0].className = "ended";
-  }
-  if (turn.state === "streaming") {
-    if (!turn.parts.length) reply.append(dots());
-    return nodes;
-  }
-  if (turn.state === "failed") {
-    const again = element("button", "Try again");
-    again.type = "button";
-    again.addEventListener("click", () => regenerate(index));
-    nodes.push(element("div", turn.error, " ", again));
-    nodes.at(-1).className = "error";
-    nodes.at(-1).setAttribute("role", "alert");
-    return nodes;
-  }
-  if (turn.state === "stopped" || !turn.parts.length) {
-    nodes.push(element("p", turn.state === "stopped" ? "Stopped." : "The model had nothing to say."));
-    nodes.at(-1).className = "ended";
-  }
-  const buttons = [["again", "Regenerate", () => regenerate(index)]];
-  if (navigator.clipboard) buttons.push(["copy", "Copy", (event) => copy(turn, event.target)]); // not on plain http
-  nodes.push(controls("", ...buttons));
-  return nodes;
-}
-
-function controls(side, ...buttons) {
-  const row = element("div");
-  row.className = `controls ${side}`;
-  for (const [name, label, act] of buttons) {
-    const button = element("button", icon(ICONS[name]), element("span", label));
-    button.type = "button";
-    button.addEventListener("click", act);
-    row.append(button);
-  }
-  return row;
-}
-
-async function copy(turn, target) {
-  await navigator.clipboard.writeText(plainText(turn.parts));
-  const label = target.closest("button").querySelector("span");
-  label.textContent = "Copied";
-  setTimeout(() => { label.textContent = "Copy"; }, 1200);
-}
-
-function dots() {
-  const node = element("span", element("i"), element("i"), element("i"));
-  node.className = "dots";
-  node.setAttribute("role", "img");
-  node.setAttribute("aria-label", "writing");
-  return node;
+function turnNode(index) {
+  const isLast = !chat.turns.slice(index + 1).some((turn) => turn.role === "assistant");
+  return drawTurn(chat.turns[index], {
+    edited: index === editing,
+    later: editing !== null && index > editing,
+    edit: () => edit(index),
+    regenerate: isLast ? () => regenerate(index) : null,
+  });
 }
 
 function drawComposer() {
-  $("send").hidden = request !== null;
-  $("stop").hidden = request === null;
-  $("send").disabled = !input.value.trim();
+  const streaming = requests.has(chat.id);
+  $("send").hidden = streaming;
+  $("stop").hidden = !streaming;
+  const length = [...input.value.trim()].length; // in characters, as the server counts
+  $("send").disabled = length === 0 || length > MAX_MESSAGE_CHARS;
+  $("too-long").hidden = length <= MAX_MESSAGE_CHARS;
+  $("too-long").textContent = `${length} characters: a message has at most ${MAX_MESSAGE_CHARS}.`;
   $("editing").hidden = editing === null;
+  drawCommands();
   input.style.height = "auto";
   input.style.height = `${input.scrollHeight}px`;
 }
 
+function drawCommands() {
+  const rows = fittingCommands(input.value).map((command) => {
+    const row = button(command[0], () => takeCommand(command));
+    row.append(element("small", command[2]));
+    return element("li", row);
+  });
+  $("commands").replaceChildren(...rows);
+  $("commands").hidden = !rows.length;
+}
+
+// Into the box if it wants a value, else done.
+function takeCommand([name, range]) {
+  input.value = range ? `${name} ` : name;
+  input.focus();
+  if (range) drawComposer();
+  else submit();
+}
+
+function drawSidebar() {
+  const rows = chats.map((each) => {
+    const open = button(each.title, () => show(each));
+    open.title = each.title;
+    if (each.id === chat.id) open.setAttribute("aria-current", "true");
+    const remove = element("button.round", icon("remove"));
+    remove.type = "button";
+    remove.ariaLabel = remove.title = "Delete this conversation";
+    remove.addEventListener("click", () => forget(each));
+    return element("li", open, remove);
+  });
+  $("conversations").replaceChildren(...rows.length ? rows : [element("li.none", "None yet.")]);
+  document.title = chat.title ? `${chat.title} · NanoChat` : "NanoChat";
+}
+
+function showSidebar(open) {
+  document.body.dataset.sidebar = open ? "open" : "closed";
+  $("toggle-sidebar").ariaExpanded = String(open);
+}
+
+const isAtBottom = () => scroll.scrollHeight - scroll.scrollTop - scroll.clientHeight < 60;
+
 // Draw a change and stay at the bottom if the reader was there.
 function keepBottom(change) {
-  const stay = scroll.scrollHeight - scroll.scrollTop - scroll.clientHeight < 60;
+  const stay = isAtBottom();
   change();
   if (stay) toBottom();
 }
@@ -139,26 +102,84 @@ function toBottom() {
   scroll.scrollTop = scroll.scrollHeight;
 }
 
-function plainText(parts) {
-  const plain = (part) => (part.type === "text" ? part.text : `${part.expression} = ${part.output ?? "?"} `);
-  return parts.map(plain).join("");
+// ---- conversations
+
+function keep(which) {
+  which.updated = Date.now();
+  const kept = store.save(which);
+  if (which.turns.some((turn) => turn.role === "user")) {
+    chats = [which, ...chats.filter((each) => each.id !== which.id)];
+    if (which === chat) history.replaceState(null, "", `#${chat.id}`); // a reload comes back to it
+  }
+  const full = "This browser keeps no more: delete old conversations, or this one is gone when the page closes.";
+  if (!kept && !which.turns.some((turn) => turn.text === full)) which.turns.push({ role: "note", text: full });
 }
 
-// ---- the conversation
+function show(which) {
+  chat = which;
+  history.replaceState(null, "", chat.turns.length ? `#${chat.id}` : location.pathname);
+  editing = null;
+  input.value = "";
+  if (narrow.matches) showSidebar(false);
+  draw();
+  toBottom();
+  input.focus();
+}
+
+function forget(which) {
+  requests.get(which.id)?.abort();
+  store.remove(which);
+  chats = chats.filter((each) => each !== which);
+  if (which === chat) show(store.newConversation());
+  else drawSidebar();
+  offerUndo(which);
+}
+
+let undoTimer = null;
+
+function offerUndo(which) {
+  const undo = button("Undo", () => {
+    $("toast").hidden = true;
+    store.save(which);
+    chats = [...chats, which].sort((one, other) => other.updated - one.updated);
+    show(which);
+  });
+  $("toast").replaceChildren(element("span", "Conversation deleted."), undo);
+  $("toast").hidden = false;
+  clearTimeout(undoTimer);
+  undoTimer = setTimeout(() => { $("toast").hidden = true; }, 8000);
+}
+
+function startAgain() {
+  show(store.newConversation());
+}
+
+// Another tab wrote: take its conversations, but for those that are streamed here.
+function takeChanges() {
+  const here = chats.filter((each) => requests.has(each.id));
+  chats = [...here, ...store.loadConversations().filter((each) => !requests.has(each.id))];
+  const now = chats.find((each) => each.id === chat.id);
+  if (now === undefined && chat.turns.length) return drawSidebar(); // deleted there; what is on screen stays
+  if (now !== undefined && editing === null) chat = now;
+  keepBottom(draw);
+}
+
+// ---- turns
 
 function submit() {
   const text = input.value.trim();
-  if (!text || request) return;
+  drawComposer();
+  if ($("send").disabled || requests.has(chat.id)) return;
   input.value = "";
   if (command(text)) return;
-  if (editing !== null) turns.length = editing;
+  if (editing !== null) chat.turns.length = editing;
   editing = null;
-  turns.push({ role: "user", text });
+  chat.turns.push({ role: "user", text });
   reply();
 }
 
 function note(text) {
-  turns.push({ role: "note", text });
+  chat.turns.push({ role: "note", text });
   draw();
   toBottom();
 }
@@ -166,39 +187,17 @@ function note(text) {
 function command(text) {
   const match = text.match(/^\/([a-z]+)(?:\s+(\S+))?$/i);
   if (!match) return false;
-  const [name, value] = [match[1].toLowerCase(), match[2]];
-  if (name === "clear") {
-    clear();
-  } else if (name === "help") {
-    note(HELP);
-  } else if (name in SETTINGS) {
-    const setting = SETTINGS[name];
-    if (value !== undefined && !setting.valid(Number(value))) {
-      note(`${name} must be ${setting.range}, not ${value}.`);
-    } else {
-      if (value !== undefined) settings[setting.name] = Number(value);
-      const now = settings[setting.name] ?? defaults[setting.name] ?? "the server's default";
-      note(`${name} is ${value === undefined ? "" : "now "}${now}.`);
-    }
-  } else {
-    note(`There is no command /${name}; /help lists them.`);
-  }
+  const [word, value] = [match[1].toLowerCase(), match[2]];
+  if (word === "clear") startAgain();
+  else if (word === "help") note(help());
+  else note(setByCommand(word, value) ?? `There is no command /${word}; /help lists them.`);
   return true;
 }
 
-function clear() {
-  request?.abort();
-  turns = [];
-  editing = null;
-  input.value = "";
-  draw();
-  input.focus();
-}
-
 function edit(index) {
-  if (request) return;
+  if (requests.has(chat.id)) return;
   editing = index;
-  input.value = turns[index].text;
+  input.value = chat.turns[index].text;
   draw();
   input.focus();
 }
@@ -211,86 +210,86 @@ function cancelEdit() {
 }
 
 function regenerate(index) {
-  if (request) return;
-  turns.length = index;
+  if (requests.has(chat.id)) return;
+  chat.turns.length = index;
   editing = null;
   reply();
 }
 
-// What the server is sent: questions with their answers, tool calls as parts. A question without an answer is left out.
-function messages() {
-  const chat = turns.filter((turn) => turn.role !== "note");
-  return chat.flatMap((turn, index) => {
-    const answered = index === chat.length - 1 || chat[index + 1].parts?.length;
-    if (turn.role === "user") return answered ? [{ role: "user", content: turn.text }] : [];
-    if (!turn.parts.length) return [];
-    const content = turn.parts.flatMap((part) => {
-      if (part.type === "text") return [part];
-      const called = [{ type: "python", text: part.expression }];
-      return part.output === null ? called : [...called, { type: "python_output", text: part.output }];
-    });
-    return [{ role: "assistant", content }];
-  });
-}
-
 async function reply() {
-  const body = JSON.stringify({ messages: messages(), ...settings });
+  const own = chat; // the user may go to another conversation meanwhile
+  const asked = own.turns.slice();
   const turn = { role: "assistant", parts: [], state: "streaming" };
   const controller = new AbortController();
-  turns.push(turn);
-  request = controller;
+  own.turns.push(turn);
+  requests.set(own.id, controller);
+  keep(own);
   draw();
   toBottom();
   $("status").textContent = "nanochat is writing";
+  let [pieces, first, last, kept] = [0, 0, 0, performance.now()];
   try {
-    const headers = { "Content-Type": "application/json" };
-    const response = await fetch("/chat/completions", { method: "POST", headers, body, signal: controller.signal });
-    if (!response.ok) {
-      const answer = await response.json().catch(() => ({}));
-      throw new Error(answer.detail ?? `The server answered ${response.status} ${response.statusText}.`);
+    for await (const event of complete(asked, sampling(), controller.signal)) {
+      if ("dropped" in event) {
+        turn.dropped = event.dropped;
+        continue;
+      }
+      last = performance.now();
+      if (!pieces++) first = last;
+      take(own, turn, event);
+      if (last - kept > 1000) { // a page that is closed loses a second at most
+        kept = last;
+        store.save(own);
+      }
     }
-    turn.dropped = Number(response.headers.get("X-Dropped-Messages") ?? 0);
-    let finished = false;
-    for await (const event of events(response.body)) {
-      if (event.error) throw new Error(event.error);
-      if (event.done) finished = true;
-      else take(turn, event);
-    }
-    if (!finished) throw new Error("The connection was lost before the reply ended.");
     turn.state = "done";
   } catch (error) {
     turn.state = controller.signal.aborted ? "stopped" : "failed";
-    turn.error = error instanceof TypeError ? "The server cannot be reached." : error.message;
+    turn.error = error.message;
+    if (error.status === 0) watchServer();
   }
-  if (request === controller) request = null;
-  if (!turns.includes(turn)) return drawComposer(); // cleared meanwhile
+  if (pieces > 4) turn.speed = (1000 * (pieces - 1)) / Math.max(last - first, 1);
+  requests.delete(own.id);
+  if (chats.includes(own)) keep(own); // else deleted meanwhile
+  if (own !== chat) return drawSidebar();
   keepBottom(draw);
   $("status").textContent = turn.state === "failed" ? "" : `nanochat said: ${plainText(turn.parts)}`;
 }
 
-// Objects of a stream of server-sent events.
-async function* events(stream) {
-  const reader = stream.pipeThrough(new TextDecoderStream()).getReader();
-  let rest = "";
-  for (let chunk = await reader.read(); !chunk.done; chunk = await reader.read()) {
-    const blocks = (rest + chunk.value).split("\n\n");
-    rest = blocks.pop();
-    for (const block of blocks) if (block.startsWith("data: ")) yield JSON.parse(block.slice(6));
-  }
-}
-
 let frame = null;
 
-function take(turn, event) {
+function take(own, turn, event) {
   const last = turn.parts.at(-1);
   if (event.tool) turn.parts.push({ type: "tool", ...event.tool });
   else if (last?.type === "text") last.text += event.token;
   else turn.parts.push({ type: "text", text: event.token });
+  if (own !== chat) return;
   frame ??= requestAnimationFrame(() => { // one drawing per frame, however many tokens
     frame = null;
-    const index = turns.indexOf(turn);
-    if (index >= 0) keepBottom(() => log.children[index].replaceWith(drawTurn(turn, index)));
+    const index = chat.turns.indexOf(turn);
+    if (index >= 0) keepBottom(() => log.children[index].replaceWith(turnNode(index)));
   });
+}
+
+// ---- the server
+
+let watching = false;
+
+// Ask the server how it is until it answers; the page says so while it does not.
+async function watchServer() {
+  if (watching) return;
+  watching = true;
+  for (;;) {
+    try {
+      showModel(await health());
+      break;
+    } catch {
+      $("gone").hidden = false;
+      await new Promise((resolve) => { setTimeout(resolve, 2000); });
+    }
+  }
+  watching = false;
+  $("gone").hidden = true;
 }
 
 // ---- events of the page
@@ -305,33 +304,60 @@ input.addEventListener("keydown", (event) => {
     event.preventDefault();
     submit();
     drawComposer();
+  } else if (event.key === "Tab" && !event.shiftKey && fittingCommands(input.value).length && input.value.length > 1) {
+    event.preventDefault();
+    takeCommand(fittingCommands(input.value)[0]);
+  } else if (event.key === "ArrowUp" && !input.value && editing === null) {
+    const index = chat.turns.findLastIndex((turn) => turn.role === "user");
+    if (index < 0) return;
+    event.preventDefault();
+    edit(index);
   }
 });
 document.addEventListener("keydown", (event) => {
-  if (event.ctrlKey && event.shiftKey && event.key.toLowerCase() === "n") {
+  if ($("settings").open) return;
+  const typing = /^(INPUT|TEXTAREA|SELECT)$/.test(document.activeElement?.tagName);
+  if (event.ctrlKey && event.shiftKey && ["n", "o"].includes(event.key.toLowerCase())) {
     event.preventDefault();
-    clear();
+    startAgain();
+  } else if (event.key === "/" && !typing) {
+    event.preventDefault();
+    input.focus();
   } else if (event.key === "Escape") {
-    if (request) request.abort();
+    if (requests.has(chat.id)) requests.get(chat.id).abort();
     else if (editing !== null) cancelEdit();
+    else if (narrow.matches) showSidebar(false);
   }
 });
-$("new").addEventListener("click", clear);
-$("stop").addEventListener("click", () => request?.abort());
+let following = true; // the reader is at the bottom, and stays there when a banner or the keyboard takes room
+scroll.addEventListener("scroll", () => {
+  following = isAtBottom();
+  $("to-bottom").hidden = following;
+});
+new ResizeObserver(() => following && toBottom()).observe(scroll);
+$("to-bottom").addEventListener("click", toBottom);
+$("new").addEventListener("click", startAgain);
+$("stop").addEventListener("click", () => requests.get(chat.id)?.abort());
 $("cancel-edit").addEventListener("click", cancelEdit);
+$("shade").addEventListener("click", () => showSidebar(false));
+$("toggle-sidebar").addEventListener("click", () => {
+  const open = document.body.dataset.sidebar !== "open";
+  showSidebar(open);
+  if (!narrow.matches) choose("sidebar", open);
+});
+narrow.addEventListener("change", () => showSidebar(!narrow.matches && settings.sidebar !== false));
 for (const text of SUGGESTIONS) {
-  const button = element("button", text);
-  button.type = "button";
-  button.addEventListener("click", () => {
+  $("suggestions").append(button(text, () => {
     input.value = text;
     submit();
-  });
-  $("suggestions").append(button);
+  }));
 }
 
-draw();
-input.focus();
-fetch("/health").then((response) => response.json()).then((health) => {
-  defaults = health.defaults;
-  $("model").textContent = health.model.name;
-}).catch(() => note("The server cannot be reached. Is it still running?"));
+setUp(() => {
+  for (const each of chats) forget(each);
+  $("toast").hidden = true; // this was asked twice already
+});
+showSidebar(!narrow.matches && settings.sidebar !== false);
+store.onChange(takeChanges);
+show(chats.find((each) => `#${each.id}` === location.hash) ?? chat);
+watchServer();

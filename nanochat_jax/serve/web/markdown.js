@@ -1,106 +1,172 @@
-// The little markdown that a chat model writes, as DOM nodes. Text only ever becomes text nodes, never HTML.
+// The Markdown that a chat model writes, as DOM nodes. What it wrote only ever becomes text nodes, never HTML; a link
+// goes to http, https or mailto alone and shows its host; an image is a link, so that nothing is loaded unasked.
 
-const TOOL = "\uE000"; // stands for a tool call in the text; taken out of what the model wrote
+import { copyButton, element, icon } from "./dom.js";
+import { highlight } from "./highlight.js";
+
+// A tool call stands in the text as one private-use character, its number; those are taken out of what the model wrote.
+const TOOLS = 0xe000;
+const TOOL = /[\uE000-\uF8FF]/;
+const MAX_DEPTH = 8; // of quotes in quotes and lists in lists
+
+const FENCE = /^ *(`{3,}|~{3,})\s*([\w+#.-]*)[^`\uE000-\uF8FF]*$/;
+const HEADING = /^ {0,3}(#{1,6})\s+(.*?)(?:\s+#+)?\s*$/;
+const RULE = /^ {0,3}([-*_])(?:\s*\1){2,}\s*$/;
+const QUOTE = /^ {0,3}> ?/;
+const ITEM = /^(\s*)(?:[-*+]|(\d{1,9})[.)])\s+(?=\S)/;
+const TABLE = /^\s*\|?\s*:?-+:?\s*(?:\|\s*:?-+:?\s*)*\|?\s*$/;
 
 // parts: [{type: "text", text} | {type: "tool", expression, output}]
 export function render(parts) {
-  const tools = parts.filter((part) => part.type === "tool").map(toolChip);
-  const text = parts.map((part) => (part.type === "tool" ? TOOL : part.text.replaceAll(TOOL, ""))).join("");
+  const tools = parts.filter((part) => part.type === "tool").slice(0, 6400);
+  let count = 0;
+  const text = parts.map((part) => {
+    if (part.type === "tool") return count < tools.length ? String.fromCharCode(TOOLS + count++) : "";
+    return part.text.replace(/[\uE000-\uF8FF]/g, "");
+  }).join("");
   const out = document.createDocumentFragment();
-  const lines = text.split("\n");
+  out.append(...blocks(text.replaceAll("\t", "    ").split(/\r?\n/), { tools, depth: 0 }));
+  return out;
+}
+
+function blocks(lines, context) {
+  const out = [];
+  const startsTable = (at) => lines[at]?.includes("|") && lines[at + 1]?.includes("|") && TABLE.test(lines[at + 1]);
+  const startsBlock = (at) =>
+    [FENCE, HEADING, RULE, QUOTE, ITEM].some((kind) => kind.test(lines[at])) || startsTable(at);
   let at = 0;
   while (at < lines.length) {
-    const fence = lines[at].match(/^\s*(```|~~~)/);
-    if (fence) {
-      const code = [];
-      for (at++; at < lines.length && !lines[at].trim().startsWith(fence[1]); at++) code.push(lines[at]);
+    const from = at;
+    const line = lines[at];
+    const [fence, heading] = [line.match(FENCE), line.match(HEADING)];
+    if (!line.trim()) {
       at++;
-      out.append(element("pre", element("code", ...withTools(code.join("\n"), tools))));
-    } else if (!lines[at].trim()) {
+    } else if (fence) {
+      const ends = new RegExp(`^ *${fence[1][0]}{${fence[1].length},}\\s*$`);
+      for (at++; at < lines.length && !ends.test(lines[at]);) at++;
+      out.push(codeBlock(lines.slice(from + 1, at++).join("\n"), fence[2].toLowerCase(), context));
+    } else if (heading) {
+      out.push(element(`h${Math.min(6, heading[1].length + 2)}`, ...inline(heading[2], context)));
       at++;
-    } else if (/^#{1,6} /.test(lines[at])) {
-      out.append(element("h3", ...inline(lines[at++].replace(/^#+ /, ""), tools)));
-    } else if (isItem(lines[at])) {
-      at = list(lines, at, tools, out);
+    } else if (RULE.test(line)) {
+      out.push(element("hr"));
+      at++;
+    } else if (QUOTE.test(line) && context.depth < MAX_DEPTH) {
+      while (at < lines.length && QUOTE.test(lines[at])) at++;
+      const inner = lines.slice(from, at).map((each) => each.replace(QUOTE, ""));
+      out.push(element("blockquote", ...blocks(inner, { ...context, depth: context.depth + 1 })));
+    } else if (ITEM.test(line) && context.depth < MAX_DEPTH) {
+      at = list(lines, at, context, out);
+    } else if (startsTable(at)) {
+      for (at += 2; at < lines.length && lines[at].includes("|");) at++;
+      out.push(table(lines.slice(from, at), context));
     } else {
-      const paragraph = [];
-      do paragraph.push(lines[at++]);
-      while (at < lines.length && lines[at].trim() && !isItem(lines[at]) && !/^(\s*(```|~~~)|#{1,6} )/.test(lines[at]));
-      const nodes = paragraph.flatMap((line, index) => [...(index ? [element("br")] : []), ...inline(line, tools)]);
-      out.append(element("p", ...nodes));
+      do at++; while (at < lines.length && lines[at].trim() && !startsBlock(at));
+      const paragraph = lines.slice(from, at);
+      out.push(element("p", ...paragraph.flatMap((each, index) =>
+        [...(index ? [element("br")] : []), ...inline(each.trim(), context)])));
     }
   }
   return out;
 }
 
-function isItem(line) {
-  return /^\s*([-*+]|\d{1,9}[.)]) +\S/.test(line);
-}
-
-// A list, one level deep below each item; returns the line after it.
-function list(lines, at, tools, out) {
-  const indentation = (line) => line.match(/^\s*/)[0].length;
-  const base = indentation(lines[at]);
-  const number = lines[at].match(/^\s*(\d+)[.)]/);
+// A list and what is indented below its items; returns the line after it.
+function list(lines, at, context, out) {
+  const [, indentation, number] = lines[at].match(ITEM);
   const items = element(number ? "ol" : "ul");
-  if (number) items.start = Number(number[1]);
+  if (number) items.start = Number(number);
+  const belongs = (line) => line !== undefined && line.match(/^ */)[0].length > indentation.length;
   while (at < lines.length) {
-    if (!lines[at].trim() && isItem(lines[at + 1] ?? "") && Boolean(number) === /^\s*\d/.test(lines[at + 1])) {
-      at++; // one empty line between items
-    } else if (!isItem(lines[at])) {
-      break;
-    } else if (indentation(lines[at]) > base && items.lastChild) {
-      at = list(lines, at, tools, items.lastChild);
-    } else if (indentation(lines[at]) < base || Boolean(number) !== /^\s*\d/.test(lines[at])) {
-      break;
-    } else {
-      items.append(element("li", ...inline(lines[at++].replace(/^\s*([-*+]|\d+[.)]) +/, ""), tools)));
+    const item = lines[at].match(ITEM);
+    if (!item || item[1].length !== indentation.length || Boolean(item[2]) !== Boolean(number)) break;
+    if (RULE.test(lines[at])) break;
+    const below = [];
+    const first = lines[at++].slice(item[0].length);
+    while (belongs(lines[at]) || (at < lines.length && !lines[at].trim() && belongs(lines[at + 1]))) {
+      below.push(lines[at++]);
     }
+    const texts = below.filter((line) => line.trim());
+    const shift = Math.min(...texts.map((line) => line.match(/^ */)[0].length));
+    const children = blocks(below.map((line) => line.slice(shift)), { ...context, depth: context.depth + 1 });
+    items.append(element("li", ...inline(first, context), ...children));
+    if (lines[at] === "" && ITEM.test(lines[at + 1] ?? "")) at++; // one empty line between items
   }
-  out.append(items);
+  out.push(items);
   return at;
 }
 
-// `code`, **bold**, *italic* (not 2*3*4)
-const SPANS = /`([^`]+)`|\*\*(\S(?:[^*]*\S)?)\*\*|(?<![*\w])\*([^*\s](?:[^*]*[^*\s])?)\*(?![*\w])/g;
+function table([head, dashes, ...rows], context) {
+  const cells = (row) => row.trim().replace(/^\||\|$/g, "").split("|").map((cell) => cell.trim());
+  const sides = cells(dashes).map((cell) => (cell.endsWith(":") ? (cell.startsWith(":") ? ".center" : ".right") : ""));
+  const line = (row, kind) => {
+    const given = cells(row);
+    return element("tr", ...sides.map((side, at) => element(kind + side, ...inline(given[at] ?? "", context))));
+  };
+  const body = element("tbody", ...rows.map((row) => line(row, "td")));
+  return element("div.table", element("table", element("thead", line(head, "th")), body));
+}
 
-function inline(text, tools) {
+function codeBlock(code, language, context) {
+  const pieces = withTools(code, context, (text) => highlight(text, language));
+  const head = element("div.code-head", element("span", language || "code"), copyButton(() => code));
+  return element("div.code", head, element("pre", element("code", ...pieces)));
+}
+
+// `code`, [text](link), ![text](image), <link>, link, **bold**, ~~struck~~, *italic* (not 2*3*4), _italic_
+const SPANS = new RegExp([
+  /(?<ticks>`+)(?<code>[^`]+)\k<ticks>(?!`)/,
+  /!?\[(?<label>[^[\]]*)\]\(\s*<?(?<target>[^\s()<>]+(?:\([^\s()<>]*\)[^\s()<>]*)*)>?(?:\s+"[^"]*")?\s*\)/,
+  /(?<bare>\bhttps?:\/\/[^\s<>"'`)\]*]+[^\s<>"'`)\]*.,:;!?])/,
+  /\*\*(?=\S)(?<bold>(?:(?!\*\*).)*\S)\*\*/,
+  /~~(?=\S)(?<struck>[^~]*\S)~~/,
+  /(?<![*\w])\*(?=[^*\s])(?<italic>[^*]*[^*\s])\*(?![*\w])/,
+  /(?<![_\w])_(?=[^_\s])(?<under>[^_]*[^_\s])_(?![_\w])/,
+  /\\(?<escaped>[\\`*_{}[\]()#+.!|~>-])/,
+].map((part) => part.source).join("|"), "g");
+
+function inline(text, context) {
   const nodes = [];
   let from = 0;
   for (const match of text.matchAll(SPANS)) {
-    nodes.push(...withTools(text.slice(from, match.index), tools));
-    if (match[1]) nodes.push(element("code", ...withTools(match[1], tools)));
-    else nodes.push(element(match[2] ? "strong" : "em", ...inline(match[2] ?? match[3], tools)));
+    const { code, label, target, bare, bold, struck, italic, under, escaped } = match.groups;
+    let made;
+    if (code) made = element("code", ...withTools(code.trim(), context));
+    else if (bare) made = link(bare, bare, context);
+    else if (target) made = link(target, label, context);
+    else if (escaped) made = escaped;
+    else if (bold) made = element("strong", ...inline(bold, context));
+    else if (struck) made = element("s", ...inline(struck, context));
+    else made = element("em", ...inline(italic ?? under, context));
+    if (made === null) continue; // a link to somewhere it must not go stays as it was written
+    nodes.push(...withTools(text.slice(from, match.index), context), made);
     from = match.index + match[0].length;
   }
-  nodes.push(...withTools(text.slice(from), tools));
-  return nodes;
+  return [...nodes, ...withTools(text.slice(from), context)];
 }
 
-function withTools(text, tools) {
-  return text.split(TOOL).flatMap((piece, index) => [...(index ? [tools.shift()] : []), ...(piece ? [piece] : [])]);
+function link(target, label, context) {
+  if (TOOL.test(target) || !/^(https?:\/\/|mailto:)/i.test(target) || !URL.canParse(target)) return null;
+  const url = new URL(target);
+  if (url.username && url.protocol !== "mailto:") return null; // https://bank.example@evil.example
+  const node = element("a", ...withTools(label || target, context));
+  node.href = url.href;
+  node.title = url.href;
+  node.target = "_blank";
+  node.rel = "noopener noreferrer nofollow";
+  if (label && label !== target && url.host) node.append(element("span.host", ` (${url.host})`));
+  return node;
+}
+
+function withTools(text, context, make = (piece) => [piece]) {
+  return text.split(/([\uE000-\uF8FF])/).flatMap((piece) => {
+    if (!piece) return [];
+    return TOOL.test(piece) ? [toolChip(context.tools[piece.charCodeAt(0) - TOOLS])] : make(piece);
+  });
 }
 
 function toolChip({ expression, output }) {
-  const chip = element("span", icon("M5 3h14v18H5zM8 7h8M8 12h.01M12 12h.01M16 12h.01M8 16h.01M12 16h.01M16 16h.01"));
-  chip.className = "tool";
-  chip.title = "Calculator";
-  chip.append(output === null ? `${expression} = ?` : `${expression} = ${output}`);
+  const result = output === null ? element("span.failed", "no result") : element("b", output);
+  const chip = element("span.tool", icon("calculator"), element("span", expression, " = ", result));
+  chip.title = "The model used the calculator";
   return chip;
-}
-
-export function icon(path) {
-  const svg = document.createElementNS("http://www.w3.org/2000/svg", "svg");
-  svg.setAttribute("viewBox", "0 0 24 24");
-  svg.setAttribute("aria-hidden", "true");
-  const line = document.createElementNS("http://www.w3.org/2000/svg", "path");
-  line.setAttribute("d", path);
-  svg.append(line);
-  return svg;
-}
-
-export function element(name, ...children) {
-  const node = document.createElement(name);
-  node.append(...children);
-  return node;
 }
