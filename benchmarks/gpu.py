@@ -16,9 +16,6 @@ import time
 from pathlib import Path
 from typing import Any
 
-# Bytes/s of memory, matched in this order against the lower-case device kind.
-BANDWIDTH = {"h200": 4.8e12, "h100 pcie": 2.0e12, "h100": 3.352e12, "a100": 2.039e12, "l40s": 864e9, "l4": 300e9, "4090": 1.008e12,
-             "v6": 1.638e12, "v5p": 2.765e12, "v5 lite": 819e9}
 ROUNDS = 3
 
 
@@ -143,7 +140,7 @@ def measure(name: str, options: argparse.Namespace, **shape: int) -> float | Non
     done = subprocess.run([sys.executable, __file__, "--worker", name, *flags], capture_output=True, text=True)
     if done.returncode == 0:
         return float(done.stdout.splitlines()[-1])
-    if "memory" in done.stderr.lower() or "RESOURCE_EXHAUSTED" in done.stderr:
+    if any(word in done.stderr for word in ("RESOURCE_EXHAUSTED", "Out of memory", "out of memory")):
         return None
     raise SystemExit(f"{name} {shape} failed:\n{done.stderr[-2000:]}")
 
@@ -152,13 +149,12 @@ def describe(options: argparse.Namespace) -> dict[str, Any]:
     """What this process may ask the device for; in a process of its own too, since it takes the device's memory."""
     import jax
 
-    from nanochat_jax.metrics import peak_flops
+    from nanochat_jax.metrics import peak_bandwidth, peak_flops
     from nanochat_jax.step import resolve_dtype
 
     chip = jax.devices()[0]
-    kind = chip.device_kind.lower()
     return {"device": chip.device_kind, "platform": chip.platform, "jax": jax.__version__, "dtype": str(resolve_dtype("auto")),
-            "peak_flops": peak_flops(chip), "bandwidth": next((rate for name, rate in BANDWIDTH.items() if name in kind), None),
+            "peak_flops": peak_flops(chip), "bandwidth": peak_bandwidth(chip),
             "attention_error": check_attention(resolve_dtype("auto"), options.sequence)}
 
 

@@ -97,7 +97,8 @@ def _run(directory: str, timeout: float, memory_bytes: int) -> ExecutionResult:
     elif timed_out:
         error = f"TimeoutError: no end within {timeout:g} s"
     elif process.returncode < 0:
-        error = f"killed by {signal.Signals(-process.returncode).name}"
+        number = -process.returncode
+        error = f"killed by {signal.Signals(number).name if number in set(signal.Signals) else f'signal {number}'}"
     elif process.returncode == 0:
         error = "SystemExit: left before its last line"
     else:

@@ -29,7 +29,7 @@ LANDLOCK_CHANGE_TREE = 0b1_1111_1111_0000 | LANDLOCK_WRITE_FILE  # remove or mak
 # processes' memory, priorities and limits, sessions, namespaces, keys, files in memory (linux/audit.h, unistd.h).
 SYSCALLS = {
     "x86_64": (0xC000003E, {
-        "socket": 41, "socketpair": 53, "clone": 56, "fork": 57, "vfork": 58, "execve": 59, "kill": 62, "ptrace": 101,
+        "shmget": 29, "socket": 41, "socketpair": 53, "clone": 56, "fork": 57, "vfork": 58, "execve": 59, "kill": 62, "ptrace": 101,
         "setpgid": 109, "setsid": 112, "rt_sigqueueinfo": 129, "setpriority": 141, "sched_setparam": 142,
         "sched_setscheduler": 144, "setrlimit": 160, "tkill": 200, "sched_setaffinity": 203, "tgkill": 234, "add_key": 248,
         "request_key": 249, "keyctl": 250, "ioprio_set": 251, "migrate_pages": 256, "unshare": 272, "move_pages": 279,
@@ -39,12 +39,16 @@ SYSCALLS = {
     "aarch64": (0xC00000B7, {
         "ioprio_set": 30, "unshare": 97, "ptrace": 117, "sched_setparam": 118, "sched_setscheduler": 119,
         "sched_setaffinity": 122, "kill": 129, "tkill": 130, "tgkill": 131, "rt_sigqueueinfo": 138, "setpriority": 140,
-        "setpgid": 154, "setsid": 157, "setrlimit": 164, "socket": 198, "socketpair": 199, "add_key": 217,
+        "setpgid": 154, "setsid": 157, "setrlimit": 164, "shmget": 194, "socket": 198, "socketpair": 199, "add_key": 217,
         "request_key": 218, "keyctl": 219, "clone": 220, "execve": 221, "migrate_pages": 238, "move_pages": 239,
         "rt_tgsigqueueinfo": 240, "prlimit64": 261, "setns": 268, "process_vm_readv": 270, "process_vm_writev": 271,
         "sched_setattr": 274, "memfd_create": 279, "bpf": 280, "execveat": 281, "pidfd_send_signal": 424,
         "io_uring_setup": 425, "pidfd_open": 434, "clone3": 435, "pidfd_getfd": 438}),
 }
+
+
+FCNTL = {"x86_64": 72, "aarch64": 25}
+OWNER_COMMANDS = (8, 10, 15)  # F_SETOWN, F_SETSIG, F_SETOWN_EX: a file that sends signals to another process
 
 
 def limit_resources(memory_bytes: int, cpu_seconds: int) -> None:
@@ -93,11 +97,14 @@ def filter_system_calls(libc: ctypes.CDLL) -> bool:
     load, equal, at_least, give = 0x20, 0x15, 0x35, 0x06  # BPF_LD|W|ABS, BPF_JMP|JEQ|K, BPF_JMP|JGE|K, BPF_RET|K
     allow, refuse = 0x7FFF0000, 0x00050001  # SECCOMP_RET_ALLOW, SECCOMP_RET_ERRNO | EPERM
     denied = sorted(numbers.values())
+    tail = [(equal, 0, len(OWNER_COMMANDS) + 1, FCNTL[platform.machine()]), (load, 0, 0, 24)]  # fcntl's second argument
+    tail += [(equal, len(OWNER_COMMANDS) - i, 0, command) for i, command in enumerate(OWNER_COMMANDS)]
+    tail += [(give, 0, 0, allow), (give, 0, 0, refuse)]
+    end = len(denied) + len(tail)
     # The x32 calls of x86_64 are the same calls under numbers from 0x40000000 on: refuse the range.
-    program = [(load, 0, 0, 4), (equal, 0, len(denied) + 3, architecture), (load, 0, 0, 0),
-               (at_least, len(denied) + 1, 0, 0x40000000)]
-    program += [(equal, len(denied) - i, 0, number) for i, number in enumerate(denied)]
-    program += [(give, 0, 0, allow), (give, 0, 0, refuse)]
+    program = [(load, 0, 0, 4), (equal, 0, end + 1, architecture), (load, 0, 0, 0), (at_least, end - 1, 0, 0x40000000)]
+    program += [(equal, end - 2 - i, 0, number) for i, number in enumerate(denied)]
+    program += tail
     code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *instruction) for instruction in program))
     header = ctypes.create_string_buffer(struct.pack("HxxxxxxP", len(program), ctypes.addressof(code)))
     return libc.prctl(PR_SET_SECCOMP, 2, header, 0, 0) == 0

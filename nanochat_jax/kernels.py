@@ -31,10 +31,12 @@ def choose_attention(kind: str, *, mesh: Mesh, dtype: jnp.dtype, length: int, he
     """
     device = mesh.devices.flat[0]
     cuda = device.platform in ("gpu", "cuda") and "rocm" not in device.client.platform_version.lower()
+    old = cuda and float(getattr(device, "compute_capability", 8.0)) < 8.0
     refused = {
         "splash": (device.platform != "tpu" and "it runs on TPUs only"
                    or length % LANES and f"the row length {length} is not a multiple of {LANES}"),
         "cudnn": (not cuda and "it runs on NVIDIA GPUs only"
+                  or old and "it needs compute capability 8.0 (Ampere)"
                   or jnp.dtype(dtype).itemsize != 2 and f"it computes in bfloat16, not {jnp.dtype(dtype)}"
                   or (head_dim % 8 or head_dim > 128) and f"heads of {head_dim} are not a multiple of 8 up to 128"),
     }

@@ -157,6 +157,7 @@ def hlo_cost(text: str) -> HloCost:
     """
     computations, entry = parse_hlo(text)
     cost = HloCost()
+    fused: set[str] = set()  # channels of collectives inside of fusions: their start, body and end repeat them
 
     def rounds(condition: str) -> int | None:
         """Of a counting loop: the largest integer its condition compares with."""
@@ -166,7 +167,8 @@ def hlo_cost(text: str) -> HloCost:
     def fusion_bytes(call: Instruction, scope: dict[str, Instruction]) -> int:
         """What a fusion moves: slices of what it only slices, the updated part of what it updates in place."""
         body = computations[re.search(r"calls=%?([\w.\-]+)", call.attributes)[1]]
-        parameters = [each.name for each in body.values() if each.opcode == "parameter"]
+        numbered = {int(each.argument): each.name for each in body.values() if each.opcode == "parameter"}
+        parameters = [numbered[index] for index in sorted(numbered)]
         total, in_place = 0, 0
         for operand, parameter in zip(call.operands, parameters):
             if operand not in scope or not _hbm(scope[operand].result):
@@ -181,12 +183,16 @@ def hlo_cost(text: str) -> HloCost:
                 total += _hbm(scope[operand].result)
         return total + max(_hbm(call.result) - in_place, 0)
 
+    def count_sent(kind: str, size: float, group: int, times: float) -> None:
+        cost.sent[kind] += times * size * SENT[kind](group)
+        cost.calls[kind] += int(times)
+
     def walk(name: str, times: float) -> None:
         scope = computations[name]
         for each in scope.values():
             for elements, _, _, shape in _sizes(each.result):
                 cost.largest = max(cost.largest, (elements, shape))
-            base = each.opcode.removesuffix("-start")
+            base, finished = each.opcode.removesuffix("-start"), each.opcode.removesuffix("-done")
             if each.opcode == "while":
                 condition, body = (re.search(rf"{word}=%?([\w.\-]+)", each.attributes)[1] for word in ("condition", "body"))
                 known = re.search(r'known_trip_count"?:\{"?n"?:"?(\d+)', each.attributes)
@@ -196,14 +202,21 @@ def hlo_cost(text: str) -> HloCost:
             elif each.opcode in ("call", "async-start", "conditional"):
                 for called in re.findall(r"(?:to_apply|calls|_computation)=%?([\w.\-]+)", each.attributes):
                     walk(called, times)
+            elif finished in SENT:
+                start = each if each.opcode == finished else scope[each.operands[0]]
+                count_sent(finished, _bytes(each.result), _group_size(start.attributes), times)
             elif base in SENT:
-                size, group = _bytes(each.result), _group_size(each.attributes)
-                if each.opcode != base:  # the result of a start holds operand and result, or both and two counters
-                    size = max((size for _, size, _, _ in _sizes(each.result)), default=0)
-                cost.sent[base] += times * size * SENT[base](group)
-                cost.calls[base] += int(times)
+                pass  # counted where it is done, whose result is the plain one
             elif each.opcode == "fusion":
                 cost.hbm_bytes += times * fusion_bytes(each, scope)
+                called = re.search(r"calls=%?([\w.\-]+)", each.attributes)[1]
+                for inner in computations[called].values():
+                    channel = re.search(r"channel_id=\d+", inner.attributes)
+                    if inner.opcode in SENT and channel and channel[0] not in fused:
+                        fused.add(channel[0])
+                        group, scatter = _group_size(inner.attributes), "all-reduce-scatter" in called
+                        kind = "reduce-scatter" if scatter else inner.opcode
+                        count_sent(kind, _bytes(inner.result) / (group if scatter else 1), group, times)
             elif each.opcode == "dynamic-update-slice":
                 cost.hbm_bytes += times * 2 * _bytes(scope[each.operands[1]].result)
             elif base in ("slice", "dynamic-slice"):  # the result of a start holds the whole operand, the slice and a counter

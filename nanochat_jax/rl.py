@@ -53,7 +53,13 @@ class RolloutConfig:
 def sample_rollouts(engine: Engine, tokenizer: Tokenizer, task: Task, conversations: Sequence[Conversation],
                     config: RolloutConfig, *, seed: int) -> list[list[Rollout]]:
     """`num_samples` judged replies to each conversation, all in flight together; `seed` names the random streams."""
-    prompts = [tuple(render_for_completion(tokenizer, conversation)) for conversation in conversations]
+
+    def prompt_of(conversation: Conversation) -> tuple[int, ...]:
+        """Cut as the engine cuts it, for the same tokens are trained on."""
+        request = Request(tuple(render_for_completion(tokenizer, conversation)), max_tokens=config.max_new_tokens, truncate=True)
+        return engine.generation(request).prompt
+
+    prompts = [prompt_of(conversation) for conversation in conversations]
     streams = np.random.SeedSequence(seed).generate_state(len(prompts) * config.num_samples)
     requests = [
         Request(prompt, max_tokens=config.max_new_tokens, temperature=config.temperature, top_k=config.top_k,

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import logging
+import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -18,6 +19,7 @@ from nanochat_jax.checkpoint import Checkpoints, Loaded, carry_tokenizer, claim_
 from nanochat_jax.cli import UsageError, flag
 from nanochat_jax.gpt import REMAT, Params
 from nanochat_jax.infer.engine import Engine
+from nanochat_jax.infer.request import Request
 from nanochat_jax.metrics import Display, MetricsLog, start_wandb
 from nanochat_jax.optim import OptimizerConfig, constant, make_optimizer, trapezoid
 from nanochat_jax.paths import Paths
@@ -76,9 +78,13 @@ class ChatRLConfig(Processes):
     seed: int = flag(42, "of the sampling")
 
     def __post_init__(self) -> None:
-        for name in ("device_batch_size", "examples_per_step", "num_samples", "eval_examples", "keep"):
+        for name in ("device_batch_size", "examples_per_step", "num_samples", "eval_examples", "keep", "num_slots",
+                     "num_epochs"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+        if self.seed < 0:
+            raise ValueError(f"--seed must be 0 or more, got {self.seed}")
+        Request((0,), max_tokens=self.max_new_tokens, temperature=self.temperature, top_k=self.top_k)  # checks the ranges
         if self.num_samples % self.device_batch_size:
             raise ValueError(f"--num-samples {self.num_samples} is not a multiple of --device-batch-size "
                              f"{self.device_batch_size}")
@@ -214,6 +220,9 @@ def reinforce(config: ChatRLConfig) -> None:
                 batches = policy_batches(groups, pass_rows=config.device_batch_size, micro_rows=micro_rows)
                 state, metrics = step_fn(state, (_place(batch, mesh) for batch in batches))
                 figures_of_step = statistics(groups) | {key: float(value) for key, value in metrics.items()}
+                if not all(math.isfinite(figures_of_step[key]) for key in ("loss", "grad_norm")):
+                    raise UsageError(f"step {step}: loss {figures_of_step['loss']}, gradient norm {figures_of_step['grad_norm']}. "
+                                     "Not saved: go on from the checkpoint before with --resume and a lower --init-lr-frac")
                 metrics_log.write(step=step, kind="train", time=time.time(), **figures_of_step, lrm=float(multiplier(step)),
                                   rollout_seconds=sampled - started, train_seconds=time.monotonic() - sampled)
                 display.update(step + 1, reward=f"{figures_of_step['reward']:.3f}",

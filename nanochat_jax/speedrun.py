@@ -6,6 +6,7 @@ stage, and a changed setting runs again what depends on it, and nothing else.
 """
 
 import hashlib
+import itertools
 import json
 import os
 import secrets
@@ -114,12 +115,13 @@ class Record:
     run: str = field(default_factory=lambda: secrets.token_hex(8))
     finished: dict[str, str] = field(default_factory=dict)
     begun: dict[str, str] = field(default_factory=dict)
+    fresh: bool = False  # of this start alone: what is in the way may be deleted
 
     @classmethod
     def open(cls, paths: Paths, *, fresh: bool) -> "Record":
         path = paths.base / "speedrun.json"
         if fresh or not path.exists():
-            return cls(path)
+            return cls(path, fresh=fresh)
         return cls(path, **json.loads(path.read_text()))
 
     def write(self) -> None:
@@ -153,6 +155,17 @@ def run_stages(stages: list[Stage], record: Record) -> int:
             process.stop()
 
 
+def _clear(directory: Path, *, delete: bool) -> None:
+    """Make room for a stage. Without `--fresh` what is there is only renamed: it may be days of training."""
+    if delete:
+        remove_directory(directory)
+    elif directory.exists():
+        names = (directory.with_name(f".replaced-{directory.name}-{number}") for number in itertools.count())
+        aside = next(path for path in names if not path.exists())
+        directory.rename(aside)
+        _headline(f"{directory} is of another run: kept as {aside}")
+
+
 def _run_stages(stages: list[Stage], record: Record, background: "dict[str, Background]") -> int:
     keys = stage_keys(stages, record.run)
     began = time.monotonic()
@@ -178,7 +191,7 @@ def _run_stages(stages: list[Stage], record: Record, background: "dict[str, Back
         record.finished.pop(stage.name, None)
         if stage.checkpoints and record.begun.pop(stage.name, None) != key:  # what is there belongs to another run
             record.write()
-            remove_directory(record.path.parent / stage.checkpoints)
+            _clear(record.path.parent / stage.checkpoints, delete=record.fresh)
         record.begun[stage.name] = key
         record.write()
         if stage.background:

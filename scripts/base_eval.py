@@ -48,6 +48,8 @@ class BaseEvalConfig(Processes):
     step: int | None = flag(None, "step of the checkpoint; default the newest", short="-s")
 
     def __post_init__(self) -> None:
+        if self.hf_path and (self.mesh, self.dtype, self.model_tag, self.step) != ("auto", "auto", None, None):
+            raise ValueError("--mesh, --dtype, --model-tag and --step have no meaning for --hf-path: leave them out")
         unknown = set(self.kinds) - set(KINDS)
         if self.eval != "auto" and unknown:
             raise ValueError(f"--eval {self.eval!r}: expected auto, or some of {', '.join(KINDS)} joined by commas")

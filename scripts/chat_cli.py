@@ -53,7 +53,7 @@ class History:
     def prompt(self, text: str, *, room: int) -> tuple[list[int], int]:
         """Tokens that ask for the reply to `text`, and how many of the oldest turns were dropped to fit `room`."""
         question, before = self._question(text), len(self._turns)
-        while self._turns and 1 + sum(map(len, self._turns)) + len(question) > room:
+        while self._turns and 1 + len(question) <= room < 1 + sum(map(len, self._turns)) + len(question):
             del self._turns[0]
         return [self._tokenizer.bos_id, *sum(self._turns, []), *question], before - len(self._turns)
 

@@ -17,6 +17,7 @@ from nanochat_jax.checkpoint import load_model
 from nanochat_jax.cli import flag
 from nanochat_jax.eval.batching import Batching
 from nanochat_jax.eval.chat import Generator, Sampling, accuracy, chatcore, evaluate_task, write_problems
+from nanochat_jax.infer.request import Request
 from nanochat_jax.paths import CHECKPOINT_DIRS, Paths
 from nanochat_jax.sharding import data_size, make_mesh
 from nanochat_jax.startup import Processes, start
@@ -47,6 +48,7 @@ class ChatEvalConfig(Processes):
         for name in ("max_new_tokens", "num_samples", "batch_size"):
             if getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
+        Request((0,), max_tokens=self.max_new_tokens, temperature=self.temperature, top_k=self.top_k)  # checks the ranges
         if self.task_name and self.task_file:
             raise ValueError("--task-name and --task-file: give one of them")
 

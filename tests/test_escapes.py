@@ -70,6 +70,8 @@ ATTEMPTS = {
     "spawn": "import os\nos.posix_spawn('/bin/rm', ['rm', '-rf', {home!r}], {{}})",
     "exec": "import os\nos.execv('/bin/rm', ['rm', '-rf', {home!r}])",
     # signals
+    "signals by a pipe": "import fcntl, os\nr, w = os.pipe()\nfcntl.fcntl(r, 8, {pid})\nfcntl.fcntl(r, 10, 9)\n"
+                         "fcntl.fcntl(r, fcntl.F_SETFL, os.O_ASYNC | os.O_NONBLOCK)\nos.write(w, b'x')",
     "kill the parent": "import os\nos.kill({pid}, 9)",
     "kill the group of the parent": "import os\nos.killpg(os.getpgid({pid}), 9)",
     "kill everyone": "import os\nos.kill(-1, 9)",

@@ -212,8 +212,8 @@ def write_lines(path, values):
 
 
 def test_a_file_of_questions_is_a_categorical_task(tmp_path):
-    """The answer as an index, a letter or a text of its choice, which comes before a letter that it might be."""
-    answers = [(["x", "y", "z"], 2, "C"), (["x", "y"], "B", "B"), (["x", "y"], "y", "B"), (["B", "A"], "B", "A")]
+    """The answer as an index, a letter or a text of its choice."""
+    answers = [(["x", "y", "z"], 2, "C"), (["x", "y"], "B", "B"), (["x", "y"], "y", "B"), (["A", "x"], "A", "A")]
     path = write_lines(tmp_path / "My-Quiz.jsonl", [{"question": "?", "choices": c, "answer": a} for c, a, _ in answers])
     task = CustomJSON(path)
     assert (task.key, task.eval_type, task.baseline) == ("my_quiz", "categorical", pytest.approx((1 / 3 + 3 / 2) / 4))
@@ -225,6 +225,7 @@ def test_a_file_of_questions_is_a_categorical_task(tmp_path):
 
 @pytest.mark.parametrize("value, message", [
     ({"question": "?", "choices": ["a", "b"], "answer": 2}, "the answer 2 is no index"),
+    ({"question": "?", "choices": ["B", "A"], "answer": "B"}, "both a letter and the text of another choice"),
     ({"question": "?", "choices": ["a", "b"], "answer": True}, "the answer True is no index"),
     ({"question": "?", "choices": ["a"], "answer": 0}, "1 choices: expected 2 to 26"),
     ({"question": "?", "choices": ["a", 3], "answer": 0}, "array of strings"),

@@ -15,5 +15,5 @@ if [[ -n "${NANOCHAT_BASE_DIR:-}" ]]; then
     printf -v base '%q' "$NANOCHAT_BASE_DIR"
     variables+=" NANOCHAT_BASE_DIR=$base"
 fi
-on_all_workers "cd nanochat_jax && nohup env $variables $command >tpu.log 2>&1 </dev/null & \
-sleep 1; tail -n +1 -f --pid \$! nanochat_jax/tpu.log; wait \$!"
+on_all_workers "cd nanochat_jax && nohup env $variables $command >>tpu.log 2>&1 </dev/null & \
+sleep 1; tail -n 0 -f --pid \$! nanochat_jax/tpu.log; wait \$!"

@@ -79,14 +79,19 @@ def split_layers(params: Params, *, config: GPTConfig) -> Params:
     Each stack of the blocks, (L, in, out), is a tuple of its matrices: from the stacks every step would copy every matrix.
     The unembedding is `lm_head_rows` [V, D], a row for each token.
     """
-
-    @jax.jit
-    def split(stack: Array) -> tuple[Array, ...]:
-        return tuple(layer[0] for layer in lax.split(stack, (1,) * len(stack)))
-
-    params = params | {"blocks": {name: split(stack) for name, stack in params["blocks"].items()}}
-    params["lm_head_rows"] = jax.jit(lambda head: head[:, : config.vocab_size].T)(params.pop("lm_head"))
+    params = params | {"blocks": {name: _split(stack) for name, stack in params["blocks"].items()}}
+    params["lm_head_rows"] = _rows(params.pop("lm_head"), size=config.vocab_size)
     return params
+
+
+@jax.jit
+def _split(stack: Array) -> tuple[Array, ...]:
+    return tuple(layer[0] for layer in lax.split(stack, (1,) * len(stack)))
+
+
+@functools.partial(jax.jit, static_argnames="size")
+def _rows(head: Array, *, size: int) -> Array:
+    return head[:, :size].T
 
 
 def _stack_layers(params: Params) -> Params:

@@ -259,8 +259,8 @@ class EngineLoop:
         """Give every slot `length` positions, one of the engine's `cache_buckets`."""
         engine = self._engine
         if self.cache is None:
-            engine.log_compilation("new_slots", engine.num_slots, length)
-            self.cache = device.new_slots(rows=engine.num_slots, length=length, program=engine.program)
+            engine.log_compilation("new_slots", engine.num_slots, engine.cache_buckets[0])
+            self.cache = device.new_slots(rows=engine.num_slots, length=engine.cache_buckets[0], program=engine.program)
         sizes = engine.cache_buckets
         while (old := self.cache.length) != length:  # through all sizes between, so that only neighbours are compiled
             size = sizes[sizes.index(old) + (1 if length > old else -1)]

@@ -84,8 +84,8 @@ def _messages(messages: Any) -> list[dict[str, str]]:
         fields = message if isinstance(message, dict) else {}
         if fields.get("role") != role or not isinstance(fields.get("content"), str):
             raise ValueError(f"message {i} needs the role {role!r} and a string as content")
-    if first == 1 and len(messages) < 3:
-        raise ValueError("expected a user's message and an answer after the system's")
+    if (len(messages) - first) % 2:
+        raise ValueError(f"message {len(messages) - 1} has nothing after it: the last one must be the assistant's")
     return messages
 
 
@@ -98,6 +98,8 @@ def _question(value: dict[str, Any]) -> Conversation:
     letters = list(string.ascii_uppercase[: len(choices)])
     if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(choices):
         answer = letters[answer]
+    elif answer in letters and choices.count(answer) == 1 and choices[letters.index(answer)] != answer:
+        raise ValueError(f"the answer {answer!r} is both a letter and the text of another choice: give the index")
     elif choices.count(answer) == 1:
         answer = letters[choices.index(answer)]
     elif answer not in letters:
