@@ -51,7 +51,7 @@ EXAMPLE = {"messages": [
 class TourConfig:
     source: str = flag("sft", "stage whose model is shown", short="-i", choices=[*CHECKPOINT_DIRS])
     model_tag: str | None = flag(None, "model tag; the largest d<depth> if not given", short="-g")
-    prompt: str = flag("What is 27 + 58?", "question whose answer is watched", short="-p")
+    prompt: str = flag("How was your day?", "question whose answer is watched", short="-p")
     layer: int | None = flag(None, "layer of the head that is shown, from 0; default the head that looks back most sharply")
     head: int | None = flag(None, "the head, from 0 (with --layer)")
     grid: int = flag(13, "points of each axis of the landscape")
@@ -65,8 +65,9 @@ class TourConfig:
 
 
 def pieces(model: Model, ids: list[int]) -> list[str]:
-    """Each token as a reader can see it."""
-    return [model.tokenizer.decode([token]).replace(" ", "·").replace("\n", "⏎") for token in ids]
+    """Each token as a reader can see it: spaces as dots, control tokens without their bars."""
+    texts = [model.tokenizer.decode([token]).replace(" ", "·").replace("\n", "⏎") for token in ids]
+    return [f"‹{text[2:-2]}›" if text.startswith("<|") and text.endswith("|>") else text for text in texts]
 
 
 def attention_weights(model: Model, ids: list[int]) -> list[Array]:
@@ -86,9 +87,10 @@ def attention_weights(model: Model, ids: list[int]) -> list[Array]:
 
 
 def sharpest_head(weights: list[Array]) -> tuple[int, int]:
-    """(layer, head) that puts most of its weight on one earlier token: not on itself, not on the first, where heads rest."""
+    """(layer, head) that puts most of its weight on one token far back: neither on the last two, as many heads do, nor on
+    the first, where heads rest."""
     def sharpness(head: Array) -> float:
-        earlier = jnp.tril(head, k=-1).at[:, 0].set(0.0)
+        earlier = jnp.tril(head, k=-2).at[:, 0].set(0.0)
         return float(earlier.max(axis=-1).mean())
 
     heads = [(layer, head) for layer, each in enumerate(weights) for head in range(each.shape[0])]
@@ -155,7 +157,7 @@ def mean_loss(params: Params, inputs: Array, targets: Array, *, config: GPTConfi
     return total / (targets >= 0).sum()
 
 
-def draw_masks(axes: Axes, tokens: list[str], mask: list[int], per_line: int = 92) -> None:
+def draw_masks(axes: Axes, tokens: list[str], mask: list[int], per_line: int = 96) -> None:
     """Tokens in boxes, line by line: green are learned."""
     column, line = 0.0, 0
     for text, learned in zip(tokens, mask, strict=True):
@@ -171,25 +173,24 @@ def draw_masks(axes: Axes, tokens: list[str], mask: list[int], per_line: int = 9
 
 def draw_attention(axes: Axes, tokens: list[str], weights: Array, layer: int, head: int) -> None:
     image = axes.imshow(weights, cmap="magma_r", norm=PowerNorm(0.5, 0, 1))
-    axes.set_xticks(range(len(tokens)), tokens, rotation=90, family="monospace", fontsize=7)
-    axes.set_yticks(range(len(tokens)), tokens, family="monospace", fontsize=7)
+    axes.set_xticks(range(len(tokens)), tokens, rotation=90, family="monospace", fontsize=6.5)
+    axes.set_yticks(range(len(tokens)), tokens, family="monospace", fontsize=6.5)
     axes.set(title=f"Where head {head} of layer {layer} looks", ylabel="from each token", xlabel="back to which")
     axes.figure.colorbar(image, ax=axes, shrink=0.8, label="weight")
 
 
 def draw_next(axes: Axes, answer: list[str], candidates: list[list[str]], probabilities: np.ndarray, title: str) -> None:
     """A column for each token of the answer, its likeliest candidates from the top, the darker the likelier."""
-    image = axes.imshow(probabilities.T, cmap="GnBu", norm=PowerNorm(0.5, 0, 1), aspect="auto")
+    axes.imshow(probabilities.T, cmap="GnBu", norm=PowerNorm(0.5, 0, 1), aspect="auto")
     for column, (texts, row) in enumerate(zip(candidates, probabilities, strict=True)):
         for rank, (text, probability) in enumerate(zip(texts, row, strict=True)):
-            shown = text if len(text) <= 9 else text[:8] + "…"
+            shown = text if len(text) <= 14 else text[:13] + "…"
             axes.text(column, rank, f"{shown}\n{probability:.1%}", ha="center", va="center", family="monospace",
-                      fontsize=7, color="white" if probability > 0.45 else INK)
-    axes.set_xticks(range(len(answer)), answer, family="monospace", fontsize=8, rotation=40, ha="right")
+                      fontsize=8, color="white" if probability > 0.45 else INK)
+    axes.set_xticks(range(len(answer)), answer, family="monospace", fontsize=9)
     axes.set_yticks(range(probabilities.shape[1]), [f"{rank + 1}." for rank in range(probabilities.shape[1])])
     axes.set(title=title, xlabel="the answer, token by token")
     axes.tick_params(length=0)
-    axes.figure.colorbar(image, ax=axes, shrink=0.8, label="probability")
 
 
 def draw_landscape(axes: Axes, multipliers: np.ndarray, losses: np.ndarray, before: float) -> None:
@@ -198,14 +199,14 @@ def draw_landscape(axes: Axes, multipliers: np.ndarray, losses: np.ndarray, befo
     image = axes.contourf(multipliers, multipliers, change, levels=levels, cmap="viridis")
     axes.contour(multipliers, multipliers, change, levels=[0.0], colors="white", linewidths=1.2, linestyles="--")
     row, column = np.unravel_index(losses.argmin(), losses.shape)
-    axes.plot(1, 1, "o", color="white", markersize=9, markeredgecolor=INK, label="the recipe's peak rates")
+    axes.plot(1, 1, "o", color="white", markersize=9, markeredgecolor=INK, label="the rates at the peak of the schedule")
     axes.plot(multipliers[column], multipliers[row], "*", color=RED, markersize=16, markeredgecolor="white",
               label=f"best: {losses.min() - before:+.3f} nats per token")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=2)
     for axis in (axes.xaxis, axes.yaxis):
-        axis.axes.set_xscale("log", base=2)
-        axis.axes.set_yscale("log", base=2)
         axis.set_major_formatter(lambda value, _: f"{value:g}x" if value >= 1 else f"1/{1 / value:g}x")
-    axes.set(title="Held-out loss after one step, by learning rate", xlabel="matrices (Muon)",
+    axes.set(title="Held-out loss after one more step, by learning rate", xlabel="matrices (Muon)",
              ylabel="embeddings and scalars (AdamW)")
     axes.legend(loc="lower left", fontsize=8, framealpha=0.9)
     axes.figure.colorbar(image, ax=axes, shrink=0.8, label="change of the loss; dashed: none", format="%+.3f")
@@ -225,10 +226,10 @@ def main(config: TourConfig) -> None:
 
     asked = {"messages": [{"role": "user", "content": config.prompt}, {"role": "assistant", "content": ""}]}
     prompt = render_for_completion(model.tokenizer, asked, sys.maxsize)
-    answer, candidates, probabilities = next_tokens(model, prompt, most=9, top=5)
+    answer, candidates, probabilities = next_tokens(model, prompt, most=10, top=5)
     print(f"{config.prompt} {model.tokenizer.decode(answer)}")
 
-    multipliers = 2.0 ** np.linspace(-4, 4, config.grid)
+    multipliers = 2.0 ** np.linspace(-6, 6, config.grid)
     losses, before = landscape(paths, config.model_tag, multipliers)
     row, column = np.unravel_index(losses.argmin(), losses.shape)
     print(f"held-out loss {before:.4f}; one step at the recipe's rates {losses[config.grid // 2, config.grid // 2]:.4f}, "
@@ -238,7 +239,7 @@ def main(config: TourConfig) -> None:
                              "axes.titlecolor": INK, "axes.spines.top": False, "axes.spines.right": False}
     with plt.rc_context(style):
         figure = plt.figure(figsize=(13, 12.5), layout="constrained")
-        grid = figure.add_gridspec(3, 2, height_ratios=[0.7, 3.2, 2.9])
+        grid = figure.add_gridspec(3, 2, height_ratios=[0.7, 3.4, 2.2])
         figure.suptitle(f"{model.source} model, step {model.step}: {model.config.n_layer} layers, "
                         f"{model.config.num_params / 1e6:.1f}M parameters", fontsize=14, fontweight="bold")
         tokens = pieces(model, ids)
