@@ -51,7 +51,7 @@ EXAMPLE = {"messages": [
 class TourConfig:
     source: str = flag("sft", "stage whose model is shown", short="-i", choices=[*CHECKPOINT_DIRS])
     model_tag: str | None = flag(None, "model tag; the largest d<depth> if not given", short="-g")
-    prompt: str = flag("How was your day?", "question whose answer is watched", short="-p")
+    prompt: str = flag("Do you have any hobbies?", "question whose answer is watched", short="-p")
     layer: int | None = flag(None, "layer of the head that is shown, from 0; default the head that looks back most sharply")
     head: int | None = flag(None, "the head, from 0 (with --layer)")
     grid: int = flag(13, "points of each axis of the landscape")
@@ -204,6 +204,7 @@ def draw_landscape(axes: Axes, multipliers: np.ndarray, losses: np.ndarray, befo
               label=f"best: {losses.min() - before:+.3f} nats per token")
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)
+    axes.set_box_aspect(1)
     for axis in (axes.xaxis, axes.yaxis):
         axis.set_major_formatter(lambda value, _: f"{value:g}x" if value >= 1 else f"1/{1 / value:g}x")
     axes.set(title="Held-out loss after one more step, by learning rate", xlabel="matrices (Muon)",
@@ -229,7 +230,7 @@ def main(config: TourConfig) -> None:
     answer, candidates, probabilities = next_tokens(model, prompt, most=10, top=5)
     print(f"{config.prompt} {model.tokenizer.decode(answer)}")
 
-    multipliers = 2.0 ** np.linspace(-6, 6, config.grid)
+    multipliers = 2.0 ** np.linspace(-5, 5, config.grid)
     losses, before = landscape(paths, config.model_tag, multipliers)
     row, column = np.unravel_index(losses.argmin(), losses.shape)
     print(f"held-out loss {before:.4f}; one step at the recipe's rates {losses[config.grid // 2, config.grid // 2]:.4f}, "
@@ -238,8 +239,8 @@ def main(config: TourConfig) -> None:
     style: dict[str, Any] = {"axes.titleweight": "bold", "axes.titlesize": 11, "text.color": INK, "axes.labelcolor": INK,
                              "axes.titlecolor": INK, "axes.spines.top": False, "axes.spines.right": False}
     with plt.rc_context(style):
-        figure = plt.figure(figsize=(13, 12.5), layout="constrained")
-        grid = figure.add_gridspec(3, 2, height_ratios=[0.7, 3.4, 2.2])
+        figure = plt.figure(figsize=(13, 12), layout="constrained")
+        grid = figure.add_gridspec(3, 2, height_ratios=[0.6, 3.4, 1.9])
         figure.suptitle(f"{model.source} model, step {model.step}: {model.config.n_layer} layers, "
                         f"{model.config.num_params / 1e6:.1f}M parameters", fontsize=14, fontweight="bold")
         tokens = pieces(model, ids)

@@ -20,6 +20,7 @@ from nanochat_jax.gpt import forward, unembed  # noqa: E402
 from nanochat_jax.optim import OptimizerConfig, constant, make_optimizer  # noqa: E402
 from nanochat_jax.sharding import make_mesh  # noqa: E402
 
+pytestmark = pytest.mark.slow
 SPEC = importlib.util.spec_from_file_location("tour", Path(__file__).parents[1] / "docs/tour.py")
 tour = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(tour)
@@ -84,8 +85,9 @@ def test_a_point_of_the_landscape_is_the_loss_after_a_step_of_an_optimizer_with_
         rows.close()
     doubled = make_optimizer(base.config, OptimizerConfig(**base.meta["rates"]), lr_multiplier=constant(2.0),
                              momentum=constant(0.95), weight_decay=constant(0.0), lr_scale=base.meta["lr_scale"])
-    gradient = jax.grad(tour.mean_loss)(base.params, *batches["train"], config=base.config)
-    update, _ = doubled.update(gradient, doubled.init(base.params), base.params)
+    gradient = jax.jit(jax.grad(tour.mean_loss), static_argnames="config")(base.params, *batches["train"],
+                                                                          config=base.config)
+    update, _ = jax.jit(doubled.update)(gradient, doubled.init(base.params), base.params)
     after = tour.mean_loss(jax.tree.map(jnp.add, base.params, update), *batches["val"], config=base.config)
     assert losses[1, 1] == pytest.approx(float(after), rel=1e-4)
     assert losses[0, 1] != pytest.approx(losses[1, 0]), "both axes move the same parameters"
