@@ -1,0 +1,258 @@
+"""A look inside a trained model, in one picture: what it learns of a chat, what a head looks at, what it would say next,
+and how steep the way down is.
+
+    pip install "nanochat-jax[docs]"
+    python docs/tour.py                              the newest finetuned model; writes tour.png
+    python docs/tour.py --prompt "Who are you?" --layer 2 --head 1
+"""
+
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import matplotlib
+import numpy as np
+from jax import Array
+
+from nanochat_jax import cli, load
+from nanochat_jax.attention import causal_attention
+from nanochat_jax.chat import render_conversation, render_for_completion, visualize_tokenization
+from nanochat_jax.checkpoint import load_model
+from nanochat_jax.cli import UsageError, flag
+from nanochat_jax.config import GPTConfig
+from nanochat_jax.data.loader import pretraining_loader
+from nanochat_jax.gpt import Params, forward
+from nanochat_jax.loss import chunk_length, cross_entropy
+from nanochat_jax.optim import OptimizerConfig, constant, make_optimizer
+from nanochat_jax.paths import CHECKPOINT_DIRS, Paths
+from nanochat_jax.pretrained import Model
+from nanochat_jax.sharding import make_mesh
+from nanochat_jax.startup import start
+
+matplotlib.use("Agg")
+from matplotlib import pyplot as plt  # noqa: E402
+from matplotlib.axes import Axes  # noqa: E402
+from matplotlib.colors import PowerNorm  # noqa: E402
+
+INK, PALE, GREEN, RED = "#1f2937", "#e5e7eb", "#a7e3c5", "#e4572e"
+EXAMPLE = {"messages": [
+    {"role": "user", "content": "What is 345 + 678?"},
+    {"role": "assistant", "content": [
+        {"type": "python", "text": "345 + 678"}, {"type": "python_output", "text": "1023"},
+        {"type": "text", "text": "345 + 678 is 1023."},
+    ]},
+]}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TourConfig:
+    source: str = flag("sft", "stage whose model is shown", short="-i", choices=[*CHECKPOINT_DIRS])
+    model_tag: str | None = flag(None, "model tag; the largest d<depth> if not given", short="-g")
+    prompt: str = flag("Do you have any hobbies?", "question whose answer is watched", short="-p")
+    layer: int | None = flag(None, "layer of the head that is shown, from 0; default the head that looks back most sharply")
+    head: int | None = flag(None, "the head, from 0 (with --layer)")
+    grid: int = flag(13, "points of each axis of the landscape")
+    out: str = flag("tour.png", "where the picture goes")
+
+    def __post_init__(self) -> None:
+        if (self.layer is None) != (self.head is None):
+            raise ValueError("--layer and --head name a head together: give both or neither")
+        if self.grid < 3 or self.grid % 2 == 0:
+            raise ValueError(f"--grid must be odd, so that the recipe itself is a point, and at least 3; got {self.grid}")
+
+
+def pieces(model: Model, ids: list[int]) -> list[str]:
+    """Each token as a reader can see it: spaces as dots, control tokens without their bars."""
+    texts = [model.tokenizer.decode([token]).replace(" ", "·").replace("\n", "⏎") for token in ids]
+    return [f"‹{text[2:-2]}›" if text.startswith("<|") and text.endswith("|>") else text for text in texts]
+
+
+def attention_weights(model: Model, ids: list[int]) -> list[Array]:
+    """Per layer the attention [H, T, T] of each head over the tokens `ids`."""
+    found = []
+
+    def record(q: Array, k: Array, v: Array, *, window: int | None) -> Array:
+        keys = jnp.repeat(k, q.shape[2] // k.shape[2], axis=2)
+        scores = jnp.einsum("bthd,bshd->bhts", q, keys).astype(jnp.float32) / q.shape[-1] ** 0.5
+        distance = jnp.arange(q.shape[1])[:, None] - jnp.arange(q.shape[1])
+        seen = (distance >= 0) & (distance <= (q.shape[1] if window is None else window))
+        found.append(jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1)[0])
+        return causal_attention(q, k, v, window=window)
+
+    forward(model.params, jnp.asarray([ids], jnp.int32), config=model.config, compute_dtype=model.dtype, attention=record)
+    return found
+
+
+def sharpest_head(weights: list[Array]) -> tuple[int, int]:
+    """(layer, head) that puts most of its weight on one token far back: neither on the last two, as many heads do, nor on
+    the first, where heads rest."""
+    def sharpness(head: Array) -> float:
+        earlier = jnp.tril(head, k=-2).at[:, 0].set(0.0)
+        return float(earlier.max(axis=-1).mean())
+
+    heads = [(layer, head) for layer, each in enumerate(weights) for head in range(each.shape[0])]
+    return max(heads, key=lambda at: sharpness(weights[at[0]][at[1]]))
+
+
+def next_tokens(model: Model, prompt: list[int], most: int, top: int) -> tuple[list[int], np.ndarray, np.ndarray]:
+    """The greedy answer to a prompt, and before each of its tokens the `top` likeliest ones and their probabilities.
+
+    Returns (answer [N], ids [N, top], probabilities [N, top]), N up to `most`.
+    """
+    answer = model.generate(prompt, max_tokens=most, temperature=0.0)
+    if not answer:
+        raise UsageError("the model ends its turn at once: ask something else with --prompt")
+    logits = model.logits([prompt + answer])[0, len(prompt) - 1 : -1]  # [N, V]
+    probabilities = np.exp(logits - logits.max(-1, keepdims=True))
+    probabilities /= probabilities.sum(-1, keepdims=True)
+    ids = np.argsort(-probabilities, axis=-1)[:, :top]
+    return answer, ids, np.take_along_axis(probabilities, ids, axis=-1)
+
+
+def landscape(paths: Paths, tag: str | None, multipliers: np.ndarray) -> tuple[np.ndarray, float]:
+    """Held-out loss after one step of the optimizer from the base model, with its learning rates multiplied.
+
+    A step is linear in the learning rates, so one gradient serves the whole grid: the matrices' (Muon) part of the update
+    times one multiplier, the rest (AdamW: tables and scalars) times the other. The optimizer starts without memory.
+
+    Returns (losses [rows: tables, columns: matrices] in nats per token, the loss before the step).
+    """
+    base = load_model(paths, "base", tag=tag, mesh=make_mesh("1x1"))
+    config, corpus = base.config, paths.data(base.meta["data"] or paths.find_data())
+
+    def batch(split: str) -> tuple[Array, Array]:
+        rows = pretraining_loader(corpus, base.tokenizer, split=split, batch_size=8, sequence_len=config.sequence_len,
+                                  packing=base.meta["packing"], num_shards=1)
+        found = next(rows)
+        rows.close()
+        return jnp.asarray(found["inputs"]), jnp.asarray(found["targets"])
+
+    rates = OptimizerConfig(**base.meta["rates"]) if "rates" in base.meta else OptimizerConfig()
+    optimizer = make_optimizer(config, rates, lr_multiplier=constant(1.0), momentum=constant(0.95),
+                               weight_decay=constant(0.0), lr_scale=base.meta.get("lr_scale", 1.0))
+    gradient = jax.jit(jax.grad(mean_loss), static_argnames="config")(base.params, *batch("train"), config=config)
+    update, _ = jax.jit(optimizer.update)(gradient, optimizer.init(base.params), base.params)
+    inputs, targets = batch("val")
+
+    @jax.jit
+    def after(matrices: Array, tables: Array) -> Array:
+        def moved(path: tuple, param: Array, step: Array) -> Array:
+            return param + (matrices if path[0].key in ("blocks", "ve_gate") else tables) * step
+
+        return mean_loss(jax.tree.map_with_path(moved, base.params, update), inputs, targets, config=config)
+
+    losses = np.array([[after(matrices, tables) for matrices in multipliers] for tables in multipliers])
+    return losses, float(after(0.0, 0.0))
+
+
+def mean_loss(params: Params, inputs: Array, targets: Array, *, config: GPTConfig) -> Array:
+    """Nats per token of targets [B, T] after inputs [B, T]; negative targets do not count."""
+    hidden, _ = forward(params, inputs, config=config)
+    chunk = chunk_length(*inputs.shape, config.vocab_size)
+    total, _ = cross_entropy(hidden, params["lm_head"][:, : config.vocab_size], targets, jnp.ones(targets.shape),
+                             config.softcap, chunk)
+    return total / (targets >= 0).sum()
+
+
+def draw_masks(axes: Axes, tokens: list[str], mask: list[int], per_line: int = 96) -> None:
+    """Tokens in boxes, line by line: green are learned."""
+    column, line = 0.0, 0
+    for text, learned in zip(tokens, mask, strict=True):
+        if column + len(text) + 1.2 > per_line:
+            column, line = 0.0, line + 1
+        axes.add_patch(plt.Rectangle((column, -line - 0.36), len(text) + 0.7, 0.72, color=GREEN if learned else PALE, lw=0))
+        axes.text(column + len(text) / 2 + 0.35, -line - 0.02, text, family="monospace", fontsize=9.5, color=INK,
+                  ha="center", va="center")
+        column += len(text) + 1.2
+    axes.set(xlim=(0, per_line), ylim=(-line - 0.6, 0.6), title="What is learned of a conversation: the green tokens")
+    axes.axis("off")
+
+
+def draw_attention(axes: Axes, tokens: list[str], weights: Array, layer: int, head: int) -> None:
+    image = axes.imshow(weights, cmap="magma_r", norm=PowerNorm(0.5, 0, 1))
+    axes.set_xticks(range(len(tokens)), tokens, rotation=90, family="monospace", fontsize=6.5)
+    axes.set_yticks(range(len(tokens)), tokens, family="monospace", fontsize=6.5)
+    axes.set(title=f"Where head {head} of layer {layer} looks", ylabel="from each token", xlabel="back to which")
+    axes.figure.colorbar(image, ax=axes, shrink=0.8, label="weight")
+
+
+def draw_next(axes: Axes, answer: list[str], candidates: list[list[str]], probabilities: np.ndarray, title: str) -> None:
+    """A column for each token of the answer, its likeliest candidates from the top, the darker the likelier."""
+    axes.imshow(probabilities.T, cmap="GnBu", norm=PowerNorm(0.5, 0, 1), aspect="auto")
+    for column, (texts, row) in enumerate(zip(candidates, probabilities, strict=True)):
+        for rank, (text, probability) in enumerate(zip(texts, row, strict=True)):
+            shown = text if len(text) <= 14 else text[:13] + "…"
+            axes.text(column, rank, f"{shown}\n{probability:.1%}", ha="center", va="center", family="monospace",
+                      fontsize=8, color="white" if probability > 0.45 else INK)
+    axes.set_xticks(range(len(answer)), answer, family="monospace", fontsize=9)
+    axes.set_yticks(range(probabilities.shape[1]), [f"{rank + 1}." for rank in range(probabilities.shape[1])])
+    axes.set(title=title, xlabel="the answer, token by token")
+    axes.tick_params(length=0)
+
+
+def draw_landscape(axes: Axes, multipliers: np.ndarray, losses: np.ndarray, before: float) -> None:
+    change = np.clip(losses - before, None, 3 * (before - losses.min()) + 1e-9)  # what is far up would hide the valley
+    levels = np.linspace(change.min(), change.max(), 25)
+    image = axes.contourf(multipliers, multipliers, change, levels=levels, cmap="viridis")
+    axes.contour(multipliers, multipliers, change, levels=[0.0], colors="white", linewidths=1.2, linestyles="--")
+    row, column = np.unravel_index(losses.argmin(), losses.shape)
+    axes.plot(1, 1, "o", color="white", markersize=9, markeredgecolor=INK, label="the rates at the peak of the schedule")
+    axes.plot(multipliers[column], multipliers[row], "*", color=RED, markersize=16, markeredgecolor="white",
+              label=f"best: {losses.min() - before:+.3f} nats per token")
+    axes.set_xscale("log", base=2)
+    axes.set_yscale("log", base=2)
+    axes.set_box_aspect(1)
+    for axis in (axes.xaxis, axes.yaxis):
+        axis.set_major_formatter(lambda value, _: f"{value:g}x" if value >= 1 else f"1/{1 / value:g}x")
+    axes.set(title="Held-out loss after one more step, by learning rate", xlabel="matrices (Muon)",
+             ylabel="embeddings and scalars (AdamW)")
+    axes.legend(loc="lower left", fontsize=8, framealpha=0.9)
+    axes.figure.colorbar(image, ax=axes, shrink=0.8, label="change of the loss; dashed: none", format="%+.3f")
+
+
+def main(config: TourConfig) -> None:
+    paths = Paths.from_env()
+    start(paths)
+    model = load(config.source, tag=config.model_tag)
+    ids, mask = render_conversation(model.tokenizer, EXAMPLE)
+    print(visualize_tokenization(model.tokenizer, ids, mask))
+
+    weights = attention_weights(model, ids)
+    layer, head = sharpest_head(weights) if config.layer is None else (config.layer, config.head)
+    if not (0 <= layer < len(weights) and 0 <= head < weights[layer].shape[0]):
+        raise UsageError(f"--layer {layer} --head {head}: the model has {len(weights)} layers of {weights[0].shape[0]} heads")
+
+    asked = {"messages": [{"role": "user", "content": config.prompt}, {"role": "assistant", "content": ""}]}
+    prompt = render_for_completion(model.tokenizer, asked, sys.maxsize)
+    answer, candidates, probabilities = next_tokens(model, prompt, most=10, top=5)
+    print(f"{config.prompt} {model.tokenizer.decode(answer)}")
+
+    multipliers = 2.0 ** np.linspace(-5, 5, config.grid)
+    losses, before = landscape(paths, config.model_tag, multipliers)
+    row, column = np.unravel_index(losses.argmin(), losses.shape)
+    print(f"held-out loss {before:.4f}; one step at the recipe's rates {losses[config.grid // 2, config.grid // 2]:.4f}, "
+          f"at best {losses.min():.4f} (matrices x{multipliers[column]:g}, tables x{multipliers[row]:g})")
+
+    style: dict[str, Any] = {"axes.titleweight": "bold", "axes.titlesize": 11, "text.color": INK, "axes.labelcolor": INK,
+                             "axes.titlecolor": INK, "axes.spines.top": False, "axes.spines.right": False}
+    with plt.rc_context(style):
+        figure = plt.figure(figsize=(13, 12), layout="constrained")
+        grid = figure.add_gridspec(3, 2, height_ratios=[0.6, 3.4, 1.9])
+        figure.suptitle(f"{model.source} model, step {model.step}: {model.config.n_layer} layers, "
+                        f"{model.config.num_params / 1e6:.1f}M parameters", fontsize=14, fontweight="bold")
+        tokens = pieces(model, ids)
+        draw_masks(figure.add_subplot(grid[0, :]), tokens, mask)
+        draw_attention(figure.add_subplot(grid[1, 0]), tokens, weights[layer][head], layer, head)
+        draw_landscape(figure.add_subplot(grid[1, 1]), multipliers, losses, before)
+        draw_next(figure.add_subplot(grid[2, :]), pieces(model, answer), [pieces(model, row) for row in candidates],
+                  probabilities, f"What it would say next: {config.prompt!r}")
+        figure.savefig(Path(config.out), dpi=110)
+        plt.close(figure)
+    print(f"wrote {config.out}")
+
+
+if __name__ == "__main__":
+    cli.run(main, TourConfig, prog="docs.tour", description=__doc__.splitlines()[0])

@@ -1,0 +1,37 @@
+"""Every command of the project under one name, also where only the wheel is installed.
+
+    nanochat serve --port 8080              the same as `python -m scripts.serve --port 8080`
+    python -m nanochat_jax speedrun         likewise, where the console script is not on PATH
+"""
+
+import pkgutil
+import runpy
+import sys
+
+import scripts
+
+MODULES = {"dataset": "nanochat_jax.dataset", "report": "nanochat_jax.report"}  # commands that are no scripts
+
+
+def commands() -> dict[str, str]:
+    """Module of each command, by its name; `_` and `-` are the same."""
+    found = {module.name: f"scripts.{module.name}" for module in pkgutil.iter_modules(scripts.__path__)}
+    return dict(sorted((found | MODULES).items()))
+
+
+def main() -> None:
+    names = commands()
+    name = sys.argv[1] if len(sys.argv) > 1 else "--help"
+    if name in ("-h", "--help"):
+        print(f"usage: nanochat COMMAND [flags]; flags of each: nanochat COMMAND --help\n\ncommands: {', '.join(names)}")
+        return
+    module = names.get(name.replace("-", "_"))
+    if module is None:
+        print(f"error: no command {name!r}; there are {', '.join(names)}", file=sys.stderr)
+        sys.exit(2)
+    del sys.argv[1]
+    runpy.run_module(module, run_name="__main__", alter_sys=True)
+
+
+if __name__ == "__main__":
+    main()

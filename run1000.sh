@@ -1,0 +1,22 @@
+#!/usr/bin/env bash
+# The thousand-dollar model: the line of speedrun.sh at depth 32, on one node of eight large GPUs. Flags are those of
+# scripts.speedrun; a second run continues where the first one stopped. Look before you pay:
+#
+#     bash run1000.sh --dry-run
+#
+# Planned from FLOPs at 40% of the peak of 8xH100 or H200 (bf16), not measured: nobody has run this yet.
+#
+#     model        2.8B parameters, 1.7B of them matrices and unembedding, which set the number of tokens (12 for each)
+#     data         522 shards of ClimbMix, 20B tokens; the tokenizer starts on the first 10 while the rest comes in
+#     base_train   9,600 steps of 2M tokens, 19 hours
+#     the rest     half an hour: 400M tokens of midtraining, SFT; how long the evaluations take is a guess
+#     in all       about 20 hours; at 3 dollars per GPU and hour 480 dollars, with room for a restart within 1,000
+#     memory       92 GiB per GPU with 8 rows at a time: H200 (141 GB). On cards with 80 GB run the stages by hand, as the
+#                  dry run prints them, with --device-batch-size auto, --remat block or --fsdp
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+source scripts/setup_env.sh
+setup_env
+
+# WANDB_RUN=d32 (and WANDB_API_KEY) draws the curves on Weights & Biases; that needs the extra `wandb`.
+exec .venv/bin/python -m scripts.speedrun --depth 32 "$@"
