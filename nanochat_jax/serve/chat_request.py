@@ -150,7 +150,12 @@ def _message(index: int, message: Any) -> Message:
 
 
 def checked_number(name: str, value: Any, kind: type) -> float | int | None:
-    """The value, a number of this kind or None; raises `BadRequest` (422) if it is not. A boolean is no number."""
+    """The value, a number of this kind or None; raises `BadRequest` (422) if it is not.
+
+    A boolean is no number; 2.0 is an integer, as in JSON Schema.
+    """
+    if kind is int and isinstance(value, float) and value.is_integer():
+        return int(value)
     if value is None or (isinstance(value, kind | int) and not isinstance(value, bool)):
         return value
     wanted = "an integer" if kind is int else "a number"

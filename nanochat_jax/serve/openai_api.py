@@ -74,13 +74,13 @@ def parse(body: Any, defaults: Sampling, *, model: str, max_choices: int) -> Com
         ("temperature", float), ("top_p", float), ("top_k", int), ("n", int), ("seed", int),
         ("max_tokens", int), ("max_completion_tokens", int))}  # fmt: skip
     number = {name: value for name, value in numbers.items() if value is not None}
-    if "max_completion_tokens" in number:
-        number["max_tokens"] = number["max_completion_tokens"]
-    try:
-        chosen = {name: number[name] for name in ("temperature", "top_k", "max_tokens") if name in number}
-        sampling = replace(defaults, **chosen)
-    except ValueError as error:
-        raise BadRequest(400, str(error), param=str(error).partition(" ")[0]) from error
+    sampling = defaults
+    for name in ("temperature", "top_k", "max_tokens", "max_completion_tokens"):  # the last is the newer name
+        if name in number:
+            try:
+                sampling = replace(sampling, **{name.replace("completion_", ""): number[name]})
+            except ValueError as error:
+                raise BadRequest(400, str(error), param=name) from error
     top_p, n, seed = number.get("top_p", 1.0), number.get("n", 1), number.get("seed", secrets.randbelow(2**31))
     if not 0 < top_p <= 1:
         raise BadRequest(400, f"top_p must be over 0 and at most 1, got {top_p}", param="top_p")
@@ -93,8 +93,6 @@ def parse(body: Any, defaults: Sampling, *, model: str, max_choices: int) -> Com
         raise BadRequest(422, f"stream must be a boolean, not {type_name(stream)}", param="stream")
     if not isinstance(options, dict) or not isinstance(options.get("include_usage") or False, bool):
         raise BadRequest(422, "stream_options must be an object with a boolean include_usage", param="stream_options")
-    if options and not stream:
-        raise BadRequest(400, "stream_options is for streams: set stream", param="stream_options")
     return Completion(messages=messages, sampling=sampling, top_p=top_p, n=n, seed=seed, stream=stream,
                       stop=_stops(given.get("stop")), include_usage=options.get("include_usage") or False)
 
@@ -227,8 +225,8 @@ def _turn(where: str, message: Any) -> tuple[str, str]:
                          code="unsupported_parameter")
     if isinstance(content, str):
         return ROLES[role], content
-    if not isinstance(content, list):
-        raise BadRequest(422, f"{where}.content must be a string or a list of text parts, not {type_name(content)}",
+    if not isinstance(content, list) or not content:
+        raise BadRequest(422, f"{where}.content must be a string or a list of text parts, got {str(content)[:20]}",
                          param=f"{where}.content")
     for place, part in enumerate(content):
         if not (isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)):

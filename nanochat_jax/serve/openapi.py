@@ -8,8 +8,9 @@ from nanochat_jax.serve.chat_request import (
     MAX_REPLY_TOKENS,
     MAX_TEMPERATURE,
     MAX_TOP_K,
+    MAX_TOTAL_CHARS,
 )
-from nanochat_jax.serve.openai_api import MAX_STOP_CHARS, MAX_STOPS, ROLES
+from nanochat_jax.serve.openai_api import MAX_STOP_CHARS, MAX_STOPS
 
 Schema = dict[str, Any]
 
@@ -120,14 +121,22 @@ def _chat_request() -> Schema:
 
 
 def _openai_request(model: str, max_choices: int) -> Schema:
-    part = _object({"type": {"const": "text"}, "text": _TEXT}, "type", "text")
-    message = _object({"role": {"enum": list(ROLES)}, "content": {
-        "anyOf": [_TEXT, {"type": "array", "items": part, "minItems": 1}]}}, "role", "content")  # fmt: skip
+    text = {"type": "string", "maxLength": MAX_TOTAL_CHARS}
+    part = _object({"type": {"const": "text"}, "text": text}, "type", "text")
+
+    def message(*roles: str) -> Schema:
+        content = {"anyOf": [text, {"type": "array", "items": part, "minItems": 1}]}
+        return _object({"role": {"enum": roles}, "content": content}, "role", "content")
+
+    turn = message("user", "assistant")
     stop = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_CHARS}
     return _object({
         "model": {"const": model},
-        "messages": {"type": "array", "items": message, "minItems": 1, "description":
-                     "system and developer messages first"},
+        "messages": {"anyOf": [
+            {"type": "array", "items": turn, "minItems": 1},
+            {"type": "array", "prefixItems": [message("system", "developer"), message("user")], "items": turn,
+             "minItems": 2},
+        ]},
         "temperature": _TEMPERATURE, "top_p": _or_null({"type": "number", "exclusiveMinimum": 0, "maximum": 1}),
         "top_k": _integer(0, MAX_TOP_K), "n": _integer(1, max_choices), "seed": _integer(-(2**63), 2**63 - 1),
         "max_tokens": {**_integer(1, MAX_REPLY_TOKENS), "deprecated": True},
