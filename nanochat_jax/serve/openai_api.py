@@ -91,10 +91,10 @@ def parse(body: Any, defaults: Sampling, *, model: str, max_choices: int) -> Com
     stream, options = given.get("stream", False), given.get("stream_options", {})
     if not isinstance(stream, bool):
         raise BadRequest(422, f"stream must be a boolean, not {type_name(stream)}", param="stream")
-    if not isinstance(options, dict) or not isinstance(options.get("include_usage") or False, bool):
+    if not isinstance(options, dict) or not isinstance(options.get("include_usage"), bool | None):
         raise BadRequest(422, "stream_options must be an object with a boolean include_usage", param="stream_options")
     return Completion(messages=messages, sampling=sampling, top_p=top_p, n=n, seed=seed, stream=stream,
-                      stop=_stops(given.get("stop")), include_usage=options.get("include_usage") or False)
+                      stop=_stops(given.get("stop")), include_usage=bool(options.get("include_usage")))
 
 
 def error_body(status: int, detail: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:

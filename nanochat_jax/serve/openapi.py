@@ -143,7 +143,7 @@ def _openai_request(model: str, max_choices: int) -> Schema:
         "max_completion_tokens": _integer(1, MAX_REPLY_TOKENS),
         "stop": {"anyOf": [stop, {"type": "array", "items": stop, "maxItems": MAX_STOPS}, {"type": "null"}]},
         "stream": _or_null({"type": "boolean"}),
-        "stream_options": _or_null(_object({"include_usage": {"type": "boolean"}})),
+        "stream_options": _or_null(_object({"include_usage": _or_null({"type": "boolean"})})),
     }, "messages")  # fmt: skip
 
 
