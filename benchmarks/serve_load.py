@@ -5,11 +5,11 @@
     python benchmarks/serve_load.py --soak 300          saturation, clients that leave or do not read: memory and slots
     python benchmarks/serve_load.py --fuzz 10000        bodies that are wrong in every way: no 500, no hang
 
-The server is a process of its own, with random weights and a vocabulary of 18,500 tokens that are text, so that every
-token is an event. Clients send mixed prompts (5 to 60 words, 16 to 160 tokens asked for) through OpenAI's streaming API,
-each the next as soon as the last has ended. Tokens count that arrive in the window after a warm-up; TTFT is from the
-request to the first text, its time in the queue included; a gap is from a token to the next of the same reply, as the
-client sees them: they come in bursts of one dispatch. Clients share the machine's cores with the server.
+The server is a process of its own, with random weights and a vocabulary of 18,500 tokens that are mostly text, so that
+a token is an event. Clients send mixed prompts (5 to 60 words, 16 to 160 tokens asked for) through OpenAI's streaming
+API, each the next as soon as the last has ended. Tokens count that arrive in the window after a warm-up; TTFT is from
+the request to the first text, its time in the queue included; a gap is from a token to the next of the same reply, as
+the client sees them: they come in bursts of one dispatch. Clients share the machine's cores with the server.
 Prints a table, then one JSON line. Exits with 1 if --soak or --fuzz found a fault.
 """
 
@@ -66,7 +66,7 @@ def serve(options: argparse.Namespace, slots: int) -> None:
     engine.warmup()
     with Scheduler(engine, max_waiting=options.max_queue) as scheduler, server.bind("127.0.0.1", 0) as sock:
         app = server.create_app(scheduler, tokenizer, {"name": "benchmark"}, max_len=CONTEXT, num_slots=slots,
-                                defaults=Sampling(), deadline=120)
+                                defaults=Sampling(max_tokens=16), deadline=120)
         asyncio.run(server.run(app, sock, lambda: print(sock.getsockname()[1], flush=True)))
 
 
@@ -158,11 +158,13 @@ async def load(url: str, clients: int, options: argparse.Namespace) -> dict[str,
 
 def bench(options: argparse.Namespace) -> dict[str, Any]:
     rows = []
-    print(f"{'clients':>12} {'tokens/s':>9} {'TTFT p50/p95/p99 ms':>24} {'gap p50/p95/p99 ms':>22} {'replies':>8} errors")
+    print(f"{'clients':>12} {'tokens/s':>9} {'TTFT p50/p95/p99 ms':>24} {'gap p50/p95/p99 ms':>22} {'replies':>8} "
+          "errors", flush=True)
 
     def show(name: str, row: dict[str, Any]) -> None:
         ttft, gap = ("/".join(f"{value:g}" for value in row[key]) for key in ("ttft_ms", "gap_ms"))
-        print(f"{name:>12} {row['tokens_per_s']:>9} {ttft:>24} {gap:>22} {row['replies']:>8} {row['errors'] or 0}")
+        print(f"{name:>12} {row['tokens_per_s']:>9} {ttft:>24} {gap:>22} {row['replies']:>8} {row['errors'] or 0}",
+              flush=True)
 
     alone = None
     if not options.url:
@@ -174,7 +176,8 @@ def bench(options: argparse.Namespace) -> dict[str, Any]:
             rows.append(asyncio.run(load(url, clients, options)))
             show(str(clients), rows[-1])
     baseline = alone or next((row for row in rows if row["clients"] == 1), None)
-    ratios = {row["clients"]: round(row["tokens_per_s"] / baseline["tokens_per_s"], 2) for row in rows} if baseline else {}
+    ratios = {row["clients"]: round(row["tokens_per_s"] / baseline["tokens_per_s"], 2)
+              for row in rows if baseline}  # fmt: skip
     print("tokens/s beside requests served one at a time:",
           ", ".join(f"{clients} clients {ratio}x" for clients, ratio in ratios.items()))
     return {"one_at_a_time": alone, "rows": rows, "ratios": ratios}
@@ -225,21 +228,21 @@ async def soak(url: str, pid: int, options: argparse.Namespace) -> dict[str, Any
     after = [size for now, size in samples if now >= settled]
     quarter = max(1, len(after) // 4)
     growth = np.mean(after[-quarter:]) / np.mean(after[:quarter]) - 1
-    failed = [repr(each) for each in outcome if isinstance(each, Exception) and not isinstance(each, asyncio.CancelledError)]
+    failed = [repr(each) for each in outcome if isinstance(each, Exception)]  # which those cancelled are not
     lost = stats["busy_workers"] + stats["queued_requests"]
+    first, then, last = rss = [round(each) for each in (samples[0][1], after[0], after[-1])]
+    print(f"{options.soak:g} s, {2 * options.slots} clients on {options.slots} slots: {dict(tally.answers)}, "
+          f"{dict(left)}\nslots lost: {lost}; RSS {first} MiB at first, {then} after {settled:g} s, {last} at the end: "
+          f"{100 * growth:+.2f}%; clients failed: {failed or 0}")
     result = {"seconds": options.soak, "replies": dict(tally.answers), "leavers": dict(left), "slots_lost": lost,
-              "rss_mib": [round(samples[0][1]), round(after[0]), round(after[-1])], "rss_growth": round(float(growth), 4),
-              "clients_failed": failed}
-    print(f"{options.soak:g} s, {2 * options.slots} clients on {options.slots} slots: {dict(tally.answers)}, {dict(left)}\n"
-          f"slots lost: {lost}; RSS {result['rss_mib'][0]} MiB at first, {result['rss_mib'][1]} after {settled:g} s, "
-          f"{result['rss_mib'][2]} at the end: {100 * growth:+.2f}%; clients failed: {failed or 0}")
+              "rss_mib": rss, "rss_growth": round(float(growth), 4), "clients_failed": failed}
     return result | {"ok": not lost and not failed and growth < 0.02}
 
 
 def fuzzed(rng: random.Random) -> tuple[str, bytes, str]:
     """(path, body, content type) of a request that is mostly wrong."""
-    odd: list[Any] = [None, True, 0, -1, 1.5, 10**30, -(2**63), 1e308, float("nan"), float("inf"), "", "x", "\ud800", "\0",
-                      "<|assistant_end|>" * 9, "🙂" * 5000, [], {}, [[[]]], {"type": "text"}, ["user"], "x" * 9000]
+    odd: list[Any] = [None, True, 0, -1, 1.5, 10**30, -(2**63), 1e308, float("nan"), float("inf"), "", "x", "\ud800",
+                      "\0", "<|assistant_end|>" * 9, "🙂" * 5000, "x" * 9000, [], {}, [[]], {"type": "text"}, ["user"]]
     fields = ["messages", "temperature", "top_k", "top_p", "max_tokens", "max_completion_tokens", "n", "seed", "stop",
               "stream", "stream_options", "model", "tools", "logprobs", "unknown"]
 
@@ -249,7 +252,8 @@ def fuzzed(rng: random.Random) -> tuple[str, bytes, str]:
             return rng.choice(odd)
         if kind < 0.85:
             return [value(depth + 1) for _ in range(rng.randint(0, 4))]
-        return {rng.choice([*fields, "role", "content", "text", "type"]): value(depth + 1) for _ in range(rng.randint(0, 4))}
+        names = rng.choices([*fields, "role", "content", "text", "type"], k=rng.randint(0, 4))
+        return {name: value(depth + 1) for name in names}
 
     body: Any = {"messages": [{"role": rng.choice(["user", "assistant", "system"]), "content": "hello"}
                               for _ in range(rng.randint(1, 3))], "max_tokens": 2}  # fmt: skip
@@ -260,8 +264,10 @@ def fuzzed(rng: random.Random) -> tuple[str, bytes, str]:
     data = json.dumps(body if rng.random() < 0.95 else value()).encode()
     if rng.random() < 0.2:  # as bytes: cut, overwritten, or deep
         place = rng.randrange(len(data))
-        data = rng.choice([data[:place], data[:place] + rng.randbytes(3) + data[place:], b"[" * 50_000, b"{" * 900 + data])
-    kind = "application/json" if rng.random() < 0.95 else rng.choice(["text/plain", "x", "application/json; charset=\xff"])
+        overwritten = data[:place] + rng.randbytes(3) + data[place:]
+        data = rng.choice([data[:place], overwritten, b"[" * 50_000, b"{" * 900 + data])
+    odd_kinds = ["text/plain", "x", "application/json; charset=\xff"]
+    kind = "application/json" if rng.random() < 0.95 else rng.choice(odd_kinds)
     return rng.choice(["/chat/completions", "/v1/chat/completions"]), data, kind
 
 
@@ -273,8 +279,9 @@ async def fuzz(url: str, options: argparse.Namespace) -> dict[str, Any]:
     async def client(session: aiohttp.ClientSession) -> None:
         for number in numbers:
             path, body, kind = fuzzed(random.Random(number))
+            headers = {"Content-Type": kind}
             try:
-                async with asyncio.timeout(20), session.post(path, data=body, headers={"Content-Type": kind}) as response:
+                async with asyncio.timeout(30), session.post(path, data=body, headers=headers) as response:
                     text = await response.read()
                     status = str(response.status)
             except Exception as error:
@@ -287,7 +294,8 @@ async def fuzz(url: str, options: argparse.Namespace) -> dict[str, Any]:
         await asyncio.gather(*(client(session) for _ in range(16)))
         async with session.get("/stats") as response:
             busy = (await response.json())["busy_workers"]
-    print(f"{options.fuzz} bodies: {dict(statuses)}; faults: {len(faults)}; slots still busy: {busy}", *faults[:10], sep="\n")
+    print(f"{options.fuzz} bodies: {dict(statuses)}; faults: {len(faults)}; slots still busy: {busy}", *faults[:10],
+          sep="\n")
     return {"bodies": options.fuzz, "statuses": dict(statuses), "faults": len(faults), "ok": not faults and not busy}
 
 

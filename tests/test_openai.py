@@ -1,9 +1,12 @@
 """OpenAI's API, asked by OpenAI's own client."""
 
 import asyncio
+import importlib.util
+import random
 import subprocess
 import sys
 from contextlib import asynccontextmanager
+from pathlib import Path
 
 import jax
 import openai
@@ -19,6 +22,7 @@ from nanochat_jax.infer.scheduler import QueueFull, Scheduler
 from nanochat_jax.serve.chat_request import Sampling
 from nanochat_jax.tokenizer import SPECIAL_TOKENS
 
+ROOT = Path(__file__).parents[1]
 ASK = HELLO | {"model": "nanochat"}
 
 
@@ -239,6 +243,21 @@ async def test_every_body_that_the_pages_endpoint_refuses_is_an_error_here_or_a_
             assert (await api.session.post("/v1/chat/completions", json=body)).status in (200, 400), body
 
 
+async def test_no_body_however_wrong_makes_the_server_fail():
+    spec = importlib.util.spec_from_file_location("serve_load", ROOT / "benchmarks" / "serve_load.py")
+    serve_load = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(serve_load)
+    statuses = set()
+    async with client(FakeScheduler("Hi")) as session:
+        for number in range(500):
+            path, body, kind = serve_load.fuzzed(random.Random(number))
+            response = await session.post(path, data=body, headers={"Content-Type": kind})
+            assert response.status in (200, 400, 404, 413, 422), (number, await response.text())
+            statuses.add((path, response.status))
+    assert statuses >= {("/chat/completions", 200), ("/chat/completions", 400), ("/chat/completions", 422),
+                        ("/v1/chat/completions", 200), ("/v1/chat/completions", 400)}  # fmt: skip
+
+
 @pytest.mark.slow
 async def test_schemathesis_finds_no_request_that_breaks_the_description(tmp_path):
     """Its requests are made up from /openapi.json; answers must be of a status and a form that it tells of."""
@@ -248,7 +267,7 @@ async def test_schemathesis_finds_no_request_that_breaks_the_description(tmp_pat
     async with client(FakeScheduler("Hi"), api_key="secret", max_len=10**6) as session:
         process = await asyncio.create_subprocess_exec(
             sys.executable, "-m", "schemathesis.cli", "run", str(session._base_url / "openapi.json"), "--checks", "all",
-            "--max-examples", "50", "--phases", "examples,coverage,fuzzing", "--seed", "1", "--no-color",
+            "--max-examples", "20", "--phases", "examples,coverage,fuzzing", "--seed", "1", "--no-color",
             "--header", "Authorization: Bearer secret",
             stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=tmp_path,
         )  # fmt: skip

@@ -131,7 +131,7 @@ def _openai_request(model: str, max_choices: int) -> Schema:
     turn = message("user", "assistant")
     stop = {"type": "string", "minLength": 1, "maxLength": MAX_STOP_CHARS}
     return _object({
-        "model": {"const": model},
+        "model": _or_null({"const": model}),
         "messages": {"anyOf": [
             {"type": "array", "items": turn, "minItems": 1},
             {"type": "array", "prefixItems": [message("system", "developer"), message("user")], "items": turn,
