@@ -178,7 +178,7 @@ def bench(options: argparse.Namespace) -> dict[str, Any]:
     baseline = alone or next((row for row in rows if row["clients"] == 1), None)
     ratios = {row["clients"]: round(row["tokens_per_s"] / baseline["tokens_per_s"], 2)
               for row in rows if baseline}  # fmt: skip
-    print("tokens/s beside requests served one at a time:",
+    print("tokens/s beside requests one at a time", "on a server of one slot:" if alone else "on this server:",
           ", ".join(f"{clients} clients {ratio}x" for clients, ratio in ratios.items()))
     return {"one_at_a_time": alone, "rows": rows, "ratios": ratios}
 

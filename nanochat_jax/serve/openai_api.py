@@ -138,9 +138,8 @@ class OpenAIServer:
                 return await _stream(request, completion, head, events)
             results: dict[int, Result] = {}
             try:
-                async for index, event in events:
-                    if isinstance(event, Result):
-                        results[index] = event
+                async for batch in events:
+                    results |= {index: event for index, event in batch if isinstance(event, Result)}
             except ReplyError as error:
                 raise BadRequest(REPLY_ERROR_STATUS[error.code], error.detail, code=error.code) from error
         choices = [{"index": index, "message": {"role": "assistant", "content": result.text, "refusal": None},
@@ -151,24 +150,26 @@ class OpenAIServer:
 
 
 async def _stream(request: web.Request, completion: Completion, head: Mapping[str, Any],
-                  events: AsyncIterator[tuple[int, Event]]) -> web.StreamResponse:
+                  events: AsyncIterator[list[tuple[int, Event]]]) -> web.StreamResponse:
     usage = {"usage": None} if completion.include_usage else {}
     results: list[Result] = []
 
-    async def send(index: int, delta: Mapping[str, Any], reason: str | None = None) -> None:
+    def chunk(index: int, delta: Mapping[str, Any], reason: str | None = None) -> dict[str, Any]:
         choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": reason}
-        await stream.send({"object": "chat.completion.chunk", **head, "choices": [choice], **usage})
+        return {"object": "chat.completion.chunk", **head, "choices": [choice], **usage}
 
     async with EventStream(request) as stream:
         try:
-            for index in range(completion.n):
-                await send(index, {"role": "assistant", "content": "", "refusal": None})
-            async for index, event in events:
-                if isinstance(event, Result):
-                    results.append(event)
-                    await send(index, {}, event.finish_reason)
-                elif isinstance(event, str):
-                    await send(index, {"content": event})
+            role = {"role": "assistant", "content": "", "refusal": None}
+            await stream.send(*(chunk(index, role) for index in range(completion.n)))
+            async for batch in events:
+                chunks = [chunk(index, {"content": event}) for index, event in batch if isinstance(event, str)]
+                for index, event in batch:
+                    if isinstance(event, Result):
+                        results.append(event)
+                        chunks.append(chunk(index, {}, event.finish_reason))
+                if chunks:
+                    await stream.send(*chunks)
             if completion.include_usage:
                 await stream.send({"object": "chat.completion.chunk", **head, "choices": [], "usage": _usage(results)})
             await stream.send("[DONE]")

@@ -83,8 +83,9 @@ class Replies:
         return not (self._failed or self._closing)
 
     @asynccontextmanager
-    async def open(self, requests: Sequence[Request]) -> AsyncIterator[AsyncIterator[tuple[int, Event]]]:
-        """Queue requests together; gives their events, each with the index of its request. Leaving cancels the rest.
+    async def open(self, requests: Sequence[Request]) -> AsyncIterator[AsyncIterator[list[tuple[int, Event]]]]:
+        """Queue requests together; gives their events, each with the index of its request, in lists of what has come.
+        Leaving cancels the rest.
 
         Raises `BadRequest` if they cannot be queued; the events raise `ReplyError` if the reply breaks off.
         """
@@ -125,25 +126,36 @@ class Replies:
             self._failed = True
             raise BadRequest(503, f"{error}: restart the server") from error
 
-    async def _events(self, reply: _Reply, start: float) -> AsyncIterator[tuple[int, Event]]:
+    async def _events(self, reply: _Reply, start: float) -> AsyncIterator[list[tuple[int, Event]]]:
         first: dict[int, float] = {}
         while reply.remaining:
-            index, event = await reply.queue.get()
-            if isinstance(event, Exception):
-                reply.remaining = 0
-            if isinstance(event, ReplyError):
-                self._metrics.replies.labels(event.code).inc()
-                raise event
-            if isinstance(event, Exception):  # of this generation; the client is told, the log has the rest
-                self._metrics.replies.labels("failed").inc()
-                log.error("a generation failed", exc_info=event)
-                raise ReplyError("failed", "the generation failed; the server's log says why") from event
+            came = [await reply.queue.get()]
+            while not reply.queue.empty():
+                came.append(reply.queue.get_nowait())
             seconds = time.perf_counter() - start
-            first.setdefault(index, seconds)
-            if isinstance(event, Result):
-                reply.remaining -= 1
-                self._metrics.finished(event, first[index] if event.tokens else None, seconds)
-            yield index, event
+            batch: list[tuple[int, Event]] = []
+            error = None
+            for index, event in came:
+                if isinstance(event, Exception):
+                    error = event
+                    break
+                first.setdefault(index, seconds)
+                if isinstance(event, Result):
+                    reply.remaining -= 1
+                    self._metrics.finished(event, first[index] if event.tokens else None, seconds)
+                batch.append((index, event))
+            if batch:
+                yield batch
+            if error is not None and reply.remaining:
+                reply.remaining = 0
+                raise self._broken(error)
+
+    def _broken(self, error: Exception) -> ReplyError:
+        if not isinstance(error, ReplyError):  # of this generation; the client is told, the log has the rest
+            log.error("a generation failed", exc_info=error)
+            error = ReplyError("failed", "the generation failed; the server's log says why")
+        self._metrics.replies.labels(error.code).inc()
+        return error
 
 
 class EventStream:
@@ -171,15 +183,16 @@ class EventStream:
                 self._request.transport.abort()
             raise ConnectionResetError("the stream failed") from error
 
-    async def send(self, data: Mapping[str, Any] | str) -> None:
-        """Write one event; waits while the client is behind, and gives it up if it does not read at all."""
-        text = data if isinstance(data, str) else json.dumps(data, ensure_ascii=False)
+    async def send(self, *events: Mapping[str, Any] | str) -> None:
+        """Write events at once; waits while the client is behind, and gives it up if it does not read at all."""
+        texts = (data if isinstance(data, str) else json.dumps(data, ensure_ascii=False) for data in events)
+        data = "".join(f"data: {text}\n\n" for text in texts).encode(errors="replace")
         transport = self._request.transport
         if transport is None:
             raise ConnectionResetError("the client went away")
         try:
             async with asyncio.timeout(STALL_SECONDS):
-                await self.response.write(f"data: {text}\n\n".encode(errors="replace"))
+                await self.response.write(data)
                 while transport.get_write_buffer_size() > UNSENT_BYTES:
                     await asyncio.sleep(0.02)
         except TimeoutError as error:

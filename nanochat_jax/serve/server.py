@@ -189,14 +189,11 @@ class _ChatServer:
         headers = {"X-Dropped-Messages": str(dropped)} if dropped else {}
         async with self._replies.open([wanted]) as events, EventStream(request, headers) as stream:
             try:
-                async for _, event in events:
-                    if isinstance(event, Result):
-                        _log_reply(chat, event, time.perf_counter() - start)
-                    elif isinstance(event, ToolCall):
-                        await stream.send({"tool": {"expression": event.expression, "output": event.output}, "gpu": 0})
-                    else:
-                        await stream.send({"token": event, "gpu": 0})
-                await stream.send({"done": True})
+                async for batch in events:
+                    for _, event in batch:
+                        if isinstance(event, Result):
+                            _log_reply(chat, event, time.perf_counter() - start)
+                    await stream.send(*(_event(event) for _, event in batch))
             except ReplyError as error:
                 await stream.send({"error": error.detail})
         return stream.response
@@ -222,6 +219,14 @@ class _ChatServer:
             "queued_requests": self._scheduler.num_waiting,
             "workers": [{"gpu_id": index, "device": device} for index, device in enumerate(self._devices)],
         })
+
+
+def _event(event: str | ToolCall | Result) -> dict[str, Any]:
+    if isinstance(event, Result):
+        return {"done": True}
+    if isinstance(event, ToolCall):
+        return {"tool": {"expression": event.expression, "output": event.output}, "gpu": 0}
+    return {"token": event, "gpu": 0}
 
 
 def _page_file(path: Path) -> Callable[[web.Request], Any]:
