@@ -204,9 +204,9 @@ async def soak(url: str, pid: int, options: argparse.Namespace) -> dict[str, Any
                     await asyncio.wait_for(ask(session, body, tally), rng.expovariate(1.0))
                 else:
                     left["stopped reading"] += 1
-                    response = await session.post("/chat/completions", json=body)
-                    await asyncio.sleep(2)
-                    response.close()
+                    async with session.post("/chat/completions", json=body) as response:
+                        await asyncio.sleep(2)
+                        response.close()
             except TimeoutError:
                 pass
 
@@ -221,21 +221,24 @@ async def soak(url: str, pid: int, options: argparse.Namespace) -> dict[str, Any
         for task in tasks:
             task.cancel()
         outcome = await asyncio.gather(*tasks, return_exceptions=True)
-        await asyncio.sleep(1.0)
-        async with session.get("/stats") as response:
-            stats = await response.json()
+        lost, left_at = 1, time.perf_counter()
+        while lost and time.perf_counter() - left_at < 30:
+            await asyncio.sleep(0.1)
+            async with session.get("/stats") as response:
+                stats = await response.json()
+            lost = stats["busy_workers"] + stats["queued_requests"]
+        freed = time.perf_counter() - left_at
     settled = min(60.0, options.soak / 3)
     after = [size for now, size in samples if now >= settled]
     quarter = max(1, len(after) // 4)
     growth = np.mean(after[-quarter:]) / np.mean(after[:quarter]) - 1
     failed = [repr(each) for each in outcome if isinstance(each, Exception)]  # which those cancelled are not
-    lost = stats["busy_workers"] + stats["queued_requests"]
     first, then, last = rss = [round(each) for each in (samples[0][1], after[0], after[-1])]
     print(f"{options.soak:g} s, {2 * options.slots} clients on {options.slots} slots: {dict(tally.answers)}, "
-          f"{dict(left)}\nslots lost: {lost}; RSS {first} MiB at first, {then} after {settled:g} s, {last} at the end: "
-          f"{100 * growth:+.2f}%; clients failed: {failed or 0}")
+          f"{dict(left)}\nslots lost: {lost}, the last free {freed:.1f} s after all had left\n"
+          f"RSS {first} MiB at first, {then} after {settled:g} s, {last} at the end: {100 * growth:+.2f}%; clients failed: {failed or 0}")
     result = {"seconds": options.soak, "replies": dict(tally.answers), "leavers": dict(left), "slots_lost": lost,
-              "rss_mib": rss, "rss_growth": round(float(growth), 4), "clients_failed": failed}
+              "all_free_after_s": round(freed, 2), "rss_mib": rss, "rss_growth": round(float(growth), 4), "clients_failed": failed}
     return result | {"ok": not lost and not failed and growth < 0.02}
 
 

@@ -26,6 +26,7 @@ HEADERS = {
 MAX_BODY_BYTES = 2**20
 BODY_SECONDS = 15.0  # for a body to arrive
 GUARDED = ("/chat/completions", "/v1/", "/metrics", "/stats")  # by the key, if there is one
+CLIENT_LEFT = 499  # nginx's number for a client that did not wait
 RETRY_AFTER = "2"  # seconds, for a client told 503
 
 Handler = Callable[[web.Request], Any]
@@ -80,7 +81,7 @@ def _counting(metrics: Metrics) -> Any:
     async def count(request: web.Request, handler: Handler) -> web.StreamResponse:
         resource = request.match_info.route.resource
         route = resource.canonical if resource else "unknown"
-        status = 499  # a client that did not wait, as nginx has it
+        status = CLIENT_LEFT
         try:
             response = await handler(request)
             status = response.status
@@ -104,7 +105,7 @@ async def _errors(request: web.Request, handler: Handler) -> web.StreamResponse:
         return response
     except ConnectionError as error:
         log.info("a client left: %s", error)
-        raise
+        return web.Response(status=CLIENT_LEFT)  # for the count alone: nobody is there to read it
     except Exception:
         log.exception("a request failed")
         return _error(request, 500, "the server failed; its log says why")
