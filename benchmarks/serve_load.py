@@ -231,14 +231,16 @@ async def soak(url: str, pid: int, options: argparse.Namespace) -> dict[str, Any
     settled = min(60.0, options.soak / 3)
     after = [size for now, size in samples if now >= settled]
     quarter = max(1, len(after) // 4)
-    growth = np.mean(after[-quarter:]) / np.mean(after[:quarter]) - 1
+    growth = float(np.mean(after[-quarter:]) / np.mean(after[:quarter]) - 1)
     failed = [repr(each) for each in outcome if isinstance(each, Exception)]  # which those cancelled are not
     first, then, last = rss = [round(each) for each in (samples[0][1], after[0], after[-1])]
     print(f"{options.soak:g} s, {2 * options.slots} clients on {options.slots} slots: {dict(tally.answers)}, "
-          f"{dict(left)}\nslots lost: {lost}, the last free {freed:.1f} s after all had left\n"
-          f"RSS {first} MiB at first, {then} after {settled:g} s, {last} at the end: {100 * growth:+.2f}%; clients failed: {failed or 0}")
+          f"{dict(left)}; clients failed: {failed or 0}\n"
+          f"slots lost: {lost}, the last free {freed:.1f} s after all had left\n"
+          f"RSS {first} MiB at first, {then} after {settled:g} s, {last} at the end: {100 * growth:+.2f}%")
     result = {"seconds": options.soak, "replies": dict(tally.answers), "leavers": dict(left), "slots_lost": lost,
-              "all_free_after_s": round(freed, 2), "rss_mib": rss, "rss_growth": round(float(growth), 4), "clients_failed": failed}
+              "all_free_after_s": round(freed, 2), "rss_mib": rss, "rss_growth": round(growth, 4),
+              "clients_failed": failed}
     return result | {"ok": not lost and not failed and growth < 0.02}
 
 
