@@ -15,6 +15,7 @@ Prints a table, then one JSON line. Exits with 1 if --soak or --fuzz found a fau
 
 import argparse
 import asyncio
+import copy
 import itertools
 import json
 import os
@@ -254,7 +255,7 @@ def fuzzed(rng: random.Random) -> tuple[str, bytes, str]:
     def value(depth: int = 0) -> Any:
         kind = rng.random()
         if depth > 3 or kind < 0.7:
-            return rng.choice(odd)
+            return copy.deepcopy(rng.choice(odd))
         if kind < 0.85:
             return [value(depth + 1) for _ in range(rng.randint(0, 4))]
         names = rng.choices([*fields, "role", "content", "text", "type"], k=rng.randint(0, 4))
