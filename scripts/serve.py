@@ -1,12 +1,16 @@
-"""Chat with a trained model in the browser.
+"""Chat with a trained model in the browser, or through OpenAI's API.
 
     python -m scripts.serve                     the newest finetuned model, on http://127.0.0.1:8000
     python -m scripts.serve -i rl -g d20 -p 8080
-    python -m scripts.serve --host 0.0.0.0      open to the network: there is no password
+    NANOCHAT_API_KEY=... python -m scripts.serve --host 0.0.0.0      open to the network, for those who know the key
+
+OpenAI's clients connect to http://127.0.0.1:8000/v1; the server prints the id of its model.
 """
 
 import asyncio
 import ipaddress
+import os
+import re
 import socket
 from dataclasses import dataclass
 
@@ -19,10 +23,12 @@ from nanochat_jax.paths import CHECKPOINT_DIRS, Paths
 from nanochat_jax.serve import server
 from nanochat_jax.serve.chat_request import Sampling
 from nanochat_jax.sharding import make_mesh
-from nanochat_jax.startup import start
+from nanochat_jax.startup import PLATFORMS, start
 from nanochat_jax.step import resolve_dtype
 
-DESCRIPTION = "Chat with a trained model in the browser."
+DESCRIPTION = "Chat with a trained model in the browser, or through OpenAI's API."
+API_KEY_VARIABLE = "NANOCHAT_API_KEY"
+MAX_CHOICES = 8  # replies to one request of OpenAI's API
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -30,52 +36,98 @@ class Config:
     source: str = flag("sft", "stage whose model to load", short="-i", choices=list(CHECKPOINT_DIRS))
     model_tag: str | None = flag(None, "model tag; the largest d<depth> if not given", short="-g")
     step: int | None = flag(None, "step; the last if not given", short="-s")
-    host: str = flag("127.0.0.1", "address to listen on; 0.0.0.0 is open to the network, without a password")
+    host: str = flag("127.0.0.1", "address to listen on; 0.0.0.0 is open to the network")
     port: int = flag(8000, "port to listen on; 0 takes a free one", short="-p")
     temperature: float = flag(0.8, "temperature where a request has none", short="-t")
     top_k: int = flag(50, "top-k where a request has none; 0 keeps all tokens", short="-k")
     max_tokens: int = flag(512, "longest reply in tokens where a request does not say", short="-m")
     slots: int = flag(8, "replies that are generated at the same time; more wait in a queue")
-    mesh: str = flag("1x1", "devices as DxM: slots over D, heads over M; auto uses all on D")
+    max_queue: int = flag(64, "requests that may wait for a slot; more are told to try again")
+    timeout: float = flag(600.0, "seconds that a reply may take, its time in the queue included")
+    grace: float = flag(10.0, "seconds that replies in flight are given when the server is told to stop")
+    api_key: str | None = flag(None, f"key that clients must send; {API_KEY_VARIABLE} keeps it out of `ps`")
+    cors_origin: str | None = flag(None, "origins whose pages may call, as https://a.com,https://b.com; * is all")
+    num_gpus: int | None = flag(None, "devices to spread the slots over: short for --mesh <n>x1", short="-n")
+    mesh: str | None = flag(None, "devices as DxM: slots over D, heads over M; auto uses all on D; default one device")
+    device_type: str = flag("", "platform to run on; default the best there is", choices=PLATFORMS)
     dtype: str = flag("auto", "compute dtype", short="-d", choices=["auto", "float32", "bfloat16"])
+    warmup: bool = flag(True, "compile all programs first, so that no request waits for it; false starts at once")
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
             raise ValueError(f"--port must be from 0 to 65535, got {self.port}")
         if self.slots < 1:
             raise ValueError(f"--slots must be at least 1, got {self.slots}")
+        if self.max_queue < 1:
+            raise ValueError(f"--max-queue must be at least 1, got {self.max_queue}")
+        if not self.timeout > 0:
+            raise ValueError(f"--timeout must be over 0 seconds, got {self.timeout}")
+        if not self.grace >= 0:
+            raise ValueError(f"--grace must be 0 seconds or more, got {self.grace}")
+        if self.num_gpus is not None and (self.num_gpus < 1 or self.mesh is not None):
+            raise ValueError(f"--num-gpus must be at least 1, and not together with --mesh; got {self.num_gpus}")
+        if self.key is not None and not re.fullmatch(r"[!-~]+", self.key):
+            raise ValueError("--api-key must be of printable ASCII characters, without spaces, one at least")
+        for origin in self.cors_origins:
+            if origin != "*" and not re.fullmatch(r"https?://[^/\s]+", origin):
+                raise ValueError(f"--cors-origin must be * or like https://example.com, without a path, got {origin!r}")
         self.sampling  # noqa: B018  (its check of the ranges)
 
     @property
     def sampling(self) -> Sampling:
         return Sampling(temperature=self.temperature, top_k=self.top_k, max_tokens=self.max_tokens)
 
+    @property
+    def key(self) -> str | None:
+        return self.api_key if self.api_key is not None else os.environ.get(API_KEY_VARIABLE) or None
+
+    @property
+    def cors_origins(self) -> tuple[str, ...]:
+        return tuple(self.cors_origin.split(",")) if self.cors_origin is not None else ()
+
+    @property
+    def devices(self) -> str:
+        """The mesh, as `make_mesh` wants it."""
+        return f"{self.num_gpus}x1" if self.num_gpus is not None else self.mesh or "1x1"
+
 
 def main(config: Config) -> None:
     paths = Paths.from_env()
     with server.bind(config.host, config.port) as sock:  # a taken port is known before the model is loaded
-        start(paths)
-        mesh = make_mesh(config.mesh)
+        start(paths, device_type=config.device_type)
+        mesh = make_mesh(config.devices)
         model = load_model(paths, config.source, tag=config.model_tag, step=config.step, mesh=mesh)
         engine = Engine(model.config, model.params, model.tokenizer, num_slots=config.slots,
                         compute_dtype=resolve_dtype(config.dtype), mesh=mesh)
         info = {"name": f"{model.source} {model.tag}, step {model.step}", "source": model.source, "tag": model.tag,
                 "step": model.step, "context": engine.max_len}
-        with Scheduler(engine) as scheduler:
-            app = server.create_app(scheduler, model.tokenizer, info, max_len=engine.max_len, num_slots=config.slots,
-                                    devices=tuple(map(str, mesh.devices.flat)), defaults=config.sampling)
-            asyncio.run(server.run(app, sock, lambda: print(greeting(config.host, sock), flush=True)))
+        model_id = f"nanochat-{model.tag}-{model.source}"
+        if config.warmup:
+            engine.warmup()
+        with Scheduler(engine, max_waiting=config.max_queue) as scheduler:
+            app = server.create_app(
+                scheduler, model.tokenizer, info, max_len=engine.max_len, num_slots=config.slots,
+                devices=tuple(map(str, mesh.devices.flat)), defaults=config.sampling, model_id=model_id,
+                max_choices=min(MAX_CHOICES, config.max_queue), api_key=config.key, cors_origins=config.cors_origins,
+                deadline=config.timeout, grace=config.grace,
+            )  # fmt: skip
+            asyncio.run(server.run(app, sock, lambda: print(greeting(config, sock, model_id), flush=True)))
 
 
-def greeting(host: str, sock: socket.socket) -> str:
+def greeting(config: Config, sock: socket.socket, model_id: str) -> str:
+    """Where the server is, and who can reach it."""
     address, port = sock.getsockname()[:2]
     ip = ipaddress.ip_address(address)
     if ip.is_loopback:
-        note = "Only this machine can reach it; --host 0.0.0.0 opens it to the network, without a password."
+        note = "Only this machine can reach it; --host 0.0.0.0 opens it to the network."
+    elif config.key is not None:
+        note = "Everyone who can reach this machine and knows the key can use it; nothing is encrypted on the way."
     else:
-        note = "Everyone who can reach this machine can use it: there is no password."
-    shown = "127.0.0.1" if ip.is_unspecified else f"[{host}]" if ":" in host else host
-    return f"Chat at http://{shown}:{port}\n{note} Ctrl+C stops it."
+        note = ("WARNING: everyone who can reach this machine can use it. Give it a key: "
+                f"{API_KEY_VARIABLE}=$(openssl rand -hex 16), or --host 127.0.0.1 for yourself alone.")
+    shown = "127.0.0.1" if ip.is_unspecified else f"[{config.host}]" if ":" in config.host else config.host
+    url = f"http://{shown}:{port}"
+    return f"Chat at {url}\nOpenAI API at {url}/v1, model {model_id}\n{note} Ctrl+C stops it."
 
 
 if __name__ == "__main__":

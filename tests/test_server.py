@@ -3,6 +3,7 @@ import json
 import os
 import re
 import signal
+import socket
 import subprocess
 import sys
 from contextlib import asynccontextmanager
@@ -20,7 +21,7 @@ from nanochat_jax.gpt import init_params
 from nanochat_jax.infer.engine import Engine
 from nanochat_jax.infer.request import Request, Result, ToolCall
 from nanochat_jax.infer.scheduler import QueueFull, Scheduler
-from nanochat_jax.serve import server
+from nanochat_jax.serve import access, server
 from nanochat_jax.serve.chat_request import BadRequest, Message, Sampling, make_prompt
 from nanochat_jax.tokenizer import SPECIAL_TOKENS, Tokenizer
 from scripts import serve
@@ -51,7 +52,8 @@ class FakeHandle:
                 raise event
             else:
                 yield event
-        yield Result([1, 2], [True, True], "cancelled" if self.cancelled.is_set() else "stop", "", 3)
+        text = "".join(event for event in self.events if isinstance(event, str))
+        yield Result([1, 2], [True, True], "cancelled" if self.cancelled.is_set() else "stop", text, 3)
 
 
 class FakeScheduler:
@@ -66,6 +68,9 @@ class FakeScheduler:
         self.requests.append(request)
         self.handles.append(FakeHandle(self.events))
         return self.handles[-1]
+
+    def submit_all(self, requests):
+        return [self.submit(request) for request in requests]
 
 
 @asynccontextmanager
@@ -355,25 +360,36 @@ STOPPABLE = """
 import asyncio, sys
 sys.path.insert(0, "tests")
 from test_server import FakeScheduler, Sampling, TOKENIZER, server
-scheduler = FakeScheduler("Hello", asyncio.Event())
-app = server.create_app(scheduler, TOKENIZER, {}, max_len=99, num_slots=1, defaults=Sampling())
+class Ends(asyncio.Event):
+    async def wait(self):  # while the server is told to stop
+        await asyncio.sleep(0.3)
+hangs = asyncio.Event()
+scheduler = FakeScheduler("Hello", hangs if sys.argv[1] == "hangs" else Ends(), " you")
+app = server.create_app(scheduler, TOKENIZER, {}, max_len=99, num_slots=1, defaults=Sampling(), grace=0.5)
 sock = server.bind("127.0.0.1", 0)
 asyncio.run(server.run(app, sock, lambda: print(sock.getsockname()[1], flush=True)))
 print("clean")
 """
 
 
-async def test_a_signal_ends_the_replies_in_flight_and_then_the_server():
+@pytest.mark.parametrize("reply,rest", [
+    ("ends", b'data: {"token": " you", "gpu": 0}\n\ndata: {"done": true}\n\n'),
+    ("hangs", b'data: {"error": "the server is shutting down"}\n\n'),
+])  # fmt: skip
+async def test_a_signal_lets_replies_end_within_the_grace_and_then_breaks_them_off(reply, rest):
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-c", STOPPABLE, cwd=ROOT, stdout=subprocess.PIPE, env=os.environ | {"PYTHONPATH": str(ROOT)}
-    )
+        sys.executable, "-c", STOPPABLE, reply, cwd=ROOT, stdout=subprocess.PIPE,
+        env=os.environ | {"PYTHONPATH": str(ROOT)},
+    )  # fmt: skip
     try:
         port = int(await process.stdout.readline())
         async with aiohttp.ClientSession() as session:
             response = await session.post(f"http://127.0.0.1:{port}/chat/completions", json=HELLO)
             await response.content.readuntil(b"\n\n")
             process.send_signal(signal.SIGTERM)
-            assert await response.content.read() == b'data: {"done": true}\n\n'
+            assert await response.content.read() == rest
+            with pytest.raises(aiohttp.ClientConnectionError):  # no new clients meanwhile
+                await session.post(f"http://127.0.0.1:{port}/chat/completions", json=HELLO)
         async with asyncio.timeout(10):
             assert await process.stdout.read() == b"clean\n"
             assert await process.wait() == 0
@@ -396,20 +412,42 @@ def test_serving_where_the_port_is_taken_or_no_model_is_trained_fails_in_one_lin
             assert error.startswith("error: ") and error.count("\n") == 1 and message in error
 
 
-@pytest.mark.parametrize("flags", ["-t 3", "-k 201", "-m 0", "-p 65536", "--slots 0", "-i x"])
+@pytest.mark.parametrize("flags", [
+    "-t 3", "-k 201", "-m 0", "-p 65536", "--slots 0", "-i x", "--max-queue 0", "--timeout 0", "--grace -1", "-n 0",
+    "--device-type x", "--api-key= ", "--cors-origin example.com", "--cors-origin https://example.com/path",
+])  # fmt: skip
 def test_flags_are_checked_before_anything_is_loaded(flags):
-    with pytest.raises(UsageError, match=flags.split()[1]):
+    with pytest.raises(UsageError, match=re.split("[ =]", flags)[1] or "printable"):
         parse(serve.Config, flags.split(), prog="serve", description="")
 
 
-def test_the_greeting_says_who_can_reach_the_server():
+def test_the_greeting_says_who_can_reach_the_server(monkeypatch):
+    def greeting(sock, **flags):
+        return serve.greeting(serve.Config(**flags), sock, "nanochat-d4-sft")
+
+    monkeypatch.delenv("NANOCHAT_API_KEY", raising=False)
     with server.bind("127.0.0.1", 0) as sock:
         port = sock.getsockname()[1]
-        text = serve.greeting("localhost", sock)
+        text = greeting(sock, host="localhost")
         assert text.startswith(f"Chat at http://localhost:{port}\n") and "Only this machine" in text
+        assert f"OpenAI API at http://localhost:{port}/v1, model nanochat-d4-sft\n" in text
     with server.bind("0.0.0.0", 0) as sock:
-        assert "there is no password" in serve.greeting("0.0.0.0", sock)
-        assert f"http://127.0.0.1:{sock.getsockname()[1]}\n" in serve.greeting("0.0.0.0", sock)
+        open_to_all = greeting(sock, host="0.0.0.0")
+        assert "WARNING" in open_to_all and "NANOCHAT_API_KEY=" in open_to_all
+        assert f"http://127.0.0.1:{sock.getsockname()[1]}\n" in open_to_all
+        assert "WARNING" not in greeting(sock, host="0.0.0.0", api_key="secret")
+        monkeypatch.setenv("NANOCHAT_API_KEY", "secret")
+        assert "WARNING" not in greeting(sock, host="0.0.0.0")
+        assert "secret" not in greeting(sock, host="0.0.0.0")
+
+
+def test_num_gpus_is_a_mesh():
+    def mesh(flags):
+        return parse(serve.Config, flags.split(), prog="serve", description="").devices
+
+    assert [mesh("-n 4"), mesh("--mesh 2x2"), mesh("")] == ["4x1", "2x2", "1x1"]
+    with pytest.raises(UsageError, match="not together"):
+        mesh("-n 4 --mesh 2x2")
 
 
 async def test_real_engine_gives_every_client_its_own_reply_and_survives_those_who_leave():
@@ -437,3 +475,114 @@ async def test_real_engine_gives_every_client_its_own_reply_and_survives_those_w
             await eventually(lambda: scheduler.num_active == 0)
     assert replies == [expected(body) for body in asked]
     assert len(set(replies)) > 1
+
+
+async def test_a_client_that_does_not_read_is_given_up_within_a_second():
+    scheduler = FakeScheduler(*["x" * 500] * 1000, asyncio.Event())  # more than the buffers of both sides hold
+    async with client(scheduler) as session:
+        port = session._base_url.port
+        body = json.dumps(HELLO).encode()
+        with socket.socket() as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            sock.setblocking(False)
+            loop = asyncio.get_running_loop()
+            await loop.sock_connect(sock, ("127.0.0.1", port))
+            head = "POST /chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            await loop.sock_sendall(sock, f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+            began = loop.time()
+            await eventually(lambda: scheduler.handles and scheduler.handles[0].cancelled.is_set())
+            assert loop.time() - began < 1.5  # half a second for a busy machine
+        assert b'replies_total{reason="disconnected"} 1.0' in await (await session.get("/metrics")).read()
+
+
+async def test_a_reply_over_its_deadline_is_broken_off_and_frees_its_slot():
+    scheduler = FakeScheduler("Hel", asyncio.Event())
+    async with client(scheduler, deadline=0.2) as session:
+        text = await (await session.post("/chat/completions", json=HELLO)).text()
+    events = [json.loads(line[6:]) for line in text.split("\n\n") if line]
+    assert events == [{"token": "Hel", "gpu": 0}, {"error": "the reply took longer than 0.2 seconds"}]
+    assert scheduler.handles[0].cancelled.is_set()
+
+
+async def test_a_body_that_says_it_is_too_large_is_refused_before_it_is_sent():
+    async with client(FakeScheduler()) as session:
+        reader, writer = await asyncio.open_connection("127.0.0.1", session._base_url.port)
+        writer.write(b"POST /chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+                     b"Content-Length: 1048577\r\n\r\n")
+        async with asyncio.timeout(5):
+            assert (await reader.readline()).startswith(b"HTTP/1.1 413 ")
+        writer.close()
+
+
+async def test_a_body_that_does_not_arrive_is_408(monkeypatch):
+    monkeypatch.setattr(access, "BODY_SECONDS", 0.1)
+    async with client(FakeScheduler()) as session:
+        reader, writer = await asyncio.open_connection("127.0.0.1", session._base_url.port)
+        writer.write(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+                     b"Content-Length: 100\r\n\r\n{")
+        async with asyncio.timeout(5):
+            assert (await reader.readline()).startswith(b"HTTP/1.1 408 ")
+        writer.close()
+
+
+async def test_with_a_key_only_those_who_know_it_may_ask():
+    scheduler = FakeScheduler("Hi")
+    async with client(scheduler, api_key="secret") as session:
+        for given in (None, "Bearer", "Bearer secre", "Bearer secrets", "Basic secret", "Bearer \u00e9"):
+            headers = {"Authorization": given} if given else {}
+            for path in ("/chat/completions", "/v1/chat/completions"):
+                response = await session.post(path, json=HELLO, headers=headers)
+                assert response.status == 401 and response.headers["WWW-Authenticate"] == "Bearer", given
+            for path in ("/stats", "/metrics", "/v1/models"):
+                assert (await session.get(path, headers=headers)).status == 401
+        for path in ("/", "/chat.js", "/health", "/openapi.json"):
+            assert (await session.get(path)).status == 200
+        assert (await (await session.get("/health")).json())["api_key"] is True
+        assert not scheduler.requests
+        for scheme in ("Bearer", "bearer"):
+            headers = {"Authorization": f"{scheme} secret"}
+            response = await session.post("/chat/completions", json=HELLO, headers=headers)
+            assert response.status == 200
+
+
+async def test_only_pages_of_the_origins_named_may_read_the_answers():
+    async def ask(session, origin):
+        asked = {"Origin": origin, "Access-Control-Request-Method": "POST",
+                 "Access-Control-Request-Headers": "content-type"}
+        preflight = await session.options("/chat/completions", headers=asked)
+        answer = await session.post("/chat/completions", json=HELLO, headers={"Origin": origin})
+        allowed = answer.headers.get("Access-Control-Allow-Origin")
+        assert preflight.headers.get("Access-Control-Allow-Origin") == allowed
+        assert (preflight.headers.get("Access-Control-Allow-Headers") is None) == (allowed is None)
+        return allowed
+
+    mine, other = "https://mine.example", "https://other.example"
+    async with client(FakeScheduler()) as session:
+        assert await ask(session, mine) is None
+    async with client(FakeScheduler(), cors_origins=(mine,), api_key=None) as session:
+        assert (await ask(session, mine), await ask(session, other)) == (mine, None)
+    async with client(FakeScheduler(), cors_origins=("*",)) as session:
+        assert await ask(session, other) == other
+
+
+async def test_metrics_count_what_was_asked_and_given():
+    async with client(FakeScheduler("Hel", "lo")) as session:
+        await session.post("/chat/completions", json=HELLO)
+        await session.post("/v1/chat/completions", json=HELLO | {"n": 2})
+        await session.post("/chat/completions", json={})
+        await session.get("/nowhere")
+        response = await session.get("/metrics")
+        numbers = dict(line.rsplit(" ", 1) for line in (await response.text()).splitlines() if line[0] != "#")
+    assert response.content_type == "text/plain"
+    expected = {
+        'nanochat_http_requests_total{route="/chat/completions",status="200"}': 1,
+        'nanochat_http_requests_total{route="/chat/completions",status="422"}': 1,
+        'nanochat_http_requests_total{route="/v1/chat/completions",status="200"}': 1,
+        'nanochat_http_requests_total{route="unknown",status="404"}': 1,
+        'nanochat_replies_total{reason="stop"}': 3,
+        "nanochat_prompt_tokens_total": 9, "nanochat_generated_tokens_total": 6,
+        "nanochat_time_to_first_token_seconds_count": 3, "nanochat_inter_token_seconds_count": 3,
+        "nanochat_reply_seconds_count": 3, "nanochat_slots": 2, "nanochat_active_requests": 2,
+        "nanochat_waiting_requests": 1,
+    }  # fmt: skip
+    assert {name: float(numbers[name]) for name in expected} == expected

@@ -20,16 +20,22 @@ MAX_TOTAL_CHARS = 32000
 MAX_TEMPERATURE = 2.0
 MAX_TOP_K = 200
 MAX_REPLY_TOKENS = 4096
+MAX_DETAIL_CHARS = 300
 ROLES = ("user", "assistant")
 
 
 class BadRequest(Exception):
-    """A request that is not served: 422 for a wrong type, 400 for what is over a limit, 503 for a busy server."""
+    """A request that is not served: 422 for a wrong type, 400 for what is over a limit, 503 for a busy server.
 
-    def __init__(self, status: int, detail: str) -> None:
+    `param` is the field that is wrong and `code` the kind of mistake, for clients that look at them.
+    """
+
+    def __init__(self, status: int, detail: str, *, param: str | None = None, code: str | None = None) -> None:
         super().__init__(detail)
         self.status = status
-        self.detail = detail
+        self.detail = detail if len(detail) <= MAX_DETAIL_CHARS else detail[: MAX_DETAIL_CHARS - 3] + "..."
+        self.param = param
+        self.code = code
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -71,12 +77,12 @@ def parse(body: Any, defaults: Sampling) -> ChatRequest:
     Raises `BadRequest` (422) if a type is wrong, else (400) if a value is.
     """
     if not isinstance(body, dict):
-        raise BadRequest(422, f"the body must be an object, not {_type(body)}")
+        raise BadRequest(422, f"the body must be an object, not {type_name(body)}")
     listed = body.get("messages")
     if not isinstance(listed, list):
-        raise BadRequest(422, f"messages must be a list, not {_type(listed)}")
+        raise BadRequest(422, f"messages must be a list, not {type_name(listed)}")
     messages = tuple(_message(index, message) for index, message in enumerate(listed))
-    given = {name: _number(name, body.get(name), kind) for name, kind in
+    given = {name: checked_number(name, body.get(name), kind) for name, kind in
              (("temperature", float), ("top_k", int), ("max_tokens", int))}
     _check_limits(messages)
     try:
@@ -87,13 +93,13 @@ def parse(body: Any, defaults: Sampling) -> ChatRequest:
 
 
 def make_prompt(
-    tokenizer: Tokenizer, messages: Sequence[Message], *, max_len: int, max_tokens: int
+    tokenizer: Tokenizer, messages: Sequence[Message], *, max_len: int, max_tokens: int, drop: bool = True
 ) -> tuple[tuple[int, ...], int]:
     """Prompt of a conversation, and how many of its first messages were left out to make it fit in `max_len` tokens.
 
     Messages are dropped from the start, up to one of the user's, until the prompt leaves room for `max_tokens` or, if
     that is more, for a quarter of the context. The last message is never dropped: if it alone fills the context,
-    `BadRequest` (400) is raised.
+    `BadRequest` (400) is raised; and without `drop`, if all of them do.
     """
     def special(name: str) -> int:
         return tokenizer.encode_special(f"<|{name}|>")
@@ -109,15 +115,16 @@ def make_prompt(
     first, last = 0, len(messages) - 1
     length = 2 + sum(map(len, encoded))  # bos and assistant_start
     room = min(max_tokens, max_len // 4)
-    while length + room > max_len and first < last:
+    while drop and length + room > max_len and first < last:
         length -= len(encoded[first])
         first += 1
         while first < last and messages[first].role != "user":
             length -= len(encoded[first])
             first += 1
     if length >= max_len:
-        raise BadRequest(400, f"the last message makes a prompt of {length} tokens; "
-                              f"the model's context is {max_len}, its reply included: send a shorter one")
+        what = "last message makes" if drop else "messages make"
+        raise BadRequest(400, f"the {what} a prompt of {length} tokens; the model's context is {max_len}, its reply "
+                              "included: send less", param="messages", code="context_length_exceeded")
     ids = [token for message in encoded[first:] for token in message]
     return (special("bos"), *ids, special("assistant_start")), first
 
@@ -125,14 +132,14 @@ def make_prompt(
 def _message(index: int, message: Any) -> Message:
     where = f"messages.{index}"
     if not isinstance(message, dict):
-        raise BadRequest(422, f"{where} must be an object, not {_type(message)}")
+        raise BadRequest(422, f"{where} must be an object, not {type_name(message)}")
     role, content = message.get("role"), message.get("content")
     if not isinstance(role, str):
-        raise BadRequest(422, f"{where}.role must be a string, not {_type(role)}")
+        raise BadRequest(422, f"{where}.role must be a string, not {type_name(role)}")
     if isinstance(content, str):
         return Message(role=role, parts=(("text", content),))
     if role != "assistant" or not isinstance(content, list):
-        raise BadRequest(422, f"{where}.content must be a string, not {_type(content)}")
+        raise BadRequest(422, f"{where}.content must be a string, not {type_name(content)}")
     parts = []
     for place, part in enumerate(content):
         kind = part.get("type") if isinstance(part, dict) else None
@@ -142,10 +149,17 @@ def _message(index: int, message: Any) -> Message:
     return Message(role=role, parts=tuple(parts))
 
 
-def _number(name: str, value: Any, kind: type) -> float | int | None:
+def checked_number(name: str, value: Any, kind: type) -> float | int | None:
+    """The value, a number of this kind or None; raises `BadRequest` (422) if it is not.
+
+    A boolean is no number; 2.0 is an integer, as in JSON Schema.
+    """
+    if kind is int and isinstance(value, float) and value.is_integer():
+        return int(value)
     if value is None or (isinstance(value, kind | int) and not isinstance(value, bool)):
         return value
-    raise BadRequest(422, f"{name} must be {'an integer' if kind is int else 'a number'}, not {_type(value)}")
+    wanted = "an integer" if kind is int else "a number"
+    raise BadRequest(422, f"{name} must be {wanted}, not {type_name(value)}", param=name)
 
 
 def _check_limits(messages: Sequence[Message]) -> None:
@@ -167,6 +181,7 @@ def _check_limits(messages: Sequence[Message]) -> None:
         raise BadRequest(400, f"the conversation has {total} characters; at most {MAX_TOTAL_CHARS} are allowed")
 
 
-def _type(value: Any) -> str:
+def type_name(value: Any) -> str:
+    """What JSON calls the type of a decoded value."""
     names = {dict: "an object", list: "a list", str: "a string", bool: "a boolean", int: "a number", float: "a number"}
     return names.get(type(value), "null")

@@ -1,19 +1,21 @@
-"""The chat server: one page and one streaming endpoint over a scheduler.
+"""The chat server: a page and two APIs over a scheduler.
 
-    GET  /                    the page, and what it loads: /chat.js and other modules, /chat.css, /logo.svg
-    POST /chat/completions    a reply as server-sent events; chat_request.py says what may be asked
-    GET  /health, /stats      whether it is up, and how many of its slots are busy
+    GET  /                          the page, and the files of web/ that it loads
+    POST /chat/completions          a reply as server-sent events; chat_request.py says what may be asked
+    POST /v1/chat/completions       OpenAI's API: openai_api.py; GET /v1/models
+    GET  /health, /stats, /metrics  whether it is up, how many of its slots are busy, Prometheus' numbers
+    GET  /openapi.json              a description of all this
 
-A reply is a stream of `data: <json>` events: {"token": text, "gpu": 0} for text, {"tool": {"expression": text,
-"output": text or null}, "gpu": 0} for a calculation, at last {"done": true}; or {"error": text} if it breaks off. A
-conversation that outgrows the context loses its first messages; the header X-Dropped-Messages says how many. A client
-that goes away ends its generation. Mistakes are answered with {"detail": text}: 400 for what is over a limit, 422 for
-what has the wrong type, 503 when the queue is full.
+A reply of /chat/completions is a stream of `data: <json>` events: {"token": text, "gpu": 0} for text, {"tool":
+{"expression": text, "output": text or null}, "gpu": 0} for a calculation, at last {"done": true}; or {"error": text}
+if it breaks off. A conversation that outgrows the context loses its first messages; the header X-Dropped-Messages says
+how many. A client that goes away, or does not read, ends its generation. Mistakes are answered with {"detail": text}:
+400 for what is over a limit, 401 without the key, 422 for what has the wrong type, 503 with Retry-After when the queue
+is full.
 """
 
 import asyncio
 import errno
-import json
 import logging
 import secrets
 import signal
@@ -28,30 +30,22 @@ from aiohttp import web
 
 from nanochat_jax.cli import UsageError
 from nanochat_jax.infer.request import Request, Result, ToolCall
-from nanochat_jax.infer.scheduler import Handle, QueueFull, Scheduler
-from nanochat_jax.serve.chat_request import BadRequest, ChatRequest, Sampling, make_prompt, parse
+from nanochat_jax.infer.scheduler import Scheduler
+from nanochat_jax.serve import access, metrics
+from nanochat_jax.serve.access import read_json
+from nanochat_jax.serve.chat_request import ChatRequest, Sampling, make_prompt, parse
+from nanochat_jax.serve.openai_api import OpenAIServer
+from nanochat_jax.serve.openapi import describe
+from nanochat_jax.serve.replies import EventStream, Replies, ReplyError
 from nanochat_jax.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
 WEB = Path(__file__).parent / "web"
-PAGE_FILES = {
-    "/": ("index.html", "text/html"),
-    "/chat.js": ("chat.js", "text/javascript"),
-    **{f"/{name}.js": (f"{name}.js", "text/javascript")
-       for name in ("api", "commands", "dom", "highlight", "markdown", "settings", "store", "turns")},
-    "/chat.css": ("chat.css", "text/css"),
-    "/logo.svg": ("logo.svg", "image/svg+xml"),
-}
-HEADERS = {
-    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
-                               "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
-    "X-Content-Type-Options": "nosniff",
-    "Referrer-Policy": "no-referrer",
-    "Server": "nanochat_jax",
-}
-MAX_BODY_BYTES = 2**20
-SHUTDOWN_SECONDS = 5.0  # for replies to end once they are told to
+CONTENT_TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml",
+                 ".txt": "text/plain"}
+SEND_BUFFER_BYTES = 32 * 1024  # of the kernel, for each client: more would hide for long that it does not read
+SHUTDOWN_SECONDS = 2.0  # for handlers to return once their replies have ended
 
 
 def create_app(
@@ -63,6 +57,12 @@ def create_app(
     num_slots: int,
     devices: tuple[str, ...] = ("cpu",),
     defaults: Sampling,
+    model_id: str = "nanochat",
+    max_choices: int = 8,
+    api_key: str | None = None,
+    cors_origins: tuple[str, ...] = (),
+    deadline: float = 600.0,
+    grace: float = 10.0,
 ) -> web.Application:
     """The application. The scheduler must be running, and remains the caller's to close.
 
@@ -72,16 +72,50 @@ def create_app(
       num_slots: sequences in flight at once, for /health and /stats.
       devices: names of the devices the model is on.
       defaults: how to sample where a request does not say.
+      model_id: the model's name for OpenAI's clients.
+      max_choices: most replies that one request of OpenAI's API may ask for; no more than the queue holds.
+      api_key: what clients must know; None lets everyone in.
+      cors_origins: origins whose pages may call; "*" is all.
+      deadline: seconds that a reply may take, its time in the queue included.
+      grace: seconds that replies in flight are given when the server is told to stop.
     """
-    server = _ChatServer(scheduler, tokenizer, model_info, max_len, num_slots, devices, defaults)
-    app = web.Application(client_max_size=MAX_BODY_BYTES, middlewares=[_answer_errors_in_json])
-    for route, (name, content_type) in PAGE_FILES.items():
-        app.router.add_get(route, _page_file((WEB / name).read_bytes(), content_type))
+    counts = metrics.Metrics(scheduler, num_slots)
+    replies = Replies(scheduler, counts, deadline=deadline)
+    keyed = api_key is not None
+    server = _ChatServer(scheduler, replies, tokenizer, model_info, max_len, num_slots, devices, defaults, keyed)
+    openai = OpenAIServer(replies, tokenizer, model=model_id, max_len=max_len, max_choices=max_choices,
+                          defaults=defaults)
+    description = describe(model_id, max_choices=max_choices, keyed=keyed)
+
+    async def openai_completions(request: web.Request) -> web.StreamResponse:
+        return await openai.chat_completions(request, await read_json(request))
+
+    async def show_metrics(request: web.Request) -> web.Response:
+        return web.Response(body=counts.text(), headers={"Content-Type": metrics.CONTENT_TYPE})
+
+    async def show_description(request: web.Request) -> web.Response:
+        return web.json_response(description)
+
+    app = web.Application(client_max_size=access.MAX_BODY_BYTES,
+                          middlewares=access.middlewares(counts, api_key=api_key, cors=bool(cors_origins)))
+    for path in WEB.rglob("*"):
+        if path.suffix in CONTENT_TYPES:
+            name = path.relative_to(WEB).as_posix()
+            app.router.add_get("/" if name == "index.html" else f"/{name}", _page_file(path))
     app.router.add_post("/chat/completions", server.chat_completions)
+    app.router.add_post("/v1/chat/completions", openai_completions)
+    app.router.add_get("/v1/models", openai.models)
+    app.router.add_get("/v1/models/{model}", openai.model)
     app.router.add_get("/health", server.health)
     app.router.add_get("/stats", server.stats)
-    app.on_response_prepare.append(_add_headers)
-    app.on_shutdown.append(server.cancel_all)
+    app.router.add_get("/metrics", show_metrics)
+    app.router.add_get("/openapi.json", show_description)
+    app.on_response_prepare.append(access.add_headers(cors_origins))
+
+    async def shut_down(app: web.Application) -> None:
+        await replies.shut_down(grace)
+
+    app.on_shutdown.append(shut_down)
     return app
 
 
@@ -97,6 +131,7 @@ def bind(host: str, port: int) -> socket.socket:
     sock = socket.socket(family, kind, protocol)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)  # connections inherit it
         sock.bind(address)
         sock.listen(128)
     except OSError as error:
@@ -111,7 +146,7 @@ def bind(host: str, port: int) -> socket.socket:
 
 
 async def run(app: web.Application, sock: socket.socket, on_ready: Callable[[], None]) -> None:
-    """Serve until SIGINT or SIGTERM; then end the replies in flight and return. A second signal ends the process."""
+    """Serve until SIGINT or SIGTERM; then let the replies in flight end, and return. A second one kills."""
     runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=SHUTDOWN_SECONDS, access_log=None)
     await runner.setup()
     loop, stop = asyncio.get_running_loop(), asyncio.Event()
@@ -122,7 +157,7 @@ async def run(app: web.Application, sock: socket.socket, on_ready: Callable[[], 
             loop.add_signal_handler(number, stop.set)
         on_ready()
         await stop.wait()
-        log.info("shutting down")
+        log.info("shutting down: replies in flight are finished first, unless the signal comes again")
     finally:
         for number in signals:
             loop.remove_signal_handler(number)
@@ -130,85 +165,48 @@ async def run(app: web.Application, sock: socket.socket, on_ready: Callable[[], 
 
 
 class _ChatServer:
-    def __init__(self, scheduler: Scheduler, tokenizer: Tokenizer, model_info: Mapping[str, Any], max_len: int,
-                 num_slots: int, devices: tuple[str, ...], defaults: Sampling) -> None:
+    def __init__(self, scheduler: Scheduler, replies: Replies, tokenizer: Tokenizer, model_info: Mapping[str, Any],
+                 max_len: int, num_slots: int, devices: tuple[str, ...], defaults: Sampling, keyed: bool) -> None:
         self._scheduler = scheduler
+        self._replies = replies
         self._tokenizer = tokenizer
         self._model_info = dict(model_info)
         self._max_len = max_len
         self._num_slots = num_slots
         self._devices = devices
         self._defaults = defaults
-        self._live: set[Handle] = set()
-        self._failed = False  # the engine has, as a request found out
+        self._keyed = keyed
 
     async def chat_completions(self, request: web.Request) -> web.StreamResponse:
-        chat = parse(await _read_json(request), self._defaults)
+        chat = parse(await read_json(request), self._defaults)
         sampling = chat.sampling
         tokens, dropped = make_prompt(
             self._tokenizer, chat.messages, max_len=self._max_len, max_tokens=sampling.max_tokens
         )
-        handle = self._submit(Request(
-            tokens, max_tokens=sampling.max_tokens, temperature=sampling.temperature, top_k=sampling.top_k,
-            seed=secrets.randbelow(2**31),
-        ))
-        self._live.add(handle)
+        wanted = Request(tokens, max_tokens=sampling.max_tokens, temperature=sampling.temperature, top_k=sampling.top_k,
+                         seed=secrets.randbelow(2**31))
         start = time.perf_counter()
-        try:
-            response = web.StreamResponse(headers={"Content-Type": "text/event-stream; charset=utf-8",
-                                                   "Cache-Control": "no-cache", "X-Accel-Buffering": "no"})
-            if dropped:
-                response.headers["X-Dropped-Messages"] = str(dropped)
-            await response.prepare(request)
-            result = await self._stream(handle, response)
-            await response.write_eof()
-            if result:
-                _log_reply(chat, result, time.perf_counter() - start)
-        except ConnectionError:
-            log.info("the client went away")
-        finally:
-            self._live.discard(handle)
-            handle.cancel()  # nothing happens to one that is done
-        return response
-
-    def _submit(self, request: Request) -> Handle:
-        try:
-            return self._scheduler.submit(request)
-        except QueueFull as error:
-            raise BadRequest(503, f"{error}: try again in a while") from error
-        except RuntimeError as error:  # the engine is gone for good; the scheduler has logged why
-            self._failed = True
-            raise BadRequest(503, f"{error}: restart the server") from error
-
-    async def _stream(self, handle: Handle, response: web.StreamResponse) -> Result | None:
-        """Write the events of a reply; its result, or None if the generation broke off."""
-        result = None
-        try:
-            async for event in handle:
-                if isinstance(event, Result):
-                    result = event
-                elif isinstance(event, ToolCall):
-                    tool = {"expression": event.expression, "output": event.output}
-                    await response.write(_event({"tool": tool, "gpu": 0}))
-                else:
-                    await response.write(_event({"token": event, "gpu": 0}))
-        except ConnectionError:
-            raise
-        except Exception:  # of this generation; the page is told, the log has the rest
-            log.exception("a generation failed")
-            await response.write(_event({"error": "the generation failed; the server's log says why"}))
-            return None
-        await response.write(_event({"done": True}))
-        return result
+        headers = {"X-Dropped-Messages": str(dropped)} if dropped else {}
+        async with self._replies.open([wanted]) as events, EventStream(request, headers) as stream:
+            try:
+                async for batch in events:
+                    for _, event in batch:
+                        if isinstance(event, Result):
+                            _log_reply(chat, event, time.perf_counter() - start)
+                    await stream.send(*(_event(event) for _, event in batch))
+            except ReplyError as error:
+                await stream.send({"error": error.detail})
+        return stream.response
 
     async def health(self, request: web.Request) -> web.Response:
         return web.json_response({
-            "status": "failed" if self._failed else "ok",
-            "ready": not self._failed,
+            "status": "failed" if self._replies.failed else "ok",
+            "ready": self._replies.ready,
             "num_gpus": len(self._devices),
             "available_workers": self._num_slots - self._scheduler.num_active,
             "model": self._model_info,
             "defaults": asdict(self._defaults),
+            "api_key": self._keyed,
         })
 
     async def stats(self, request: web.Request) -> web.Response:
@@ -222,48 +220,24 @@ class _ChatServer:
             "workers": [{"gpu_id": index, "device": device} for index, device in enumerate(self._devices)],
         })
 
-    async def cancel_all(self, app: web.Application) -> None:
-        for handle in list(self._live):
-            handle.cancel()
+
+def _event(event: str | ToolCall | Result) -> dict[str, Any]:
+    if isinstance(event, Result):
+        return {"done": True}
+    if isinstance(event, ToolCall):
+        return {"tool": {"expression": event.expression, "output": event.output}, "gpu": 0}
+    return {"token": event, "gpu": 0}
 
 
-def _event(data: Mapping[str, Any]) -> bytes:
-    return f"data: {json.dumps(data, ensure_ascii=False)}\n\n".encode("utf-8", errors="replace")
+def _page_file(path: Path) -> Callable[[web.Request], Any]:
+    content, content_type = path.read_bytes(), CONTENT_TYPES[path.suffix]
 
-
-async def _read_json(request: web.Request) -> Any:
-    """The body, which must say that it is JSON: a form of another site's page cannot."""
-    if request.content_type != "application/json":
-        raise BadRequest(422, f"the Content-Type must be application/json, not {request.content_type[:50]}")
-    try:
-        return json.loads(await request.read())
-    except (ValueError, RecursionError) as error:
-        raise BadRequest(422, f"the body is not JSON: {error}") from error
-
-
-def _page_file(content: bytes, content_type: str) -> Callable[[web.Request], Any]:
     async def handler(request: web.Request) -> web.Response:
         return web.Response(
             body=content, content_type=content_type, charset="utf-8", headers={"Cache-Control": "no-cache"}
         )
 
     return handler
-
-
-async def _add_headers(request: web.Request, response: web.StreamResponse) -> None:
-    response.headers.update(HEADERS)
-
-
-@web.middleware
-async def _answer_errors_in_json(request: web.Request, handler: Callable[[web.Request], Any]) -> web.StreamResponse:
-    try:
-        return await handler(request)
-    except BadRequest as error:
-        headers = {"Retry-After": "5"} if error.status == 503 else {}
-        return web.json_response({"detail": error.detail}, status=error.status, headers=headers)
-    except web.HTTPException as error:  # no such path or method, or a body over the limit
-        headers = {"Allow": error.headers["Allow"]} if "Allow" in error.headers else {}
-        return web.json_response({"detail": error.reason}, status=error.status, headers=headers)
 
 
 def _log_reply(chat: ChatRequest, result: Result, seconds: float) -> None:

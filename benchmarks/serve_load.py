@@ -1,0 +1,337 @@
+"""The server under load: tokens/s, TTFT and gaps between tokens with 1, 8, 32 and 128 clients, and what it survives.
+
+    python benchmarks/serve_load.py                     d4, 32 slots; beside a server that takes requests one at a time
+    python benchmarks/serve_load.py --url http://127.0.0.1:8000        a server that runs already (no comparison)
+    python benchmarks/serve_load.py --soak 300          saturation, clients that leave or do not read: memory and slots
+    python benchmarks/serve_load.py --fuzz 10000        bodies that are wrong in every way: no 500, no hang
+
+The server is a process of its own, with random weights and a vocabulary of 18,500 tokens that are mostly text, so that
+a token is an event. Clients send mixed prompts (5 to 60 words, 16 to 160 tokens asked for) through OpenAI's streaming
+API, each the next as soon as the last has ended. Tokens count that arrive in the window after a warm-up; TTFT is from
+the request to the first text, its time in the queue included; a gap is from a token to the next of the same reply, as
+the client sees them: they come in bursts of one dispatch. Clients share the machine's cores with the server.
+Prints a table, then one JSON line. Exits with 1 if --soak or --fuzz found a fault.
+"""
+
+import argparse
+import asyncio
+import copy
+import itertools
+import json
+import os
+import random
+import signal
+import string
+import subprocess
+import sys
+import time
+from collections import Counter
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import aiohttp
+import numpy as np
+
+CONTEXT = 512
+WORDS = "the of and model that learns to speak in small steps from text it reads all day long until words come".split()
+
+
+def serve(options: argparse.Namespace, slots: int) -> None:
+    """The server, of random weights; says its port when it is ready."""
+    from tempfile import gettempdir
+
+    import jax
+
+    from nanochat_jax.config import GPTConfig
+    from nanochat_jax.gpt import abstract_params
+    from nanochat_jax.infer.engine import Engine
+    from nanochat_jax.infer.scheduler import Scheduler
+    from nanochat_jax.paths import Paths
+    from nanochat_jax.serve import server
+    from nanochat_jax.serve.chat_request import Sampling
+    from nanochat_jax.startup import start
+    from nanochat_jax.tokenizer import Tokenizer
+
+    scratch = Paths(Path(gettempdir()) / "nanochat_jax-benchmark")
+    scratch.base.mkdir(exist_ok=True)
+    start(scratch)
+    texts = ["".join(letters) for size in (2, 3) for letters in itertools.product(string.ascii_lowercase, repeat=size)]
+    tokens = [*(bytes([byte]) for byte in range(256)), *(text.encode() for text in texts)]
+    tokenizer = Tokenizer({token: rank for rank, token in enumerate(tokens)})
+    config = GPTConfig.classic(options.depth, sequence_len=CONTEXT, vocab_size=tokenizer.vocab_size)
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape, np.float32) * np.float32(leaf.shape[-2] ** -0.5),
+                          abstract_params(config))
+    engine = Engine(config, params, tokenizer, num_slots=slots)
+    engine.warmup()
+    with Scheduler(engine, max_waiting=options.max_queue) as scheduler, server.bind("127.0.0.1", 0) as sock:
+        app = server.create_app(scheduler, tokenizer, {"name": "benchmark"}, max_len=CONTEXT, num_slots=slots,
+                                defaults=Sampling(max_tokens=16), deadline=120)
+        asyncio.run(server.run(app, sock, lambda: print(sock.getsockname()[1], flush=True)))
+
+
+@contextmanager
+def server_process(options: argparse.Namespace, slots: int) -> Any:
+    """(URL, process id) of a server that is ended afterwards; of the running one with --url."""
+    if options.url:
+        yield options.url.rstrip("/"), None
+        return
+    process = subprocess.Popen([sys.executable, *sys.argv, "--serve", str(slots)], stdout=subprocess.PIPE, text=True)
+    try:
+        port = process.stdout.readline().strip()
+        if not port:
+            sys.exit("error: the server did not start")
+        yield f"http://127.0.0.1:{port}", process.pid
+    finally:
+        process.send_signal(signal.SIGTERM)
+        process.wait(30)
+
+
+def make_body(rng: random.Random) -> dict[str, Any]:
+    text = " ".join(rng.choices(WORDS, k=rng.randint(5, 60)))
+    return {"messages": [{"role": "user", "content": text}], "max_tokens": rng.randint(16, 160), "stream": True,
+            "seed": rng.randrange(2**31)}
+
+
+class Tally:
+    """What clients saw: times of tokens, and of first tokens."""
+
+    def __init__(self) -> None:
+        self.tokens: list[float] = []  # when each came
+        self.ttft: list[tuple[float, float]] = []  # (when it came, seconds)
+        self.gaps: list[tuple[float, float]] = []
+        self.answers: Counter[str] = Counter()
+
+
+async def ask(session: aiohttp.ClientSession, body: dict[str, Any], tally: Tally) -> None:
+    began, last = time.perf_counter(), None
+    async with session.post("/v1/chat/completions", json=body) as response:
+        if response.status != 200:
+            tally.answers[str(response.status)] += 1
+            await asyncio.sleep(float(response.headers.get("Retry-After", 1)))
+            return
+        ended = False
+        async for line in response.content:
+            if line.startswith(b"data: [DONE]"):
+                ended = True
+            elif line.startswith(b"data: {") and b'"delta": {"content": ' in line:
+                now = time.perf_counter()
+                tally.tokens.append(now)
+                if last is None:
+                    tally.ttft.append((now, now - began))
+                else:
+                    tally.gaps.append((now, now - last))
+                last = now
+        tally.answers["ok" if ended else "broken"] += 1
+
+
+async def load(url: str, clients: int, options: argparse.Namespace) -> dict[str, Any]:
+    """One row of the table."""
+    tally, stop = Tally(), asyncio.Event()
+
+    async def client(session: aiohttp.ClientSession, number: int) -> None:
+        rng = random.Random(number)
+        while not stop.is_set():
+            await ask(session, make_body(rng), tally)
+
+    connector = aiohttp.TCPConnector(limit=0)
+    async with aiohttp.ClientSession(url, connector=connector) as session:
+        tasks = [asyncio.create_task(client(session, number)) for number in range(clients)]
+        await asyncio.sleep(options.warmup)
+        start = time.perf_counter()
+        await asyncio.sleep(options.seconds)
+        end = time.perf_counter()
+        stop.set()
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def percentiles(pairs: list[tuple[float, float]]) -> list[float]:
+        values = [value for when, value in pairs if start <= when <= end]
+        return [round(1000 * float(each), 1) for each in np.percentile(values, [50, 95, 99])] if values else []
+
+    count = sum(start <= when <= end for when in tally.tokens)
+    errors = {name: number for name, number in tally.answers.items() if name != "ok"}
+    return {"clients": clients, "tokens_per_s": round(count / (end - start), 1), "ttft_ms": percentiles(tally.ttft),
+            "gap_ms": percentiles(tally.gaps), "replies": tally.answers["ok"], "errors": errors}
+
+
+def bench(options: argparse.Namespace) -> dict[str, Any]:
+    rows = []
+    print(f"{'clients':>12} {'tokens/s':>9} {'TTFT p50/p95/p99 ms':>24} {'gap p50/p95/p99 ms':>22} {'replies':>8} "
+          "errors", flush=True)
+
+    def show(name: str, row: dict[str, Any]) -> None:
+        ttft, gap = ("/".join(f"{value:g}" for value in row[key]) for key in ("ttft_ms", "gap_ms"))
+        print(f"{name:>12} {row['tokens_per_s']:>9} {ttft:>24} {gap:>22} {row['replies']:>8} {row['errors'] or 0}",
+              flush=True)
+
+    alone = None
+    if not options.url:
+        with server_process(options, 1) as (url, _):
+            alone = asyncio.run(load(url, 1, options))
+        show("1, of 1 slot", alone)
+    with server_process(options, options.slots) as (url, _):
+        for clients in map(int, options.clients.split(",")):
+            rows.append(asyncio.run(load(url, clients, options)))
+            show(str(clients), rows[-1])
+    baseline = alone or next((row for row in rows if row["clients"] == 1), None)
+    ratios = {row["clients"]: round(row["tokens_per_s"] / baseline["tokens_per_s"], 2)
+              for row in rows if baseline}  # fmt: skip
+    print("tokens/s beside requests one at a time", "on a server of one slot:" if alone else "on this server:",
+          ", ".join(f"{clients} clients {ratio}x" for clients, ratio in ratios.items()))
+    return {"one_at_a_time": alone, "rows": rows, "ratios": ratios}
+
+
+def rss_mib(pid: int) -> float:
+    status = Path(f"/proc/{pid}/status").read_text()
+    return int(next(line for line in status.splitlines() if line.startswith("VmRSS")).split()[1]) / 1024
+
+
+async def soak(url: str, pid: int, options: argparse.Namespace) -> dict[str, Any]:
+    """Twice as many clients as slots; half of them leave, at any moment, and some stop reading."""
+    tally, stop, left = Tally(), asyncio.Event(), Counter()
+
+    async def client(session: aiohttp.ClientSession, number: int) -> None:
+        rng = random.Random(number)
+        while not stop.is_set():
+            body, choice = make_body(rng), rng.random()
+            try:
+                if choice < 0.5:
+                    await ask(session, body, tally)
+                elif choice < 0.95:
+                    left["left"] += 1
+                    await asyncio.wait_for(ask(session, body, tally), rng.expovariate(1.0))
+                else:
+                    left["stopped reading"] += 1
+                    async with session.post("/chat/completions", json=body) as response:
+                        await asyncio.sleep(2)
+                        response.close()
+            except TimeoutError:
+                pass
+
+    samples: list[tuple[float, float]] = []
+    async with aiohttp.ClientSession(url, connector=aiohttp.TCPConnector(limit=0)) as session:
+        tasks = [asyncio.create_task(client(session, number)) for number in range(2 * options.slots)]
+        start = time.perf_counter()
+        while (now := time.perf_counter() - start) < options.soak:
+            samples.append((now, rss_mib(pid)))
+            await asyncio.sleep(0.5)
+        stop.set()
+        for task in tasks:
+            task.cancel()
+        outcome = await asyncio.gather(*tasks, return_exceptions=True)
+        lost, left_at = 1, time.perf_counter()
+        while lost and time.perf_counter() - left_at < 30:
+            await asyncio.sleep(0.1)
+            async with session.get("/stats") as response:
+                stats = await response.json()
+            lost = stats["busy_workers"] + stats["queued_requests"]
+        freed = time.perf_counter() - left_at
+    settled = min(60.0, options.soak / 3)
+    after = [size for now, size in samples if now >= settled]
+    quarter = max(1, len(after) // 4)
+    growth = float(np.mean(after[-quarter:]) / np.mean(after[:quarter]) - 1)
+    failed = [repr(each) for each in outcome if isinstance(each, Exception)]  # which those cancelled are not
+    first, then, last = rss = [round(each) for each in (samples[0][1], after[0], after[-1])]
+    print(f"{options.soak:g} s, {2 * options.slots} clients on {options.slots} slots: {dict(tally.answers)}, "
+          f"{dict(left)}; clients failed: {failed or 0}\n"
+          f"slots lost: {lost}, the last free {freed:.1f} s after all had left\n"
+          f"RSS {first} MiB at first, {then} after {settled:g} s, {last} at the end: {100 * growth:+.2f}%")
+    result = {"seconds": options.soak, "replies": dict(tally.answers), "leavers": dict(left), "slots_lost": lost,
+              "all_free_after_s": round(freed, 2), "rss_mib": rss, "rss_growth": round(growth, 4),
+              "clients_failed": failed}
+    return result | {"ok": not lost and not failed and growth < 0.02}
+
+
+def fuzzed(rng: random.Random) -> tuple[str, bytes, str]:
+    """(path, body, content type) of a request that is mostly wrong."""
+    odd: list[Any] = [None, True, 0, -1, 1.5, 10**30, -(2**63), 1e308, float("nan"), float("inf"), "", "x", "\ud800",
+                      "\0", "<|assistant_end|>" * 9, "🙂" * 5000, "x" * 9000, [], {}, [[]], {"type": "text"}, ["user"]]
+    fields = ["messages", "temperature", "top_k", "top_p", "max_tokens", "max_completion_tokens", "n", "seed", "stop",
+              "stream", "stream_options", "model", "tools", "logprobs", "unknown"]
+
+    def value(depth: int = 0) -> Any:
+        kind = rng.random()
+        if depth > 3 or kind < 0.7:
+            return copy.deepcopy(rng.choice(odd))
+        if kind < 0.85:
+            return [value(depth + 1) for _ in range(rng.randint(0, 4))]
+        names = rng.choices([*fields, "role", "content", "text", "type"], k=rng.randint(0, 4))
+        return {name: value(depth + 1) for name in names}
+
+    body: Any = {"messages": [{"role": rng.choice(["user", "assistant", "system"]), "content": "hello"}
+                              for _ in range(rng.randint(1, 3))], "max_tokens": 2}  # fmt: skip
+    for _ in range(rng.randint(0, 3)):
+        target = rng.choice([body, *(each for each in body["messages"] if isinstance(each, dict))]) \
+            if isinstance(body.get("messages"), list) else body
+        target[rng.choice(fields if target is body else ["role", "content", "tool_calls"])] = value()
+    data = json.dumps(body if rng.random() < 0.95 else value()).encode()
+    if rng.random() < 0.2:  # as bytes: cut, overwritten, or deep
+        place = rng.randrange(len(data))
+        overwritten = data[:place] + rng.randbytes(3) + data[place:]
+        data = rng.choice([data[:place], overwritten, b"[" * 50_000, b"{" * 900 + data])
+    odd_kinds = ["text/plain", "x", "application/json; charset=\xff"]
+    kind = "application/json" if rng.random() < 0.95 else rng.choice(odd_kinds)
+    return rng.choice(["/chat/completions", "/v1/chat/completions"]), data, kind
+
+
+async def fuzz(url: str, options: argparse.Namespace) -> dict[str, Any]:
+    statuses: Counter[str] = Counter()
+    faults: list[str] = []
+    numbers = iter(range(options.fuzz))
+
+    async def client(session: aiohttp.ClientSession) -> None:
+        for number in numbers:
+            path, body, kind = fuzzed(random.Random(number))
+            headers = {"Content-Type": kind}
+            try:
+                async with asyncio.timeout(30), session.post(path, data=body, headers=headers) as response:
+                    text = await response.read()
+                    status = str(response.status)
+            except Exception as error:
+                status, text = type(error).__name__, str(error).encode()
+            statuses[status] += 1
+            if status not in ("200", "400", "404", "413", "422") or (status == "200" and b"the server's log" in text):
+                faults.append(f"request {number}: {status} {text[:200]!r} for {body[:200]!r}")
+
+    async with aiohttp.ClientSession(url, connector=aiohttp.TCPConnector(limit=0)) as session:
+        await asyncio.gather(*(client(session) for _ in range(16)))
+        async with session.get("/stats") as response:
+            busy = (await response.json())["busy_workers"]
+    print(f"{options.fuzz} bodies: {dict(statuses)}; faults: {len(faults)}; slots still busy: {busy}", *faults[:10],
+          sep="\n")
+    return {"bodies": options.fuzz, "statuses": dict(statuses), "faults": len(faults), "ok": not faults and not busy}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--depth", type=int, default=4)
+    parser.add_argument("--slots", type=int, default=32)
+    parser.add_argument("--max-queue", type=int, default=128)
+    parser.add_argument("--clients", default="1,8,32,128")
+    parser.add_argument("--seconds", type=float, default=10, help="window of each row")
+    parser.add_argument("--warmup", type=float, default=2, help="seconds before each window")
+    parser.add_argument("--url", help="a running server; --slots must be its own")
+    parser.add_argument("--soak", type=float, metavar="SECONDS")
+    parser.add_argument("--fuzz", type=int, metavar="BODIES")
+    parser.add_argument("--serve", type=int, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.serve:
+        serve(options, options.serve)
+        return
+    if options.soak and options.url:
+        parser.error("--soak measures the memory of a server that it starts: leave --url out")
+    if options.soak or options.fuzz:
+        with server_process(options, options.slots) as (url, pid):
+            result = asyncio.run(soak(url, pid, options) if options.soak else fuzz(url, options))
+    else:
+        result = bench(options)
+    print(json.dumps({"benchmark": "serve_load", "depth": options.depth, "slots": options.slots,
+                      "cores": os.cpu_count(), **result}))
+    sys.exit(not result.get("ok", True))
+
+
+if __name__ == "__main__":
+    main()

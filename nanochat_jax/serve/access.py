@@ -1,0 +1,147 @@
+"""What stands before every handler: who may call, from which pages, how large a body may be, and how errors look."""
+
+import asyncio
+import hashlib
+import json
+import logging
+import secrets
+from collections.abc import Callable
+from typing import Any
+
+from aiohttp import hdrs, web
+
+from nanochat_jax.serve import openai_api
+from nanochat_jax.serve.chat_request import BadRequest
+from nanochat_jax.serve.metrics import Metrics
+
+log = logging.getLogger(__name__)
+
+HEADERS = {
+    "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
+                               "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
+    "X-Content-Type-Options": "nosniff",
+    "Referrer-Policy": "no-referrer",
+    "Server": "nanochat_jax",
+}
+MAX_BODY_BYTES = 2**20
+BODY_SECONDS = 15.0  # for a body to arrive
+GUARDED = ("/chat/completions", "/v1/", "/metrics", "/stats")  # by the key, if there is one
+CLIENT_LEFT = 499  # nginx's number for a client that did not wait
+RETRY_AFTER = "2"  # seconds, for a client told 503
+
+Handler = Callable[[web.Request], Any]
+
+
+async def read_json(request: web.Request) -> Any:
+    """The body, which must say that it is JSON: a form of another site's page cannot."""
+    if request.content_type != "application/json":
+        raise BadRequest(422, f"the Content-Type must be application/json, not {request.content_type[:50]}")
+    if (request.content_length or 0) > MAX_BODY_BYTES:  # before a byte of it is read
+        raise web.HTTPRequestEntityTooLarge(max_size=MAX_BODY_BYTES, actual_size=request.content_length)
+    try:
+        async with asyncio.timeout(BODY_SECONDS):
+            data = await request.read()
+    except TimeoutError as error:
+        raise BadRequest(408, f"the body did not arrive within {BODY_SECONDS:g} seconds") from error
+    try:
+        return json.loads(data)
+    except (ValueError, RecursionError) as error:
+        raise BadRequest(422, f"the body is not JSON: {error}") from error
+
+
+def middlewares(metrics: Metrics, *, api_key: str | None, cors: bool) -> list[Any]:
+    """In the order that requests pass them."""
+    return [_counting(metrics), _errors, *([_preflight] if cors else []),
+            *([_key_check(api_key)] if api_key is not None else [])]
+
+
+def add_headers(cors_origins: tuple[str, ...]) -> Any:
+    """A signal handler for all responses. Pages of these origins ("*": of all) may read them, no others."""
+
+    async def add(request: web.Request, response: web.StreamResponse) -> None:
+        response.headers.update(HEADERS)
+        if not cors_origins:
+            return
+        response.headers["Vary"] = "Origin"
+        origin = request.headers.get(hdrs.ORIGIN)
+        if origin and ("*" in cors_origins or origin in cors_origins):
+            response.headers["Access-Control-Allow-Origin"] = origin
+            response.headers["Access-Control-Expose-Headers"] = "X-Dropped-Messages, Retry-After"
+            asked = request.headers.get(hdrs.ACCESS_CONTROL_REQUEST_HEADERS, "Authorization, Content-Type")
+            if request.method == hdrs.METH_OPTIONS:
+                response.headers["Access-Control-Allow-Methods"] = "GET, POST"
+                response.headers["Access-Control-Allow-Headers"] = asked
+                response.headers["Access-Control-Max-Age"] = "600"
+
+    return add
+
+
+def _counting(metrics: Metrics) -> Any:
+    @web.middleware
+    async def count(request: web.Request, handler: Handler) -> web.StreamResponse:
+        resource = request.match_info.route.resource
+        route = resource.canonical if resource else "unknown"
+        status = CLIENT_LEFT
+        try:
+            response = await handler(request)
+            status = response.status
+            return response
+        finally:
+            metrics.http_requests.labels(route, str(status)).inc()
+
+    return count
+
+
+@web.middleware
+async def _errors(request: web.Request, handler: Handler) -> web.StreamResponse:
+    try:
+        return await handler(request)
+    except BadRequest as error:
+        return _error(request, error.status, error.detail, error.param, error.code)
+    except web.HTTPException as error:  # no such path or method, or a body over the limit
+        response = _error(request, error.status, error.reason)
+        if "Allow" in error.headers:
+            response.headers["Allow"] = error.headers["Allow"]
+        return response
+    except ConnectionError as error:
+        log.info("a client left: %s", error)
+        return web.Response(status=CLIENT_LEFT)  # for the count alone: nobody is there to read it
+    except Exception:
+        log.exception("a request failed")
+        return _error(request, 500, "the server failed; its log says why")
+
+
+def _error(request: web.Request, status: int, detail: str, param: str | None = None,
+           code: str | None = None) -> web.Response:
+    """{"detail": text}, or what OpenAI's clients expect, whose wrong types are 400 as well."""
+    body: dict[str, Any] = {"detail": detail}
+    if request.path.startswith("/v1/"):
+        status = 400 if status == 422 else status
+        body = openai_api.error_body(status, detail, param, code)
+    headers = {503: {"Retry-After": RETRY_AFTER}, 401: {"WWW-Authenticate": "Bearer"}}.get(status, {})
+    return web.json_response(body, status=status, headers=headers)
+
+
+@web.middleware
+async def _preflight(request: web.Request, handler: Handler) -> web.StreamResponse:
+    """What a browser asks before it sends JSON across origins; `add_headers` answers it."""
+    if request.method == hdrs.METH_OPTIONS and hdrs.ACCESS_CONTROL_REQUEST_METHOD in request.headers:
+        return web.Response(status=204)
+    return await handler(request)
+
+
+def _key_check(api_key: str) -> Any:
+    expected = hashlib.sha256(api_key.encode()).digest()
+
+    @web.middleware
+    async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
+        if request.path.startswith(GUARDED):
+            scheme, _, key = request.headers.get(hdrs.AUTHORIZATION, "").partition(" ")
+            given = hashlib.sha256(key.strip().encode(errors="replace")).digest()
+            # Digests, compared in constant time: how long it takes says neither the key's length nor its beginning.
+            if not secrets.compare_digest(given, expected) or scheme.lower() != "bearer":
+                raise BadRequest(401, "this server wants its API key, as `Authorization: Bearer <key>`",
+                                 code="invalid_api_key")
+        return await handler(request)
+
+    return check
