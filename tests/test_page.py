@@ -48,6 +48,9 @@ class Script:
             raise reply
         return ScriptedHandle(self, reply)
 
+    def submit_all(self, requests):
+        return [self.submit(request) for request in requests]
+
     @property
     def prompts(self):
         return [TOKENIZER.decode(request.tokens) for request in self.requests]
