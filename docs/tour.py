@@ -1,7 +1,7 @@
-"""A look inside a trained model, in one picture: what it learns of a chat, what a head looks at, what it would say next,
-and how steep the way down is.
+"""A look inside a trained model, in one picture: what it learns of a chat, what a head looks at, what it would say
+next, and how steep the way down is.
 
-    pip install "nanochat-jax[docs]"
+    pip install -e ".[docs]"
     python docs/tour.py                              the newest finetuned model; writes tour.png
     python docs/tour.py --prompt "Who are you?" --layer 2 --head 1
 """
@@ -52,7 +52,7 @@ class TourConfig:
     source: str = flag("sft", "stage whose model is shown", short="-i", choices=[*CHECKPOINT_DIRS])
     model_tag: str | None = flag(None, "model tag; the largest d<depth> if not given", short="-g")
     prompt: str = flag("Do you have any hobbies?", "question whose answer is watched", short="-p")
-    layer: int | None = flag(None, "layer of the head that is shown, from 0; default the head that looks back most sharply")
+    layer: int | None = flag(None, "layer of the head that is shown, from 0; default the one that looks back sharpest")
     head: int | None = flag(None, "the head, from 0 (with --layer)")
     grid: int = flag(13, "points of each axis of the landscape")
     out: str = flag("tour.png", "where the picture goes")
@@ -61,7 +61,7 @@ class TourConfig:
         if (self.layer is None) != (self.head is None):
             raise ValueError("--layer and --head name a head together: give both or neither")
         if self.grid < 3 or self.grid % 2 == 0:
-            raise ValueError(f"--grid must be odd, so that the recipe itself is a point, and at least 3; got {self.grid}")
+            raise ValueError(f"--grid must be odd, so that the recipe is a point, and at least 3; got {self.grid}")
 
 
 def pieces(model: Model, ids: list[int]) -> list[str]:
@@ -82,13 +82,15 @@ def attention_weights(model: Model, ids: list[int]) -> list[Array]:
         found.append(jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1)[0])
         return causal_attention(q, k, v, window=window)
 
-    forward(model.params, jnp.asarray([ids], jnp.int32), config=model.config, compute_dtype=model.dtype, attention=record)
+    forward(model.params, jnp.asarray([ids], jnp.int32), config=model.config, compute_dtype=model.dtype,
+            attention=record)
     return found
 
 
 def sharpest_head(weights: list[Array]) -> tuple[int, int]:
-    """(layer, head) that puts most of its weight on one token far back: neither on the last two, as many heads do, nor on
-    the first, where heads rest."""
+    """(layer, head) that puts most of its weight on one token far back: neither on the last two, as many heads do, nor
+    on the first, where heads rest."""
+
     def sharpness(head: Array) -> float:
         earlier = jnp.tril(head, k=-2).at[:, 0].set(0.0)
         return float(earlier.max(axis=-1).mean())
@@ -115,8 +117,9 @@ def next_tokens(model: Model, prompt: list[int], most: int, top: int) -> tuple[l
 def landscape(paths: Paths, tag: str | None, multipliers: np.ndarray) -> tuple[np.ndarray, float]:
     """Held-out loss after one step of the optimizer from the base model, with its learning rates multiplied.
 
-    A step is linear in the learning rates, so one gradient serves the whole grid: the matrices' (Muon) part of the update
-    times one multiplier, the rest (AdamW: tables and scalars) times the other. The optimizer starts without memory.
+    A step is linear in the learning rates, so one gradient serves the whole grid: the matrices' (Muon) part of the
+    update times one multiplier, the rest (AdamW: tables and scalars) times the other. The optimizer
+    starts without memory.
 
     Returns (losses [rows: tables, columns: matrices] in nats per token, the loss before the step).
     """
@@ -163,7 +166,8 @@ def draw_masks(axes: Axes, tokens: list[str], mask: list[int], per_line: int = 9
     for text, learned in zip(tokens, mask, strict=True):
         if column + len(text) + 1.2 > per_line:
             column, line = 0.0, line + 1
-        axes.add_patch(plt.Rectangle((column, -line - 0.36), len(text) + 0.7, 0.72, color=GREEN if learned else PALE, lw=0))
+        color = GREEN if learned else PALE
+        axes.add_patch(plt.Rectangle((column, -line - 0.36), len(text) + 0.7, 0.72, color=color, lw=0))
         axes.text(column + len(text) / 2 + 0.35, -line - 0.02, text, family="monospace", fontsize=9.5, color=INK,
                   ha="center", va="center")
         column += len(text) + 1.2
@@ -179,7 +183,8 @@ def draw_attention(axes: Axes, tokens: list[str], weights: Array, layer: int, he
     axes.figure.colorbar(image, ax=axes, shrink=0.8, label="weight")
 
 
-def draw_next(axes: Axes, answer: list[str], candidates: list[list[str]], probabilities: np.ndarray, title: str) -> None:
+def draw_next(axes: Axes, answer: list[str], candidates: list[list[str]], probabilities: np.ndarray, title: str
+              ) -> None:
     """A column for each token of the answer, its likeliest candidates from the top, the darker the likelier."""
     axes.imshow(probabilities.T, cmap="GnBu", norm=PowerNorm(0.5, 0, 1), aspect="auto")
     for column, (texts, row) in enumerate(zip(candidates, probabilities, strict=True)):
@@ -199,7 +204,8 @@ def draw_landscape(axes: Axes, multipliers: np.ndarray, losses: np.ndarray, befo
     image = axes.contourf(multipliers, multipliers, change, levels=levels, cmap="viridis")
     axes.contour(multipliers, multipliers, change, levels=[0.0], colors="white", linewidths=1.2, linestyles="--")
     row, column = np.unravel_index(losses.argmin(), losses.shape)
-    axes.plot(1, 1, "o", color="white", markersize=9, markeredgecolor=INK, label="the rates at the peak of the schedule")
+    axes.plot(1, 1, "o", color="white", markersize=9, markeredgecolor=INK,
+              label="the rates at the peak of the schedule")
     axes.plot(multipliers[column], multipliers[row], "*", color=RED, markersize=16, markeredgecolor="white",
               label=f"best: {losses.min() - before:+.3f} nats per token")
     axes.set_xscale("log", base=2)
@@ -223,7 +229,8 @@ def main(config: TourConfig) -> None:
     weights = attention_weights(model, ids)
     layer, head = sharpest_head(weights) if config.layer is None else (config.layer, config.head)
     if not (0 <= layer < len(weights) and 0 <= head < weights[layer].shape[0]):
-        raise UsageError(f"--layer {layer} --head {head}: the model has {len(weights)} layers of {weights[0].shape[0]} heads")
+        raise UsageError(f"--layer {layer} --head {head}: the model has {len(weights)} layers of "
+                         f"{weights[0].shape[0]} heads")
 
     asked = {"messages": [{"role": "user", "content": config.prompt}, {"role": "assistant", "content": ""}]}
     prompt = render_for_completion(model.tokenizer, asked, sys.maxsize)
@@ -233,11 +240,13 @@ def main(config: TourConfig) -> None:
     multipliers = 2.0 ** np.linspace(-5, 5, config.grid)
     losses, before = landscape(paths, config.model_tag, multipliers)
     row, column = np.unravel_index(losses.argmin(), losses.shape)
-    print(f"held-out loss {before:.4f}; one step at the recipe's rates {losses[config.grid // 2, config.grid // 2]:.4f}, "
+    at_peak = losses[config.grid // 2, config.grid // 2]
+    print(f"held-out loss {before:.4f}; after one step at the rates of the schedule's peak {at_peak:.4f}, "
           f"at best {losses.min():.4f} (matrices x{multipliers[column]:g}, tables x{multipliers[row]:g})")
 
-    style: dict[str, Any] = {"axes.titleweight": "bold", "axes.titlesize": 11, "text.color": INK, "axes.labelcolor": INK,
-                             "axes.titlecolor": INK, "axes.spines.top": False, "axes.spines.right": False}
+    style: dict[str, Any] = {"axes.titleweight": "bold", "axes.titlesize": 11, "text.color": INK,
+                             "axes.labelcolor": INK, "axes.titlecolor": INK,
+                             "axes.spines.top": False, "axes.spines.right": False}
     with plt.rc_context(style):
         figure = plt.figure(figsize=(13, 12), layout="constrained")
         grid = figure.add_gridspec(3, 2, height_ratios=[0.6, 3.4, 1.9])

@@ -23,7 +23,8 @@ def main() -> None:
     names = commands()
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("-h", "--help"):
-        print(f"usage: nanochat COMMAND [flags]; flags of each: nanochat COMMAND --help\n\ncommands: {', '.join(names)}")
+        print(f"usage: nanochat COMMAND [flags]; flags of each: nanochat COMMAND --help\n\n"
+              f"commands: {', '.join(names)}")
         return
     module = names.get(name.replace("-", "_"))
     if module is None:
