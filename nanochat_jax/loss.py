@@ -13,16 +13,11 @@ from jax import Array
 from nanochat_jax.layers import product_transposed, transpose
 
 CHUNK_ELEMENTS = 2**25  # float32 logits alive at once, per device: 128 MiB
-CPU_CHUNK_ELEMENTS = 2**22  # 16 MiB: what stays in the caches is faster
 
 
-def chunk_length(batch: int, length: int, vocab: int, num_devices: int = 1, platform: str | None = None) -> int:
-    """Positions whose logits stay within the budget on each device: a divisor of `length` if a good one is near.
-
-    `platform` is the devices', by default those of this process.
-    """
-    budget = CPU_CHUNK_ELEMENTS if (platform or jax.default_backend()) == "cpu" else CHUNK_ELEMENTS
-    fewest = min(length, -(-batch * length * vocab // (budget * num_devices)))
+def chunk_length(batch: int, length: int, vocab: int, num_devices: int = 1) -> int:
+    """Positions whose logits stay within the budget on each device: a divisor of `length` if a good one is near."""
+    fewest = min(length, -(-batch * length * vocab // (CHUNK_ELEMENTS * num_devices)))
     count = next((n for n in range(fewest, min(2 * fewest, length) + 1) if length % n == 0), fewest)
     return -(-length // count)
 

@@ -94,13 +94,11 @@ def make_train_step(config: GPTConfig, optimizer: optax.GradientTransformation, 
                     shardings: TrainState, remat: str = "none", attention: str = "auto") -> Callable:
     """Jitted `step(state, inputs [A, B, T], targets [A, B, T]) -> (state, {"loss", "grad_norm", "tokens"})`."""
 
-    platform = mesh.devices.flat[0].platform
-
     def micro_loss(params: Params, inputs: Array, targets: Array) -> tuple[Array, Array]:
         attend = choose_attention(attention, mesh=mesh, dtype=dtype, length=inputs.shape[1], head_dim=config.head_dim)
         hidden, _ = forward(params, inputs, config=config, compute_dtype=dtype, remat=remat, attention=attend)
         weight = params["lm_head"][:, : config.vocab_size]
-        chunk = chunk_length(*inputs.shape, config.vocab_size, mesh.size, platform)
+        chunk = chunk_length(*inputs.shape, config.vocab_size, mesh.size)
         total, _ = cross_entropy(hidden, weight, targets, jnp.ones(targets.shape), config.softcap, chunk)
         return total, (targets >= 0).sum()
 
