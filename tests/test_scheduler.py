@@ -7,10 +7,10 @@ import threading
 import time
 
 import pytest
-from chain_model import END, OUTPUT_END, PYTHON, PYTHON_END, chain_engine
+from chain_model import END, OUTPUT_END, PYTHON, PYTHON_END, TOKENIZER, chain_engine
 
 from nanochat_jax.infer.engine import EngineLoop
-from nanochat_jax.infer.request import Generation, Request, Result, ToolCall
+from nanochat_jax.infer.request import Generation, Request, Result, ToolCall, Vocabulary
 from nanochat_jax.infer.scheduler import QueueFull, Scheduler
 
 SECONDS = 60  # for anything to happen on a busy machine
@@ -298,3 +298,12 @@ def test_waiting_for_a_result_can_time_out(scheduler, monkeypatch):
         handle.result(timeout=0.01)
     gate.open.set()
     assert handle.result(SECONDS).finish_reason == "length"
+
+
+def test_a_call_that_nothing_closes_is_shown_without_a_result():
+    vocabulary = Vocabulary(TOKENIZER)
+    generation = Generation(Request((0,)), (0,), 3, (), vocabulary)
+    for token in (vocabulary.python_start, *TOKENIZER.encode("1+")):
+        generation.accept(token, sampled=True)
+    assert generation.finish_reason == "length"
+    assert generation.take_events() == [ToolCall("1+", None)]

@@ -214,6 +214,10 @@ class Generation:
 
     def finish(self, reason: FinishReason) -> None:
         self._show(self._stream.finish())
+        if self._expression:  # a call that nothing closed is shown, without a result
+            expression = self._vocabulary.tokenizer.decode_bytes(self._expression).decode("utf-8", errors="replace")
+            self._events.append(ToolCall(expression, None))
+            self._expression = None
         self.finish_reason = reason
 
     def take_events(self) -> list[str | ToolCall]:
