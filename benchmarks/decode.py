@@ -16,13 +16,13 @@ program is the faster for that. Prints a table, then one JSON line. Needs the ex
 import argparse
 import json
 import os
-import subprocess
 import sys
 import time
 from collections.abc import Callable
 from typing import Any
 
 import numpy as np
+from contender import Contender
 
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # else torch's idle threads take the cores from everyone else
 CONTEXT, ROOM, TOP_K = 256, 512, 50
@@ -154,39 +154,22 @@ def worker(name: str, options: argparse.Namespace) -> None:
         print(json.dumps(made[batch](steps, bool(greedy))), flush=True)
 
 
-class Contender:
-    def __init__(self, name: str) -> None:
-        command = [sys.executable, __file__, *sys.argv[1:], "--worker", name]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-    def run(self, batch: int, steps: int, *, greedy: bool = False) -> tuple[float, list[list[int]]]:
-        print(batch, steps, int(greedy), file=self._process.stdin, flush=True)
-        answer = self._process.stdout.readline()
-        if not answer:
-            sys.exit(f"a contender ended with exit code {self._process.wait()}")
-        return json.loads(answer)
-
-    def close(self) -> None:
-        self._process.stdin.close()
-        self._process.wait()
-
-
 def compare(options: argparse.Namespace) -> dict[str, Any]:
     contenders = {name: Contender(name) for name in ("jax", "torch")}
     print(f"d{options.depth}, vocabulary {options.vocab:,}, float32, {os.cpu_count()} cores; decoding alone, {CONTEXT} tokens "
           f"before it, {options.steps} steps, top-k {TOP_K}; best of {options.rounds} rounds")
     rows = []
     for batch in map(int, options.batches.split(",")):
-        greedy = {name: each.run(batch, CHECKED, greedy=True)[1] for name, each in contenders.items()}  # compiles too
+        greedy = {name: each.ask(batch, CHECKED, 1)[1] for name, each in contenders.items()}  # compiles too
         apart = sum(a != b for a, b in zip(greedy["jax"], greedy["torch"], strict=True))
         if apart > batch // 8:
             sys.exit(f"the greedy tokens differ, so the contenders do not compute the same: {greedy}")
         best = dict.fromkeys(contenders, float("inf"))
         for each in contenders.values():
-            each.run(batch, options.steps)  # warm
+            each.ask(batch, options.steps, 0)  # warm
         for _ in range(options.rounds):
             for name, each in contenders.items():
-                best[name] = min(best[name], each.run(batch, options.steps)[0] / options.steps)
+                best[name] = min(best[name], each.ask(batch, options.steps, 0)[0] / options.steps)
         rows.append({"batch": batch, "ratio": best["torch"] / best["jax"]}
                     | {f"{name}_ms": 1000 * seconds for name, seconds in best.items()})
         print(f"  batch {batch:3d}   engine {1000 * best['jax']:7.2f} ms a step {batch / best['jax']:7,.0f} tokens/s   "

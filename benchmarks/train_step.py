@@ -19,6 +19,8 @@ import time
 from pathlib import Path
 from typing import Any
 
+from contender import Contender
+
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # else torch's idle threads take the cores from everyone else
 CHECKED_STEPS = 3
 TOLERANCE = {"float32": 2e-4, "bfloat16": 2e-2}
@@ -100,26 +102,9 @@ def worker(name: str, options: argparse.Namespace) -> None:
         print(json.dumps({"seconds": time.perf_counter() - began, "losses": losses}), flush=True)
 
 
-class Contender:
-    def __init__(self, name: str) -> None:
-        command = [sys.executable, __file__, *sys.argv[1:], "--worker", name]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-
-    def steps(self, count: int) -> dict[str, Any]:
-        print(count, file=self._process.stdin, flush=True)
-        answer = self._process.stdout.readline()
-        if not answer:
-            sys.exit(f"a contender ended with exit code {self._process.wait()}")
-        return json.loads(answer)
-
-    def close(self) -> None:
-        self._process.stdin.close()
-        self._process.wait()
-
-
 def compare(options: argparse.Namespace) -> dict[str, Any]:
     contenders = {name: Contender(name) for name in options.against.split(",")}
-    first = {name: each.steps(CHECKED_STEPS)["losses"] for name, each in contenders.items()}  # compiles
+    first = {name: each.ask(CHECKED_STEPS)["losses"] for name, each in contenders.items()}  # compiles
     for name, losses in first.items():
         for mine, theirs in zip(first["jax"], losses, strict=True):
             if abs(mine - theirs) > TOLERANCE[options.dtype] * mine:
@@ -127,7 +112,7 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
     best = dict.fromkeys(contenders, float("inf"))
     for _ in range(options.rounds):
         for name, each in contenders.items():
-            best[name] = min(best[name], each.steps(options.steps)["seconds"] / options.steps)
+            best[name] = min(best[name], each.ask(options.steps)["seconds"] / options.steps)
     for each in contenders.values():
         each.close()
     tokens = options.batch * options.sequence
