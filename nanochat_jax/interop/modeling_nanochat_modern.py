@@ -164,6 +164,7 @@ class NanoChatModernForCausalLM(PreTrainedModel, GenerationMixin):
         input_ids,
         attention_mask=None,
         position_ids=None,
+        cache=None,
         past_key_values=None,
         labels=None,
         use_cache=None,
@@ -173,20 +174,22 @@ class NanoChatModernForCausalLM(PreTrainedModel, GenerationMixin):
     ):
         """Logits [B, T, V] in float32 of input_ids [B, T].
 
-        attention_mask [B, S], 0 where a token is padding; previous_input_ids [B, 1], the token before the new ones.
+        attention_mask [B, S], 0 where a token is padding; previous_input_ids [B, 1], the token before the new ones;
+        cache, called past_key_values by transformers before 5.24: the keys and values seen.
         """
+        cache = past_key_values if cache is None else cache
         config = self.config
         batch, length = input_ids.shape
         use_cache = config.use_cache if use_cache is None else use_cache
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache()
-        seen = past_key_values.get_seq_length() if past_key_values is not None else 0
+        if use_cache and cache is None:
+            cache = DynamicCache()
+        seen = cache.get_seq_length() if cache is not None else 0
         device = input_ids.device
         if attention_mask is not None and attention_mask.shape != (batch, seen + length):
             raise ValueError(f"attention_mask must be {[batch, seen + length]}, got {list(attention_mask.shape)}")
 
         x = rms_norm(self.transformer.wte(input_ids), config.rms_norm_eps)
-        x = self._smear(x, past_key_values, seen, attention_mask, previous_input_ids)
+        x = self._smear(x, cache, seen, attention_mask, previous_input_ids)
         if position_ids is None:
             position_ids = torch.arange(seen, seen + length, device=device)[None]
         cos, sin = self._rotary(position_ids)
@@ -196,7 +199,7 @@ class NanoChatModernForCausalLM(PreTrainedModel, GenerationMixin):
         for i, block in enumerate(self.transformer.h):
             x = self.resid_lambdas[i].to(x.dtype) * x + self.x0_lambdas[i].to(x.dtype) * x0
             value_embed = self.value_embeds[str(i)](input_ids) if str(i) in self.value_embeds else None
-            x = block(x, value_embed, cos, sin, masks[config.windows[i]], past_key_values)
+            x = block(x, value_embed, cos, sin, masks[config.windows[i]], cache)
             if i == config.num_hidden_layers // 2:
                 middle = x
         x = rms_norm(x - self.backout_lambda.to(x.dtype) * middle, config.rms_norm_eps)
@@ -206,7 +209,7 @@ class NanoChatModernForCausalLM(PreTrainedModel, GenerationMixin):
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, config.vocab_size, **kwargs)
-        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=past_key_values)
+        return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
 
     def _smear(self, x, cache, seen, attention_mask, previous_input_ids):
         """Add a gated share of the embedding before, unsmeared, to each position that has one."""
