@@ -41,6 +41,7 @@ def start(paths: Paths, *, device_type: str = "", compile_cache: bool = True, pr
     """
     if device_type:
         jax.config.update("jax_platforms", device_type)
+    _one_heap()
     join_processes(processes or Processes())
     jax.config.update("jax_enable_compilation_cache", compile_cache)
     jax.config.update("jax_compilation_cache_dir", str(paths.compile_cache))
@@ -54,7 +55,7 @@ def start(paths: Paths, *, device_type: str = "", compile_cache: bool = True, pr
         raise UsageError(f"--device-type {device_type}: JAX finds no such device here {str(error)[:150]}".rstrip()) from error
     if jax.process_index() > 0:  # process 0 speaks for all; what goes wrong is still said
         logging.getLogger().setLevel(logging.WARNING)
-    if platform == "cpu" and sys.platform == "linux":
+    if platform == "cpu":
         _keep_memory()
 
 
@@ -93,11 +94,20 @@ def _join(coordinator: str, count: int, index: int, said_by: str) -> None:
                                    heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
 
 
+def _mallopt(option: int, value: int) -> None:
+    libc = ctypes.CDLL(None)
+    if sys.platform == "linux" and hasattr(libc, "mallopt"):  # glibc
+        libc.mallopt(option, value)
+
+
+def _one_heap() -> None:
+    """Before there are threads: those that have heaps of their own take anything large from the kernel, each time anew."""
+    _mallopt(M_ARENA_MAX, 1)
+
+
 def _keep_memory() -> None:
     """Let the allocator keep what a step frees. By default glibc gives XLA's large buffers back to the kernel after every
-    step and takes them again, page fault by page fault: a fifth of a small model's training time on a CPU."""
-    libc = ctypes.CDLL(None)
-    if hasattr(libc, "mallopt"):
-        libc.mallopt(M_MMAP_MAX, 0)
-        libc.mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
-        libc.mallopt(M_ARENA_MAX, 1)
+    step and takes them again, page fault by page fault: a fifth to a third of a small model's training time on a CPU. The
+    price is memory, about twice a step's temporaries, because what is kept lies in pieces."""
+    _mallopt(M_MMAP_MAX, 0)
+    _mallopt(M_TRIM_THRESHOLD, -1)  # never
