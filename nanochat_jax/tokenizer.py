@@ -226,7 +226,7 @@ class Tokenizer:
         try:
             return self._encoder.encode_batch(texts, before, num_threads)
         except UnicodeEncodeError:
-            return self._encoder.encode_batch([_without_surrogates(text) for text in texts], before, num_threads)
+            return self._encoder.encode_batch([without_surrogates(text) for text in texts], before, num_threads)
 
     def _token_id(self, token: int | str) -> int:
         return self.encode_special(token) if isinstance(token, str) else token
@@ -260,7 +260,7 @@ class Tokenizer:
         return digest.hexdigest()
 
 
-def _without_surrogates(text: str) -> str:
+def without_surrogates(text: str) -> str:
     """Surrogates, which UTF-8 cannot hold, as UTF-16 reads them: a pair is its character, a lone one is U+FFFD."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 

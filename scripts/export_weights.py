@@ -13,7 +13,7 @@ from typing import Any
 from nanochat_jax import cli
 from nanochat_jax.checkpoint import Loaded, load_model
 from nanochat_jax.cli import UsageError, flag
-from nanochat_jax.data.shards import fsync
+from nanochat_jax.files import fsync
 from nanochat_jax.interop.hf import write_hf
 from nanochat_jax.interop.torch_checkpoint import write_checkpoint
 from nanochat_jax.paths import CHECKPOINT_DIRS, Paths

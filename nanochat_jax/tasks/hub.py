@@ -25,7 +25,7 @@ from huggingface_hub.utils import WeakFileLock
 from nanochat_jax.cli import NotFound, UsageError
 from nanochat_jax.data.hub import clean_up, fetch, first_line
 from nanochat_jax.data.hub_dataset import glob_pattern, list_dataset
-from nanochat_jax.data.shards import fsync
+from nanochat_jax.files import fsync
 from nanochat_jax.paths import Paths
 from nanochat_jax.tasks.base import Task
 
