@@ -80,11 +80,13 @@ def locked(path: Path) -> contextlib.AbstractContextManager:
     return WeakFileLock(path.with_name(f".{path.name}.lock"))
 
 
-def fetch_url(url: str, path: Path, *, sha256: str | None = None) -> None:
-    """Download `url` to `path`, whole, and with the checksum `sha256` if that is given; tried three times.
+def fetch_file(url: str, path: Path, *, sha256: str | None = None) -> Path:
+    """`path`, unless it exists downloaded from `url`, whole, and with the checksum `sha256` if that is given.
 
     Raises `NotFound`, naming both, if it cannot be had.
     """
+    if path.exists():
+        return path
     logger.info("fetching %s", url)
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
@@ -103,7 +105,7 @@ def fetch_url(url: str, path: Path, *, sha256: str | None = None) -> None:
                         raise OSError(f"its checksum is {found}, expected {sha256}")
                 fsync(aside)
                 aside.replace(path)
-                return
+                return path
             except (OSError, http.client.HTTPException) as error:  # URLError is an OSError
                 logger.warning("attempt %d of %d to fetch %s failed: %s", attempt, ATTEMPTS, url, error)
                 failure = error
