@@ -7,7 +7,6 @@
 
 import dataclasses
 import logging
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +22,7 @@ from nanochat_jax.eval.bundle import ensure_bundle, has_bundle
 from nanochat_jax.eval.core import evaluate_core, format_csv
 from nanochat_jax.eval.samples import PROMPTS, free_samples, greedy_samples
 from nanochat_jax.eval.scoring import Scorer, rows_for
+from nanochat_jax.files import write_file
 from nanochat_jax.paths import Paths
 from nanochat_jax.sharding import make_mesh
 from nanochat_jax.startup import Processes, start
@@ -64,11 +64,7 @@ def core_metric(scorer: Callable, tokenizer: Any, config: BaseEvalConfig, paths:
     table = format_csv(result)
     log.info("%s", table)
     if jax.process_index() == 0:
-        path = paths.base / "base_eval" / f"{name}.csv"
-        path.parent.mkdir(exist_ok=True)
-        aside = path.with_suffix(".tmp")
-        aside.write_text(table, encoding="utf-8")
-        os.replace(aside, path)
+        write_file(paths.base / "base_eval" / f"{name}.csv", table)
     return {"core": result.core, **result.centered}
 
 
