@@ -128,11 +128,12 @@ def generate(report_dir: Path, out_dir: Path) -> None:
     sections = _read_sections(report_dir)
     if not sections:
         raise NotFound(f"no sections in {report_dir}: run a stage first, e.g. `python -m scripts.tok_train`")
-    header, header_text = report_dir / "header.json", "# nanochat training report\n"
+    header, prose = report_dir / "header.json", report_dir / "header.md"
     started, facts = None, _machine_facts()
     if header.exists():  # else nobody ran `reset`: the start of the run is unknown
-        started, facts = json.loads(header.read_text("utf-8")).values()
-        header_text = (report_dir / "header.md").read_text("utf-8")
+        noted = json.loads(header.read_text("utf-8"))
+        started, facts = noted["started"], noted["facts"]
+    header_text = prose.read_text("utf-8") if prose.exists() else "# nanochat training report\n"
     if devices := dict.fromkeys(str(s.results["device"]) for s in sections if s.results.get("device")):
         facts["Devices"] = ", ".join(devices)
         header_text += f"- Devices: {facts['Devices']}\n"

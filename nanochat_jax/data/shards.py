@@ -58,10 +58,6 @@ def split_shards(directory: Path | str, split: str) -> list[Path]:
     return paths[:-1] if split == "train" else paths[-1:]
 
 
-def train_shards(directory: Path | str) -> list[Path]:
-    return split_shards(directory, "train")
-
-
 # ---------------------------------------------------------------------------------------------------- reading
 
 
