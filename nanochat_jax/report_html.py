@@ -75,7 +75,6 @@ details .time { margin: .2rem 0 .8rem; }
 dl { display: grid; grid-template-columns: minmax(9rem, max-content) 1fr; gap: .15rem 1.2rem; margin: .4rem 0;
   font-size: .92rem; }
 dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; white-space: pre-wrap; }
-pre { overflow-x: auto; background: var(--bg); padding: .7rem; border-radius: 6px; font-size: .85rem; }
 @media (max-width: 480px) { dl { grid-template-columns: 1fr; } dd { margin-bottom: .4rem; } }
 @media print { body { background: none; } figure, .card, details { break-inside: avoid; } }
 """
@@ -161,34 +160,18 @@ def read_metrics(path: Path) -> dict[str, list[dict[str, Any]]]:
 
 
 def markdown(text: str) -> str:
-    """The little markdown that stages write: headings, tables, bullets, fenced code, paragraphs."""
+    """The little markdown that stages write: headings, tables, paragraphs."""
     out: list[str] = []
-    for is_code, block in _blocks(text):
+    for block in re.split(r"\n\s*\n", text.strip("\n")):
         lines = block.split("\n")
-        if is_code:
-            out.append(f"<pre>{_text(block)}</pre>")
-        elif match := re.match(r"#{1,6} +(.*)", lines[0]):
+        if match := re.match(r"#{1,6} +(.*)", lines[0]):
             out.append(f"<h3>{_text(match[1])}</h3>")
-            out.append(markdown("\n".join(lines[1:])))
         elif len(lines) > 1 and all(line.lstrip().startswith("|") for line in lines):
             cells = [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in lines]
             out.append(_table([row for row in cells if not all(re.fullmatch(r":?-+:?", cell) for cell in row)]))
-        elif all(line.startswith(("- ", "* ")) for line in lines):
-            out.append(f"<ul>{''.join(f'<li>{_text(line[2:])}</li>' for line in lines)}</ul>")
         else:
             out.append(f"<p>{'<br>'.join(map(_text, lines))}</p>")
     return "".join(out)
-
-
-def _blocks(text: str) -> list[tuple[bool, str]]:
-    """(is code, text) of each paragraph and fenced block."""
-    blocks: list[tuple[bool, str]] = []
-    for place, piece in enumerate(re.split(r"^```.*$\n?", text, flags=re.MULTILINE)):
-        if place % 2:
-            blocks.append((True, piece.rstrip("\n")))
-        else:
-            blocks += [(False, part.strip("\n")) for part in re.split(r"\n\s*\n", piece) if part.strip()]
-    return blocks
 
 
 def _tiles(results: Mapping[str, Mapping[str, Any]], wall_clock: str) -> str:

@@ -10,7 +10,7 @@ import re
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,32 +33,26 @@ SPLIT_WORDS = {
 
 
 @dataclass(frozen=True)
-class Files:
-    """The files of one split, at one commit."""
+class Listing:
+    """Files of a data set at one commit."""
 
     repo: str
     commit: str
     names: tuple[str, ...]
+    configs: tuple[dict[str, Any], ...] = ()  # of the card: [{"config_name", "data_files": ...}]
 
 
-@dataclass(frozen=True)
-class Listing:
-    commit: str
-    names: tuple[str, ...]
-    configs: tuple[dict[str, Any], ...]  # of the card: [{"config_name", "data_files": ...}]
-
-
-def find_files(repo: str, subset: str | None, split: str, revision: str) -> Files:
-    """Raises `NotFound` if there is no such data set, subset or split, or it cannot be asked for."""
+def find_files(repo: str, subset: str | None, split: str, revision: str) -> Listing:
+    """The files of one split. Raises `NotFound` if there is no such data set, subset or split, or it cannot be asked for."""
     name = f"data set {repo}"
     try:
         listing = list_dataset(repo, revision)
         if names := select_files(listing, subset, split):
-            return Files(repo, listing.commit, tuple(names))
+            return replace(listing, names=tuple(names))
         try:
             converted = list_dataset(repo, CONVERTED)
         except RevisionNotFoundError:
-            converted = Listing("", (), ())
+            converted = Listing(repo, "", ())
     except UsageError:
         raise
     except Exception as error:  # the HTTP client's errors have no common class
@@ -66,7 +60,7 @@ def find_files(repo: str, subset: str | None, split: str, revision: str) -> File
         reason = offline if constants.HF_HUB_OFFLINE else first_line(error)
         raise NotFound(f"{name} is not to be had: {reason}") from error
     if names := [file for file in converted.names if file.startswith(f"{subset or 'default'}/{split}/")]:
-        return Files(repo, converted.commit, tuple(names))
+        return replace(converted, names=tuple(names))
     known = sorted({file.rpartition("/")[0] for file in converted.names if file.endswith(".parquet")})
     known = known or sorted(file for file in listing.names if file_format(file) in READABLE)[:10]
     raise NotFound(f"{name} has no split {split!r}{f' of subset {subset!r}' if subset else ''}; "
@@ -79,11 +73,11 @@ def list_dataset(repo: str, revision: str) -> Listing:
     if constants.HF_HUB_OFFLINE:
         folder = Path(snapshot_download(repo, repo_type="dataset", revision=revision, local_files_only=True))
         names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-        return Listing(folder.name, tuple(names), ())
+        return Listing(repo, folder.name, tuple(names))
     info = HfApi().dataset_info(repo, revision=revision)
     card = info.card_data.to_dict() if info.card_data else {}
     names = sorted(sibling.rfilename for sibling in info.siblings or ())
-    return Listing(info.sha or revision, tuple(names), tuple(card.get("configs") or ()))
+    return Listing(repo, info.sha or revision, tuple(names), tuple(card.get("configs") or ()))
 
 
 def select_files(listing: Listing, subset: str | None, split: str) -> list[str]:
@@ -153,7 +147,7 @@ def _is_documentation(name: str) -> bool:
                            "_infos.json", "state.json", "config.json"))
 
 
-def iter_documents(files: Files, field: str, folder: Path, *, cut_chars: int, limit_rows: int | None,
+def iter_documents(files: Listing, field: str, folder: Path, *, cut_chars: int, limit_rows: int | None,
                    wait_s: float = 1.0) -> Iterator[str | None]:
     """The documents of all files, or the first `limit_rows`; the next file arrives in `folder` while one is read."""
 
