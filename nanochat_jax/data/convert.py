@@ -163,8 +163,11 @@ def write_corpus(directory: Path, source: dict[str, Any], documents: Iterable[st
             raise UsageError(f"{directory} holds files of another origin: move them away first")
         with new_directory(directory, replace=True) as aside:
             shards = [name for entry in before for name in entry["shards"]]
-            for name in shards:
-                os.link(directory / name, aside / name)
+            try:
+                for name in shards:
+                    os.link(directory / name, aside / name)
+            except OSError as error:
+                raise UsageError(f"--append needs a file system with hard links: {error}") from error
             val = ShardWriter(aside / VAL_SHARD)
             for text in iter_shard(directory / VAL_SHARD) if before else ():
                 val.add(text)
