@@ -1,6 +1,5 @@
 """Upstream's tasks: their wording, order, answers and judgement, and how their data gets onto the disk."""
 
-import hashlib
 import json
 import os
 import random
@@ -351,22 +350,6 @@ def test_damaged_data_is_an_error(tmp_path, no_network, files, manifest):
     (folder / "manifest.json").write_text(manifest)
     with pytest.raises(UsageError, match=r"owner/name \(main, train\)"):
         hub.load_split(Paths(tmp_path), "owner/name", "main", "train")
-
-
-def test_fetching_a_file(tmp_path):
-    with HubServer() as server:
-        server.plain |= {"words": b"word\n", "short": b"word\n" * 100}
-        server.faults["short"] = "gone"
-        url = f"{server.url}/files"
-        path = tmp_path / "base" / "words.txt"
-        checksum = hashlib.sha256(b"word\n").hexdigest()
-        assert files.fetch_file(f"{url}/words", path, sha256=checksum).read_bytes() == b"word\n"
-        path.write_text("mine")
-        assert files.fetch_file(f"{url}/words", path, sha256=checksum).read_text() == "mine"
-        for bad, options in (("missing", {}), ("short", {}), ("words", {"sha256": "0" * 64})):
-            with pytest.raises(NotFound, match=rf"{bad}\.new.*could not be fetched from {url}/{bad}"):
-                files.fetch_file(f"{url}/{bad}", tmp_path / "base" / f"{bad}.new", **options)
-    assert [file.name for file in path.parent.iterdir()] == ["words.txt"]
 
 
 # --------------------------------------------------------------------------------------- the real data
