@@ -25,7 +25,7 @@ import tiktoken
 
 from nanochat_jax.data import embedded
 from nanochat_jax.data.loader import pretraining_loader
-from nanochat_jax.data.shards import iter_documents, train_shards
+from nanochat_jax.data.shards import iter_documents, split_shards
 from nanochat_jax.tokenizer import Tokenizer
 
 VOCAB = 32_768
@@ -95,7 +95,7 @@ def measure_rates(corpus: Path, tokenizer: Tokenizer, args: argparse.Namespace) 
     shape = dict(batch_size=args.rows, sequence_len=args.length)
     encoding = tiktoken.Encoding("peer", pat_str=tokenizer.pattern, mergeable_ranks=tokenizer.mergeable_ranks,
                                  special_tokens=tokenizer.special_tokens)
-    paths, threads = train_shards(corpus), os.cpu_count() or 1
+    paths, threads = split_shards(corpus, "train"), os.cpu_count() or 1
 
     def documents() -> Iterator[list[list[int]]]:
         return peer_documents(paths, encoding, tokenizer.bos_id, threads)

@@ -11,6 +11,7 @@ Downloads go through huggingface_hub, which reads HF_ENDPOINT, HF_TOKEN and HF_H
 data directory only when it is whole: size and checksum as the Hub announced, a readable footer, a `text` column.
 """
 
+import functools
 import hashlib
 import logging
 import os
@@ -22,16 +23,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
+from rich import progress
 from rich.console import Console
-from rich.progress import (
-    BarColumn,
-    DownloadColumn,
-    Progress,
-    TaskID,
-    TextColumn,
-    TimeRemainingColumn,
-    TransferSpeedColumn,
-)
 
 from nanochat_jax import cli
 from nanochat_jax.cli import NotFound, UsageError, flag
@@ -69,18 +62,14 @@ HUB_CORPORA = {
 
 
 def is_whole(path: Path) -> bool:
-    if not path.exists():
-        return False
     try:
-        _check_shard(path)
+        open_shard(path).close()
+    except NotFound:
+        return False
     except UsageError as error:
         logger.warning("downloading again: %s", error)
         return False
     return True
-
-
-def _check_shard(path: Path) -> None:
-    open_shard(path).close()
 
 
 class DownloadDisplay:
@@ -89,12 +78,11 @@ class DownloadDisplay:
     def __init__(self, num_shards: int) -> None:
         self._num_shards, self._done, self._bytes, self._began = num_shards, 0, 0, time.monotonic()
         live = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
-        self._bars = Progress(
-            TextColumn("{task.description}"), BarColumn(), DownloadColumn(), TransferSpeedColumn(),
-            TimeRemainingColumn(), console=Console(stderr=True), disable=not live,
-        )  # fmt: skip
+        self._bars = progress.Progress(
+            "{task.description}", progress.BarColumn(), progress.DownloadColumn(), progress.TransferSpeedColumn(),
+            progress.TimeRemainingColumn(), console=Console(stderr=True), disable=not live)
         self._all = self._bars.add_task(f"0/{num_shards} shards", total=None)
-        self._tasks: dict[str, TaskID] = {}
+        self._tasks: dict[str, progress.TaskID] = {}
 
     def __enter__(self) -> "DownloadDisplay":
         self._bars.start()
@@ -125,9 +113,8 @@ class DownloadDisplay:
             logger.info("[%d/%d] %s (%.1f MB/s in all)", self._done, self._num_shards, name, speed)
 
 
-def download(
-    repo: str, names: Sequence[str], directory: Path, *, num_workers: int = 4, wait_s: float = 1.0
-) -> dict[str, str]:
+def download(repo: str, names: Sequence[str], directory: Path, *, num_workers: int = 4, wait_s: float = 1.0
+             ) -> dict[str, str]:
     """Download the shards of `names` that are not in `directory` yet; returns the reason for each that failed.
 
     The last name is the validation shard. It comes first, and alone: without it, an interrupted download would leave
@@ -142,8 +129,8 @@ def download(
 
         def get(name: str) -> None:
             try:
-                fetch(repo, name, directory / name, check=_check_shard, wait_s=wait_s,
-                      progress=lambda done, total: display.arriving(name, done, total))  # fmt: skip
+                fetch(repo, name, directory / name, check=lambda path: open_shard(path).close(), wait_s=wait_s,
+                      progress=functools.partial(display.arriving, name))
             except Exception as error:  # of the HTTP client or the disk; reported to the caller, by name
                 failed[name] = first_line(error)
             display.ended(name, None if name in failed else directory / name, failed.get(name, ""))
@@ -233,11 +220,11 @@ def hf_main(config: HfConfig) -> int:
         subset, split, field = None, "train", "text"
     files = find_files(PRESETS.get(config.preset or "") or config.dataset, subset, split, config.revision)
     source = {"dataset": files.repo, "revision": files.commit, "subset": subset, "split": split, "text_field": field,
-              "cut_chars": config.cut_chars, "files": len(files.names), "limit_rows": config.limit_rows}  # fmt: skip
+              "cut_chars": config.cut_chars, "files": len(files.names), "limit_rows": config.limit_rows}
     logger.info("%s: %d files", describe(source), len(files.names))
     staging = directory.with_name(f".{directory.name}.source")
-    return _write(directory, source, config, lambda: hub_dataset.iter_documents(
-        files, field, staging, cut_chars=config.cut_chars, limit_rows=config.limit_rows))  # fmt: skip
+    documents = hub_dataset.iter_documents(files, field, staging, cut_chars=config.cut_chars, limit_rows=config.limit_rows)
+    return _write(directory, source, config, documents)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -248,9 +235,9 @@ class LocalConfig(CorpusConfig):
 def local_main(config: LocalConfig) -> int:
     paths = list(_expand(config.files))
     source = {"files": [{"name": str(path.absolute()), "sha256": _sha256(path)} for path in paths],
-              "text_field": config.text_field, "cut_chars": config.cut_chars}  # fmt: skip
+              "text_field": config.text_field, "cut_chars": config.cut_chars}
     documents = (document for path in paths for document in read_documents(path, config.text_field, config.cut_chars))
-    return _write(Paths.from_env().data("custom"), source, config, lambda: documents)
+    return _write(Paths.from_env().data("custom"), source, config, documents)
 
 
 def _expand(names: Sequence[str]) -> Iterator[Path]:
@@ -272,36 +259,30 @@ def _sha256(path: Path) -> str:
         raise NotFound(f"{path} cannot be read: {error.strerror}") from error
 
 
-def _write(directory: Path, source: dict[str, Any], config: CorpusConfig,
-           documents: Callable[[], Iterable[str | None]]) -> int:  # fmt: skip
+def _write(directory: Path, source: dict[str, Any], config: CorpusConfig, documents: Iterable[str | None]) -> int:
     entry = write_corpus(directory, source, documents, rows_per_shard=config.rows_per_shard,
-                         val_fraction=config.val_fraction, append=config.append)  # fmt: skip
+                         val_fraction=config.val_fraction, append=config.append)
     if entry is None:
         print(f"{describe(source)} is in {directory} already")
     else:
         print(f"{entry['documents']:,} documents ({entry['val_documents']:,} for validation) of {describe(source)} "
-              f"are in {directory}; {entry['skipped']:,} rows without text were skipped")  # fmt: skip
+              f"are in {directory}; {entry['skipped']:,} rows without text were skipped")
     return 0
 
 
 @dataclass(frozen=True, kw_only=True)
-class EmbeddedConfig:
-    """No flags."""
+class NoFlags:
+    """Of `embedded` and `info`."""
 
 
-def embedded_main(config: EmbeddedConfig) -> int:
+def embedded_main(config: NoFlags) -> int:
     directory = Paths.from_env().data("embedded")
     embedded.build(directory)
     print(f"the embedded corpus is in {directory}")
     return 0
 
 
-@dataclass(frozen=True, kw_only=True)
-class InfoConfig:
-    """No flags."""
-
-
-def info_main(config: InfoConfig) -> int:
+def info_main(config: NoFlags) -> int:
     paths = Paths.from_env()
     paths.find_data()  # says what to do if there is none
     for name in DATA_DIRS:
@@ -314,8 +295,8 @@ COMMANDS: dict[str, tuple[Callable[..., int], type, str]] = {
     "download": (download_main, DownloadConfig, "Download a corpus. Also: `hf`, `local`, `embedded`, `info`."),
     "hf": (hf_main, HfConfig, "Make a corpus of any data set of the Hugging Face Hub."),
     "local": (local_main, LocalConfig, "Make a corpus of files on this machine."),
-    "embedded": (embedded_main, EmbeddedConfig, "Build the offline corpus, which needs no network."),
-    "info": (info_main, InfoConfig, "Show which corpora are on disk, and what they are enough for."),
+    "embedded": (embedded_main, NoFlags, "Build the offline corpus, which needs no network."),
+    "info": (info_main, NoFlags, "Show which corpora are on disk, and what they are enough for."),
 }
 
 

@@ -35,8 +35,9 @@ class FinetuneConfig(TrainConfig):
 
     step: int | None = flag(None, "step of the checkpoint to start from; default the newest", aliases=("model_step",))
     load_optimizer: bool = flag(False, "go on with the moments of its optimizer; the rates begin anew")
-    mixture: str | None = flag(None, "what to train on, such as SmolTalk,MMLU*3,chats.jsonl: tasks or files of "
-                               "conversations, each with its weight; default: what goes with the corpus")
+    mixture: str | None = flag(None, "what to train on, such as SmolTalk:10000,MMLU*3,chats.jsonl: tasks or files of "
+                               "conversations, each with its weight (*) or the number of its first ones (:); default: "
+                               "what goes with the corpus")
     max_seq_len: int | None = flag(None, "tokens of a row; default the base model's")
     embedding_lr: float | None = flag(None, "rate of the embedding tables; default the base run's")
     unembedding_lr: float | None = flag(None, "rate of the unembedding; default the base run's")

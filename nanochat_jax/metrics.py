@@ -14,6 +14,8 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from nanochat_jax.files import write_file
+
 log = logging.getLogger(__name__)
 
 # Dense bfloat16 FLOP/s, matched in this order against the lower-case device kind.
@@ -69,10 +71,7 @@ class MetricsLog:
         kept = []
         if resume_step is not None and path.exists():
             kept = [line for line in read_metrics(path) if line["step"] < resume_step]
-        path.parent.mkdir(parents=True, exist_ok=True)
-        aside = path.with_suffix(".tmp")
-        aside.write_text("".join(json.dumps(line) + "\n" for line in kept))
-        aside.replace(path)
+        write_file(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = path.open("a")
 
     def write(self, **values: Any) -> None:

@@ -17,16 +17,16 @@ import platform
 import re
 import subprocess
 import sys
-import tempfile
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from nanochat_jax import cli, report_html
+from nanochat_jax import cli
 from nanochat_jax.cli import NotFound, UsageError
+from nanochat_jax.files import write_file
 from nanochat_jax.paths import Paths
+from nanochat_jax.report_html import Report, Section, label_of, page
 
 logger = logging.getLogger(__name__)
 
@@ -45,33 +45,14 @@ SECTION_ORDER = (
 )
 COLUMNS = ("BASE", "MID", "SFT", "RL")
 COLUMN_OF_STAGE = {
-    "base_train": "BASE",
-    "base_loss": "BASE",
-    "base_eval": "BASE",
-    "mid_train": "MID",
-    "chat_eval_mid": "MID",
-    "chat_sft": "SFT",
-    "chat_eval_sft": "SFT",
-    "chat_rl": "RL",
-    "chat_eval_rl": "RL",
+    "base_train": "BASE", "base_loss": "BASE", "base_eval": "BASE", "mid_train": "MID", "chat_eval_mid": "MID",
+    "chat_sft": "SFT", "chat_eval_sft": "SFT", "chat_rl": "RL", "chat_eval_rl": "RL",
 }
-LOSS_METRICS = ("train_bpb", "val_bpb", "val_loss")  # these and the evaluations below make the summary table
+LOSS_METRICS = ("train_bpb", "val_bpb", "val_loss")  # these and the evaluations make the summary table
+DOCUMENTS = ("report.md", "report.html", "results.json")
 RESERVED_SLUGS = ("header", "report", "results")
 SOURCE_SUFFIXES = (".py", ".md", ".rs", ".html", ".toml", ".sh")
 CHARS_PER_TOKEN = 4
-
-
-@dataclass(frozen=True, kw_only=True)
-class Section:
-    """What a stage logged: `items` are markdown strings and mappings, `results` what tables and charts are made of."""
-
-    slug: str
-    section: str
-    stage: str
-    timestamp: str  # ISO 8601 with offset
-    items: list[Any] = field(default_factory=list)
-    results: dict[str, Any] = field(default_factory=dict)
-    curves: str | None = None  # path of a metrics.jsonl
 
 
 def slug_of(section: str) -> str:
@@ -81,15 +62,8 @@ def slug_of(section: str) -> str:
     return slug
 
 
-def log_section(
-    report_dir: Path,
-    section: str,
-    items: Sequence[str | Mapping[str, Any] | None],
-    *,
-    stage: str,
-    results: Mapping[str, float | int | str] | None = None,
-    curves: Path | None = None,
-) -> None:
+def log_section(report_dir: Path, section: str, items: Sequence[str | Mapping[str, Any] | None], *, stage: str,
+                results: Mapping[str, float | int | str] | None = None, curves: Path | None = None) -> None:
     """Write one section of the report; a later call with the same name replaces it. Call it from process 0 only.
 
     Args:
@@ -104,30 +78,20 @@ def log_section(
     Raises:
       ValueError: the name has no letters or digits, or is one of `RESERVED_SLUGS`.
     """
-    slug = slug_of(section)
-    timestamp = _now()
-    kept = [item for item in items if item]
-    lines = [f"## {section}", f"timestamp: {_clock(timestamp)}", ""]
-    for item in kept:
+    slug, timestamp = slug_of(section), _now()
+    lines, kept = [f"## {section}", f"timestamp: {_clock(timestamp)}", ""], []
+    for item in filter(None, items):
         if isinstance(item, Mapping):
-            lines += [f"- {key}: {format_value(value)}" for key, value in item.items()]
+            kept.append({str(key): format_value(value) for key, value in item.items()})
+            lines += [f"- {key}: {value}" for key, value in kept[-1].items()]
         else:
-            lines.append(str(item).rstrip("\n"))
+            kept.append(str(item))
+            lines.append(kept[-1].rstrip("\n"))
         lines.append("")
-    entry = {
-        "section": section,
-        "stage": stage,
-        "timestamp": timestamp,
-        "results": dict(results or {}),
-        "curves": str(Path(curves).absolute()) if curves else None,
-        "items": [
-            {str(key): format_value(value) for key, value in item.items()} if isinstance(item, Mapping) else str(item)
-            for item in kept
-        ],
-    }
-    report_dir.mkdir(parents=True, exist_ok=True)
-    _write(report_dir / f"{slug}.md", "\n".join(lines).rstrip("\n") + "\n")
-    _write(report_dir / f"{slug}.json", _to_json(entry))
+    entry = {"section": section, "stage": stage, "timestamp": timestamp, "results": dict(results or {}),
+             "curves": str(Path(curves).absolute()) if curves else None, "items": kept}
+    write_file(report_dir / f"{slug}.md", "\n".join(lines).rstrip("\n") + "\n")
+    write_file(report_dir / f"{slug}.json", _to_json(entry))
 
 
 def format_value(value: Any) -> str:
@@ -144,21 +108,14 @@ def format_value(value: Any) -> str:
 
 def reset(report_dir: Path) -> None:
     """Delete the sections and documents of an earlier run; write header.md and header.json for a new one."""
-    report_dir.mkdir(parents=True, exist_ok=True)
-    for section in _read_sections(report_dir, strict=False):
-        for suffix in (".md", ".json"):
-            (report_dir / f"{section.slug}{suffix}").unlink(missing_ok=True)
-    for slug in SECTION_ORDER:  # a section torn between its two files
-        (report_dir / f"{slug}.md").unlink(missing_ok=True)
-        (report_dir / f"{slug}.json").unlink(missing_ok=True)
-    for name in ("report.md", "report.html", "results.json"):
+    slugs = {section.slug for section in _read_sections(report_dir, strict=False)} | set(SECTION_ORDER)
+    for name in (*DOCUMENTS, *(f"{slug}.md" for slug in slugs), *(f"{slug}.json" for slug in slugs)):
         (report_dir / name).unlink(missing_ok=True)
-    started = _now()
-    facts = _machine_facts()
-    _write(report_dir / "header.json", _to_json({"started": started, "facts": facts}))
+    started, facts = _now(), _machine_facts()
+    write_file(report_dir / "header.json", _to_json({"started": started, "facts": facts}))
     lines = ["# nanochat training report", "", f"Run started: {_clock(started)}", ""]
     lines += [f"- {name}: {value}" for name, value in facts.items()]
-    _write(report_dir / "header.md", "\n".join(lines) + "\n")
+    write_file(report_dir / "header.md", "\n".join(lines) + "\n")
 
 
 def generate(report_dir: Path, out_dir: Path) -> None:
@@ -171,81 +128,60 @@ def generate(report_dir: Path, out_dir: Path) -> None:
     sections = _read_sections(report_dir)
     if not sections:
         raise NotFound(f"no sections in {report_dir}: run a stage first, e.g. `python -m scripts.tok_train`")
-    missing = [slug for slug in SECTION_ORDER if slug not in {section.slug for section in sections}]
-    header = _read_header(report_dir)
-    facts = dict(header["facts"])
-    devices = dict.fromkeys(str(s.results["device"]) for s in sections if s.results.get("device"))
-    if devices:
+    header, prose = report_dir / "header.json", report_dir / "header.md"
+    started, facts = None, _machine_facts()
+    if header.exists():  # else nobody ran `reset`: the start of the run is unknown
+        noted = json.loads(header.read_text("utf-8"))
+        started, facts = noted["started"], noted["facts"]
+    header_text = prose.read_text("utf-8") if prose.exists() else "# nanochat training report\n"
+    if devices := dict.fromkeys(str(s.results["device"]) for s in sections if s.results.get("device")):
         facts["Devices"] = ", ".join(devices)
+        header_text += f"- Devices: {facts['Devices']}\n"
     results: dict[str, dict[str, Any]] = {}
     for section in sections:
         results.setdefault(section.stage, {}).update(section.results)
-    summary = summary_rows(sections)
-    wall_clock = _wall_clock(header["started"], sections)
-    code_size = _code_size()
-
-    header_path = report_dir / "header.md"
-    parts = [header_path.read_text("utf-8") if header_path.exists() else "# nanochat training report\n"]
-    if devices:
-        parts[0] = parts[0].rstrip("\n") + f"\n- Devices: {facts['Devices']}\n"
-    parts += [(report_dir / f"{section.slug}.md").read_text("utf-8") for section in sections]
-    parts.append(_summary_markdown(summary, wall_clock, code_size, missing))
-    markdown = "\n".join(part.rstrip("\n") + "\n" for part in parts)
-    page = report_html.page(
-        sections=sections,
-        facts=facts,
-        started=_clock(header["started"]) if header["started"] else None,
-        generated=_clock(_now()),
-        columns=COLUMNS,
-        summary=[(name, [format_value(v) if v is not None else "-" for v in row]) for name, row in summary],
-        results=results,
-        wall_clock=wall_clock,
-        code_size=code_size,
-        missing=missing,
+    report = Report(
+        sections=sections, started=_clock(started) if started else None, generated=_clock(_now()), facts=facts,
+        columns=COLUMNS, summary=summary_rows(sections), results=results, wall_clock=_wall_clock(started, sections),
+        code_size=_code_size(), missing=[slug for slug in SECTION_ORDER if slug not in {s.slug for s in sections}],
     )
-    _write(report_dir / "results.json", _to_json(results))
-    for directory in dict.fromkeys((report_dir.resolve(), out_dir.resolve())):
-        _write(directory / "report.md", markdown)
-        _write(directory / "report.html", page)
+    texts = [header_text, *((report_dir / f"{section.slug}.md").read_text("utf-8") for section in sections),
+             _summary_markdown(report)]
+    write_file(report_dir / "results.json", _to_json(results))
+    for directory in {report_dir, out_dir}:
+        write_file(directory / "report.md", "\n".join(texts))
+        write_file(directory / "report.html", page(report))
 
 
-def summary_rows(sections: Sequence[Section]) -> list[tuple[str, list[Any]]]:
-    """Rows (result, [BASE, MID, SFT, RL]): CORE first, then losses, tasks by name, ChatCORE last; None where absent."""
+def summary_rows(sections: Sequence[Section]) -> list[tuple[str, list[str]]]:
+    """Rows (result, [BASE, MID, SFT, RL]): CORE first, then losses, tasks by name, ChatCORE last; "-" where absent."""
     table: dict[str, dict[str, Any]] = {}
     for section in sections:
-        column = COLUMN_OF_STAGE.get(section.stage)
-        if column is None:
-            continue
         for name, value in section.results.items():
             if section.stage == "base_eval":
                 wanted = name == "core"  # its 22 tasks have a chart of their own
-            elif section.stage.startswith("chat_eval_"):
-                wanted = True
             else:
-                wanted = name in LOSS_METRICS
-            if wanted:
-                table.setdefault(name, {})[column] = value
+                wanted = section.stage.startswith("chat_eval_") or name in LOSS_METRICS
+            if wanted and section.stage in COLUMN_OF_STAGE:
+                table.setdefault(name, {})[COLUMN_OF_STAGE[section.stage]] = format_value(value)
 
     def order(name: str) -> tuple[int, str]:
         return (0 if name == "core" else 1 if name in LOSS_METRICS else 3 if name.startswith("chatcore") else 2, name)
 
-    return [(name, [table[name].get(column) for column in COLUMNS]) for name in sorted(table, key=order)]
+    return [(label_of(name), [table[name].get(column, "-") for column in COLUMNS]) for name in sorted(table, key=order)]
 
 
-def _summary_markdown(summary: list, wall_clock: str, code_size: str | None, missing: list[str]) -> str:
+def _summary_markdown(report: Report) -> str:
     lines = ["## Summary", ""]
-    if code_size:
-        lines += [f"- Code size: {code_size}", ""]
-    if summary:
-        lines.append(f"| {'Metric':<15} | " + " | ".join(f"{column:<8}" for column in COLUMNS) + " |")
-        lines.append(f"|{'-' * 17}|" + "|".join("-" * 10 for _ in COLUMNS) + "|")
-        for name, row in summary:
-            cells = [format_value(value) if value is not None else "-" for value in row]
-            lines.append(f"| {report_html.label_of(name):<15} | " + " | ".join(f"{cell:<8}" for cell in cells) + " |")
-        lines.append("")
-    lines.append(f"Total wall clock time: {wall_clock}")
-    if missing:
-        lines += ["", f"Sections not logged: {', '.join(missing)}"]
+    if report.code_size:
+        lines += [f"- Code size: {report.code_size}", ""]
+    if report.summary:
+        rows = [("Metric", list(report.columns)), *report.summary]
+        table = [f"| {name:<15} | " + " | ".join(f"{cell:<8}" for cell in cells) + " |" for name, cells in rows]
+        lines += [table[0], f"|{'-' * 17}|" + "|".join("-" * 10 for _ in report.columns) + "|", *table[1:], ""]
+    lines.append(f"Total wall clock time: {report.wall_clock}")
+    if report.missing:
+        lines += ["", f"Sections not logged: {', '.join(report.missing)}"]
     return "\n".join(lines) + "\n"
 
 
@@ -262,13 +198,6 @@ def _read_sections(report_dir: Path, strict: bool = True) -> list[Section]:
                 raise UsageError(f"{path} is not a report section ({error}): delete it and rerun its stage") from error
     known = {slug: place for place, slug in enumerate(SECTION_ORDER)}
     return sorted(sections, key=lambda section: (known.get(section.slug, len(known)), section.slug))
-
-
-def _read_header(report_dir: Path) -> dict[str, Any]:
-    path = report_dir / "header.json"
-    if not path.exists():  # nobody ran `reset`: the start of the run is unknown
-        return {"started": None, "facts": _machine_facts()}
-    return json.loads(path.read_text("utf-8"))
 
 
 def _wall_clock(started: str | None, sections: Sequence[Section]) -> str:
@@ -353,21 +282,6 @@ def _to_json(value: Any) -> str:
         return node
 
     return json.dumps(strict(value), indent=2, ensure_ascii=False, allow_nan=False, default=str) + "\n"
-
-
-def _write(path: Path, text: str) -> None:
-    """Write aside, sync, rename: a reader sees the whole old file or the whole new one."""
-    handle, aside = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.chmod(aside, 0o644)
-        os.replace(aside, path)
-    except BaseException:
-        Path(aside).unlink(missing_ok=True)
-        raise
 
 
 def main(argv: Sequence[str] | None = None) -> int:

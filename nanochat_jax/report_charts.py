@@ -3,6 +3,7 @@
 Colours are CSS classes (`s0`, `s1`, ... for series), so a page gives them for light and dark. Every text is escaped.
 """
 
+import dataclasses
 import html
 import math
 import zlib
@@ -30,19 +31,11 @@ def ticks(low: float, high: float, count: int = 5) -> list[float]:
     """About `count` round numbers (1, 2 or 5 times a power of ten) inside [low, high]."""
     if not high > low:
         return [low]
-    rough = (high - low) / max(count, 1)
+    rough = (high - low) / count
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * 0.999)
-    first = math.ceil(low / step - 1e-9)
-    last = math.floor(high / step + 1e-9)
+    first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     return [round(index * step, 12) for index in range(first, last + 1)]
-
-
-def tick_label(value: float) -> str:
-    for size, suffix in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
-        if abs(value) >= size:
-            return f"{value / size:g}{suffix}"
-    return f"{value:.6g}"
 
 
 def smooth(points: Sequence[Point]) -> list[Point]:
@@ -61,11 +54,8 @@ def thin(points: Sequence[Point], limit: int = MAX_POINTS) -> list[Point]:
     if len(points) <= limit:
         return list(points)
     size = math.ceil(2 * len(points) / limit)
-    out = []
-    for start in range(0, len(points), size):
-        bucket = points[start : start + size]
-        out += sorted({min(bucket, key=lambda p: p[1]), max(bucket, key=lambda p: p[1])})
-    return out
+    buckets = [points[start : start + size] for start in range(0, len(points), size)]
+    return [point for bucket in buckets for point in sorted({min(bucket, key=_y), max(bucket, key=_y)})]
 
 
 def line_chart(title: str, lines: Sequence[Line], *, x_label: str, y_label: str) -> str:
@@ -73,87 +63,56 @@ def line_chart(title: str, lines: Sequence[Line], *, x_label: str, y_label: str)
 
     The first steps of a run lie far above the rest: where they would flatten it, they are cut off, and it says so.
     """
-    lines = [
-        Line(
-            label=line.label,
-            points=[point for point in line.points if all(map(math.isfinite, point))],
-            color=line.color,
-            faint=line.faint,
-            markers=line.markers,
-        )
-        for line in lines
-    ]
+    lines = [dataclasses.replace(line, points=[p for p in line.points if all(map(math.isfinite, p))]) for line in lines]
     lines = [line for line in lines if line.points]
     if not lines:
         return ""
-    x_low = min(line.points[0][0] for line in lines)
-    x_high = max(line.points[-1][0] for line in lines)
-    ys = [y for line in lines for _, y in line.points]
-    y_low, y_high, cut = min(ys), max(ys), False
-    settled = [y for line in lines for x, y in line.points if x >= x_low + 0.03 * (x_high - x_low)]
-    if len(ys) > 30 and settled and max(settled) - y_low < 0.6 * (y_high - y_low):
-        y_high, cut = max(settled), True
+    points = [point for line in lines for point in line.points]
+    x_low, x_high, y_low, y_high = min(points)[0], max(points)[0], min(map(_y, points)), max(map(_y, points))
+    settled = max(y for x, y in points if x >= x_low + 0.03 * (x_high - x_low))
+    cut = len(points) > 30 and settled - y_low < 0.6 * (y_high - y_low)
+    if cut:
+        y_high = settled
     pad = 0.06 * (y_high - y_low) or abs(y_high) * 0.05 or 1.0
     y_low, y_high = (y_low - pad if y_low < 0 else max(y_low - pad, 0.0)), y_high + pad
     if x_high == x_low:
         x_low, x_high = x_low - 1, x_high + 1
+    right, floor = WIDTH - RIGHT, HEIGHT - BOTTOM
 
-    def place(point: Point) -> str:
-        x = LEFT + (point[0] - x_low) / (x_high - x_low) * (WIDTH - LEFT - RIGHT)
-        y = TOP + (y_high - point[1]) / (y_high - y_low) * (HEIGHT - TOP - BOTTOM)
-        return f"{x:.1f},{max(y, -HEIGHT):.1f}"
+    def place(point: Point) -> Point:
+        x = LEFT + (point[0] - x_low) / (x_high - x_low) * (right - LEFT)
+        y = TOP + (y_high - point[1]) / (y_high - y_low) * (floor - TOP)
+        return round(x, 1), round(max(y, -HEIGHT), 1)
 
     clip = f"clip-{zlib.crc32(repr((title, x_high, y_high)).encode()):x}"  # unique on the page, the same every time
-    parts = [f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(title)}">']
-    parts.append(
-        f'<clipPath id="{clip}"><rect x="{LEFT}" y="{TOP}" width="{WIDTH - LEFT - RIGHT}" '
-        f'height="{HEIGHT - TOP - BOTTOM}"/></clipPath>'
-    )
+    parts = [f'<clipPath id="{clip}"><rect x="{LEFT}" y="{TOP}" width="{right - LEFT}" height="{floor - TOP}"/></clipPath>']
     for value in ticks(y_low, y_high):
-        y = float(place((x_low, value)).split(",")[1])
-        parts.append(f'<line class="grid" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{y}" y2="{y}"/>')
-        parts.append(f'<text class="tick" x="{LEFT - 7}" y="{y + 4}" text-anchor="end">{tick_label(value)}</text>')
-    floor = HEIGHT - BOTTOM
+        _, y = place((x_low, value))
+        parts += [_rule("grid", LEFT, y, right, y), _text(LEFT - 7, y + 4, _number(value), "tick", "end")]
     for value in ticks(x_low, x_high):
-        x = float(place((value, y_low)).split(",")[0])
-        parts.append(f'<line class="axis" x1="{x}" x2="{x}" y1="{floor}" y2="{floor + 4}"/>')
-        parts.append(f'<text class="tick" x="{x}" y="{floor + 18}" text-anchor="middle">{tick_label(value)}</text>')
-    parts.append(f'<line class="axis" x1="{LEFT}" x2="{WIDTH - RIGHT}" y1="{floor}" y2="{floor}"/>')
-    middle = (TOP + floor) / 2
-    parts.append(
-        f'<text class="label" x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 8}" text-anchor="middle">'
-        f"{html.escape(x_label)}</text>"
-        f'<text class="label" transform="translate(13 {middle}) rotate(-90)" text-anchor="middle">'
-        f"{html.escape(y_label)}</text>"
-    )
-    parts.append(f'<g clip-path="url(#{clip})">')
+        x, _ = place((value, y_low))
+        parts += [_rule("axis", x, floor, x, floor + 4), _text(x, floor + 18, _number(value), "tick")]
+    parts += [_rule("axis", LEFT, floor, right, floor), _text((LEFT + right) / 2, HEIGHT - 8, x_label, "label")]
+    parts.append(f'<g transform="translate(13 {(TOP + floor) / 2}) rotate(-90)">{_text(0, 0, y_label, "label")}</g>')
     for line in lines:
-        points = thin(line.points)
-        style = f"line s{line.color}" + (" faint" if line.faint else "")
-        parts.append(f'<polyline class="{style}" points="{" ".join(map(place, points))}"/>')
-    parts.append("</g>")
+        style = f"line s{line.color}" + " faint" * line.faint
+        path = " ".join(f"{x},{y}" for x, y in map(place, thin(line.points)))
+        parts.append(f'<g clip-path="url(#{clip})"><polyline class="{style}" points="{path}"/></g>')
     for line in lines:
-        if line.markers or len(line.points) == 1:
-            for point in [point for point in thin(line.points, 60) if point[1] <= y_high]:
-                x, y = place(point).split(",")
-                parts.append(
-                    f'<circle class="dot s{line.color}" cx="{x}" cy="{y}" r="3.2">'
-                    f"<title>{html.escape(f'{line.label}, {x_label} {point[0]:g}: {point[1]:.4f}')}</title></circle>"
-                )
-    parts.append("</svg>")
+        shown = thin(line.points, 60) if line.markers or len(line.points) == 1 else []
+        for point in shown:
+            if point[1] <= y_high:
+                x, y = place(point)
+                tip = html.escape(f"{line.label}, {x_label} {point[0]:g}: {point[1]:.4f}")
+                parts.append(f'<circle class="dot s{line.color}" cx="{x}" cy="{y}" r="3.2"><title>{tip}</title></circle>')
     notes = _legend([(line.label, line.color, line.faint) for line in lines])
     if cut:
         notes += '<p class="note">The first steps lie above the top of the axis.</p>'
-    return f"<figure><figcaption>{html.escape(title)}</figcaption>{''.join(parts)}{notes}</figure>"
+    return _figure(title, HEIGHT, parts, notes)
 
 
-def bar_chart(
-    title: str,
-    rows: Sequence[tuple[str, Sequence[float | None]]],
-    series: Sequence[tuple[str, int]],
-    *,
-    x_label: str,
-) -> str:
+def bar_chart(title: str, rows: Sequence[tuple[str, Sequence[float | None]]], series: Sequence[tuple[str, int]], *,
+              x_label: str) -> str:
     """Horizontal bars: a group per row, a bar per series (label, color). None leaves a bar out; negatives go left."""
     values = [v for _, row in rows for v in row if v is not None and math.isfinite(v)]
     if not values:
@@ -162,48 +121,60 @@ def bar_chart(
     high = 1.0 if 0.6 < high <= 1.0 else high or 1.0
     names = min(190, 16 + 7 * max(len(name) for name, _ in rows))
     left = names + (46 if low < 0 else 0)  # the numbers of negative bars stand left of them
-    right, thickness = 52, 14 if len(series) == 1 else 11
+    right, thickness = WIDTH - 52, 14 if len(series) == 1 else 11
     group = max(ROW, len(series) * (thickness + 2) + 10)
     floor = TOP + group * len(rows)
-    height = floor + BOTTOM
 
     def place(value: float) -> float:
-        return left + (value - low) / (high - low) * (WIDTH - left - right)
+        return round(left + (value - low) / (high - low) * (right - left), 1)
 
-    parts = [f'<svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{html.escape(title)}">']
+    parts = []
     for value in ticks(low, high, 4):
-        x = f"{place(value):.1f}"
-        parts.append(f'<line class="grid" x1="{x}" x2="{x}" y1="{TOP}" y2="{floor}"/>')
-        parts.append(f'<text class="tick" x="{x}" y="{floor + 16}" text-anchor="middle">{tick_label(value)}</text>')
-    for place_of_row, (name, row) in enumerate(rows):
-        center = TOP + group * (place_of_row + 0.5)
-        y = center + 4
-        parts.append(f'<text class="name" x="{names - 8}" y="{y}" text-anchor="end">{html.escape(name)}</text>')
-        y = center - len(series) * (thickness + 2) / 2
-        for (label, color), value in zip(series, row, strict=True):
+        x = place(value)
+        parts += [_rule("grid", x, TOP, x, floor), _text(x, floor + 18, _number(value), "tick")]
+    for index, (name, row) in enumerate(rows):
+        y = TOP + group * index + (group - len(row) * (thickness + 2)) / 2
+        parts.append(_text(names - 8, TOP + group * (index + 0.5) + 4, name, "name", "end"))
+        for value, (label, color) in zip(row, series, strict=True):
             if value is not None and math.isfinite(value):
                 start, end = sorted((place(0.0), place(value)))
-                anchor = f'x="{end + 5:.1f}"' if value >= 0 else f'x="{start - 5:.1f}" text-anchor="end"'
-                parts.append(
-                    f'<rect class="bar s{color}" x="{start:.1f}" y="{y + 1:.1f}" width="{max(end - start, 1):.1f}" '
-                    f'height="{thickness}" rx="2"><title>{html.escape(f"{name}, {label}: {value:.4f}")}</title></rect>'
-                    f'<text class="value" {anchor} y="{y + thickness / 2 + 5:.1f}">{value:.3f}</text>'
-                )
+                tip = html.escape(f"{name}, {label}: {value:.4f}")
+                parts.append(f'<rect class="bar s{color}" x="{start}" y="{y + 1:.1f}" width="{max(end - start, 1):.1f}" '
+                             f'height="{thickness}" rx="2"><title>{tip}</title></rect>')
+                x, anchor = (end + 5, "start") if value >= 0 else (start - 5, "end")
+                parts.append(_text(x, y + thickness / 2 + 5, f"{value:.3f}", "value", anchor))
             y += thickness + 2
-    zero = f"{place(0.0):.1f}"
-    parts.append(f'<line class="axis" x1="{zero}" x2="{zero}" y1="{TOP}" y2="{floor}"/>')
-    middle = (left + WIDTH - right) / 2
-    label = html.escape(x_label)
-    parts.append(f'<text class="label" x="{middle}" y="{height - 8}" text-anchor="middle">{label}</text></svg>')
-    legend = _legend([(label, color, False) for label, color in series])
-    return f"<figure><figcaption>{html.escape(title)}</figcaption>{''.join(parts)}{legend}</figure>"
+    parts += [_rule("axis", place(0.0), TOP, place(0.0), floor), _text((left + right) / 2, floor + BOTTOM - 8, x_label, "label")]
+    return _figure(title, floor + BOTTOM, parts, _legend([(label, color, False) for label, color in series]))
+
+
+def _figure(title: str, height: float, parts: Sequence[str], notes: str) -> str:
+    title = html.escape(title)
+    return (f'<figure><figcaption>{title}</figcaption><svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{title}">'
+            f"{''.join(parts)}</svg>{notes}</figure>")
+
+
+def _rule(style: str, x1: float, y1: float, x2: float, y2: float) -> str:
+    return f'<line class="{style}" x1="{x1}" x2="{x2}" y1="{y1}" y2="{y2}"/>'
+
+
+def _text(x: float, y: float, text: str, style: str, anchor: str = "middle") -> str:
+    return f'<text class="{style}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{html.escape(text)}</text>'
 
 
 def _legend(entries: Sequence[tuple[str, int, bool]]) -> str:
     if len(entries) < 2:
         return ""
-    items = "".join(
-        f'<li><i class="key s{color}{" faint" if faint else ""}"></i>{html.escape(label)}</li>'
-        for label, color, faint in entries
-    )
-    return f'<ul class="legend">{items}</ul>'
+    items = [f'<li><i class="key s{color}{" faint" * faint}"></i>{html.escape(label)}</li>' for label, color, faint in entries]
+    return f'<ul class="legend">{"".join(items)}</ul>'
+
+
+def _number(value: float) -> str:
+    for size, suffix in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
+        if abs(value) >= size:
+            return f"{value / size:g}{suffix}"
+    return f"{value:.6g}"
+
+
+def _y(point: Point) -> float:
+    return point[1]

@@ -5,6 +5,7 @@ import json
 import logging
 import re
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -26,12 +27,13 @@ LABELS = {  # of results whose name is not how people write them
     "arc_challenge": "ARC-Challenge", "mmlu": "MMLU", "gsm8k": "GSM8K", "humaneval": "HumanEval",
     "spelling_bee": "SpellingBee", "train_bpb": "train bpb", "val_bpb": "val bpb", "val_loss": "val loss",
 }  # fmt: skip
-LOSS_CHARTS = (  # stage, title
-    ("base_train", "Pretraining"),
-    ("mid_train", "Midtraining"),
-    ("chat_sft", "Supervised finetuning"),
-    ("chat_rl", "Reinforcement learning"),
-)
+LOSS_CHARTS = {
+    "base_train": "Pretraining", "mid_train": "Midtraining", "chat_sft": "Supervised finetuning",
+    "chat_rl": "Reinforcement learning",
+}
+TRAIN_CURVES = {"reward": "mean reward", "loss": "training loss"}
+EVAL_CURVES = {"accuracy": "held-out accuracy", "val_bpb": "validation bits per byte", "val_loss": "validation loss"}
+RL_CURVES = {"entropy": "entropy, nats a token", "sequence_length": "tokens of prompt and reply"}
 MIN_POINTS_TO_SMOOTH = 30
 
 STYLE = """
@@ -50,7 +52,7 @@ h3 { font-size: 1rem; margin: 1rem 0 .4rem; }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: .8rem; }
 .tile b { display: block; font-size: 1.55rem; line-height: 1.2; font-variant-numeric: tabular-nums; }
 .tile span { color: var(--soft); font-size: .85rem; }
-.charts { display: grid; grid-template-columns: repeat(auto-fit, minmax(min(100%, 400px), 1fr)); gap: .8rem;
+.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 400px), 1fr)); gap: .8rem;
   align-items: start; margin-bottom: .8rem; }
 figcaption { font-weight: 600; margin-bottom: .4rem; } .note { margin: .3rem 0 0; }
 svg { display: block; width: 100%; height: auto; } svg text { font: 12px system-ui, sans-serif; fill: var(--soft); }
@@ -73,59 +75,69 @@ details .time { margin: .2rem 0 .8rem; }
 dl { display: grid; grid-template-columns: minmax(9rem, max-content) 1fr; gap: .15rem 1.2rem; margin: .4rem 0;
   font-size: .92rem; }
 dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; white-space: pre-wrap; }
-pre { overflow-x: auto; background: var(--bg); padding: .7rem; border-radius: 6px; font-size: .85rem; }
 @media (max-width: 480px) { dl { grid-template-columns: 1fr; } dd { margin-bottom: .4rem; } }
 @media print { body { background: none; } figure, .card, details { break-inside: avoid; } }
 """
 
 
-def page(
-    *,
-    sections: Sequence[Any],
-    facts: Mapping[str, str],
-    started: str | None,
-    generated: str,
-    columns: Sequence[str],
-    summary: Sequence[tuple[str, Sequence[str]]],
-    results: Mapping[str, Mapping[str, Any]],
-    wall_clock: str,
-    code_size: str | None,
-    missing: Sequence[str],
-) -> str:
-    """The whole document. `sections` are `report.Section`s in order; `summary` is printed cells, "-" where absent."""
-    times = f"Run started {started}. " if started else ""
-    body = [
-        "<h1>nanochat training report</h1>",
-        f'<p class="sub">{_text(times)}Report made {_text(generated)}.</p>',
-        _tiles(results, wall_clock),
-    ]
-    if summary:
-        head = "".join(f"<th scope=col>{_text(name)}</th>" for name in ("Metric", *columns))
-        rows = "".join(
-            f"<tr><td>{_text(label_of(name))}</td>{''.join(map(_cell, cells))}</tr>" for name, cells in summary
-        )
-        body.append(f'<h2>Summary</h2><div class="card">{_table(head, rows)}</div>')
-    if charts := _curves(sections):
+@dataclass(frozen=True, kw_only=True)
+class Section:
+    """What a stage logged: `items` are markdown strings and mappings, `results` what tables and charts are made of."""
+
+    slug: str
+    section: str
+    stage: str
+    timestamp: str  # ISO 8601 with offset
+    items: list[Any] = field(default_factory=list)
+    results: dict[str, Any] = field(default_factory=dict)
+    curves: str | None = None  # path of a metrics.jsonl
+
+
+@dataclass(frozen=True, kw_only=True)
+class Report:
+    """What both documents show."""
+
+    sections: list[Section]  # in order
+    started: str | None  # times as people read them
+    generated: str
+    facts: dict[str, str]  # of the machine
+    columns: Sequence[str]
+    summary: list[tuple[str, list[str]]]  # rows of printed cells, "-" where absent
+    results: dict[str, dict[str, Any]]  # by stage
+    wall_clock: str
+    code_size: str | None
+    missing: list[str]  # sections that were not logged
+
+
+def page(report: Report) -> str:
+    """The whole document."""
+    times = f"Run started {report.started}. " if report.started else ""
+    body = ["<h1>nanochat training report</h1>",
+            f'<p class="sub">{_text(times)}Report made {_text(report.generated)}.</p>',
+            _tiles(report.results, report.wall_clock)]
+    if report.summary:
+        table = _table([["Metric", *report.columns], *([label, *cells] for label, cells in report.summary)])
+        body.append(f'<h2>Summary</h2><div class="card">{table}</div>')
+    if charts := _curves(report.sections):
         body.append(f"<h2>Curves</h2>{charts}")
-    if charts := _evaluations(results):
+    if charts := _evaluations(report.results):
         body.append(f'<h2>Evaluations</h2><div class="charts">{charts}</div>')
     body.append("<h2>Sections</h2>")
-    for section in sections:
+    for section in report.sections:
         time = section.timestamp.replace("T", " ")[:19]
         content = "".join(_definitions(item) if isinstance(item, Mapping) else markdown(item) for item in section.items)
         title = _text(section.section)
         body.append(f'<details><summary>{title}</summary><p class="time">{_text(time)}</p>{content}</details>')
-    if missing:
-        body.append(f'<p class="note">Sections not logged: {_text(", ".join(missing))}.</p>')
-    machine = dict(facts) | ({"Code size": code_size} if code_size else {})
+    if report.missing:
+        body.append(f'<p class="note">Sections not logged: {_text(", ".join(report.missing))}.</p>')
+    machine = report.facts | ({"Code size": report.code_size} if report.code_size else {})
     body.append(f'<h2>Machine and code</h2><div class="card">{_definitions(machine)}</div>')
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>nanochat training report</title>'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
         '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; style-src \'unsafe-inline\'">'
         f"<style>{STYLE}</style></head>\n<body><main>\n"
-        + "\n".join(part for part in body if part)
-        + "\n</main></body></html>\n"
+        + "\n".join(filter(None, body)) + "\n</main></body></html>\n"
     )
 
 
@@ -136,50 +148,30 @@ def read_metrics(path: Path) -> dict[str, list[dict[str, Any]]]:
     """
     kinds: dict[str, dict[float, dict[str, Any]]] = {}
     bad = 0
-    with path.open(encoding="utf-8", errors="replace") as file:
-        for line in filter(str.strip, file):
-            try:
-                row = json.loads(line)
-                kinds.setdefault(row["kind"], {})[row["step"]] = row
-            except (ValueError, KeyError, TypeError):
-                bad += 1
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        try:
+            row = json.loads(line)
+            kinds.setdefault(row["kind"], {})[row["step"]] = row
+        except (ValueError, KeyError, TypeError):
+            bad += 1
     if bad:
         logger.warning("%s: %d lines that are not metrics left out", path, bad)
     return {kind: [rows[step] for step in sorted(rows)] for kind, rows in kinds.items()}
 
 
 def markdown(text: str) -> str:
-    """The little markdown that stages write: headings, tables, bullets, fenced code, paragraphs."""
+    """The little markdown that stages write: headings, tables, paragraphs."""
     out: list[str] = []
-    for is_code, block in _blocks(text):
+    for block in re.split(r"\n\s*\n", text.strip("\n")):
         lines = block.split("\n")
-        if is_code:
-            out.append(f"<pre>{_text(block)}</pre>")
-        elif match := re.match(r"#{1,6} +(.*)", lines[0]):
+        if match := re.match(r"#{1,6} +(.*)", lines[0]):
             out.append(f"<h3>{_text(match[1])}</h3>")
-            out.append(markdown("\n".join(lines[1:])))
         elif len(lines) > 1 and all(line.lstrip().startswith("|") for line in lines):
             cells = [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in lines]
-            rows = [row for row in cells[1:] if not all(re.fullmatch(r":?-+:?", cell) for cell in row)]
-            head = "".join(f"<th>{_text(cell)}</th>" for cell in cells[0])
-            body = "".join(f"<tr>{''.join(f'<td>{_text(cell)}</td>' for cell in row)}</tr>" for row in rows)
-            out.append(_table(head, body))
-        elif all(line.startswith(("- ", "* ")) for line in lines):
-            out.append(f"<ul>{''.join(f'<li>{_text(line[2:])}</li>' for line in lines)}</ul>")
+            out.append(_table([row for row in cells if not all(re.fullmatch(r":?-+:?", cell) for cell in row)]))
         else:
             out.append(f"<p>{'<br>'.join(map(_text, lines))}</p>")
     return "".join(out)
-
-
-def _blocks(text: str) -> list[tuple[bool, str]]:
-    """(is code, text) of each paragraph and fenced block."""
-    blocks: list[tuple[bool, str]] = []
-    for place, piece in enumerate(re.split(r"^```.*$\n?", text, flags=re.MULTILINE)):
-        if place % 2:
-            blocks.append((True, piece.rstrip("\n")))
-        else:
-            blocks += [(False, part.strip("\n")) for part in re.split(r"\n\s*\n", piece) if part.strip()]
-    return blocks
 
 
 def _tiles(results: Mapping[str, Mapping[str, Any]], wall_clock: str) -> str:
@@ -190,10 +182,8 @@ def _tiles(results: Mapping[str, Mapping[str, Any]], wall_clock: str) -> str:
             tiles.append((label, f"{value:.4f}" if isinstance(value, float) else str(value)))
     if not wall_clock.startswith("unknown"):
         tiles.append(("total wall clock time", wall_clock))
-    inner = "".join(
-        f'<div class="card tile"><b>{_text(value)}</b><span>{_text(label)}</span></div>' for label, value in tiles
-    )
-    return f'<div class="tiles">{inner}</div>' if inner else ""
+    cards = [f'<div class="card tile"><b>{_text(value)}</b><span>{_text(label)}</span></div>' for label, value in tiles]
+    return f'<div class="tiles">{"".join(cards)}</div>' if cards else ""
 
 
 def _points(rows: Sequence[Mapping[str, Any]], name: str) -> list[Point]:
@@ -203,16 +193,14 @@ def _points(rows: Sequence[Mapping[str, Any]], name: str) -> list[Point]:
 def _noisy(label: str, points: list[Point], color: int) -> list[Line]:
     if len(points) < MIN_POINTS_TO_SMOOTH:
         return [Line(label=label, points=points, color=color, markers=len(points) < 12)]
-    return [
-        Line(label="each step", points=points, color=color, faint=True),
-        Line(label="moving average", points=smooth(points), color=color),
-    ]
+    return [Line(label="each step", points=points, color=color, faint=True),
+            Line(label="moving average", points=smooth(points), color=color)]
 
 
-def _curves(sections: Sequence[Any]) -> str:
+def _curves(sections: Sequence[Section]) -> str:
     curves = {section.stage: Path(section.curves) for section in sections if section.curves}
     out = []
-    for color, (stage, title) in enumerate(LOSS_CHARTS):
+    for color, (stage, title) in enumerate(LOSS_CHARTS.items()):
         if stage not in curves:
             continue
         if not curves[stage].exists():
@@ -220,28 +208,21 @@ def _curves(sections: Sequence[Any]) -> str:
             continue
         metrics = read_metrics(curves[stage])
         train, evals = metrics.get("train", []), metrics.get("eval", [])
-        charts = []
-        for name, rows, what in (
-            ("reward", train, "mean reward"),
-            ("loss", train if stage != "chat_rl" else [], "training loss"),
-        ):
-            if points := _points(rows, name):
-                charts.append(line_chart(f"{title}: {what}", _noisy(what, points, color), x_label="step", y_label=what))
-        for name, what in (("accuracy", "held-out accuracy"), ("val_bpb", "validation bits per byte"),
-                           ("val_loss", "validation loss")):
-            if points := _points(evals, name):
-                line = Line(label=what, points=points, color=color, markers=True)
-                charts.append(line_chart(f"{title}: {what}", [line], x_label="step", y_label=what))
-        names = sorted({n for row in evals for n in row if n.startswith("pass@")}, key=lambda n: (len(n), n))
-        if names:
+        charts = {}  # lines by what they show, in order
+        rl = stage == "chat_rl"
+        for name, what in TRAIN_CURVES.items():
+            if not (rl and name == "loss"):  # a policy loss says nothing
+                charts[what] = _noisy(what, _points(train, name), color)
+        for name, what in EVAL_CURVES.items():
+            charts[what] = [Line(label=what, points=_points(evals, name), color=color, markers=True)]
+        if names := sorted({n for row in evals for n in row if n.startswith("pass@")}, key=lambda n: (len(n), n)):
             shown = dict.fromkeys((names[0], names[len(names) // 2], names[-1]))
-            lines = [Line(label=n, points=_points(evals, n), color=c, markers=True) for c, n in enumerate(shown)]
-            charts.append(line_chart(f"{title}: pass@k", lines, x_label="step", y_label="pass@k"))
-        for name, what in (("entropy", "entropy, nats a token"), ("sequence_length", "tokens of prompt and reply")):
-            if stage == "chat_rl" and (points := _points(train, name)):
-                charts.append(line_chart(f"{title}: {what}", _noisy(what, points, color), x_label="step", y_label=what))
-        if any(charts):
-            out.append(f'<div class="charts">{"".join(charts)}</div>')
+            charts["pass@k"] = [Line(label=n, points=_points(evals, n), color=c, markers=True) for c, n in enumerate(shown)]
+        for name, what in RL_CURVES.items() if rl else ():
+            charts[what] = _noisy(what, _points(train, name), color)
+        figures = [line_chart(f"{title}: {what}", lines, x_label="step", y_label=what) for what, lines in charts.items()]
+        if any(figures):
+            out.append(f'<div class="charts">{"".join(figures)}</div>')
     return "".join(out)
 
 
@@ -251,21 +232,17 @@ def _evaluations(results: Mapping[str, Mapping[str, Any]]) -> str:
         return float(value) if isinstance(value, int | float) else None
 
     charts = ""
-    stages = [stage for stage in ("chat_eval_mid", "chat_eval_sft", "chat_eval_rl") if stage in results]
+    columns = {"chat_eval_mid": ("MID", 1), "chat_eval_sft": ("SFT", 2), "chat_eval_rl": ("RL", 3)}  # label, color
+    stages = [stage for stage in columns if stage in results]
     tasks = sorted({name for stage in stages for name in results[stage]})
     tasks.sort(key=lambda name: name.startswith("chatcore"))
     if tasks:
         rows = [(label_of(task), [number(stage, task) for stage in stages]) for task in tasks]
-        colors = {"chat_eval_mid": ("MID", 1), "chat_eval_sft": ("SFT", 2), "chat_eval_rl": ("RL", 3)}
         x_label = "accuracy" + (" (ChatCORE: 0 is chance)" if tasks[-1].startswith("chatcore") else "")
-        charts += bar_chart("Chat tasks", rows, [colors[stage] for stage in stages], x_label=x_label)
-    base = [name for name in results.get("base_eval", {}) if number("base_eval", name) is not None
-            and name != "core" and not name.endswith("_bpb")]
-    if base:
-        rows = [(name, [number("base_eval", name)]) for name in base]
-        x_label = "centred accuracy (0 is chance)"
-        charts += bar_chart("CORE tasks of the base model", rows, [("BASE", 0)], x_label=x_label)
-    return charts
+        charts += bar_chart("Chat tasks", rows, [columns[stage] for stage in stages], x_label=x_label)
+    rows = [(name, [number("base_eval", name)]) for name in results.get("base_eval", {})
+            if name != "core" and not name.endswith("_bpb")]
+    return charts + bar_chart("CORE tasks of the base model", rows, [("BASE", 0)], x_label="centred accuracy (0 is chance)")
 
 
 def label_of(result: str) -> str:
@@ -277,7 +254,10 @@ def _definitions(item: Mapping[str, Any]) -> str:
     return "<dl>" + "".join(f"<dt>{_text(key)}</dt><dd>{_text(value)}</dd>" for key, value in item.items()) + "</dl>"
 
 
-def _table(head: str, body: str) -> str:
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    """The first row is the head."""
+    head = "".join(f"<th scope=col>{_text(cell)}</th>" for cell in rows[0])
+    body = "".join(f"<tr>{''.join(map(_cell, row))}</tr>" for row in rows[1:])
     return f'<div class="wide"><table><thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
 
 

@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 from nanochat_jax.chat import render_for_completion
 from nanochat_jax.config import GPTConfig
 from nanochat_jax.eval.batching import bucket
+from nanochat_jax.eval.chat import Sampling
 from nanochat_jax.gpt import Params, forward
 from nanochat_jax.infer.engine import Engine
 from nanochat_jax.infer.request import Request
@@ -42,40 +43,33 @@ class Rollout:
     log_prob: float = 0.0
 
 
-@dataclass(frozen=True, kw_only=True)
-class RolloutConfig:
-    num_samples: int = 16
-    max_new_tokens: int = 256
-    temperature: float = 1.0
-    top_k: int = 50
-
-
 def sample_rollouts(engine: Engine, tokenizer: Tokenizer, task: Task, conversations: Sequence[Conversation],
-                    config: RolloutConfig, *, seed: int) -> list[list[Rollout]]:
-    """`num_samples` judged replies to each conversation, all in flight together; `seed` names the random streams."""
+                    sampling: Sampling) -> list[list[Rollout]]:
+    """`num_samples` judged replies to each conversation, all in flight together; the seed names the random streams."""
 
     def prompt_of(conversation: Conversation) -> tuple[int, ...]:
         """Cut as the engine cuts it, for the same tokens are trained on."""
-        request = Request(tuple(render_for_completion(tokenizer, conversation)), max_tokens=config.max_new_tokens, truncate=True)
-        return engine.generation(request).prompt
+        tokens = tuple(render_for_completion(tokenizer, conversation))
+        return engine.generation(Request(tokens, max_tokens=sampling.max_new_tokens, truncate=True)).prompt
 
-    prompts = [prompt_of(conversation) for conversation in conversations]
-    streams = np.random.SeedSequence(seed).generate_state(len(prompts) * config.num_samples)
-    requests = [
-        Request(prompt, max_tokens=config.max_new_tokens, temperature=config.temperature, top_k=config.top_k,
-                seed=int(streams[i * config.num_samples + sample]), logprobs=True)
-        for i, prompt in enumerate(prompts) for sample in range(config.num_samples)
-    ]
-    results = engine.generate(requests)
-    groups = []
-    for i, (prompt, conversation) in enumerate(zip(prompts, conversations, strict=True)):
-        group = []
-        for result in results[i * config.num_samples : (i + 1) * config.num_samples]:
-            reward = float(task.evaluate(conversation, tokenizer.decode(result.tokens)))
-            log_prob = sum(each for each, sampled in zip(result.logprobs, result.sampled, strict=True) if sampled)
-            group.append(Rollout([*prompt, *result.tokens], [False] * len(prompt) + list(result.sampled), reward, log_prob))
-        groups.append(group)
-    return groups
+    prompts = [prompt for prompt in map(prompt_of, conversations) for _ in range(sampling.num_samples)]
+    streams = np.random.SeedSequence(sampling.seed).generate_state(len(prompts))
+    results = engine.generate([
+        Request(prompt, max_tokens=sampling.max_new_tokens, temperature=sampling.temperature, top_k=sampling.top_k,
+                seed=int(stream), logprobs=True)
+        for prompt, stream in zip(prompts, streams)
+    ])
+    rollouts = []
+    for i, (prompt, result) in enumerate(zip(prompts, results, strict=True)):
+        reward = float(task.evaluate(conversations[i // sampling.num_samples], tokenizer.decode(result.tokens)))
+        log_prob = sum(each for each, sampled in zip(result.logprobs, result.sampled, strict=True) if sampled)
+        rollouts.append(Rollout([*prompt, *result.tokens], [False] * len(prompt) + list(result.sampled), reward, log_prob))
+    return [rollouts[i : i + sampling.num_samples] for i in range(0, len(rollouts), sampling.num_samples)]
+
+
+def rewards_of(groups: Sequence[Sequence[Rollout]]) -> np.ndarray:
+    """[E, S]"""
+    return np.array([[rollout.reward for rollout in group] for group in groups])
 
 
 def advantages(rewards: np.ndarray) -> np.ndarray:
@@ -103,7 +97,7 @@ def policy_batches(groups: Sequence[Sequence[Rollout]], *, pass_rows: int, micro
     if num_samples % pass_rows:
         raise ValueError(f"{num_samples} samples of a prompt are not a multiple of the {pass_rows} rows of a pass")
     rollouts = [rollout for group in groups for rollout in group]
-    advantage = advantages(np.array([[rollout.reward for rollout in group] for group in groups])).ravel()
+    advantage = advantages(rewards_of(groups)).ravel()
     counts = np.array([sum(rollout.sampled) for rollout in rollouts]).reshape(-1, pass_rows).sum(axis=1)
     weight = advantage * np.repeat(1.0 / (np.maximum(counts, 1) * len(counts)), pass_rows)
     order = sorted(np.flatnonzero(weight), key=lambda i: len(rollouts[i].tokens))
@@ -167,7 +161,7 @@ def statistics(groups: Sequence[Sequence[Rollout]]) -> dict[str, float]:
     """What a log says of E groups of S rollouts. `reward_std` is the spread among all of them, `reward_group_std` the mean
     spread within a prompt's; `mixed` is the share of prompts with replies of both kinds, from which alone is learned.
     The entropy, in nats a token, is estimated by the mean negative log-probability of what was sampled."""
-    rewards = np.array([[rollout.reward for rollout in group] for group in groups])
+    rewards = rewards_of(groups)
     advantage = advantages(rewards)
     lengths = [len(rollout.tokens) for group in groups for rollout in group]
     sampled = [sum(rollout.sampled) for group in groups for rollout in group]

@@ -7,16 +7,17 @@ import math
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from nanochat_jax import report
 from nanochat_jax.checkpoint import Checkpoints, Loaded, carry_tokenizer, claim_directory, load_model
 from nanochat_jax.cli import UsageError, flag
+from nanochat_jax.eval.chat import Sampling
 from nanochat_jax.gpt import REMAT, Params
 from nanochat_jax.infer.engine import Engine
 from nanochat_jax.infer.request import Request
@@ -24,12 +25,11 @@ from nanochat_jax.metrics import Display, MetricsLog, start_wandb
 from nanochat_jax.optim import OptimizerConfig, constant, make_optimizer, trapezoid
 from nanochat_jax.paths import Paths
 from nanochat_jax.rl import (
-    PolicyBatch,
     Rollout,
-    RolloutConfig,
     make_policy_step,
     pass_at_k,
     policy_batches,
+    rewards_of,
     sample_rollouts,
     statistics,
 )
@@ -43,6 +43,7 @@ from nanochat_jax.tasks.custom_json import CustomJSON
 from nanochat_jax.train import is_due, restore_state
 
 log = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True, kw_only=True)
 class ChatRLConfig(Processes):
@@ -115,33 +116,23 @@ class Sampler:
     dtype: Any
     mesh: Mesh
 
-    def __call__(self, params: Params, task: Task, indices: Sequence[int], *, num_samples: int, seed: int,
-                 temperature: float | None = None) -> list[list[Rollout]]:
+    def __call__(self, params: Params, task: Task, indices: Sequence[int], **sampling: Any) -> list[list[Rollout]]:
         config = self.config
         engine = Engine(self.model.config, params, self.model.tokenizer, num_slots=config.num_slots,
                         compute_dtype=self.dtype, mesh=self.mesh)
-        settings = RolloutConfig(num_samples=num_samples, max_new_tokens=config.max_new_tokens,
-                                 temperature=config.temperature if temperature is None else temperature, top_k=config.top_k)
+        settings = {name: getattr(config, name) for name in ("num_samples", "max_new_tokens", "temperature", "top_k")}
         conversations = [task[i % len(task)] for i in indices]
-        return sample_rollouts(engine, self.model.tokenizer, task, conversations, settings, seed=seed)
+        return sample_rollouts(engine, self.model.tokenizer, task, conversations, Sampling(**settings | sampling))
 
     def evaluate(self, params: Params, task: Task) -> dict[str, float]:
         """On the first test problems: `accuracy` of the most likely reply, and pass@k for k = 1..device_batch_size of
         sampled ones, of the same random streams each time."""
         indices = range(min(self.config.eval_examples, len(task)))
-        greedy = _rewards(self(params, task, indices, num_samples=1, seed=0, temperature=0.0))
-        drawn = _rewards(self(params, task, indices, num_samples=self.config.device_batch_size, seed=self.config.seed))
-        return {"accuracy": float((greedy > 0).mean())} | {
-            f"pass@{k}": float(share) for k, share in enumerate(pass_at_k(drawn), start=1)}
-
-
-def _rewards(groups: Sequence[Sequence[Rollout]]) -> np.ndarray:
-    return np.array([[rollout.reward for rollout in group] for group in groups])
-
-
-def _place(batch: PolicyBatch, mesh: Mesh) -> PolicyBatch:
-    """The rows, which every process holds, as global arrays [B, T]."""
-    return PolicyBatch(*(spread_rows(mesh, array) for array in batch))
+        greedy = self(params, task, indices, num_samples=1, temperature=0.0)
+        drawn = self(params, task, indices, num_samples=self.config.device_batch_size, seed=self.config.seed)
+        shares = pass_at_k(rewards_of(drawn))
+        return {"accuracy": float((rewards_of(greedy) > 0).mean())} | {
+            f"pass@{k}": float(share) for k, share in enumerate(shares, start=1)}
 
 
 def reinforce(config: ChatRLConfig) -> None:
@@ -152,9 +143,8 @@ def reinforce(config: ChatRLConfig) -> None:
     loaded = load_model(paths, "sft", tag=config.model_tag, step=config.step, mesh=mesh, fsdp=config.fsdp)
     model, meta = loaded.config, loaded.meta
     name, task, test = load_tasks(config, meta["data"], paths)
-    num_steps = config.num_iterations
-    if num_steps <= 0:
-        num_steps = len(task) // config.examples_per_step * config.num_epochs
+    num_steps = config.num_iterations if config.num_iterations > 0 else (
+        len(task) // config.examples_per_step * config.num_epochs)
     if num_steps < 1:
         raise UsageError(f"--examples-per-step {config.examples_per_step} is more than {name}'s {len(task)} problems")
 
@@ -214,11 +204,10 @@ def reinforce(config: ChatRLConfig) -> None:
                         break
                     started = time.monotonic()
                     examples = range(step * config.examples_per_step, (step + 1) * config.examples_per_step)
-                    groups = sampler(state.params, task, examples, num_samples=config.num_samples,
-                                     seed=config.seed + 1 + step)
+                    groups = sampler(state.params, task, examples, seed=config.seed + 1 + step)
                     sampled = time.monotonic()
                 batches = policy_batches(groups, pass_rows=config.device_batch_size, micro_rows=micro_rows)
-                state, metrics = step_fn(state, (_place(batch, mesh) for batch in batches))
+                state, metrics = step_fn(state, (jax.tree.map(partial(spread_rows, mesh), batch) for batch in batches))
                 figures_of_step = statistics(groups) | {key: float(value) for key, value in metrics.items()}
                 if not all(math.isfinite(figures_of_step[key]) for key in ("loss", "grad_norm")):
                     raise UsageError(f"step {step}: loss {figures_of_step['loss']}, gradient norm {figures_of_step['grad_norm']}. "

@@ -16,7 +16,6 @@ import binascii
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
@@ -28,6 +27,7 @@ import pyarrow as pa
 
 from nanochat_jax import rustbpe
 from nanochat_jax.cli import NotFound, UsageError
+from nanochat_jax.files import write_file
 
 logger = logging.getLogger(__name__)
 
@@ -49,6 +49,7 @@ SPECIAL_TOKENS = (
 )
 
 ByteRule = Literal["raw", "decoded"]
+Token = int | str  # an id, or the name of a special token
 Progress = Callable[[str, int, int | None], None]
 
 RANKS_FILE = "mergeable_ranks.tiktoken"
@@ -67,13 +68,8 @@ class Tokenizer:
         ValueError: `mergeable_ranks` is not such a vocabulary.
     """
 
-    def __init__(
-        self,
-        mergeable_ranks: Mapping[bytes, int],
-        *,
-        pattern: str = SPLIT_PATTERN,
-        special_tokens: Sequence[str] = SPECIAL_TOKENS,
-    ) -> None:
+    def __init__(self, mergeable_ranks: Mapping[bytes, int], *, pattern: str = SPLIT_PATTERN,
+                 special_tokens: Sequence[str] = SPECIAL_TOKENS) -> None:
         count = len(mergeable_ranks)
         if sorted(mergeable_ranks.values()) != list(range(count)):
             raise ValueError(f"the ids of {count} tokens must be 0..{count - 1}, each once")
@@ -87,9 +83,8 @@ class Tokenizer:
         self._bytes_of = dict(enumerate([*tokens, *(name.encode() for name in special_tokens)]))
 
     def __reduce__(self) -> tuple[Any, ...]:
-        return partial(Tokenizer, pattern=self.pattern, special_tokens=list(self.special_tokens)), (
-            self.mergeable_ranks,
-        )
+        make = partial(Tokenizer, pattern=self.pattern, special_tokens=list(self.special_tokens))
+        return make, (self.mergeable_ranks,)
 
     @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int, *, progress: Progress | None = None) -> "Tokenizer":
@@ -101,22 +96,14 @@ class Tokenizer:
         return cls._learn(vocab_size, "train_from_iterator", texts, progress=progress)
 
     @classmethod
-    def train_from_parquet(
-        cls,
-        paths: Sequence[Path],
-        vocab_size: int,
-        *,
-        max_chars: int | None = None,
-        doc_cap: int | None = None,
-        progress: Progress | None = None,
-    ) -> "Tokenizer":
+    def train_from_parquet(cls, paths: Sequence[Path], vocab_size: int, *, max_chars: int | None = None,
+                           doc_cap: int | None = None, progress: Progress | None = None) -> "Tokenizer":
         """The same on the `text` columns of Parquet files, read with no Python strings between.
 
         Of each document the first `doc_cap` characters count. The document that takes them over `max_chars` together is
         the last, which is whole.
         """
-        limits = {"max_chars": max_chars, "doc_cap": doc_cap}
-        return cls._learn(vocab_size, "train_from_parquet", paths, progress=progress, **limits)
+        return cls._learn(vocab_size, "train_from_parquet", paths, progress=progress, max_chars=max_chars, doc_cap=doc_cap)
 
     @classmethod
     def _learn(cls, vocab_size: int, method: str, source: Any, **options: Any) -> "Tokenizer":
@@ -141,8 +128,8 @@ class Tokenizer:
         ranks = _parse_ranks(ranks_text, ranks_path)
         try:
             meta = json.loads(meta_text)
-            pattern, special_tokens = meta["pattern"], meta["special_tokens"]
-            vocab_size, fingerprint = meta["vocab_size"], meta["fingerprint"]
+            names = ("pattern", "special_tokens", "vocab_size", "fingerprint")
+            pattern, special_tokens, vocab_size, fingerprint = (meta[name] for name in names)
         except (ValueError, KeyError, TypeError) as error:
             raise UsageError(f"{meta_path} is damaged ({error!r}): train the tokenizer again") from error
         try:
@@ -156,15 +143,10 @@ class Tokenizer:
     def save(self, directory: Path) -> None:
         """Write the tokenizer into `directory`, which is made if need be."""
         directory = Path(directory)
-        directory.mkdir(parents=True, exist_ok=True)
-        meta = {
-            "vocab_size": self.vocab_size,
-            "pattern": self.pattern,
-            "special_tokens": list(self.special_tokens),
-            "fingerprint": self.fingerprint(),
-        }
-        _write(directory / RANKS_FILE, _format_ranks(self.mergeable_ranks))
-        _write(directory / META_FILE, (json.dumps(meta, indent=2) + "\n").encode())
+        meta = {"vocab_size": self.vocab_size, "pattern": self.pattern, "special_tokens": list(self.special_tokens),
+                "fingerprint": self.fingerprint()}
+        write_file(directory / RANKS_FILE, _format_ranks(self.mergeable_ranks))
+        write_file(directory / META_FILE, json.dumps(meta, indent=2) + "\n")
 
     @property
     def vocab_size(self) -> int:
@@ -183,13 +165,11 @@ class Tokenizer:
             raise KeyError(f"no special token {name!r}: there are {', '.join(self.special_tokens)}") from None
 
     @overload
-    def encode(
-        self, text: str, prepend: int | str | None = None, append: int | str | None = None, num_threads: int = 8
-    ) -> list[int]: ...
+    def encode(self, text: str, prepend: Token | None = None, append: Token | None = None, num_threads: int = 8
+               ) -> list[int]: ...
     @overload
-    def encode(
-        self, text: list[str], prepend: int | str | None = None, append: int | str | None = None, num_threads: int = 8
-    ) -> list[list[int]]: ...
+    def encode(self, text: list[str], prepend: Token | None = None, append: Token | None = None, num_threads: int = 8
+               ) -> list[list[int]]: ...
     def encode(self, text, prepend=None, append=None, num_threads=8):
         """The ids of a string, or a list of ids for each of a list of strings, which `num_threads` threads share.
 
@@ -205,12 +185,8 @@ class Tokenizer:
         ids, bounds = ids.tolist(), pairwise(offsets.tolist())
         return [ids[start:end] + after for start, end in bounds]
 
-    def encode_batch(
-        self,
-        texts: list[str] | pa.StringArray | pa.LargeStringArray | pa.ChunkedArray,
-        prepend: int | str | None = None,
-        num_threads: int = 8,
-    ) -> tuple[np.ndarray, np.ndarray]:
+    def encode_batch(self, texts: list[str] | pa.StringArray | pa.LargeStringArray | pa.ChunkedArray,
+                     prepend: Token | None = None, num_threads: int = 8) -> tuple[np.ndarray, np.ndarray]:
         """The ids of all texts in one array, int32 [N], and offsets, int64 [len(texts) + 1].
 
         Those of text `i` are `ids[offsets[i] : offsets[i + 1]]`, the first of them `prepend`, an id or the name of a
@@ -226,9 +202,9 @@ class Tokenizer:
         try:
             return self._encoder.encode_batch(texts, before, num_threads)
         except UnicodeEncodeError:
-            return self._encoder.encode_batch([_without_surrogates(text) for text in texts], before, num_threads)
+            return self._encoder.encode_batch([without_surrogates(text) for text in texts], before, num_threads)
 
-    def _token_id(self, token: int | str) -> int:
+    def _token_id(self, token: Token) -> int:
         return self.encode_special(token) if isinstance(token, str) else token
 
     def decode(self, ids: Iterable[int]) -> str:
@@ -260,7 +236,7 @@ class Tokenizer:
         return digest.hexdigest()
 
 
-def _without_surrogates(text: str) -> str:
+def without_surrogates(text: str) -> str:
     """Surrogates, which UTF-8 cannot hold, as UTF-16 reads them: a pair is its character, a lone one is U+FFFD."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
@@ -282,16 +258,3 @@ def _parse_ranks(text: bytes, path: Path) -> dict[bytes, int]:
         except (ValueError, binascii.Error) as error:
             raise UsageError(f"{path}, line {number} is damaged ({error}): train the tokenizer again") from error
     return ranks
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Write aside, then rename: a reader sees the old file or the new one."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with aside.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(path)
-    finally:
-        aside.unlink(missing_ok=True)

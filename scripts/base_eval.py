@@ -7,7 +7,6 @@
 
 import dataclasses
 import logging
-import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,8 +20,9 @@ from nanochat_jax.cli import flag
 from nanochat_jax.eval.bpb import corpus_bits_per_byte
 from nanochat_jax.eval.bundle import ensure_bundle, has_bundle
 from nanochat_jax.eval.core import evaluate_core, format_csv
-from nanochat_jax.eval.samples import PROMPTS, free_samples, greedy_samples
+from nanochat_jax.eval.samples import PROMPTS, free_samples, greedy_samples, sample_items
 from nanochat_jax.eval.scoring import Scorer, rows_for
+from nanochat_jax.files import write_file
 from nanochat_jax.paths import Paths
 from nanochat_jax.sharding import make_mesh
 from nanochat_jax.startup import Processes, start
@@ -64,11 +64,7 @@ def core_metric(scorer: Callable, tokenizer: Any, config: BaseEvalConfig, paths:
     table = format_csv(result)
     log.info("%s", table)
     if jax.process_index() == 0:
-        path = paths.base / "base_eval" / f"{name}.csv"
-        path.parent.mkdir(exist_ok=True)
-        aside = path.with_suffix(".tmp")
-        aside.write_text(table, encoding="utf-8")
-        os.replace(aside, path)
+        write_file(paths.base / "base_eval" / f"{name}.csv", table)
     return {"core": result.core, **result.centered}
 
 
@@ -112,13 +108,6 @@ def evaluate_hf(config: BaseEvalConfig, paths: Paths) -> tuple[str, dict[str, fl
         items += sample_items([prompt + model.continuation(prompt, 16) for prompt in PROMPTS],
                               [model.continuation("", 128, seed=i) for i in range(8)])
     return str(directory), results, items
-
-
-def sample_items(greedy: list[str], free: list[str]) -> list[dict[str, str]]:
-    for text in (*greedy, *free):
-        log.info("  %s", text.replace("\n", " "))
-    return [{f"sample {i}": text for i, text in enumerate(greedy)},
-            {f"unconditioned sample {i}": text for i, text in enumerate(free)}]
 
 
 def main(config: BaseEvalConfig) -> None:

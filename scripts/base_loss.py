@@ -4,7 +4,6 @@
 """
 
 import dataclasses
-import logging
 from dataclasses import dataclass
 
 import jax
@@ -13,13 +12,11 @@ from nanochat_jax import cli, report
 from nanochat_jax.checkpoint import load_model
 from nanochat_jax.cli import flag
 from nanochat_jax.eval.bpb import corpus_bits_per_byte
-from nanochat_jax.eval.samples import greedy_samples
+from nanochat_jax.eval.samples import greedy_samples, sample_items
 from nanochat_jax.paths import Paths
 from nanochat_jax.sharding import make_mesh
 from nanochat_jax.startup import PLATFORMS, Processes, start
 from nanochat_jax.step import resolve_dtype
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -40,15 +37,10 @@ def main(config: BaseLossConfig) -> None:
     loaded = load_model(paths, "base", tag=config.model_tag, step=config.model_step, mesh=mesh)
     results = corpus_bits_per_byte(loaded, paths, device_batch_size=config.device_batch_size,
                                    split_tokens=config.split_tokens, mesh=mesh, dtype=dtype)
-    samples = greedy_samples(loaded, dtype=dtype, mesh=mesh)
-    for sample in samples:
-        log.info("  %s", sample)
+    samples = sample_items(greedy_samples(loaded, dtype=dtype, mesh=mesh))
     if jax.process_index() == 0:
-        report.log_section(
-            paths.report, "Base model loss",
-            [dataclasses.asdict(config), results, {f"sample {i}": sample for i, sample in enumerate(samples)}],
-            stage="base_loss", results=results,
-        )
+        report.log_section(paths.report, "Base model loss", [dataclasses.asdict(config), results, *samples],
+                           stage="base_loss", results=results)
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ import jax
 from nanochat_jax import cli, report
 from nanochat_jax.checkpoint import load_model
 from nanochat_jax.cli import flag
-from nanochat_jax.eval.batching import Batching
 from nanochat_jax.eval.chat import Generator, Sampling, accuracy, chatcore, evaluate_task, write_problems
 from nanochat_jax.infer.request import Request
 from nanochat_jax.paths import CHECKPOINT_DIRS, Paths
@@ -68,12 +67,11 @@ def main(config: ChatEvalConfig) -> None:
     slots = config.batch_size * data_size(mesh)
     generator = Generator(config=loaded.config, params=loaded.params, tokenizer=loaded.tokenizer, num_slots=slots,
                           compute_dtype=dtype, mesh=mesh)
-    batching = Batching(tokens=slots * loaded.config.sequence_len, mesh=mesh)
     sampling = Sampling(num_samples=config.num_samples, max_new_tokens=config.max_new_tokens,
                         temperature=config.temperature, top_k=config.top_k)
     results: dict[str, float] = {}
     for task in tasks:
-        problems = evaluate_task(task, generator, batching, sampling)
+        problems = evaluate_task(task, generator, sampling)
         results[task.key] = accuracy(problems)
         if jax.process_index() == 0:
             directory = paths.checkpoints(config.source) / loaded.tag

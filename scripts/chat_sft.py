@@ -12,7 +12,6 @@ import jax
 from nanochat_jax import cli
 from nanochat_jax.checkpoint import Loaded
 from nanochat_jax.cli import flag
-from nanochat_jax.eval.batching import Batching
 from nanochat_jax.eval.chat import Generator, Sampling, accuracy, chatcore, evaluate_task
 from nanochat_jax.finetune import FinetuneConfig, Stage, finetune
 from nanochat_jax.gpt import Params
@@ -57,11 +56,10 @@ def chat_tasks(config: ChatSFTConfig, model: Loaded, rows: int, dtype: Any, mesh
     def run(params: Params) -> dict[str, float]:
         generator = Generator(config=model.config, params=params, tokenizer=model.tokenizer, num_slots=rows,
                               compute_dtype=dtype, mesh=mesh)
-        batching = Batching(tokens=rows * model.config.sequence_len, mesh=mesh)
         found = {}
         for task in tasks:
             limit = limits[task.eval_type]
-            found[task.key] = accuracy(evaluate_task(task, generator, batching, Sampling(),
+            found[task.key] = accuracy(evaluate_task(task, generator, Sampling(),
                                                      max_problems=limit if limit > 0 else None))
         return found | chatcore(found, {task.key: task.baseline for task in tasks})
 

@@ -5,7 +5,6 @@
 
 import json
 import logging
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -13,7 +12,7 @@ from typing import Any
 from nanochat_jax import cli
 from nanochat_jax.checkpoint import Loaded, load_model
 from nanochat_jax.cli import UsageError, flag
-from nanochat_jax.data.shards import fsync
+from nanochat_jax.files import new_directory
 from nanochat_jax.interop.hf import write_hf
 from nanochat_jax.interop.torch_checkpoint import write_checkpoint
 from nanochat_jax.paths import CHECKPOINT_DIRS, Paths
@@ -61,26 +60,14 @@ def main(config: ExportConfig) -> None:
     if out.exists() and (not out.is_dir() or any(out.iterdir())):
         raise UsageError(f"--out {out} is not an empty directory: name a new one")
     loaded = load_model(paths, config.source, tag=config.model_tag, step=config.step)
-    aside = out.with_name(f".{out.name}.partial")  # so that a directory of that name is always whole
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
-    try:
+    with new_directory(out) as aside:
         if config.format == "hf":
-            files = write_hf(aside, loaded.config, loaded.params, loaded.tokenizer, dtype=config.dtype)
+            write_hf(aside, loaded.config, loaded.params, loaded.tokenizer, dtype=config.dtype)
         else:
-            files = write_checkpoint(aside, loaded.config, loaded.params, loaded.tokenizer, step=loaded.step,
-                                     byte_rule=loaded.meta.get("byte_rule", "raw"),
-                                     meta=json.loads(json.dumps(upstream_meta(loaded))))
-        for path in [*files, aside]:
-            fsync(path)
-        sizes = [(path.name, path.stat().st_size) for path in files]
-        if out.exists():
-            out.rmdir()
-        aside.rename(out)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    for name, size in sizes:
-        log.info("%14s  %s", f"{size:,}", name)
+            write_checkpoint(aside, loaded.config, loaded.params, loaded.tokenizer, step=loaded.step,
+                             byte_rule=loaded.meta.get("byte_rule", "raw"), meta=upstream_meta(loaded))
+    for path in sorted(out.iterdir()):
+        log.info("%14s  %s", f"{path.stat().st_size:,}", path.name)
     log.info("exported %s/%s step %d, %s parameters, to %s", loaded.source, loaded.tag, loaded.step,
              f"{loaded.config.num_params:,}", out)
     if config.format == "hf" and loaded.config.arch == "modern":

@@ -8,7 +8,7 @@ Those two come through tiktoken, which downloads them once; without a network th
 import json
 import threading
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -74,22 +74,18 @@ def compare(sizes: Mapping[str, int], theirs: Mapping[str, int], ours: Mapping[s
     for name, size in sizes.items():
         difference = 100 * (theirs[name] - ours[name]) / theirs[name]
         better = "Ours" if difference > 0 else "Theirs" if difference < 0 else "Tie"
-        rows.append([
-            name, f"{size}", f"{theirs[name]}", f"{size / theirs[name]:.2f}",
-            f"{ours[name]}", f"{size / ours[name]:.2f}", f"{difference:+.1f}%", better,
-        ])  # fmt: skip
+        rows.append([name, f"{size}", f"{theirs[name]}", f"{size / theirs[name]:.2f}", f"{ours[name]}",
+                     f"{size / ours[name]:.2f}", f"{difference:+.1f}%", better])
     return rows
 
 
-def markdown(rows: list[list[str]]) -> str:
-    return "\n".join("| " + " | ".join(row) + " |" for row in [HEADER, ["---"] * len(HEADER), *rows])
-
-
-def show(console: Console, title: str, rows: list[list[str]]) -> None:
-    table = Table(*HEADER, title=title, title_justify="left")
+def show(title: str, header: Sequence[str], rows: list[list[str]]) -> str:
+    """Prints a table, and gives it in Markdown."""
+    table = Table(*header, title=title, title_justify="left")
     for row in rows:
-        table.add_row(*row, style={"Ours": "green", "Theirs": "red", "Tie": None}[row[-1]])
-    console.print(table)
+        table.add_row(*row, style={"Ours": "green", "Theirs": "red"}.get(row[-1]))
+    Console().print(table)
+    return "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows])
 
 
 def main(config: Config) -> None:
@@ -104,7 +100,6 @@ def main(config: Config) -> None:
             raise RuntimeError(f"the tokenizer does not give back the text {name!r} it encodes")
         ours[name] = len(ids)
 
-    console = Console()
     results: dict[str, float] = {f"bytes_per_token_{name}": sizes[name] / ours[name] for name in texts}
     vocab_sizes, sections = {"Ours": tokenizer.vocab_size}, []
     baselines, missing = load_baselines()
@@ -116,15 +111,11 @@ def main(config: Config) -> None:
         theirs = {name: len(baseline.encode_ordinary(text)) for name, text in texts.items()}
         vocab_sizes[label] = baseline.n_vocab
         results |= {f"{BASELINES[label]}_bytes_per_token_{name}": sizes[name] / theirs[name] for name in texts}
-        rows = compare(sizes, theirs, ours)
-        show(console, f"Comparison with {label}", rows)
-        sections.append(f"### Comparison with {label}\n\n{markdown(rows)}")
+        title = f"Comparison with {label}"
+        sections.append(f"### {title}\n\n{show(title, HEADER, compare(sizes, theirs, ours))}")
     if not baselines:
-        table = Table("Text", "Bytes", "Tokens", "Ratio")
-        for name, size in sizes.items():
-            table.add_row(name, f"{size}", f"{ours[name]}", f"{size / ours[name]:.2f}")
-        console.print(table)
-        sections.append({name: f"{size / ours[name]:.2f} bytes per token" for name, size in sizes.items()})
+        rows = [[name, f"{size}", f"{ours[name]}", f"{size / ours[name]:.2f}"] for name, size in sizes.items()]
+        sections.append(show("Compression", HEADER[:4], rows))
     print("Vocabulary sizes: " + ", ".join(f"{label} {size}" for label, size in vocab_sizes.items()))
     items = [{f"Vocabulary size, {label}": size for label, size in vocab_sizes.items()}, *sections]
     report.log_section(paths.report, "Tokenizer evaluation", items, stage="tok_eval", results=results)

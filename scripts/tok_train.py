@@ -12,7 +12,6 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 
 import pyarrow as pa
 import rich.progress
@@ -20,7 +19,7 @@ from rich.console import Console
 
 from nanochat_jax import cli, report
 from nanochat_jax.cli import UsageError, flag
-from nanochat_jax.data.shards import TEXT_COLUMN, open_shard, train_shards
+from nanochat_jax.data.shards import open_shard, split_shards, text_size
 from nanochat_jax.paths import DATA_DIRS, Paths
 from nanochat_jax.tokenizer import Progress, Tokenizer
 
@@ -45,14 +44,6 @@ class Config:
 STAGES = {"count": "counting characters", "merge": "merging tokens"}
 
 
-def text_size(path: Path) -> int:
-    """About how many bytes of text a shard holds; raises `UsageError` if it is no shard."""
-    with open_shard(path) as file:
-        column = file.schema_arrow.names.index(TEXT_COLUMN)
-        groups = [file.metadata.row_group(group) for group in range(file.num_row_groups)]
-    return sum(group.column(column).total_uncompressed_size for group in groups)
-
-
 @contextlib.contextmanager
 def progress_display(expected_chars: int) -> Iterator[Progress]:
     """A bar for each stage on a terminal, a line every ten seconds elsewhere."""
@@ -72,13 +63,8 @@ def progress_display(expected_chars: int) -> Iterator[Progress]:
 
         yield log
         return
-    columns = (
-        rich.progress.TextColumn("[bold]{task.description:20}"),
-        rich.progress.BarColumn(bar_width=None),
-        rich.progress.TaskProgressColumn(),
-        rich.progress.TextColumn("{task.completed:,.0f}"),
-        rich.progress.TimeRemainingColumn(elapsed_when_finished=True),
-    )
+    columns = ("[bold]{task.description:20}", rich.progress.BarColumn(bar_width=None), rich.progress.TaskProgressColumn(),
+               "{task.completed:,.0f}", rich.progress.TimeRemainingColumn(elapsed_when_finished=True))
     with rich.progress.Progress(*columns, console=Console(stderr=True), expand=True) as bars:
         tasks = {stage: bars.add_task(name, total=None, start=False) for stage, name in STAGES.items()}
 
@@ -95,17 +81,14 @@ def main(config: Config) -> None:
     directory = paths.data(paths.find_data() if config.data == "auto" else config.data)
     logger.info("training a tokenizer of %d tokens on %s", config.vocab_size, directory)
     start = time.perf_counter()
-    shards = train_shards(directory)
-    expected = min(config.max_chars, sum(map(text_size, shards)))
+    shards, expected = split_shards(directory, "train"), 0
+    for path in shards:
+        with open_shard(path) as file:
+            expected += text_size(file)
     try:
-        with progress_display(expected) as progress:
-            tokenizer = Tokenizer.train_from_parquet(
-                shards,
-                config.vocab_size,
-                max_chars=config.max_chars,
-                doc_cap=config.doc_cap,
-                progress=progress,
-            )
+        with progress_display(min(config.max_chars, expected)) as progress:
+            tokenizer = Tokenizer.train_from_parquet(shards, config.vocab_size, max_chars=config.max_chars,
+                                                     doc_cap=config.doc_cap, progress=progress)
     except (ValueError, OSError, pa.ArrowException) as error:
         raise UsageError(" ".join([str(error), *getattr(error, "__notes__", [])])) from error
     train_time = time.perf_counter() - start
@@ -116,13 +99,10 @@ def main(config: Config) -> None:
     lengths = tokenizer.token_bytes()
     lengths = lengths[lengths > 0]  # without the specials
     results = {
-        "vocab_size": tokenizer.vocab_size,
-        "train_time": train_time,
+        "vocab_size": tokenizer.vocab_size, "train_time": train_time,
         "num_special_tokens": len(tokenizer.special_tokens),
-        "token_bytes_min": int(lengths.min()),
-        "token_bytes_max": int(lengths.max()),
-        "token_bytes_mean": float(lengths.mean()),
-        "token_bytes_std": float(lengths.std()),
+        "token_bytes_min": int(lengths.min()), "token_bytes_max": int(lengths.max()),
+        "token_bytes_mean": float(lengths.mean()), "token_bytes_std": float(lengths.std()),
     }
     settings = {"data": directory.name, "max_chars": config.max_chars, "doc_cap": config.doc_cap}
     report.log_section(paths.report, "Tokenizer training", [settings, results], stage="tok_train", results=results)

@@ -12,7 +12,7 @@ from nanochat_jax.chat import render_for_completion
 from nanochat_jax.cli import UsageError
 from nanochat_jax.config import GPTConfig
 from nanochat_jax.eval import chat
-from nanochat_jax.eval.batching import Batching, bucket
+from nanochat_jax.eval.batching import bucket, padded_batches
 from nanochat_jax.eval.chat import Generator, Sampling
 from nanochat_jax.gpt import abstract_params, forward, unembed
 from nanochat_jax.paths import Paths
@@ -51,22 +51,24 @@ def params():
 
 
 def test_batches_hold_every_sequence_once_and_have_few_shapes():
-    sequences = [(i, [i] * (i + 1)) for i in range(100)]
+    sequences = [[i] * (i + 1) for i in range(100)]
     seen, shapes = {}, set()
-    for keys, tokens in Batching(tokens=256).batches(sequences):
+    for indices, tokens in padded_batches(sequences, tokens=256):
         shapes.add(tokens.shape)
-        for row, key in enumerate(keys):
-            seen[key] = tokens[row]
+        seen |= {index: tokens[row].tolist() for row, index in enumerate(indices)}
     assert shapes == {(8, 32), (4, 64), (2, 96), (2, 128)}
-    for key, tokens in sequences:
-        assert seen[key].tolist() == tokens + [0] * (bucket(key + 1) - key - 1)
+    assert seen == {i: each + [0] * (bucket(i + 1) - i - 1) for i, each in enumerate(sequences)}
+
+
+def letters_of(task, params, **options):
+    generator = Generator(config=CONFIG, params=params, tokenizer=TOKENIZER, num_slots=2, mesh=options.pop("mesh", None))
+    return chat.evaluate_categorical(task, generator, **options)
 
 
 @pytest.mark.parametrize("mesh", [None, "2x1"])
 def test_the_likeliest_letter_is_chosen(params, mesh):
     task = Letters()
-    batching = Batching(tokens=128, mesh=mesh and make_mesh(mesh))
-    problems = chat.evaluate_categorical(task, CONFIG, params, TOKENIZER, batching=batching)
+    problems = letters_of(task, params, mesh=mesh and make_mesh(mesh))
     assert [problem.index for problem in problems] == list(range(12))
     prompts = [render_for_completion(TOKENIZER, task[i]) for i in range(12)]
     padded = np.array([prompt + [0] * (128 - len(prompt)) for prompt in prompts])
@@ -85,7 +87,7 @@ def test_an_answer_of_two_tokens_is_an_error(params):
             return {"messages": [user("?"), assistant("AB")], "letters": ["AB", "C"]}
 
     with pytest.raises(ValueError, match="'AB' is 2 tokens"):
-        chat.evaluate_categorical(Words(), CONFIG, params, TOKENIZER, batching=Batching(tokens=128))
+        letters_of(Words(), params)
 
 
 class Product(Task):
@@ -137,9 +139,9 @@ def test_tasks_that_cannot_be_evaluated_are_errors(params):
         eval_type = None
 
     with pytest.raises(ValueError, match="only for training"):
-        chat.evaluate_task(Training(), generator, Batching(tokens=128), Sampling())
+        chat.evaluate_task(Training(), generator, Sampling())
     with pytest.raises(UsageError, match="no problems"):
-        chat.evaluate_task(Product(start=5), generator, Batching(tokens=128), Sampling())
+        chat.evaluate_task(Product(start=5), generator, Sampling())
 
 
 def test_chatcore_is_only_given_for_all_its_tasks():
@@ -155,7 +157,7 @@ def test_chatcore_is_only_given_for_all_its_tasks():
 
 
 def test_problems_are_written_a_line_each(tmp_path, params):
-    problems = chat.evaluate_categorical(Letters(stop=3), CONFIG, params, TOKENIZER, batching=Batching(tokens=128))
+    problems = letters_of(Letters(stop=3), params)
     path = tmp_path / "new" / "problems.jsonl"
     chat.write_problems(path, problems)
     lines = [json.loads(line) for line in path.read_text().splitlines()]
@@ -170,6 +172,6 @@ def test_accuracy_on_arc_is_upstreams(test_data, tmp_path):
     config, params, tokenizer, _ = load_trained(test_data, "modern")
     (tmp_path / "task_data").symlink_to(test_data / "data" / "task_data")
     task = ARC(Paths(tmp_path), "ARC-Easy", "test")
-    batching = Batching(tokens=2048)
-    problems = chat.evaluate_categorical(task, config, params, tokenizer, batching=batching, max_problems=60)
+    generator = Generator(config=config, params=params, tokenizer=tokenizer, num_slots=4)
+    problems = chat.evaluate_categorical(task, generator, max_problems=60)
     assert sum(problem.passed for problem in problems) == 5

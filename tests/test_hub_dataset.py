@@ -18,7 +18,7 @@ REPO = "owner/texts"
 
 
 def listing(*names, configs=()):
-    return Listing("commit", tuple(sorted(names)), tuple(configs))
+    return Listing(REPO, "commit", tuple(sorted(names)), tuple(configs))
 
 
 @pytest.mark.parametrize(("names", "subset", "split", "expected"), [

@@ -101,7 +101,7 @@ def test_conversations_longer_than_a_row_are_cut_and_those_with_nothing_to_learn
     assert "of 3 conversations, 2 were cut and 1 have nothing left to train on" in caplog.text
     batches = list(loader)
     assert [int((batch["targets"] != -1).sum()) for batch in batches] == [T + 1 - 14, 6]
-    assert loader.epoch_progress == 1.0 and loader.place == {"epoch": 0, "cursor": 3}
+    assert loader.place == {"epoch": 0, "cursor": 3}
     assert (loader.get_state()["num_cut"], loader.get_state()["num_skipped"]) == (2, 1)
     with pytest.raises(UsageError, match="none of the 1 conversations has a token to train on within a row of 96"):
         next(make(task[:1], tokenizer, "rows"))
@@ -158,16 +158,6 @@ def test_processes_share_out_the_same_global_batches(task, tokenizer, mode):
     assert_equal(alone, together)
     states = [loader.get_state() for loader in loaders]
     assert merge_states(states) == states[0] == states[1]
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_progress_rises_from_zero_to_one(task, tokenizer, mode):
-    loader = make(task, tokenizer, mode, num_epochs=2, batch_size=1)
-    progress = [loader.epoch_progress, *(loader.epoch_progress for _ in loader)]
-    assert progress[0] == 0 and progress[-1] > 0.99 and progress == sorted(progress)
-    assert abs(progress[len(progress) // 2] - 0.5) < 0.05
-    loader.reset()
-    assert loader.epoch_progress == 0
 
 
 def test_mistakes_are_named(task, tokenizer):

@@ -1,5 +1,6 @@
 """Policy gradients: the loss against a plain form, how rows are cut, and that reward goes up."""
 
+import dataclasses
 import functools
 
 import jax
@@ -10,10 +11,11 @@ import pytest
 
 from nanochat_jax import rl
 from nanochat_jax.config import GPTConfig
+from nanochat_jax.eval.chat import Sampling
 from nanochat_jax.gpt import abstract_params, forward, unembed
 from nanochat_jax.infer.engine import Engine
 from nanochat_jax.infer.request import Request
-from nanochat_jax.rl import Rollout, RolloutConfig
+from nanochat_jax.rl import Rollout
 from nanochat_jax.sharding import make_mesh, spread_rows
 from nanochat_jax.step import init_state
 from nanochat_jax.tasks.base import Task, assistant, user
@@ -179,10 +181,14 @@ class Vowels(Task):
 
 
 def test_rollouts_keep_the_prompt_apart_and_differ_among_samples():
-    config = RolloutConfig(num_samples=4, max_new_tokens=6, top_k=0)
+    sampling = Sampling(num_samples=4, max_new_tokens=6, temperature=1.0, top_k=0)
     engine = Engine(CONFIG, random_params(), TOKENIZER, num_slots=8)
     task = Vowels()
-    sample = functools.partial(rl.sample_rollouts, engine, TOKENIZER, task, [task[0], task[1]], config)
+
+    def sample(seed):
+        drawn = dataclasses.replace(sampling, seed=seed)
+        return rl.sample_rollouts(engine, TOKENIZER, task, [task[0], task[1]], drawn)
+
     groups = sample(seed=1)
     for index, group in enumerate(groups):
         asked = TOKENIZER.encode(f"#{index}", prepend="<|user_start|>", append="<|user_end|>")
@@ -202,11 +208,11 @@ def test_reward_rises():
     params = jax.tree.map(jnp.asarray, random_params(scale=0.02))
     state, shardings = init_state(CONFIG, optimizer, mesh, fsdp=False, seed=0, params=params)
     step = rl.make_policy_step(CONFIG, optimizer, dtype=jnp.float32, mesh=mesh, shardings=shardings)
-    config = RolloutConfig(num_samples=64, max_new_tokens=1, top_k=0)
+    sampling = Sampling(num_samples=64, max_new_tokens=1, temperature=1.0, top_k=0)
     means = []
     for i in range(12):
         engine = Engine(CONFIG, state.params, TOKENIZER, num_slots=64, steps_per_dispatch=1)
-        groups = rl.sample_rollouts(engine, TOKENIZER, task, [task[0], task[1]], config, seed=i)
+        groups = rl.sample_rollouts(engine, TOKENIZER, task, [task[0], task[1]], dataclasses.replace(sampling, seed=i))
         means.append(np.mean([rollout.reward for group in groups for rollout in group]))
         state, _ = step(state, rl.policy_batches(groups, pass_rows=64, micro_rows=128))
     assert means[0] < 0.15 and np.mean(means[-2:]) > 0.5, means

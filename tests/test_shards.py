@@ -13,8 +13,7 @@ from nanochat_jax.data.shards import (
     ShardReader,
     iter_documents,
     list_shards,
-    train_shards,
-    val_shard,
+    split_shards,
     write_shards,
 )
 
@@ -45,12 +44,6 @@ def test_documents_come_back_in_order(tmp_path):
     metadata = pq.ParquetFile(paths[0]).metadata
     assert [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)] == [1024, 1024]
     assert metadata.row_group(0).column(0).compression == "ZSTD"
-
-
-def test_shards_by_characters_close_at_full_row_groups(tmp_path):
-    write_shards(["x" * 10] * 5000, tmp_path / "corpus", chars_per_shard=11_000, val_texts=["v"])
-    rows = [pq.ParquetFile(path).metadata.num_rows for path in train_shards(tmp_path / "corpus")]
-    assert rows == [2048, 2048, 904]
 
 
 def test_writing_leaves_nothing_where_it_fails_and_never_mixes_corpora(tmp_path):
@@ -88,7 +81,7 @@ def test_virtual_shards_share_out_every_document_once(tmp_path, files, rows_per_
 
 def test_stream_continues_from_any_position_and_starts_over(tmp_path):
     write_shards(numbered(3000), tmp_path / "corpus", rows_per_shard=1500, val_texts=["v"])
-    reader = ShardReader(train_shards(tmp_path / "corpus"))
+    reader = ShardReader(split_shards(tmp_path / "corpus", "train"))
     stream = DocumentStream(reader, 1, 2)
     places, texts = zip(*itertools.chain.from_iterable(next_batch(stream) for _ in range(30)), strict=True)
     assert places[-1].epoch == 3
@@ -138,21 +131,21 @@ def test_mistakes_name_the_file_and_what_to_do(tmp_path):
         list_shards(tmp_path / "nowhere")
     pq.write_table(pa.table({"text": ["a"]}), tmp_path / "shard_0.parquet")
     with pytest.raises(UsageError, match=r"only one shard .*shard_0\.parquet"):
-        train_shards(tmp_path)
+        split_shards(tmp_path, "train")
     pq.write_table(pa.table({"content": ["a"], "id": [1]}), tmp_path / "shard_1.parquet")
     with pytest.raises(UsageError, match=r"shard_1\.parquet has no column 'text', only content, id"):
         list(iter_documents(tmp_path, "val"))
     pq.write_table(pa.table({"text": [1]}), tmp_path / "shard_1.parquet")
-    with pytest.raises(UsageError, match=r"'text' of shard .*shard_1\.parquet holds int64"):
+    with pytest.raises(UsageError, match=r"'text' of .*shard_1\.parquet holds int64"):
         list(iter_documents(tmp_path, "val"))
-    val_shard(tmp_path).write_bytes((tmp_path / "shard_0.parquet").read_bytes()[:-7])
+    (tmp_path / "shard_1.parquet").write_bytes((tmp_path / "shard_0.parquet").read_bytes()[:-7])
     with pytest.raises(UsageError, match=r"shard_1\.parquet is not a readable parquet file"):
         list(iter_documents(tmp_path, "val"))
 
 
 def test_a_damaged_row_group_is_named(tmp_path):
     write_shards(numbered(3000), tmp_path / "corpus", rows_per_shard=3000, val_texts=["v"])
-    path = train_shards(tmp_path / "corpus")[0]
+    path = split_shards(tmp_path / "corpus", "train")[0]
     content = bytearray(path.read_bytes())
     start = pq.ParquetFile(path).metadata.row_group(1).column(0).data_page_offset
     content[start + 40 : start + 400] = bytes(360)

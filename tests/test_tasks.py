@@ -1,6 +1,5 @@
 """Upstream's tasks: their wording, order, answers and judgement, and how their data gets onto the disk."""
 
-import hashlib
 import json
 import os
 import random
@@ -15,7 +14,7 @@ import pyarrow.parquet as pq
 import pytest
 from hub_server import HubServer
 
-from nanochat_jax import tasks
+from nanochat_jax import files, tasks
 from nanochat_jax.cli import NotFound, UsageError
 from nanochat_jax.infer.calculator import calculate
 from nanochat_jax.paths import Paths
@@ -34,7 +33,7 @@ def no_network(monkeypatch):
 
     monkeypatch.setattr(hub, "list_dataset", refuse)
     monkeypatch.setattr(hub, "fetch", refuse)
-    monkeypatch.setattr(hub.urllib.request, "urlopen", refuse)
+    monkeypatch.setattr(files.urllib.request, "urlopen", refuse)
 
 
 @pytest.fixture
@@ -94,6 +93,8 @@ def test_a_named_mixture(tmp_path, paths):
     (tmp_path / "chats.jsonl").write_text(f"{chat}\n" * 10)
     mixture = tasks.mixture_for("climbmix", "sft", "train", paths, named=f"GSM8K, ARC-Easy*3,{tmp_path}/chats.jsonl*0.5")
     assert len(mixture) == 7473 + 3 * 2251 + 5
+    few = tasks.mixture_for("climbmix", "sft", "train", paths, named="GSM8K:20,ARC-Easy")
+    assert len(few) == 20 + 2251 and Counter(few.order)[0, 19] == 1 and (0, 20) not in few.order
     assert len(tasks.mixture_for("climbmix", "sft", "val", paths, named="GSM8K")) == 220  # validation stays what it was
 
 
@@ -349,22 +350,6 @@ def test_damaged_data_is_an_error(tmp_path, no_network, files, manifest):
     (folder / "manifest.json").write_text(manifest)
     with pytest.raises(UsageError, match=r"owner/name \(main, train\)"):
         hub.load_split(Paths(tmp_path), "owner/name", "main", "train")
-
-
-def test_fetching_a_file(tmp_path):
-    with HubServer() as server:
-        server.plain |= {"words": b"word\n", "short": b"word\n" * 100}
-        server.faults["short"] = "gone"
-        url = f"{server.url}/files"
-        path = tmp_path / "base" / "words.txt"
-        checksum = hashlib.sha256(b"word\n").hexdigest()
-        assert hub.fetch_file(f"{url}/words", path, sha256=checksum).read_bytes() == b"word\n"
-        path.write_text("mine")
-        assert hub.fetch_file(f"{url}/words", path, sha256=checksum).read_text() == "mine"
-        for bad, options in (("missing", {}), ("short", {}), ("words", {"sha256": "0" * 64})):
-            with pytest.raises(NotFound, match=rf"{bad}\.new.*could not be fetched from {url}/{bad}"):
-                hub.fetch_file(f"{url}/{bad}", tmp_path / "base" / f"{bad}.new", **options)
-    assert [file.name for file in path.parent.iterdir()] == ["words.txt"]
 
 
 # --------------------------------------------------------------------------------------- the real data

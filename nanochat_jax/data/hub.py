@@ -7,6 +7,7 @@ next attempt, or the next run, goes on with it. A target appears by one rename, 
 
 import errno
 import hashlib
+import io
 import logging
 import os
 import re
@@ -29,7 +30,7 @@ from huggingface_hub.file_download import http_get
 from huggingface_hub.utils import WeakFileLock, build_hf_headers, disable_progress_bars
 
 from nanochat_jax.cli import UsageError
-from nanochat_jax.data.shards import fsync
+from nanochat_jax.files import fsync
 
 logger = logging.getLogger(__name__)
 
@@ -45,16 +46,9 @@ _SHA256 = re.compile("[0-9a-f]{64}")
 Progress = Callable[[int, int | None], None]
 
 
-def fetch(
-    repo: str,
-    name: str,
-    target: Path,
-    *,
-    revision: str = "main",
-    check: Callable[[Path], None] = lambda path: None,
-    progress: Progress = lambda done, total: None,
-    wait_s: float = 1.0,
-) -> None:
+def fetch(repo: str, name: str, target: Path, *, revision: str = "main",
+          check: Callable[[Path], None] = lambda path: None, progress: Progress = lambda done, total: None,
+          wait_s: float = 1.0) -> None:
     """Download the file `name` of a data set to `target`, which it replaces.
 
     Tried five times, with pauses of 2, 4, 8 and 16 times `wait_s` seconds. `check` gets the file before it has its name
@@ -131,26 +125,19 @@ def _download(repo: str, name: str, revision: str, folder: Path, label: str, pro
     return path
 
 
-class _Counted:
-    """A file that says how long it is after every write."""
+class _Counted(io.FileIO):
+    """A file that says how long it is after every write. Unbuffered: what has come is there for the next run."""
 
     def __init__(self, path: Path, mode: str, report: Callable[[int], None]):
-        self._file, self._report = path.open(mode), report
+        super().__init__(path, mode)
+        self._report = report
 
-    def write(self, data: bytes) -> int:
-        written = self._file.write(data)
-        self._file.flush()  # what has come is there for the next run, whatever happens to this one
-        self._report(self._file.tell())
-        return written
-
-    def __getattr__(self, name: str) -> Any:
-        return getattr(self._file, name)
-
-    def __enter__(self) -> "_Counted":
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._file.close()
+    def write(self, data: Any) -> int:
+        left = memoryview(data)
+        while left:  # an unbuffered write may take a part
+            left = left[super().write(left) :]
+        self._report(self.tell())
+        return len(data)
 
 
 def _identity(path: Path) -> tuple[int, int] | None:

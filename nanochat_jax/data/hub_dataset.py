@@ -8,9 +8,9 @@ Data sets in another format than parquet, JSON Lines or CSV are read from the br
 import logging
 import re
 import time
-from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,32 +33,26 @@ SPLIT_WORDS = {
 
 
 @dataclass(frozen=True)
-class Files:
-    """The files of one split, at one commit."""
+class Listing:
+    """Files of a data set at one commit."""
 
     repo: str
     commit: str
     names: tuple[str, ...]
+    configs: tuple[dict[str, Any], ...] = ()  # of the card: [{"config_name", "data_files": ...}]
 
 
-@dataclass(frozen=True)
-class Listing:
-    commit: str
-    names: tuple[str, ...]
-    configs: tuple[dict[str, Any], ...]  # of the card: [{"config_name", "data_files": ...}]
-
-
-def find_files(repo: str, subset: str | None, split: str, revision: str) -> Files:
-    """Raises `NotFound` if there is no such data set, subset or split, or it cannot be asked for."""
+def find_files(repo: str, subset: str | None, split: str, revision: str) -> Listing:
+    """The files of one split. Raises `NotFound` if there is no such data set, subset or split, or it cannot be asked for."""
     name = f"data set {repo}"
     try:
         listing = list_dataset(repo, revision)
         if names := select_files(listing, subset, split):
-            return Files(repo, listing.commit, tuple(names))
+            return replace(listing, names=tuple(names))
         try:
             converted = list_dataset(repo, CONVERTED)
         except RevisionNotFoundError:
-            converted = Listing("", (), ())
+            converted = Listing(repo, "", ())
     except UsageError:
         raise
     except Exception as error:  # the HTTP client's errors have no common class
@@ -66,11 +60,11 @@ def find_files(repo: str, subset: str | None, split: str, revision: str) -> File
         reason = offline if constants.HF_HUB_OFFLINE else first_line(error)
         raise NotFound(f"{name} is not to be had: {reason}") from error
     if names := [file for file in converted.names if file.startswith(f"{subset or 'default'}/{split}/")]:
-        return Files(repo, converted.commit, tuple(names))
+        return replace(converted, names=tuple(names))
     known = sorted({file.rpartition("/")[0] for file in converted.names if file.endswith(".parquet")})
     known = known or sorted(file for file in listing.names if file_format(file) in READABLE)[:10]
     raise NotFound(f"{name} has no split {split!r}{f' of subset {subset!r}' if subset else ''}; "
-                   f"it has {', '.join(known) or 'no file that can be read'}")  # fmt: skip
+                   f"it has {', '.join(known) or 'no file that can be read'}")
 
 
 def list_dataset(repo: str, revision: str) -> Listing:
@@ -79,11 +73,11 @@ def list_dataset(repo: str, revision: str) -> Listing:
     if constants.HF_HUB_OFFLINE:
         folder = Path(snapshot_download(repo, repo_type="dataset", revision=revision, local_files_only=True))
         names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
-        return Listing(folder.name, tuple(names), ())
+        return Listing(repo, folder.name, tuple(names))
     info = HfApi().dataset_info(repo, revision=revision)
     card = info.card_data.to_dict() if info.card_data else {}
     names = sorted(sibling.rfilename for sibling in info.siblings or ())
-    return Listing(info.sha or revision, tuple(names), tuple(card.get("configs") or ()))
+    return Listing(repo, info.sha or revision, tuple(names), tuple(card.get("configs") or ()))
 
 
 def select_files(listing: Listing, subset: str | None, split: str) -> list[str]:
@@ -109,15 +103,14 @@ def select_files(listing: Listing, subset: str | None, split: str) -> list[str]:
 def _choose_config(configs: Sequence[dict[str, Any]], subset: str | None) -> dict[str, Any] | None:
     if not configs:
         return None
+    names = ", ".join(str(config.get("config_name")) for config in configs)
     if subset is None:
-        named_default = [c for c in configs if c.get("default") or c.get("config_name") == "default"]
-        if len(configs) > 1 and not named_default:
-            names = ", ".join(str(config.get("config_name")) for config in configs)
+        found = [c for c in configs if c.get("default") or c.get("config_name") == "default"]
+        if len(configs) > 1 and not found:
             raise UsageError(f"the data set has several subsets: choose one with --subset, of {names}")
-        return (named_default or list(configs))[0]
+        return (found or list(configs))[0]
     found = [config for config in configs if config.get("config_name") == subset]
     if not found:
-        names = ", ".join(str(config.get("config_name")) for config in configs)
         raise NotFound(f"the data set has no subset {subset!r}: there are {names}")
     return found[0]
 
@@ -151,60 +144,46 @@ def _by_split_words(files: list[str], split: str) -> list[str]:
 def _is_documentation(name: str) -> bool:
     stem = name.rpartition("/")[2].lower()
     return stem.startswith(("readme", "license", "licence", "requirements", ".")) or stem.endswith((".md", "_info.json",
-                           "_infos.json", "state.json", "config.json"))  # fmt: skip
+                           "_infos.json", "state.json", "config.json"))
 
 
-def iter_documents(files: Files, field: str, folder: Path, *, cut_chars: int, limit_rows: int | None,
-                   wait_s: float = 1.0) -> Iterator[str | None]:  # fmt: skip
+def iter_documents(files: Listing, field: str, folder: Path, *, cut_chars: int, limit_rows: int | None,
+                   wait_s: float = 1.0) -> Iterator[str | None]:
     """The documents of all files, or the first `limit_rows`; the next file arrives in `folder` while one is read."""
+
+    def get(index: int) -> Path:
+        name, last = files.names[index], time.monotonic()
+
+        def progress(done: int, total: int | None) -> None:
+            nonlocal last
+            if time.monotonic() - last > REPORT_EVERY_S:
+                last = time.monotonic()
+                logger.info("%s: %.0f of %s MB", name, done / 1e6, "?" if total is None else f"{total / 1e6:.0f}")
+
+        target = folder / f"{index:05d}-{name.replace('/', '-')}"
+        try:
+            fetch(files.repo, name, target, revision=files.commit, wait_s=wait_s, progress=progress)
+        except Exception as error:  # the HTTP client's errors have no common class
+            raise NotFound(f"{name} of {files.repo} could not be fetched: {first_line(error)}") from error
+        return target
+
+    left, arriving = limit_rows, None
     try:
-        yield from _iter_documents(files, field, folder, cut_chars, limit_rows, wait_s)
+        with ThreadPoolExecutor(1) as pool:
+            for index, name in enumerate(files.names):
+                path = (arriving or pool.submit(get, index)).result()
+                ahead = limit_rows is None and index + 1 < len(files.names)  # with a limit it may not be needed
+                arriving = pool.submit(get, index + 1) if ahead else None
+                logger.info("[%d/%d] %s (%.1f MB)", index + 1, len(files.names), name, path.stat().st_size / 1e6)
+                for document in read_documents(path, field, cut_chars):
+                    if left == 0:
+                        return
+                    left = None if left is None else left - 1
+                    yield document
+                path.unlink()
     finally:  # whatever happened, only an unfinished download is worth keeping
-        if folder.is_dir():
-            for file in folder.iterdir():
-                if file.is_file():
-                    file.unlink()
-            clean_up(folder)
-            if not any(folder.iterdir()):
-                folder.rmdir()
-
-
-def _report_arrival(name: str) -> Callable[[int, int | None], None]:
-    """A line every ten seconds while a file arrives."""
-    last = time.monotonic()
-
-    def report(done: int, total: int | None) -> None:
-        nonlocal last
-        if time.monotonic() - last > REPORT_EVERY_S:
-            last = time.monotonic()
-            logger.info("%s: %.0f of %s MB", name, done / 1e6, "?" if total is None else f"{total / 1e6:.0f}")
-
-    return report
-
-
-def _iter_documents(files: Files, field: str, folder: Path, cut_chars: int, limit_rows: int | None, wait_s: float
-                    ) -> Iterator[str | None]:  # fmt: skip
-    left = limit_rows
-    with ThreadPoolExecutor(1) as pool:
-
-        def start(index: int) -> tuple[Path, Future[None]]:
-            target = folder / f"{index:05d}-{files.names[index].replace('/', '-')}"
-            options = dict(revision=files.commit, wait_s=wait_s, progress=_report_arrival(files.names[index]))
-            return target, pool.submit(fetch, files.repo, files.names[index], target, **options)
-
-        arriving = None
-        for index, name in enumerate(files.names):
-            path, job = arriving or start(index)
-            try:
-                job.result()
-            except Exception as error:  # the HTTP client's errors have no common class
-                raise NotFound(f"{name} of {files.repo} could not be fetched: {first_line(error)}") from error
-            ahead = limit_rows is None and index + 1 < len(files.names)  # with a limit it may not be needed
-            arriving = start(index + 1) if ahead else None
-            logger.info("[%d/%d] %s (%.1f MB)", index + 1, len(files.names), name, path.stat().st_size / 1e6)
-            for document in read_documents(path, field, cut_chars):
-                if left == 0:
-                    return
-                left = None if left is None else left - 1
-                yield document
-            path.unlink()
+        for file in folder.glob("?????-*"):
+            file.unlink()
+        clean_up(folder)
+        if folder.is_dir() and not any(folder.iterdir()):
+            folder.rmdir()

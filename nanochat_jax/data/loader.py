@@ -20,14 +20,14 @@ import pyarrow as pa
 from grain.experimental import ThreadPrefetchIterDataset
 
 from nanochat_jax.cli import UsageError
-from nanochat_jax.data.packing import BestFitPacker, Rows, Snapshot, StreamPacker, TokenizedStream
+from nanochat_jax.data.packing import BestFitPacker, Packer, Snapshot, StreamPacker, TokenizedStream
 from nanochat_jax.data.shards import DocumentStream, ShardReader, split_shards
 from nanochat_jax.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
 Batch = dict[str, np.ndarray]  # inputs, targets: int32 [rows, T], target -1 = not trained
-PACKERS = {"bestfit": BestFitPacker, "stream": StreamPacker}
+PACKERS: dict[str, type[Packer]] = {"bestfit": BestFitPacker, "stream": StreamPacker}
 PREFETCHED_BATCHES = 4
 
 
@@ -121,42 +121,33 @@ def _close(open_iterators: list[grain.DatasetIterator]) -> None:
 class PretrainingSource:
     """This process's rows of each global batch, from the packers of its virtual shards."""
 
-    def __init__(self, packers: dict[int, Any], *, rows_per_shard: int, packing: str, num_shards: int,
-                 corpus: dict[str, int]):  # fmt: skip
+    def __init__(self, packers: dict[int, Packer], *, rows_per_shard: int, packing: str, num_shards: int,
+                 corpus: dict[str, int]):
         """corpus: name and size of every shard file."""
         self._packers, self._rows_per_shard = packers, rows_per_shard
-        self._packing, self._num_shards, self._corpus = packing, num_shards, corpus
+        self._settings, self._corpus = {"packing": packing, "num_shards": num_shards}, corpus
 
     def next_batch(self) -> Batch:
-        rows: list[Rows] = [packer.next_rows(self._rows_per_shard) for packer in self._packers.values()]
-        return {
-            "inputs": np.concatenate([inputs for inputs, _ in rows]),
-            "targets": np.concatenate([targets for _, targets in rows]),
-        }
+        rows = [packer.next_rows(self._rows_per_shard) for packer in self._packers.values()]
+        return {name: np.concatenate(parts) for name, parts in zip(("inputs", "targets"), zip(*rows))}
 
     def place(self) -> dict[str, Any]:
         return next(iter(self._packers.values())).place()
 
     def snapshot(self) -> Snapshot:
-        shards = {shard: packer.snapshot() for shard, packer in self._packers.items()}
-        return lambda: {
-            "packing": self._packing,
-            "num_shards": self._num_shards,
-            "corpus": self._corpus,
-            "shards": {str(shard): snapshot() for shard, snapshot in shards.items()},
-        }
+        shards = {str(shard): packer.snapshot() for shard, packer in self._packers.items()}
+        return lambda: self._settings | {
+            "corpus": self._corpus, "shards": {shard: snapshot() for shard, snapshot in shards.items()}}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        for name, mine in (("packing", self._packing), ("num_shards", self._num_shards)):
+        for name, mine in self._settings.items():
             if state[name] != mine:
                 raise UsageError(f"the saved data position has {name} {state[name]}, this run {mine}: they must agree")
         self._check_corpus(state["corpus"])
         for shard, packer in self._packers.items():
             if str(shard) not in state["shards"]:
-                raise UsageError(
-                    f"the saved data position lacks virtual shard {shard} of {self._num_shards}: merge the "
-                    "states of all processes first"
-                )
+                raise UsageError(f"the saved data position lacks virtual shard {shard} of {self._settings['num_shards']}: "
+                                 "merge the states of all processes first")
             packer.set_state(state["shards"][str(shard)])
 
     def _check_corpus(self, saved: dict[str, int]) -> None:
@@ -166,26 +157,15 @@ class PretrainingSource:
                 raise UsageError(f"the saved data position is of a corpus with {name}, which is not there any more")
             if size != self._corpus[name]:
                 raise UsageError(f"the saved data position is of a corpus in which {name} had {size:,} bytes, "
-                                 f"now it has {self._corpus[name]:,}: the text is not the same")  # fmt: skip
+                                 f"now it has {self._corpus[name]:,}: the text is not the same")
         if more := len(self._corpus) - len(saved):
             logger.warning("%d shards have come since the data position was saved: they are read in their turn", more)
 
 
-def pretraining_loader(
-    directory: Path | str,
-    tokenizer: Tokenizer,
-    *,
-    split: str,
-    batch_size: int,
-    sequence_len: int,
-    packing: str = "bestfit",
-    process_index: int = 0,
-    process_count: int = 1,
-    num_shards: int | None = None,
-    buffer_docs: int = 1000,
-    prefetch: bool = True,
-    start_state: dict[str, Any] | None = None,
-) -> Loader:
+def pretraining_loader(directory: Path | str, tokenizer: Tokenizer, *, split: str, batch_size: int, sequence_len: int,
+                       packing: str = "bestfit", process_index: int = 0, process_count: int = 1,
+                       num_shards: int | None = None, buffer_docs: int = 1000, prefetch: bool = True,
+                       start_state: dict[str, Any] | None = None) -> Loader:
     """Endless batches of `split` ("train" or "val"), from its beginning or from `start_state`.
 
     Args:
@@ -221,7 +201,7 @@ def pretraining_loader(
         stream = TokenizedStream(DocumentStream(reader, shard, num_shards), encode)
         packers[shard] = PACKERS[packing](stream, sequence_len, **options)
     source = PretrainingSource(packers, rows_per_shard=batch_size // num_shards, packing=packing,
-                               num_shards=num_shards, corpus=reader.sizes)  # fmt: skip
+                               num_shards=num_shards, corpus=reader.sizes)
     return Loader(source, prefetch=prefetch, start_state=start_state)
 
 
@@ -241,13 +221,11 @@ def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
         if common(state) != merged:
             unlike = [name for name in merged if state.get(name) != merged[name]]
             raise ValueError(f"states of different runs or steps: they differ in {', '.join(unlike)}")
-    if "shards" not in states[0]:
-        return merged
-    merged["shards"] = {}
-    for state in states:
-        if repeated := merged["shards"].keys() & state["shards"].keys():
+    if "shards" in states[0]:
+        shards = [shard for state in states for shard in state["shards"]]
+        if repeated := {shard for shard in shards if shards.count(shard) > 1}:
             raise ValueError(f"virtual shards {sorted(repeated)} occur in two states")
-        merged["shards"] |= state["shards"]
-    if len(merged["shards"]) != merged["num_shards"]:
-        raise ValueError(f"states of {len(merged['shards'])} of {merged['num_shards']} virtual shards")
+        if len(shards) != merged["num_shards"]:
+            raise ValueError(f"states of {len(shards)} of {merged['num_shards']} virtual shards")
+        merged["shards"] = {shard: at for state in states for shard, at in state["shards"].items()}
     return merged

@@ -4,6 +4,7 @@ One packer runs over the whole mixture, in its order, on every process; a proces
 global batches and the state are the same on any number of processes.
 """
 
+import functools
 import hashlib
 import logging
 from collections.abc import Callable, Mapping
@@ -14,7 +15,7 @@ import numpy as np
 from nanochat_jax.chat import render_conversation
 from nanochat_jax.cli import UsageError
 from nanochat_jax.data.loader import Batch, Loader
-from nanochat_jax.data.packing import STATE_CHANGED, FitBuffer, Snapshot
+from nanochat_jax.data.packing import STATE_CHANGED, FitBuffer, Snapshot, TokenRun
 from nanochat_jax.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -31,21 +32,12 @@ class ConversationTask(Protocol):
 
 
 class ConversationSource:
-    """What both modes share: rendering, and a cursor that passes over the task `num_epochs` times (None: for ever)."""
+    """What all modes share: rendering, and a cursor that passes over the task `num_epochs` times (None: for ever)."""
 
     mode: str
 
-    def __init__(
-        self,
-        task: ConversationTask,
-        tokenizer: Tokenizer,
-        *,
-        batch_size: int,
-        sequence_len: int,
-        max_tokens: int,
-        num_epochs: int | None,
-        local_rows: slice = slice(None),
-    ):
+    def __init__(self, task: ConversationTask, tokenizer: Tokenizer, *, batch_size: int, sequence_len: int,
+                 max_tokens: int, num_epochs: int | None, local_rows: slice = slice(None)):
         self.size = len(task)
         if not self.size:
             raise UsageError("the mixture holds no conversation")
@@ -56,6 +48,12 @@ class ConversationSource:
         self.num_cut = 0  # conversations longer than max_tokens, which were cut
         self.num_skipped = 0  # conversations that have no token to train on (any more)
         self._fingerprint = self._sample()
+
+    def next_batch(self) -> Batch:
+        raise NotImplementedError
+
+    def place(self) -> dict[str, int]:
+        return {"epoch": self._epoch, "cursor": self._cursor}
 
     def _render(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """ids int32 [n] and mask bool [n], n <= max_tokens."""
@@ -81,89 +79,56 @@ class ConversationSource:
         self._epoch, self._cursor = self._epoch + 1, 0
 
     def _state(self, **more: Any) -> dict[str, Any]:
-        return {
-            "mode": self.mode,
-            "size": self.size,
-            "fingerprint": self._fingerprint,
-            "epoch": self._epoch,
-            "cursor": self._cursor,
-            "num_cut": self.num_cut,
-            "num_skipped": self.num_skipped,
-            **more,
-        }
+        return {"mode": self.mode, "size": self.size, "fingerprint": self._fingerprint, **self.place(),
+                "num_cut": self.num_cut, "num_skipped": self.num_skipped, **more}
 
-    def place(self) -> dict[str, int]:
-        return {"epoch": self._epoch, "cursor": self._cursor}
-
-    def _set_common(self, state: dict[str, Any]) -> None:
+    def set_state(self, state: dict[str, Any]) -> None:
         for name, mine in (("mode", self.mode), ("size", self.size)):
             if state[name] != mine:
-                raise UsageError(
-                    f"the saved data position is of a mixture with {name} {state[name]}, this one has {mine}: "
-                    "they must agree"
-                )
+                raise UsageError(f"the saved data position is of a mixture with {name} {state[name]}, this one has {mine}: "
+                                 "they must agree")
         if state["fingerprint"] != self._fingerprint:
             raise UsageError(STATE_CHANGED)
         self._epoch, self._cursor = state["epoch"], state["cursor"]
+        self._restore(state)
         self.num_cut, self.num_skipped = state["num_cut"], state["num_skipped"]
+
+    def _restore(self, state: dict[str, Any]) -> None:
+        """What a mode has beside the cursor."""
+        raise NotImplementedError
 
 
 class StreamSource(ConversationSource):
-    """Rendered conversations end to end, every token trained (upstream's midtraining).
-
-    A batch takes B*T+1 tokens: inputs are all but the last, targets all but the first.
-    """
+    """Rendered conversations end to end, every token trained (upstream's midtraining): a batch is one `TokenRun`."""
 
     mode = "stream"
 
     def __init__(self, task: ConversationTask, tokenizer: Tokenizer, **options: Any):
         super().__init__(task, tokenizer, max_tokens=STREAM_MAX_TOKENS, **options)
-        self._piece = np.empty(0, np.int32)  # the conversation before the cursor
-        self._offset = 0  # its tokens that are used up
+        self._run = TokenRun(self._next_conversation)
 
     def next_batch(self) -> Batch:
-        flat = np.empty(self._batch_size * self._sequence_len + 1, np.int32)
-        filled = 0
-        while filled < len(flat):
-            if self._offset == len(self._piece):
-                self._next_piece()
-            piece = self._piece[self._offset : self._offset + len(flat) - filled]
-            flat[filled : filled + len(piece)] = piece
-            filled += len(piece)
-            self._offset += len(piece)
-        shape = (self._batch_size, self._sequence_len)
-        inputs, targets = flat[:-1].reshape(shape), flat[1:].reshape(shape)
+        inputs, targets = self._run.next_rows(self._batch_size, self._sequence_len)
         return {"inputs": inputs[self._local_rows], "targets": targets[self._local_rows]}
 
-    def count_batches(self, num_epochs: int) -> int:
-        tokens = sum(len(self._render(index)[0]) for index in range(self.size))
-        return tokens * num_epochs // (self._batch_size * self._sequence_len + 1)
-
     def snapshot(self) -> Snapshot:
-        state = self._state(offset=self._offset, piece_len=len(self._piece))
+        state = self._state(offset=self._run.offset, piece_len=len(self._run.piece))
         return lambda: state
 
-    def set_state(self, state: dict[str, Any]) -> None:
-        self._set_common(state)
-        self._piece, self._offset = np.empty(0, np.int32), 0
+    def _restore(self, state: dict[str, Any]) -> None:
+        self._run = TokenRun(self._next_conversation)
         if state["cursor"]:
-            num_cut = self.num_cut
-            self._piece, _ = self._render(self._cursor - 1)
-            self.num_cut = num_cut
-            if len(self._piece) != state["piece_len"]:
+            self._run.piece, _ = self._render(self._cursor - 1)
+            self._run.offset = state["offset"]
+            if len(self._run.piece) != state["piece_len"]:
                 raise UsageError(STATE_CHANGED)
-            self._offset = state["offset"]
 
-    @staticmethod
-    def consumed(state: dict[str, Any]) -> int:
-        return state["cursor"] - (state["offset"] < state["piece_len"])
-
-    def _next_piece(self) -> None:
+    def _next_conversation(self) -> np.ndarray:
         if self._cursor == self.size:
             self._start_epoch()
-        self._piece, _ = self._render(self._cursor)
-        self._offset = 0
+        ids, _ = self._render(self._cursor)
         self._cursor += 1
+        return ids
 
 
 class RowsSource(ConversationSource):
@@ -196,31 +161,14 @@ class RowsSource(ConversationSource):
         targets = np.where(learned[:, 1:], tokens[:, 1:], IGNORE).astype(np.int32)
         return {"inputs": tokens[self._local_rows, :-1], "targets": targets[self._local_rows]}
 
-    def count_batches(self, num_epochs: int) -> int:
-        """Uses this source up: it must be fresh and of one epoch."""
-        rows = 0
-        try:
-            while True:
-                for index in self._plan_row():
-                    del self._rendered[index]
-                rows += 1
-        except StopIteration:
-            return rows * num_epochs // self._batch_size
-
     def snapshot(self) -> Snapshot:
         state, entries = self._state(), self._buffer.copy_entries()
         return lambda: state | {"buffer": [index for _, index in FitBuffer.by_arrival(entries)]}
 
-    def set_state(self, state: dict[str, Any]) -> None:
-        self._set_common(state)
+    def _restore(self, state: dict[str, Any]) -> None:
         self._buffer, self._rendered = FitBuffer(), {}
         for index in state["buffer"]:
             self._add(index, *self._render(index))
-        self.num_cut = state["num_cut"]
-
-    @staticmethod
-    def consumed(state: dict[str, Any]) -> int:
-        return state["cursor"] - len(state["buffer"])
 
     def _add(self, index: int, ids: np.ndarray, mask: np.ndarray) -> None:
         self._buffer.add(len(ids), index)
@@ -233,10 +181,8 @@ class RowsSource(ConversationSource):
         self._refill()
         while not len(self._buffer):
             if self.num_skipped and self.num_skipped == self.size * (self._epoch + 1):
-                raise UsageError(
-                    f"none of the {self.size} conversations has a token to train on within a row of "
-                    f"{self._sequence_len} tokens: use longer rows"
-                )
+                raise UsageError(f"none of the {self.size} conversations has a token to train on within a row of "
+                                 f"{self._sequence_len} tokens: use longer rows")
             self._start_epoch()
             self._refill()
         while (found := self._buffer.pop_longest(space)) is not None:
@@ -266,60 +212,35 @@ class SingleSource(RowsSource):
     fills = False
 
 
-SOURCES: dict[str, type[StreamSource] | type[RowsSource]] = {
-    source.mode: source for source in (StreamSource, RowsSource, SingleSource)
-}
+SOURCES = {source.mode: source for source in (StreamSource, RowsSource, SingleSource)}
 
 
 class ConversationLoader(Loader):
-    """A `Loader` of conversations, which knows how far it is and how long an epoch is."""
+    """A `Loader` of conversations, which can tell how long an epoch is."""
 
-    def __init__(
-        self,
-        make_source: Callable[..., StreamSource | RowsSource],
-        *,
-        num_epochs: int | None,
-        prefetch: bool,
-        start_state: dict[str, Any] | None,
-    ):
-        self._make_source, self._num_epochs = make_source, num_epochs
-        self._source = make_source(num_epochs=num_epochs)
-        super().__init__(self._source, prefetch=prefetch, start_state=start_state)
-
-    @property
-    def epoch_progress(self) -> float:
-        """Share of the conversations of `num_epochs` epochs (endless: of one) in the batches handed out; at most 1."""
-        state = self.get_state()
-        consumed = state["epoch"] * state["size"] + self._source.consumed(state)
-        return min(1.0, consumed / (state["size"] * (self._num_epochs or 1)))
+    def __init__(self, make_source: Callable[..., Any], *, num_epochs: int | None, prefetch: bool,
+                 start_state: dict[str, Any] | None):
+        self._make_source = make_source
+        super().__init__(make_source(num_epochs=num_epochs), prefetch=prefetch, start_state=start_state)
 
     def count_batches(self, num_epochs: int = 1) -> int:
-        """Full batches in that many epochs, found by packing one epoch without making its batches."""
-        source = self._make_source(num_epochs=1)
-        batches = source.count_batches(num_epochs)
+        """Full batches in that many epochs, found by making them."""
+        source, count = self._make_source(num_epochs=num_epochs), 0
+        try:
+            while True:
+                source.next_batch()
+                count += 1
+        except StopIteration:
+            pass
         if source.num_cut or source.num_skipped:
-            logger.warning(
-                "of %d conversations, %d were cut and %d have nothing left to train on and were skipped",
-                source.size,
-                source.num_cut,
-                source.num_skipped,
-            )
-        return batches
+            logger.warning("of %d conversations, %d were cut and %d have nothing left to train on and were skipped",
+                           source.size, source.num_cut // num_epochs, source.num_skipped // num_epochs)
+        return count
 
 
-def conversation_loader(
-    task: ConversationTask,
-    tokenizer: Tokenizer,
-    *,
-    batch_size: int,
-    sequence_len: int,
-    mode: str,
-    num_epochs: int | None = None,
-    process_index: int = 0,
-    process_count: int = 1,
-    prefetch: bool = True,
-    start_state: dict[str, Any] | None = None,
-) -> ConversationLoader:
+def conversation_loader(task: ConversationTask, tokenizer: Tokenizer, *, batch_size: int, sequence_len: int, mode: str,
+                        num_epochs: int | None = None, process_index: int = 0, process_count: int = 1,
+                        prefetch: bool = True, start_state: dict[str, Any] | None = None) -> ConversationLoader:
     """Batches of the conversations of `task`, in its order, from the first or from `start_state`.
 
     Args:
@@ -334,16 +255,6 @@ def conversation_loader(
     if batch_size % process_count:
         raise UsageError(f"{process_count} processes do not divide the batch of {batch_size} rows: choose another size")
     rows = batch_size // process_count
-    local_rows = slice(process_index * rows, (process_index + 1) * rows)
-
-    def make_source(num_epochs: int | None) -> StreamSource | RowsSource:
-        return SOURCES[mode](
-            task,
-            tokenizer,
-            batch_size=batch_size,
-            sequence_len=sequence_len,
-            num_epochs=num_epochs,
-            local_rows=local_rows,
-        )
-
+    make_source = functools.partial(SOURCES[mode], task, tokenizer, batch_size=batch_size, sequence_len=sequence_len,
+                                    local_rows=slice(process_index * rows, (process_index + 1) * rows))
     return ConversationLoader(make_source, num_epochs=num_epochs, prefetch=prefetch, start_state=start_state)

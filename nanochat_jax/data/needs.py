@@ -6,7 +6,7 @@ from pathlib import Path
 
 from nanochat_jax.config import GPTConfig, Recipe, derive_recipe
 from nanochat_jax.data.convert import describe
-from nanochat_jax.data.shards import TEXT_COLUMN, list_shards, open_shard, read_manifest
+from nanochat_jax.data.shards import list_shards, open_shard, read_manifest, text_size
 
 CHARS_PER_SHARD = 250_000_000  # of FineWeb-Edu and ClimbMix as upstream shuffled them
 CHARS_PER_TOKEN = 4.8  # of English web text in a vocabulary of 32,768 to 65,536
@@ -48,12 +48,9 @@ def measure(paths: Sequence[Path]) -> SplitSize:
     documents = text_bytes = 0
     for path in paths:
         with open_shard(path) as file:
-            column = file.schema_arrow.names.index(TEXT_COLUMN)
             documents += file.metadata.num_rows
-            for group in range(file.num_row_groups):
-                text_bytes += file.metadata.row_group(group).column(column).total_uncompressed_size
-    text_bytes -= 4 * documents  # each text is stored with its length
-    return SplitSize(shards=len(paths), documents=documents, text_bytes=max(0, text_bytes))
+            text_bytes += text_size(file)
+    return SplitSize(shards=len(paths), documents=documents, text_bytes=text_bytes)
 
 
 def summary(name: str, directory: Path) -> str:
@@ -61,10 +58,10 @@ def summary(name: str, directory: Path) -> str:
     shards = list_shards(directory)
     lines = [f"{name}, in {directory}"]
     lines += [f"  from {describe(entry['source'])}: {entry['documents']:,} documents, {entry['skipped']:,} rows skipped"
-              for entry in read_manifest(directory).get("sources", ())]  # fmt: skip
+              for entry in read_manifest(directory).get("sources", ())]
     sizes = {"train": measure(shards[:-1]), "val": measure(shards[-1:])}
     lines += [f"  {split:5} {size.shards:6,} shards {size.documents:14,} documents {size.text_bytes / 1e6:12,.1f} MB "
-              f"{size.tokens / 1e6:10,.1f}M tokens, about" for split, size in sizes.items()]  # fmt: skip
+              f"{size.tokens / 1e6:10,.1f}M tokens, about" for split, size in sizes.items()]
     return "\n".join([*lines, *(f"  {line}" for line in enough_for(name, sizes["train"]))])
 
 

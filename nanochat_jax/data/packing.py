@@ -1,15 +1,15 @@
 """Documents into rows of tokens: BOS-aligned best fit, and the plain token stream.
 
-A packer draws documents from a `TokenSource` and remembers where each came from. Its state is therefore a few numbers
-per buffered document and never the tokens themselves: a restored packer knows every document's length, which is all
-that packing decides by, and reads and tokenizes a document when a row takes it.
+A packer draws documents from a stream and remembers where each came from. Its state is therefore a few numbers per
+buffered document and never the tokens themselves: a restored packer knows every document's length, which is all that
+packing decides by, and reads and tokenizes a document when a row takes it.
 """
 
 from bisect import bisect_left, insort
 from collections import Counter, deque
 from collections.abc import Callable
 from itertools import pairwise
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import pyarrow as pa
@@ -25,32 +25,16 @@ Rows = tuple[np.ndarray, np.ndarray]  # inputs, targets: int32 [rows, T]
 STATE_CHANGED = "the tokenizer or the texts have changed since this data position was saved: start without it"
 
 
-class TokenSource(Protocol):
-    """What a packer draws from: an endless sequence of documents, each an int32 array that starts with BOS."""
-
-    position: Position  # of what comes next
-
-    def next_batch(self) -> list[tuple[Position, np.ndarray]]: ...
-
-    def load(self, places: list[Position]) -> list[np.ndarray]:
-        """Documents that lie in one row group."""
-
-    def seek(self, position: Position) -> None: ...
-
-    def file_name(self, file: int) -> str: ...
-
-    def file_index(self, name: str) -> int: ...
-
-
 class TokenizedStream:
-    """A `DocumentStream` tokenized, BOS first."""
+    """A `DocumentStream` of int32 arrays that start with BOS."""
 
     def __init__(self, documents: DocumentStream, encode: Callable[[pa.ChunkedArray], tuple[np.ndarray, np.ndarray]]):
         """encode: texts -> ids int32 [N] with BOS in front of each text, and where each begins, int64 [texts + 1]."""
-        self._documents, self._encode = documents, encode
+        self._documents, self._encode, self.seek = documents, encode, documents.seek
 
     @property
     def position(self) -> Position:
+        """Of what comes next."""
         return self._documents.position
 
     def next_batch(self) -> list[tuple[Position, np.ndarray]]:
@@ -58,10 +42,8 @@ class TokenizedStream:
         return list(zip(places, self._tokens(texts, places[0]), strict=True))
 
     def load(self, places: list[Position]) -> list[np.ndarray]:
+        """Documents that lie in one row group."""
         return self._tokens(self._documents.load(places), places[0])
-
-    def seek(self, position: Position) -> None:
-        self._documents.seek(position)
 
     def file_name(self, file: int) -> str:
         return self._documents.reader.paths[file].name
@@ -79,8 +61,7 @@ class TokenizedStream:
         except ValueError as error:
             path = self._documents.reader.paths[place.file]
             raise UsageError(f"row group {place.row_group} of shard {path} cannot be encoded: {error}") from error
-        bounds = offsets.tolist()
-        return [ids[start:stop] for start, stop in pairwise(bounds)]
+        return [ids[start:stop] for start, stop in pairwise(offsets.tolist())]
 
 
 class FitBuffer:
@@ -122,7 +103,55 @@ class FitBuffer:
         return [(length, item) for length, _, item in sorted(entries, key=lambda entry: -entry[1])]
 
 
-class BestFitPacker:
+class TokenRun:
+    """Arrays of tokens end to end, cut into rows anywhere."""
+
+    def __init__(self, next_piece: Callable[[], np.ndarray]):
+        self._next_piece = next_piece
+        self.piece, self.offset = np.empty(0, np.int32), 0  # the array at hand, and its tokens that are used up
+
+    def next_rows(self, count: int, length: int) -> Rows:
+        """Of the next count * length + 1 tokens the inputs are all but the last and the targets all but the first, row
+        after row: so a row's last target is the next row's first input, and the last token is a target only."""
+        flat = np.empty(count * length + 1, np.int32)
+        filled = 0
+        while filled < len(flat):
+            if self.offset == len(self.piece):
+                self.piece, self.offset = self._next_piece(), 0
+            part = self.piece[self.offset : self.offset + len(flat) - filled]
+            flat[filled : filled + len(part)] = part
+            filled += len(part)
+            self.offset += len(part)
+        return flat[:-1].reshape(count, length), flat[1:].reshape(count, length)
+
+
+class Packer:
+    """What both packers share. `set_state` continues after the rows at which a state was taken."""
+
+    def __init__(self, source: TokenizedStream, sequence_len: int):
+        self._source, self._sequence_len = source, sequence_len
+
+    def next_rows(self, count: int) -> Rows:
+        raise NotImplementedError
+
+    def snapshot(self) -> Snapshot:
+        raise NotImplementedError
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self._source.seek(Position(**state["position"] | {"file": self._source.file_index(state["position"]["file"])}))
+
+    def get_state(self) -> dict[str, Any]:
+        return self.snapshot()()
+
+    def place(self) -> dict[str, Any]:
+        """Where the source reads next."""
+        return self._to_json(self._source.position)
+
+    def _to_json(self, position: Position) -> dict[str, Any]:
+        return position._asdict() | {"file": self._source.file_name(position.file)}
+
+
+class BestFitPacker(Packer):
     """Rows that all start with BOS and have no padding, at the price of cut documents (upstream since January 2026).
 
     A row has T+1 tokens. As long as it has room, it takes the longest buffered document that fits; if none does, the
@@ -132,8 +161,9 @@ class BestFitPacker:
     they would pile up in the buffer, pass after pass, never to be trained on.
     """
 
-    def __init__(self, source: TokenSource, sequence_len: int, *, buffer_docs: int = 1000):
-        self._source, self._capacity, self._buffer_docs = source, sequence_len + 1, buffer_docs
+    def __init__(self, source: TokenizedStream, sequence_len: int, *, buffer_docs: int = 1000):
+        super().__init__(source, sequence_len)
+        self._capacity, self._buffer_docs = sequence_len + 1, buffer_docs
         self._clear()
 
     def next_rows(self, count: int) -> Rows:
@@ -151,17 +181,18 @@ class BestFitPacker:
 
     def snapshot(self) -> Snapshot:
         position, entries = self._source.position, self._buffer.copy_entries()
-        return lambda: self._to_json(position, entries)
 
-    def place(self) -> dict[str, Any]:
-        """Where the source reads next."""
-        return _position_to_json(self._source.position, self._source)
+        def make() -> dict[str, Any]:
+            documents = [(length, place) for length, (_, place) in FitBuffer.by_arrival(entries)]
+            files = sorted({place.file for _, place in documents})
+            buffer = [[p.epoch, files.index(p.file), p.row_group, p.row, length] for length, p in documents]
+            return {"position": self._to_json(position), "files": list(map(self._source.file_name, files)),
+                    "buffer": buffer}
 
-    def get_state(self) -> dict[str, Any]:
-        return self.snapshot()()
+        return make
 
     def set_state(self, state: dict[str, Any]) -> None:
-        self._source.seek(_position_from_json(state["position"], self._source))
+        super().set_state(state)
         self._clear()
         files = [self._source.file_index(name) for name in state["files"]]
         for epoch, file, row_group, row, length in state["buffer"]:
@@ -208,81 +239,36 @@ class BestFitPacker:
                 self._keep(other, tokens)
         return self._tokens.pop(number)
 
-    def _to_json(self, position: Position, entries: list[tuple[int, int, Any]]) -> dict[str, Any]:
-        documents = [(length, place) for length, (_, place) in FitBuffer.by_arrival(entries)]
-        files = sorted({place.file for _, place in documents})
-        index = {file: i for i, file in enumerate(files)}
-        return {
-            "position": _position_to_json(position, self._source),
-            "files": [self._source.file_name(file) for file in files],
-            "buffer": [
-                [place.epoch, index[place.file], place.row_group, place.row, length] for length, place in documents
-            ],
-        }
 
+class StreamPacker(Packer):
+    """Documents end to end, cut anywhere (upstream until January 2026), as a `TokenRun`."""
 
-class StreamPacker:
-    """Documents end to end, cut anywhere (upstream until January 2026).
-
-    `next_rows(n)` takes n*T+1 tokens: the inputs are the first n*T and the targets the last n*T, row after row, so a
-    row's last target is the next row's first input. The token beyond the last input is a target only.
-    """
-
-    def __init__(self, source: TokenSource, sequence_len: int):
-        self._source, self._sequence_len = source, sequence_len
-        self._pieces: deque[tuple[Position, np.ndarray]] = deque()  # whole documents and where they are
-        self._offset = 0  # tokens of the first one that are used up
+    def __init__(self, source: TokenizedStream, sequence_len: int):
+        super().__init__(source, sequence_len)
+        self._waiting: deque[tuple[Position, np.ndarray]] = deque()
+        self._at = source.position  # of the document that is the run's piece
+        self._run = TokenRun(self._next_document)
 
     def next_rows(self, count: int) -> Rows:
-        needed = count * self._sequence_len + 1
-        flat = np.empty(needed, np.int32)
-        filled = 0
-        while filled < needed:
-            if not self._pieces:
-                self._refill()
-            _, tokens = self._pieces[0]
-            piece = tokens[self._offset : self._offset + needed - filled]
-            flat[filled : filled + len(piece)] = piece
-            filled += len(piece)
-            self._offset += len(piece)
-            if self._offset == len(tokens):
-                self._pieces.popleft()
-                self._offset = 0
-        shape = (count, self._sequence_len)
-        return flat[:-1].reshape(shape), flat[1:].reshape(shape)
+        return self._run.next_rows(count, self._sequence_len)
 
     def snapshot(self) -> Snapshot:
-        position, offset = self._pieces[0][0] if self._pieces else self._source.position, self._offset
-        return lambda: {"position": _position_to_json(position, self._source), "offset": offset}
-
-    def place(self) -> dict[str, Any]:
-        """Where the source reads next."""
-        return _position_to_json(self._source.position, self._source)
-
-    def get_state(self) -> dict[str, Any]:
-        return self.snapshot()()
+        position, offset = self._at, self._run.offset
+        if offset == len(self._run.piece):
+            position, offset = self._waiting[0][0] if self._waiting else self._source.position, 0
+        return lambda: {"position": self._to_json(position), "offset": offset}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        self._source.seek(_position_from_json(state["position"], self._source))
-        self._pieces.clear()
-        self._offset = state["offset"]
-        if self._offset:
-            self._refill()
-            if self._offset >= len(self._pieces[0][1]):
+        super().set_state(state)
+        self._waiting.clear()
+        self._run = TokenRun(self._next_document)
+        if state["offset"]:
+            self._run.piece, self._run.offset = self._next_document(), state["offset"]
+            if self._run.offset >= len(self._run.piece):
                 raise UsageError(STATE_CHANGED)
 
-    def _refill(self) -> None:
-        self._pieces.extend(self._source.next_batch())
-
-
-def _position_to_json(position: Position, source: TokenSource) -> dict[str, Any]:
-    return {
-        "epoch": position.epoch,
-        "file": source.file_name(position.file),
-        "row_group": position.row_group,
-        "row": position.row,
-    }
-
-
-def _position_from_json(state: dict[str, Any], source: TokenSource) -> Position:
-    return Position(state["epoch"], source.file_index(state["file"]), state["row_group"], state["row"])
+    def _next_document(self) -> np.ndarray:
+        if not self._waiting:
+            self._waiting.extend(self._source.next_batch())
+        self._at, tokens = self._waiting.popleft()
+        return tokens

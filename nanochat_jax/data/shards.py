@@ -5,10 +5,8 @@ of 1024 documents. The last shard by name is the validation split, the others ar
 """
 
 import json
-import os
-import shutil
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,28 +15,24 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nanochat_jax.cli import NotFound, UsageError
+from nanochat_jax.files import new_directory, write_file
+from nanochat_jax.tokenizer import without_surrogates
 
 ROW_GROUP_SIZE = 1024
 TEXT_COLUMN = "text"
 MANIFEST = "manifest.json"
 SPLITS = ("train", "val")
 _SCHEMA = pa.schema([(TEXT_COLUMN, pa.string())])
-_ADVICE = (
-    "run `python -m nanochat_jax.dataset -n 8` (or `python -m nanochat_jax.dataset embedded`, without a network) first"
-)
-
 
 # ---------------------------------------------------------------------------------------------------- listing
 
 
 def list_shards(directory: Path | str) -> list[Path]:
     """All shards of a corpus by name; raises `NotFound` where there are none."""
-    directory = Path(directory)
-    paths = sorted(directory.glob("*.parquet")) if directory.is_dir() else []
+    paths = sorted(Path(directory).glob("*.parquet"))
     if not paths:
-        raise NotFound(f"no parquet shards in {directory}: {_ADVICE}")
-    if read_manifest(directory).get("appending"):
-        raise UsageError(f"adding to {directory} was interrupted: give the same `--append` command again")
+        raise NotFound(f"no parquet shards in {directory}: run `python -m nanochat_jax.dataset -n 8` (or "
+                       "`python -m nanochat_jax.dataset embedded`, without a network) first")
     return paths
 
 
@@ -59,53 +53,54 @@ def split_shards(directory: Path | str, split: str) -> list[Path]:
         raise UsageError(f"unknown split {split!r}: expected one of {', '.join(SPLITS)}")
     paths = list_shards(directory)
     if len(paths) < 2:
-        raise UsageError(
-            f"only one shard in {directory} ({paths[0].name}): the last shard is validation, so training "
-            "needs at least two; download or write more"
-        )
+        raise UsageError(f"only one shard in {directory} ({paths[0].name}): the last shard is validation, so training "
+                         "needs at least two; download or write more")
     return paths[:-1] if split == "train" else paths[-1:]
-
-
-def train_shards(directory: Path | str) -> list[Path]:
-    return split_shards(directory, "train")
-
-
-def val_shard(directory: Path | str) -> Path:
-    return split_shards(directory, "val")[0]
 
 
 # ---------------------------------------------------------------------------------------------------- reading
 
 
-def open_shard(path: Path) -> pq.ParquetFile:
-    """Open a shard and check its footer and columns; raises `UsageError` naming the file."""
+def open_parquet(path: Path, column: str, *, foreign: bool = False, **options: Any) -> pq.ParquetFile:
+    """Open a file and check its footer and that `column` holds strings; `foreign`: as other tools encode them, too.
+
+    Raises `UsageError` naming the file.
+    """
     try:
-        file = pq.ParquetFile(path)
+        file = pq.ParquetFile(path, **options)
     except FileNotFoundError as error:
-        raise NotFound(f"shard {path} does not exist") from error
+        raise NotFound(f"{path} does not exist") from error
     except (pa.ArrowException, OSError) as error:
-        raise UsageError(
-            f"shard {path} is not a readable parquet file ({_first_line(error)}): delete it and download or "
-            "write it again"
-        ) from error
-    if TEXT_COLUMN not in file.schema_arrow.names:
-        raise UsageError(
-            f"shard {path} has no column {TEXT_COLUMN!r}, only {', '.join(file.schema_arrow.names) or 'none'}"
-        )
-    kind = file.schema_arrow.field(TEXT_COLUMN).type
-    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind)):
-        raise UsageError(f"column {TEXT_COLUMN!r} of shard {path} holds {kind}, expected string")
+        raise UsageError(f"{path} is not a readable parquet file ({_first_line(error)}): delete it and get it again"
+                         ) from error
+    if column not in file.schema_arrow.names:
+        names = ", ".join(file.schema_arrow.names) or "none"
+        raise UsageError(f"{path} has no column {column!r}, only {names}{': name the text with --text-field' * foreign}")
+    kind = file.schema_arrow.field(column).type
+    plain = kind.value_type if foreign and pa.types.is_dictionary(kind) else kind
+    if not (pa.types.is_string(plain) or pa.types.is_large_string(plain) or (foreign and pa.types.is_null(plain))):
+        raise UsageError(f"column {column!r} of {path} holds {kind}, expected string")
     return file
+
+
+def open_shard(path: Path) -> pq.ParquetFile:
+    return open_parquet(path, TEXT_COLUMN)
+
+
+def text_size(file: pq.ParquetFile) -> int:
+    """About how many bytes of text a shard holds, from its footer alone."""
+    column = file.schema_arrow.names.index(TEXT_COLUMN)
+    groups = [file.metadata.row_group(group).column(column) for group in range(file.num_row_groups)]
+    # Each text is stored with its length.
+    return max(0, sum(group.total_uncompressed_size for group in groups) - 4 * file.metadata.num_rows)
 
 
 def read_row_group(file: pq.ParquetFile, path: Path, row_group: int) -> pa.ChunkedArray:
     try:
         return file.read_row_group(row_group, columns=[TEXT_COLUMN], use_threads=False).column(0)
     except (pa.ArrowException, OSError) as error:
-        raise UsageError(
-            f"row group {row_group} of shard {path} is corrupt ({_first_line(error)}): delete the file and "
-            "download or write it again"
-        ) from error
+        raise UsageError(f"row group {row_group} of shard {path} is corrupt ({_first_line(error)}): delete the file and "
+                         "get it again") from error
 
 
 def iter_documents(directory: Path | str, split: str) -> Iterator[str]:
@@ -117,9 +112,7 @@ def iter_documents(directory: Path | str, split: str) -> Iterator[str]:
 def iter_shard(path: Path) -> Iterator[str]:
     with open_shard(path) as file:
         for row_group in range(file.num_row_groups):
-            for text in read_row_group(file, path, row_group).to_pylist():
-                if text is not None:
-                    yield text
+            yield from (text for text in read_row_group(file, path, row_group).to_pylist() if text is not None)
 
 
 def _first_line(error: Exception) -> str:
@@ -198,7 +191,7 @@ class DocumentStream:
             at = self.position
             if at.epoch > first_epoch + 1:
                 raise UsageError(f"virtual shard {self.shard} of {self.num_shards} finds no text in "
-                                 f"{self.reader.paths[0].parent}, only missing values")  # fmt: skip
+                                 f"{self.reader.paths[0].parent}, only missing values")
             rows = self._rows_left()[:limit]
             texts = self.reader.texts(at.file, at.row_group, rows)
             self.position = at._replace(row=rows[-1] + 1)
@@ -249,23 +242,21 @@ class DocumentStream:
 
 
 class ShardWriter:
-    """One shard: texts go in, row groups of 1,024 come out; it is whole, and on the disk, when `close` returns.
+    """One shard: texts go in, row groups of 1,024 come out; it is whole when `close` returns.
 
     Raises `UsageError`, naming the file, where the disk does not take it.
     """
 
     def __init__(self, path: Path):
-        self.path, self.num_rows, self.num_chars = path, 0, 0
+        self.path, self.num_rows = path, 0
         self._group: list[str] = []
         with self._named():
-            self._file = pq.ParquetWriter(
-                path, _SCHEMA, compression="zstd", compression_level=3, use_dictionary=False, write_statistics=False
-            )
+            self._file = pq.ParquetWriter(path, _SCHEMA, compression="zstd", compression_level=3, use_dictionary=False,
+                                          write_statistics=False)
 
     def add(self, text: str) -> None:
         self._group.append(text)
         self.num_rows += 1
-        self.num_chars += len(text)
         if len(self._group) == ROW_GROUP_SIZE:
             self._flush()
 
@@ -274,14 +265,12 @@ class ShardWriter:
             self._flush()
         with self._named():
             self._file.close()
-            fsync(self.path)
 
     def _flush(self) -> None:
         try:
             column = pa.array(self._group, pa.string())
         except UnicodeEncodeError:  # half a surrogate pair, as JSON can hold it: no Unicode text has that
-            mended = [text.encode("utf-16", "surrogatepass").decode("utf-16", "replace") for text in self._group]
-            column = pa.array(mended, pa.string())
+            column = pa.array(map(without_surrogates, self._group), pa.string())
         with self._named():
             self._file.write_table(pa.table([column], schema=_SCHEMA), row_group_size=ROW_GROUP_SIZE)
         self._group = []
@@ -294,52 +283,9 @@ class ShardWriter:
             raise UsageError(f"cannot write {self.path}: {_first_line(error)}") from error
 
 
-def write_shards(
-    texts: Iterable[str],
-    directory: Path | str,
-    *,
-    val_texts: Iterable[str],
-    rows_per_shard: int | None = None,
-    chars_per_shard: int | None = None,
-) -> list[Path]:
-    """Write a corpus: training shards from `texts`, then one validation shard from `val_texts`; returns their paths.
-
-    A training shard closes after `rows_per_shard` documents, or at the first full row group after `chars_per_shard`
-    characters (give one of the two). Everything is written to a directory aside that takes the place of `directory` at
-    the end, so that a corpus is there as a whole or not at all. Refuses a directory that holds files already.
-    """
-    if (rows_per_shard is None) == (chars_per_shard is None):
-        raise ValueError("give exactly one of rows_per_shard and chars_per_shard")
-    directory = Path(directory)
-    if directory.exists() and any(directory.iterdir()):
-        raise UsageError(f"{directory} is not empty: remove it before writing another corpus there")
-
-    def full(shard: ShardWriter) -> bool:
-        if rows_per_shard is not None:
-            return shard.num_rows >= rows_per_shard
-        return shard.num_chars >= chars_per_shard and shard.num_rows % ROW_GROUP_SIZE == 0
-
-    aside = directory.with_name(f".{directory.name}.{os.getpid()}.partial")
-    aside.mkdir(parents=True)
-    try:
-        names = write_series(texts, aside, full=full)
-        if not names:
-            raise UsageError(f"no training documents to write to {directory}")
-        last = write_series(val_texts, aside, first=len(names))
-        if not last:
-            raise UsageError(f"no validation documents to write to {directory}")
-        fsync(aside)
-        os.rename(aside, directory)
-        fsync(directory.parent)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
-    return [directory / name for name in names + last]
-
-
-def write_series(
-    texts: Iterable[str], directory: Path, *, first: int = 0, full: Callable[[ShardWriter], bool] = lambda shard: False
-) -> list[str]:
-    """Write texts to shards numbered from `first`, the next one where the last is `full`; returns their names."""
+def write_series(texts: Iterable[str], directory: Path, *, first: int = 0, rows_per_shard: int | None = None
+                 ) -> list[str]:
+    """Write texts to shards numbered from `first`, of `rows_per_shard` documents each (None: to one); their names."""
     names: list[str] = []
     shard = None
     for text in texts:
@@ -347,7 +293,7 @@ def write_series(
             names.append(shard_name(first + len(names)))
             shard = ShardWriter(directory / names[-1])
         shard.add(text)
-        if full(shard):
+        if shard.num_rows == rows_per_shard:
             shard.close()
             shard = None
     if shard is not None:
@@ -355,14 +301,22 @@ def write_series(
     return names
 
 
+def write_shards(texts: Iterable[str], directory: Path | str, *, val_texts: Iterable[str], rows_per_shard: int,
+                 more: Mapping[str, str] | None = None) -> list[Path]:
+    """Write a corpus: training shards from `texts`, one validation shard from `val_texts`, and files with the contents
+    `more`; returns the shards' paths. It is there as a whole or not at all. Refuses a directory that holds files."""
+    directory = Path(directory)
+    if directory.exists() and any(directory.iterdir()):
+        raise UsageError(f"{directory} is not empty: remove it before writing another corpus there")
+    with new_directory(directory) as aside:
+        names = write_series(texts, aside, rows_per_shard=rows_per_shard)
+        last = write_series(val_texts, aside, first=len(names))
+        if not names or not last:
+            raise UsageError(f"no {'validation' if names else 'training'} documents to write to {directory}")
+        for name, content in (more or {}).items():
+            write_file(aside / name, content)
+    return [directory / name for name in names + last]
+
+
 def shard_name(index: int) -> str:
     return f"shard_{index:05d}.parquet"
-
-
-def fsync(path: Path) -> None:
-    """Wait until a file, or the names in a directory, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

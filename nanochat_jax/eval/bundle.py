@@ -1,26 +1,16 @@
 """The CORE evaluation bundle: fetched once (162 MB), checked, unpacked beside its final place and moved there whole."""
 
-import logging
-import os
-import shutil
 import stat
-import tempfile
-import urllib.error
-import urllib.request
 import zipfile
 from pathlib import Path, PurePosixPath
 
 from nanochat_jax.cli import NotFound, UsageError
 from nanochat_jax.eval.core import read_tasks
+from nanochat_jax.files import fetch_file, locked, new_directory
 from nanochat_jax.paths import Paths
 
-logger = logging.getLogger(__name__)
-
 BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
-TIMEOUT = 30.0  # seconds without a byte
-ATTEMPTS = 3
 MAX_UNPACKED_BYTES = 4 << 30
-CHUNK = 1 << 20
 
 
 def has_bundle(paths: Paths) -> bool:
@@ -34,20 +24,22 @@ def ensure_bundle(paths: Paths, *, url: str = BUNDLE_URL) -> Path:
     not the bundle.
     """
     target = paths.eval_bundle
-    if has_bundle(paths):
-        _check_complete(target)
-        return target
-    if target.exists() and any(target.iterdir()):
-        raise NotFound(f"{target} has no core.yaml: it is not the evaluation bundle, move it away to fetch that")
-    paths.base.mkdir(parents=True, exist_ok=True)
-    aside = Path(tempfile.mkdtemp(prefix=".eval_bundle-", dir=paths.base))
-    try:
-        _download(url, aside / "bundle.zip", target)
-        _unpack(aside / "bundle.zip", aside)
-        _check_complete(aside / "eval_bundle")
-        _move(aside / "eval_bundle", target)
-    finally:
-        shutil.rmtree(aside, ignore_errors=True)
+    with locked(target):
+        if has_bundle(paths):
+            _check_complete(target)
+            return target
+        if target.exists() and any(target.iterdir()):
+            raise NotFound(f"{target} has no core.yaml: it is not the evaluation bundle, move it away to fetch that")
+        archive = target.with_name(".eval_bundle.zip")
+        try:
+            with new_directory(target) as aside:
+                _unpack(fetch_file(url, archive), aside)
+                _check_complete(aside)
+        except NotFound as error:
+            raise NotFound(f"{error}; that is, unzip a copy of the bundle so that {target / 'core.yaml'} exists, or "
+                           "evaluate without CORE") from error
+        finally:
+            archive.unlink(missing_ok=True)
     return target
 
 
@@ -62,25 +54,8 @@ def _check_complete(bundle: Path) -> None:
                        "remove the directory to download it again")
 
 
-def _download(url: str, path: Path, target: Path) -> None:
-    logger.info("fetching the evaluation bundle from %s", url)
-    for attempt in range(1, ATTEMPTS + 1):
-        try:
-            with urllib.request.urlopen(url, timeout=TIMEOUT) as response, path.open("wb") as file:
-                shutil.copyfileobj(response, file, CHUNK)
-                expected = response.headers.get("Content-Length")
-            if expected is not None and path.stat().st_size != int(expected):
-                raise OSError(f"the connection ended after {path.stat().st_size} of {expected} bytes")
-            return
-        except (OSError, urllib.error.URLError) as error:
-            logger.warning("attempt %d of %d failed: %s", attempt, ATTEMPTS, error)
-            failure = error
-    raise NotFound(f"could not fetch {url} ({failure}): unzip a copy of it so that {target / 'core.yaml'} exists, "
-                   "or evaluate without CORE")
-
-
 def _unpack(archive: Path, directory: Path) -> None:
-    """Extract the `eval_bundle/` tree, plain files only."""
+    """What is below `eval_bundle/`, plain files only."""
     try:
         with zipfile.ZipFile(archive) as bundle:
             members = [member for member in bundle.infolist() if _is_wanted(member)]
@@ -88,6 +63,7 @@ def _unpack(archive: Path, directory: Path) -> None:
             if size > MAX_UNPACKED_BYTES:
                 raise UsageError(f"{archive.name} unpacks to {size} bytes: that is not the evaluation bundle")
             for member in members:
+                member.filename = member.filename.removeprefix("eval_bundle/")
                 bundle.extract(member, directory)  # checks the CRC of what it reads
     except zipfile.BadZipFile as error:
         raise UsageError(f"the downloaded evaluation bundle is damaged ({error}): try again") from error
@@ -102,16 +78,3 @@ def _is_wanted(member: zipfile.ZipInfo) -> bool:
     if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
         raise UsageError(f"the evaluation bundle has a member {member.filename!r} that is no plain file: not unpacked")
     return path.parts[0] == "eval_bundle" and not member.is_dir()  # macOS adds a tree of its own
-
-
-def _move(source: Path, target: Path) -> None:
-    """Put the finished tree in its place; another process may have been first."""
-    for path in source.rglob("*"):
-        if path.is_file():
-            with path.open("rb") as file:
-                os.fsync(file.fileno())
-    try:
-        os.rename(source, target)
-    except OSError:
-        if not (target / "core.yaml").is_file():
-            raise

@@ -24,11 +24,12 @@ from jax.sharding import Mesh
 from nanochat_jax.chat import render_for_completion
 from nanochat_jax.cli import UsageError
 from nanochat_jax.config import GPTConfig
-from nanochat_jax.eval.batching import Batching
+from nanochat_jax.eval.batching import padded_batches
+from nanochat_jax.files import write_file
 from nanochat_jax.gpt import Params, forward, unembed
 from nanochat_jax.infer.engine import Engine
 from nanochat_jax.infer.request import Request
-from nanochat_jax.sharding import replicated
+from nanochat_jax.sharding import data_size, replicated, spread_rows
 from nanochat_jax.tasks.base import Conversation, Task
 from nanochat_jax.tokenizer import Tokenizer
 
@@ -63,59 +64,6 @@ def accuracy(problems: Sequence[Problem]) -> float:
     return sum(problem.passed for problem in problems) / len(problems)
 
 
-def problem_indices(task: Task, max_problems: int | None) -> range:
-    """The first problems of a task. Raises `UsageError` if there is none."""
-    count = len(task) if max_problems is None else min(len(task), max_problems)
-    if count < 1:
-        raise UsageError(f"task {task.key} has no problems to evaluate (it has {len(task)}, asked for {max_problems})")
-    return range(count)
-
-
-def _question(conversation: Conversation) -> str:
-    return conversation["messages"][-2]["content"]
-
-
-@functools.partial(jax.jit, static_argnames=("config", "compute_dtype", "mesh"))
-def _letter_logits(params: Params, tokens: Array, lengths: Array, letters: Array, *, config: GPTConfig,
-                   compute_dtype: Any, mesh: Mesh | None) -> Array:
-    """Logits [B, C] of the tokens letters [B, C] after the first lengths [B] of tokens [B, T]."""
-    hidden, _ = forward(params, tokens, config=config, compute_dtype=compute_dtype)
-    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
-    logits = jnp.take_along_axis(unembed(params, last, config=config), letters, axis=1)
-    return logits if mesh is None else jax.lax.with_sharding_constraint(logits, replicated(mesh))
-
-
-def evaluate_categorical(task: Task, config: GPTConfig, params: Params, tokenizer: Tokenizer, *, batching: Batching,
-                         compute_dtype: Any = jnp.float32, max_problems: int | None = None) -> list[Problem]:
-    """Every problem's likeliest letter, the first of equals."""
-    indices = problem_indices(task, max_problems)
-    conversations = {index: task[index] for index in indices}
-    most = max(len(conversation["letters"]) for conversation in conversations.values())
-    prompts = ((index, render_for_completion(tokenizer, conversations[index], MAX_PROMPT_TOKENS)) for index in indices)
-    problems = []
-    for keyed, tokens in batching.batches((((index, len(prompt)), prompt) for index, prompt in prompts)):
-        lengths, letters = np.ones(len(tokens), np.int32), np.zeros((len(tokens), most), np.int32)
-        for row, (index, length) in enumerate(keyed):
-            lengths[row] = length
-            ids = [_letter_id(tokenizer, letter) for letter in conversations[index]["letters"]]
-            letters[row, : len(ids)] = ids
-        logits = np.asarray(_letter_logits(params, *batching.place(tokens, lengths, letters), config=config,
-                                           compute_dtype=compute_dtype, mesh=batching.mesh))
-        for row, (index, _) in enumerate(keyed):
-            conversation = conversations[index]
-            letter = conversation["letters"][logits[row, : len(conversation["letters"])].argmax()]
-            problems.append(Problem(index=index, question=_question(conversation), completions=(letter,),
-                                    passed=task.evaluate(conversation, letter)))
-    return sorted(problems, key=lambda problem: problem.index)
-
-
-def _letter_id(tokenizer: Tokenizer, letter: str) -> int:
-    ids = tokenizer.encode(letter)
-    if len(ids) != 1:
-        raise ValueError(f"the answer {letter!r} is {len(ids)} tokens, it must be one")
-    return ids[0]
-
-
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
     """How replies are drawn: `num_samples` of each problem, each of at most `max_new_tokens`."""
@@ -129,7 +77,10 @@ class Sampling:
 
 @dataclass(frozen=True, kw_only=True)
 class Generator:
-    """Makes engines for prompts of any length: a long one is decoded beyond the length that was trained on, not cut."""
+    """A model to evaluate, `num_slots` replies at a time.
+
+    It makes engines for prompts of any length: a long one is decoded beyond the length that was trained on, not cut.
+    """
 
     config: GPTConfig
     params: Params
@@ -152,31 +103,75 @@ class Generator:
         return [replies[i : i + sampling.num_samples] for i in range(0, len(replies), sampling.num_samples)]
 
 
+def evaluate_categorical(task: Task, generator: Generator, *, max_problems: int | None = None) -> list[Problem]:
+    """Every problem's likeliest letter, the first of equals."""
+    conversations = _conversations(task, max_problems)
+    tokenizer, mesh = generator.tokenizer, generator.mesh
+    prompts = [render_for_completion(tokenizer, each, MAX_PROMPT_TOKENS) for each in conversations]
+    most = max(len(conversation["letters"]) for conversation in conversations)
+    found: dict[int, Problem] = {}
+    for indices, tokens in padded_batches(prompts, tokens=generator.num_slots * generator.config.sequence_len,
+                                          devices=1 if mesh is None else data_size(mesh)):
+        lengths, letters = np.ones(len(tokens), np.int32), np.zeros((len(tokens), most), np.int32)
+        for row, index in enumerate(indices):
+            lengths[row] = len(prompts[index])
+            ids = [_letter_id(tokenizer, letter) for letter in conversations[index]["letters"]]
+            letters[row, : len(ids)] = ids
+        rows = [array if mesh is None else spread_rows(mesh, array) for array in (tokens, lengths, letters)]
+        logits = np.asarray(_letter_logits(generator.params, *rows, config=generator.config,
+                                           compute_dtype=generator.compute_dtype, mesh=mesh))
+        for row, index in enumerate(indices):
+            letter = max(zip(conversations[index]["letters"], logits[row]), key=lambda pair: pair[1])[0]
+            found[index] = _judged(task, index, conversations[index], [letter])
+    return [found[index] for index in range(len(conversations))]
+
+
+@functools.partial(jax.jit, static_argnames=("config", "compute_dtype", "mesh"))
+def _letter_logits(params: Params, tokens: Array, lengths: Array, letters: Array, *, config: GPTConfig,
+                   compute_dtype: Any, mesh: Mesh | None) -> Array:
+    """Logits [B, C] of the tokens letters [B, C] after the first lengths [B] of tokens [B, T]."""
+    hidden, _ = forward(params, tokens, config=config, compute_dtype=compute_dtype)
+    last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
+    logits = jnp.take_along_axis(unembed(params, last, config=config), letters, axis=1)
+    return logits if mesh is None else jax.lax.with_sharding_constraint(logits, replicated(mesh))
+
+
+def _letter_id(tokenizer: Tokenizer, letter: str) -> int:
+    ids = tokenizer.encode(letter)
+    if len(ids) != 1:
+        raise ValueError(f"the answer {letter!r} is {len(ids)} tokens, it must be one")
+    return ids[0]
+
+
 def evaluate_generative(task: Task, generator: Generator, sampling: Sampling, *, max_problems: int | None = None
                         ) -> list[Problem]:
     """Generate replies to all problems, then judge them; several are judged at once, for some run programs."""
-    indices = problem_indices(task, max_problems)
-    conversations = [task[index] for index in indices]
-    prompts = [render_for_completion(generator.tokenizer, each, MAX_PROMPT_TOKENS) for each in conversations]
-    replies = generator(prompts, sampling)
-
-    def judge(index: int) -> Problem:
-        conversation, completions = conversations[index], tuple(replies[index])
-        passed = any(task.evaluate(conversation, completion) for completion in completions)
-        return Problem(index=index, question=_question(conversation), completions=completions, passed=passed)
-
+    conversations = _conversations(task, max_problems)
+    replies = generator([render_for_completion(generator.tokenizer, each, MAX_PROMPT_TOKENS) for each in conversations],
+                        sampling)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(judge, indices))
+        return list(pool.map(functools.partial(_judged, task), range(len(conversations)), conversations, replies))
 
 
-def evaluate_task(task: Task, generator: Generator, batching: Batching, sampling: Sampling, *,
-                  max_problems: int | None = None) -> list[Problem]:
+def _conversations(task: Task, max_problems: int | None) -> list[Conversation]:
+    """The first problems of a task. Raises `UsageError` if there is none."""
+    count = len(task) if max_problems is None else min(len(task), max_problems)
+    if count < 1:
+        raise UsageError(f"task {task.key} has no problems to evaluate (it has {len(task)}, asked for {max_problems})")
+    return [task[index] for index in range(count)]
+
+
+def _judged(task: Task, index: int, conversation: Conversation, completions: Sequence[str]) -> Problem:
+    return Problem(index=index, question=conversation["messages"][-2]["content"], completions=tuple(completions),
+                   passed=any(task.evaluate(conversation, completion) for completion in completions))
+
+
+def evaluate_task(task: Task, generator: Generator, sampling: Sampling, *, max_problems: int | None = None
+                  ) -> list[Problem]:
     """Evaluate a task of either type. Raises ValueError for one that is only for training."""
     began = time.monotonic()
     if task.eval_type == "categorical":
-        problems = evaluate_categorical(task, generator.config, generator.params, generator.tokenizer,
-                                        batching=batching, compute_dtype=generator.compute_dtype,
-                                        max_problems=max_problems)
+        problems = evaluate_categorical(task, generator, max_problems=max_problems)
     elif task.eval_type == "generative":
         problems = evaluate_generative(task, generator, sampling, max_problems=max_problems)
     else:
@@ -198,9 +193,4 @@ def chatcore(accuracies: Mapping[str, float], baselines: Mapping[str, float]) ->
 
 def write_problems(path: Path, problems: Sequence[Problem]) -> None:
     """One JSON object per line, in the order of the task; replaces the file whole."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    with aside.open("w", encoding="utf-8") as file:
-        for problem in problems:
-            file.write(json.dumps(asdict(problem), ensure_ascii=False) + "\n")
-    aside.replace(path)
+    write_file(path, "".join(json.dumps(asdict(problem), ensure_ascii=False) + "\n" for problem in problems))

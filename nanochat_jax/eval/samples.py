@@ -1,5 +1,7 @@
 """Short texts from a base model: greedy continuations of fixed prompts, and free samples from the start of a document."""
 
+import logging
+from collections.abc import Sequence
 from typing import Any
 
 from jax.sharding import Mesh
@@ -7,6 +9,8 @@ from jax.sharding import Mesh
 from nanochat_jax.checkpoint import Loaded
 from nanochat_jax.infer.engine import Engine
 from nanochat_jax.infer.request import Request
+
+log = logging.getLogger(__name__)
 
 PROMPTS = (
     "The capital of France is",
@@ -35,3 +39,11 @@ def free_samples(loaded: Loaded, count: int, *, dtype: Any, mesh: Mesh, max_toke
     """Documents sampled at temperature 1 from the beginning-of-sequence token alone."""
     requests = [Request((loaded.tokenizer.bos_id,), max_tokens=max_tokens, temperature=1.0, seed=i) for i in range(count)]
     return _generate(loaded, requests, dtype, mesh)
+
+
+def sample_items(greedy: Sequence[str], free: Sequence[str] = ()) -> list[dict[str, str]]:
+    """Samples for the report; on the way, the log shows them."""
+    for text in (*greedy, *free):
+        log.info("  %s", text.replace("\n", " "))
+    return [{f"sample {i}": text for i, text in enumerate(greedy)},
+            {f"unconditioned sample {i}": text for i, text in enumerate(free)}]

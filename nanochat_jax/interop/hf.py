@@ -7,7 +7,6 @@ know with a warning, so a modern model brings its own code (`modeling_nanochat_m
 import json
 import logging
 import shutil
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,13 +39,11 @@ LAYER_NAMES = {"c_q": "self_attn.q_proj", "c_k": "self_attn.k_proj", "c_v": "sel
                "c_proj": "self_attn.o_proj", "mlp_fc": "mlp.fc1", "mlp_proj": "mlp.fc2"}
 
 
-def classic_entries(config: GPTConfig) -> Iterator[Entry]:
+def classic_entries(config: GPTConfig) -> list[Entry]:
     """Every tensor of a classic model by transformers' name."""
-    yield Entry("model.embed_tokens.weight", ("wte",), None, False)
-    yield Entry("lm_head.weight", ("lm_head",), None, True)
-    for layer in range(config.n_layer):
-        for ours, theirs in LAYER_NAMES.items():
-            yield Entry(f"model.layers.{layer}.{theirs}.weight", ("blocks", ours), layer, True)
+    return [Entry("model.embed_tokens.weight", ("wte",), None, False), Entry("lm_head.weight", ("lm_head",), None, True)] + [
+        Entry(f"model.layers.{layer}.{theirs}.weight", ("blocks", ours), layer, True)
+        for layer in range(config.n_layer) for ours, theirs in LAYER_NAMES.items()]
 
 
 def _classic_config(config: GPTConfig) -> dict[str, Any]:
@@ -87,9 +84,8 @@ def _modern_config(config: GPTConfig) -> dict[str, Any]:
     }
 
 
-def write_hf(directory: Path, config: GPTConfig, params: Params, tokenizer: Tokenizer, *, dtype: str = "float32"
-             ) -> list[Path]:
-    """Write a model as transformers loads it; returns the files, the weights last.
+def write_hf(directory: Path, config: GPTConfig, params: Params, tokenizer: Tokenizer, *, dtype: str = "float32") -> None:
+    """Write a model as transformers loads it.
 
     Args:
       dtype: "float32" keeps the weights exactly; "bfloat16" rounds them and halves the file.
@@ -102,9 +98,8 @@ def write_hf(directory: Path, config: GPTConfig, params: Params, tokenizer: Toke
     # A pad id would make the embedding's row untrainable in transformers, so the model is given none.
     shape |= {"bos_token_id": bos, "eos_token_id": end, "pad_token_id": None, "tie_word_embeddings": False,
               "use_cache": True, "dtype": dtype}
-    generation = {"bos_token_id": bos, "eos_token_id": [end, bos], "pad_token_id": bos,
-                  "max_new_tokens": 256}
-    tensors = from_params(params, list((entries if modern else classic_entries)(config)))
+    generation = {"bos_token_id": bos, "eos_token_id": [end, bos], "pad_token_id": bos, "max_new_tokens": 256}
+    tensors = from_params(params, (entries if modern else classic_entries)(config))
     if dtype == "bfloat16":
         tensors = {name: tensor.astype(ml_dtypes.bfloat16) for name, tensor in tensors.items()}
     write_hf_tokenizer(tokenizer, directory, model_max_length=config.sequence_len)
@@ -113,8 +108,6 @@ def write_hf(directory: Path, config: GPTConfig, params: Params, tokenizer: Toke
     if modern:
         shutil.copyfile(MODELING, directory / MODELING.name)
     save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
-    return [path for path in sorted(directory.iterdir()) if path.suffix != ".safetensors"] + [
-        directory / "model.safetensors"]
 
 
 def read_hf(directory: Path, *, tokenizer: Path | None = None, rotary_dtype: str | None = None) -> Imported:
@@ -141,10 +134,7 @@ def read_hf(directory: Path, *, tokenizer: Path | None = None, rotary_dtype: str
             raise UsageError(f"{file} cannot be read ({str(error)[:200]})") from error
     params = to_params(tensors, table, config, where=directory)
     path = directory / "tokenizer.json"
-    if tokenizer is not None:
-        found = read_tokenizer(tokenizer)
-    else:
-        found = read_hf_tokenizer(path) if path.is_file() else None
+    found = read_tokenizer(tokenizer) if tokenizer else read_hf_tokenizer(path) if path.is_file() else None
     check_vocabulary(config, found, directory)
     return Imported(config, params, found, 0, {"model_config": shape})
 
@@ -158,7 +148,7 @@ def _read_config(shape: dict[str, Any], rotary_dtype: str | None) -> tuple[GPTCo
         config = GPTConfig.modern(common["n_layer"], window_pattern=shape["window_pattern"], **common)
         if _modern_config(config) != {key: shape.get(key) for key in _modern_config(config)}:
             raise ValueError("its fields do not belong together")
-        return config, list(entries(config))
+        return config, entries(config)
     if shape["model_type"] != "nanochat":
         raise ValueError(f"model_type is {shape['model_type']!r}")
     rope = shape.get("rope_parameters") or {"rope_theta": shape["rope_theta"]}
@@ -170,4 +160,4 @@ def _read_config(shape: dict[str, Any], rotary_dtype: str | None) -> tuple[GPTCo
     expected = dict(intermediate_size=4 * config.n_embd, attention_bias=False, hidden_act="relu2")
     if changed := [key for key, value in expected.items() if shape.get(key, value) != value]:
         raise ValueError(f"{changed[0]} is {shape[changed[0]]!r}, not {expected[changed[0]]!r}")
-    return config, list(classic_entries(config))
+    return config, classic_entries(config)

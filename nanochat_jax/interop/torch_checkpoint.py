@@ -7,10 +7,12 @@ torch keeps a matrix as (out, in); ours are [in, out] and equal layers are stack
 """
 
 import dataclasses
+import functools
 import json
+import operator
 import pickle
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
@@ -51,30 +53,24 @@ class Imported:
     byte_rule: ByteRule = "raw"  # how its bits per byte count a token's bytes
 
 
-def entries(config: GPTConfig) -> Iterator[Entry]:
+def entries(config: GPTConfig) -> list[Entry]:
     """Every tensor of a model by upstream's name."""
-    yield Entry("transformer.wte.weight", ("wte",), None, False)
-    yield Entry("lm_head.weight", ("lm_head",), None, True)
+    found = [Entry("transformer.wte.weight", ("wte",), None, False), Entry("lm_head.weight", ("lm_head",), None, True)]
     for layer in range(config.n_layer):
-        for ours, theirs in BLOCK_NAMES.items():
-            yield Entry(f"transformer.h.{layer}.{theirs}.weight", ("blocks", ours), layer, True)
+        found += [Entry(f"transformer.h.{layer}.{theirs}.weight", ("blocks", ours), layer, True)
+                  for ours, theirs in BLOCK_NAMES.items()]
     for rank, layer in enumerate(config.value_embed_layers):
-        yield Entry(f"value_embeds.{layer}.weight", ("value_embeds",), rank, False)
-        yield Entry(f"transformer.h.{layer}.attn.ve_gate.weight", ("ve_gate",), rank, True)
-    if config.lambdas:
-        yield Entry("resid_lambdas", ("resid_lambdas",), None, False)
-        yield Entry("x0_lambdas", ("x0_lambdas",), None, False)
+        found += [Entry(f"value_embeds.{layer}.weight", ("value_embeds",), rank, False),
+                  Entry(f"transformer.h.{layer}.attn.ve_gate.weight", ("ve_gate",), rank, True)]
     if config.smear:
-        yield Entry("smear_gate.weight", ("smear_gate",), None, True)
-        yield Entry("smear_lambda", ("smear_lambda",), None, False)
-    if config.backout:
-        yield Entry("backout_lambda", ("backout_lambda",), None, False)
+        found.append(Entry("smear_gate.weight", ("smear_gate",), None, True))
+    scalars = {"resid_lambdas": config.lambdas, "x0_lambdas": config.lambdas, "smear_lambda": config.smear,
+               "backout_lambda": config.backout}
+    return found + [Entry(name, (name,), None, False) for name, there in scalars.items() if there]
 
 
-def _leaf(tree: Any, path: tuple[str, ...]) -> Any:
-    for key in path:
-        tree = tree[key]
-    return tree
+def _leaf(tree: Any, path: Sequence[str]) -> Any:
+    return functools.reduce(operator.getitem, path, tree)
 
 
 def to_params(tensors: Mapping[str, np.ndarray], table: Sequence[Entry], config: GPTConfig, *, where: Path) -> Params:
@@ -102,7 +98,7 @@ def to_params(tensors: Mapping[str, np.ndarray], table: Sequence[Entry], config:
             raise UsageError(f"{where}: {entry.name} has dtype {tensor.dtype}, weights must be floats")
         tensor = tensor.T if entry.transposed else tensor
         *parents, last = entry.path
-        owner = _leaf(params, tuple(parents))
+        owner = _leaf(params, parents)
         if entry.layer is None:
             owner[last] = np.ascontiguousarray(tensor, np.float32)
         else:
@@ -158,7 +154,7 @@ def read_checkpoint(directory: Path, *, step: int | None = None, tokenizer: Path
         raise UsageError(f"{model_path} is not a state dict of tensors")
     tensors = {name.removeprefix("_orig_mod."): value for name, value in tensors.items()}
     config = _config(shape, tensors, meta_path, rotary_dtype)
-    params = to_params(tensors, list(entries(config)), config, where=model_path)
+    params = to_params(tensors, entries(config), config, where=model_path)
     place = tokenizer or find_tokenizer(directory)
     found = read_tokenizer(place) if place else None
     check_vocabulary(config, found, directory)
@@ -168,7 +164,7 @@ def read_checkpoint(directory: Path, *, step: int | None = None, tokenizer: Path
 def _config(shape: dict[str, Any], tensors: Mapping[str, np.ndarray], where: Path,
             rotary_dtype: str | None) -> GPTConfig:
     modern = "window_pattern" in shape or "resid_lambdas" in tensors
-    fields = {*SHAPE_FIELDS, "window_pattern"} if modern else {*SHAPE_FIELDS}
+    fields = {*SHAPE_FIELDS, *["window_pattern"] * modern}
     if modern:
         shape.setdefault("window_pattern", "L")  # as upstream does for its older checkpoints
     if set(shape) != fields:
@@ -242,13 +238,13 @@ def upstream_shape(config: GPTConfig) -> dict[str, Any]:
 
 
 def write_checkpoint(directory: Path, config: GPTConfig, params: Params, tokenizer: Tokenizer, *, step: int,
-                     meta: Mapping[str, Any], byte_rule: ByteRule = "raw") -> list[Path]:
-    """Write model, metadata and tokenizer as upstream does; returns the files, the model's last.
+                     meta: Mapping[str, Any], byte_rule: ByteRule = "raw") -> None:
+    """Write model, metadata and tokenizer as upstream does.
 
     The embedding tables are bfloat16, as upstream's are on CUDA, if that loses nothing; otherwise float32, as on a CPU.
     """
     shape = upstream_shape(config)
-    tensors = from_params(params, list(entries(config)))
+    tensors = from_params(params, entries(config))
     for name, tensor in tensors.items():
         if name == "transformer.wte.weight" or name.startswith("value_embeds."):
             half = tensor.astype(ml_dtypes.bfloat16)
@@ -261,5 +257,3 @@ def write_checkpoint(directory: Path, config: GPTConfig, params: Params, tokeniz
     meta = {"step": step, "model_config": shape, **meta}
     (directory / f"meta_{step:06d}.json").write_text(json.dumps(meta, indent=2) + "\n")
     write_pt(directory / f"model_{step:06d}.pt", tensors)
-    return [directory / name for name in
-            ("tokenizer.pkl", "token_bytes.pt", f"meta_{step:06d}.json", f"model_{step:06d}.pt")]

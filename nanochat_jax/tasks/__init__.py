@@ -35,31 +35,29 @@ def load_eval_task(name: str, paths: Paths, split: str = "test", max_problems: i
     Raises `UsageError` for an unknown name and `NotFound` if its data cannot be had.
     """
     size = SYNTHETIC_SIZES.get(split, 0)
-    name = next((each for each in EVAL_TASKS if _plain(each) == _plain(name)), name)
-
-    def embedded_words() -> list[str]:
-        return load_words(paths.data("embedded"))
-
-    if name == "HumanEval" and split != "test":
-        raise UsageError(f"HumanEval has only the split test, not {split!r}")
     loaders: dict[str, Callable[[], Task]] = {
-        "ARC-Easy": lambda: ARC(paths, "ARC-Easy", split, stop=max_problems),
-        "ARC-Challenge": lambda: ARC(paths, "ARC-Challenge", split, stop=max_problems),
-        "MMLU": lambda: MMLU(paths, split, stop=max_problems),
-        "GSM8K": lambda: GSM8K(paths, split, stop=max_problems),
-        "HumanEval": lambda: HumanEval(paths, stop=max_problems),
-        "SpellingBee": lambda: SpellingBee(load_words_alpha(paths.base), split, size=size, stop=max_problems),
-        "Arithmetic": lambda: Arithmetic(split, size, stop=max_problems),
-        "WordArithmetic": lambda: WordArithmetic(split, size, stop=max_problems),
-        "Spelling": lambda: Spelling(split, size, embedded_words(), stop=max_problems),
-        "LetterCount": lambda: LetterCount(split, size, embedded_words(), stop=max_problems),
-        "Identity": lambda: Identity(split, size, stop=max_problems),
+        "ARC-Easy": lambda: ARC(paths, "ARC-Easy", split),
+        "ARC-Challenge": lambda: ARC(paths, "ARC-Challenge", split),
+        "MMLU": lambda: MMLU(paths, split),
+        "GSM8K": lambda: GSM8K(paths, split),
+        "HumanEval": lambda: HumanEval(paths),
+        "SpellingBee": lambda: SpellingBee(load_words_alpha(paths.base), split, size=size),
+        "Arithmetic": lambda: Arithmetic(split, size),
+        "WordArithmetic": lambda: WordArithmetic(split, size),
+        "Spelling": lambda: Spelling(split, size, load_words(paths.data("embedded"))),
+        "LetterCount": lambda: LetterCount(split, size, load_words(paths.data("embedded"))),
+        "Identity": lambda: Identity(split, size),
     }
+    name = next((each for each in loaders if _plain(each) == _plain(name)), name)
     if name not in loaders:
         raise UsageError(f"unknown task {name!r}: expected one of {', '.join(EVAL_TASKS)}")
+    if name == "HumanEval" and split != "test":
+        raise UsageError(f"HumanEval has only the split test, not {split!r}")
     if max_problems is not None and max_problems < 1:
         raise UsageError(f"max_problems must be at least 1, got {max_problems}")
-    return loaders[name]()
+    task = loaders[name]()
+    task.stop = max_problems
+    return task
 
 
 def _plain(name: str) -> str:

@@ -6,26 +6,20 @@
 as it is, nothing is asked of the network.
 """
 
-import hashlib
-import http.client
 import json
 import logging
-import os
 import shutil
-import tempfile
-import urllib.request
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
-from huggingface_hub.utils import WeakFileLock
 
 from nanochat_jax.cli import NotFound, UsageError
 from nanochat_jax.data.hub import clean_up, fetch, first_line
 from nanochat_jax.data.hub_dataset import glob_pattern, list_dataset
-from nanochat_jax.data.shards import fsync
+from nanochat_jax.files import fsync, locked, write_file
 from nanochat_jax.paths import Paths
 from nanochat_jax.tasks.base import Task
 
@@ -65,17 +59,17 @@ def load_split(paths: Paths, repo: str, subset: str, split: str) -> pa.Table:
 
 def _fetch_split(repo: str, subset: str, split: str, folder: Path) -> None:
     revision, pattern = PINNED[repo]
+    pattern = pattern.format(subset=subset, split=split)
     aside = folder.with_name(f".{split}.partial")  # what is in it after a failure is gone on with
-    aside.mkdir(parents=True, exist_ok=True)
-    with WeakFileLock(aside.with_suffix(".lock")):
+    with locked(folder):
         if (folder / MANIFEST).exists():
             return  # another process has fetched it meanwhile
         logger.info("fetching %s (%s, %s)", repo, subset, split)
+        aside.mkdir(parents=True, exist_ok=True)
         try:
-            wanted = glob_pattern(pattern.format(subset=subset, split=split))
-            remote = [name for name in list_dataset(repo, revision).names if wanted.fullmatch(name)]
+            remote = [name for name in list_dataset(repo, revision).names if glob_pattern(pattern).fullmatch(name)]
             if not remote:
-                raise FileNotFoundError(f"it has no files {pattern.format(subset=subset, split=split)}")
+                raise FileNotFoundError(f"it has no files {pattern}")
             names = [f"{i:05d}.parquet" for i in range(len(remote))]
             for name, local in zip(remote, names, strict=True):
                 if not (aside / local).exists():
@@ -84,10 +78,8 @@ def _fetch_split(repo: str, subset: str, split: str, folder: Path) -> None:
             raise NotFound(f"data set {repo} ({subset}, {split}) is not in {folder} and could not be fetched: "
                            f"{first_line(error)}") from error
         clean_up(aside)
-        source = {"repo": repo, "revision": revision, "files": remote}
-        for name, content in ((SOURCE, source), (MANIFEST, names)):
-            (aside / name).write_text(json.dumps(content), encoding="utf-8")
-            fsync(aside / name)
+        write_file(aside / SOURCE, json.dumps({"repo": repo, "revision": revision, "files": remote}))
+        write_file(aside / MANIFEST, json.dumps(names))
         if folder.exists():  # without a manifest: a fetch that was torn
             shutil.rmtree(folder)
         aside.rename(folder)
@@ -115,31 +107,3 @@ class HubTask(Task):
 
     def row(self, index: int) -> dict[str, Any]:
         return self.table.slice(int(self.order[index]), 1).to_pylist()[0]
-
-
-def fetch_file(url: str, path: Path, *, sha256: str | None = None, timeout_s: float = 30.0) -> Path:
-    """`path`, downloaded from `url` unless it exists, and then with the checksum `sha256` if that is given.
-
-    Raises `NotFound`, naming both, if it cannot be had.
-    """
-    if path.exists():
-        return path
-    logger.info("fetching %s", url)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        with urllib.request.urlopen(url, timeout=timeout_s) as response:
-            content = response.read()  # all at once: reading in pieces does not notice a cut connection
-        if sha256 is not None and (found := hashlib.sha256(content).hexdigest()) != sha256:
-            raise ValueError(f"its checksum is {found}, expected {sha256}")
-        with tempfile.NamedTemporaryFile(prefix=f".{path.name}-", dir=path.parent) as aside:
-            aside.write(content)
-            aside.flush()
-            os.fsync(aside.fileno())
-            os.chmod(aside.name, 0o644)
-            os.link(aside.name, path)
-    except FileExistsError:
-        pass  # another process was faster
-    except (OSError, ValueError, http.client.HTTPException) as error:  # URLError is an OSError
-        raise NotFound(f"{path} does not exist and could not be fetched from {url} ({error}): "
-                       "put the file there, or run where the network can be reached") from error
-    return path

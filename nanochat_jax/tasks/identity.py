@@ -3,9 +3,9 @@
 import random
 from pathlib import Path
 
+from nanochat_jax.files import fetch_file
 from nanochat_jax.tasks.base import Conversation, assistant, user
 from nanochat_jax.tasks.custom_json import CustomJSON
-from nanochat_jax.tasks.hub import fetch_file
 from nanochat_jax.tasks.skills import Skill, split_of
 
 CONVERSATIONS_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/identity_conversations.jsonl"

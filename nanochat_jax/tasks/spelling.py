@@ -5,15 +5,14 @@ Both draw from a list of 370,000 English words. Item i is a function of (split, 
 
 import random
 from pathlib import Path
-from typing import Literal
 
-from nanochat_jax.tasks.base import Conversation, Task, assistant, python, python_output, text, user
+from nanochat_jax.files import fetch_file
+from nanochat_jax.tasks.base import Conversation, assistant, python, python_output, text, user
 from nanochat_jax.tasks.gsm8k import same_final_answer
-from nanochat_jax.tasks.hub import fetch_file
+from nanochat_jax.tasks.skills import LETTERS, Skill, Split
 
 WORDS_URL = "https://raw.githubusercontent.com/dwyl/english-words/20f5cc9b3f0ccc8ce45d814c532b7c2031bba31c/words_alpha.txt"
 WORDS_SHA256 = "3ed0c94610d8bcf7c11bbb49c56aa49c7234d32b66824df91f554169e572da48"
-LETTERS = "abcdefghijklmnopqrstuvwxyz"
 TEST_SEED = 10_000_000  # Python seeds with the absolute value, so negative seeds would repeat the training items
 
 QUESTIONS = [
@@ -76,24 +75,24 @@ def load_words_alpha(base: Path) -> list[str]:
     return fetch_file(WORDS_URL, base / "words_alpha.txt", sha256=WORDS_SHA256).read_text(encoding="utf-8").split()
 
 
-class SpellingBee(Task):
+class _OfWords(Skill):
+    """A task about words of a list; items by number, for upstream's are."""
+
+    def __init__(self, words: list[str], split: Split, *, size: int = 1000, **view: int) -> None:
+        super().__init__(split, size, **view)
+        self.words = list(words)
+
+    def rng(self, index: int) -> random.Random:
+        return random.Random(index + (TEST_SEED if self.split == "test" else 0))
+
+
+class SpellingBee(_OfWords):
     """How often a letter is in a word: counted letter by letter, then checked with the tool, ending in `#### count`."""
 
     key = "spelling_bee"
-    eval_type = "generative"
-
-    def __init__(self, words: list[str], split: Literal["train", "test"], *, size: int = 1000, **view: int) -> None:
-        super().__init__(**view)
-        if split not in ("train", "test"):
-            raise ValueError(f"split must be train or test, got {split!r}")
-        self.words, self.size = words, size
-        self.first_seed = TEST_SEED if split == "test" else 0
-
-    def num_examples(self) -> int:
-        return self.size
 
     def get_example(self, index: int) -> Conversation:
-        rng = random.Random(self.first_seed + index)
+        rng = self.rng(index)
         word = rng.choice(self.words)
         letter = rng.choice(word) if rng.random() < 0.9 else rng.choice(LETTERS)
         question = rng.choice(QUESTIONS)
@@ -131,20 +130,15 @@ class SpellingBee(Task):
         return same_final_answer(conversation, completion)
 
 
-class SimpleSpelling(Task):
-    """Spelling alone, which is what the counting needs most."""
+class SimpleSpelling(_OfWords):
+    """Spelling alone, which is what the counting needs most. Only for training."""
 
-    def __init__(self, words: list[str], split: Literal["train", "test"], *, size: int = 1000, **view: int) -> None:
-        super().__init__(**view)
-        if split not in ("train", "test"):
-            raise ValueError(f"split must be train or test, got {split!r}")
-        self.size, self.first_seed = size, TEST_SEED if split == "test" else 0
-        self.words = list(words)
+    eval_type = None
+
+    def __init__(self, words: list[str], split: Split, **options: int) -> None:
+        super().__init__(words, split, **options)
         random.Random(42).shuffle(self.words)  # another order than SpellingBee's, so item i is another word
 
-    def num_examples(self) -> int:
-        return self.size
-
     def get_example(self, index: int) -> Conversation:
-        word = random.Random(self.first_seed + index).choice(self.words)
+        word = self.rng(index).choice(self.words)
         return {"messages": [user(f"Spell the word: {word}"), assistant(f"{word}:{','.join(word)}")]}
