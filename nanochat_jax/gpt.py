@@ -200,8 +200,10 @@ class GPT(nnx.Module):
 
 def _write(cache: Array, new: Array, positions: Array) -> Array:
     """Put new [B, T, K, h] at positions [B, T] of a layer's cache [B, K, S, h]; positions past the end are dropped."""
-    rows = jnp.arange(new.shape[0])[:, None]
-    return cache.at[rows, :, positions].set(new.astype(cache.dtype), mode="drop")
+    new, rows = new.astype(cache.dtype), jnp.arange(new.shape[0])[:, None]
+    if positions.size == 1:  # of a single scattered index XLA makes slice updates for which it copies the cache four times
+        return cache.at[rows[..., None], jnp.arange(new.shape[2]), positions[..., None]].set(new, mode="drop")
+    return cache.at[rows, :, positions].set(new, mode="drop")
 
 
 @functools.lru_cache(maxsize=16)
