@@ -20,13 +20,14 @@ import itertools
 import json
 import os
 import random
+import re
 import signal
 import string
 import subprocess
 import sys
 import time
 from collections import Counter
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +35,7 @@ import aiohttp
 import numpy as np
 
 CONTEXT = 512
+TOKEN = re.compile(rb'"delta": ?\{"content": ?"')  # one for each event that has text
 WORDS = "the of and model that learns to speak in small steps from text it reads all day long until words come".split()
 
 
@@ -105,30 +107,28 @@ class Tally:
 
 
 async def ask(session: aiohttp.ClientSession, body: dict[str, Any], tally: Tally) -> None:
-    began, last = time.perf_counter(), None
+    began, last, rest = time.perf_counter(), None, b""
     async with session.post("/v1/chat/completions", json=body) as response:
         if response.status != 200:
             tally.answers[str(response.status)] += 1
             await asyncio.sleep(float(response.headers.get("Retry-After", 1)))
             return
-        ended = False
-        async for line in response.content:
-            if line.startswith(b"data: [DONE]"):
-                ended = True
-            elif line.startswith(b"data: {") and b'"delta": {"content": ' in line:
-                now = time.perf_counter()
+        async for data in response.content.iter_any():
+            now = time.perf_counter()
+            events, _, rest = (rest + data).rpartition(b"\n\n")
+            for _ in TOKEN.findall(events):
                 tally.tokens.append(now)
                 if last is None:
                     tally.ttft.append((now, now - began))
                 else:
                     tally.gaps.append((now, now - last))
                 last = now
-        tally.answers["ok" if ended else "broken"] += 1
+        tally.answers["ok" if events.endswith(b"data: [DONE]") else "broken"] += 1
 
 
-async def load(url: str, clients: int, options: argparse.Namespace) -> dict[str, Any]:
-    """One row of the table."""
-    tally, stop = Tally(), asyncio.Event()
+async def load(url: str, clients: int, options: argparse.Namespace, tally: Tally) -> tuple[float, float]:
+    """Ask for the time of one window; when it began and ended."""
+    stop = asyncio.Event()
 
     async def client(session: aiohttp.ClientSession, number: int) -> None:
         rng = random.Random(number)
@@ -140,48 +140,60 @@ async def load(url: str, clients: int, options: argparse.Namespace) -> dict[str,
         tasks = [asyncio.create_task(client(session, number)) for number in range(clients)]
         await asyncio.sleep(options.warmup)
         start = time.perf_counter()
-        await asyncio.sleep(options.seconds)
+        await asyncio.sleep(options.seconds / options.rounds)
         end = time.perf_counter()
         stop.set()
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
+    return start, end
 
-    def percentiles(pairs: list[tuple[float, float]]) -> list[float]:
-        values = [value for when, value in pairs if start <= when <= end]
+
+class Row:
+    """One number of clients at one server, over all rounds."""
+
+    def __init__(self, name: str, url: str, clients: int) -> None:
+        self.name, self.url, self.clients = name, url, clients
+        self.tally, self.windows = Tally(), []
+        self.rates: list[float] = []  # tokens/s of each round
+
+    def measure(self, options: argparse.Namespace) -> None:
+        start, end = asyncio.run(load(self.url, self.clients, options, self.tally))
+        self.windows.append((start, end))
+        self.rates.append(sum(start <= when <= end for when in self.tally.tokens) / (end - start))
+
+    def percentiles(self, pairs: list[tuple[float, float]]) -> list[float]:
+        values = [value for when, value in pairs if any(start <= when <= end for start, end in self.windows)]
         return [round(1000 * float(each), 1) for each in np.percentile(values, [50, 95, 99])] if values else []
 
-    count = sum(start <= when <= end for when in tally.tokens)
-    errors = {name: number for name, number in tally.answers.items() if name != "ok"}
-    return {"clients": clients, "tokens_per_s": round(count / (end - start), 1), "ttft_ms": percentiles(tally.ttft),
-            "gap_ms": percentiles(tally.gaps), "replies": tally.answers["ok"], "errors": errors}
+    def numbers(self) -> dict[str, Any]:
+        errors = {name: number for name, number in self.tally.answers.items() if name != "ok"}
+        return {"clients": self.clients, "tokens_per_s": round(float(np.median(self.rates)), 1),
+                "ttft_ms": self.percentiles(self.tally.ttft), "gap_ms": self.percentiles(self.tally.gaps),
+                "replies": self.tally.answers["ok"], "errors": errors}
 
 
 def bench(options: argparse.Namespace) -> dict[str, Any]:
-    rows = []
-    print(f"{'clients':>12} {'tokens/s':>9} {'TTFT p50/p95/p99 ms':>24} {'gap p50/p95/p99 ms':>22} {'replies':>8} "
-          "errors", flush=True)
-
-    def show(name: str, row: dict[str, Any]) -> None:
-        ttft, gap = ("/".join(f"{value:g}" for value in row[key]) for key in ("ttft_ms", "gap_ms"))
-        print(f"{name:>12} {row['tokens_per_s']:>9} {ttft:>24} {gap:>22} {row['replies']:>8} {row['errors'] or 0}",
-              flush=True)
-
-    alone = None
-    if not options.url:
-        with server_process(options, 1) as (url, _):
-            alone = asyncio.run(load(url, 1, options))
-        show("1, of 1 slot", alone)
-    with server_process(options, options.slots) as (url, _):
-        for clients in map(int, options.clients.split(",")):
-            rows.append(asyncio.run(load(url, clients, options)))
-            show(str(clients), rows[-1])
-    baseline = alone or next((row for row in rows if row["clients"] == 1), None)
-    ratios = {row["clients"]: round(row["tokens_per_s"] / baseline["tokens_per_s"], 2)
-              for row in rows if baseline}  # fmt: skip
-    print("tokens/s beside requests one at a time", "on a server of one slot:" if alone else "on this server:",
+    with ExitStack() as servers:
+        url, _ = servers.enter_context(server_process(options, options.slots))
+        rows = [Row(clients, url, int(clients)) for clients in options.clients.split(",")]
+        if not options.url:
+            single, _ = servers.enter_context(server_process(options, 1))
+            rows.insert(0, Row("1, of 1 slot", single, 1))
+        for _ in range(options.rounds):  # in turns, so that a machine that is busy at times is so for all of them
+            for row in rows:
+                row.measure(options)
+    print(f"{'clients':>12} {'tokens/s':>9} {'TTFT p50/p95/p99 ms':>24} {'gap p50/p95/p99 ms':>22} {'replies':>8} errors")
+    for row in rows:
+        shown = row.numbers()
+        ttft, gap = ("/".join(f"{value:g}" for value in shown[key]) for key in ("ttft_ms", "gap_ms"))
+        print(f"{row.name:>12} {shown['tokens_per_s']:>9} {ttft:>24} {gap:>22} {shown['replies']:>8} {shown['errors'] or 0}")
+    baseline = next((row for row in rows if row.clients == 1), None)
+    ratios = {row.clients: round(float(np.median(np.divide(row.rates, baseline.rates))), 2)
+              for row in rows if baseline and row is not baseline}  # fmt: skip
+    print("tokens/s beside requests one at a time", "on this server:" if options.url else "on a server of one slot:",
           ", ".join(f"{clients} clients {ratio}x" for clients, ratio in ratios.items()))
-    return {"one_at_a_time": alone, "rows": rows, "ratios": ratios}
+    return {"rows": [row.numbers() | {"server": row.name} for row in rows], "ratios": ratios}
 
 
 def rss_mib(pid: int) -> float:
@@ -311,8 +323,9 @@ def main() -> None:
     parser.add_argument("--slots", type=int, default=32)
     parser.add_argument("--max-queue", type=int, default=128)
     parser.add_argument("--clients", default="1,8,32,128")
-    parser.add_argument("--seconds", type=float, default=10, help="window of each row")
-    parser.add_argument("--warmup", type=float, default=2, help="seconds before each window")
+    parser.add_argument("--seconds", type=float, default=12, help="window of each row, all rounds together")
+    parser.add_argument("--rounds", type=int, default=3, help="windows it is split into, in turns with those of other rows")
+    parser.add_argument("--warmup", type=float, default=1.5, help="seconds before each window")
     parser.add_argument("--url", help="a running server; --slots must be its own")
     parser.add_argument("--soak", type=float, metavar="SECONDS")
     parser.add_argument("--fuzz", type=int, metavar="BODIES")

@@ -47,6 +47,8 @@ class Config:
     grace: float = flag(10.0, "seconds that replies in flight are given when the server is told to stop")
     api_key: str | None = flag(None, f"key that clients must send; {API_KEY_VARIABLE} keeps it out of `ps`")
     cors_origin: str | None = flag(None, "origins whose pages may call, as https://a.com,https://b.com; * is all")
+    allowed_hosts: str | None = flag(None, "names that clients may call the server by, as a.com,b.com; * is any; default "
+                                           "localhost where only this machine can reach it, else any")
     num_gpus: int | None = flag(None, "devices to spread the slots over: short for --mesh <n>x1", short="-n")
     mesh: str | None = flag(None, "devices as DxM: slots over D, heads over M; auto uses all on D; default one device")
     device_type: str = flag("", "platform to run on; default the best there is", choices=PLATFORMS)
@@ -71,6 +73,9 @@ class Config:
         for origin in self.cors_origins:
             if origin != "*" and not re.fullmatch(r"https?://[^/\s]+", origin):
                 raise ValueError(f"--cors-origin must be * or like https://example.com, without a path, got {origin!r}")
+        if self.allowed_hosts is not None and not re.fullmatch(r"(\*|[\w.-]+)(,(\*|[\w.-]+))*", self.allowed_hosts):
+            raise ValueError("--allowed-hosts must be names like example.com, without https:// or a port, or *, "
+                             f"got {self.allowed_hosts!r}")
         self.sampling  # noqa: B018  (its check of the ranges)
 
     @property
@@ -84,6 +89,12 @@ class Config:
     @property
     def cors_origins(self) -> tuple[str, ...]:
         return tuple(self.cors_origin.split(",")) if self.cors_origin is not None else ()
+
+    def hosts(self, sock: socket.socket) -> tuple[str, ...]:
+        """Names of the server listening on `sock`, "*" for any."""
+        if self.allowed_hosts is not None:
+            return (self.host, *self.allowed_hosts.split(","))
+        return (self.host,) if ipaddress.ip_address(sock.getsockname()[0]).is_loopback else ("*",)
 
     @property
     def devices(self) -> str:
@@ -108,8 +119,8 @@ def main(config: Config) -> None:
             app = server.create_app(
                 scheduler, model.tokenizer, info, max_len=engine.max_len, num_slots=config.slots,
                 devices=tuple(map(str, mesh.devices.flat)), defaults=config.sampling, model_id=model_id,
-                max_choices=min(MAX_CHOICES, config.max_queue), api_key=config.key, cors_origins=config.cors_origins,
-                deadline=config.timeout, grace=config.grace,
+                max_choices=min(MAX_CHOICES, config.max_queue), hosts=config.hosts(sock), api_key=config.key,
+                cors_origins=config.cors_origins, deadline=config.timeout, grace=config.grace,
             )  # fmt: skip
             asyncio.run(server.run(app, sock, lambda: print(greeting(config, sock, model_id), flush=True)))
 

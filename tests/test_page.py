@@ -93,7 +93,7 @@ class Served:
     def start(self):
         async def start():
             app = server.create_app(self.scheduler, TOKENIZER, INFO, **self.options)
-            self.runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=0.1)
+            self.runner = server.make_runner(app, shutdown_timeout=0.1)
             await self.runner.setup()
             sock = server.bind("127.0.0.1", self.port)
             self.port = sock.getsockname()[1]
@@ -326,6 +326,22 @@ def test_conversations_are_kept_apart(page, script):
     expect(titles).to_have_text(["about dogs"])
 
 
+def test_many_conversations_can_be_searched(page, script):
+    page.evaluate("""() => {
+      for (let at = 0; at < 9; at++) localStorage.setItem(`nanochat.chat.c${at}`, JSON.stringify({ id: `c${at}`,
+        title: `chat ${at}`, updated: at, turns: [{ role: "user", text: `chat ${at}` },
+        { role: "assistant", parts: [{ type: "text", text: at === 3 ? "Foxes!" : "Yes." }], state: "done" }] }));
+    }""")
+    expect(page.locator("#find")).to_be_hidden()
+    page.reload()
+    titles = page.locator("#conversations li > button:first-child")
+    expect(titles).to_have_count(9)
+    page.locator("#find").fill("fox")
+    expect(titles).to_have_text(["chat 3"])
+    page.locator("#find").fill("nowhere")
+    expect(page.locator("#conversations")).to_have_text("None found.")
+
+
 def test_a_deleted_conversation_can_be_had_back(page, script):
     send(page, "about cats")
     expect(replies(page)).to_have_text("Yes.")
@@ -472,6 +488,7 @@ def test_a_busy_server_is_told_in_words_and_asked_again(page, script):
 
 
 def test_a_server_that_is_gone_is_told_until_it_is_back(page, served):
+    page.set_viewport_size({"width": 375, "height": 700})  # where the banner takes two lines
     show(page, served.scheduler, "line\n\n" * 40)
     served.stop()
     send(page, "Hello")
@@ -540,7 +557,8 @@ HOSTILE = [
     "[![x](http://evil.example/p)](javascript:alert(1))",
     "[x](https://ok.example\" onmouseover=\"alert(1))", "```\"><script>alert(1)</script>\nx\n```",
     "```constructor\nx\n```", "| <img src=x onerror=alert(1)> |\n|--|\n| <script>alert(1)</script> |",
-    "`<img src=x onerror=alert(1)>`", "\ue000\ue001\uf8ff", ">" * 3000, "- " * 1500, "[" * 3000, "*" * 3000 + "a",
+    "`<img src=x onerror=alert(1)>`", "\ue000\ue001\uf8ff", ">" * 3000, "- " * 1500, "[" * 3000, "*" * 3000 + "a", "\\(" * 1500, "$a" * 1500,
+    "$$\n\\[\n" * 700,
     "`" * 3001 + "a", "**a" * 1500, "<form action=http://evil.example><button>x</button></form>",
     "<meta http-equiv=refresh content='0;url=http://evil.example'>", "<base href=http://evil.example>",
 ]
@@ -559,6 +577,15 @@ def test_hostile_markdown_does_nothing(page, script, open_page):
         page.locator("#new").click()
     assert page.evaluate("window.hacked") is None and page.url.startswith("http://127.0.0.1")
     assert open_page.problems == []
+
+
+def test_formulas_are_shown_as_they_were_written(page, script):
+    reply = show(page, script, "So \\(a_1*b_2*c\\), \\[E = mc^2\\], $$x_i$$ and $y_j$ at $5 and $6, not \\*bold\\*.\n\n"
+                 "$$\n\\int_0^1 f*g*h\n$$\nDone.")
+    expect(reply.locator("p > code")).to_have_text(["a_1*b_2*c", "E = mc^2", "x_i", "y_j"])
+    expect(reply.locator("pre")).to_have_text("\\int_0^1 f*g*h")
+    expect(reply).to_contain_text("at $5 and $6, not *bold*.")
+    expect(reply.locator("em")).to_have_count(0)
 
 
 def test_a_link_cannot_hide_where_it_goes(page, script):

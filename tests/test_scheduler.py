@@ -45,10 +45,11 @@ class Gate:
         self.open = threading.Event()
         step = EngineLoop.step
 
-        def guarded(loop):
+        def guarded(loop, meanwhile):
             if self.open.is_set():
-                step(loop)
+                step(loop, meanwhile)
             else:
+                meanwhile()
                 time.sleep(0.002)
 
         monkeypatch.setattr(EngineLoop, "step", guarded)

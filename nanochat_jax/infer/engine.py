@@ -14,7 +14,7 @@ prompts are prefilled together and how long the cache is, and so the last bits o
 import logging
 import time
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
@@ -34,6 +34,7 @@ log = logging.getLogger(__name__)
 
 SHORTEST_PROMPT = 32  # smallest padded length of a prefill
 SHORTEST_CACHE = 256
+FIRST_TOKEN_SECONDS = 0.1  # most that a first token may wait for the rest of its dispatch
 PREFILL_TOKENS = 2048  # most tokens, padding included, of several prompts in one prefill: no device needs more at once
 
 
@@ -182,12 +183,13 @@ class EngineLoop:
     A generation that is done has left its slot. Not for several threads at once. After an exception from the device the
     cache is lost: throw the loop away.
 
-    `streaming` looks at the first token of a reply as soon as it is there, rather than after a whole dispatch.
+    `streaming` looks at the first token of a reply as soon as it is there, where a whole dispatch takes long.
     """
 
     def __init__(self, engine: Engine, *, streaming: bool = True) -> None:
         self._engine = engine
         self._streaming = streaming
+        self._slow = streaming  # whether the last dispatch was a whole one that took long, as is feared of the first
         self._slots: list[Generation | None] = [None] * engine.num_slots
         # The prompt, all but its last token, that a slot's first positions hold; also once its generation is done.
         self._held: list[tuple[int, ...]] = [()] * engine.num_slots
@@ -230,16 +232,21 @@ class EngineLoop:
         for bucket, by_prompt in new.items():
             self._prefill(bucket, deque(by_prompt.items()))
 
-    def step(self) -> None:
-        """Advance every active slot by up to `steps_per_dispatch` tokens."""
+    def step(self, meanwhile: Callable[[], None] = lambda: None) -> None:
+        """Advance every active slot by up to `steps_per_dispatch` tokens; `meanwhile` is called once the device has begun."""
         active = [(slot, generation) for slot, generation in enumerate(self._slots) if generation is not None]
         if not active:
-            return
+            return meanwhile()
         self._make_room()
-        first = self._streaming and any(not generation.tokens for _, generation in active)
-        emitted, logprobs = self.decode(active, steps=1 if first else self._engine.steps_per_dispatch)
+        began = time.monotonic()
+        short = self._slow and any(not generation.tokens for _, generation in active)
+        emitted, logprobs = self.decode(active, steps=1 if short else self._engine.steps_per_dispatch)
+        meanwhile()
+        tokens, logs = np.asarray(emitted).tolist(), np.asarray(logprobs).tolist()  # waits for the device
         for slot, generation in active:
-            self._accept(slot, generation, emitted[slot].tolist(), logprobs[slot].tolist())
+            self._accept(slot, generation, tokens[slot], logs[slot])
+        # Never two short ones on end, or those who arrive would slow everyone down.
+        self._slow = self._streaming and not short and time.monotonic() - began > FIRST_TOKEN_SECONDS
 
     def cancel(self, generation: Generation) -> None:
         """End a generation early, keeping what it has; nothing happens to one that is done."""
@@ -292,8 +299,8 @@ class EngineLoop:
         engine.log_compilation("copy", engine.num_slots, self.cache.length)
         self.cache = device.copy(self.cache, np.int32(source), np.int32(target), program=engine.program)
 
-    def decode(self, active: Sequence[tuple[int, Generation]], *, steps: int = 1) -> tuple[np.ndarray, np.ndarray]:
-        """One dispatch for these (slot, generation); tokens [B, K], -1 where a slot rested, and log-probabilities."""
+    def decode(self, active: Sequence[tuple[int, Generation]], *, steps: int = 1) -> tuple[jax.Array, jax.Array]:
+        """Begin a dispatch for these (slot, generation); tokens [B, K], -1 where a slot rested, and log-probabilities."""
         engine, size, most = self._engine, len(self._slots), self._engine.steps_per_dispatch
         dispatch = Dispatch(
             length=np.full(size, self.cache.length, np.int32),
@@ -320,7 +327,7 @@ class EngineLoop:
             dispatch.logprobs[slot] = generation.request.logprobs
         engine.log_compilation("decode", size, self.cache.length)
         self.cache, emitted, logprobs = device.decode(engine.params, self.cache, dispatch, program=engine.program)
-        return np.asarray(emitted), np.asarray(logprobs)
+        return emitted, logprobs
 
     def _prefill(self, bucket: int, waiting: deque[tuple[tuple[int, ...], list[int]]]) -> None:
         """Prefill prompts of one padded length and put each into its slots."""

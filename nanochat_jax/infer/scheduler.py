@@ -197,7 +197,7 @@ class Scheduler:
             with self._changed:
                 self._changed.wait_for(lambda: self._waiting or self._live or self._closing)
                 if self._closing:
-                    return
+                    break
                 taken = [handle for handle in self._waiting if handle.cancelled]
                 self._waiting = deque(handle for handle in self._waiting if not handle.cancelled)
                 taken += self._next(loop.num_free)
@@ -206,11 +206,10 @@ class Scheduler:
             for generation, handle in self._live.items():
                 if handle.cancelled:
                     loop.cancel(generation)
-            self._deliver()
             loop.admit([generation for generation in admitted if not generation.done])
-            self._deliver()
-            loop.step()
-            self._deliver()
+            # What came is handed out while the device works, so that it never waits for who writes to clients.
+            loop.step(meanwhile=self._deliver)
+        self._deliver()
 
     def _next(self, num_free: int) -> list[Handle]:
         """Take from the queue, first come first served, what is admitted before the next step."""

@@ -2,8 +2,10 @@
 
 import asyncio
 import hashlib
+import ipaddress
 import json
 import logging
+import re
 import secrets
 from collections.abc import Callable
 from typing import Any
@@ -49,10 +51,10 @@ async def read_json(request: web.Request) -> Any:
         raise BadRequest(422, f"the body is not JSON: {error}") from error
 
 
-def middlewares(metrics: Metrics, *, api_key: str | None, cors: bool) -> list[Any]:
+def middlewares(metrics: Metrics, *, hosts: tuple[str, ...], api_key: str | None, cors: bool) -> list[Any]:
     """In the order that requests pass them."""
-    return [_counting(metrics), _errors, *([_preflight] if cors else []),
-            *([_key_check(api_key)] if api_key is not None else [])]
+    return [_counting(metrics), _errors, *([_host_check(hosts)] if "*" not in hosts else []),
+            *([_preflight] if cors else []), *([_key_check(api_key)] if api_key is not None else [])]
 
 
 def add_headers(cors_origins: tuple[str, ...]) -> Any:
@@ -120,6 +122,33 @@ def _error(request: web.Request, status: int, detail: str, param: str | None = N
         body = openai_api.error_body(status, detail, param, code)
     headers = {503: {"Retry-After": RETRY_AFTER}, 401: {"WWW-Authenticate": "Bearer"}}.get(status, {})
     return web.json_response(body, status=status, headers=headers)
+
+
+def _host_check(hosts: tuple[str, ...]) -> Any:
+    """Refuse a browser that was told a foreign name is this machine's address (DNS rebinding).
+
+    The page that did so would pass for one of ours. It needs a name of its own, so addresses need not be checked.
+    """
+    names = {"localhost", *(host.lower() for host in hosts)}
+
+    @web.middleware
+    async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
+        given = request.headers.get(hdrs.HOST, "localhost").lower()  # browsers always send one
+        name = re.sub(r":\d*$", "", given).rstrip(".")
+        if name not in names and not name.endswith(".localhost") and not _is_address(name.strip("[]")):
+            raise BadRequest(403, f"this server does not go by the name {given[:80]!r}: --allowed-hosts adds names",
+                             code="host_not_allowed")
+        return await handler(request)
+
+    return check
+
+
+def _is_address(text: str) -> bool:
+    try:
+        ipaddress.ip_address(text)
+    except ValueError:
+        return False
+    return True
 
 
 @web.middleware

@@ -26,7 +26,7 @@ from nanochat_jax.serve.chat_request import (
     make_prompt,
     type_name,
 )
-from nanochat_jax.serve.replies import Event, EventStream, Replies, ReplyError
+from nanochat_jax.serve.replies import Event, EventStream, Replies, ReplyError, encode
 from nanochat_jax.tokenizer import Tokenizer
 
 MAX_STOPS = 4
@@ -158,14 +158,19 @@ async def _stream(request: web.Request, completion: Completion, head: Mapping[st
         choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": reason}
         return {"object": "chat.completion.chunk", **head, "choices": [choice], **usage}
 
+    # What surrounds a piece of text in its chunk is the same for each, and is encoded once.
+    around = [encode(chunk(index, {"content": ""})).split('"content": ""') for index in range(completion.n)]
+
     async with EventStream(request) as stream:
         try:
             role = {"role": "assistant", "content": "", "refusal": None}
             await stream.send(*(chunk(index, role) for index in range(completion.n)))
             async for batch in events:
-                chunks = [chunk(index, {"content": event}) for index, event in batch if isinstance(event, str)]
+                chunks: list[Mapping[str, Any] | str] = []
                 for index, event in batch:
-                    if isinstance(event, Result):
+                    if isinstance(event, str):
+                        chunks.append(f'"content": {encode(event)}'.join(around[index]))
+                    elif isinstance(event, Result):
                         results.append(event)
                         chunks.append(chunk(index, {}, event.finish_reason))
                 if chunks:

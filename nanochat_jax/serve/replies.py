@@ -23,6 +23,8 @@ log = logging.getLogger(__name__)
 
 Event = str | ToolCall | Result
 
+encode = json.JSONEncoder(ensure_ascii=False).encode  # once: json.dumps with an option makes a new encoder each time
+
 UNSENT_BYTES = 16 * 1024  # a client with more than this unsent is not reading ...
 STALL_SECONDS = 0.75  # ... and is given up if that lasts
 
@@ -184,8 +186,8 @@ class EventStream:
             raise ConnectionResetError("the stream failed") from error
 
     async def send(self, *events: Mapping[str, Any] | str) -> None:
-        """Write events at once; waits while the client is behind, and gives it up if it does not read at all."""
-        texts = (data if isinstance(data, str) else json.dumps(data, ensure_ascii=False) for data in events)
+        """Write events, text as it is, together; waits while the client is behind, and gives it up if it does not read at all."""
+        texts = (data if isinstance(data, str) else encode(data) for data in events)
         data = "".join(f"data: {text}\n\n" for text in texts).encode(errors="replace")
         transport = self._request.transport
         if transport is None:

@@ -10,7 +10,7 @@ A reply of /chat/completions is a stream of `data: <json>` events: {"token": tex
 {"expression": text, "output": text or null}, "gpu": 0} for a calculation, at last {"done": true}; or {"error": text}
 if it breaks off. A conversation that outgrows the context loses its first messages; the header X-Dropped-Messages says
 how many. A client that goes away, or does not read, ends its generation. Mistakes are answered with {"detail": text}:
-400 for what is over a limit, 401 without the key, 422 for what has the wrong type, 503 with Retry-After when the queue
+400 for what is over a limit, 401 without the key, 403 for a name that is not the server's, 422 for what has the wrong type, 503 with Retry-After when the queue
 is full.
 """
 
@@ -45,6 +45,8 @@ WEB = Path(__file__).parent / "web"
 CONTENT_TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml",
                  ".txt": "text/plain"}
 SEND_BUFFER_BYTES = 32 * 1024  # of the kernel, for each client: more would hide for long that it does not read
+IDLE_SECONDS = 75.0  # of a connection, until the whole head of its first or next request has come
+UNREAD_SECONDS = 30  # in which a client reads nothing of what was sent, until it is cut off (Linux only)
 SHUTDOWN_SECONDS = 2.0  # for handlers to return once their replies have ended
 
 
@@ -59,6 +61,7 @@ def create_app(
     defaults: Sampling,
     model_id: str = "nanochat",
     max_choices: int = 8,
+    hosts: tuple[str, ...] = ("*",),
     api_key: str | None = None,
     cors_origins: tuple[str, ...] = (),
     deadline: float = 600.0,
@@ -74,6 +77,7 @@ def create_app(
       defaults: how to sample where a request does not say.
       model_id: the model's name for OpenAI's clients.
       max_choices: most replies that one request of OpenAI's API may ask for; no more than the queue holds.
+      hosts: names that clients may call the server by, besides its addresses and localhost; "*" is any.
       api_key: what clients must know; None lets everyone in.
       cors_origins: origins whose pages may call; "*" is all.
       deadline: seconds that a reply may take, its time in the queue included.
@@ -97,7 +101,7 @@ def create_app(
         return web.json_response(description)
 
     app = web.Application(client_max_size=access.MAX_BODY_BYTES,
-                          middlewares=access.middlewares(counts, api_key=api_key, cors=bool(cors_origins)))
+                          middlewares=access.middlewares(counts, hosts=hosts, api_key=api_key, cors=bool(cors_origins)))
     for path in WEB.rglob("*"):
         if path.suffix in CONTENT_TYPES:
             name = path.relative_to(WEB).as_posix()
@@ -131,7 +135,9 @@ def bind(host: str, port: int) -> socket.socket:
     sock = socket.socket(family, kind, protocol)
     try:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)  # connections inherit it
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)  # connections inherit these
+        if hasattr(socket, "TCP_USER_TIMEOUT"):
+            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNREAD_SECONDS * 1000)
         sock.bind(address)
         sock.listen(128)
     except OSError as error:
@@ -145,9 +151,15 @@ def bind(host: str, port: int) -> socket.socket:
     return sock
 
 
+def make_runner(app: web.Application, shutdown_timeout: float = SHUTDOWN_SECONDS) -> web.AppRunner:
+    """What serves the application, once it is set up: a client that leaves cancels its handler, an idle one is cut off."""
+    return web.AppRunner(app, handler_cancellation=True, shutdown_timeout=shutdown_timeout, access_log=None,
+                         keepalive_timeout=IDLE_SECONDS)
+
+
 async def run(app: web.Application, sock: socket.socket, on_ready: Callable[[], None]) -> None:
     """Serve until SIGINT or SIGTERM; then let the replies in flight end, and return. A second one kills."""
-    runner = web.AppRunner(app, handler_cancellation=True, shutdown_timeout=SHUTDOWN_SECONDS, access_log=None)
+    runner = make_runner(app)
     await runner.setup()
     loop, stop = asyncio.get_running_loop(), asyncio.Event()
     signals = (signal.SIGINT, signal.SIGTERM)

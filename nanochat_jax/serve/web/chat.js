@@ -70,7 +70,11 @@ function takeCommand([name, range]) {
 }
 
 function drawSidebar() {
-  const rows = chats.map((each) => {
+  $("find").hidden = chats.length < 8;
+  const wanted = $("find").hidden ? "" : $("find").value.trim().toLowerCase();
+  const said = (turn) => (turn.text ?? plainText(turn.parts)).toLowerCase();
+  const found = chats.filter(({ turns }) => !wanted || turns.some((turn) => said(turn).includes(wanted)));
+  const rows = found.map((each) => {
     const open = button(each.title, () => show(each));
     open.title = each.title;
     if (each.id === chat.id) open.setAttribute("aria-current", "true");
@@ -80,7 +84,7 @@ function drawSidebar() {
     remove.addEventListener("click", () => forget(each));
     return element("li", open, remove);
   });
-  $("conversations").replaceChildren(...rows.length ? rows : [element("li.none", "None yet.")]);
+  $("conversations").replaceChildren(...rows.length ? rows : [element("li.none", wanted ? "None found." : "None yet.")]);
   document.title = chat.title ? `${chat.title} · NanoChat` : "NanoChat";
 }
 
@@ -329,12 +333,18 @@ document.addEventListener("keydown", (event) => {
     else if (narrow.matches) showSidebar(false);
   }
 });
-let following = true; // the reader is at the bottom, and stays there when a banner or the keyboard takes room
+// The reader is at the bottom, and stays there when a banner or the keyboard takes room, of which a scroll event may tell
+// before the observer does.
+let [following, height] = [true, 0];
 scroll.addEventListener("scroll", () => {
-  following = isAtBottom();
+  if (scroll.clientHeight === height) following = isAtBottom();
   $("to-bottom").hidden = following;
 });
-new ResizeObserver(() => following && toBottom()).observe(scroll);
+new ResizeObserver(() => {
+  height = scroll.clientHeight;
+  if (following) toBottom();
+}).observe(scroll);
+$("find").addEventListener("input", drawSidebar);
 $("to-bottom").addEventListener("click", toBottom);
 $("new").addEventListener("click", startAgain);
 $("stop").addEventListener("click", () => requests.get(chat.id)?.abort());

@@ -10,6 +10,7 @@ const TOOL = /[\uE000-\uF8FF]/;
 const MAX_DEPTH = 8; // of quotes in quotes and lists in lists
 
 const FENCE = /^ *(`{3,}|~{3,})\s*([\w+#.-]*)[^`\uE000-\uF8FF]*$/;
+const FORMULA = /^ *(?:\$\$|\\\[)\s*$/; // begins what is shown as it was written, in TeX
 const HEADING = /^ {0,3}(#{1,6})\s+(.*?)(?:\s+#+)?\s*$/;
 const RULE = /^ {0,3}([-*_])(?:\s*\1){2,}\s*$/;
 const QUOTE = /^ {0,3}> ?/;
@@ -33,7 +34,7 @@ function blocks(lines, context) {
   const out = [];
   const startsTable = (at) => lines[at]?.includes("|") && lines[at + 1]?.includes("|") && TABLE.test(lines[at + 1]);
   const startsBlock = (at) =>
-    [FENCE, HEADING, RULE, QUOTE, ITEM].some((kind) => kind.test(lines[at])) || startsTable(at);
+    [FENCE, FORMULA, HEADING, RULE, QUOTE, ITEM].some((kind) => kind.test(lines[at])) || startsTable(at);
   let at = 0;
   while (at < lines.length) {
     const from = at;
@@ -41,10 +42,10 @@ function blocks(lines, context) {
     const [fence, heading] = [line.match(FENCE), line.match(HEADING)];
     if (!line.trim()) {
       at++;
-    } else if (fence) {
-      const ends = new RegExp(`^ *${fence[1][0]}{${fence[1].length},}\\s*$`);
+    } else if (fence || FORMULA.test(line)) {
+      const ends = fence ? new RegExp(`^ *${fence[1][0]}{${fence[1].length},}\\s*$`) : /^ *(?:\$\$|\\\])\s*$/;
       for (at++; at < lines.length && !ends.test(lines[at]);) at++;
-      out.push(codeBlock(lines.slice(from + 1, at++).join("\n"), fence[2].toLowerCase(), context));
+      out.push(codeBlock(lines.slice(from + 1, at++).join("\n"), fence ? fence[2].toLowerCase() : "math", context));
     } else if (heading) {
       out.push(element(`h${Math.min(6, heading[1].length + 2)}`, ...inline(heading[2], context)));
       at++;
@@ -112,9 +113,11 @@ function codeBlock(code, language, context) {
   return element("div.code", head, element("pre", element("code", ...pieces)));
 }
 
-// `code`, [text](link), ![text](image), <link>, link, **bold**, ~~struck~~, *italic* (not 2*3*4), _italic_
+// `code`, formulas as \(x\), \[x\], $$x$$ or $x$ (not $5 and $6), [text](link), ![text](image), <link>, link, **bold**,
+// ~~struck~~, *italic* (not 2*3*4), _italic_
 const SPANS = new RegExp([
   /(?<ticks>`+)(?<code>[^`]+)\k<ticks>(?!`)/,
+  /(?<formula>\\\(.+?\\\)|\\\[.+?\\\]|\$\$[^$]+\$\$)|(?<![\w$])\$(?<tex>[^\s$](?:[^$]*[^\s$])?)\$(?![\w$])/,
   /!?\[(?<label>[^[\]]*)\]\(\s*<?(?<target>[^\s()<>]+(?:\([^\s()<>]*\)[^\s()<>]*)*)>?(?:\s+"[^"]*")?\s*\)/,
   /(?<bare>\bhttps?:\/\/[^\s<>"'`)\]*]+[^\s<>"'`)\]*.,:;!?])/,
   /\*\*(?=\S)(?<bold>(?:(?!\*\*).)*\S)\*\*/,
@@ -128,7 +131,8 @@ function inline(text, context) {
   const nodes = [];
   let from = 0;
   for (const match of text.matchAll(SPANS)) {
-    const { code, label, target, bare, bold, struck, italic, under, escaped } = match.groups;
+    const { formula, tex, label, target, bare, bold, struck, italic, under, escaped } = match.groups;
+    const code = match.groups.code ?? tex ?? formula?.slice(2, -2);
     let made;
     if (code) made = element("code", ...withTools(code.trim(), context));
     else if (bare) made = link(bare, bare, context);

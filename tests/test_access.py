@@ -1,0 +1,178 @@
+"""What stands before every handler: names, keys, origins, sizes, and clients that are slow on purpose."""
+
+import asyncio
+import json
+import socket
+from contextlib import asynccontextmanager
+
+import pytest
+from test_server import HELLO, FakeScheduler, client, eventually
+
+from nanochat_jax.serve import access, server
+from scripts import serve
+
+
+@asynccontextmanager
+async def connection(session):
+    """A bare (reader, writer) to the server of a session."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", session._base_url.port)
+    try:
+        async with asyncio.timeout(5):
+            yield reader, writer
+    finally:
+        writer.close()
+
+
+HOSTS = {
+    "127.0.0.1:8000": True, "[::1]:8000": True, "192.168.1.7": True, "localhost:8000": True, "LocalHost.": True,
+    "chat.localhost": True, "mine.example:8000": True, "": False, "evil.example": False, "localhost.evil.example": False,
+    "127.0.0.1.evil.example:8000": False, "notlocalhost": False, "evil.example:80:8000": False, "[::1].evil": False,
+}  # fmt: skip
+
+
+async def test_a_page_that_calls_us_by_a_name_of_its_own_is_refused():
+    """DNS rebinding: a foreign name that the browser was told is this machine's address."""
+    scheduler = FakeScheduler("Hi")
+    async with client(scheduler, hosts=("Mine.example",)) as session:
+        for host, known in HOSTS.items():
+            page = await session.get("/", headers={"Host": host})
+            answer = await session.post("/chat/completions", json=HELLO, headers={"Host": host})
+            assert (page.status, answer.status) == ((200, 200) if known else (403, 403)), host
+        assert len(scheduler.requests) == sum(HOSTS.values())
+        refused = await (await session.get("/", headers={"Host": "evil.example"})).json()
+        assert "--allowed-hosts" in refused["detail"]
+    async with client(FakeScheduler()) as session:
+        assert (await session.get("/health", headers={"Host": "any.example"})).status == 200
+
+
+def test_only_a_server_of_this_machine_alone_checks_its_name_unless_told_to():
+    def hosts(address, **flags):
+        with server.bind(address, 0) as sock:
+            return serve.Config(host=address, **flags).hosts(sock)
+
+    assert hosts("127.0.0.1") == ("127.0.0.1",) and hosts("0.0.0.0") == ("*",)
+    assert hosts("0.0.0.0", allowed_hosts="a.example,b.example") == ("0.0.0.0", "a.example", "b.example")
+    assert "*" in hosts("127.0.0.1", allowed_hosts="*")
+
+
+@pytest.mark.parametrize("head", [
+    b"", b"GET / HTTP/1.1\r\nHost: x\r\nX-Slow: ", b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n",
+])  # fmt: skip
+async def test_a_connection_that_sends_no_whole_request_is_closed(monkeypatch, head):
+    """It says nothing, or a head that never ends, a byte now and then, or nothing more after an answer."""
+    monkeypatch.setattr(server, "IDLE_SECONDS", 0.4)
+    async with client(FakeScheduler()) as session, connection(session) as (reader, writer):
+        writer.write(head)
+
+        async def drip():
+            while b"Slow" in head:
+                writer.write(b"x")
+                await asyncio.sleep(0.05)
+
+        dripping = asyncio.create_task(drip())
+        answer = await reader.read()  # until the server closes
+        dripping.cancel()
+        assert answer.startswith(b"HTTP/1.1 200") if b"health" in head else answer == b""
+
+
+@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="Linux alone has TCP_USER_TIMEOUT")
+async def test_a_client_that_asks_for_files_and_reads_nothing_is_cut_off(monkeypatch):
+    monkeypatch.setattr(server, "UNREAD_SECONDS", 1)
+    async with client(FakeScheduler()) as session:
+        with socket.socket() as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            sock.connect(("127.0.0.1", session._base_url.port))
+            sock.sendall(b"GET /chat.js HTTP/1.1\r\nHost: x\r\n\r\n" * 50)
+            await eventually(lambda: session.runner.server.connections)
+            await eventually(lambda: not session.runner.server.connections, seconds=10)
+
+
+async def test_a_form_of_another_site_cannot_ask():
+    """A browser sends these types across origins without asking first; JSON it does not."""
+    scheduler = FakeScheduler()
+    async with client(scheduler) as session:
+        for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data"):
+            data = json.dumps(HELLO)
+            response = await session.post("/chat/completions", data=data, headers={"Content-Type": kind})
+            assert response.status == 422
+            assert "Access-Control-Allow-Origin" not in response.headers
+    assert not scheduler.requests
+
+
+async def test_a_client_that_does_not_read_is_given_up_within_a_second():
+    scheduler = FakeScheduler(*["x" * 500] * 1000, asyncio.Event())  # more than the buffers of both sides hold
+    async with client(scheduler) as session:
+        port = session._base_url.port
+        body = json.dumps(HELLO).encode()
+        with socket.socket() as sock:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            sock.setblocking(False)
+            loop = asyncio.get_running_loop()
+            await loop.sock_connect(sock, ("127.0.0.1", port))
+            head = "POST /chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            await loop.sock_sendall(sock, f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+            began = loop.time()
+            await eventually(lambda: scheduler.handles and scheduler.handles[0].cancelled.is_set())
+            assert loop.time() - began < 1.5  # half a second for a busy machine
+        assert b'replies_total{reason="disconnected"} 1.0' in await (await session.get("/metrics")).read()
+
+
+async def test_a_body_that_says_it_is_too_large_is_refused_before_it_is_sent():
+    async with client(FakeScheduler()) as session:
+        reader, writer = await asyncio.open_connection("127.0.0.1", session._base_url.port)
+        writer.write(b"POST /chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+                     b"Content-Length: 1048577\r\n\r\n")
+        async with asyncio.timeout(5):
+            assert (await reader.readline()).startswith(b"HTTP/1.1 413 ")
+        writer.close()
+
+
+async def test_a_body_that_does_not_arrive_is_408(monkeypatch):
+    monkeypatch.setattr(access, "BODY_SECONDS", 0.1)
+    async with client(FakeScheduler()) as session:
+        reader, writer = await asyncio.open_connection("127.0.0.1", session._base_url.port)
+        writer.write(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+                     b"Content-Length: 100\r\n\r\n{")
+        async with asyncio.timeout(5):
+            assert (await reader.readline()).startswith(b"HTTP/1.1 408 ")
+        writer.close()
+
+
+async def test_with_a_key_only_those_who_know_it_may_ask():
+    scheduler = FakeScheduler("Hi")
+    async with client(scheduler, api_key="secret") as session:
+        for given in (None, "Bearer", "Bearer secre", "Bearer secrets", "Basic secret", "Bearer \u00e9"):
+            headers = {"Authorization": given} if given else {}
+            for path in ("/chat/completions", "/v1/chat/completions"):
+                response = await session.post(path, json=HELLO, headers=headers)
+                assert response.status == 401 and response.headers["WWW-Authenticate"] == "Bearer", given
+            for path in ("/stats", "/metrics", "/v1/models"):
+                assert (await session.get(path, headers=headers)).status == 401
+        for path in ("/", "/chat.js", "/health", "/openapi.json"):
+            assert (await session.get(path)).status == 200
+        assert (await (await session.get("/health")).json())["api_key"] is True
+        assert not scheduler.requests
+        for scheme in ("Bearer", "bearer"):
+            headers = {"Authorization": f"{scheme} secret"}
+            response = await session.post("/chat/completions", json=HELLO, headers=headers)
+            assert response.status == 200
+
+
+async def test_only_pages_of_the_origins_named_may_read_the_answers():
+    async def ask(session, origin):
+        asked = {"Origin": origin, "Access-Control-Request-Method": "POST",
+                 "Access-Control-Request-Headers": "content-type"}
+        preflight = await session.options("/chat/completions", headers=asked)
+        answer = await session.post("/chat/completions", json=HELLO, headers={"Origin": origin})
+        allowed = answer.headers.get("Access-Control-Allow-Origin")
+        assert preflight.headers.get("Access-Control-Allow-Origin") == allowed
+        assert (preflight.headers.get("Access-Control-Allow-Headers") is None) == (allowed is None)
+        return allowed
+
+    mine, other = "https://mine.example", "https://other.example"
+    async with client(FakeScheduler()) as session:
+        assert await ask(session, mine) is None
+    async with client(FakeScheduler(), cors_origins=(mine,), api_key=None) as session:
+        assert (await ask(session, mine), await ask(session, other)) == (mine, None)
+    async with client(FakeScheduler(), cors_origins=("*",)) as session:
+        assert await ask(session, other) == other
