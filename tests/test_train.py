@@ -73,7 +73,7 @@ def run(directory, *, mesh="1x1", device_batch=ROWS, fsdp=False, batches=None, e
                                weight_decay=cosine_decay(0.1, num_steps), lr_scale=0.05, mesh=mesh)
     state, shardings = init_state(MODEL, optimizer, mesh, fsdp=fsdp, seed=1)
     step = make_train_step(MODEL, optimizer, dtype=jnp.float32, mesh=mesh, shardings=shardings)
-    job = Job(name="test", config=config, model=MODEL, directory=directory, num_steps=num_steps, shape=shape,
+    job = Job(name="test", config=config, model=MODEL, directory=directory, logs=directory, num_steps=num_steps, shape=shape,
               lr_multiplier=multiplier, metadata={},
               evaluations=evaluations or [Evaluation(-1, lambda params: {"val_bpb": 1.0})])
     outcome = train(job, state, shardings, step, batches or CountedBatches())
