@@ -7,7 +7,6 @@ whatever is moved or deleted has it copied last and deleted first, and an interr
 from __future__ import annotations
 
 import functools
-import logging
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias, Union
@@ -36,17 +35,17 @@ def open_bucket(url: str) -> epath.Path:
         from google.cloud.storage.retry import DEFAULT_RETRY
     except ImportError as error:
         raise UsageError(f"checkpoints in {url} need gcsfs ({error}): pip install 'nanochat-jax[gcs]'") from error
-    logging.getLogger("gcsfs").setLevel(logging.ERROR)
     # Listings change under us, by the other processes' and TensorStore's hands.
     fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
     os.environ.setdefault("EPATH_USE_TF", "0")  # etils takes TensorFlow's file system where TensorFlow is installed
+    name = url.removeprefix("gs://").split("/")[0]
     try:
-        storage.Client().get_bucket(url.removeprefix("gs://").split("/")[0], timeout=20, retry=DEFAULT_RETRY.with_timeout(20))
+        storage.Client().get_bucket(name, timeout=20, retry=DEFAULT_RETRY.with_timeout(20))
     except Exception as error:  # whatever the network, the credentials or the bucket say
         said = str(error).strip().split("\n")[0][:200]
-        raise UsageError(f"{url} cannot be reached ({type(error).__name__}: {said}): check the bucket's name, the network, "
-                         "and that this machine's account may read the bucket and write objects (locally: `gcloud auth "
-                         "application-default login`)") from error
+        raise UsageError(f"{url} cannot be reached ({type(error).__name__}: {said}): check the bucket's name, the network "
+                         "and that this machine's account may read the bucket and write objects (off Google's machines: "
+                         "`gcloud auth application-default login`)") from error
     from etils import epath
 
     return epath.Path(url)

@@ -109,7 +109,7 @@ def parse(config_type: type[C], argv: Sequence[str] | None = None, *, prog: str,
 def setup_logging() -> None:
     level = os.environ.get("NANOCHAT_LOG", "INFO").upper()
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr, force=True)
-    for noisy in ("jax", "orbax", "urllib3", "httpx", "asyncio"):
+    for noisy in ("jax", "orbax", "urllib3", "httpx", "asyncio", "fsspec", "gcsfs"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs the stack of every error that it raises
 

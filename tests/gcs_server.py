@@ -1,13 +1,14 @@
 """A server on this machine that speaks the JSON API of Google Cloud Storage, as far as checkpoints need it.
 
-Objects live in memory, in `objects`; any bucket but `missing` exists. `before_write(name)` is called before each object
-is stored and may raise `Refused`, sleep or kill. `environment` points clients at the server: TensorStore, which Orbax
+Objects live in memory, in `objects`; any bucket but `missing` exists. `before_change(name)` is called before an object is
+stored or deleted; it may raise `Refused`, or kill the client. `environment` points clients at the server: TensorStore, which Orbax
 writes arrays with, and gcsfs and Google's own client, which it writes all else with.
 """
 
 import base64
 import hashlib
 import json
+import os
 import re
 import threading
 import time
@@ -15,6 +16,9 @@ from collections.abc import Callable
 from email import message_from_bytes
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
+
+
+os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"  # looks for another protocol; gcsfs asks when it is imported
 
 
 class Refused(Exception):
@@ -33,7 +37,7 @@ class GCSServer(ThreadingHTTPServer):
         self.objects: dict[str, bytes] = {}  # "bucket/name" -> content
         self.generations: dict[str, int] = {}
         self.uploads: dict[str, tuple[str, bytes]] = {}  # resumable ones on their way: id -> name, what has come
-        self.before_write: Callable[[str], None] = lambda name: None
+        self.before_change: Callable[[str], None] = lambda name: None
         self.lock, self.clock = threading.RLock(), 0
 
     def __enter__(self):
@@ -48,14 +52,14 @@ class GCSServer(ThreadingHTTPServer):
     def environment(self) -> dict[str, str]:
         url = f"http://127.0.0.1:{self.server_port}"
         return {"STORAGE_EMULATOR_HOST": url, "TENSORSTORE_GCS_HTTP_URL": url, "GOOGLE_AUTH_TOKEN_FOR_TESTING": "test",
-                "GOOGLE_CLOUD_PROJECT": "test", "GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT": "false"}
+                "GOOGLE_CLOUD_PROJECT": "test"}
 
     def under(self, prefix: str) -> list[str]:
         with self.lock:
             return sorted(name for name in self.objects if name.startswith(prefix))
 
     def store(self, name: str, content: bytes, expected: str | None = None) -> dict:
-        self.before_write(name)
+        self.before_change(name)
         with self.lock:
             if expected is not None and int(expected) != self.generations.get(name, 0):
                 raise Refused(412)
@@ -87,6 +91,7 @@ class GCSServer(ThreadingHTTPServer):
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
+    disable_nagle_algorithm, wbufsize = True, -1  # else each answer waits 40 ms for an acknowledgement
     server: GCSServer
 
     def log_message(self, *_):
@@ -151,6 +156,7 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command == "DELETE":
             with self.server.lock:
                 self._content(name)
+                self.server.before_change(name)
                 del self.server.objects[name], self.server.generations[name]
             return self._answer(204)
         content, generation = self._content(name), self.server.generations[name]
