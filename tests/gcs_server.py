@@ -48,6 +48,9 @@ class GCSServer(ThreadingHTTPServer):
         self.shutdown()
         self.server_close()
 
+    def handle_error(self, request, address):
+        pass  # a client that was killed, or is done
+
     @property
     def environment(self) -> dict[str, str]:
         url = f"http://127.0.0.1:{self.server_port}"
@@ -117,8 +120,6 @@ class _Handler(BaseHTTPRequestHandler):
         except Refused as refused:
             message = {"error": {"code": refused.status, "message": f"status {refused.status}"}}
             self._answer(refused.status, b"" if refused.status == 304 else json.dumps(message).encode())
-        except (BrokenPipeError, ConnectionResetError):  # a client that was killed
-            self.close_connection = True
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = _handle
 
