@@ -11,7 +11,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeAlias, Union
 
-from nanochat_jax.cli import UsageError
+from nanochat_jax.cli import UsageError, one_line
 
 if TYPE_CHECKING:  # imported where it is needed: most commands have nothing to do with a bucket
     from etils import epath
@@ -42,8 +42,7 @@ def open_bucket(url: str) -> epath.Path:
     try:
         storage.Client().get_bucket(name, timeout=20, retry=DEFAULT_RETRY.with_timeout(20))
     except Exception as error:  # whatever the network, the credentials or the bucket say
-        said = str(error).strip().split("\n")[0][:200]
-        raise UsageError(f"{url} cannot be reached ({type(error).__name__}: {said}): check the bucket's name, the network "
+        raise UsageError(f"{url} cannot be reached ({type(error).__name__}: {one_line(error)}): check the bucket's name, the network "
                          "and that this machine's account may read the bucket and write objects (off Google's machines: "
                          "`gcloud auth application-default login`)") from error
     from etils import epath

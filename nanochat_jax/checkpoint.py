@@ -27,7 +27,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 from nanochat_jax.bucket import COMMITTED, Directory, copy_files, is_remote
-from nanochat_jax.cli import NotFound, UsageError
+from nanochat_jax.cli import NotFound, UsageError, one_line
 from nanochat_jax.config import GPTConfig
 from nanochat_jax.gpt import Params, abstract_params
 from nanochat_jax.paths import HOW_TO_MAKE, Paths, remove_directory, rename_directory
@@ -56,7 +56,7 @@ def _read(directory: Directory, step: int, **items: Any) -> dict[str, Any]:
     except Exception as error:  # Orbax raises many kinds for torn data
         if "RESOURCE_EXHAUSTED" in str(error):  # memory ran out: nothing is wrong with the step
             raise
-        said = f"{str(error) or type(error).__name__:.200}"
+        said = one_line(error)
     for index, failure in enumerate(gather_json(said)):
         if failure:
             raise Damaged(f"process {index}: {failure}" if jax.process_count() > 1 else failure)
@@ -129,7 +129,7 @@ class Checkpoints:
         except Exception as error:
             if kind is None:
                 raise
-            log.warning("closing %s: %s", self.directory, error)  # beside the error that is on its way already
+            log.warning("closing %s: %s", self.directory, one_line(error))  # beside the error that is on its way already
 
     def save(self, step: int, params: Params, optimizer: Any, state: dict[str, Any]) -> None:
         """Start writing a step; raises here if an earlier save failed in the background."""
@@ -157,8 +157,8 @@ class Checkpoints:
             self._manager.check_for_errors()
         except Exception as error:  # whatever the disk or the network says
             self._manager.reload()
-            raise UsageError(f"the checkpoint of step {step} could not be written ({str(error)[:200]}): mend that and go on "
-                             "with --resume") from error
+            raise UsageError(f"the checkpoint of step {step} could not be written ({one_line(error)}): mend that and go "
+                             "on with --resume") from error
 
     def steps(self) -> list[int]:
         return sorted(self._manager.all_steps())

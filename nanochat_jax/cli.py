@@ -29,6 +29,11 @@ class NotFound(UsageError, FileNotFoundError):
     """A file, checkpoint or tokenizer that should exist does not."""
 
 
+def one_line(error: BaseException) -> str:
+    """What an error says, short enough for a `UsageError` to pass on."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
 def flag(default: Any, help: str, *, short: str | None = None, choices: Sequence[str] | None = None,
          aliases: Sequence[str] = ()) -> Any:
     """A dataclass field that is also a command-line flag; `aliases` are other names of it."""

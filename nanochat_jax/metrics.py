@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from nanochat_jax.bucket import Directory, is_remote
-from nanochat_jax.cli import UsageError
+from nanochat_jax.cli import UsageError, one_line
 
 log = logging.getLogger(__name__)
 
@@ -102,7 +102,8 @@ class MetricsLog:
         try:
             self._copy.write_bytes(self.path.read_bytes())
         except Exception as error:  # whatever the network says
-            raise UsageError(f"{self._copy} could not be written ({str(error)[:200]}): mend that and go on with --resume") from error
+            raise UsageError(f"{self._copy} could not be written ({one_line(error)}): mend that and go on with "
+                             "--resume") from error
 
     def close(self) -> None:
         if self._file is not None:
