@@ -11,6 +11,9 @@ import itertools
 import json
 import logging
 import math
+import tempfile
+import time
+import uuid
 import zlib
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,38 +26,59 @@ import orbax.checkpoint as ocp
 from jax import Array
 from jax.sharding import Mesh
 
-from nanochat_jax.cli import NotFound, UsageError
+from nanochat_jax.bucket import COMMITTED, Directory, copy_files, is_remote
+from nanochat_jax.cli import NotFound, UsageError, one_line
 from nanochat_jax.config import GPTConfig
 from nanochat_jax.gpt import Params, abstract_params
-from nanochat_jax.paths import HOW_TO_MAKE, Paths, remove_directory
-from nanochat_jax.sharding import abstract_tree, barrier, make_mesh, param_shardings
+from nanochat_jax.paths import HOW_TO_MAKE, Paths, remove_directory, rename_directory
+from nanochat_jax.sharding import abstract_tree, barrier, gather_json, make_mesh, param_shardings
 from nanochat_jax.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
-# Besides read_only, what Orbax would otherwise set itself, with a warning each time.
-READ_ONLY = ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0, create=False)
 CHECKSUMS = "checksums"  # its key in the state
 
 
 class Damaged(Exception):
-    """A step's content is not what was saved."""
+    """A step cannot be read, or its content is not what was saved."""
+
+
+def _read(directory: Directory, step: int, **items: Any) -> dict[str, Any]:
+    """Items of a step (names of Orbax's arguments). Raises `Damaged` in all processes if it cannot be read in one."""
+    # Each process reads its share alone, in a group of its own: else one that fails would leave the others waiting.
+    own = ocp.options.MultiprocessingOptions(primary_host=jax.process_index(), active_processes={jax.process_index()},
+                                             barrier_sync_key_prefix=f"process{jax.process_index()}")
+    options = ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0, create=False, multiprocessing_options=own)
+    found, said = {}, ""
+    try:
+        with ocp.CheckpointManager(directory, options=options) as manager:
+            found = dict(manager.restore(step, args=ocp.args.Composite(**items)).items())
+    except Exception as error:  # Orbax raises many kinds for torn data
+        if "RESOURCE_EXHAUSTED" in str(error):  # memory ran out: nothing is wrong with the step
+            raise
+        said = one_line(error)
+    for index, failure in enumerate(gather_json(said)):
+        if failure:
+            raise Damaged(f"process {index}: {failure}" if jax.process_count() > 1 else failure)
+    return found
 
 
 @jax.jit
-def _checksum(tree: Any) -> Array:
-    """uint32 that depends on every bit of the tree's arrays and on its place, and not on how they are sharded: words
-    times odd numbers, added modulo 2^32, so that no order of additions matters and no changed word goes unseen."""
-    total = jnp.zeros((), jnp.uint32)
-    for number, leaf in enumerate(jax.tree.leaves(tree)):
-        leaf = jnp.asarray(leaf)
-        words = jax.lax.bitcast_convert_type(leaf, jnp.dtype(f"uint{8 * leaf.dtype.itemsize}")).astype(jnp.uint32)
-        place = jnp.zeros(leaf.shape, jnp.uint32)
-        for axis in range(leaf.ndim):
-            stride = math.prod(leaf.shape[axis + 1 :]) % 2**32
-            place += jax.lax.broadcasted_iota(jnp.uint32, leaf.shape, axis) * jnp.uint32(stride)
-        total += (words * (2 * place + 1)).sum(dtype=jnp.uint32) * jnp.uint32(2 * number + 1)
-    return total
+def _array_checksum(array: Array) -> Array:
+    array = jnp.asarray(array)
+    words = jax.lax.bitcast_convert_type(array, jnp.dtype(f"uint{8 * array.dtype.itemsize}")).astype(jnp.uint32)
+    place = jnp.zeros(array.shape, jnp.uint32)
+    for axis in range(array.ndim):
+        stride = math.prod(array.shape[axis + 1 :]) % 2**32
+        place += jax.lax.broadcasted_iota(jnp.uint32, array.shape, axis) * jnp.uint32(stride)
+    return (words * (2 * place + 1)).sum(dtype=jnp.uint32)
+
+
+def _checksum(tree: Any) -> int:
+    """A number of 32 bits that depends on every bit of the tree's arrays and on its place, and not on how they are
+    sharded: words times odd numbers, added modulo 2^32, so that no order of additions matters and no changed word goes
+    unseen. One array after the other, for on a CPU each takes as much memory again."""
+    return sum(int(_array_checksum(leaf)) * (2 * number + 1) for number, leaf in enumerate(jax.tree.leaves(tree))) % 2**32
 
 
 def _state_checksum(state: dict[str, Any]) -> int:
@@ -71,7 +95,7 @@ def _structure(tree: Any) -> int:
 def _verify(found: dict[str, Any], state: dict[str, Any]) -> None:
     """Raises `Damaged` if an item is not as it was saved; steps without checksums are taken as they are."""
     for name, expected in state.get(CHECKSUMS, {}).get("content", {}).items():
-        if name in found and int(_checksum(found[name])) != expected:
+        if name in found and _checksum(found[name]) != expected:
             raise Damaged(f"the checksum of its {name} does not match")
 
 
@@ -88,7 +112,7 @@ class Restored:
 class Checkpoints:
     """The steps of one run. Saves are asynchronous; use as a context manager, so that none is left half-written."""
 
-    def __init__(self, directory: Path, *, keep: int | None = None) -> None:
+    def __init__(self, directory: Directory, *, keep: int | None = None) -> None:
         self.directory = directory
         options = ocp.CheckpointManagerOptions(
             max_to_keep=keep, enable_async_checkpointing=True, cleanup_tmp_directories=True, create=True
@@ -105,13 +129,13 @@ class Checkpoints:
         except Exception as error:
             if kind is None:
                 raise
-            log.warning("closing %s: %s", self.directory, error)  # beside the error that is on its way already
+            log.warning("closing %s: %s", self.directory, one_line(error))  # beside the error that is on its way already
 
     def save(self, step: int, params: Params, optimizer: Any, state: dict[str, Any]) -> None:
         """Start writing a step; raises here if an earlier save failed in the background."""
         self.wait()
         trees = {"params": params} | ({} if optimizer is None else {"optimizer": optimizer})
-        sums = {"content": {name: int(_checksum(tree)) for name, tree in trees.items()},
+        sums = {"content": {name: _checksum(tree) for name, tree in trees.items()},
                 "structure": {name: _structure(tree) for name, tree in trees.items()}, "state": _state_checksum(state)}
         items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
         items["state"] = ocp.args.JsonSave(state | {CHECKSUMS: sums})
@@ -133,8 +157,8 @@ class Checkpoints:
             self._manager.check_for_errors()
         except Exception as error:  # whatever the disk or the network says
             self._manager.reload()
-            raise UsageError(f"the checkpoint of step {step} could not be written ({str(error)[:200]}): mend that and go on "
-                             "with --resume") from error
+            raise UsageError(f"the checkpoint of step {step} could not be written ({one_line(error)}): mend that and go "
+                             "on with --resume") from error
 
     def steps(self) -> list[int]:
         return sorted(self._manager.all_steps())
@@ -148,7 +172,7 @@ class Checkpoints:
             for step in steps:
                 names = (f"{prefix}-{step}" + (f"-{n}" if n else "") for n in itertools.count())
                 free = next(name for name in names if not (self.directory / name).exists())
-                (self.directory / str(step)).rename(self.directory / free)
+                rename_directory(self.directory / str(step), self.directory / free)
         barrier("steps set aside")
         self._manager.reload()
 
@@ -156,12 +180,10 @@ class Checkpoints:
                 accept: Callable[[dict[str, Any]], None] = lambda state: None) -> Restored:
         """One step, whole; the optimizer only if asked for. `accept` may refuse its state before the arrays are read.
 
-        Raises `UsageError` if it is another kind of checkpoint, and other errors if it cannot be read or is damaged.
+        Raises `UsageError` if it is another kind of checkpoint, and `Damaged`.
         """
-        state = self._manager.restore(step, args=ocp.args.Composite(state=ocp.args.JsonRestore())).state
+        state = read_meta(self.directory, step)
         sums = state.pop(CHECKSUMS, {})
-        if sums and sums["state"] != _state_checksum(state):
-            raise Damaged("the checksum of its state does not match")
         accept(state)
         if abstract_optimizer is not None and "optimizer" not in sums.get("structure", {"optimizer": 0}):
             raise UsageError(f"{self.directory / str(step)} holds no optimizer state, as imported weights do not: train "
@@ -172,7 +194,7 @@ class Checkpoints:
                 raise UsageError(f"{self.directory / str(step)} holds other {name} than this run's: its architecture or "
                                  "kind of optimizer was another")
         items = {name: ocp.args.StandardRestore(tree) for name, tree in trees.items()}
-        found = dict(self._manager.restore(step, args=ocp.args.Composite(**items)).items())
+        found = _read(self.directory, step, **items)
         _verify(found, {CHECKSUMS: sums})
         return Restored(step, found["params"], found.get("optimizer"), state)
 
@@ -189,17 +211,9 @@ class Checkpoints:
         for candidate in reversed(steps) if step is None else [step]:
             try:
                 restored = self.restore(candidate, abstract, abstract_optimizer, accept)
-            except UsageError:
-                raise
-            except Exception as error:  # Orbax raises many kinds for torn data; the step is passed over, loudly
-                if "RESOURCE_EXHAUSTED" in str(error):  # memory ran out: nothing is wrong with the step
-                    raise
-                if jax.process_count() > 1 and not isinstance(error, Damaged):  # the others may have read it well
-                    raise UsageError(f"checkpoint {self.directory / str(candidate)} cannot be read ({str(error)[:200]}): "
-                                     "name the step to go on from by --resume-from-step") from error
+            except Damaged as error:
                 damaged.append(candidate)
-                log.warning("checkpoint %s cannot be read (%.200s): trying the step before",
-                            self.directory / str(candidate), error)
+                log.warning("checkpoint %s cannot be read (%s): trying the step before", self.directory / str(candidate), error)
                 continue
             self.set_aside(damaged, "damaged")
             self.set_aside([other for other in self.steps() if other > candidate], "replaced")
@@ -217,7 +231,7 @@ class Loaded:
     params: Params
     tokenizer: Tokenizer | None  # None only where the caller said that it needs none
     meta: dict[str, Any]
-    directory: Path
+    directory: Directory
     step: int
     source: str
 
@@ -226,15 +240,34 @@ class Loaded:
         return self.directory.name
 
 
-def saved_steps(directory: Path) -> list[int]:
+def saved_steps(directory: Directory) -> list[int]:
     """Steps with a complete directory under a tag, in order."""
     if not directory.is_dir():
         return []
-    return sorted(int(path.name) for path in directory.iterdir() if path.name.isdigit() and (path / "params").is_dir())
+    complete = COMMITTED if is_remote(directory) else "params"
+    return sorted(int(path.name) for path in directory.iterdir() if path.name.isdigit() and (path / complete).exists())
 
 
-def claim_directory(directory: Path, *, resume: bool, fresh: bool) -> None:
-    """Before a run writes to a tag: steps that are there are continued or deleted only if the user said which."""
+def claim_directory(directory: Directory, *, resume: bool, fresh: bool) -> None:
+    """Before a run writes to a tag: steps that are there are continued or deleted only if the user said which.
+
+    Raises `UsageError`, too, if the processes of the run do not see the same directory.
+    """
+    if jax.process_count() > 1 and not is_remote(directory):
+        ours = directory / f".seen-by-all-{gather_json(uuid.uuid4().hex)[0]}"
+        if jax.process_index() == 0:
+            directory.mkdir(parents=True, exist_ok=True)
+            ours.touch()
+        barrier("touched")
+        deadline = time.monotonic() + 5  # a network's file system may show it late
+        while not ours.exists() and time.monotonic() < deadline:
+            time.sleep(0.1)
+        seen = gather_json(ours.exists())
+        if jax.process_index() == 0:
+            ours.unlink()
+        if not all(seen):
+            raise UsageError(f"{directory} is another one on process {seen.index(False)} than on process 0: put the base directory "
+                             "on a disk that all hosts share, or the checkpoints in a bucket (NANOCHAT_CHECKPOINT_DIR=gs://...)")
     if fresh:
         if jax.process_index() == 0:
             remove_directory(directory)
@@ -244,10 +277,12 @@ def claim_directory(directory: Path, *, resume: bool, fresh: bool) -> None:
                          "--fresh deletes them, --model-tag names another place")
 
 
-def read_meta(directory: Path, step: int) -> dict[str, Any]:
-    """The JSON state of a step."""
-    with ocp.CheckpointManager(directory, options=READ_ONLY) as manager:
-        return manager.restore(step, args=ocp.args.Composite(state=ocp.args.JsonRestore())).state
+def read_meta(directory: Directory, step: int) -> dict[str, Any]:
+    """The JSON state of a step, with its checksums. Raises `Damaged`."""
+    state = _read(directory, step, state=ocp.args.JsonRestore())["state"]
+    if CHECKSUMS in state and state[CHECKSUMS]["state"] != _state_checksum(state):
+        raise Damaged("the checksum of its state does not match")
+    return state
 
 
 def load_model(paths: Paths, source: str, *, tag: str | None = None, step: int | None = None, mesh: Mesh | None = None,
@@ -262,7 +297,7 @@ def load_model(paths: Paths, source: str, *, tag: str | None = None, step: int |
     return load_directory(directory, source=source, step=step, mesh=mesh, fsdp=fsdp, need_tokenizer=need_tokenizer)
 
 
-def load_directory(directory: Path, *, source: str = "base", step: int | None = None, mesh: Mesh | None = None,
+def load_directory(directory: Directory, *, source: str = "base", step: int | None = None, mesh: Mesh | None = None,
                    fsdp: bool = False, need_tokenizer: bool = True) -> Loaded:
     """Load the parameters of a tag's directory, float32, placed on the mesh; without a step, the greatest that can be read.
 
@@ -281,38 +316,54 @@ def load_directory(directory: Path, *, source: str = "base", step: int | None = 
             config = GPTConfig.from_dict(meta["model_config"])
             tokenizer = _load_tokenizer(directory, meta["tokenizer"], need_tokenizer)
             abstract = abstract_tree(abstract_params(config), param_shardings(config, mesh, fsdp=fsdp))
-            with ocp.CheckpointManager(directory, options=READ_ONLY) as manager:
-                found = manager.restore(candidate, args=ocp.args.Composite(params=ocp.args.StandardRestore(abstract)))
-            _verify({"params": found.params}, meta)
-        except UsageError:
-            raise
-        except Exception as error:  # Orbax raises many kinds for torn data
-            log.warning("checkpoint %s cannot be read (%.200s)", directory / str(candidate), error)
+            found = _read(directory, candidate, params=ocp.args.StandardRestore(abstract))
+            _verify(found, meta)
+        except Damaged as error:
+            log.warning("checkpoint %s cannot be read (%s)", directory / str(candidate), error)
             continue
-        return Loaded(config, found.params, tokenizer, meta, directory, candidate, source)
+        return Loaded(config, found["params"], tokenizer, meta, directory, candidate, source)
     raise UsageError(f"none of the steps {steps if step is None else [step]} in {directory} can be read"
                      + (f"; there are {', '.join(map(str, steps))}" if step is not None else ""))
 
 
-def _load_tokenizer(directory: Path, fingerprint: str | None, needed: bool) -> Tokenizer | None:
+def _load_tokenizer(directory: Directory, fingerprint: str | None, needed: bool) -> Tokenizer | None:
     """The tokenizer that a checkpoint was trained with; its fingerprint is None if it was imported without one."""
     if fingerprint is None:
         if needed:
             raise UsageError(f"{directory} was imported without a tokenizer: import it again with --tokenizer DIR")
         return None
-    own, shared = directory / "tokenizer", directory.resolve().parent.parent / "tokenizer"
-    place = own if own.is_dir() else shared
-    tokenizer = Tokenizer.load(place)
+    place = directory / "tokenizer"
+    if is_remote(directory):
+        place = _remote_tokenizer(directory, fingerprint)
+        with tempfile.TemporaryDirectory() as scratch:
+            if place.is_dir():
+                copy_files(place, Path(scratch))
+            tokenizer = Tokenizer.load(Path(scratch))
+    else:
+        place = place if place.is_dir() else directory.resolve().parent.parent / "tokenizer"
+        tokenizer = Tokenizer.load(place)
     if tokenizer.fingerprint() != fingerprint:
         raise UsageError(f"the tokenizer in {place} is not the one {directory} was trained with: "
                          "restore that tokenizer, or train the model again")
     return tokenizer
 
 
-def carry_tokenizer(loaded: Loaded, directory: Path) -> None:
-    """Give the next stage's directory the tokenizer that a model carries with it, if it does not use the shared one."""
-    if (loaded.directory / "tokenizer").is_dir() and jax.process_index() == 0:
-        loaded.tokenizer.save(directory / "tokenizer")
+def _remote_tokenizer(directory: Directory, fingerprint: str) -> Directory:
+    """In a bucket tokenizers lie by fingerprint; under the tag Orbax would take one for half of a step and delete it."""
+    return directory.parent.parent / "tokenizers" / fingerprint
+
+
+def keep_tokenizer(tokenizer: Tokenizer, directory: Directory, origin: Loaded | None = None) -> None:
+    """Put the tokenizer where those who load a run's steps look for it: with a bucket, and if the model that the run goes
+    on from has one of its own."""
+    if jax.process_index() != 0:
+        return
+    if is_remote(directory):
+        with tempfile.TemporaryDirectory() as scratch:
+            tokenizer.save(Path(scratch))
+            copy_files(Path(scratch), _remote_tokenizer(directory, tokenizer.fingerprint()))
+    elif origin is not None and (origin.directory / "tokenizer").is_dir():
+        tokenizer.save(directory / "tokenizer")
 
 
 def load_optimizer(loaded: Loaded, abstract: Any) -> Any:
@@ -320,7 +371,10 @@ def load_optimizer(loaded: Loaded, abstract: Any) -> Any:
     directory = loaded.directory
     if not (directory / str(loaded.step) / "optimizer").is_dir():
         raise NotFound(f"{directory / str(loaded.step)} was saved without an optimizer: use --load-optimizer 0")
-    with ocp.CheckpointManager(directory, options=READ_ONLY) as manager:
-        found = manager.restore(loaded.step, args=ocp.args.Composite(optimizer=ocp.args.StandardRestore(abstract)))
-    _verify({"optimizer": found.optimizer}, loaded.meta)
-    return found.optimizer
+    try:
+        found = _read(directory, loaded.step, optimizer=ocp.args.StandardRestore(abstract))
+        _verify(found, loaded.meta)
+    except Damaged as error:
+        raise UsageError(f"the optimizer state in {directory / str(loaded.step)} cannot be read ({error}): use "
+                         "--load-optimizer 0") from error
+    return found["optimizer"]

@@ -29,6 +29,11 @@ class NotFound(UsageError, FileNotFoundError):
     """A file, checkpoint or tokenizer that should exist does not."""
 
 
+def one_line(error: BaseException) -> str:
+    """What an error says, short enough for a `UsageError` to pass on."""
+    return " ".join(str(error).split())[:200] or type(error).__name__
+
+
 def flag(default: Any, help: str, *, short: str | None = None, choices: Sequence[str] | None = None,
          aliases: Sequence[str] = ()) -> Any:
     """A dataclass field that is also a command-line flag; `aliases` are other names of it."""
@@ -109,7 +114,7 @@ def parse(config_type: type[C], argv: Sequence[str] | None = None, *, prog: str,
 def setup_logging() -> None:
     level = os.environ.get("NANOCHAT_LOG", "INFO").upper()
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr, force=True)
-    for noisy in ("jax", "orbax", "urllib3", "httpx", "asyncio"):
+    for noisy in ("jax", "orbax", "urllib3", "httpx", "asyncio", "fsspec", "gcsfs"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs the stack of every error that it raises
 

@@ -133,11 +133,12 @@ def finetune(config: FinetuneConfig, stage: Stage) -> None:
 
     job = Job(
         name=stage.name, config=config, model=model, directory=paths.checkpoints(stage.target) / loaded.tag,
-        num_steps=num_steps, shape=shape, lr_multiplier=stage.lr_schedule(num_steps), primary=stage.primary,
+        logs=paths.logs(stage.target) / loaded.tag, num_steps=num_steps, shape=shape,
+        lr_multiplier=stage.lr_schedule(num_steps), primary=stage.primary,
         evaluations=[Evaluation(config.eval_every, held_out), *stage.evaluations(loaded, shape.micro_rows, dtype, mesh)],
         metadata={"tokenizer": tokenizer.fingerprint(), "data": meta["data"], "total_batch_size": shape.tokens,
                   "rates": meta["rates"], "from": [stage.source, loaded.tag, loaded.step]},
-        dry_run=config.dry_run, origin=loaded,
+        dry_run=config.dry_run, tokenizer=tokenizer, origin=loaded,
     )
     outcome = train(job, state, shardings, step_for(optimizer), batches)
     results = {
@@ -147,4 +148,4 @@ def finetune(config: FinetuneConfig, stage: Stage) -> None:
     }
     if jax.process_index() == 0 and not config.dry_run:
         report.log_section(paths.report, stage.section, [dataclasses.asdict(config), results], stage=stage.name,
-                           results=results, curves=job.directory / "metrics.jsonl")
+                           results=results, curves=job.logs / "metrics.jsonl")

@@ -14,6 +14,8 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from nanochat_jax.bucket import Directory, is_remote
+from nanochat_jax.cli import UsageError, one_line
 from nanochat_jax.files import write_file
 
 log = logging.getLogger(__name__)
@@ -60,19 +62,27 @@ def peak_memory_bytes() -> int:
 
 
 class MetricsLog:
-    """Appends one JSON object a line; after a resume the lines past the restored step are dropped. Process 0 only."""
+    """Appends one JSON object a line; after a resume the lines past the restored step are dropped. Process 0 only.
 
-    def __init__(self, path: Path, *, resume_step: int | None, wandb_run: Any = None) -> None:
+    Where the run's steps are in a bucket, `steps` is the place: a copy of the file lies beside them.
+    """
+
+    def __init__(self, path: Path, *, resume_step: int | None, steps: Directory | None = None, wandb_run: Any = None) -> None:
         self.path = path
         self._wandb = wandb_run
         self._file = None
+        self._copy = steps / path.name if steps is not None and is_remote(steps) else None
         if jax.process_index() != 0:
             return
         kept = []
+        if resume_step is not None and self._copy is not None and self._copy.exists():  # of a run on another machine, perhaps
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_bytes(self._copy.read_bytes())
         if resume_step is not None and path.exists():
             kept = [line for line in read_metrics(path) if line["step"] < resume_step]
         write_file(path, "".join(json.dumps(line) + "\n" for line in kept))
         self._file = path.open("a")
+        self.copy()
 
     def write(self, **values: Any) -> None:
         if self._file is None:
@@ -83,9 +93,20 @@ class MetricsLog:
             figures = {f"{values['kind']}/{key}": v for key, v in values.items() if isinstance(v, (int, float)) and key != "step"}
             self._wandb.log(figures, step=values["step"])
 
+    def copy(self) -> None:
+        """Bring the copy in the bucket, if there is to be one, up to date. Raises `UsageError` if it cannot be written."""
+        if self._file is None or self._copy is None:
+            return
+        try:
+            self._copy.write_bytes(self.path.read_bytes())
+        except Exception as error:  # whatever the network says
+            raise UsageError(f"{self._copy} could not be written ({one_line(error)}): mend that and go on with "
+                             "--resume") from error
+
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
+            self.copy()
 
 
 class Profiler:

@@ -4,6 +4,9 @@
     base_data[_custom|_climbmix|_embedded]/   parquet shards; the last one by name is validation
     base_checkpoints/<tag>/           likewise mid_, chatsft_ and chatrl_checkpoints; metrics.jsonl lies beside the steps
     task_data/  eval_bundle/  report/
+
+With `NANOCHAT_CHECKPOINT_DIR=gs://bucket/...` the checkpoint directories are in that bucket, for machines without a disk
+in common; metrics, traces and all else stay under the base directory of each.
 """
 
 import os
@@ -12,6 +15,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
+from nanochat_jax.bucket import Directory, delete, is_remote, move, open_bucket
 from nanochat_jax.cli import NotFound, UsageError
 
 CHECKPOINT_DIRS = {
@@ -31,17 +35,23 @@ class Paths:
     """The layout under one base directory."""
 
     base: Path
+    bucket: str = ""  # gs://..., where the checkpoints are, if not under the base directory
 
     @classmethod
     def from_env(cls) -> "Paths":
-        """`$NANOCHAT_BASE_DIR`, else `~/.cache/nanochat`; created on demand. For entry points only."""
+        """`$NANOCHAT_BASE_DIR`, else `~/.cache/nanochat`, created on demand, and `$NANOCHAT_CHECKPOINT_DIR`. For entry
+        points only."""
         given = os.environ.get("NANOCHAT_BASE_DIR") or "~/.cache/nanochat"
         if "://" in given:  # as a path it would be a directory of that odd name, here
-            raise UsageError(f"NANOCHAT_BASE_DIR={given}: the base directory must be a path; mount the bucket (gcsfuse) and "
-                             "give the place")
+            raise UsageError(f"NANOCHAT_BASE_DIR={given}: the base directory must be a path; checkpoints alone can be in a "
+                             "bucket: NANOCHAT_CHECKPOINT_DIR=gs://...")
+        remote = os.environ.get("NANOCHAT_CHECKPOINT_DIR", "").rstrip("/")
+        if remote and not re.match("gs://[^/]", remote):
+            raise UsageError(f"NANOCHAT_CHECKPOINT_DIR={remote}: give a place in a bucket, gs://bucket/...; on a disk "
+                             "checkpoints are under NANOCHAT_BASE_DIR")
         base = Path(given).expanduser().absolute()
         base.mkdir(parents=True, exist_ok=True)
-        return cls(base)
+        return cls(base, remote)
 
     @property
     def tokenizer(self) -> Path:
@@ -75,7 +85,12 @@ class Paths:
         raise NotFound(f"no parquet shards under {self.base}: run `python -m nanochat_jax.dataset -n 8` "
                        "(or `python -m nanochat_jax.dataset embedded`, which needs no network) first")
 
-    def checkpoints(self, source: str) -> Path:
+    def checkpoints(self, source: str) -> Directory:
+        """The tags' directories of a stage, with the steps in them."""
+        return (open_bucket(self.bucket) if self.bucket else self.base) / CHECKPOINT_DIRS[source]
+
+    def logs(self, source: str) -> Path:
+        """The same on this machine's disk: what a run writes beside its steps."""
         return self.base / CHECKPOINT_DIRS[source]
 
     def find_tag(self, source: str) -> str:
@@ -87,12 +102,24 @@ class Paths:
         sized = [(int(match[1]), path.name) for path in tags if (match := re.match(r"d(\d+)", path.name))]
         if sized:
             return max(sized)[1]
-        return max(tags, key=lambda path: path.stat().st_mtime).name
+        if self.bucket and len(tags) > 1:  # which has no times of directories
+            raise UsageError(f"{root} holds {', '.join(sorted(path.name for path in tags))}: name one by --model-tag")
+        return tags[0].name if len(tags) == 1 else max(tags, key=lambda path: path.stat().st_mtime).name
 
 
-def remove_directory(directory: Path) -> None:
-    """Delete a directory so that, wherever this is interrupted, no half of it is left under its name."""
+def remove_directory(directory: Directory) -> None:
+    """Delete a directory so that, wherever this is interrupted, no half of it is left that looks whole."""
+    if is_remote(directory):
+        return delete(directory)
     for old in directory.parent.glob(f".deleted-{directory.name}-*"):
         shutil.rmtree(old)
     if directory.exists():
         shutil.rmtree(directory.rename(directory.with_name(f".deleted-{directory.name}-{os.getpid()}")))
+
+
+def rename_directory(directory: Directory, target: Directory) -> None:
+    """Nothing is lost, and nothing is there twice, wherever this is interrupted."""
+    if is_remote(directory):
+        move(directory, target)
+    else:
+        directory.rename(target)

@@ -15,7 +15,7 @@ import jax
 from jax.sharding import Mesh
 
 from nanochat_jax import report
-from nanochat_jax.checkpoint import Checkpoints, Loaded, carry_tokenizer, claim_directory, load_model
+from nanochat_jax.checkpoint import Checkpoints, Loaded, claim_directory, keep_tokenizer, load_model
 from nanochat_jax.cli import UsageError, flag
 from nanochat_jax.eval.chat import Sampling
 from nanochat_jax.gpt import REMAT, Params
@@ -161,7 +161,7 @@ def reinforce(config: ChatRLConfig) -> None:
     log.info("chat_rl: %s, %d problems, %d steps of %d x %d replies, mesh %s, %s", name, len(task), num_steps,
              config.examples_per_step, config.num_samples, "x".join(map(str, mesh.shape.values())), dtype)
 
-    directory = paths.checkpoints("rl") / loaded.tag
+    directory, logs = paths.checkpoints("rl") / loaded.tag, paths.logs("rl") / loaded.tag
     metadata = {"model_config": dataclasses.asdict(model), "config": dataclasses.asdict(config), "task": name,
                 "from": ["sft", loaded.tag, loaded.step]}
     metadata |= {key: meta[key] for key in ("tokenizer", "data", "rates")}
@@ -169,7 +169,7 @@ def reinforce(config: ChatRLConfig) -> None:
     figures: dict[str, float] = {}
     began = time.monotonic()
     claim_directory(directory, resume=config.resume, fresh=config.fresh)
-    carry_tokenizer(loaded, directory)
+    keep_tokenizer(loaded.tokenizer, directory, loaded)
     with Checkpoints(directory, keep=config.keep) as checkpoints, StopRequest() as stop:
         restored = None
         if config.resume:
@@ -178,12 +178,13 @@ def reinforce(config: ChatRLConfig) -> None:
         if restored is not None:
             state, first = TrainState(restored.params, restored.optimizer), restored.step
             log.info("resuming %s at step %d", directory, first)
-        metrics_log = MetricsLog(directory / "metrics.jsonl", resume_step=first if restored else None,
+        metrics_log = MetricsLog(logs / "metrics.jsonl", resume_step=first if restored else None, steps=directory,
                                  wandb_run=wandb_run)
         display = Display("chat_rl", num_steps, start=first)
 
         def save(step: int) -> None:
             if restored is None or step > first:
+                metrics_log.copy()
                 checkpoints.save(step, state.params, state.optimizer, json.loads(json.dumps(metadata | {"step": step})))
 
         try:
@@ -232,4 +233,4 @@ def reinforce(config: ChatRLConfig) -> None:
     if jax.process_index() == 0:
         results = {"task": name, "num_iterations": num_steps, **figures, "seconds": time.monotonic() - began}
         report.log_section(paths.report, "Chat RL", [dataclasses.asdict(config), results], stage="chat_rl",
-                           results=results, curves=directory / "metrics.jsonl")
+                           results=results, curves=logs / "metrics.jsonl")

@@ -23,7 +23,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nanochat_jax.checkpoint import Checkpoints, Loaded, Restored, carry_tokenizer, claim_directory
+from nanochat_jax.bucket import Directory
+from nanochat_jax.checkpoint import Checkpoints, Loaded, Restored, claim_directory, keep_tokenizer
 from nanochat_jax.cli import UsageError, flag
 from nanochat_jax.config import GPTConfig
 from nanochat_jax.data.loader import merge_states
@@ -34,6 +35,7 @@ from nanochat_jax.sharding import abstract_tree, barrier, data_share, gather_jso
 from nanochat_jax.startup import PLATFORMS, Processes
 from nanochat_jax.step import BatchShape, TrainState, compile_step, is_out_of_memory, out_of_memory, place_batch
 from nanochat_jax.stopping import EXIT_STOPPED, Interrupted, StopRequest
+from nanochat_jax.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -120,7 +122,8 @@ class Job:
     name: str  # "base_train", "mid_train", "chat_sft"
     config: TrainConfig
     model: GPTConfig
-    directory: Path  # of the tag's checkpoints
+    directory: Directory  # of the tag's checkpoints
+    logs: Path  # for what else is written: metrics, traces, dumps; the same, unless that is in a bucket
     num_steps: int
     shape: BatchShape
     lr_multiplier: Callable[[Any], Any]
@@ -128,6 +131,7 @@ class Job:
     metadata: dict[str, Any]  # goes into every checkpoint: tokenizer fingerprint, corpus, ...
     primary: str = "val_bpb"  # the figure whose minimum is kept
     dry_run: bool = False  # save nothing
+    tokenizer: Tokenizer | None = None  # kept beside the checkpoints where they would be without one
     origin: Loaded | None = None  # the model that this one goes on from
 
 
@@ -188,7 +192,8 @@ class _Reporter:
                  wandb_run: Any) -> None:
         self._job, self._loop = job, loop
         self._wandb = wandb_run
-        self.log = MetricsLog(job.directory / "metrics.jsonl", resume_step=start if resumed else None, wandb_run=self._wandb)
+        self.log = MetricsLog(job.logs / "metrics.jsonl", resume_step=start if resumed else None, steps=job.directory,
+                              wandb_run=self._wandb)
         self.display = Display(job.name, job.num_steps, start=start)
         peak = peak_flops(jax.devices()[0])
         self.peak = peak * mesh.size if peak else None
@@ -201,7 +206,7 @@ class _Reporter:
         loss, grad_norm = float(metrics["loss"]), float(metrics["grad_norm"])
         interval = self.clock.lap()
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            dump = job.directory / f"bad-batch-{step}-{jax.process_index()}.npz"
+            dump = job.logs / f"bad-batch-{step}-{jax.process_index()}.npz"
             np.savez(dump, **batch)
             raise UsageError(f"the loss of step {step} is {loss}, the gradient's norm {grad_norm}; the batch is in {dump}")
         loop["smooth_loss"] = 0.9 * loop["smooth_loss"] + 0.1 * loss
@@ -268,10 +273,11 @@ def train(job: Job, state: TrainState, shardings: TrainState, step_fn: Callable,
     run_step, _ = compile_step(step_fn, state, job.shape, mesh)
     wandb_run = start_wandb(config.run, f"nanochat-{job.name}", dataclasses.asdict(config))
     if job.dry_run:
-        job = dataclasses.replace(job, directory=Path(tempfile.mkdtemp(prefix="dry-run-")))
+        scratch = Path(tempfile.mkdtemp(prefix="dry-run-"))
+        job = dataclasses.replace(job, directory=scratch, logs=scratch)
     claim_directory(job.directory, resume=config.resuming, fresh=config.fresh)
-    if job.origin is not None:
-        carry_tokenizer(job.origin, job.directory)
+    if job.tokenizer is not None:
+        keep_tokenizer(job.tokenizer, job.directory, job.origin)
     with Checkpoints(job.directory, keep=config.keep) as checkpoints, StopRequest() as stop:
         restored = None
         if config.resuming:
@@ -284,19 +290,20 @@ def train(job: Job, state: TrainState, shardings: TrainState, step_fn: Callable,
             batches.set_state(restored.state["position"])
             log.info("resuming %s at step %d", job.directory, start)
         reporter = _Reporter(job, loop, start, mesh, restored is not None, wandb_run)
-        profiler = Profiler(config.profiled_steps, job.directory / "profile")
+        profiler = Profiler(config.profiled_steps, job.logs / "profile")
 
         def save(step: int) -> None:
             own = {"step": step, "model_config": dataclasses.asdict(job.model), "loop": loop,
                    "config": dataclasses.asdict(config), "position": global_position(batches.get_state(), mesh)}
             assert not own.keys() & job.metadata.keys()
+            reporter.log.copy()
             checkpoints.save(step, state.params, state.optimizer, json.loads(json.dumps(own | job.metadata)))
 
         def stop_here(step: int) -> None:
             checkpoints.wait()
             reporter.display.close()
             if job.dry_run:
-                shutil.rmtree(job.directory)
+                shutil.rmtree(job.logs)
                 log.warning("stopped by signal %d at step %d; a dry run saves nothing", stop.signal, step)
             else:
                 log.warning("stopped by signal %d at step %d and saved: run the same command with --resume to go on",
@@ -361,7 +368,7 @@ def train(job: Job, state: TrainState, shardings: TrainState, step_fn: Callable,
             reporter.close()
     barrier("trained")
     if job.dry_run:
-        shutil.rmtree(job.directory)
+        shutil.rmtree(job.logs)
     rate = job.shape.tokens * loop["timed_steps"] / loop["seconds"] if loop["seconds"] else 0.0
     return Outcome(
         params=state.params, last=last_figures, minimum=loop["minimum"],

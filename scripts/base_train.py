@@ -171,8 +171,8 @@ def main(config: BaseTrainConfig) -> None:
     tag = config.model_tag or f"d{config.depth}"
     job = Job(
         name="base_train", config=config, model=model, directory=paths.checkpoints("base") / tag,
-        num_steps=plan.num_iterations, shape=shape, lr_multiplier=schedules["lr_multiplier"],
-        evaluations=evaluations,
+        logs=paths.logs("base") / tag, num_steps=plan.num_iterations, shape=shape, lr_multiplier=schedules["lr_multiplier"],
+        evaluations=evaluations, tokenizer=tokenizer,
         metadata={"tokenizer": tokenizer.fingerprint(), "data": data, "packing": packing, "total_batch_size": shape.tokens,
                   "rates": dataclasses.asdict(rates), "lr_scale": schedules["lr_scale"]},
     )
@@ -189,7 +189,7 @@ def main(config: BaseTrainConfig) -> None:
             "devices": f"{mesh.size} x {jax.devices()[0].device_kind}",
         }
         report.log_section(paths.report, "Base model training", [dataclasses.asdict(config), results],
-                           stage="base_train", results=results, curves=job.directory / "metrics.jsonl")
+                           stage="base_train", results=results, curves=job.logs / "metrics.jsonl")
 
 
 if __name__ == "__main__":

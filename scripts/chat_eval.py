@@ -74,7 +74,7 @@ def main(config: ChatEvalConfig) -> None:
         problems = evaluate_task(task, generator, sampling)
         results[task.key] = accuracy(problems)
         if jax.process_index() == 0:
-            directory = paths.checkpoints(config.source) / loaded.tag
+            directory = paths.logs(config.source) / loaded.tag
             write_problems(directory / f"chat_eval_{task.key}.jsonl", problems)
     results |= chatcore(results, {task.key: task.baseline for task in tasks})
     for name, value in results.items():

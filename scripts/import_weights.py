@@ -10,7 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from nanochat_jax import cli
-from nanochat_jax.checkpoint import Checkpoints, claim_directory
+from nanochat_jax.bucket import is_remote
+from nanochat_jax.checkpoint import Checkpoints, claim_directory, keep_tokenizer
 from nanochat_jax.cli import NotFound, UsageError, flag
 from nanochat_jax.interop.torch_checkpoint import Imported, check_vocabulary
 from nanochat_jax.optim import CLASSIC_RATES, OptimizerConfig
@@ -96,8 +97,10 @@ def main(config: ImportConfig) -> None:
     tokenizer, place = choose_tokenizer(imported.tokenizer, paths, directory, imported)
     # All that can be refused has been: from here on --fresh may delete.
     claim_directory(directory, resume=False, fresh=config.fresh)
-    if tokenizer is not None and place is not None:
-        tokenizer.save(place)
+    if tokenizer is not None:
+        keep_tokenizer(tokenizer, directory)
+        if place is not None and not is_remote(directory):
+            tokenizer.save(place)
     fingerprint = tokenizer.fingerprint() if tokenizer else None
     with Checkpoints(directory) as checkpoints:
         checkpoints.save(imported.step, imported.params, None, checkpoint_state(imported, fingerprint, config))

@@ -19,7 +19,7 @@ has_tpu() {
 }
 
 machine_extras() {
-    if has_gpu; then echo gpu; elif has_tpu; then echo tpu; else echo cpu,offline; fi
+    if has_gpu; then echo gpu; elif has_tpu; then echo tpu,gcs; else echo cpu,offline; fi
 }
 
 make_venv() {

@@ -193,6 +193,9 @@ def _data_ways(mesh: str, machine: Machine) -> int:
 
 def main(config: SpeedrunConfig) -> int:
     paths = Paths.from_env()
+    if paths.bucket:
+        raise UsageError("speedrun keeps its record and its checkpoints on one machine: unset NANOCHAT_CHECKPOINT_DIR, or run the "
+                         "stages one by one")
     machine = Machine.probe()
     wandb_run = config.run or os.environ.get("WANDB_RUN") or "dummy"
     on_disk = {name: max(0, len(list(paths.data(name).glob("*.parquet"))) - 1) for name in DATA_DIRS}

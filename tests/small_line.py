@@ -29,17 +29,19 @@ def make_base(base: Path) -> Paths:
     return paths
 
 
-def start(script: str, *argv: str, base: Path, devices: int = 1, processes: int = 1) -> list[subprocess.Popen]:
-    """`python -m scripts.SCRIPT` in so many processes with so many virtual CPU devices each."""
-    env = os.environ | {"NANOCHAT_BASE_DIR": str(base), "JAX_PLATFORMS": "cpu", "OMP_WAIT_POLICY": "PASSIVE",
+def start(script: str, *argv: str, base: Path | list[Path], devices: int = 1, processes: int = 1, env: dict[str, str] | None = None
+          ) -> list[subprocess.Popen]:
+    """`python -m scripts.SCRIPT` in so many processes with so many virtual CPU devices each; `base` may be one of each."""
+    bases = base if isinstance(base, list) else [base] * processes
+    env = os.environ | (env or {}) | {"JAX_PLATFORMS": "cpu", "OMP_WAIT_POLICY": "PASSIVE",
                         "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
     if processes > 1:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             env |= {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free.getsockname()[1]}", "JAX_NUM_PROCESSES": str(processes)}
     command = [sys.executable, "-m", f"scripts.{script}", *argv]
-    return [subprocess.Popen(command, env=env | {"JAX_PROCESS_ID": str(i)}, stderr=subprocess.PIPE, text=True,
-                             cwd=Path(__file__).parents[1]) for i in range(processes)]
+    return [subprocess.Popen(command, env=env | {"JAX_PROCESS_ID": str(i), "NANOCHAT_BASE_DIR": str(bases[i])}, text=True,
+                             stderr=subprocess.PIPE, cwd=Path(__file__).parents[1]) for i in range(processes)]
 
 
 def run(script: str, *argv: str, **where) -> str:

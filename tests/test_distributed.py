@@ -30,6 +30,13 @@ def one(paths):
     return paths.checkpoints("base") / "one"
 
 
+@pytest.fixture(scope="module")
+def two(paths):
+    """Two processes with 4 devices each."""
+    run("base_train", *FLAGS, "--mesh", "8x1", "--model-tag", "two", base=paths.base, devices=4, processes=2)
+    return paths.checkpoints("base") / "two"
+
+
 def assert_equal_runs(found, expected):
     np.testing.assert_allclose(losses(found), losses(expected), rtol=1e-5)
     assert len(losses(found)) == STEPS
@@ -37,13 +44,22 @@ def assert_equal_runs(found, expected):
     np.testing.assert_allclose(*bpb, rtol=1e-5)
 
 
-def test_two_processes_train_as_one_and_hand_over_to_one(paths, one):
-    run("base_train", *FLAGS, "--mesh", "8x1", "--model-tag", "two", base=paths.base, devices=4, processes=2)
-    two = one.with_name("two")
+def test_two_processes_train_as_one_and_hand_over_to_one(paths, one, two):
     assert_equal_runs(two, one)
-    shutil.rmtree(two / "4")  # as if killed before the last save
-    run("base_train", *FLAGS, "--mesh", "4x2", "--model-tag", "two", "--resume", base=paths.base, devices=8)
-    assert_equal_runs(two, one)
+    handed = shutil.copytree(two, two.with_name("handed"))
+    shutil.rmtree(handed / "4")  # as if killed before the last save
+    run("base_train", *FLAGS, "--mesh", "4x2", "--model-tag", "handed", "--resume", base=paths.base, devices=8)
+    assert_equal_runs(handed, one)
+
+
+def test_a_step_that_one_process_cannot_read_is_passed_over_by_all(paths, one, two):
+    torn = shutil.copytree(two, two.with_name("torn"))
+    for file in (torn / "4" / "optimizer" / "ocdbt.process_1" / "d").iterdir():  # the share of process 1
+        os.truncate(file, file.stat().st_size // 2)
+    said = run("base_train", *FLAGS, "--mesh", "8x1", "--model-tag", "torn", "--resume", base=paths.base, devices=4, processes=2)
+    assert f"{torn / '4'} cannot be read (process 1: " in said
+    assert (torn / "damaged-4").is_dir() and (torn / "4").is_dir()
+    assert_equal_runs(torn, one)
 
 
 def test_a_model_axis_over_both_processes_takes_over_from_one(paths, one):

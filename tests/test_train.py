@@ -64,8 +64,8 @@ class CountedBatches:
         self.position = state["position"]
 
 
-def run(directory, *, mesh="1x1", device_batch=ROWS, fsdp=False, batches=None, evaluations=None, num_steps=STEPS, **flags):
-    mesh = make_mesh(mesh)
+def run(directory, *, logs=None, mesh="1x1", device_batch=ROWS, fsdp=False, batches=None, evaluations=None, num_steps=STEPS, **flags):
+    mesh, logs = make_mesh(mesh), logs or directory
     config = TrainConfig(**flags)
     shape = batch_shape(ROWS * MODEL.sequence_len, device_batch, MODEL.sequence_len, mesh)
     multiplier = trapezoid(num_steps, warmup=2, warmdown_ratio=0.5, final_fraction=0.1)
@@ -73,11 +73,11 @@ def run(directory, *, mesh="1x1", device_batch=ROWS, fsdp=False, batches=None, e
                                weight_decay=cosine_decay(0.1, num_steps), lr_scale=0.05, mesh=mesh)
     state, shardings = init_state(MODEL, optimizer, mesh, fsdp=fsdp, seed=1)
     step = make_train_step(MODEL, optimizer, dtype=jnp.float32, mesh=mesh, shardings=shardings)
-    job = Job(name="test", config=config, model=MODEL, directory=directory, num_steps=num_steps, shape=shape,
+    job = Job(name="test", config=config, model=MODEL, directory=directory, logs=logs, num_steps=num_steps, shape=shape,
               lr_multiplier=multiplier, metadata={},
               evaluations=evaluations or [Evaluation(-1, lambda params: {"val_bpb": 1.0})])
     outcome = train(job, state, shardings, step, batches or CountedBatches())
-    losses = [line["loss"] for line in read_metrics(directory / "metrics.jsonl") if line["kind"] == "train"]
+    losses = [line["loss"] for line in read_metrics(logs / "metrics.jsonl") if line["kind"] == "train"]
     return losses, jax.tree.map(np.asarray, outcome.params)
 
 
