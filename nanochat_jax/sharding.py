@@ -91,6 +91,12 @@ def optimizer_shardings(opt_state: Any, params: Any, shardings: Any, mesh: Mesh)
     return jax.tree.map_with_path(place, opt_state)
 
 
+def gradient_shardings(config: GPTConfig, shardings: Any, mesh: Mesh) -> Any:
+    """Shardings of gradients, for those of the parameters: like the optimizer's state, spread over the data axis."""
+    return jax.tree.map(lambda leaf, sharding: NamedSharding(mesh, _add_data_axis(sharding.spec, leaf.shape, mesh)),
+                        abstract_params(config), shardings)
+
+
 def _keys(path: tuple) -> tuple[str, ...]:
     return tuple(key.key for key in path if isinstance(key, jax.tree_util.DictKey))
 

@@ -29,6 +29,7 @@ from nanochat_jax.sharding import (
     abstract_tree,
     data_size,
     global_batch,
+    gradient_shardings,
     optimizer_shardings,
     param_shardings,
     replicated,
@@ -93,16 +94,22 @@ def place_batch(rows: np.ndarray, shape: BatchShape, mesh: Mesh) -> Array:
 def make_train_step(config: GPTConfig, optimizer: optax.GradientTransformation, *, dtype: Any, mesh: Mesh,
                     shardings: TrainState, remat: str = "none", attention: str = "auto") -> Callable:
     """Jitted `step(state, inputs [A, B, T], targets [A, B, T]) -> (state, {"loss", "grad_norm", "tokens"})`."""
+    scan = mesh.devices.flat[0].platform != "cpu"
 
     def micro_loss(params: Params, inputs: Array, targets: Array) -> tuple[Array, Array]:
         attend = choose_attention(attention, mesh=mesh, dtype=dtype, length=inputs.shape[1], head_dim=config.head_dim)
-        hidden, _ = forward(params, inputs, config=config, compute_dtype=dtype, remat=remat, attention=attend)
+        hidden, _ = forward(params, inputs, config=config, compute_dtype=dtype, remat=remat, scan=scan, attention=attend)
         weight = params["lm_head"][:, : config.vocab_size]
         chunk = chunk_length(*inputs.shape, config.vocab_size, mesh.size)
         total, _ = cross_entropy(hidden, weight, targets, jnp.ones(targets.shape), config.softcap, chunk)
         return total, (targets >= 0).sum()
 
-    value_and_grad = jax.value_and_grad(micro_loss, has_aux=True)
+    # Each device sums up its share alone: to add whole gradients would need memory for two, and twice the traffic.
+    share = gradient_shardings(config, shardings.params, mesh)
+
+    def value_and_grad(params: Params, *micro_batch: Array) -> tuple[tuple[Array, Array], Params]:
+        value, grads = jax.value_and_grad(micro_loss, has_aux=True)(params, *micro_batch)
+        return value, grads if mesh.size == 1 else jax.lax.with_sharding_constraint(grads, share)
 
     def step(state: TrainState, inputs: Array, targets: Array) -> tuple[TrainState, dict[str, Array]]:
         def accumulate(carry, micro_batch):
