@@ -27,7 +27,7 @@ REMAT = ("none", "block", "full")  # what of the activations is recomputed in th
 LOGICAL_AXES = {
     "wte": (None, "embed"),
     "lm_head": ("embed", "vocab"),
-    "value_embeds": ("layers", None, "kv_heads"),
+    "value_embeds": ("layers", "rows", "kv_heads"),
     "ve_gate": ("layers", None, None),
     "blocks": {
         "c_q": ("layers", "embed", "heads"),
@@ -106,19 +106,21 @@ class GPT(nnx.Module):
             self.backout_lambda = nnx.Param(jnp.full(1, 0.2))
 
     def __call__(self, tokens: Array, cache: KVCache | None, valid: Array | None, dtype: Any, remat: str, scan: bool,
-                 attend: Callable) -> tuple[Array, KVCache | None]:
+                 attend: Callable, gather: Callable | None) -> tuple[Array, KVCache | None]:
         config = self.config
         batch, length = tokens.shape
         start = jnp.zeros(batch, jnp.int32) if cache is None else cache.length
         positions = start[:, None] + jnp.arange(length, dtype=jnp.int32)
         rotary = rotary_tables(positions, config.head_dim, config.rotary_base, config.rotary_dtype)
 
-        embedding = rms_norm(self.wte[...][tokens].astype(dtype))
+        gather = gather or (lambda name, weight: weight)
+        embedding = rms_norm(gather("wte", self.wte[...])[tokens].astype(dtype))
         x = self._smear(embedding, cache) if config.smear else embedding
         x0 = x
 
         def block(x: Array, layer: dict[str, Array], cache: tuple[Array, Array] | None, window: int | None
                   ) -> tuple[Array, tuple[Array, Array] | None]:
+            layer = {name: gather(name, weight) for name, weight in layer.items()}
             return self._block(x, layer, tokens, rotary, positions, cache, window, attend)
 
         if remat != "none":
@@ -267,7 +269,7 @@ def logical_axes(config: GPTConfig) -> Params:
 
 def forward(params: Params, tokens: Array, *, config: GPTConfig, compute_dtype: Any = jnp.float32,
             cache: KVCache | None = None, valid: Array | None = None, remat: str = "none", scan: bool = False,
-            attention: Callable = causal_attention) -> tuple[Array, KVCache | None]:
+            attention: Callable = causal_attention, gather: Callable | None = None) -> tuple[Array, KVCache | None]:
     """Final hidden states [B, T, D] of tokens [B, T] int32, before the unembedding.
 
     Without a cache: causal, from position 0. With one: row b's tokens take positions `cache.length[b]` onward and see all
@@ -275,14 +277,15 @@ def forward(params: Params, tokens: Array, *, config: GPTConfig, compute_dtype: 
     padding to its right is masked and later overwritten, and 0 leaves a row as it is. The backward pass recomputes what
     `remat` says: nothing ("none"), what is inside of blocks ("block"), or also most blocks' inputs ("full").
     `scan` makes a loop of equal groups of layers, so that programs for big models compile fast (not with a cache).
-    `attention` takes the place of the reference where there is no cache (kernels.py).
+    `attention` takes the place of the reference where there is no cache (kernels.py). `gather(name, weight)` makes a weight
+    whole right before it is used, where devices hold parts (sharding.gather_over_data).
     """
     if remat not in REMAT:
         raise ValueError(f"remat {remat!r} is none of {', '.join(REMAT)}")
     graphdef, state = _abstract(config)
     state = jax.tree.map(lambda leaf: leaf, state)  # replace_by_pure_dict works in place
     nnx.replace_by_pure_dict(state, params)
-    return nnx.merge(graphdef, state)(tokens, cache, valid, compute_dtype, remat, scan, attention)
+    return nnx.merge(graphdef, state)(tokens, cache, valid, compute_dtype, remat, scan, attention, gather)
 
 
 def unembed(params: Params, hidden: Array, *, config: GPTConfig) -> Array:

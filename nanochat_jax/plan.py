@@ -189,7 +189,7 @@ def train_plan(config: GPTConfig, step: Callable, state: TrainState, shardings: 
     state = abstract_tree(state, shardings)
     batch = jax.ShapeDtypeStruct((shape.accumulation, shape.micro_rows, shape.sequence_len), jnp.int32,
                                  sharding=NamedSharding(mesh, PartitionSpec(None, "data")))
-    flops = jaxpr_flops(step.trace(state, batch, batch).jaxpr, config, shape.micro_rows)
+    flops = jaxpr_flops(step.trace(state, batch, batch).jaxpr, config)
     return compile_plan(step, (state, batch, batch), chip=chip, mesh=mesh, parameters=state.params, state=state.optimizer,
                         flops=flops, model_flops=float(config.flops_per_token) * shape.tokens, tokens=shape.tokens, options=options)
 

@@ -26,6 +26,7 @@ from nanochat_jax.cli import UsageError
 from nanochat_jax.config import GPTConfig
 from nanochat_jax.eval.batching import Batching
 from nanochat_jax.gpt import Params, forward, unembed
+from nanochat_jax.kernels import forward_options
 from nanochat_jax.infer.engine import Engine
 from nanochat_jax.infer.request import Request
 from nanochat_jax.sharding import replicated
@@ -79,7 +80,8 @@ def _question(conversation: Conversation) -> str:
 def _letter_logits(params: Params, tokens: Array, lengths: Array, letters: Array, *, config: GPTConfig,
                    compute_dtype: Any, mesh: Mesh | None) -> Array:
     """Logits [B, C] of the tokens letters [B, C] after the first lengths [B] of tokens [B, T]."""
-    hidden, _ = forward(params, tokens, config=config, compute_dtype=compute_dtype)
+    how = forward_options(config, mesh, dtype=compute_dtype, length=tokens.shape[1])
+    hidden, _ = forward(params, tokens, config=config, compute_dtype=compute_dtype, **how)
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
     logits = jnp.take_along_axis(unembed(params, last, config=config), letters, axis=1)
     return logits if mesh is None else jax.lax.with_sharding_constraint(logits, replicated(mesh))
