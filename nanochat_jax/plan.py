@@ -53,7 +53,7 @@ H100 = """gpu_device_info { threads_per_block_limit: 1024 threads_per_warp: 32 s
   cuda_compute_capability { major: 9 minor: 0 } registers_per_core_limit: 65536 registers_per_block_limit: 65536 }
 platform_name: "CUDA" dnn_version_info { major: 9 minor: 8 patch: 0 } device_description_str: "NVIDIA H100 80GB HBM3"
 """
-INSTALL_TPU = "the compiler for TPUs is missing: pip install libtpu"
+INSTALL_TPU = "the compiler for TPUs is missing: pip install 'jax[tpu]'"
 INSTALL_GPU = ("the compiler for GPUs is missing: pip install --no-deps jax-cuda12-pjrt=={0} jax-cuda12-plugin=={0} "
                "nvidia-cuda-nvcc-cu12")
 

@@ -97,6 +97,7 @@ def place_batch(rows: np.ndarray, shape: BatchShape, mesh: Mesh) -> Array:
 def make_train_step(config: GPTConfig, optimizer: optax.GradientTransformation, *, dtype: Any, mesh: Mesh,
                     shardings: TrainState, remat: str = "none", attention: str = "auto") -> Callable:
     """Jitted `step(state, inputs [A, B, T], targets [A, B, T]) -> (state, {"loss", "grad_norm", "tokens"})`."""
+    sharded = any("data" in leaf.spec for leaf in jax.tree.leaves(shardings.params))
     share = gradient_shardings(config, shardings.params, mesh)
     spread = lambda tree: jax.lax.with_sharding_constraint(tree, share) if mesh.size > 1 else tree  # noqa: E731
 
@@ -117,6 +118,8 @@ def make_train_step(config: GPTConfig, optimizer: optax.GradientTransformation, 
         """Loss, tokens and gradients, each summed over rows [A, B, T]."""
         def accumulate(carry, micro_batch):
             (total, count), grads = value_and_grad(params, *micro_batch)
+            if sharded:  # keeps libtpu from moving reduce-scatters out of the loop, at which it fails (0.0.42)
+                grads = jax.lax.optimization_barrier(grads)
             return jax.tree.map(jnp.add, carry, (total, count, grads)), None
 
         if inputs.shape[0] == 1:
@@ -192,7 +195,7 @@ def estimate_memory(config: GPTConfig, mesh: Mesh, rows: int, *, remat: str, fsd
     optimizer = (4 * matrices + 8 * tables + 24 * matrices) / mesh.size  # and what Muon works on
     whole = 2 * 4 * config.padded_vocab_size * config.n_embd if fsdp else 0  # tables that were gathered to be used
     hidden = 2 * rows * config.sequence_len * config.n_embd
-    kept = {"none": 34 * config.n_layer, "block": config.n_layer + 40, "full": 3 * math.isqrt(config.n_layer) + 40}[remat]
+    kept = {"none": 34 * config.n_layer, "block": config.n_layer + 110, "full": 3 * math.isqrt(config.n_layer) + 110}[remat]
     return weights / ways + optimizer + whole + hidden * kept + 3 * 4 * CHUNK_ELEMENTS
 
 

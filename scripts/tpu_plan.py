@@ -1,7 +1,7 @@
 """Plan a training run on TPUs or GPUs that you do not have: what fits, how fast it can be, what it costs.
 
     python -m tpu.plan --depth 20 --topology v6e:2x4
-    python -m tpu.plan --depth 24 --topology v5e-16 --remat block --price 1.20
+    python -m tpu.plan --depth 24 --topology v5e-16 --price 1.20
     python -m tpu.plan --depth 20 --topology h100:8
     python -m tpu.plan --depth 20 --topology v6e:1x1 --decode
 
@@ -141,7 +141,7 @@ def table(plan: Plan, facts: dict[str, Any]) -> Table:
     memory = plan.memory
     shown = Table(show_header=False, box=None)
     for name, value in facts.items():
-        shown.add_row(name.replace("_", " "), f"{value:,}" if isinstance(value, int) else str(value))
+        shown.add_row(name.replace("_", " "), f"{value:,}" if type(value) is int else str(value))
     for name in ("parameters", "optimizer", "temporary", "total", "limit"):
         label = "cache" if name == "optimizer" and facts["program"] == "decode" else name
         shown.add_row(f"memory: {label}", f"{getattr(memory, name) / GIB:.2f} GiB" + (" (of a device)" if name == "limit" else ""))

@@ -95,11 +95,11 @@ def test_devices_exchange_gradients_once_a_step_however_the_batch_is_cut():
     once, four = hlo_cost(once.as_text()), hlo_cost(four.as_text())
     assert four.sent == once.sent and four.calls == once.calls
     # Of a gradient each device gets the share that it updates: parameters / 8, not all of them.
-    assert once.sent["all-reduce"] < 0.01 * 4 * config.num_params
+    assert once.sent["all-reduce"] < 0.05 * 4 * config.num_params
 
 
 def test_the_products_of_a_step_are_the_same_on_any_mesh():
-    config = GPTConfig.modern(2, sequence_len=128, vocab_size=256)
+    config = GPTConfig.modern(2, aspect_ratio=128, sequence_len=128, vocab_size=256)
     flops = {mesh: jaxpr_flops(compiled_step(make_mesh(mesh), config, accumulation=2)[0], config) for mesh in ("1x1", "8x1", "4x2")}
     assert flops["8x1"] == flops["4x2"] == pytest.approx(flops["1x1"], rel=0.02)  # Muon's stack is padded to whole devices
 
@@ -109,7 +109,7 @@ def test_what_memory_asks_for_is_chosen_and_what_is_given_is_kept():
     chosen = functools.partial(choose_memory, config, mesh, remat="auto")
     assert chosen(rows=None, fsdp=None, limit=None) == (32, "none", False)
     assert chosen(rows=None, fsdp=None, limit=2**40) == (32, "none", False)
-    assert chosen(rows=None, fsdp=None, limit=31 * 2**30) == (32, "block", False)
+    assert chosen(rows=None, fsdp=None, limit=40 * 2**30) == (32, "block", False)
     rows, remat, fsdp = chosen(rows=None, fsdp=None, limit=12 * 2**30)
     assert fsdp and remat == "block" and rows >= 8
     assert choose_memory(config, mesh, rows=4, remat="none", fsdp=False, limit=2**30) == (4, "none", False)
@@ -143,7 +143,7 @@ needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, re
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="libtpu is installed")
 def test_without_the_compiler_the_plan_says_how_to_get_it():
-    with pytest.raises(UsageError, match="pip install libtpu"):
+    with pytest.raises(UsageError, match=r"pip install 'jax\[tpu\]'"):
         topology_devices("v6e:2x4")
 
 
