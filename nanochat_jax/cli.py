@@ -94,7 +94,7 @@ def make_parser(config_type: type, *, prog: str, description: str) -> argparse.A
         if field.metadata.get("short"):
             names.insert(0, field.metadata["short"])
         options: dict[str, Any] = {"dest": field.name, "default": field.default, "help": field.metadata["help"]}
-        if hints[field.name] is bool:
+        if hints[field.name] in (bool, bool | None):
             options |= {"nargs": "?", "const": True, "type": _parse_bool}
         else:
             options |= {"type": _converter(hints[field.name]), "choices": field.metadata["choices"]}

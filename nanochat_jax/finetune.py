@@ -22,7 +22,7 @@ from nanochat_jax.optim import OptimizerConfig, constant, linear_momentum, make_
 from nanochat_jax.paths import Paths
 from nanochat_jax.sharding import abstract_tree, data_share, make_mesh, optimizer_shardings
 from nanochat_jax.startup import start
-from nanochat_jax.step import choose_batch_shape, init_state, make_train_step, resolve_dtype
+from nanochat_jax.step import accelerator_memory, choose_batch_shape, choose_memory, init_state, make_train_step, resolve_dtype
 from nanochat_jax.tasks.base import Task
 from nanochat_jax.train import Evaluation, Job, TrainConfig, train
 
@@ -87,7 +87,7 @@ def finetune(config: FinetuneConfig, stage: Stage) -> None:
     paths = Paths.from_env()
     start(paths, device_type=config.device_type, compile_cache=config.compile_cache, processes=config)
     mesh, dtype = make_mesh(config.mesh), resolve_dtype(config.dtype)
-    loaded = load_model(paths, stage.source, tag=config.model_tag, step=config.step, mesh=mesh, fsdp=config.fsdp)
+    loaded = load_model(paths, stage.source, tag=config.model_tag, step=config.step, mesh=mesh, fsdp=bool(config.fsdp))
     model, tokenizer, meta = loaded.config, loaded.tokenizer, loaded.meta
     mixture = stage.mixture(meta["data"], "train", paths)
     length = config.max_seq_len or model.sequence_len
@@ -105,12 +105,15 @@ def finetune(config: FinetuneConfig, stage: Stage) -> None:
                               momentum=linear_momentum(300, 0.85, 0.95), lr_scale=config.init_lr_frac, muon_dtype=dtype,
                               mesh=mesh)
 
+    rows, remat, _ = choose_memory(model, mesh, rows=config.device_batch_size, remat=config.remat, fsdp=bool(config.fsdp),
+                                   limit=accelerator_memory())
+
     def step_for(optimizer: optax.GradientTransformation) -> Callable:
-        return make_train_step(model, optimizer, dtype=dtype, mesh=mesh, shardings=shardings, remat=config.remat,
+        return make_train_step(model, optimizer, dtype=dtype, mesh=mesh, shardings=shardings, remat=remat,
                                attention=config.attention)
 
-    state, shardings = init_state(model, optimizer_for(1), mesh, fsdp=config.fsdp, seed=config.seed, params=loaded.params)
-    shape = choose_batch_shape(total, config.device_batch_size, length, mesh, step_for(optimizer_for(1)), state)
+    state, shardings = init_state(model, optimizer_for(1), mesh, fsdp=bool(config.fsdp), seed=config.seed, params=loaded.params)
+    shape = choose_batch_shape(total, rows, length, mesh, step_for(optimizer_for(1)), state)
     common = dict(sequence_len=length, mode=stage.mode)
     index, count = data_share(mesh)
     batches = conversation_loader(mixture, tokenizer, batch_size=shape.rows, process_index=index, process_count=count, **common)

@@ -27,7 +27,7 @@ REMAT = ("none", "block", "full")  # what of the activations is recomputed in th
 LOGICAL_AXES = {
     "wte": (None, "embed"),
     "lm_head": ("embed", "vocab"),
-    "value_embeds": ("layers", None, "kv_heads"),
+    "value_embeds": ("layers", "rows", "kv_heads"),
     "ve_gate": ("layers", None, None),
     "blocks": {
         "c_q": ("layers", "embed", "heads"),
@@ -105,43 +105,56 @@ class GPT(nnx.Module):
         if config.backout:
             self.backout_lambda = nnx.Param(jnp.full(1, 0.2))
 
-    def __call__(self, tokens: Array, cache: KVCache | None, valid: Array | None, dtype: Any, remat: str, attend: Callable
-                 ) -> tuple[Array, KVCache | None]:
+    def __call__(self, tokens: Array, cache: KVCache | None, valid: Array | None, dtype: Any, remat: str, scan: bool,
+                 attend: Callable, gather: Callable | None) -> tuple[Array, KVCache | None]:
         config = self.config
         batch, length = tokens.shape
         start = jnp.zeros(batch, jnp.int32) if cache is None else cache.length
         positions = start[:, None] + jnp.arange(length, dtype=jnp.int32)
         rotary = rotary_tables(positions, config.head_dim, config.rotary_base, config.rotary_dtype)
 
-        embedding = rms_norm(self.wte[...][tokens].astype(dtype))
+        gather = gather or (lambda name, weight: weight)
+        embedding = rms_norm(gather("wte", self.wte[...])[tokens].astype(dtype))
         x = self._smear(embedding, cache) if config.smear else embedding
         x0 = x
 
-        layers = self._unstack(dtype)
-        ve_rank = {layer: rank for rank, layer in enumerate(config.value_embed_layers)}
-        new_k, new_v = [], []
-        block = jax.checkpoint(self._block, static_argnums=(6, 7)) if remat != "none" else self._block
+        def block(x: Array, layer: dict[str, Array], cache: tuple[Array, Array] | None, window: int | None
+                  ) -> tuple[Array, tuple[Array, Array] | None]:
+            layer = {name: gather(name, weight) for name, weight in layer.items()}
+            return self._block(x, layer, tokens, rotary, positions, cache, window, attend)
 
-        def run(x: Array, backout: Array, span: range) -> tuple[Array, Array]:
-            for i in span:
+        if remat != "none":
+            block = jax.checkpoint(block, static_argnums=3)
+
+        def run(x: Array, backout: Array, layers: list[dict[str, Array]], first: int | Array, windows: tuple[int | None, ...]
+                ) -> tuple[Array, Array, list]:
+            """The layers from `first` on, which is traced inside of a scan."""
+            written = []
+            for i, (layer, window) in enumerate(zip(layers, windows, strict=True)):
                 if config.lambdas:
-                    x = self.resid_lambdas[i].astype(dtype) * x + self.x0_lambdas[i].astype(dtype) * x0
-                ve = (self.value_embeds[ve_rank[i]][tokens].astype(dtype), self.ve_gate[ve_rank[i]]) if i in ve_rank else None
-                layer_cache = None if cache is None else (cache.k[i], cache.v[i])
-                x, kv = block(x, layers[i], ve, rotary, positions, layer_cache, config.windows[i], attend)
-                if kv is not None:
-                    new_k.append(kv[0])
-                    new_v.append(kv[1])
-                if config.backout and i == config.n_layer // 2:
-                    backout = x
-            return x, backout
+                    x = layer["resid_lambdas"] * x + layer["x0_lambdas"] * x0
+                x, kv = block(x, layer, None if cache is None else (cache.k[first + i], cache.v[first + i]), window)
+                written.append(kv)
+                if config.backout:
+                    middle = first + i == config.n_layer // 2
+                    backout = jnp.where(middle, x, backout) if isinstance(middle, Array) else x if middle else backout
+            return x, backout, written
 
-        # "full": of about the square root of L groups of blocks only the inputs are kept (Chen et al., 2016).
-        size = config.n_layer if remat != "full" else math.isqrt(config.n_layer - 1) + 1
-        backout = x
-        for first in range(0, config.n_layer, size):
-            span = range(first, min(first + size, config.n_layer))
-            x, backout = (jax.checkpoint(run, static_argnums=2) if remat == "full" else run)(x, backout, span)
+        if remat == "full":
+            run = jax.checkpoint(run, static_argnums=4)
+        stacks, backout, written = self._stacks(dtype), x, []
+        size, count = layer_groups(config, scan=scan and cache is None, keep_few=remat == "full")
+        if scanned := size * count:
+            def group(carry: tuple[Array, Array], inputs: tuple[Array, dict]) -> tuple[tuple[Array, Array], None]:
+                return run(*carry, self._unstack(inputs[1], 0, size), inputs[0], config.windows[:size])[:2], None
+
+            grouped = {name: stack[: len(stack) * scanned // config.n_layer].reshape(count, -1, *stack.shape[1:])
+                       for name, stack in stacks.items()}  # of every other layer: half of them, groups being even
+            (x, backout), _ = jax.lax.scan(group, (x, backout), (jnp.arange(0, scanned, size), grouped))
+        layers = self._unstack(stacks, 0, config.n_layer) if scanned < config.n_layer else []
+        for first in range(scanned, config.n_layer, size):
+            x, backout, kv = run(x, backout, layers[first : first + size], first, config.windows[first : first + size])
+            written += kv
         if config.backout:
             x = x - self.backout_lambda[...].astype(dtype) * backout
         hidden = rms_norm(x)
@@ -151,14 +164,24 @@ class GPT(nnx.Module):
         valid = jnp.full(batch, length, jnp.int32) if valid is None else valid
         last = jnp.take_along_axis(embedding, jnp.maximum(valid - 1, 0)[:, None, None], axis=1)[:, 0]
         prev = jnp.where((valid > 0)[:, None], last.astype(cache.prev_embedding.dtype), cache.prev_embedding)
-        return hidden, KVCache(tuple(new_k), tuple(new_v), cache.length + valid, prev)
+        new_k, new_v = zip(*written)
+        return hidden, KVCache(new_k, new_v, cache.length + valid, prev)
 
-    def _unstack(self, dtype: Any) -> list[dict[str, Array]]:
-        """Per layer a dict of its matrices. `lax.split` transposes to one concatenation; indexing would pad L times."""
-        names = list(LOGICAL_AXES["blocks"])
-        ones = (1,) * self.config.n_layer
-        stacks = [jax.lax.split(getattr(self.blocks, name)[...].astype(dtype), ones) for name in names]
-        return [{name: piece[0] for name, piece in zip(names, pieces)} for pieces in zip(*stacks)]
+    def _stacks(self, dtype: Any) -> dict[str, Array]:
+        """What each layer has of its own, by name; a stack has the layers in order, those of value embeddings every other."""
+        stacks = {name: getattr(self.blocks, name)[...].astype(dtype) for name in LOGICAL_AXES["blocks"]}
+        if self.config.lambdas:
+            stacks |= {name: getattr(self, name)[...].astype(dtype) for name in ("resid_lambdas", "x0_lambdas")}
+        if self.config.value_embed_layers:
+            stacks |= {name: getattr(self, name)[...] for name in ("value_embeds", "ve_gate")}
+        return stacks
+
+    def _unstack(self, stacks: dict[str, Array], first: int, count: int) -> list[dict[str, Array]]:
+        """A dict for each layer from `first` on. `lax.split` transposes to one concatenation; indexing would pad L times."""
+        with_ve = self.config.value_embed_layers
+        pieces = {name: iter(jax.lax.split(stack, (1,) * len(stack))) for name, stack in stacks.items()}
+        return [{name: next(each)[0] for name, each in pieces.items() if i in with_ve or name not in ("value_embeds", "ve_gate")}
+                for i in range(first, first + count)]
 
     def _smear(self, embedding: Array, cache: KVCache | None) -> Array:
         """Mix a gated share of the previous token's embedding into each; the first position has no previous one."""
@@ -170,32 +193,31 @@ class GPT(nnx.Module):
         gate = jax.nn.sigmoid(linear(embedding[..., :SMEAR_GATE_CHANNELS], self.smear_gate[...]))
         return embedding + self.smear_lambda[...].astype(embedding.dtype) * gate * previous
 
-    def _block(self, x: Array, weights: dict[str, Array], ve: tuple[Array, Array] | None, rotary: tuple[Array, Array],
-               positions: Array, cache: tuple[Array, Array] | None, window: int | None, attend: Callable
+    def _block(self, x: Array, layer: dict[str, Array], tokens: Array, rotary: tuple[Array, Array], positions: Array,
+               cache: tuple[Array, Array] | None, window: int | None, attend: Callable
                ) -> tuple[Array, tuple[Array, Array] | None]:
         with jax.named_scope("attention"):
-            out, cache = self._attention(rms_norm(x), weights, ve, rotary, positions, cache, window, attend)
+            out, cache = self._attention(rms_norm(x), layer, tokens, rotary, positions, cache, window, attend)
             x = x + out
         with jax.named_scope("mlp"):
-            return x + mlp(rms_norm(x), weights["mlp_fc"], weights["mlp_proj"]), cache
+            return x + mlp(rms_norm(x), layer["mlp_fc"], layer["mlp_proj"]), cache
 
-    def _attention(self, x, weights, ve, rotary, positions, cache, window, attend):
+    def _attention(self, x, layer, tokens, rotary, positions, cache, window, attend):
         config = self.config
         batch, length, _ = x.shape
-        q = linear(x, weights["c_q"]).reshape(batch, length, config.n_head, config.head_dim)
-        k = linear(x, weights["c_k"]).reshape(batch, length, config.n_kv_head, config.head_dim)
-        v = linear(x, weights["c_v"]).reshape(batch, length, config.n_kv_head, config.head_dim)
-        if ve is not None:
-            embed, gate_weight = ve
-            gate = 3.0 * jax.nn.sigmoid(linear(x[..., :VE_GATE_CHANNELS], gate_weight))
-            v = v + gate[..., None] * embed.reshape(v.shape)
+        q = linear(x, layer["c_q"]).reshape(batch, length, config.n_head, config.head_dim)
+        k = linear(x, layer["c_k"]).reshape(batch, length, config.n_kv_head, config.head_dim)
+        v = linear(x, layer["c_v"]).reshape(batch, length, config.n_kv_head, config.head_dim)
+        if "value_embeds" in layer:
+            gate = 3.0 * jax.nn.sigmoid(linear(x[..., :VE_GATE_CHANNELS], layer["ve_gate"]))
+            v = v + gate[..., None] * layer["value_embeds"][tokens].astype(x.dtype).reshape(v.shape)
         q, k = (rms_norm(apply_rotary(each, *rotary)) * config.qk_scale for each in (q, k))
         if cache is None:
             out = attend(q, k, v, window=window)
         else:
             cache = tuple(_write(old, new, positions) for old, new in zip(cache, (k, v)))
             out = cached_attention(q, *cache, positions, window=window)
-        return linear(out.reshape(batch, length, -1), weights["c_proj"]), cache
+        return linear(out.reshape(batch, length, -1), layer["c_proj"]), cache
 
 
 def _write(cache: Array, new: Array, positions: Array) -> Array:
@@ -204,6 +226,25 @@ def _write(cache: Array, new: Array, positions: Array) -> Array:
     if positions.size == 1:  # of a single scattered index XLA makes slice updates for which it copies the cache four times
         return cache.at[rows[..., None], jnp.arange(new.shape[2]), positions[..., None]].set(new, mode="drop")
     return cache.at[rows, :, positions].set(new, mode="drop")
+
+
+def layer_groups(config: GPTConfig, *, scan: bool, keep_few: bool) -> tuple[int, int]:
+    """(size, count): how many layers form a group, and how many groups from the first on are equal and run as one loop.
+
+    `keep_few`: groups of about the square root of L layers, of which only the inputs are kept (Chen et al., 2016).
+    """
+    layers, few = config.n_layer, math.isqrt(config.n_layer - 1) + 1
+    if not scan:
+        return (few if keep_few else layers), 0
+    kinds = [(window, i in config.value_embed_layers) for i, window in enumerate(config.windows)]
+
+    def count(size: int) -> int:
+        return next(n for n in range(1, layers + 1) if kinds[n * size : (n + 1) * size] != kinds[:size])
+
+    size = min(range(1, layers + 1), key=lambda size: size + layers - size * count(size))  # the shortest program
+    if keep_few:
+        size *= max(1, few // size)
+    return size, count(size) if count(size) > 1 else 0
 
 
 @functools.lru_cache(maxsize=16)
@@ -229,22 +270,24 @@ def logical_axes(config: GPTConfig) -> Params:
 
 
 def forward(params: Params, tokens: Array, *, config: GPTConfig, compute_dtype: Any = jnp.float32,
-            cache: KVCache | None = None, valid: Array | None = None, remat: str = "none",
-            attention: Callable = causal_attention) -> tuple[Array, KVCache | None]:
+            cache: KVCache | None = None, valid: Array | None = None, remat: str = "none", scan: bool = False,
+            attention: Callable = causal_attention, gather: Callable | None = None) -> tuple[Array, KVCache | None]:
     """Final hidden states [B, T, D] of tokens [B, T] int32, before the unembedding.
 
     Without a cache: causal, from position 0. With one: row b's tokens take positions `cache.length[b]` onward and see all
     before them; the returned cache has `length + valid`. `valid` [B] (default T) is how many tokens of a row count:
     padding to its right is masked and later overwritten, and 0 leaves a row as it is. The backward pass recomputes what
     `remat` says: nothing ("none"), what is inside of blocks ("block"), or also most blocks' inputs ("full").
-    `attention` takes the place of the reference where there is no cache (kernels.py).
+    `scan` makes a loop of equal groups of layers, so that programs for big models compile fast (not with a cache).
+    `attention` takes the place of the reference where there is no cache (kernels.py). `gather(name, weight)` makes a weight
+    whole right before it is used, where devices hold parts (sharding.gather_over_data).
     """
     if remat not in REMAT:
         raise ValueError(f"remat {remat!r} is none of {', '.join(REMAT)}")
     graphdef, state = _abstract(config)
     state = jax.tree.map(lambda leaf: leaf, state)  # replace_by_pure_dict works in place
     nnx.replace_by_pure_dict(state, params)
-    return nnx.merge(graphdef, state)(tokens, cache, valid, compute_dtype, remat, attention)
+    return nnx.merge(graphdef, state)(tokens, cache, valid, compute_dtype, remat, scan, attention, gather)
 
 
 def unembed(params: Params, hidden: Array, *, config: GPTConfig) -> Array:

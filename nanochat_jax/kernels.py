@@ -7,6 +7,7 @@ of a kernel: rows are spread over its data axis, heads over its model axis.
 import functools
 import math
 from collections.abc import Callable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,12 +16,21 @@ from jax.sharding import Mesh, PartitionSpec
 
 from nanochat_jax.attention import causal_attention
 from nanochat_jax.cli import UsageError
+from nanochat_jax.config import GPTConfig
 
 ATTENTION = ("auto", "xla", "splash", "cudnn")
 LANES = 128  # Splash's blocks are multiples of this
-ROWS = PartitionSpec("data", None, "model", None)  # of q, k and v [B, T, H, h]
 
 Attention = Callable[..., Array]  # (q [B, T, H, h], k, v [B, T, K, h], *, window) -> [B, T, H, h]
+
+
+def forward_options(config: GPTConfig, mesh: Mesh | None, *, dtype: jnp.dtype, length: int, attention: str = "auto"
+                    ) -> dict[str, Any]:
+    """Arguments of `gpt.forward` that follow from the devices: a fused attention, and on accelerators a loop over layers."""
+    if mesh is None:
+        return {}
+    attend = choose_attention(attention, mesh=mesh, dtype=dtype, length=length, head_dim=config.head_dim)
+    return {"attention": attend, "scan": mesh.devices.flat[0].platform != "cpu"}
 
 
 def choose_attention(kind: str, *, mesh: Mesh, dtype: jnp.dtype, length: int, head_dim: int) -> Attention:
@@ -46,7 +56,18 @@ def choose_attention(kind: str, *, mesh: Mesh, dtype: jnp.dtype, length: int, he
         return causal_attention
     if reason := refused[kind]:
         raise UsageError(f"--attention {kind}: {reason}; give --attention xla or auto")
-    return functools.partial(splash_attention, mesh=mesh) if kind == "splash" else cudnn_attention
+    return functools.partial(splash_attention if kind == "splash" else cudnn_attention, mesh=mesh)
+
+
+def _on_each_device(attend: Callable[..., Array], mesh: Mesh) -> Callable[..., Array]:
+    """`attend(q, k, v)` for each device's rows and heads, as far as the code around does not run on each device already."""
+    manual = jax.sharding.get_abstract_mesh().manual_axes
+    axes = {axis for axis in mesh.axis_names if axis not in manual}
+    if not axes:
+        return attend
+    rows = PartitionSpec("data" if "data" in axes else None, None, "model", None)  # of q, k and v [B, T, H, h]
+    return jax.shard_map(attend, mesh=None if manual else mesh, in_specs=(rows,) * 3, out_specs=rows, axis_names=axes,
+                         check_vma=False)
 
 
 def _block(length: int, most: int) -> int:
@@ -88,10 +109,11 @@ def splash_attention(q: Array, k: Array, v: Array, *, window: int | None, mesh: 
         return jnp.swapaxes(jax.vmap(kernel)(*rows), 1, 2)
 
     q = q * jnp.asarray(1.0 / math.sqrt(q.shape[-1]), q.dtype)  # the kernel does not scale
-    return jax.shard_map(local, mesh=mesh, in_specs=(ROWS,) * 3, out_specs=ROWS, check_vma=False)(q, k, v)
+    return _on_each_device(local, mesh)(q, k, v)
 
 
-def cudnn_attention(q: Array, k: Array, v: Array, *, window: int | None) -> Array:
+def cudnn_attention(q: Array, k: Array, v: Array, *, window: int | None, mesh: Mesh) -> Array:
     """As `attention.causal_attention`, by cuDNN. Without `is_causal` a window's queries would see the future too."""
     local = None if window is None or window >= q.shape[1] - 1 else (window, 0)
-    return jax.nn.dot_product_attention(q, k, v, is_causal=True, local_window_size=local, implementation="cudnn")
+    attend = functools.partial(jax.nn.dot_product_attention, is_causal=True, local_window_size=local, implementation="cudnn")
+    return _on_each_device(attend, mesh)(q, k, v)

@@ -53,7 +53,7 @@ H100 = """gpu_device_info { threads_per_block_limit: 1024 threads_per_warp: 32 s
   cuda_compute_capability { major: 9 minor: 0 } registers_per_core_limit: 65536 registers_per_block_limit: 65536 }
 platform_name: "CUDA" dnn_version_info { major: 9 minor: 8 patch: 0 } device_description_str: "NVIDIA H100 80GB HBM3"
 """
-INSTALL_TPU = "the compiler for TPUs is missing: pip install libtpu"
+INSTALL_TPU = "the compiler for TPUs is missing: pip install 'jax[tpu]'"
 INSTALL_GPU = ("the compiler for GPUs is missing: pip install --no-deps jax-cuda12-pjrt=={0} jax-cuda12-plugin=={0} "
                "nvidia-cuda-nvcc-cu12")
 
@@ -189,7 +189,7 @@ def train_plan(config: GPTConfig, step: Callable, state: TrainState, shardings: 
     state = abstract_tree(state, shardings)
     batch = jax.ShapeDtypeStruct((shape.accumulation, shape.micro_rows, shape.sequence_len), jnp.int32,
                                  sharding=NamedSharding(mesh, PartitionSpec(None, "data")))
-    flops = jaxpr_flops(step.trace(state, batch, batch).jaxpr, config, shape.micro_rows)
+    flops = jaxpr_flops(step.trace(state, batch, batch).jaxpr, config)
     return compile_plan(step, (state, batch, batch), chip=chip, mesh=mesh, parameters=state.params, state=state.optimizer,
                         flops=flops, model_flops=float(config.flops_per_token) * shape.tokens, tokens=shape.tokens, options=options)
 

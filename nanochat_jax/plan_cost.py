@@ -32,14 +32,13 @@ def visible_pairs(length: int, window: int | None) -> int:
     return span * (span + 1) // 2 + (length - span) * span
 
 
-def jaxpr_flops(jaxpr: Any, config: GPTConfig, rows: int) -> float:
+def jaxpr_flops(jaxpr: Any, config: GPTConfig) -> float:
     """FLOPs of the products of a traced step, over all devices, recomputation included.
 
     A fused attention kernel counts for the pairs that its mask leaves, averaged over the layers: 2 products forward, 5
-    backward. `rows` are the rows of a micro-batch.
+    backward.
     """
     pairs = sum(visible_pairs(config.sequence_len, window) for window in config.windows) / config.n_layer
-    product = 2.0 * rows * pairs * config.n_head * config.head_dim
 
     def walk(jaxpr: Any, times: float) -> float:
         total = 0.0
@@ -51,12 +50,15 @@ def jaxpr_flops(jaxpr: Any, config: GPTConfig, rows: int) -> float:
                 total += times * 2.0 * math.prod(eqn.outvars[0].aval.shape) * math.prod(lhs[i] for i in contracted)
             elif name == "pallas_call":
                 backward = any(word in str(eqn.params.get("name") or eqn.params.get("name_and_src_info")) for word in ("dkv", "dq"))
+                queries = next(each.aval.shape for each in eqn.invars if each.aval.shape[-2:] == (config.sequence_len, config.head_dim))
+                product = 2.0 * math.prod(queries[:-2]) * pairs * config.head_dim  # of all rows and heads
                 total += times * product * (5 if backward else 2)
             elif name == "cond":
                 total += max(walk(branch.jaxpr, times) for branch in eqn.params["branches"])
             else:
-                # The shapes inside of a shard_map are one device's; only kernels are in ours, counted by the whole batch.
                 inner = times * (eqn.params["length"] if name == "scan" else 1)
+                if name == "shard_map":  # the shapes inside are one device's, along these axes
+                    inner *= math.prod(eqn.params["mesh"].shape[axis] for axis in eqn.params["newly_manual_axes"])
                 total += sum(walk(each, inner) for each in _inner_jaxprs(eqn.params))
         return total
 
@@ -173,6 +175,7 @@ def hlo_cost(text: str) -> HloCost:
         for operand, parameter in zip(call.operands, parameters):
             if operand not in scope or not _hbm(scope[operand].result):
                 continue
+            parameter = next((each.name for each in body.values() if each.opcode == "bitcast" and parameter in each.operands), parameter)
             users = [each for each in body.values() if parameter in each.operands]
             if users and all(each.opcode in ("dynamic-slice", "gather", "slice") for each in users):
                 total += sum(_bytes(each.result) for each in users)

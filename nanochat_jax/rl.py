@@ -25,6 +25,7 @@ from nanochat_jax.eval.chat import Sampling
 from nanochat_jax.gpt import Params, forward
 from nanochat_jax.infer.engine import Engine
 from nanochat_jax.infer.request import Request
+from nanochat_jax.kernels import forward_options
 from nanochat_jax.loss import chunk_length, cross_entropy
 from nanochat_jax.sharding import replicated
 from nanochat_jax.step import TrainState
@@ -115,11 +116,12 @@ def policy_batches(groups: Sequence[Sequence[Rollout]], *, pass_rows: int, micro
 
 
 def policy_loss(params: Params, inputs: Array, targets: Array, weights: Array, *, config: GPTConfig,
-                dtype: Any = jnp.float32, remat: str = "none", num_devices: int = 1) -> tuple[Array, Array]:
+                dtype: Any = jnp.float32, remat: str = "none", mesh: Mesh | None = None) -> tuple[Array, Array]:
     """Scalar loss of rows [B, T], whose gradient is the policy gradient, and log-probabilities [B, T] of the targets."""
-    hidden, _ = forward(params, inputs, config=config, compute_dtype=dtype, remat=remat)
+    how = forward_options(config, mesh, dtype=dtype, length=inputs.shape[1])
+    hidden, _ = forward(params, inputs, config=config, compute_dtype=dtype, remat=remat, **how)
     unembedding = params["lm_head"][:, : config.vocab_size]
-    chunk = chunk_length(*inputs.shape, config.vocab_size, num_devices)
+    chunk = chunk_length(*inputs.shape, config.vocab_size, mesh.size if mesh else 1)
     loss, nll = cross_entropy(hidden, unembedding, targets, weights, config.softcap, chunk)
     return loss, -nll
 
@@ -132,7 +134,7 @@ def make_policy_step(config: GPTConfig, optimizer: optax.GradientTransformation,
     """
 
     def loss_of(params: Params, *rows: Array) -> Array:
-        return policy_loss(params, *rows, config=config, dtype=dtype, remat=remat, num_devices=mesh.size)[0]
+        return policy_loss(params, *rows, config=config, dtype=dtype, remat=remat, mesh=mesh)[0]
 
     @functools.partial(jax.jit, donate_argnums=1, out_shardings=(replicated(mesh), shardings.params))
     def accumulate(params: Params, sums: tuple[Array, Params], *rows: Array) -> tuple[Array, Params]:

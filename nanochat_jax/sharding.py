@@ -6,7 +6,7 @@ A mesh is DxM: D-way data parallelism, M-way tensor ("model") parallelism. Weigh
 
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -16,10 +16,10 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from nanochat_jax.cli import UsageError
 from nanochat_jax.config import GPTConfig
-from nanochat_jax.gpt import abstract_params, logical_axes
+from nanochat_jax.gpt import Params, abstract_params, logical_axes
 
-RULES = {"heads": "model", "kv_heads": "model", "mlp": "model", "vocab": "model", "embed": None, "layers": None, None: None}
-FSDP_RULES = RULES | {"embed": "data"}
+RULES = {"heads": "model", "kv_heads": "model", "mlp": "model", "vocab": "model", "embed": None, "rows": None, "layers": None, None: None}
+FSDP_RULES = RULES | {"embed": "data", "rows": "data"}
 
 
 def make_mesh(text: str = "auto", devices: Sequence[jax.Device] | None = None) -> Mesh:
@@ -89,6 +89,60 @@ def optimizer_shardings(opt_state: Any, params: Any, shardings: Any, mesh: Mesh)
         return replicated(mesh)
 
     return jax.tree.map_with_path(place, opt_state)
+
+
+def gradient_shardings(config: GPTConfig, shardings: Any, mesh: Mesh) -> Any:
+    """Shardings of gradients, for those of the parameters: like the optimizer's state, spread over the data axis."""
+    return jax.tree.map(lambda leaf, sharding: NamedSharding(mesh, _add_data_axis(sharding.spec, leaf.shape, mesh)),
+                        abstract_params(config), shardings)
+
+
+def _data_axis(spec: PartitionSpec) -> int | None:
+    return list(spec).index("data") if "data" in spec else None
+
+
+def gather_over_data(shardings: Params) -> Callable[[str, jax.Array], jax.Array]:
+    """`gather(name, weight)` for code that runs on each data shard: the whole weight, of a layer or of the model, that
+    `shardings` spread over the data axis. Its gradient comes back summed over the shards, each getting its part."""
+    axes = {}
+    jax.tree.map_with_path(lambda path, leaf: axes.update({_keys(path)[-1]: (_data_axis(leaf.spec), len(leaf.spec))}), shardings)
+
+    def gather(name: str, weight: jax.Array) -> jax.Array:
+        axis, ndim = axes[name]
+        if axis is None:
+            return weight
+        return jax.lax.all_gather(weight, "data", axis=axis - (ndim - weight.ndim), tiled=True)  # a layer's lacks the first
+
+    return gather
+
+
+def sum_over_data(f: Callable[..., tuple[jax.Array, jax.Array, Params]], mesh: Mesh, params: Any, share: Any) -> Callable:
+    """`f(params, inputs [A, B, T], targets) -> (total, count, gradients)` run on each data shard's rows, the results summed.
+
+    Gradients come out placed as `share` says. Parameters lie as `params` says; those spread over the data axis `f` has to
+    gather, which sums their gradients.
+    """
+    # Axes of one device are manual too: a program for all of a device's own can hold kernels as they are.
+    manual = {axis for axis in mesh.axis_names if axis == "data" or mesh.shape[axis] == 1}
+    only_manual = lambda tree: jax.tree.map(  # noqa: E731
+        lambda leaf: PartitionSpec(*(axis if axis in manual else None for axis in leaf.spec)), tree)
+
+    def collect(gradient: jax.Array, before: NamedSharding, after: NamedSharding) -> jax.Array:
+        if _data_axis(before.spec) is not None:
+            return gradient
+        axis = _data_axis(after.spec)
+        if axis is None:
+            return jax.lax.psum(gradient, "data")
+        return jax.lax.psum_scatter(gradient, "data", scatter_dimension=axis, tiled=True)
+
+    def shard(tree: Params, inputs: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array, Params]:
+        total, count, gradients = f(tree, inputs, targets)
+        total, count = jax.lax.psum((total, count), "data")
+        return total, count, jax.tree.map(collect, gradients, params, share)
+
+    rows, whole = PartitionSpec(None, "data"), PartitionSpec()
+    return jax.shard_map(shard, mesh=mesh, in_specs=(only_manual(params), rows, rows), axis_names=manual, check_vma=False,
+                         out_specs=(whole, whole, only_manual(share)))
 
 
 def _keys(path: tuple) -> tuple[str, ...]:

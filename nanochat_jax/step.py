@@ -7,6 +7,7 @@ so how a batch is cut never changes the result.
 """
 
 import logging
+import math
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,15 +24,18 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from nanochat_jax.cli import UsageError
 from nanochat_jax.config import GPTConfig
 from nanochat_jax.gpt import Params, abstract_params, forward, init_params
-from nanochat_jax.kernels import choose_attention
-from nanochat_jax.loss import chunk_length, cross_entropy
+from nanochat_jax.kernels import forward_options
+from nanochat_jax.loss import CHUNK_ELEMENTS, chunk_length, cross_entropy
 from nanochat_jax.sharding import (
     abstract_tree,
     data_size,
+    gather_over_data,
     global_batch,
+    gradient_shardings,
     optimizer_shardings,
     param_shardings,
     replicated,
+    sum_over_data,
 )
 
 log = logging.getLogger(__name__)
@@ -93,32 +97,49 @@ def place_batch(rows: np.ndarray, shape: BatchShape, mesh: Mesh) -> Array:
 def make_train_step(config: GPTConfig, optimizer: optax.GradientTransformation, *, dtype: Any, mesh: Mesh,
                     shardings: TrainState, remat: str = "none", attention: str = "auto") -> Callable:
     """Jitted `step(state, inputs [A, B, T], targets [A, B, T]) -> (state, {"loss", "grad_norm", "tokens"})`."""
+    sharded = any("data" in leaf.spec for leaf in jax.tree.leaves(shardings.params))
+    share = gradient_shardings(config, shardings.params, mesh)
+    spread = lambda tree: jax.lax.with_sharding_constraint(tree, share) if mesh.size > 1 else tree  # noqa: E731
 
     def micro_loss(params: Params, inputs: Array, targets: Array) -> tuple[Array, Array]:
-        attend = choose_attention(attention, mesh=mesh, dtype=dtype, length=inputs.shape[1], head_dim=config.head_dim)
-        hidden, _ = forward(params, inputs, config=config, compute_dtype=dtype, remat=remat, attention=attend)
+        how = forward_options(config, mesh, dtype=dtype, length=inputs.shape[1], attention=attention)
+        gather = gather_over_data(shardings.params) if data_size(mesh) > 1 else None
+        hidden, _ = forward(params, inputs, config=config, compute_dtype=dtype, remat=remat, gather=gather, **how)
         weight = params["lm_head"][:, : config.vocab_size]
-        chunk = chunk_length(*inputs.shape, config.vocab_size, mesh.size)
+        if gather:
+            weight = gather("lm_head", weight.astype(dtype))
+        chunk = chunk_length(*inputs.shape, config.vocab_size, mesh.shape["model"])
         total, _ = cross_entropy(hidden, weight, targets, jnp.ones(targets.shape), config.softcap, chunk)
         return total, (targets >= 0).sum()
 
     value_and_grad = jax.value_and_grad(micro_loss, has_aux=True)
 
-    def step(state: TrainState, inputs: Array, targets: Array) -> tuple[TrainState, dict[str, Array]]:
+    def summed(params: Params, inputs: Array, targets: Array) -> tuple[Array, Array, Params]:
+        """Loss, tokens and gradients, each summed over rows [A, B, T]."""
         def accumulate(carry, micro_batch):
-            (total, count), grads = value_and_grad(state.params, *micro_batch)
+            (total, count), grads = value_and_grad(params, *micro_batch)
+            if sharded:  # keeps libtpu from moving reduce-scatters out of the loop, at which it fails (0.0.42)
+                grads = jax.lax.optimization_barrier(grads)
             return jax.tree.map(jnp.add, carry, (total, count, grads)), None
 
         if inputs.shape[0] == 1:
-            (total, count), grads = value_and_grad(state.params, inputs[0], targets[0])
-        else:
-            zeros = (jnp.zeros(()), jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, state.params))
-            (total, count, grads), _ = jax.lax.scan(accumulate, zeros, (inputs, targets))
+            (total, count), grads = value_and_grad(params, inputs[0], targets[0])
+            return total, count, grads
+        zeros = (jnp.zeros(()), jnp.zeros((), jnp.int32), jax.tree.map(jnp.zeros_like, params))
+        return jax.lax.scan(accumulate, zeros, (inputs, targets))[0]
+
+    if data_size(mesh) > 1:
+        # Each shard adds up its own gradients alone; they meet once a step, and each device gets the share it updates.
+        summed = sum_over_data(summed, mesh, shardings.params, share)
+
+    def step(state: TrainState, inputs: Array, targets: Array) -> tuple[TrainState, dict[str, Array]]:
+        total, count, grads = summed(state.params, inputs, targets)
         scale = 1.0 / jnp.maximum(count, 1)
         grads = jax.tree.map(lambda g: g * scale, grads)
         updates, opt_state = optimizer.update(grads, state.optimizer, state.params)
         metrics = {"loss": total * scale, "grad_norm": optax.tree.norm(grads), "tokens": count}
-        return TrainState(optax.apply_updates(state.params, updates), opt_state), metrics
+        params = spread(optax.apply_updates(spread(state.params), spread(updates)))
+        return TrainState(params, opt_state), metrics
 
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
 
@@ -158,6 +179,44 @@ def memory_limit() -> int | None:
     if container.exists() and (limit := container.read_text().strip()).isdigit():
         total = min(total, int(limit))
     return total // jax.local_device_count()
+
+
+def accelerator_memory() -> int | None:
+    """`memory_limit` of an accelerator; None on a CPU, whose memory is the machine's to share."""
+    return None if jax.local_devices()[0].platform == "cpu" else memory_limit()
+
+
+def estimate_memory(config: GPTConfig, mesh: Mesh, rows: int, *, remat: str, fsdp: bool) -> float:
+    """Bytes that a bfloat16 step of `rows` rows per device needs on each, about: plans (tpu/plans) need up to this."""
+    matrices = config.num_block_params
+    tables = config.num_params - matrices
+    ways = mesh.shape["model"] * (data_size(mesh) if fsdp else 1)
+    weights = 8 * (matrices + tables) + 4 * matrices + 4 * tables  # and their sums of gradients, copies, new gradients
+    optimizer = (4 * matrices + 8 * tables + 24 * matrices) / mesh.size  # and what Muon works on
+    whole = 2 * 4 * config.padded_vocab_size * config.n_embd if fsdp else 0  # tables that were gathered to be used
+    hidden = 2 * rows * config.sequence_len * config.n_embd
+    kept = {"none": 34 * config.n_layer, "block": config.n_layer + 110, "full": 3 * math.isqrt(config.n_layer) + 110}[remat]
+    return weights / ways + optimizer + whole + hidden * kept + 3 * 4 * CHUNK_ELEMENTS
+
+
+def choose_memory(config: GPTConfig, mesh: Mesh, *, rows: int | str | None, remat: str, fsdp: bool | None, limit: int | None
+                  ) -> tuple[int | str, str, bool]:
+    """(rows per device, remat, fsdp): where one is not given ("auto", None), the fastest choice that `limit` bytes should hold.
+
+    Rows: 32 if they fit, else 16 or 8. Recomputing blocks costs a third more products, sharding the parameters a gathering of
+    each layer's in every pass; "full" recomputes twice. Without a limit: 32 rows, nothing recomputed, nothing sharded.
+    """
+    sizes = [rows if isinstance(rows, int) else 8] if rows else [32, 16, 8]
+    for size in sizes:
+        for saving, spread in (("none", False), ("block", False), ("block", True), ("full", True)):
+            chosen = (saving if remat == "auto" else remat, (spread if fsdp is None else fsdp) and data_size(mesh) > 1)
+            needed = estimate_memory(config, mesh, size, remat=chosen[0], fsdp=chosen[1])
+            if limit is None or needed <= limit or (saving == "full" and size == sizes[-1]):
+                if limit is not None:
+                    log.info("--device-batch-size %s --remat %s --fsdp %s: about %.1f of %.1f GiB", rows or size, chosen[0],
+                             str(chosen[1]).lower(), needed / 2**30, limit / 2**30)
+                return rows or size, *chosen
+    raise AssertionError("the last choice is taken in any case")
 
 
 def compile_step(step_fn: Callable, state: TrainState, shape: BatchShape, mesh: Mesh) -> tuple[Callable, int]:

@@ -47,12 +47,15 @@ class TrainConfig(Processes):
     run: str = flag("dummy", "wandb run name; dummy turns wandb off")
     device_type: str = flag("", "platform to run on; default the best there is", choices=PLATFORMS)
     mesh: str = flag("auto", "devices as DxM: D-way data and M-way tensor parallelism")
-    fsdp: bool = flag(False, "shard the parameters over the data axis too")
+    fsdp: bool | None = flag(None, "shard the parameters over the data axis too; default: where memory asks for it")
     dtype: str = flag("auto", "compute dtype", choices=["auto", "float32", "bfloat16"])
-    remat: str = flag("none", "activations that the backward pass recomputes, to save memory: those inside blocks, or "
-                              "also most blocks' inputs (without effect on a CPU, whose compiler undoes it)", choices=REMAT)
+    remat: str = flag("auto", "activations that the backward pass recomputes, to save memory: those inside blocks, or "
+                              "also most blocks' inputs (without effect on a CPU, whose compiler undoes it); auto: what "
+                              "memory asks for", choices=["auto", *REMAT])
     attention: str = flag("auto", "attention kernel; auto: splash on TPUs, cudnn on NVIDIA GPUs, else xla", choices=ATTENTION)
-    device_batch_size: int | Literal["auto"] = flag(32, "rows per device and micro-step; auto: the most that fit into memory")
+    device_batch_size: int | Literal["auto"] | None = flag(
+        None, "rows per device and micro-step; auto: the most that fit into memory, by compiling; default 32, or 16 or 8 where "
+              "more should not fit")
     total_batch_size: int = flag(-1, "tokens per optimizer step; -1: the recipe's")
     num_iterations: int = flag(-1, "optimizer steps; -1: the recipe's horizon")
     eval_every: int = flag(250, "steps between evaluations; -1: only at the end")
@@ -69,7 +72,7 @@ class TrainConfig(Processes):
 
     def __post_init__(self) -> None:
         for name in ("device_batch_size", "eval_tokens", "keep"):
-            if (value := getattr(self, name)) != "auto" and value < 1:
+            if (value := getattr(self, name)) not in ("auto", None) and value < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
         if self.resuming and self.fresh:
             raise ValueError("--resume goes on with the checkpoints of a tag, --fresh deletes them: give one of them")

@@ -33,7 +33,7 @@ from nanochat_jax.optim import (
 from nanochat_jax.paths import DATA_DIRS, Paths
 from nanochat_jax.sharding import data_share, data_size, make_mesh
 from nanochat_jax.startup import start
-from nanochat_jax.step import choose_batch_shape, init_state, make_train_step, resolve_dtype
+from nanochat_jax.step import accelerator_memory, choose_batch_shape, choose_memory, init_state, make_train_step, resolve_dtype
 from nanochat_jax.tokenizer import Tokenizer
 from nanochat_jax.train import Evaluation, Job, TrainConfig, train
 
@@ -129,10 +129,12 @@ def main(config: BaseTrainConfig) -> None:
     mesh, dtype = make_mesh(config.mesh), resolve_dtype(config.dtype)
     rates, schedules = optimizer_parts(config, plan)
     optimizer = make_optimizer(model, rates, muon_dtype=dtype, mesh=mesh, **schedules)
-    state, shardings = init_state(model, optimizer, mesh, fsdp=config.fsdp, seed=config.seed)
-    step_fn = make_train_step(model, optimizer, dtype=dtype, mesh=mesh, shardings=shardings, remat=config.remat,
+    rows, remat, fsdp = choose_memory(model, mesh, rows=config.device_batch_size, remat=config.remat, fsdp=config.fsdp,
+                                      limit=accelerator_memory())
+    state, shardings = init_state(model, optimizer, mesh, fsdp=fsdp, seed=config.seed)
+    step_fn = make_train_step(model, optimizer, dtype=dtype, mesh=mesh, shardings=shardings, remat=remat,
                               attention=config.attention)
-    shape = choose_batch_shape(plan.total_batch_size, config.device_batch_size, model.sequence_len, mesh, step_fn, state)
+    shape = choose_batch_shape(plan.total_batch_size, rows, model.sequence_len, mesh, step_fn, state)
     log.info("d%d %s: %s parameters, %s tokens in %d steps of %s in %d x %d rows, mesh %s, %s", config.depth, config.arch,
              f"{model.num_params:,}", f"{plan.total_tokens:,}", plan.num_iterations, f"{shape.tokens:,}", shape.accumulation,
              shape.micro_rows, "x".join(map(str, mesh.shape.values())), dtype)

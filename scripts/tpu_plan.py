@@ -1,7 +1,7 @@
 """Plan a training run on TPUs or GPUs that you do not have: what fits, how fast it can be, what it costs.
 
     python -m tpu.plan --depth 20 --topology v6e:2x4
-    python -m tpu.plan --depth 24 --topology v5e-16 --remat block --price 1.20
+    python -m tpu.plan --depth 24 --topology v5e-16 --price 1.20
     python -m tpu.plan --depth 20 --topology h100:8
     python -m tpu.plan --depth 20 --topology v6e:1x1 --decode
 
@@ -32,9 +32,9 @@ from nanochat_jax.infer.device import Program, cache_sharding
 from nanochat_jax.kernels import ATTENTION
 from nanochat_jax.metrics import format_seconds
 from nanochat_jax.optim import make_optimizer
-from nanochat_jax.plan import GIB, DoesNotFit, Plan, compile_plan, largest_batch, topology_devices, train_plan
+from nanochat_jax.plan import CHIPS, GIB, DoesNotFit, Plan, compile_plan, largest_batch, topology_devices, train_plan
 from nanochat_jax.sharding import abstract_tree, data_size, make_mesh, param_shardings, replicated
-from nanochat_jax.step import BatchShape, batch_shape, make_train_step, state_shardings
+from nanochat_jax.step import BatchShape, batch_shape, choose_memory, make_train_step, state_shardings
 from scripts.base_train import BaseTrainConfig, model_config, optimizer_parts, recipe
 
 log = logging.getLogger(__name__)
@@ -53,9 +53,10 @@ class PlanConfig:
     head_dim: int = flag(128, "width of a head (modern)")
     window_pattern: str = flag("SSSL", "short and long attention windows, tiled over layers (modern)")
     attention: str = flag("auto", "attention kernel", choices=ATTENTION)
-    fsdp: bool = flag(BaseTrainConfig.fsdp, "shard the parameters over the data axis too")
-    remat: str = flag(BaseTrainConfig.remat, "activations that the backward pass recomputes", choices=REMAT)
-    device_batch_size: int | Literal["auto"] = flag(8, "rows per device and micro-step; auto: the most that fit")
+    fsdp: bool | None = flag(BaseTrainConfig.fsdp, "shard the parameters over the data axis too; default: where needed")
+    remat: str = flag(BaseTrainConfig.remat, "activations that the backward pass recomputes", choices=["auto", *REMAT])
+    device_batch_size: int | Literal["auto"] | None = flag(
+        BaseTrainConfig.device_batch_size, "rows per device and micro-step; auto: the most that fit; default: 32, 16 or 8")
     total_batch_size: int = flag(-1, "tokens per optimizer step; -1: the recipe's")
     num_iterations: int = flag(-1, "optimizer steps; -1: the recipe's horizon")
     target_param_data_ratio: float = flag(-1.0, "tokens per parameter; -1: the recipe's")
@@ -86,18 +87,19 @@ def plan_training(config: PlanConfig, chip: str, mesh: jax.sharding.Mesh) -> tup
     run = recipe(training, model, reference)
     rates, schedules = optimizer_parts(training, run)
     optimizer = make_optimizer(model, rates, muon_dtype=jnp.bfloat16, mesh=mesh, **schedules)
-    state, shardings = state_shardings(model, optimizer, mesh, fsdp=config.fsdp)
+    rows, remat, fsdp = choose_memory(model, mesh, rows=config.device_batch_size, remat=config.remat, fsdp=config.fsdp,
+                                      limit=CHIPS[chip].hbm)
+    state, shardings = state_shardings(model, optimizer, mesh, fsdp=fsdp)
     # cuDNN cannot even be lowered where it is not.
     attention = "xla" if chip == "h100" else config.attention
     step = make_train_step(model, optimizer, dtype=jnp.dtype(jnp.bfloat16), mesh=mesh, shardings=shardings,
-                           remat=config.remat, attention=attention)
+                           remat=remat, attention=attention)
 
     def attempt(rows: int) -> Plan:
         log.info("compiling a step of %d rows per device for %d x %s", rows, mesh.size, chip)
         shape = batch_shape(run.total_batch_size, rows, model.sequence_len, mesh)
         return train_plan(model, step, state, shardings, shape, chip=chip, mesh=mesh, options=config.options)
 
-    rows = config.device_batch_size
     if rows == "auto":
         most = run.total_batch_size // model.sequence_len // data_size(mesh)
         rows, plan = largest_batch(attempt, most)
@@ -105,7 +107,7 @@ def plan_training(config: PlanConfig, chip: str, mesh: jax.sharding.Mesh) -> tup
         plan = attempt(rows)
     shape = batch_shape(run.total_batch_size, rows, model.sequence_len, mesh)
     return plan, shape, {"parameters": model.num_params, "num_iterations": run.num_iterations,
-                         "device_batch_size": shape.micro_rows // data_size(mesh), "accumulation": shape.accumulation}
+                         "device_batch_size": shape.micro_rows // data_size(mesh), "accumulation": shape.accumulation, "remat": remat, "fsdp": fsdp}
 
 
 def plan_decoding(config: PlanConfig, chip: str, mesh: jax.sharding.Mesh) -> Plan:
@@ -139,7 +141,7 @@ def table(plan: Plan, facts: dict[str, Any]) -> Table:
     memory = plan.memory
     shown = Table(show_header=False, box=None)
     for name, value in facts.items():
-        shown.add_row(name.replace("_", " "), f"{value:,}" if isinstance(value, int) else str(value))
+        shown.add_row(name.replace("_", " "), f"{value:,}" if type(value) is int else str(value))
     for name in ("parameters", "optimizer", "temporary", "total", "limit"):
         label = "cache" if name == "optimizer" and facts["program"] == "decode" else name
         shown.add_row(f"memory: {label}", f"{getattr(memory, name) / GIB:.2f} GiB" + (" (of a device)" if name == "limit" else ""))

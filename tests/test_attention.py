@@ -1,10 +1,12 @@
 """The fused kernels compute what the reference attention does; on a CPU the TPU's runs step by step."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType
+from jax.sharding import AxisType, PartitionSpec
 
 from nanochat_jax.attention import causal_attention
 from nanochat_jax.cli import UsageError
@@ -86,7 +88,8 @@ def test_the_choice_follows_device_dtype_and_shape():
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="cuDNN attention runs on NVIDIA GPUs only")
 @pytest.mark.parametrize("window", [None, 128, 512])
 def test_cudnn_equals_the_reference(window):
-    compare(cudnn_attention, *draw(1024, 4, 2, 128, dtype=jnp.bfloat16), window, 3e-2)
+    attend = functools.partial(cudnn_attention, mesh=make_mesh("1x1", jax.devices()[:1]))
+    compare(attend, *draw(1024, 4, 2, 128, dtype=jnp.bfloat16), window, 3e-2)
 
 
 @pytest.mark.skipif(jax.device_count() < 2, reason="needs several devices: XLA_FLAGS=--xla_force_host_platform_device_count=4")
@@ -94,3 +97,7 @@ def test_splash_on_a_mesh_equals_the_reference():
     mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
     attend = lambda q, k, v, *, window: splash_attention(q, k, v, window=window, mesh=mesh, interpret=True)  # noqa: E731
     compare(attend, *draw(256, 4, 2, 64), 128, 2e-5)
+    rows = PartitionSpec("data")  # as the train step calls it: on each data shard, the heads still whole
+    inside = lambda *qkv, window: jax.shard_map(functools.partial(attend, window=window), mesh=mesh, in_specs=(rows,) * 3,  # noqa: E731
+                                                out_specs=rows, axis_names={"data"}, check_vma=False)(*qkv)
+    compare(jax.jit(inside, static_argnames="window"), *draw(256, 4, 2, 64), 128, 2e-5)

@@ -9,7 +9,7 @@ import pytest
 
 from nanochat_jax.attention import causal_attention
 from nanochat_jax.config import GPTConfig
-from nanochat_jax.gpt import REMAT, forward, init_cache, init_params, unembed
+from nanochat_jax.gpt import REMAT, forward, init_cache, init_params, layer_groups, unembed
 from nanochat_jax.loss import cross_entropy
 
 CONFIGS = {
@@ -122,8 +122,20 @@ def test_attention_equals_a_plain_masked_softmax(window):
 def test_rematerialised_gradients_equal_plain_ones(model, remat):
     config, params = model
     tokens = random_tokens(config, 1, 20)
-    gradient = lambda remat: jax.grad(lambda p: (forward(p, tokens, config=config, remat=remat)[0] ** 2).sum())(params)  # noqa: E731
+    gradient = lambda remat: jax.grad(lambda p: (forward(p, tokens, config=config, remat=remat)[0] ** 3).sum())(params)  # noqa: E731
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), gradient(remat), gradient("none"))
+
+
+@pytest.mark.parametrize("remat", REMAT)
+@pytest.mark.parametrize("era, depth, groups", [("classic", 4, (1, 4)), ("modern", 8, (4, 2)), ("modern", 9, (4, 2))])
+def test_a_loop_over_groups_of_layers_equals_the_layers_one_by_one(era, depth, groups, remat):
+    """Groups of the window pattern's length; of nine layers the last stands alone."""
+    config = dataclasses.replace(CONFIGS[era], n_layer=depth)
+    assert layer_groups(config, scan=True, keep_few=False) == groups
+    params, tokens = random_params(config), random_tokens(config, 2, 150)
+    gradient = lambda **how: jax.jit(jax.grad(lambda p: (forward(p, tokens, config=config, **how)[0] ** 3).sum()))(params)  # noqa: E731
+    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * np.abs(b).max()),
+                 gradient(scan=True, remat=remat), gradient())
 
 
 def test_rematerialisation_keeps_fewer_activations_for_the_backward_pass():

@@ -1,7 +1,10 @@
 """Plans: what is counted is what programs do, and real steps compile for TPUs that are not there."""
 
+import functools
 import importlib.util
 import json
+import math
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -14,9 +17,11 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from nanochat_jax.cli import UsageError
 from nanochat_jax.config import GPTConfig
+from nanochat_jax.optim import OptimizerConfig, constant, make_optimizer
 from nanochat_jax.plan import DoesNotFit, largest_batch, topology_devices
 from nanochat_jax.plan_cost import hlo_cost, jaxpr_flops, parse_hlo, visible_pairs
-from nanochat_jax.sharding import make_mesh
+from nanochat_jax.sharding import abstract_tree, make_mesh
+from nanochat_jax.step import choose_memory, make_train_step, state_shardings
 
 CONFIG = GPTConfig.modern(1, sequence_len=64, vocab_size=64)
 
@@ -35,10 +40,10 @@ def test_products_inside_loops_count_once_a_round():
 
     forward = 5 * 2 * (2 * 8 * 32 * 16)
     x = jnp.ones((8, 32))
-    assert jaxpr_flops(jax.make_jaxpr(step)(x), CONFIG, rows=8) == forward
+    assert jaxpr_flops(jax.make_jaxpr(step)(x), CONFIG) == forward
     # Of the backward pass only the products with the cotangents: the weight is a constant.
-    assert jaxpr_flops(jax.make_jaxpr(jax.grad(step))(x), CONFIG, rows=8) == 2 * forward
-    remat = jaxpr_flops(jax.make_jaxpr(jax.grad(jax.checkpoint(step)))(x), CONFIG, rows=8)
+    assert jaxpr_flops(jax.make_jaxpr(jax.grad(step))(x), CONFIG) == 2 * forward
+    remat = jaxpr_flops(jax.make_jaxpr(jax.grad(jax.checkpoint(step)))(x), CONFIG)
     assert remat == 3 * forward
 
 
@@ -74,6 +79,43 @@ def test_collectives_count_what_a_device_sends():
     assert reduce.calls == {"all-reduce": 1} and reduce.sent["all-reduce"] == 128 * 4 * 2 * 7 / 8
 
 
+def compiled_step(mesh, config, *, accumulation, fsdp=False):
+    optimizer = make_optimizer(config, OptimizerConfig(), lr_multiplier=constant(1.0), momentum=constant(0.9), mesh=mesh)
+    state, shardings = state_shardings(config, optimizer, mesh, fsdp=fsdp)
+    step = make_train_step(config, optimizer, dtype=jnp.dtype(jnp.float32), mesh=mesh, shardings=shardings)
+    rows = jax.ShapeDtypeStruct((accumulation, 8, config.sequence_len), jnp.int32,
+                                sharding=NamedSharding(mesh, PartitionSpec(None, "data")))
+    state = abstract_tree(state, shardings)
+    return step.trace(state, rows, rows).jaxpr, step.lower(state, rows, rows).compile()
+
+
+def test_devices_exchange_gradients_once_a_step_however_the_batch_is_cut():
+    mesh, config = make_mesh("8x1"), GPTConfig.modern(2, sequence_len=128, vocab_size=256)
+    (_, once), (_, four) = (compiled_step(mesh, config, accumulation=count) for count in (1, 4))
+    once, four = hlo_cost(once.as_text()), hlo_cost(four.as_text())
+    assert four.sent == once.sent and four.calls == once.calls
+    # Of a gradient each device gets the share that it updates: parameters / 8, not all of them.
+    assert once.sent["all-reduce"] < 0.05 * 4 * config.num_params
+
+
+def test_the_products_of_a_step_are_the_same_on_any_mesh():
+    config = GPTConfig.modern(2, aspect_ratio=128, sequence_len=128, vocab_size=256)
+    flops = {mesh: jaxpr_flops(compiled_step(make_mesh(mesh), config, accumulation=2)[0], config) for mesh in ("1x1", "8x1", "4x2")}
+    assert flops["8x1"] == flops["4x2"] == pytest.approx(flops["1x1"], rel=0.02)  # Muon's stack is padded to whole devices
+
+
+def test_what_memory_asks_for_is_chosen_and_what_is_given_is_kept():
+    mesh, config = make_mesh("8x1"), GPTConfig.modern(20)
+    chosen = functools.partial(choose_memory, config, mesh, remat="auto")
+    assert chosen(rows=None, fsdp=None, limit=None) == (32, "none", False)
+    assert chosen(rows=None, fsdp=None, limit=2**40) == (32, "none", False)
+    assert chosen(rows=None, fsdp=None, limit=40 * 2**30) == (32, "block", False)
+    rows, remat, fsdp = chosen(rows=None, fsdp=None, limit=12 * 2**30)
+    assert fsdp and remat == "block" and rows >= 8
+    assert choose_memory(config, mesh, rows=4, remat="none", fsdp=False, limit=2**30) == (4, "none", False)
+    assert choose_memory(config, make_mesh("1x1"), rows="auto", remat="auto", fsdp=True, limit=2**40) == ("auto", "none", False)
+
+
 def test_the_largest_batch_is_the_last_that_fits():
     tried = []
 
@@ -101,7 +143,7 @@ needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, re
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="libtpu is installed")
 def test_without_the_compiler_the_plan_says_how_to_get_it():
-    with pytest.raises(UsageError, match="pip install libtpu"):
+    with pytest.raises(UsageError, match=r"pip install 'jax\[tpu\]'"):
         topology_devices("v6e:2x4")
 
 
@@ -122,6 +164,21 @@ def test_a_train_step_compiles_for_a_slice_of_several_hosts():
     assert found["memory"]["parameters"] == 4 * config.num_params
     # What MFU counts is all of the window for every query; executed are the visible pairs, and Muon.
     assert 0.5 < found["flops"] / found["model_flops"] < 1.2
+
+
+@needs_libtpu
+@pytest.mark.slow
+@pytest.mark.parametrize("topology", ["v5e-16", "v6e-8"])
+def test_d20_compiles_and_fits_with_the_default_settings(topology):
+    found = plan("--depth", "20", "--topology", topology)
+    config = GPTConfig.modern(20)
+    assert found["memory"]["fits"] and found["device_batch_size"] >= 8 and found["mfu_bound"] >= 0.6
+    # No logits of all positions: nothing is larger than the stack of value embeddings.
+    elements = math.prod(map(int, re.search(r"\[(.*)\]", found["largest_array"])[1].split(",")))
+    assert elements <= len(config.value_embed_layers) * config.vocab_size * config.n_embd
+    # Parameters are gathered, state of the optimizer is not: it is larger than they are.
+    gathered = found["collectives"]["all-gather"]["bytes_sent"]
+    assert gathered < 1.5 * 4 * config.num_params * (1 + found["fsdp"] * 2 * found["accumulation"])
 
 
 @needs_libtpu

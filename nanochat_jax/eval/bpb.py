@@ -17,6 +17,7 @@ from nanochat_jax.cli import UsageError
 from nanochat_jax.config import GPTConfig
 from nanochat_jax.data.loader import pretraining_loader
 from nanochat_jax.gpt import Params, forward
+from nanochat_jax.kernels import forward_options
 from nanochat_jax.loss import chunk_length, cross_entropy
 from nanochat_jax.paths import Paths
 from nanochat_jax.sharding import data_size, spread_rows
@@ -29,10 +30,12 @@ class HeldOut(NamedTuple):
     loss: float  # nats per supervised token
 
 
-@functools.partial(jax.jit, static_argnames=("config", "dtype", "chunk"))
-def _sums(params: Params, inputs: Array, targets: Array, token_bytes: Array, *, config: GPTConfig, dtype: Any, chunk: int
+@functools.partial(jax.jit, static_argnames=("config", "dtype", "mesh"))
+def _sums(params: Params, inputs: Array, targets: Array, token_bytes: Array, *, config: GPTConfig, dtype: Any, mesh: Mesh
           ) -> tuple[Array, ...]:
-    hidden, _ = forward(params, inputs, config=config, compute_dtype=dtype)
+    how = forward_options(config, mesh, dtype=dtype, length=inputs.shape[1])
+    hidden, _ = forward(params, inputs, config=config, compute_dtype=dtype, **how)
+    chunk = chunk_length(*inputs.shape, config.vocab_size, mesh.size)
     weight = params["lm_head"][:, : config.vocab_size]
     total, nll = cross_entropy(hidden, weight, targets, jnp.ones(targets.shape), config.softcap, chunk)
     num_bytes = jnp.where(targets >= 0, token_bytes[jnp.maximum(targets, 0)], 0)
@@ -51,8 +54,7 @@ def held_out_loss(params: Params, batches: Iterator[Mapping[str, np.ndarray]], s
     for _ in range(steps):
         batch = next(batches)
         inputs, targets = (spread_rows(mesh, batch[name]) for name in ("inputs", "targets"))
-        chunk = chunk_length(*inputs.shape, config.vocab_size, mesh.size)
-        sums.append(_sums(params, inputs, targets, token_bytes, config=config, dtype=dtype, chunk=chunk))
+        sums.append(_sums(params, inputs, targets, token_bytes, config=config, dtype=dtype, mesh=mesh))
     nats, num_bytes, total, count = np.sum(jax.device_get(sums), axis=0, dtype=np.float64)
     return HeldOut(bpb=float(nats / (math.log(2) * num_bytes)) if num_bytes else math.inf, loss=float(total / max(count, 1)))
 

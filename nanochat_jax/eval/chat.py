@@ -29,6 +29,7 @@ from nanochat_jax.files import write_file
 from nanochat_jax.gpt import Params, forward, unembed
 from nanochat_jax.infer.engine import Engine
 from nanochat_jax.infer.request import Request
+from nanochat_jax.kernels import forward_options
 from nanochat_jax.sharding import data_size, replicated, spread_rows
 from nanochat_jax.tasks.base import Conversation, Task
 from nanochat_jax.tokenizer import Tokenizer
@@ -130,7 +131,8 @@ def evaluate_categorical(task: Task, generator: Generator, *, max_problems: int 
 def _letter_logits(params: Params, tokens: Array, lengths: Array, letters: Array, *, config: GPTConfig,
                    compute_dtype: Any, mesh: Mesh | None) -> Array:
     """Logits [B, C] of the tokens letters [B, C] after the first lengths [B] of tokens [B, T]."""
-    hidden, _ = forward(params, tokens, config=config, compute_dtype=compute_dtype)
+    how = forward_options(config, mesh, dtype=compute_dtype, length=tokens.shape[1])
+    hidden, _ = forward(params, tokens, config=config, compute_dtype=compute_dtype, **how)
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
     logits = jnp.take_along_axis(unembed(params, last, config=config), letters, axis=1)
     return logits if mesh is None else jax.lax.with_sharding_constraint(logits, replicated(mesh))
