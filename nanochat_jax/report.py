@@ -371,7 +371,7 @@ def _write(path: Path, text: str) -> None:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m nanochat_jax.report", description="The report of a training run.")
+    parser = argparse.ArgumentParser(prog=cli.invocation("nanochat_jax.report"), description="The report of a training run.")
     parser.add_argument("command", nargs="?", choices=("generate", "reset"), default="generate")
     command = parser.parse_args(argv).command
     cli.setup_logging()
