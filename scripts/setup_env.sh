@@ -1,7 +1,8 @@
 # shellcheck shell=bash
 # Sourced by speedrun.sh and test.sh in the root of the checkout. `setup_env EXTRA...` makes `.venv` if there is none
 # and installs the package into it, editable, with the extras that fit the machine and those it is given. A stamp in
-# `.venv` remembers what it installed, so that the next run starts at once.
+# `.venv` remembers what it installed, so that the next run starts at once. Versions are those of constraints.txt, which
+# the tests passed with; NANOCHAT_NEWEST=1 takes the newest that pyproject.toml allows.
 
 say() { echo "$*" >&2; }
 
@@ -40,14 +41,19 @@ make_venv() {
     exit 1
 }
 
+newest() { [[ -n "${NANOCHAT_NEWEST:-}" && "$NANOCHAT_NEWEST" != 0 ]]; }
+
 install_package() {
+    local versions=(--constraint constraints.txt)
     # uv is faster but does not read pip's settings; where pip was told where to look, pip is the one to ask.
     if command -v uv >/dev/null && ! .venv/bin/python -m pip config list 2>/dev/null | grep -qE 'index|find-links'; then
-        uv pip install --quiet --python .venv/bin/python --editable ".[$1]"
+        newest && versions=(--upgrade)
+        uv pip install --quiet --python .venv/bin/python "${versions[@]}" --editable ".[$1]"
         return
     fi
+    newest && versions=(--upgrade --upgrade-strategy eager)
     .venv/bin/python -m pip --version >/dev/null 2>&1 || .venv/bin/python -m ensurepip >/dev/null
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[$1]"
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check "${versions[@]}" --editable ".[$1]"
 }
 
 # Says what is missing to build the Rust crate, if anything is.
@@ -75,8 +81,12 @@ setup_env() {
     for extra in "$@"; do [[ ",$extras," == *",$extra,"* ]] || extras+=",$extra"; done
     stamp=".venv/.installed-${extras//,/-}"
     fingerprint=$(
-        { pwd; .venv/bin/python --version; cat pyproject.toml rustbpe/Cargo.toml rustbpe/Cargo.lock rustbpe/src/*.rs; } |
-            sha256sum
+        {
+            pwd
+            .venv/bin/python --version
+            if newest; then echo newest; else cat constraints.txt; fi
+            cat pyproject.toml rustbpe/Cargo.toml rustbpe/Cargo.lock rustbpe/src/*.rs
+        } | sha256sum
     )
     if [[ -f "$stamp" && "$(<"$stamp")" == "$fingerprint" ]] && compgen -G 'nanochat_jax/rustbpe*.so' >/dev/null; then
         return
