@@ -14,6 +14,8 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
+from nanochat_jax.cli import UsageError
+
 log = logging.getLogger(__name__)
 
 # Dense bfloat16 FLOP/s, matched in this order against the lower-case device kind.
@@ -126,8 +128,11 @@ def start_wandb(run: str, project: str, config: dict[str, Any]) -> Any:
     """A wandb run, or None when `run` is "dummy"."""
     if run == "dummy" or jax.process_index() != 0:
         return None
-    import wandb  # an optional extra; its own message says what is missing
-
+    try:
+        import wandb
+    except ImportError as error:
+        raise UsageError(f"--run {run} logs to Weights & Biases, which is not installed: `pip install wandb`, or leave --run "
+                         "out") from error
     return wandb.init(project=project, name=run, config=config)
 
 

@@ -18,9 +18,6 @@ case "$*" in
 *--version*) echo "Python 3.13.0" ;;
 esac
 """
-UV = """#!/bin/sh
-echo "uv $*" >>asked.txt
-"""
 
 
 @pytest.fixture
@@ -38,20 +35,29 @@ def checkout(tmp_path):
     (bin / "python").chmod(0o755)
     tools = tmp_path / "tools"
     tools.mkdir()
+    for name in ("bash", "dirname", "cat", "cut", "head", "sed", "sort", "sha256sum", "grep", "uname"):
+        (tools / name).symlink_to(shutil.which(name))
 
-    def setup(*extras, uv=False, **environment):
+    def tool(name, text):
+        (tools / name).write_text(f"#!{shutil.which('sh')}\n{text}\n")
+        (tools / name).chmod(0o755)
+
+    tool("cargo", "echo cargo 1.99.0 '(abc 2026-01-01)'")
+    tool("cc", "")
+
+    def setup(*extras, uv=False, ends=0, **environment):
         if uv:
-            (tools / "uv").write_text(UV)
-            (tools / "uv").chmod(0o755)
-        env = {"HOME": str(tmp_path), "PATH": f"{tools}:/usr/bin:/bin", **environment}
+            tool("uv", 'echo "uv $*" >>asked.txt')
+        env = {"HOME": str(tmp_path), "PATH": str(tools), **environment}
         script = f"set -euo pipefail; source scripts/setup_env.sh; setup_env {' '.join(extras)}"
-        subprocess.run(["bash", "-c", script], cwd=tmp_path, env=env, check=True, capture_output=True)
+        done = subprocess.run(["bash", "-c", script], cwd=tmp_path, env=env, capture_output=True, text=True)
+        assert done.returncode == ends, done.stderr
         asked = tmp_path / "asked.txt"
         lines = asked.read_text().splitlines() if asked.exists() else []
         asked.unlink(missing_ok=True)
-        return lines
+        return lines if ends == 0 else [*lines, done.stderr]
 
-    setup.path = tmp_path
+    setup.path, setup.tool = tmp_path, tool
     return setup
 
 
@@ -76,6 +82,26 @@ def test_a_change_installs_again_and_nothing_else_does(checkout, changed):
     with (checkout.path / changed).open("a") as file:
         file.write("\n")
     assert len(checkout()) == 1 and checkout() == []
+
+
+@pytest.mark.parametrize(("missing", "said"), [("cargo", "found: none"), ("cc", "there is no 'cc'")])
+def test_what_is_missing_to_build_the_crate_is_said_before_anything_is_installed(checkout, missing, said):
+    (checkout.path / "tools" / missing).unlink()
+    [error] = checkout(ends=1)
+    assert said in error and error.startswith("error: ")
+
+
+def test_a_cargo_that_is_too_old_is_named(checkout):
+    checkout.tool("cargo", "echo cargo 1.9.0")
+    [error] = checkout(ends=1)
+    assert "or newer; found: 1.9.0" in error and "sh.rustup.rs" in error
+
+
+def test_a_python_that_is_too_old_is_named(checkout):
+    shutil.rmtree(checkout.path / ".venv")
+    checkout.tool("python3", "[ $1 = --version ] && echo Python 3.10.13 || exit 1")
+    [error] = checkout(ends=1)
+    assert "Python 3.10.13" in error and "no Python 3.11, 3.12 or 3.13" in error
 
 
 def pins():
