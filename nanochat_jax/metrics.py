@@ -56,7 +56,8 @@ def peak_bandwidth(device: jax.Device) -> float | None:
 def peak_memory_bytes() -> int:
     """Most memory in use so far on the first local device; on a CPU, where devices share it, of the process."""
     stats = jax.local_devices()[0].memory_stats() or {}
-    return stats.get("peak_bytes_in_use") or 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
+    return stats.get("peak_bytes_in_use") or unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 class MetricsLog:

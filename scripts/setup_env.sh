@@ -89,7 +89,7 @@ setup_env() {
             .venv/bin/python --version
             if newest; then echo newest; else cat constraints.txt; fi
             cat pyproject.toml rustbpe/Cargo.toml rustbpe/Cargo.lock rustbpe/src/*.rs
-        } | sha256sum
+        } | cksum
     )
     if [[ -f "$stamp" && "$(<"$stamp")" == "$fingerprint" ]] && compgen -G 'nanochat_jax/rustbpe*.so' >/dev/null; then
         return

@@ -35,7 +35,7 @@ def checkout(tmp_path):
     (bin / "python").chmod(0o755)
     tools = tmp_path / "tools"
     tools.mkdir()
-    for name in ("bash", "dirname", "cat", "cut", "head", "sed", "sort", "sha256sum", "grep", "uname"):
+    for name in ("bash", "dirname", "cat", "cut", "head", "sed", "sort", "cksum", "grep", "uname"):
         (tools / name).symlink_to(shutil.which(name))
 
     def tool(name, text):
