@@ -8,12 +8,14 @@ Whatever a user can get wrong raises `UsageError`; `run` prints it as one line a
 
 import argparse
 import dataclasses
+import itertools
 import logging
 import os
 import sys
 import types
 import typing
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 C = TypeVar("C")
@@ -119,11 +121,22 @@ def setup_logging() -> None:
     logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs the stack of every error that it raises
 
 
+def invocation(module: str) -> str:
+    """How the user started `module`, for usage lines: by `nanochat COMMAND` (nanochat_jax/__main__.py), or itself."""
+    command = module.partition(".")[2]
+    for word, after in itertools.pairwise([*sys.orig_argv[1:], ""]):
+        if Path(word).stem == "nanochat":
+            return f"nanochat {command}"
+        if word == "-m":
+            return f"python -m nanochat_jax {command}" if after == "nanochat_jax" else f"python -m {module}"
+    return f"python -m {module}"
+
+
 def run(main: Callable[[C], int | None], config_type: type[C], *, prog: str, description: str) -> typing.NoReturn:
     """Entry point of every script: parse, run, and turn a `UsageError` into one line and exit code 2."""
     setup_logging()
     try:
-        code = main(parse(config_type, prog=f"python -m {prog}", description=description))
+        code = main(parse(config_type, prog=invocation(prog), description=description))
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
         code = EXIT_USAGE

@@ -58,7 +58,8 @@ def peak_bandwidth(device: jax.Device) -> float | None:
 def peak_memory_bytes() -> int:
     """Most memory in use so far on the first local device; on a CPU, where devices share it, of the process."""
     stats = jax.local_devices()[0].memory_stats() or {}
-    return stats.get("peak_bytes_in_use") or 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
+    return stats.get("peak_bytes_in_use") or unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 class MetricsLog:
@@ -146,8 +147,11 @@ def start_wandb(run: str, project: str, config: dict[str, Any]) -> Any:
     """A wandb run, or None when `run` is "dummy"."""
     if run == "dummy" or jax.process_index() != 0:
         return None
-    import wandb  # an optional extra; its own message says what is missing
-
+    try:
+        import wandb
+    except ImportError as error:
+        raise UsageError(f"--run {run} logs to Weights & Biases, which is not installed: `pip install wandb`, or leave --run "
+                         "out") from error
     return wandb.init(project=project, name=run, config=config)
 
 

@@ -285,7 +285,7 @@ def _to_json(value: Any) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog="python -m nanochat_jax.report", description="The report of a training run.")
+    parser = argparse.ArgumentParser(prog=cli.invocation("nanochat_jax.report"), description="The report of a training run.")
     parser.add_argument("command", nargs="?", choices=("generate", "reset"), default="generate")
     command = parser.parse_args(argv).command
     cli.setup_logging()

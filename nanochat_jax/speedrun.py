@@ -8,13 +8,14 @@ stage, and a changed setting runs again what depends on it, and nothing else.
 import hashlib
 import itertools
 import json
+import math
 import os
 import secrets
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -45,7 +46,7 @@ class Stage:
     background: bool = False
     waits_for: str = ""
     note: str = ""  # for the plan: model size, tokens, steps
-    seconds: float = 0.0  # estimated
+    seconds: float = 0.0  # estimated; 0: unknown
 
     def command(self, *more: str) -> list[str]:
         return [sys.executable, "-m", self.module, *self.args, *self.placement, *more]
@@ -81,20 +82,24 @@ class Machine:
         return (self.peak_flops or 1e14) * MODEL_FLOPS_UTILIZATION * self.count
 
 
-def memory_estimate(model: GPTConfig, rows: int, fsdp_ways: int) -> float:
-    """Bytes per device, roughly: float32 parameters and gradients, optimizer state spread over the data axis, and the
-    activations of `rows` rows with attention scores a block at a time."""
-    state = model.num_params * 4 * (2 + 2 / fsdp_ways)
-    activations = rows * model.sequence_len * model.n_embd * model.n_layer * 34 * 2
-    return state + activations + 3 * 2**25 * 4
+def memory_estimate(model: GPTConfig, rows: int, data_ways: int, *, accumulates: bool, bfloat16: bool, remat: str = "none",
+                    fsdp: bool = False) -> float:
+    """Bytes per device, roughly.
+
+    Parameters and their gradient in float32, once more where gradients are accumulated, and two moments spread over the
+    data axis (with `fsdp` all of it); the parameters in bfloat16; and the activations of `rows` rows, of which `remat`
+    keeps those of one block, and the inputs of all blocks ("block") or of a square root of them ("full").
+    """
+    state = 4 * model.num_params * ((2 + accumulates) / (data_ways if fsdp else 1) + 2 / data_ways)
+    state += 2 * model.num_params * bfloat16
+    one_input = rows * model.sequence_len * model.n_embd * 2
+    one_block = one_input * 34
+    inputs = {"none": 0, "block": model.n_layer, "full": 2 * math.isqrt(model.n_layer)}[remat]
+    activations = one_block * (model.n_layer if remat == "none" else 1) + one_input * inputs
+    return state + activations + 3 * 2**25 * 4  # ... and a chunk of logits
 
 
-def training_note(model: GPTConfig, tokens: int, steps: int, memory: float) -> str:
-    return (f"{model.num_params / 1e6:.1f}M parameters, {tokens / 1e6:,.1f}M tokens in {steps:,} steps, "
-            f"about {memory / 2**30:.1f} GiB per device")
-
-
-def print_plan(stages: Iterable[Stage], machine: Machine, title: str) -> None:
+def print_plan(stages: Sequence[Stage], machine: Machine, title: str) -> None:
     print(title)
     print(f"machine: {machine.count} x {machine.kind} ({machine.platform})")
     total = 0.0
@@ -104,7 +109,9 @@ def print_plan(stages: Iterable[Stage], machine: Machine, title: str) -> None:
         estimate = f"about {format_seconds(stage.seconds)}" if stage.seconds else ""
         print(f"{number:3d}. {stage.name:14s} {'; '.join(filter(None, [stage.note, where, estimate]))}")
         print(f"     {stage.text()}")
-    print(f"estimated time in all: {format_seconds(total)} (an estimate from FLOPs, not a measurement)")
+    unknown = [stage.name for stage in stages if not (stage.seconds or stage.background)]
+    without = f", without {', '.join(unknown)}" if unknown else ""
+    print(f"estimated time in all{without}: {format_seconds(total)} (an estimate from FLOPs, not a measurement)")
 
 
 @dataclass
@@ -250,9 +257,9 @@ class Background:
 
 
 def as_flags(**values: Any) -> tuple[str, ...]:
-    """Keyword arguments as command-line flags; None is left out."""
+    """Keyword arguments as command-line flags; None and False are left out."""
     flags: list[str] = []
     for name, value in values.items():
-        if value is not None:
-            flags += [f"--{name.replace('_', '-')}", str(value)]
+        if value is not None and value is not False:
+            flags += [f"--{name.replace('_', '-')}", *([] if value is True else [str(value)])]
     return tuple(flags)

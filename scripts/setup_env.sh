@@ -1,7 +1,8 @@
 # shellcheck shell=bash
 # Sourced by speedrun.sh and test.sh in the root of the checkout. `setup_env EXTRA...` makes `.venv` if there is none
 # and installs the package into it, editable, with the extras that fit the machine and those it is given. A stamp in
-# `.venv` remembers what it installed, so that the next run starts at once.
+# `.venv` remembers what it installed, so that the next run starts at once. Versions are those of constraints.txt, which
+# the tests passed with; NANOCHAT_NEWEST=1 takes the newest that pyproject.toml allows.
 
 say() { echo "$*" >&2; }
 
@@ -35,35 +36,43 @@ make_venv() {
     if command -v uv >/dev/null; then
         uv venv --clear --seed --python '>=3.11,<3.14' .venv && return
     fi
-    say 'error: no Python 3.11, 3.12 or 3.13 that can make a virtual environment was found. Install one (for example'
-    say '`sudo apt install python3 python3-venv`), or uv, which brings its own: https://docs.astral.sh/uv/'
+    say "error: no Python 3.11, 3.12 or 3.13 that can make a virtual environment was found; python3 is"
+    say "$(python3 --version 2>&1 || true). Install one (for example 'sudo apt install python3 python3-venv'), or uv, which"
+    say "brings its own: https://docs.astral.sh/uv/"
     exit 1
 }
 
+newest() { [[ -n "${NANOCHAT_NEWEST:-}" && "$NANOCHAT_NEWEST" != 0 ]]; }
+
 install_package() {
+    local versions=(--constraint constraints.txt)
     # uv is faster but does not read pip's settings; where pip was told where to look, pip is the one to ask.
     if command -v uv >/dev/null && ! .venv/bin/python -m pip config list 2>/dev/null | grep -qE 'index|find-links'; then
-        uv pip install --quiet --python .venv/bin/python --editable ".[$1]"
+        newest && versions=(--upgrade)
+        uv pip install --quiet --python .venv/bin/python "${versions[@]}" --editable ".[$1]"
         return
     fi
+    newest && versions=(--upgrade --upgrade-strategy eager)
     .venv/bin/python -m pip --version >/dev/null 2>&1 || .venv/bin/python -m ensurepip >/dev/null
-    .venv/bin/python -m pip install --quiet --disable-pip-version-check --editable ".[$1]"
+    .venv/bin/python -m pip install --quiet --disable-pip-version-check "${versions[@]}" --editable ".[$1]"
 }
 
-# Says what is missing to build the Rust crate, if anything is.
-explain_toolchain() {
+# The crate is compiled here: without Rust and a C linker the installation would fail, minutes later and at length.
+check_toolchain() {
     local wanted found
     wanted=$(sed -n 's/^rust-version = "\(.*\)"/\1/p' rustbpe/Cargo.toml)
-    found=$(cargo --version 2>/dev/null | cut -d' ' -f2)
+    found=$(cargo --version 2>/dev/null | cut -d' ' -f2) || true
     if [[ -z "$found" || "$(printf '%s\n' "$wanted" "$found" | sort -V | head -n1)" != "$wanted" ]]; then
-        say
-        say "The tokenizer is a Rust crate and needs cargo $wanted or newer; found: ${found:-none}. To get it, either"
+        say "error: the tokenizer is a Rust crate and needs cargo $wanted or newer; found: ${found:-none}. To get it, either"
         say "    curl --proto '=https' --tlsv1.2 -sSf https://sh.rustup.rs | sh -s -- -y"
-        say 'or from the distribution, if it has it that new: `sudo apt install cargo`, `sudo dnf install cargo`'
-        say 'or `sudo pacman -S rust`. Then run this script again.'
+        say "or from the distribution, if it has it that new: 'sudo apt install cargo', 'sudo dnf install cargo'"
+        say "or 'sudo pacman -S rust'. Then run this script again."
+        exit 1
     fi
     if ! command -v cc >/dev/null; then
-        say 'Rust needs a C linker, and there is no `cc`: `sudo apt install gcc libc6-dev` or the like.'
+        say "error: Rust needs a C linker, and there is no 'cc': 'sudo apt install gcc libc6-dev' or the like, on a Mac"
+        say "'xcode-select --install'. Then run this script again."
+        exit 1
     fi
 }
 
@@ -75,15 +84,19 @@ setup_env() {
     for extra in "$@"; do [[ ",$extras," == *",$extra,"* ]] || extras+=",$extra"; done
     stamp=".venv/.installed-${extras//,/-}"
     fingerprint=$(
-        { pwd; .venv/bin/python --version; cat pyproject.toml rustbpe/Cargo.toml rustbpe/Cargo.lock rustbpe/src/*.rs; } |
-            sha256sum
+        {
+            pwd
+            .venv/bin/python --version
+            if newest; then echo newest; else cat constraints.txt; fi
+            cat pyproject.toml rustbpe/Cargo.toml rustbpe/Cargo.lock rustbpe/src/*.rs
+        } | cksum
     )
     if [[ -f "$stamp" && "$(<"$stamp")" == "$fingerprint" ]] && compgen -G 'nanochat_jax/rustbpe*.so' >/dev/null; then
         return
     fi
+    check_toolchain
     say "installing nanochat_jax[$extras] into .venv: the first time this takes a few minutes"
     if ! install_package "$extras"; then
-        explain_toolchain
         say
         say 'error: the installation failed; the reason is above.'
         exit 1

@@ -10,12 +10,13 @@ import os
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 from nanochat_jax import cli
 from nanochat_jax.cli import UsageError, flag
 from nanochat_jax.config import GPTConfig, Recipe, derive_recipe
 from nanochat_jax.data.needs import TOKENIZER_SHARDS, explain_shards, shards_needed
+from nanochat_jax.gpt import REMAT
 from nanochat_jax.paths import CHECKPOINT_DIRS, DATA_DIRS, Paths
 from nanochat_jax.speedrun import (
     Machine,
@@ -25,7 +26,6 @@ from nanochat_jax.speedrun import (
     memory_estimate,
     print_plan,
     run_stages,
-    training_note,
 )
 
 # The model a CPU with two cores trains in a quarter of an hour, and how.
@@ -39,6 +39,10 @@ CPU_RL = dict(task="WordArithmetic", num_iterations=36, examples_per_step=32, nu
               num_slots=128, max_new_tokens=40, init_lr_frac=0.03, eval_every=12, eval_examples=128, save_every=12)
 CPU_DEVICE_BATCH = 16
 
+# Of the dial. One pass over each mixture (tasks/mixtures.py); how many steps that is, the stage counts when it starts.
+MID_CONVERSATIONS, MID_TOKENS = 848_000, 400e6
+SFT_CONVERSATIONS, SFT_TOKENS, SFT_ROWS, SFT_DEVICE_BATCH = 22_400, 12e6, 32, 4
+
 STAGES = ("data", "data_rest", "tok_train", "tok_eval", "base_train", "base_loss", "base_eval", "mid_train", "chat_eval_mid",
           "chat_sft", "chat_eval_sft", "chat_rl", "chat_eval_rl", "report")
 
@@ -48,6 +52,10 @@ class SpeedrunConfig:
     mesh: str = flag("auto", "devices as DxM: D-way data and M-way tensor parallelism")
     depth: int | None = flag(None, f"number of layers, the dial; default 20, {CPU_DEPTH} on a CPU", short="-d")
     data: str | None = flag(None, "corpus; default: the one on disk, else climbmix; on a CPU embedded, which needs no network", choices=[*DATA_DIRS])
+    device_batch_size: int | Literal["auto"] | None = flag(
+        None, "rows per device and micro-step of the training stages; auto: the most that fit; default by the depth")
+    remat: str = flag("none", "activations that the backward pass recomputes, to save memory", choices=REMAT)
+    fsdp: bool = flag(False, "shard the parameters over the data axis too, to save memory")
     run: str | None = flag(None, "wandb run name; dummy turns wandb off; default $WANDB_RUN, else dummy")
     resume: bool = flag(False, "go on with the last run and skip what it finished (the default)")
     fresh: bool = flag(False, "begin a new run: every stage runs again and replaces what it made before")
@@ -62,8 +70,10 @@ class SpeedrunConfig:
         unknown = [name for name in self.skipped if name not in STAGES]
         if unknown:
             raise ValueError(f"--skip {','.join(unknown)}: no such stage; there are {', '.join(STAGES)}")
-        if self.depth is not None and self.depth < 1:
-            raise ValueError(f"--depth must be at least 1, got {self.depth}")
+        for name in ("depth", "device_batch_size"):
+            value = getattr(self, name)
+            if isinstance(value, int) and value < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
 
     @property
     def skipped(self) -> list[str]:
@@ -83,7 +93,10 @@ def plan_stages(config: SpeedrunConfig, machine: Machine, wandb_run: str, on_dis
     mid: dict[str, Any] = CPU_MID.copy() if small else {}
     sft: dict[str, Any] = CPU_SFT.copy() if small else {}
     rl: dict[str, Any] = CPU_RL.copy() if small else {}
-    device_batch = CPU_DEVICE_BATCH if small else (32 if depth < 20 else 16 if depth < 28 else 8)
+    fitting = CPU_DEVICE_BATCH if small else (32 if depth < 20 else 16 if depth < 28 else 8)
+    device_batch = config.device_batch_size or fitting
+    if device_batch != "auto":
+        fitting = device_batch
     problems: dict[str, Any] = dict(max_new_tokens=64) if small else {}
     if config.smoke:
         base |= dict(num_iterations=4, eval_tokens=8192)
@@ -98,56 +111,75 @@ def plan_stages(config: SpeedrunConfig, machine: Machine, wandb_run: str, on_dis
     recipe = derive_recipe(model, reference=reference, total_batch_size=base.get("total_batch_size", -1),
                            num_iterations=base.get("num_iterations", -1))
     ways = _data_ways(config.mesh, machine)
-    memory = memory_estimate(model, min(device_batch, -(-recipe.total_batch_size // model.sequence_len // ways)), ways)
+    recomputing = 4 / 3 if config.remat != "none" else 1.0
 
     def seconds(tokens: float) -> float:
-        return tokens * model.flops_per_token / machine.training_flops
+        return tokens * model.flops_per_token * recomputing / machine.training_flops
 
-    def training(name: str, module: str, source: str, own: dict[str, Any], tokens: int, steps: int, **flags: Any) -> Stage:
-        rows = device_batch if name != "chat_sft" or small else min(device_batch, 4)
-        return Stage(name=name, module=module, args=as_flags(**flags, model_tag=tag, **own),
-                     placement=as_flags(mesh=config.mesh, device_batch_size=rows, save_every=save_every, run=wandb_run),
+    def training(name: str, source: str, own: dict[str, Any], tokens: float, step_tokens: int, length: str, *,
+                 most_rows: int = 1 << 30, **flags: Any) -> Stage:
+        rows, memory = device_batch, "as many rows per device as fit"
+        if rows != "auto":
+            rows = min(rows, most_rows)
+            step_rows = -(-step_tokens // model.sequence_len // ways)  # of a device
+            needed = memory_estimate(model, min(rows, step_rows), ways, accumulates=step_rows > rows, bfloat16=not cpu,
+                                     remat=config.remat, fsdp=config.fsdp)
+            memory = f"about {needed / 2**30:.1f} GiB per device"
+        return Stage(name=name, module=f"scripts.{name}", args=as_flags(**flags, model_tag=tag, **own),
+                     placement=placed + as_flags(device_batch_size=rows, **saving, save_every=save_every, run=wandb_run),
                      produces=True, checkpoints=f"{CHECKPOINT_DIRS[source]}/{tag}", seconds=seconds(tokens),
                      waits_for="data_rest" if name == "base_train" else "",
-                     note=training_note(model, tokens, steps, memory))
+                     note=f"{model.num_params / 1e6:.1f}M parameters, {length}, {memory}")
+
+    def finetuning(name: str, source: str, own: dict[str, Any], conversations: int, tokens: float, step_tokens: int,
+                   most_rows: int = 1 << 30) -> Stage:
+        if steps := own.get("num_iterations"):
+            step_tokens = own.get("total_batch_size", step_tokens)
+            tokens = steps * step_tokens
+            length = f"{tokens / 1e6:,.1f}M tokens in {steps:,} steps"
+        else:
+            length = (f"one pass over {conversations:,} conversations, about {tokens / 1e6:,.0f}M tokens in "
+                      f"{tokens / step_tokens:,.0f} steps")
+        return training(name, source, own, tokens, step_tokens, length, most_rows=most_rows)
 
     tag = f"d{depth}"
     save_every = 100 if small else 1000
     chosen = as_flags(model_tag=tag)
     placed = as_flags(mesh=config.mesh)
-    tokens_of = lambda own, default: own["num_iterations"] * own["total_batch_size"] if own else default  # noqa: E731
+    saving: dict[str, Any] = dict(remat=config.remat if config.remat != "none" else None, fsdp=config.fsdp)
     if data == "embedded":
         fetch = [Stage(name="data", module="nanochat_jax.dataset", args=("embedded",), produces=True,
                        note="12 MB of speeches from an installed package", seconds=10)]
     else:
         fetch = _fetch_stages(data, recipe, on_disk.get(data, 0))
-    mid_tokens, sft_tokens = tokens_of(mid, 400_000_000), tokens_of(sft, 12_000_000)
     stages = [
         *fetch,
         Stage(name="tok_train", module="scripts.tok_train", args=as_flags(data=data, vocab_size=vocab), produces=True,
               note=f"vocabulary of {vocab:,}", seconds=5 if small else 100),
         Stage(name="tok_eval", module="scripts.tok_eval", args=as_flags(data=data), seconds=5),
-        training("base_train", "scripts.base_train", "base", base, recipe.total_tokens, recipe.num_iterations, data=data,
-                 depth=depth),
-        Stage(name="base_loss", module="scripts.base_loss", placement=placed + as_flags(device_batch_size=device_batch),
-              args=chosen + (as_flags(split_tokens=2 * base["eval_tokens"]) if small else ()), seconds=20),
-        Stage(name="base_eval", module="scripts.base_eval", args=chosen + _core_limit(config), placement=placed, seconds=20),
-        training("mid_train", "scripts.mid_train", "mid", mid, mid_tokens, mid.get("num_iterations", 0)),
+        training("base_train", "base", base, recipe.total_tokens, recipe.total_batch_size,
+                 f"{recipe.total_tokens / 1e6:,.1f}M tokens in {recipe.num_iterations:,} steps", data=data, depth=depth),
+        Stage(name="base_loss", module="scripts.base_loss", placement=placed + as_flags(device_batch_size=fitting),
+              args=chosen + (as_flags(split_tokens=2 * base["eval_tokens"]) if small else ()), seconds=20 if small else 0),
+        Stage(name="base_eval", module="scripts.base_eval", args=chosen + _core_limit(config), placement=placed,
+              seconds=20 if small else 0),
+        finetuning("mid_train", "mid", mid, MID_CONVERSATIONS, MID_TOKENS, recipe.total_batch_size),
         Stage(name="chat_eval_mid", module="scripts.chat_eval", args=("-i", "mid", *chosen, *as_flags(**problems)),
-              placement=placed, seconds=30),
-        training("chat_sft", "scripts.chat_sft", "sft", sft, sft_tokens, sft.get("num_iterations", 0)),
+              placement=placed, seconds=30 if small else 0),
+        finetuning("chat_sft", "sft", sft, SFT_CONVERSATIONS, SFT_TOKENS, SFT_ROWS * model.sequence_len,
+                   most_rows=CPU_DEVICE_BATCH if small else SFT_DEVICE_BATCH),
         Stage(name="chat_eval_sft", module="scripts.chat_eval", args=("-i", "sft", *chosen, *as_flags(**problems)),
-              placement=placed, seconds=30),
+              placement=placed, seconds=30 if small else 0),
         Stage(name="report", module="nanochat_jax.report", args=("generate",), seconds=3),
     ]
     if config.with_rl:
         stages[-1:-1] = [
             Stage(name="chat_rl", module="scripts.chat_rl", args=chosen + as_flags(**rl), produces=True,
                   checkpoints=f"{CHECKPOINT_DIRS['rl']}/{tag}",
-                  placement=placed + as_flags(run=wandb_run), seconds=300 if small else 3600,
+                  placement=placed + as_flags(**saving, run=wandb_run), seconds=300 if small else 0,
                   note="word problems, answered through the calculator" if small else "GSM8K"),
             Stage(name="chat_eval_rl", module="scripts.chat_eval", args=("-i", "rl", *chosen, *as_flags(**problems)),
-                  placement=placed, seconds=30),
+                  placement=placed, seconds=30 if small else 0),
         ]
     reason = " (no accelerator found: the preset for a CPU, which needs no network)" if cpu and not config.data else ""
     title = f"speedrun: d{depth} on {data}{reason}"

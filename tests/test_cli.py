@@ -8,6 +8,7 @@ import pytest
 
 from nanochat_jax import cli
 from nanochat_jax.cli import UsageError, flag
+from nanochat_jax.metrics import start_wandb
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -80,3 +81,10 @@ def run_script(script, *argv, base):
 
     env = os.environ | {"NANOCHAT_BASE_DIR": str(base), "XLA_FLAGS": ""}
     return subprocess.run([sys.executable, "-m", f"scripts.{script}", *argv], capture_output=True, text=True, env=env)
+
+
+def test_a_run_on_wandb_without_wandb_is_refused_in_one_line(monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(UsageError, match="--run x .*pip install wandb"):
+        start_wandb("x", "nanochat", {})
+    assert start_wandb("dummy", "nanochat", {}) is None

@@ -1,13 +1,19 @@
 """Which stages run again: a finished one never, one that depends on a change always; and the dial's plan."""
 
 import dataclasses
+import re
 import time
 
 import pytest
 
-from nanochat_jax import speedrun
+from nanochat_jax import cli, speedrun
 from nanochat_jax.cli import UsageError
+from nanochat_jax.rl_train import ChatRLConfig
 from nanochat_jax.speedrun import Machine, Record, Stage, run_stages, stage_keys
+from scripts.base_loss import BaseLossConfig
+from scripts.base_train import BaseTrainConfig
+from scripts.chat_sft import ChatSFTConfig
+from scripts.mid_train import MidTrainConfig
 from scripts.speedrun import STAGES, SpeedrunConfig, plan_stages
 
 LINE = [
@@ -183,6 +189,64 @@ def test_a_failure_elsewhere_stops_the_background(tmp_path, monkeypatch):
 
 
 def test_mistakes_are_refused_with_the_value():
-    for flags in (dict(skip="base"), dict(resume=True, fresh=True), dict(depth=0)):
+    for flags in (dict(skip="base"), dict(resume=True, fresh=True), dict(depth=0), dict(device_batch_size=0)):
         with pytest.raises(ValueError, match="|".join(str(value) for value in flags.values()) + "|give one"):
             SpeedrunConfig(**flags)
+
+
+TRAINING = ("base_train", "mid_train", "chat_sft")
+
+
+def planned(machine=GPUS, **flags):
+    stages, _ = plan_stages(SpeedrunConfig(**{"mesh": "8x1"} | flags), machine, "dummy", {})
+    return {stage.name: stage for stage in stages}
+
+
+def test_what_saves_memory_reaches_every_stage_that_trains():
+    """Each stage's own parser understands what it is given, and nothing has to run again for it."""
+    given = planned(depth=32, device_batch_size=2, remat="block", fsdp=True, with_rl=True)
+    parsed = {}
+    for name, config_type in zip((*TRAINING, "chat_rl"), (BaseTrainConfig, MidTrainConfig, ChatSFTConfig, ChatRLConfig),
+                                 strict=True):
+        parsed[name] = cli.parse(config_type, given[name].command()[3:], prog=name, description="")
+        assert (parsed[name].remat, parsed[name].fsdp) == ("block", True)
+    assert [parsed[name].device_batch_size for name in TRAINING] == [2, 2, 2]
+    assert parsed["chat_rl"].device_batch_size == ChatRLConfig.device_batch_size
+    plain = planned(depth=32, with_rl=True)
+    assert stage_keys(given.values(), "a") == stage_keys(plain.values(), "a")
+    auto = planned(depth=32, device_batch_size="auto")
+    assert all(("--device-batch-size", "auto") == auto[name].placement[2:4] for name in TRAINING)
+    cli.parse(BaseLossConfig, auto["base_loss"].command()[3:], prog="base_loss", description="")  # does not know `auto`
+
+
+def test_the_plan_says_how_long_each_stage_is():
+    """From the mixtures of the dial: a pass over 848K conversations, and 22.4K in steps of 32 rows of 2,048 tokens."""
+    dial = planned()
+    assert "848,000 conversations, about 400M tokens in 381 steps" in dial["mid_train"].note  # of 2^20 tokens
+    assert "22,400 conversations, about 12M tokens in 183 steps" in dial["chat_sft"].note
+    preset = planned(CPU, mesh="auto")
+    assert "1.0M tokens in 250 steps" in preset["mid_train"].note and "in 60 steps" in preset["chat_sft"].note
+    smoke = planned(smoke=True, data="climbmix")
+    assert "in 4 steps" in smoke["mid_train"].note
+
+
+def gibibytes(stage):
+    return float(re.search(r"about ([\d.]+) GiB per device", stage.note)[1])
+
+
+def test_the_memory_of_the_plan():
+    """By a compiled plan (tpu/plans): d20 on 16 chips, 8 rows each and recomputed blocks, takes 14.2 GiB."""
+    v5e = Machine(platform="tpu", kind="TPU v5e", count=16, peak_flops=197e12)
+    assert gibibytes(planned(v5e, mesh="16x1", device_batch_size=8, remat="block")["base_train"]) == pytest.approx(14.2, abs=1)
+    settings = [dict(device_batch_size=8), dict(device_batch_size=4), dict(device_batch_size=4, fsdp=True),
+                dict(device_batch_size=4, fsdp=True, remat="block"), dict(device_batch_size=4, fsdp=True, remat="full")]
+    needed = [gibibytes(planned(depth=32, **flags)["base_train"]) for flags in settings]
+    assert needed == sorted(needed, reverse=True) and len(set(needed)) == len(needed)
+    assert "as many rows per device as fit" in planned(device_batch_size="auto")["base_train"].note
+
+
+def test_the_plan_names_the_stages_whose_time_is_unknown(capsys):
+    speedrun.print_plan(list(planned(CPU, mesh="auto").values()), CPU, "")
+    assert "time in all:" in capsys.readouterr().out
+    speedrun.print_plan(list(planned().values()), GPUS, "")
+    assert "time in all, without data, base_loss, base_eval, chat_eval_mid, chat_eval_sft:" in capsys.readouterr().out
