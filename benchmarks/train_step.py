@@ -105,7 +105,7 @@ def worker(name: str, options: argparse.Namespace) -> None:
 def compare(options: argparse.Namespace) -> dict[str, Any]:
     contenders = {name: Contender(name) for name in options.against.split(",")}
     first = {name: each.ask(CHECKED_STEPS)["losses"] for name, each in contenders.items()}  # compiles
-    for name, losses in first.items():
+    for losses in first.values():
         for mine, theirs in zip(first["jax"], losses, strict=True):
             if abs(mine - theirs) > TOLERANCE[options.dtype] * mine:
                 sys.exit(f"the losses differ, so the contenders do not compute the same: {first}")

@@ -229,7 +229,7 @@ class Loaded:
 
     config: GPTConfig
     params: Params
-    tokenizer: Tokenizer | None  # None only where the caller said that it needs none
+    tokenizer: Tokenizer  # None where the caller said that it needs none, which the type does not tell
     meta: dict[str, Any]
     directory: Directory
     step: int

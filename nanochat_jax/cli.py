@@ -90,7 +90,7 @@ def make_parser(config_type: type, *, prog: str, description: str) -> argparse.A
         if field.metadata.get("arguments"):
             parser.add_argument(field.name, nargs="+", metavar=field.name.upper(), help=field.metadata["help"])
             continue
-        names = []
+        names: list[str] = []
         for name in (field.name, *field.metadata.get("aliases", ())):
             names += dict.fromkeys([f"--{name.replace('_', '-')}", f"--{name}"])
         if field.metadata.get("short"):

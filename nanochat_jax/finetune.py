@@ -114,7 +114,7 @@ def finetune(config: FinetuneConfig, stage: Stage) -> None:
 
     state, shardings = init_state(model, optimizer_for(1), mesh, fsdp=bool(config.fsdp), seed=config.seed, params=loaded.params)
     shape = choose_batch_shape(total, rows, length, mesh, step_for(optimizer_for(1)), state)
-    common = dict(sequence_len=length, mode=stage.mode)
+    common: dict[str, Any] = dict(sequence_len=length, mode=stage.mode)
     index, count = data_share(mesh)
     batches = conversation_loader(mixture, tokenizer, batch_size=shape.rows, process_index=index, process_count=count, **common)
     validation = conversation_loader(stage.mixture(meta["data"], "val", paths), tokenizer, batch_size=shape.micro_rows, **common)

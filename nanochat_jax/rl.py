@@ -121,7 +121,7 @@ def policy_loss(params: Params, inputs: Array, targets: Array, weights: Array, *
     how = forward_options(config, mesh, dtype=dtype, length=inputs.shape[1])
     hidden, _ = forward(params, inputs, config=config, compute_dtype=dtype, remat=remat, **how)
     unembedding = params["lm_head"][:, : config.vocab_size]
-    chunk = chunk_length(*inputs.shape, config.vocab_size, mesh.size if mesh else 1)
+    chunk = chunk_length(inputs.shape[0], inputs.shape[1], config.vocab_size, mesh.size if mesh else 1)
     loss, nll = cross_entropy(hidden, unembedding, targets, weights, config.softcap, chunk)
     return loss, -nll
 

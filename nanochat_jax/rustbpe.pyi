@@ -11,7 +11,7 @@ class Tokenizer:
 
     def __init__(self) -> None: ...
     @staticmethod
-    def from_tokens(tokens: Sequence[bytes], pattern: str) -> "Tokenizer":
+    def from_tokens(tokens: Sequence[bytes], pattern: str) -> Tokenizer:
         """A tokenizer of known tokens: token `i` has the id `i`.
 
         ValueError if one of the 256 bytes is missing, a token is there twice or the pattern is bad.

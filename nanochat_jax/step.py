@@ -108,7 +108,7 @@ def make_train_step(config: GPTConfig, optimizer: optax.GradientTransformation, 
         weight = params["lm_head"][:, : config.vocab_size]
         if gather:
             weight = gather("lm_head", weight.astype(dtype))
-        chunk = chunk_length(*inputs.shape, config.vocab_size, mesh.shape["model"])
+        chunk = chunk_length(inputs.shape[0], inputs.shape[1], config.vocab_size, mesh.shape["model"])
         total, _ = cross_entropy(hidden, weight, targets, jnp.ones(targets.shape), config.softcap, chunk)
         return total, (targets >= 0).sum()
 

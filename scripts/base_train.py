@@ -141,7 +141,7 @@ def main(config: BaseTrainConfig) -> None:
 
     packing = config.packing if config.packing != "auto" else ("bestfit" if config.arch == "modern" else "stream")
     index, count = data_share(mesh)
-    common = dict(sequence_len=model.sequence_len, packing=packing)
+    common: dict[str, Any] = dict(sequence_len=model.sequence_len, packing=packing)
     batches = pretraining_loader(paths.data(data), tokenizer, split="train", batch_size=shape.rows, process_index=index,
                                  process_count=count, num_shards=config.data_shards, **common)
     validation = pretraining_loader(paths.data(data), tokenizer, split="val", batch_size=shape.micro_rows, num_shards=1,

@@ -118,11 +118,12 @@ def plan_stages(config: SpeedrunConfig, machine: Machine, wandb_run: str, on_dis
 
     def training(name: str, source: str, own: dict[str, Any], tokens: float, step_tokens: int, length: str, *,
                  most_rows: int = 1 << 30, **flags: Any) -> Stage:
-        rows, memory = device_batch, "as many rows per device as fit"
-        if rows != "auto":
-            rows = min(rows, most_rows)
+        rows: int | str = device_batch
+        memory = "as many rows per device as fit"
+        if isinstance(device_batch, int):
+            rows = most = min(device_batch, most_rows)
             step_rows = -(-step_tokens // model.sequence_len // ways)  # of a device
-            needed = memory_estimate(model, min(rows, step_rows), ways, accumulates=step_rows > rows, bfloat16=not cpu,
+            needed = memory_estimate(model, min(most, step_rows), ways, accumulates=step_rows > most, bfloat16=not cpu,
                                      remat=config.remat, fsdp=config.fsdp)
             memory = f"about {needed / 2**30:.1f} GiB per device"
         return Stage(name=name, module=f"scripts.{name}", args=as_flags(**flags, model_tag=tag, **own),

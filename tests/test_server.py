@@ -3,7 +3,6 @@ import json
 import os
 import re
 import signal
-import socket
 import subprocess
 import sys
 from contextlib import asynccontextmanager
@@ -21,7 +20,7 @@ from nanochat_jax.gpt import init_params
 from nanochat_jax.infer.engine import Engine
 from nanochat_jax.infer.request import Request, Result, ToolCall
 from nanochat_jax.infer.scheduler import QueueFull, Scheduler
-from nanochat_jax.serve import access, server
+from nanochat_jax.serve import server
 from nanochat_jax.serve.chat_request import BadRequest, Message, Sampling, make_prompt
 from nanochat_jax.tokenizer import SPECIAL_TOKENS, Tokenizer
 from scripts import serve

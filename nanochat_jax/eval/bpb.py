@@ -35,7 +35,7 @@ def _sums(params: Params, inputs: Array, targets: Array, token_bytes: Array, *, 
           ) -> tuple[Array, ...]:
     how = forward_options(config, mesh, dtype=dtype, length=inputs.shape[1])
     hidden, _ = forward(params, inputs, config=config, compute_dtype=dtype, **how)
-    chunk = chunk_length(*inputs.shape, config.vocab_size, mesh.size)
+    chunk = chunk_length(inputs.shape[0], inputs.shape[1], config.vocab_size, mesh.size)
     weight = params["lm_head"][:, : config.vocab_size]
     total, nll = cross_entropy(hidden, weight, targets, jnp.ones(targets.shape), config.softcap, chunk)
     num_bytes = jnp.where(targets >= 0, token_bytes[jnp.maximum(targets, 0)], 0)

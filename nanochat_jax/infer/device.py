@@ -49,17 +49,17 @@ class Slots(NamedTuple):
 class Dispatch(NamedTuple):
     """What the host says about each slot for the next K steps."""
 
-    length: Array  # [B] int32, positions filled; S or more for a slot that is to be left as it is
-    previous: Array  # [B] int32, the token before the newest
-    token: Array  # [B] int32, the newest token, not yet in the cache
-    active: Array  # [B] bool
-    remaining: Array  # [B] int32, tokens the slot may still emit
-    forced: Array  # [B, K] int32, tokens to emit in place of drawn ones
-    num_forced: Array  # [B] int32
-    stop: Array  # [B, M] int32, drawn tokens that end the sequence; filled up with -1
-    logprobs: Array  # [B] bool, whether to compute them
+    length: Array | np.ndarray  # [B] int32, positions filled; S or more for a slot that is to be left as it is
+    previous: Array | np.ndarray  # [B] int32, the token before the newest
+    token: Array | np.ndarray  # [B] int32, the newest token, not yet in the cache
+    active: Array | np.ndarray  # [B] bool
+    remaining: Array | np.ndarray  # [B] int32, tokens the slot may still emit
+    forced: Array | np.ndarray  # [B, K] int32, tokens to emit in place of drawn ones
+    num_forced: Array | np.ndarray  # [B] int32
+    stop: Array | np.ndarray  # [B, M] int32, drawn tokens that end the sequence; filled up with -1
+    logprobs: Array | np.ndarray  # [B] bool, whether to compute them
     sampling: SamplingParams
-    steps: Array  # [] int32, at most K
+    steps: Array | np.integer  # [] int32, at most K
 
 
 def greedy_dispatch(rows: int, *, length: int, steps: int) -> Dispatch:
@@ -103,7 +103,7 @@ def _stack_layers(params: Params) -> Params:
 def cache_sharding(rows: int, heads: int, mesh: Mesh, *, row_axis: int = 0) -> NamedSharding:
     """Rows (of axis `row_axis`) over the data axis, key/value heads, the axis after, over the model axis, where the
     sizes divide."""
-    spec = [None] * row_axis
+    spec: list[str | None] = [None] * row_axis
     spec.append("data" if rows % mesh.shape["data"] == 0 else None)
     spec.append("model" if heads % mesh.shape["model"] == 0 else None)
     return NamedSharding(mesh, PartitionSpec(*spec))
@@ -113,7 +113,7 @@ def _place(cache: Any, mesh: Mesh | None) -> Any:
     """Constrain arrays [B, G, S, h]."""
     if mesh is None:
         return cache
-    return jax.tree.map(lambda x: lax.with_sharding_constraint(x, cache_sharding(*x.shape[:2], mesh)), cache)
+    return jax.tree.map(lambda x: lax.with_sharding_constraint(x, cache_sharding(x.shape[0], x.shape[1], mesh)), cache)
 
 
 def _replicate(x: Array, mesh: Mesh | None) -> Array:
@@ -145,7 +145,7 @@ def prefill(params: Params, tokens: Array, lengths: Array, *, program: Program) 
     tokens [N, T] int32, padded on the right; lengths [N] int32.
     """
     config, dtype, mesh = program.config, program.dtype, program.mesh
-    cache = init_cache(config, *tokens.shape, dtype)
+    cache = init_cache(config, tokens.shape[0], tokens.shape[1], dtype)
     cache = cache._replace(k=_place(cache.k, mesh), v=_place(cache.v, mesh))
     _, cache = forward(_stack_layers(params), tokens, config=config, compute_dtype=dtype, cache=cache, valid=lengths)
     rows = []

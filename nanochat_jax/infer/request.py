@@ -19,7 +19,8 @@ MAX_STOP_TOKENS = 4  # of one request
 class TokenizerLike(Protocol):
     """The part of `nanochat_jax.tokenizer.Tokenizer` that generation needs."""
 
-    special_tokens: Mapping[str, int]
+    @property
+    def special_tokens(self) -> Mapping[str, int]: ...
 
     def encode(self, text: str) -> list[int]: ...
 

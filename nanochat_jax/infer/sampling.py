@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import Array, lax
 
 SHORT_LISTS = (64, 512)  # how many most likely tokens are looked at, first and next, before the whole vocabulary is sorted
@@ -33,10 +34,10 @@ class SamplingParams(NamedTuple):
         seed: [B, 2] uint32; the high and low half of the request's seed.
     """
 
-    temperature: Array
-    top_k: Array
-    top_p: Array
-    seed: Array
+    temperature: Array | np.ndarray
+    top_k: Array | np.ndarray
+    top_p: Array | np.ndarray
+    seed: Array | np.ndarray
 
 
 def noise_for(seed: Array, position: Array, vocab_size: int) -> Array:

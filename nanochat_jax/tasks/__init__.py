@@ -1,6 +1,7 @@
 """Tasks: conversations to train on and to judge replies by. One file per data set; this one knows them by name."""
 
 from collections.abc import Callable
+from typing import Literal
 
 from nanochat_jax.cli import UsageError
 from nanochat_jax.paths import Paths
@@ -29,7 +30,8 @@ def eval_tasks_for(data: str | None) -> list[str]:
     return list(OFFLINE_TASKS if data == "embedded" else UPSTREAM_TASKS)
 
 
-def load_eval_task(name: str, paths: Paths, split: str = "test", max_problems: int | None = None) -> Task:
+def load_eval_task(name: str, paths: Paths, split: Literal["train", "test"] = "test",
+                   max_problems: int | None = None) -> Task:
     """The first `max_problems` (None: all) problems of a task of `EVAL_TASKS`, by its name or its key (`arc_easy`).
 
     Raises `UsageError` for an unknown name and `NotFound` if its data cannot be had.

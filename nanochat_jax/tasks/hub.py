@@ -96,7 +96,7 @@ def _check_parquet(path: Path) -> None:
 class HubTask(Task):
     """A task whose conversations are the rows of one split, in upstream's order: shuffled with seed 42."""
 
-    def __init__(self, paths: Paths, repo: str, subset: str, split: str, **view: int) -> None:
+    def __init__(self, paths: Paths, repo: str, subset: str, split: str, **view: Any) -> None:
         super().__init__(**view)
         self.table = load_split(paths, repo, subset, split)
         # The order of `datasets.Dataset.shuffle(seed=42)`.

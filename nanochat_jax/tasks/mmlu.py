@@ -1,5 +1,7 @@
 """MMLU: questions of 57 subjects (Hendrycks et al. 2021, arXiv:2009.03300)."""
 
+from typing import Any
+
 from nanochat_jax.paths import Paths
 from nanochat_jax.tasks.base import Conversation
 from nanochat_jax.tasks.multiple_choice import MultipleChoice, multiple_choice
@@ -12,7 +14,7 @@ class MMLU(MultipleChoice):
 
     key = "mmlu"
 
-    def __init__(self, paths: Paths, split: str, **view: int) -> None:
+    def __init__(self, paths: Paths, split: str, **view: Any) -> None:
         super().__init__(paths, "cais/mmlu", "all", split, **view)
 
     def get_example(self, index: int) -> Conversation:

@@ -12,7 +12,7 @@ import random
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 from nanochat_jax.cli import NotFound
 from nanochat_jax.tasks.base import Conversation, Task, assistant, python, python_output, text, user
@@ -49,9 +49,9 @@ def load_words(directory: Path) -> list[str]:
 class Skill(Task):
     """Generated conversations: `size` of one split."""
 
-    eval_type = "generative"
+    eval_type: Literal["generative"] | None = "generative"
 
-    def __init__(self, split: Split, size: int, **view: int) -> None:
+    def __init__(self, split: Split, size: int, **view: Any) -> None:
         super().__init__(**view)
         if split not in ("train", "test"):
             raise ValueError(f"split must be train or test, got {split!r}")
@@ -145,7 +145,7 @@ class WordArithmetic(Arithmetic):
 class WordSkill(Skill):
     """A skill about one word of a list."""
 
-    def __init__(self, split: Split, size: int, words: Sequence[str], **view: int) -> None:
+    def __init__(self, split: Split, size: int, words: Sequence[str], **view: Any) -> None:
         super().__init__(split, size, **view)
         self.words = [word for word in words if split_of(word) == split]
         if not self.words:

@@ -1,5 +1,7 @@
 """SmolTalk: synthetic conversations about everything (Allal et al. 2025, arXiv:2502.02737)."""
 
+from typing import Any
+
 from nanochat_jax.paths import Paths
 from nanochat_jax.tasks.base import Conversation
 from nanochat_jax.tasks.hub import HubTask
@@ -8,7 +10,7 @@ from nanochat_jax.tasks.hub import HubTask
 class SmolTalk(HubTask):
     """The version for small models: 460K conversations of the train split, 24K of the test split."""
 
-    def __init__(self, paths: Paths, split: str, **view: int) -> None:
+    def __init__(self, paths: Paths, split: str, **view: Any) -> None:
         super().__init__(paths, "HuggingFaceTB/smol-smoltalk", "default", split, **view)
 
     def get_example(self, index: int) -> Conversation:
