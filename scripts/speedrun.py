@@ -54,7 +54,7 @@ class SpeedrunConfig:
     data: str | None = flag(None, "corpus; default: the one on disk, else climbmix; on a CPU embedded, which needs no network", choices=[*DATA_DIRS])
     device_batch_size: int | Literal["auto"] | None = flag(
         None, "rows per device and micro-step of the training stages; auto: the most that fit; default by the depth")
-    remat: str = flag("none", "activations that the backward pass recomputes, to save memory", choices=REMAT)
+    remat: str | None = flag(None, "activations that the backward pass recomputes, to save memory", choices=REMAT)
     fsdp: bool = flag(False, "shard the parameters over the data axis too, to save memory")
     run: str | None = flag(None, "wandb run name; dummy turns wandb off; default $WANDB_RUN, else dummy")
     resume: bool = flag(False, "go on with the last run and skip what it finished (the default)")
@@ -111,7 +111,8 @@ def plan_stages(config: SpeedrunConfig, machine: Machine, wandb_run: str, on_dis
     recipe = derive_recipe(model, reference=reference, total_batch_size=base.get("total_batch_size", -1),
                            num_iterations=base.get("num_iterations", -1))
     ways = _data_ways(config.mesh, machine)
-    recomputing = 4 / 3 if config.remat != "none" else 1.0
+    remat = config.remat or "none"
+    recomputing = 4 / 3 if remat != "none" else 1.0
 
     def seconds(tokens: float) -> float:
         return tokens * model.flops_per_token * recomputing / machine.training_flops
@@ -124,7 +125,7 @@ def plan_stages(config: SpeedrunConfig, machine: Machine, wandb_run: str, on_dis
             rows = most = min(device_batch, most_rows)
             step_rows = -(-step_tokens // model.sequence_len // ways)  # of a device
             needed = memory_estimate(model, min(most, step_rows), ways, accumulates=step_rows > most, bfloat16=not cpu,
-                                     remat=config.remat, fsdp=config.fsdp)
+                                     remat=remat, fsdp=config.fsdp)
             memory = f"about {needed / 2**30:.1f} GiB per device"
         return Stage(name=name, module=f"scripts.{name}", args=as_flags(**flags, model_tag=tag, **own),
                      placement=placed + as_flags(device_batch_size=rows, **saving, save_every=save_every, run=wandb_run),
@@ -147,7 +148,7 @@ def plan_stages(config: SpeedrunConfig, machine: Machine, wandb_run: str, on_dis
     save_every = 100 if small else 1000
     chosen = as_flags(model_tag=tag)
     placed = as_flags(mesh=config.mesh)
-    saving: dict[str, Any] = dict(remat=config.remat if config.remat != "none" else None, fsdp=config.fsdp)
+    saving: dict[str, Any] = dict(remat=config.remat, fsdp=config.fsdp)
     if data == "embedded":
         fetch = [Stage(name="data", module="nanochat_jax.dataset", args=("embedded",), produces=True,
                        note="12 MB of speeches from an installed package", seconds=10)]
