@@ -11,8 +11,9 @@
 #     base_train   9,600 steps of 2M tokens, 19 hours
 #     the rest     half an hour: 400M tokens of midtraining, SFT; how long the evaluations take is a guess
 #     in all       about 20 hours; at 3 dollars per GPU and hour 480 dollars, with room for a restart within 1,000
-#     memory       92 GiB per GPU with 8 rows at a time: H200 (141 GB). On cards with 80 GB run the stages by hand, as the
-#                  dry run prints them, with --device-batch-size auto, --remat block or --fsdp
+#     memory       108 GiB per GPU with 8 rows at a time: H200 (141 GB), with XLA_PYTHON_CLIENT_MEM_FRACTION=0.92, as JAX takes
+#                  three quarters by itself. On cards with 80 GB add --fsdp --device-batch-size 4 (46 GiB), or --remat block
+#                  (44 GiB, a third more work: 26 hours)
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 source scripts/setup_env.sh
