@@ -26,9 +26,9 @@ from nanochat_jax.cli import UsageError
 from nanochat_jax.config import GPTConfig
 from nanochat_jax.eval.batching import Batching
 from nanochat_jax.gpt import Params, forward, unembed
-from nanochat_jax.kernels import forward_options
 from nanochat_jax.infer.engine import Engine
 from nanochat_jax.infer.request import Request
+from nanochat_jax.kernels import forward_options
 from nanochat_jax.sharding import replicated
 from nanochat_jax.tasks.base import Conversation, Task
 from nanochat_jax.tokenizer import Tokenizer
