@@ -22,7 +22,14 @@ from nanochat_jax.optim import OptimizerConfig, constant, linear_momentum, make_
 from nanochat_jax.paths import Paths
 from nanochat_jax.sharding import abstract_tree, data_share, make_mesh, optimizer_shardings
 from nanochat_jax.startup import start
-from nanochat_jax.step import accelerator_memory, choose_batch_shape, choose_memory, init_state, make_train_step, resolve_dtype
+from nanochat_jax.step import (
+    accelerator_memory,
+    choose_batch_shape,
+    choose_memory,
+    init_state,
+    make_train_step,
+    resolve_dtype,
+)
 from nanochat_jax.tasks.base import Task
 from nanochat_jax.train import Evaluation, Job, TrainConfig, train
 

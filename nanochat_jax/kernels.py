@@ -75,7 +75,6 @@ def _block(length: int, most: int) -> int:
     return next(size for size in range(most, 0, -LANES) if length % size == 0)
 
 
-@functools.lru_cache(maxsize=64)
 def _splash_kernel(length: int, heads: int, window: int | None, interpret: bool) -> Callable:
     """A kernel of one row: q [H, T, h], k and v [K, T, h] -> [H, T, h]."""
     # Here, because Pallas takes long to import.
@@ -92,9 +91,9 @@ def _splash_kernel(length: int, heads: int, window: int | None, interpret: bool)
     compute = _block(kv_block, 512)
     sizes = splash.BlockSizes(block_q=q_block, block_kv=kv_block, block_kv_compute=compute, block_q_dkv=q_block,
                               block_kv_dkv=kv_block, block_kv_dkv_compute=compute, use_fused_bwd_kernel=True)
-    with jax.ensure_compile_time_eval():  # the mask's tables are arrays: they must not belong to one trace
-        return splash.make_splash_mha(masks.MultiHeadMask([mask] * heads), block_sizes=sizes, head_shards=1, q_seq_shards=1,
-                                      interpret=interpret)
+    # Not to be kept for another call: the mask's tables belong to the trace that they are made in.
+    return splash.make_splash_mha(masks.MultiHeadMask([mask] * heads), block_sizes=sizes, head_shards=1, q_seq_shards=1,
+                                  interpret=interpret)
 
 
 def splash_attention(q: Array, k: Array, v: Array, *, window: int | None, mesh: Mesh, interpret: bool = False) -> Array:

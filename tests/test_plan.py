@@ -79,29 +79,28 @@ def test_collectives_count_what_a_device_sends():
     assert reduce.calls == {"all-reduce": 1} and reduce.sent["all-reduce"] == 128 * 4 * 2 * 7 / 8
 
 
-def compiled_step(mesh, config, *, accumulation, fsdp=False):
+def traced_step(mesh, config, *, accumulation, fsdp=False):
     optimizer = make_optimizer(config, OptimizerConfig(), lr_multiplier=constant(1.0), momentum=constant(0.9), mesh=mesh)
     state, shardings = state_shardings(config, optimizer, mesh, fsdp=fsdp)
     step = make_train_step(config, optimizer, dtype=jnp.dtype(jnp.float32), mesh=mesh, shardings=shardings)
     rows = jax.ShapeDtypeStruct((accumulation, 8, config.sequence_len), jnp.int32,
                                 sharding=NamedSharding(mesh, PartitionSpec(None, "data")))
     state = abstract_tree(state, shardings)
-    return step.trace(state, rows, rows).jaxpr, step.lower(state, rows, rows).compile()
+    return step.trace(state, rows, rows)
 
 
 def test_devices_exchange_gradients_once_a_step_however_the_batch_is_cut():
     mesh, config = make_mesh("8x1"), GPTConfig.modern(2, sequence_len=128, vocab_size=256)
-    (_, once), (_, four) = (compiled_step(mesh, config, accumulation=count) for count in (1, 4))
-    once, four = hlo_cost(once.as_text()), hlo_cost(four.as_text())
+    once, four = (hlo_cost(traced_step(mesh, config, accumulation=count).lower().compile().as_text()) for count in (1, 4))
     assert four.sent == once.sent and four.calls == once.calls
     # Of a gradient each device gets the share that it updates: parameters / 8, not all of them.
     assert once.sent["all-reduce"] < 0.05 * 4 * config.num_params
 
 
 def test_the_products_of_a_step_are_the_same_on_any_mesh():
-    config = GPTConfig.modern(2, aspect_ratio=128, sequence_len=128, vocab_size=256)
-    flops = {mesh: jaxpr_flops(compiled_step(make_mesh(mesh), config, accumulation=2)[0], config) for mesh in ("1x1", "8x1", "4x2")}
-    assert flops["8x1"] == flops["4x2"] == pytest.approx(flops["1x1"], rel=0.02)  # Muon's stack is padded to whole devices
+    config = GPTConfig.modern(8, aspect_ratio=32, sequence_len=128, vocab_size=256)
+    flops = {mesh: jaxpr_flops(traced_step(make_mesh(mesh), config, accumulation=2).jaxpr, config) for mesh in ("1x1", "8x1", "4x2")}
+    assert flops["8x1"] == flops["4x2"] == pytest.approx(flops["1x1"], rel=0.01)  # Muon pads its gates to whole devices
 
 
 def test_what_memory_asks_for_is_chosen_and_what_is_given_is_kept():
@@ -168,14 +167,14 @@ def test_a_train_step_compiles_for_a_slice_of_several_hosts():
 
 @needs_libtpu
 @pytest.mark.slow
-@pytest.mark.parametrize("topology", ["v5e-16", "v6e-8"])
-def test_d20_compiles_and_fits_with_the_default_settings(topology):
+@pytest.mark.parametrize("topology, mfu", [("v5e-16", 0.6), ("v6e-8", 0.3)])  # a v6e waits for its memory: tpu/README.md
+def test_d20_compiles_and_fits_with_the_default_settings(topology, mfu):
     found = plan("--depth", "20", "--topology", topology)
     config = GPTConfig.modern(20)
-    assert found["memory"]["fits"] and found["device_batch_size"] >= 8 and found["mfu_bound"] >= 0.6
-    # No logits of all positions: nothing is larger than the stack of value embeddings.
+    assert found["memory"]["fits"] and found["device_batch_size"] >= 8 and found["mfu_bound"] >= mfu
+    # No logits of all positions: nothing is as large.
     elements = math.prod(map(int, re.search(r"\[(.*)\]", found["largest_array"])[1].split(",")))
-    assert elements <= len(config.value_embed_layers) * config.vocab_size * config.n_embd
+    assert elements < found["device_batch_size"] * config.sequence_len * config.vocab_size
     # Parameters are gathered, state of the optimizer is not: it is larger than they are.
     gathered = found["collectives"]["all-gather"]["bytes_sent"]
     assert gathered < 1.5 * 4 * config.num_params * (1 + found["fsdp"] * 2 * found["accumulation"])
