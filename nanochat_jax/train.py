@@ -277,8 +277,9 @@ def train(job: Job, state: TrainState, shardings: TrainState, step_fn: Callable,
     wandb_run = start_wandb(config.run, f"nanochat-{job.name}", dataclasses.asdict(config))
     if job.dry_run:
         scratch = Path(tempfile.mkdtemp(prefix="dry-run-"))
-        job = dataclasses.replace(job, directory=scratch, logs=scratch)
-    claim_directory(job.directory, resume=config.resuming, fresh=config.fresh)
+        job = dataclasses.replace(job, directory=scratch, logs=scratch, tokenizer=None)
+    else:
+        claim_directory(job.directory, resume=config.resuming, fresh=config.fresh)
     if job.tokenizer is not None:
         keep_tokenizer(job.tokenizer, job.directory, job.origin)
     with Checkpoints(job.directory, keep=config.keep) as checkpoints, StopRequest() as stop:
