@@ -157,7 +157,7 @@ def measure_loop(options: argparse.Namespace) -> dict[str, Any]:
         float(metrics["loss"])
         best["bare"] = min(best["bare"], (time.perf_counter() - began) / options.steps)
         with tempfile.TemporaryDirectory() as directory:
-            job = Job(name="loop", config=TrainConfig(save_every=0), model=model, directory=Path(directory) / "d",
+            job = Job(name="loop", config=TrainConfig(save_every=0), model=model, directory=Path(directory) / "d", logs=Path(directory) / "d",
                       num_steps=options.steps, shape=shape, lr_multiplier=constant(1.0), metadata={}, dry_run=True,
                       evaluations=[Evaluation(-1, lambda params: {"val_bpb": 0.0})])
             outcome = train(job, given, shardings, step, Batches())

@@ -8,7 +8,6 @@ stage, and a changed setting runs again what depends on it, and nothing else.
 import hashlib
 import itertools
 import json
-import math
 import os
 import secrets
 import signal
@@ -20,7 +19,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nanochat_jax.config import GPTConfig
 from nanochat_jax.metrics import format_seconds
 from nanochat_jax.paths import Paths, remove_directory
 
@@ -80,23 +78,6 @@ class Machine:
         if self.platform == "cpu":
             return CPU_FLOPS_PER_CORE * (os.cpu_count() or 1)
         return (self.peak_flops or 1e14) * MODEL_FLOPS_UTILIZATION * self.count
-
-
-def memory_estimate(model: GPTConfig, rows: int, data_ways: int, *, accumulates: bool, bfloat16: bool, remat: str = "none",
-                    fsdp: bool = False) -> float:
-    """Bytes per device, roughly.
-
-    Parameters and their gradient in float32, once more where gradients are accumulated, and two moments spread over the
-    data axis (with `fsdp` all of it); the parameters in bfloat16; and the activations of `rows` rows, of which `remat`
-    keeps those of one block, and the inputs of all blocks ("block") or of a square root of them ("full").
-    """
-    state = 4 * model.num_params * ((2 + accumulates) / (data_ways if fsdp else 1) + 2 / data_ways)
-    state += 2 * model.num_params * bfloat16
-    one_input = rows * model.sequence_len * model.n_embd * 2
-    one_block = one_input * 34
-    inputs = {"none": 0, "block": model.n_layer, "full": 2 * math.isqrt(model.n_layer)}[remat]
-    activations = one_block * (model.n_layer if remat == "none" else 1) + one_input * inputs
-    return state + activations + 3 * 2**25 * 4  # ... and a chunk of logits
 
 
 def print_plan(stages: Sequence[Stage], machine: Machine, title: str) -> None:

@@ -186,13 +186,14 @@ def accelerator_memory() -> int | None:
     return None if jax.local_devices()[0].platform == "cpu" else memory_limit()
 
 
-def estimate_memory(config: GPTConfig, mesh: Mesh, rows: int, *, remat: str, fsdp: bool) -> float:
-    """Bytes that a bfloat16 step of `rows` rows per device needs on each, about: plans (tpu/plans) need up to this."""
+def estimate_memory(config: GPTConfig, rows: int, *, data: int, model: int = 1, remat: str, fsdp: bool) -> float:
+    """Bytes that a bfloat16 step of `rows` rows per device needs on each of `data` x `model`, about: plans (tpu/plans) need
+    up to this."""
     matrices = config.num_block_params
     tables = config.num_params - matrices
-    ways = mesh.shape["model"] * (data_size(mesh) if fsdp else 1)
+    ways = model * (data if fsdp else 1)
     weights = 8 * (matrices + tables) + 4 * matrices + 4 * tables  # and their sums of gradients, copies, new gradients
-    optimizer = (4 * matrices + 8 * tables + 24 * matrices) / mesh.size  # and what Muon works on
+    optimizer = (4 * matrices + 8 * tables + 24 * matrices) / (data * model)  # and what Muon works on
     whole = 2 * 4 * config.padded_vocab_size * config.n_embd if fsdp else 0  # tables that were gathered to be used
     hidden = 2 * rows * config.sequence_len * config.n_embd
     kept = {"none": 34 * config.n_layer, "block": config.n_layer + 110, "full": 3 * math.isqrt(config.n_layer) + 110}[remat]
@@ -210,7 +211,8 @@ def choose_memory(config: GPTConfig, mesh: Mesh, *, rows: int | str | None, rema
     for size in sizes:
         for saving, spread in (("none", False), ("block", False), ("block", True), ("full", True)):
             chosen = (saving if remat == "auto" else remat, (spread if fsdp is None else fsdp) and data_size(mesh) > 1)
-            needed = estimate_memory(config, mesh, size, remat=chosen[0], fsdp=chosen[1])
+            needed = estimate_memory(config, size, data=data_size(mesh), model=mesh.shape["model"], remat=chosen[0],
+                                     fsdp=chosen[1])
             if limit is None or needed <= limit or (saving == "full" and size == sizes[-1]):
                 if limit is not None:
                     log.info("--device-batch-size %s --remat %s --fsdp %s: about %.1f of %.1f GiB", rows or size, chosen[0],

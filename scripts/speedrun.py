@@ -18,15 +18,8 @@ from nanochat_jax.config import GPTConfig, Recipe, derive_recipe
 from nanochat_jax.data.needs import TOKENIZER_SHARDS, explain_shards, shards_needed
 from nanochat_jax.gpt import REMAT
 from nanochat_jax.paths import CHECKPOINT_DIRS, DATA_DIRS, Paths
-from nanochat_jax.speedrun import (
-    Machine,
-    Record,
-    Stage,
-    as_flags,
-    memory_estimate,
-    print_plan,
-    run_stages,
-)
+from nanochat_jax.speedrun import Machine, Record, Stage, as_flags, print_plan, run_stages
+from nanochat_jax.step import estimate_memory
 
 # The model a CPU with two cores trains in a quarter of an hour, and how.
 CPU_DEPTH = 4
@@ -124,9 +117,9 @@ def plan_stages(config: SpeedrunConfig, machine: Machine, wandb_run: str, on_dis
         if isinstance(device_batch, int):
             rows = most = min(device_batch, most_rows)
             step_rows = -(-step_tokens // model.sequence_len // ways)  # of a device
-            needed = memory_estimate(model, min(most, step_rows), ways, accumulates=step_rows > most, bfloat16=not cpu,
-                                     remat=remat, fsdp=config.fsdp)
-            memory = f"about {needed / 2**30:.1f} GiB per device"
+            needed = estimate_memory(model, min(most, step_rows), data=ways, remat=remat, fsdp=config.fsdp)
+            chosen_later = not cpu and config.remat is None  # by the stage, which knows the device's memory
+            memory = f"{'at most ' if chosen_later else ''}about {needed / 2**30:.1f} GiB per device"
         return Stage(name=name, module=f"scripts.{name}", args=as_flags(**flags, model_tag=tag, **own),
                      placement=placed + as_flags(device_batch_size=rows, **saving, save_every=save_every, run=wandb_run),
                      produces=True, checkpoints=f"{CHECKPOINT_DIRS[source]}/{tag}", seconds=seconds(tokens),

@@ -235,9 +235,9 @@ def gibibytes(stage):
 
 
 def test_the_memory_of_the_plan():
-    """By a compiled plan (tpu/plans): d20 on 16 chips, 8 rows each and recomputed blocks, takes 14.2 GiB."""
+    """Not less than the compiled plan (tpu/plans), nor much more: d20 on 16 chips, 16 rows each, takes 10.2 GiB."""
     v5e = Machine(platform="tpu", kind="TPU v5e", count=16, peak_flops=197e12)
-    assert gibibytes(planned(v5e, mesh="16x1", device_batch_size=8, remat="block")["base_train"]) == pytest.approx(14.2, abs=1)
+    assert 10.2 < gibibytes(planned(v5e, device_batch_size=16, remat="block", fsdp=True, mesh="16x1")["base_train"]) < 13
     settings = [dict(device_batch_size=8), dict(device_batch_size=4), dict(device_batch_size=4, fsdp=True),
                 dict(device_batch_size=4, fsdp=True, remat="block"), dict(device_batch_size=4, fsdp=True, remat="full")]
     needed = [gibibytes(planned(depth=32, **flags)["base_train"]) for flags in settings]
