@@ -108,7 +108,8 @@ def generation(model: Imported, theirs: HFModel, given: argparse.Namespace) -> d
 
     def torch_answer(prompt: list[int]) -> None:
         ids = torch.tensor([prompt])
-        theirs.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, do_sample=False, pad_token_id=0)
+        theirs.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, do_sample=False,
+                              pad_token_id=0)
 
     few = prompts[: given.problems // 8]
     return {"ours": answers(given.slots, prompts), "engine_one_at_a_time": answers(1, few),

@@ -42,7 +42,8 @@ def check_attention(dtype: Any, sequence: int) -> dict[str, float]:
             return jax.jit(run)(*(each.astype(dtype) for each in (q, k, v, cotangent)))
 
         expected, found = both(causal_attention, jnp.float32), both(attend, dtype)
-        error = max(float(jnp.abs(b.astype(jnp.float32) - a).max() / jnp.abs(a).max()) for a, b in zip(expected, found, strict=True))
+        error = max(float(jnp.abs(b.astype(jnp.float32) - a).max() / jnp.abs(a).max())
+                    for a, b in zip(expected, found, strict=True))
         errors[f"{name}, window {window}"] = error
     return errors
 
@@ -98,7 +99,8 @@ def train_torch(options: argparse.Namespace) -> float:
 
     width, device = 64 * options.depth, "cuda" if torch.cuda.is_available() else "cpu"
     torch.set_float32_matmul_precision("high")
-    model = GPT(depth=options.depth, num_heads=-(-width // 128), width=width, vocab_size=options.vocab, sequence_len=options.sequence)
+    model = GPT(depth=options.depth, num_heads=-(-width // 128), width=width, vocab_size=options.vocab,
+                sequence_len=options.sequence)
     trainer = Trainer(model.to(device), dtype=torch.bfloat16 if device == "cuda" else torch.float32, compiled=True)
     batch = [torch.from_numpy(array).long().to(device) for array in tokens(options.batch, options.sequence, options.vocab)]
     return timed(lambda: trainer.step(*batch), options.steps)
@@ -200,7 +202,8 @@ def main() -> None:
                     break
                 rate = batch * options.sequence / seconds
                 mfu = rate * flops / result["peak_flops"] if result["peak_flops"] else None
-                print(f"  d{depth} {name:13} batch {batch:3}: {rate:12,.0f} tokens/s, MFU {'n/a' if mfu is None else f'{100 * mfu:.1f}%'}")
+                print(f"  d{depth} {name:13} batch {batch:3}: {rate:12,.0f} tokens/s, MFU "
+                      f"{'n/a' if mfu is None else f'{100 * mfu:.1f}%'}")
                 result["train"].append({"depth": depth, "contender": name, "batch": batch, "tokens_per_sec": rate, "mfu": mfu})
     for depth in options.depths:
         model = GPTConfig.modern(depth, sequence_len=options.sequence, vocab_size=options.vocab)
@@ -212,7 +215,8 @@ def main() -> None:
             # Read once a token: the matrices, and the caches; of the tables only a row.
             moved = width * (model.num_scaling_params + 2 * batch * options.sequence * model.n_kv_head * model.head_dim * depth)
             mbu = moved / seconds / result["bandwidth"] if result["bandwidth"] else None
-            print(f"  d{depth} decode, batch {batch:3}: {batch / seconds:12,.0f} tokens/s, MBU {'n/a' if mbu is None else f'{100 * mbu:.1f}%'}")
+            print(f"  d{depth} decode, batch {batch:3}: {batch / seconds:12,.0f} tokens/s, MBU "
+                  f"{'n/a' if mbu is None else f'{100 * mbu:.1f}%'}")
             result["decode"].append({"depth": depth, "batch": batch, "tokens_per_sec": batch / seconds, "mbu": mbu})
     text = json.dumps(result)
     if options.out:

@@ -80,7 +80,8 @@ def muon_update(params: list[Tensor], grads: list[Tensor], buffers: list[Tensor]
     """Muon on matrices of one shape, orthogonalised as one stack."""
     for buffer, grad in zip(buffers, grads, strict=True):
         buffer.lerp_(grad, 1.0 - momentum)
-    steps = orthogonalize(torch.stack([grad.lerp(buffer, momentum) for grad, buffer in zip(grads, buffers, strict=True)]), dtype)
+    steps = orthogonalize(torch.stack([grad.lerp(buffer, momentum) for grad, buffer in zip(grads, buffers, strict=True)]),
+                          dtype)
     scale = rate * math.sqrt(max(1.0, steps.shape[-2] / steps.shape[-1]))
     for param, step in zip(params, steps, strict=True):
         param.sub_(step, alpha=scale)

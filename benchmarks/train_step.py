@@ -157,7 +157,8 @@ def measure_loop(options: argparse.Namespace) -> dict[str, Any]:
         float(metrics["loss"])
         best["bare"] = min(best["bare"], (time.perf_counter() - began) / options.steps)
         with tempfile.TemporaryDirectory() as directory:
-            job = Job(name="loop", config=TrainConfig(save_every=0), model=model, directory=Path(directory) / "d", logs=Path(directory) / "d",
+            job = Job(name="loop", config=TrainConfig(save_every=0), model=model, directory=Path(directory) / "d",
+                      logs=Path(directory) / "d",
                       num_steps=options.steps, shape=shape, lr_multiplier=constant(1.0), metadata={}, dry_run=True,
                       evaluations=[Evaluation(-1, lambda params: {"val_bpb": 0.0})])
             outcome = train(job, given, shardings, step, Batches())
@@ -175,7 +176,8 @@ def measure_first_step(options: argparse.Namespace) -> dict[str, Any]:
     with tempfile.TemporaryDirectory() as scratch:
         for name in ("cold", "warm"):
             began = time.perf_counter()
-            subprocess.run(command, input="1\n", text=True, check=True, capture_output=True, env=os.environ | {"TMPDIR": scratch})
+            subprocess.run(command, input="1\n", text=True, check=True, capture_output=True, env=os.environ
+                           | {"TMPDIR": scratch})
             found[name] = time.perf_counter() - began
             print(f"d12: first step after {found[name]:.1f} s with a {name} compile cache")
     return {"seconds": found}

@@ -266,8 +266,9 @@ def claim_directory(directory: Directory, *, resume: bool, fresh: bool) -> None:
         if jax.process_index() == 0:
             ours.unlink()
         if not all(seen):
-            raise UsageError(f"{directory} is another one on process {seen.index(False)} than on process 0: put the base directory "
-                             "on a disk that all hosts share, or the checkpoints in a bucket (NANOCHAT_CHECKPOINT_DIR=gs://...)")
+            raise UsageError(f"{directory} is another one on process {seen.index(False)} than on process 0: "
+                             "put the base directory on a disk that all hosts share, or the checkpoints in a bucket "
+                             "(NANOCHAT_CHECKPOINT_DIR=gs://...)")
     if fresh:
         if jax.process_index() == 0:
             remove_directory(directory)
@@ -307,7 +308,8 @@ def load_directory(directory: Directory, *, source: str = "base", step: int | No
     """
     steps = saved_steps(directory)
     if not steps or step is not None and step not in steps:
-        raise NotFound(f"no step {'' if step is None else step} in {directory}: there are {', '.join(map(str, steps)) or 'none'}")
+        raise NotFound(f"no step {'' if step is None else step} in {directory}: there are "
+                       f"{', '.join(map(str, steps)) or 'none'}")
     mesh = make_mesh("1x1") if mesh is None else mesh
     for candidate in reversed(steps) if step is None else [step]:
         log.info("loading %s step %d", directory, candidate)

@@ -196,7 +196,9 @@ class CorpusConfig:
 
 @dataclass(frozen=True, kw_only=True)
 class HfConfig(CorpusConfig):
-    preset: str | None = flag(None, f"a known data set, of {', '.join(PRESETS.values())}; goes before --dataset, --subset, --split, --text-field", choices=list(PRESETS))
+    preset: str | None = flag(None,
+                              f"a known data set, of {', '.join(PRESETS.values())}; goes before --dataset, --subset, --split, "
+                              f"--text-field", choices=list(PRESETS))
     dataset: str | None = flag(None, "data set OWNER/NAME")
     subset: str | None = flag(None, "subset of the data set; default the one its card calls default")
     split: str = flag("train", "split of the data set")

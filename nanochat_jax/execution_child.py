@@ -29,7 +29,8 @@ LANDLOCK_CHANGE_TREE = 0b1_1111_1111_0000 | LANDLOCK_WRITE_FILE  # remove or mak
 # processes' memory, priorities and limits, sessions, namespaces, keys, files in memory (linux/audit.h, unistd.h).
 SYSCALLS = {
     "x86_64": (0xC000003E, {
-        "shmget": 29, "socket": 41, "socketpair": 53, "clone": 56, "fork": 57, "vfork": 58, "execve": 59, "kill": 62, "ptrace": 101,
+        "shmget": 29, "socket": 41, "socketpair": 53, "clone": 56, "fork": 57, "vfork": 58, "execve": 59, "kill": 62,
+        "ptrace": 101,
         "setpgid": 109, "setsid": 112, "rt_sigqueueinfo": 129, "setpriority": 141, "sched_setparam": 142,
         "sched_setscheduler": 144, "setrlimit": 160, "tkill": 200, "sched_setaffinity": 203, "tgkill": 234, "add_key": 248,
         "request_key": 249, "keyctl": 250, "ioprio_set": 251, "migrate_pages": 256, "unshare": 272, "move_pages": 279,

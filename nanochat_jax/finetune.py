@@ -124,7 +124,8 @@ def finetune(config: FinetuneConfig, stage: Stage) -> None:
     common: dict[str, Any] = dict(sequence_len=length, mode=stage.mode)
     index, count = data_share(mesh)
     batches = conversation_loader(mixture, tokenizer, batch_size=shape.rows, process_index=index, process_count=count, **common)
-    validation = conversation_loader(stage.mixture(meta["data"], "val", paths), tokenizer, batch_size=shape.micro_rows, **common)
+    validation = conversation_loader(stage.mixture(meta["data"], "val", paths), tokenizer, batch_size=shape.micro_rows,
+                                     **common)
     num_steps = config.num_iterations if config.num_iterations > 0 else max(1, batches.count_batches(stage.num_epochs))
     wanted = stage.eval_steps or config.eval_tokens // (shape.micro_rows * length)
     eval_steps = max(1, min(wanted, validation.count_batches(1)))

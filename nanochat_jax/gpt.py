@@ -180,7 +180,8 @@ class GPT(nnx.Module):
         """A dict for each layer from `first` on. `lax.split` transposes to one concatenation; indexing would pad L times."""
         with_ve = self.config.value_embed_layers
         pieces = {name: iter(jax.lax.split(stack, (1,) * len(stack))) for name, stack in stacks.items()}
-        return [{name: next(each)[0] for name, each in pieces.items() if i in with_ve or name not in ("value_embeds", "ve_gate")}
+        return [{name: next(each)[0] for name, each in pieces.items() if i in with_ve
+                 or name not in ("value_embeds", "ve_gate")}
                 for i in range(first, first + count)]
 
     def _smear(self, embedding: Array, cache: KVCache | None) -> Array:

@@ -91,7 +91,8 @@ class MetricsLog:
         self._file.write(json.dumps(values) + "\n")
         self._file.flush()
         if self._wandb is not None:
-            figures = {f"{values['kind']}/{key}": v for key, v in values.items() if isinstance(v, (int, float)) and key != "step"}
+            figures = {f"{values['kind']}/{key}": v
+                       for key, v in values.items() if isinstance(v, (int, float)) and key != "step"}
             self._wandb.log(figures, step=values["step"])
 
     def copy(self) -> None:

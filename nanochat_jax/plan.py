@@ -70,7 +70,8 @@ def topology_devices(name: str) -> tuple[str, list[jax.Device]]:
             raise UsageError(f"--topology {name}: {chip} comes in {', '.join(map(str, by_count))} chips")
         shape = by_count[int(shape)]
     tpu = chip.startswith("v")
-    if importlib.util.find_spec("libtpu" if tpu else "jax_plugins.xla_cuda12" if _has("jax_plugins") else "jax_plugins") is None:
+    if importlib.util.find_spec("libtpu" if tpu else "jax_plugins.xla_cuda12"
+                                if _has("jax_plugins") else "jax_plugins") is None:
         raise UsageError(f"--topology {name}: {INSTALL_TPU if tpu else INSTALL_GPU.format(jax.__version__)}")
     # No chip is touched: nothing to ask of the cloud, and no reason to keep other processes from libtpu.
     for variable, value in (("TPU_SKIP_MDS_QUERY", "1"), ("TPU_WORKER_HOSTNAMES", "localhost"),
@@ -145,7 +146,8 @@ class Plan:
     def as_json(self) -> dict[str, Any]:
         return {"chip": self.chip, "devices": self.devices, "memory": asdict(self.memory) | {"fits": self.memory.fits},
                 "flops": self.flops, "model_flops": self.model_flops, "hbm_bytes": self.cost.hbm_bytes,
-                "collectives": {kind: {"calls": self.cost.calls[kind], "bytes_sent": self.cost.sent[kind]} for kind in self.cost.sent},
+                "collectives": {kind: {"calls": self.cost.calls[kind],
+                                       "bytes_sent": self.cost.sent[kind]} for kind in self.cost.sent},
                 "largest_array": self.cost.largest[1], "loops_counted_once": self.cost.unknown_loops, "seconds": self.times,
                 "step_seconds": self.step_seconds, "mfu_bound": self.mfu_bound, "tokens_per_second": self.tokens_per_second,
                 "tokens_per_step": self.tokens, "compile_seconds": self.compile_seconds}
@@ -173,7 +175,8 @@ def compile_plan(step: Callable, arguments: Sequence[Any], *, chip: str, mesh: M
         if is_out_of_memory(error):
             raise DoesNotFit(str(error).splitlines()[0]) from error
         if "No PTX compilation provider" in str(error):
-            raise UsageError("the assembler for GPUs, ptxas, is missing: pip install --no-deps nvidia-cuda-nvcc-cu12") from error
+            said = "ptxas, the assembler for GPUs, is missing: pip install --no-deps nvidia-cuda-nvcc-cu12"
+            raise UsageError(said) from error
         raise
     stats = compiled.memory_analysis()
     total = (stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
@@ -191,7 +194,8 @@ def train_plan(config: GPTConfig, step: Callable, state: TrainState, shardings: 
                                  sharding=NamedSharding(mesh, PartitionSpec(None, "data")))
     flops = jaxpr_flops(step.trace(state, batch, batch).jaxpr, config)
     return compile_plan(step, (state, batch, batch), chip=chip, mesh=mesh, parameters=state.params, state=state.optimizer,
-                        flops=flops, model_flops=float(config.flops_per_token) * shape.tokens, tokens=shape.tokens, options=options)
+                        flops=flops, model_flops=float(config.flops_per_token) * shape.tokens, tokens=shape.tokens,
+                        options=options)
 
 
 def largest_batch(attempt: Callable[[int], Plan], rows: int) -> tuple[int, Plan]:

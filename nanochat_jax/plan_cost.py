@@ -49,8 +49,10 @@ def jaxpr_flops(jaxpr: Any, config: GPTConfig) -> float:
                 lhs = eqn.invars[0].aval.shape
                 total += times * 2.0 * math.prod(eqn.outvars[0].aval.shape) * math.prod(lhs[i] for i in contracted)
             elif name == "pallas_call":
-                backward = any(word in str(eqn.params.get("name") or eqn.params.get("name_and_src_info")) for word in ("dkv", "dq"))
-                queries = next(each.aval.shape for each in eqn.invars if each.aval.shape[-2:] == (config.sequence_len, config.head_dim))
+                named = str(eqn.params.get("name") or eqn.params.get("name_and_src_info"))
+                backward = "dkv" in named or "dq" in named
+                queries = next(each.aval.shape for each in eqn.invars
+                               if each.aval.shape[-2:] == (config.sequence_len, config.head_dim))
                 product = 2.0 * math.prod(queries[:-2]) * pairs * config.head_dim  # of all rows and heads
                 total += times * product * (5 if backward else 2)
             elif name == "cond":
@@ -175,7 +177,8 @@ def hlo_cost(text: str) -> HloCost:
         for operand, parameter in zip(call.operands, parameters):
             if operand not in scope or not _hbm(scope[operand].result):
                 continue
-            parameter = next((each.name for each in body.values() if each.opcode == "bitcast" and parameter in each.operands), parameter)
+            parameter = next((each.name for each in body.values() if each.opcode == "bitcast" and parameter in each.operands),
+                             parameter)
             users = [each for each in body.values() if parameter in each.operands]
             if users and all(each.opcode in ("dynamic-slice", "gather", "slice") for each in users):
                 total += sum(_bytes(each.result) for each in users)

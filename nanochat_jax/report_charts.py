@@ -144,7 +144,8 @@ def bar_chart(title: str, rows: Sequence[tuple[str, Sequence[float | None]]], se
                 x, anchor = (end + 5, "start") if value >= 0 else (start - 5, "end")
                 parts.append(_text(x, y + thickness / 2 + 5, f"{value:.3f}", "value", anchor))
             y += thickness + 2
-    parts += [_rule("axis", place(0.0), TOP, place(0.0), floor), _text((left + right) / 2, floor + BOTTOM - 8, x_label, "label")]
+    parts += [_rule("axis", place(0.0), TOP, place(0.0), floor),
+              _text((left + right) / 2, floor + BOTTOM - 8, x_label, "label")]
     return _figure(title, floor + BOTTOM, parts, _legend([(label, color, False) for label, color in series]))
 
 

@@ -211,7 +211,8 @@ def reinforce(config: ChatRLConfig) -> None:
                 state, metrics = step_fn(state, (jax.tree.map(partial(spread_rows, mesh), batch) for batch in batches))
                 figures_of_step = statistics(groups) | {key: float(value) for key, value in metrics.items()}
                 if not all(math.isfinite(figures_of_step[key]) for key in ("loss", "grad_norm")):
-                    raise UsageError(f"step {step}: loss {figures_of_step['loss']}, gradient norm {figures_of_step['grad_norm']}. "
+                    raise UsageError(f"step {step}: loss {figures_of_step['loss']}, gradient norm "
+                                     f"{figures_of_step['grad_norm']}. "
                                      "Not saved: go on from the checkpoint before with --resume and a lower --init-lr-frac")
                 metrics_log.write(step=step, kind="train", time=time.time(), **figures_of_step, lrm=float(multiplier(step)),
                                   rollout_seconds=sampled - started, train_seconds=time.monotonic() - sampled)

@@ -18,7 +18,8 @@ from nanochat_jax.cli import UsageError
 from nanochat_jax.config import GPTConfig
 from nanochat_jax.gpt import Params, abstract_params, logical_axes
 
-RULES = {"heads": "model", "kv_heads": "model", "mlp": "model", "vocab": "model", "embed": None, "rows": None, "layers": None, None: None}
+RULES = {"heads": "model", "kv_heads": "model", "mlp": "model", "vocab": "model", "embed": None, "rows": None, "layers": None,
+         None: None}
 FSDP_RULES = RULES | {"embed": "data", "rows": "data"}
 
 
@@ -105,7 +106,8 @@ def gather_over_data(shardings: Params) -> Callable[[str, jax.Array], jax.Array]
     """`gather(name, weight)` for code that runs on each data shard: the whole weight, of a layer or of the model, that
     `shardings` spread over the data axis. Its gradient comes back summed over the shards, each getting its part."""
     axes = {}
-    jax.tree.map_with_path(lambda path, leaf: axes.update({_keys(path)[-1]: (_data_axis(leaf.spec), len(leaf.spec))}), shardings)
+    jax.tree.map_with_path(lambda path, leaf: axes.update({_keys(path)[-1]: (_data_axis(leaf.spec), len(leaf.spec))}),
+                           shardings)
 
     def gather(name: str, weight: jax.Array) -> jax.Array:
         axis, ndim = axes[name]

@@ -285,7 +285,8 @@ def train(job: Job, state: TrainState, shardings: TrainState, step_fn: Callable,
     with Checkpoints(job.directory, keep=config.keep) as checkpoints, StopRequest() as stop:
         restored = None
         if config.resuming:
-            restored = restore_state(checkpoints, state, shardings, model=job.model, metadata=job.metadata, num_steps=job.num_steps,
+            restored = restore_state(checkpoints, state, shardings, model=job.model, metadata=job.metadata,
+                                     num_steps=job.num_steps,
                                      step=config.resume_from_step if config.resume_from_step >= 0 else None)
         start = 0
         if restored is not None:

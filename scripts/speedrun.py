@@ -26,7 +26,8 @@ CPU_DEPTH = 4
 CPU_VOCAB = 2048
 CPU_BASE = dict(head_dim=64, max_seq_len=256, window_pattern="L", packing="stream", total_batch_size=4096, num_iterations=210,
                 lr_scale=0.5, weight_decay=0.1, warmup_steps=10, eval_every=70, eval_tokens=65536)
-CPU_MID = dict(total_batch_size=4096, num_iterations=250, init_lr_frac=0.5, warmdown_ratio=0.5, eval_every=80, eval_tokens=16384)
+CPU_MID = dict(total_batch_size=4096, num_iterations=250, init_lr_frac=0.5, warmdown_ratio=0.5, eval_every=80,
+               eval_tokens=16384)
 CPU_SFT = dict(total_batch_size=4096, num_iterations=60, init_lr_frac=0.3, eval_every=30, eval_tokens=16384)
 CPU_RL = dict(task="WordArithmetic", num_iterations=36, examples_per_step=32, num_samples=16, device_batch_size=16,
               num_slots=128, max_new_tokens=40, init_lr_frac=0.03, eval_every=12, eval_examples=128, save_every=12)
@@ -44,7 +45,8 @@ STAGES = ("data", "data_rest", "tok_train", "tok_eval", "base_train", "base_loss
 class SpeedrunConfig:
     mesh: str = flag("auto", "devices as DxM: D-way data and M-way tensor parallelism")
     depth: int | None = flag(None, f"number of layers, the dial; default 20, {CPU_DEPTH} on a CPU", short="-d")
-    data: str | None = flag(None, "corpus; default: the one on disk, else climbmix; on a CPU embedded, which needs no network", choices=[*DATA_DIRS])
+    data: str | None = flag(None, "corpus; default: the one on disk, else climbmix; on a CPU embedded, which needs no network",
+                            choices=[*DATA_DIRS])
     device_batch_size: int | Literal["auto"] | None = flag(
         None, "rows per device and micro-step of the training stages; auto: the most that fit; default by the depth")
     remat: str | None = flag(None, "activations that the backward pass recomputes, to save memory", choices=REMAT)
@@ -221,8 +223,8 @@ def _data_ways(mesh: str, machine: Machine) -> int:
 def main(config: SpeedrunConfig) -> int:
     paths = Paths.from_env()
     if paths.bucket:
-        raise UsageError("speedrun keeps its record and its checkpoints on one machine: unset NANOCHAT_CHECKPOINT_DIR, or run the "
-                         "stages one by one")
+        raise UsageError("speedrun keeps its record and its checkpoints on one machine: unset NANOCHAT_CHECKPOINT_DIR, "
+                         "or run the stages one by one")
     machine = Machine.probe()
     wandb_run = config.run or os.environ.get("WANDB_RUN") or "dummy"
     on_disk = {name: max(0, len(list(paths.data(name).glob("*.parquet"))) - 1) for name in DATA_DIRS}

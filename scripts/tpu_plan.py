@@ -107,7 +107,8 @@ def plan_training(config: PlanConfig, chip: str, mesh: jax.sharding.Mesh) -> tup
         plan = attempt(rows)
     shape = batch_shape(run.total_batch_size, rows, model.sequence_len, mesh)
     return plan, shape, {"parameters": model.num_params, "num_iterations": run.num_iterations,
-                         "device_batch_size": shape.micro_rows // data_size(mesh), "accumulation": shape.accumulation, "remat": remat, "fsdp": fsdp}
+                         "device_batch_size": shape.micro_rows // data_size(mesh), "accumulation": shape.accumulation,
+                         "remat": remat, "fsdp": fsdp}
 
 
 def plan_decoding(config: PlanConfig, chip: str, mesh: jax.sharding.Mesh) -> Plan:
@@ -131,7 +132,8 @@ def plan_decoding(config: PlanConfig, chip: str, mesh: jax.sharding.Mesh) -> Pla
     slots = device.Slots((layer,) * model.n_layer, (layer,) * model.n_layer)
     dispatch = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated(mesh)),
                             device.greedy_dispatch(config.slots, length=0, steps=1))
-    flops = 2.0 * config.slots * (model.num_scaling_params + 2 * model.n_head * model.head_dim * model.n_layer * model.sequence_len)
+    flops = 2.0 * config.slots * (model.num_scaling_params
+                                  + 2 * model.n_head * model.head_dim * model.n_layer * model.sequence_len)
     step = jax.jit(lambda p, s, d: device.decode(p, s, d, program=program), donate_argnums=1)
     return compile_plan(step, (params, slots, dispatch), chip=chip, mesh=mesh, parameters=params, state=slots, flops=flops,
                         model_flops=flops, tokens=config.slots, options=config.options)
@@ -144,7 +146,8 @@ def table(plan: Plan, facts: dict[str, Any]) -> Table:
         shown.add_row(name.replace("_", " "), f"{value:,}" if type(value) is int else str(value))
     for name in ("parameters", "optimizer", "temporary", "total", "limit"):
         label = "cache" if name == "optimizer" and facts["program"] == "decode" else name
-        shown.add_row(f"memory: {label}", f"{getattr(memory, name) / GIB:.2f} GiB" + (" (of a device)" if name == "limit" else ""))
+        shown.add_row(f"memory: {label}", f"{getattr(memory, name) / GIB:.2f} GiB"
+                      + (" (of a device)" if name == "limit" else ""))
     shown.add_row("fits", "yes" if memory.fits else "NO")
     shown.add_row("products", f"{plan.flops / 1e12:,.2f} TFLOP, {plan.times['products'] * 1e3:,.2f} ms at peak")
     shown.add_row("memory traffic", f"{plan.cost.hbm_bytes / GIB:,.2f} GiB, {plan.times['memory'] * 1e3:,.2f} ms at peak")

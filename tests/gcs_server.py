@@ -1,8 +1,8 @@
 """A server on this machine that speaks the JSON API of Google Cloud Storage, as far as checkpoints need it.
 
 Objects live in memory, in `objects`; any bucket but `missing` exists. `before_change(name)` is called before an object is
-stored or deleted; it may raise `Refused`, or kill the client. `environment` points clients at the server: TensorStore, which Orbax
-writes arrays with, and gcsfs and Google's own client, which it writes all else with.
+stored or deleted; it may raise `Refused`, or kill the client. `environment` points clients at the server: TensorStore, which
+Orbax writes arrays with, and gcsfs and Google's own client, which it writes all else with.
 """
 
 import base64

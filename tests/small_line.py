@@ -29,7 +29,8 @@ def make_base(base: Path) -> Paths:
     return paths
 
 
-def start(script: str, *argv: str, base: Path | list[Path], devices: int = 1, processes: int = 1, env: dict[str, str] | None = None
+def start(script: str, *argv: str, base: Path | list[Path], devices: int = 1, processes: int = 1,
+          env: dict[str, str] | None = None
           ) -> list[subprocess.Popen]:
     """`python -m scripts.SCRIPT` in so many processes with so many virtual CPU devices each; `base` may be one of each."""
     bases = base if isinstance(base, list) else [base] * processes

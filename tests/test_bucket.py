@@ -169,17 +169,18 @@ FLAGS = [*MODEL, "--total-batch-size", "512", "--device-batch-size", "1", "--num
 def test_a_run_killed_in_the_middle_of_saves_loses_nothing(server, tmp_path):
     paths, env = make_base(tmp_path), {"NANOCHAT_CHECKPOINT_DIR": "gs://bucket/killed"}
     run("base_train", *FLAGS, "--model-tag", "alone", base=paths.base)  # on the disk
-    whole = []
+    whole, victims = [], []
     # At the first object of a step; among its arrays; at the object that would make it whole.
     for last in ("/2/", "/4/optimizer/manifest.ocdbt", f"/6/{bucket.COMMITTED}"):
         def kill(name, last=last):
             if last in name:
-                process.kill()
-                process.wait()
+                victims[-1].kill()
+                victims[-1].wait()
                 raise Refused(503)
 
         server.before_change = lambda name: None
         (process,) = start("base_train", *FLAGS, "--model-tag", "killed", "--resume", base=paths.base, env=env)
+        victims.append(process)
         server.before_change = kill
         assert process.wait(timeout=300) == -9, process.stderr.read()
         process.stderr.close()

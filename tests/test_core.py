@@ -172,7 +172,8 @@ def test_scores_equal_a_plain_computation_at_any_length(arch, monkeypatch):
     """Prompts of no chunk, one and several (windows and sequence_len included), with and without a common beginning."""
     monkeypatch.setattr(scoring, "CHUNK", 32)
     monkeypatch.setattr(scoring, "WINDOW", 7)
-    config = CONFIG if arch == "modern" else GPTConfig.classic(2, n_embd=64, n_head=2, n_kv_head=1, sequence_len=64, vocab_size=300)
+    config = CONFIG if arch == "modern" else GPTConfig.classic(2, n_embd=64, n_head=2, n_kv_head=1, sequence_len=64,
+                                                               vocab_size=300)
     rng = np.random.default_rng(1)
     params = jax.tree.map(lambda w: rng.normal(0, 0.3, w.shape).astype(np.float32), abstract_params(config))
     plain = jax.jit(lambda params, tokens: unembed(params, forward(params, tokens[None], config=config)[0][0], config=config))

@@ -56,7 +56,8 @@ def test_a_step_that_one_process_cannot_read_is_passed_over_by_all(paths, one, t
     torn = shutil.copytree(two, two.with_name("torn"))
     for file in (torn / "4" / "optimizer" / "ocdbt.process_1" / "d").iterdir():  # the share of process 1
         os.truncate(file, file.stat().st_size // 2)
-    said = run("base_train", *FLAGS, "--mesh", "8x1", "--model-tag", "torn", "--resume", base=paths.base, devices=4, processes=2)
+    said = run("base_train", *FLAGS, "--mesh", "8x1", "--model-tag", "torn", "--resume", base=paths.base, devices=4,
+               processes=2)
     assert f"{torn / '4'} cannot be read (process 1: " in said
     assert (torn / "damaged-4").is_dir() and (torn / "4").is_dir()
     assert_equal_runs(torn, one)
@@ -112,7 +113,8 @@ def test_flags_name_the_processes_as_the_environment_does(paths, one):
     assert "in 4 steps" in said[0] and "in 4 steps" not in said[1]
 
 
-@pytest.mark.parametrize("flags", [["--coordinator", "here"], ["--num-processes", "2"], ["--coordinator", "a:1", "--num-processes",
+@pytest.mark.parametrize("flags",
+                         [["--coordinator", "here"], ["--num-processes", "2"], ["--coordinator", "a:1", "--num-processes",
                                                                                        "2", "--process-id", "2"]])
 def test_half_of_the_flags_is_a_mistake(paths, flags):
     (process,) = start("base_train", *FLAGS, *flags, base=paths.base)

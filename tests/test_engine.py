@@ -145,8 +145,9 @@ def test_no_device_of_a_mesh_gathers_the_cache(params, monkeypatch):
     engine = Engine(CONFIG, params, TOKENIZER, num_slots=8, max_prefill_rows=2, mesh=make_mesh("4x2"))
     compiled = []
     for name in ("decode", "insert", "copy"):
+        function = getattr(device, name)
 
-        def recorded(*args, function=getattr(device, name), **options):
+        def recorded(*args, function=function, **options):
             compiled.append(function.lower(*args, **options).compile().as_text())
             return function(*args, **options)
 
@@ -194,7 +195,8 @@ def test_a_context_too_short_cuts_the_reply_or_refuses_the_prompt(engine):
 
 def test_a_prompt_too_long_is_cut_from_the_left_when_asked(engine):
     body = prompts(MAX_LEN)[0]
-    for prompt, kept in ((body, body[-(MAX_LEN - 20) :]), ((BOS, *body), (BOS, *body[-(MAX_LEN - 21) :])), (body[:50], body[:50])):
+    for prompt, kept in ((body, body[-(MAX_LEN - 20) :]), ((BOS, *body), (BOS, *body[-(MAX_LEN - 21) :])),
+                         (body[:50], body[:50])):
         cut = Request(prompt, max_tokens=20, temperature=0.0, truncate=True)
         result = engine.generate([cut])[0]
         assert result.prompt_tokens == len(kept) <= MAX_LEN - 20
@@ -314,7 +316,8 @@ def test_stop_tokens_end_a_reply_by_id_and_by_name():
     assert say(engine, "Q", stop_tokens=(ord("b"), ord("c")))[0].tokens == list(b"a")
     forced = say(engine, "R", stop_tokens=(OUTPUT_END,), max_tokens=12)[0]
     assert OUTPUT_END in forced.tokens  # what a tool writes ends nothing
-    for unknown, message in ((-1, "unknown stop token -1"), (10**6, "unknown stop"), ("<|end|>", "give an id, or one of <.bos.>")):
+    for unknown, message in ((-1, "unknown stop token -1"), (10**6, "unknown stop"),
+                             ("<|end|>", "give an id, or one of <.bos.>")):
         with pytest.raises(ValueError, match=message):
             engine.generation(Request((1,), stop_tokens=(unknown,)))
 
@@ -365,7 +368,8 @@ def test_after_warmup_200_requests_compile_nothing(caplog):
     requests = [
         Request(tuple(rng.choice([ord("a"), ord("b"), ord("Q")], rng.integers(1, 90)).tolist()), seed=seed,
                 max_tokens=int(rng.integers(1, 60)), temperature=float(rng.integers(0, 2)), top_k=int(rng.integers(0, 70)),
-                top_p=float(rng.choice([0.3, 1.0])), logprobs=bool(rng.integers(0, 2)), stop_tokens=(7,) * int(rng.integers(0, 3)))
+                top_p=float(rng.choice([0.3, 1.0])), logprobs=bool(rng.integers(0, 2)),
+                stop_tokens=(7,) * int(rng.integers(0, 3)))
         for seed in range(200)
     ]
     compiled = []

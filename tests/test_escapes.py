@@ -23,21 +23,24 @@ ATTEMPTS = {
     # up the stack, and through what Python leaves within reach
     "frames": "import sys\nf = sys._getframe()\nwhile f.f_back: f = f.f_back\nopen({victim!r}, 'w').write(str(f.f_locals))",
     "frame of a generator": "g = (x for x in [1])\nb = g.gi_frame.f_builtins\nb['open']({victim!r}, 'w')",
-    "frame of an exception": "try: 1 / 0\nexcept Exception as e: e.__traceback__.tb_frame.f_back.f_globals['os'].remove({victim!r})",
+    "frame of an exception": "try: 1 / 0\nexcept Exception as e: "
+                             "e.__traceback__.tb_frame.f_back.f_globals['os'].remove({victim!r})",
     "subclasses": "for c in object.__subclasses__():\n    if c.__name__ == '_wrap_close':\n"
                   "        assert c.__init__.__globals__['system']('rm -rf {home}') == 0",
     "globals of the runner": "import __main__, sys\nfor m in list(sys.modules.values()):\n    getattr(m, 'os', m)\n"
                              "sys.modules['os'].unlink({victim!r})",
     "garbage collector": "import gc, os\n[o for o in gc.get_objects() if type(o) is dict]\nos.rename({victim!r}, 'mine')",
     "rebuilt builtins": "import importlib, builtins\nimportlib.reload(builtins)\nbuiltins.open({victim!r}, 'a').write('x')",
-    "builtins of another interpreter": "import subprocess, sys\nsubprocess.run([sys.executable, '-c', 'open({victim!r}, \"w\")'])",
+    "builtins of another interpreter": "import subprocess, sys\nsubprocess.run([sys.executable, '-c', 'open({victim!r}, "
+                                       "\"w\")'])",
     "atexit": "import atexit, os\natexit.register(os.remove, {victim!r})",
     "finalizer": "import os, weakref\nclass A: pass\na = A()\nweakref.finalize(a, os.remove, {victim!r})\ndel a",
     "audit hook": "import sys\nsys.addaudithook(lambda *a: None)\nopen({victim!r}, 'w')",
     # imports
     "import of the package": "import sys\nsys.path.insert(0, {root!r})\nimport nanochat_jax.paths as p\n"
                              "from pathlib import Path\np.remove_directory(Path({home!r}))",
-    "pickle": "import pickle, os\nclass A:\n    def __reduce__(self): return os.remove, ({victim!r},)\npickle.loads(pickle.dumps(A()))",
+    "pickle": "import pickle, os\nclass A:\n    def __reduce__(self): return os.remove, "
+              "({victim!r},)\npickle.loads(pickle.dumps(A()))",
     "shutil": "import shutil\nshutil.rmtree({home!r})",
     "module left for others": "import os, sys\nfor p in [os.path.dirname(os.__file__), {home!r}]:\n"
                               "    open(os.path.join(p, 'escaped.py'), 'w').write('1')",
@@ -65,7 +68,8 @@ ATTEMPTS = {
     "fork bomb that catches": "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass",
     "shell fork bomb": "import os\nassert os.system(':(){{ :|:& }};:') == 0",
     "thread bomb": "import threading\nwhile True: threading.Thread(target=lambda: [None for _ in iter(int, 1)]).start()",
-    "daemon": "import os\nif os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0:\n        while True: os.utime({victim!r})",
+    "daemon": "import os\nif os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0:\n        while True: "
+              "os.utime({victim!r})",
     "multiprocessing": "import multiprocessing as m\nm.Process(target=print).start()",
     "spawn": "import os\nos.posix_spawn('/bin/rm', ['rm', '-rf', {home!r}], {{}})",
     "exec": "import os\nos.execv('/bin/rm', ['rm', '-rf', {home!r}])",
@@ -91,10 +95,13 @@ ATTEMPTS = {
     "device": "open('/dev/sda', 'wb').write(b'x')\n",
     "terminal": "open('/dev/tty', 'w').write('hello')",
     "kernel settings": "open('/proc/sys/kernel/panic', 'w').write('1')\n",
-    "file descriptors of the parent": "import os\nfor fd in os.listdir('/proc/{pid}/fd'): open('/proc/{pid}/fd/' + fd, 'w').write('x')",
-    "inherited descriptors": "import os\nfor fd in range(3, 256):\n    try: os.write(fd, b'x' * 100)\n    except OSError: pass\nraise SystemExit",
+    "file descriptors of the parent": "import os\nfor fd in os.listdir('/proc/{pid}/fd'): open('/proc/{pid}/fd/' + fd, "
+                                      "'w').write('x')",
+    "inherited descriptors": "import os\nfor fd in range(3, 256):\n    try: os.write(fd, b'x' * 100)\n    except OSError: "
+                             "pass\nraise SystemExit",
     "symlink": "import os\nos.symlink({victim!r}, 'link')\nopen('link', 'w').write('gone')",
-    "symlink left for the clean-up": "import os\nos.symlink({home!r}, 'link')\nos.mkdir('d')\nos.symlink({home!r}, 'd/link')\nos.chmod('d', 0)\n1 / 0",
+    "symlink left for the clean-up": "import os\nos.symlink({home!r}, 'link')\nos.mkdir('d')\nos.symlink({home!r}, "
+                                     "'d/link')\nos.chmod('d', 0)\n1 / 0",
     "directory swapped for a symlink": "import os\ncwd = os.getcwd()\nos.rename(cwd, cwd + '-old')\nos.symlink({home!r}, cwd)",
     "hard link": "import os\nos.link({victim!r}, 'mine')\nopen('mine', 'w').write('gone')",
     "fifo": "import os\nos.mkfifo('fifo')\nopen('fifo').read()",
@@ -164,7 +171,8 @@ def server():
 def need_confinement():
     missing = {"files", "network", "syscalls"} - execute_code("pass").confined
     if missing:
-        pytest.skip(f"this kernel does not offer {', '.join(sorted(missing))}: what is left of the limits is in test_execution.py")
+        pytest.skip(f"this kernel does not offer {', '.join(sorted(missing))}: what is left of the limits is in "
+                    f"test_execution.py")
 
 
 def test_there_are_many_ways():

@@ -176,7 +176,8 @@ def test_rl_stopped_by_a_signal_goes_on_as_if_it_had_not_been(paths, monkeypatch
 
 def test_rl_refuses_what_it_cannot_reward_or_resume(paths, tmp_path):
     questions = tmp_path / "questions.jsonl"
-    questions.write_text("".join(json.dumps({"question": f"{i}?", "choices": ["a", "b"], "answer": 0}) + "\n" for i in range(40)))
+    questions.write_text("".join(json.dumps({"question": f"{i}?", "choices": ["a", "b"], "answer": 0}) + "\n"
+                                 for i in range(40)))
     with pytest.raises(UsageError, match="no replies to reward"):
         reinforce(dataclasses.replace(RL, task_file=str(questions)))
     with pytest.raises(UsageError, match="'Arithmatic'"):

@@ -109,7 +109,8 @@ def test_any_shape_decodes_as_it_reads(era, shape):
 
 @pytest.mark.parametrize("window", [None, 0, 3, 130])
 def test_attention_equals_a_plain_masked_softmax(window):
-    q, k, v = (jax.random.normal(key, (2, 200, heads, 8)) for key, heads in zip(jax.random.split(jax.random.key(2), 3), (4, 2, 2)))
+    q, k, v = (jax.random.normal(key, (2, 200, heads, 8)) for key, heads in zip(jax.random.split(jax.random.key(2), 3),
+                                                                                (4, 2, 2)))
     scores = np.einsum("bthd,bshd->bhts", q, np.repeat(k, 2, axis=2)) / np.sqrt(8)
     distance = np.arange(200)[:, None] - np.arange(200)[None]
     visible = (distance >= 0) & (distance <= (200 if window is None else window))
@@ -210,7 +211,8 @@ def test_initial_matrices_are_independent():
     assert np.abs(correlation).max() < 0.15
 
 
-@pytest.mark.parametrize("change", [dict(n_head=3), dict(n_kv_head=3), dict(window_pattern="SX"), dict(n_layer=0), dict(n_embd=16)])
+@pytest.mark.parametrize("change",
+                         [dict(n_head=3), dict(n_kv_head=3), dict(window_pattern="SX"), dict(n_layer=0), dict(n_embd=16)])
 def test_impossible_shapes_are_refused_with_the_value(change):
     with pytest.raises(ValueError, match=str(next(iter(change.values())))):
         dataclasses.replace(CONFIGS["modern"], **change)

@@ -126,7 +126,8 @@ def test_the_tokenizer_gives_our_ids_on_any_text(tokenizer, hf_tokenizer):
 
 CHATS = [
     [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi\n there "}],
-    [{"role": "system", "content": "Be brief."}, {"role": "user", "content": " {{ x }} 'q' "}, {"role": "assistant", "content": ""}],
+    [{"role": "system", "content": "Be brief."}, {"role": "user", "content": " {{ x }} 'q' "},
+     {"role": "assistant", "content": ""}],
     [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "3+4?"},
      {"role": "assistant", "content": [{"type": "text", "text": "It is "}, {"type": "python", "text": "3+4"},
                                        {"type": "python_output", "text": "7"}, {"type": "text", "text": "7."}]}],

@@ -65,11 +65,13 @@ def test_tokens_and_bits_per_byte_are_ours(directory, params, tmp_path):
     model, mesh = HFModel(directory, tokens=100), make_mesh("1x1")
     texts = ["the letter <|bos|> and <|user_start|>", "Münchën 😀 the", ""]
     assert model.tokenizer.encode(texts, prepend=model.tokenizer.bos_id) == TOKENIZER.encode(texts, prepend=TOKENIZER.bos_id)
-    write_shards(["the river and the mountain " * 9] * 40, tmp_path, val_texts=["the silver window " * 9] * 40, rows_per_shard=20)
+    write_shards(["the river and the mountain " * 9] * 40, tmp_path, val_texts=["the silver window " * 9] * 40,
+                 rows_per_shard=20)
     found = model.bits_per_byte(tmp_path, rows=4, split_tokens=512)
     for split in ("train", "val"):
         batches = pretraining_loader(tmp_path, TOKENIZER, split=split, batch_size=4, sequence_len=64, num_shards=1)
-        ours = held_out_loss(params, batches, 2, config=CONFIG, token_bytes=TOKENIZER.token_bytes(), mesh=mesh, dtype=np.float32)
+        ours = held_out_loss(params, batches, 2, config=CONFIG, token_bytes=TOKENIZER.token_bytes(), mesh=mesh,
+                             dtype=np.float32)
         batches.close()
         assert found[f"{split}_bpb"] == pytest.approx(ours.bpb, rel=1e-4)
 
@@ -100,7 +102,8 @@ def test_base_eval_reports_a_model_of_transformers(directory, tmp_path, monkeypa
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
     bundle = tmp_path / "eval_bundle"
     (bundle / "eval_data").mkdir(parents=True)
-    (bundle / "core.yaml").write_text("icl_tasks:\n- {label: yes_no, dataset_uri: y.jsonl, num_fewshot: [1], icl_task_type: multiple_choice}")
+    (bundle / "core.yaml").write_text("icl_tasks:\n- {label: yes_no, dataset_uri: y.jsonl, num_fewshot: [1], icl_task_type: "
+                                      "multiple_choice}")
     (bundle / "eval_meta_data.csv").write_text("Eval Task,Random baseline\nyes_no,50\n")
     rows = [{"query": f"{i}?", "choices": ["yes", "no"], "gold": i % 2} for i in range(5)]
     (bundle / "eval_data" / "y.jsonl").write_text("\n".join(map(json.dumps, rows)))

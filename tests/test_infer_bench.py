@@ -28,7 +28,8 @@ def quick_compilation():
 @pytest.fixture
 def bench(monkeypatch, tmp_path, capsys):
     def run(**options):
-        loaded = SimpleNamespace(config=MODEL, params=init_params(MODEL, jax.random.key(0)), tag="d2", step=7, directory=Path("d2"))
+        loaded = SimpleNamespace(config=MODEL, params=init_params(MODEL, jax.random.key(0)), tag="d2", step=7,
+                                 directory=Path("d2"))
         monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
         monkeypatch.setattr(infer_bench, "start", lambda *_, **__: None)
         monkeypatch.setattr(infer_bench, "load_model", lambda *_, **__: loaded)

@@ -99,7 +99,8 @@ def test_devices_exchange_gradients_once_a_step_however_the_batch_is_cut():
 
 def test_the_products_of_a_step_are_the_same_on_any_mesh():
     config = GPTConfig.modern(8, aspect_ratio=32, sequence_len=128, vocab_size=256)
-    flops = {mesh: jaxpr_flops(traced_step(make_mesh(mesh), config, accumulation=2).jaxpr, config) for mesh in ("1x1", "8x1", "4x2")}
+    flops = {mesh: jaxpr_flops(traced_step(make_mesh(mesh), config, accumulation=2).jaxpr,
+                               config) for mesh in ("1x1", "8x1", "4x2")}
     assert flops["8x1"] == flops["4x2"] == pytest.approx(flops["1x1"], rel=0.01)  # Muon pads its gates to whole devices
 
 

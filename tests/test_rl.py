@@ -131,12 +131,14 @@ def test_log_probabilities_recomputed_are_the_samplers(arch):
     rng = np.random.default_rng(3)
     params = jax.tree.map(lambda w: rng.normal(0, 0.3, w.shape).astype(np.float32), abstract_params(config))
     engine = Engine(config, params, TOKENIZER, num_slots=4)
-    requests = [Request((TOKENIZER.bos_id, *range(40, 40 + n)), max_tokens=20, top_k=0, seed=n, logprobs=True) for n in (1, 3, 7, 12)]
+    requests = [Request((TOKENIZER.bos_id, *range(40, 40 + n)), max_tokens=20, top_k=0, seed=n,
+                        logprobs=True) for n in (1, 3, 7, 12)]
     results = engine.generate(requests)
     group = [Rollout([*request.tokens, *result.tokens], [False] * len(request.tokens) + list(result.sampled), float(i % 2))
              for i, (request, result) in enumerate(zip(requests, results, strict=True))]
     group.sort(key=lambda rollout: len(rollout.tokens))
-    results = [result for _, result in sorted(zip(requests, results, strict=True), key=lambda pair: len(pair[0].tokens) + len(pair[1].tokens))]
+    results = [result for _, result in sorted(zip(requests, results, strict=True),
+                                              key=lambda pair: len(pair[0].tokens) + len(pair[1].tokens))]
     (batch,) = rl.policy_batches([group], pass_rows=4, micro_rows=4)
     _, log_probs = jax.jit(functools.partial(rl.policy_loss, config=config))(params, *batch)
     compared = 0

@@ -178,7 +178,8 @@ def test_first_come_is_first_served(scheduler, engine, monkeypatch):
 def test_prompts_that_would_stall_the_running_are_admitted_a_few_at_a_time(engine, monkeypatch):
     monkeypatch.setattr("nanochat_jax.infer.scheduler.ADMITTED_TOKENS", 50)
     sizes, admit = [], EngineLoop.admit
-    monkeypatch.setattr(EngineLoop, "admit", lambda loop, generations: (sizes.append(len(generations)), admit(loop, generations))[1])
+    monkeypatch.setattr(EngineLoop, "admit",
+                        lambda loop, generations: (sizes.append(len(generations)), admit(loop, generations))[1])
     scheduler = Scheduler(engine)
     gate = Gate(monkeypatch)
     scheduler.start()
@@ -197,7 +198,8 @@ def test_no_slot_is_lost_when_requests_come_and_go_at_random(engine):
         for seed in range(150):
             while scheduler.num_waiting > 20:
                 time.sleep(0.002)
-            handles.append(scheduler.submit(ask(rng.choice("Qac") * rng.randint(1, 30), max_tokens=rng.randint(1, 60), seed=seed)))
+            handles.append(scheduler.submit(ask(rng.choice("Qac") * rng.randint(1, 30), max_tokens=rng.randint(1, 60),
+                                                seed=seed)))
             if rng.random() < 0.5:
                 rng.choice(handles).cancel()
         results = [handle.result(SECONDS) for handle in handles]

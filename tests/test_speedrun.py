@@ -131,7 +131,8 @@ def test_what_the_depth_needs_is_fetched_and_explained():
 
 
 @pytest.mark.parametrize(("on_disk", "data"), [
-    ({}, "climbmix"), ({"fineweb": 3}, "fineweb"), ({"fineweb": 3, "climbmix": 1}, "climbmix"), ({"custom": 1, "fineweb": 3}, "custom"),
+    ({}, "climbmix"), ({"fineweb": 3}, "fineweb"), ({"fineweb": 3, "climbmix": 1}, "climbmix"),
+    ({"custom": 1, "fineweb": 3}, "custom"),
 ])
 def test_the_corpus_on_disk_is_the_default(on_disk, data):
     stages, title = plan_stages(SpeedrunConfig(), GPUS, "dummy", on_disk)

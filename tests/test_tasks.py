@@ -239,7 +239,8 @@ def test_a_bad_question_is_named(tmp_path, value, message):
 
 
 def test_a_file_of_conversations_judges_its_last_message(tmp_path):
-    chats = [[{"role": "user", "content": "a"}, {"role": "assistant", "content": reply}] for reply in ("It is  Paris.", "so\n#### 1,200")]
+    chats = [[{"role": "user", "content": "a"},
+              {"role": "assistant", "content": reply}] for reply in ("It is  Paris.", "so\n#### 1,200")]
     system = {"messages": [{"role": "system", "content": "s"}, *chats[0]]}
     task = CustomJSON(write_lines(tmp_path / "chats.jsonl", [*chats, system]))
     assert task.eval_type == "generative" and len(task) == 3
@@ -422,7 +423,8 @@ def test_upstream_mixtures(paths, stage, split, size):
 
 def test_names(tmp_path):
     assert set(tasks.eval_tasks_for("embedded")) | set(tasks.eval_tasks_for("fineweb")) == set(tasks.EVAL_TASKS)
-    assert tasks.load_eval_task("word_arithmetic", Paths(tmp_path)).key == tasks.load_eval_task("WordArithmetic", Paths(tmp_path)).key
+    assert tasks.load_eval_task("word_arithmetic",
+                                Paths(tmp_path)).key == tasks.load_eval_task("WordArithmetic", Paths(tmp_path)).key
     with pytest.raises(UsageError, match="'GSM9K': expected one of ARC-Easy"):
         tasks.load_eval_task("GSM9K", Paths(tmp_path))
     with pytest.raises(UsageError, match="only the split test"):

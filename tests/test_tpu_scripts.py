@@ -23,7 +23,8 @@ def gcloud(tmp_path):
 
 def launch(gcloud, script, *argv, **env):
     return subprocess.run(["bash", TPU / script, *argv], capture_output=True, text=True, timeout=60,
-                          env=os.environ | {"PATH": f"{gcloud}:{os.environ['PATH']}", "TPU_REPO": "https://example.org/a b.git"} | env)
+                          env=os.environ
+                          | {"PATH": f"{gcloud}:{os.environ['PATH']}", "TPU_REPO": "https://example.org/a b.git"} | env)
 
 
 def test_shellcheck_finds_nothing():

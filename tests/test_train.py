@@ -64,7 +64,8 @@ class CountedBatches:
         self.position = state["position"]
 
 
-def run(directory, *, logs=None, mesh="1x1", device_batch=ROWS, fsdp=False, batches=None, evaluations=None, num_steps=STEPS, **flags):
+def run(directory, *, logs=None, mesh="1x1", device_batch=ROWS, fsdp=False, batches=None, evaluations=None, num_steps=STEPS,
+        **flags):
     mesh, logs = make_mesh(mesh), logs or directory
     config = TrainConfig(**flags)
     shape = batch_shape(ROWS * MODEL.sequence_len, device_batch, MODEL.sequence_len, mesh)

@@ -15,7 +15,8 @@ FLAGS = {
         run="name", device_type="cpu", depth=4, aspect_ratio=32, head_dim=64, max_seq_len=512, window_pattern="SL",
         num_iterations=20, target_flops=1e18, target_param_data_ratio=8.5, device_batch_size=1, total_batch_size=512,
         embedding_lr=0.2, unembedding_lr=0.004, weight_decay=0.1, matrix_lr=0.03, scalar_lr=0.4, grad_clip=0.5,
-        warmup_ratio=0.1, warmup_steps=3, warmdown_ratio=0.3, final_lr_frac=0.1, resume_from_step=10, eval_every=50, eval_tokens=512,
+        warmup_ratio=0.1, warmup_steps=3, warmdown_ratio=0.3, final_lr_frac=0.1, resume_from_step=10, eval_every=50,
+        eval_tokens=512,
         core_metric_every=100, core_metric_max_per_task=10, sample_every=100, save_every=10, model_tag="tag"),
     MidTrainConfig: dict(
         run="name", device_type="cpu", model_tag="tag", step=3, dtype="bfloat16", num_iterations=5, max_seq_len=512,

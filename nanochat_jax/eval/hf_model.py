@@ -133,7 +133,8 @@ class HFModel:
         length, results = min(self.sequence_len, 2048), {}
         token_bytes = torch.as_tensor(self.tokenizer.token_bytes(self.vocab_size), device=self.device)
         for split in ("train", "val"):
-            batches = pretraining_loader(corpus, self.tokenizer, split=split, batch_size=rows, sequence_len=length, num_shards=1)
+            batches = pretraining_loader(corpus, self.tokenizer, split=split, batch_size=rows, sequence_len=length,
+                                         num_shards=1)
             nats = count = 0.0
             for _ in range(max(1, split_tokens // (rows * length))):
                 batch = next(batches)

@@ -156,7 +156,8 @@ def _read_config(shape: dict[str, Any], rotary_dtype: str | None) -> tuple[GPTCo
         raise ValueError("it scales its rotary embedding")
     if shape["rms_norm_eps"] > 1e-5:  # 1e-6, transformers' own, changes nothing that can be seen
         raise ValueError(f"rms_norm_eps is {shape['rms_norm_eps']}, not {RMS_EPS}")
-    config = GPTConfig.classic(common["n_layer"], rotary_base=rope["rope_theta"], rotary_dtype=rotary_dtype or "float32", **common)
+    config = GPTConfig.classic(common["n_layer"], rotary_base=rope["rope_theta"], rotary_dtype=rotary_dtype or "float32",
+                               **common)
     expected = dict(intermediate_size=4 * config.n_embd, attention_bias=False, hidden_act="relu2")
     if changed := [key for key, value in expected.items() if shape.get(key, value) != value]:
         raise ValueError(f"{changed[0]} is {shape[changed[0]]!r}, not {expected[changed[0]]!r}")

@@ -186,7 +186,8 @@ class EventStream:
             raise ConnectionResetError("the stream failed") from error
 
     async def send(self, *events: Mapping[str, Any] | str) -> None:
-        """Write events, text as it is, together; waits while the client is behind, and gives it up if it does not read at all."""
+        """Write events, text as it is, together; waits while the client is behind, and gives it up if it does not read at
+        all."""
         texts = (data if isinstance(data, str) else encode(data) for data in events)
         data = "".join(f"data: {text}\n\n" for text in texts).encode(errors="replace")
         transport = self._request.transport

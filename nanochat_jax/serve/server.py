@@ -10,8 +10,8 @@ A reply of /chat/completions is a stream of `data: <json>` events: {"token": tex
 {"expression": text, "output": text or null}, "gpu": 0} for a calculation, at last {"done": true}; or {"error": text}
 if it breaks off. A conversation that outgrows the context loses its first messages; the header X-Dropped-Messages says
 how many. A client that goes away, or does not read, ends its generation. Mistakes are answered with {"detail": text}:
-400 for what is over a limit, 401 without the key, 403 for a name that is not the server's, 422 for what has the wrong type, 503 with Retry-After when the queue
-is full.
+400 for what is over a limit, 401 without the key, 403 for a name that is not the server's, 422 for what has the wrong type, 503
+with Retry-After when the queue is full.
 """
 
 import asyncio
