@@ -43,8 +43,8 @@ def open_bucket(url: str) -> epath.Path:
         storage.Client().get_bucket(name, timeout=20, retry=DEFAULT_RETRY.with_timeout(20))
     except Exception as error:  # whatever the network, the credentials or the bucket say
         raise UsageError(f"{url} cannot be reached ({type(error).__name__}: {one_line(error)}): check the bucket's name, "
-                         "the network and that this machine's account may read the bucket and write objects (off Google's machines: "
-                         "`gcloud auth application-default login`)") from error
+                         "the network and that this machine's account may read the bucket and write objects (off Google's "
+                         "machines: `gcloud auth application-default login`)") from error
     from etils import epath
 
     return epath.Path(url)
