@@ -62,7 +62,8 @@ def _objects(directory: epath.Path) -> tuple[list[str], list[str]]:
 def delete(directory: epath.Path) -> None:
     import fsspec
 
-    for names in _objects(directory):
+    marks, others = _objects(directory)
+    for names in (*([mark] for mark in marks), others):
         if names:
             fsspec.filesystem("gcs").rm(names)
 

@@ -7,10 +7,12 @@ Each step carries checksums of its content. One that is torn or damaged is passe
 the one before; a resumed run renames it to `damaged-<step>`. Nothing here deletes a step but `keep` and `--fresh`.
 """
 
+import gc
 import itertools
 import json
 import logging
 import math
+import sys
 import tempfile
 import time
 import uuid
@@ -56,11 +58,23 @@ def _read(directory: Directory, step: int, **items: Any) -> dict[str, Any]:
     except Exception as error:  # Orbax raises many kinds for torn data
         if "RESOURCE_EXHAUSTED" in str(error):  # memory ran out: nothing is wrong with the step
             raise
-        said = one_line(error)
+        said = one_line(error).partition(" See full TensorStore details")[0]
+    if said:
+        _drop_readers()
     for index, failure in enumerate(gather_json(said)):
         if failure:
             raise Damaged(f"process {index}: {failure}" if jax.process_count() > 1 else failure)
     return found
+
+
+def _drop_readers() -> None:
+    """Orbax's other readers of a damaged step hold errors that nobody waits for: Python would print pages about each, the
+    next time that it collects garbage."""
+    hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
+    try:
+        gc.collect()
+    finally:
+        sys.unraisablehook = hook
 
 
 @jax.jit

@@ -6,6 +6,7 @@ import random
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from nanochat_jax.data.shards import write_shards
@@ -30,8 +31,7 @@ def make_base(base: Path) -> Paths:
 
 
 def start(script: str, *argv: str, base: Path | list[Path], devices: int = 1, processes: int = 1,
-          env: dict[str, str] | None = None
-          ) -> list[subprocess.Popen]:
+          env: dict[str, str] | None = None) -> list[subprocess.Popen]:
     """`python -m scripts.SCRIPT` in so many processes with so many virtual CPU devices each; `base` may be one of each."""
     bases = base if isinstance(base, list) else [base] * processes
     env = os.environ | (env or {}) | {"JAX_PLATFORMS": "cpu", "OMP_WAIT_POLICY": "PASSIVE",
@@ -45,10 +45,16 @@ def start(script: str, *argv: str, base: Path | list[Path], devices: int = 1, pr
                              stderr=subprocess.PIPE, cwd=Path(__file__).parents[1]) for i in range(processes)]
 
 
+def errors_of(running: list[subprocess.Popen]) -> list[str]:
+    """The standard error of each, read at once: one that nobody reads stops its process when its pipe is full."""
+    with ThreadPoolExecutor(len(running)) as readers:
+        return list(readers.map(lambda process: process.communicate()[1], running))
+
+
 def run(script: str, *argv: str, **where) -> str:
     """The standard error of process 0 of a script that ends well."""
     running = start(script, *argv, **where)
-    said = [process.communicate()[1] for process in running]
+    said = errors_of(running)
     assert all(process.returncode == 0 for process in running), "\n".join(said)
     return said[0]
 

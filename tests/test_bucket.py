@@ -8,7 +8,7 @@ import jax
 import numpy as np
 import pytest
 from gcs_server import GCSServer, Refused
-from small_line import MODEL, losses, make_base, run, start
+from small_line import MODEL, errors_of, losses, make_base, run, start
 from test_train import STEPS, CountedBatches
 from test_train import run as train_run
 
@@ -206,7 +206,7 @@ def test_two_processes_without_a_disk_in_common_train_as_one_and_go_on_as_one(se
     run("base_train", *FLAGS, "--mesh", "8x1", base=bases[0], devices=8)  # on the disk
     flags = [*FLAGS, "--mesh", "8x1", "--model-tag", "pod"]
     refused = start("base_train", *flags, base=bases, devices=4, processes=2)
-    said = [process.communicate()[1] for process in refused]
+    said = errors_of(refused)
     assert all(process.returncode == 2 for process in refused) and all("NANOCHAT_CHECKPOINT_DIR" in text for text in said), said
     run("base_train", *flags, "--keep", "3", base=bases, devices=4, processes=2, env=env)
     place = bucket.open_bucket("gs://bucket/pod") / "base_checkpoints" / "pod"

@@ -8,7 +8,7 @@ import time
 
 import numpy as np
 import pytest
-from small_line import MODEL, lines, losses, make_base, run, start
+from small_line import MODEL, errors_of, lines, losses, make_base, run, start
 
 from nanochat_jax.stopping import EXIT_STOPPED
 
@@ -79,7 +79,7 @@ def test_a_preempted_process_stops_all_of_them_at_one_step(paths):
         assert time.monotonic() < deadline and running[0].poll() is None
         time.sleep(0.1)
     running[1].send_signal(signal.SIGTERM)
-    said = [process.communicate()[1] for process in running]
+    said = errors_of(running)
     assert [process.returncode for process in running] == [EXIT_STOPPED] * 2, said
     (step,) = (int(name) for name in os.listdir(directory) if name.isdigit())
     assert len(losses(directory)) == step
@@ -107,7 +107,7 @@ def test_flags_name_the_processes_as_the_environment_does(paths, one):
         port = free.getsockname()[1]
     running = [start("base_train", *FLAGS, "--mesh", "8x1", "--model-tag", "flags", "--coordinator", f"127.0.0.1:{port}",
                      "--num-processes", "2", "--process-id", str(index), base=paths.base, devices=4)[0] for index in range(2)]
-    said = [process.communicate()[1] for process in running]
+    said = errors_of(running)
     assert [process.returncode for process in running] == [0, 0], said
     assert_equal_runs(one.with_name("flags"), one)
     assert "in 4 steps" in said[0] and "in 4 steps" not in said[1]
