@@ -107,7 +107,7 @@ class Tally:
 
 
 async def ask(session: aiohttp.ClientSession, body: dict[str, Any], tally: Tally) -> None:
-    began, last, rest = time.perf_counter(), None, b""
+    began, last, events, rest = time.perf_counter(), None, b"", b""
     async with session.post("/v1/chat/completions", json=body) as response:
         if response.status != 200:
             tally.answers[str(response.status)] += 1

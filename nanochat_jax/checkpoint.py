@@ -354,7 +354,10 @@ def _load_tokenizer(directory: Directory, fingerprint: str | None, needed: bool)
         with tempfile.TemporaryDirectory() as scratch:
             if place.is_dir():
                 copy_files(place, Path(scratch))
-            tokenizer = Tokenizer.load(Path(scratch))
+            try:
+                tokenizer = Tokenizer.load(Path(scratch))
+            except NotFound as error:
+                raise NotFound(f"the tokenizer of {directory} is missing in {place}: copy it there") from error
     else:
         place = place if place.is_dir() else directory.resolve().parent.parent / "tokenizer"
         tokenizer = Tokenizer.load(place)

@@ -55,6 +55,7 @@ def new_directory(directory: Path, *, replace: bool = False) -> Iterator[Path]:
         for path in (*aside.rglob("*"), aside):
             fsync(path)
         if replace and directory.exists():
+            undo_replacement(directory)
             directory.rename(_replaced(directory))
         aside.rename(directory)
         fsync(directory.parent)
@@ -64,8 +65,10 @@ def new_directory(directory: Path, *, replace: bool = False) -> Iterator[Path]:
 
 
 def undo_replacement(directory: Path) -> None:
+    """After a replacement that was killed: back to the old if the new is not in its place, else rid of the old."""
     if not directory.exists() and _replaced(directory).exists():
         _replaced(directory).rename(directory)
+    shutil.rmtree(_replaced(directory), ignore_errors=True)
 
 
 def _replaced(directory: Path) -> Path:

@@ -20,7 +20,7 @@ from nanochat_jax.gpt import Params
 from nanochat_jax.muon import MuonState
 from nanochat_jax.optim import OptimizerConfig, constant, linear_momentum, make_optimizer
 from nanochat_jax.paths import Paths
-from nanochat_jax.sharding import abstract_tree, data_share, make_mesh, optimizer_shardings
+from nanochat_jax.sharding import abstract_tree, data_share, data_size, make_mesh, optimizer_shardings, param_shardings
 from nanochat_jax.startup import start
 from nanochat_jax.step import (
     accelerator_memory,
@@ -112,14 +112,15 @@ def finetune(config: FinetuneConfig, stage: Stage) -> None:
                               momentum=linear_momentum(300, 0.85, 0.95), lr_scale=config.init_lr_frac, muon_dtype=dtype,
                               mesh=mesh)
 
-    rows, remat, _ = choose_memory(model, mesh, rows=config.device_batch_size, remat=config.remat, fsdp=bool(config.fsdp),
-                                   limit=accelerator_memory())
+    rows, remat, fsdp = choose_memory(model, mesh, rows=config.device_batch_size, remat=config.remat, fsdp=config.fsdp,
+                                      step_rows=total // length // data_size(mesh), limit=accelerator_memory())
+    loaded = dataclasses.replace(loaded, params=jax.device_put(loaded.params, param_shardings(model, mesh, fsdp=fsdp)))
 
     def step_for(optimizer: optax.GradientTransformation) -> Callable:
         return make_train_step(model, optimizer, dtype=dtype, mesh=mesh, shardings=shardings, remat=remat,
                                attention=config.attention)
 
-    state, shardings = init_state(model, optimizer_for(1), mesh, fsdp=bool(config.fsdp), seed=config.seed, params=loaded.params)
+    state, shardings = init_state(model, optimizer_for(1), mesh, fsdp=fsdp, seed=config.seed, params=loaded.params)
     shape = choose_batch_shape(total, rows, length, mesh, step_for(optimizer_for(1)), state)
     common: dict[str, Any] = dict(sequence_len=length, mode=stage.mode)
     index, count = data_share(mesh)

@@ -108,7 +108,10 @@ class MetricsLog:
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
-            self.copy()
+            try:
+                self.copy()
+            except UsageError as error:  # the run ends as it ends: what its last checkpoint needs was copied with that
+                log.warning("%s", error)
 
 
 class Profiler:

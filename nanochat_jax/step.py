@@ -106,7 +106,7 @@ def make_train_step(config: GPTConfig, optimizer: optax.GradientTransformation, 
         gather = gather_over_data(shardings.params) if data_size(mesh) > 1 else None
         hidden, _ = forward(params, inputs, config=config, compute_dtype=dtype, remat=remat, gather=gather, **how)
         weight = params["lm_head"][:, : config.vocab_size]
-        if gather:
+        if gather and sharded:
             weight = gather("lm_head", weight.astype(dtype))
         chunk = chunk_length(inputs.shape[0], inputs.shape[1], config.vocab_size, mesh.shape["model"])
         total, _ = cross_entropy(hidden, weight, targets, jnp.ones(targets.shape), config.softcap, chunk)
@@ -200,19 +200,20 @@ def estimate_memory(config: GPTConfig, rows: int, *, data: int, model: int = 1, 
     return weights / ways + optimizer + whole + hidden * kept + 3 * 4 * CHUNK_ELEMENTS
 
 
-def choose_memory(config: GPTConfig, mesh: Mesh, *, rows: int | str | None, remat: str, fsdp: bool | None, limit: int | None
-                  ) -> tuple[int | str, str, bool]:
+def choose_memory(config: GPTConfig, mesh: Mesh, *, rows: int | str | None, remat: str, fsdp: bool | None, limit: int | None,
+                  step_rows: int = 2**30) -> tuple[int | str, str, bool]:
     """(rows per device, remat, fsdp): where one is not given ("auto", None), the fastest choice that `limit` bytes should hold.
 
     Rows: 32 if they fit, else 16 or 8. Recomputing blocks costs a third more products, sharding the parameters a gathering of
     each layer's in every pass; "full" recomputes twice. Without a limit: 32 rows, nothing recomputed, nothing sharded.
+    `step_rows` is how many rows of a step a device gets in all.
     """
     sizes = [rows if isinstance(rows, int) else 8] if rows else [32, 16, 8]
     for size in sizes:
         for saving, spread in (("none", False), ("block", False), ("block", True), ("full", True)):
             chosen = (saving if remat == "auto" else remat, (spread if fsdp is None else fsdp) and data_size(mesh) > 1)
-            needed = estimate_memory(config, size, data=data_size(mesh), model=mesh.shape["model"], remat=chosen[0],
-                                     fsdp=chosen[1])
+            needed = estimate_memory(config, max(1, min(size, step_rows)), data=data_size(mesh), model=mesh.shape["model"],
+                                     remat=chosen[0], fsdp=chosen[1])
             if limit is None or needed <= limit or (saving == "full" and size == sizes[-1]):
                 if limit is not None:
                     log.info("--device-batch-size %s --remat %s --fsdp %s: about %.1f of %.1f GiB", rows or size, chosen[0],

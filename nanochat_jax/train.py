@@ -210,6 +210,7 @@ class _Reporter:
         interval = self.clock.lap()
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             dump = job.logs / f"bad-batch-{step}-{jax.process_index()}.npz"
+            dump.parent.mkdir(parents=True, exist_ok=True)
             np.savez(dump, **batch)
             raise UsageError(f"the loss of step {step} is {loss}, the gradient's norm {grad_norm}; the batch is in {dump}")
         loop["smooth_loss"] = 0.9 * loop["smooth_loss"] + 0.1 * loss

@@ -130,6 +130,7 @@ def main(config: BaseTrainConfig) -> None:
     rates, schedules = optimizer_parts(config, plan)
     optimizer = make_optimizer(model, rates, muon_dtype=dtype, mesh=mesh, **schedules)
     rows, remat, fsdp = choose_memory(model, mesh, rows=config.device_batch_size, remat=config.remat, fsdp=config.fsdp,
+                                      step_rows=plan.total_batch_size // model.sequence_len // data_size(mesh),
                                       limit=accelerator_memory())
     state, shardings = init_state(model, optimizer, mesh, fsdp=fsdp, seed=config.seed)
     step_fn = make_train_step(model, optimizer, dtype=dtype, mesh=mesh, shardings=shardings, remat=remat,

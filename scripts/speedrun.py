@@ -48,7 +48,7 @@ class SpeedrunConfig:
     data: str | None = flag(None, "corpus; default: the one on disk, else climbmix; on a CPU embedded, which needs no network",
                             choices=[*DATA_DIRS])
     device_batch_size: int | Literal["auto"] | None = flag(
-        None, "rows per device and micro-step of the training stages; auto: the most that fit; default by the depth")
+        None, "rows per device and micro-step of base, mid and SFT; auto: the most that fit; default by the depth")
     remat: str | None = flag(None, "activations that the backward pass recomputes, to save memory", choices=REMAT)
     fsdp: bool = flag(False, "shard the parameters over the data axis too, to save memory")
     run: str | None = flag(None, "wandb run name; dummy turns wandb off; default $WANDB_RUN, else dummy")
@@ -120,7 +120,7 @@ def plan_stages(config: SpeedrunConfig, machine: Machine, wandb_run: str, on_dis
             rows = most = min(device_batch, most_rows)
             step_rows = -(-step_tokens // model.sequence_len // ways)  # of a device
             needed = estimate_memory(model, min(most, step_rows), data=ways, remat=remat, fsdp=config.fsdp)
-            chosen_later = not cpu and config.remat is None  # by the stage, which knows the device's memory
+            chosen_later = not cpu and not (config.remat and config.fsdp)  # by the stage, which knows the device's memory
             memory = f"{'at most ' if chosen_later else ''}about {needed / 2**30:.1f} GiB per device"
         return Stage(name=name, module=f"scripts.{name}", args=as_flags(**flags, model_tag=tag, **own),
                      placement=placed + as_flags(device_batch_size=rows, **saving, save_every=save_every, run=wandb_run),

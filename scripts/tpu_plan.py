@@ -70,6 +70,7 @@ class PlanConfig:
             raise ValueError(f"--compiler-options {self.compiler_options!r} is not NAME=VALUE, joined by commas")
         if self.slots < 1:
             raise ValueError(f"--slots must be at least 1, got {self.slots}")
+        self.training()  # which checks what it takes
 
     @property
     def options(self) -> dict[str, str]:
@@ -88,6 +89,7 @@ def plan_training(config: PlanConfig, chip: str, mesh: jax.sharding.Mesh) -> tup
     rates, schedules = optimizer_parts(training, run)
     optimizer = make_optimizer(model, rates, muon_dtype=jnp.bfloat16, mesh=mesh, **schedules)
     rows, remat, fsdp = choose_memory(model, mesh, rows=config.device_batch_size, remat=config.remat, fsdp=config.fsdp,
+                                      step_rows=run.total_batch_size // model.sequence_len // data_size(mesh),
                                       limit=CHIPS[chip].hbm)
     state, shardings = state_shardings(model, optimizer, mesh, fsdp=fsdp)
     # cuDNN cannot even be lowered where it is not.
@@ -190,4 +192,4 @@ def main(config: PlanConfig) -> int | None:
 
 
 if __name__ == "__main__":
-    cli.run(main, PlanConfig, prog="tpu.plan", description=__doc__.splitlines()[0])
+    cli.run(main, PlanConfig, prog="scripts.tpu_plan", description=__doc__.splitlines()[0])

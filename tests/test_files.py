@@ -66,6 +66,21 @@ def test_a_directory_is_replaced_at_once_or_can_be_had_back(tmp_path, monkeypatc
     assert names(tmp_path) == ["a"] and names(directory) == ["new"]
 
 
+def test_a_directory_that_was_replaced_but_not_tidied_up_can_be_replaced_again(tmp_path):
+    directory, left = tmp_path / "a", tmp_path / ".a.replaced"
+    for path in (directory, left):  # as a kill between the new name and the deletion of the old leaves them
+        path.mkdir()
+        (path / "file").touch()
+    with new_directory(directory, replace=True) as aside:
+        (aside / "new").touch()
+    assert names(tmp_path) == ["a"] and names(directory) == ["new"]
+    left.mkdir()
+    undo_replacement(directory)
+    directory.rename(tmp_path / "removed")
+    undo_replacement(directory)
+    assert names(tmp_path) == ["removed"]
+
+
 def test_a_file_is_fetched_once_whole_and_as_it_should_be(tmp_path):
     with HubServer() as server:
         server.plain |= {"words": b"word\n", "short": b"word\n" * 100}

@@ -166,6 +166,9 @@ def write_corpus(directory: Path, source: dict[str, Any], documents: Iterable[st
             try:
                 for name in shards:
                     os.link(directory / name, aside / name)
+            except FileNotFoundError as error:
+                raise NotFound(f"{directory / name} is missing, though the manifest names it: restore it, or make it anew"
+                               ) from error
             except OSError as error:
                 raise UsageError(f"--append needs a file system with hard links: {error}") from error
             val = ShardWriter(aside / VAL_SHARD)

@@ -184,6 +184,8 @@ class Scheduler:
             message = f"the engine failed: {error!r}"
         with self._changed:  # no request can be queued from here on
             self._closing = True
+        self._deliver()  # what was done before the end came
+        with self._changed:
             unfinished = [*self._live.values(), *self._waiting]
             self._live.clear()
             self._waiting.clear()
@@ -206,8 +208,10 @@ class Scheduler:
             for generation, handle in self._live.items():
                 if handle.cancelled:
                     loop.cancel(generation)
+            if admitted:
+                self._deliver()  # a prefill may take long, a first of its size, or fail
             loop.admit([generation for generation in admitted if not generation.done])
-            # What came is handed out while the device works, so that it never waits for who writes to clients.
+            # Else what came is handed out while the device works, so that it never waits for who writes to clients.
             loop.step(meanwhile=self._deliver)
         self._deliver()
 

@@ -119,7 +119,8 @@ def named_mixture(named: str, paths: Paths, split: Literal["train", "test"] = "t
     }
     chosen, weights = [], []
     for entry in map(str.strip, named.split(",")):
-        name, sign, number = re.fullmatch(r"(.*?)(?:([*:])([^*:]*))?", entry).groups()
+        # A colon with anything but a number after it is part of a path.
+        name, sign, number = re.fullmatch(r"(.*?)(?:([*:])((?<=\*)[^*]*|[\d.eE+-]+))?", entry).groups()
         try:
             weight = float(number) if sign else 1.0
             if not 0 < weight < 1e9:
