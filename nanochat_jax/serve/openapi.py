@@ -19,14 +19,16 @@ def describe(model: str, *, max_choices: int, keyed: bool) -> Schema:
     """The description as JSON; `keyed` if clients must give a key."""
     detail = _object({"detail": {"type": "string"}}, "detail")
     bearer = {"security": [{"bearer": []}]} if keyed else {}
-    errors = {name: _ref(name) for name in ("400", "408", "413", "422", "500", "503", *(["401"] if keyed else []))}
+    errors = {name: _ref(name) for name in ("400", "403", "408", "413", "422", "500", "503", *(["401"] if keyed else []))}
     v1_errors = {"400": _openai("wrong or not supported"), "404": _openai("there is no such model"),
+                 "403": _openai("the server has another name: see --allowed-hosts"),
                  "408": _openai("the body did not arrive in time"), "413": _openai("the body is too large"),
                  "500": _openai("the generation failed"), "503": _openai("the queue is full: see Retry-After"),
                  "504": _openai("the reply took too long"), **({"401": _openai("the key is wrong")} if keyed else {})}
     keyed_error = {"401": v1_errors["401"]} if keyed else {}
     answers = {
-        "400": "over a limit", "401": "the key is wrong", "408": "the body did not arrive in time",
+        "400": "over a limit", "401": "the key is wrong", "403": "the server has another name",
+        "408": "the body did not arrive in time",
         "413": "the body is too large", "422": "a wrong type", "500": "the server failed",
         "503": "the queue is full: see Retry-After",
     }  # fmt: skip
