@@ -57,7 +57,7 @@ def serve(options: argparse.Namespace, slots: int) -> None:
 
     scratch = Paths(Path(gettempdir()) / "nanochat_jax-benchmark")
     scratch.base.mkdir(exist_ok=True)
-    start(scratch, serving=True)
+    start(scratch)
     texts = ["".join(letters) for size in (2, 3) for letters in itertools.product(string.ascii_lowercase, repeat=size)]
     tokens = [*(bytes([byte]) for byte in range(256)), *(text.encode() for text in texts)]
     tokenizer = Tokenizer({token: rank for rank, token in enumerate(tokens)})

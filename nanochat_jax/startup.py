@@ -12,7 +12,7 @@ from nanochat_jax.cli import UsageError, flag
 from nanochat_jax.paths import Paths
 
 # Options of glibc's mallopt (malloc.h).
-M_TRIM_THRESHOLD, M_MMAP_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -3, -4, -8
+M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
 
 PLATFORMS = ("", "cpu", "cuda", "rocm", "tpu")  # of --device-type
 
@@ -31,15 +31,13 @@ class Processes:
     process_id: int = flag(-1, "which of them this one is, from 0 (with --coordinator)")
 
 
-def start(paths: Paths, *, device_type: str = "", compile_cache: bool = True, processes: Processes | None = None,
-          serving: bool = False) -> None:
+def start(paths: Paths, *, device_type: str = "", compile_cache: bool = True, processes: Processes | None = None) -> None:
     """Call once, before JAX is used.
 
     Args:
       processes: what the command line says of the run's other processes.
       device_type: the platform to run on; "" takes the best there is.
       compile_cache: keep compiled programs under the base directory, so that the next start does not compile.
-      serving: this process lives long, with buffers of many sizes: see `_keep_memory`.
     """
     if device_type:
         jax.config.update("jax_platforms", device_type)
@@ -58,7 +56,7 @@ def start(paths: Paths, *, device_type: str = "", compile_cache: bool = True, pr
     if jax.process_index() > 0:  # process 0 speaks for all; what goes wrong is still said
         logging.getLogger().setLevel(logging.WARNING)
     if platform == "cpu":
-        _keep_memory(serving)
+        _keep_memory()
 
 
 def join_processes(flags: Processes) -> None:
@@ -107,15 +105,19 @@ def _one_heap() -> None:
     _mallopt(M_ARENA_MAX, 1)
 
 
-def _keep_memory(serving: bool) -> None:
+def _keep_memory() -> None:
     """Let the allocator keep what a step frees. By default glibc gives XLA's large buffers back to the kernel after every
     step and takes them again, page fault by page fault: a fifth to a third of a small model's training time on a CPU. The
-    price is memory, about twice a step's temporaries, because what is kept lies in pieces.
-
-    A server's caches, whose lengths change, would leave holes of all sizes: it gives such large ones back all the same.
-    """
-    if serving:
-        _mallopt(M_MMAP_THRESHOLD, 4 << 20)
-    else:
-        _mallopt(M_MMAP_MAX, 0)
+    price is memory, about twice a step's temporaries, because what is kept lies in pieces."""
+    _mallopt(M_MMAP_MAX, 0)
     _mallopt(M_TRIM_THRESHOLD, -1)  # never
+
+
+def release_memory() -> None:
+    """Give the kernel what the allocator kept and nothing uses: for a server, whose caches of changing lengths leave holes.
+
+    Takes 20 to 150 ms in which no other thread can allocate.
+    """
+    libc = ctypes.CDLL(None)
+    if sys.platform == "linux" and hasattr(libc, "malloc_trim"):  # glibc
+        libc.malloc_trim(0)

@@ -105,7 +105,7 @@ class Config:
 def main(config: Config) -> None:
     paths = Paths.from_env()
     with server.bind(config.host, config.port) as sock:  # a taken port is known before the model is loaded
-        start(paths, device_type=config.device_type, serving=True)
+        start(paths, device_type=config.device_type)
         mesh = make_mesh(config.devices)
         model = load_model(paths, config.source, tag=config.model_tag, step=config.step, mesh=mesh)
         engine = Engine(model.config, model.params, model.tokenizer, num_slots=config.slots,

@@ -37,6 +37,7 @@ from nanochat_jax.serve.chat_request import ChatRequest, Sampling, make_prompt, 
 from nanochat_jax.serve.openai_api import OpenAIServer
 from nanochat_jax.serve.openapi import describe
 from nanochat_jax.serve.replies import EventStream, Replies, ReplyError
+from nanochat_jax.startup import release_memory
 from nanochat_jax.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
@@ -47,6 +48,7 @@ CONTENT_TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/c
 SEND_BUFFER_BYTES = 32 * 1024  # of the kernel, for each client: more would hide for long that it does not read
 IDLE_SECONDS = 75.0  # of a connection, until the whole head of its first or next request has come
 UNREAD_SECONDS = 30  # in which a client reads nothing of what was sent, until it is cut off (Linux only)
+RELEASE_SECONDS = 30.0  # from one giving back of memory to the next
 SHUTDOWN_SECONDS = 2.0  # for handlers to return once their replies have ended
 
 
@@ -162,6 +164,7 @@ async def run(app: web.Application, sock: socket.socket, on_ready: Callable[[], 
     runner = make_runner(app)
     await runner.setup()
     loop, stop = asyncio.get_running_loop(), asyncio.Event()
+    releasing = asyncio.create_task(_release())
     signals = (signal.SIGINT, signal.SIGTERM)
     try:
         await web.SockSite(runner, sock).start()
@@ -171,9 +174,16 @@ async def run(app: web.Application, sock: socket.socket, on_ready: Callable[[], 
         await stop.wait()
         log.info("shutting down: replies in flight are finished first, unless the signal comes again")
     finally:
+        releasing.cancel()
         for number in signals:
             loop.remove_signal_handler(number)
         await runner.cleanup()
+
+
+async def _release() -> None:
+    while True:
+        await asyncio.to_thread(release_memory)
+        await asyncio.sleep(RELEASE_SECONDS)
 
 
 class _ChatServer:
