@@ -97,16 +97,16 @@ def place_batch(rows: np.ndarray, shape: BatchShape, mesh: Mesh) -> Array:
 def make_train_step(config: GPTConfig, optimizer: optax.GradientTransformation, *, dtype: Any, mesh: Mesh,
                     shardings: TrainState, remat: str = "none", attention: str = "auto") -> Callable:
     """Jitted `step(state, inputs [A, B, T], targets [A, B, T]) -> (state, {"loss", "grad_norm", "tokens"})`."""
-    sharded = any("data" in leaf.spec for leaf in jax.tree.leaves(shardings.params))
+    sharded = data_size(mesh) > 1 and any("data" in leaf.spec for leaf in jax.tree.leaves(shardings.params))
     share = gradient_shardings(config, shardings.params, mesh)
     spread = lambda tree: jax.lax.with_sharding_constraint(tree, share) if mesh.size > 1 else tree  # noqa: E731
 
     def micro_loss(params: Params, inputs: Array, targets: Array) -> tuple[Array, Array]:
         how = forward_options(config, mesh, dtype=dtype, length=inputs.shape[1], attention=attention)
-        gather = gather_over_data(shardings.params) if data_size(mesh) > 1 else None
+        gather = gather_over_data(shardings.params) if sharded else None
         hidden, _ = forward(params, inputs, config=config, compute_dtype=dtype, remat=remat, gather=gather, **how)
         weight = params["lm_head"][:, : config.vocab_size]
-        if gather and sharded:
+        if gather:
             weight = gather("lm_head", weight.astype(dtype))
         chunk = chunk_length(inputs.shape[0], inputs.shape[1], config.vocab_size, mesh.shape["model"])
         total, _ = cross_entropy(hidden, weight, targets, jnp.ones(targets.shape), config.softcap, chunk)

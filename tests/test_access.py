@@ -117,25 +117,30 @@ async def test_a_client_that_does_not_read_is_given_up_within_a_second():
         assert b'replies_total{reason="disconnected"} 1.0' in await (await session.get("/metrics")).read()
 
 
+async def status_line(session, request: bytes) -> bytes:
+    """What a client that sends just these bytes is told."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", session._base_url.port)
+    writer.write(request)
+    async with asyncio.timeout(5):
+        line = await reader.readline()
+    writer.close()
+    return line
+
+
+HEAD = b" HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\nContent-Length: "
+
+
 async def test_a_body_that_says_it_is_too_large_is_refused_before_it_is_sent():
     async with client(FakeScheduler()) as session:
-        reader, writer = await asyncio.open_connection("127.0.0.1", session._base_url.port)
-        writer.write(b"POST /chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-                     b"Content-Length: 1048577\r\n\r\n")
-        async with asyncio.timeout(5):
-            assert (await reader.readline()).startswith(b"HTTP/1.1 413 ")
-        writer.close()
+        line = await status_line(session, b"POST /chat/completions" + HEAD + b"1048577\r\n\r\n")
+        assert line.startswith(b"HTTP/1.1 413 ")
 
 
 async def test_a_body_that_does_not_arrive_is_408(monkeypatch):
     monkeypatch.setattr(access, "BODY_SECONDS", 0.1)
     async with client(FakeScheduler()) as session:
-        reader, writer = await asyncio.open_connection("127.0.0.1", session._base_url.port)
-        writer.write(b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-                     b"Content-Length: 100\r\n\r\n{")
-        async with asyncio.timeout(5):
-            assert (await reader.readline()).startswith(b"HTTP/1.1 408 ")
-        writer.close()
+        line = await status_line(session, b"POST /v1/chat/completions" + HEAD + b"100\r\n\r\n{")
+        assert line.startswith(b"HTTP/1.1 408 ")
 
 
 async def test_with_a_key_only_those_who_know_it_may_ask():
