@@ -21,14 +21,14 @@ from nanochat_jax.infer.engine import Engine
 from nanochat_jax.infer.scheduler import Scheduler
 from nanochat_jax.paths import CHECKPOINT_DIRS, Paths
 from nanochat_jax.serve import server
-from nanochat_jax.serve.chat_request import Sampling
+from nanochat_jax.serve.chat_request import BadRequest, Sampling, check
+from nanochat_jax.serve.openai_api import MAX_CHOICES
 from nanochat_jax.sharding import make_mesh
 from nanochat_jax.startup import PLATFORMS, start
 from nanochat_jax.step import resolve_dtype
 
 DESCRIPTION = "Chat with a trained model in the browser, or through OpenAI's API."
 API_KEY_VARIABLE = "NANOCHAT_API_KEY"
-MAX_CHOICES = 8  # replies to one request of OpenAI's API
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -60,8 +60,9 @@ class Config:
             raise ValueError(f"--port must be from 0 to 65535, got {self.port}")
         if self.slots < 1:
             raise ValueError(f"--slots must be at least 1, got {self.slots}")
-        if self.max_queue < 1:
-            raise ValueError(f"--max-queue must be at least 1, got {self.max_queue}")
+        if self.max_queue < MAX_CHOICES:
+            raise ValueError(f"--max-queue must be at least {MAX_CHOICES}, the replies that one request may ask for, got "
+                             f"{self.max_queue}")
         if not self.timeout > 0:
             raise ValueError(f"--timeout must be over 0 seconds, got {self.timeout}")
         if not self.grace >= 0:
@@ -76,11 +77,14 @@ class Config:
         if self.allowed_hosts is not None and not re.fullmatch(r"(\*|[\w.-]+)(,(\*|[\w.-]+))*", self.allowed_hosts):
             raise ValueError("--allowed-hosts must be names like example.com, without https:// or a port, or *, "
                              f"got {self.allowed_hosts!r}")
-        self.sampling  # noqa: B018  (its check of the ranges)
+        try:
+            self.sampling  # noqa: B018  (its check of the ranges)
+        except BadRequest as error:
+            raise ValueError(error.detail) from error
 
     @property
     def sampling(self) -> Sampling:
-        return Sampling(temperature=self.temperature, top_k=self.top_k, max_tokens=self.max_tokens)
+        return check(Sampling, {name: getattr(self, name) for name in Sampling.model_fields})
 
     @property
     def key(self) -> str | None:
@@ -119,7 +123,7 @@ def main(config: Config) -> None:
             app = server.create_app(
                 scheduler, model.tokenizer, info, max_len=engine.max_len, num_slots=config.slots,
                 devices=tuple(map(str, mesh.devices.flat)), defaults=config.sampling, model_id=model_id,
-                max_choices=min(MAX_CHOICES, config.max_queue), hosts=config.hosts(sock), api_key=config.key,
+                hosts=config.hosts(sock), api_key=config.key,
                 cors_origins=config.cors_origins, deadline=config.timeout, grace=config.grace,
             )  # fmt: skip
             asyncio.run(server.run(app, sock, lambda: print(greeting(config, sock, model_id), flush=True)))

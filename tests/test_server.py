@@ -21,7 +21,7 @@ from nanochat_jax.infer.engine import Engine
 from nanochat_jax.infer.request import Request, Result, ToolCall
 from nanochat_jax.infer.scheduler import QueueFull, Scheduler
 from nanochat_jax.serve import server
-from nanochat_jax.serve.chat_request import BadRequest, Message, Sampling, make_prompt
+from nanochat_jax.serve.chat_request import BadRequest, Sampling, make_prompt
 from nanochat_jax.tokenizer import SPECIAL_TOKENS, Tokenizer
 from scripts import serve
 
@@ -149,7 +149,7 @@ BAD = [
     (422, messages(None)),
     (422, messages(["x"])),
     (422, messages([{"type": "text", "text": "x"}])),  # parts are for the assistant
-    (422, messages([{"type": "special", "text": "x"}], role="assistant")),
+    (400, messages([{"type": "special", "text": "x"}], role="assistant")),
     (422, messages([{"type": [], "text": "x"}], role="assistant")),
     (422, messages([{"type": "text"}], role="assistant")),
     (422, {"messages": [{"content": "x"}]}),
@@ -252,7 +252,7 @@ async def test_a_conversation_beyond_the_context_loses_its_first_turns():
 
 @pytest.mark.parametrize("chars,fits", [(200, True), (251, True), (252, False), (400, False)])
 def test_the_last_message_is_never_cut(chars, fits):
-    conversation = [Message(role=role, parts=(("text", "x" * n),)) for role, n in (("user", 9), ("user", chars))]
+    conversation = [{"role": role, "content": "x" * n} for role, n in (("user", 9), ("user", chars))]
     if fits:
         tokens, dropped = make_prompt(TOKENIZER, conversation, max_len=256, max_tokens=512)
         assert dropped == 1 and len(tokens) == chars + 4 <= 255
@@ -445,8 +445,7 @@ async def test_real_engine_gives_every_client_its_own_reply_and_survives_those_w
              for n in range(5)]  # fmt: skip
 
     def expected(body):
-        message = Message(role="user", parts=(("text", body["messages"][0]["content"]),))
-        tokens, _ = make_prompt(TOKENIZER, [message], max_len=64, max_tokens=body["max_tokens"])
+        tokens, _ = make_prompt(TOKENIZER, body["messages"], max_len=64, max_tokens=body["max_tokens"])
         return engine.generate([Request(tokens, max_tokens=body["max_tokens"], temperature=0)])[0].text
 
     with Scheduler(engine) as scheduler:
