@@ -20,7 +20,7 @@ from jax import Array
 from jax.sharding import Mesh
 
 from nanochat_jax.chat import render_for_completion
-from nanochat_jax.checkpoint import load_directory, load_model, saved_steps
+from nanochat_jax.checkpoint import Loaded, load_directory, load_model, saved_steps
 from nanochat_jax.cli import NotFound
 from nanochat_jax.config import GPTConfig
 from nanochat_jax.gpt import Params, forward, unembed
@@ -113,6 +113,17 @@ class Model:
     def _engine(self) -> Engine:
         return Engine(self.config, self.params, self.tokenizer or NoTokenizer(), num_slots=1, compute_dtype=self.dtype,
                       mesh=self.mesh if self.mesh.size > 1 else None)
+
+
+def load_engine(paths: Paths, source: str, *, tag: str | None, step: int | None, dtype: str, mesh: Mesh | None = None,
+                **options: Any) -> tuple[Engine, Loaded]:
+    """An engine (`options` are its own) of a stage's model, and what else is known of that.
+
+    The parameters in float32 are not kept: the engine has its own, in the dtype it computes with.
+    """
+    loaded = load_model(paths, source, tag=tag, step=step, mesh=mesh)
+    engine = Engine(loaded.config, loaded.params, loaded.tokenizer, compute_dtype=resolve_dtype(dtype), mesh=mesh, **options)
+    return engine, dataclasses.replace(loaded, params={})
 
 
 def load(source: str | Path = "sft", *, tag: str | None = None, step: int | None = None, dtype: str = "auto",
