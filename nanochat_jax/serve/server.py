@@ -15,13 +15,11 @@ with Retry-After when the queue is full.
 """
 
 import asyncio
-import errno
 import logging
 import secrets
-import signal
 import socket
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -114,6 +112,7 @@ def create_app(
     app.on_response_prepare.append(access.add_headers(cors_origins))
 
     async def shut_down(app: web.Application) -> None:
+        log.info("shutting down: replies in flight are finished first, unless the signal comes again")
         await replies.shut_down(grace)
 
     app.on_shutdown.append(shut_down)
@@ -125,60 +124,38 @@ def bind(host: str, port: int) -> socket.socket:
 
     Made before the model is loaded, so that a taken port is known at once; early clients wait.
     """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    except socket.gaierror as error:
-        raise UsageError(f"--host {host!r} is not an address ({error.strerror}): use 127.0.0.1 or 0.0.0.0") from error
-    sock = socket.socket(family, kind, protocol)
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)  # connections inherit these
-        if hasattr(socket, "TCP_USER_TIMEOUT"):
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNREAD_SECONDS * 1000)
-        sock.bind(address)
-        sock.listen(128)
-    except OSError as error:
-        sock.close()
-        advice = {
-            errno.EADDRINUSE: "it is in use: choose another with --port",
-            errno.EACCES: "this user may not: choose a --port from 1024 up",
-            errno.EADDRNOTAVAIL: "this machine has no such address: use --host 127.0.0.1 or 0.0.0.0",
-        }.get(error.errno, error.strerror)
-        raise UsageError(f"cannot listen on {host} port {port}, {advice}") from error
+        sock = socket.create_server((host, port), family=family, backlog=128)
+    except OSError as error:  # in use, not for this user, or not of this machine
+        raise UsageError(f"cannot listen on --host {host} --port {port}, choose others: {error.strerror}") from error
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)  # connections inherit these
+    if hasattr(socket, "TCP_USER_TIMEOUT"):
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNREAD_SECONDS * 1000)
     return sock
 
 
-def make_runner(app: web.Application, shutdown_timeout: float = SHUTDOWN_SECONDS) -> web.AppRunner:
-    """What serves the application, once it is set up: a client that leaves cancels its handler, an idle one is cut off."""
-    return web.AppRunner(app, handler_cancellation=True, shutdown_timeout=shutdown_timeout, access_log=None,
-                         keepalive_timeout=IDLE_SECONDS)
+def runner_options() -> dict[str, Any]:
+    """For aiohttp's runner: a client that leaves cancels its handler, an idle one is cut off."""
+    return {"handler_cancellation": True, "shutdown_timeout": SHUTDOWN_SECONDS, "access_log": None,
+            "keepalive_timeout": IDLE_SECONDS}
 
 
-async def run(app: web.Application, sock: socket.socket, on_ready: Callable[[], None]) -> None:
+def run(app: web.Application, sock: socket.socket, on_ready: Callable[[], None]) -> None:
     """Serve until SIGINT or SIGTERM; then let the replies in flight end, and return. A second one kills."""
-    runner = make_runner(app)
-    await runner.setup()
-    loop, stop = asyncio.get_running_loop(), asyncio.Event()
-    releasing = asyncio.create_task(_release())
-    signals = (signal.SIGINT, signal.SIGTERM)
-    try:
-        await web.SockSite(runner, sock).start()
-        for number in signals:
-            loop.add_signal_handler(number, stop.set)
-        on_ready()
-        await stop.wait()
-        log.info("shutting down: replies in flight are finished first, unless the signal comes again")
-    finally:
-        releasing.cancel()
-        for number in signals:
-            loop.remove_signal_handler(number)
-        await runner.cleanup()
+    app.cleanup_ctx.append(_releasing)
+    web.run_app(app, sock=sock, print=lambda _: on_ready(), **runner_options())
 
 
-async def _release() -> None:
-    while True:
-        await asyncio.to_thread(release_memory)
-        await asyncio.sleep(RELEASE_SECONDS)
+async def _releasing(app: web.Application) -> AsyncIterator[None]:
+    async def release() -> None:
+        while True:
+            await asyncio.to_thread(release_memory)
+            await asyncio.sleep(RELEASE_SECONDS)
+
+    task = asyncio.create_task(release())
+    yield
+    task.cancel()
 
 
 @dataclass(frozen=True, kw_only=True)
