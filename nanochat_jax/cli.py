@@ -107,7 +107,7 @@ def make_parser(config_type: type, *, prog: str, description: str) -> argparse.A
 def parse(config_type: type[C], argv: Sequence[str] | None = None, *, prog: str, description: str) -> C:
     """Build `config_type` from a command line; raises `UsageError` on a flag or value that does not fit."""
     namespace = make_parser(config_type, prog=prog, description=description).parse_args(argv)
-    for field in dataclasses.fields(config_type):
+    for field in dataclasses.fields(config_type):  # type: ignore[arg-type]  # of a dataclass, which C does not say
         least, value = field.metadata.get("at_least"), getattr(namespace, field.name)
         if least is not None and isinstance(value, int | float) and not value >= least:
             raise UsageError(f"--{field.name.replace('_', '-')} must be at least {least}, got {value}")
