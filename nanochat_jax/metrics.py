@@ -172,7 +172,8 @@ class Display:
         self._stage, self._total, self._start = stage, total, start
         self._plain_every, self._began, self._last = plain_every, time.monotonic(), float("-inf")
         self._bar: Progress | None = None
-        if jax.process_index() == 0 and sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
+        speaks = log.isEnabledFor(logging.INFO)  # of several processes the first alone: `startup.start` sees to that
+        if speaks and sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
             self._bar = Progress(
                 TextColumn("[bold]{task.description}"), BarColumn(bar_width=None, complete_style="cyan"),
                 MofNCompleteColumn(), TextColumn("{task.fields[info]}"), console=Console(stderr=True), expand=True,
@@ -180,23 +181,20 @@ class Display:
             self._task = self._bar.add_task(stage, total=total, completed=start, info="compiling")
             self._bar.start()
 
-    def update(self, step: int, **shown: str) -> None:
-        """`step` steps are done; `shown` are short texts by name."""
-        now = time.monotonic()
+    def update(self, step: int, *, total: int | None = None, **shown: str) -> None:
+        """`step` steps are done, of `total` if that is known better now; `shown` are short texts by name."""
+        now, self._total = time.monotonic(), total or self._total
         done = step - self._start
         left = format_seconds((now - self._began) / done * (self._total - step)) if done > 0 else "?"
         info = " · ".join([*(f"{name} {text}" for name, text in shown.items()), f"{left} left"])
         if self._bar is not None:
-            self._bar.update(self._task, completed=step, info=info)
+            self._bar.update(self._task, completed=step, total=self._total, info=info)
         elif now - self._last >= self._plain_every or step == self._total:
             self._last = now
-            if jax.process_index() == 0:
-                log.info("%s %d/%d · %s", self._stage, step, self._total, info)
+            log.info("%s %d/%d · %s", self._stage, step, self._total, info)
 
     def note(self, text: str) -> None:
         """A line that stays."""
-        if jax.process_index() != 0:
-            return
         if self._bar is not None:
             self._bar.console.print(text, markup=False, highlight=False)
         else:

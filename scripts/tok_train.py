@@ -7,19 +7,16 @@ The result goes to `tokenizer/` in the base directory; every later stage reads i
 
 import contextlib
 import logging
-import os
-import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
 
 import pyarrow as pa
-import rich.progress
-from rich.console import Console
 
 from nanochat_jax import cli, report
 from nanochat_jax.cli import UsageError, flag
 from nanochat_jax.data.shards import open_shard, split_shards, text_size
+from nanochat_jax.metrics import Display
 from nanochat_jax.paths import DATA_DIRS, Paths
 from nanochat_jax.tokenizer import Progress, Tokenizer
 
@@ -40,34 +37,25 @@ STAGES = {"count": "counting characters", "merge": "merging tokens"}
 
 @contextlib.contextmanager
 def progress_display(expected_chars: int) -> Iterator[Progress]:
-    """A bar for each stage on a terminal, a line every ten seconds elsewhere."""
+    """How far each stage is, one after the other."""
+    displays: dict[str, Display] = {}
 
-    def estimate(stage: str, done: int, total: int | None) -> int | None:
-        return max(done + 1, expected_chars) if stage == "count" and done != total else total
+    def close() -> None:
+        for display in displays.values():
+            display.close()
 
-    if not sys.stderr.isatty() or os.environ.get("TERM") == "dumb":
-        last = time.monotonic()
+    def show(stage: str, done: int, total: int | None) -> None:
+        if stage == "count" and done != total:
+            total = max(done + 1, expected_chars)
+        if stage not in displays:
+            close()
+            displays[stage] = Display(STAGES[stage], total or 0)
+        displays[stage].update(done, total=total)
 
-        def log(stage: str, done: int, total: int | None) -> None:
-            nonlocal last
-            total = estimate(stage, done, total)
-            if done == total or time.monotonic() - last > 10:
-                last = time.monotonic()
-                logger.info("%s: %s%s", STAGES[stage], f"{done:,}", ", done" if done == total else f" of {total:,}")
-
-        yield log
-        return
-    columns = ("[bold]{task.description:20}", rich.progress.BarColumn(bar_width=None), rich.progress.TaskProgressColumn(),
-               "{task.completed:,.0f}", rich.progress.TimeRemainingColumn(elapsed_when_finished=True))
-    with rich.progress.Progress(*columns, console=Console(stderr=True), expand=True) as bars:
-        tasks = {stage: bars.add_task(name, total=None, start=False) for stage, name in STAGES.items()}
-
-        def show(stage: str, done: int, total: int | None) -> None:
-            if not bars.tasks[tasks[stage]].started:
-                bars.start_task(tasks[stage])
-            bars.update(tasks[stage], completed=done, total=estimate(stage, done, total))
-
+    try:
         yield show
+    finally:
+        close()
 
 
 def main(config: Config) -> None:
