@@ -11,10 +11,10 @@ Downloads go through huggingface_hub, which reads HF_ENDPOINT, HF_TOKEN and HF_H
 data directory only when it is whole: size and checksum as the Hub announced, a readable footer, a `text` column.
 """
 
+import contextlib
 import functools
 import hashlib
 import logging
-import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -22,9 +22,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
-
-from rich import progress
-from rich.console import Console
 
 from nanochat_jax import cli
 from nanochat_jax.cli import NotFound, UsageError, flag
@@ -34,6 +31,7 @@ from nanochat_jax.data.hub import clean_up, fetch, first_line
 from nanochat_jax.data.hub_dataset import find_files
 from nanochat_jax.data.needs import summary
 from nanochat_jax.data.shards import open_shard
+from nanochat_jax.metrics import Display
 from nanochat_jax.paths import DATA_DIRS, Paths
 
 logger = logging.getLogger(__name__)
@@ -72,47 +70,6 @@ def is_whole(path: Path) -> bool:
     return True
 
 
-class DownloadDisplay:
-    """On a terminal a bar for all shards and one for each that is arriving; elsewhere a line for each that came."""
-
-    def __init__(self, num_shards: int) -> None:
-        self._num_shards, self._done, self._bytes, self._began = num_shards, 0, 0, time.monotonic()
-        live = sys.stderr.isatty() and os.environ.get("TERM") != "dumb"
-        self._bars = progress.Progress(
-            "{task.description}", progress.BarColumn(), progress.DownloadColumn(), progress.TransferSpeedColumn(),
-            progress.TimeRemainingColumn(), console=Console(stderr=True), disable=not live)
-        self._all = self._bars.add_task(f"0/{num_shards} shards", total=None)
-        self._tasks: dict[str, progress.TaskID] = {}
-
-    def __enter__(self) -> "DownloadDisplay":
-        self._bars.start()
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self._bars.stop()
-
-    def arriving(self, name: str, done: int, total: int | None) -> None:
-        if name not in self._tasks:
-            self._tasks[name] = self._bars.add_task(name, total=total)
-        self._bars.update(self._tasks[name], completed=done, total=total)
-        known = [task for task in self._bars.tasks[1:] if task.total]
-        if known:  # the others are about as large
-            total_in_all = sum(task.total for task in known) / len(known) * self._num_shards
-            self._bars.update(self._all, completed=sum(task.completed for task in known), total=total_in_all)
-
-    def ended(self, name: str, path: Path | None, problem: str = "") -> None:
-        self._done += path is not None
-        self._bytes += path.stat().st_size if path else 0
-        self._bars.update(self._all, description=f"{self._done}/{self._num_shards} shards")
-        if name in self._tasks:
-            self._bars.update(self._tasks[name], visible=False)
-        if problem:
-            self._bars.console.print(f"{name} failed: {problem}", markup=False, highlight=False)
-        elif self._bars.disable:
-            speed = self._bytes / 1e6 / (time.monotonic() - self._began)
-            logger.info("[%d/%d] %s (%.1f MB/s in all)", self._done, self._num_shards, name, speed)
-
-
 def download(repo: str, names: Sequence[str], directory: Path, *, num_workers: int = 4, wait_s: float = 1.0
              ) -> dict[str, str]:
     """Download the shards of `names` that are not in `directory` yet; returns the reason for each that failed.
@@ -125,15 +82,25 @@ def download(repo: str, names: Sequence[str], directory: Path, *, num_workers: i
     if len(missing) < len(names):
         logger.info("%d of %d shards are in %s already", len(names) - len(missing), len(names), directory)
     failed: dict[str, str] = {}
-    with DownloadDisplay(len(missing)) as display:
+    ended: list[str] = []
+    came: dict[str, int] = {}  # bytes, by shard
+    began = time.monotonic()
+    with contextlib.closing(Display("shards", len(missing))) as display:
+
+        def show(name: str, done: int, total: int | None) -> None:
+            came[name] = done
+            megabytes = sum(came.copy().values()) / 1e6
+            display.update(len(ended), size=f"{megabytes:,.0f} MB", at=f"{megabytes / (time.monotonic() - began):.1f} MB/s")
 
         def get(name: str) -> None:
             try:
                 fetch(repo, name, directory / name, check=lambda path: open_shard(path).close(), wait_s=wait_s,
-                      progress=functools.partial(display.arriving, name))
+                      progress=functools.partial(show, name))
+                ended.append(name)
+                show(name, (directory / name).stat().st_size, None)
             except Exception as error:  # of the HTTP client or the disk; reported to the caller, by name
                 failed[name] = first_line(error)
-            display.ended(name, None if name in failed else directory / name, failed.get(name, ""))
+                display.note(f"{name} failed: {failed[name]}")
 
         if names[-1] in missing:
             get(names[-1])

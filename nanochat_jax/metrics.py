@@ -178,7 +178,7 @@ class Display:
                 TextColumn("[bold]{task.description}"), BarColumn(bar_width=None, complete_style="cyan"),
                 MofNCompleteColumn(), TextColumn("{task.fields[info]}"), console=Console(stderr=True), expand=True,
             )
-            self._task = self._bar.add_task(stage, total=total, completed=start, info="compiling")
+            self._task = self._bar.add_task(stage, total=total, completed=start, info="starting")
             self._bar.start()
 
     def update(self, step: int, *, total: int | None = None, **shown: str) -> None:

@@ -117,7 +117,7 @@ def check(model: type[M], body: Any) -> M:
         found = error.errors(include_url=False)[0]
     value, where = found["input"], ".".join(str(step) for step in found["loc"] if step not in TAGS)
     known = isinstance(value, str) if found["type"] == "literal_error" else found["type"] in LIMITS
-    text = f"{where or 'the body'}: {found.get('ctx', {}).get('error', found['msg'])}"
+    text = str(found["ctx"]["error"]) if found["type"] == "value_error" else f"{where or 'the body'}: {found['msg']}"
     shown = f", got {value!r}" if isinstance(value, int | float) or isinstance(value, str) and len(value) < 50 else ""
     raise BadRequest(400 if known else 422, text + shown, param=where or None)
 

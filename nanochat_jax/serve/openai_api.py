@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
 from aiohttp import web
-from pydantic import BeforeValidator, Field, Tag, model_validator
+from pydantic import BeforeValidator, Field, Tag
 
 from nanochat_jax.infer.request import Request, Result
 from nanochat_jax.serve.access import error_body, read_json
@@ -81,14 +81,11 @@ class CompletionRequest(Asked):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
 
-    @model_validator(mode="after")
-    def _within_limits(self) -> "CompletionRequest":
-        if sum(len(message.text) for message in self.messages) > MAX_TOTAL_CHARS:
-            raise ValueError(f"the conversation has more than {MAX_TOTAL_CHARS} characters")
-        return self
-
     def conversation(self) -> list[dict[str, Any]]:
         """What was said, a system message merged into what the user says next, as the model was trained."""
+        if sum(len(message.text) for message in self.messages) > MAX_TOTAL_CHARS:
+            raise BadRequest(400, f"the conversation has more than {MAX_TOTAL_CHARS} characters", param="messages",
+                             code="context_length_exceeded")
         turns, system = [], []
         for message in self.messages:
             if message.role in ("system", "developer"):
