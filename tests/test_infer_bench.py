@@ -3,11 +3,11 @@
 import json
 import math
 from pathlib import Path
-from types import SimpleNamespace
 
 import jax
 import pytest
 
+from nanochat_jax.checkpoint import Loaded
 from nanochat_jax.cli import UsageError, parse
 from nanochat_jax.config import GPTConfig
 from nanochat_jax.gpt import init_params
@@ -28,8 +28,7 @@ def quick_compilation():
 @pytest.fixture
 def bench(monkeypatch, tmp_path, capsys):
     def run(**options):
-        loaded = SimpleNamespace(config=MODEL, params=init_params(MODEL, jax.random.key(0)), tag="d2", step=7,
-                                 directory=Path("d2"))
+        loaded = Loaded(MODEL, init_params(MODEL, jax.random.key(0)), None, {}, Path("d2"), 7, "base")
         monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
         monkeypatch.setattr(infer_bench, "start", lambda *_, **__: None)
         monkeypatch.setattr(infer_bench, "load_model", lambda *_, **__: loaded)
