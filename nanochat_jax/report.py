@@ -137,13 +137,15 @@ def generate(report_dir: Path, out_dir: Path) -> None:
     if devices := dict.fromkeys(str(s.results["device"]) for s in sections if s.results.get("device")):
         facts["Devices"] = ", ".join(devices)
         header_text += f"- Devices: {facts['Devices']}\n"
+    if size := _code_size():
+        facts["Code size"] = size
     results: dict[str, dict[str, Any]] = {}
     for section in sections:
         results.setdefault(section.stage, {}).update(section.results)
     report = Report(
         sections=sections, started=_clock(started) if started else None, generated=_clock(_now()), facts=facts,
-        columns=COLUMNS, summary=summary_rows(sections), results=results, wall_clock=_wall_clock(started, sections),
-        code_size=_code_size(), missing=[slug for slug in SECTION_ORDER if slug not in {s.slug for s in sections}],
+        summary=summary_rows(sections), results=results, wall_clock=_wall_clock(started, sections),
+        missing=[slug for slug in SECTION_ORDER if slug not in {s.slug for s in sections}],
     )
     texts = [header_text, *((report_dir / f"{section.slug}.md").read_text("utf-8") for section in sections),
              _summary_markdown(report)]
@@ -153,8 +155,8 @@ def generate(report_dir: Path, out_dir: Path) -> None:
         write_file(directory / "report.html", page(report))
 
 
-def summary_rows(sections: Sequence[Section]) -> list[tuple[str, list[str]]]:
-    """Rows (result, [BASE, MID, SFT, RL]): CORE first, then losses, tasks by name, ChatCORE last; "-" where absent."""
+def summary_rows(sections: Sequence[Section]) -> list[list[str]]:
+    """Results by stage under a head: CORE first, then losses, tasks by name, ChatCORE last; "-" where absent."""
     table: dict[str, dict[str, Any]] = {}
     for section in sections:
         for name, value in section.results.items():
@@ -168,17 +170,17 @@ def summary_rows(sections: Sequence[Section]) -> list[tuple[str, list[str]]]:
     def order(name: str) -> tuple[int, str]:
         return (0 if name == "core" else 1 if name in LOSS_METRICS else 3 if name.startswith("chatcore") else 2, name)
 
-    return [(label_of(name), [table[name].get(column, "-") for column in COLUMNS]) for name in sorted(table, key=order)]
+    rows = [[label_of(name), *(table[name].get(column, "-") for column in COLUMNS)] for name in sorted(table, key=order)]
+    return [["Metric", *COLUMNS], *rows] if rows else []
 
 
 def _summary_markdown(report: Report) -> str:
     lines = ["## Summary", ""]
-    if report.code_size:
-        lines += [f"- Code size: {report.code_size}", ""]
+    if "Code size" in report.facts:
+        lines += [f"- Code size: {report.facts['Code size']}", ""]
     if report.summary:
-        rows = [("Metric", list(report.columns)), *report.summary]
-        table = [f"| {name:<15} | " + " | ".join(f"{cell:<8}" for cell in cells) + " |" for name, cells in rows]
-        lines += [table[0], f"|{'-' * 17}|" + "|".join("-" * 10 for _ in report.columns) + "|", *table[1:], ""]
+        table = [f"| {name:<15} | " + " | ".join(f"{cell:<8}" for cell in cells) + " |" for name, *cells in report.summary]
+        lines += [table[0], f"|{'-' * 17}|" + "|".join("-" * 10 for _ in COLUMNS) + "|", *table[1:], ""]
     lines.append(f"Total wall clock time: {report.wall_clock}")
     if report.missing:
         lines += ["", f"Sections not logged: {', '.join(report.missing)}"]

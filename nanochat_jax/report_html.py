@@ -100,11 +100,9 @@ class Report:
     started: str | None  # times as people read them
     generated: str
     facts: dict[str, str]  # of the machine
-    columns: Sequence[str]
-    summary: list[tuple[str, list[str]]]  # rows of printed cells, "-" where absent
+    summary: list[list[str]]  # rows of printed cells, the head first, "-" where absent
     results: dict[str, dict[str, Any]]  # by stage
     wall_clock: str
-    code_size: str | None
     missing: list[str]  # sections that were not logged
 
 
@@ -115,8 +113,7 @@ def page(report: Report) -> str:
             f'<p class="sub">{_text(times)}Report made {_text(report.generated)}.</p>',
             _tiles(report.results, report.wall_clock)]
     if report.summary:
-        table = _table([["Metric", *report.columns], *([label, *cells] for label, cells in report.summary)])
-        body.append(f'<h2>Summary</h2><div class="card">{table}</div>')
+        body.append(f'<h2>Summary</h2><div class="card">{_table(report.summary)}</div>')
     if charts := _curves(report.sections):
         body.append(f"<h2>Curves</h2>{charts}")
     body.append("<h2>Sections</h2>")
@@ -127,8 +124,7 @@ def page(report: Report) -> str:
         body.append(f'<details><summary>{title}</summary><p class="time">{_text(time)}</p>{content}</details>')
     if report.missing:
         body.append(f'<p class="note">Sections not logged: {_text(", ".join(report.missing))}.</p>')
-    machine = report.facts | ({"Code size": report.code_size} if report.code_size else {})
-    body.append(f'<h2>Machine and code</h2><div class="card">{_definitions(machine)}</div>')
+    body.append(f'<h2>Machine and code</h2><div class="card">{_definitions(report.facts)}</div>')
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>nanochat training report</title>'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'

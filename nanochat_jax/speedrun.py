@@ -51,7 +51,7 @@ class Stage:
         return [sys.executable, "-m", self.module, *self.args, *self.placement, *more]
 
     def text(self) -> str:
-        return " ".join(["python", "-m", self.module, *self.args, *self.placement])
+        return " ".join(["python", *self.command()[1:]])
 
 
 @dataclass(frozen=True, kw_only=True)

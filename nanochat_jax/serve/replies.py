@@ -73,16 +73,11 @@ class Replies:
         self._deadline = deadline
         self._live: set[_Reply] = set()
         self._closing = False
-        self._failed = False
-
-    @property
-    def failed(self) -> bool:
-        """Whether the engine is gone for good, as a request found out."""
-        return self._failed
+        self.failed = False  # the engine is gone for good, as a request found out
 
     @property
     def ready(self) -> bool:
-        return not (self._failed or self._closing)
+        return not (self.failed or self._closing)
 
     @asynccontextmanager
     async def open(self, requests: Sequence[Request]) -> AsyncIterator[AsyncIterator[list[tuple[int, Event]]]]:
@@ -125,7 +120,7 @@ class Replies:
         except QueueFull as error:
             raise BadRequest(503, f"{error}: try again in a while", code="overloaded") from error
         except RuntimeError as error:  # the engine is gone for good; the scheduler has logged why
-            self._failed = True
+            self.failed = True
             raise BadRequest(503, f"{error}: restart the server") from error
 
     async def _events(self, reply: _Reply, start: float) -> AsyncIterator[list[tuple[int, Event]]]:
