@@ -6,10 +6,11 @@ Those two come through tiktoken, which downloads them once; without a network th
 """
 
 import json
-import threading
+import multiprocessing
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from multiprocessing.pool import ThreadPool
 from pathlib import Path
 
 import tiktoken
@@ -46,26 +47,21 @@ def evaluation_texts(directory: Path) -> dict[str, str]:
 def load_baselines() -> tuple[dict[str, tiktoken.Encoding], dict[str, Exception]]:
     """The encodings to compare with, from tiktoken's cache or the network, and why the others cannot be had.
 
-    tiktoken sets no timeout, so the downloads run in threads that are left behind when they hang.
+    tiktoken sets no timeout: threads that hang in it are left behind, and end with the process.
     """
+    pool = ThreadPool(len(BASELINES))
+    jobs = {label: pool.apply_async(tiktoken.get_encoding, (name,)) for label, name in BASELINES.items()}
     loaded: dict[str, tiktoken.Encoding] = {}
-    failed: dict[str, Exception] = {}
-
-    def load(label: str) -> None:
-        try:
-            loaded[label] = tiktoken.get_encoding(BASELINES[label])
-        except (OSError, ValueError) as error:  # ValueError: what came is not the file
-            failed[label] = error
-
-    threads = [threading.Thread(target=load, args=(label,), daemon=True) for label in BASELINES]
+    missing: dict[str, Exception] = {}
     deadline = time.monotonic() + DOWNLOAD_SECONDS
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(max(0.0, deadline - time.monotonic()))
-    timeout = TimeoutError(f"no answer in {DOWNLOAD_SECONDS:.0f} s")
-    missing = {label: failed.get(label, timeout) for label in BASELINES if label not in loaded}
-    return {label: loaded[label] for label in BASELINES if label not in missing}, missing
+    for label, job in jobs.items():
+        try:
+            loaded[label] = job.get(max(0.0, deadline - time.monotonic()))
+        except multiprocessing.TimeoutError:
+            missing[label] = TimeoutError(f"no answer in {DOWNLOAD_SECONDS:.0f} s")
+        except (OSError, ValueError) as error:  # ValueError: what came is not the file
+            missing[label] = error
+    return loaded, missing
 
 
 def compare(sizes: Mapping[str, int], theirs: Mapping[str, int], ours: Mapping[str, int]) -> list[list[str]]:
