@@ -326,22 +326,6 @@ def test_conversations_are_kept_apart(page, script):
     expect(titles).to_have_text(["about dogs"])
 
 
-def test_many_conversations_can_be_searched(page, script):
-    page.evaluate("""() => {
-      for (let at = 0; at < 9; at++) localStorage.setItem(`nanochat.chat.c${at}`, JSON.stringify({ id: `c${at}`,
-        title: `chat ${at}`, updated: at, turns: [{ role: "user", text: `chat ${at}` },
-        { role: "assistant", parts: [{ type: "text", text: at === 3 ? "Foxes!" : "Yes." }], state: "done" }] }));
-    }""")
-    expect(page.locator("#find")).to_be_hidden()
-    page.reload()
-    titles = page.locator("#conversations li > button:first-child")
-    expect(titles).to_have_count(9)
-    page.locator("#find").fill("fox")
-    expect(titles).to_have_text(["chat 3"])
-    page.locator("#find").fill("nowhere")
-    expect(page.locator("#conversations")).to_have_text("None found.")
-
-
 def test_a_deleted_conversation_can_be_had_back(page, script):
     send(page, "about cats")
     expect(replies(page)).to_have_text("Yes.")
@@ -423,21 +407,6 @@ def test_slash_commands_set_what_is_sent(page, script):
     assert "temperature" not in script.prompts[-1]
     send(page, "/clear")
     expect(page.locator("#welcome")).to_be_visible()
-
-
-def test_commands_are_offered_and_completed(page, script):
-    page.locator("#input").fill("/")
-    expect(page.locator("#commands button")).to_have_count(5)
-    page.locator("#input").press_sequentially("te")
-    expect(page.locator("#commands button")).to_have_count(1)
-    page.locator("#input").press("Tab")
-    expect(page.locator("#input")).to_have_value("/temperature ")
-    page.keyboard.type("0.5\n")
-    expect(page.locator(".note")).to_have_text("temperature is now 0.5.")
-    page.locator("#input").fill("/h")
-    page.locator("#commands button").click()
-    expect(page.locator(".note").last).to_contain_text("/topk [0 to 200]")
-    assert script.requests == []
 
 
 def test_settings_are_sent_and_survive_a_reload(page, script):

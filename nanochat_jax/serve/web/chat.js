@@ -1,7 +1,7 @@
 // The page: everything on screen is drawn from a list of conversations, each a list of turns (turns.js).
 
 import { MAX_MESSAGE_CHARS, complete, health } from "./api.js";
-import { fittingCommands, help } from "./commands.js";
+import { HELP } from "./commands.js";
 import { $, button, element, icon } from "./dom.js";
 import { choose, command as setByCommand, sampling, setUp, settings, showModel } from "./settings.js";
 import * as store from "./store.js";
@@ -46,35 +46,12 @@ function drawComposer() {
   $("too-long").hidden = length <= MAX_MESSAGE_CHARS;
   $("too-long").textContent = `${length} characters: a message has at most ${MAX_MESSAGE_CHARS}.`;
   $("editing").hidden = editing === null;
-  drawCommands();
   input.style.height = "auto";
   input.style.height = `${input.scrollHeight}px`;
 }
 
-function drawCommands() {
-  const rows = fittingCommands(input.value).map((command) => {
-    const row = button(command[0], () => takeCommand(command));
-    row.append(element("small", command[2]));
-    return element("li", row);
-  });
-  $("commands").replaceChildren(...rows);
-  $("commands").hidden = !rows.length;
-}
-
-// Into the box if it wants a value, else done.
-function takeCommand([name, range]) {
-  input.value = range ? `${name} ` : name;
-  input.focus();
-  if (range) drawComposer();
-  else submit();
-}
-
 function drawSidebar() {
-  $("find").hidden = chats.length < 8;
-  const wanted = $("find").hidden ? "" : $("find").value.trim().toLowerCase();
-  const said = (turn) => (turn.text ?? plainText(turn.parts)).toLowerCase();
-  const found = chats.filter(({ turns }) => !wanted || turns.some((turn) => said(turn).includes(wanted)));
-  const rows = found.map((each) => {
+  const rows = chats.map((each) => {
     const open = button(each.title, () => show(each));
     open.title = each.title;
     if (each.id === chat.id) open.setAttribute("aria-current", "true");
@@ -84,7 +61,7 @@ function drawSidebar() {
     remove.addEventListener("click", () => forget(each));
     return element("li", open, remove);
   });
-  $("conversations").replaceChildren(...rows.length ? rows : [element("li.none", wanted ? "None found." : "None yet.")]);
+  $("conversations").replaceChildren(...rows.length ? rows : [element("li.none", "None yet.")]);
   document.title = chat.title ? `${chat.title} · NanoChat` : "NanoChat";
 }
 
@@ -193,7 +170,7 @@ function command(text) {
   if (!match) return false;
   const [word, value] = [match[1].toLowerCase(), match[2]];
   if (word === "clear") startAgain();
-  else if (word === "help") note(help());
+  else if (word === "help") note(HELP);
   else note(setByCommand(word, value) ?? `There is no command /${word}; /help lists them.`);
   return true;
 }
@@ -308,9 +285,6 @@ input.addEventListener("keydown", (event) => {
     event.preventDefault();
     submit();
     drawComposer();
-  } else if (event.key === "Tab" && !event.shiftKey && fittingCommands(input.value).length && input.value.length > 1) {
-    event.preventDefault();
-    takeCommand(fittingCommands(input.value)[0]);
   } else if (event.key === "ArrowUp" && !input.value && editing === null) {
     const index = chat.turns.findLastIndex((turn) => turn.role === "user");
     if (index < 0) return;
@@ -344,7 +318,6 @@ new ResizeObserver(() => {
   height = scroll.clientHeight;
   if (following) toBottom();
 }).observe(scroll);
-$("find").addEventListener("input", drawSidebar);
 $("to-bottom").addEventListener("click", toBottom);
 $("new").addEventListener("click", startAgain);
 $("stop").addEventListener("click", () => requests.get(chat.id)?.abort());
