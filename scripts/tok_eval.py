@@ -51,6 +51,7 @@ def load_baselines() -> tuple[dict[str, tiktoken.Encoding], dict[str, Exception]
     """
     pool = ThreadPool(len(BASELINES))
     jobs = {label: pool.apply_async(tiktoken.get_encoding, (name,)) for label, name in BASELINES.items()}
+    pool.close()
     loaded: dict[str, tiktoken.Encoding] = {}
     missing: dict[str, Exception] = {}
     deadline = time.monotonic() + DOWNLOAD_SECONDS

@@ -216,7 +216,7 @@ def test_a_full_disk_is_named_at_once(hub, tmp_path):
     [
         (["-n", "0"], "-n 0 training shards: expected 1 to 6542, or -1 for all"),
         (["-n", "2000", "--dataset", "fineweb"], "expected 1 to 1822"),
-        (["-n", "2", "-w", "0"], "-w 0 workers"),
+        (["-n", "2", "-w", "0"], "--num-workers must be at least 1, got 0"),
         (["everything"], "unrecognized arguments: everything"),
         (["info"], "no parquet shards under"),
     ],
