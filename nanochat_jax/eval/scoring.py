@@ -1,8 +1,8 @@
 """How likely a model finds spans of tokens, many examples at a time.
 
 The prompts of one example differ only near their ends (the choices of a question, after ten solved ones), so what they
-share is computed once: it goes through the model into a KV cache, chunk by chunk, and each continuation is then scored
-over that cache, in the same slots as the one before it. Examples of similar length share a batch, all batches have the
+share is computed once: it goes through the model into a KV cache, and each continuation is then scored over that cache,
+in the same slots as the one before it. Examples of similar length share a batch, all batches have the
 same number of rows, and the cache grows by steps: a few programs serve prompts of any length.
 """
 
@@ -25,7 +25,8 @@ from nanochat_jax.gpt import KVCache, Params, forward, init_cache, unembed
 from nanochat_jax.infer.sampling import first_argmax
 from nanochat_jax.sharding import data_size, replicated, spread_rows
 
-CHUNK = 256  # tokens of a row that go through the model at once
+BLOCK = 128  # the unit of padded lengths
+MOST_TOKENS = 2048  # of a row that go through the model at once; a multiple of BLOCK
 WINDOW = 2048  # examples held back to be sorted by length
 LOGITS_BYTES = 256 << 20  # upper bound of the float32 logits that exist at one time
 
@@ -81,11 +82,6 @@ def _rest_length(length: int) -> int:
     return 8 * 4 ** max(0, math.ceil(math.log(length / 8, 4)))
 
 
-@functools.partial(jax.jit, static_argnames=("config", "rows", "dtype", "mesh"))
-def _new_cache(*, config: GPTConfig, rows: int, dtype: Any, mesh: Mesh | None) -> KVCache:
-    return _spread(init_cache(config, rows, CHUNK, dtype), mesh)
-
-
 @functools.partial(jax.jit, static_argnames=("length", "mesh"))
 def _grow(cache: KVCache, *, length: int, mesh: Mesh | None) -> KVCache:
     def pad(x: Array) -> Array:
@@ -106,10 +102,17 @@ def _spread(cache: KVCache, mesh: Mesh | None) -> KVCache:
     return jax.tree.map(place, cache)
 
 
+@functools.partial(jax.jit, static_argnames=("config", "dtype", "mesh"))
+def _begin(params: Params, tokens: Array, valid: Array, *, config: GPTConfig, dtype: Any, mesh: Mesh | None) -> KVCache:
+    """A cache of the first valid [B] of tokens [B, T]. The last layer's output is not asked for, so it is not computed."""
+    cache = _spread(init_cache(config, *tokens.shape, dtype), mesh)
+    return _spread(forward(params, tokens, config=config, compute_dtype=dtype, cache=cache, valid=valid, fresh=True)[1], mesh)
+
+
 @functools.partial(jax.jit, donate_argnames="cache", static_argnames=("config", "dtype", "mesh"))
 def _extend(params: Params, cache: KVCache, tokens: Array, valid: Array, *, config: GPTConfig, dtype: Any, mesh: Mesh | None
             ) -> KVCache:
-    """Append the first valid [B] of tokens [B, T]. The last layer's output is not asked for, so it is not computed."""
+    """Append the first valid [B] of tokens [B, T]."""
     return _spread(forward(params, tokens, config=config, compute_dtype=dtype, cache=cache, valid=valid)[1], mesh)
 
 
@@ -196,14 +199,14 @@ class Scorer:
         shared[: len(batch)] = [example.shared for example in batch]
         size = _rest_length(max(example.longest_rest for example in batch))
         longest = int(shared.max())
-        cache = _new_cache(rows=count, **options)
-        for at in range(0, longest, CHUNK):
-            tokens = np.zeros((count, CHUNK), np.int32)
+        for at in range(0, max(1, longest), MOST_TOKENS):
+            tokens = np.zeros((count, min(MOST_TOKENS, bucket(longest - at, BLOCK))), np.int32)
             for row, example in enumerate(batch):
-                piece = example.rows[0].tokens[at : min(at + CHUNK, example.shared)]
+                piece = example.rows[0].tokens[at : min(at + MOST_TOKENS, example.shared)]
                 tokens[row, : len(piece)] = piece
-            cache = self._reserve(cache, at + CHUNK)
-            cache = _extend(self.params, cache, self._place(tokens), self._place(np.clip(shared - at, 0, CHUNK)), **options)
+            given = self._place(tokens), self._place(np.clip(shared - at, 0, MOST_TOKENS))
+            cache = _extend(self.params, self._reserve(cache, at + MOST_TOKENS), *given, **options) if at else (
+                _begin(self.params, *given, **options))
         cache = self._reserve(cache, longest + size)
 
         (k, v, length, prev_embedding), sums = cache, []
@@ -220,7 +223,7 @@ class Scorer:
         return sums
 
     def _reserve(self, cache: KVCache, length: int) -> KVCache:
-        target = bucket(length, CHUNK)
+        target = bucket(length, BLOCK)
         return cache if cache.k[0].shape[2] >= target else _grow(cache, length=target, mesh=self.mesh)
 
 
