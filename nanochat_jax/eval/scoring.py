@@ -25,8 +25,8 @@ from nanochat_jax.gpt import KVCache, Params, forward, init_cache, unembed
 from nanochat_jax.infer.sampling import first_argmax
 from nanochat_jax.sharding import data_size, replicated, spread_rows
 
-BLOCK = 128  # the unit of padded lengths
-MOST_TOKENS = 2048  # of a row that go through the model at once; a multiple of BLOCK
+BLOCK = 128  # the unit of lengths of the cache
+MOST_TOKENS = 4096  # of a row that go through the model at once; a multiple of BLOCK
 WINDOW = 2048  # examples held back to be sorted by length
 LOGITS_BYTES = 256 << 20  # upper bound of the float32 logits that exist at one time
 
@@ -76,10 +76,15 @@ class _Example:
     def longest_rest(self) -> int:
         return max(row.end for row in self.rows) - self.shared
 
+    @property
+    def cost(self) -> tuple[int, int, int]:
+        """What sorts examples so that those of a batch are padded little: each then has as many rows, too."""
+        return _shared_length(self.shared), len(self.rows), self.longest_rest
 
-def _rest_length(length: int) -> int:
-    """Padded length of what is scored: 8, 32, 128, ..."""
-    return 8 * 4 ** max(0, math.ceil(math.log(length / 8, 4)))
+
+def _shared_length(length: int) -> int:
+    """Padded length of what rows share. Most of the work is here, so in finer steps than the other lengths."""
+    return bucket(length, BLOCK, steps=4)
 
 
 @functools.partial(jax.jit, static_argnames=("length", "mesh"))
@@ -184,7 +189,7 @@ class Scorer:
     def _batches(self, examples: Iterable[tuple[Key, Sequence[Row]]]) -> Iterator[list[_Example]]:
         source = (_Example.of(key, rows) for key, rows in examples)
         while window := list(islice(source, WINDOW)):
-            window.sort(key=lambda example: (example.shared, example.longest_rest))
+            window.sort(key=lambda example: example.cost)
             for start in range(0, len(window), self.batch_rows):
                 yield window[start : start + self.batch_rows]
 
@@ -197,10 +202,10 @@ class Scorer:
         count = self.batch_rows
         shared = np.zeros(count, np.int32)
         shared[: len(batch)] = [example.shared for example in batch]
-        size = _rest_length(max(example.longest_rest for example in batch))
+        size = bucket(max(example.longest_rest for example in batch), 8, steps=1)
         longest = int(shared.max())
         for at in range(0, max(1, longest), MOST_TOKENS):
-            tokens = np.zeros((count, min(MOST_TOKENS, bucket(longest - at, BLOCK))), np.int32)
+            tokens = np.zeros((count, min(MOST_TOKENS, _shared_length(longest - at))), np.int32)
             for row, example in enumerate(batch):
                 piece = example.rows[0].tokens[at : min(at + MOST_TOKENS, example.shared)]
                 tokens[row, : len(piece)] = piece
@@ -223,7 +228,7 @@ class Scorer:
         return sums
 
     def _reserve(self, cache: KVCache, length: int) -> KVCache:
-        target = bucket(length, BLOCK)
+        target = bucket(length, BLOCK, steps=1)
         return cache if cache.k[0].shape[2] >= target else _grow(cache, length=target, mesh=self.mesh)
 
 
