@@ -172,6 +172,7 @@ def test_scores_equal_a_plain_computation_at_any_length(arch, monkeypatch):
     """Prompts of no chunk, one and several (windows and sequence_len included), with and without a common beginning."""
     monkeypatch.setattr(scoring, "MOST_TOKENS", 32)
     monkeypatch.setattr(scoring, "WINDOW", 7)
+    monkeypatch.setattr(scoring, "ROW_LENGTH", 128)  # longer rows are fewer in a batch
     config = CONFIG if arch == "modern" else GPTConfig.classic(2, n_embd=64, n_head=2, n_kv_head=1, sequence_len=64,
                                                                vocab_size=300)
     rng = np.random.default_rng(1)

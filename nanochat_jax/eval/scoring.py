@@ -2,8 +2,8 @@
 
 The prompts of one example differ only near their ends (the choices of a question, after ten solved ones), so what they
 share is computed once: it goes through the model into a KV cache, and each continuation is then scored over that cache,
-in the same slots as the one before it. Examples of similar length share a batch, all batches have the
-same number of rows, and the cache grows by steps: a few programs serve prompts of any length.
+in the same slots as the one before it. Examples of similar length share a batch, and all lengths are padded to a few: a
+few programs serve prompts of any length.
 """
 
 import functools
@@ -27,6 +27,7 @@ from nanochat_jax.sharding import data_size, replicated, spread_rows
 
 BLOCK = 128  # the unit of lengths of the cache
 MOST_TOKENS = 4096  # of a row that go through the model at once; a multiple of BLOCK
+ROW_LENGTH = 2048  # of longer rows a batch has fewer, since their caches would not fit where these do
 WINDOW = 2048  # examples held back to be sorted by length
 LOGITS_BYTES = 256 << 20  # upper bound of the float32 logits that exist at one time
 
@@ -85,6 +86,10 @@ class _Example:
 def _shared_length(length: int) -> int:
     """Padded length of what rows share. Most of the work is here, so in finer steps than the other lengths."""
     return bucket(length, BLOCK, steps=4)
+
+
+def _cache_length(length: int) -> int:
+    return bucket(length, BLOCK, steps=1)
 
 
 @functools.partial(jax.jit, static_argnames=("length", "mesh"))
@@ -160,7 +165,7 @@ class Scorer:
     """Scores examples with a model.
 
     Attributes:
-        num_rows: examples of a batch on each device of the data axis.
+        num_rows: examples of a batch on each device of the data axis; fewer of those longer than `ROW_LENGTH`.
         mesh: spreads the rows over its data axis; None: wherever the parameters are.
     """
 
@@ -182,16 +187,20 @@ class Scorer:
         if pending:
             yield from _read(*pending)
 
-    @property
-    def batch_rows(self) -> int:
-        return self.num_rows * (1 if self.mesh is None else data_size(self.mesh))
-
     def _batches(self, examples: Iterable[tuple[Key, Sequence[Row]]]) -> Iterator[list[_Example]]:
         source = (_Example.of(key, rows) for key, rows in examples)
         while window := list(islice(source, WINDOW)):
             window.sort(key=lambda example: example.cost)
-            for start in range(0, len(window), self.batch_rows):
-                yield window[start : start + self.batch_rows]
+            while window:
+                count = self._batch_rows(window[: self._batch_rows(window[:1])])
+                yield window[:count]
+                del window[:count]
+
+    def _batch_rows(self, batch: Sequence[_Example]) -> int:
+        """How many rows a batch that holds these has."""
+        longest = max(_cache_length(example.shared + example.longest_rest) for example in batch)
+        devices = 1 if self.mesh is None else data_size(self.mesh)
+        return devices * max(1, self.num_rows * ROW_LENGTH // max(ROW_LENGTH, longest))
 
     def _place(self, array: np.ndarray) -> Array | np.ndarray:
         return array if self.mesh is None else spread_rows(self.mesh, array)
@@ -199,7 +208,7 @@ class Scorer:
     def _dispatch(self, batch: Sequence[_Example]) -> list[tuple[Array, Array]]:
         """Sums [B] of each continuation in turn."""
         options = {"config": self.config, "dtype": self.compute_dtype, "mesh": self.mesh}
-        count = self.batch_rows
+        count = self._batch_rows(batch)
         shared = np.zeros(count, np.int32)
         shared[: len(batch)] = [example.shared for example in batch]
         size = bucket(max(example.longest_rest for example in batch), 8, steps=1)
@@ -228,7 +237,7 @@ class Scorer:
         return sums
 
     def _reserve(self, cache: KVCache, length: int) -> KVCache:
-        target = bucket(length, BLOCK, steps=1)
+        target = _cache_length(length)
         return cache if cache.k[0].shape[2] >= target else _grow(cache, length=target, mesh=self.mesh)
 
 
