@@ -77,14 +77,14 @@ def _causal_fwd(q: Array, k: Array, v: Array, window: int | None) -> tuple[Array
     k_columns, values = transpose(keys[:, :, 0]), values[:, :, 0]
     norm = [jnp.linalg.norm(x.astype(jnp.float32), axis=-1) for x in (queries, keys)]
     shift = norm[0] * norm[1].max(axis=-1, keepdims=True) / math.sqrt(q.shape[-1])  # no score exceeds it (Cauchy-Schwarz)
-    out, log_sum = [], []
+    parts, log_sum = [], []
     for rows, columns, mask in _blocks(q.shape[1], window):
         weights = _weights(queries[..., rows, :], k_columns[..., columns], shift[..., rows], mask)
         total = weights.sum(axis=-1)
         product = _product("bkgts,bksh->bkgth", weights.astype(v.dtype), values[:, :, columns])
-        out.append(product / total[..., None])
+        parts.append(product / total[..., None])
         log_sum.append(jnp.log(total) + shift[..., rows])
-    out = _by_position(jnp.concatenate(out, axis=3), q)
+    out = _by_position(jnp.concatenate(parts, axis=3), q)
     return out, (q, k, v, out, jnp.concatenate(log_sum, axis=3))
 
 
@@ -105,8 +105,8 @@ def _causal_bwd(window: int | None, residuals: tuple, d_out: Array) -> tuple[Arr
         from_scores = _product("bkght,bkgts->bkghs", q_columns[..., rows], d_scores).sum(axis=2)
         from_weights = _product("bkght,bkgts->bkghs", d_out_columns[..., rows], weights.astype(q.dtype)).sum(axis=2)
         d_k, d_v = d_k.at[..., columns].add(from_scores), d_v.at[..., columns].add(from_weights)
-    d_q = _by_position(jnp.concatenate(d_q, axis=3), q)
-    return d_q, d_k.transpose(0, 3, 1, 2).astype(k.dtype), d_v.transpose(0, 3, 1, 2).astype(v.dtype)
+    return (_by_position(jnp.concatenate(d_q, axis=3), q), d_k.transpose(0, 3, 1, 2).astype(k.dtype),
+            d_v.transpose(0, 3, 1, 2).astype(v.dtype))
 
 
 _causal.defvjp(_causal_fwd, _causal_bwd)

@@ -178,7 +178,7 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def last_step(self) -> int | str:
-        return (self.steps() or ["none"])[-1]
+        return max(self.steps(), default="none")
 
     def set_aside(self, steps: list[int], prefix: str) -> None:
         """Rename steps, out of the way of the saves that will come to them again; nothing is deleted."""
@@ -243,7 +243,7 @@ class Loaded:
 
     config: GPTConfig
     params: Params
-    tokenizer: Tokenizer  # None where the caller said that it needs none, which the type does not tell
+    own_tokenizer: Tokenizer | None  # None if it was imported without one
     meta: dict[str, Any]
     directory: Directory
     step: int
@@ -252,6 +252,12 @@ class Loaded:
     @property
     def tag(self) -> str:
         return self.directory.name
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        if self.own_tokenizer is None:
+            raise UsageError(f"{self.directory} was imported without a tokenizer: import it again with --tokenizer DIR")
+        return self.own_tokenizer
 
 
 def saved_steps(directory: Directory) -> list[int]:
@@ -301,7 +307,7 @@ def read_meta(directory: Directory, step: int) -> dict[str, Any]:
 
 
 def load_model(paths: Paths, source: str, *, tag: str | None = None, step: int | None = None, mesh: Mesh | None = None,
-               fsdp: bool = False, need_tokenizer: bool = True) -> Loaded:
+               fsdp: bool = False) -> Loaded:
     """Load the parameters of a stage ("base", "mid", "sft" or "rl"), as `load_directory` does.
 
     Without a tag: the largest `d<depth>`, else the newest. Raises `NotFound` when there is none.
@@ -309,16 +315,16 @@ def load_model(paths: Paths, source: str, *, tag: str | None = None, step: int |
     directory = paths.checkpoints(source) / (tag or paths.find_tag(source))
     if not saved_steps(directory):
         raise NotFound(f"no {source} checkpoint in {directory}: run `python -m {HOW_TO_MAKE[source]}` first")
-    return load_directory(directory, source=source, step=step, mesh=mesh, fsdp=fsdp, need_tokenizer=need_tokenizer)
+    return load_directory(directory, source=source, step=step, mesh=mesh, fsdp=fsdp)
 
 
 def load_directory(directory: Directory, *, source: str = "base", step: int | None = None, mesh: Mesh | None = None,
-                   fsdp: bool = False, need_tokenizer: bool = True) -> Loaded:
+                   fsdp: bool = False) -> Loaded:
     """Load the parameters of a tag's directory, float32, placed on the mesh; without a step, the greatest that can be read.
 
     Its tokenizer is in `tokenizer/` under it (where an imported model brought one that is not the base directory's), else
     in that of the base directory. Raises `NotFound` when there is no such step and `UsageError` when the checkpoint was
-    trained with another tokenizer, or came without one and `need_tokenizer`.
+    trained with another tokenizer.
     """
     steps = saved_steps(directory)
     if not steps or step is not None and step not in steps:
@@ -330,7 +336,7 @@ def load_directory(directory: Directory, *, source: str = "base", step: int | No
         try:
             meta = read_meta(directory, candidate)
             config = GPTConfig.from_dict(meta["model_config"])
-            tokenizer = _load_tokenizer(directory, meta["tokenizer"], need_tokenizer)
+            tokenizer = _load_tokenizer(directory, meta["tokenizer"])
             abstract = abstract_tree(abstract_params(config), param_shardings(config, mesh, fsdp=fsdp))
             found = _read(directory, candidate, params=ocp.args.StandardRestore(abstract))
             _verify(found, meta)
@@ -342,11 +348,9 @@ def load_directory(directory: Directory, *, source: str = "base", step: int | No
                      + (f"; there are {', '.join(map(str, steps))}" if step is not None else ""))
 
 
-def _load_tokenizer(directory: Directory, fingerprint: str | None, needed: bool) -> Tokenizer | None:
+def _load_tokenizer(directory: Directory, fingerprint: str | None) -> Tokenizer | None:
     """The tokenizer that a checkpoint was trained with; its fingerprint is None if it was imported without one."""
     if fingerprint is None:
-        if needed:
-            raise UsageError(f"{directory} was imported without a tokenizer: import it again with --tokenizer DIR")
         return None
     place = directory / "tokenizer"
     if is_remote(directory):

@@ -95,10 +95,10 @@ class DownloadDisplay:
         if name not in self._tasks:
             self._tasks[name] = self._bars.add_task(name, total=total)
         self._bars.update(self._tasks[name], completed=done, total=total)
-        known = [task for task in self._bars.tasks[1:] if task.total]
+        known = [(task.completed, task.total) for task in self._bars.tasks[1:] if task.total]
         if known:  # the others are about as large
-            total_in_all = sum(task.total for task in known) / len(known) * self._num_shards
-            self._bars.update(self._all, completed=sum(task.completed for task in known), total=total_in_all)
+            done_in_all, total_in_all = (sum(each) for each in zip(*known))
+            self._bars.update(self._all, completed=done_in_all, total=total_in_all / len(known) * self._num_shards)
 
     def ended(self, name: str, path: Path | None, problem: str = "") -> None:
         self._done += path is not None
@@ -207,12 +207,16 @@ class HfConfig(CorpusConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.preset is None and self.dataset is None:
+        if not self.name:
             raise ValueError("name a data set: --preset " + "|".join(PRESETS) + " or --dataset OWNER/NAME")
-        if self.preset is None and self.dataset.count("/") != 1:
+        if self.preset is None and self.name.count("/") != 1:
             raise ValueError(f"--dataset {self.dataset!r} is not of the form OWNER/NAME")
         if self.limit_rows is not None and self.limit_rows < 2:
             raise ValueError(f"--limit-rows must be at least 2, got {self.limit_rows}")
+
+    @property
+    def name(self) -> str:
+        return PRESETS.get(self.preset or "") or self.dataset or ""
 
 
 def hf_main(config: HfConfig) -> int:
@@ -220,7 +224,7 @@ def hf_main(config: HfConfig) -> int:
     subset, split, field = config.subset, config.split, config.text_field
     if config.preset is not None:  # the known data sets have one subset, the split train and the column text
         subset, split, field = None, "train", "text"
-    files = find_files(PRESETS.get(config.preset or "") or config.dataset, subset, split, config.revision)
+    files = find_files(config.name, subset, split, config.revision)
     source = {"dataset": files.repo, "revision": files.commit, "subset": subset, "split": split, "text_field": field,
               "cut_chars": config.cut_chars, "files": len(files.names), "limit_rows": config.limit_rows}
     logger.info("%s: %d files", describe(source), len(files.names))

@@ -22,6 +22,7 @@ import tempfile
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import IO
 
 MAX_OUTPUT_BYTES = 64 << 10
 CHILD = Path(__file__).with_name("execution_child.py")
@@ -109,8 +110,9 @@ def _run(directory: str, timeout: float, memory_bytes: int) -> ExecutionResult:
     )
 
 
-def _collect(process: subprocess.Popen, status_pipe, deadline: float) -> tuple[bool, list[bytes]]:
+def _collect(process: subprocess.Popen[bytes], status_pipe: IO[bytes], deadline: float) -> tuple[bool, list[bytes]]:
     """Reads all pipes until the process ends or `deadline`, keeping a part: (timed out, [stdout, stderr, status])."""
+    assert process.stdout and process.stderr
     pipes = [process.stdout, process.stderr, status_pipe]
     kept = [bytearray(), bytearray(), bytearray()]
     timed_out = False
@@ -128,7 +130,7 @@ def _collect(process: subprocess.Popen, status_pipe, deadline: float) -> tuple[b
             wait = 0.0 if ended or timed_out else min(0.05, max(0.0, deadline - time.monotonic()))
             events = selector.select(wait)
             for key, _ in events:
-                chunk = key.fileobj.read(1 << 16)
+                chunk = pipes[key.data].read(1 << 16)
                 if chunk == b"":
                     selector.unregister(key.fileobj)
                 elif chunk is not None:

@@ -9,7 +9,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax import Array
 
 from nanochat_jax import report
 from nanochat_jax.checkpoint import Loaded, load_model, load_optimizer
@@ -18,7 +17,7 @@ from nanochat_jax.data.mixture import conversation_loader
 from nanochat_jax.eval.bpb import held_out_loss
 from nanochat_jax.gpt import Params
 from nanochat_jax.muon import MuonState
-from nanochat_jax.optim import OptimizerConfig, constant, linear_momentum, make_optimizer
+from nanochat_jax.optim import OptimizerConfig, Schedule, constant, linear_momentum, make_optimizer
 from nanochat_jax.paths import Paths
 from nanochat_jax.sharding import abstract_tree, data_share, data_size, make_mesh, optimizer_shardings, param_shardings
 from nanochat_jax.startup import start
@@ -31,6 +30,7 @@ from nanochat_jax.step import (
     resolve_dtype,
 )
 from nanochat_jax.tasks.base import Task
+from nanochat_jax.tasks.mixtures import Split
 from nanochat_jax.train import Evaluation, Job, TrainConfig, train
 
 log = logging.getLogger(__name__)
@@ -66,8 +66,8 @@ class Stage:
     primary: str  # the figure whose minimum is reported
     num_epochs: int
     step_rows: int | None  # rows of a step where no batch size is given; None: as many tokens as the base run's steps
-    mixture: Callable[[str, str, Paths], Task]  # (corpus, "train" or "val", paths)
-    lr_schedule: Callable[[int], Callable[[Array], Array]]  # from the number of steps
+    mixture: Callable[[str, Split, Paths], Task]  # (corpus, split, paths)
+    lr_schedule: Callable[[int], Schedule]  # from the number of steps
     eval_steps: int | None = None  # instead of --eval-tokens
     # More evaluations, given the model, its micro-batch rows, the compute dtype and the mesh.
     evaluations: Callable[..., list[Evaluation]] = lambda *_: []
@@ -116,7 +116,7 @@ def finetune(config: FinetuneConfig, stage: Stage) -> None:
                                       step_rows=total // length // data_size(mesh), limit=accelerator_memory())
     loaded = dataclasses.replace(loaded, params=jax.device_put(loaded.params, param_shardings(model, mesh, fsdp=fsdp)))
 
-    def step_for(optimizer: optax.GradientTransformation) -> Callable:
+    def step_for(optimizer: optax.GradientTransformation) -> jax.stages.Wrapped:
         return make_train_step(model, optimizer, dtype=dtype, mesh=mesh, shardings=shardings, remat=remat,
                                attention=config.attention)
 

@@ -9,7 +9,7 @@ Letters: B batch, T new tokens, S cache length, D width, H query heads, K key/va
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
@@ -24,7 +24,7 @@ Params = dict[str, Any]
 REMAT = ("none", "block", "full")  # what of the activations is recomputed in the backward pass
 
 # Logical axes of each parameter; sharding.py maps them to axes of the mesh.
-LOGICAL_AXES = {
+LOGICAL_AXES: dict[str, Any] = {
     "wte": (None, "embed"),
     "lm_head": ("embed", "vocab"),
     "value_embeds": ("layers", "rows", "kv_heads"),
@@ -271,6 +271,12 @@ def logical_axes(config: GPTConfig) -> Params:
     )
 
 
+@overload
+def forward(params: Params, tokens: Array, *, config: GPTConfig, compute_dtype: Any = ..., cache: KVCache,
+            valid: Array | None = ...) -> tuple[Array, KVCache]: ...
+@overload
+def forward(params: Params, tokens: Array, *, config: GPTConfig, compute_dtype: Any = ..., cache: None = ..., remat: str = ...,
+            scan: bool = ..., attention: Callable = ..., gather: Callable | None = ...) -> tuple[Array, None]: ...
 def forward(params: Params, tokens: Array, *, config: GPTConfig, compute_dtype: Any = jnp.float32,
             cache: KVCache | None = None, valid: Array | None = None, fresh: bool = False, remat: str = "none",
             scan: bool = False, attention: Callable = causal_attention, gather: Callable | None = None

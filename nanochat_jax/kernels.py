@@ -81,10 +81,8 @@ def _splash_kernel(length: int, heads: int, window: int | None, interpret: bool)
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-    if window is None or window >= length - 1:
-        mask = masks.CausalMask((length, length))
-    else:
-        mask = masks.LocalMask((length, length), (window, 0), 0)
+    whole = window is None or window >= length - 1
+    mask: masks.Mask = masks.CausalMask((length, length)) if whole else masks.LocalMask((length, length), (window, 0), 0)
     # A block of keys wider than the window would be mostly masked.
     most = 1024 if window is None or window >= 1024 else max(LANES, window // LANES * LANES)
     q_block, kv_block = _block(length, 512), _block(length, most)

@@ -61,7 +61,8 @@ def rotary_tables(positions: Array, head_dim: int, base: float, dtype: str) -> t
     """Cosines and sines [B, T, 1, h/2] for positions [B, T]; rounded to `dtype`, returned as float32."""
     frequencies = base ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
     angles = positions.astype(jnp.float32)[..., None] * frequencies
-    return tuple(table.astype(dtype).astype(jnp.float32)[:, :, None, :] for table in (jnp.cos(angles), jnp.sin(angles)))
+    cos, sin = (table.astype(dtype).astype(jnp.float32)[:, :, None, :] for table in (jnp.cos(angles), jnp.sin(angles)))
+    return cos, sin
 
 
 def apply_rotary(x: Array, cos: Array, sin: Array) -> Array:

@@ -170,7 +170,7 @@ def hlo_cost(text: str) -> HloCost:
 
     def fusion_bytes(call: Instruction, scope: dict[str, Instruction]) -> int:
         """What a fusion moves: slices of what it only slices, the updated part of what it updates in place."""
-        body = computations[re.search(r"calls=%?([\w.\-]+)", call.attributes)[1]]
+        body = computations[_named("calls", call)]
         numbered = {int(each.argument): each.name for each in body.values() if each.opcode == "parameter"}
         parameters = [numbered[index] for index in sorted(numbered)]
         total, in_place = 0, 0
@@ -200,7 +200,7 @@ def hlo_cost(text: str) -> HloCost:
                 cost.largest = max(cost.largest, (elements, shape))
             base, finished = each.opcode.removesuffix("-start"), each.opcode.removesuffix("-done")
             if each.opcode == "while":
-                condition, body = (re.search(rf"{word}=%?([\w.\-]+)", each.attributes)[1] for word in ("condition", "body"))
+                condition, body = _named("condition", each), _named("body", each)
                 known = re.search(r'known_trip_count"?:\{"?n"?:"?(\d+)', each.attributes)
                 count = int(known[1]) if known else rounds(condition)
                 cost.unknown_loops += count is None
@@ -215,7 +215,7 @@ def hlo_cost(text: str) -> HloCost:
                 pass  # counted where it is done, whose result is the plain one
             elif each.opcode == "fusion":
                 cost.hbm_bytes += times * fusion_bytes(each, scope)
-                called = re.search(r"calls=%?([\w.\-]+)", each.attributes)[1]
+                called = _named("calls", each)
                 for inner in computations[called].values():
                     channel = re.search(r"channel_id=\d+", inner.attributes)
                     if inner.opcode in SENT and channel and channel[0] not in fused:
@@ -231,11 +231,16 @@ def hlo_cost(text: str) -> HloCost:
             elif each.opcode not in FREE and not each.opcode.endswith("-done"):
                 read = sum(_hbm(scope[operand].result) for operand in each.operands if operand in scope)
                 # The result of a start holds what is written first, then what is read.
-                written = _hbm(each.result) if base == each.opcode else _hbm(SHAPE.search(each.result)[0])
+                written = _hbm(each.result) if base == each.opcode else _hbm(next(SHAPE.finditer(each.result))[0])
                 cost.hbm_bytes += times * (read + written)
 
     walk(entry, 1.0)
     return cost
+
+
+def _named(role: str, instruction: Instruction) -> str:
+    """The computation that an instruction calls in this role."""
+    return next(re.finditer(rf"{role}=%?([\w.\-]+)", instruction.attributes))[1]
 
 
 def _bytes(result: str) -> int:

@@ -129,9 +129,9 @@ def bar_chart(title: str, rows: Sequence[tuple[str, Sequence[float | None]]], se
         return round(left + (value - low) / (high - low) * (right - left), 1)
 
     parts = []
-    for value in ticks(low, high, 4):
-        x = place(value)
-        parts += [_rule("grid", x, TOP, x, floor), _text(x, floor + 18, _number(value), "tick")]
+    for tick in ticks(low, high, 4):
+        x = place(tick)
+        parts += [_rule("grid", x, TOP, x, floor), _text(x, floor + 18, _number(tick), "tick")]
     for index, (name, row) in enumerate(rows):
         y = TOP + group * index + (group - len(row) * (thickness + 2)) / 2
         parts.append(_text(names - 8, TOP + group * (index + 0.5) + 4, name, "name", "end"))

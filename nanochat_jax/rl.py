@@ -63,7 +63,7 @@ def sample_rollouts(engine: Engine, tokenizer: Tokenizer, task: Task, conversati
     rollouts = []
     for i, (prompt, result) in enumerate(zip(prompts, results, strict=True)):
         reward = float(task.evaluate(conversations[i // sampling.num_samples], tokenizer.decode(result.tokens)))
-        log_prob = sum(each for each, sampled in zip(result.logprobs, result.sampled, strict=True) if sampled)
+        log_prob = sum(each for each, sampled in zip(result.logprobs or (), result.sampled, strict=True) if sampled)
         rollouts.append(Rollout([*prompt, *result.tokens], [False] * len(prompt) + list(result.sampled), reward, log_prob))
     return [rollouts[i : i + sampling.num_samples] for i in range(0, len(rollouts), sampling.num_samples)]
 

@@ -95,13 +95,15 @@ class ChatRLConfig(Processes):
 
 def load_tasks(config: ChatRLConfig, data: str | None, paths: Paths) -> tuple[str, Task, Task]:
     """What is learned: its name, the problems to train on and those held out."""
+    task: Task
+    test: Task
     if config.task_file:
         path = Path(config.task_file)
-        task, test = (CustomJSON(path, split=split) for split in ("train", "test"))
+        task, test = CustomJSON(path, split="train"), CustomJSON(path, split="test")
         name = task.key
     else:
         name = config.task if config.task != "auto" else "WordArithmetic" if data == "embedded" else "GSM8K"
-        task, test = (load_eval_task(name, paths, split) for split in ("train", "test"))
+        task, test = load_eval_task(name, paths, "train"), load_eval_task(name, paths, "test")
     if task.eval_type != "generative":
         raise UsageError(f"{name} has no replies to reward: choose a task whose answers are written, such as GSM8K")
     return name, task, test
@@ -232,6 +234,7 @@ def reinforce(config: ChatRLConfig) -> None:
             if wandb_run is not None:
                 wandb_run.finish()
     if jax.process_index() == 0:
-        results = {"task": name, "num_iterations": num_steps, **figures, "seconds": time.monotonic() - began}
+        results: dict[str, float | str] = {"task": name, "num_iterations": num_steps, **figures,
+                                           "seconds": time.monotonic() - began}
         report.log_section(paths.report, "Chat RL", [dataclasses.asdict(config), results], stage="chat_rl",
                            results=results, curves=logs / "metrics.jsonl")

@@ -95,7 +95,7 @@ def place_batch(rows: np.ndarray, shape: BatchShape, mesh: Mesh) -> Array:
 
 
 def make_train_step(config: GPTConfig, optimizer: optax.GradientTransformation, *, dtype: Any, mesh: Mesh,
-                    shardings: TrainState, remat: str = "none", attention: str = "auto") -> Callable:
+                    shardings: TrainState, remat: str = "none", attention: str = "auto") -> jax.stages.Wrapped:
     """Jitted `step(state, inputs [A, B, T], targets [A, B, T]) -> (state, {"loss", "grad_norm", "tokens"})`."""
     sharded = data_size(mesh) > 1 and any("data" in leaf.spec for leaf in jax.tree.leaves(shardings.params))
     share = gradient_shardings(config, shardings.params, mesh)
@@ -222,7 +222,7 @@ def choose_memory(config: GPTConfig, mesh: Mesh, *, rows: int | str | None, rema
     raise AssertionError("the last choice is taken in any case")
 
 
-def compile_step(step_fn: Callable, state: TrainState, shape: BatchShape, mesh: Mesh) -> tuple[Callable, int]:
+def compile_step(step_fn: jax.stages.Wrapped, state: TrainState, shape: BatchShape, mesh: Mesh) -> tuple[Callable, int]:
     """The compiled step and the bytes it needs on each device (state, batch and temporaries).
 
     Raises `UsageError` if that is more than a device has.
@@ -237,6 +237,7 @@ def compile_step(step_fn: Callable, state: TrainState, shape: BatchShape, mesh: 
             raise out_of_memory(shape, mesh) from error
         raise
     memory = compiled.memory_analysis()
+    assert memory is not None
     needed = (memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
               + memory.temp_size_in_bytes)
     if (limit := memory_limit()) and needed > limit:
@@ -255,13 +256,13 @@ def out_of_memory(shape: BatchShape, mesh: Mesh, needed: int | None = None) -> U
 
 
 def choose_batch_shape(total_batch_size: int, device_batch_size: int | str, sequence_len: int, mesh: Mesh,
-                       step_fn: Callable, state: TrainState) -> BatchShape:
+                       step_fn: jax.stages.Wrapped, state: TrainState) -> BatchShape:
     """`batch_shape`; with the device batch size "auto", the largest that fits by the memory analysis of the compiled step."""
     if device_batch_size != "auto":
         return batch_shape(total_batch_size, int(device_batch_size), sequence_len, mesh)
     if (limit := memory_limit()) is None:
         raise UsageError(f"--device-batch-size auto: {jax.devices()[0].device_kind} does not tell its memory, give a number")
-    limit *= USABLE_MEMORY.get(jax.devices()[0].platform, 0.92)
+    usable = limit * USABLE_MEMORY.get(jax.devices()[0].platform, 0.92)
     rows = batch_shape(total_batch_size, 1, sequence_len, mesh).rows // data_size(mesh)
     sizes = [size for size in range(1, rows + 1) if rows % size == 0]
     fits, first_too_large = None, len(sizes)
@@ -274,8 +275,8 @@ def choose_batch_shape(total_batch_size: int, device_batch_size: int | str, sequ
         except UsageError:
             needed = None
         log.info("--device-batch-size %d needs %s of %.1f GiB", sizes[middle],
-                 "more than there is" if needed is None else f"{needed / 2**30:.2f} GiB", limit / 2**30)
-        if needed is not None and needed <= limit:
+                 "more than there is" if needed is None else f"{needed / 2**30:.2f} GiB", usable / 2**30)
+        if needed is not None and needed <= usable:
             fits, low = shape, middle + 1
         else:
             first_too_large = middle

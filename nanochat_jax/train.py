@@ -211,7 +211,7 @@ class _Reporter:
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             dump = job.logs / f"bad-batch-{step}-{jax.process_index()}.npz"
             dump.parent.mkdir(parents=True, exist_ok=True)
-            np.savez(dump, **batch)
+            np.savez(dump, inputs=batch["inputs"], targets=batch["targets"])
             raise UsageError(f"the loss of step {step} is {loss}, the gradient's norm {grad_norm}; the batch is in {dump}")
         loop["smooth_loss"] = 0.9 * loop["smooth_loss"] + 0.1 * loss
         smooth = loop["smooth_loss"] / (1.0 - 0.9 ** (step + 1))
@@ -265,7 +265,7 @@ def restore_state(checkpoints: Checkpoints, state: TrainState, shardings: TrainS
     return checkpoints.restore_latest(*abstract, step=step, accept=accept)
 
 
-def train(job: Job, state: TrainState, shardings: TrainState, step_fn: Callable, batches: Batches) -> Outcome:
+def train(job: Job, state: TrainState, shardings: TrainState, step_fn: jax.stages.Wrapped, batches: Batches) -> Outcome:
     """Run the loop to `num_steps`, resuming if the config asks for it. Exits the process with 75 after a signal's save.
 
     `step_fn` is the jitted step of step.py. Raises `UsageError` for a loss that is not finite, a step that does not fit

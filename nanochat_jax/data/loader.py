@@ -22,13 +22,21 @@ from grain.experimental import ThreadPrefetchIterDataset
 from nanochat_jax.cli import UsageError
 from nanochat_jax.data.packing import BestFitPacker, Packer, Snapshot, StreamPacker, TokenizedStream
 from nanochat_jax.data.shards import DocumentStream, ShardReader, split_shards
-from nanochat_jax.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
 Batch = dict[str, np.ndarray]  # inputs, targets: int32 [rows, T], target -1 = not trained
 PACKERS: dict[str, type[Packer]] = {"bestfit": BestFitPacker, "stream": StreamPacker}
 PREFETCHED_BATCHES = 4
+
+
+class Encoder(Protocol):
+    """What of a `Tokenizer` loading needs."""
+
+    @property
+    def bos_id(self) -> int: ...
+
+    def encode_batch(self, texts: Any, prepend: int, num_threads: int) -> tuple[np.ndarray, np.ndarray]: ...
 
 
 class BatchSource(Protocol):
@@ -162,7 +170,7 @@ class PretrainingSource:
             logger.warning("%d shards have come since the data position was saved: they are read in their turn", more)
 
 
-def pretraining_loader(directory: Path | str, tokenizer: Tokenizer, *, split: str, batch_size: int, sequence_len: int,
+def pretraining_loader(directory: Path | str, tokenizer: Encoder, *, split: str, batch_size: int, sequence_len: int,
                        packing: str = "bestfit", process_index: int = 0, process_count: int = 1,
                        num_shards: int | None = None, buffer_docs: int = 1000, prefetch: bool = True,
                        start_state: dict[str, Any] | None = None) -> Loader:

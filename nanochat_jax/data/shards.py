@@ -182,7 +182,8 @@ class DocumentStream:
 
     def __init__(self, reader: ShardReader, shard: int = 0, num_shards: int = 1):
         self.reader, self.shard, self.num_shards = reader, shard, num_shards
-        self.seek(Position())
+        self.position = Position()
+        self._skip_exhausted()
 
     def next_batch(self, limit: int = 128) -> tuple[list[Position], pa.ChunkedArray]:
         """Up to `limit` documents, all of one row group: where they are, and their texts."""
@@ -192,7 +193,7 @@ class DocumentStream:
             if at.epoch > first_epoch + 1:
                 raise UsageError(f"virtual shard {self.shard} of {self.num_shards} finds no text in "
                                  f"{self.reader.paths[0].parent}, only missing values")
-            rows = self._rows_left()[:limit]
+            rows: Sequence[int] = self._rows_left()[:limit]
             texts = self.reader.texts(at.file, at.row_group, rows)
             self.position = at._replace(row=rows[-1] + 1)
             self._skip_exhausted()

@@ -243,7 +243,7 @@ def decode(params: Params, slots: Slots, dispatch: Dispatch, *, program: Program
     noise = noise_for(dispatch.sampling.seed, position, config.vocab_size)
     # What smearing mixes into the newest token: the embedding of the one before, as the forward pass makes it.
     previous = rms_norm(params["wte"][dispatch.previous].astype(program.dtype))
-    cache = KVCache(*_take(slots, dispatch.slot), dispatch.length, previous)
+    cache = KVCache(*_take(slots, dispatch.slot), jnp.asarray(dispatch.length), previous)
     emitted = jnp.full(dispatch.forced.shape, -1, jnp.int32)
     logprobs = jnp.full(dispatch.forced.shape, jnp.nan, jnp.float32)
     state = (jnp.int32(0), cache, dispatch.token, dispatch.active, dispatch.remaining, emitted, logprobs)

@@ -203,7 +203,7 @@ class EngineLoop:
         self._slots: list[Generation | None] = [None] * engine.num_slots
         # The prompt, all but its last token, that a slot's first positions hold; also once its generation is done.
         self._held: list[tuple[int, ...]] = [()] * engine.num_slots
-        self.cache: Slots | None = None
+        self.cache = Slots((), ())  # none before the first sequence comes
 
     @property
     def num_active(self) -> int:
@@ -275,7 +275,7 @@ class EngineLoop:
     def resize(self, length: int) -> None:
         """Give every slot `length` positions, one of the engine's `cache_buckets`."""
         engine = self._engine
-        if self.cache is None:
+        if not self.cache.k:
             engine.log_compilation("new_slots", engine.num_slots, engine.cache_buckets[0])
             self.cache = device.new_slots(rows=engine.num_slots, length=engine.cache_buckets[0], program=engine.program)
         sizes = engine.cache_buckets

@@ -149,7 +149,7 @@ def _message(index: int, message: Any) -> Message:
     return Message(role=role, parts=tuple(parts))
 
 
-def checked_number(name: str, value: Any, kind: type) -> float | int | None:
+def checked_number(name: str, value: Any, kind: type[int] | type[float]) -> float | int | None:
     """The value, a number of this kind or None; raises `BadRequest` (422) if it is not.
 
     A boolean is no number; 2.0 is an integer, as in JSON Schema.

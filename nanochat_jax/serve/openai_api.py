@@ -73,7 +73,7 @@ def parse(body: Any, defaults: Sampling, *, model: str, max_choices: int) -> Com
     numbers = {name: checked_number(name, given.get(name), kind) for name, kind in (
         ("temperature", float), ("top_p", float), ("top_k", int), ("n", int), ("seed", int),
         ("max_tokens", int), ("max_completion_tokens", int))}  # fmt: skip
-    number = {name: value for name, value in numbers.items() if value is not None}
+    number: dict[str, Any] = {name: value for name, value in numbers.items() if value is not None}
     sampling = defaults
     for name in ("temperature", "top_k", "max_tokens", "max_completion_tokens"):  # the last is the newer name
         if name in number:

@@ -18,7 +18,7 @@ Schema = dict[str, Any]
 def describe(model: str, *, max_choices: int, keyed: bool) -> Schema:
     """The description as JSON; `keyed` if clients must give a key."""
     detail = _object({"detail": {"type": "string"}}, "detail")
-    bearer = {"security": [{"bearer": []}]} if keyed else {}
+    bearer: Schema = {"security": [{"bearer": []}]} if keyed else {}
     errors = {name: _ref(name) for name in ("400", "403", "408", "413", "422", "500", "503", *(["401"] if keyed else []))}
     v1_errors = {"400": _openai("wrong or not supported"), "404": _openai("there is no such model"),
                  "403": _openai("the server has another name: see --allowed-hosts"),

@@ -148,7 +148,7 @@ def bind(host: str, port: int) -> socket.socket:
             errno.EADDRINUSE: "it is in use: choose another with --port",
             errno.EACCES: "this user may not: choose a --port from 1024 up",
             errno.EADDRNOTAVAIL: "this machine has no such address: use --host 127.0.0.1 or 0.0.0.0",
-        }.get(error.errno, error.strerror)
+        }.get(error.errno or 0, error.strerror)
         raise UsageError(f"cannot listen on {host} port {port}, {advice}") from error
     return sock
 

@@ -20,7 +20,7 @@ class Task:
     `conversation["letters"]`; a task without `eval_type` is only trained on.
     """
 
-    key: str | None = None  # name of its result, in snake case
+    key = ""  # name of its result, in snake case; of one that is only trained on empty
     eval_type: Literal["generative", "categorical"] | None = None
     baseline = 0.0  # accuracy of a guess
 
