@@ -56,7 +56,7 @@ class Task:
 
 
 class TaskMixture(Task):
-    """All conversations of several tasks in one fixed random order.
+    """All conversations of several tasks in one fixed random order; each is judged by its own task.
 
     `weights` says how often each task is there: 2.5 means all of it twice, and its first half once more. Default 1.
     """
@@ -73,7 +73,10 @@ class TaskMixture(Task):
 
     def get_example(self, index: int) -> Conversation:
         task, i = self.order[index]
-        return self.tasks[task][i]
+        return self.tasks[task][i] | {"task": task}
+
+    def evaluate(self, conversation: Conversation, completion: str) -> bool:
+        return self.tasks[conversation["task"]].evaluate(conversation, completion)
 
 
 def user(content: str) -> dict[str, str]:
