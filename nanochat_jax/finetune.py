@@ -14,11 +14,11 @@ from jax import Array
 from nanochat_jax import report
 from nanochat_jax.checkpoint import Loaded, load_model, load_optimizer
 from nanochat_jax.cli import flag
-from nanochat_jax.data.mixture import conversation_loader
+from nanochat_jax.data.mixture import ConversationLoader
 from nanochat_jax.eval.bpb import held_out_loss
 from nanochat_jax.gpt import Params
 from nanochat_jax.muon import MuonState
-from nanochat_jax.optim import OptimizerConfig, constant, linear_momentum, make_optimizer
+from nanochat_jax.optim import OptimizerConfig, Schedule, constant, linear_momentum, make_optimizer
 from nanochat_jax.paths import Paths
 from nanochat_jax.sharding import abstract_tree, data_share, data_size, make_mesh, optimizer_shardings, param_shardings
 from nanochat_jax.startup import start
@@ -48,11 +48,15 @@ class ContinueConfig(RunConfig):
     matrix_lr: float | None = flag(None, "Muon's rate of the matrices; default the base run's")
     init_lr_frac: float = flag(1.0, "factor of all rates")
 
-    def rates(self, meta: dict[str, Any], weight_decay: float = 0.0) -> OptimizerConfig:
-        """The base run's rates, which `meta` holds, but for those given."""
+    def optimizer(self, loaded: Loaded, multiplier: Schedule, *, momentum: Schedule, dtype: Any, mesh: jax.sharding.Mesh,
+                  weight_decay: float = 0.0) -> optax.GradientTransformation:
+        """With the rates of the base run, but for those given; `init_lr_frac` scales those of all groups."""
         given = {key: value for key in ("embedding_lr", "unembedding_lr", "matrix_lr")
                  if (value := getattr(self, key)) is not None}
-        return OptimizerConfig(**(meta["rates"] | given | {"weight_decay": weight_decay, "grad_clip": 0.0}))
+        rates = OptimizerConfig(**(loaded.meta["rates"] | given | {"weight_decay": weight_decay, "grad_clip": 0.0}))
+        decay = constant(weight_decay) if loaded.config.arch == "modern" and weight_decay else None
+        return make_optimizer(loaded.config, rates, lr_multiplier=lambda step: self.init_lr_frac * multiplier(step),
+                              momentum=momentum, weight_decay=decay, muon_dtype=dtype, mesh=mesh)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -118,10 +122,8 @@ def finetune(config: FinetuneConfig, stage: Stage) -> None:
 
     # The batch decides the number of steps, which the schedules follow, but no shape: any schedule does to measure it.
     def optimizer_for(num_steps: int) -> optax.GradientTransformation:
-        decay = constant(config.weight_decay) if model.arch == "modern" and config.weight_decay else None
-        return make_optimizer(model, config.rates(meta, config.weight_decay), lr_multiplier=stage.lr_schedule(num_steps),
-                              weight_decay=decay, momentum=linear_momentum(300, 0.85, 0.95), lr_scale=config.init_lr_frac,
-                              muon_dtype=dtype, mesh=mesh)
+        return config.optimizer(loaded, stage.lr_schedule(num_steps), momentum=linear_momentum(300, 0.85, 0.95), dtype=dtype,
+                                mesh=mesh, weight_decay=config.weight_decay)
 
     rows, remat, fsdp = choose_memory(model, mesh, rows=config.device_batch_size, remat=config.remat, fsdp=config.fsdp,
                                       step_rows=total // length // data_size(mesh), limit=accelerator_memory())
@@ -135,9 +137,9 @@ def finetune(config: FinetuneConfig, stage: Stage) -> None:
     shape = choose_batch_shape(total, rows, length, mesh, step_for(optimizer_for(1)), state)
     common: dict[str, Any] = dict(sequence_len=length, mode=stage.mode)
     index, count = data_share(mesh)
-    batches = conversation_loader(mixture, tokenizer, batch_size=shape.rows, process_index=index, process_count=count, **common)
-    validation = conversation_loader(stage.mixture(meta["data"], "val", paths), tokenizer, batch_size=shape.micro_rows,
-                                     **common)
+    batches = ConversationLoader(mixture, tokenizer, batch_size=shape.rows, process_index=index, process_count=count, **common)
+    validation = ConversationLoader(stage.mixture(meta["data"], "val", paths), tokenizer, batch_size=shape.micro_rows,
+                                    **common)
     num_steps = config.num_iterations if config.num_iterations > 0 else max(1, batches.count_batches(stage.num_epochs))
     wanted = stage.eval_steps or config.eval_tokens // (shape.micro_rows * length)
     eval_steps = max(1, min(wanted, validation.count_batches(1)))

@@ -21,7 +21,7 @@ from nanochat_jax.finetune import ContinueConfig
 from nanochat_jax.gpt import Params
 from nanochat_jax.infer.engine import Engine
 from nanochat_jax.infer.request import Request
-from nanochat_jax.optim import constant, make_optimizer, trapezoid
+from nanochat_jax.optim import constant, trapezoid
 from nanochat_jax.paths import Paths
 from nanochat_jax.rl import (
     Rollout,
@@ -143,8 +143,7 @@ def reinforce(config: ChatRLConfig) -> None:
     params = jax.device_put(loaded.params, param_shardings(model, mesh, fsdp=fsdp))
     loaded = dataclasses.replace(loaded, params=params)
     multiplier = trapezoid(num_steps, warmup=0, warmdown_ratio=1.0, final_fraction=0.0)
-    optimizer = make_optimizer(model, config.rates(meta), lr_multiplier=multiplier, momentum=constant(0.95),
-                               lr_scale=config.init_lr_frac, muon_dtype=dtype, mesh=mesh)
+    optimizer = config.optimizer(loaded, multiplier, momentum=constant(0.95), dtype=dtype, mesh=mesh)
     state, shardings = init_state(model, optimizer, mesh, fsdp=fsdp, seed=config.seed, params=params)
     step_fn = make_policy_step(model, optimizer, dtype=dtype, mesh=mesh, shardings=shardings, remat=remat,
                                attention=config.attention)

@@ -59,8 +59,7 @@ def chat_tasks(config: ChatSFTConfig, model: Loaded, rows: int, dtype: Any, mesh
         found = {}
         for task in tasks:
             limit = limits[task.eval_type]
-            found[task.key] = accuracy(evaluate_task(task, generator, Sampling(),
-                                                     max_problems=limit if limit > 0 else None))
+            found[task.key] = accuracy(evaluate_task(task.view(stop=limit if limit > 0 else None), generator, Sampling()))
         return found | chatcore(found, {task.key: task.baseline for task in tasks})
 
     return [Evaluation(config.chatcore_every, run)]
