@@ -209,12 +209,12 @@ class _Reporter:
         self._mark = now
         if not (math.isfinite(figures["loss"]) and math.isfinite(figures["grad_norm"])):
             said = f"the loss of step {step} is {figures['loss']}, the gradient's norm {figures['grad_norm']}"
-            if not job.sample:
-                dump = job.logs / f"bad-batch-{step}-{jax.process_index()}.npz"
-                dump.parent.mkdir(parents=True, exist_ok=True)
-                np.savez(dump, **batch)
-                said += f"; the batch is in {dump}"
-            raise UsageError(said)
+            if job.sample:
+                raise UsageError(f"{said}: go on with --resume and a lower --init-lr-frac")
+            dump = job.logs / f"bad-batch-{step}-{jax.process_index()}.npz"
+            dump.parent.mkdir(parents=True, exist_ok=True)
+            np.savez(dump, **batch)
+            raise UsageError(f"{said}; the batch is in {dump}")
         loop["smooth_loss"] = 0.9 * loop["smooth_loss"] + 0.1 * figures["loss"]
         loop["seconds"] += self._laps[-1]
         loop["timed_steps"] += 1
