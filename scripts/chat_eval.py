@@ -45,8 +45,8 @@ class ChatEvalConfig(Processes):
     dtype: str = flag("auto", "compute dtype", short="-d", choices=["auto", "float32", "bfloat16"])
 
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "num_samples", "batch_size"):
-            if getattr(self, name) < 1:
+        for name in ("max_new_tokens", "num_samples", "batch_size", "max_problems"):
+            if getattr(self, name) is not None and getattr(self, name) < 1:
                 raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
         Request((0,), max_tokens=self.max_new_tokens, temperature=self.temperature, top_k=self.top_k)  # checks the ranges
         if self.task_name and self.task_file:
@@ -61,10 +61,11 @@ def main(config: ChatEvalConfig) -> None:
     # All tasks are loaded before any is judged: one that is missing should not be found out after an hour.
     tasks: list[Task]
     if config.task_file:
-        tasks = [CustomJSON(Path(config.task_file), stop=config.max_problems)]
+        tasks = [CustomJSON(Path(config.task_file))]
     else:
         names = config.task_name.split("|") if config.task_name else eval_tasks_for(loaded.meta["data"])
-        tasks = [load_eval_task(name, paths, max_problems=config.max_problems) for name in names]
+        tasks = [load_eval_task(name, paths) for name in names]
+    tasks = [task.view(stop=config.max_problems) for task in tasks]
 
     slots = config.batch_size * data_size(mesh)
     generator = Generator(config=loaded.config, params=loaded.params, tokenizer=loaded.tokenizer, num_slots=slots,

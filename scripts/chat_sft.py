@@ -58,8 +58,7 @@ def chat_tasks(config: ChatSFTConfig, model: Loaded, rows: int, dtype: Any, mesh
         found = {}
         for task in tasks:
             limit = config.chatcore_max_cat if task.eval_type == "categorical" else config.chatcore_max_sample
-            found[task.key] = accuracy(evaluate_task(task, generator, Sampling(),
-                                                     max_problems=limit if limit > 0 else None))
+            found[task.key] = accuracy(evaluate_task(task.view(stop=limit if limit > 0 else None), generator, Sampling()))
         return found | chatcore(found, {task.key: task.baseline for task in tasks})
 
     return [Evaluation(config.chatcore_every, run)]

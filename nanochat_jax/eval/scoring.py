@@ -218,9 +218,11 @@ class Scorer:
             for row, example in enumerate(batch):
                 piece = example.rows[0].tokens[at : min(at + MOST_TOKENS, example.shared)]
                 tokens[row, : len(piece)] = piece
-            given = self._place(tokens), self._place(np.clip(shared - at, 0, MOST_TOKENS))
-            cache = _extend(self.params, self._reserve(cache, at + MOST_TOKENS), *given, **options) if at else (
-                _begin(self.params, *given, **options))
+            new = self._place(tokens), self._place(np.clip(shared - at, 0, MOST_TOKENS))
+            if at == 0:
+                cache = _begin(self.params, *new, **options)
+            else:
+                cache = _extend(self.params, self._reserve(cache, at + MOST_TOKENS), *new, **options)
         cache = self._reserve(cache, longest + size)
 
         (k, v, length, prev_embedding), sums = cache, []

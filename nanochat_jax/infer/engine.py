@@ -12,6 +12,7 @@ prompts are prefilled together, how many slots step together and how long the ca
 `Engine` is immutable and may be shared; `EngineLoop` holds the state of one batch in flight and belongs to one thread.
 """
 
+import copy
 import itertools
 import logging
 import time
@@ -104,11 +105,6 @@ class Engine:
         if self.max_len < 2:
             raise ValueError(f"max_len must be at least 2, a prompt and a reply, got {self.max_len}")
         dtype = jnp.dtype(compute_dtype)
-        # Cast once: a cast inside the decoding loop would read the parameters in full precision every step.
-        params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
-        if mesh is not None:
-            params = jax.device_put(params, param_shardings(config, mesh))
-        self.params = device.split_layers(params, config=config)
         self.vocabulary = Vocabulary(tokenizer)
         self.prompt_buckets = buckets(min(SHORTEST_PROMPT, self.max_len), self.max_len)
         self.cache_buckets = cache_lengths(self.max_len)
@@ -117,6 +113,20 @@ class Engine:
         self.program = Program(config, dtype, self.cache_buckets[0], self.vocabulary.python_end, mesh)
         self._max_prefill_rows = min(max_prefill_rows, num_slots)
         self._compiled: set[tuple[Any, ...]] = set()  # for the log alone
+        self._take(params)
+
+    def _take(self, params: Params) -> None:
+        # Cast once: a cast inside the decoding loop would read the parameters in full precision every step.
+        params = jax.tree.map(lambda leaf: leaf.astype(self.program.dtype), params)
+        if self.program.mesh is not None:
+            params = jax.device_put(params, param_shardings(self.config, self.program.mesh))
+        self.params = device.split_layers(params, config=self.config)
+
+    def with_params(self, params: Params) -> "Engine":
+        """An engine like this one for other parameters of the model; nothing is compiled again."""
+        other = copy.copy(self)
+        other._take(params)
+        return other
 
     def budget(self, request: Request) -> int:
         """Tokens the request may generate: its `max_tokens`, or what the context leaves; ValueError as `generation`."""

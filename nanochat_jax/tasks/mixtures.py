@@ -34,7 +34,6 @@ class Chained(Task):
     """One to three conversations of a task at a time, one after the other in one: a chat goes on after its first reply."""
 
     def __init__(self, task: Task) -> None:
-        super().__init__()
         self.task, self.starts = task, []
         rng, start = random.Random(42), 0
         while start < len(task):
