@@ -70,7 +70,7 @@ def serve(options: argparse.Namespace, slots: int) -> None:
     with Scheduler(engine, max_waiting=options.max_queue) as scheduler, server.bind("127.0.0.1", 0) as sock:
         app = server.create_app(scheduler, tokenizer, {"name": "benchmark"}, max_len=CONTEXT, num_slots=slots,
                                 defaults=Sampling(max_tokens=16), deadline=120)
-        asyncio.run(server.run(app, sock, lambda: print(sock.getsockname()[1], flush=True)))
+        server.run(app, sock, lambda: print(sock.getsockname()[1], flush=True))
 
 
 @contextmanager

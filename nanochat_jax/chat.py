@@ -21,40 +21,32 @@ PARTS = {
 }
 
 
-def render_conversation(
-    tokenizer: Tokenizer, conversation: Conversation, max_tokens: int = 2048
-) -> tuple[list[int], list[int]]:
+def render_conversation(tokenizer: Tokenizer, conversation: Conversation, max_tokens: int = 2048
+                        ) -> tuple[list[int], list[int]]:
     """The ids of a conversation and their mask, both cut to `max_tokens`; mask 1 marks the tokens to learn.
 
     Raises ValueError, with the index of the message, if roles or contents are not as described above.
     """
-    ids: list[int] = []
-    mask: list[int] = []
-
-    def add(text: str, learned: int, start: str | None = None, end: str | None = None) -> None:
-        tokens = tokenizer.encode(text, prepend=start, append=end)
-        ids.extend(tokens)
-        mask.extend([learned] * len(tokens))
-
-    def add_special(name: str, learned: int) -> None:
-        ids.append(tokenizer.encode_special(name))
-        mask.append(learned)
-
-    add_special("<|bos|>", 0)
-    for index, role, content in _turns(conversation):
-        if role == "user":
-            add(content, 0, "<|user_start|>", "<|user_end|>")
-            continue
-        add_special("<|assistant_start|>", 0)
-        parts = [{"type": "text", "text": content}] if isinstance(content, str) else content
-        for part in parts:
-            kind, text = part.get("type"), part.get("text")
-            if kind not in PARTS or not isinstance(text, str):
-                raise ValueError(f"message {index}: a part is a text of type {', '.join(PARTS)}, got {part!r}")
-            start, end, learned = PARTS[kind]
-            add(text, learned, start, end)
-        add_special("<|assistant_end|>", 1)
+    ids, mask = [tokenizer.bos_id], [0]
+    for role, content in _turns(conversation):
+        more_ids, more_mask = render_message(tokenizer, role, content)
+        ids += more_ids
+        mask += more_mask
     return ids[:max_tokens], mask[:max_tokens]
+
+
+def render_message(tokenizer: Tokenizer, role: str, content: Any) -> tuple[list[int], list[int]]:
+    """The ids of one message, with the control tokens around it, and their mask."""
+    if role == "user":
+        ids = tokenizer.encode(content, prepend="<|user_start|>", append="<|user_end|>")
+        return ids, [0] * len(ids)
+    ids, mask = [tokenizer.encode_special("<|assistant_start|>")], [0]
+    for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
+        start, end, learned = PARTS[part["type"]]
+        tokens = tokenizer.encode(part["text"], prepend=start, append=end)
+        ids += tokens
+        mask += [learned] * len(tokens)
+    return [*ids, tokenizer.encode_special("<|assistant_end|>")], [*mask, 1]
 
 
 def render_for_completion(tokenizer: Tokenizer, conversation: Conversation, max_tokens: int = 2048) -> list[int]:
@@ -69,8 +61,8 @@ def render_for_completion(tokenizer: Tokenizer, conversation: Conversation, max_
     return [*ids, tokenizer.encode_special("<|assistant_start|>")]
 
 
-def _turns(conversation: Conversation) -> list[tuple[int, str, Any]]:
-    """(index, role, content) of each turn, checked, with the system message merged into the user's first."""
+def _turns(conversation: Conversation) -> list[tuple[str, Any]]:
+    """(role, content) of each turn, checked, with the system message merged into the user's first."""
     messages = conversation["messages"]
     if not messages:
         raise ValueError("message 0: a conversation needs at least one message")
@@ -91,7 +83,10 @@ def _turns(conversation: Conversation) -> list[tuple[int, str, Any]]:
             raise ValueError(f"message {index}: a user's content is a string, got {type(content).__name__}")
         if role == "assistant" and not isinstance(content, (str, list, tuple)):
             raise ValueError(f"message {index}: content is a string or a list of parts, got {type(content).__name__}")
-        turns.append((index, role, prefix + content if index == first else content))
+        for part in () if isinstance(content, str) else content:
+            if part.get("type") not in PARTS or not isinstance(part.get("text"), str):
+                raise ValueError(f"message {index}: a part is a text of type {', '.join(PARTS)}, got {part!r}")
+        turns.append((role, prefix + content if index == first else content))
     return turns
 
 

@@ -37,9 +37,9 @@ def one_line(error: BaseException) -> str:
 
 
 def flag(default: Any, help: str, *, short: str | None = None, choices: Sequence[str] | None = None,
-         aliases: Sequence[str] = ()) -> Any:
-    """A dataclass field that is also a command-line flag; `aliases` are other names of it."""
-    metadata = {"help": help, "short": short, "choices": choices, "aliases": aliases}
+         aliases: Sequence[str] = (), at_least: float | None = None) -> Any:
+    """A dataclass field that is also a command-line flag; `aliases` are other names of it. `parse` checks the limits."""
+    metadata = {"help": help, "short": short, "choices": choices, "aliases": aliases, "at_least": at_least}
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -107,6 +107,10 @@ def make_parser(config_type: type, *, prog: str, description: str) -> argparse.A
 def parse(config_type: type[C], argv: Sequence[str] | None = None, *, prog: str, description: str) -> C:
     """Build `config_type` from a command line; raises `UsageError` on a flag or value that does not fit."""
     namespace = make_parser(config_type, prog=prog, description=description).parse_args(argv)
+    for field in dataclasses.fields(config_type):  # type: ignore[arg-type]  # of a dataclass, which C does not say
+        least, value = field.metadata.get("at_least"), getattr(namespace, field.name)
+        if least is not None and isinstance(value, int | float) and not value >= least:
+            raise UsageError(f"--{field.name.replace('_', '-')} must be at least {least}, got {value}")
     try:
         return config_type(**vars(namespace))
     except ValueError as error:  # raised by `__post_init__`

@@ -154,12 +154,8 @@ def download(repo: str, names: Sequence[str], directory: Path, *, num_workers: i
 @dataclass(frozen=True, kw_only=True)
 class DownloadConfig:
     num_shards: int = flag(8, "training shards to have on disk, -1 for all; the validation shard is added", short="-n")
-    num_workers: int = flag(4, "shards to download at once", short="-w")
+    num_workers: int = flag(4, "shards to download at once", short="-w", at_least=1)
     dataset: str = flag("climbmix", "which corpus", choices=sorted(HUB_CORPORA))
-
-    def __post_init__(self) -> None:
-        if self.num_workers < 1:
-            raise ValueError(f"-w {self.num_workers} workers: expected at least 1")
 
 
 def download_main(config: DownloadConfig) -> int:
@@ -180,18 +176,14 @@ class CorpusConfig:
     """What making a corpus of one's own has in common, wherever the text comes from."""
 
     text_field: str = flag("text", "column of parquet and csv files, or key of JSON Lines, that holds the text")
-    rows_per_shard: int = flag(500_000, "documents of a shard")
+    rows_per_shard: int = flag(500_000, "documents of a shard", at_least=1)
     val_fraction: float = flag(0.005, "share of the documents that goes to the validation shard")
-    cut_chars: int = flag(10_000, "text files: length of the documents they are cut into, in characters; 0: not cut")
+    cut_chars: int = flag(10_000, "text files: length in characters of the documents they are cut into; 0: whole", at_least=0)
     append: bool = flag(False, "add to the corpus that is there")
 
     def __post_init__(self) -> None:
-        if self.rows_per_shard < 1:
-            raise ValueError(f"--rows-per-shard must be at least 1, got {self.rows_per_shard}")
         if not 0 <= self.val_fraction < 1:
             raise ValueError(f"--val-fraction must be at least 0 and less than 1, got {self.val_fraction}")
-        if self.cut_chars < 0:
-            raise ValueError(f"--cut-chars must be at least 0, got {self.cut_chars}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -203,7 +195,7 @@ class HfConfig(CorpusConfig):
     subset: str | None = flag(None, "subset of the data set; default the one its card calls default")
     split: str = flag("train", "split of the data set")
     revision: str = flag("main", "commit, branch or tag of the data set")
-    limit_rows: int | None = flag(None, "read only that many rows")
+    limit_rows: int | None = flag(None, "read only that many rows", at_least=2)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -211,8 +203,6 @@ class HfConfig(CorpusConfig):
             raise ValueError("name a data set: --preset " + "|".join(PRESETS) + " or --dataset OWNER/NAME")
         if self.preset is None and self.name.count("/") != 1:
             raise ValueError(f"--dataset {self.dataset!r} is not of the form OWNER/NAME")
-        if self.limit_rows is not None and self.limit_rows < 2:
-            raise ValueError(f"--limit-rows must be at least 2, got {self.limit_rows}")
 
     @property
     def name(self) -> str:

@@ -14,15 +14,13 @@ Run code from a model you do not trust in a virtual machine without secrets.
 
 import math
 import os
-import selectors
 import signal
 import subprocess
 import sys
 import tempfile
-import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO
+from tempfile import TemporaryFile
 
 MAX_OUTPUT_BYTES = 64 << 10
 CHILD = Path(__file__).with_name("execution_child.py")
@@ -35,7 +33,7 @@ class ExecutionResult:
     Attributes:
         success: it ran to its last line without an exception. Leaving early (`sys.exit(0)`) is no success: whatever
             assertions stood below were not reached.
-        stdout: what it printed, at most the first `MAX_OUTPUT_BYTES`.
+        stdout: what it printed, at most the first `MAX_OUTPUT_BYTES`; writing more than 16 MiB is an error to it.
         stderr: at most the last `MAX_OUTPUT_BYTES`.
         error: None on success, else one line: the exception, the signal or the time limit.
         timeout: it was killed at the time limit.
@@ -72,24 +70,25 @@ def execute_code(code: str, timeout: float = 5.0, memory_bytes: int = 256 << 20)
 
 
 def _run(directory: str, timeout: float, memory_bytes: int) -> ExecutionResult:
-    status_read, status_write = os.pipe()
-    command = [sys.executable, "-I", "-S", "-B", "-X", "utf8", str(CHILD)]
-    command += [str(memory_bytes), str(math.ceil(timeout) + 1), str(status_write)]
-    with open(status_read, "rb", buffering=0) as status_pipe:
+    # What it writes goes to files: the limit on the size of a file holds for them too, and nobody need read along.
+    with TemporaryFile() as out, TemporaryFile() as err, TemporaryFile() as status:
+        command = [sys.executable, "-I", "-S", "-B", "-X", "utf8", str(CHILD)]
+        command += [str(memory_bytes), str(math.ceil(timeout) + 1), str(status.fileno())]
+        process = subprocess.Popen(command, cwd=directory, env={}, stdin=subprocess.DEVNULL, stdout=out, stderr=err,
+                                   pass_fds=(status.fileno(),), start_new_session=True)
+        timed_out = False
         try:
-            process = subprocess.Popen(
-                command, cwd=directory, env={}, stdin=subprocess.DEVNULL, stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE, pass_fds=(status_write,), start_new_session=True, bufsize=0,
-            )
+            process.wait(timeout)
+        except subprocess.TimeoutExpired:
+            timed_out = True
         finally:
-            os.close(status_write)
-        with process:
-            try:
-                timed_out, (stdout, stderr, status) = _collect(process, status_pipe, time.monotonic() + timeout)
-            finally:
-                _kill_group(process)
+            _kill_group(process)
+            process.wait()
+        stdout = os.pread(out.fileno(), MAX_OUTPUT_BYTES, 0)
+        stderr = os.pread(err.fileno(), MAX_OUTPUT_BYTES, max(0, os.fstat(err.fileno()).st_size - MAX_OUTPUT_BYTES))
+        told = os.pread(status.fileno(), MAX_OUTPUT_BYTES, 0)
 
-    measures, _, end = status.decode("utf-8", "replace").partition("\n")
+    measures, _, end = told.decode("utf-8", "replace").partition("\n")
     lines = stderr.strip().splitlines()
     memory_exceeded = bool(lines) and lines[-1].startswith(b"MemoryError")
     success = not timed_out and process.returncode == 0 and end == "finished\n"
@@ -108,43 +107,6 @@ def _run(directory: str, timeout: float, memory_bytes: int) -> ExecutionResult:
         success=success, stdout=stdout.decode("utf-8", "replace"), stderr=stderr.decode("utf-8", "replace"),
         error=error, timeout=timed_out, memory_exceeded=memory_exceeded, confined=frozenset(measures.split()),
     )
-
-
-def _collect(process: subprocess.Popen[bytes], status_pipe: IO[bytes], deadline: float) -> tuple[bool, list[bytes]]:
-    """Reads all pipes until the process ends or `deadline`, keeping a part: (timed out, [stdout, stderr, status])."""
-    assert process.stdout and process.stderr
-    pipes = [process.stdout, process.stderr, status_pipe]
-    kept = [bytearray(), bytearray(), bytearray()]
-    timed_out = False
-    with selectors.DefaultSelector() as selector:
-        for index, pipe in enumerate(pipes):
-            os.set_blocking(pipe.fileno(), False)
-            selector.register(pipe, selectors.EVENT_READ, index)
-        while True:
-            ended = process.poll() is not None
-            late = time.monotonic() >= deadline
-            timed_out = late and not ended
-            if ended or timed_out:
-                _kill_group(process)
-            # A child that outlived the program may hold a pipe open: once it ended, take what is there without waiting.
-            wait = 0.0 if ended or timed_out else min(0.05, max(0.0, deadline - time.monotonic()))
-            events = selector.select(wait)
-            for key, _ in events:
-                chunk = pipes[key.data].read(1 << 16)
-                if chunk == b"":
-                    selector.unregister(key.fileobj)
-                elif chunk is not None:
-                    _keep(kept[key.data], chunk, newest=key.data == 1)
-            if timed_out or (ended and (late or not events)):
-                return timed_out, [bytes(part) for part in kept]
-
-
-def _keep(buffer: bytearray, chunk: bytes, *, newest: bool) -> None:
-    buffer += chunk
-    if newest:
-        del buffer[:-MAX_OUTPUT_BYTES]
-    else:
-        del buffer[MAX_OUTPUT_BYTES:]
 
 
 def _kill_group(process: subprocess.Popen) -> None:

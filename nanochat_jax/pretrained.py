@@ -115,6 +115,17 @@ class Model:
                       mesh=self.mesh if self.mesh.size > 1 else None)
 
 
+def load_engine(paths: Paths, source: str, *, tag: str | None, step: int | None, dtype: str, mesh: Mesh | None = None,
+                **options: Any) -> tuple[Engine, Loaded]:
+    """An engine (`options` are its own) of a stage's model, and what else is known of that.
+
+    The parameters in float32 are not kept: the engine has its own, in the dtype it computes with.
+    """
+    loaded = load_model(paths, source, tag=tag, step=step, mesh=mesh)
+    engine = Engine(loaded.config, loaded.params, loaded.tokenizer, compute_dtype=resolve_dtype(dtype), mesh=mesh, **options)
+    return engine, dataclasses.replace(loaded, params={})
+
+
 def load(source: str | Path = "sft", *, tag: str | None = None, step: int | None = None, dtype: str = "auto",
          mesh: str = "1x1", rotary_dtype: Literal["float32", "bfloat16"] | None = None) -> Model:
     """Load a trained model.

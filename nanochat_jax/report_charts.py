@@ -1,4 +1,4 @@
-"""Line and bar charts as inline SVG, with the standard library only.
+"""Line charts as inline SVG, with the standard library only.
 
 Colours are CSS classes (`s0`, `s1`, ... for series), so a page gives them for light and dark. Every text is escaped.
 """
@@ -13,7 +13,6 @@ from dataclasses import dataclass
 WIDTH, HEIGHT = 480, 270  # of the viewBox; the page scales it
 LEFT, RIGHT, TOP, BOTTOM = 58, 14, 12, 46
 MAX_POINTS = 500  # per line; a screen shows no more
-ROW = 22  # height of one bar with its gap
 
 Point = tuple[float, float]
 
@@ -105,53 +104,13 @@ def line_chart(title: str, lines: Sequence[Line], *, x_label: str, y_label: str)
                 x, y = place(point)
                 tip = html.escape(f"{line.label}, {x_label} {point[0]:g}: {point[1]:.4f}")
                 parts.append(f'<circle class="dot s{line.color}" cx="{x}" cy="{y}" r="3.2"><title>{tip}</title></circle>')
-    notes = _legend([(line.label, line.color, line.faint) for line in lines])
-    if cut:
-        notes += '<p class="note">The first steps lie above the top of the axis.</p>'
-    return _figure(title, HEIGHT, parts, notes)
-
-
-def bar_chart(title: str, rows: Sequence[tuple[str, Sequence[float | None]]], series: Sequence[tuple[str, int]], *,
-              x_label: str) -> str:
-    """Horizontal bars: a group per row, a bar per series (label, color). None leaves a bar out; negatives go left."""
-    values = [v for _, row in rows for v in row if v is not None and math.isfinite(v)]
-    if not values:
-        return ""
-    low, high = min(0.0, *values), max(0.0, *values)
-    high = 1.0 if 0.6 < high <= 1.0 else high or 1.0
-    names = min(190, 16 + 7 * max(len(name) for name, _ in rows))
-    left = names + (46 if low < 0 else 0)  # the numbers of negative bars stand left of them
-    right, thickness = WIDTH - 52, 14 if len(series) == 1 else 11
-    group = max(ROW, len(series) * (thickness + 2) + 10)
-    floor = TOP + group * len(rows)
-
-    def place(value: float) -> float:
-        return round(left + (value - low) / (high - low) * (right - left), 1)
-
-    parts = []
-    for tick in ticks(low, high, 4):
-        x = place(tick)
-        parts += [_rule("grid", x, TOP, x, floor), _text(x, floor + 18, _number(tick), "tick")]
-    for index, (name, row) in enumerate(rows):
-        y = TOP + group * index + (group - len(row) * (thickness + 2)) / 2
-        parts.append(_text(names - 8, TOP + group * (index + 0.5) + 4, name, "name", "end"))
-        for value, (label, color) in zip(row, series, strict=True):
-            if value is not None and math.isfinite(value):
-                start, end = sorted((place(0.0), place(value)))
-                tip = html.escape(f"{name}, {label}: {value:.4f}")
-                parts.append(f'<rect class="bar s{color}" x="{start}" y="{y + 1:.1f}" width="{max(end - start, 1):.1f}" '
-                             f'height="{thickness}" rx="2"><title>{tip}</title></rect>')
-                x, anchor = (end + 5, "start") if value >= 0 else (start - 5, "end")
-                parts.append(_text(x, y + thickness / 2 + 5, f"{value:.3f}", "value", anchor))
-            y += thickness + 2
-    parts += [_rule("axis", place(0.0), TOP, place(0.0), floor),
-              _text((left + right) / 2, floor + BOTTOM - 8, x_label, "label")]
-    return _figure(title, floor + BOTTOM, parts, _legend([(label, color, False) for label, color in series]))
-
-
-def _figure(title: str, height: float, parts: Sequence[str], notes: str) -> str:
+    notes = '<p class="note">The first steps lie above the top of the axis.</p>' if cut else ""
+    if len(lines) > 1:
+        keys = "".join(f'<li><i class="key s{line.color}{" faint" * line.faint}"></i>{html.escape(line.label)}</li>'
+                       for line in lines)
+        notes = f'<ul class="legend">{keys}</ul>{notes}'
     title = html.escape(title)
-    return (f'<figure><figcaption>{title}</figcaption><svg viewBox="0 0 {WIDTH} {height}" role="img" aria-label="{title}">'
+    return (f'<figure><figcaption>{title}</figcaption><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{title}">'
             f"{''.join(parts)}</svg>{notes}</figure>")
 
 
@@ -161,13 +120,6 @@ def _rule(style: str, x1: float, y1: float, x2: float, y2: float) -> str:
 
 def _text(x: float, y: float, text: str, style: str, anchor: str = "middle") -> str:
     return f'<text class="{style}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{html.escape(text)}</text>'
-
-
-def _legend(entries: Sequence[tuple[str, int, bool]]) -> str:
-    if len(entries) < 2:
-        return ""
-    items = [f'<li><i class="key s{color}{" faint" * faint}"></i>{html.escape(label)}</li>' for label, color, faint in entries]
-    return f'<ul class="legend">{"".join(items)}</ul>'
 
 
 def _number(value: float) -> str:

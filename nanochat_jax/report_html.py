@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from nanochat_jax.report_charts import Line, Point, bar_chart, line_chart, smooth
+from nanochat_jax.report_charts import Line, Point, line_chart, smooth
 
 logger = logging.getLogger(__name__)
 
@@ -56,12 +56,11 @@ h3 { font-size: 1rem; margin: 1rem 0 .4rem; }
   align-items: start; margin-bottom: .8rem; }
 figcaption { font-weight: 600; margin-bottom: .4rem; } .note { margin: .3rem 0 0; }
 svg { display: block; width: 100%; height: auto; } svg text { font: 12px system-ui, sans-serif; fill: var(--soft); }
-svg .name { fill: var(--ink); } svg .value { font-size: 11px; }
 .grid { stroke: var(--grid); } .axis { stroke: var(--soft); }
 .line { fill: none; stroke-width: 1.8; stroke-linejoin: round; } .faint { opacity: .3; }
 .line.faint { stroke-width: 1; }
 .s0 { --c: var(--s0); } .s1 { --c: var(--s1); } .s2 { --c: var(--s2); } .s3 { --c: var(--s3); }
-.line { stroke: var(--c); } .dot, .bar { fill: var(--c); } .dot { stroke: var(--card); stroke-width: 1; }
+.line { stroke: var(--c); } .dot { fill: var(--c); } .dot { stroke: var(--card); stroke-width: 1; }
 .key { display: inline-block; width: .9em; height: .9em; border-radius: 3px; background: var(--c); margin-right: .4em;
   vertical-align: -.1em; }
 .legend { list-style: none; display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; padding: 0; margin: .4rem 0 0;
@@ -120,8 +119,6 @@ def page(report: Report) -> str:
         body.append(f'<h2>Summary</h2><div class="card">{table}</div>')
     if charts := _curves(report.sections):
         body.append(f"<h2>Curves</h2>{charts}")
-    if charts := _evaluations(report.results):
-        body.append(f'<h2>Evaluations</h2><div class="charts">{charts}</div>')
     body.append("<h2>Sections</h2>")
     for section in report.sections:
         time = section.timestamp.replace("T", " ")[:19]
@@ -224,25 +221,6 @@ def _curves(sections: Sequence[Section]) -> str:
         if any(figures):
             out.append(f'<div class="charts">{"".join(figures)}</div>')
     return "".join(out)
-
-
-def _evaluations(results: Mapping[str, Mapping[str, Any]]) -> str:
-    def number(stage: str, name: str) -> float | None:
-        value = results[stage].get(name)
-        return float(value) if isinstance(value, int | float) else None
-
-    charts = ""
-    columns = {"chat_eval_mid": ("MID", 1), "chat_eval_sft": ("SFT", 2), "chat_eval_rl": ("RL", 3)}  # label, color
-    stages = [stage for stage in columns if stage in results]
-    tasks = sorted({name for stage in stages for name in results[stage]})
-    tasks.sort(key=lambda name: name.startswith("chatcore"))
-    if tasks:
-        rows = [(label_of(task), [number(stage, task) for stage in stages]) for task in tasks]
-        x_label = "accuracy" + (" (ChatCORE: 0 is chance)" if tasks[-1].startswith("chatcore") else "")
-        charts += bar_chart("Chat tasks", rows, [columns[stage] for stage in stages], x_label=x_label)
-    rows = [(name, [number("base_eval", name)]) for name in results.get("base_eval", {})
-            if name != "core" and not name.endswith("_bpb")]
-    return charts + bar_chart("CORE tasks of the base model", rows, [("BASE", 0)], x_label="centred accuracy (0 is chance)")
 
 
 def label_of(result: str) -> str:

@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nanochat_jax.files import write_file
 from nanochat_jax.metrics import format_seconds
 from nanochat_jax.paths import Paths, remove_directory
 
@@ -97,7 +98,7 @@ def print_plan(stages: Sequence[Stage], machine: Machine, title: str) -> None:
 
 @dataclass
 class Record:
-    """Which stages of the run are finished or begun, by key. Written whole, aside, then renamed."""
+    """Which stages of the run are finished or begun, by key."""
 
     path: Path
     run: str = field(default_factory=lambda: secrets.token_hex(8))
@@ -113,12 +114,7 @@ class Record:
         return cls(path, **json.loads(path.read_text()))
 
     def write(self) -> None:
-        aside = self.path.with_suffix(".tmp")
-        with aside.open("w") as file:
-            json.dump({"run": self.run, "finished": self.finished, "begun": self.begun}, file, indent=1)
-            file.flush()
-            os.fsync(file.fileno())
-        aside.replace(self.path)
+        write_file(self.path, json.dumps({"run": self.run, "finished": self.finished, "begun": self.begun}, indent=1))
 
 
 def stage_keys(stages: Iterable[Stage], run: str) -> dict[str, str]:

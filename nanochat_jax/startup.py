@@ -31,6 +31,15 @@ class Processes:
     process_id: int = flag(-1, "which of them this one is, from 0 (with --coordinator)")
 
 
+@dataclass(frozen=True, kw_only=True)
+class ModelFlags:
+    """Flags of every script that loads a model of ours."""
+
+    model_tag: str | None = flag(None, "name of the checkpoint directory; default the largest d<depth>", short="-g")
+    step: int | None = flag(None, "step of the checkpoint; default the newest", short="-s", aliases=("model_step",))
+    dtype: str = flag("auto", "compute dtype", short="-d", choices=["auto", "float32", "bfloat16"])
+
+
 def start(paths: Paths, *, device_type: str = "", compile_cache: bool = True, processes: Processes | None = None) -> None:
     """Call once, before JAX is used.
 

@@ -25,7 +25,7 @@ from nanochat_jax.eval.scoring import Scorer, rows_for
 from nanochat_jax.files import write_file
 from nanochat_jax.paths import Paths
 from nanochat_jax.sharding import make_mesh
-from nanochat_jax.startup import Processes, start
+from nanochat_jax.startup import ModelFlags, Processes, start
 from nanochat_jax.step import resolve_dtype
 
 log = logging.getLogger(__name__)
@@ -34,18 +34,15 @@ KINDS = ("core", "bpb", "sample")
 
 
 @dataclass(frozen=True, kw_only=True)
-class BaseEvalConfig(Processes):
+class BaseEvalConfig(ModelFlags, Processes):
     eval: str = flag("auto", "which of core, bpb and sample, joined by commas; auto: samples, and CORE if its bundle "
                              "is on disk or the model's corpus came from the network")
     max_per_task: int = flag(-1, "examples of each CORE task; -1: all")
     split_tokens: int = flag(40 * 524288, "tokens of each split for bits per byte")
     device_batch_size: int = flag(32, "rows of the model's length per device")
     mesh: str = flag("auto", "devices as DxM: D-way data and M-way tensor parallelism")
-    dtype: str = flag("auto", "compute dtype", choices=["auto", "float32", "bfloat16"])
     hf_path: str | None = flag(None, "evaluate this directory of a transformers model instead; needs the extra torch")
     trust_remote_code: bool = flag(False, "let --hf-path run model code that lies in its directory")
-    model_tag: str | None = flag(None, "name of the checkpoint directory; default the largest d<depth>", short="-g")
-    step: int | None = flag(None, "step of the checkpoint; default the newest", short="-s")
 
     def __post_init__(self) -> None:
         if self.hf_path and (self.mesh, self.dtype, self.model_tag, self.step) != ("auto", "auto", None, None):

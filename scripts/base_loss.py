@@ -15,26 +15,23 @@ from nanochat_jax.eval.bpb import corpus_bits_per_byte
 from nanochat_jax.eval.samples import greedy_samples, sample_items
 from nanochat_jax.paths import Paths
 from nanochat_jax.sharding import make_mesh
-from nanochat_jax.startup import PLATFORMS, Processes, start
+from nanochat_jax.startup import PLATFORMS, ModelFlags, Processes, start
 from nanochat_jax.step import resolve_dtype
 
 
 @dataclass(frozen=True, kw_only=True)
-class BaseLossConfig(Processes):
+class BaseLossConfig(ModelFlags, Processes):
     device_type: str = flag("", "platform to run on; default the best there is", choices=PLATFORMS)
     mesh: str = flag("auto", "devices as DxM: D-way data and M-way tensor parallelism")
-    dtype: str = flag("auto", "compute dtype", choices=["auto", "float32", "bfloat16"])
     device_batch_size: int = flag(32, "rows per device")
     split_tokens: int = flag(20 * 524288, "tokens of each split")
-    model_tag: str | None = flag(None, "name of the checkpoint directory; default the largest d<depth>", short="-g")
-    model_step: int | None = flag(None, "step of the checkpoint; default the newest", short="-s")
 
 
 def main(config: BaseLossConfig) -> None:
     paths = Paths.from_env()
     start(paths, device_type=config.device_type, processes=config)
     mesh, dtype = make_mesh(config.mesh), resolve_dtype(config.dtype)
-    loaded = load_model(paths, "base", tag=config.model_tag, step=config.model_step, mesh=mesh)
+    loaded = load_model(paths, "base", tag=config.model_tag, step=config.step, mesh=mesh)
     results = corpus_bits_per_byte(loaded, paths, device_batch_size=config.device_batch_size,
                                    split_tokens=config.split_tokens, mesh=mesh, dtype=dtype)
     samples = sample_items(greedy_samples(loaded, dtype=dtype, mesh=mesh))

@@ -7,32 +7,29 @@
 Calculations of the model appear as [345+678 = 1023].
 """
 
-import io
+import re
 import sys
 from dataclasses import dataclass
 
 from nanochat_jax import cli
-from nanochat_jax.checkpoint import load_model
+from nanochat_jax.chat import render_message
 from nanochat_jax.cli import UsageError, flag
 from nanochat_jax.infer.engine import Engine, EngineLoop, Request
 from nanochat_jax.infer.request import Generation, ToolCall
 from nanochat_jax.paths import CHECKPOINT_DIRS, Paths
-from nanochat_jax.startup import start
-from nanochat_jax.step import resolve_dtype
+from nanochat_jax.pretrained import load_engine
+from nanochat_jax.startup import ModelFlags, start
 from nanochat_jax.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(ModelFlags):
     source: str = flag("sft", "stage whose model to load", short="-i", choices=list(CHECKPOINT_DIRS))
-    model_tag: str | None = flag(None, "model tag; the largest d<depth> if not given", short="-g")
-    step: int | None = flag(None, "step; the last if not given", short="-s")
     prompt: str | None = flag(None, "answer this and exit", short="-p")
     temperature: float = flag(0.6, "0 takes the most likely token each time", short="-t")
     top_k: int = flag(50, "draw among the k most likely tokens; 0 among all", short="-k")
     max_tokens: int = flag(256, "longest reply in tokens")
     seed: int = flag(42, "of the random draws; a conversation with the same seed repeats itself")
-    dtype: str = flag("auto", "compute dtype", short="-d", choices=["auto", "float32", "bfloat16"])
 
     def __post_init__(self) -> None:
         if self.prompt is not None and not self.prompt.strip():
@@ -59,11 +56,14 @@ class History:
         return [self._tokenizer.bos_id, *sum(self._turns, []), *question], before - len(self._turns)
 
     def add(self, text: str, reply: list[int]) -> None:
-        self._turns.append([*self._question(text), *reply, self._tokenizer.special_tokens["<|assistant_end|>"]])
+        self._turns.append([*self._question(text), *reply, self._tokenizer.encode_special("<|assistant_end|>")])
 
     def _question(self, text: str) -> list[int]:
-        tokens = self._tokenizer.encode(text, prepend="<|user_start|>", append="<|user_end|>")
-        return [*tokens, self._tokenizer.special_tokens["<|assistant_start|>"]]
+        return [*render_message(self._tokenizer, "user", text)[0], self._tokenizer.encode_special("<|assistant_start|>")]
+
+
+# A terminal obeys these; what a model says is only to be read.
+CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
 def dim(text: str) -> str:
@@ -76,8 +76,10 @@ def answer(engine: Engine, generation: Generation) -> None:
     def show() -> None:
         for event in generation.take_events():
             if isinstance(event, ToolCall):
-                event = dim(f"[{event.expression} = {'?' if event.output is None else event.output}]") + " "
-            print(event, end="", flush=True)
+                called = f"[{event.expression} = {'?' if event.output is None else event.output}]"
+                print(dim(CONTROL.sub("\ufffd", called)), end=" ", flush=True)
+            else:
+                print(CONTROL.sub("\ufffd", event), end="", flush=True)
 
     loop = EngineLoop(engine)
     try:
@@ -132,9 +134,8 @@ def main(config: Config) -> int | None:
         sys.stdout.reconfigure(errors="replace")  # a character the terminal cannot show need not end the chat
     paths = Paths.from_env()
     start(paths)
-    model = load_model(paths, config.source, tag=config.model_tag, step=config.step)
-    engine = Engine(model.config, model.params, model.tokenizer, num_slots=1, steps_per_dispatch=4,
-                    compute_dtype=resolve_dtype(config.dtype))
+    engine, model = load_engine(paths, config.source, tag=config.model_tag, step=config.step, dtype=config.dtype, num_slots=1,
+                                steps_per_dispatch=4)
     if config.prompt is None:
         chat(engine, model.tokenizer, config)
         return None

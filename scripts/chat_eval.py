@@ -19,7 +19,7 @@ from nanochat_jax.eval.chat import Generator, Sampling, accuracy, chatcore, eval
 from nanochat_jax.infer.request import Request
 from nanochat_jax.paths import CHECKPOINT_DIRS, Paths
 from nanochat_jax.sharding import data_size, make_mesh
-from nanochat_jax.startup import Processes, start
+from nanochat_jax.startup import ModelFlags, Processes, start
 from nanochat_jax.step import resolve_dtype
 from nanochat_jax.tasks import eval_tasks_for, load_eval_task
 from nanochat_jax.tasks.base import Task
@@ -29,25 +29,19 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChatEvalConfig(Processes):
+class ChatEvalConfig(ModelFlags, Processes):
     source: str = flag("sft", "stage of the model", short="-i", choices=[*CHECKPOINT_DIRS])
     task_name: str | None = flag(None, "tasks joined by |; default those that fit the model's corpus", short="-a")
     task_file: str | None = flag(None, "judge by this JSON Lines file instead: conversations, or questions with choices")
     temperature: float = flag(0.0, "of the replies; 0 takes the most likely token", short="-t")
-    max_new_tokens: int = flag(512, "longest reply", short="-m")
-    num_samples: int = flag(1, "replies per problem; one that is right passes", short="-n")
+    max_new_tokens: int = flag(512, "longest reply", short="-m", at_least=1)
+    num_samples: int = flag(1, "replies per problem; one that is right passes", short="-n", at_least=1)
     top_k: int = flag(50, "sample among the k likeliest tokens; 0: all", short="-k")
-    batch_size: int = flag(32, "replies in flight per device, and prompts of a batch of multiple choice", short="-b")
-    model_tag: str | None = flag(None, "name of the checkpoint directory; default the largest d<depth>", short="-g")
-    step: int | None = flag(None, "step of the checkpoint; default the newest", short="-s")
+    batch_size: int = flag(32, "replies in flight per device, and multiple-choice prompts of a batch", short="-b", at_least=1)
     max_problems: int | None = flag(None, "problems of each task; default all", short="-x")
     mesh: str = flag("auto", "devices as DxM: D-way data and M-way tensor parallelism")
-    dtype: str = flag("auto", "compute dtype", short="-d", choices=["auto", "float32", "bfloat16"])
 
     def __post_init__(self) -> None:
-        for name in ("max_new_tokens", "num_samples", "batch_size", "max_problems"):
-            if getattr(self, name) is not None and getattr(self, name) < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {getattr(self, name)}")
         Request((0,), max_tokens=self.max_new_tokens, temperature=self.temperature, top_k=self.top_k)  # checks the ranges
         if self.task_name and self.task_file:
             raise ValueError("--task-name and --task-file: give one of them")

@@ -3,7 +3,6 @@
     python -m scripts.export_weights --source sft --format hf --out ~/my-model
 """
 
-import json
 import logging
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,17 +14,16 @@ from nanochat_jax.cli import UsageError, flag
 from nanochat_jax.files import new_directory
 from nanochat_jax.interop.hf import write_hf
 from nanochat_jax.interop.torch_checkpoint import write_checkpoint
+from nanochat_jax.metrics import read_metrics
 from nanochat_jax.paths import CHECKPOINT_DIRS, Paths
-from nanochat_jax.startup import start
+from nanochat_jax.startup import ModelFlags, start
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportConfig:
+class ExportConfig(ModelFlags):
     source: str = flag("sft", "stage of the model", choices=[*CHECKPOINT_DIRS], short="-i")
-    model_tag: str | None = flag(None, "name of the checkpoint directory; default the largest d<depth>", short="-g")
-    step: int | None = flag(None, "step of the checkpoint; default the newest", short="-s")
     format: str = flag("nanochat", "nanochat: upstream's .pt files; hf: what transformers loads", choices=["nanochat", "hf"])
     out: str = flag("", "directory to write; must be new or empty")
     dtype: str = flag("float32", "dtype of the weights (hf); bfloat16 rounds them", choices=["float32", "bfloat16"])
@@ -40,7 +38,7 @@ class ExportConfig:
 def validation_bpb(loaded: Loaded) -> float | None:
     """The bits per byte that this step's evaluation gave; None if it had none."""
     path = loaded.directory / "metrics.jsonl"
-    rows = [json.loads(line) for line in path.read_text().splitlines()] if path.is_file() else []
+    rows = read_metrics(path) if path.is_file() else []
     return next((row["val_bpb"] for row in reversed(rows) if row["step"] == loaded.step and "val_bpb" in row), None)
 
 

@@ -32,30 +32,24 @@ from nanochat_jax.infer.request import NoTokenizer, Request
 from nanochat_jax.metrics import peak_bandwidth, peak_flops, peak_memory_bytes
 from nanochat_jax.paths import CHECKPOINT_DIRS, Paths
 from nanochat_jax.sharding import make_mesh
-from nanochat_jax.startup import PLATFORMS, start
+from nanochat_jax.startup import PLATFORMS, ModelFlags, start
 from nanochat_jax.step import resolve_dtype
 
 STEPS_PER_DISPATCH = 8
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(ModelFlags):
     source: str = flag("base", "stage whose model to load", short="-i", choices=list(CHECKPOINT_DIRS))
-    model_tag: str | None = flag(None, "model tag; the largest d<depth> if not given", short="-g")
-    step: int | None = flag(None, "step; the last if not given", short="-s")
-    prompt_tokens: int = flag(2048, "length of the prompts; less where the context is too short for prompt and reply")
-    decode_tokens: int = flag(256, "tokens to generate after each")
+    prompt_tokens: int = flag(2048, "length of the prompts; less where the context is too short for prompt and reply",
+                              at_least=2)
+    decode_tokens: int = flag(256, "tokens to generate after each", at_least=1 + STEPS_PER_DISPATCH)
     batch_sizes: str = flag("1,8,32,128", "sequences at once, a list")
     temperature: float = flag(0.0, "0 takes the most likely token each time", short="-t")
     mesh: str = flag("1x1", "devices as DxM: slots over D, heads over M; auto uses all on D")
-    dtype: str = flag("auto", "compute dtype", short="-d", choices=["auto", "float32", "bfloat16"])
     device_type: str = flag("", "platform to run on; default the best there is", choices=PLATFORMS)
 
     def __post_init__(self) -> None:
-        if self.prompt_tokens < 2:
-            raise ValueError(f"--prompt-tokens must be at least 2, got {self.prompt_tokens}")
-        if self.decode_tokens < 1 + STEPS_PER_DISPATCH:
-            raise ValueError(f"--decode-tokens must be at least {1 + STEPS_PER_DISPATCH}, got {self.decode_tokens}")
         self.batches  # noqa: B018  (its check)
         Request((0,), temperature=self.temperature)
 

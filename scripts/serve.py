@@ -7,7 +7,6 @@
 OpenAI's clients connect to http://127.0.0.1:8000/v1; the server prints the id of its model.
 """
 
-import asyncio
 import ipaddress
 import os
 import re
@@ -15,59 +14,48 @@ import socket
 from dataclasses import dataclass
 
 from nanochat_jax import cli
-from nanochat_jax.checkpoint import load_model
 from nanochat_jax.cli import flag
-from nanochat_jax.infer.engine import Engine
 from nanochat_jax.infer.scheduler import Scheduler
 from nanochat_jax.paths import CHECKPOINT_DIRS, Paths
+from nanochat_jax.pretrained import load_engine
 from nanochat_jax.serve import server
-from nanochat_jax.serve.chat_request import Sampling
+from nanochat_jax.serve.chat_request import BadRequest, Sampling, check
+from nanochat_jax.serve.openai_api import MAX_CHOICES
 from nanochat_jax.sharding import make_mesh
-from nanochat_jax.startup import PLATFORMS, start
-from nanochat_jax.step import resolve_dtype
+from nanochat_jax.startup import PLATFORMS, ModelFlags, start
 
 DESCRIPTION = "Chat with a trained model in the browser, or through OpenAI's API."
 API_KEY_VARIABLE = "NANOCHAT_API_KEY"
-MAX_CHOICES = 8  # replies to one request of OpenAI's API
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config:
+class Config(ModelFlags):
     source: str = flag("sft", "stage whose model to load", short="-i", choices=list(CHECKPOINT_DIRS))
-    model_tag: str | None = flag(None, "model tag; the largest d<depth> if not given", short="-g")
-    step: int | None = flag(None, "step; the last if not given", short="-s")
     host: str = flag("127.0.0.1", "address to listen on; 0.0.0.0 is open to the network")
     port: int = flag(8000, "port to listen on; 0 takes a free one", short="-p")
     temperature: float = flag(0.8, "temperature where a request has none", short="-t")
     top_k: int = flag(50, "top-k where a request has none; 0 keeps all tokens", short="-k")
     max_tokens: int = flag(512, "longest reply in tokens where a request does not say", short="-m")
-    slots: int = flag(8, "replies that are generated at the same time; more wait in a queue")
-    max_queue: int = flag(64, "requests that may wait for a slot; more are told to try again")
+    slots: int = flag(8, "replies that are generated at the same time; more wait in a queue", at_least=1)
+    max_queue: int = flag(64, "requests that may wait for a slot; more are told to try again", at_least=MAX_CHOICES)
     timeout: float = flag(600.0, "seconds that a reply may take, its time in the queue included")
-    grace: float = flag(10.0, "seconds that replies in flight are given when the server is told to stop")
+    grace: float = flag(10.0, "seconds that replies in flight are given when the server is told to stop", at_least=0)
     api_key: str | None = flag(None, f"key that clients must send; {API_KEY_VARIABLE} keeps it out of `ps`")
     cors_origin: str | None = flag(None, "origins whose pages may call, as https://a.com,https://b.com; * is all")
     allowed_hosts: str | None = flag(None, "names that clients may call the server by, as a.com,b.com; * is any; default "
                                            "localhost where only this machine can reach it, else any")
-    num_gpus: int | None = flag(None, "devices to spread the slots over: short for --mesh <n>x1", short="-n")
+    num_gpus: int | None = flag(None, "devices to spread the slots over: short for --mesh <n>x1", short="-n", at_least=1)
     mesh: str | None = flag(None, "devices as DxM: slots over D, heads over M; auto uses all on D; default one device")
     device_type: str = flag("", "platform to run on; default the best there is", choices=PLATFORMS)
-    dtype: str = flag("auto", "compute dtype", short="-d", choices=["auto", "float32", "bfloat16"])
     warmup: bool = flag(True, "compile all programs first, so that no request waits for it; false starts at once")
 
     def __post_init__(self) -> None:
         if not 0 <= self.port <= 65535:
             raise ValueError(f"--port must be from 0 to 65535, got {self.port}")
-        if self.slots < 1:
-            raise ValueError(f"--slots must be at least 1, got {self.slots}")
-        if self.max_queue < 1:
-            raise ValueError(f"--max-queue must be at least 1, got {self.max_queue}")
         if not self.timeout > 0:
             raise ValueError(f"--timeout must be over 0 seconds, got {self.timeout}")
-        if not self.grace >= 0:
-            raise ValueError(f"--grace must be 0 seconds or more, got {self.grace}")
-        if self.num_gpus is not None and (self.num_gpus < 1 or self.mesh is not None):
-            raise ValueError(f"--num-gpus must be at least 1, and not together with --mesh; got {self.num_gpus}")
+        if self.num_gpus is not None and self.mesh is not None:
+            raise ValueError("--num-gpus is short for --mesh: not together with it")
         if self.key is not None and not re.fullmatch(r"[!-~]+", self.key):
             raise ValueError("--api-key must be of printable ASCII characters, without spaces, one at least")
         for origin in self.cors_origins:
@@ -76,11 +64,14 @@ class Config:
         if self.allowed_hosts is not None and not re.fullmatch(r"(\*|[\w.-]+)(,(\*|[\w.-]+))*", self.allowed_hosts):
             raise ValueError("--allowed-hosts must be names like example.com, without https:// or a port, or *, "
                              f"got {self.allowed_hosts!r}")
-        self.sampling  # noqa: B018  (its check of the ranges)
+        try:
+            self.sampling  # noqa: B018  (its check of the ranges)
+        except BadRequest as error:
+            raise ValueError(error.detail) from error
 
     @property
     def sampling(self) -> Sampling:
-        return Sampling(temperature=self.temperature, top_k=self.top_k, max_tokens=self.max_tokens)
+        return check(Sampling, {name: getattr(self, name) for name in Sampling.model_fields})
 
     @property
     def key(self) -> str | None:
@@ -107,9 +98,8 @@ def main(config: Config) -> None:
     with server.bind(config.host, config.port) as sock:  # a taken port is known before the model is loaded
         start(paths, device_type=config.device_type)
         mesh = make_mesh(config.devices)
-        model = load_model(paths, config.source, tag=config.model_tag, step=config.step, mesh=mesh)
-        engine = Engine(model.config, model.params, model.tokenizer, num_slots=config.slots,
-                        compute_dtype=resolve_dtype(config.dtype), mesh=mesh)
+        engine, model = load_engine(paths, config.source, tag=config.model_tag, step=config.step, dtype=config.dtype,
+                                    mesh=mesh, num_slots=config.slots)
         info = {"name": f"{model.source} {model.tag}, step {model.step}", "source": model.source, "tag": model.tag,
                 "step": model.step, "context": engine.max_len}
         model_id = f"nanochat-{model.tag}-{model.source}"
@@ -119,10 +109,10 @@ def main(config: Config) -> None:
             app = server.create_app(
                 scheduler, model.tokenizer, info, max_len=engine.max_len, num_slots=config.slots,
                 devices=tuple(map(str, mesh.devices.flat)), defaults=config.sampling, model_id=model_id,
-                max_choices=min(MAX_CHOICES, config.max_queue), hosts=config.hosts(sock), api_key=config.key,
+                hosts=config.hosts(sock), api_key=config.key,
                 cors_origins=config.cors_origins, deadline=config.timeout, grace=config.grace,
             )  # fmt: skip
-            asyncio.run(server.run(app, sock, lambda: print(greeting(config, sock, model_id), flush=True)))
+            server.run(app, sock, lambda: print(greeting(config, sock, model_id), flush=True))
 
 
 def greeting(config: Config, sock: socket.socket, model_id: str) -> str:

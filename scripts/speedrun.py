@@ -44,11 +44,11 @@ STAGES = ("data", "data_rest", "tok_train", "tok_eval", "base_train", "base_loss
 @dataclass(frozen=True, kw_only=True)
 class SpeedrunConfig:
     mesh: str = flag("auto", "devices as DxM: D-way data and M-way tensor parallelism")
-    depth: int | None = flag(None, f"number of layers, the dial; default 20, {CPU_DEPTH} on a CPU", short="-d")
+    depth: int | None = flag(None, f"number of layers, the dial; default 20, {CPU_DEPTH} on a CPU", short="-d", at_least=1)
     data: str | None = flag(None, "corpus; default: the one on disk, else climbmix; on a CPU embedded, which needs no network",
                             choices=[*DATA_DIRS])
     device_batch_size: int | Literal["auto"] | None = flag(
-        None, "rows per device and micro-step of base, mid and SFT; auto: the most that fit; default by the depth")
+        None, "rows per device and micro-step of base, mid and SFT; auto: the most that fit; default by the depth", at_least=1)
     remat: str | None = flag(None, "activations that the backward pass recomputes, to save memory", choices=REMAT)
     fsdp: bool = flag(False, "shard the parameters over the data axis too, to save memory")
     run: str | None = flag(None, "wandb run name; dummy turns wandb off; default $WANDB_RUN, else dummy")
@@ -65,10 +65,6 @@ class SpeedrunConfig:
         unknown = [name for name in self.skipped if name not in STAGES]
         if unknown:
             raise ValueError(f"--skip {','.join(unknown)}: no such stage; there are {', '.join(STAGES)}")
-        for name in ("depth", "device_batch_size"):
-            value = getattr(self, name)
-            if isinstance(value, int) and value < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
 
     @property
     def skipped(self) -> list[str]:
@@ -158,8 +154,8 @@ def plan_stages(config: SpeedrunConfig, machine: Machine, wandb_run: str, on_dis
                  f"{recipe.total_tokens / 1e6:,.1f}M tokens in {recipe.num_iterations:,} steps", data=data, depth=depth),
         Stage(name="base_loss", module="scripts.base_loss", placement=placed + as_flags(device_batch_size=fitting),
               args=chosen + (as_flags(split_tokens=2 * base["eval_tokens"]) if small else ()), seconds=20 if small else 0),
-        Stage(name="base_eval", module="scripts.base_eval", args=chosen + _core_limit(config), placement=placed,
-              seconds=20 if small else 0),
+        Stage(name="base_eval", module="scripts.base_eval", placement=placed, seconds=20 if small else 0,
+              args=chosen + as_flags(max_per_task=8 if config.smoke else None)),
         finetuning("mid_train", "mid", mid, MID_CONVERSATIONS, MID_TOKENS, recipe.total_batch_size),
         Stage(name="chat_eval_mid", module="scripts.chat_eval", args=("-i", "mid", *chosen, *as_flags(**problems)),
               placement=placed, seconds=30 if small else 0),
@@ -199,10 +195,6 @@ def _fetch_stages(data: str, recipe: Recipe, have: int) -> list[Stage]:
         stages.append(Stage(name="data_rest", module="nanochat_jax.dataset", background=True, note=f"{needed} shards in all",
                             args=as_flags(dataset=data) + ("-n", str(needed))))
     return stages
-
-
-def _core_limit(config: SpeedrunConfig) -> tuple[str, ...]:
-    return as_flags(max_per_task=8) if config.smoke else ()
 
 
 def _data_ways(mesh: str, machine: Machine) -> int:

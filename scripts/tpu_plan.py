@@ -61,15 +61,13 @@ class PlanConfig:
     num_iterations: int = flag(-1, "optimizer steps; -1: the recipe's horizon")
     target_param_data_ratio: float = flag(-1.0, "tokens per parameter; -1: the recipe's")
     decode: bool = flag(False, "plan the engine's decoding instead of training")
-    slots: int = flag(8, "sequences that decode together (with --decode)")
+    slots: int = flag(8, "sequences that decode together (with --decode)", at_least=1)
     compiler_options: str = flag("", "XLA options as NAME=VALUE, joined by commas; a real run takes them from LIBTPU_INIT_ARGS")
     price: float = flag(0.0, "price of one device for an hour; 0: unknown")
 
     def __post_init__(self) -> None:
         if not all("=" in option for option in self.compiler_options.split(",") if option):
             raise ValueError(f"--compiler-options {self.compiler_options!r} is not NAME=VALUE, joined by commas")
-        if self.slots < 1:
-            raise ValueError(f"--slots must be at least 1, got {self.slots}")
         self.training()  # which checks what it takes
 
     @property

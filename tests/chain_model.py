@@ -21,6 +21,9 @@ class ByteTokenizer:
         before, after = ([self.special_tokens[name]] if name else [] for name in (prepend, append))
         return [*before, *text.encode(), *after]
 
+    def encode_special(self, name):
+        return self.special_tokens[name]
+
     def decode_bytes(self, ids):
         return b"".join(bytes([i]) if i < 256 else SPECIAL_TOKENS[i - 256].encode() for i in ids)
 

@@ -1,7 +1,9 @@
 """The chat in the terminal: what it shows, what it remembers, and how it is left."""
 
-from types import SimpleNamespace
+import gc
+import weakref
 
+import jax
 import pytest
 from chain_model import (
     ASSISTANT_START,
@@ -18,8 +20,11 @@ from chain_model import (
     chain_params,
 )
 
+from nanochat_jax import pretrained
+from nanochat_jax.checkpoint import Loaded
 from nanochat_jax.cli import UsageError
 from nanochat_jax.infer.engine import Engine, EngineLoop
+from nanochat_jax.paths import Paths
 from scripts import chat_cli
 from scripts.chat_cli import Config
 
@@ -36,8 +41,8 @@ def talk(monkeypatch, tmp_path, capsys):
         prompts, generation = [], Engine.generation
         monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
         monkeypatch.setattr(chat_cli, "start", lambda paths: None)
-        monkeypatch.setattr(chat_cli, "load_model", lambda *_, **__: SimpleNamespace(
-            config=CHAIN, params=params, tokenizer=TOKENIZER))
+        loaded = Loaded(CHAIN, params, TOKENIZER, {}, tmp_path, 1, "sft")
+        monkeypatch.setattr(pretrained, "load_model", lambda *_, **__: loaded)
 
         def recorded(self, request):
             made = generation(self, request)
@@ -95,6 +100,11 @@ def test_a_message_too_long_is_said_and_not_remembered(talk):
         talk(prompt="x" * 200)
 
 
+def test_a_reply_cannot_steer_the_terminal(talk):
+    _, out, _ = talk(texts=((ASSISTANT_START, "a\x1b[2J\x9bb\n\tc\rd", END),), prompt="hi")
+    assert "a\ufffd[2J\ufffdb\n\tc\ufffdd" in out and not {"\x1b", "\x9b", "\r"} & set(out)
+
+
 def test_interrupting_a_reply_keeps_the_chat(talk, monkeypatch):
     steps, step = [], EngineLoop.step
 
@@ -127,3 +137,13 @@ def test_a_reply_cut_for_length_says_so(talk):
 def test_values_out_of_range_are_refused(wrong):
     with pytest.raises(ValueError):
         Config(**wrong)
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_parameters_are_in_memory_once(monkeypatch, tmp_path, dtype):
+    loaded = [Loaded(CHAIN, chain_params(*CHAT), TOKENIZER, {}, tmp_path, 1, "sft")]
+    masters = [weakref.ref(leaf) for leaf in jax.tree.leaves(loaded[0].params["blocks"])]
+    monkeypatch.setattr(pretrained, "load_model", lambda *_, **__: loaded.pop())
+    engine, model = pretrained.load_engine(Paths(tmp_path), "sft", tag=None, step=None, dtype=dtype, num_slots=1)
+    gc.collect()
+    assert model.step == 1 and len(jax.tree.leaves(engine.params["blocks"])) and not any(master() for master in masters)

@@ -13,14 +13,15 @@ from nanochat_jax.metrics import start_wandb
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    max_chars: int = flag(100, "characters")
+    max_chars: int = flag(100, "characters", at_least=1)
     rate: float | None = flag(None, "a rate", short="-r")
     name: str = flag("a", "a name", choices=["a", "b"])
     on: bool = flag(False, "a switch")
+    share: float = flag(0.5, "a share")
 
     def __post_init__(self):
-        if self.max_chars < 1:
-            raise ValueError(f"--max-chars must be at least 1, got {self.max_chars}")
+        if self.share > 1:
+            raise ValueError(f"--share must be at most 1, got {self.share}")
 
 
 def parse(*argv):
@@ -41,7 +42,8 @@ def test_flags_of_both_spellings(argv, expected):
 
 @pytest.mark.parametrize("argv, named", [
     (["--max-char", "5"], "--max-char"), (["--max-chars", "1.5"], "1.5"), (["--max-chars", "x"], "x"),
-    (["--name", "c"], "'c'"), (["--max-chars", "0"], "got 0"), (["stray"], "stray"), (["--on=maybe"], "maybe"),
+    (["--name", "c"], "'c'"), (["--max-chars", "0"], "--max-chars must be at least 1, got 0"),
+    (["--share", "2"], "got 2"), (["stray"], "stray"), (["--on=maybe"], "maybe"),
     (["--max-chars", "inf"], "inf"),
 ])
 def test_mistakes_name_the_value(argv, named):

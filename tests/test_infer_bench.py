@@ -8,7 +8,7 @@ from types import SimpleNamespace
 import jax
 import pytest
 
-from nanochat_jax.cli import UsageError
+from nanochat_jax.cli import UsageError, parse
 from nanochat_jax.config import GPTConfig
 from nanochat_jax.gpt import init_params
 from scripts import infer_bench
@@ -76,8 +76,9 @@ def test_operations_and_keys_by_hand():
 @pytest.mark.parametrize("wrong", [dict(batch_sizes="1,x"), dict(batch_sizes="0"), dict(batch_sizes=""), dict(decode_tokens=3),
                                    dict(prompt_tokens=1), dict(temperature=-1.0)])
 def test_values_out_of_range_are_refused(wrong):
-    with pytest.raises(ValueError):
-        Config(**wrong)
+    flags = [f"--{name}={value}" for name, value in wrong.items()]
+    with pytest.raises(UsageError, match=str(next(iter(wrong.values()))) or "--batch-sizes"):
+        parse(Config, flags, prog="infer_bench", description="")
 
 
 def test_a_reply_longer_than_the_context_is_refused(bench):

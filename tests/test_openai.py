@@ -139,6 +139,16 @@ async def test_a_conversation_becomes_the_prompt_that_the_model_was_trained_on()
     assert sum(token in SPECIAL.values() for token in tokens) == 8  # none of them from a text
 
 
+async def test_a_system_message_stands_before_what_the_user_says_next():
+    fake = FakeScheduler()
+    turns = [("user", "a"), ("system", "s"), ("assistant", "b"), ("developer", "t"), ("user", "c"), ("system", "u")]
+    async with openai_client(fake) as api:
+        await api.chat.completions.create(model="nanochat", messages=[{"role": r, "content": c} for r, c in turns])
+    assert TOKENIZER.decode(fake.requests[0].tokens) == (
+        "<|bos|><|user_start|>a<|user_end|><|assistant_start|>b<|assistant_end|><|user_start|>s\n\nt\n\nc<|user_end|>"
+        "<|user_start|>u<|user_end|><|assistant_start|>")
+
+
 async def test_models_are_listed():
     async with openai_client(FakeScheduler()) as api:
         models = [model async for model in api.models.list()]
@@ -157,9 +167,9 @@ REFUSED = [
     messages([]),
     {"tools": [{"type": "function"}]}, {"response_format": {"type": "json_object"}}, {"logprobs": True},
     {"frequency_penalty": 1}, {"logit_bias": {"5": 1}},
-    messages("x", role="tool"), messages("x", role="system"),
+    messages("x", role="tool"),
     messages([{"type": "image_url", "image_url": {"url": "http://x"}}]),
-    {"messages": [*messages("x")["messages"], *messages("x", role="system")["messages"]]},
+    {"messages": [{"role": "assistant", "content": "x", "tool_calls": [{}]}]},
 ]  # fmt: skip
 
 

@@ -93,7 +93,7 @@ class Served:
     def start(self):
         async def start():
             app = server.create_app(self.scheduler, TOKENIZER, INFO, **self.options)
-            self.runner = server.make_runner(app, shutdown_timeout=0.1)
+            self.runner = web.AppRunner(app, **server.runner_options() | {"shutdown_timeout": 0.1})
             await self.runner.setup()
             sock = server.bind("127.0.0.1", self.port)
             self.port = sock.getsockname()[1]

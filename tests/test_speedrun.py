@@ -7,7 +7,7 @@ import time
 import pytest
 
 from nanochat_jax import cli, speedrun
-from nanochat_jax.cli import UsageError
+from nanochat_jax.cli import UsageError, parse
 from nanochat_jax.rl_train import ChatRLConfig
 from nanochat_jax.speedrun import Machine, Record, Stage, run_stages, stage_keys
 from scripts.base_loss import BaseLossConfig
@@ -191,8 +191,8 @@ def test_a_failure_elsewhere_stops_the_background(tmp_path, monkeypatch):
 
 def test_mistakes_are_refused_with_the_value():
     for flags in (dict(skip="base"), dict(resume=True, fresh=True), dict(depth=0), dict(device_batch_size=0)):
-        with pytest.raises(ValueError, match="|".join(str(value) for value in flags.values()) + "|give one"):
-            SpeedrunConfig(**flags)
+        with pytest.raises(UsageError, match="|".join(str(value) for value in flags.values()) + "|give one"):
+            parse(SpeedrunConfig, [f"--{name}={value}" for name, value in flags.items()], prog="speedrun", description="")
 
 
 TRAINING = ("base_train", "mid_train", "chat_sft")

@@ -28,10 +28,10 @@ FLAGS = {
         weight_decay=0.1, init_lr_frac=0.5, eval_every=10, eval_steps=7, load_optimizer=True, max_seq_len=512,
         total_batch_size=1024, warmup_ratio=0.1, warmdown_ratio=0.4, final_lr_frac=0.1, eval_tokens=512, chatcore_every=100,
         chatcore_max_cat=5, chatcore_max_sample=6, mmlu_epochs=2, gsm8k_epochs=3),
-    BaseLossConfig: dict(device_batch_size=2, split_tokens=512, model_tag="tag", model_step=3, device_type="cpu"),
+    BaseLossConfig: dict(device_batch_size=2, split_tokens=512, model_tag="tag", step=3, device_type="cpu"),
 }
 # Upstream's other names for some of them.
-ALIASES = {MidTrainConfig: {"model_step": "step"},
+ALIASES = {BaseLossConfig: {"model_step": "step"}, MidTrainConfig: {"model_step": "step"},
            ChatSFTConfig: {"model_step": "step", "eval_metrics_every": "chatcore_every",
                            "eval_metrics_max_problems": "chatcore_max_cat"}}
 

@@ -12,7 +12,6 @@ from typing import Any
 
 from aiohttp import hdrs, web
 
-from nanochat_jax.serve import openai_api
 from nanochat_jax.serve.chat_request import BadRequest
 from nanochat_jax.serve.metrics import Metrics
 
@@ -119,9 +118,16 @@ def _error(request: web.Request, status: int, detail: str, param: str | None = N
     body: dict[str, Any] = {"detail": detail}
     if request.path.startswith("/v1/"):
         status = 400 if status == 422 else status
-        body = openai_api.error_body(status, detail, param, code)
+        body = error_body(status, detail, param, code)
     headers = {503: {"Retry-After": RETRY_AFTER}, 401: {"WWW-Authenticate": "Bearer"}}.get(status, {})
     return web.json_response(body, status=status, headers=headers)
+
+
+def error_body(status: int, detail: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+    """An error as OpenAI's clients know it."""
+    kind = {401: "authentication_error", 404: "not_found_error"}.get(
+        status, "server_error" if status >= 500 else "invalid_request_error")
+    return {"error": {"message": detail, "type": kind, "param": param, "code": code}}
 
 
 def _host_check(hosts: tuple[str, ...]) -> Any:

@@ -10,28 +10,32 @@ Reference: https://platform.openai.com/docs/api-reference/chat
 
 import secrets
 import time
-from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
-from typing import Any
+from collections.abc import AsyncIterator, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Annotated, Any, Literal
 
 from aiohttp import web
+from pydantic import BeforeValidator, Field, Tag, model_validator
 
 from nanochat_jax.infer.request import Request, Result
+from nanochat_jax.serve.access import error_body, read_json
 from nanochat_jax.serve.chat_request import (
     MAX_TOTAL_CHARS,
+    Asked,
     BadRequest,
-    Message,
+    MaxTokens,
     Sampling,
-    checked_number,
+    Strict,
+    Unicode,
+    Whole,
+    check,
     make_prompt,
-    type_name,
+    text_or_parts,
 )
 from nanochat_jax.serve.replies import Event, EventStream, Replies, ReplyError, encode
 from nanochat_jax.tokenizer import Tokenizer
 
-MAX_STOPS = 4
-MAX_STOP_CHARS = 200
-ROLES = {"system": "system", "developer": "system", "user": "user", "assistant": "assistant"}
+MAX_CHOICES = 8  # replies to one request
 # Fields that would change the reply, and the values that leave it as it is.
 UNSUPPORTED: dict[str, tuple[Any, ...]] = {
     "audio": (), "frequency_penalty": (0,), "function_call": ("none", "auto"), "functions": ([],), "logit_bias": ({},),
@@ -41,101 +45,112 @@ UNSUPPORTED: dict[str, tuple[Any, ...]] = {
 REPLY_ERROR_STATUS = {"timeout": 504, "shutdown": 503, "failed": 500}
 
 
-@dataclass(frozen=True, kw_only=True)
-class Completion:
-    """A checked request."""
-
-    messages: tuple[Message, ...]
-    sampling: Sampling
-    top_p: float = 1.0
-    n: int = 1
-    seed: int
-    stop: tuple[str, ...] = ()
-    stream: bool = False
-    include_usage: bool = False
-
-    def requests(self, prompt: tuple[int, ...]) -> list[Request]:
-        sampling = self.sampling
-        return [Request(prompt, max_tokens=sampling.max_tokens, temperature=sampling.temperature, top_k=sampling.top_k,
-                        top_p=self.top_p, seed=(self.seed + index) % 2**64, stop=self.stop) for index in range(self.n)]
+Text = Annotated[str, Field(max_length=MAX_TOTAL_CHARS), Unicode]
+Stop = Annotated[str, Field(min_length=1, max_length=200), Unicode]
+Stops = Annotated[list[Stop], Field(max_length=4)]
 
 
-def parse(body: Any, defaults: Sampling, *, model: str, max_choices: int) -> Completion:
+class TextPart(Strict):
+    type: Literal["text"]
+    text: Text
+
+
+class Message(Strict):
+    role: Literal["system", "developer", "user", "assistant"]
+    content: Annotated[Annotated[Text, Tag("str")] | Annotated[list[TextPart], Field(min_length=1), Tag("list")], text_or_parts]
+    tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
+
+    @property
+    def text(self) -> str:
+        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+
+
+class StreamOptions(Strict):
+    include_usage: bool | None = None
+
+
+class CompletionRequest(Asked):
+    model: str | None = None
+    messages: Annotated[list[Message], Field(min_length=1)]
+    max_completion_tokens: MaxTokens | None = None  # the newer name of max_tokens
+    top_p: Annotated[float, Field(gt=0, le=1)] | None = None
+    n: Annotated[int, Field(ge=1, le=MAX_CHOICES), Whole] | None = None
+    seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1), Whole] | None = None
+    stop: Annotated[Stops, BeforeValidator(lambda stop: [stop] if isinstance(stop, str) else stop,
+                                           json_schema_input_type=Stop | Stops)] | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+
+    @model_validator(mode="after")
+    def _within_limits(self) -> "CompletionRequest":
+        if sum(len(message.text) for message in self.messages) > MAX_TOTAL_CHARS:
+            raise ValueError(f"the conversation has more than {MAX_TOTAL_CHARS} characters")
+        return self
+
+    def conversation(self) -> list[dict[str, Any]]:
+        """What was said, a system message merged into what the user says next, as the model was trained."""
+        turns, system = [], []
+        for message in self.messages:
+            if message.role in ("system", "developer"):
+                system.append(message.text)
+            elif message.role == "user":
+                turns.append({"role": "user", "content": "\n\n".join([*system, message.text])})
+                system = []
+            else:
+                turns.append({"role": "assistant", "content": message.text})
+        return [*turns, {"role": "user", "content": "\n\n".join(system)}] if system else turns
+
+    def requests(self, prompt: tuple[int, ...], sampling: Sampling) -> list[Request]:
+        seed = secrets.randbelow(2**31) if self.seed is None else self.seed
+        return [Request(prompt, **sampling.model_dump(), top_p=self.top_p or 1.0, seed=(seed + index) % 2**64,
+                        stop=tuple(self.stop or ())) for index in range(self.n or 1)]
+
+
+def parse(body: Any, model: str) -> CompletionRequest:
     """Check a decoded JSON body. Raises `BadRequest`: 404 for another model, 400 or 422 for what is wrong."""
-    if not isinstance(body, dict):
-        raise BadRequest(422, f"the body must be an object, not {type_name(body)}")
-    given = {name: value for name, value in body.items() if value is not None}
-    _check_model(given.get("model", model), model)
-    for name, harmless in UNSUPPORTED.items():
-        if name in given and given[name] not in harmless:
+    for name, harmless in UNSUPPORTED.items() if isinstance(body, dict) else ():
+        if body.get(name) is not None and body[name] not in harmless:
             raise BadRequest(400, f"{name} is not supported by this server", param=name, code="unsupported_parameter")
-    messages = _messages(given.get("messages"))
-    numbers = {name: checked_number(name, given.get(name), kind) for name, kind in (
-        ("temperature", float), ("top_p", float), ("top_k", int), ("n", int), ("seed", int),
-        ("max_tokens", int), ("max_completion_tokens", int))}  # fmt: skip
-    number: dict[str, Any] = {name: value for name, value in numbers.items() if value is not None}
-    sampling = defaults
-    for name in ("temperature", "top_k", "max_tokens", "max_completion_tokens"):  # the last is the newer name
-        if name in number:
-            try:
-                sampling = replace(sampling, **{name.replace("completion_", ""): number[name]})
-            except ValueError as error:
-                raise BadRequest(400, str(error), param=name) from error
-    top_p, n, seed = number.get("top_p", 1.0), number.get("n", 1), number.get("seed", secrets.randbelow(2**31))
-    if not 0 < top_p <= 1:
-        raise BadRequest(400, f"top_p must be over 0 and at most 1, got {top_p}", param="top_p")
-    if not 1 <= n <= max_choices:
-        raise BadRequest(400, f"n must be from 1 to {max_choices}, got {n}", param="n")
-    if not -(2**63) <= seed < 2**63:
-        raise BadRequest(400, f"seed must be an integer of 64 bits, got {seed}", param="seed")
-    stream, options = given.get("stream", False), given.get("stream_options", {})
-    if not isinstance(stream, bool):
-        raise BadRequest(422, f"stream must be a boolean, not {type_name(stream)}", param="stream")
-    if not isinstance(options, dict) or not isinstance(options.get("include_usage"), bool | None):
-        raise BadRequest(422, "stream_options must be an object with a boolean include_usage", param="stream_options")
-    return Completion(messages=messages, sampling=sampling, top_p=top_p, n=n, seed=seed, stream=stream,
-                      stop=_stops(given.get("stop")), include_usage=bool(options.get("include_usage")))
+    asked = check(CompletionRequest, body)
+    _check_model(model if asked.model is None else asked.model, model)
+    return asked
 
 
-def error_body(status: int, detail: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
-    """An error as OpenAI's clients know it."""
-    kind = {401: "authentication_error", 404: "not_found_error"}.get(
-        status, "server_error" if status >= 500 else "invalid_request_error")
-    return {"error": {"message": detail, "type": kind, "param": param, "code": code}}
-
-
+@dataclass(frozen=True, kw_only=True)
 class OpenAIServer:
     """The handlers of /v1. `model` is the id that clients ask for."""
 
-    def __init__(self, replies: Replies, tokenizer: Tokenizer, *, model: str, max_len: int, max_choices: int,
-                 defaults: Sampling) -> None:
-        self._replies = replies
-        self._tokenizer = tokenizer
-        self._model = model
-        self._max_len = max_len
-        self._max_choices = max_choices
-        self._defaults = defaults
-        self._created = int(time.time())
+    replies: Replies
+    tokenizer: Tokenizer
+    model: str
+    max_len: int
+    defaults: Sampling
+    created: int = field(default_factory=lambda: int(time.time()))
 
     def _card(self) -> dict[str, Any]:
-        return {"id": self._model, "object": "model", "created": self._created, "owned_by": "nanochat_jax",
-                "max_model_len": self._max_len}
+        return {"id": self.model, "object": "model", "created": self.created, "owned_by": "nanochat_jax",
+                "max_model_len": self.max_len}
 
-    async def models(self, request: web.Request) -> web.Response:
+    async def list_models(self, request: web.Request) -> web.Response:
         return web.json_response({"object": "list", "data": [self._card()]})
 
-    async def model(self, request: web.Request) -> web.Response:
-        _check_model(request.match_info["model"], self._model)
+    async def show_model(self, request: web.Request) -> web.Response:
+        _check_model(request.match_info["model"], self.model)
         return web.json_response(self._card())
 
-    async def chat_completions(self, request: web.Request, body: Any) -> web.StreamResponse:
-        completion = parse(body, self._defaults, model=self._model, max_choices=self._max_choices)
-        prompt, _ = make_prompt(self._tokenizer, completion.messages, max_len=self._max_len, drop=False,
-                                max_tokens=completion.sampling.max_tokens)
-        head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": self._model}
-        async with self._replies.open(completion.requests(prompt)) as events:
-            if completion.stream:
-                return await _stream(request, completion, head, events)
+    async def chat_completions(self, request: web.Request) -> web.StreamResponse:
+        asked = parse(await read_json(request), self.model)
+        sampling = asked.sampling(self.defaults)
+        if asked.max_completion_tokens is not None:
+            sampling = sampling.model_copy(update={"max_tokens": asked.max_completion_tokens})
+        prompt, _ = make_prompt(self.tokenizer, asked.conversation(), max_len=self.max_len, drop=False,
+                                max_tokens=sampling.max_tokens)
+        head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": self.model}
+        requests = asked.requests(prompt, sampling)
+        async with self.replies.open(requests) as events:
+            if asked.stream:
+                usage = asked.stream_options is not None and bool(asked.stream_options.include_usage)
+                return await _stream(request, head, events, choices=len(requests), include_usage=usage)
             results: dict[int, Result] = {}
             try:
                 async for batch in events:
@@ -149,9 +164,9 @@ class OpenAIServer:
                                   "usage": _usage(results.values())})
 
 
-async def _stream(request: web.Request, completion: Completion, head: Mapping[str, Any],
-                  events: AsyncIterator[list[tuple[int, Event]]]) -> web.StreamResponse:
-    usage = {"usage": None} if completion.include_usage else {}
+async def _stream(request: web.Request, head: Mapping[str, Any], events: AsyncIterator[list[tuple[int, Event]]], *,
+                  choices: int, include_usage: bool) -> web.StreamResponse:
+    usage = {"usage": None} if include_usage else {}
     results: list[Result] = []
 
     def chunk(index: int, delta: Mapping[str, Any], reason: str | None = None) -> dict[str, Any]:
@@ -159,12 +174,12 @@ async def _stream(request: web.Request, completion: Completion, head: Mapping[st
         return {"object": "chat.completion.chunk", **head, "choices": [choice], **usage}
 
     # What surrounds a piece of text in its chunk is the same for each, and is encoded once.
-    around = [encode(chunk(index, {"content": ""})).split('"content": ""') for index in range(completion.n)]
+    around = [encode(chunk(index, {"content": ""})).split('"content": ""') for index in range(choices)]
 
     async with EventStream(request) as stream:
         try:
             role = {"role": "assistant", "content": "", "refusal": None}
-            await stream.send(*(chunk(index, role) for index in range(completion.n)))
+            await stream.send(*(chunk(index, role) for index in range(choices)))
             async for batch in events:
                 chunks: list[Mapping[str, Any] | str] = []
                 for index, event in batch:
@@ -175,7 +190,7 @@ async def _stream(request: web.Request, completion: Completion, head: Mapping[st
                         chunks.append(chunk(index, {}, event.finish_reason))
                 if chunks:
                     await stream.send(*chunks)
-            if completion.include_usage:
+            if include_usage:
                 await stream.send({"object": "chat.completion.chunk", **head, "choices": [], "usage": _usage(results)})
             await stream.send("[DONE]")
         except ReplyError as error:
@@ -189,63 +204,7 @@ def _usage(results: Iterable[Result]) -> dict[str, int]:
     return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
 
 
-def _check_model(asked: Any, model: str) -> None:
-    if not isinstance(asked, str):
-        raise BadRequest(422, f"model must be a string, not {type_name(asked)}", param="model")
+def _check_model(asked: str, model: str) -> None:
     if asked != model:
         raise BadRequest(404, f"there is no model {asked[:80]!r} here: ask for {model!r}", param="model",
                          code="model_not_found")
-
-
-def _messages(listed: Any) -> tuple[Message, ...]:
-    """The conversation, with leading system messages merged into the user's first, as the model was trained."""
-    if not isinstance(listed, list):
-        raise BadRequest(422, f"messages must be a list, not {type_name(listed)}", param="messages")
-    turns = [_turn(f"messages.{index}", message) for index, message in enumerate(listed)]
-    if sum(len(text) for _, text in turns) > MAX_TOTAL_CHARS:
-        raise BadRequest(400, f"the conversation has more than {MAX_TOTAL_CHARS} characters", param="messages",
-                         code="context_length_exceeded")
-    first = next((index for index, (role, _) in enumerate(turns) if role != "system"), len(turns))
-    if any(role == "system" for role, _ in turns[first:]):
-        raise BadRequest(400, "system messages must come before all others", param="messages")
-    system, rest = [text for _, text in turns[:first]], turns[first:]
-    if not rest:
-        raise BadRequest(400, "messages must have one of the user's at least", param="messages")
-    if system:
-        if rest[0][0] != "user":
-            raise BadRequest(400, "after system messages the user must speak first", param="messages")
-        rest[0] = ("user", "\n\n".join([*system, rest[0][1]]))
-    return tuple(Message(role=role, parts=(("text", text),)) for role, text in rest)
-
-
-def _turn(where: str, message: Any) -> tuple[str, str]:
-    """Role and text of one message, whose content is a string or a list of text parts."""
-    if not isinstance(message, dict):
-        raise BadRequest(422, f"{where} must be an object, not {type_name(message)}", param=where)
-    role, content = message.get("role"), message.get("content")
-    if not isinstance(role, str) or role not in ROLES:
-        shown = repr(role[:50]) if isinstance(role, str) else type_name(role)
-        raise BadRequest(400, f"{where}.role must be one of {', '.join(ROLES)}, got {shown}", param=f"{where}.role")
-    if message.get("tool_calls"):
-        raise BadRequest(400, f"{where}.tool_calls is not supported by this server", param=f"{where}.tool_calls",
-                         code="unsupported_parameter")
-    if isinstance(content, str):
-        return ROLES[role], content
-    if not isinstance(content, list) or not content:
-        raise BadRequest(422, f"{where}.content must be a string or a list of text parts, got {str(content)[:20]}",
-                         param=f"{where}.content")
-    for place, part in enumerate(content):
-        if not (isinstance(part, dict) and part.get("type") == "text" and isinstance(part.get("text"), str)):
-            raise BadRequest(400, f"{where}.content.{place} must be a part of type text with a text: this model reads "
-                                  "nothing else", param=f"{where}.content")
-    return ROLES[role], "".join(part["text"] for part in content)
-
-
-def _stops(stop: Any) -> tuple[str, ...]:
-    stops: Sequence[Any] = [stop] if isinstance(stop, str) else [] if stop is None else stop
-    if not isinstance(stops, list) or not all(isinstance(each, str) for each in stops):
-        raise BadRequest(422, "stop must be a string or a list of strings", param="stop")
-    if len(stops) > MAX_STOPS or not all(0 < len(each) <= MAX_STOP_CHARS for each in stops):
-        raise BadRequest(400, f"stop must be at most {MAX_STOPS} strings of 1 to {MAX_STOP_CHARS} characters",
-                         param="stop")
-    return tuple(stops)

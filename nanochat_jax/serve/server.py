@@ -15,14 +15,12 @@ with Retry-After when the queue is full.
 """
 
 import asyncio
-import errno
 import logging
 import secrets
-import signal
 import socket
 import time
-from collections.abc import Callable, Mapping
-from dataclasses import asdict
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +31,7 @@ from nanochat_jax.infer.request import Request, Result, ToolCall
 from nanochat_jax.infer.scheduler import Scheduler
 from nanochat_jax.serve import access, metrics
 from nanochat_jax.serve.access import read_json
-from nanochat_jax.serve.chat_request import ChatRequest, Sampling, make_prompt, parse
+from nanochat_jax.serve.chat_request import ChatRequest, Sampling, check, make_prompt
 from nanochat_jax.serve.openai_api import OpenAIServer
 from nanochat_jax.serve.openapi import describe
 from nanochat_jax.serve.replies import EventStream, Replies, ReplyError
@@ -62,7 +60,6 @@ def create_app(
     devices: tuple[str, ...] = ("cpu",),
     defaults: Sampling,
     model_id: str = "nanochat",
-    max_choices: int = 8,
     hosts: tuple[str, ...] = ("*",),
     api_key: str | None = None,
     cors_origins: tuple[str, ...] = (),
@@ -78,7 +75,6 @@ def create_app(
       devices: names of the devices the model is on.
       defaults: how to sample where a request does not say.
       model_id: the model's name for OpenAI's clients.
-      max_choices: most replies that one request of OpenAI's API may ask for; no more than the queue holds.
       hosts: names that clients may call the server by, besides its addresses and localhost; "*" is any.
       api_key: what clients must know; None lets everyone in.
       cors_origins: origins whose pages may call; "*" is all.
@@ -88,13 +84,10 @@ def create_app(
     counts = metrics.Metrics(scheduler, num_slots)
     replies = Replies(scheduler, counts, deadline=deadline)
     keyed = api_key is not None
-    server = _ChatServer(scheduler, replies, tokenizer, model_info, max_len, num_slots, devices, defaults, keyed)
-    openai = OpenAIServer(replies, tokenizer, model=model_id, max_len=max_len, max_choices=max_choices,
-                          defaults=defaults)
-    description = describe(model_id, max_choices=max_choices, keyed=keyed)
-
-    async def openai_completions(request: web.Request) -> web.StreamResponse:
-        return await openai.chat_completions(request, await read_json(request))
+    server = _ChatServer(scheduler=scheduler, replies=replies, tokenizer=tokenizer, model_info=model_info, max_len=max_len,
+                         num_slots=num_slots, devices=devices, defaults=defaults, keyed=keyed)
+    openai = OpenAIServer(replies=replies, tokenizer=tokenizer, model=model_id, max_len=max_len, defaults=defaults)
+    description = describe(model_id, keyed=keyed)
 
     async def show_metrics(request: web.Request) -> web.Response:
         return web.Response(body=counts.text(), headers={"Content-Type": metrics.CONTENT_TYPE})
@@ -109,9 +102,9 @@ def create_app(
             name = path.relative_to(WEB).as_posix()
             app.router.add_get("/" if name == "index.html" else f"/{name}", _page_file(path))
     app.router.add_post("/chat/completions", server.chat_completions)
-    app.router.add_post("/v1/chat/completions", openai_completions)
-    app.router.add_get("/v1/models", openai.models)
-    app.router.add_get("/v1/models/{model}", openai.model)
+    app.router.add_post("/v1/chat/completions", openai.chat_completions)
+    app.router.add_get("/v1/models", openai.list_models)
+    app.router.add_get("/v1/models/{model}", openai.show_model)
     app.router.add_get("/health", server.health)
     app.router.add_get("/stats", server.stats)
     app.router.add_get("/metrics", show_metrics)
@@ -119,6 +112,7 @@ def create_app(
     app.on_response_prepare.append(access.add_headers(cors_origins))
 
     async def shut_down(app: web.Application) -> None:
+        log.info("shutting down: replies in flight are finished first, unless the signal comes again")
         await replies.shut_down(grace)
 
     app.on_shutdown.append(shut_down)
@@ -130,91 +124,66 @@ def bind(host: str, port: int) -> socket.socket:
 
     Made before the model is loaded, so that a taken port is known at once; early clients wait.
     """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-    except socket.gaierror as error:
-        raise UsageError(f"--host {host!r} is not an address ({error.strerror}): use 127.0.0.1 or 0.0.0.0") from error
-    sock = socket.socket(family, kind, protocol)
-    try:
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)  # connections inherit these
-        if hasattr(socket, "TCP_USER_TIMEOUT"):
-            sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNREAD_SECONDS * 1000)
-        sock.bind(address)
-        sock.listen(128)
-    except OSError as error:
-        sock.close()
-        advice = {
-            errno.EADDRINUSE: "it is in use: choose another with --port",
-            errno.EACCES: "this user may not: choose a --port from 1024 up",
-            errno.EADDRNOTAVAIL: "this machine has no such address: use --host 127.0.0.1 or 0.0.0.0",
-        }.get(error.errno or 0, error.strerror)
-        raise UsageError(f"cannot listen on {host} port {port}, {advice}") from error
+        sock = socket.create_server((host, port), family=family, backlog=128)
+    except OSError as error:  # in use, not for this user, or not of this machine
+        raise UsageError(f"cannot listen on --host {host} --port {port}, choose others: {error.strerror}") from error
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)  # connections inherit these
+    if hasattr(socket, "TCP_USER_TIMEOUT"):
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNREAD_SECONDS * 1000)
     return sock
 
 
-def make_runner(app: web.Application, shutdown_timeout: float = SHUTDOWN_SECONDS) -> web.AppRunner:
-    """What serves the application, once it is set up: a client that leaves cancels its handler, an idle one is cut off."""
-    return web.AppRunner(app, handler_cancellation=True, shutdown_timeout=shutdown_timeout, access_log=None,
-                         keepalive_timeout=IDLE_SECONDS)
+def runner_options() -> dict[str, Any]:
+    """For aiohttp's runner: a client that leaves cancels its handler, an idle one is cut off."""
+    return {"handler_cancellation": True, "shutdown_timeout": SHUTDOWN_SECONDS, "access_log": None,
+            "keepalive_timeout": IDLE_SECONDS}
 
 
-async def run(app: web.Application, sock: socket.socket, on_ready: Callable[[], None]) -> None:
+def run(app: web.Application, sock: socket.socket, on_ready: Callable[[], None]) -> None:
     """Serve until SIGINT or SIGTERM; then let the replies in flight end, and return. A second one kills."""
-    runner = make_runner(app)
-    await runner.setup()
-    loop, stop = asyncio.get_running_loop(), asyncio.Event()
-    releasing = asyncio.create_task(_release())
-    signals = (signal.SIGINT, signal.SIGTERM)
-    try:
-        await web.SockSite(runner, sock).start()
-        for number in signals:
-            loop.add_signal_handler(number, stop.set)
-        on_ready()
-        await stop.wait()
-        log.info("shutting down: replies in flight are finished first, unless the signal comes again")
-    finally:
-        releasing.cancel()
-        for number in signals:
-            loop.remove_signal_handler(number)
-        await runner.cleanup()
+    app.cleanup_ctx.append(_releasing)
+    web.run_app(app, sock=sock, print=lambda _: on_ready(), **runner_options())
 
 
-async def _release() -> None:
-    while True:
-        await asyncio.to_thread(release_memory)
-        await asyncio.sleep(RELEASE_SECONDS)
+async def _releasing(app: web.Application) -> AsyncIterator[None]:
+    async def release() -> None:
+        while True:
+            await asyncio.to_thread(release_memory)
+            await asyncio.sleep(RELEASE_SECONDS)
+
+    task = asyncio.create_task(release())
+    yield
+    task.cancel()
 
 
+@dataclass(frozen=True, kw_only=True)
 class _ChatServer:
-    def __init__(self, scheduler: Scheduler, replies: Replies, tokenizer: Tokenizer, model_info: Mapping[str, Any],
-                 max_len: int, num_slots: int, devices: tuple[str, ...], defaults: Sampling, keyed: bool) -> None:
-        self._scheduler = scheduler
-        self._replies = replies
-        self._tokenizer = tokenizer
-        self._model_info = dict(model_info)
-        self._max_len = max_len
-        self._num_slots = num_slots
-        self._devices = devices
-        self._defaults = defaults
-        self._keyed = keyed
+    scheduler: Scheduler
+    replies: Replies
+    tokenizer: Tokenizer
+    model_info: Mapping[str, Any]
+    max_len: int
+    num_slots: int
+    devices: tuple[str, ...]
+    defaults: Sampling
+    keyed: bool
 
     async def chat_completions(self, request: web.Request) -> web.StreamResponse:
-        chat = parse(await read_json(request), self._defaults)
-        sampling = chat.sampling
-        tokens, dropped = make_prompt(
-            self._tokenizer, chat.messages, max_len=self._max_len, max_tokens=sampling.max_tokens
-        )
-        wanted = Request(tokens, max_tokens=sampling.max_tokens, temperature=sampling.temperature, top_k=sampling.top_k,
-                         seed=secrets.randbelow(2**31))
+        chat = check(ChatRequest, await read_json(request))
+        sampling = chat.sampling(self.defaults)
+        messages = chat.model_dump()["messages"]
+        tokens, dropped = make_prompt(self.tokenizer, messages, max_len=self.max_len, max_tokens=sampling.max_tokens)
+        wanted = Request(tokens, **sampling.model_dump(), seed=secrets.randbelow(2**31))
         start = time.perf_counter()
         headers = {"X-Dropped-Messages": str(dropped)} if dropped else {}
-        async with self._replies.open([wanted]) as events, EventStream(request, headers) as stream:
+        async with self.replies.open([wanted]) as events, EventStream(request, headers) as stream:
             try:
                 async for batch in events:
                     for _, event in batch:
                         if isinstance(event, Result):
-                            _log_reply(chat, event, time.perf_counter() - start)
+                            _log_reply(messages, event, time.perf_counter() - start)
                     await stream.send(*(_event(event) for _, event in batch))
             except ReplyError as error:
                 await stream.send({"error": error.detail})
@@ -222,24 +191,24 @@ class _ChatServer:
 
     async def health(self, request: web.Request) -> web.Response:
         return web.json_response({
-            "status": "failed" if self._replies.failed else "ok",
-            "ready": self._replies.ready,
-            "num_gpus": len(self._devices),
-            "available_workers": self._num_slots - self._scheduler.num_active,
-            "model": self._model_info,
-            "defaults": asdict(self._defaults),
-            "api_key": self._keyed,
+            "status": "failed" if self.replies.failed else "ok",
+            "ready": self.replies.ready,
+            "num_gpus": len(self.devices),
+            "available_workers": self.num_slots - self.scheduler.num_active,
+            "model": self.model_info,
+            "defaults": self.defaults.model_dump(),
+            "api_key": self.keyed,
         })
 
     async def stats(self, request: web.Request) -> web.Response:
         """A worker is a slot of the batch; all of them share the devices."""
-        busy = self._scheduler.num_active
+        busy = self.scheduler.num_active
         return web.json_response({
-            "total_workers": self._num_slots,
-            "available_workers": self._num_slots - busy,
+            "total_workers": self.num_slots,
+            "available_workers": self.num_slots - busy,
             "busy_workers": busy,
-            "queued_requests": self._scheduler.num_waiting,
-            "workers": [{"gpu_id": index, "device": device} for index, device in enumerate(self._devices)],
+            "queued_requests": self.scheduler.num_waiting,
+            "workers": [{"gpu_id": index, "device": device} for index, device in enumerate(self.devices)],
         })
 
 
@@ -262,9 +231,9 @@ def _page_file(path: Path) -> Callable[[web.Request], Any]:
     return handler
 
 
-def _log_reply(chat: ChatRequest, result: Result, seconds: float) -> None:
+def _log_reply(messages: list[dict[str, Any]], result: Result, seconds: float) -> None:
     log.info("%d prompt tokens, %d generated in %.1f s (%s)",
              result.prompt_tokens, len(result.tokens), seconds, result.finish_reason)
-    for message in chat.messages:
-        log.debug("[%s]: %r", message.role.upper(), message.text)
+    for message in messages:
+        log.debug("[%s]: %r", message["role"].upper(), message["content"])
     log.debug("[ASSISTANT] (GPU 0): %r", result.text)
