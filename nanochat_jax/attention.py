@@ -12,8 +12,9 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 
-from nanochat_jax.layers import transpose
+from nanochat_jax.layers import PRODUCT, transpose
 
 QUERY_BLOCK = 128
 
@@ -82,8 +83,9 @@ def _causal_fwd(q: Array, k: Array, v: Array, window: int | None) -> tuple[Array
         product = _product("bkgts,bksh->bkgth", weights.astype(v.dtype), values[:, :, columns])
         out.append(product / total[..., None])
         log_sum.append(jnp.log(total) + shift[..., rows])
-    out = _by_position(jnp.concatenate(out, axis=3), q)
-    return out, (q, k, v, out, jnp.concatenate(log_sum, axis=3))
+    out, log_sum = _by_position(jnp.concatenate(out, axis=3), q), jnp.concatenate(log_sum, axis=3)
+    out, log_sum = checkpoint_name(out, PRODUCT), checkpoint_name(log_sum, PRODUCT)
+    return out, (q, k, v, out, log_sum)
 
 
 def _causal_bwd(window: int | None, residuals: tuple, d_out: Array) -> tuple[Array, Array, Array]:

@@ -18,10 +18,10 @@ from jax import Array
 
 from nanochat_jax.attention import cached_attention, causal_attention
 from nanochat_jax.config import SMEAR_GATE_CHANNELS, VE_GATE_CHANNELS, GPTConfig
-from nanochat_jax.layers import apply_rotary, linear, mlp, rms_norm, rotary_tables
+from nanochat_jax.layers import PRODUCT, apply_rotary, linear, mlp, rms_norm, rotary_tables
 
 Params = dict[str, Any]
-REMAT = ("none", "block", "full")  # what of the activations is recomputed in the backward pass
+REMAT = ("none", "elementwise", "block", "full")  # what of the activations is recomputed in the backward pass
 
 # Logical axes of each parameter; sharding.py maps them to axes of the mesh.
 LOGICAL_AXES = {
@@ -121,21 +121,22 @@ class GPT(nnx.Module):
         def block(x: Array, layer: dict[str, Array], cache: tuple[Array, Array] | None, window: int | None
                   ) -> tuple[Array, tuple[Array, Array] | None]:
             layer = {name: gather(name, weight) for name, weight in layer.items()}
+            if config.lambdas:
+                x = layer["resid_lambdas"] * x + layer["x0_lambdas"] * x0
             return self._block(x, layer, tokens, rotary, positions, cache, window, attend)
 
         if remat != "none":
-            block = jax.checkpoint(block, static_argnums=3)
+            kept = jax.checkpoint_policies.save_only_these_names(PRODUCT) if remat == "elementwise" else None
+            block = jax.checkpoint(block, static_argnums=3, policy=kept)
 
         def run(x: Array, backout: Array, layers: list[dict[str, Array]], first: int | Array, windows: tuple[int | None, ...]
                 ) -> tuple[Array, Array, list]:
             """The layers from `first` on, which is traced inside of a scan."""
             written = []
             for i, (layer, window) in enumerate(zip(layers, windows, strict=True)):
-                if config.lambdas:
-                    x = layer["resid_lambdas"] * x + layer["x0_lambdas"] * x0
                 x, kv = block(x, layer, None if cache is None else (cache.k[first + i], cache.v[first + i]), window)
                 written.append(kv)
-                if config.backout:
+                if config.backout and (config.n_layer // 2 - i) % size == 0:  # only there can the middle be
                     middle = first + i == config.n_layer // 2
                     backout = jnp.where(middle, x, backout) if isinstance(middle, Array) else x if middle else backout
             return x, backout, written
@@ -278,7 +279,8 @@ def forward(params: Params, tokens: Array, *, config: GPTConfig, compute_dtype: 
     Without a cache: causal, from position 0. With one: row b's tokens take positions `cache.length[b]` onward and see all
     before them; the returned cache has `length + valid`. `valid` [B] (default T) is how many tokens of a row count:
     padding to its right is masked and later overwritten, and 0 leaves a row as it is. The backward pass recomputes what
-    `remat` says: nothing ("none"), what is inside of blocks ("block"), or also most blocks' inputs ("full").
+    `remat` says: nothing ("none"), all but products and attention ("elementwise"), what is inside of blocks ("block"), or also
+    most blocks' inputs ("full").
     `scan` makes a loop of equal groups of layers, so that programs for big models compile fast (not with a cache).
     `attention` takes the place of the reference where there is no cache (kernels.py). `gather(name, weight)` makes a weight
     whole right before it is used, where devices hold parts (sharding.gather_over_data).

@@ -6,7 +6,9 @@ Matrices are stored [in, out] in float32 and cast to the dtype of the activation
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 
+PRODUCT = "product"  # name of what is dear to recompute, for `jax.checkpoint`
 RMS_EPS = 1.1920929e-07  # float32 machine epsilon, torch's default for every input dtype
 
 
@@ -18,7 +20,7 @@ def rms_norm(x: Array) -> Array:
 
 def linear(x: Array, weight: Array) -> Array:
     """x [..., in] times weight [in, out], in the dtype of x with float32 accumulation, backward too."""
-    return _linear(x, weight.astype(x.dtype))
+    return checkpoint_name(_linear(x, weight.astype(x.dtype)), PRODUCT)
 
 
 @jax.custom_vjp
@@ -41,16 +43,24 @@ def transpose(x: Array) -> Array:
 
 
 def product_transposed(x: Array, y: Array) -> Array:
-    """x^T y in float32, [M, N] of x [R, M] and y [R, N]; the narrower one is what gets transposed."""
-    if x.shape[1] <= y.shape[1]:
-        return jnp.dot(transpose(x), y, preferred_element_type=jnp.float32)
-    return jax.lax.optimization_barrier(jnp.dot(transpose(y), x, preferred_element_type=jnp.float32)).T
+    """x^T y in float32, [M, N] of x [..., M] and y [..., N]; on a CPU the narrower one is what gets transposed."""
+    def rows(x: Array, y: Array) -> Array:
+        x, y = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
+        if x.shape[1] <= y.shape[1]:
+            return jnp.dot(transpose(x), y, preferred_element_type=jnp.float32)
+        return jax.lax.optimization_barrier(jnp.dot(transpose(y), x, preferred_element_type=jnp.float32)).T
+
+    def direct(x: Array, y: Array) -> Array:  # without a reshape, which would ask for a layout
+        leading = tuple(range(x.ndim - 1))
+        return jax.lax.dot_general(x, y, ((leading, leading), ((), ())), preferred_element_type=jnp.float32)
+
+    return jax.lax.platform_dependent(x, y, cpu=rows, default=direct)
 
 
 def _linear_bwd(residuals: tuple[Array, Array], d_out: Array) -> tuple[Array, Array]:
     x, weight = residuals
     d_x = jnp.dot(d_out, transpose(weight), preferred_element_type=jnp.float32)
-    d_weight = product_transposed(x.reshape(-1, x.shape[-1]), d_out.reshape(-1, d_out.shape[-1]))
+    d_weight = product_transposed(x, d_out)
     return d_x.astype(x.dtype), d_weight.astype(weight.dtype)
 
 
@@ -58,16 +68,18 @@ _linear.defvjp(lambda x, weight: (_linear(x, weight), (x, weight)), _linear_bwd)
 
 
 def rotary_tables(positions: Array, head_dim: int, base: float, dtype: str) -> tuple[Array, Array]:
-    """Cosines and sines [B, T, 1, h/2] for positions [B, T]; rounded to `dtype`, returned as float32."""
+    """Cosines and sines [B, T, 1, h] for positions [B, T], the sines of the second half negative; rounded to `dtype`,
+    returned as float32."""
     frequencies = base ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
     angles = positions.astype(jnp.float32)[..., None] * frequencies
-    return tuple(table.astype(dtype).astype(jnp.float32)[:, :, None, :] for table in (jnp.cos(angles), jnp.sin(angles)))
+    cos, sin = (table.astype(dtype).astype(jnp.float32)[:, :, None, :] for table in (jnp.cos(angles), jnp.sin(angles)))
+    return jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([sin, -sin], axis=-1)
 
 
 def apply_rotary(x: Array, cos: Array, sin: Array) -> Array:
     """Rotary embedding (Su et al., 2021) of x [B, T, H, h], halves layout, turning by the negative angle as upstream."""
-    x1, x2 = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([x1 * cos + x2 * sin, x2 * cos - x1 * sin], axis=-1).astype(x.dtype)
+    swapped = jnp.roll(x, x.shape[-1] // 2, axis=-1)  # of whole heads: half ones fill half of a TPU's lanes
+    return (x.astype(jnp.float32) * cos + swapped.astype(jnp.float32) * sin).astype(x.dtype)
 
 
 def mlp(x: Array, c_fc: Array, c_proj: Array) -> Array:

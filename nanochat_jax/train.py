@@ -49,9 +49,9 @@ class TrainConfig(Processes):
     mesh: str = flag("auto", "devices as DxM: D-way data and M-way tensor parallelism")
     fsdp: bool | None = flag(None, "shard the parameters over the data axis too; default: where memory asks for it")
     dtype: str = flag("auto", "compute dtype", choices=["auto", "float32", "bfloat16"])
-    remat: str = flag("auto", "activations that the backward pass recomputes, to save memory: those inside blocks, or "
-                              "also most blocks' inputs (without effect on a CPU, whose compiler undoes it); auto: what "
-                              "memory asks for", choices=["auto", *REMAT])
+    remat: str = flag("auto", "activations that the backward pass recomputes, to save memory: all but products "
+                              "and attention, all inside blocks, or also most blocks' inputs (without effect on a CPU, whose "
+                              "compiler undoes it); auto: what memory asks for", choices=["auto", *REMAT])
     attention: str = flag("auto", "attention kernel; auto: splash on TPUs, cudnn on NVIDIA GPUs, else xla", choices=ATTENTION)
     device_batch_size: int | Literal["auto"] | None = flag(
         None, "rows per device and micro-step; auto: the most that fit into memory, by compiling; default 32, or 16 or 8 where "
