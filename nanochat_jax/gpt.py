@@ -206,10 +206,7 @@ class GPT(nnx.Module):
 
     def _attention(self, x, layer, tokens, rotary, positions, cache, window, attend):
         config = self.config
-        batch, length, _ = x.shape
-        q = linear(x, layer["c_q"]).reshape(batch, length, config.n_head, config.head_dim)
-        k = linear(x, layer["c_k"]).reshape(batch, length, config.n_kv_head, config.head_dim)
-        v = linear(x, layer["c_v"]).reshape(batch, length, config.n_kv_head, config.head_dim)
+        q, k, v = (linear(x, layer[name].reshape(x.shape[-1], -1, config.head_dim)) for name in ("c_q", "c_k", "c_v"))
         if "value_embeds" in layer:
             gate = 3.0 * jax.nn.sigmoid(linear(x[..., :VE_GATE_CHANNELS], layer["ve_gate"]))
             v = v + gate[..., None] * layer["value_embeds"][tokens].astype(x.dtype).reshape(v.shape)
@@ -219,7 +216,7 @@ class GPT(nnx.Module):
         else:
             cache = tuple(_write(old, new, positions) for old, new in zip(cache, (k, v)))
             out = cached_attention(q, *cache, positions, window=window)
-        return linear(out.reshape(batch, length, -1), layer["c_proj"]), cache
+        return linear(out, layer["c_proj"].reshape(*out.shape[2:], -1), axes=2), cache
 
 
 def _write(cache: Array, new: Array, positions: Array) -> Array:

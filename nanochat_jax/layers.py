@@ -3,6 +3,9 @@
 Matrices are stored [in, out] in float32 and cast to the dtype of the activations; products accumulate in float32.
 """
 
+import functools
+import math
+
 import jax
 import jax.numpy as jnp
 from jax import Array
@@ -18,14 +21,30 @@ def rms_norm(x: Array) -> Array:
     return (x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + RMS_EPS)).astype(x.dtype)
 
 
-def linear(x: Array, weight: Array) -> Array:
-    """x [..., in] times weight [in, out], in the dtype of x with float32 accumulation, backward too."""
-    return checkpoint_name(_linear(x, weight.astype(x.dtype)), PRODUCT)
+def linear(x: Array, weight: Array, axes: int = 1) -> Array:
+    """x [..., in] times weight [in, out], in the dtype of x with float32 accumulation, backward too.
+
+    in and out may be several axes each, in being the last `axes` of x: on a TPU heads that are an axis of the product's result
+    are written the way that attention reads them, while a reshape asks for a copy.
+    """
+    return checkpoint_name(_linear(x, weight.astype(x.dtype), axes), PRODUCT)
 
 
-@jax.custom_vjp
-def _linear(x: Array, weight: Array) -> Array:
-    return jnp.dot(x, weight, preferred_element_type=jnp.float32).astype(x.dtype)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _linear(x: Array, weight: Array, axes: int) -> Array:
+    def rows(x: Array, weight: Array) -> Array:
+        out = jnp.dot(_flat(x, axes), weight.reshape(math.prod(weight.shape[:axes]), -1), preferred_element_type=jnp.float32)
+        return out.reshape(*x.shape[: x.ndim - axes], *weight.shape[axes:]).astype(x.dtype)
+
+    def direct(x: Array, weight: Array) -> Array:
+        return jnp.tensordot(x, weight, axes, preferred_element_type=jnp.float32).astype(x.dtype)
+
+    return direct(x, weight) if weight.ndim == 2 else jax.lax.platform_dependent(x, weight, cpu=rows, default=direct)
+
+
+def _flat(x: Array, axes: int) -> Array:
+    """The last `axes` axes of x as one."""
+    return x.reshape(*x.shape[: x.ndim - axes], -1)
 
 
 def transpose(x: Array) -> Array:
@@ -43,28 +62,29 @@ def transpose(x: Array) -> Array:
 
 
 def product_transposed(x: Array, y: Array) -> Array:
-    """x^T y in float32, [M, N] of x [..., M] and y [..., N]; on a CPU the narrower one is what gets transposed."""
-    def rows(x: Array, y: Array) -> Array:
-        x, y = x.reshape(-1, x.shape[-1]), y.reshape(-1, y.shape[-1])
-        if x.shape[1] <= y.shape[1]:
-            return jnp.dot(transpose(x), y, preferred_element_type=jnp.float32)
-        return jax.lax.optimization_barrier(jnp.dot(transpose(y), x, preferred_element_type=jnp.float32)).T
-
-    def direct(x: Array, y: Array) -> Array:  # without a reshape, which would ask for a layout
-        leading = tuple(range(x.ndim - 1))
-        return jax.lax.dot_general(x, y, ((leading, leading), ((), ())), preferred_element_type=jnp.float32)
-
-    return jax.lax.platform_dependent(x, y, cpu=rows, default=direct)
+    """x^T y in float32, [M, N] of x [R, M] and y [R, N]; the narrower one is what gets transposed."""
+    if x.shape[1] <= y.shape[1]:
+        return jnp.dot(transpose(x), y, preferred_element_type=jnp.float32)
+    return jax.lax.optimization_barrier(jnp.dot(transpose(y), x, preferred_element_type=jnp.float32)).T
 
 
-def _linear_bwd(residuals: tuple[Array, Array], d_out: Array) -> tuple[Array, Array]:
-    x, weight = residuals
-    d_x = jnp.dot(d_out, transpose(weight), preferred_element_type=jnp.float32)
-    d_weight = product_transposed(x, d_out)
-    return d_x.astype(x.dtype), d_weight.astype(weight.dtype)
+def _linear_bwd(axes: int, residuals: tuple[Array, Array], d_out: Array) -> tuple[Array, Array]:
+    def rows(x: Array, weight: Array, d_out: Array) -> tuple[Array, Array]:
+        flat, d_flat = _flat(x, axes), _flat(d_out, weight.ndim - axes)
+        d_x = jnp.dot(d_flat, transpose(weight.reshape(flat.shape[-1], -1)), preferred_element_type=jnp.float32)
+        d_weight = product_transposed(flat.reshape(-1, flat.shape[-1]), d_flat.reshape(-1, d_flat.shape[-1]))
+        return d_x.reshape(x.shape).astype(x.dtype), d_weight.reshape(weight.shape).astype(weight.dtype)
+
+    def direct(x: Array, weight: Array, d_out: Array) -> tuple[Array, Array]:
+        leading, out = range(x.ndim - axes), range(axes, weight.ndim)
+        product = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
+        d_x = product(d_out, weight, ((range(len(leading), d_out.ndim), out), ((), ())))
+        return d_x.astype(x.dtype), product(x, d_out, ((leading, leading), ((), ()))).astype(weight.dtype)
+
+    return jax.lax.platform_dependent(*residuals, d_out, cpu=rows, default=direct)
 
 
-_linear.defvjp(lambda x, weight: (_linear(x, weight), (x, weight)), _linear_bwd)
+_linear.defvjp(lambda x, weight, axes: (_linear(x, weight, axes), (x, weight)), _linear_bwd)
 
 
 def rotary_tables(positions: Array, head_dim: int, base: float, dtype: str) -> tuple[Array, Array]:
@@ -78,8 +98,20 @@ def rotary_tables(positions: Array, head_dim: int, base: float, dtype: str) -> t
 
 def apply_rotary(x: Array, cos: Array, sin: Array) -> Array:
     """Rotary embedding (Su et al., 2021) of x [B, T, H, h], halves layout, turning by the negative angle as upstream."""
-    swapped = jnp.roll(x, x.shape[-1] // 2, axis=-1)  # of whole heads: half ones fill half of a TPU's lanes
+    swapped = _swap_halves(x)
     return (x.astype(jnp.float32) * cos + swapped.astype(jnp.float32) * sin).astype(x.dtype)
+
+
+def _swap_halves(x: Array) -> Array:
+    """[a, b] -> [b, a] along the last axis. On a TPU as an exact product with a permutation: XLA writes slices that fill half
+    of a row of lanes to memory, each in the place of a whole one, but makes a product part of what is around it."""
+    half = x.shape[-1] // 2
+
+    def product(x: Array) -> Array:
+        swap = jnp.roll(jnp.eye(2 * half, dtype=x.dtype), half, axis=1)
+        return jnp.dot(x, swap, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32).astype(x.dtype)
+
+    return jax.lax.platform_dependent(x, tpu=product, default=lambda x: jnp.roll(x, half, axis=-1))
 
 
 def mlp(x: Array, c_fc: Array, c_proj: Array) -> Array:

@@ -85,7 +85,7 @@ def _cross_entropy_fwd(hidden, weight, targets, token_weights, softcap, chunk):
         d_logits = (jnp.exp(softcap * tanh - log_z[..., None]) - hit) * (scale * (1.0 - tanh * tanh))
         d_logits = d_logits.astype(hidden.dtype)
         d_hidden = jnp.dot(d_logits, cast_t, preferred_element_type=jnp.float32)
-        d_weight += product_transposed(hidden, d_logits)
+        d_weight += product_transposed(hidden.reshape(-1, weight.shape[0]), d_logits.reshape(-1, weight.shape[1]))
         return (total + (nll * scale[..., 0]).sum(), d_weight), (nll, d_hidden.astype(hidden.dtype))
 
     inputs = (_chunks(hidden, chunk, 0), _chunks(targets, chunk, -1), _chunks(token_weights, chunk, 0))
