@@ -205,14 +205,16 @@ def choose_memory(config: GPTConfig, mesh: Mesh, *, rows: int | str | None, rema
                   step_rows: int = 2**30) -> tuple[int | str, str, bool]:
     """(rows per device, remat, fsdp): where one is not given ("auto", None), the fastest choice that `limit` bytes should hold.
 
-    Nothing is recomputed if 32 rows then fit. Else "elementwise", as it costs no products and saves traffic, with 32, 16 or 8
-    rows, with whole parameters if possible; then "block" and "full". Without a limit: 32 rows, nothing recomputed or sharded.
+    Nothing is recomputed if 32 rows then fit. Else "elementwise", which costs no products, with 32, 16 or 8 rows (gradients are
+    added up once for each such batch); parameters are sharded rather than rows given up. Then "block", a third more products,
+    in the same way, and "full", which recomputes twice. Without a limit: 32 rows, nothing recomputed, nothing sharded.
     `step_rows` is how many rows of a step a device gets in all.
     """
     sizes = [rows if isinstance(rows, int) else 8] if rows else [32, 16, 8]
     choices = [("none", False, sizes[0])]
-    choices += [(saving, spread, size) for saving, spread in (("elementwise", False), ("elementwise", True), ("block", False),
-                                                              ("block", True), ("full", True)) for size in sizes]
+    choices += [("elementwise", spread, size) for size in sizes for spread in (False, True)]
+    choices += [(saving, spread, size) for size in sizes for saving, spread in (("block", False), ("block", True))]
+    choices += [("full", True, sizes[-1])]
     for saving, spread, size in choices:
         chosen = (saving if remat == "auto" else remat, (spread if fsdp is None else fsdp) and data_size(mesh) > 1)
         needed = estimate_memory(config, max(1, min(size, step_rows)), data=data_size(mesh), model=mesh.shape["model"],
