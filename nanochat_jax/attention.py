@@ -16,7 +16,8 @@ from jax.ad_checkpoint import checkpoint_name
 
 from nanochat_jax.layers import PRODUCT, transpose
 
-QUERY_BLOCK = 128
+QUERY_BLOCK = 128  # queries of a block, the last one aside; more where there would be many blocks
+MOST_BLOCKS = 16  # each is compiled for itself
 
 
 def _attend(q: Array, k: Array, v: Array, mask: Array) -> Array:
@@ -45,8 +46,9 @@ def _causal(q: Array, k: Array, v: Array, window: int | None) -> Array:
 
 def _blocks(length: int, window: int | None) -> Iterator[tuple[slice, slice, Array]]:
     """Blocks of queries, the keys that each may see, and which of them each query sees."""
-    for start in range(0, length, QUERY_BLOCK):
-        stop = min(start + QUERY_BLOCK, length)
+    size = max(QUERY_BLOCK, length // MOST_BLOCKS)
+    for start in range(0, length, size):
+        stop = min(start + size, length)
         first = 0 if window is None else max(0, start - window)
         yield slice(start, stop), slice(first, stop), _visible(jnp.arange(start, stop), jnp.arange(first, stop), window)
 

@@ -102,9 +102,13 @@ def test_any_shape_decodes_as_it_reads(era, shape):
     assert expected.shape == (1, 150, config.vocab_size)
     cache = init_cache(config, 1, 150)
     step = jax.jit(lambda tokens, cache: forward(params, tokens, config=config, cache=cache))
+    fresh, filled = forward(params, tokens[:, :146], config=config, cache=cache, fresh=True)
+    np.testing.assert_allclose(unembed(params, fresh, config=config), expected[:, :146], atol=2e-4)
     for start, stop in [(0, 146), *((i, i + 1) for i in range(146, 150))]:
         hidden, cache = step(tokens[:, start:stop], cache)
         np.testing.assert_allclose(unembed(params, hidden, config=config), expected[:, start:stop], atol=2e-4)
+        if start == 0:  # an empty cache ends the same whether it is said to be empty or not
+            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), filled, cache)
 
 
 @pytest.mark.parametrize("window", [None, 0, 3, 130])
