@@ -12,8 +12,9 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 
-from nanochat_jax.layers import transpose
+from nanochat_jax.layers import PRODUCT, transpose
 
 QUERY_BLOCK = 128  # queries of a block, the last one aside; more where there would be many blocks
 MOST_BLOCKS = 16  # each is compiled for itself
@@ -84,8 +85,8 @@ def _causal_fwd(q: Array, k: Array, v: Array, window: int | None) -> tuple[Array
         product = _product("bkgts,bksh->bkgth", weights.astype(v.dtype), values[:, :, columns])
         parts.append(product / total[..., None])
         log_sum.append(jnp.log(total) + shift[..., rows])
-    out = _by_position(jnp.concatenate(parts, axis=3), q)
-    return out, (q, k, v, out, jnp.concatenate(log_sum, axis=3))
+    out = checkpoint_name(_by_position(jnp.concatenate(parts, axis=3), q), PRODUCT)
+    return out, (q, k, v, out, checkpoint_name(jnp.concatenate(log_sum, axis=3), PRODUCT))
 
 
 def _causal_bwd(window: int | None, residuals: tuple, d_out: Array) -> tuple[Array, Array, Array]:

@@ -18,10 +18,10 @@ from jax import Array
 
 from nanochat_jax.attention import cached_attention, causal_attention
 from nanochat_jax.config import SMEAR_GATE_CHANNELS, VE_GATE_CHANNELS, GPTConfig
-from nanochat_jax.layers import apply_rotary, linear, mlp, rms_norm, rotary_tables
+from nanochat_jax.layers import PRODUCT, apply_rotary, linear, mlp, rms_norm, rotary_tables
 
 Params = dict[str, Any]
-REMAT = ("none", "block", "full")  # what of the activations is recomputed in the backward pass
+REMAT = ("none", "elementwise", "block", "full")  # what of the activations is recomputed in the backward pass
 
 # Logical axes of each parameter; sharding.py maps them to axes of the mesh.
 LOGICAL_AXES: dict[str, Any] = {
@@ -121,21 +121,22 @@ class GPT(nnx.Module):
         def block(x: Array, layer: dict[str, Array], cache: tuple[Array, Array] | None, window: int | None
                   ) -> tuple[Array, tuple[Array, Array] | None]:
             layer = {name: gather(name, weight) for name, weight in layer.items()}
+            if config.lambdas:
+                x = layer["resid_lambdas"] * x + layer["x0_lambdas"] * x0
             return self._block(x, layer, tokens, rotary, positions, cache, window, fresh, attend)
 
         if remat != "none":
-            block = jax.checkpoint(block, static_argnums=3)
+            kept = jax.checkpoint_policies.save_only_these_names(PRODUCT) if remat == "elementwise" else None
+            block = jax.checkpoint(block, static_argnums=3, policy=kept)
 
         def run(x: Array, backout: Array, layers: list[dict[str, Array]], first: int | Array, windows: tuple[int | None, ...]
                 ) -> tuple[Array, Array, list]:
             """The layers from `first` on, which is traced inside of a scan."""
             written = []
             for i, (layer, window) in enumerate(zip(layers, windows, strict=True)):
-                if config.lambdas:
-                    x = layer["resid_lambdas"] * x + layer["x0_lambdas"] * x0
                 x, kv = block(x, layer, None if cache is None else (cache.k[first + i], cache.v[first + i]), window)
                 written.append(kv)
-                if config.backout:
+                if config.backout and (config.n_layer // 2 - i) % size == 0:  # only there can the middle be
                     middle = first + i == config.n_layer // 2
                     backout = jnp.where(middle, x, backout) if isinstance(middle, Array) else x if middle else backout
             return x, backout, written
@@ -205,10 +206,7 @@ class GPT(nnx.Module):
 
     def _attention(self, x, layer, tokens, rotary, positions, cache, window, fresh, attend):
         config = self.config
-        batch, length, _ = x.shape
-        q = linear(x, layer["c_q"]).reshape(batch, length, config.n_head, config.head_dim)
-        k = linear(x, layer["c_k"]).reshape(batch, length, config.n_kv_head, config.head_dim)
-        v = linear(x, layer["c_v"]).reshape(batch, length, config.n_kv_head, config.head_dim)
+        q, k, v = (linear(x, layer[name].reshape(x.shape[-1], -1, config.head_dim)) for name in ("c_q", "c_k", "c_v"))
         if "value_embeds" in layer:
             gate = 3.0 * jax.nn.sigmoid(linear(x[..., :VE_GATE_CHANNELS], layer["ve_gate"]))
             v = v + gate[..., None] * layer["value_embeds"][tokens].astype(x.dtype).reshape(v.shape)
@@ -217,7 +215,7 @@ class GPT(nnx.Module):
             cache = tuple(_write(old, new, positions, fresh) for old, new in zip(cache, (k, v)))
         out = (attend(q, k, v, window=window) if cache is None or fresh else
                cached_attention(q, *cache, positions, window=window))
-        return linear(out.reshape(batch, length, -1), layer["c_proj"]), cache
+        return linear(out, layer["c_proj"].reshape(*out.shape[2:], -1), axes=2), cache
 
 
 def _write(cache: Array, new: Array, positions: Array, fresh: bool) -> Array:
@@ -273,7 +271,7 @@ def logical_axes(config: GPTConfig) -> Params:
 
 @overload
 def forward(params: Params, tokens: Array, *, config: GPTConfig, compute_dtype: Any = ..., cache: KVCache,
-            valid: Array | None = ...) -> tuple[Array, KVCache]: ...
+            valid: Array | None = ..., fresh: bool = ...) -> tuple[Array, KVCache]: ...
 @overload
 def forward(params: Params, tokens: Array, *, config: GPTConfig, compute_dtype: Any = ..., cache: None = ..., remat: str = ...,
             scan: bool = ..., attention: Callable = ..., gather: Callable | None = ...) -> tuple[Array, None]: ...
@@ -287,7 +285,8 @@ def forward(params: Params, tokens: Array, *, config: GPTConfig, compute_dtype: 
     before them; the returned cache has `length + valid`. `valid` [B] (default T) is how many tokens of a row count:
     padding to its right is masked and later overwritten, and 0 leaves a row as it is. `fresh` says that the cache is empty
     and has room for all T: the tokens see one another alone, at half the work. The backward pass recomputes what `remat`
-    says: nothing ("none"), what is inside of blocks ("block"), or also most blocks' inputs ("full").
+    says: nothing ("none"), all but products and attention ("elementwise"), what is inside of blocks ("block"), or also most
+    blocks' inputs ("full").
     `scan` makes a loop of equal groups of layers, so that programs for big models compile fast (not with a cache).
     `attention` takes the place of the reference where no cache is read (kernels.py). `gather(name, weight)` makes a weight
     whole right before it is used, where devices hold parts (sharding.gather_over_data).

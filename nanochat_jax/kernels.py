@@ -17,6 +17,7 @@ from jax.sharding import Mesh, PartitionSpec
 from nanochat_jax.attention import causal_attention
 from nanochat_jax.cli import UsageError
 from nanochat_jax.config import GPTConfig
+from nanochat_jax.layers import PRODUCT
 
 ATTENTION = ("auto", "xla", "splash", "cudnn")
 LANES = 128  # Splash's blocks are multiples of this
@@ -91,7 +92,7 @@ def _splash_kernel(length: int, heads: int, window: int | None, interpret: bool)
                               block_kv_dkv=kv_block, block_kv_dkv_compute=compute, use_fused_bwd_kernel=True)
     # Not to be kept for another call: the mask's tables belong to the trace that they are made in.
     return splash.make_splash_mha(masks.MultiHeadMask([mask] * heads), block_sizes=sizes, head_shards=1, q_seq_shards=1,
-                                  interpret=interpret)
+                                  residual_checkpoint_name=PRODUCT, interpret=interpret)
 
 
 def splash_attention(q: Array, k: Array, v: Array, *, window: int | None, mesh: Mesh, interpret: bool = False) -> Array:

@@ -146,7 +146,7 @@ class Plan:
     def as_json(self) -> dict[str, Any]:
         return {"chip": self.chip, "devices": self.devices, "memory": asdict(self.memory) | {"fits": self.memory.fits},
                 "flops": self.flops, "model_flops": self.model_flops, "hbm_bytes": self.cost.hbm_bytes,
-                "collectives": {kind: {"calls": self.cost.calls[kind],
+                "traffic": dict(self.cost.traffic), "collectives": {kind: {"calls": self.cost.calls[kind],
                                        "bytes_sent": self.cost.sent[kind]} for kind in self.cost.sent},
                 "largest_array": self.cost.largest[1], "loops_counted_once": self.cost.unknown_loops, "seconds": self.times,
                 "step_seconds": self.step_seconds, "mfu_bound": self.mfu_bound, "tokens_per_second": self.tokens_per_second,

@@ -87,7 +87,7 @@ def load_tasks(config: ChatRLConfig, data: str | None, paths: Paths) -> tuple[st
         if any(task.eval_type != "generative" for task in tasks):
             raise UsageError(f"{name} has no replies to reward: choose a task whose answers are written, such as GSM8K")
         found.append(TaskMixture(tasks) if len(tasks) > 1 else tasks[0])
-    return name, *found
+    return name, found[0], found[1]
 
 
 class Sampler:
@@ -162,9 +162,8 @@ def reinforce(config: ChatRLConfig) -> None:
         (groups, rollout_seconds), began = sampled, time.monotonic()
         batches = policy_batches(groups, pass_rows=config.device_batch_size, micro_rows=micro_rows)
         state, metrics = step_fn(state, (jax.tree.map(partial(spread_rows, mesh), batch) for batch in batches))
-        metrics = {key: float(value) for key, value in metrics.items()}  # waits for the device
-        return state, statistics(groups) | metrics | {"rollout_seconds": rollout_seconds,
-                                                      "train_seconds": time.monotonic() - began}
+        figures = statistics(groups) | {key: float(value) for key, value in metrics.items()}  # waits for the device
+        return state, figures | {"rollout_seconds": rollout_seconds, "train_seconds": time.monotonic() - began}
 
     job = Job(
         name="chat_rl", config=config, model=model, directory=paths.checkpoints("rl") / loaded.tag,
@@ -177,6 +176,7 @@ def reinforce(config: ChatRLConfig) -> None:
     began = time.monotonic()
     outcome = train(job, state, shardings, learn)
     if jax.process_index() == 0:
-        results = {"task": name, "num_iterations": num_steps, **outcome.last, "seconds": time.monotonic() - began}
+        results: dict[str, float | str] = {"task": name, "num_iterations": num_steps, **outcome.last,
+                                           "seconds": time.monotonic() - began}
         report.log_section(paths.report, "Chat RL", [dataclasses.asdict(config), results], stage="chat_rl",
                            results=results, curves=job.logs / "metrics.jsonl")

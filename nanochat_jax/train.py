@@ -49,9 +49,9 @@ class RunConfig(Processes):
     mesh: str = flag("auto", "devices as DxM: D-way data and M-way tensor parallelism")
     fsdp: bool | None = flag(None, "shard the parameters over the data axis too; default: where memory asks for it")
     dtype: str = flag("auto", "compute dtype", choices=["auto", "float32", "bfloat16"])
-    remat: str = flag("auto", "activations that the backward pass recomputes, to save memory: those inside blocks, or "
-                              "also most blocks' inputs (without effect on a CPU, whose compiler undoes it); auto: what "
-                              "memory asks for", choices=["auto", *REMAT])
+    remat: str = flag("auto", "activations that the backward pass recomputes, to save memory: all but products "
+                              "and attention, all inside blocks, or also most blocks' inputs (without effect on a CPU, whose "
+                              "compiler undoes it); auto: what memory asks for", choices=["auto", *REMAT])
     attention: str = flag("auto", "attention kernel; auto: splash on TPUs, cudnn on NVIDIA GPUs, else xla", choices=ATTENTION)
     device_batch_size: int | Literal["auto"] | None = flag(
         None, "rows per device and micro-step; auto: the most that fit into memory, by compiling; default 32, or 16 or 8 where "
@@ -283,7 +283,7 @@ def _explained(job: Job, mesh: jax.sharding.Mesh, checkpoints: Checkpoints) -> I
                          ) from error
 
 
-def train(job: Job, state: TrainState, shardings: TrainState, step_fn: Callable, batches: Batches | None = None) -> Outcome:
+def train(job: Job, state: TrainState, shardings: TrainState, step_fn: Any, batches: Batches | None = None) -> Outcome:
     """Run the loop to `num_steps`, resuming if the config asks for it. Exits the process with 75 after a signal's save.
 
     `step_fn` is the jitted step of step.py, fed from `batches`; or, with `job.sample`, `step_fn(state, sample) ->
@@ -292,7 +292,8 @@ def train(job: Job, state: TrainState, shardings: TrainState, step_fn: Callable,
     """
     config, mesh = job.config, shardings.params["wte"].mesh
     loop = {"minimum": math.inf, "smooth_loss": 0.0, "seconds": 0.0, "timed_steps": 0}
-    if not job.sample:
+    if job.sample is None:
+        assert job.shape is not None
         # What can fail for want of memory or of a package comes before --fresh deletes anything.
         compiled, _ = compile_step(step_fn, state, job.shape, mesh)
     wandb_run = start_wandb(config.run, f"nanochat-{job.name.removeprefix('chat_')}", dataclasses.asdict(config))
@@ -360,6 +361,7 @@ def train(job: Job, state: TrainState, shardings: TrainState, step_fn: Callable,
                             state, metrics = step_fn(state, batch)
                         reporter.finish(step, metrics, batch, {})
                         continue
+                    assert batches is not None and job.shape is not None
                     batch = next(batches)
                     inputs, targets = (place_batch(batch[name], job.shape, mesh) for name in ("inputs", "targets"))
                     with profiler.annotate(step):

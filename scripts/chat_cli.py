@@ -7,6 +7,7 @@
 Calculations of the model appear as [345+678 = 1023].
 """
 
+import io
 import re
 import sys
 from dataclasses import dataclass

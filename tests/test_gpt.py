@@ -123,7 +123,7 @@ def test_attention_equals_a_plain_masked_softmax(window):
     np.testing.assert_allclose(causal_attention(q, k, v, window=window), expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("remat", ["block", "full"])
+@pytest.mark.parametrize("remat", REMAT[1:])
 def test_rematerialised_gradients_equal_plain_ones(model, remat):
     config, params = model
     tokens = random_tokens(config, 1, 20)
@@ -150,7 +150,7 @@ def test_rematerialisation_keeps_fewer_activations_for_the_backward_pass():
     for remat in REMAT:
         _, backward = jax.vjp(lambda p, remat=remat: forward(p, tokens, config=config, remat=remat)[0], params)
         kept[remat] = sum(leaf.size for leaf in jax.tree.leaves(backward))
-    assert kept["none"] > 2 * kept["block"] and kept["block"] > kept["full"]
+    assert kept["none"] > 1.5 * kept["elementwise"] > 2 * kept["block"] and kept["block"] > kept["full"]
 
 
 def test_initial_classic_loss_is_ln_v():

@@ -7,7 +7,7 @@ import numpy as np
 
 
 def bucket(length: int, unit: int = 32, *, steps: int = 2) -> int:
-    """The padded length of a sequence: `unit` times 1, 2, 3, 4, 6, 8, 12, 16, ..., in `steps` from a power of two to the next."""
+    """The padded length of a sequence: `unit` times 1, 2, 3, 4, 6, 8, 12, 16, ..., `steps` of them to a doubling."""
     units = max(1, -(-length // unit))
     step = max(1, (1 << (units - 1).bit_length()) // (2 * steps))
     return unit * step * -(-units // step)

@@ -115,7 +115,7 @@ def _spread(cache: KVCache, mesh: Mesh | None) -> KVCache:
 @functools.partial(jax.jit, static_argnames=("config", "dtype", "mesh"))
 def _begin(params: Params, tokens: Array, valid: Array, *, config: GPTConfig, dtype: Any, mesh: Mesh | None) -> KVCache:
     """A cache of the first valid [B] of tokens [B, T]. The last layer's output is not asked for, so it is not computed."""
-    cache = _spread(init_cache(config, *tokens.shape, dtype), mesh)
+    cache = _spread(init_cache(config, tokens.shape[0], tokens.shape[1], dtype), mesh)
     return _spread(forward(params, tokens, config=config, compute_dtype=dtype, cache=cache, valid=valid, fresh=True)[1], mesh)
 
 

@@ -69,9 +69,9 @@ def greedy_dispatch(rows: int, *, length: int, steps: int) -> Dispatch:
         return np.full((rows, *shape), value, dtype)
 
     sampling = SamplingParams(full(0, np.float32), full(0, np.int32), full(1, np.float32), full(0, np.uint32, 2))
-    return Dispatch(np.arange(rows, dtype=np.int32), full(length, np.int32), full(0, np.int32), full(0, np.int32), full(True, bool), full(steps, np.int32),
-                    full(0, np.int32, steps), full(0, np.int32), full(-1, np.int32, 1), full(False, bool), sampling,
-                    np.int32(steps))
+    return Dispatch(np.arange(rows, dtype=np.int32), full(length, np.int32), full(0, np.int32), full(0, np.int32),
+                    full(True, bool), full(steps, np.int32), full(0, np.int32, steps), full(0, np.int32),
+                    full(-1, np.int32, 1), full(False, bool), sampling, np.int32(steps))
 
 
 def split_layers(params: Params, *, config: GPTConfig) -> Params:
@@ -243,10 +243,11 @@ def decode(params: Params, slots: Slots, dispatch: Dispatch, *, program: Program
     noise = noise_for(dispatch.sampling.seed, position, config.vocab_size)
     # What smearing mixes into the newest token: the embedding of the one before, as the forward pass makes it.
     previous = rms_norm(params["wte"][dispatch.previous].astype(program.dtype))
-    cache = KVCache(*_take(slots, dispatch.slot), jnp.asarray(dispatch.length), previous)
+    index = jnp.asarray(dispatch.slot)
+    cache = KVCache(*_take(slots, index), jnp.asarray(dispatch.length), previous)
     emitted = jnp.full(dispatch.forced.shape, -1, jnp.int32)
     logprobs = jnp.full(dispatch.forced.shape, jnp.nan, jnp.float32)
     state = (jnp.int32(0), cache, dispatch.token, dispatch.active, dispatch.remaining, emitted, logprobs)
     _, cache, _, _, _, emitted, logprobs = lax.while_loop(running, advance, state)
-    slots = _put(slots, Slots(cache.k, cache.v), dispatch.slot)
+    slots = _put(slots, Slots(cache.k, cache.v), index)
     return _place(slots, mesh), _replicate(emitted, mesh), _replicate(logprobs, mesh)
