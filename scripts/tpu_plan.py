@@ -151,7 +151,7 @@ def table(plan: Plan, facts: dict[str, Any]) -> Table:
     shown.add_row("fits", "yes" if memory.fits else "NO")
     shown.add_row("products", f"{plan.flops / 1e12:,.2f} TFLOP, {plan.times['products'] * 1e3:,.2f} ms at peak")
     shown.add_row("memory traffic", f"{plan.cost.hbm_bytes / GIB:,.2f} GiB, {plan.times['memory'] * 1e3:,.2f} ms at peak")
-    for kind, moved in plan.sorted(cost.traffic.items(), key=lambda kind: -kind[1]):
+    for kind, moved in sorted(plan.cost.traffic.items(), key=lambda each: -each[1]):
         shown.add_row(f"  {kind}", f"{moved / GIB:,.2f} GiB")
     for kind, sent in plan.cost.sent.most_common():
         shown.add_row(f"  {kind}", f"{plan.cost.calls[kind]:,} calls, {sent / GIB:,.3f} GiB sent")
