@@ -12,10 +12,12 @@ from collections.abc import Iterator
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 
-from nanochat_jax.layers import transpose
+from nanochat_jax.layers import PRODUCT, transpose
 
-QUERY_BLOCK = 128
+QUERY_BLOCK = 128  # queries of a block, the last one aside; more where there would be many blocks
+MOST_BLOCKS = 16  # each is compiled for itself
 
 
 def _attend(q: Array, k: Array, v: Array, mask: Array) -> Array:
@@ -44,8 +46,9 @@ def _causal(q: Array, k: Array, v: Array, window: int | None) -> Array:
 
 def _blocks(length: int, window: int | None) -> Iterator[tuple[slice, slice, Array]]:
     """Blocks of queries, the keys that each may see, and which of them each query sees."""
-    for start in range(0, length, QUERY_BLOCK):
-        stop = min(start + QUERY_BLOCK, length)
+    size = max(QUERY_BLOCK, length // MOST_BLOCKS)
+    for start in range(0, length, size):
+        stop = min(start + size, length)
         first = 0 if window is None else max(0, start - window)
         yield slice(start, stop), slice(first, stop), _visible(jnp.arange(start, stop), jnp.arange(first, stop), window)
 
@@ -75,15 +78,15 @@ def _causal_fwd(q: Array, k: Array, v: Array, window: int | None) -> tuple[Array
     k_columns, values = transpose(keys[:, :, 0]), values[:, :, 0]
     norm = [jnp.linalg.norm(x.astype(jnp.float32), axis=-1) for x in (queries, keys)]
     shift = norm[0] * norm[1].max(axis=-1, keepdims=True) / math.sqrt(q.shape[-1])  # no score exceeds it (Cauchy-Schwarz)
-    out, log_sum = [], []
+    parts, log_sum = [], []
     for rows, columns, mask in _blocks(q.shape[1], window):
         weights = _weights(queries[..., rows, :], k_columns[..., columns], shift[..., rows], mask)
         total = weights.sum(axis=-1)
         product = _product("bkgts,bksh->bkgth", weights.astype(v.dtype), values[:, :, columns])
-        out.append(product / total[..., None])
+        parts.append(product / total[..., None])
         log_sum.append(jnp.log(total) + shift[..., rows])
-    out = _by_position(jnp.concatenate(out, axis=3), q)
-    return out, (q, k, v, out, jnp.concatenate(log_sum, axis=3))
+    out = checkpoint_name(_by_position(jnp.concatenate(parts, axis=3), q), PRODUCT)
+    return out, (q, k, v, out, checkpoint_name(jnp.concatenate(log_sum, axis=3), PRODUCT))
 
 
 def _causal_bwd(window: int | None, residuals: tuple, d_out: Array) -> tuple[Array, Array, Array]:
@@ -103,8 +106,8 @@ def _causal_bwd(window: int | None, residuals: tuple, d_out: Array) -> tuple[Arr
         from_scores = _product("bkght,bkgts->bkghs", q_columns[..., rows], d_scores).sum(axis=2)
         from_weights = _product("bkght,bkgts->bkghs", d_out_columns[..., rows], weights.astype(q.dtype)).sum(axis=2)
         d_k, d_v = d_k.at[..., columns].add(from_scores), d_v.at[..., columns].add(from_weights)
-    d_q = _by_position(jnp.concatenate(d_q, axis=3), q)
-    return d_q, d_k.transpose(0, 3, 1, 2).astype(k.dtype), d_v.transpose(0, 3, 1, 2).astype(v.dtype)
+    return (_by_position(jnp.concatenate(d_q, axis=3), q), d_k.transpose(0, 3, 1, 2).astype(k.dtype),
+            d_v.transpose(0, 3, 1, 2).astype(v.dtype))
 
 
 _causal.defvjp(_causal_fwd, _causal_bwd)

@@ -106,11 +106,25 @@ def _structure(tree: Any) -> int:
     return zlib.crc32(json.dumps(described).encode())
 
 
-def _verify(found: dict[str, Any], state: dict[str, Any]) -> None:
-    """Raises `Damaged` if an item is not as it was saved; steps without checksums are taken as they are."""
+def _read_trees(directory: Directory, step: int, state: dict[str, Any], **abstract: Any) -> dict[str, Any]:
+    """Trees of a step whose JSON state is `state`. Raises `Damaged` if one is not as it was saved; steps without checksums
+    are taken as they are."""
+    found = _read(directory, step, **{name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()})
     for name, expected in state.get(CHECKSUMS, {}).get("content", {}).items():
         if name in found and _checksum(found[name]) != expected:
             raise Damaged(f"the checksum of its {name} does not match")
+    return found
+
+
+def _newest(directory: Directory, steps: list[int], read: Callable[[int], Any]) -> Any:
+    """What `read` makes of the greatest of `steps` that is not damaged. Raises `UsageError` if all are."""
+    for step in reversed(steps):
+        try:
+            return read(step)
+        except Damaged as error:
+            log.warning("checkpoint %s cannot be read (%s)", directory / str(step), error)
+    raise UsageError(f"none of the steps {steps} in {directory} can be read; there are "
+                     f"{', '.join(map(str, saved_steps(directory)))}: choose another, or delete them")
 
 
 @dataclass(frozen=True)
@@ -178,7 +192,7 @@ class Checkpoints:
         return sorted(self._manager.all_steps())
 
     def last_step(self) -> int | str:
-        return (self.steps() or ["none"])[-1]
+        return max(self.steps(), default="none")
 
     def set_aside(self, steps: list[int], prefix: str) -> None:
         """Rename steps, out of the way of the saves that will come to them again; nothing is deleted."""
@@ -207,9 +221,7 @@ class Checkpoints:
             if name in trees and structure != _structure(trees[name]):
                 raise UsageError(f"{self.directory / str(step)} holds other {name} than this run's: its architecture or "
                                  "kind of optimizer was another")
-        items = {name: ocp.args.StandardRestore(tree) for name, tree in trees.items()}
-        found = _read(self.directory, step, **items)
-        _verify(found, {CHECKSUMS: sums})
+        found = _read_trees(self.directory, step, {CHECKSUMS: sums}, **trees)
         return Restored(step, found["params"], found.get("optimizer"), state)
 
     def restore_latest(self, abstract: Any, abstract_optimizer: Any, *, step: int | None = None,
@@ -221,20 +233,13 @@ class Checkpoints:
         steps = self.steps()
         if step is not None and step not in steps:
             raise UsageError(f"no step {step} in {self.directory}: there are {', '.join(map(str, steps)) or 'none'}")
-        damaged = []
-        for candidate in reversed(steps) if step is None else [step]:
-            try:
-                restored = self.restore(candidate, abstract, abstract_optimizer, accept)
-            except Damaged as error:
-                damaged.append(candidate)
-                log.warning("checkpoint %s cannot be read (%s): trying the step before", self.directory / str(candidate), error)
-                continue
-            self.set_aside(damaged, "damaged")
-            self.set_aside([other for other in self.steps() if other > candidate], "replaced")
-            return restored
-        if steps:
-            raise UsageError(f"none of the steps {damaged} in {self.directory} can be read: delete them or use --fresh")
-        return None
+        if not steps:
+            return None
+        restored = _newest(self.directory, steps if step is None else [step],
+                           lambda each: self.restore(each, abstract, abstract_optimizer, accept))
+        later = [other for other in steps if other > restored.step]
+        self.set_aside(later, "damaged" if step is None else "replaced")
+        return restored
 
 
 @dataclass(frozen=True)
@@ -243,7 +248,7 @@ class Loaded:
 
     config: GPTConfig
     params: Params
-    tokenizer: Tokenizer  # None where the caller said that it needs none, which the type does not tell
+    own_tokenizer: Tokenizer | None  # None if it was imported without one
     meta: dict[str, Any]
     directory: Directory
     step: int
@@ -252,6 +257,12 @@ class Loaded:
     @property
     def tag(self) -> str:
         return self.directory.name
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        if self.own_tokenizer is None:
+            raise UsageError(f"{self.directory} was imported without a tokenizer: import it again with --tokenizer DIR")
+        return self.own_tokenizer
 
 
 def saved_steps(directory: Directory) -> list[int]:
@@ -301,7 +312,7 @@ def read_meta(directory: Directory, step: int) -> dict[str, Any]:
 
 
 def load_model(paths: Paths, source: str, *, tag: str | None = None, step: int | None = None, mesh: Mesh | None = None,
-               fsdp: bool = False, need_tokenizer: bool = True) -> Loaded:
+               fsdp: bool = False) -> Loaded:
     """Load the parameters of a stage ("base", "mid", "sft" or "rl"), as `load_directory` does.
 
     Without a tag: the largest `d<depth>`, else the newest. Raises `NotFound` when there is none.
@@ -309,44 +320,38 @@ def load_model(paths: Paths, source: str, *, tag: str | None = None, step: int |
     directory = paths.checkpoints(source) / (tag or paths.find_tag(source))
     if not saved_steps(directory):
         raise NotFound(f"no {source} checkpoint in {directory}: run `python -m {HOW_TO_MAKE[source]}` first")
-    return load_directory(directory, source=source, step=step, mesh=mesh, fsdp=fsdp, need_tokenizer=need_tokenizer)
+    return load_directory(directory, source=source, step=step, mesh=mesh, fsdp=fsdp)
 
 
 def load_directory(directory: Directory, *, source: str = "base", step: int | None = None, mesh: Mesh | None = None,
-                   fsdp: bool = False, need_tokenizer: bool = True) -> Loaded:
+                   fsdp: bool = False) -> Loaded:
     """Load the parameters of a tag's directory, float32, placed on the mesh; without a step, the greatest that can be read.
 
     Its tokenizer is in `tokenizer/` under it (where an imported model brought one that is not the base directory's), else
     in that of the base directory. Raises `NotFound` when there is no such step and `UsageError` when the checkpoint was
-    trained with another tokenizer, or came without one and `need_tokenizer`.
+    trained with another tokenizer.
     """
     steps = saved_steps(directory)
     if not steps or step is not None and step not in steps:
         raise NotFound(f"no step {'' if step is None else step} in {directory}: there are "
                        f"{', '.join(map(str, steps)) or 'none'}")
     mesh = make_mesh("1x1") if mesh is None else mesh
-    for candidate in reversed(steps) if step is None else [step]:
+
+    def load(candidate: int) -> Loaded:
         log.info("loading %s step %d", directory, candidate)
-        try:
-            meta = read_meta(directory, candidate)
-            config = GPTConfig.from_dict(meta["model_config"])
-            tokenizer = _load_tokenizer(directory, meta["tokenizer"], need_tokenizer)
-            abstract = abstract_tree(abstract_params(config), param_shardings(config, mesh, fsdp=fsdp))
-            found = _read(directory, candidate, params=ocp.args.StandardRestore(abstract))
-            _verify(found, meta)
-        except Damaged as error:
-            log.warning("checkpoint %s cannot be read (%s)", directory / str(candidate), error)
-            continue
-        return Loaded(config, found["params"], tokenizer, meta, directory, candidate, source)
-    raise UsageError(f"none of the steps {steps if step is None else [step]} in {directory} can be read"
-                     + (f"; there are {', '.join(map(str, steps))}" if step is not None else ""))
+        meta = read_meta(directory, candidate)
+        config = GPTConfig.from_dict(meta["model_config"])
+        tokenizer = _load_tokenizer(directory, meta["tokenizer"])
+        abstract = abstract_tree(abstract_params(config), param_shardings(config, mesh, fsdp=fsdp))
+        params = _read_trees(directory, candidate, meta, params=abstract)["params"]
+        return Loaded(config, params, tokenizer, meta, directory, candidate, source)
+
+    return _newest(directory, steps if step is None else [step], load)
 
 
-def _load_tokenizer(directory: Directory, fingerprint: str | None, needed: bool) -> Tokenizer | None:
+def _load_tokenizer(directory: Directory, fingerprint: str | None) -> Tokenizer | None:
     """The tokenizer that a checkpoint was trained with; its fingerprint is None if it was imported without one."""
     if fingerprint is None:
-        if needed:
-            raise UsageError(f"{directory} was imported without a tokenizer: import it again with --tokenizer DIR")
         return None
     place = directory / "tokenizer"
     if is_remote(directory):
@@ -391,9 +396,7 @@ def load_optimizer(loaded: Loaded, abstract: Any) -> Any:
     if not (directory / str(loaded.step) / "optimizer").is_dir():
         raise NotFound(f"{directory / str(loaded.step)} was saved without an optimizer: use --load-optimizer 0")
     try:
-        found = _read(directory, loaded.step, optimizer=ocp.args.StandardRestore(abstract))
-        _verify(found, loaded.meta)
+        return _read_trees(directory, loaded.step, loaded.meta, optimizer=abstract)["optimizer"]
     except Damaged as error:
         raise UsageError(f"the optimizer state in {directory / str(loaded.step)} cannot be read ({error}): use "
                          "--load-optimizer 0") from error
-    return found["optimizer"]

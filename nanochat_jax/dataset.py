@@ -166,10 +166,14 @@ class HfConfig(CorpusConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.preset is None and self.dataset is None:
+        if not self.name:
             raise ValueError("name a data set: --preset " + "|".join(PRESETS) + " or --dataset OWNER/NAME")
-        if self.preset is None and self.dataset.count("/") != 1:
+        if self.preset is None and self.name.count("/") != 1:
             raise ValueError(f"--dataset {self.dataset!r} is not of the form OWNER/NAME")
+
+    @property
+    def name(self) -> str:
+        return PRESETS.get(self.preset or "") or self.dataset or ""
 
 
 def hf_main(config: HfConfig) -> int:
@@ -177,7 +181,7 @@ def hf_main(config: HfConfig) -> int:
     subset, split, field = config.subset, config.split, config.text_field
     if config.preset is not None:  # the known data sets have one subset, the split train and the column text
         subset, split, field = None, "train", "text"
-    files = find_files(PRESETS.get(config.preset or "") or config.dataset, subset, split, config.revision)
+    files = find_files(config.name, subset, split, config.revision)
     source = {"dataset": files.repo, "revision": files.commit, "subset": subset, "split": split, "text_field": field,
               "cut_chars": config.cut_chars, "files": len(files.names), "limit_rows": config.limit_rows}
     logger.info("%s: %d files", describe(source), len(files.names))

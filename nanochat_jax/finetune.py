@@ -1,4 +1,4 @@
-"""What midtraining and SFT share: a stage's model goes on with a mixture of conversations."""
+"""What midtraining and SFT share: a stage's model goes on with a mixture of conversations. RL shares some flags."""
 
 import dataclasses
 import logging
@@ -9,16 +9,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from jax import Array
 
 from nanochat_jax import report
 from nanochat_jax.checkpoint import Loaded, load_model, load_optimizer
 from nanochat_jax.cli import flag
-from nanochat_jax.data.mixture import conversation_loader
+from nanochat_jax.data.mixture import ConversationLoader
 from nanochat_jax.eval.bpb import held_out_loss
 from nanochat_jax.gpt import Params
 from nanochat_jax.muon import MuonState
-from nanochat_jax.optim import OptimizerConfig, constant, linear_momentum, make_optimizer
+from nanochat_jax.optim import OptimizerConfig, Schedule, constant, linear_momentum, make_optimizer
 from nanochat_jax.paths import Paths
 from nanochat_jax.sharding import abstract_tree, data_share, data_size, make_mesh, optimizer_shardings, param_shardings
 from nanochat_jax.startup import start
@@ -31,25 +30,44 @@ from nanochat_jax.step import (
     resolve_dtype,
 )
 from nanochat_jax.tasks.base import Task
-from nanochat_jax.train import Evaluation, Job, TrainConfig, train
+from nanochat_jax.tasks.mixtures import Split
+from nanochat_jax.train import Evaluation, Job, RunConfig, TrainConfig, train
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class FinetuneConfig(TrainConfig):
+class ContinueConfig(RunConfig):
+    """Flags of a stage that goes on with the model of another."""
+
+    model_tag: str | None = flag(None, "name of the checkpoint directory; default the largest d<depth>", short="-g")
+    step: int | None = flag(None, "step of the checkpoint to start from; default the newest", short="-s",
+                            aliases=("model_step",))
+    embedding_lr: float | None = flag(None, "rate of the embedding tables; default the base run's")
+    unembedding_lr: float | None = flag(None, "rate of the unembedding; default the base run's")
+    matrix_lr: float | None = flag(None, "Muon's rate of the matrices; default the base run's")
+    init_lr_frac: float = flag(1.0, "factor of all rates")
+
+    def optimizer(self, loaded: Loaded, multiplier: Schedule, *, momentum: Schedule, dtype: Any, mesh: jax.sharding.Mesh,
+                  weight_decay: float = 0.0) -> optax.GradientTransformation:
+        """With the rates of the base run, but for those given; `init_lr_frac` scales those of all groups."""
+        given = {key: value for key in ("embedding_lr", "unembedding_lr", "matrix_lr")
+                 if (value := getattr(self, key)) is not None}
+        rates = OptimizerConfig(**(loaded.meta["rates"] | given | {"weight_decay": weight_decay, "grad_clip": 0.0}))
+        decay = constant(weight_decay) if loaded.config.arch == "modern" and weight_decay else None
+        return make_optimizer(loaded.config, rates, lr_multiplier=lambda step: self.init_lr_frac * multiplier(step),
+                              momentum=momentum, weight_decay=decay, muon_dtype=dtype, mesh=mesh)
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig(ContinueConfig, TrainConfig):
     """Flags of both stages."""
 
-    step: int | None = flag(None, "step of the checkpoint to start from; default the newest", aliases=("model_step",))
     load_optimizer: bool = flag(False, "go on with the moments of its optimizer; the rates begin anew")
     mixture: str | None = flag(None, "what to train on, such as SmolTalk:10000,MMLU*3,chats.jsonl: tasks or files of "
                                "conversations, each with its weight (*) or the number of its first ones (:); default: "
                                "what goes with the corpus")
     max_seq_len: int | None = flag(None, "tokens of a row; default the base model's")
-    embedding_lr: float | None = flag(None, "rate of the embedding tables; default the base run's")
-    unembedding_lr: float | None = flag(None, "rate of the unembedding; default the base run's")
-    matrix_lr: float | None = flag(None, "Muon's rate of the matrices; default the base run's")
-    init_lr_frac: float = flag(1.0, "factor of all rates")
     weight_decay: float = flag(0.0, "modern: Muon's cautious decay; classic: AdamW's")
     dry_run: bool = flag(False, "leave no checkpoint and no section of the report")
 
@@ -66,8 +84,8 @@ class Stage:
     primary: str  # the figure whose minimum is reported
     num_epochs: int
     step_rows: int | None  # rows of a step where no batch size is given; None: as many tokens as the base run's steps
-    mixture: Callable[[str, str, Paths], Task]  # (corpus, "train" or "val", paths)
-    lr_schedule: Callable[[int], Callable[[Array], Array]]  # from the number of steps
+    mixture: Callable[[str, Split, Paths], Task]  # (corpus, split, paths)
+    lr_schedule: Callable[[int], Schedule]  # from the number of steps
     eval_steps: int | None = None  # instead of --eval-tokens
     # More evaluations, given the model, its micro-batch rows, the compute dtype and the mesh.
     evaluations: Callable[..., list[Evaluation]] = lambda *_: []
@@ -104,19 +122,14 @@ def finetune(config: FinetuneConfig, stage: Stage) -> None:
 
     # The batch decides the number of steps, which the schedules follow, but no shape: any schedule does to measure it.
     def optimizer_for(num_steps: int) -> optax.GradientTransformation:
-        given = {key: value for key in ("embedding_lr", "unembedding_lr", "matrix_lr")
-                 if (value := getattr(config, key)) is not None}
-        rates = OptimizerConfig(**(meta["rates"] | given | {"weight_decay": config.weight_decay, "grad_clip": 0.0}))
-        decay = constant(config.weight_decay) if model.arch == "modern" and config.weight_decay else None
-        return make_optimizer(model, rates, lr_multiplier=stage.lr_schedule(num_steps), weight_decay=decay,
-                              momentum=linear_momentum(300, 0.85, 0.95), lr_scale=config.init_lr_frac, muon_dtype=dtype,
-                              mesh=mesh)
+        return config.optimizer(loaded, stage.lr_schedule(num_steps), momentum=linear_momentum(300, 0.85, 0.95), dtype=dtype,
+                                mesh=mesh, weight_decay=config.weight_decay)
 
     rows, remat, fsdp = choose_memory(model, mesh, rows=config.device_batch_size, remat=config.remat, fsdp=config.fsdp,
                                       step_rows=total // length // data_size(mesh), limit=accelerator_memory())
     loaded = dataclasses.replace(loaded, params=jax.device_put(loaded.params, param_shardings(model, mesh, fsdp=fsdp)))
 
-    def step_for(optimizer: optax.GradientTransformation) -> Callable:
+    def step_for(optimizer: optax.GradientTransformation) -> jax.stages.Wrapped:
         return make_train_step(model, optimizer, dtype=dtype, mesh=mesh, shardings=shardings, remat=remat,
                                attention=config.attention)
 
@@ -124,9 +137,9 @@ def finetune(config: FinetuneConfig, stage: Stage) -> None:
     shape = choose_batch_shape(total, rows, length, mesh, step_for(optimizer_for(1)), state)
     common: dict[str, Any] = dict(sequence_len=length, mode=stage.mode)
     index, count = data_share(mesh)
-    batches = conversation_loader(mixture, tokenizer, batch_size=shape.rows, process_index=index, process_count=count, **common)
-    validation = conversation_loader(stage.mixture(meta["data"], "val", paths), tokenizer, batch_size=shape.micro_rows,
-                                     **common)
+    batches = ConversationLoader(mixture, tokenizer, batch_size=shape.rows, process_index=index, process_count=count, **common)
+    validation = ConversationLoader(stage.mixture(meta["data"], "val", paths), tokenizer, batch_size=shape.micro_rows,
+                                    **common)
     num_steps = config.num_iterations if config.num_iterations > 0 else max(1, batches.count_batches(stage.num_epochs))
     wanted = stage.eval_steps or config.eval_tokens // (shape.micro_rows * length)
     eval_steps = max(1, min(wanted, validation.count_batches(1)))

@@ -9,7 +9,7 @@ Letters: B batch, T new tokens, S cache length, D width, H query heads, K key/va
 import functools
 import math
 from collections.abc import Callable
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, overload
 
 import jax
 import jax.numpy as jnp
@@ -18,13 +18,13 @@ from jax import Array
 
 from nanochat_jax.attention import cached_attention, causal_attention
 from nanochat_jax.config import SMEAR_GATE_CHANNELS, VE_GATE_CHANNELS, GPTConfig
-from nanochat_jax.layers import apply_rotary, linear, mlp, rms_norm, rotary_tables
+from nanochat_jax.layers import PRODUCT, apply_rotary, linear, mlp, rms_norm, rotary_tables
 
 Params = dict[str, Any]
-REMAT = ("none", "block", "full")  # what of the activations is recomputed in the backward pass
+REMAT = ("none", "elementwise", "block", "full")  # what of the activations is recomputed in the backward pass
 
 # Logical axes of each parameter; sharding.py maps them to axes of the mesh.
-LOGICAL_AXES = {
+LOGICAL_AXES: dict[str, Any] = {
     "wte": (None, "embed"),
     "lm_head": ("embed", "vocab"),
     "value_embeds": ("layers", "rows", "kv_heads"),
@@ -105,8 +105,8 @@ class GPT(nnx.Module):
         if config.backout:
             self.backout_lambda = nnx.Param(jnp.full(1, 0.2))
 
-    def __call__(self, tokens: Array, cache: KVCache | None, valid: Array | None, dtype: Any, remat: str, scan: bool,
-                 attend: Callable, gather: Callable | None) -> tuple[Array, KVCache | None]:
+    def __call__(self, tokens: Array, cache: KVCache | None, valid: Array | None, fresh: bool, dtype: Any, remat: str,
+                 scan: bool, attend: Callable, gather: Callable | None) -> tuple[Array, KVCache | None]:
         config = self.config
         batch, length = tokens.shape
         start = jnp.zeros(batch, jnp.int32) if cache is None else cache.length
@@ -121,21 +121,22 @@ class GPT(nnx.Module):
         def block(x: Array, layer: dict[str, Array], cache: tuple[Array, Array] | None, window: int | None
                   ) -> tuple[Array, tuple[Array, Array] | None]:
             layer = {name: gather(name, weight) for name, weight in layer.items()}
-            return self._block(x, layer, tokens, rotary, positions, cache, window, attend)
+            if config.lambdas:
+                x = layer["resid_lambdas"] * x + layer["x0_lambdas"] * x0
+            return self._block(x, layer, tokens, rotary, positions, cache, window, fresh, attend)
 
         if remat != "none":
-            block = jax.checkpoint(block, static_argnums=3)
+            kept = jax.checkpoint_policies.save_only_these_names(PRODUCT) if remat == "elementwise" else None
+            block = jax.checkpoint(block, static_argnums=3, policy=kept)
 
         def run(x: Array, backout: Array, layers: list[dict[str, Array]], first: int | Array, windows: tuple[int | None, ...]
                 ) -> tuple[Array, Array, list]:
             """The layers from `first` on, which is traced inside of a scan."""
             written = []
             for i, (layer, window) in enumerate(zip(layers, windows, strict=True)):
-                if config.lambdas:
-                    x = layer["resid_lambdas"] * x + layer["x0_lambdas"] * x0
                 x, kv = block(x, layer, None if cache is None else (cache.k[first + i], cache.v[first + i]), window)
                 written.append(kv)
-                if config.backout:
+                if config.backout and (config.n_layer // 2 - i) % size == 0:  # only there can the middle be
                     middle = first + i == config.n_layer // 2
                     backout = jnp.where(middle, x, backout) if isinstance(middle, Array) else x if middle else backout
             return x, backout, written
@@ -195,35 +196,33 @@ class GPT(nnx.Module):
         return embedding + self.smear_lambda[...].astype(embedding.dtype) * gate * previous
 
     def _block(self, x: Array, layer: dict[str, Array], tokens: Array, rotary: tuple[Array, Array], positions: Array,
-               cache: tuple[Array, Array] | None, window: int | None, attend: Callable
+               cache: tuple[Array, Array] | None, window: int | None, fresh: bool, attend: Callable
                ) -> tuple[Array, tuple[Array, Array] | None]:
         with jax.named_scope("attention"):
-            out, cache = self._attention(rms_norm(x), layer, tokens, rotary, positions, cache, window, attend)
+            out, cache = self._attention(rms_norm(x), layer, tokens, rotary, positions, cache, window, fresh, attend)
             x = x + out
         with jax.named_scope("mlp"):
             return x + mlp(rms_norm(x), layer["mlp_fc"], layer["mlp_proj"]), cache
 
-    def _attention(self, x, layer, tokens, rotary, positions, cache, window, attend):
+    def _attention(self, x, layer, tokens, rotary, positions, cache, window, fresh, attend):
         config = self.config
-        batch, length, _ = x.shape
-        q = linear(x, layer["c_q"]).reshape(batch, length, config.n_head, config.head_dim)
-        k = linear(x, layer["c_k"]).reshape(batch, length, config.n_kv_head, config.head_dim)
-        v = linear(x, layer["c_v"]).reshape(batch, length, config.n_kv_head, config.head_dim)
+        q, k, v = (linear(x, layer[name].reshape(x.shape[-1], -1, config.head_dim)) for name in ("c_q", "c_k", "c_v"))
         if "value_embeds" in layer:
             gate = 3.0 * jax.nn.sigmoid(linear(x[..., :VE_GATE_CHANNELS], layer["ve_gate"]))
             v = v + gate[..., None] * layer["value_embeds"][tokens].astype(x.dtype).reshape(v.shape)
         q, k = (rms_norm(apply_rotary(each, *rotary)) * config.qk_scale for each in (q, k))
-        if cache is None:
-            out = attend(q, k, v, window=window)
-        else:
-            cache = tuple(_write(old, new, positions) for old, new in zip(cache, (k, v)))
-            out = cached_attention(q, *cache, positions, window=window)
-        return linear(out.reshape(batch, length, -1), layer["c_proj"]), cache
+        if cache is not None:
+            cache = tuple(_write(old, new, positions, fresh) for old, new in zip(cache, (k, v)))
+        out = (attend(q, k, v, window=window) if cache is None or fresh else
+               cached_attention(q, *cache, positions, window=window))
+        return linear(out, layer["c_proj"].reshape(*out.shape[2:], -1), axes=2), cache
 
 
-def _write(cache: Array, new: Array, positions: Array) -> Array:
+def _write(cache: Array, new: Array, positions: Array, fresh: bool) -> Array:
     """Put new [B, T, K, h] at positions [B, T] of a layer's cache [B, K, S, h]; positions past the end are dropped."""
     new, rows = new.astype(cache.dtype), jnp.arange(new.shape[0])[:, None]
+    if fresh:
+        return jax.lax.dynamic_update_slice(cache, new.transpose(0, 2, 1, 3), (0, 0, 0, 0))
     if positions.size == 1:  # of a single scattered index XLA makes slice updates for which it copies the cache four times
         return cache.at[rows[..., None], jnp.arange(new.shape[2]), positions[..., None]].set(new, mode="drop")
     return cache.at[rows, :, positions].set(new, mode="drop")
@@ -270,17 +269,26 @@ def logical_axes(config: GPTConfig) -> Params:
     )
 
 
+@overload
+def forward(params: Params, tokens: Array, *, config: GPTConfig, compute_dtype: Any = ..., cache: KVCache,
+            valid: Array | None = ..., fresh: bool = ...) -> tuple[Array, KVCache]: ...
+@overload
+def forward(params: Params, tokens: Array, *, config: GPTConfig, compute_dtype: Any = ..., cache: None = ..., remat: str = ...,
+            scan: bool = ..., attention: Callable = ..., gather: Callable | None = ...) -> tuple[Array, None]: ...
 def forward(params: Params, tokens: Array, *, config: GPTConfig, compute_dtype: Any = jnp.float32,
-            cache: KVCache | None = None, valid: Array | None = None, remat: str = "none", scan: bool = False,
-            attention: Callable = causal_attention, gather: Callable | None = None) -> tuple[Array, KVCache | None]:
+            cache: KVCache | None = None, valid: Array | None = None, fresh: bool = False, remat: str = "none",
+            scan: bool = False, attention: Callable = causal_attention, gather: Callable | None = None
+            ) -> tuple[Array, KVCache | None]:
     """Final hidden states [B, T, D] of tokens [B, T] int32, before the unembedding.
 
     Without a cache: causal, from position 0. With one: row b's tokens take positions `cache.length[b]` onward and see all
     before them; the returned cache has `length + valid`. `valid` [B] (default T) is how many tokens of a row count:
-    padding to its right is masked and later overwritten, and 0 leaves a row as it is. The backward pass recomputes what
-    `remat` says: nothing ("none"), what is inside of blocks ("block"), or also most blocks' inputs ("full").
+    padding to its right is masked and later overwritten, and 0 leaves a row as it is. `fresh` says that the cache is empty
+    and has room for all T: the tokens see one another alone, at half the work. The backward pass recomputes what `remat`
+    says: nothing ("none"), all but products and attention ("elementwise"), what is inside of blocks ("block"), or also most
+    blocks' inputs ("full").
     `scan` makes a loop of equal groups of layers, so that programs for big models compile fast (not with a cache).
-    `attention` takes the place of the reference where there is no cache (kernels.py). `gather(name, weight)` makes a weight
+    `attention` takes the place of the reference where no cache is read (kernels.py). `gather(name, weight)` makes a weight
     whole right before it is used, where devices hold parts (sharding.gather_over_data).
     """
     if remat not in REMAT:
@@ -288,7 +296,7 @@ def forward(params: Params, tokens: Array, *, config: GPTConfig, compute_dtype: 
     graphdef, state = _abstract(config)
     state = jax.tree.map(lambda leaf: leaf, state)  # replace_by_pure_dict works in place
     nnx.replace_by_pure_dict(state, params)
-    return nnx.merge(graphdef, state)(tokens, cache, valid, compute_dtype, remat, scan, attention, gather)
+    return nnx.merge(graphdef, state)(tokens, cache, valid, fresh, compute_dtype, remat, scan, attention, gather)
 
 
 def unembed(params: Params, hidden: Array, *, config: GPTConfig) -> Array:

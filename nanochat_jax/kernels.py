@@ -17,6 +17,7 @@ from jax.sharding import Mesh, PartitionSpec
 from nanochat_jax.attention import causal_attention
 from nanochat_jax.cli import UsageError
 from nanochat_jax.config import GPTConfig
+from nanochat_jax.layers import PRODUCT
 
 ATTENTION = ("auto", "xla", "splash", "cudnn")
 LANES = 128  # Splash's blocks are multiples of this
@@ -81,10 +82,8 @@ def _splash_kernel(length: int, heads: int, window: int | None, interpret: bool)
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
-    if window is None or window >= length - 1:
-        mask = masks.CausalMask((length, length))
-    else:
-        mask = masks.LocalMask((length, length), (window, 0), 0)
+    whole = window is None or window >= length - 1
+    mask: masks.Mask = masks.CausalMask((length, length)) if whole else masks.LocalMask((length, length), (window, 0), 0)
     # A block of keys wider than the window would be mostly masked.
     most = 1024 if window is None or window >= 1024 else max(LANES, window // LANES * LANES)
     q_block, kv_block = _block(length, 512), _block(length, most)
@@ -93,7 +92,7 @@ def _splash_kernel(length: int, heads: int, window: int | None, interpret: bool)
                               block_kv_dkv=kv_block, block_kv_dkv_compute=compute, use_fused_bwd_kernel=True)
     # Not to be kept for another call: the mask's tables belong to the trace that they are made in.
     return splash.make_splash_mha(masks.MultiHeadMask([mask] * heads), block_sizes=sizes, head_shards=1, q_seq_shards=1,
-                                  interpret=interpret)
+                                  residual_checkpoint_name=PRODUCT, interpret=interpret)
 
 
 def splash_attention(q: Array, k: Array, v: Array, *, window: int | None, mesh: Mesh, interpret: bool = False) -> Array:

@@ -3,10 +3,15 @@
 Matrices are stored [in, out] in float32 and cast to the dtype of the activations; products accumulate in float32.
 """
 
+import functools
+import math
+
 import jax
 import jax.numpy as jnp
 from jax import Array
+from jax.ad_checkpoint import checkpoint_name
 
+PRODUCT = "product"  # name of what is dear to recompute, for `jax.checkpoint`
 RMS_EPS = 1.1920929e-07  # float32 machine epsilon, torch's default for every input dtype
 
 
@@ -16,14 +21,30 @@ def rms_norm(x: Array) -> Array:
     return (x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + RMS_EPS)).astype(x.dtype)
 
 
-def linear(x: Array, weight: Array) -> Array:
-    """x [..., in] times weight [in, out], in the dtype of x with float32 accumulation, backward too."""
-    return _linear(x, weight.astype(x.dtype))
+def linear(x: Array, weight: Array, axes: int = 1) -> Array:
+    """x [..., in] times weight [in, out], in the dtype of x with float32 accumulation, backward too.
+
+    in and out may be several axes each, in being the last `axes` of x: on a TPU heads that are an axis of the product's result
+    are written the way that attention reads them, while a reshape asks for a copy.
+    """
+    return checkpoint_name(_linear(x, weight.astype(x.dtype), axes), PRODUCT)
 
 
-@jax.custom_vjp
-def _linear(x: Array, weight: Array) -> Array:
-    return jnp.dot(x, weight, preferred_element_type=jnp.float32).astype(x.dtype)
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def _linear(x: Array, weight: Array, axes: int) -> Array:
+    def rows(x: Array, weight: Array) -> Array:
+        out = jnp.dot(_flat(x, axes), weight.reshape(math.prod(weight.shape[:axes]), -1), preferred_element_type=jnp.float32)
+        return out.reshape(*x.shape[: x.ndim - axes], *weight.shape[axes:]).astype(x.dtype)
+
+    def direct(x: Array, weight: Array) -> Array:
+        return jnp.tensordot(x, weight, axes, preferred_element_type=jnp.float32).astype(x.dtype)
+
+    return direct(x, weight) if weight.ndim == 2 else jax.lax.platform_dependent(x, weight, cpu=rows, default=direct)
+
+
+def _flat(x: Array, axes: int) -> Array:
+    """The last `axes` axes of x as one."""
+    return x.reshape(*x.shape[: x.ndim - axes], -1)
 
 
 def transpose(x: Array) -> Array:
@@ -47,29 +68,64 @@ def product_transposed(x: Array, y: Array) -> Array:
     return jax.lax.optimization_barrier(jnp.dot(transpose(y), x, preferred_element_type=jnp.float32)).T
 
 
-def _linear_bwd(residuals: tuple[Array, Array], d_out: Array) -> tuple[Array, Array]:
-    x, weight = residuals
-    d_x = jnp.dot(d_out, transpose(weight), preferred_element_type=jnp.float32)
-    d_weight = product_transposed(x.reshape(-1, x.shape[-1]), d_out.reshape(-1, d_out.shape[-1]))
-    return d_x.astype(x.dtype), d_weight.astype(weight.dtype)
+def _linear_bwd(axes: int, residuals: tuple[Array, Array], d_out: Array) -> tuple[Array, Array]:
+    def rows(x: Array, weight: Array, d_out: Array) -> tuple[Array, Array]:
+        flat, d_flat = _flat(x, axes), _flat(d_out, weight.ndim - axes)
+        d_x = jnp.dot(d_flat, transpose(weight.reshape(flat.shape[-1], -1)), preferred_element_type=jnp.float32)
+        d_weight = product_transposed(flat.reshape(-1, flat.shape[-1]), d_flat.reshape(-1, d_flat.shape[-1]))
+        return d_x.reshape(x.shape).astype(x.dtype), d_weight.reshape(weight.shape).astype(weight.dtype)
+
+    def direct(x: Array, weight: Array, d_out: Array) -> tuple[Array, Array]:
+        leading, out = range(x.ndim - axes), range(axes, weight.ndim)
+        product = functools.partial(jax.lax.dot_general, preferred_element_type=jnp.float32)
+        d_x = product(d_out, weight, ((range(len(leading), d_out.ndim), out), ((), ())))
+        return d_x.astype(x.dtype), product(x, d_out, ((leading, leading), ((), ()))).astype(weight.dtype)
+
+    return jax.lax.platform_dependent(*residuals, d_out, cpu=rows, default=direct)
 
 
-_linear.defvjp(lambda x, weight: (_linear(x, weight), (x, weight)), _linear_bwd)
+_linear.defvjp(lambda x, weight, axes: (_linear(x, weight, axes), (x, weight)), _linear_bwd)
 
 
 def rotary_tables(positions: Array, head_dim: int, base: float, dtype: str) -> tuple[Array, Array]:
-    """Cosines and sines [B, T, 1, h/2] for positions [B, T]; rounded to `dtype`, returned as float32."""
+    """Cosines and sines [B, T, 1, h] for positions [B, T], the sines of the second half negative; rounded to `dtype`,
+    returned as float32."""
     frequencies = base ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
     angles = positions.astype(jnp.float32)[..., None] * frequencies
-    return tuple(table.astype(dtype).astype(jnp.float32)[:, :, None, :] for table in (jnp.cos(angles), jnp.sin(angles)))
+    cos, sin = (table.astype(dtype).astype(jnp.float32)[:, :, None, :] for table in (jnp.cos(angles), jnp.sin(angles)))
+    return jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([sin, -sin], axis=-1)
 
 
 def apply_rotary(x: Array, cos: Array, sin: Array) -> Array:
     """Rotary embedding (Su et al., 2021) of x [B, T, H, h], halves layout, turning by the negative angle as upstream."""
-    x1, x2 = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    return jnp.concatenate([x1 * cos + x2 * sin, x2 * cos - x1 * sin], axis=-1).astype(x.dtype)
+    swapped = _swap_halves(x)
+    return (x.astype(jnp.float32) * cos + swapped.astype(jnp.float32) * sin).astype(x.dtype)
+
+
+def _swap_halves(x: Array) -> Array:
+    """[a, b] -> [b, a] along the last axis. On a TPU as an exact product with a permutation: XLA writes slices that fill half
+    of a row of lanes to memory, each in the place of a whole one, but makes a product part of what is around it."""
+    half = x.shape[-1] // 2
+
+    def product(x: Array) -> Array:
+        swap = jnp.roll(jnp.eye(2 * half, dtype=x.dtype), half, axis=1)
+        return jnp.dot(x, swap, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32).astype(x.dtype)
+
+    return jax.lax.platform_dependent(x, tpu=product, default=lambda x: jnp.roll(x, half, axis=-1))
+
+
+@jax.custom_jvp
+def squared_relu(x: Array) -> Array:
+    """relu(x)^2 (So et al., Primer, 2021). Its derivative, written down, needs no mask of x > 0, which XLA would write out."""
+    return jnp.square(jnp.maximum(x, 0))
+
+
+@squared_relu.defjvp
+def _squared_relu_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Array, Array]:
+    (x,), (t,) = primals, tangents
+    return squared_relu(x), 2 * jnp.maximum(x, 0) * t
 
 
 def mlp(x: Array, c_fc: Array, c_proj: Array) -> Array:
-    """relu(x c_fc)^2 c_proj (squared ReLU: So et al., Primer, 2021). x [B, T, D], c_fc [D, F], c_proj [F, D]."""
-    return linear(jnp.square(jax.nn.relu(linear(x, c_fc))), c_proj)
+    """relu(x c_fc)^2 c_proj. x [B, T, D], c_fc [D, F], c_proj [F, D]."""
+    return linear(squared_relu(linear(x, c_fc)), c_proj)

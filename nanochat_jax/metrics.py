@@ -166,10 +166,10 @@ def format_seconds(seconds: float) -> str:
 
 
 class Display:
-    """Progress of a loop: a live bar on a terminal, a plain line every few seconds elsewhere."""
+    """Progress of a loop: a live bar on a terminal, a plain line every few seconds elsewhere. `total` may change."""
 
     def __init__(self, stage: str, total: int, *, start: int = 0, plain_every: float = 10.0) -> None:
-        self._stage, self._total, self._start = stage, total, start
+        self._stage, self.total, self._start = stage, total, start
         self._plain_every, self._began, self._last = plain_every, time.monotonic(), float("-inf")
         self._bar: Progress | None = None
         speaks = log.isEnabledFor(logging.INFO)  # of several processes the first alone: `startup.start` sees to that
@@ -181,17 +181,17 @@ class Display:
             self._task = self._bar.add_task(stage, total=total, completed=start, info="starting")
             self._bar.start()
 
-    def update(self, step: int, *, total: int | None = None, **shown: str) -> None:
-        """`step` steps are done, of `total` if that is known better now; `shown` are short texts by name."""
-        now, self._total = time.monotonic(), total or self._total
+    def update(self, step: int, **shown: str) -> None:
+        """`step` steps are done; `shown` are short texts by name."""
+        now = time.monotonic()
         done = step - self._start
-        left = format_seconds((now - self._began) / done * (self._total - step)) if done > 0 else "?"
+        left = format_seconds((now - self._began) / done * (self.total - step)) if done > 0 else "?"
         info = " · ".join([*(f"{name} {text}" for name, text in shown.items()), f"{left} left"])
         if self._bar is not None:
-            self._bar.update(self._task, completed=step, total=self._total, info=info)
-        elif now - self._last >= self._plain_every or step == self._total:
+            self._bar.update(self._task, completed=step, total=self.total, info=info)
+        elif now - self._last >= self._plain_every or step == self.total:
             self._last = now
-            log.info("%s %d/%d · %s", self._stage, step, self._total, info)
+            log.info("%s %d/%d · %s", self._stage, step, self.total, info)
 
     def note(self, text: str) -> None:
         """A line that stays."""

@@ -15,7 +15,7 @@ import optax
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-Schedule = Callable[[Array], Array]
+Schedule = Callable[[Array | int], Array]  # of the step
 
 NEWTON_SCHULZ = ((3.4445, -4.7750, 2.0315),) * 5
 POLAR_EXPRESS = (  # Amsel et al., 2025: the best polynomial of each iteration
@@ -28,7 +28,7 @@ POLAR_EXPRESS = (  # Amsel et al., 2025: the best polynomial of each iteration
 
 
 class MuonState(NamedTuple):
-    count: Array  # () int32, steps done
+    count: Array  # type: ignore[assignment]  # () int32, steps done; optax's name for it, which is a method of tuples too
     momentum: Any  # like the parameters
     second_moment: Any  # modern: [..., 1, out] if out >= in else [..., in, 1]; classic: empty
 
@@ -113,7 +113,7 @@ def muon(learning_rate: Schedule, momentum: Schedule, weight_decay: Schedule | N
         second_moment = state.second_moment
         if modern:
             leaves, treedef = jax.tree.flatten(steps)
-            pairs = [normalize_variance(g, v, beta2) for g, v in zip(leaves, treedef.flatten_up_to(second_moment))]
+            pairs = [normalize_variance(g, v, beta2) for g, v in zip(leaves, jax.tree.leaves(second_moment))]
             steps, second_moment = (jax.tree.unflatten(treedef, part) for part in zip(*pairs))
         rate = learning_rate(state.count)
         decay = weight_decay(state.count) if weight_decay is not None else None

@@ -13,7 +13,7 @@ from jax.sharding import Mesh
 from nanochat_jax.config import GPTConfig
 from nanochat_jax.muon import muon
 
-Schedule = Callable[[Array], Array]
+Schedule = Callable[[Array | int], Array]  # of the step
 EPS = 1e-10
 
 
@@ -36,7 +36,7 @@ def trapezoid(num_steps: int, *, warmup: int, warmdown_ratio: float, final_fract
     """1 between a linear warm-up ((step + 1) / warmup) and a linear descent to `final_fraction` over the last share."""
     warmdown = round(warmdown_ratio * num_steps)
 
-    def multiplier(step: Array) -> Array:
+    def multiplier(step: Array | int) -> Array:
         step = jnp.asarray(step, jnp.float32)
         left = (num_steps - step) / max(warmdown, 1)
         down = jnp.where(step <= num_steps - warmdown, 1.0, left + (1.0 - left) * final_fraction)
@@ -53,7 +53,7 @@ def modern_momentum(num_steps: int, warmdown_ratio: float) -> Schedule:
     """0.85 -> 0.97 over the first 400 steps; 0.97 -> 0.90 during the descent of the learning rate."""
     warmdown = round(warmdown_ratio * num_steps)
 
-    def momentum(step: Array) -> Array:
+    def momentum(step: Array | int) -> Array:
         step = jnp.asarray(step, jnp.float32)
         left = jnp.clip((num_steps - step) / max(warmdown, 1), 0.0, 1.0)
         late = jnp.where(step < num_steps - warmdown, 0.97, 0.97 * left + 0.90 * (1.0 - left))

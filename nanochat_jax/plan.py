@@ -146,7 +146,7 @@ class Plan:
     def as_json(self) -> dict[str, Any]:
         return {"chip": self.chip, "devices": self.devices, "memory": asdict(self.memory) | {"fits": self.memory.fits},
                 "flops": self.flops, "model_flops": self.model_flops, "hbm_bytes": self.cost.hbm_bytes,
-                "collectives": {kind: {"calls": self.cost.calls[kind],
+                "traffic": dict(self.cost.traffic), "collectives": {kind: {"calls": self.cost.calls[kind],
                                        "bytes_sent": self.cost.sent[kind]} for kind in self.cost.sent},
                 "largest_array": self.cost.largest[1], "loops_counted_once": self.cost.unknown_loops, "seconds": self.times,
                 "step_seconds": self.step_seconds, "mfu_bound": self.mfu_bound, "tokens_per_second": self.tokens_per_second,
@@ -162,8 +162,8 @@ class DoesNotFit(Exception):
     """The compiler refused: the program needs more memory than the device has."""
 
 
-def compile_plan(step: Callable, arguments: Sequence[Any], *, chip: str, mesh: Mesh, parameters: Any, state: Any,
-                 flops: float, model_flops: float, tokens: int, options: dict[str, str] | None = None) -> Plan:
+def compile_plan(step: jax.stages.Wrapped, arguments: Sequence[Any], *, chip: str, mesh: Mesh, parameters: Any, state: Any,
+                 flops: float, model_flops: float, tokens: int, options: dict[str, str | bool] | None = None) -> Plan:
     """Compile a jitted function for abstract, placed arguments. `flops` and `model_flops` are over all devices.
 
     Raises `DoesNotFit` where the compiler itself says so (TPUs).
@@ -178,16 +178,17 @@ def compile_plan(step: Callable, arguments: Sequence[Any], *, chip: str, mesh: M
             said = "ptxas, the assembler for GPUs, is missing: pip install --no-deps nvidia-cuda-nvcc-cu12"
             raise UsageError(said) from error
         raise
-    stats = compiled.memory_analysis()
+    stats, text = compiled.memory_analysis(), compiled.as_text()
+    assert stats is not None and text is not None
     total = (stats.argument_size_in_bytes + stats.output_size_in_bytes - stats.alias_size_in_bytes
              + stats.temp_size_in_bytes + stats.generated_code_size_in_bytes)
     memory = Memory(tree_bytes(parameters), tree_bytes(state), stats.temp_size_in_bytes, total, CHIPS[chip].hbm)
-    return Plan(chip, mesh.size, memory, flops / mesh.size, model_flops / mesh.size, hlo_cost(compiled.as_text()), tokens,
+    return Plan(chip, mesh.size, memory, flops / mesh.size, model_flops / mesh.size, hlo_cost(text), tokens,
                 time.perf_counter() - began)
 
 
-def train_plan(config: GPTConfig, step: Callable, state: TrainState, shardings: TrainState, shape: BatchShape, *, chip: str,
-               mesh: Mesh, options: dict[str, str] | None = None) -> Plan:
+def train_plan(config: GPTConfig, step: jax.stages.Wrapped, state: TrainState, shardings: TrainState, shape: BatchShape, *,
+               chip: str, mesh: Mesh, options: dict[str, str | bool] | None = None) -> Plan:
     """The plan of a train step as `step.make_train_step` makes it, for the shapes of its state."""
     state = abstract_tree(state, shardings)
     batch = jax.ShapeDtypeStruct((shape.accumulation, shape.micro_rows, shape.sequence_len), jnp.int32,

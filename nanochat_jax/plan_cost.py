@@ -5,7 +5,7 @@ XLA's own `cost_analysis` counts the body of a loop once, and a Pallas kernel as
 
 import math
 import re
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -19,6 +19,8 @@ SENT = {"all-gather": lambda n: (n - 1) / n, "all-reduce": lambda n: 2 * (n - 1)
         "all-to-all": lambda n: (n - 1) / n, "collective-permute": lambda n: 1.0}
 FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after-all", "iota", "partition-id", "replica-id",
         "opt-barrier", "while", "conditional", "call"}
+FREE_CALLS = re.compile(r'custom_call_target="(AllocateBuffer|ConcatBitcast|AssumeGatherIndicesInBound)"')  # move nothing
+SLICES = {"dynamic-slice", "slice", "gather"}
 
 SHAPE = re.compile(r"(\w+)\[([\d,]*)\](?:\{([^}]*)\})?")
 
@@ -83,11 +85,16 @@ def _inner_jaxprs(params: dict[str, Any]) -> Iterator[Any]:
 class HloCost:
     """Of one device and step."""
 
-    hbm_bytes: float = 0.0  # read and written
+    # Bytes read from HBM and written there, by kind of instruction.
+    traffic: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     sent: Counter = field(default_factory=Counter)  # bytes sent to other devices, by kind of collective
     calls: Counter = field(default_factory=Counter)  # collectives executed, by kind
     largest: tuple[int, str] = (0, "")  # elements and shape of the largest array
     unknown_loops: int = 0  # loops whose number of rounds is not written in their condition; counted once
+
+    @property
+    def hbm_bytes(self) -> float:
+        return sum(self.traffic.values())
 
 
 @dataclass(frozen=True)
@@ -131,15 +138,29 @@ def parse_hlo(text: str) -> tuple[dict[str, dict[str, Instruction]], str]:
 
 
 def _sizes(result: str) -> Iterator[tuple[int, int, bool, str]]:
-    """(elements, bytes, whether in HBM, text) of each array of a type. On TPUs S(n) is on the chip or the host."""
+    """(elements, bytes, whether in HBM, text) of each array of a type. On TPUs S(n) is on the chip or the host, and T(8,128)
+    the tiles that memory has, filled up: 64 of a row take the place of 128."""
     for match in SHAPE.finditer(result):
         if match[1] in DTYPE_BYTES:
-            elements = math.prod(int(size) for size in match[2].split(",") if size)
-            yield elements, elements * DTYPE_BYTES[match[1]], "S(" not in (match[3] or ""), match[0].partition("{")[0]
+            sizes = [int(size) for size in match[2].split(",") if size]
+            text, elements = match[0].partition("{")[0], math.prod(sizes)
+            if tiled := re.match(r"([\d,]+):T\(([\d,]+)\)", match[3] or ""):
+                for axis, tile in zip(map(int, tiled[1].split(",")), map(int, reversed(tiled[2].split(",")))):
+                    sizes[axis] = -(-sizes[axis] // tile) * tile
+            yield elements, math.prod(sizes) * DTYPE_BYTES[match[1]], "S(" not in (match[3] or ""), text
 
 
 def _hbm(result: str) -> int:
     return sum(size for _, size, in_hbm, _ in _sizes(result) if in_hbm)
+
+
+def _named(role: str, instruction: Instruction) -> str:
+    """The computation that an instruction calls in this role."""
+    return next(re.finditer(rf"{role}=%?([\w.\-]+)", instruction.attributes))[1]
+
+
+def _bytes(result: str) -> int:
+    return sum(size for _, size, _, _ in _sizes(result))
 
 
 def _group_size(attributes: str) -> int:
@@ -156,8 +177,8 @@ def _group_size(attributes: str) -> int:
 def hlo_cost(text: str) -> HloCost:
     """HBM traffic and collectives of an optimised module, loops multiplied out.
 
-    Traffic is what instructions read and write outside of fusions, so an estimate from above where XLA keeps a buffer
-    on the chip without saying so.
+    Traffic is what instructions read and write outside of fusions, buffers that XLA keeps on the chip left out. A bound from
+    below: each operand counts once, but products and kernels read some in several passes.
     """
     computations, entry = parse_hlo(text)
     cost = HloCost()
@@ -168,26 +189,54 @@ def hlo_cost(text: str) -> HloCost:
         return max((int(each.argument) for each in computations[condition].values()
                     if each.opcode == "constant" and each.argument.isdigit()), default=None)
 
+    def called(each: Instruction) -> dict[str, Instruction]:
+        return computations[_named("calls", each)]
+
+    def touched(body: dict[str, Instruction], name: str, whole: int) -> tuple[int, int, int]:
+        """Bytes of a fusion's parameter of `whole` bytes: read, part of a result that is it, and written into it."""
+        read, in_place, written = 0, 0, 0
+        for user in body.values():
+            if name not in user.operands:
+                continue
+            if user.opcode == "bitcast":
+                parts = touched(body, user.name, whole)
+            elif user.opcode == "fusion":
+                inner = called(user)
+                number = str(user.operands.index(name))
+                parts = touched(inner, next(each.name for each in inner.values() if each.opcode == "parameter"
+                                            and each.argument == number), whole)
+            elif user.opcode in SLICES and user.operands[0] == name:
+                parts = _bytes(user.result), 0, 0
+            elif user.opcode == "dynamic-update-slice" and user.operands[0] == name:
+                parts = 0, whole, _bytes(body[user.operands[1]].result)
+            else:
+                parts = whole, 0, 0
+            read, in_place, written = read + parts[0], max(in_place, parts[1]), written + parts[2]
+        return min(read, whole), in_place, written
+
     def fusion_bytes(call: Instruction, scope: dict[str, Instruction]) -> int:
         """What a fusion moves: slices of what it only slices, the updated part of what it updates in place."""
-        body = computations[re.search(r"calls=%?([\w.\-]+)", call.attributes)[1]]
-        numbered = {int(each.argument): each.name for each in body.values() if each.opcode == "parameter"}
-        parameters = [numbered[index] for index in sorted(numbered)]
-        total, in_place = 0, 0
-        for operand, parameter in zip(call.operands, parameters):
-            if operand not in scope or not _hbm(scope[operand].result):
+        body, total, in_place = called(call), 0, 0
+        for parameter in [each for each in body.values() if each.opcode == "parameter"]:
+            number = int(parameter.argument)
+            operand = call.operands[number]
+            whole = _hbm(scope[operand].result) if operand in scope else 0
+            if not whole or operand in call.operands[:number]:
                 continue
-            parameter = next((each.name for each in body.values() if each.opcode == "bitcast" and parameter in each.operands),
-                             parameter)
-            users = [each for each in body.values() if parameter in each.operands]
-            if users and all(each.opcode in ("dynamic-slice", "gather", "slice") for each in users):
-                total += sum(_bytes(each.result) for each in users)
-            elif users and all(each.opcode == "dynamic-update-slice" and each.operands[0] == parameter for each in users):
-                in_place += _hbm(scope[operand].result)
-                total += sum(2 * _bytes(body[each.operands[1]].result) for each in users)
-            else:
-                total += _hbm(scope[operand].result)
+            read, updated, written = touched(body, parameter.name, whole)
+            total, in_place = total + read + written, in_place + updated
         return total + max(_hbm(call.result) - in_place, 0)
+
+    def kind_of(each: Instruction) -> str:
+        if each.opcode == "fusion":
+            inner = called(each).values()
+            found = {kind_of(part) for part in inner if part.opcode == "fusion"} | {part.opcode for part in inner}
+            return "products" if found & {"convolution", "dot", "products"} else "element-wise"
+        if each.opcode in ("convolution", "dot"):
+            return "products"
+        if each.opcode == "custom-call":
+            return "kernels"
+        return "copies" if each.opcode.removesuffix("-start") in ("copy", "reshape", "transpose") else "element-wise"
 
     def count_sent(kind: str, size: float, group: int, times: float) -> None:
         cost.sent[kind] += times * size * SENT[kind](group)
@@ -200,43 +249,40 @@ def hlo_cost(text: str) -> HloCost:
                 cost.largest = max(cost.largest, (elements, shape))
             base, finished = each.opcode.removesuffix("-start"), each.opcode.removesuffix("-done")
             if each.opcode == "while":
-                condition, body = (re.search(rf"{word}=%?([\w.\-]+)", each.attributes)[1] for word in ("condition", "body"))
+                condition, body = _named("condition", each), _named("body", each)
                 known = re.search(r'known_trip_count"?:\{"?n"?:"?(\d+)', each.attributes)
                 count = int(known[1]) if known else rounds(condition)
                 cost.unknown_loops += count is None
                 walk(body, times * (count or 1))
             elif each.opcode in ("call", "async-start", "conditional"):
-                for called in re.findall(r"(?:to_apply|calls|_computation)=%?([\w.\-]+)", each.attributes):
-                    walk(called, times)
+                for inner in re.findall(r"(?:to_apply|calls|_computation)=%?([\w.\-]+)", each.attributes):
+                    walk(inner, times)
             elif finished in SENT:
                 start = each if each.opcode == finished else scope[each.operands[0]]
                 count_sent(finished, _bytes(each.result), _group_size(start.attributes), times)
+                read = sum(_hbm(scope[operand].result) for operand in start.operands if operand in scope)
+                cost.traffic["collectives"] += times * (read + _hbm(each.result))
             elif base in SENT:
                 pass  # counted where it is done, whose result is the plain one
             elif each.opcode == "fusion":
-                cost.hbm_bytes += times * fusion_bytes(each, scope)
-                called = re.search(r"calls=%?([\w.\-]+)", each.attributes)[1]
-                for inner in computations[called].values():
+                cost.traffic[kind_of(each)] += times * fusion_bytes(each, scope)
+                for inner in called(each).values():
                     channel = re.search(r"channel_id=\d+", inner.attributes)
                     if inner.opcode in SENT and channel and channel[0] not in fused:
                         fused.add(channel[0])
-                        group, scatter = _group_size(inner.attributes), "all-reduce-scatter" in called
+                        group, scatter = _group_size(inner.attributes), "all-reduce-scatter" in each.attributes
                         kind = "reduce-scatter" if scatter else inner.opcode
                         count_sent(kind, _bytes(inner.result) / (group if scatter else 1), group, times)
             elif each.opcode == "dynamic-update-slice":
-                cost.hbm_bytes += times * 2 * _bytes(scope[each.operands[1]].result)
+                cost.traffic["element-wise"] += times * 2 * _bytes(scope[each.operands[1]].result)
             elif base in ("slice", "dynamic-slice"):  # the result of a start holds the whole operand, the slice and a counter
                 moved = [size for elements, size, _, _ in _sizes(each.result) if elements > 1]
-                cost.hbm_bytes += times * (2 * _hbm(each.result) if base == each.opcode else min(moved, default=0))
-            elif each.opcode not in FREE and not each.opcode.endswith("-done"):
-                read = sum(_hbm(scope[operand].result) for operand in each.operands if operand in scope)
+                cost.traffic["copies"] += times * (2 * _hbm(each.result) if base == each.opcode else min(moved, default=0))
+            elif each.opcode not in FREE and not each.opcode.endswith("-done") and not FREE_CALLS.search(each.attributes):
+                read = sum(_hbm(scope[operand].result) for operand in set(each.operands) if operand in scope)
                 # The result of a start holds what is written first, then what is read.
-                written = _hbm(each.result) if base == each.opcode else _hbm(SHAPE.search(each.result)[0])
-                cost.hbm_bytes += times * (read + written)
+                written = _hbm(each.result) if base == each.opcode else _hbm(next(SHAPE.finditer(each.result))[0])
+                cost.traffic[kind_of(each)] += times * (read + written)
 
     walk(entry, 1.0)
     return cost
-
-
-def _bytes(result: str) -> int:
-    return sum(size for _, size, _, _ in _sizes(result))

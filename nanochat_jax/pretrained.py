@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, Literal, overload
 
 import jax
 import jax.numpy as jnp
@@ -127,7 +127,7 @@ def load_engine(paths: Paths, source: str, *, tag: str | None, step: int | None,
 
 
 def load(source: str | Path = "sft", *, tag: str | None = None, step: int | None = None, dtype: str = "auto",
-         mesh: str = "1x1", rotary_dtype: str | None = None) -> Model:
+         mesh: str = "1x1", rotary_dtype: Literal["float32", "bfloat16"] | None = None) -> Model:
     """Load a trained model.
 
     Args:
@@ -143,20 +143,22 @@ def load(source: str | Path = "sft", *, tag: str | None = None, step: int | None
     """
     devices = make_mesh(mesh)
     directory = Path(source).expanduser()
+    found: Loaded | Imported
     if str(source) in CHECKPOINT_DIRS:
-        found = load_model(Paths.from_env(), str(source), tag=tag, step=step, mesh=devices, need_tokenizer=False)
+        found = load_model(Paths.from_env(), str(source), tag=tag, step=step, mesh=devices)
     elif not directory.is_dir():
         raise NotFound(f"{directory} is neither a directory nor one of the stages {', '.join(CHECKPOINT_DIRS)}")
     elif saved_steps(directory):
-        found = load_directory(directory, step=step, mesh=devices, need_tokenizer=False)
+        found = load_directory(directory, step=step, mesh=devices)
     else:
         found = read_foreign(directory, step=step)
     config, params = found.config, found.params
     if rotary_dtype is not None:
         config = dataclasses.replace(config, rotary_dtype=rotary_dtype)
+    tokenizer = found.own_tokenizer if isinstance(found, Loaded) else found.tokenizer
     if isinstance(found, Imported):
         params = jax.device_put(jax.tree.map(jnp.asarray, params), param_shardings(config, devices))
-    return Model(config, params, found.tokenizer, str(source), found.step, resolve_dtype(dtype), devices)
+    return Model(config, params, tokenizer, str(source), found.step, resolve_dtype(dtype), devices)
 
 
 def read_foreign(directory: Path, *, step: int | None = None, tokenizer: Path | None = None,

@@ -79,14 +79,17 @@ def log_section(report_dir: Path, section: str, items: Sequence[str | Mapping[st
       ValueError: the name has no letters or digits, or is one of `RESERVED_SLUGS`.
     """
     slug, timestamp = slug_of(section), _now()
-    lines, kept = [f"## {section}", f"timestamp: {_clock(timestamp)}", ""], []
-    for item in filter(None, items):
+    lines, kept = [f"## {section}", f"timestamp: {_clock(timestamp)}", ""], list[str | dict[str, str]]()
+    for item in items:
+        if not item:
+            continue
         if isinstance(item, Mapping):
-            kept.append({str(key): format_value(value) for key, value in item.items()})
-            lines += [f"- {key}: {value}" for key, value in kept[-1].items()]
+            values = {str(key): format_value(value) for key, value in item.items()}
+            kept.append(values)
+            lines += [f"- {key}: {value}" for key, value in values.items()]
         else:
-            kept.append(str(item))
-            lines.append(kept[-1].rstrip("\n"))
+            kept.append(item)
+            lines.append(item.rstrip("\n"))
         lines.append("")
     entry = {"section": section, "stage": stage, "timestamp": timestamp, "results": dict(results or {}),
              "curves": str(Path(curves).absolute()) if curves else None, "items": kept}
@@ -248,8 +251,9 @@ def _git(root: Path, *arguments: str) -> str | None:
 
 def _code_size() -> str | None:
     """Size of the tracked sources, a number this project keeps small; None outside a checkout."""
-    root = _checkout()
-    names = (_git(root, "ls-files", "-z") or "").split("\0") if root else []
+    if (root := _checkout()) is None:
+        return None
+    names = (_git(root, "ls-files", "-z") or "").split("\0")
     files = [root / name for name in names if name.endswith(SOURCE_SUFFIXES) and (root / name).is_file()]
     if not files:
         return None

@@ -63,7 +63,7 @@ def sample_rollouts(engine: Engine, tokenizer: Tokenizer, task: Task, conversati
     rollouts = []
     for i, (prompt, result) in enumerate(zip(prompts, results, strict=True)):
         reward = float(task.evaluate(conversations[i // sampling.num_samples], tokenizer.decode(result.tokens)))
-        log_prob = sum(each for each, sampled in zip(result.logprobs, result.sampled, strict=True) if sampled)
+        log_prob = sum(each for each, sampled in zip(result.logprobs or (), result.sampled, strict=True) if sampled)
         rollouts.append(Rollout([*prompt, *result.tokens], [False] * len(prompt) + list(result.sampled), reward, log_prob))
     return [rollouts[i : i + sampling.num_samples] for i in range(0, len(rollouts), sampling.num_samples)]
 
@@ -116,9 +116,10 @@ def policy_batches(groups: Sequence[Sequence[Rollout]], *, pass_rows: int, micro
 
 
 def policy_loss(params: Params, inputs: Array, targets: Array, weights: Array, *, config: GPTConfig,
-                dtype: Any = jnp.float32, remat: str = "none", mesh: Mesh | None = None) -> tuple[Array, Array]:
+                dtype: Any = jnp.float32, remat: str = "none", attention: str = "auto", mesh: Mesh | None = None
+                ) -> tuple[Array, Array]:
     """Scalar loss of rows [B, T], whose gradient is the policy gradient, and log-probabilities [B, T] of the targets."""
-    how = forward_options(config, mesh, dtype=dtype, length=inputs.shape[1])
+    how = forward_options(config, mesh, dtype=dtype, length=inputs.shape[1], attention=attention)
     hidden, _ = forward(params, inputs, config=config, compute_dtype=dtype, remat=remat, **how)
     unembedding = params["lm_head"][:, : config.vocab_size]
     chunk = chunk_length(inputs.shape[0], inputs.shape[1], config.vocab_size, mesh.size if mesh else 1)
@@ -127,14 +128,15 @@ def policy_loss(params: Params, inputs: Array, targets: Array, weights: Array, *
 
 
 def make_policy_step(config: GPTConfig, optimizer: optax.GradientTransformation, *, dtype: Any, mesh: Mesh,
-                     shardings: TrainState, remat: str = "none") -> Callable[..., tuple[TrainState, dict[str, Array]]]:
+                     shardings: TrainState, remat: str = "none", attention: str = "auto"
+                     ) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
     """`step(state, micro_batches) -> (state, {"loss", "grad_norm"})`, of any number of `PolicyBatch`es of global arrays.
 
     It compiles once for each of their lengths. The state given is used up.
     """
 
     def loss_of(params: Params, *rows: Array) -> Array:
-        return policy_loss(params, *rows, config=config, dtype=dtype, remat=remat, mesh=mesh)[0]
+        return policy_loss(params, *rows, config=config, dtype=dtype, remat=remat, attention=attention, mesh=mesh)[0]
 
     @functools.partial(jax.jit, donate_argnums=1, out_shardings=(replicated(mesh), shardings.params))
     def accumulate(params: Params, sums: tuple[Array, Params], *rows: Array) -> tuple[Array, Params]:

@@ -95,7 +95,7 @@ def place_batch(rows: np.ndarray, shape: BatchShape, mesh: Mesh) -> Array:
 
 
 def make_train_step(config: GPTConfig, optimizer: optax.GradientTransformation, *, dtype: Any, mesh: Mesh,
-                    shardings: TrainState, remat: str = "none", attention: str = "auto") -> Callable:
+                    shardings: TrainState, remat: str = "none", attention: str = "auto") -> jax.stages.Wrapped:
     """Jitted `step(state, inputs [A, B, T], targets [A, B, T]) -> (state, {"loss", "grad_norm", "tokens"})`."""
     sharded = data_size(mesh) > 1 and any("data" in leaf.spec for leaf in jax.tree.leaves(shardings.params))
     share = gradient_shardings(config, shardings.params, mesh)
@@ -196,7 +196,8 @@ def estimate_memory(config: GPTConfig, rows: int, *, data: int, model: int = 1, 
     optimizer = (4 * matrices + 8 * tables + 24 * matrices) / (data * model)  # and what Muon works on
     whole = 2 * 4 * config.padded_vocab_size * config.n_embd if fsdp else 0  # tables that were gathered to be used
     hidden = 2 * rows * config.sequence_len * config.n_embd
-    kept = {"none": 34 * config.n_layer, "block": config.n_layer + 110, "full": 3 * math.isqrt(config.n_layer) + 110}[remat]
+    kept = {"none": 34 * config.n_layer, "elementwise": 10 * config.n_layer + 110, "block": config.n_layer + 110,
+            "full": 3 * math.isqrt(config.n_layer) + 110}[remat]
     return weights / ways + optimizer + whole + hidden * kept + 3 * 4 * CHUNK_ELEMENTS
 
 
@@ -204,25 +205,29 @@ def choose_memory(config: GPTConfig, mesh: Mesh, *, rows: int | str | None, rema
                   step_rows: int = 2**30) -> tuple[int | str, str, bool]:
     """(rows per device, remat, fsdp): where one is not given ("auto", None), the fastest choice that `limit` bytes should hold.
 
-    Rows: 32 if they fit, else 16 or 8. Recomputing blocks costs a third more products, sharding the parameters a gathering of
-    each layer's in every pass; "full" recomputes twice. Without a limit: 32 rows, nothing recomputed, nothing sharded.
+    Nothing is recomputed if 32 rows then fit. Else "elementwise", which costs no products, with 32, 16 or 8 rows (gradients are
+    added up once for each such batch); parameters are sharded rather than rows given up. Then "block", a third more products,
+    in the same way, and "full", which recomputes twice. Without a limit: 32 rows, nothing recomputed, nothing sharded.
     `step_rows` is how many rows of a step a device gets in all.
     """
     sizes = [rows if isinstance(rows, int) else 8] if rows else [32, 16, 8]
-    for size in sizes:
-        for saving, spread in (("none", False), ("block", False), ("block", True), ("full", True)):
-            chosen = (saving if remat == "auto" else remat, (spread if fsdp is None else fsdp) and data_size(mesh) > 1)
-            needed = estimate_memory(config, max(1, min(size, step_rows)), data=data_size(mesh), model=mesh.shape["model"],
-                                     remat=chosen[0], fsdp=chosen[1])
-            if limit is None or needed <= limit or (saving == "full" and size == sizes[-1]):
-                if limit is not None:
-                    log.info("--device-batch-size %s --remat %s --fsdp %s: about %.1f of %.1f GiB", rows or size, chosen[0],
-                             str(chosen[1]).lower(), needed / 2**30, limit / 2**30)
-                return rows or size, *chosen
-    raise AssertionError("the last choice is taken in any case")
+    choices = [("none", False, sizes[0])]
+    choices += [("elementwise", spread, size) for size in sizes for spread in (False, True)]
+    choices += [(saving, spread, size) for size in sizes for saving, spread in (("block", False), ("block", True))]
+    choices += [("full", True, sizes[-1])]
+    for saving, spread, size in choices:
+        chosen = (saving if remat == "auto" else remat, (spread if fsdp is None else fsdp) and data_size(mesh) > 1)
+        needed = estimate_memory(config, max(1, min(size, step_rows)), data=data_size(mesh), model=mesh.shape["model"],
+                                 remat=chosen[0], fsdp=chosen[1])
+        if limit is None or needed <= limit:
+            break
+    if limit is not None:
+        log.info("--device-batch-size %s --remat %s --fsdp %s: about %.1f of %.1f GiB", rows or size, chosen[0],
+                 str(chosen[1]).lower(), needed / 2**30, limit / 2**30)
+    return rows or size, *chosen
 
 
-def compile_step(step_fn: Callable, state: TrainState, shape: BatchShape, mesh: Mesh) -> tuple[Callable, int]:
+def compile_step(step_fn: jax.stages.Wrapped, state: TrainState, shape: BatchShape, mesh: Mesh) -> tuple[Callable, int]:
     """The compiled step and the bytes it needs on each device (state, batch and temporaries).
 
     Raises `UsageError` if that is more than a device has.
@@ -237,6 +242,7 @@ def compile_step(step_fn: Callable, state: TrainState, shape: BatchShape, mesh: 
             raise out_of_memory(shape, mesh) from error
         raise
     memory = compiled.memory_analysis()
+    assert memory is not None
     needed = (memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
               + memory.temp_size_in_bytes)
     if (limit := memory_limit()) and needed > limit:
@@ -255,13 +261,13 @@ def out_of_memory(shape: BatchShape, mesh: Mesh, needed: int | None = None) -> U
 
 
 def choose_batch_shape(total_batch_size: int, device_batch_size: int | str, sequence_len: int, mesh: Mesh,
-                       step_fn: Callable, state: TrainState) -> BatchShape:
+                       step_fn: jax.stages.Wrapped, state: TrainState) -> BatchShape:
     """`batch_shape`; with the device batch size "auto", the largest that fits by the memory analysis of the compiled step."""
     if device_batch_size != "auto":
         return batch_shape(total_batch_size, int(device_batch_size), sequence_len, mesh)
     if (limit := memory_limit()) is None:
         raise UsageError(f"--device-batch-size auto: {jax.devices()[0].device_kind} does not tell its memory, give a number")
-    limit *= USABLE_MEMORY.get(jax.devices()[0].platform, 0.92)
+    usable = limit * USABLE_MEMORY.get(jax.devices()[0].platform, 0.92)
     rows = batch_shape(total_batch_size, 1, sequence_len, mesh).rows // data_size(mesh)
     sizes = [size for size in range(1, rows + 1) if rows % size == 0]
     fits, first_too_large = None, len(sizes)
@@ -274,8 +280,8 @@ def choose_batch_shape(total_batch_size: int, device_batch_size: int | str, sequ
         except UsageError:
             needed = None
         log.info("--device-batch-size %d needs %s of %.1f GiB", sizes[middle],
-                 "more than there is" if needed is None else f"{needed / 2**30:.2f} GiB", limit / 2**30)
-        if needed is not None and needed <= limit:
+                 "more than there is" if needed is None else f"{needed / 2**30:.2f} GiB", usable / 2**30)
+        if needed is not None and needed <= usable:
             fits, low = shape, middle + 1
         else:
             first_too_large = middle

@@ -1,4 +1,4 @@
-"""The one loop that pretraining, midtraining and finetuning share: train, log, evaluate, save, resume, stop.
+"""The one loop that all stages share, from pretraining to RL: train, log, evaluate, save, resume, stop.
 
 At step s, in this order: save, evaluate, stop if it is the last, train. So no evaluation can lose a checkpoint. Metrics of
 a step are read after the next one is dispatched, so that the device never waits for a log line.
@@ -14,7 +14,7 @@ import math
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, Protocol
@@ -41,7 +41,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(Processes):
+class RunConfig(Processes):
     """Flags that every training stage has. Stages extend it with their own."""
 
     run: str = flag("dummy", "wandb run name; dummy turns wandb off")
@@ -49,17 +49,15 @@ class TrainConfig(Processes):
     mesh: str = flag("auto", "devices as DxM: D-way data and M-way tensor parallelism")
     fsdp: bool | None = flag(None, "shard the parameters over the data axis too; default: where memory asks for it")
     dtype: str = flag("auto", "compute dtype", choices=["auto", "float32", "bfloat16"])
-    remat: str = flag("auto", "activations that the backward pass recomputes, to save memory: those inside blocks, or "
-                              "also most blocks' inputs (without effect on a CPU, whose compiler undoes it); auto: what "
-                              "memory asks for", choices=["auto", *REMAT])
+    remat: str = flag("auto", "activations that the backward pass recomputes, to save memory: all but products "
+                              "and attention, all inside blocks, or also most blocks' inputs (without effect on a CPU, whose "
+                              "compiler undoes it); auto: what memory asks for", choices=["auto", *REMAT])
     attention: str = flag("auto", "attention kernel; auto: splash on TPUs, cudnn on NVIDIA GPUs, else xla", choices=ATTENTION)
     device_batch_size: int | Literal["auto"] | None = flag(
         None, "rows per device and micro-step; auto: the most that fit into memory, by compiling; default 32, or 16 or 8 where "
               "more should not fit")
-    total_batch_size: int = flag(-1, "tokens per optimizer step; -1: the recipe's")
     num_iterations: int = flag(-1, "optimizer steps; -1: the recipe's horizon")
     eval_every: int = flag(250, "steps between evaluations; -1: only at the end")
-    eval_tokens: int = flag(20 * 524288, "tokens of an evaluation")
     save_every: int = flag(-1, "steps between checkpoints; -1: before every evaluation; 0: only at the end")
     keep: int = flag(2, "how many of the newest checkpoints to keep")
     resume: bool = flag(False, "continue from the newest checkpoint of this tag, if there is one")
@@ -71,12 +69,15 @@ class TrainConfig(Processes):
     compile_cache: bool = flag(True, "keep compiled programs under the base directory for the next start")
 
     def __post_init__(self) -> None:
-        for name in ("device_batch_size", "eval_tokens", "keep"):
-            if (value := getattr(self, name)) not in ("auto", None) and value < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
+        self.check_positive("device_batch_size", "keep")
         if self.resuming and self.fresh:
             raise ValueError("--resume goes on with the checkpoints of a tag, --fresh deletes them: give one of them")
         self.profiled_steps  # noqa: B018  (raises if it is malformed)
+
+    def check_positive(self, *names: str) -> None:
+        for name in names:
+            if (value := getattr(self, name)) not in ("auto", None) and value < 1:
+                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
 
     @property
     def resuming(self) -> bool:
@@ -90,6 +91,18 @@ class TrainConfig(Processes):
         if not (colon and start.isdigit() and stop.isdigit() and int(start) < int(stop)):
             raise ValueError(f"--profile {self.profile!r} is not START:STOP, two steps such as 10:13")
         return range(int(start), int(stop))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(RunConfig):
+    """Flags of the stages that train on text."""
+
+    total_batch_size: int = flag(-1, "tokens per optimizer step; -1: the recipe's")
+    eval_tokens: int = flag(20 * 524288, "tokens of an evaluation")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.check_positive("eval_tokens")
 
 
 class Batches(Protocol):
@@ -113,22 +126,23 @@ class Evaluation:
     every: int  # below 1: only at the end
     run: Callable[[Params], dict[str, float]]
     at_end: bool = True
+    at_start: bool = False
 
     def due(self, step: int, last: bool) -> bool:
-        return (last and self.at_end) or is_due(step, self.every)
+        return (last and self.at_end) or (step == 0 and self.at_start) or is_due(step, self.every)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
     """One stage's training: what the loop needs to know beside the state and the data."""
 
-    name: str  # "base_train", "mid_train", "chat_sft"
-    config: TrainConfig
+    name: str  # "base_train", "mid_train", "chat_sft", "chat_rl"
+    config: RunConfig
     model: GPTConfig
     directory: Directory  # of the tag's checkpoints
     logs: Path  # for what else is written: metrics, traces, dumps; the same, unless that is in a bucket
     num_steps: int
-    shape: BatchShape
+    shape: BatchShape | None  # None: of each step another, so that nothing is compiled beforehand
     lr_multiplier: Callable[[Any], Any]
     evaluations: Sequence[Evaluation]
     metadata: dict[str, Any]  # goes into every checkpoint: tokenizer fingerprint, corpus, ...
@@ -136,6 +150,9 @@ class Job:
     dry_run: bool = False  # save nothing
     tokenizer: Tokenizer | None = None  # kept beside the checkpoints where they would be without one
     origin: Loaded | None = None  # the model that this one goes on from
+    # On-policy: makes the batch of a step from the step's own parameters. A signal may break it off; then it is made again.
+    sample: Callable[[int, Params], Any] | None = None
+    shown: Sequence[str] = ()  # names of metrics for the display
 
 
 @dataclass(frozen=True)
@@ -150,31 +167,6 @@ class Outcome:
     tokens_per_sec: float
     mfu: float | None  # fraction of the devices' peak, None where that is unknown
     peak_memory: int
-
-
-class _StepClock:
-    """Wall time between finished steps, without what lies between two stretches of training (saving, evaluating).
-
-    A step is dispatched before the one before it is read, so single laps at the ends of a stretch are long or short;
-    `mean` is over the last ten.
-    """
-
-    def __init__(self) -> None:
-        self._mark = time.perf_counter()
-        self._laps: collections.deque[float] = collections.deque(maxlen=10)
-
-    def restart(self) -> None:
-        self._mark = time.perf_counter()
-
-    def lap(self) -> float:
-        now = time.perf_counter()
-        self._laps.append(now - self._mark)
-        self._mark = now
-        return self._laps[-1]
-
-    @property
-    def mean(self) -> float:
-        return sum(self._laps) / len(self._laps)
 
 
 def is_due(step: int, every: int) -> bool:
@@ -201,31 +193,43 @@ class _Reporter:
         peak = peak_flops(jax.devices()[0])
         self.peak = peak * mesh.size if peak else None
         self._rates = np.asarray(jax.jit(jax.vmap(job.lr_multiplier))(jnp.arange(job.num_steps)))
-        self.clock = _StepClock()
+        # Seconds of the last ten steps: one is dispatched before the one before it is read, so single ones say little.
+        self._laps: collections.deque[float] = collections.deque(maxlen=10)
 
-    def finish(self, step: int, metrics: dict[str, Any], batch: dict[str, np.ndarray], place: dict[str, Any]) -> None:
+    def restart_clock(self) -> None:
+        """What came before (saving, evaluating) is no step's time."""
+        self._mark = time.perf_counter()
+
+    def finish(self, step: int, metrics: dict[str, Any], batch: Any, place: dict[str, Any]) -> None:
         """Wait for a dispatched step and report it. Raises `UsageError` if its loss or gradient is not finite."""
         job, loop = self._job, self._loop
-        loss, grad_norm = float(metrics["loss"]), float(metrics["grad_norm"])
-        interval = self.clock.lap()
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+        figures: dict[str, Any] = {name: float(value) for name, value in metrics.items()}
+        now = time.perf_counter()
+        self._laps.append(now - self._mark)
+        self._mark = now
+        if not (math.isfinite(figures["loss"]) and math.isfinite(figures["grad_norm"])):
+            said = f"the loss of step {step} is {figures['loss']}, the gradient's norm {figures['grad_norm']}"
+            if job.sample:
+                raise UsageError(f"{said}: go on with --resume and a lower --init-lr-frac")
             dump = job.logs / f"bad-batch-{step}-{jax.process_index()}.npz"
             dump.parent.mkdir(parents=True, exist_ok=True)
             np.savez(dump, **batch)
-            raise UsageError(f"the loss of step {step} is {loss}, the gradient's norm {grad_norm}; the batch is in {dump}")
-        loop["smooth_loss"] = 0.9 * loop["smooth_loss"] + 0.1 * loss
-        smooth = loop["smooth_loss"] / (1.0 - 0.9 ** (step + 1))
-        loop["seconds"] += interval
+            raise UsageError(f"{said}; the batch is in {dump}")
+        loop["smooth_loss"] = 0.9 * loop["smooth_loss"] + 0.1 * figures["loss"]
+        loop["seconds"] += self._laps[-1]
         loop["timed_steps"] += 1
-        seconds = self.clock.mean
-        rate = job.shape.tokens / seconds
-        mfu = job.model.flops_per_token * rate / self.peak if self.peak else None
-        self.log.write(step=step, kind="train", loss=loss, grad_norm=grad_norm, lrm=float(self._rates[step]),
-                       tokens_per_sec=rate, mfu="n/a" if mfu is None else mfu, seconds=seconds,
-                       tokens=(step + 1) * job.shape.tokens, supervised=int(metrics["tokens"]), time=time.time(),
-                       position=place, peak_memory=peak_memory_bytes())
-        self.display.update(step + 1, loss=f"{smooth:.4f}", **{"tok/s": f"{rate:,.0f}"},
-                            mfu="n/a" if mfu is None else f"{100 * mfu:.1f}%")
+        seconds = sum(self._laps) / len(self._laps)
+        shown = {name: f"{figures[name]:.3f}" for name in job.shown}
+        if job.shape:
+            rate = job.shape.tokens / seconds
+            mfu = job.model.flops_per_token * rate / self.peak if self.peak else None
+            figures |= {"supervised": int(figures["tokens"]), "tokens": (step + 1) * job.shape.tokens, "position": place,
+                        "tokens_per_sec": rate, "mfu": "n/a" if mfu is None else mfu}
+            shown |= {"loss": f"{loop['smooth_loss'] / (1.0 - 0.9 ** (step + 1)):.4f}", "tok/s": f"{rate:,.0f}",
+                      "mfu": "n/a" if mfu is None else f"{100 * mfu:.1f}%"}
+        self.log.write(step=step, kind="train", time=time.time(), lrm=float(self._rates[step]), seconds=seconds,
+                       peak_memory=peak_memory_bytes(), **figures)
+        self.display.update(step + 1, **shown)
 
     def evaluated(self, step: int, figures: dict[str, float]) -> None:
         if self._job.primary in figures:
@@ -240,42 +244,59 @@ class _Reporter:
             self._wandb.finish()
 
 
-def restore_state(checkpoints: Checkpoints, state: TrainState, shardings: TrainState, *, model: GPTConfig,
-                  metadata: dict[str, Any], num_steps: int, step: int | None = None) -> Restored | None:
-    """The newest step of a run (or `step`), None if it has none; raises `UsageError` if it is another run's.
-
-    What is restored takes the place of `state` in memory, too.
-    """
-    directory = checkpoints.directory
+def _restore(job: Job, checkpoints: Checkpoints, state: TrainState, shardings: TrainState) -> Restored | None:
+    """The step to go on from, None if there is none; raises `UsageError` if it is another run's. What is restored takes the
+    place of `state` in memory, too."""
+    directory, step = job.directory, job.config.resume_from_step
 
     def accept(saved: dict[str, Any]) -> None:
-        if saved["model_config"] != json.loads(json.dumps(dataclasses.asdict(model))):
-            raise UsageError(f"{directory} holds a model of another shape: use --fresh or another --model-tag")
-        if saved.get("tokenizer") != metadata.get("tokenizer"):
-            raise UsageError(f"{directory} was trained with another tokenizer: restore that one, or use --fresh or "
-                             "another --model-tag")
-        if saved["step"] > num_steps:
-            raise UsageError(f"{directory} is at step {saved['step']}, past the {num_steps} of this run: use "
-                             "--fresh or another --model-tag")
+        advice = "use --fresh or another --model-tag"
+        if saved["model_config"] != json.loads(json.dumps(dataclasses.asdict(job.model))):
+            raise UsageError(f"{directory} holds a model of another shape: {advice}")
+        if saved.get("tokenizer") != job.metadata.get("tokenizer"):
+            raise UsageError(f"{directory} was trained with another tokenizer: restore that one, or {advice}")
+        if saved["step"] > job.num_steps:
+            raise UsageError(f"{directory} is at step {saved['step']}, past the {job.num_steps} of this run: {advice}")
 
     abstract = abstract_tree(state, shardings)
     if checkpoints.steps():
         for leaf in jax.tree.leaves(state):
             leaf.delete()
-    return checkpoints.restore_latest(*abstract, step=step, accept=accept)
+    return checkpoints.restore_latest(*abstract, step=step if step >= 0 else None, accept=accept)
 
 
-def train(job: Job, state: TrainState, shardings: TrainState, step_fn: Callable, batches: Batches) -> Outcome:
+@contextlib.contextmanager
+def _explained(job: Job, mesh: jax.sharding.Mesh, checkpoints: Checkpoints) -> Iterator[None]:
+    """Errors of the loop, with what the user can do about them."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if is_out_of_memory(error):
+            raise (out_of_memory(job.shape, mesh) if job.shape else UsageError(
+                "a step does not fit into memory: halve --device-batch-size or --num-slots, or give --remat or --fsdp")
+            ) from error
+        raise
+    except UsageError as error:
+        with contextlib.suppress(UsageError):
+            checkpoints.wait()
+        raise UsageError(f"{error} (the last good checkpoint is step {checkpoints.last_step()} in {job.directory})"
+                         ) from error
+
+
+def train(job: Job, state: TrainState, shardings: TrainState, step_fn: Any, batches: Batches | None = None) -> Outcome:
     """Run the loop to `num_steps`, resuming if the config asks for it. Exits the process with 75 after a signal's save.
 
-    `step_fn` is the jitted step of step.py. Raises `UsageError` for a loss that is not finite, a step that does not fit
-    into memory, and a checkpoint that could not be written.
+    `step_fn` is the jitted step of step.py, fed from `batches`; or, with `job.sample`, `step_fn(state, sample) ->
+    (state, metrics)`. Raises `UsageError` for a loss that is not finite, a step that does not fit into memory, and a
+    checkpoint that could not be written.
     """
     config, mesh = job.config, shardings.params["wte"].mesh
     loop = {"minimum": math.inf, "smooth_loss": 0.0, "seconds": 0.0, "timed_steps": 0}
-    # What can fail for want of memory or of a package comes before --fresh deletes anything.
-    run_step, _ = compile_step(step_fn, state, job.shape, mesh)
-    wandb_run = start_wandb(config.run, f"nanochat-{job.name}", dataclasses.asdict(config))
+    if job.sample is None:
+        assert job.shape is not None
+        # What can fail for want of memory or of a package comes before --fresh deletes anything.
+        compiled, _ = compile_step(step_fn, state, job.shape, mesh)
+    wandb_run = start_wandb(config.run, f"nanochat-{job.name.removeprefix('chat_')}", dataclasses.asdict(config))
     if job.dry_run:
         scratch = Path(tempfile.mkdtemp(prefix="dry-run-"))
         job = dataclasses.replace(job, directory=scratch, logs=scratch, tokenizer=None)
@@ -284,98 +305,89 @@ def train(job: Job, state: TrainState, shardings: TrainState, step_fn: Callable,
     if job.tokenizer is not None:
         keep_tokenizer(job.tokenizer, job.directory, job.origin)
     with Checkpoints(job.directory, keep=config.keep) as checkpoints, StopRequest() as stop:
-        restored = None
-        if config.resuming:
-            restored = restore_state(checkpoints, state, shardings, model=job.model, metadata=job.metadata,
-                                     num_steps=job.num_steps,
-                                     step=config.resume_from_step if config.resume_from_step >= 0 else None)
+        restored = _restore(job, checkpoints, state, shardings) if config.resuming else None
         start = 0
         if restored is not None:
             start, loop = restored.step, restored.state["loop"]
             state = TrainState(restored.params, restored.optimizer)
-            batches.set_state(restored.state["position"])
+            if batches:
+                batches.set_state(restored.state["position"])
             log.info("resuming %s at step %d", job.directory, start)
         reporter = _Reporter(job, loop, start, mesh, restored is not None, wandb_run)
         profiler = Profiler(config.profiled_steps, job.logs / "profile")
 
         def save(step: int) -> None:
             own = {"step": step, "model_config": dataclasses.asdict(job.model), "loop": loop,
-                   "config": dataclasses.asdict(config), "position": global_position(batches.get_state(), mesh)}
+                   "config": dataclasses.asdict(config),
+                   "position": global_position(batches.get_state(), mesh) if batches else {}}
             assert not own.keys() & job.metadata.keys()
             reporter.log.copy()
             checkpoints.save(step, state.params, state.optimizer, json.loads(json.dumps(own | job.metadata)))
 
-        def stop_here(step: int) -> None:
-            checkpoints.wait()
-            reporter.display.close()
-            if job.dry_run:
-                shutil.rmtree(job.logs)
-                log.warning("stopped by signal %d at step %d; a dry run saves nothing", stop.signal, step)
-            else:
-                log.warning("stopped by signal %d at step %d and saved: run the same command with --resume to go on",
-                            stop.signal, step)
-            raise SystemExit(EXIT_STOPPED)
-
         pending: tuple | None = None  # the step dispatched last: its number, metrics, batch and the position after it
         last_figures: dict[str, float] = {}
-        try:
-            gc.collect()
-            gc.freeze()  # what exists by now stays: the collector need not go through it again and again
-            for step in range(start, job.num_steps + 1):
-                last = step == job.num_steps
-                checkpoints.check()
-                stopping = stop.reached(step) and not last
-                due = [] if stopping else [each for each in job.evaluations if each.due(step, last)]
-                saving = last or stopping or is_due(step, config.save_every) or (due and config.save_every == -1)
-                saving = saving and not job.dry_run
-                if pending and (saving or due or profiler.changes_at(step)):
-                    reporter.finish(*pending)
-                    pending = None
-                saved = restored is not None and step == start
-                if saving and not saved:
-                    save(step)
-                    saved = True
-                if stopping:
-                    stop_here(step)
-                if due:
-                    try:
+        with _explained(job, mesh, checkpoints):
+            try:
+                gc.collect()
+                gc.freeze()  # what exists by now stays: the collector need not go through it again and again
+                for step in range(start, job.num_steps + 1):
+                    last = step == job.num_steps
+                    checkpoints.check()
+                    stopping = stop.reached(step) and not last
+                    due = [] if stopping else [each for each in job.evaluations if each.due(step, last)]
+                    saving = last or stopping or is_due(step, config.save_every) or (due and config.save_every == -1)
+                    saved = (restored is not None and step == start) or job.dry_run  # or need not be
+                    if pending and ((saving and not job.dry_run) or due or profiler.changes_at(step)):
+                        reporter.finish(*pending)
+                        pending = None
+                    if saving and not saved:
+                        save(step)
+                        saved = True
+                    if stopping:
+                        raise Interrupted
+                    if due:
                         with stop.interruptible():
                             last_figures = {k: v for each in due for k, v in each.run(state.params).items()}
-                    except Interrupted:
-                        if not (saved or job.dry_run):
-                            save(step)
-                        stop_here(step)
-                    reporter.evaluated(step, last_figures)
-                if last:
-                    break
-                profiler.at(step)
-                if pending is None:
-                    reporter.clock.restart()
-                batch = next(batches)
-                inputs, targets = (place_batch(batch[name], job.shape, mesh) for name in ("inputs", "targets"))
-                with profiler.annotate(step):
-                    state, metrics = run_step(state, inputs, targets)
-                if pending:
-                    reporter.finish(*pending)
-                pending = (step, metrics, batch, batches.place)
-            checkpoints.wait()
-        except jax.errors.JaxRuntimeError as error:
-            if is_out_of_memory(error):
-                raise out_of_memory(job.shape, mesh) from error
-            raise
-        except UsageError as error:
-            with contextlib.suppress(UsageError):
+                        reporter.evaluated(step, last_figures)
+                    if last:
+                        break
+                    profiler.at(step)
+                    if pending is None:
+                        reporter.restart_clock()
+                    if job.sample:
+                        with stop.interruptible():
+                            batch = job.sample(step, state.params)
+                        with profiler.annotate(step):
+                            state, metrics = step_fn(state, batch)
+                        reporter.finish(step, metrics, batch, {})
+                        continue
+                    assert batches is not None and job.shape is not None
+                    batch = next(batches)
+                    inputs, targets = (place_batch(batch[name], job.shape, mesh) for name in ("inputs", "targets"))
+                    with profiler.annotate(step):
+                        state, metrics = compiled(state, inputs, targets)
+                    if pending:
+                        reporter.finish(*pending)
+                    pending = (step, metrics, batch, batches.place)
                 checkpoints.wait()
-            raise UsageError(f"{error} (the last good checkpoint is step {checkpoints.last_step()} in {job.directory})"
-                             ) from error
-        finally:
-            gc.unfreeze()
-            profiler.close()
-            reporter.close()
+            except Interrupted:
+                if not saved:
+                    save(step)
+                checkpoints.wait()
+                reporter.display.close()
+                if job.dry_run:
+                    shutil.rmtree(job.logs)
+                log.warning("stopped by signal %d at step %d%s", stop.signal, step, "; a dry run saves nothing" if job.dry_run
+                            else " and saved: run the same command with --resume to go on")
+                raise SystemExit(EXIT_STOPPED) from None
+            finally:
+                gc.unfreeze()
+                profiler.close()
+                reporter.close()
     barrier("trained")
     if job.dry_run:
         shutil.rmtree(job.logs)
-    rate = job.shape.tokens * loop["timed_steps"] / loop["seconds"] if loop["seconds"] else 0.0
+    rate = job.shape.tokens * loop["timed_steps"] / loop["seconds"] if job.shape and loop["seconds"] else 0.0
     return Outcome(
         params=state.params, last=last_figures, minimum=loop["minimum"],
         train_loss=loop["smooth_loss"] / (1.0 - 0.9**job.num_steps), seconds=loop["seconds"], tokens_per_sec=rate,

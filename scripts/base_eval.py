@@ -7,7 +7,6 @@
 
 import dataclasses
 import logging
-from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,6 +18,7 @@ from nanochat_jax.checkpoint import load_model
 from nanochat_jax.cli import flag
 from nanochat_jax.eval.bpb import corpus_bits_per_byte
 from nanochat_jax.eval.bundle import ensure_bundle, has_bundle
+from nanochat_jax.eval.core import Scorer as CoreScorer
 from nanochat_jax.eval.core import evaluate_core, format_csv
 from nanochat_jax.eval.samples import PROMPTS, free_samples, greedy_samples, sample_items
 from nanochat_jax.eval.scoring import Scorer, rows_for
@@ -56,7 +56,7 @@ class BaseEvalConfig(ModelFlags, Processes):
         return self.eval.split(",")
 
 
-def core_metric(scorer: Callable, tokenizer: Any, config: BaseEvalConfig, paths: Paths, name: str) -> dict[str, float]:
+def core_metric(scorer: CoreScorer, tokenizer: Any, config: BaseEvalConfig, paths: Paths, name: str) -> dict[str, float]:
     result = evaluate_core(scorer, tokenizer, ensure_bundle(paths), max_per_task=config.max_per_task)
     table = format_csv(result)
     log.info("%s", table)
@@ -69,15 +69,16 @@ def evaluate_ours(config: BaseEvalConfig, paths: Paths) -> tuple[str, dict[str, 
     """The model's name, the results, and further items for the report."""
     mesh, dtype = make_mesh(config.mesh), resolve_dtype(config.dtype)
     loaded = load_model(paths, "base", tag=config.model_tag, step=config.step, mesh=mesh)
-    kinds, results, items = config.kinds, {}, []
+    kinds, results, items = config.kinds, dict[str, float](), list[str | dict[str, str]]()
     if config.eval == "auto":
         kinds = ["sample"]
         if has_bundle(paths) or loaded.meta["data"] != "embedded":
             kinds.append("core")
         else:
-            items.append(f"CORE was not run: the model was trained on the embedded corpus and {paths.eval_bundle} is "
-                         "not on disk. `--eval core,sample` fetches it.")
-            log.warning("%s", items[0])
+            said = (f"CORE was not run: the model was trained on the embedded corpus and {paths.eval_bundle} is "
+                    "not on disk. `--eval core,sample` fetches it.")
+            items.append(said)
+            log.warning("%s", said)
     if "core" in kinds:
         scorer = Scorer(config=loaded.config, params=loaded.params, num_rows=rows_for(config.device_batch_size),
                         mesh=mesh, compute_dtype=dtype)
@@ -90,15 +91,16 @@ def evaluate_ours(config: BaseEvalConfig, paths: Paths) -> tuple[str, dict[str, 
     return f"{loaded.tag}, step {loaded.step}", results, items
 
 
-def evaluate_hf(config: BaseEvalConfig, paths: Paths) -> tuple[str, dict[str, float], list]:
+def evaluate_hf(hf_path: str, config: BaseEvalConfig, paths: Paths) -> tuple[str, dict[str, float], list]:
     """The same of a model of transformers."""
     from nanochat_jax.eval.hf_model import HFModel  # an optional extra
 
-    directory = Path(config.hf_path)
+    directory = Path(hf_path)
     model = HFModel(directory, tokens=config.device_batch_size * 1024, trust_remote_code=config.trust_remote_code)
-    kinds, results, items = config.kinds if config.eval != "auto" else ["core", "sample"], {}, []
+    kinds = config.kinds if config.eval != "auto" else ["core", "sample"]
+    results, items = dict[str, float](), []
     if "core" in kinds:
-        results |= core_metric(model, model.tokenizer, config, paths, config.hf_path.strip("/").replace("/", "-"))
+        results |= core_metric(model, model.tokenizer, config, paths, hf_path.strip("/").replace("/", "-"))
     if "bpb" in kinds:
         results |= model.bits_per_byte(paths.data(paths.find_data()), config.device_batch_size, config.split_tokens)
     if "sample" in kinds:
@@ -110,7 +112,7 @@ def evaluate_hf(config: BaseEvalConfig, paths: Paths) -> tuple[str, dict[str, fl
 def main(config: BaseEvalConfig) -> None:
     paths = Paths.from_env()
     start(paths, processes=config)
-    name, results, items = (evaluate_hf if config.hf_path else evaluate_ours)(config, paths)
+    name, results, items = evaluate_hf(config.hf_path, config, paths) if config.hf_path else evaluate_ours(config, paths)
     if jax.process_index() == 0:
         report.log_section(paths.report, "Base model evaluation",
                            [f"Model: {name}", dataclasses.asdict(config), results, *items], stage="base_eval", results=results)

@@ -7,6 +7,7 @@
 Calculations of the model appear as [345+678 = 1023].
 """
 
+import io
 import re
 import sys
 from dataclasses import dataclass
@@ -130,7 +131,8 @@ def chat(engine: Engine, tokenizer: Tokenizer, config: Config) -> None:
 
 
 def main(config: Config) -> int | None:
-    sys.stdout.reconfigure(errors="replace")  # a character the terminal cannot show need not end the chat
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")  # a character the terminal cannot show need not end the chat
     paths = Paths.from_env()
     start(paths)
     engine, model = load_engine(paths, config.source, tag=config.model_tag, step=config.step, dtype=config.dtype, num_slots=1,

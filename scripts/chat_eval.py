@@ -22,6 +22,7 @@ from nanochat_jax.sharding import data_size, make_mesh
 from nanochat_jax.startup import ModelFlags, Processes, start
 from nanochat_jax.step import resolve_dtype
 from nanochat_jax.tasks import eval_tasks_for, load_eval_task
+from nanochat_jax.tasks.base import Task
 from nanochat_jax.tasks.custom_json import CustomJSON
 
 log = logging.getLogger(__name__)
@@ -52,11 +53,13 @@ def main(config: ChatEvalConfig) -> None:
     mesh, dtype = make_mesh(config.mesh), resolve_dtype(config.dtype)
     loaded = load_model(paths, config.source, tag=config.model_tag, step=config.step, mesh=mesh)
     # All tasks are loaded before any is judged: one that is missing should not be found out after an hour.
+    tasks: list[Task]
     if config.task_file:
-        tasks = [CustomJSON(Path(config.task_file), stop=config.max_problems)]
+        tasks = [CustomJSON(Path(config.task_file))]
     else:
         names = config.task_name.split("|") if config.task_name else eval_tasks_for(loaded.meta["data"])
-        tasks = [load_eval_task(name, paths, max_problems=config.max_problems) for name in names]
+        tasks = [load_eval_task(name, paths) for name in names]
+    tasks = [task.view(stop=config.max_problems) for task in tasks]
 
     slots = config.batch_size * data_size(mesh)
     generator = Generator(config=loaded.config, params=loaded.params, tokenizer=loaded.tokenizer, num_slots=slots,

@@ -19,7 +19,7 @@ from nanochat_jax.optim import trapezoid
 from nanochat_jax.paths import Paths
 from nanochat_jax.tasks import eval_tasks_for, load_eval_task
 from nanochat_jax.tasks.base import Task
-from nanochat_jax.tasks.mixtures import mixture_for
+from nanochat_jax.tasks.mixtures import Split, mixture_for
 from nanochat_jax.train import Evaluation
 
 
@@ -51,23 +51,21 @@ def chat_tasks(config: ChatSFTConfig, model: Loaded, rows: int, dtype: Any, mesh
         return []
     paths = Paths.from_env()
     tasks = [load_eval_task(name, paths) for name in eval_tasks_for(model.meta["data"])]
-    limits = {"categorical": config.chatcore_max_cat, "generative": config.chatcore_max_sample}
 
     def run(params: Params) -> dict[str, float]:
         generator = Generator(config=model.config, params=params, tokenizer=model.tokenizer, num_slots=rows,
                               compute_dtype=dtype, mesh=mesh)
         found = {}
         for task in tasks:
-            limit = limits[task.eval_type]
-            found[task.key] = accuracy(evaluate_task(task, generator, Sampling(),
-                                                     max_problems=limit if limit > 0 else None))
+            limit = config.chatcore_max_cat if task.eval_type == "categorical" else config.chatcore_max_sample
+            found[task.key] = accuracy(evaluate_task(task.view(stop=limit if limit > 0 else None), generator, Sampling()))
         return found | chatcore(found, {task.key: task.baseline for task in tasks})
 
     return [Evaluation(config.chatcore_every, run)]
 
 
 def main(config: ChatSFTConfig) -> None:
-    def mixture(data: str, split: str, paths: Paths) -> Task:
+    def mixture(data: str, split: Split, paths: Paths) -> Task:
         return mixture_for(data, "sft", split, paths, named=config.mixture, after=config.source, mmlu_epochs=config.mmlu_epochs,
                            gsm8k_epochs=config.gsm8k_epochs)
 

@@ -167,7 +167,7 @@ def main(config: Config) -> None:
     paths = Paths.from_env()
     start(paths, device_type=config.device_type)
     mesh, dtype = make_mesh(config.mesh), resolve_dtype(config.dtype)
-    loaded = load_model(paths, config.source, tag=config.model_tag, step=config.step, mesh=mesh, need_tokenizer=False)
+    loaded = load_model(paths, config.source, tag=config.model_tag, step=config.step, mesh=mesh)
     prompt_tokens = min(config.prompt_tokens, loaded.config.sequence_len - config.decode_tokens)
     if prompt_tokens < 2:
         raise UsageError(f"--decode-tokens {config.decode_tokens} leaves no room for a prompt in the context of "

@@ -103,7 +103,7 @@ def plan_stages(config: SpeedrunConfig, machine: Machine, wandb_run: str, on_dis
                            num_iterations=base.get("num_iterations", -1))
     ways = _data_ways(config.mesh, machine)
     remat = config.remat or "none"
-    recomputing = 4 / 3 if remat != "none" else 1.0
+    recomputing = 4 / 3 if remat in ("block", "full") else 1.0
 
     def seconds(tokens: float) -> float:
         return tokens * model.flops_per_token * recomputing / machine.training_flops

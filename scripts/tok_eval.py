@@ -98,7 +98,7 @@ def main(config: Config) -> None:
         ours[name] = len(ids)
 
     results: dict[str, float] = {f"bytes_per_token_{name}": sizes[name] / ours[name] for name in texts}
-    vocab_sizes, sections = {"Ours": tokenizer.vocab_size}, []
+    vocab_sizes, sections = {"Ours": tokenizer.vocab_size}, list[str]()
     baselines, missing = load_baselines()
     if missing:
         reasons = ", ".join(sorted({type(error).__name__ for error in missing.values()}))
@@ -114,8 +114,8 @@ def main(config: Config) -> None:
         rows = [[name, f"{size}", f"{ours[name]}", f"{size / ours[name]:.2f}"] for name, size in sizes.items()]
         sections.append(show("Compression", HEADER[:4], rows))
     print("Vocabulary sizes: " + ", ".join(f"{label} {size}" for label, size in vocab_sizes.items()))
-    items = [{f"Vocabulary size, {label}": size for label, size in vocab_sizes.items()}, *sections]
-    report.log_section(paths.report, "Tokenizer evaluation", items, stage="tok_eval", results=results)
+    vocabularies = {f"Vocabulary size, {label}": size for label, size in vocab_sizes.items()}
+    report.log_section(paths.report, "Tokenizer evaluation", [vocabularies, *sections], stage="tok_eval", results=results)
 
 
 if __name__ == "__main__":

@@ -50,7 +50,8 @@ def progress_display(expected_chars: int) -> Iterator[Progress]:
         if stage not in displays:
             close()
             displays[stage] = Display(STAGES[stage], total or 0)
-        displays[stage].update(done, total=total)
+        displays[stage].total = total or 0
+        displays[stage].update(done)
 
     try:
         yield show

@@ -71,8 +71,8 @@ class PlanConfig:
         self.training()  # which checks what it takes
 
     @property
-    def options(self) -> dict[str, str]:
-        return dict(option.split("=", 1) for option in self.compiler_options.split(",") if option)
+    def options(self) -> dict[str, str | bool]:
+        return {name: value for name, value in (option.split("=", 1) for option in self.compiler_options.split(",") if option)}
 
     def training(self) -> BaseTrainConfig:
         """The same flags, as `scripts.base_train` takes them."""
@@ -100,7 +100,7 @@ def plan_training(config: PlanConfig, chip: str, mesh: jax.sharding.Mesh) -> tup
         shape = batch_shape(run.total_batch_size, rows, model.sequence_len, mesh)
         return train_plan(model, step, state, shardings, shape, chip=chip, mesh=mesh, options=config.options)
 
-    if rows == "auto":
+    if not isinstance(rows, int):
         most = run.total_batch_size // model.sequence_len // data_size(mesh)
         rows, plan = largest_batch(attempt, most)
     else:
@@ -128,7 +128,7 @@ def plan_decoding(config: PlanConfig, chip: str, mesh: jax.sharding.Mesh) -> Pla
     params = placed | {"blocks": {name: layers(stack) for name, stack in placed["blocks"].items()},
                        "lm_head_rows": jax.ShapeDtypeStruct((model.vocab_size, model.n_embd), dtype, sharding=rows)}
     shape = (config.slots, model.n_kv_head, model.sequence_len, model.head_dim)
-    layer = jax.ShapeDtypeStruct(shape, dtype, sharding=cache_sharding(*shape[:2], mesh))
+    layer: Any = jax.ShapeDtypeStruct(shape, dtype, sharding=cache_sharding(*shape[:2], mesh))
     slots = device.Slots((layer,) * model.n_layer, (layer,) * model.n_layer)
     dispatch = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated(mesh)),
                             device.greedy_dispatch(config.slots, length=0, steps=1))
@@ -151,6 +151,8 @@ def table(plan: Plan, facts: dict[str, Any]) -> Table:
     shown.add_row("fits", "yes" if memory.fits else "NO")
     shown.add_row("products", f"{plan.flops / 1e12:,.2f} TFLOP, {plan.times['products'] * 1e3:,.2f} ms at peak")
     shown.add_row("memory traffic", f"{plan.cost.hbm_bytes / GIB:,.2f} GiB, {plan.times['memory'] * 1e3:,.2f} ms at peak")
+    for kind, moved in sorted(plan.cost.traffic.items(), key=lambda each: -each[1]):
+        shown.add_row(f"  {kind}", f"{moved / GIB:,.2f} GiB")
     for kind, sent in plan.cost.sent.most_common():
         shown.add_row(f"  {kind}", f"{plan.cost.calls[kind]:,} calls, {sent / GIB:,.3f} GiB sent")
     shown.add_row("links", f"{plan.times['links'] * 1e3:,.2f} ms at peak")

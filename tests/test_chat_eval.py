@@ -108,7 +108,7 @@ def test_replies_are_judged_with_their_tool_calls_and_long_prompts_are_not_cut()
     generator = Generator(config=CHAIN, params=params, tokenizer=TOKENIZER, num_slots=3)
     problems = chat.evaluate_generative(Product(), generator, Sampling(max_new_tokens=20))
     assert [problem.passed for problem in problems] == [True] * 5  # prompts up to three times the model's length
-    problems = chat.evaluate_generative(Product(), generator, Sampling(max_new_tokens=9), max_problems=2)
+    problems = chat.evaluate_generative(Product().view(stop=2), generator, Sampling(max_new_tokens=9))
     cut = "<|python_start|>6*7<|python_end|><|output_start|>42<|output_end|>"
     assert [problem.completions for problem in problems] == [(cut,)] * 2
     assert not any(problem.passed for problem in problems)
@@ -122,13 +122,13 @@ class Vowel(Product):
 def test_one_right_sample_of_several_passes(params):
     generator = Generator(config=CONFIG, params=params, tokenizer=TOKENIZER, num_slots=16)
     sampling = Sampling(num_samples=12, max_new_tokens=1, temperature=50.0, top_k=0)
-    problems = chat.evaluate_generative(Vowel(), generator, sampling, max_problems=3)
+    problems = chat.evaluate_generative(Vowel().view(stop=3), generator, sampling)
     for problem in problems:
         assert len(problem.completions) == 12 and len(set(problem.completions)) > 3
         assert problem.passed == any(completion in tuple("aeiou") for completion in problem.completions)
     completions = [problem.completions for problem in problems]
     assert len(set(completions)) == 3, "problems have random streams of their own"
-    again = chat.evaluate_generative(Vowel(), generator, sampling, max_problems=3)
+    again = chat.evaluate_generative(Vowel().view(stop=3), generator, sampling)
     assert [problem.completions for problem in again] == completions
 
 
@@ -141,7 +141,7 @@ def test_tasks_that_cannot_be_evaluated_are_errors(params):
     with pytest.raises(ValueError, match="only for training"):
         chat.evaluate_task(Training(), generator, Sampling())
     with pytest.raises(UsageError, match="no problems"):
-        chat.evaluate_task(Product(start=5), generator, Sampling())
+        chat.evaluate_task(Product().view(5), generator, Sampling())
 
 
 def test_chatcore_is_only_given_for_all_its_tasks():
@@ -157,7 +157,7 @@ def test_chatcore_is_only_given_for_all_its_tasks():
 
 
 def test_problems_are_written_a_line_each(tmp_path, params):
-    problems = letters_of(Letters(stop=3), params)
+    problems = letters_of(Letters().view(stop=3), params)
     path = tmp_path / "new" / "problems.jsonl"
     chat.write_problems(path, problems)
     lines = [json.loads(line) for line in path.read_text().splitlines()]
@@ -173,5 +173,5 @@ def test_accuracy_on_arc_is_upstreams(test_data, tmp_path):
     (tmp_path / "task_data").symlink_to(test_data / "data" / "task_data")
     task = ARC(Paths(tmp_path), "ARC-Easy", "test")
     generator = Generator(config=config, params=params, tokenizer=tokenizer, num_slots=4)
-    problems = chat.evaluate_categorical(task, generator, max_problems=60)
+    problems = chat.evaluate_categorical(task.view(stop=60), generator)
     assert sum(problem.passed for problem in problems) == 5

@@ -170,8 +170,9 @@ def random_examples(shared: tuple[int, ...], choices: int) -> list[tuple[int, li
 @pytest.mark.parametrize("arch", ["classic", "modern"])
 def test_scores_equal_a_plain_computation_at_any_length(arch, monkeypatch):
     """Prompts of no chunk, one and several (windows and sequence_len included), with and without a common beginning."""
-    monkeypatch.setattr(scoring, "CHUNK", 32)
+    monkeypatch.setattr(scoring, "MOST_TOKENS", 32)
     monkeypatch.setattr(scoring, "WINDOW", 7)
+    monkeypatch.setattr(scoring, "ROW_LENGTH", 128)  # longer rows are fewer in a batch
     config = CONFIG if arch == "modern" else GPTConfig.classic(2, n_embd=64, n_head=2, n_kv_head=1, sequence_len=64,
                                                                vocab_size=300)
     rng = np.random.default_rng(1)
@@ -192,13 +193,14 @@ def test_scores_equal_a_plain_computation_at_any_length(arch, monkeypatch):
 
 
 def test_what_rows_share_is_computed_once(params, monkeypatch):
-    """Four choices after 64 tokens that they share take two chunks of them, not eight."""
-    monkeypatch.setattr(scoring, "CHUNK", 32)
-    chunks, extend = [], scoring._extend
-    monkeypatch.setattr(scoring, "_extend", lambda *args, **options: chunks.append(args[2].shape) or extend(*args, **options))
+    """Four choices after 64 tokens that they share take two pieces of them, not eight."""
+    monkeypatch.setattr(scoring, "MOST_TOKENS", 32)
+    pieces, begin, extend = [], scoring._begin, scoring._extend
+    monkeypatch.setattr(scoring, "_begin", lambda *args, **options: pieces.append(args[1].shape) or begin(*args, **options))
+    monkeypatch.setattr(scoring, "_extend", lambda *args, **options: pieces.append(args[2].shape) or extend(*args, **options))
     rows = [Row(np.r_[np.arange(65), last].astype(np.int32), 65, 66) for last in (7, 8, 9, 10)]
     ((_, scores),) = Scorer(config=CONFIG, params=params, num_rows=1)([(0, rows)])
-    assert chunks == [(1, 32), (1, 32)] and len({score.mean_nll for score in scores}) == 4
+    assert pieces == [(1, 32), (1, 32)] and len({score.mean_nll for score in scores}) == 4
 
 
 def test_a_span_that_the_model_would_write_is_all_argmax(params):
@@ -219,7 +221,7 @@ def test_an_empty_span_has_no_loss(params):
 
 
 def test_a_mesh_gives_the_same_scores(params, monkeypatch):
-    monkeypatch.setattr(scoring, "CHUNK", 32)
+    monkeypatch.setattr(scoring, "MOST_TOKENS", 32)
     examples = random_examples((5, 31, 40, 64, 70), choices=3)
     expected = dict(Scorer(config=CONFIG, params=params, num_rows=2)(examples))
     sharded = Scorer(config=CONFIG, params=params, num_rows=1, mesh=make_mesh("4x1"))

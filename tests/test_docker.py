@@ -177,3 +177,11 @@ def test_hadolint_finds_nothing():
         pytest.skip("hadolint is not installed")
     found = subprocess.run([hadolint, DOCKER / "Dockerfile"], capture_output=True, text=True)
     assert found.returncode == 0, found.stdout
+
+
+def test_the_compose_files_keep_to_the_schema_of_compose():
+    checker = shutil.which("check-jsonschema", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    if checker is None:
+        pytest.skip("check-jsonschema is not installed")
+    found = subprocess.run([checker, "--builtin-schema", "vendor.compose-spec", *COMPOSE], capture_output=True, text=True)
+    assert found.returncode == 0, found.stdout

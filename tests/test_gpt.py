@@ -102,9 +102,13 @@ def test_any_shape_decodes_as_it_reads(era, shape):
     assert expected.shape == (1, 150, config.vocab_size)
     cache = init_cache(config, 1, 150)
     step = jax.jit(lambda tokens, cache: forward(params, tokens, config=config, cache=cache))
+    fresh, filled = forward(params, tokens[:, :146], config=config, cache=cache, fresh=True)
+    np.testing.assert_allclose(unembed(params, fresh, config=config), expected[:, :146], atol=2e-4)
     for start, stop in [(0, 146), *((i, i + 1) for i in range(146, 150))]:
         hidden, cache = step(tokens[:, start:stop], cache)
         np.testing.assert_allclose(unembed(params, hidden, config=config), expected[:, start:stop], atol=2e-4)
+        if start == 0:  # an empty cache ends the same whether it is said to be empty or not
+            jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), filled, cache)
 
 
 @pytest.mark.parametrize("window", [None, 0, 3, 130])
@@ -119,7 +123,7 @@ def test_attention_equals_a_plain_masked_softmax(window):
     np.testing.assert_allclose(causal_attention(q, k, v, window=window), expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("remat", ["block", "full"])
+@pytest.mark.parametrize("remat", REMAT[1:])
 def test_rematerialised_gradients_equal_plain_ones(model, remat):
     config, params = model
     tokens = random_tokens(config, 1, 20)
@@ -146,7 +150,7 @@ def test_rematerialisation_keeps_fewer_activations_for_the_backward_pass():
     for remat in REMAT:
         _, backward = jax.vjp(lambda p, remat=remat: forward(p, tokens, config=config, remat=remat)[0], params)
         kept[remat] = sum(leaf.size for leaf in jax.tree.leaves(backward))
-    assert kept["none"] > 2 * kept["block"] and kept["block"] > kept["full"]
+    assert kept["none"] > 1.5 * kept["elementwise"] > 2 * kept["block"] and kept["block"] > kept["full"]
 
 
 def test_initial_classic_loss_is_ln_v():

@@ -9,7 +9,7 @@ import pytest
 from nanochat_jax.chat import render_conversation
 from nanochat_jax.cli import UsageError
 from nanochat_jax.data.loader import merge_states
-from nanochat_jax.data.mixture import conversation_loader
+from nanochat_jax.data.mixture import ConversationLoader
 from nanochat_jax.tokenizer import Tokenizer
 
 T = 96
@@ -31,8 +31,11 @@ def task():
     return [chat("q" * int(rng.integers(1, 40)), f"{i}." + "a" * int(rng.integers(0, 80))) for i in range(331)]
 
 
-def make(task, tokenizer, mode, **options):
-    return conversation_loader(task, tokenizer, **{"batch_size": 8, "sequence_len": T, "mode": mode, **options})
+def make(task, tokenizer, mode, start_state=None, **options):
+    loader = ConversationLoader(task, tokenizer, **{"batch_size": 8, "sequence_len": T, "mode": mode, **options})
+    if start_state:
+        loader.set_state(start_state)
+    return loader
 
 
 def assert_equal(batches, others):

@@ -2,6 +2,7 @@
 
 import dataclasses
 import functools
+import types
 
 import jax
 import jax.numpy as jnp
@@ -15,8 +16,10 @@ from nanochat_jax.eval.chat import Sampling
 from nanochat_jax.gpt import abstract_params, forward, unembed
 from nanochat_jax.infer.engine import Engine
 from nanochat_jax.infer.request import Request
+from nanochat_jax.optim import OptimizerConfig, constant
 from nanochat_jax.rl import Rollout
-from nanochat_jax.sharding import make_mesh, spread_rows
+from nanochat_jax.rl_train import ChatRLConfig
+from nanochat_jax.sharding import make_mesh, param_shardings, spread_rows
 from nanochat_jax.step import init_state
 from nanochat_jax.tasks.base import Task, assistant, user
 from nanochat_jax.tokenizer import Tokenizer
@@ -109,10 +112,12 @@ def test_groups_that_agree_give_no_gradient():
 def test_micro_batches_and_a_mesh_do_not_change_the_step():
     groups = random_groups(num_prompts=3)
     results = []
-    for mesh, micro_rows in ((make_mesh("1x1"), 12), (make_mesh("1x1"), 4), (make_mesh("4x1"), 4)):
+    for name, micro_rows, fsdp in (("1x1", 12, False), ("1x1", 4, False), ("4x1", 4, False), ("4x1", 4, True)):
+        mesh = make_mesh(name)
         optimizer = optax.sgd(1.0)
         params = jax.tree.map(jnp.asarray, random_params())
-        state, shardings = init_state(CONFIG, optimizer, mesh, fsdp=False, seed=0, params=params)
+        params = jax.device_put(params, param_shardings(CONFIG, mesh, fsdp=fsdp))
+        state, shardings = init_state(CONFIG, optimizer, mesh, fsdp=fsdp, seed=0, params=params)
         step = rl.make_policy_step(CONFIG, optimizer, dtype=jnp.float32, mesh=mesh, shardings=shardings)
         batches = rl.policy_batches(groups, pass_rows=4, micro_rows=micro_rows)
         state, metrics = step(state, [[spread_rows(mesh, array) for array in batch] for batch in batches])
@@ -181,7 +186,6 @@ class Vowels(Task):
         return completion[:1] in tuple("aeiou")
 
 
-
 def test_rollouts_keep_the_prompt_apart_and_differ_among_samples():
     sampling = Sampling(num_samples=4, max_new_tokens=6, temperature=1.0, top_k=0)
     engine = Engine(CONFIG, random_params(), TOKENIZER, num_slots=8)
@@ -201,6 +205,26 @@ def test_rollouts_keep_the_prompt_apart_and_differ_among_samples():
             assert not any(rollout.sampled[: len(prompt)]) and all(rollout.sampled[len(prompt) :])
             assert rollout.reward == Vowels().evaluate(task[index], TOKENIZER.decode(rollout.tokens[len(prompt) :]))
     assert sample(seed=1) == groups and sample(seed=2) != groups
+    other = engine.with_params(random_params(scale=0.5))
+    engine, before = Engine(CONFIG, random_params(scale=0.5), TOKENIZER, num_slots=8), engine
+    fresh = sample(seed=1)
+    engine = other
+    assert sample(seed=1) == fresh != groups
+    engine = before
+    assert sample(seed=1) == groups
+
+
+def test_init_lr_frac_scales_the_rates_of_all_groups():
+    config = GPTConfig.modern(2, aspect_ratio=16, head_dim=32, sequence_len=64, vocab_size=TOKENIZER.vocab_size)
+    loaded = types.SimpleNamespace(config=config, meta={"rates": dataclasses.asdict(OptimizerConfig())})
+    params = jax.tree.map(lambda w: jnp.ones(w.shape), abstract_params(config))
+
+    def change(fraction):
+        optimizer = ChatRLConfig(init_lr_frac=fraction).optimizer(loaded, constant(1.0), momentum=constant(0.95),
+                                                                  dtype=jnp.float32, mesh=make_mesh("1x1"))
+        return jax.jit(lambda params: optimizer.update(params, optimizer.init(params), params)[0])(params)
+
+    jax.tree.map(lambda whole, half: np.testing.assert_allclose(half, whole / 2, rtol=1e-4), change(0.5), change(0.25))
 
 
 def test_reward_rises():

@@ -234,5 +234,5 @@ def test_offline_mixture_holds_each_of_its_conversations_once(stage, tmp_path):
     seen = {json.dumps(train[i]["messages"]) for i in range(0, len(train), 7)}
     assert not seen & {json.dumps(conversation["messages"]) for conversation in val}
     for name in tasks.eval_tasks_for("embedded"):
-        task = tasks.load_eval_task(name, paths, max_problems=10)
+        task = tasks.load_eval_task(name, paths).view(stop=10)
         assert len(task) == 10 and task.eval_type == "generative" and task.baseline == 0

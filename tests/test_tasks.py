@@ -22,6 +22,7 @@ from nanochat_jax.tasks import gsm8k, hub, humaneval, mixtures, spelling
 from nanochat_jax.tasks.base import Task, TaskMixture, user
 from nanochat_jax.tasks.custom_json import CustomJSON
 from nanochat_jax.tasks.multiple_choice import multiple_choice
+from nanochat_jax.tasks.skills import Arithmetic, Spelling
 
 LINKED = ("task_data", "words_alpha.txt", "identity_conversations.jsonl")
 
@@ -45,8 +46,7 @@ def paths(tmp_path, test_data, no_network) -> Paths:
 
 
 class Count(Task):
-    def __init__(self, size: int, **view: int) -> None:
-        super().__init__(**view)
+    def __init__(self, size: int) -> None:
         self.size = size
 
     def num_examples(self) -> int:
@@ -67,14 +67,14 @@ def said(task: Task) -> list[str]:
 )
 def test_a_view_is_a_slice(view):
     expected = [f"10/{i}" for i in range(10)][view.get("start") : view.get("stop") : view.get("step")]
-    task = Count(10, **view)
+    task = Count(10).view(**view)
     assert said(task) == expected and len(task) == len(expected)
     with pytest.raises(IndexError):
         task[len(expected)]
 
 
 def test_a_mixture_holds_everything_once_in_the_order_of_random_42():
-    mixture = TaskMixture([Count(5), Count(3, start=1), Count(5)])
+    mixture = TaskMixture([Count(5), Count(3).view(1), Count(5)])
     order = [(0, i) for i in range(5)] + [(1, i) for i in range(2)] + [(2, i) for i in range(5)]
     random.Random(42).shuffle(order)
     names = [["5/0", "5/1", "5/2", "5/3", "5/4"], ["3/1", "3/2"], ["5/0", "5/1", "5/2", "5/3", "5/4"]]
@@ -86,6 +86,14 @@ def test_weights_are_passes_over_a_task():
     assert said(TaskMixture([Count(5), Count(3)], [2, 1])) == said(twice)
     counts = Counter(said(TaskMixture([Count(4), Count(3), Count(9)], [2.5, 1, 1 / 3])))
     assert counts == {"4/0": 3, "4/1": 3, "4/2": 2, "4/3": 2, "3/0": 1, "3/1": 1, "3/2": 1, "9/0": 1, "9/1": 1, "9/2": 1}
+
+
+def test_a_mixture_judges_by_the_task_that_a_conversation_is_of():
+    mixture = TaskMixture([Arithmetic("test", 20), Spelling("test", 20, ["stone", "happy"])])
+    replies = ["".join(part["text"] for part in content) if isinstance(content, list) else content
+               for content in (conversation["messages"][1]["content"] for conversation in mixture)]
+    assert all(map(mixture.evaluate, mixture, replies))
+    assert not any(mixture.evaluate(conversation, "b-a-d 0") for conversation in mixture)
 
 
 def test_a_named_mixture(tmp_path, paths):
@@ -366,7 +374,7 @@ def test_damaged_data_is_an_error(tmp_path, no_network, files, manifest):
 def test_evaluation_tasks_on_real_rows(paths, name, key, eval_type, baseline, size):
     task = tasks.load_eval_task(name, paths)
     assert (task.key, task.eval_type, task.baseline, len(task)) == (key, eval_type, baseline, size)
-    few = tasks.load_eval_task(name, paths, max_problems=7)
+    few = task.view(stop=7)
     assert [c["messages"] for c in few] == [task[i]["messages"] for i in range(7)]
     for conversation in (task[i] for i in range(0, size, 1 if eval_type == "categorical" else 10)):
         question, reply = conversation["messages"]
@@ -385,7 +393,7 @@ def test_evaluation_tasks_on_real_rows(paths, name, key, eval_type, baseline, si
 def test_rows_are_in_the_order_of_numpys_permutation(paths):
     table = pq.read_table(paths.task_data / "openai--gsm8k/main/train/00000.parquet")
     order = np.random.default_rng(42).permutation(table.num_rows)
-    task = gsm8k.GSM8K(paths, "train", stop=50)
+    task = gsm8k.GSM8K(paths, "train").view(stop=50)
     assert said(task) == [table["question"][int(i)].as_py() for i in order[:50]]
 
 
@@ -399,7 +407,7 @@ def test_gsm8k_parts_are_the_solution(paths):
 
 
 def test_humaneval_runs_the_tests(paths):
-    task = tasks.load_eval_task("HumanEval", paths, max_problems=2)
+    task = tasks.load_eval_task("HumanEval", paths).view(stop=2)
     for conversation in task:
         solution = conversation["messages"][1]["content"]
         assert task.evaluate(conversation, f"Here it is:\n```python\n{solution}\n```")

@@ -11,6 +11,7 @@ import logging
 import os
 import sys
 import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -151,6 +152,26 @@ def write_corpus(directory: Path, source: dict[str, Any], documents: Iterable[st
     Returns the manifest's entry of the source, or None if the corpus holds this very source already.
     Raises `UsageError` if another corpus is there and `append` is not given, or if there are not two documents.
     """
+    counts: Counter[str] = Counter()
+
+    def to_train_on(val: ShardWriter) -> Iterator[str]:
+        """The training documents; on the way, the others go to `val`, and all are counted."""
+        last_report = time.monotonic()
+        for text in documents:
+            counts["rows"] += 1
+            if time.monotonic() - last_report > REPORT_EVERY_S:
+                last_report = time.monotonic()
+                logger.info("%s documents so far", f"{counts['documents']:,}")
+            if text is None or not text.strip():
+                continue
+            before = counts["documents"]
+            counts["documents"] += 1
+            if not before or int(before * val_fraction) > int((before - 1) * val_fraction):
+                counts["val_documents"] += 1
+                val.add(text)
+            else:
+                yield text
+
     with locked(directory):
         undo_replacement(directory)
         before = read_manifest(directory).get("sources", [])
@@ -174,40 +195,15 @@ def write_corpus(directory: Path, source: dict[str, Any], documents: Iterable[st
             val = ShardWriter(aside / VAL_SHARD)
             for text in iter_shard(directory / VAL_SHARD) if before else ():
                 val.add(text)
-            training = _Training(documents, val, val_fraction)
             first = 1 + max((int(name[6:11]) for name in shards), default=-1)
-            names = write_series(training, aside, first=first, rows_per_shard=rows_per_shard)
+            names = write_series(to_train_on(val), aside, first=first, rows_per_shard=rows_per_shard)
             val.close()
             if not names:
-                raise UsageError(f"{describe(source)} has {training.kept} documents with text in {training.rows} rows: a "
-                                 "corpus needs two, one to train on and one for validation")
-            entry = {"source": source, "rows": training.rows, "documents": training.kept,
-                     "skipped": training.rows - training.kept, "val_documents": training.num_val, "shards": names}
+                raise UsageError(f"{describe(source)} has {counts['documents']} documents with text in {counts['rows']} rows: "
+                                 "a corpus needs two, one to train on and one for validation")
+            entry = {"source": source, **counts, "skipped": counts["rows"] - counts["documents"], "shards": names}
             write_file(aside / MANIFEST, json.dumps({"sources": [*before, entry]}, indent=1) + "\n")
     return entry
-
-
-class _Training:
-    """Of `documents` those to train on; on the way, the others go to `val`, and all are counted."""
-
-    def __init__(self, documents: Iterable[str | None], val: ShardWriter, val_fraction: float) -> None:
-        self._documents, self._val, self._val_fraction = documents, val, val_fraction
-        self.rows = self.kept = self.num_val = 0
-
-    def __iter__(self) -> Iterator[str]:
-        last_report = time.monotonic()
-        for text in self._documents:
-            self.rows += 1
-            if text is not None and text.strip():
-                self.kept += 1
-                if self.kept == 1 or int((self.kept - 1) * self._val_fraction) > int((self.kept - 2) * self._val_fraction):
-                    self.num_val += 1
-                    self._val.add(text)
-                else:
-                    yield text
-            if time.monotonic() - last_report > REPORT_EVERY_S:
-                last_report = time.monotonic()
-                logger.info("%s documents so far", f"{self.kept:,}")
 
 
 def describe(source: dict[str, Any]) -> str:

@@ -156,13 +156,13 @@ def build(directory: Path) -> None:
             return
         train, val = make_corpus(read_speeches(speech_dir))
         words = rank_words(train + val)
+        train_bytes, val_bytes = (sum(len(text.encode()) for text in part) for part in (train, val))
         facts = {
             "source": digest.hexdigest(), "words": len(words),
-            "train_documents": len(train), "train_bytes": sum(len(text.encode()) for text in train),
-            "val_documents": len(val), "val_bytes": sum(len(text.encode()) for text in val),
+            "train_documents": len(train), "train_bytes": train_bytes, "val_documents": len(val), "val_bytes": val_bytes,
         }
         shutil.rmtree(directory, ignore_errors=True)  # torn, or of another version of the package; ours to replace
         write_shards(train, directory, val_texts=val, rows_per_shard=-(-len(train) // NUM_TRAIN_SHARDS), more={
             WORDS: "\n".join(words) + "\n", MARKER: json.dumps(facts, indent=1) + "\n"})
     logger.info("embedded corpus: %d train and %d validation documents (%.1f + %.1f MB) and %d words in %s", len(train),
-                len(val), facts["train_bytes"] / 1e6, facts["val_bytes"] / 1e6, len(words), directory)
+                len(val), train_bytes / 1e6, val_bytes / 1e6, len(words), directory)

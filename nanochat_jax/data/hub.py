@@ -116,7 +116,7 @@ def _download(repo: str, name: str, revision: str, folder: Path, label: str, pro
             if "Consistency check" in str(error) and facts.size is not None and file.tell() > facts.size:
                 file.truncate(0)  # what came is not a part of this file
             raise
-    if _SHA256.fullmatch(facts.etag or ""):
+    if facts.etag and _SHA256.fullmatch(facts.etag):
         with path.open("rb") as content:
             digest = hashlib.file_digest(content, "sha256").hexdigest()
         if digest != facts.etag:

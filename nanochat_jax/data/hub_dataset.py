@@ -119,7 +119,7 @@ def _patterns(data_files: Any, split: str) -> list[str]:
     """Patterns of a split, from a string, a list of strings (both mean train), or a list of {split, path}."""
     found: list[str] = []
     for entry in data_files if isinstance(data_files, list) else [data_files]:
-        of_split, path = (entry.get("split"), entry.get("path")) if isinstance(entry, dict) else ("train", entry)
+        of_split, path = (entry.get("split"), entry.get("path", [])) if isinstance(entry, dict) else ("train", entry)
         if of_split == split:
             found += path if isinstance(path, list) else [path]
     return found

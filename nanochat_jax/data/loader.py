@@ -22,13 +22,21 @@ from grain.experimental import ThreadPrefetchIterDataset
 from nanochat_jax.cli import UsageError
 from nanochat_jax.data.packing import BestFitPacker, Packer, Snapshot, StreamPacker, TokenizedStream
 from nanochat_jax.data.shards import DocumentStream, ShardReader, split_shards
-from nanochat_jax.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
 Batch = dict[str, np.ndarray]  # inputs, targets: int32 [rows, T], target -1 = not trained
 PACKERS: dict[str, type[Packer]] = {"bestfit": BestFitPacker, "stream": StreamPacker}
 PREFETCHED_BATCHES = 4
+
+
+class Encoder(Protocol):
+    """What of a `Tokenizer` loading needs."""
+
+    @property
+    def bos_id(self) -> int: ...
+
+    def encode_batch(self, texts: Any, prepend: int, num_threads: int) -> tuple[np.ndarray, np.ndarray]: ...
 
 
 class BatchSource(Protocol):
@@ -70,14 +78,12 @@ class _SourceDataset(grain.IterDataset):
 class Loader:
     """Iterator over the batches of a source; `get_state` counts those handed out, not those prefetched."""
 
-    def __init__(self, source: BatchSource, *, prefetch: bool = True, start_state: dict[str, Any] | None = None):
+    def __init__(self, source: BatchSource):
         self._first_state = source.snapshot()()
-        dataset = _SourceDataset(source)
-        if prefetch:
-            dataset = ThreadPrefetchIterDataset(dataset, prefetch_buffer_size=PREFETCHED_BATCHES)
+        dataset = ThreadPrefetchIterDataset(_SourceDataset(source), prefetch_buffer_size=PREFETCHED_BATCHES)
         self._open = [iter(dataset)]  # emptied by `close`, so that nothing of it is left to be taken down at exit
         self.close = weakref.finalize(self, _close, self._open)  # also when this object goes, or the interpreter
-        self.set_state(self._first_state if start_state is None else start_state)
+        self.reset()
 
     @property
     def _iterator(self) -> grain.DatasetIterator:
@@ -143,37 +149,33 @@ class PretrainingSource:
         for name, mine in self._settings.items():
             if state[name] != mine:
                 raise UsageError(f"the saved data position has {name} {state[name]}, this run {mine}: they must agree")
-        self._check_corpus(state["corpus"])
+        # What was there when the position was saved must be there; more may have come.
+        for name, size in state["corpus"].items():
+            if name not in self._corpus:
+                raise UsageError(f"the saved data position is of a corpus with {name}, which is not there any more")
+            if size != self._corpus[name]:
+                raise UsageError(f"the saved data position is of a corpus in which {name} had {size:,} bytes, "
+                                 f"now it has {self._corpus[name]:,}: the text is not the same")
+        if more := len(self._corpus) - len(state["corpus"]):
+            logger.warning("%d shards have come since the data position was saved: they are read in their turn", more)
         for shard, packer in self._packers.items():
             if str(shard) not in state["shards"]:
                 raise UsageError(f"the saved data position lacks virtual shard {shard} of {self._settings['num_shards']}: "
                                  "merge the states of all processes first")
             packer.set_state(state["shards"][str(shard)])
 
-    def _check_corpus(self, saved: dict[str, int]) -> None:
-        """What was there when the position was saved must be there; more may have come."""
-        for name, size in saved.items():
-            if name not in self._corpus:
-                raise UsageError(f"the saved data position is of a corpus with {name}, which is not there any more")
-            if size != self._corpus[name]:
-                raise UsageError(f"the saved data position is of a corpus in which {name} had {size:,} bytes, "
-                                 f"now it has {self._corpus[name]:,}: the text is not the same")
-        if more := len(self._corpus) - len(saved):
-            logger.warning("%d shards have come since the data position was saved: they are read in their turn", more)
 
-
-def pretraining_loader(directory: Path | str, tokenizer: Tokenizer, *, split: str, batch_size: int, sequence_len: int,
+def pretraining_loader(directory: Path | str, tokenizer: Encoder, *, split: str, batch_size: int, sequence_len: int,
                        packing: str = "bestfit", process_index: int = 0, process_count: int = 1,
-                       num_shards: int | None = None, buffer_docs: int = 1000, prefetch: bool = True,
-                       start_state: dict[str, Any] | None = None) -> Loader:
-    """Endless batches of `split` ("train" or "val"), from its beginning or from `start_state`.
+                       num_shards: int | None = None, buffer_docs: int = 1000) -> Loader:
+    """Endless batches of `split` ("train" or "val"), from its beginning.
 
     Args:
       batch_size: rows of the global batch of one micro-step; this process yields batch_size / process_count of them,
         the process_index-th contiguous part.
       packing: "bestfit" (`BestFitPacker`) or "stream" (`StreamPacker`).
-      num_shards: virtual shards; default: that of `start_state`, else gcd(batch_size, 8). One shard in one process
-        gives upstream's batches for one rank.
+      num_shards: virtual shards; default gcd(batch_size, 8). One shard in one process gives upstream's batches for one
+        rank.
       buffer_docs: documents that the best-fit packers of all virtual shards together choose from. (Shared out, because
         documents longer than a row stay in a buffer for long: per shard, a small corpus would lie there as a whole.)
 
@@ -182,7 +184,7 @@ def pretraining_loader(directory: Path | str, tokenizer: Tokenizer, *, split: st
     if packing not in PACKERS:
         raise UsageError(f"unknown packing {packing!r}: expected one of {', '.join(PACKERS)}")
     if num_shards is None:
-        num_shards = start_state["num_shards"] if start_state else math.gcd(batch_size, 8)
+        num_shards = math.gcd(batch_size, 8)
     if batch_size % num_shards or num_shards % process_count:
         raise UsageError(
             f"{num_shards} virtual shards must divide the batch of {batch_size} rows and be a multiple of the "
@@ -200,9 +202,8 @@ def pretraining_loader(directory: Path | str, tokenizer: Tokenizer, *, split: st
     for shard in range(process_index * per_process, (process_index + 1) * per_process):
         stream = TokenizedStream(DocumentStream(reader, shard, num_shards), encode)
         packers[shard] = PACKERS[packing](stream, sequence_len, **options)
-    source = PretrainingSource(packers, rows_per_shard=batch_size // num_shards, packing=packing,
-                               num_shards=num_shards, corpus=reader.sizes)
-    return Loader(source, prefetch=prefetch, start_state=start_state)
+    return Loader(PretrainingSource(packers, rows_per_shard=batch_size // num_shards, packing=packing, num_shards=num_shards,
+                                    corpus=reader.sizes))
 
 
 def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
@@ -213,15 +214,11 @@ def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
     not cover all virtual shards once each: processes that read the same rows must be given once.
     """
 
-    def common(state: dict[str, Any]) -> dict[str, Any]:
-        return {name: value for name, value in state.items() if name != "shards"}
-
-    merged = common(states[0])
+    merged = states[0].copy()
     for state in states:
-        if common(state) != merged:
-            unlike = [name for name in merged if state.get(name) != merged[name]]
+        if unlike := [name for name in merged if name != "shards" and state.get(name) != merged[name]]:
             raise ValueError(f"states of different runs or steps: they differ in {', '.join(unlike)}")
-    if "shards" in states[0]:
+    if "shards" in merged:
         shards = [shard for state in states for shard in state["shards"]]
         if repeated := {shard for shard in shards if shards.count(shard) > 1}:
             raise ValueError(f"virtual shards {sorted(repeated)} occur in two states")

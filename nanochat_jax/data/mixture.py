@@ -4,10 +4,11 @@ One packer runs over the whole mixture, in its order, on every process; a proces
 global batches and the state are the same on any number of processes.
 """
 
+import contextlib
 import functools
 import hashlib
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Protocol
 
 import numpy as np
@@ -146,16 +147,14 @@ class RowsSource(ConversationSource):
 
     def __init__(self, task: ConversationTask, tokenizer: Tokenizer, **options: Any):
         super().__init__(task, tokenizer, max_tokens=options["sequence_len"] + 1, **options)
-        self._buffer = FitBuffer()  # of conversation indices
-        self._rendered: dict[int, tuple[np.ndarray, np.ndarray]] = {}
+        self._buffer = FitBuffer()  # of (index, ids, mask)
 
     def next_batch(self) -> Batch:
         shape = (self._batch_size, self._sequence_len + 1)
         tokens, learned = np.full(shape, self._tokenizer.bos_id, np.int32), np.zeros(shape, bool)
         for row, row_learned in zip(tokens, learned, strict=True):
             filled = 0
-            for index in self._plan_row():
-                ids, mask = self._rendered.pop(index)
+            for _, ids, mask in self._plan_row():
                 row[filled : filled + len(ids)], row_learned[filled : filled + len(ids)] = ids, mask
                 filled += len(ids)
         targets = np.where(learned[:, 1:], tokens[:, 1:], IGNORE).astype(np.int32)
@@ -163,20 +162,17 @@ class RowsSource(ConversationSource):
 
     def snapshot(self) -> Snapshot:
         state, entries = self._state(), self._buffer.copy_entries()
-        return lambda: state | {"buffer": [index for _, index in FitBuffer.by_arrival(entries)]}
+        return lambda: state | {"buffer": [index for _, (index, *_) in FitBuffer.by_arrival(entries)]}
 
     def _restore(self, state: dict[str, Any]) -> None:
-        self._buffer, self._rendered = FitBuffer(), {}
+        self._buffer = FitBuffer()
         for index in state["buffer"]:
-            self._add(index, *self._render(index))
+            ids, mask = self._render(index)
+            self._buffer.add(len(ids), (index, ids, mask))
 
-    def _add(self, index: int, ids: np.ndarray, mask: np.ndarray) -> None:
-        self._buffer.add(len(ids), index)
-        self._rendered[index] = ids, mask
-
-    def _plan_row(self) -> list[int]:
-        """Indices of the conversations of the next row, at least one."""
-        row: list[int] = []
+    def _plan_row(self) -> list[tuple[int, np.ndarray, np.ndarray]]:
+        """The conversations of the next row, at least one: index, ids and mask of each."""
+        row = []
         space = self._sequence_len + 1
         self._refill()
         while not len(self._buffer):
@@ -186,8 +182,8 @@ class RowsSource(ConversationSource):
             self._start_epoch()
             self._refill()
         while (found := self._buffer.pop_longest(space)) is not None:
-            length, index = found
-            row.append(index)
+            length, conversation = found
+            row.append(conversation)
             if not self.fills:
                 break
             space -= length
@@ -198,7 +194,7 @@ class RowsSource(ConversationSource):
         while len(self._buffer) < self.buffered and self._cursor < self.size:
             ids, mask = self._render(self._cursor)
             if mask.any():
-                self._add(self._cursor, ids, mask)
+                self._buffer.add(len(ids), (self._cursor, ids, mask))
             else:
                 self.num_skipped += 1
             self._cursor += 1
@@ -216,32 +212,7 @@ SOURCES = {source.mode: source for source in (StreamSource, RowsSource, SingleSo
 
 
 class ConversationLoader(Loader):
-    """A `Loader` of conversations, which can tell how long an epoch is."""
-
-    def __init__(self, make_source: Callable[..., Any], *, num_epochs: int | None, prefetch: bool,
-                 start_state: dict[str, Any] | None):
-        self._make_source = make_source
-        super().__init__(make_source(num_epochs=num_epochs), prefetch=prefetch, start_state=start_state)
-
-    def count_batches(self, num_epochs: int = 1) -> int:
-        """Full batches in that many epochs, found by making them."""
-        source, count = self._make_source(num_epochs=num_epochs), 0
-        try:
-            while True:
-                source.next_batch()
-                count += 1
-        except StopIteration:
-            pass
-        if source.num_cut or source.num_skipped:
-            logger.warning("of %d conversations, %d were cut and %d have nothing left to train on and were skipped",
-                           source.size, source.num_cut // num_epochs, source.num_skipped // num_epochs)
-        return count
-
-
-def conversation_loader(task: ConversationTask, tokenizer: Tokenizer, *, batch_size: int, sequence_len: int, mode: str,
-                        num_epochs: int | None = None, process_index: int = 0, process_count: int = 1,
-                        prefetch: bool = True, start_state: dict[str, Any] | None = None) -> ConversationLoader:
-    """Batches of the conversations of `task`, in its order, from the first or from `start_state`.
+    """Batches of the conversations of `task`, in its order, from the first; it can tell how long an epoch is.
 
     Args:
       batch_size: rows of the global batch of one micro-step; this process yields its contiguous part of them.
@@ -250,11 +221,26 @@ def conversation_loader(task: ConversationTask, tokenizer: Tokenizer, *, batch_s
 
     Yields dicts of inputs and targets, int32 [batch_size / process_count, sequence_len]; target -1 = not trained.
     """
-    if mode not in SOURCES:
-        raise UsageError(f"unknown mode {mode!r}: expected one of {', '.join(SOURCES)}")
-    if batch_size % process_count:
-        raise UsageError(f"{process_count} processes do not divide the batch of {batch_size} rows: choose another size")
-    rows = batch_size // process_count
-    make_source = functools.partial(SOURCES[mode], task, tokenizer, batch_size=batch_size, sequence_len=sequence_len,
-                                    local_rows=slice(process_index * rows, (process_index + 1) * rows))
-    return ConversationLoader(make_source, num_epochs=num_epochs, prefetch=prefetch, start_state=start_state)
+
+    def __init__(self, task: ConversationTask, tokenizer: Tokenizer, *, batch_size: int, sequence_len: int, mode: str,
+                 num_epochs: int | None = None, process_index: int = 0, process_count: int = 1):
+        if mode not in SOURCES:
+            raise UsageError(f"unknown mode {mode!r}: expected one of {', '.join(SOURCES)}")
+        if batch_size % process_count:
+            raise UsageError(f"{process_count} processes do not divide the batch of {batch_size} rows: choose another size")
+        rows = batch_size // process_count
+        self._make_source = functools.partial(
+            SOURCES[mode], task, tokenizer, batch_size=batch_size, sequence_len=sequence_len,
+            local_rows=slice(process_index * rows, (process_index + 1) * rows))
+        super().__init__(self._make_source(num_epochs=num_epochs))
+
+    def count_batches(self, num_epochs: int = 1) -> int:
+        """Full batches in that many epochs, found by making them."""
+        source, count = self._make_source(num_epochs=num_epochs), 0
+        with contextlib.suppress(StopIteration):
+            while source.next_batch():
+                count += 1
+        if source.num_cut or source.num_skipped:
+            logger.warning("of %d conversations, %d were cut and %d have nothing left to train on and were skipped",
+                           source.size, source.num_cut // num_epochs, source.num_skipped // num_epochs)
+        return count

@@ -1,8 +1,8 @@
 """How much text a run needs, how much a corpus has, and what that is enough for."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
+from typing import NamedTuple
 
 from nanochat_jax.config import GPTConfig, Recipe, derive_recipe
 from nanochat_jax.data.convert import describe
@@ -31,26 +31,19 @@ def explain_shards(recipe: Recipe, count: int) -> str:
             f"{CHARS_PER_TOKEN} characters each, a third more as rows cut documents; the tokenizer takes 2B characters")
 
 
-@dataclass(frozen=True, kw_only=True)
-class SplitSize:
-    shards: int
+class Size(NamedTuple):
     documents: int
     text_bytes: int
 
-    @property
-    def tokens(self) -> int:
-        """An estimate."""
-        return round(self.text_bytes / CHARS_PER_TOKEN)
 
-
-def measure(paths: Sequence[Path]) -> SplitSize:
+def measure(paths: Sequence[Path]) -> Size:
     """Documents and UTF-8 bytes of shards, from their footers alone."""
     documents = text_bytes = 0
     for path in paths:
         with open_shard(path) as file:
             documents += file.metadata.num_rows
             text_bytes += text_size(file)
-    return SplitSize(shards=len(paths), documents=documents, text_bytes=text_bytes)
+    return Size(documents, text_bytes)
 
 
 def summary(name: str, directory: Path) -> str:
@@ -59,13 +52,14 @@ def summary(name: str, directory: Path) -> str:
     lines = [f"{name}, in {directory}"]
     lines += [f"  from {describe(entry['source'])}: {entry['documents']:,} documents, {entry['skipped']:,} rows skipped"
               for entry in read_manifest(directory).get("sources", ())]
-    sizes = {"train": measure(shards[:-1]), "val": measure(shards[-1:])}
-    lines += [f"  {split:5} {size.shards:6,} shards {size.documents:14,} documents {size.text_bytes / 1e6:12,.1f} MB "
-              f"{size.tokens / 1e6:10,.1f}M tokens, about" for split, size in sizes.items()]
-    return "\n".join([*lines, *(f"  {line}" for line in enough_for(name, sizes["train"]))])
+    train, val = measure(shards[:-1]), measure(shards[-1:])
+    lines += [f"  {split:5} {count:6,} shards {size.documents:14,} documents {size.text_bytes / 1e6:12,.1f} MB "
+              f"{size.text_bytes / CHARS_PER_TOKEN / 1e6:10,.1f}M tokens, about"
+              for split, count, size in (("train", len(shards) - 1, train), ("val", 1, val))]
+    return "\n".join([*lines, *(f"  {line}" for line in enough_for(name, train))])
 
 
-def enough_for(name: str, train: SplitSize) -> list[str]:
+def enough_for(name: str, train: Size) -> list[str]:
     if not train.documents:
         return ["enough for nothing: there is one shard, which is validation; training needs at least two"]
     if name == "embedded":

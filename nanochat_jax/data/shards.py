@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nanochat_jax.cli import NotFound, UsageError
+from nanochat_jax.cli import NotFound, UsageError, one_line
 from nanochat_jax.files import new_directory, write_file
 from nanochat_jax.tokenizer import without_surrogates
 
@@ -71,7 +71,7 @@ def open_parquet(path: Path, column: str, *, foreign: bool = False, **options: A
     except FileNotFoundError as error:
         raise NotFound(f"{path} does not exist") from error
     except (pa.ArrowException, OSError) as error:
-        raise UsageError(f"{path} is not a readable parquet file ({_first_line(error)}): delete it and get it again"
+        raise UsageError(f"{path} is not a readable parquet file ({one_line(error)}): delete it and get it again"
                          ) from error
     if column not in file.schema_arrow.names:
         names = ", ".join(file.schema_arrow.names) or "none"
@@ -99,7 +99,7 @@ def read_row_group(file: pq.ParquetFile, path: Path, row_group: int) -> pa.Chunk
     try:
         return file.read_row_group(row_group, columns=[TEXT_COLUMN], use_threads=False).column(0)
     except (pa.ArrowException, OSError) as error:
-        raise UsageError(f"row group {row_group} of shard {path} is corrupt ({_first_line(error)}): delete the file and "
+        raise UsageError(f"row group {row_group} of shard {path} is corrupt ({one_line(error)}): delete the file and "
                          "get it again") from error
 
 
@@ -113,10 +113,6 @@ def iter_shard(path: Path) -> Iterator[str]:
     with open_shard(path) as file:
         for row_group in range(file.num_row_groups):
             yield from (text for text in read_row_group(file, path, row_group).to_pylist() if text is not None)
-
-
-def _first_line(error: Exception) -> str:
-    return (str(error).splitlines() or [type(error).__name__])[0]
 
 
 class ShardReader:
@@ -182,7 +178,8 @@ class DocumentStream:
 
     def __init__(self, reader: ShardReader, shard: int = 0, num_shards: int = 1):
         self.reader, self.shard, self.num_shards = reader, shard, num_shards
-        self.seek(Position())
+        self.position = Position()
+        self._skip_exhausted()
 
     def next_batch(self, limit: int = 128) -> tuple[list[Position], pa.ChunkedArray]:
         """Up to `limit` documents, all of one row group: where they are, and their texts."""
@@ -192,7 +189,7 @@ class DocumentStream:
             if at.epoch > first_epoch + 1:
                 raise UsageError(f"virtual shard {self.shard} of {self.num_shards} finds no text in "
                                  f"{self.reader.paths[0].parent}, only missing values")
-            rows = self._rows_left()[:limit]
+            rows: Sequence[int] = self._rows_left()[:limit]
             texts = self.reader.texts(at.file, at.row_group, rows)
             self.position = at._replace(row=rows[-1] + 1)
             self._skip_exhausted()
@@ -280,7 +277,7 @@ class ShardWriter:
         try:
             yield
         except (OSError, pa.ArrowException) as error:
-            raise UsageError(f"cannot write {self.path}: {_first_line(error)}") from error
+            raise UsageError(f"cannot write {self.path}: {one_line(error)}") from error
 
 
 def write_series(texts: Iterable[str], directory: Path, *, first: int = 0, rows_per_shard: int | None = None

@@ -6,11 +6,11 @@ from itertools import groupby
 import numpy as np
 
 
-def bucket(length: int, unit: int = 32) -> int:
-    """The padded length of a sequence: `unit` times 1, 2, 3, 4, 6, 8, 12, 16, ..."""
+def bucket(length: int, unit: int = 32, *, steps: int = 2) -> int:
+    """The padded length of a sequence: `unit` times 1, 2, 3, 4, 6, 8, 12, 16, ..., `steps` of them to a doubling."""
     units = max(1, -(-length // unit))
-    power = 1 << (units - 1).bit_length()
-    return unit * (power * 3 // 4 if power > 2 and units <= power * 3 // 4 else power)
+    step = max(1, (1 << (units - 1).bit_length()) // (2 * steps))
+    return unit * step * -(-units // step)
 
 
 def padded_batches(sequences: Sequence[Sequence[int]], *, tokens: int, devices: int = 1

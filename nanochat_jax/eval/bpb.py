@@ -55,8 +55,8 @@ def held_out_loss(params: Params, batches: Iterator[Mapping[str, np.ndarray]], s
         batch = next(batches)
         inputs, targets = (spread_rows(mesh, batch[name]) for name in ("inputs", "targets"))
         sums.append(_sums(params, inputs, targets, token_bytes, config=config, dtype=dtype, mesh=mesh))
-    nats, num_bytes, total, count = np.sum(jax.device_get(sums), axis=0, dtype=np.float64)
-    return HeldOut(bpb=float(nats / (math.log(2) * num_bytes)) if num_bytes else math.inf, loss=float(total / max(count, 1)))
+    nats, num_bytes, total, count = np.array(jax.device_get(sums), np.float64).sum(axis=0).tolist()
+    return HeldOut(bpb=nats / (math.log(2) * num_bytes) if num_bytes else math.inf, loss=total / max(count, 1))
 
 
 def corpus_bits_per_byte(loaded: Loaded, paths: Paths, *, device_batch_size: int, split_tokens: int, mesh: Mesh, dtype: Any

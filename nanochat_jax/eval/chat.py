@@ -104,9 +104,9 @@ class Generator:
         return [replies[i : i + sampling.num_samples] for i in range(0, len(replies), sampling.num_samples)]
 
 
-def evaluate_categorical(task: Task, generator: Generator, *, max_problems: int | None = None) -> list[Problem]:
+def evaluate_categorical(task: Task, generator: Generator) -> list[Problem]:
     """Every problem's likeliest letter, the first of equals."""
-    conversations = _conversations(task, max_problems)
+    conversations = list(task)
     tokenizer, mesh = generator.tokenizer, generator.mesh
     prompts = [render_for_completion(tokenizer, each, MAX_PROMPT_TOKENS) for each in conversations]
     most = max(len(conversation["letters"]) for conversation in conversations)
@@ -145,22 +145,13 @@ def _letter_id(tokenizer: Tokenizer, letter: str) -> int:
     return ids[0]
 
 
-def evaluate_generative(task: Task, generator: Generator, sampling: Sampling, *, max_problems: int | None = None
-                        ) -> list[Problem]:
+def evaluate_generative(task: Task, generator: Generator, sampling: Sampling) -> list[Problem]:
     """Generate replies to all problems, then judge them; several are judged at once, for some run programs."""
-    conversations = _conversations(task, max_problems)
+    conversations = list(task)
     replies = generator([render_for_completion(generator.tokenizer, each, MAX_PROMPT_TOKENS) for each in conversations],
                         sampling)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         return list(pool.map(functools.partial(_judged, task), range(len(conversations)), conversations, replies))
-
-
-def _conversations(task: Task, max_problems: int | None) -> list[Conversation]:
-    """The first problems of a task. Raises `UsageError` if there is none."""
-    count = len(task) if max_problems is None else min(len(task), max_problems)
-    if count < 1:
-        raise UsageError(f"task {task.key} has no problems to evaluate (it has {len(task)}, asked for {max_problems})")
-    return [task[index] for index in range(count)]
 
 
 def _judged(task: Task, index: int, conversation: Conversation, completions: Sequence[str]) -> Problem:
@@ -168,14 +159,15 @@ def _judged(task: Task, index: int, conversation: Conversation, completions: Seq
                    passed=any(task.evaluate(conversation, completion) for completion in completions))
 
 
-def evaluate_task(task: Task, generator: Generator, sampling: Sampling, *, max_problems: int | None = None
-                  ) -> list[Problem]:
-    """Evaluate a task of either type. Raises ValueError for one that is only for training."""
+def evaluate_task(task: Task, generator: Generator, sampling: Sampling) -> list[Problem]:
+    """Evaluate a task of either type. Raises `UsageError` if it has no problem, ValueError if it is only for training."""
     began = time.monotonic()
+    if not len(task):
+        raise UsageError(f"task {task.key} has no problems to evaluate")
     if task.eval_type == "categorical":
-        problems = evaluate_categorical(task, generator, max_problems=max_problems)
+        problems = evaluate_categorical(task, generator)
     elif task.eval_type == "generative":
-        problems = evaluate_generative(task, generator, sampling, max_problems=max_problems)
+        problems = evaluate_generative(task, generator, sampling)
     else:
         raise ValueError(f"{type(task).__name__} is only for training, it cannot be evaluated")
     logger.info("%s: %d of %d right (%.2f%%) in %.1f s", task.key, sum(problem.passed for problem in problems),

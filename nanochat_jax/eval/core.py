@@ -10,7 +10,7 @@ import json
 import logging
 import random
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +19,7 @@ import numpy as np
 import yaml
 
 from nanochat_jax.cli import UsageError
-from nanochat_jax.eval.scoring import Row, RowScore, Scorer, common_length
+from nanochat_jax.eval.scoring import Row, RowScore, common_length
 from nanochat_jax.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -29,6 +29,8 @@ FEWSHOT_SEED = 1234  # plus the example's index: which examples are shown to it
 ENCODE_EXAMPLES = 64  # examples tokenized at a time
 
 TaskType = Literal["multiple_choice", "schema", "language_modeling"]
+Place = tuple[int, int]  # of an example: its task, and its number there
+Scorer = Callable[[Iterable[tuple[Place, list[Row]]]], Iterator[tuple[Place, list[RowScore]]]]  # as scoring.Scorer
 Item = dict[str, Any]  # {query, choices, gold}, {context_options, continuation, gold} or {context, continuation}
 
 
@@ -159,13 +161,13 @@ def evaluate_core(scorer: Scorer, tokenizer: Tokenizer, bundle: Path, *, max_per
     """
     tasks = read_tasks(bundle)
     items = [read_items(task, max_per_task) for task in tasks]
-    for task, examples in zip(tasks, items, strict=True):
-        if not examples:
+    for task, of_task in zip(tasks, items, strict=True):
+        if not of_task:
             raise UsageError(f"{task.path} holds no examples: remove {bundle} so that it is downloaded again")
 
-    groups: dict[tuple[int, int], list[Row]] = {}
+    groups: dict[Place, list[Row]] = {}
 
-    def examples() -> Iterator[tuple[tuple[int, int], list[Row]]]:
+    def examples() -> Iterator[tuple[Place, list[Row]]]:
         for t, task in enumerate(tasks):
             for first in range(0, len(items[t]), ENCODE_EXAMPLES):
                 indices = range(first, min(first + ENCODE_EXAMPLES, len(items[t])))

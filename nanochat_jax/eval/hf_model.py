@@ -30,9 +30,9 @@ class HFTokenizer:
     def __init__(self, directory: Path, *, trust_remote_code: bool) -> None:
         self._tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
         first = (self._tokenizer.bos_token_id, self._tokenizer.eos_token_id)  # GPT-2 begins texts with its end-of-text
-        self.bos_id = next((token for token in first if token is not None), None)
-        if self.bos_id is None:
+        if first == (None, None):
             raise UsageError(f"the tokenizer in {directory} has no token that begins a text: set its bos_token")
+        self.bos_id: int = next(token for token in first if token is not None)
 
     def encode(self, text: str | Sequence[str], prepend: int | None = None) -> Any:
         ids = self._tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
@@ -45,7 +45,7 @@ class HFTokenizer:
         return np.concatenate([np.array(ids, np.int32) for ids in found]), np.cumsum([0, *map(len, found)])
 
     def decode(self, ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(ids)
+        return str(self._tokenizer.decode(list(ids)))
 
     def token_bytes(self, size: int) -> np.ndarray:
         """UTF-8 bytes of each of `size` ids decoded alone, 0 for special ones: [size] int32."""

@@ -1,9 +1,9 @@
 """How likely a model finds spans of tokens, many examples at a time.
 
 The prompts of one example differ only near their ends (the choices of a question, after ten solved ones), so what they
-share is computed once: it goes through the model into a KV cache, chunk by chunk, and each continuation is then scored
-over that cache, in the same slots as the one before it. Examples of similar length share a batch, all batches have the
-same number of rows, and the cache grows by steps: a few programs serve prompts of any length.
+share is computed once: it goes through the model into a KV cache, and each continuation is then scored over that cache,
+in the same slots as the one before it. Examples of similar length share a batch, and all lengths are padded to a few: a
+few programs serve prompts of any length.
 """
 
 import functools
@@ -25,7 +25,9 @@ from nanochat_jax.gpt import KVCache, Params, forward, init_cache, unembed
 from nanochat_jax.infer.sampling import first_argmax
 from nanochat_jax.sharding import data_size, replicated, spread_rows
 
-CHUNK = 256  # tokens of a row that go through the model at once
+BLOCK = 128  # the unit of lengths of the cache
+MOST_TOKENS = 4096  # of a row that go through the model at once; a multiple of BLOCK
+ROW_LENGTH = 2048  # of longer rows a batch has fewer, since their caches would not fit where these do
 WINDOW = 2048  # examples held back to be sorted by length
 LOGITS_BYTES = 256 << 20  # upper bound of the float32 logits that exist at one time
 
@@ -75,15 +77,19 @@ class _Example:
     def longest_rest(self) -> int:
         return max(row.end for row in self.rows) - self.shared
 
+    @property
+    def cost(self) -> tuple[int, int, int]:
+        """What sorts examples so that those of a batch are padded little: each then has as many rows, too."""
+        return _shared_length(self.shared), len(self.rows), self.longest_rest
 
-def _rest_length(length: int) -> int:
-    """Padded length of what is scored: 8, 32, 128, ..."""
-    return 8 * 4 ** max(0, math.ceil(math.log(length / 8, 4)))
+
+def _shared_length(length: int) -> int:
+    """Padded length of what rows share. Most of the work is here, so in finer steps than the other lengths."""
+    return bucket(length, BLOCK, steps=4)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "rows", "dtype", "mesh"))
-def _new_cache(*, config: GPTConfig, rows: int, dtype: Any, mesh: Mesh | None) -> KVCache:
-    return _spread(init_cache(config, rows, CHUNK, dtype), mesh)
+def _cache_length(length: int) -> int:
+    return bucket(length, BLOCK, steps=1)
 
 
 @functools.partial(jax.jit, static_argnames=("length", "mesh"))
@@ -106,10 +112,17 @@ def _spread(cache: KVCache, mesh: Mesh | None) -> KVCache:
     return jax.tree.map(place, cache)
 
 
+@functools.partial(jax.jit, static_argnames=("config", "dtype", "mesh"))
+def _begin(params: Params, tokens: Array, valid: Array, *, config: GPTConfig, dtype: Any, mesh: Mesh | None) -> KVCache:
+    """A cache of the first valid [B] of tokens [B, T]. The last layer's output is not asked for, so it is not computed."""
+    cache = _spread(init_cache(config, tokens.shape[0], tokens.shape[1], dtype), mesh)
+    return _spread(forward(params, tokens, config=config, compute_dtype=dtype, cache=cache, valid=valid, fresh=True)[1], mesh)
+
+
 @functools.partial(jax.jit, donate_argnames="cache", static_argnames=("config", "dtype", "mesh"))
 def _extend(params: Params, cache: KVCache, tokens: Array, valid: Array, *, config: GPTConfig, dtype: Any, mesh: Mesh | None
             ) -> KVCache:
-    """Append the first valid [B] of tokens [B, T]. The last layer's output is not asked for, so it is not computed."""
+    """Append the first valid [B] of tokens [B, T]."""
     return _spread(forward(params, tokens, config=config, compute_dtype=dtype, cache=cache, valid=valid)[1], mesh)
 
 
@@ -152,7 +165,7 @@ class Scorer:
     """Scores examples with a model.
 
     Attributes:
-        num_rows: examples of a batch on each device of the data axis.
+        num_rows: examples of a batch on each device of the data axis; fewer of those longer than `ROW_LENGTH`.
         mesh: spreads the rows over its data axis; None: wherever the parameters are.
     """
 
@@ -174,16 +187,20 @@ class Scorer:
         if pending:
             yield from _read(*pending)
 
-    @property
-    def batch_rows(self) -> int:
-        return self.num_rows * (1 if self.mesh is None else data_size(self.mesh))
-
     def _batches(self, examples: Iterable[tuple[Key, Sequence[Row]]]) -> Iterator[list[_Example]]:
         source = (_Example.of(key, rows) for key, rows in examples)
         while window := list(islice(source, WINDOW)):
-            window.sort(key=lambda example: (example.shared, example.longest_rest))
-            for start in range(0, len(window), self.batch_rows):
-                yield window[start : start + self.batch_rows]
+            window.sort(key=lambda example: example.cost)
+            while window:
+                count = self._batch_rows(window[: self._batch_rows(window[:1])])
+                yield window[:count]
+                del window[:count]
+
+    def _batch_rows(self, batch: Sequence[_Example]) -> int:
+        """How many rows a batch that holds these has."""
+        longest = max(_cache_length(example.shared + example.longest_rest) for example in batch)
+        devices = 1 if self.mesh is None else data_size(self.mesh)
+        return devices * max(1, self.num_rows * ROW_LENGTH // max(ROW_LENGTH, longest))
 
     def _place(self, array: np.ndarray) -> Array | np.ndarray:
         return array if self.mesh is None else spread_rows(self.mesh, array)
@@ -191,19 +208,21 @@ class Scorer:
     def _dispatch(self, batch: Sequence[_Example]) -> list[tuple[Array, Array]]:
         """Sums [B] of each continuation in turn."""
         options = {"config": self.config, "dtype": self.compute_dtype, "mesh": self.mesh}
-        count = self.batch_rows
+        count = self._batch_rows(batch)
         shared = np.zeros(count, np.int32)
         shared[: len(batch)] = [example.shared for example in batch]
-        size = _rest_length(max(example.longest_rest for example in batch))
+        size = bucket(max(example.longest_rest for example in batch), 8, steps=1)
         longest = int(shared.max())
-        cache = _new_cache(rows=count, **options)
-        for at in range(0, longest, CHUNK):
-            tokens = np.zeros((count, CHUNK), np.int32)
+        for at in range(0, max(1, longest), MOST_TOKENS):
+            tokens = np.zeros((count, min(MOST_TOKENS, _shared_length(longest - at))), np.int32)
             for row, example in enumerate(batch):
-                piece = example.rows[0].tokens[at : min(at + CHUNK, example.shared)]
+                piece = example.rows[0].tokens[at : min(at + MOST_TOKENS, example.shared)]
                 tokens[row, : len(piece)] = piece
-            cache = self._reserve(cache, at + CHUNK)
-            cache = _extend(self.params, cache, self._place(tokens), self._place(np.clip(shared - at, 0, CHUNK)), **options)
+            new = self._place(tokens), self._place(np.clip(shared - at, 0, MOST_TOKENS))
+            if at == 0:
+                cache = _begin(self.params, *new, **options)
+            else:
+                cache = _extend(self.params, self._reserve(cache, at + MOST_TOKENS), *new, **options)
         cache = self._reserve(cache, longest + size)
 
         (k, v, length, prev_embedding), sums = cache, []
@@ -220,7 +239,7 @@ class Scorer:
         return sums
 
     def _reserve(self, cache: KVCache, length: int) -> KVCache:
-        target = bucket(length, CHUNK)
+        target = _cache_length(length)
         return cache if cache.k[0].shape[2] >= target else _grow(cache, length=target, mesh=self.mesh)
 
 

@@ -7,12 +7,13 @@ below are computed. Every step is bounded, so no time limit is needed and any th
 import ast
 import math
 import operator
+from collections.abc import Callable
 
 MAX_CHARACTERS = 256
 MAX_MAGNITUDE = 10**50  # of every intermediate value
 ARITHMETIC_CHARACTERS = frozenset("0123456789*+-/.() ")
 
-OPERATORS = {
+OPERATORS: dict[type, Callable[..., int | float]] = {
     ast.Add: operator.add,
     ast.Sub: operator.sub,
     ast.Mult: operator.mul,
@@ -51,7 +52,8 @@ def calculate(expression: str) -> int | float | None:
 
 
 def _evaluate(node: ast.expr) -> int | float:
-    if isinstance(node, ast.Constant) and type(node.value) in (int, float):  # a bool is an int by inheritance
+    value: int | float
+    if isinstance(node, ast.Constant) and isinstance(node.value, int | float) and not isinstance(node.value, bool):
         value = node.value
     elif isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
         value = OPERATORS[type(node.op)](_evaluate(node.left), _evaluate(node.right))

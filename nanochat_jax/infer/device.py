@@ -1,8 +1,8 @@
 """The engine's device programs: prefill, moving sequences between slots and sizes, and decoding several steps.
 
 All take parameters, as `split_layers` gives them, and cache as arguments; `Program` is the static rest. Shapes come
-from buckets (engine.py), so the number of compilations is bounded. B slots, S positions of each, K steps of a dispatch,
-N prompts of a prefill, T their padded length, L layers, G key/value heads of width h.
+from buckets (engine.py), so the number of compilations is bounded. B slots, S positions of each, R of them in a dispatch
+of K steps, N prompts of a prefill, T their padded length, L layers, G key/value heads of width h.
 
 The cache holds keys and values alone: how far each slot has come is the host's to say, with each dispatch.
 """
@@ -47,17 +47,18 @@ class Slots(NamedTuple):
 
 
 class Dispatch(NamedTuple):
-    """What the host says about each slot for the next K steps."""
+    """What the host says about some slots, or all, for the next K steps."""
 
-    length: Array | np.ndarray  # [B] int32, positions filled; S or more for a slot that is to be left as it is
-    previous: Array | np.ndarray  # [B] int32, the token before the newest
-    token: Array | np.ndarray  # [B] int32, the newest token, not yet in the cache
-    active: Array | np.ndarray  # [B] bool
-    remaining: Array | np.ndarray  # [B] int32, tokens the slot may still emit
-    forced: Array | np.ndarray  # [B, K] int32, tokens to emit in place of drawn ones
-    num_forced: Array | np.ndarray  # [B] int32
-    stop: Array | np.ndarray  # [B, M] int32, drawn tokens that end the sequence; filled up with -1
-    logprobs: Array | np.ndarray  # [B] bool, whether to compute them
+    slot: Array | np.ndarray  # [R] int32, rising: which slots; all of them if R is B
+    length: Array | np.ndarray  # [R] int32, positions filled; S or more for a slot that is to be left as it is
+    previous: Array | np.ndarray  # [R] int32, the token before the newest
+    token: Array | np.ndarray  # [R] int32, the newest token, not yet in the cache
+    active: Array | np.ndarray  # [R] bool
+    remaining: Array | np.ndarray  # [R] int32, tokens the slot may still emit
+    forced: Array | np.ndarray  # [R, K] int32, tokens to emit in place of drawn ones
+    num_forced: Array | np.ndarray  # [R] int32
+    stop: Array | np.ndarray  # [R, M] int32, drawn tokens that end the sequence; filled up with -1
+    logprobs: Array | np.ndarray  # [R] bool, whether to compute them
     sampling: SamplingParams
     steps: Array | np.integer  # [] int32, at most K
 
@@ -68,9 +69,9 @@ def greedy_dispatch(rows: int, *, length: int, steps: int) -> Dispatch:
         return np.full((rows, *shape), value, dtype)
 
     sampling = SamplingParams(full(0, np.float32), full(0, np.int32), full(1, np.float32), full(0, np.uint32, 2))
-    return Dispatch(full(length, np.int32), full(0, np.int32), full(0, np.int32), full(True, bool), full(steps, np.int32),
-                    full(0, np.int32, steps), full(0, np.int32), full(-1, np.int32, 1), full(False, bool), sampling,
-                    np.int32(steps))
+    return Dispatch(np.arange(rows, dtype=np.int32), full(length, np.int32), full(0, np.int32), full(0, np.int32),
+                    full(True, bool), full(steps, np.int32), full(0, np.int32, steps), full(0, np.int32),
+                    full(-1, np.int32, 1), full(False, bool), sampling, np.int32(steps))
 
 
 def split_layers(params: Params, *, config: GPTConfig) -> Params:
@@ -147,7 +148,8 @@ def prefill(params: Params, tokens: Array, lengths: Array, *, program: Program) 
     config, dtype, mesh = program.config, program.dtype, program.mesh
     cache = init_cache(config, tokens.shape[0], tokens.shape[1], dtype)
     cache = cache._replace(k=_place(cache.k, mesh), v=_place(cache.v, mesh))
-    _, cache = forward(_stack_layers(params), tokens, config=config, compute_dtype=dtype, cache=cache, valid=lengths)
+    _, cache = forward(_stack_layers(params), tokens, config=config, compute_dtype=dtype, cache=cache, valid=lengths,
+                       fresh=True)
     rows = []
     for row in range(tokens.shape[0]):
         prompt = jnp.stack([jnp.stack([layer[row] for layer in each]) for each in (cache.k, cache.v)])
@@ -180,13 +182,34 @@ def copy(slots: Slots, source: Array, target: Array, *, program: Program) -> Slo
     return _place(jax.tree.map(put, slots), program.mesh)
 
 
+def _take(slots: Slots, index: Array) -> Slots:
+    """The slots of `index` [R]."""
+    if len(index) == len(slots.k[0]):
+        return slots
+    return jax.tree.map(lambda x: jnp.concatenate([lax.dynamic_slice_in_dim(x, slot, 1) for slot in index]), slots)
+
+
+def _put(slots: Slots, some: Slots, index: Array) -> Slots:
+    """All slots, those of `index` [R] replaced."""
+    if len(index) == len(slots.k[0]):
+        return some
+
+    def put(x: Array, new: Array) -> Array:
+        for row, slot in enumerate(index):
+            x = lax.dynamic_update_slice_in_dim(x, new[row : row + 1], slot, 0)
+        return x
+
+    return jax.tree.map(put, slots, some)
+
+
 @functools.partial(jax.jit, donate_argnames="slots", static_argnames="program")
 def decode(params: Params, slots: Slots, dispatch: Dispatch, *, program: Program) -> tuple[Slots, Array, Array]:
     """Advance every active slot by up to `dispatch.steps` tokens.
 
     A slot rests once it has drawn a stop token or the pausing token, or emitted its last; the loop ends when all rest.
-    Returns the cache, the emitted tokens [B, K], -1 where a slot rested, and their log-probabilities [B, K], NaN there
-    and where not asked for.
+    Returns the cache, the emitted tokens [R, K], -1 where a slot rested, and their log-probabilities [R, K], NaN there
+    and where not asked for. Where not all slots take part, the others' keys and values are not read: the steps work on
+    copies of those that do.
     """
     config, mesh = program.config, program.mesh
     cap = functools.partial(softcap, config=config)
@@ -220,9 +243,11 @@ def decode(params: Params, slots: Slots, dispatch: Dispatch, *, program: Program
     noise = noise_for(dispatch.sampling.seed, position, config.vocab_size)
     # What smearing mixes into the newest token: the embedding of the one before, as the forward pass makes it.
     previous = rms_norm(params["wte"][dispatch.previous].astype(program.dtype))
-    cache = KVCache(slots.k, slots.v, dispatch.length, previous)
+    index = jnp.asarray(dispatch.slot)
+    cache = KVCache(*_take(slots, index), jnp.asarray(dispatch.length), previous)
     emitted = jnp.full(dispatch.forced.shape, -1, jnp.int32)
     logprobs = jnp.full(dispatch.forced.shape, jnp.nan, jnp.float32)
     state = (jnp.int32(0), cache, dispatch.token, dispatch.active, dispatch.remaining, emitted, logprobs)
     _, cache, _, _, _, emitted, logprobs = lax.while_loop(running, advance, state)
-    return _place(Slots(cache.k, cache.v), mesh), _replicate(emitted, mesh), _replicate(logprobs, mesh)
+    slots = _put(slots, Slots(cache.k, cache.v), index)
+    return _place(slots, mesh), _replicate(emitted, mesh), _replicate(logprobs, mesh)

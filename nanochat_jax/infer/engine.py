@@ -3,14 +3,17 @@
 Prompts are padded to a few lengths and prefilled several at once, then each is put into a free slot; a prompt that a slot
 holds already is copied from there. One dispatch advances all slots by several tokens; between dispatches the host looks at
 what came: it ends sequences, answers tool calls, and admits the next requests. The cache is as long as the longest sequence
-present needs, since attention reads all of it.
+present needs, and a dispatch takes as few slots as the sequences present need, since attention reads all of them.
 
 A request's tokens do not depend on who shares the batch: its random numbers are its own. Company does choose how many
-prompts are prefilled together and how long the cache is, and so the last bits of the logits (about 1e-6 in float32).
+prompts are prefilled together, how many slots step together and how long the cache is, and so the last bits of the logits
+(some 1e-6 in float32).
 
 `Engine` is immutable and may be shared; `EngineLoop` holds the state of one batch in flight and belongs to one thread.
 """
 
+import copy
+import itertools
 import logging
 import time
 from collections import deque
@@ -52,6 +55,11 @@ def cache_lengths(largest: int) -> tuple[int, ...]:
     sizes = buckets(min(SHORTEST_CACHE, largest), largest)
     halfway = (size + size // 2 for size in sizes)
     return tuple(sorted({*sizes, *(size for size in halfway if size < largest)}))
+
+
+def row_counts(num_slots: int) -> tuple[int, ...]:
+    """How many slots a dispatch may take: 1, 8, 64, ... and all. Each count is a program for every length of the cache."""
+    return (*itertools.takewhile(lambda count: count < num_slots, (8**power for power in itertools.count())), num_slots)
 
 
 def _bucket(size: int, sizes: Iterable[int]) -> int:
@@ -97,17 +105,28 @@ class Engine:
         if self.max_len < 2:
             raise ValueError(f"max_len must be at least 2, a prompt and a reply, got {self.max_len}")
         dtype = jnp.dtype(compute_dtype)
-        # Cast once: a cast inside the decoding loop would read the parameters in full precision every step.
-        params = jax.tree.map(lambda leaf: leaf.astype(dtype), params)
-        if mesh is not None:
-            params = jax.device_put(params, param_shardings(config, mesh))
-        self.params = device.split_layers(params, config=config)
         self.vocabulary = Vocabulary(tokenizer)
         self.prompt_buckets = buckets(min(SHORTEST_PROMPT, self.max_len), self.max_len)
         self.cache_buckets = cache_lengths(self.max_len)
+        # Slots that are spread over devices are not gathered from them.
+        self.row_buckets = row_counts(num_slots) if mesh is None or mesh.shape["data"] == 1 else (num_slots,)
         self.program = Program(config, dtype, self.cache_buckets[0], self.vocabulary.python_end, mesh)
         self._max_prefill_rows = min(max_prefill_rows, num_slots)
         self._compiled: set[tuple[Any, ...]] = set()  # for the log alone
+        self._take(params)
+
+    def _take(self, params: Params) -> None:
+        # Cast once: a cast inside the decoding loop would read the parameters in full precision every step.
+        params = jax.tree.map(lambda leaf: leaf.astype(self.program.dtype), params)
+        if self.program.mesh is not None:
+            params = jax.device_put(params, param_shardings(self.config, self.program.mesh))
+        self.params = device.split_layers(params, config=self.config)
+
+    def with_params(self, params: Params) -> "Engine":
+        """An engine like this one for other parameters of the model; nothing is compiled again."""
+        other = copy.copy(self)
+        other._take(params)
+        return other
 
     def budget(self, request: Request) -> int:
         """Tokens the request may generate: its `max_tokens`, or what the context leaves; ValueError as `generation`."""
@@ -156,7 +175,8 @@ class Engine:
         loop = EngineLoop(self)
         for size in self.cache_buckets:
             loop.resize(size)
-            loop.decode([])
+            for rows in self.row_buckets:
+                loop.decode([], rows=rows)
             loop.copy(0, 0)
         prompts = {bucket: [loop.prefill([(0,)] * rows, bucket) for rows in self.prefill_rows(bucket)][0][0]
                    for bucket in self.prompt_buckets}
@@ -193,7 +213,7 @@ class EngineLoop:
         self._slots: list[Generation | None] = [None] * engine.num_slots
         # The prompt, all but its last token, that a slot's first positions hold; also once its generation is done.
         self._held: list[tuple[int, ...]] = [()] * engine.num_slots
-        self.cache: Slots | None = None
+        self.cache = Slots((), ())  # none before the first sequence comes
 
     @property
     def num_active(self) -> int:
@@ -240,11 +260,11 @@ class EngineLoop:
         self._make_room()
         began = time.monotonic()
         short = self._slow and any(not generation.tokens for _, generation in active)
-        emitted, logprobs = self.decode(active, steps=1 if short else self._engine.steps_per_dispatch)
+        rows, emitted, logprobs = self.decode(active, steps=1 if short else self._engine.steps_per_dispatch)
         meanwhile()
         tokens, logs = np.asarray(emitted).tolist(), np.asarray(logprobs).tolist()  # waits for the device
-        for slot, generation in active:
-            self._accept(slot, generation, tokens[slot], logs[slot])
+        for row, (slot, generation) in zip(rows, active, strict=True):
+            self._accept(slot, generation, tokens[row], logs[row])
         # Never two short ones on end, or those who arrive would slow everyone down.
         self._slow = self._streaming and not short and time.monotonic() - began > FIRST_TOKEN_SECONDS
 
@@ -265,7 +285,7 @@ class EngineLoop:
     def resize(self, length: int) -> None:
         """Give every slot `length` positions, one of the engine's `cache_buckets`."""
         engine = self._engine
-        if self.cache is None:
+        if not self.cache.k:
             engine.log_compilation("new_slots", engine.num_slots, engine.cache_buckets[0])
             self.cache = device.new_slots(rows=engine.num_slots, length=engine.cache_buckets[0], program=engine.program)
         sizes = engine.cache_buckets
@@ -299,35 +319,54 @@ class EngineLoop:
         engine.log_compilation("copy", engine.num_slots, self.cache.length)
         self.cache = device.copy(self.cache, np.int32(source), np.int32(target), program=engine.program)
 
-    def decode(self, active: Sequence[tuple[int, Generation]], *, steps: int = 1) -> tuple[jax.Array, jax.Array]:
-        """Begin a dispatch for these (slot, generation); tokens [B, K], -1 where a slot rested, and log-probabilities."""
-        engine, size, most = self._engine, len(self._slots), self._engine.steps_per_dispatch
+    def decode(self, active: Sequence[tuple[int, Generation]], *, steps: int = 1, rows: int = 1
+               ) -> tuple[list[int], jax.Array, jax.Array]:
+        """Begin a dispatch of `rows` slots or more for these (slot, generation).
+
+        Returns the row of each in what follows: tokens [R, K], -1 where a slot rested, and their log-probabilities.
+        """
+        engine, most = self._engine, self._engine.steps_per_dispatch
+        rows = _bucket(max(rows, len(active)), engine.row_buckets)
+        taken = [slot for slot, _ in active]
+        idle = (slot for slot in range(engine.num_slots) if slot not in taken)
+        slots = sorted([*taken, *itertools.islice(idle, rows - len(taken))])
+        row_of = [slots.index(slot) for slot in taken]
         dispatch = Dispatch(
-            length=np.full(size, self.cache.length, np.int32),
-            previous=np.zeros(size, np.int32),
-            token=np.zeros(size, np.int32),
-            active=np.zeros(size, bool),
-            remaining=np.zeros(size, np.int32),
-            forced=np.zeros((size, most), np.int32),
-            num_forced=np.zeros(size, np.int32),
-            stop=np.full((size, len(engine.vocabulary.terminal) + MAX_STOP_TOKENS), -1, np.int32),
-            logprobs=np.zeros(size, bool),
-            sampling=self._sampling(active),
+            slot=np.asarray(slots, np.int32),
+            length=np.full(rows, self.cache.length, np.int32),
+            previous=np.zeros(rows, np.int32),
+            token=np.zeros(rows, np.int32),
+            active=np.zeros(rows, bool),
+            remaining=np.zeros(rows, np.int32),
+            forced=np.zeros((rows, most), np.int32),
+            num_forced=np.zeros(rows, np.int32),
+            stop=np.full((rows, len(engine.vocabulary.terminal) + MAX_STOP_TOKENS), -1, np.int32),
+            logprobs=np.zeros(rows, bool),
+            sampling=SamplingParams(
+                temperature=np.zeros(rows, np.float32),
+                top_k=np.zeros(rows, np.int32),
+                top_p=np.ones(rows, np.float32),
+                seed=np.zeros((rows, 2), np.uint32),
+            ),
             steps=np.int32(steps),
         )
-        for slot, generation in active:
-            dispatch.length[slot] = generation.length
-            dispatch.previous[slot], dispatch.token[slot] = generation.newest
-            dispatch.active[slot] = True
-            dispatch.remaining[slot] = generation.max_tokens - len(generation.tokens)
-            forced = list(generation.forced)[:most]
-            dispatch.forced[slot, : len(forced)] = forced
-            dispatch.num_forced[slot] = len(forced)
-            dispatch.stop[slot, : len(generation.stop_ids)] = generation.stop_ids
-            dispatch.logprobs[slot] = generation.request.logprobs
-        engine.log_compilation("decode", size, self.cache.length)
+        for row, (_, generation) in zip(row_of, active, strict=True):
+            request, forced = generation.request, list(generation.forced)[:most]
+            dispatch.length[row] = generation.length
+            dispatch.previous[row], dispatch.token[row] = generation.newest
+            dispatch.active[row] = True
+            dispatch.remaining[row] = generation.max_tokens - len(generation.tokens)
+            dispatch.forced[row, : len(forced)] = forced
+            dispatch.num_forced[row] = len(forced)
+            dispatch.stop[row, : len(generation.stop_ids)] = generation.stop_ids
+            dispatch.logprobs[row] = request.logprobs
+            dispatch.sampling.temperature[row] = request.temperature
+            dispatch.sampling.top_k[row] = min(request.top_k, engine.config.vocab_size)
+            dispatch.sampling.top_p[row] = request.top_p
+            dispatch.sampling.seed[row] = (request.seed >> 32 & 0xFFFFFFFF, request.seed & 0xFFFFFFFF)
+        engine.log_compilation("decode", rows, self.cache.length)
         self.cache, emitted, logprobs = device.decode(engine.params, self.cache, dispatch, program=engine.program)
-        return emitted, logprobs
+        return row_of, emitted, logprobs
 
     def _prefill(self, bucket: int, waiting: deque[tuple[tuple[int, ...], list[int]]]) -> None:
         """Prefill prompts of one padded length and put each into its slots."""
@@ -358,19 +397,3 @@ class EngineLoop:
             generation.error = error
         if generation.done:
             self._slots[slot] = None
-
-    def _sampling(self, active: Sequence[tuple[int, Generation]]) -> SamplingParams:
-        size = len(self._slots)
-        params = SamplingParams(
-            temperature=np.zeros(size, np.float32),
-            top_k=np.zeros(size, np.int32),
-            top_p=np.ones(size, np.float32),
-            seed=np.zeros((size, 2), np.uint32),
-        )
-        for slot, generation in active:
-            request = generation.request
-            params.temperature[slot] = request.temperature
-            params.top_k[slot] = min(request.top_k, self._engine.config.vocab_size)
-            params.top_p[slot] = request.top_p
-            params.seed[slot] = (request.seed >> 32 & 0xFFFFFFFF, request.seed & 0xFFFFFFFF)
-        return params

@@ -40,7 +40,7 @@ class SamplingParams(NamedTuple):
     seed: Array | np.ndarray
 
 
-def noise_for(seed: Array, position: Array, vocab_size: int) -> Array:
+def noise_for(seed: Array | np.ndarray, position: Array | np.ndarray, vocab_size: int) -> Array:
     """Gumbel noise [..., B, N] of the draws of rows with `seed` [B, 2], for tokens at `position` [..., B] of a sequence.
 
     For several steps at once, since for a few numbers a CPU takes as long. N is what any draw of `sample` needs.
@@ -131,7 +131,7 @@ def sample(logits: Array, params: SamplingParams, noise: Array, transform: Map =
     """
     vocab_size, rows = logits.shape
     top_k = jnp.where((params.top_k == 0) | (params.top_k > vocab_size), vocab_size, params.top_k)
-    random = params.temperature > MIN_TEMPERATURE
+    random = jnp.asarray(params.temperature > MIN_TEMPERATURE)
     whole = random & (top_k == vocab_size) & (params.top_p >= 1)
     temperature = jnp.where(random, params.temperature, 1.0)
 

@@ -34,7 +34,7 @@ class Handle:
         self._events: deque[str | ToolCall] = deque()
         self._outcome: Result | Exception | None = None
         self._cancelled = False
-        self._wake: Callable[[], None] | None = None
+        self._wake: Callable[[], object] | None = None
 
     def cancel(self) -> None:
         """Ask for an early end; the result, reason "cancelled", still comes. Nothing happens if it is over."""
@@ -53,6 +53,7 @@ class Handle:
             outcome = self._outcome
         if isinstance(outcome, Exception):
             raise outcome
+        assert outcome is not None  # it was waited for
         return outcome
 
     def events(self) -> Iterator[Event]:
@@ -229,7 +230,8 @@ class Scheduler:
     def _deliver(self) -> None:
         """Hand every caller what is new; forget those that are done."""
         for generation, handle in list(self._live.items()):
-            events, outcome = generation.take_events(), None
+            events = generation.take_events()
+            outcome: Result | Exception | None = None
             if generation.done:
                 del self._live[generation]
                 try:

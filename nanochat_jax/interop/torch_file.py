@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import IO, Any
 
 import ml_dtypes
 import numpy as np
@@ -62,7 +62,7 @@ def _refusing(path: Path) -> Iterator[None]:
 
 
 class _TensorUnpickler(pickle.Unpickler):
-    def __init__(self, file: BinaryIO, read: Callable[[str], bytes]) -> None:
+    def __init__(self, file: IO[bytes], read: Callable[[str], bytes]) -> None:
         super().__init__(file)
         self._read = read
 
@@ -114,10 +114,10 @@ def write_pt(path: Path, content: np.ndarray | Mapping[str, np.ndarray]) -> None
 
     Straight to `path`: a caller that may be interrupted writes to a directory aside and renames that.
     """
-    root, single = path.stem, isinstance(content, np.ndarray)
-    arrays = [content] if single else list(content.values())
+    root = path.stem
+    names, arrays = (None, [content]) if isinstance(content, np.ndarray) else (list(content), list(content.values()))
     with path.open("wb") as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
-        archive.writestr(f"{root}/data.pkl", _pickle(None if single else list(content), arrays))
+        archive.writestr(f"{root}/data.pkl", _pickle(names, arrays))
         archive.writestr(f"{root}/byteorder", "little")
         for key, array in enumerate(arrays):
             info = zipfile.ZipInfo(f"{root}/data/{key}")

@@ -37,8 +37,8 @@ async def read_json(request: web.Request) -> Any:
     """The body, which must say that it is JSON: a form of another site's page cannot."""
     if request.content_type != "application/json":
         raise BadRequest(422, f"the Content-Type must be application/json, not {request.content_type[:50]}")
-    if (request.content_length or 0) > MAX_BODY_BYTES:  # before a byte of it is read
-        raise web.HTTPRequestEntityTooLarge(max_size=MAX_BODY_BYTES, actual_size=request.content_length)
+    if (size := request.content_length or 0) > MAX_BODY_BYTES:  # before a byte of it is read
+        raise web.HTTPRequestEntityTooLarge(max_size=MAX_BODY_BYTES, actual_size=size)
     try:
         async with asyncio.timeout(BODY_SECONDS):
             data = await request.read()

@@ -30,13 +30,12 @@ def eval_tasks_for(data: str | None) -> list[str]:
     return list(OFFLINE_TASKS if data == "embedded" else UPSTREAM_TASKS)
 
 
-def load_eval_task(name: str, paths: Paths, split: Literal["train", "test"] = "test",
-                   max_problems: int | None = None) -> Task:
-    """The first `max_problems` (None: all) problems of a task of `EVAL_TASKS`, by its name or its key (`arc_easy`).
+def load_eval_task(name: str, paths: Paths, split: Literal["train", "test"] = "test") -> Task:
+    """A task of `EVAL_TASKS`, by its name or its key (`arc_easy`).
 
     Raises `UsageError` for an unknown name and `NotFound` if its data cannot be had.
     """
-    size = SYNTHETIC_SIZES.get(split, 0)
+    size = SYNTHETIC_SIZES[split]
     loaders: dict[str, Callable[[], Task]] = {
         "ARC-Easy": lambda: ARC(paths, "ARC-Easy", split),
         "ARC-Challenge": lambda: ARC(paths, "ARC-Challenge", split),
@@ -55,11 +54,7 @@ def load_eval_task(name: str, paths: Paths, split: Literal["train", "test"] = "t
         raise UsageError(f"unknown task {name!r}: expected one of {', '.join(EVAL_TASKS)}")
     if name == "HumanEval" and split != "test":
         raise UsageError(f"HumanEval has only the split test, not {split!r}")
-    if max_problems is not None and max_problems < 1:
-        raise UsageError(f"max_problems must be at least 1, got {max_problems}")
-    task = loaders[name]()
-    task.stop = max_problems
-    return task
+    return loaders[name]()
 
 
 def _plain(name: str) -> str:

@@ -1,7 +1,5 @@
 """ARC: science questions of school tests (Clark et al. 2018, arXiv:1803.05457)."""
 
-from typing import Any
-
 from nanochat_jax.paths import Paths
 from nanochat_jax.tasks.base import Conversation
 from nanochat_jax.tasks.multiple_choice import MultipleChoice, multiple_choice
@@ -10,9 +8,9 @@ from nanochat_jax.tasks.multiple_choice import MultipleChoice, multiple_choice
 class ARC(MultipleChoice):
     """`subset` is ARC-Easy or ARC-Challenge; some questions have 3 or 5 choices, or digits for letters."""
 
-    def __init__(self, paths: Paths, subset: str, split: str, **view: Any) -> None:
+    def __init__(self, paths: Paths, subset: str, split: str) -> None:
         self.key = subset.lower().replace("-", "_")
-        super().__init__(paths, "allenai/ai2_arc", subset, split, **view)
+        super().__init__(paths, "allenai/ai2_arc", subset, split)
 
     def get_example(self, index: int) -> Conversation:
         row = self.row(index)

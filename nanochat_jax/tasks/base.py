@@ -5,32 +5,29 @@ optional system message), content is a string or, of an assistant, a list of par
 "python_output", "text"}`. The last message of an evaluated conversation is the reference reply.
 """
 
+import copy
 import random
 from collections.abc import Iterator, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, Self
 
 Conversation = dict[str, Any]
 Part = dict[str, str]
 
 
 class Task:
-    """A view `start:stop:step` of `num_examples()` conversations.
+    """`num_examples()` conversations, or those of them that a `view` shows.
 
     A generative task judges the text of a reply; a categorical one asks for one of the letters in
     `conversation["letters"]`; a task without `eval_type` is only trained on.
     """
 
-    key: str | None = None  # name of its result, in snake case
+    key = ""  # name of its result, in snake case; of one that is only trained on empty
     eval_type: Literal["generative", "categorical"] | None = None
     baseline = 0.0  # accuracy of a guess
-
-    def __init__(self, *, start: int = 0, stop: int | None = None, step: int = 1) -> None:
-        if start < 0 or step < 1 or (stop is not None and stop < start):
-            raise ValueError(f"not a slice of a task: start {start}, stop {stop}, step {step}")
-        self.start, self.stop, self.step = start, stop, step
+    shown: range | None = None  # of a view: the indices of its conversations in the whole task
 
     def num_examples(self) -> int:
-        """Size of the whole task, of which this is a view."""
+        """Size of the whole task."""
         raise NotImplementedError
 
     def get_example(self, index: int) -> Conversation:
@@ -41,28 +38,32 @@ class Task:
         """Whether `completion` (the reply's text, or the chosen letter of a categorical task) is right."""
         raise TypeError(f"{type(self).__name__} is only for training, it cannot judge a reply")
 
+    def _indices(self) -> range:
+        return range(self.num_examples()) if self.shown is None else self.shown
+
     def __len__(self) -> int:
-        total = self.num_examples()
-        stop = total if self.stop is None else min(self.stop, total)
-        return max(0, -(-(stop - self.start) // self.step))
+        return len(self._indices())
 
     def __getitem__(self, index: int) -> Conversation:
-        if not 0 <= index < len(self):
-            raise IndexError(f"conversation {index} of {len(self)}")
-        return self.get_example(self.start + index * self.step)
+        return self.get_example(self._indices()[index])
+
+    def view(self, start: int | None = None, stop: int | None = None, step: int | None = None) -> Self:
+        """The conversations start:stop:step, as of a list."""
+        view = copy.copy(self)
+        view.shown = self._indices()[start:stop:step]
+        return view
 
     def __iter__(self) -> Iterator[Conversation]:
         return (self[i] for i in range(len(self)))
 
 
 class TaskMixture(Task):
-    """All conversations of several tasks in one fixed random order.
+    """All conversations of several tasks in one fixed random order; each is judged by its own task.
 
     `weights` says how often each task is there: 2.5 means all of it twice, and its first half once more. Default 1.
     """
 
     def __init__(self, tasks: Sequence[Task], weights: Sequence[float] | None = None) -> None:
-        super().__init__()
         self.tasks = list(tasks)
         counts = [round(w * len(task)) for task, w in zip(tasks, weights or [1] * len(tasks), strict=True)]
         self.order = [(t, i % len(self.tasks[t])) for t, count in enumerate(counts) for i in range(count)]
@@ -73,7 +74,10 @@ class TaskMixture(Task):
 
     def get_example(self, index: int) -> Conversation:
         task, i = self.order[index]
-        return self.tasks[task][i]
+        return self.tasks[task][i] | {"task": task}
+
+    def evaluate(self, conversation: Conversation, completion: str) -> bool:
+        return self.tasks[conversation["task"]].evaluate(conversation, completion)
 
 
 def user(content: str) -> dict[str, str]:

@@ -91,8 +91,7 @@ def load_conversations(path: Path) -> tuple[tuple[str, ...], ...]:
 class ChitChat(Task):
     """Small talk between two people, the first of whom is the user; a tenth of the conversations is the test split."""
 
-    def __init__(self, split: Split, **view: Any) -> None:
-        super().__init__(**view)
+    def __init__(self, split: Split) -> None:
         conversations = load_conversations(package_dir("chitchat_dataset", "chitchat-dataset") / "dataset.json")
         self.conversations = [turns for turns in conversations if split_of("\n".join(turns)) == split]
 

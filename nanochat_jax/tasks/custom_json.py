@@ -25,8 +25,7 @@ class CustomJSON(Task):
     or the rest ("test"), by a hash of each.
     """
 
-    def __init__(self, path: Path, *, split: Literal["train", "test"] | None = None, **view: Any) -> None:
-        super().__init__(**view)
+    def __init__(self, path: Path, *, split: Literal["train", "test"] | None = None) -> None:
         self.path = Path(path)
         self.key = self.path.stem.lower().replace("-", "_").replace(" ", "_")
         try:

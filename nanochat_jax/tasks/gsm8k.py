@@ -4,7 +4,6 @@ A solution holds the calculator's calls as `<<12*3=36>>` and ends in `#### 36`.
 """
 
 import re
-from typing import Any
 
 from nanochat_jax.paths import Paths
 from nanochat_jax.tasks.base import Conversation, Part, assistant, python, python_output, text, user
@@ -46,8 +45,8 @@ class GSM8K(HubTask):
     key = "gsm8k"
     eval_type = "generative"
 
-    def __init__(self, paths: Paths, split: str, *, subset: str = "main", **view: Any) -> None:
-        super().__init__(paths, "openai/gsm8k", subset, split, **view)
+    def __init__(self, paths: Paths, split: str, *, subset: str = "main") -> None:
+        super().__init__(paths, "openai/gsm8k", subset, split)
 
     def get_example(self, index: int) -> Conversation:
         row = self.row(index)

@@ -96,8 +96,7 @@ def _check_parquet(path: Path) -> None:
 class HubTask(Task):
     """A task whose conversations are the rows of one split, in upstream's order: shuffled with seed 42."""
 
-    def __init__(self, paths: Paths, repo: str, subset: str, split: str, **view: Any) -> None:
-        super().__init__(**view)
+    def __init__(self, paths: Paths, repo: str, subset: str, split: str) -> None:
         self.table = load_split(paths, repo, subset, split)
         # The order of `datasets.Dataset.shuffle(seed=42)`.
         self.order = np.random.default_rng(SHUFFLE_SEED).permutation(self.table.num_rows)

@@ -1,7 +1,6 @@
 """HumanEval: Python functions from their docstrings, judged by running tests (Chen et al. 2021, arXiv:2107.03374)."""
 
 import re
-from typing import Any
 
 from nanochat_jax.execution import execute_code
 from nanochat_jax.paths import Paths
@@ -37,8 +36,8 @@ class HumanEval(HubTask):
     key = "humaneval"
     eval_type = "generative"
 
-    def __init__(self, paths: Paths, **view: Any) -> None:
-        super().__init__(paths, "openai/openai_humaneval", "openai_humaneval", "test", **view)
+    def __init__(self, paths: Paths) -> None:
+        super().__init__(paths, "openai/openai_humaneval", "openai_humaneval", "test")
 
     def get_example(self, index: int) -> Conversation:
         row = self.row(index)

@@ -34,7 +34,6 @@ class Chained(Task):
     """One to three conversations of a task at a time, one after the other in one: a chat goes on after its first reply."""
 
     def __init__(self, task: Task) -> None:
-        super().__init__()
         self.task, self.starts = task, []
         rng, start = random.Random(42), 0
         while start < len(task):
@@ -55,7 +54,8 @@ def offline_mixture(stage: Stage, split: Split, paths: Paths) -> Task:
     Needs the embedded corpus (for its word list) and the packages of the extra `offline`.
     """
     sizes = OFFLINE_SIZES[stage] if split == "train" else dict.fromkeys(OFFLINE_SIZES[stage], OFFLINE_VAL_SIZE)
-    words, part = load_words(paths.data("embedded")), "train" if split == "train" else "test"
+    words = load_words(paths.data("embedded"))
+    part: Literal["train", "test"] = "train" if split == "train" else "test"
     return Chained(TaskMixture([
         ChitChat(part),
         Arithmetic(part, sizes["arithmetic"]),
@@ -117,10 +117,13 @@ def named_mixture(named: str, paths: Paths, split: Literal["train", "test"] = "t
         "SpellingBee": lambda: SpellingBee(load_words_alpha(paths.base), split, size=80_000),
         "ChitChat": lambda: ChitChat(split),
     }
-    chosen, weights = [], []
+    chosen: list[Task] = []
+    weights = []
     for entry in map(str.strip, named.split(",")):
         # A colon with anything but a number after it is part of a path.
-        name, sign, number = re.fullmatch(r"(.*?)(?:([*:])((?<=\*)[^*]*|[\d.eE+-]+))?", entry).groups()
+        matched = re.fullmatch(r"(?s)(.*?)(?:([*:])((?<=\*)[^*]*|[\d.eE+-]+))?", entry)
+        assert matched is not None
+        name, sign, number = matched.groups()
         try:
             weight = float(number) if sign else 1.0
             if not 0 < weight < 1e9:

@@ -12,7 +12,7 @@ import random
 import re
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from nanochat_jax.cli import NotFound
 from nanochat_jax.tasks.base import Conversation, Task, assistant, python, python_output, text, user
@@ -51,8 +51,7 @@ class Skill(Task):
 
     eval_type: Literal["generative"] | None = "generative"
 
-    def __init__(self, split: Split, size: int, **view: Any) -> None:
-        super().__init__(**view)
+    def __init__(self, split: Split, size: int) -> None:
         if split not in ("train", "test"):
             raise ValueError(f"split must be train or test, got {split!r}")
         self.split, self.size = split, size
@@ -145,8 +144,8 @@ class WordArithmetic(Arithmetic):
 class WordSkill(Skill):
     """A skill about one word of a list."""
 
-    def __init__(self, split: Split, size: int, words: Sequence[str], **view: Any) -> None:
-        super().__init__(split, size, **view)
+    def __init__(self, split: Split, size: int, words: Sequence[str]) -> None:
+        super().__init__(split, size)
         self.words = [word for word in words if split_of(word) == split]
         if not self.words:
             raise ValueError(f"none of the {len(words)} words given is of the split {split}")

@@ -1,7 +1,5 @@
 """SmolTalk: synthetic conversations about everything (Allal et al. 2025, arXiv:2502.02737)."""
 
-from typing import Any
-
 from nanochat_jax.paths import Paths
 from nanochat_jax.tasks.base import Conversation
 from nanochat_jax.tasks.hub import HubTask
@@ -10,8 +8,8 @@ from nanochat_jax.tasks.hub import HubTask
 class SmolTalk(HubTask):
     """The version for small models: 460K conversations of the train split, 24K of the test split."""
 
-    def __init__(self, paths: Paths, split: str, **view: Any) -> None:
-        super().__init__(paths, "HuggingFaceTB/smol-smoltalk", "default", split, **view)
+    def __init__(self, paths: Paths, split: str) -> None:
+        super().__init__(paths, "HuggingFaceTB/smol-smoltalk", "default", split)
 
     def get_example(self, index: int) -> Conversation:
         return {"messages": self.row(index)["messages"]}
