@@ -10,6 +10,7 @@ import itertools
 import json
 import os
 import secrets
+import shlex
 import signal
 import subprocess
 import sys
@@ -51,7 +52,7 @@ class Stage:
         return [sys.executable, "-m", self.module, *self.args, *self.placement, *more]
 
     def text(self) -> str:
-        return " ".join(["python", *self.command()[1:]])
+        return shlex.join(["python", *self.command()[1:]])
 
 
 @dataclass(frozen=True, kw_only=True)

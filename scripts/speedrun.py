@@ -29,8 +29,8 @@ CPU_BASE = dict(head_dim=64, max_seq_len=256, window_pattern="L", packing="strea
 CPU_MID = dict(total_batch_size=4096, num_iterations=250, init_lr_frac=0.5, warmdown_ratio=0.5, eval_every=80,
                eval_tokens=16384)
 CPU_SFT = dict(total_batch_size=4096, num_iterations=60, init_lr_frac=0.3, eval_every=30, eval_tokens=16384)
-CPU_RL = dict(task="WordArithmetic", num_iterations=36, examples_per_step=32, num_samples=16, device_batch_size=16,
-              num_slots=128, max_new_tokens=40, init_lr_frac=0.03, eval_every=12, eval_examples=128, save_every=12)
+CPU_RL = dict(task="WordArithmetic|Spelling", num_iterations=36, examples_per_step=32, num_samples=16, device_batch_size=16,
+              num_slots=128, max_new_tokens=40, init_lr_frac=0.06, eval_every=12, eval_examples=128, save_every=12)
 CPU_DEVICE_BATCH = 16
 
 # Of the dial. One pass over each mixture (tasks/mixtures.py); how many steps that is, the stage counts when it starts.
@@ -170,7 +170,7 @@ def plan_stages(config: SpeedrunConfig, machine: Machine, wandb_run: str, on_dis
             Stage(name="chat_rl", module="scripts.chat_rl", args=chosen + as_flags(**rl), produces=True,
                   checkpoints=f"{CHECKPOINT_DIRS['rl']}/{tag}",
                   placement=placed + as_flags(**saving, run=wandb_run), seconds=300 if small else 0,
-                  note="word problems, answered through the calculator" if small else "GSM8K"),
+                  note="word problems, answered through the calculator, and spelling" if small else "GSM8K"),
             Stage(name="chat_eval_rl", module="scripts.chat_eval", args=("-i", "rl", *chosen, *as_flags(**problems)),
                   placement=placed, seconds=30 if small else 0),
         ]
