@@ -51,7 +51,7 @@ EXAMPLE = {"messages": [
 class TourConfig:
     source: str = flag("sft", "stage whose model is shown", short="-i", choices=[*CHECKPOINT_DIRS])
     model_tag: str | None = flag(None, "model tag; the largest d<depth> if not given", short="-g")
-    prompt: str = flag("Do you have any hobbies?", "question whose answer is watched", short="-p")
+    prompt: str = flag("How are you today?", "question whose answer is watched", short="-p")
     layer: int | None = flag(None, "layer of the head that is shown, from 0; default the one that looks back sharpest")
     head: int | None = flag(None, "the head, from 0 (with --layer)")
     grid: int = flag(13, "points of each axis of the landscape")
@@ -177,8 +177,8 @@ def draw_masks(axes: Axes, tokens: list[str], mask: list[int], per_line: int = 9
 
 def draw_attention(axes: Axes, tokens: list[str], weights: Array, layer: int, head: int) -> None:
     image = axes.imshow(weights, cmap="magma_r", norm=PowerNorm(0.5, 0, 1))
-    axes.set_xticks(range(len(tokens)), tokens, rotation=90, family="monospace", fontsize=6.5)
-    axes.set_yticks(range(len(tokens)), tokens, family="monospace", fontsize=6.5)
+    axes.set_xticks(range(len(tokens)), tokens, rotation=90, family="monospace", fontsize=6)
+    axes.set_yticks(range(len(tokens)), tokens, family="monospace", fontsize=6)
     axes.set(title=f"Where head {head} of layer {layer} looks", ylabel="from each token", xlabel="back to which")
     axes.figure.colorbar(image, ax=axes, shrink=0.8, label="weight")
 
@@ -248,8 +248,8 @@ def main(config: TourConfig) -> None:
                              "axes.labelcolor": INK, "axes.titlecolor": INK,
                              "axes.spines.top": False, "axes.spines.right": False}
     with plt.rc_context(style):
-        figure = plt.figure(figsize=(13, 12), layout="constrained")
-        grid = figure.add_gridspec(3, 2, height_ratios=[0.6, 3.4, 1.9])
+        figure = plt.figure(figsize=(13, 11), layout="constrained")
+        grid = figure.add_gridspec(3, 2, height_ratios=[0.65, 3.3, 1.7])
         figure.suptitle(f"{model.source} model, step {model.step}: {model.config.n_layer} layers, "
                         f"{model.config.num_params / 1e6:.1f}M parameters", fontsize=14, fontweight="bold")
         tokens = pieces(model, ids)

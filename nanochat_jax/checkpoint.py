@@ -37,6 +37,8 @@ from nanochat_jax.sharding import abstract_tree, barrier, gather_json, make_mesh
 from nanochat_jax.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
+# Orbax warns of every directory that it is told to read only, in a notebook too.
+logging.getLogger("absl").addFilter(lambda record: "is read only" not in record.getMessage())
 
 CHECKSUMS = "checksums"  # its key in the state
 
