@@ -98,8 +98,11 @@ def rotary_tables(positions: Array, head_dim: int, base: float, dtype: str) -> t
 
 def apply_rotary(x: Array, cos: Array, sin: Array) -> Array:
     """Rotary embedding (Su et al., 2021) of x [B, T, H, h], halves layout, turning by the negative angle as upstream."""
-    swapped = _swap_halves(x)
-    return (x.astype(jnp.float32) * cos + swapped.astype(jnp.float32) * sin).astype(x.dtype)
+    if x.shape[1] == 1:  # decoding, where the number of operations counts and not what they move
+        half = x.shape[-1] // 2
+        (x1, x2), cos, sin = jnp.split(x.astype(jnp.float32), 2, axis=-1), cos[..., :half], sin[..., :half]
+        return jnp.concatenate([x1 * cos + x2 * sin, x2 * cos - x1 * sin], axis=-1).astype(x.dtype)
+    return (x.astype(jnp.float32) * cos + _swap_halves(x).astype(jnp.float32) * sin).astype(x.dtype)
 
 
 def _swap_halves(x: Array) -> Array:

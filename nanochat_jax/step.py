@@ -196,7 +196,7 @@ def estimate_memory(config: GPTConfig, rows: int, *, data: int, model: int = 1, 
     optimizer = (4 * matrices + 8 * tables + 24 * matrices) / (data * model)  # and what Muon works on
     whole = 2 * 4 * config.padded_vocab_size * config.n_embd if fsdp else 0  # tables that were gathered to be used
     hidden = 2 * rows * config.sequence_len * config.n_embd
-    kept = {"none": 34 * config.n_layer, "elementwise": 10 * config.n_layer + 110, "block": config.n_layer + 110,
+    kept = {"none": 34 * config.n_layer, "elementwise": 14 * config.n_layer + 110, "block": config.n_layer + 110,
             "full": 3 * math.isqrt(config.n_layer) + 110}[remat]
     return weights / ways + optimizer + whole + hidden * kept + 3 * 4 * CHUNK_ELEMENTS
 
@@ -205,14 +205,14 @@ def choose_memory(config: GPTConfig, mesh: Mesh, *, rows: int | str | None, rema
                   step_rows: int = 2**30) -> tuple[int | str, str, bool]:
     """(rows per device, remat, fsdp): where one is not given ("auto", None), the fastest choice that `limit` bytes should hold.
 
-    Nothing is recomputed if 32 rows then fit. Else "elementwise", which costs no products, with 32, 16 or 8 rows (gradients are
-    added up once for each such batch); parameters are sharded rather than rows given up. Then "block", a third more products,
-    in the same way, and "full", which recomputes twice. Without a limit: 32 rows, nothing recomputed, nothing sharded.
+    Nothing is recomputed if 32 rows then fit. Else "elementwise", which costs no products, with 32, 16 or 8 rows; sharded, as
+    adding up whole gradients for each such batch costs more traffic than gathering. Then "block", a third more products, sharded
+    rather than with fewer rows, and "full", which recomputes twice. Without a limit: 32 rows, nothing recomputed or sharded.
     `step_rows` is how many rows of a step a device gets in all.
     """
     sizes = [rows if isinstance(rows, int) else 8] if rows else [32, 16, 8]
     choices = [("none", False, sizes[0])]
-    choices += [("elementwise", spread, size) for size in sizes for spread in (False, True)]
+    choices += [("elementwise", True, size) for size in sizes]
     choices += [(saving, spread, size) for size in sizes for saving, spread in (("block", False), ("block", True))]
     choices += [("full", True, sizes[-1])]
     for saving, spread, size in choices:

@@ -156,7 +156,7 @@ def test_what_memory_asks_for_is_chosen_and_what_is_given_is_kept():
     chosen = functools.partial(choose_memory, config, mesh, remat="auto")
     assert chosen(rows=None, fsdp=None, limit=None) == (32, "none", False)
     assert chosen(rows=None, fsdp=None, limit=2**40) == (32, "none", False)
-    assert chosen(rows=None, fsdp=None, limit=40 * 2**30) == (16, "elementwise", False)
+    assert chosen(rows=None, fsdp=None, limit=40 * 2**30) == (16, "elementwise", True)
     rows, remat, fsdp = chosen(rows=None, fsdp=None, limit=12 * 2**30)
     assert fsdp and remat == "block" and rows >= 8
     assert choose_memory(config, mesh, rows=4, remat="none", fsdp=False, limit=2**30) == (4, "none", False)
