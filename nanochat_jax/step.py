@@ -207,7 +207,8 @@ def choose_memory(config: GPTConfig, mesh: Mesh, *, rows: int | str | None, rema
 
     Nothing is recomputed if 32 rows then fit. Else "elementwise", which costs no products, with 32, 16 or 8 rows; sharded, as
     adding up whole gradients for each such batch costs more traffic than gathering. Then "block", a third more products,
-    sharded rather than with fewer rows, and "full", which recomputes twice. Without a limit: 32 rows, nothing recomputed or sharded.
+    sharded rather than with fewer rows, and "full", which recomputes twice. Without a limit: 32 rows, nothing recomputed
+    or sharded.
     `step_rows` is how many rows of a step a device gets in all.
     """
     sizes = [rows if isinstance(rows, int) else 8] if rows else [32, 16, 8]
