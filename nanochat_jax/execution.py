@@ -70,12 +70,17 @@ def execute_code(code: str, timeout: float = 5.0, memory_bytes: int = 256 << 20)
 
 
 def _run(directory: str, timeout: float, memory_bytes: int) -> ExecutionResult:
-    # What it writes goes to files: the limit on the size of a file holds for them too, and nobody need read along.
-    with TemporaryFile() as out, TemporaryFile() as err, TemporaryFile() as status:
+    # What it prints goes to files: the limit on the size of a file holds for them too, and nobody need read along. How it
+    # is confined, and that it finished, comes through a pipe: what is in one cannot be taken back.
+    status, status_end = os.pipe()
+    with TemporaryFile() as out, TemporaryFile() as err, open(status, "rb", buffering=0) as told:
         command = [sys.executable, "-I", "-S", "-B", "-X", "utf8", str(CHILD)]
-        command += [str(memory_bytes), str(math.ceil(timeout) + 1), str(status.fileno())]
-        process = subprocess.Popen(command, cwd=directory, env={}, stdin=subprocess.DEVNULL, stdout=out, stderr=err,
-                                   pass_fds=(status.fileno(),), start_new_session=True)
+        command += [str(memory_bytes), str(math.ceil(timeout) + 1), str(status_end)]
+        try:
+            process = subprocess.Popen(command, cwd=directory, env={}, stdin=subprocess.DEVNULL, stdout=out, stderr=err,
+                                       pass_fds=(status_end,), start_new_session=True)
+        finally:
+            os.close(status_end)
         timed_out = False
         try:
             process.wait(timeout)
@@ -86,9 +91,10 @@ def _run(directory: str, timeout: float, memory_bytes: int) -> ExecutionResult:
             process.wait()
         stdout = os.pread(out.fileno(), MAX_OUTPUT_BYTES, 0)
         stderr = os.pread(err.fileno(), MAX_OUTPUT_BYTES, max(0, os.fstat(err.fileno()).st_size - MAX_OUTPUT_BYTES))
-        told = os.pread(status.fileno(), MAX_OUTPUT_BYTES, 0)
+        os.set_blocking(status, False)  # a process that got away could hold the other end
+        record = told.read(MAX_OUTPUT_BYTES) or b""
 
-    measures, _, end = told.decode("utf-8", "replace").partition("\n")
+    measures, _, end = record.decode("utf-8", "replace").partition("\n")
     lines = stderr.strip().splitlines()
     memory_exceeded = bool(lines) and lines[-1].startswith(b"MemoryError")
     success = not timed_out and process.returncode == 0 and end == "finished\n"

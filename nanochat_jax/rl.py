@@ -87,8 +87,10 @@ class PolicyBatch(NamedTuple):
     weights: np.ndarray  # [N, T] float32
 
 
-def policy_batches(groups: Sequence[Sequence[Rollout]], *, pass_rows: int, micro_rows: int) -> Iterator[PolicyBatch]:
-    """The rows of E groups of S rollouts that something is learned from, `micro_rows` at a time, short ones first.
+def policy_batches(groups: Sequence[Sequence[Rollout]], *, pass_rows: int, micro_rows: int, unit: int = 32
+                   ) -> Iterator[PolicyBatch]:
+    """The rows of E groups of S rollouts that something is learned from, `micro_rows` at a time, short ones first; their
+    length is a multiple of `unit`.
 
     Upstream's loss, the mean over passes of -sum(log p * advantage) / max(1, trained tokens of the pass), where a pass
     is `pass_rows` rollouts of one prompt. As a weight per token it does not depend on the micro-batches, and replies of
@@ -104,7 +106,7 @@ def policy_batches(groups: Sequence[Sequence[Rollout]], *, pass_rows: int, micro
     order = sorted(np.flatnonzero(weight), key=lambda i: len(rollouts[i].tokens))
     for start in range(0, len(order), micro_rows):
         chosen = order[start : start + micro_rows]
-        length = bucket(len(rollouts[chosen[-1]].tokens) - 1)
+        length = bucket(len(rollouts[chosen[-1]].tokens) - 1, unit)
         inputs, targets = np.zeros((micro_rows, length), np.int32), np.full((micro_rows, length), -1, np.int32)
         weights = np.zeros((micro_rows, length), np.float32)
         for row, index in enumerate(chosen):

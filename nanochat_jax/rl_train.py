@@ -21,6 +21,7 @@ from nanochat_jax.finetune import ContinueConfig
 from nanochat_jax.gpt import Params
 from nanochat_jax.infer.engine import Engine
 from nanochat_jax.infer.request import Request
+from nanochat_jax.kernels import LANES, choose_attention
 from nanochat_jax.optim import constant, trapezoid
 from nanochat_jax.paths import Paths
 from nanochat_jax.rl import (
@@ -147,6 +148,9 @@ def reinforce(config: ChatRLConfig) -> None:
     state, shardings = init_state(model, optimizer, mesh, fsdp=fsdp, seed=config.seed, params=params)
     step_fn = make_policy_step(model, optimizer, dtype=dtype, mesh=mesh, shardings=shardings, remat=remat,
                                attention=config.attention)
+    unit = LANES if config.attention == "splash" else 32
+    # A kernel that cannot run is refused before anything is deleted or sampled.
+    choose_attention(config.attention, mesh=mesh, dtype=dtype, length=unit, head_dim=model.head_dim)
     sampler = Sampler(config, loaded, dtype, mesh)
     micro_rows = config.device_batch_size * data_size(mesh)
     log.info("chat_rl: %s, %d problems, %d steps of %d x %d replies, mesh %s, %s", name, len(task), num_steps,
@@ -160,7 +164,7 @@ def reinforce(config: ChatRLConfig) -> None:
 
     def learn(state: TrainState, sampled: tuple[list[list[Rollout]], float]) -> tuple[TrainState, dict[str, float]]:
         (groups, rollout_seconds), began = sampled, time.monotonic()
-        batches = policy_batches(groups, pass_rows=config.device_batch_size, micro_rows=micro_rows)
+        batches = policy_batches(groups, pass_rows=config.device_batch_size, micro_rows=micro_rows, unit=unit)
         state, metrics = step_fn(state, (jax.tree.map(partial(spread_rows, mesh), batch) for batch in batches))
         figures = statistics(groups) | {key: float(value) for key, value in metrics.items()}  # waits for the device
         return state, figures | {"rollout_seconds": rollout_seconds, "train_seconds": time.monotonic() - began}

@@ -308,7 +308,7 @@ def train(job: Job, state: TrainState, shardings: TrainState, step_fn: Any, batc
         restored = _restore(job, checkpoints, state, shardings) if config.resuming else None
         start = 0
         if restored is not None:
-            start, loop = restored.step, restored.state["loop"]
+            start, loop = restored.step, loop | restored.state.get("loop", {})
             state = TrainState(restored.params, restored.optimizer)
             if batches:
                 batches.set_state(restored.state["position"])

@@ -38,7 +38,7 @@ class ChatEvalConfig(ModelFlags, Processes):
     num_samples: int = flag(1, "replies per problem; one that is right passes", short="-n", at_least=1)
     top_k: int = flag(50, "sample among the k likeliest tokens; 0: all", short="-k")
     batch_size: int = flag(32, "replies in flight per device, and multiple-choice prompts of a batch", short="-b", at_least=1)
-    max_problems: int | None = flag(None, "problems of each task; default all", short="-x")
+    max_problems: int | None = flag(None, "problems of each task; default all", short="-x", at_least=1)
     mesh: str = flag("auto", "devices as DxM: D-way data and M-way tensor parallelism")
 
     def __post_init__(self) -> None:

@@ -20,7 +20,6 @@ from nanochat_jax.paths import CHECKPOINT_DIRS, Paths
 from nanochat_jax.pretrained import load_engine
 from nanochat_jax.serve import server
 from nanochat_jax.serve.chat_request import BadRequest, Sampling, check
-from nanochat_jax.serve.openai_api import MAX_CHOICES
 from nanochat_jax.sharding import make_mesh
 from nanochat_jax.startup import PLATFORMS, ModelFlags, start
 
@@ -37,7 +36,7 @@ class Config(ModelFlags):
     top_k: int = flag(50, "top-k where a request has none; 0 keeps all tokens", short="-k")
     max_tokens: int = flag(512, "longest reply in tokens where a request does not say", short="-m")
     slots: int = flag(8, "replies that are generated at the same time; more wait in a queue", at_least=1)
-    max_queue: int = flag(64, "requests that may wait for a slot; more are told to try again", at_least=MAX_CHOICES)
+    max_queue: int = flag(64, "requests that may wait for a slot; more are told to try again", at_least=1)
     timeout: float = flag(600.0, "seconds that a reply may take, its time in the queue included")
     grace: float = flag(10.0, "seconds that replies in flight are given when the server is told to stop", at_least=0)
     api_key: str | None = flag(None, f"key that clients must send; {API_KEY_VARIABLE} keeps it out of `ps`")

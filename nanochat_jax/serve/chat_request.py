@@ -18,12 +18,13 @@ from nanochat_jax.chat import render_message
 from nanochat_jax.tokenizer import Tokenizer, without_surrogates
 
 MAX_MESSAGES = 500
+MAX_PARTS = 1000  # of a message
 MAX_MESSAGE_CHARS = 8000
 MAX_TOTAL_CHARS = 32000
 MAX_DETAIL_CHARS = 300
 # Mistakes of a value, by pydantic's names; all others are of a type.
 LIMITS = {"greater_than", "greater_than_equal", "less_than_equal", "finite_number", "too_short", "too_long",
-          "string_too_short", "string_too_long", "union_tag_invalid", "value_error"}
+          "string_too_short", "string_too_long", "value_error"}
 TAGS = {"user", "assistant", "str", "list"}  # of unions: no names of fields
 
 
@@ -88,12 +89,14 @@ class UserMessage(Strict):
 
 class AssistantMessage(Strict):
     role: Literal["assistant"]
-    content: Annotated[Annotated[Text, Tag("str")] | Annotated[list[Part], Field(min_length=1), Tag("list")], text_or_parts]
+    content: Annotated[Annotated[Text, Tag("str")]
+                       | Annotated[list[Part], Field(min_length=1, max_length=MAX_PARTS, fail_fast=True), Tag("list")],
+                       text_or_parts]
 
 
 class ChatRequest(Asked):
     messages: Annotated[list[Annotated[UserMessage | AssistantMessage, Field(discriminator="role")]],
-                        Field(min_length=1, max_length=MAX_MESSAGES)]
+                        Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]  # or a body could hold many errors
 
     @model_validator(mode="after")
     def _within_limits(self) -> "ChatRequest":
@@ -116,8 +119,10 @@ def check(model: type[M], body: Any) -> M:
     except ValidationError as error:
         found = error.errors(include_url=False)[0]
     value, where = found["input"], ".".join(str(step) for step in found["loc"] if step not in TAGS)
-    known = isinstance(value, str) if found["type"] == "literal_error" else found["type"] in LIMITS
-    text = str(found["ctx"]["error"]) if found["type"] == "value_error" else f"{where or 'the body'}: {found['msg']}"
+    chosen = value.get("role") if found["type"] == "union_tag_invalid" else value
+    known = isinstance(chosen, str) if found["type"] in ("literal_error", "union_tag_invalid") else found["type"] in LIMITS
+    said = "Input should be an object" if found["type"] == "model_type" else found["msg"]
+    text = str(found["ctx"]["error"]) if found["type"] == "value_error" else f"{where or 'the body'}: {said}"
     shown = f", got {value!r}" if isinstance(value, int | float) or isinstance(value, str) and len(value) < 50 else ""
     raise BadRequest(400 if known else 422, text + shown, param=where or None)
 

@@ -20,6 +20,8 @@ from pydantic import BeforeValidator, Field, Tag
 from nanochat_jax.infer.request import Request, Result
 from nanochat_jax.serve.access import error_body, read_json
 from nanochat_jax.serve.chat_request import (
+    MAX_MESSAGES,
+    MAX_PARTS,
     MAX_TOTAL_CHARS,
     Asked,
     BadRequest,
@@ -57,7 +59,9 @@ class TextPart(Strict):
 
 class Message(Strict):
     role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[Annotated[Text, Tag("str")] | Annotated[list[TextPart], Field(min_length=1), Tag("list")], text_or_parts]
+    content: Annotated[Annotated[Text, Tag("str")]
+                       | Annotated[list[TextPart], Field(min_length=1, max_length=MAX_PARTS, fail_fast=True), Tag("list")],
+                       text_or_parts]
     tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
 
     @property
@@ -71,7 +75,7 @@ class StreamOptions(Strict):
 
 class CompletionRequest(Asked):
     model: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1)]
+    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
     max_completion_tokens: MaxTokens | None = None  # the newer name of max_tokens
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES), Whole] | None = None
@@ -108,6 +112,9 @@ def parse(body: Any, model: str) -> CompletionRequest:
     for name, harmless in UNSUPPORTED.items() if isinstance(body, dict) else ():
         if body.get(name) is not None and body[name] not in harmless:
             raise BadRequest(400, f"{name} is not supported by this server", param=name, code="unsupported_parameter")
+    messages = body.get("messages") if isinstance(body, dict) else None
+    if any(isinstance(each, dict) and each.get("tool_calls") for each in (messages if isinstance(messages, list) else ())):
+        raise BadRequest(400, "tool_calls are not supported by this server", param="messages", code="unsupported_parameter")
     asked = check(CompletionRequest, body)
     _check_model(model if asked.model is None else asked.model, model)
     return asked

@@ -16,6 +16,7 @@ with Retry-After when the queue is full.
 
 import asyncio
 import logging
+import os
 import secrets
 import socket
 import time
@@ -124,11 +125,13 @@ def bind(host: str, port: int) -> socket.socket:
 
     Made before the model is loaded, so that a taken port is known at once; early clients wait.
     """
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
     try:
-        sock = socket.create_server((host, port), family=family, backlog=128)
-    except OSError as error:  # in use, not for this user, or not of this machine
-        raise UsageError(f"cannot listen on --host {host} --port {port}, choose others: {error.strerror}") from error
+        family = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0][0]
+        both = host == "::" and socket.has_dualstack_ipv6()
+        sock = socket.create_server((host, port), family=family, backlog=128, dualstack_ipv6=both)
+    except OSError as error:  # in use, not for this user, not of this machine, or no address
+        reason = error.strerror if isinstance(error, socket.gaierror) else os.strerror(error.errno or 0)
+        raise UsageError(f"cannot listen on --host {host} --port {port}, choose others: {reason}") from error
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)  # connections inherit these
     if hasattr(socket, "TCP_USER_TIMEOUT"):
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNREAD_SECONDS * 1000)
