@@ -56,7 +56,8 @@ def test_only_products_and_attention_are_kept_from_being_recomputed():
         total = lambda params: forward(params, tokens, config=config, remat=remat)[0].sum()  # noqa: E731
         return jaxpr_flops(jax.make_jaxpr(jax.grad(total))(abstract_params(config)), config)
 
-    assert flops("elementwise") == flops("none") < 0.85 * flops("block")
+    swaps = 2 * 2 * 2 * 64 * 128**2  # of halves, in rotary embeddings: of q and k in two layers, as a TPU does it
+    assert flops("elementwise") == flops("none") + swaps < 0.85 * flops("block")
 
 
 def compiled_text(f, *arguments):
