@@ -208,18 +208,19 @@ async function reply() {
   draw();
   toBottom();
   $("status").textContent = "nanochat is writing";
-  let [pieces, first, last, kept] = [0, 0, 0, performance.now()];
+  const began = performance.now();
+  let [pieces, kept] = [0, began];
   try {
     for await (const event of complete(asked, sampling(), controller.signal)) {
       if ("dropped" in event) {
         turn.dropped = event.dropped;
         continue;
       }
-      last = performance.now();
-      if (!pieces++) first = last;
+      pieces++;
       take(own, turn, event);
-      if (last - kept > 1000) { // a page that is closed loses a second at most
-        kept = last;
+      const now = performance.now();
+      if (now - kept > 1000) { // a page that is closed loses a second at most
+        kept = now;
         store.save(own);
       }
     }
@@ -229,7 +230,7 @@ async function reply() {
     turn.error = error.message;
     if (error.status === 0) watchServer();
   }
-  if (pieces > 4) turn.speed = (1000 * (pieces - 1)) / Math.max(last - first, 1);
+  if (pieces > 4) turn.speed = (1000 * pieces) / (performance.now() - began);
   requests.delete(own.id);
   if (chats.includes(own)) keep(own); // else deleted meanwhile
   if (own !== chat) return drawSidebar();
