@@ -11,9 +11,9 @@
 #     base_train   9,600 steps of 2M tokens, 19 hours
 #     the rest     half an hour: 400M tokens of midtraining, SFT; how long the evaluations take is a guess
 #     in all       about 20 hours; at 3 dollars per GPU and hour 480 dollars, with room for a restart within 1,000
-#     memory       108 GiB per GPU with 8 rows at a time: H200 (141 GB), with XLA_PYTHON_CLIENT_MEM_FRACTION=0.92, as JAX takes
-#                  three quarters by itself. On cards with 80 GB add --fsdp --device-batch-size 4 (46 GiB), or --remat block
-#                  (44 GiB, a third more work: 26 hours)
+#     memory       rows at a time, --remat and --fsdp follow from what a GPU holds: on 80 GB 8 rows, parameters sharded and what
+#                  is element-wise recomputed, 34 GiB by the compiled plan. XLA_PYTHON_CLIENT_MEM_FRACTION=0.92 gives more, as
+#                  JAX takes three quarters by itself
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 source scripts/setup_env.sh

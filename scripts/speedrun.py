@@ -48,7 +48,8 @@ class SpeedrunConfig:
     data: str | None = flag(None, "corpus; default: the one on disk, else climbmix; on a CPU embedded, which needs no network",
                             choices=[*DATA_DIRS])
     device_batch_size: int | Literal["auto"] | None = flag(
-        None, "rows per device and micro-step of base, mid and SFT; auto: the most that fit; default by the depth", at_least=1)
+        None, "rows per device and micro-step of base, mid and SFT; auto: the most that fit; default by the device's memory",
+        at_least=1)
     remat: str | None = flag(None, "activations that the backward pass recomputes, to save memory", choices=REMAT)
     fsdp: bool = flag(False, "shard the parameters over the data axis too, to save memory")
     run: str | None = flag(None, "wandb run name; dummy turns wandb off; default $WANDB_RUN, else dummy")
@@ -110,9 +111,11 @@ def plan_stages(config: SpeedrunConfig, machine: Machine, wandb_run: str, on_dis
 
     def training(name: str, source: str, own: dict[str, Any], tokens: float, step_tokens: int, length: str, *,
                  most_rows: int = 1 << 30, **flags: Any) -> Stage:
-        rows: int | str = device_batch
+        rows: int | str | None = device_batch
         memory = "as many rows per device as fit"
-        if isinstance(device_batch, int):
+        if config.device_batch_size is None and not cpu:
+            rows, memory = None, "rows per device by its memory"  # chosen by the stage
+        elif isinstance(device_batch, int):
             rows = most = min(device_batch, most_rows)
             step_rows = -(-step_tokens // model.sequence_len // ways)  # of a device
             needed = estimate_memory(model, min(most, step_rows), data=ways, remat=remat, fsdp=config.fsdp)
