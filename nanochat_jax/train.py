@@ -235,7 +235,10 @@ class _Reporter:
         if self._job.primary in figures:
             self._loop["minimum"] = min(self._loop["minimum"], figures[self._job.primary])
         self.log.write(step=step, kind="eval", time=time.time(), **figures)
-        self.display.note(f"{self._job.name} step {step}: " + ", ".join(f"{k} {v:.4f}" for k, v in figures.items()))
+        told = [f"{name} {value:.4f}" for name, value in figures.items()]
+        if len(told) > 6:  # as of RL, which has a pass@k for each k: they are in the log
+            told[4:-1] = ["..."]
+        self.display.note(f"{self._job.name} step {step}: " + ", ".join(told))
 
     def close(self) -> None:
         self.display.close()
