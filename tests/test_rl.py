@@ -14,11 +14,12 @@ from nanochat_jax import rl
 from nanochat_jax.config import GPTConfig
 from nanochat_jax.eval.chat import Sampling
 from nanochat_jax.gpt import abstract_params, forward, unembed
+from nanochat_jax.infer import device
 from nanochat_jax.infer.engine import Engine
 from nanochat_jax.infer.request import Request
 from nanochat_jax.optim import OptimizerConfig, constant
 from nanochat_jax.rl import Rollout
-from nanochat_jax.rl_train import ChatRLConfig
+from nanochat_jax.rl_train import ChatRLConfig, sampling_memory
 from nanochat_jax.sharding import make_mesh, param_shardings, spread_rows
 from nanochat_jax.step import init_state
 from nanochat_jax.tasks.base import Task, assistant, user
@@ -242,3 +243,12 @@ def test_reward_rises():
         means.append(np.mean([rollout.reward for group in groups for rollout in group]))
         state, _ = step(state, rl.policy_batches(groups, pass_rows=64, micro_rows=128))
     assert means[0] < 0.15 and np.mean(means[-2:]) > 0.5, means
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+def test_what_sampling_holds_in_memory_is_counted(dtype):
+    engine = Engine(CONFIG, random_params(), TOKENIZER, num_slots=4, compute_dtype=dtype)
+    slots = device.new_slots(rows=4, length=CONFIG.sequence_len, program=engine.program)
+    held = sum(leaf.nbytes for leaf in jax.tree.leaves((engine.params, slots)))
+    counted = sampling_memory(ChatRLConfig(num_slots=4), CONFIG, jnp.dtype(dtype), make_mesh("1x1"))
+    assert held == pytest.approx(counted, rel=0.1)  # but for the rows that fill up the vocabulary
