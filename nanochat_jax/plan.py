@@ -20,7 +20,7 @@ from nanochat_jax.cli import UsageError
 from nanochat_jax.config import GPTConfig
 from nanochat_jax.metrics import PEAK_FLOPS
 from nanochat_jax.plan_cost import HloCost, hlo_cost, jaxpr_flops
-from nanochat_jax.sharding import abstract_tree, data_size
+from nanochat_jax.sharding import abstract_tree
 from nanochat_jax.step import BatchShape, TrainState, is_out_of_memory
 
 GIB = 2**30
@@ -215,7 +215,3 @@ def largest_batch(attempt: Callable[[int], Plan], rows: int) -> tuple[int, Plan]
         raise UsageError("not even one row per device fits: give --remat block or full, --fsdp, a larger slice or a smaller "
                          "--depth or --max-seq-len")
     return best
-
-
-def rows_per_device(shape: BatchShape, mesh: Mesh) -> int:
-    return shape.micro_rows // data_size(mesh)

@@ -134,8 +134,11 @@ def generate(report_dir: Path, out_dir: Path) -> None:
     header, prose = report_dir / "header.json", report_dir / "header.md"
     started, facts = None, _machine_facts()
     if header.exists():  # else nobody ran `reset`: the start of the run is unknown
-        noted = json.loads(header.read_text("utf-8"))
-        started, facts = noted["started"], noted["facts"]
+        try:
+            noted = json.loads(header.read_text("utf-8"))
+            started, facts = noted["started"], noted["facts"]
+        except (ValueError, KeyError, TypeError) as error:
+            raise UsageError(f"{header} cannot be read ({error!r}): delete it, and the report knows no start") from error
     header_text = prose.read_text("utf-8") if prose.exists() else "# nanochat training report\n"
     if devices := dict.fromkeys(str(s.results["device"]) for s in sections if s.results.get("device")):
         facts["Devices"] = ", ".join(devices)

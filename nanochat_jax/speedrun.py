@@ -20,6 +20,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nanochat_jax.cli import UsageError
 from nanochat_jax.files import write_file
 from nanochat_jax.metrics import format_seconds
 from nanochat_jax.paths import Paths, remove_directory
@@ -112,7 +113,11 @@ class Record:
         path = paths.base / "speedrun.json"
         if fresh or not path.exists():
             return cls(path, fresh=fresh)
-        return cls(path, **json.loads(path.read_text()))
+        try:
+            return cls(path, **json.loads(path.read_text("utf-8")))
+        except (ValueError, TypeError) as error:
+            raise UsageError(f"{path} is not a record of a run ({error}): delete it to start over; what was trained is then "
+                             "kept aside") from error
 
     def write(self) -> None:
         write_file(self.path, json.dumps({"run": self.run, "finished": self.finished, "begun": self.begun}, indent=1))
