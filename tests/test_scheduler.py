@@ -123,6 +123,10 @@ def test_more_than_may_wait_are_refused(scheduler, monkeypatch):
     with pytest.raises(QueueFull, match="4 requests wait"):
         scheduler.submit(ask("a"))
     assert (scheduler.num_active, scheduler.num_waiting) == (3, 4)
+    waiting.pop().cancel()
+    waiting.append(scheduler.submit(ask("a")))  # a place that was given up is free at once
+    with pytest.raises(QueueFull, match="4 requests wait"):
+        scheduler.submit(ask("a"))
     gate.open.set()
     assert all(len(handle.result(SECONDS).tokens) == 40 for handle in running + waiting)
     wait_until(lambda: scheduler.num_active == 0)

@@ -169,8 +169,9 @@ class Scheduler:
                 raise RuntimeError("the engine has failed") from self._failure
             if self._thread is None or self._closing:
                 raise RuntimeError("the scheduler is not running")
-            if len(self._waiting) + len(handles) > self._max_waiting:
-                raise QueueFull(f"{len(self._waiting)} requests wait already, of at most {self._max_waiting}")
+            waiting = sum(not handle.cancelled for handle in self._waiting)  # those given up leave before the next step
+            if waiting + len(handles) > self._max_waiting:
+                raise QueueFull(f"{waiting} requests wait already, of at most {self._max_waiting}")
             self._waiting.extend(handles)
             self._changed.notify_all()
         return handles
