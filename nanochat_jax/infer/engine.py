@@ -328,11 +328,11 @@ class EngineLoop:
         engine, most = self._engine, self._engine.steps_per_dispatch
         rows = _bucket(max(rows, len(active)), engine.row_buckets)
         taken = [slot for slot, _ in active]
-        idle = (slot for slot in range(engine.num_slots) if slot not in taken)
-        slots = sorted([*taken, *itertools.islice(idle, rows - len(taken))])
-        row_of = [slots.index(slot) for slot in taken]
+        idle = [slot for slot, occupant in enumerate(self._slots) if occupant is None]
+        slots = sorted(taken + idle[: rows - len(taken)])
+        row_of = np.searchsorted(slots, taken).tolist()
         dispatch = Dispatch(
-            slot=np.asarray(slots, np.int32),
+            slot=np.array(slots, np.int32),
             length=np.full(rows, self.cache.length, np.int32),
             previous=np.zeros(rows, np.int32),
             token=np.zeros(rows, np.int32),
