@@ -13,7 +13,7 @@ class Contender:
         command = [sys.executable, *sys.argv, "--worker", name]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
 
-    def ask(self, *words: int) -> Any:
+    def ask(self, *words: float) -> Any:
         print(*words, file=self._process.stdin, flush=True)
         answer = self._process.stdout.readline()
         if not answer:

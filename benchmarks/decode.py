@@ -92,51 +92,21 @@ def jax_contender(options: argparse.Namespace, batch: int) -> Round:
 
 def torch_contender(options: argparse.Namespace, batch: int) -> Round:
     import torch
-    import torch.nn.functional as F
-    from torch_reference import GPT, rotate
+    from torch_reference import GPT, choose
 
-    config = make_config(options)
-    params = make_params(config)
-    model = GPT(depth=config.n_layer, num_heads=config.n_head, width=config.n_embd, vocab_size=config.vocab_size,
-                sequence_len=ROOM)
-    model.load(params)
-    del params
+    model = GPT.of(config := make_config(options), make_params(config))
     prompts = torch.from_numpy(make_prompts(options, batch))
-    heads, head_dim, width = config.n_head, config.head_dim, config.n_embd
-
-    def forward(tokens: Any, cache: Any, start: int) -> Any:
-        """Logits [B, V] after tokens [B, T] at positions from `start`; their keys and values go into the cache."""
-        rows, length = tokens.shape
-        end = start + length
-        x = F.rms_norm(model.wte(tokens), (width,))
-        for block, (keys, values) in zip(model.blocks, cache, strict=True):
-            normed = F.rms_norm(x, (width,))
-            q, k, v = (each(normed).view(rows, length, heads, head_dim) for each in (block.c_q, block.c_k, block.c_v))
-            q, k = (F.rms_norm(rotate(each, model.cos[start:end], model.sin[start:end]), (head_dim,)) for each in (q, k))
-            keys[:, :, start:end], values[:, :, start:end] = k.transpose(1, 2), v.transpose(1, 2)
-            out = F.scaled_dot_product_attention(q.transpose(1, 2), keys[:, :, :end], values[:, :, :end],
-                                                 is_causal=length > 1)
-            x = x + block.c_proj(out.transpose(1, 2).reshape(rows, length, width))
-            x = x + block.mlp_proj(F.relu(block.mlp_fc(F.rms_norm(x, (width,)))).square())
-        logits = model.lm_head(F.rms_norm(x[:, -1], (width,)))
-        return 15.0 * torch.tanh(logits / 15.0)
-
-    def choose(logits: Any, greedy: bool) -> Any:
-        if greedy:
-            return logits.argmax(-1, keepdim=True)
-        values, ids = torch.topk(logits, TOP_K)
-        return ids.gather(1, torch.multinomial(values.softmax(-1), 1))
 
     @torch.inference_mode()
     def run(steps: int, greedy: bool) -> tuple[float, list[list[int]]]:
-        cache = [tuple(torch.empty(batch, heads, ROOM, head_dim) for _ in range(2)) for _ in model.blocks]
+        cache = model.empty_cache(batch)
         for first in range(0, batch, 8):  # as much memory as eight rows take
             rows = slice(first, first + 8)
-            forward(prompts[rows, :-1], [(k[rows], v[rows]) for k, v in cache], 0)
+            model.extend(prompts[rows, :-1], [(k[rows], v[rows]) for k, v in cache], 0)
         tokens, columns = prompts[:, -1:], []
         began = time.perf_counter()
         for position in range(CONTEXT - 1, CONTEXT - 1 + steps):
-            tokens = choose(forward(tokens, cache, position), greedy)
+            tokens = choose(model.extend(tokens, cache, position), 0.0 if greedy else 1.0, TOP_K)
             columns.append(tokens[:, 0].tolist())  # for the caller, who streams them
         return time.perf_counter() - began, [list(row) for row in zip(*columns, strict=True)]
 

@@ -1,6 +1,6 @@
 """The server under load: tokens/s, TTFT and gaps between tokens with 1, 8, 32 and 128 clients, and what it survives.
 
-    python benchmarks/serve_load.py                     d4, 32 slots; beside a server that takes requests one at a time
+    python benchmarks/serve_load.py                     d4, 32 slots; beside a server of one slot, and beside PyTorch
     python benchmarks/serve_load.py --url http://127.0.0.1:8000        a server that runs already (no comparison)
     python benchmarks/serve_load.py --soak 300          saturation, clients that leave or do not read: memory and slots
     python benchmarks/serve_load.py --fuzz 10000        bodies that are wrong in every way: no 500, no hang
@@ -16,6 +16,7 @@ Prints a table, then one JSON line. Exits with 1 if --soak or --fuzz found a fau
 import argparse
 import asyncio
 import copy
+import importlib.util
 import itertools
 import json
 import os
@@ -27,31 +28,30 @@ import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
 import aiohttp
 import numpy as np
+from contender import Contender
 
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # else torch's idle threads take the cores from everyone else
 CONTEXT = 512
 TOKEN = re.compile(rb'"delta": ?\{"content": ?"')  # one for each event that has text
 WORDS = "the of and model that learns to speak in small steps from text it reads all day long until words come".split()
 
 
-def serve(options: argparse.Namespace, slots: int) -> None:
-    """The server, of random weights; says its port when it is ready."""
+def make_model(options: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
+    """(tokenizer, config, random parameters)"""
     from tempfile import gettempdir
 
     import jax
 
     from nanochat_jax.config import GPTConfig
     from nanochat_jax.gpt import abstract_params
-    from nanochat_jax.infer.engine import Engine
-    from nanochat_jax.infer.scheduler import Scheduler
     from nanochat_jax.paths import Paths
-    from nanochat_jax.serve import server
-    from nanochat_jax.serve.chat_request import Sampling
     from nanochat_jax.startup import start
     from nanochat_jax.tokenizer import Tokenizer
 
@@ -65,12 +65,51 @@ def serve(options: argparse.Namespace, slots: int) -> None:
     rng = np.random.default_rng(0)
     params = jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape, np.float32) * np.float32(leaf.shape[-2] ** -0.5),
                           abstract_params(config))
+    return tokenizer, config, params
+
+
+def serve(options: argparse.Namespace, slots: int) -> None:
+    """The server; says its port when it is ready."""
+    from nanochat_jax.infer.engine import Engine
+    from nanochat_jax.infer.scheduler import Scheduler
+    from nanochat_jax.serve import server
+    from nanochat_jax.serve.chat_request import Sampling
+
+    tokenizer, config, params = make_model(options)
     engine = Engine(config, params, tokenizer, num_slots=slots)
     engine.warmup()
     with Scheduler(engine, max_waiting=options.max_queue) as scheduler, server.bind("127.0.0.1", 0) as sock:
         app = server.create_app(scheduler, tokenizer, {"name": "benchmark"}, max_len=CONTEXT, num_slots=slots,
                                 defaults=Sampling(max_tokens=16), deadline=120)
         server.run(app, sock, lambda: print(sock.getsockname()[1], flush=True))
+
+
+def torch_worker(options: argparse.Namespace) -> None:
+    """The same requests one after another in a plain PyTorch loop, with neither HTTP nor text: what a server that takes
+    one request at a time can do at best. Answers each line of standard input, seconds, with its tokens/s over them
+    and how many requests those were."""
+    import torch
+    from torch_reference import GPT, choose
+
+    from nanochat_jax.chat import render_for_completion
+
+    tokenizer, config, params = make_model(options)
+    model, rng = GPT.of(config, params), random.Random(0)
+
+    @torch.inference_mode()
+    def tokens_of(body: dict[str, Any]) -> Iterator[int]:
+        prompt = render_for_completion(tokenizer, {"messages": [*body["messages"], {"role": "assistant", "content": ""}]})
+        cache, tokens, position = model.empty_cache(1), torch.tensor([prompt]), 0
+        for _ in range(body["max_tokens"]):
+            logits = model.extend(tokens, cache, position)
+            position, tokens = position + tokens.shape[1], choose(logits, 0.8, 50)
+            yield int(tokens)  # as one who streams them must
+
+    for line in sys.stdin:
+        began, lengths = time.perf_counter(), []
+        while (seconds := time.perf_counter() - began) < float(line):
+            lengths.append(sum(1 for _ in tokens_of(make_body(rng))))
+        print(json.dumps((sum(lengths) / seconds, len(lengths))), flush=True)
 
 
 @contextmanager
@@ -173,26 +212,41 @@ class Row:
                 "replies": self.tally.answers["ok"], "errors": errors}
 
 
+class TorchRow(Row):
+    """PyTorch, a request at a time."""
+
+    def __init__(self) -> None:
+        super().__init__("in PyTorch", "", 1)
+        self.contender = Contender("torch")
+        self.contender.ask(1)  # loads and warms up
+
+    def measure(self, options: argparse.Namespace) -> None:
+        rate, replies = self.contender.ask(options.seconds / options.rounds)
+        self.rates.append(rate)
+        self.tally.answers["ok"] += replies
+
+
 def bench(options: argparse.Namespace) -> dict[str, Any]:
     with ExitStack() as servers:
         url, _ = servers.enter_context(server_process(options, options.slots))
         rows = [Row(clients, url, int(clients)) for clients in options.clients.split(",")]
         if not options.url:
             single, _ = servers.enter_context(server_process(options, 1))
-            rows.insert(0, Row("1, of 1 slot", single, 1))
+            rows[:0] = [Row("of one slot", single, 1), *([TorchRow()] if importlib.util.find_spec("torch") else [])]
         for _ in range(options.rounds):  # in turns, so that a machine that is busy at times is so for all of them
             for row in rows:
                 row.measure(options)
     print(f"{'clients':>12} {'tokens/s':>9} {'TTFT p50/p95/p99 ms':>24} {'gap p50/p95/p99 ms':>22} {'replies':>8} errors")
     for row in rows:
         shown = row.numbers()
-        ttft, gap = ("/".join(f"{value:g}" for value in shown[key]) for key in ("ttft_ms", "gap_ms"))
+        ttft, gap = ("/".join(f"{value:g}" for value in shown[key]) or "-" for key in ("ttft_ms", "gap_ms"))
         print(f"{row.name:>12} {shown['tokens_per_s']:>9} {ttft:>24} {gap:>22} {shown['replies']:>8} {shown['errors'] or 0}")
-    baseline = next((row for row in rows if row.clients == 1), None)
-    ratios = {row.clients: round(float(np.median(np.divide(row.rates, baseline.rates))), 2)
-              for row in rows if baseline and row is not baseline}  # fmt: skip
-    print("tokens/s beside requests one at a time", "on this server:" if options.url else "on a server of one slot:",
-          ", ".join(f"{clients} clients {ratio}x" for clients, ratio in ratios.items()))
+    alone = [row for row in rows if row.name == "1"] if options.url else [row for row in rows if not row.name.isdigit()]
+    ratios = {baseline.name: {row.clients: round(float(np.median(np.divide(row.rates, baseline.rates))), 2)
+                              for row in rows if row.name.isdigit() and row is not baseline} for baseline in alone}
+    for name, beside in ratios.items():
+        print(f"tokens/s beside requests one at a time, {name}:",
+              ", ".join(f"{clients} clients {ratio}x" for clients, ratio in beside.items()))
     return {"rows": [row.numbers() | {"server": row.name} for row in rows], "ratios": ratios}
 
 
@@ -330,7 +384,10 @@ def main() -> None:
     parser.add_argument("--soak", type=float, metavar="SECONDS")
     parser.add_argument("--fuzz", type=int, metavar="BODIES")
     parser.add_argument("--serve", type=int, help=argparse.SUPPRESS)
+    parser.add_argument("--worker", help=argparse.SUPPRESS)
     options = parser.parse_args()
+    if options.worker:
+        return torch_worker(options)
     if options.serve:
         serve(options, options.serve)
         return

@@ -1,5 +1,5 @@
-"""The classic model and its optimizer in plain PyTorch, as a user would write them: what train_step.py and
-decode.py are measured against.
+"""The classic model and its optimizer in plain PyTorch, as a user would write them: what train_step.py,
+decode.py and serve_load.py are measured against.
 
 Weights are [out, in], as torch has them. Needs the extra `torch`.
 """
@@ -29,6 +29,14 @@ class Block(nn.Module):
         return x + self.mlp_proj(F.relu(self.mlp_fc(F.rms_norm(x, (width,)))).square())
 
 
+def choose(logits: Tensor, temperature: float, top_k: int) -> Tensor:
+    """A token [B, 1] for each row of logits [B, V]: drawn from the `top_k` likeliest, or at temperature 0 the likeliest."""
+    if temperature == 0.0:
+        return logits.argmax(-1, keepdim=True)
+    values, ids = torch.topk(logits, top_k)
+    return ids.gather(1, torch.multinomial((values / temperature).softmax(-1), 1))
+
+
 def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
     first, second = x.float().chunk(2, dim=-1)
     return torch.cat([first * cos + second * sin, second * cos - first * sin], dim=-1).to(x.dtype)
@@ -44,6 +52,14 @@ class GPT(nn.Module):
         # The classic tables are rounded to bfloat16.
         self.register_buffer("cos", angles.cos().bfloat16().float()[:, None])
         self.register_buffer("sin", angles.sin().bfloat16().float()[:, None])
+
+    @classmethod
+    def of(cls, config: Any, params: dict[str, Any]) -> "GPT":
+        """One of our classic models, a `GPTConfig` and its parameters as numpy arrays."""
+        model = cls(depth=config.n_layer, num_heads=config.n_head, width=config.n_embd, vocab_size=config.vocab_size,
+                    sequence_len=config.sequence_len)
+        model.load(params)
+        return model
 
     @torch.no_grad()
     def load(self, params: dict[str, Any]) -> None:
@@ -61,6 +77,28 @@ class GPT(nn.Module):
             x = block(x, self.cos, self.sin)
         logits = self.lm_head(F.rms_norm(x, (x.shape[-1],))).float()
         return F.cross_entropy((15.0 * torch.tanh(logits / 15.0)).view(-1, logits.shape[-1]), targets.view(-1))
+
+    def empty_cache(self, batch: int) -> list[tuple[Tensor, Tensor]]:
+        """Keys and values of each block, [B, H, S, h], for `extend` to fill."""
+        heads, length = self.blocks[0].num_heads, len(self.cos)
+        shape = (batch, heads, length, self.wte.embedding_dim // heads)
+        return [(torch.empty(shape), torch.empty(shape)) for _ in self.blocks]
+
+    def extend(self, tokens: Tensor, cache: list[tuple[Tensor, Tensor]], start: int) -> Tensor:
+        """Logits [B, V] after tokens [B, T] at positions from `start`; their keys and values go into the cache."""
+        rows, length = tokens.shape
+        end, width = start + length, self.wte.embedding_dim
+        x = F.rms_norm(self.wte(tokens), (width,))
+        for block, (keys, values) in zip(self.blocks, cache, strict=True):
+            normed = F.rms_norm(x, (width,))
+            q, k, v = (each(normed).view(rows, length, block.num_heads, -1) for each in (block.c_q, block.c_k, block.c_v))
+            q, k = (F.rms_norm(rotate(each, self.cos[start:end], self.sin[start:end]), (each.shape[-1],)) for each in (q, k))
+            keys[:, :, start:end], values[:, :, start:end] = k.transpose(1, 2), v.transpose(1, 2)
+            out = F.scaled_dot_product_attention(q.transpose(1, 2), keys[:, :, :end], values[:, :, :end],
+                                                 is_causal=length > 1)
+            x = x + block.c_proj(out.transpose(1, 2).reshape(rows, length, width))
+            x = x + block.mlp_proj(F.relu(block.mlp_fc(F.rms_norm(x, (width,)))).square())
+        return 15.0 * torch.tanh(self.lm_head(F.rms_norm(x[:, -1], (width,))) / 15.0)
 
 
 def orthogonalize(x: Tensor, dtype: torch.dtype) -> Tensor:
