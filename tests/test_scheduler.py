@@ -11,7 +11,7 @@ from chain_model import END, OUTPUT_END, PYTHON, PYTHON_END, TOKENIZER, chain_en
 
 from nanochat_jax.infer.engine import EngineLoop
 from nanochat_jax.infer.request import Generation, Request, Result, ToolCall, Vocabulary
-from nanochat_jax.infer.scheduler import QueueFull, Scheduler
+from nanochat_jax.infer.scheduler import Handle, QueueFull, Scheduler
 
 SECONDS = 60  # for anything to happen on a busy machine
 
@@ -226,6 +226,27 @@ def test_cancelling_ends_a_running_and_a_waiting_request(scheduler, monkeypatch)
     assert waiting[0].result(SECONDS).finish_reason == "length"
     running[0].cancel()  # nothing happens
     assert list(running[0])[-1].finish_reason == "cancelled"
+
+
+def test_a_request_cancelled_while_the_queue_is_gone_through_is_not_lost(scheduler, monkeypatch):
+    gate = Gate(monkeypatch)
+    running = [scheduler.submit(ask("a", max_tokens=90)) for _ in range(3)]
+    wait_until(lambda: scheduler.num_active == 3)
+    looked_at = threading.Event()
+
+    def cancelled(handle):
+        """Cancelled right after the scheduler's first look at it."""
+        was = handle._cancelled
+        if handle not in running and threading.current_thread().name == "engine":
+            handle.cancel()
+            looked_at.set()
+        return was
+
+    monkeypatch.setattr(Handle, "cancelled", property(cancelled))
+    waiting = scheduler.submit(ask("a"))
+    assert looked_at.wait(SECONDS)
+    gate.open.set()
+    assert waiting.result(SECONDS) == Result([], [], "cancelled", "", 1)
 
 
 def test_a_request_that_fails_fails_alone(scheduler, monkeypatch):

@@ -202,8 +202,8 @@ class Scheduler:
                 self._changed.wait_for(lambda: self._waiting or self._live or self._closing)
                 if self._closing:
                     break
-                taken = [handle for handle in self._waiting if handle.cancelled]
-                self._waiting = deque(handle for handle in self._waiting if not handle.cancelled)
+                taken = [handle for handle in self._waiting if handle.cancelled]  # looked at once: it may change meanwhile
+                self._waiting = deque(handle for handle in self._waiting if handle not in taken)
                 taken += self._next(loop.num_free)
                 admitted = [handle._generation for handle in taken]
                 self._live.update(zip(admitted, taken, strict=True))
