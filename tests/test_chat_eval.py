@@ -81,6 +81,11 @@ def test_the_likeliest_letter_is_chosen(params, mesh):
         assert problem.question == task[i]["messages"][0]["content"]
 
 
+def test_a_model_gone_wrong_is_an_error_not_a_letter(params):
+    with pytest.raises(FloatingPointError, match="not finite"):
+        letters_of(Letters(), params | {"wte": np.full_like(params["wte"], np.nan)})
+
+
 def test_an_answer_of_two_tokens_is_an_error(params):
     class Words(Letters):
         def get_example(self, index):

@@ -150,6 +150,14 @@ def test_the_lowest_mean_loss_wins_and_the_first_of_equals():
     assert choose(1.0, float("nan")) == 0
 
 
+def test_a_model_gone_wrong_is_an_error_not_a_score(serve, tmp_path, params):
+    publish, _ = serve
+    bundle = ensure_bundle(Paths(tmp_path / "base"), url=publish(zip_of(bundle_files())))
+    broken = params | {"lm_head": np.full_like(params["lm_head"], np.nan)}
+    with pytest.raises(FloatingPointError, match="not finite, at example"):
+        core.evaluate_core(Scorer(config=CONFIG, params=broken), Tokenizer({bytes([i]): i for i in range(256)}), bundle)
+
+
 def alone(rows: list[Row]) -> list[tuple[int, list[Row]]]:
     return [(i, [row]) for i, row in enumerate(rows)]
 

@@ -121,6 +121,8 @@ def evaluate_categorical(task: Task, generator: Generator) -> list[Problem]:
         rows = [array if mesh is None else spread_rows(mesh, array) for array in (tokens, lengths, letters)]
         logits = np.asarray(_letter_logits(generator.params, *rows, config=generator.config,
                                            compute_dtype=generator.compute_dtype, mesh=mesh))
+        if not np.isfinite(logits[: len(indices)]).all():
+            raise FloatingPointError("the model's logits are not finite")
         for row, index in enumerate(indices):
             letter = max(zip(conversations[index]["letters"], logits[row]), key=lambda pair: pair[1])[0]
             found[index] = _judged(task, index, conversations[index], [letter])

@@ -8,6 +8,7 @@ span be the model's first choice. The few-shot examples, their order and the spa
 import csv
 import json
 import logging
+import math
 import random
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -179,6 +180,8 @@ def evaluate_core(scorer: Scorer, tokenizer: Tokenizer, bundle: Path, *, max_per
     total, began, reported = sum(map(len, items)), time.monotonic(), time.monotonic()
     for (t, index), scores in scorer(examples()):
         group = groups.pop((t, index))
+        if any(math.isnan(score.mean_nll) for row, score in zip(group, scores, strict=True) if row.end > row.start):
+            raise FloatingPointError(f"the model's logits are not finite, at example {index} of {tasks[t].label}")
         verdict = is_correct(tasks[t], items[t][index], scores)
         correct[t] += verdict
         done[t] += 1
