@@ -4,6 +4,7 @@ import contextlib
 import json
 import logging
 import os
+import re
 import resource
 import sys
 import time
@@ -20,21 +21,24 @@ from nanochat_jax.files import write_file
 
 log = logging.getLogger(__name__)
 
-# Dense bfloat16 FLOP/s, matched in this order against the lower-case device kind.
+# Dense bfloat16 FLOP/s: the first whose words are in the lower-case device kind.
 PEAK_FLOPS = {
-    "gb200": 2.5e15, "b200": 2.25e15, "b100": 1.8e15, "h200 nvl": 836e12, "h200": 989e12, "h100 nvl": 835e12,
-    "h100 pcie": 756e12, "h100": 989e12, "h800": 756e12, "a100": 312e12, "a800": 312e12, "a40": 149.7e12,
-    "a30": 165e12, "l40s": 362e12, "l40": 181e12, "l4": 121e12, "5090": 209.5e12, "4090": 165.2e12, "3090": 71e12,
+    "gb200": 2.5e15, "b200": 2.25e15, "b100": 1.8e15, "h200 nvl": 836e12, "h200 pcie": 836e12, "h200": 989e12,
+    "h100 nvl": 835e12, "h100 pcie": 756e12, "h100": 989e12, "h800 nvl": 989e12, "h800": 756e12, "a100": 312e12,
+    "a800": 312e12, "a40": 149.7e12, "a30": 165e12, "l40s": 362e12, "l40": 181e12, "l4": 121e12, "5090": 209.5e12,
+    "4090": 165.2e12, "3090": 71e12, "mi355x": 2.5e15, "mi325x": 1.3074e15, "mi300x": 1.3074e15, "mi300a": 980.6e12,
+    "mi250x": 383e12, "mi250": 362.1e12,
     "v6 lite": 918e12, "v6e": 918e12, "v5 lite": 197e12, "v5e": 197e12, "v5p": 459e12, "v5": 459e12, "v4": 275e12,
     "v3": 123e12, "v2": 45e12,
 }
 
-# Bytes/s of the device's memory, matched likewise.
+# Bytes/s of the device's memory, found likewise.
 PEAK_BANDWIDTH = {
     "gb200": 8.0e12, "b200": 8.0e12, "b100": 8.0e12, "h200": 4.8e12, "h100 nvl": 3.9e12, "h100 pcie": 2.0e12,
     "h100": 3.35e12, "h800 pcie": 2.0e12, "h800": 3.35e12, "a100": 2.0e12, "a800": 2.0e12, "a40": 696e9, "a30": 933e9,
-    "l40": 864e9, "l4": 300e9, "5090": 1.79e12, "4090": 1.01e12, "3090": 936e9, "v6 lite": 1.64e12, "v6e": 1.64e12,
-    "v5 lite": 819e9, "v5e": 819e9, "v5p": 2.765e12, "v5": 2.765e12, "v4": 1.2e12, "v3": 900e9, "v2": 700e9,
+    "l40s": 864e9, "l40": 864e9, "l4": 300e9, "5090": 1.79e12, "4090": 1.01e12, "3090": 936e9, "mi355x": 8.0e12,
+    "mi325x": 6.0e12, "mi300x": 5.3e12, "mi300a": 5.3e12, "mi250x": 3.28e12, "mi250": 3.28e12, "v6 lite": 1.64e12,
+    "v6e": 1.64e12, "v5 lite": 819e9, "v5e": 819e9, "v5p": 2.765e12, "v5": 2.765e12, "v4": 1.2e12, "v3": 900e9, "v2": 700e9,
 }
 
 
@@ -42,7 +46,7 @@ def _of_kind(table: dict[str, float], device: jax.Device) -> float | None:
     if device.platform == "cpu":
         return None
     kind = device.device_kind.lower()
-    return next((value for name, value in table.items() if name in kind), None)
+    return next((value for name, value in table.items() if re.search(rf"\b{name}\b", kind)), None)  # an A4000 is no A40
 
 
 def peak_flops(device: jax.Device) -> float | None:
