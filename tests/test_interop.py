@@ -165,9 +165,18 @@ def flip_byte(path):
     path.write_bytes(content)
 
 
+def compress(path):
+    with zipfile.ZipFile(path) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in members.items():
+            archive.writestr(name, content)
+
+
 FAULTS = {  # what is done to the directory, and what the message must name
     "code in the pickle": (evil_pt, r"model_000012\.pt.*refused to load \w+\.exec"),
     "torn archive": (lambda d: truncate(d / "model_000012.pt", 0.7), r"model_000012\.pt cannot be read"),
+    "compressed archive": (lambda d: compress(d / "model_000012.pt"), r"data\.pkl is compressed"),
     "empty file": (lambda d: truncate(d / "model_000012.pt", 0.0), r"model_000012\.pt cannot be read"),
     "flipped bit": (lambda d: flip_byte(d / "model_000012.pt"), r"model_000012\.pt cannot be read.*CRC"),
     "unknown storage": (lambda d: change_pickle(d / "model_000012.pt", b"FloatStorage", b"EvilStorage"),

@@ -37,6 +37,8 @@ def read_pt(path: Path) -> Any:
     plain containers of tensors.
     """
     with _refusing(path), zipfile.ZipFile(path) as archive:
+        if packed := [info.filename for info in archive.infolist() if info.compress_type != zipfile.ZIP_STORED]:
+            raise ValueError(f"{packed[0]} is compressed, which torch never does: little could unpack to very much")
         names = archive.namelist()
         root = next((name.removesuffix("data.pkl") for name in names if name.endswith("/data.pkl")), None)
         if root is None:
