@@ -71,6 +71,11 @@ class FinetuneConfig(ContinueConfig, TrainConfig):
     weight_decay: float = flag(0.0, "modern: Muon's cautious decay; classic: AdamW's")
     dry_run: bool = flag(False, "leave no checkpoint and no section of the report")
 
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.resuming and self.dry_run:
+            raise ValueError("--dry-run begins anew and saves nothing, --resume goes on with a checkpoint: give one of them")
+
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
@@ -86,6 +91,7 @@ class Stage:
     step_rows: int | None  # rows of a step where no batch size is given; None: as many tokens as the base run's steps
     mixture: Callable[[str, Split, Paths], Task]  # (corpus, split, paths)
     lr_schedule: Callable[[int], Schedule]  # from the number of steps
+    classic_momentum: Schedule = linear_momentum(300, 0.85, 0.95)  # Muon's; the modern one's is this in all stages
     eval_steps: int | None = None  # instead of --eval-tokens
     # More evaluations, given the model, its micro-batch rows, the compute dtype and the mesh.
     evaluations: Callable[..., list[Evaluation]] = lambda *_: []
@@ -122,8 +128,9 @@ def finetune(config: FinetuneConfig, stage: Stage) -> None:
 
     # The batch decides the number of steps, which the schedules follow, but no shape: any schedule does to measure it.
     def optimizer_for(num_steps: int) -> optax.GradientTransformation:
-        return config.optimizer(loaded, stage.lr_schedule(num_steps), momentum=linear_momentum(300, 0.85, 0.95), dtype=dtype,
-                                mesh=mesh, weight_decay=config.weight_decay)
+        momentum = stage.classic_momentum if model.arch == "classic" else linear_momentum(300, 0.85, 0.95)
+        return config.optimizer(loaded, stage.lr_schedule(num_steps), momentum=momentum, dtype=dtype, mesh=mesh,
+                                weight_decay=config.weight_decay)
 
     rows, remat, fsdp = choose_memory(model, mesh, rows=config.device_batch_size, remat=config.remat, fsdp=config.fsdp,
                                       step_rows=total // length // data_size(mesh), limit=accelerator_memory())

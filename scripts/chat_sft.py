@@ -15,7 +15,7 @@ from nanochat_jax.cli import flag
 from nanochat_jax.eval.chat import Generator, Sampling, accuracy, chatcore, evaluate_task
 from nanochat_jax.finetune import FinetuneConfig, Stage, finetune
 from nanochat_jax.gpt import Params
-from nanochat_jax.optim import trapezoid
+from nanochat_jax.optim import constant, trapezoid
 from nanochat_jax.paths import Paths
 from nanochat_jax.tasks import eval_tasks_for, load_eval_task
 from nanochat_jax.tasks.base import Task
@@ -76,7 +76,7 @@ def main(config: ChatSFTConfig) -> None:
     finetune(config, Stage(
         name="chat_sft", section="Chat SFT", source=config.source, target="sft", mode=config.packing, primary="val_loss",
         num_epochs=config.num_epochs, step_rows=config.target_examples_per_step, mixture=mixture, lr_schedule=lr_schedule,
-        eval_steps=config.eval_steps, evaluations=lambda *model: chat_tasks(config, *model),
+        classic_momentum=constant(0.95), eval_steps=config.eval_steps, evaluations=lambda *model: chat_tasks(config, *model),
     ))
 
 

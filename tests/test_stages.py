@@ -12,6 +12,7 @@ import orbax.checkpoint as ocp
 import pytest
 from small_line import losses, make_base, start
 
+from nanochat_jax import finetune
 from nanochat_jax.checkpoint import load_model
 from nanochat_jax.finetune import warm_optimizer
 from nanochat_jax.gpt import abstract_params
@@ -56,18 +57,47 @@ def test_every_stage_builds_on_the_one_before_and_resumes_bit_for_bit(paths, mon
         assert f"## {section}" in written
 
 
+@pytest.fixture(scope="module", params=["modern", "classic"])
+def trained(request, paths):
+    """The tag of a base model of that arch."""
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        monkeypatch.setenv("NANOCHAT_BASE_DIR", str(paths.base))
+        base_train.main(base_train.BaseTrainConfig(depth=2, aspect_ratio=16, head_dim=16, max_seq_len=64, data="embedded",
+                                                   arch=request.param, **COMMON | dict(model_tag=request.param)))
+    return request.param
+
+
 @needs_chitchat
 @pytest.mark.slow
-@pytest.mark.parametrize("arch", ["modern", "classic"])
-def test_a_warm_optimizer_has_the_moments_of_the_stage_before_and_schedules_that_begin_anew(paths, monkeypatch, arch):
+def test_muons_momentum_warms_up_but_in_classic_finetuning(paths, trained, monkeypatch):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(paths.base))
-    base_train.main(base_train.BaseTrainConfig(depth=2, aspect_ratio=16, head_dim=16, max_seq_len=64, data="embedded",
-                                               arch=arch, **COMMON | dict(model_tag=arch)))
-    loaded, mesh = load_model(paths, "base", tag=arch), make_mesh("1x1")
+    seen = []
+
+    class Seen(Exception):
+        pass
+
+    def record(*_, momentum, **options):
+        seen.append([float(momentum(step)) for step in (0, 150, 300, 900)])
+        raise Seen
+
+    monkeypatch.setattr(finetune, "make_optimizer", record)
+    common = COMMON | dict(model_tag=trained)
+    for run in (lambda: mid_train.main(mid_train.MidTrainConfig(**common)),
+                lambda: chat_sft.main(chat_sft.ChatSFTConfig(source="base", **common))):
+        with pytest.raises(Seen):
+            run()
+    warming = [pytest.approx(value) for value in (0.85, 0.9, 0.95, 0.95)]
+    assert seen == [warming, [pytest.approx(0.95)] * 4 if trained == "classic" else warming]
+
+
+@needs_chitchat
+@pytest.mark.slow
+def test_a_warm_optimizer_has_the_moments_of_the_stage_before_and_schedules_that_begin_anew(paths, trained):
+    loaded, mesh = load_model(paths, "base", tag=trained), make_mesh("1x1")
     optimizer = make_optimizer(loaded.config, OptimizerConfig(), lr_multiplier=constant(1.0), momentum=constant(0.9))
     shardings = param_shardings(loaded.config, mesh)
     warm = warm_optimizer(loaded, optimizer, abstract_params(loaded.config), shardings, mesh)
-    saved = ocp.CheckpointManager(paths.checkpoints("base") / arch).restore(
+    saved = ocp.CheckpointManager(paths.checkpoints("base") / trained).restore(
         6, args=ocp.args.Composite(optimizer=ocp.args.StandardRestore())).optimizer
     flat = [np.asarray(leaf) for leaf in jax.tree.leaves(saved)]
     for path, leaf in jax.tree_util.tree_leaves_with_path(warm):
