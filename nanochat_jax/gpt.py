@@ -223,7 +223,8 @@ def _write(cache: Array, new: Array, positions: Array, fresh: bool) -> Array:
     new, rows = new.astype(cache.dtype), jnp.arange(new.shape[0])[:, None]
     if fresh:
         return jax.lax.dynamic_update_slice(cache, new.transpose(0, 2, 1, 3), (0, 0, 0, 0))
-    if positions.size == 1:  # of a single scattered index XLA makes slice updates for which it copies the cache four times
+    if positions.shape[1] == 1:  # written by head: of one index a CPU makes slice updates and copies the cache four times,
+        # and for whole tokens a TPU wants these in a piece and lays out the cache anew, padded
         return cache.at[rows[..., None], jnp.arange(new.shape[2]), positions[..., None]].set(new, mode="drop")
     return cache.at[rows, :, positions].set(new, mode="drop")
 

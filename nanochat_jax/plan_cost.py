@@ -21,6 +21,7 @@ FREE = {"parameter", "constant", "tuple", "get-tuple-element", "bitcast", "after
         "opt-barrier", "while", "conditional", "call"}
 FREE_CALLS = re.compile(r'custom_call_target="(AllocateBuffer|ConcatBitcast|AssumeGatherIndicesInBound)"')  # move nothing
 SLICES = {"dynamic-slice", "slice", "gather"}
+UPDATES = {"dynamic-update-slice": 1, "scatter": 2}  # which operand is written into the first, in place
 
 SHAPE = re.compile(r"(\w+)\[([\d,]*)\](?:\{([^}]*)\})?")
 
@@ -206,9 +207,10 @@ def hlo_cost(text: str) -> HloCost:
                 parts = touched(inner, next(each.name for each in inner.values() if each.opcode == "parameter"
                                             and each.argument == number), whole)
             elif user.opcode in SLICES and user.operands[0] == name:
-                parts = _bytes(user.result), 0, 0
-            elif user.opcode == "dynamic-update-slice" and user.operands[0] == name:
-                parts = 0, whole, _bytes(body[user.operands[1]].result)
+                part = _bytes(user.result)
+                parts = touched(body, user.name, part)[0] or part, 0, 0  # of a slice perhaps a slice
+            elif user.opcode in UPDATES and user.operands[0] == name:
+                parts = 0, whole, _bytes(body[user.operands[UPDATES[user.opcode]]].result)
             else:
                 parts = whole, 0, 0
             read, in_place, written = read + parts[0], max(in_place, parts[1]), written + parts[2]
@@ -273,8 +275,8 @@ def hlo_cost(text: str) -> HloCost:
                         group, scatter = _group_size(inner.attributes), "all-reduce-scatter" in each.attributes
                         kind = "reduce-scatter" if scatter else inner.opcode
                         count_sent(kind, _bytes(inner.result) / (group if scatter else 1), group, times)
-            elif each.opcode == "dynamic-update-slice":
-                cost.traffic["element-wise"] += times * 2 * _bytes(scope[each.operands[1]].result)
+            elif each.opcode in UPDATES:
+                cost.traffic["element-wise"] += times * 2 * _bytes(scope[each.operands[UPDATES[each.opcode]]].result)
             elif base in ("slice", "dynamic-slice"):  # the result of a start holds the whole operand, the slice and a counter
                 moved = [size for elements, size, _, _ in _sizes(each.result) if elements > 1]
                 cost.traffic["copies"] += times * (2 * _hbm(each.result) if base == each.opcode else min(moved, default=0))

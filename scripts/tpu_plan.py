@@ -126,6 +126,7 @@ def plan_decoding(config: PlanConfig, chip: str, mesh: jax.sharding.Mesh) -> Pla
     head = placed.pop("lm_head")
     rows = NamedSharding(mesh, PartitionSpec(*reversed((*head.sharding.spec, None, None)[:2])))
     params = placed | {"blocks": {name: layers(stack) for name, stack in placed["blocks"].items()},
+                       **{name: layers(placed[name]) for name in ("value_embeds",) if name in placed},
                        "lm_head_rows": jax.ShapeDtypeStruct((model.vocab_size, model.n_embd), dtype, sharding=rows)}
     shape = (config.slots, model.n_kv_head, model.sequence_len, model.head_dim)
     layer: Any = jax.ShapeDtypeStruct(shape, dtype, sharding=cache_sharding(*shape[:2], mesh))

@@ -90,7 +90,8 @@ inner (p0: f32[100,8,128], p1: s32[]) -> f32[1,8,128] {
   %p0 = f32[100,8,128]{2,1,0:T(8,128)} parameter(0)
   %p1 = s32[]{:T(128)} parameter(1)
   %zero = s32[]{:T(128)} constant(0)
-  ROOT %slice = f32[1,8,128]{2,1,0:T(8,128)} dynamic-slice(%p0, %p1, %zero, %zero), dynamic_slice_sizes={1,8,128}
+  %half = f32[50,8,128]{2,1,0:T(8,128)} slice(%p0), slice={[0:50], [0:8], [0:128]}
+  ROOT %slice = f32[1,8,128]{2,1,0:T(8,128)} dynamic-slice(%half, %p1, %zero, %zero), dynamic_slice_sizes={1,8,128}
 }
 
 outer (q0: f32[100,8,128], q1: s32[], q2: f32[50,8,128]) -> f32[50,8,128] {
@@ -102,19 +103,30 @@ outer (q0: f32[100,8,128], q1: s32[], q2: f32[50,8,128]) -> f32[50,8,128] {
   ROOT %put = f32[50,8,128]{2,1,0:T(8,128)} dynamic-update-slice(%q2, %one, %q1, %none, %none)
 }
 
+scattered (r0: f32[50,8,128], r1: f32[1,8,128], r2: s32[1]) -> f32[50,8,128] {
+  %r0 = f32[50,8,128]{2,1,0:T(8,128)} parameter(0)
+  %r1 = f32[1,8,128]{2,1,0:T(8,128)} parameter(1)
+  %r2 = s32[1]{0:T(128)} parameter(2)
+  ROOT %written = f32[50,8,128]{2,1,0:T(8,128)} scatter(%r0, %r2, %r1), update_window_dims={1,2}, to_apply=%last
+}
+
 ENTRY %main (x: f32[100,8,128], i: s32[], y: f32[8,64]) -> f32[8,64] {
   %x = f32[100,8,128]{2,1,0:T(8,128)} parameter(0)
   %i = s32[]{:T(128)S(6)} parameter(1)
   %y = f32[8,64]{1,0:T(8,128)} parameter(2)
   %empty = f32[50,8,128]{2,1,0:T(8,128)} custom-call(), custom_call_target="AllocateBuffer"
   %filled = f32[50,8,128]{2,1,0:T(8,128)} fusion(%x, %i, %empty), kind=kLoop, calls=%outer
+  %new = f32[1,8,128]{2,1,0:T(8,128)S(1)} custom-call(), custom_call_target="AllocateBuffer"
+  %at = s32[1]{0:T(128)S(6)} custom-call(), custom_call_target="AllocateBuffer"
+  %more = f32[50,8,128]{2,1,0:T(8,128)} fusion(%filled, %new, %at), kind=kCustom, calls=%scattered
   %near = f32[8,64]{0,1:T(8,128)S(1)} copy(%y)
   ROOT %back = f32[8,64]{1,0:T(8,128)} copy(%y)
 }
 """
     tile = 8 * 128 * 4
-    # Half a tile of values lies in a whole one; what is copied to the chip (S(1)) is only read.
-    assert hlo_cost(text).traffic == {"element-wise": 2 * tile, "copies": tile + 2 * tile}
+    # Half a tile of values lies in a whole one; what is copied to the chip (S(1)) is only read. A tile is sliced off and
+    # written, another scattered from the chip.
+    assert hlo_cost(text).traffic == {"element-wise": 3 * tile, "copies": tile + 2 * tile}
 
 
 def test_collectives_count_what_a_device_sends():
@@ -231,8 +243,11 @@ def test_d20_compiles_and_fits_with_the_default_settings(topology, mfu):
 
 @needs_libtpu
 @pytest.mark.slow
-def test_decoding_compiles_for_one_chip():
-    found = plan("--depth", "2", "--topology", "v5e-1", "--vocab-size", "4096", "--decode", "--slots", "4")
-    config = GPTConfig.modern(2, vocab_size=4096)
+def test_decoding_on_one_chip_moves_the_matrices_and_the_cache_and_little_else():
+    found = plan("--depth", "8", "--topology", "v6e-1", "--max-seq-len", "512", "--decode", "--slots", "8")
+    config = GPTConfig.modern(8, sequence_len=512)
     assert found["memory"]["parameters"] == 2 * config.num_params
     assert found["memory"]["fits"] and not found["collectives"]
+    matrices, cache = 2 * config.num_scaling_params, 2 * 2 * config.n_layer * 8 * config.sequence_len * config.n_embd
+    assert found["memory"]["optimizer"] == cache  # what is carried from step to step
+    assert found["hbm_bytes"] < 1.5 * (matrices + cache)  # no table of embeddings, and no cache in another layout

@@ -75,12 +75,14 @@ def greedy_dispatch(rows: int, *, length: int, steps: int) -> Dispatch:
 
 
 def split_layers(params: Params, *, config: GPTConfig) -> Params:
-    """The parameters as decoding reads them fastest on a CPU.
+    """The parameters as decoding reads them fastest.
 
-    Each stack of the blocks, (L, in, out), is a tuple of its matrices: from the stacks every step would copy every matrix.
-    The unembedding is `lm_head_rows` [V, D], a row for each token.
+    Each stack of the blocks, (L, in, out), is a tuple of its matrices, and that of value embeddings of its tables: from the
+    stacks every step would copy them all, on CPUs and TPUs. The unembedding is `lm_head_rows` [V, D], a row for each token.
     """
     params = params | {"blocks": {name: _split(stack) for name, stack in params["blocks"].items()}}
+    if "value_embeds" in params:
+        params["value_embeds"] = _split(params["value_embeds"])
     params["lm_head_rows"] = _rows(params.pop("lm_head"), size=config.vocab_size)
     return params
 
@@ -97,8 +99,9 @@ def _rows(head: Array, *, size: int) -> Array:
 
 def _stack_layers(params: Params) -> Params:
     """What the forward pass takes. It splits the stacks again, and the compiler drops the pair (not across a loop)."""
-    blocks = {name: jnp.stack(layers) for name, layers in params["blocks"].items()}
-    return {name: leaf for name, leaf in params.items() if name != "lm_head_rows"} | {"blocks": blocks}
+    whole = {name: leaf for name, leaf in params.items() if name != "lm_head_rows"}
+    return jax.tree.map(lambda leaf: jnp.stack(leaf) if isinstance(leaf, tuple) else leaf, whole,
+                        is_leaf=lambda leaf: isinstance(leaf, tuple))
 
 
 def cache_sharding(rows: int, heads: int, mesh: Mesh, *, row_axis: int = 0) -> NamedSharding:
