@@ -152,12 +152,17 @@ class Plan:
 
     @property
     def serial_seconds(self) -> float:
-        """One of the three at a time, nothing hidden."""
-        return sum(self.times.values())
+        """The same where kernels run one at a time, each as long as the slowest of its own three: first those with products,
+        then the element-wise ones and copies, then collectives."""
+        products, collectives = (sum(self.cost.traffic.get(kind, 0.0) for kind in kinds) / CHIPS[self.chip].bandwidth
+                                 for kinds in (("products", "kernels"), ("collectives",)))
+        times = self.times
+        return (max(times["products"], products) + times["memory"] - products - collectives
+                + max(times["links"], collectives))
 
     def mfu(self, seconds: float) -> float:
-        """Model FLOPs utilization of steps that take so long. Above 1 is possible: a model's FLOPs count, as everyone's, for
-        each query all keys of its window, of which the first queries of a row see fewer, and kernels skip what none sees."""
+        """Model FLOPs utilization of steps that take so long. It may exceed 1: a model's FLOPs count all keys of its window for
+        each query, as is the custom, but the first queries of a row see fewer and fused attention computes only those."""
         return self.model_flops / (CHIPS[self.chip].peak(self.chip) * seconds)
 
     @property
@@ -169,7 +174,8 @@ class Plan:
                 "flops": self.flops, "model_flops": self.model_flops, "hbm_bytes": self.cost.hbm_bytes,
                 "traffic": dict(self.cost.traffic), "collectives": {kind: {"calls": self.cost.calls[kind],
                                        "bytes_sent": self.cost.sent[kind]} for kind in self.cost.sent},
-                "largest_array": self.cost.largest[1], "loops_counted_once": self.cost.unknown_loops, "seconds": self.times,
+                "kernels": dict(self.cost.kernels), "largest_array": self.cost.largest[1],
+                "loops_counted_once": self.cost.unknown_loops, "seconds": self.times,
                 "step_seconds": self.step_seconds, "mfu_bound": self.mfu(self.step_seconds),
                 "one_at_a_time": {"step_seconds": self.serial_seconds, "mfu": self.mfu(self.serial_seconds),
                                   "tokens_per_second": self.tokens / self.serial_seconds},

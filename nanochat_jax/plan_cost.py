@@ -95,6 +95,7 @@ def _inner_jaxprs(params: dict[str, Any]) -> Iterator[Any]:
 class HloCost:
     """Of one device and step."""
 
+    kernels: Counter[str] = field(default_factory=Counter)  # calls of those that are not XLA's, by name
     # Bytes read from HBM and written there, by kind of instruction.
     traffic: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     sent: Counter = field(default_factory=Counter)  # bytes sent to other devices, by kind of collective
@@ -293,6 +294,8 @@ def hlo_cost(text: str) -> HloCost:
                 # The result of a start holds what is written first, then what is read.
                 written = _hbm(each.result) if base == each.opcode else _hbm(next(SHAPE.finditer(each.result))[0])
                 cost.traffic[kind_of(each)] += times * (read + written)
+                if target := re.search(r'custom_call_target="([^"]+)"', each.attributes):
+                    cost.kernels[target[1]] += int(times)
 
     walk(entry, 1.0)
     return cost
