@@ -18,7 +18,8 @@ from jax import Array
 
 from nanochat_jax.attention import cached_attention, causal_attention
 from nanochat_jax.config import SMEAR_GATE_CHANNELS, VE_GATE_CHANNELS, GPTConfig
-from nanochat_jax.layers import PRODUCT, apply_rotary, linear, mlp, rms_norm, rotary_tables
+from nanochat_jax.kernels import KEEP_PRODUCTS
+from nanochat_jax.layers import apply_rotary, linear, mlp, rms_norm, rotary_tables
 
 Params = dict[str, Any]
 REMAT = ("none", "elementwise", "block", "full")  # what of the activations is recomputed in the backward pass
@@ -126,7 +127,7 @@ class GPT(nnx.Module):
             return self._block(x, layer, tokens, rotary, positions, cache, window, fresh, attend)
 
         if remat != "none":
-            kept = jax.checkpoint_policies.save_only_these_names(PRODUCT) if remat == "elementwise" else None
+            kept = KEEP_PRODUCTS if remat == "elementwise" else None
             block = jax.checkpoint(block, static_argnums=3, policy=kept)
 
         def run(x: Array, backout: Array, layers: list[dict[str, Array]], first: int | Array, windows: tuple[int | None, ...]
@@ -286,8 +287,8 @@ def forward(params: Params, tokens: Array, *, config: GPTConfig, compute_dtype: 
     before them; the returned cache has `length + valid`. `valid` [B] (default T) is how many tokens of a row count:
     padding to its right is masked and later overwritten, and 0 leaves a row as it is. `fresh` says that the cache is empty
     and has room for all T: the tokens see one another alone, at half the work. The backward pass recomputes what `remat`
-    says: nothing ("none"), all but products and attention ("elementwise"; cuDNN's attention too), what is inside of blocks
-    ("block"), or also most blocks' inputs ("full").
+    says: nothing ("none"), all but products and attention ("elementwise"), what is inside of blocks ("block"), or also most
+    blocks' inputs ("full").
     `scan` makes a loop of equal groups of layers, so that programs for big models compile fast (not with a cache).
     `attention` takes the place of the reference where no cache is read (kernels.py). `gather(name, weight)` makes a weight
     whole right before it is used, where devices hold parts (sharding.gather_over_data).

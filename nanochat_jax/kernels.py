@@ -19,6 +19,12 @@ from nanochat_jax.cli import UsageError
 from nanochat_jax.config import GPTConfig
 from nanochat_jax.layers import PRODUCT
 
+CUDNN_FORWARD = "dot_product_attention_fwd_wrapper"  # JAX's primitives of cuDNN attention
+CUDNN_BACKWARD = "dot_product_attention_bwd_wrapper"
+# A policy for `jax.checkpoint`. The outputs of cuDNN's forward call, whose statistics its backward needs, have no name in JAX.
+KEEP_PRODUCTS = jax.checkpoint_policies.save_from_both_policies(
+    jax.checkpoint_policies.save_only_these_names(PRODUCT), lambda primitive, *_, **__: primitive.name == CUDNN_FORWARD)
+
 ATTENTION = ("auto", "xla", "splash", "cudnn")
 LANES = 128  # Splash's blocks are multiples of this
 
@@ -27,11 +33,14 @@ Attention = Callable[..., Array]  # (q [B, T, H, h], k, v [B, T, K, h], *, windo
 
 def forward_options(config: GPTConfig, mesh: Mesh | None, *, dtype: jnp.dtype, length: int, attention: str = "auto"
                     ) -> dict[str, Any]:
-    """Arguments of `gpt.forward` that follow from the devices: a fused attention, and on accelerators a loop over layers."""
+    """Arguments of `gpt.forward` that follow from the devices: a fused attention, and on TPUs a loop over layers.
+
+    On GPUs the loop would cost copies of the stacked weights and activations, and programs compile fast without it.
+    """
     if mesh is None:
         return {}
     attend = choose_attention(attention, mesh=mesh, dtype=dtype, length=length, head_dim=config.head_dim)
-    return {"attention": attend, "scan": mesh.devices.flat[0].platform != "cpu"}
+    return {"attention": attend, "scan": mesh.devices.flat[0].platform == "tpu"}
 
 
 def choose_attention(kind: str, *, mesh: Mesh, dtype: jnp.dtype, length: int, head_dim: int) -> Attention:

@@ -1,14 +1,15 @@
 """Compile a model's real steps for accelerators that are not there, and tell what they need and how fast they can be.
 
 TPU slices: any of `CHIPS` with a topology such as v6e:2x4, compiled by libtpu. NVIDIA GPUs: h100:8, compiled by XLA's CUDA
-plugin without a GPU; there cuDNN attention cannot be lowered, so the reference attention takes its place.
+plugin without a GPU or cuDNN, whose attention is a call into the library at run time.
 """
 
+import contextlib
 import importlib.util
 import math
 import os
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -91,6 +92,20 @@ def topology_devices(name: str) -> tuple[str, list[jax.Device]]:
     return chip, devices
 
 
+@contextlib.contextmanager
+def assumed_cudnn() -> Iterator[None]:
+    """While it lasts, JAX takes cuDNN 9.8, `H100`'s, for installed. It asks for the version while it traces cuDNN attention,
+    which only a run needs: lowered and compiled, it is the name of a function."""
+    from jax._src.cudnn import fused_attention_stablehlo as attention
+
+    check = attention.check_cudnn_version
+    attention.check_cudnn_version = lambda: 90800
+    try:
+        yield
+    finally:
+        attention.check_cudnn_version = check
+
+
 def _has(module: str) -> bool:
     return importlib.util.find_spec(module) is not None
 
@@ -136,8 +151,19 @@ class Plan:
         return max(self.times.values())
 
     @property
-    def mfu_bound(self) -> float:
-        return self.model_flops / (CHIPS[self.chip].peak(self.chip) * self.step_seconds)
+    def serial_seconds(self) -> float:
+        """The same where kernels run one at a time, each as long as the slowest of its own three: first those with products,
+        then the element-wise ones and copies, then collectives."""
+        products, collectives = (sum(self.cost.traffic.get(kind, 0.0) for kind in kinds) / CHIPS[self.chip].bandwidth
+                                 for kinds in (("products", "kernels"), ("collectives",)))
+        times = self.times
+        return (max(times["products"], products) + times["memory"] - products - collectives
+                + max(times["links"], collectives))
+
+    def mfu(self, seconds: float) -> float:
+        """Model FLOPs utilization of steps that take so long. It may exceed 1: a model's FLOPs count all keys of its window for
+        each query, as is the custom, but the first queries of a row see fewer and fused attention computes only those."""
+        return self.model_flops / (CHIPS[self.chip].peak(self.chip) * seconds)
 
     @property
     def tokens_per_second(self) -> float:
@@ -148,8 +174,12 @@ class Plan:
                 "flops": self.flops, "model_flops": self.model_flops, "hbm_bytes": self.cost.hbm_bytes,
                 "traffic": dict(self.cost.traffic), "collectives": {kind: {"calls": self.cost.calls[kind],
                                        "bytes_sent": self.cost.sent[kind]} for kind in self.cost.sent},
-                "largest_array": self.cost.largest[1], "loops_counted_once": self.cost.unknown_loops, "seconds": self.times,
-                "step_seconds": self.step_seconds, "mfu_bound": self.mfu_bound, "tokens_per_second": self.tokens_per_second,
+                "kernels": dict(self.cost.kernels), "largest_array": self.cost.largest[1],
+                "loops_counted_once": self.cost.unknown_loops, "seconds": self.times,
+                "step_seconds": self.step_seconds, "mfu_bound": self.mfu(self.step_seconds),
+                "one_at_a_time": {"step_seconds": self.serial_seconds, "mfu": self.mfu(self.serial_seconds),
+                                  "tokens_per_second": self.tokens / self.serial_seconds},
+                "tokens_per_second": self.tokens_per_second,
                 "tokens_per_step": self.tokens, "compile_seconds": self.compile_seconds}
 
 
@@ -193,10 +223,11 @@ def train_plan(config: GPTConfig, step: jax.stages.Wrapped, state: TrainState, s
     state = abstract_tree(state, shardings)
     batch = jax.ShapeDtypeStruct((shape.accumulation, shape.micro_rows, shape.sequence_len), jnp.int32,
                                  sharding=NamedSharding(mesh, PartitionSpec(None, "data")))
-    flops = jaxpr_flops(step.trace(state, batch, batch).jaxpr, config)
-    return compile_plan(step, (state, batch, batch), chip=chip, mesh=mesh, parameters=state.params, state=state.optimizer,
-                        flops=flops, model_flops=float(config.flops_per_token) * shape.tokens, tokens=shape.tokens,
-                        options=options)
+    with assumed_cudnn():
+        flops = jaxpr_flops(step.trace(state, batch, batch).jaxpr, config, platform="tpu" if chip.startswith("v") else "cuda")
+        return compile_plan(step, (state, batch, batch), chip=chip, mesh=mesh, parameters=state.params, state=state.optimizer,
+                            flops=flops, model_flops=float(config.flops_per_token) * shape.tokens, tokens=shape.tokens,
+                            options=options)
 
 
 def largest_batch(attempt: Callable[[int], Plan], rows: int) -> tuple[int, Plan]:

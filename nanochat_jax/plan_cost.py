@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from nanochat_jax.config import GPTConfig
+from nanochat_jax.kernels import CUDNN_BACKWARD, CUDNN_FORWARD
 
 DTYPE_BYTES = {"pred": 1, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4,
                "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}
@@ -35,11 +36,11 @@ def visible_pairs(length: int, window: int | None) -> int:
     return span * (span + 1) // 2 + (length - span) * span
 
 
-def jaxpr_flops(jaxpr: Any, config: GPTConfig) -> float:
-    """FLOPs of the products of a traced step, over all devices, recomputation included.
+def jaxpr_flops(jaxpr: Any, config: GPTConfig, *, platform: str) -> float:
+    """FLOPs of the products of a traced step on "cpu", "tpu" or "cuda", over all devices, recomputation included.
 
-    A fused attention kernel counts for the pairs that its mask leaves, averaged over the layers: 2 products forward, 5
-    backward.
+    A fused attention kernel counts for the pairs that its mask leaves (a Pallas kernel's averaged over the layers): 2 products
+    forward, 5 backward.
     """
     pairs = sum(visible_pairs(config.sequence_len, window) for window in config.windows) / config.n_layer
 
@@ -58,8 +59,17 @@ def jaxpr_flops(jaxpr: Any, config: GPTConfig) -> float:
                                if each.aval.shape[-2:] == (config.sequence_len, config.head_dim))
                 product = 2.0 * math.prod(queries[:-2]) * pairs * config.head_dim  # of all rows and heads
                 total += times * product * (5 if backward else 2)
+            elif name in (CUDNN_FORWARD, CUDNN_BACKWARD):
+                rows, length, heads, width = eqn.invars[0].aval.shape
+                window = eqn.params["sliding_window_length"]  # with the query itself; `visible_pairs` means the keys before it
+                product = 2.0 * rows * heads * visible_pairs(length, window and window - 1) * width
+                total += times * product * (2 if name == CUDNN_FORWARD else 5)
             elif name == "cond":
-                total += max(walk(branch.jaxpr, times) for branch in eqn.params["branches"])
+                branches, chosen = eqn.params["branches"], eqn.params.get("branches_platforms")
+                if chosen:  # by platform; None is the default
+                    branches = [next(branch for branch, platforms in zip(branches, chosen, strict=True)
+                                     if platforms is None or platform in platforms)]
+                total += max(walk(branch.jaxpr, times) for branch in branches)
             else:
                 inner = times * (eqn.params["length"] if name == "scan" else 1)
                 if name == "shard_map":  # the shapes inside are one device's, along these axes
@@ -86,6 +96,7 @@ def _inner_jaxprs(params: dict[str, Any]) -> Iterator[Any]:
 class HloCost:
     """Of one device and step."""
 
+    kernels: Counter[str] = field(default_factory=Counter)  # calls of those that are not XLA's, by name
     # Bytes read from HBM and written there, by kind of instruction.
     traffic: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     sent: Counter = field(default_factory=Counter)  # bytes sent to other devices, by kind of collective
@@ -285,6 +296,8 @@ def hlo_cost(text: str) -> HloCost:
                 # The result of a start holds what is written first, then what is read.
                 written = _hbm(each.result) if base == each.opcode else _hbm(next(SHAPE.finditer(each.result))[0])
                 cost.traffic[kind_of(each)] += times * (read + written)
+                if target := re.search(r'custom_call_target="([^"]+)"', each.attributes):
+                    cost.kernels[target[1]] += int(times)
 
     walk(entry, 1.0)
     return cost

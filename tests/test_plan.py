@@ -7,20 +7,24 @@ import math
 import re
 import subprocess
 import sys
+from collections import Counter, defaultdict
 from pathlib import Path
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo
 from jax.sharding import NamedSharding, PartitionSpec
 
+from nanochat_jax.attention import causal_attention
 from nanochat_jax.cli import UsageError
 from nanochat_jax.config import GPTConfig
 from nanochat_jax.gpt import abstract_params, forward
+from nanochat_jax.kernels import cudnn_attention
 from nanochat_jax.optim import OptimizerConfig, constant, make_optimizer
-from nanochat_jax.plan import DoesNotFit, largest_batch, topology_devices
-from nanochat_jax.plan_cost import hlo_cost, jaxpr_flops, parse_hlo, visible_pairs
+from nanochat_jax.plan import CHIPS, DoesNotFit, Memory, Plan, assumed_cudnn, largest_batch, topology_devices
+from nanochat_jax.plan_cost import HloCost, hlo_cost, jaxpr_flops, parse_hlo, visible_pairs
 from nanochat_jax.sharding import abstract_tree, make_mesh
 from nanochat_jax.step import choose_memory, make_train_step, state_shardings
 
@@ -33,6 +37,10 @@ def test_visible_pairs_are_those_of_the_mask(length, window):
     assert visible_pairs(length, window) == ((distance >= 0) & (distance <= (length if window is None else window))).sum()
 
 
+def flops_on(platform, f, *arguments, config=CONFIG):
+    return jaxpr_flops(jax.make_jaxpr(f)(*arguments), config, platform=platform)
+
+
 def test_products_inside_loops_count_once_a_round():
     weight = jnp.ones((32, 16))
 
@@ -41,22 +49,63 @@ def test_products_inside_loops_count_once_a_round():
 
     forward = 5 * 2 * (2 * 8 * 32 * 16)
     x = jnp.ones((8, 32))
-    assert jaxpr_flops(jax.make_jaxpr(step)(x), CONFIG) == forward
+    assert flops_on("cpu", step, x) == forward
     # Of the backward pass only the products with the cotangents: the weight is a constant.
-    assert jaxpr_flops(jax.make_jaxpr(jax.grad(step))(x), CONFIG) == 2 * forward
-    remat = jaxpr_flops(jax.make_jaxpr(jax.grad(jax.checkpoint(step)))(x), CONFIG)
-    assert remat == 3 * forward
+    assert flops_on("cpu", jax.grad(step), x) == 2 * forward
+    assert flops_on("cpu", jax.grad(jax.checkpoint(step)), x) == 3 * forward
 
 
-def test_only_products_and_attention_are_kept_from_being_recomputed():
+def test_of_code_for_several_platforms_the_planned_one_counts_and_of_a_condition_the_dearer_branch():
+    def products(count):
+        return lambda x: functools.reduce(lambda y, _: jnp.tanh(y @ weight), range(count), x)
+
+    def step(x):
+        return jax.lax.platform_dependent(x, cpu=products(3), tpu=products(1), default=products(2)).sum()
+
+    x, weight = jnp.ones((8, 8)), jnp.ones((8, 8))
+    one = 2 * 8**3
+    assert [flops_on(name, step, x) / one for name in ("cpu", "tpu", "cuda")] == [3, 1, 2]
+    # Forward, forward again, backward.
+    assert [flops_on(name, jax.grad(jax.checkpoint(step)), x) / one for name in ("cpu", "tpu", "cuda")] == [9, 3, 6]
+    assert flops_on("cpu", lambda x: jax.lax.cond(x[0, 0] > 0, products(1), products(2), x), x) == 2 * one
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_attention_by_cudnn_counts_for_what_its_mask_leaves(window):
+    distance = np.arange(16)[:, None] - np.arange(16)
+    visible = ((distance >= 0) & (distance <= (16 if window is None else window))).sum()
+    attend = functools.partial(cudnn_attention, window=window, mesh=make_mesh("8x1"))
+    total = lambda *x: attend(*x).astype(jnp.float32).sum()  # noqa: E731
+    q, kv = jnp.ones((8, 16, 4, 8), jnp.bfloat16), jnp.ones((8, 16, 2, 8), jnp.bfloat16)
+    with assumed_cudnn():
+        forward, both = (flops_on("cuda", f, q, kv, kv) for f in (total, jax.grad(total, argnums=(0, 1, 2))))
+    product = 2 * 8 * 4 * 8 * visible  # of 8 rows and 4 heads of 8
+    assert (forward, both) == (2 * product, (2 + 5) * product)
+
+
+def test_cudnn_is_assumed_no_longer_than_asked_for():
+    check = fused_attention_stablehlo.check_cudnn_version
+    with pytest.raises(ZeroDivisionError), assumed_cudnn():
+        assert fused_attention_stablehlo.check_cudnn_version() >= 90000
+        raise ZeroDivisionError
+    assert fused_attention_stablehlo.check_cudnn_version is check
+
+
+@pytest.mark.parametrize("platform", ["tpu", "cuda"])
+def test_only_products_and_attention_are_kept_from_being_recomputed(platform):
+    attention = causal_attention if platform == "tpu" else functools.partial(cudnn_attention, mesh=make_mesh("1x1"))
     config = GPTConfig.modern(2, sequence_len=64, vocab_size=64)
     tokens = jnp.zeros((1, 64), jnp.int32)
 
     def flops(remat):
-        total = lambda params: forward(params, tokens, config=config, remat=remat)[0].sum()  # noqa: E731
-        return jaxpr_flops(jax.make_jaxpr(jax.grad(total))(abstract_params(config)), config)
+        def total(params):
+            return forward(params, tokens, config=config, compute_dtype=jnp.bfloat16, remat=remat, attention=attention)[0].sum()
 
-    swaps = 2 * 2 * 2 * 64 * 128**2  # of halves, in rotary embeddings: of q and k in two layers, as a TPU does it
+        with assumed_cudnn():
+            return flops_on(platform, jax.grad(total), abstract_params(config), config=config)
+
+    # Of halves, in rotary embeddings: of q and k in two layers, as a TPU does it.
+    swaps = 2 * 2 * 2 * 64 * 128**2 if platform == "tpu" else 0
     assert flops("elementwise") == flops("none") + swaps < 0.85 * flops("block")
 
 
@@ -69,6 +118,11 @@ def test_every_instruction_of_a_module_is_parsed():
     computations, entry = parse_hlo(text)
     assert entry in computations
     assert sum(map(len, computations.values())) == sum(" = " in line and line.startswith("  ") for line in text.splitlines())
+
+
+def test_kernels_are_counted_by_name():
+    text = compiled_text(lambda x: jax.lax.fori_loop(0, 3, lambda _, y: jnp.linalg.cholesky(y), x), jnp.eye(16))
+    assert hlo_cost(text).kernels == {"lapack_spotrf_ffi": 3}
 
 
 def test_traffic_grows_with_the_rounds_of_a_loop():
@@ -159,8 +213,8 @@ def test_devices_exchange_gradients_once_a_step_however_the_batch_is_cut():
 
 def test_the_products_of_a_step_are_the_same_on_any_mesh():
     config = GPTConfig.modern(8, aspect_ratio=32, sequence_len=128, vocab_size=256)
-    flops = {mesh: jaxpr_flops(traced_step(make_mesh(mesh), config, accumulation=2).jaxpr,
-                               config) for mesh in ("1x1", "8x1", "4x2")}
+    flops = {mesh: jaxpr_flops(traced_step(make_mesh(mesh), config, accumulation=2).jaxpr, config, platform="cpu")
+             for mesh in ("1x1", "8x1", "4x2")}
     assert flops["8x1"] == flops["4x2"] == pytest.approx(flops["1x1"], rel=0.01)  # Muon pads its gates to whole devices
 
 
@@ -189,6 +243,22 @@ def test_the_largest_batch_is_the_last_that_fits():
     assert largest_batch(attempt, 2)[0] == 2
     with pytest.raises(UsageError, match="remat"):
         largest_batch(lambda rows: attempt(64), 64)
+
+
+def test_a_step_takes_at_least_the_slowest_of_its_costs_and_one_at_a_time_the_sum_over_kernels():
+    chip = CHIPS["h100"]
+    seconds = {"products": 3.0, "kernels": 1.0, "element-wise": 2.0, "copies": 0.5, "collectives": 0.25}
+    cost = HloCost(traffic=defaultdict(float, {kind: each * chip.bandwidth for kind, each in seconds.items()}),
+                   sent=Counter({"all-gather": 1.5 * chip.link}))
+
+    def plan(products):
+        return Plan("h100", 8, Memory(0, 0, 0, 0, 0), flops=products * chip.peak("h100"), model_flops=3.0 * chip.peak("h100"),
+                    cost=cost, tokens=10, compile_seconds=0.0)
+
+    assert plan(5.0).step_seconds == pytest.approx(6.75) and plan(8.0).step_seconds == 8.0
+    # Products take the time of their own traffic where that is longer; what is sent takes longer than what it reads and writes.
+    assert [plan(products).serial_seconds for products in (5.0, 1.0)] == pytest.approx([5 + 2.5 + 1.5, 4 + 2.5 + 1.5])
+    assert plan(5.0).as_json()["one_at_a_time"]["mfu"] == pytest.approx(3 / 9)
 
 
 @pytest.mark.parametrize("name", ["v9:2x4", "v6e", "v6e-7", "h100:"])
@@ -251,3 +321,17 @@ def test_decoding_on_one_chip_moves_the_matrices_and_the_cache_and_little_else()
     matrices, cache = 2 * config.num_scaling_params, 2 * 2 * config.n_layer * 8 * config.sequence_len * config.n_embd
     assert found["memory"]["optimizer"] == cache  # what is carried from step to step
     assert found["hbm_bytes"] < 1.5 * (matrices + cache)  # no table of embeddings, and no cache in another layout
+
+
+@pytest.mark.skipif(importlib.util.find_spec("jax_cuda12_plugin") is None, reason="XLA's compiler for GPUs is not installed")
+@pytest.mark.slow
+@pytest.mark.parametrize("attention", ["auto", "xla"])
+def test_a_train_step_compiles_for_a_gpu_with_the_attention_that_runs_there(attention):
+    found = plan("--depth", "2", "--topology", "h100:1", "--vocab-size", "4096", "--device-batch-size", "1", "--remat",
+                 "elementwise", "--total-batch-size", "4096", "--num-iterations", "10", "--attention", attention)
+    assert found["memory"]["parameters"] == 4 * GPTConfig.modern(2, vocab_size=4096).num_params
+    assert found["loops_counted_once"] == 0 and 0.5 < found["flops"] / found["model_flops"] < 1.2
+    # In each of two micro-batches and two layers the forward call is made once, not again for the backward pass.
+    calls = {"__cudnn$fmhaSoftmax": 4, "__cudnn$fmhaSoftmaxBackward": 4}
+    called = {name: count for name, count in found["kernels"].items() if "cudnn" in name}
+    assert called == (calls if attention == "auto" else {}) and ("cuDNN" in found["not_exact"]) == (attention == "auto")
