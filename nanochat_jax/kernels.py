@@ -1,4 +1,4 @@
-"""Fused causal attention for training on accelerators: Splash on TPU, cuDNN on GPU, both with sliding windows.
+"""Fused causal attention of whole sequences on accelerators: Splash on TPU, cuDNN on GPU, both with sliding windows.
 
 Each computes what `attention.causal_attention` does, the reference, without its [T, T] scores in memory. The mesh is part
 of a kernel: rows are spread over its data axis, heads over its model axis.
@@ -69,15 +69,20 @@ def choose_attention(kind: str, *, mesh: Mesh, dtype: jnp.dtype, length: int, he
     return functools.partial(splash_attention if kind == "splash" else cudnn_attention, mesh=mesh)
 
 
-def _on_each_device(attend: Callable[..., Array], mesh: Mesh) -> Callable[..., Array]:
-    """`attend(q, k, v)` for each device's rows and heads, as far as the code around does not run on each device already."""
+def _on_each_device(attend: Callable[..., Array], mesh: Mesh, q: Array, k: Array, v: Array) -> Array:
+    """`attend(q, k, v)` of each device's rows and heads, as far as the code around does not run on each device already.
+
+    Rows and heads that do not divide over an axis are computed by all its devices.
+    """
     manual = jax.sharding.get_abstract_mesh().manual_axes
     axes = {axis for axis in mesh.axis_names if axis not in manual}
     if not axes:
-        return attend
-    rows = PartitionSpec("data" if "data" in axes else None, None, "model", None)  # of q, k and v [B, T, H, h]
-    return jax.shard_map(attend, mesh=None if manual else mesh, in_specs=(rows,) * 3, out_specs=rows, axis_names=axes,
-                         check_vma=False)
+        return attend(q, k, v)
+    rows, heads = (axis if axis in axes and k.shape[dimension] % mesh.shape[axis] == 0 else None
+                   for dimension, axis in ((0, "data"), (2, "model")))
+    spec = PartitionSpec(rows, None, heads, None)
+    return jax.shard_map(attend, mesh=None if manual else mesh, in_specs=(spec,) * 3, out_specs=spec, axis_names=axes,
+                         check_vma=False)(q, k, v)
 
 
 def _block(length: int, most: int) -> int:
@@ -116,11 +121,11 @@ def splash_attention(q: Array, k: Array, v: Array, *, window: int | None, mesh: 
         return jnp.swapaxes(jax.vmap(kernel)(*rows), 1, 2)
 
     q = q * jnp.asarray(1.0 / math.sqrt(q.shape[-1]), q.dtype)  # the kernel does not scale
-    return _on_each_device(local, mesh)(q, k, v)
+    return _on_each_device(local, mesh, q, k, v)
 
 
 def cudnn_attention(q: Array, k: Array, v: Array, *, window: int | None, mesh: Mesh) -> Array:
     """As `attention.causal_attention`, by cuDNN. Without `is_causal` a window's queries would see the future too."""
     local = None if window is None or window >= q.shape[1] - 1 else (window, 0)
     attend = functools.partial(jax.nn.dot_product_attention, is_causal=True, local_window_size=local, implementation="cudnn")
-    return _on_each_device(attend, mesh)(q, k, v)
+    return _on_each_device(attend, mesh, q, k, v)

@@ -97,6 +97,7 @@ def test_splash_on_a_mesh_equals_the_reference():
     mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
     attend = lambda q, k, v, *, window: splash_attention(q, k, v, window=window, mesh=mesh, interpret=True)  # noqa: E731
     compare(attend, *draw(256, 4, 2, 64), 128, 2e-5)
+    compare(attend, *(each[:1] for each in draw(256, 3, 3, 64)), 128, 2e-5)  # a row and heads that do not divide
     rows = PartitionSpec("data")  # as the train step calls it: on each data shard, the heads still whole
     inside = lambda *qkv, window: jax.shard_map(functools.partial(attend, window=window), mesh=mesh, in_specs=(rows,) * 3,  # noqa: E731
                                                 out_specs=rows, axis_names={"data"}, check_vma=False)(*qkv)

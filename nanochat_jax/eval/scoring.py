@@ -23,6 +23,7 @@ from nanochat_jax.config import GPTConfig
 from nanochat_jax.eval.batching import bucket
 from nanochat_jax.gpt import KVCache, Params, forward, init_cache, unembed
 from nanochat_jax.infer.sampling import first_argmax
+from nanochat_jax.kernels import forward_options
 from nanochat_jax.sharding import data_size, replicated, spread_rows
 
 BLOCK = 128  # the unit of lengths of the cache
@@ -116,7 +117,9 @@ def _spread(cache: KVCache, mesh: Mesh | None) -> KVCache:
 def _begin(params: Params, tokens: Array, valid: Array, *, config: GPTConfig, dtype: Any, mesh: Mesh | None) -> KVCache:
     """A cache of the first valid [B] of tokens [B, T]. The last layer's output is not asked for, so it is not computed."""
     cache = _spread(init_cache(config, tokens.shape[0], tokens.shape[1], dtype), mesh)
-    return _spread(forward(params, tokens, config=config, compute_dtype=dtype, cache=cache, valid=valid, fresh=True)[1], mesh)
+    how = forward_options(config, mesh, dtype=dtype, length=tokens.shape[1])
+    cache = forward(params, tokens, config=config, compute_dtype=dtype, cache=cache, valid=valid, fresh=True, **how)[1]
+    return _spread(cache, mesh)
 
 
 @functools.partial(jax.jit, donate_argnames="cache", static_argnames=("config", "dtype", "mesh"))

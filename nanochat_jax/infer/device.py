@@ -20,6 +20,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from nanochat_jax.config import GPTConfig
 from nanochat_jax.gpt import KVCache, Params, forward, init_cache, softcap
 from nanochat_jax.infer.sampling import SamplingParams, log_probability, noise_for, sample
+from nanochat_jax.kernels import forward_options
 from nanochat_jax.layers import rms_norm
 
 
@@ -151,8 +152,9 @@ def prefill(params: Params, tokens: Array, lengths: Array, *, program: Program) 
     config, dtype, mesh = program.config, program.dtype, program.mesh
     cache = init_cache(config, tokens.shape[0], tokens.shape[1], dtype)
     cache = cache._replace(k=_place(cache.k, mesh), v=_place(cache.v, mesh))
+    how = forward_options(config, mesh, dtype=dtype, length=tokens.shape[1])
     _, cache = forward(_stack_layers(params), tokens, config=config, compute_dtype=dtype, cache=cache, valid=lengths,
-                       fresh=True)
+                       fresh=True, **how)
     rows = []
     for row in range(tokens.shape[0]):
         prompt = jnp.stack([jnp.stack([layer[row] for layer in each]) for each in (cache.k, cache.v)])
