@@ -39,7 +39,8 @@ class ExecutionResult:
         timeout: it was killed at the time limit.
         memory_exceeded: it ended in a MemoryError.
         confined: measures beyond resource limits that took hold: "network" (a namespace without network), "files"
-            (writes only below its temporary directory), "syscalls" (no children, sockets or signals to others).
+            (contents change only below its temporary directory), "syscalls" (no children, sockets or signals to others,
+            no change of modes, owners, times or attributes of files).
     """
 
     success: bool

@@ -26,7 +26,8 @@ LANDLOCK_WRITE_FILE, LANDLOCK_TRUNCATE = 1 << 1, 1 << 14
 LANDLOCK_CHANGE_TREE = 0b1_1111_1111_0000 | LANDLOCK_WRITE_FILE  # remove or make an entry of any kind, write a file
 
 # Audit architecture and system call numbers of what no program here needs: children, sockets, signals to others, other
-# processes' memory, priorities and limits, sessions, namespaces, keys, files in memory (linux/audit.h, unistd.h).
+# processes' memory, priorities and limits, sessions, namespaces, keys, files in memory; and what Landlock leaves open: modes,
+# owners, times and attributes of files, cutting them by name (linux/audit.h, unistd.h).
 SYSCALLS = {
     "x86_64": (0xC000003E, {
         "shmget": 29, "socket": 41, "socketpair": 53, "clone": 56, "fork": 57, "vfork": 58, "execve": 59, "kill": 62,
@@ -36,7 +37,11 @@ SYSCALLS = {
         "request_key": 249, "keyctl": 250, "ioprio_set": 251, "migrate_pages": 256, "unshare": 272, "move_pages": 279,
         "rt_tgsigqueueinfo": 297, "prlimit64": 302, "setns": 308, "process_vm_readv": 310, "process_vm_writev": 311,
         "sched_setattr": 314, "memfd_create": 319, "bpf": 321, "execveat": 322, "pidfd_send_signal": 424,
-        "io_uring_setup": 425, "pidfd_open": 434, "clone3": 435, "pidfd_getfd": 438}),
+        "io_uring_setup": 425, "pidfd_open": 434, "clone3": 435, "pidfd_getfd": 438,
+        "ioctl": 16, "truncate": 76, "chmod": 90, "fchmod": 91, "chown": 92, "fchown": 93, "lchown": 94, "utime": 132,
+        "setxattr": 188, "lsetxattr": 189, "fsetxattr": 190, "removexattr": 197, "lremovexattr": 198, "fremovexattr": 199,
+        "utimes": 235, "fchownat": 260, "futimesat": 261, "fchmodat": 268, "utimensat": 280, "fchmodat2": 452,
+        "setxattrat": 463, "removexattrat": 466, "file_setattr": 469}),
     "aarch64": (0xC00000B7, {
         "ioprio_set": 30, "unshare": 97, "ptrace": 117, "sched_setparam": 118, "sched_setscheduler": 119,
         "sched_setaffinity": 122, "kill": 129, "tkill": 130, "tgkill": 131, "rt_sigqueueinfo": 138, "setpriority": 140,
@@ -44,7 +49,10 @@ SYSCALLS = {
         "request_key": 218, "keyctl": 219, "clone": 220, "execve": 221, "migrate_pages": 238, "move_pages": 239,
         "rt_tgsigqueueinfo": 240, "prlimit64": 261, "setns": 268, "process_vm_readv": 270, "process_vm_writev": 271,
         "sched_setattr": 274, "memfd_create": 279, "bpf": 280, "execveat": 281, "pidfd_send_signal": 424,
-        "io_uring_setup": 425, "pidfd_open": 434, "clone3": 435, "pidfd_getfd": 438}),
+        "io_uring_setup": 425, "pidfd_open": 434, "clone3": 435, "pidfd_getfd": 438,
+        "setxattr": 5, "lsetxattr": 6, "fsetxattr": 7, "removexattr": 14, "lremovexattr": 15, "fremovexattr": 16, "ioctl": 29,
+        "truncate": 45, "fchmod": 52, "fchmodat": 53, "fchownat": 54, "fchown": 55, "utimensat": 88, "fchmodat2": 452,
+        "setxattrat": 463, "removexattrat": 466, "file_setattr": 469}),
 }
 
 
@@ -72,7 +80,10 @@ def unshare_network(libc: ctypes.CDLL) -> bool:
 
 
 def forbid_writing_outside(libc: ctypes.CDLL, directory: str) -> bool:
-    """Landlock: files can be changed below `directory` only, and other processes' memory and environment not read."""
+    """Landlock: files can be changed below `directory` only, and other processes' memory and environment not read.
+
+    Before its third version (Linux 6.2) files elsewhere can still be cut by opening them: applied, but not said to hold.
+    """
     version = libc.syscall(LANDLOCK_CREATE_RULESET, None, 0, 1)
     if version < 1:
         return False
@@ -87,7 +98,7 @@ def forbid_writing_outside(libc: ctypes.CDLL, directory: str) -> bool:
         os.close(below)
     done = libc.syscall(LANDLOCK_RESTRICT_SELF, ruleset, 0) == 0
     os.close(ruleset)
-    return done
+    return done and version >= 3
 
 
 def filter_system_calls(libc: ctypes.CDLL) -> bool:
