@@ -132,6 +132,14 @@ def test_more_than_may_wait_are_refused(scheduler, monkeypatch):
     wait_until(lambda: scheduler.num_active == 0)
 
 
+def test_a_free_slot_is_no_place_in_the_queue(engine):
+    with Scheduler(engine, max_waiting=1) as scheduler:
+        replies = [handle.result(SECONDS) for handle in scheduler.submit_all([ask("a")] * (engine.num_slots + 1))]
+        assert [len(reply.tokens) for reply in replies] == [40] * (engine.num_slots + 1)
+        with pytest.raises(QueueFull):
+            scheduler.submit_all([ask("a")] * (engine.num_slots + 2))
+
+
 BAD = [
     (lambda: ask("a" * 96), "prompt of 96 tokens does not fit in the context of 96"),
     (lambda: ask(""), "no tokens"),

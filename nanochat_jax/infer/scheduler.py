@@ -170,7 +170,8 @@ class Scheduler:
             if self._thread is None or self._closing:
                 raise RuntimeError("the scheduler is not running")
             waiting = sum(not handle.cancelled for handle in self._waiting)  # those given up leave before the next step
-            if waiting + len(handles) > self._max_waiting:
+            free = self._engine.num_slots - len(self._live)  # which those who wait get before the next step
+            if waiting + len(handles) > self._max_waiting + max(0, free):
                 raise QueueFull(f"{waiting} requests wait already, of at most {self._max_waiting}")
             self._waiting.extend(handles)
             self._changed.notify_all()
