@@ -28,11 +28,11 @@ import orbax.checkpoint as ocp
 from jax import Array
 from jax.sharding import Mesh
 
-from nanochat_jax.bucket import COMMITTED, Directory, copy_files, is_remote
+from nanochat_jax.bucket import Directory, copy_files, is_remote
 from nanochat_jax.cli import NotFound, UsageError, one_line
 from nanochat_jax.config import GPTConfig
 from nanochat_jax.gpt import Params, abstract_params
-from nanochat_jax.paths import HOW_TO_MAKE, Paths, remove_directory, rename_directory
+from nanochat_jax.paths import HOW_TO_MAKE, Paths, remove_directory, rename_directory, saved_steps
 from nanochat_jax.sharding import abstract_tree, barrier, gather_json, make_mesh, param_shardings
 from nanochat_jax.tokenizer import Tokenizer
 
@@ -265,14 +265,6 @@ class Loaded:
         if self.own_tokenizer is None:
             raise UsageError(f"{self.directory} was imported without a tokenizer: import it again with --tokenizer DIR")
         return self.own_tokenizer
-
-
-def saved_steps(directory: Directory) -> list[int]:
-    """Steps with a complete directory under a tag, in order."""
-    if not directory.is_dir():
-        return []
-    complete = COMMITTED if is_remote(directory) else "params"
-    return sorted(int(path.name) for path in directory.iterdir() if path.name.isdigit() and (path / complete).exists())
 
 
 def claim_directory(directory: Directory, *, resume: bool, fresh: bool) -> None:

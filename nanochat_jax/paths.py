@@ -15,7 +15,7 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanochat_jax.bucket import Directory, delete, is_remote, move, open_bucket
+from nanochat_jax.bucket import COMMITTED, Directory, delete, is_remote, move, open_bucket
 from nanochat_jax.cli import NotFound, UsageError
 
 CHECKPOINT_DIRS = {
@@ -94,17 +94,27 @@ class Paths:
         return self.base / CHECKPOINT_DIRS[source]
 
     def find_tag(self, source: str) -> str:
-        """The tag a user means who names none: the largest `d<depth>`, else the newest directory."""
+        """The tag a user means who names none, of those with a step: the largest `d<depth>`, else the newest directory."""
         root = self.checkpoints(source)
-        tags = [path for path in root.iterdir() if path.is_dir() and path.name[0] != "."] if root.is_dir() else []
+        tags = [path for path in root.iterdir() if path.is_dir() and path.name[0] != "." and saved_steps(path)
+                ] if root.is_dir() else []
         if not tags:
             raise NotFound(f"no {source} checkpoint in {root}: run `python -m {HOW_TO_MAKE[source]}` first")
-        sized = [(int(match[1]), path.name) for path in tags if (match := re.match(r"d(\d+)", path.name))]
+        sized = [(int(match[1]), match[0] == path.name, path.name)  # d20 before d20-test
+                 for path in tags if (match := re.match(r"d(\d+)", path.name))]
         if sized:
-            return max(sized)[1]
+            return max(sized)[-1]
         if self.bucket and len(tags) > 1:  # which has no times of directories
             raise UsageError(f"{root} holds {', '.join(sorted(path.name for path in tags))}: name one by --model-tag")
         return tags[0].name if len(tags) == 1 else max(tags, key=lambda path: path.stat().st_mtime).name
+
+
+def saved_steps(directory: Directory) -> list[int]:
+    """Steps with a complete directory under a tag, in order."""
+    if not directory.is_dir():
+        return []
+    complete = COMMITTED if is_remote(directory) else "params"
+    return sorted(int(path.name) for path in directory.iterdir() if path.name.isdigit() and (path / complete).exists())
 
 
 def remove_directory(directory: Directory) -> None:

@@ -20,15 +20,16 @@ from jax import Array
 from jax.sharding import Mesh
 
 from nanochat_jax.chat import render_for_completion
-from nanochat_jax.checkpoint import Loaded, load_directory, load_model, saved_steps
+from nanochat_jax.checkpoint import Loaded, load_directory, load_model
 from nanochat_jax.cli import NotFound
 from nanochat_jax.config import GPTConfig
+from nanochat_jax.eval.batching import bucket
 from nanochat_jax.gpt import Params, forward, unembed
-from nanochat_jax.infer.engine import Engine, buckets
+from nanochat_jax.infer.engine import Engine
 from nanochat_jax.infer.request import NoTokenizer, Request
 from nanochat_jax.interop.hf import read_hf
 from nanochat_jax.interop.torch_checkpoint import Imported, read_checkpoint
-from nanochat_jax.paths import CHECKPOINT_DIRS, Paths
+from nanochat_jax.paths import CHECKPOINT_DIRS, Paths, saved_steps
 from nanochat_jax.sharding import make_mesh, param_shardings
 from nanochat_jax.step import resolve_dtype
 from nanochat_jax.tokenizer import Tokenizer
@@ -73,7 +74,7 @@ class Model:
             raise ValueError(f"ids must be in 0..{self.config.vocab_size - 1}, got {tokens.min()}..{tokens.max()}")
         rows, length = tokens.shape
         # Padding to the right changes nothing before it, and few lengths mean few compilations.
-        padded = np.zeros((rows, next(size for size in buckets(32, max(length, 32)) if size >= length)), np.int32)
+        padded = np.zeros((rows, bucket(length)), np.int32)
         padded[:, :length] = tokens
         return np.asarray(_logits(self.params, padded, config=self.config, dtype=self.dtype)[:, :length], np.float32)
 

@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 
 from nanochat_jax import step as step_module
-from nanochat_jax.checkpoint import saved_steps
-from nanochat_jax.cli import UsageError
+from nanochat_jax.cli import NotFound, UsageError
 from nanochat_jax.config import GPTConfig
 from nanochat_jax.metrics import read_metrics
 from nanochat_jax.optim import OptimizerConfig, cosine_decay, make_optimizer, modern_momentum, trapezoid
+from nanochat_jax.paths import Paths, saved_steps
 from nanochat_jax.sharding import make_mesh
 from nanochat_jax.step import batch_shape, choose_batch_shape, compile_step, init_state, make_train_step
 from nanochat_jax.stopping import EXIT_STOPPED
@@ -293,3 +293,13 @@ def test_metrics_are_whole_json_lines(reference, tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text(json.dumps({"step": 0}) + "\n" + '{"step": 1, "lo')
     assert read_metrics(path) == [{"step": 0}]
+
+
+def test_the_largest_model_that_has_a_step_is_meant_where_no_tag_is_named(tmp_path):
+    for name in ("d9", "d4-test", "d4", "mine"):
+        (tmp_path / "base_checkpoints" / name).mkdir(parents=True)
+    with pytest.raises(NotFound, match="scripts.base_train"):
+        Paths(tmp_path).find_tag("base")
+    for name in ("mine", "d4-test", "d4"):
+        (tmp_path / "base_checkpoints" / name / "7" / "params").mkdir(parents=True)
+        assert Paths(tmp_path).find_tag("base") == name
