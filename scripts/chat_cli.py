@@ -57,6 +57,9 @@ class History:
         return [self._tokenizer.bos_id, *sum(self._turns, []), *question], before - len(self._turns)
 
     def add(self, text: str, reply: list[int]) -> None:
+        start, end = map(self._tokenizer.encode_special, ("<|python_start|>", "<|python_end|>"))
+        if start in (call := reply[-1 - reply[::-1].index(start) :] if start in reply else []) and end not in call:
+            reply = reply[: -len(call)]  # cut in the middle of a tool call
         self._turns.append([*self._question(text), *reply, self._tokenizer.encode_special("<|assistant_end|>")])
 
     def _question(self, text: str) -> list[int]:

@@ -85,6 +85,12 @@ def test_history_holds_the_reply_tokens_until_cleared(talk):
     assert out.count("Hé: [1+2 = 3] !") == 3
 
 
+def test_a_reply_that_is_cut_in_a_tool_call_is_remembered_up_to_it(talk):
+    _, _, prompts = talk("one", "two", max_tokens=7)
+    said = "Hé: ".encode()
+    assert prompts[1] == [BOS, *question("one"), *said, END, *question("two")]
+
+
 def test_the_oldest_turns_are_dropped_when_the_context_is_full(talk):
     _, out, prompts = talk("a" * 24, "b" * 24, "c" * 24, max_tokens=30)
     assert prompts[1] == [BOS, *question("b" * 24)]

@@ -1,5 +1,6 @@
 """Chat evaluation: letters against a plain forward pass, replies through the engine, and what is written down."""
 
+import dataclasses
 import json
 
 import jax
@@ -163,10 +164,12 @@ def test_chatcore_is_only_given_for_all_its_tasks():
 
 def test_problems_are_written_a_line_each(tmp_path, params):
     problems = letters_of(Letters().view(stop=3), params)
+    problems[2] = dataclasses.replace(problems[2], question="half a pair: \ud800")
     path = tmp_path / "new" / "problems.jsonl"
     chat.write_problems(path, problems)
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [line["index"] for line in lines] == [0, 1, 2]
+    assert lines[2]["question"] == "half a pair: \ud800"
     assert lines[0] == {"index": 0, "question": "0?", "completions": list(problems[0].completions),
                         "passed": problems[0].passed}
     assert [p.name for p in path.parent.iterdir()] == ["problems.jsonl"]

@@ -189,4 +189,4 @@ def chatcore(accuracies: Mapping[str, float], baselines: Mapping[str, float]) ->
 
 def write_problems(path: Path, problems: Sequence[Problem]) -> None:
     """One JSON object per line, in the order of the task; replaces the file whole."""
-    write_file(path, "".join(json.dumps(asdict(problem), ensure_ascii=False) + "\n" for problem in problems))
+    write_file(path, "".join(json.dumps(asdict(problem)) + "\n" for problem in problems))

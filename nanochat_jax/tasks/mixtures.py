@@ -137,4 +137,7 @@ def named_mixture(named: str, paths: Paths, split: Literal["train", "test"] = "t
         else:
             raise UsageError(f"unknown task {name!r}: expected {', '.join(tasks)} or a file FILE.jsonl")
         weights.append(min(1.0, weight / len(chosen[-1])) if sign == ":" else weight)
+        if round(weights[-1] * len(chosen[-1])) < 1:
+            raise UsageError(f"{entry!r} takes none of the {len(chosen[-1])} conversations of {name}: give more weight, or "
+                             "leave it out")
     return TaskMixture(chosen, weights)
