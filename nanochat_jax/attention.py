@@ -116,7 +116,8 @@ _causal.defvjp(_causal_fwd, _causal_bwd)
 def causal_attention(q: Array, k: Array, v: Array, *, window: int | None) -> Array:
     """Self-attention of whole sequences. q [B, T, H, h]; k, v [B, T, K, h] with H a multiple of K. Returns [B, T, H, h].
 
-    |q| |k| / sqrt(h) must be below 40 for all queries and keys, as it is after QK norm: beyond that weights underflow.
+    |q| |k| / sqrt(h) must be below 40 (`config.LARGEST_SCORE`) for all queries and keys, as it is after QK norm: beyond that
+    weights underflow.
     """
     return _causal(q, k, v, window)
 

@@ -8,9 +8,12 @@ import math
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
+from nanochat_jax.cli import UsageError
+
 Arch = Literal["classic", "modern"]
 
 VE_GATE_CHANNELS = 12  # leading channels of a block's input that gate its value embedding
+LARGEST_SCORE = 40.0  # attention's exponentials of scores start from their bound, not from their maximum
 SMEAR_GATE_CHANNELS = 24  # leading channels of the embedding that gate the mix with the token before
 
 
@@ -56,6 +59,9 @@ class GPTConfig:
             raise ValueError(f"n_embd {self.n_embd} must be at least {narrowest}, the channels that the gates read")
         if self.window_pattern is not None and (not self.window_pattern or set(self.window_pattern) - set("SL")):
             raise ValueError(f"window_pattern {self.window_pattern!r} must be made of the letters S and L")
+        if self.qk_scale**2 * math.sqrt(self.head_dim) >= LARGEST_SCORE:
+            raise ValueError(f"head width {self.head_dim} is too large: scores could reach qk_scale^2 sqrt(head width), which "
+                             f"must be below {LARGEST_SCORE}")
 
     @classmethod
     def classic(cls, depth: int, **overrides: Any) -> "GPTConfig":
@@ -181,6 +187,6 @@ def derive_recipe(config: GPTConfig, *, reference: GPTConfig, total_batch_size: 
         else:
             num_iterations = tokens // batch
     if num_iterations < 1:
-        raise ValueError(f"the run would have {num_iterations} steps of {batch} tokens: give --num-iterations, "
+        raise UsageError(f"the run would have {num_iterations} steps of {batch} tokens: give --num-iterations, "
                          "or a smaller --total-batch-size")
     return Recipe(total_batch_size=batch, num_iterations=num_iterations, weight_decay=weight_decay, lr_scale=lr_scale)

@@ -67,7 +67,7 @@ class FinetuneConfig(ContinueConfig, TrainConfig):
     mixture: str | None = flag(None, "what to train on, such as SmolTalk:10000,MMLU*3,chats.jsonl: tasks or files of "
                                "conversations, each with its weight (*) or the number of its first ones (:); default: "
                                "what goes with the corpus")
-    max_seq_len: int | None = flag(None, "tokens of a row; default the base model's")
+    max_seq_len: int | None = flag(None, "tokens of a row; default the base model's", at_least=1)
     weight_decay: float = flag(0.0, "modern: Muon's cautious decay; classic: AdamW's")
     dry_run: bool = flag(False, "leave no checkpoint and no section of the report")
 

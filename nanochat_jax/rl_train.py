@@ -49,26 +49,24 @@ class ChatRLConfig(ContinueConfig):
     task: str = flag("auto", "what to learn, such as GSM8K, or several joined by |, which are mixed; auto: GSM8K, or "
                              "WordArithmetic for a model of the embedded corpus")
     task_file: str | None = flag(None, "learn the problems of this JSON Lines file instead; a tenth of them is held out")
-    device_batch_size: int = flag(8, "rows per device and micro-step; the loss is a mean over the tokens of as many")
-    examples_per_step: int = flag(16, "prompts of an optimizer step")
-    num_samples: int = flag(16, "replies sampled of each prompt")
-    num_slots: int = flag(64, "replies in flight at once")
+    device_batch_size: int = flag(8, "rows per device and micro-step; the loss is a mean over the tokens of as many",
+                                  at_least=1)
+    examples_per_step: int = flag(16, "prompts of an optimizer step", at_least=1)
+    num_samples: int = flag(16, "replies sampled of each prompt", at_least=1)
+    num_slots: int = flag(64, "replies in flight at once", at_least=1)
     max_new_tokens: int = flag(256, "longest reply")
     temperature: float = flag(1.0, "of the sampling")
     top_k: int = flag(50, "sample among the k likeliest tokens; 0: all")
     init_lr_frac: float = flag(0.05, "factor of all rates, which fall linearly to 0")
-    num_epochs: int = flag(1, "passes over the training problems")
+    num_epochs: int = flag(1, "passes over the training problems", at_least=1)
     num_iterations: int = flag(-1, "optimizer steps; -1: by the epochs")
     eval_every: int = flag(60, "steps between evaluations; -1: only at the start and the end")
-    eval_examples: int = flag(400, "test problems of an evaluation")
+    eval_examples: int = flag(400, "test problems of an evaluation", at_least=1)
     save_every: int = flag(60, "steps between checkpoints; -1: before every evaluation; 0: only at the end")
-    seed: int = flag(42, "of the sampling")
+    seed: int = flag(42, "of the sampling", at_least=0)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.check_positive("examples_per_step", "num_samples", "eval_examples", "num_slots", "num_epochs")
-        if self.seed < 0:
-            raise ValueError(f"--seed must be 0 or more, got {self.seed}")
         Request((0,), max_tokens=self.max_new_tokens, temperature=self.temperature, top_k=self.top_k)  # checks the ranges
         if self.num_samples % self.device_batch_size:
             raise ValueError(f"--num-samples {self.num_samples} is not a multiple of --device-batch-size "
@@ -148,7 +146,7 @@ def reinforce(config: ChatRLConfig) -> None:
     state, shardings = init_state(model, optimizer, mesh, fsdp=fsdp, seed=config.seed, params=params)
     step_fn = make_policy_step(model, optimizer, dtype=dtype, mesh=mesh, shardings=shardings, remat=remat,
                                attention=config.attention)
-    unit = LANES if config.attention == "splash" else 32
+    unit = LANES if mesh.devices.flat[0].platform == "tpu" else 32  # what rows are padded to: Splash wants whole lanes
     # A kernel that cannot run is refused before anything is deleted or sampled.
     choose_attention(config.attention, mesh=mesh, dtype=dtype, length=unit, head_dim=model.head_dim)
     sampler = Sampler(config, loaded, dtype, mesh)

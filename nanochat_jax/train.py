@@ -55,11 +55,11 @@ class RunConfig(Processes):
     attention: str = flag("auto", "attention kernel; auto: splash on TPUs, cudnn on NVIDIA GPUs, else xla", choices=ATTENTION)
     device_batch_size: int | Literal["auto"] | None = flag(
         None, "rows per device and micro-step; auto: the most that fit into memory, by compiling; default 32, or 16 or 8 where "
-              "more should not fit")
+              "more should not fit", at_least=1)
     num_iterations: int = flag(-1, "optimizer steps; -1: the recipe's horizon")
     eval_every: int = flag(250, "steps between evaluations; -1: only at the end")
     save_every: int = flag(-1, "steps between checkpoints; -1: before every evaluation; 0: only at the end")
-    keep: int = flag(2, "how many of the newest checkpoints to keep")
+    keep: int = flag(2, "how many of the newest checkpoints to keep", at_least=1)
     resume: bool = flag(False, "continue from the newest checkpoint of this tag, if there is one")
     resume_from_step: int = flag(-1, "continue from this step of the tag; later ones are renamed. -1: see --resume")
     fresh: bool = flag(False, "delete the checkpoints that this tag already has, and start over")
@@ -69,15 +69,9 @@ class RunConfig(Processes):
     compile_cache: bool = flag(True, "keep compiled programs under the base directory for the next start")
 
     def __post_init__(self) -> None:
-        self.check_positive("device_batch_size", "keep")
         if self.resuming and self.fresh:
             raise ValueError("--resume goes on with the checkpoints of a tag, --fresh deletes them: give one of them")
         self.profiled_steps  # noqa: B018  (raises if it is malformed)
-
-    def check_positive(self, *names: str) -> None:
-        for name in names:
-            if (value := getattr(self, name)) not in ("auto", None) and value < 1:
-                raise ValueError(f"--{name.replace('_', '-')} must be at least 1, got {value}")
 
     @property
     def resuming(self) -> bool:
@@ -98,11 +92,7 @@ class TrainConfig(RunConfig):
     """Flags of the stages that train on text."""
 
     total_batch_size: int = flag(-1, "tokens per optimizer step; -1: the recipe's")
-    eval_tokens: int = flag(20 * 524288, "tokens of an evaluation")
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.check_positive("eval_tokens")
+    eval_tokens: int = flag(20 * 524288, "tokens of an evaluation", at_least=1)
 
 
 class Batches(Protocol):

@@ -38,8 +38,8 @@ class BaseEvalConfig(ModelFlags, Processes):
     eval: str = flag("auto", "which of core, bpb and sample, joined by commas; auto: samples, and CORE if its bundle "
                              "is on disk or the model's corpus came from the network")
     max_per_task: int = flag(-1, "examples of each CORE task; -1: all")
-    split_tokens: int = flag(40 * 524288, "tokens of each split for bits per byte")
-    device_batch_size: int = flag(32, "rows of the model's length per device")
+    split_tokens: int = flag(40 * 524288, "tokens of each split for bits per byte", at_least=1)
+    device_batch_size: int = flag(32, "rows of the model's length per device", at_least=1)
     mesh: str = flag("auto", "devices as DxM: D-way data and M-way tensor parallelism")
     hf_path: str | None = flag(None, "evaluate this directory of a transformers model instead; needs the extra torch")
     trust_remote_code: bool = flag(False, "let --hf-path run model code that lies in its directory")

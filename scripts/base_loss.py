@@ -23,8 +23,8 @@ from nanochat_jax.step import resolve_dtype
 class BaseLossConfig(ModelFlags, Processes):
     device_type: str = flag("", "platform to run on; default the best there is", choices=PLATFORMS)
     mesh: str = flag("auto", "devices as DxM: D-way data and M-way tensor parallelism")
-    device_batch_size: int = flag(32, "rows per device")
-    split_tokens: int = flag(20 * 524288, "tokens of each split")
+    device_batch_size: int = flag(32, "rows per device", at_least=1)
+    split_tokens: int = flag(20 * 524288, "tokens of each split", at_least=1)
 
 
 def main(config: BaseLossConfig) -> None:

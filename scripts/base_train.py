@@ -42,17 +42,17 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class BaseTrainConfig(TrainConfig):
-    depth: int = flag(20, "number of layers; the dial", short="-d")
+    depth: int = flag(20, "number of layers; the dial", short="-d", at_least=1)
     arch: str = flag("modern", "architecture and recipe", choices=["modern", "classic"])
     data: str = flag("auto", "corpus; auto: the one on disk", choices=["auto", *DATA_DIRS])
-    aspect_ratio: int = flag(64, "width per layer (modern)")
-    head_dim: int = flag(128, "width of a head (modern)")
-    max_seq_len: int = flag(2048, "tokens of a row")
+    aspect_ratio: int = flag(64, "width per layer (modern)", at_least=1)
+    head_dim: int = flag(128, "width of a head (modern)", at_least=1)
+    max_seq_len: int = flag(2048, "tokens of a row", at_least=1)
     window_pattern: str = flag("SSSL", "short and long attention windows, tiled over layers (modern)")
     packing: str = flag("auto", "how documents fill rows; auto: bestfit (modern), stream (classic)",
                         choices=["auto", "bestfit", "stream"])
     data_shards: int | None = flag(None, "streams the documents are dealt to, each packed alone; default up to 8; 1 is "
-                                   "upstream's order for one process")
+                                   "upstream's order for one process", at_least=1)
     target_flops: float = flag(-1.0, "length of the run in training FLOPs; -1: by the ratio")
     target_param_data_ratio: float = flag(-1.0, "tokens per parameter; -1: 12 scaling (modern), 20 total (classic)")
     embedding_lr: float | None = flag(None, "rate of the embedding tables; default 0.3 (modern), 0.2 (classic)")
@@ -74,6 +74,7 @@ class BaseTrainConfig(TrainConfig):
         super().__post_init__()
         if self.warmup_steps is not None and self.warmup_ratio is not None:
             raise ValueError("--warmup-steps and --warmup-ratio say the same thing: give one of them")
+        model_config(self, vocab_size=1)  # raises ValueError for what is no model
 
 
 def model_config(config: BaseTrainConfig, vocab_size: int) -> tuple[GPTConfig, GPTConfig]:

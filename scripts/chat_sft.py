@@ -28,9 +28,10 @@ class ChatSFTConfig(FinetuneConfig):
     source: str = flag("mid", "stage to start from", choices=["base", "mid"])
     packing: str = flag("rows", "how conversations fill rows; rows: several, best fit; single: one a row, as upstream "
                         "until 2026", choices=["rows", "single"])
-    num_epochs: int = flag(1, "passes over the mixture")
-    device_batch_size: int | Literal["auto"] = flag(4, "rows per device and micro-step; auto: the most that fit into memory")
-    target_examples_per_step: int = flag(32, "rows of a step, where --total-batch-size is not given")
+    num_epochs: int = flag(1, "passes over the mixture", at_least=1)
+    device_batch_size: int | Literal["auto"] = flag(4, "rows per device and micro-step; auto: the most that fit into memory",
+                                                    at_least=1)
+    target_examples_per_step: int = flag(32, "rows of a step, where --total-batch-size is not given", at_least=1)
     init_lr_frac: float = flag(0.02, "factor of all rates")
     warmup_ratio: float = flag(0.0, "share of the run with rising rate")
     warmdown_ratio: float = flag(1.0, "share of the run with falling rate")

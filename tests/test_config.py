@@ -3,6 +3,7 @@
 import pytest
 
 from nanochat_jax import cli
+from nanochat_jax.cli import UsageError
 from nanochat_jax.config import GPTConfig, derive_recipe
 from scripts.base_train import BaseTrainConfig, model_config, recipe
 
@@ -103,5 +104,5 @@ def test_windows_are_a_quarter_rounded_up_and_the_last_layer_is_long():
 
 def test_a_run_without_a_step_is_refused_with_the_numbers():
     model = GPTConfig.modern(4)
-    with pytest.raises(ValueError, match="0 steps of 99999999999 tokens"):
+    with pytest.raises(UsageError, match="0 steps of 99999999999 tokens"):
         derive_recipe(model, reference=GPTConfig.modern(12), total_batch_size=99999999999)

@@ -64,10 +64,21 @@ def test_the_automatic_batch_is_a_word_among_numbers():
 
 @pytest.mark.parametrize("argv, named", [
     (["--resume", "--fresh"], "--fresh"), (["--profile", "7"], "'7'"), (["--remat", "some"], "some"),
-    (["--warmup-steps", "3", "--warmup-ratio", "0.1"], "--warmup-ratio"), (["--device-type", "mps"], "mps")])
+    (["--warmup-steps", "3", "--warmup-ratio", "0.1"], "--warmup-ratio"), (["--device-type", "mps"], "mps"),
+    (["--depth", "0"], "--depth must be at least 1"), (["--window-pattern", "XX"], "'XX'"),
+    (["--head-dim", "7"], "7 must be even"), (["--head-dim", "2048"], "too large"), (["--data-shards", "0"], "--data-shards"),
+    (["--eval-tokens", "0"], "--eval-tokens")])
 def test_mistakes_are_refused(argv, named):
     with pytest.raises(UsageError, match=named):
         parse(BaseTrainConfig, *argv)
+
+
+@pytest.mark.parametrize("config_type, name", [
+    (BaseLossConfig, "device-batch-size"), (BaseLossConfig, "split-tokens"), (ChatSFTConfig, "num-epochs"),
+    (ChatSFTConfig, "target-examples-per-step"), (ChatSFTConfig, "keep"), (MidTrainConfig, "max-seq-len")])
+def test_numbers_of_nothing_are_refused(config_type, name):
+    with pytest.raises(UsageError, match=f"--{name} must be at least 1, got 0"):
+        parse(config_type, f"--{name}", "0")
 
 
 @pytest.mark.parametrize("resume", [["--resume"], ["--resume-from-step", "3"]])
