@@ -26,20 +26,23 @@ FSDP_RULES = RULES | {"embed": "data", "rows": "data"}
 def make_mesh(text: str = "auto", devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh for "8x1", "4x2", ...; "auto" puts all devices (those of this run by default) on the data axis."""
     devices = jax.devices() if devices is None else devices
+    data, model = mesh_shape(text, len(devices), devices[0].platform, all_of_them=jax.process_count() > 1)
+    return jax.make_mesh((data, model), ("data", "model"), axis_types=(AxisType.Auto,) * 2, devices=devices[: data * model])
+
+
+def mesh_shape(text: str, count: int, platform: str, *, all_of_them: bool = False) -> tuple[int, int]:
+    """(data, model) of "8x1" or "auto" on `count` devices. Raises `UsageError` if these do not do."""
     if text == "auto":
-        data, model = len(devices), 1
-    else:
-        match = re.fullmatch(r"(\d+)x(\d+)", text)
-        if not match or 0 in (data := int(match[1]), model := int(match[2])):
-            raise UsageError(f"--mesh {text!r} is not of the form DxM, such as 8x1 (or auto)")
+        return count, 1
+    match = re.fullmatch(r"(\d+)x(\d+)", text)
+    if not match or 0 in (data := int(match[1]), model := int(match[2])):
+        raise UsageError(f"--mesh {text!r} is not of the form DxM, such as 8x1 (or auto)")
     needed = data * model
-    if needed > len(devices) or (jax.process_count() > 1 and needed != len(devices)):
-        hint = ""
-        if devices[0].platform == "cpu":
-            hint = f"; to try a mesh on a CPU set XLA_FLAGS=--xla_force_host_platform_device_count={needed}"
-        raise UsageError(f"--mesh {data}x{model} needs {needed} devices, found {len(devices)} "
-                         f"({devices[0].device_kind}): give a mesh that fits, or auto{hint}")
-    return jax.make_mesh((data, model), ("data", "model"), axis_types=(AxisType.Auto,) * 2, devices=devices[:needed])
+    if needed > count or (all_of_them and needed != count):
+        hint = f"; to try a mesh on a CPU set XLA_FLAGS=--xla_force_host_platform_device_count={needed}"
+        raise UsageError(f"--mesh {text} needs {needed} devices, found {count} ({platform}): give a mesh that fits, or auto"
+                         f"{hint if platform == 'cpu' else ''}")
+    return data, model
 
 
 def data_size(mesh: Mesh) -> int:

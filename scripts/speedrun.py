@@ -18,6 +18,7 @@ from nanochat_jax.config import GPTConfig, Recipe, derive_recipe
 from nanochat_jax.data.needs import TOKENIZER_SHARDS, explain_shards, shards_needed
 from nanochat_jax.gpt import REMAT
 from nanochat_jax.paths import CHECKPOINT_DIRS, DATA_DIRS, Paths
+from nanochat_jax.sharding import mesh_shape
 from nanochat_jax.speedrun import Machine, Record, Stage, as_flags, print_plan, run_stages
 from nanochat_jax.step import estimate_memory
 
@@ -102,7 +103,7 @@ def plan_stages(config: SpeedrunConfig, machine: Machine, wandb_run: str, on_dis
     model, reference = GPTConfig.modern(depth, **shape), GPTConfig.modern(12, **shape)
     recipe = derive_recipe(model, reference=reference, total_batch_size=base.get("total_batch_size", -1),
                            num_iterations=base.get("num_iterations", -1))
-    ways = _data_ways(config.mesh, machine)
+    ways, _ = mesh_shape(config.mesh, machine.count, machine.platform)
     remat = config.remat or "none"
     recomputing = 4 / 3 if remat in ("block", "full") else 1.0
 
@@ -198,21 +199,6 @@ def _fetch_stages(data: str, recipe: Recipe, have: int) -> list[Stage]:
         stages.append(Stage(name="data_rest", module="nanochat_jax.dataset", background=True, note=f"{needed} shards in all",
                             args=as_flags(dataset=data) + ("-n", str(needed))))
     return stages
-
-
-def _data_ways(mesh: str, machine: Machine) -> int:
-    if mesh == "auto":
-        return machine.count
-    data, _, model = mesh.partition("x")
-    if not (data.isdigit() and model.isdigit() and int(data) and int(model)):
-        raise UsageError(f"--mesh {mesh!r} is not of the form DxM, such as 8x1 (or auto)")
-    if int(data) * int(model) > machine.count:
-        hint = ""
-        if machine.platform == "cpu":
-            hint = (" (to try a mesh on a CPU set XLA_FLAGS=--xla_force_host_platform_device_count="
-                    f"{int(data) * int(model)})")
-        raise UsageError(f"--mesh {mesh} needs {int(data) * int(model)} devices, this machine has {machine.count}{hint}")
-    return int(data)
 
 
 def main(config: SpeedrunConfig) -> int:

@@ -70,7 +70,7 @@ def test_greedy_generation_equals_the_full_forward(params, engine):
     results = engine.generate(requests)
     assert max(len(result.tokens) for result in results) > 256
     for request, result in zip(requests, results, strict=True):
-        early = len(result.tokens) < engine.budget(request)
+        early = len(result.tokens) < engine.generation(request).max_tokens
         assert result.finish_reason == ("stop" if early else "length")
         best = logits_before(params, request.tokens, result.tokens + [0] * early).argmax(-1).tolist()
         assert best[: len(result.tokens)] == result.tokens

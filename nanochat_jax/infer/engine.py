@@ -128,10 +128,6 @@ class Engine:
         other._take(params)
         return other
 
-    def budget(self, request: Request) -> int:
-        """Tokens the request may generate: its `max_tokens`, or what the context leaves; ValueError as `generation`."""
-        return self.generation(request).max_tokens
-
     def generation(self, request: Request) -> Generation:
         """A request ready for `EngineLoop.admit`.
 

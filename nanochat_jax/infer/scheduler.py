@@ -161,8 +161,11 @@ class Scheduler:
     def submit_all(self, requests: Sequence[Request]) -> list[Handle]:
         """Queue requests together, all or none: such as several samples of one prompt, which is then computed once.
 
-        Raises as `submit`.
+        Raises as `submit`; ValueError also for more than could ever be admitted and wait.
         """
+        most = self._engine.num_slots + self._max_waiting
+        if len(requests) > most:
+            raise ValueError(f"{len(requests)} requests together are more than {most}, the slots and places in the queue")
         handles = [Handle(self._engine.generation(request)) for request in requests]
         with self._changed:
             if self._failure is not None:

@@ -119,6 +119,8 @@ class Replies:
             return self._scheduler.submit_all(requests)
         except QueueFull as error:
             raise BadRequest(503, f"{error}: try again in a while", code="overloaded") from error
+        except ValueError as error:  # such as more choices than ever fit
+            raise BadRequest(400, str(error)) from error
         except RuntimeError as error:  # the engine is gone for good; the scheduler has logged why
             self.failed = True
             raise BadRequest(503, f"{error}: restart the server") from error
