@@ -26,7 +26,7 @@ from nanochat_jax.optim import OptimizerConfig, constant, make_optimizer
 from nanochat_jax.plan import CHIPS, DoesNotFit, Memory, Plan, assumed_cudnn, largest_batch, topology_devices
 from nanochat_jax.plan_cost import HloCost, hlo_cost, jaxpr_flops, parse_hlo, visible_pairs
 from nanochat_jax.sharding import abstract_tree, make_mesh
-from nanochat_jax.step import choose_memory, make_train_step, state_shardings
+from nanochat_jax.step import choose_memory, estimate_memory, make_train_step, state_shardings
 
 CONFIG = GPTConfig.modern(1, sequence_len=64, vocab_size=64)
 
@@ -323,7 +323,20 @@ def test_decoding_on_one_chip_moves_the_matrices_and_the_cache_and_little_else()
     assert found["hbm_bytes"] < 1.5 * (matrices + cache)  # no table of embeddings, and no cache in another layout
 
 
-@pytest.mark.skipif(importlib.util.find_spec("jax_cuda12_plugin") is None, reason="XLA's compiler for GPUs is not installed")
+needs_cuda = pytest.mark.skipif(importlib.util.find_spec("jax_cuda12_plugin") is None,
+                                reason="XLA's compiler for GPUs is not installed")
+
+
+@needs_cuda
+@pytest.mark.slow
+def test_the_estimated_memory_of_gpus_holds_what_a_plan_needs_and_little_more():
+    found = plan("--depth", "12", "--topology", "h100:8")
+    estimated = estimate_memory(GPTConfig.modern(12), found["device_batch_size"], data=8, remat=found["remat"],
+                                fsdp=found["fsdp"], gpu=True)
+    assert found["memory"]["fits"] and 0.85 * estimated < found["memory"]["total"] < estimated
+
+
+@needs_cuda
 @pytest.mark.slow
 @pytest.mark.parametrize("attention", ["auto", "xla"])
 def test_a_train_step_compiles_for_a_gpu_with_the_attention_that_runs_there(attention):
