@@ -32,7 +32,7 @@ from nanochat_jax.bucket import Directory, copy_files, is_remote
 from nanochat_jax.cli import NotFound, UsageError, one_line
 from nanochat_jax.config import GPTConfig
 from nanochat_jax.gpt import Params, abstract_params
-from nanochat_jax.paths import HOW_TO_MAKE, Paths, remove_directory, rename_directory, saved_steps
+from nanochat_jax.paths import Paths, foreign_checkpoints, how_to_get, remove_directory, rename_directory, saved_steps
 from nanochat_jax.sharding import abstract_tree, barrier, gather_json, make_mesh, param_shardings
 from nanochat_jax.tokenizer import Tokenizer
 
@@ -267,11 +267,15 @@ class Loaded:
         return self.own_tokenizer
 
 
-def claim_directory(directory: Directory, *, resume: bool, fresh: bool) -> None:
+def claim_directory(directory: Directory, *, resume: bool | None, fresh: bool) -> None:
     """Before a run writes to a tag: steps that are there are continued or deleted only if the user said which.
 
-    Raises `UsageError`, too, if the processes of the run do not see the same directory.
+    `resume` is None where nothing can go on. Raises `UsageError`, too, if the directory holds another program's checkpoints,
+    or the processes of the run do not see the same one.
     """
+    if foreign := foreign_checkpoints(directory):
+        raise UsageError(f"{directory} holds checkpoints of nanochat's PyTorch code, such as {foreign[0]}: name another place "
+                         "by --model-tag, or another base directory by NANOCHAT_BASE_DIR")
     if jax.process_count() > 1 and not is_remote(directory):
         ours = directory / f".seen-by-all-{gather_json(uuid.uuid4().hex)[0]}"
         if jax.process_index() == 0:
@@ -293,8 +297,9 @@ def claim_directory(directory: Directory, *, resume: bool, fresh: bool) -> None:
             remove_directory(directory)
         barrier("old steps deleted")
     elif not resume and (steps := saved_steps(directory)):
-        raise UsageError(f"{directory} already holds steps {', '.join(map(str, steps))}: --resume goes on with them, "
-                         "--fresh deletes them, --model-tag names another place")
+        raise UsageError(f"{directory} already holds steps {', '.join(map(str, steps))}: "
+                         f"{'' if resume is None else '--resume goes on with them, '}--fresh deletes them, --model-tag names "
+                         "another place")
 
 
 def read_meta(directory: Directory, step: int) -> dict[str, Any]:
@@ -313,7 +318,10 @@ def load_model(paths: Paths, source: str, *, tag: str | None = None, step: int |
     """
     directory = paths.checkpoints(source) / (tag or paths.find_tag(source))
     if not saved_steps(directory):
-        raise NotFound(f"no {source} checkpoint in {directory}: run `python -m {HOW_TO_MAKE[source]}` first")
+        if (others := paths.tags(source)) and not foreign_checkpoints(directory):
+            raise NotFound(f"no {source} checkpoint in {directory}: there are {', '.join(others)}")
+        raise NotFound(f"no {source} checkpoint in {directory}: "
+                       f"{how_to_get(source, directory if foreign_checkpoints(directory) else None)}")
     return load_directory(directory, source=source, step=step, mesh=mesh, fsdp=fsdp)
 
 

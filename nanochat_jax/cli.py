@@ -8,10 +8,13 @@ Whatever a user can get wrong raises `UsageError`; `run` prints it as one line a
 
 import argparse
 import dataclasses
+import errno
 import itertools
 import logging
 import os
+import signal
 import sys
+import threading
 import types
 import typing
 from collections.abc import Callable, Sequence
@@ -21,6 +24,10 @@ from typing import Any, TypeVar
 C = TypeVar("C")
 
 EXIT_USAGE = 2
+EXIT_INTERRUPTED = 130  # Ctrl-C, as shells say it
+# What is wrong with a disk or a path, not with the program.
+DISK_ERRORS = {errno.EACCES, errno.EDQUOT, errno.EEXIST, errno.EIO, errno.EISDIR, errno.ENAMETOOLONG, errno.ENOENT,
+               errno.ENOSPC, errno.ENOTDIR, errno.EPERM, errno.EROFS}
 
 
 class UsageError(Exception):
@@ -136,12 +143,44 @@ def invocation(module: str) -> str:
     return f"python -m {module}"
 
 
+def catch_interrupts() -> None:
+    """Let Ctrl-C end a program without a traceback while it imports, too, and not be lost in a callback of the garbage
+    collector (JAX has one), where Python only reports what is raised: it is sent again."""
+    report = sys.unraisablehook
+
+    def unraisable(what: Any) -> None:
+        if issubclass(what.exc_type, KeyboardInterrupt):
+            threading.Timer(0.05, os.kill, (os.getpid(), signal.SIGINT)).start()
+        else:
+            report(what)
+
+    def uncaught(kind: type[BaseException], error: BaseException, trace: types.TracebackType | None) -> None:
+        if issubclass(kind, KeyboardInterrupt):
+            print("stopped", file=sys.stderr)
+        else:
+            sys.__excepthook__(kind, error, trace)
+
+    sys.unraisablehook, sys.excepthook = unraisable, uncaught
+
+
 def run(main: Callable[[C], int | None], config_type: type[C], *, prog: str, description: str) -> typing.NoReturn:
-    """Entry point of every script: parse, run, and turn a `UsageError` into one line and exit code 2."""
+    """Entry point of every script: parse, run, and turn a `UsageError`, or what is wrong with the disk, into one line and
+    exit code 2; Ctrl-C into 130."""
     setup_logging()
+    catch_interrupts()
     try:
         code = main(parse(config_type, prog=invocation(prog), description=description))
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)
+        code = EXIT_USAGE
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        code = EXIT_INTERRUPTED
+    except OSError as error:
+        if error.errno not in DISK_ERRORS:
+            raise
+        logging.getLogger(__name__).debug("where it happened", exc_info=True)
+        names = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
+        print(f"error: {names or 'the disk'}: {error.strerror}", file=sys.stderr)
         code = EXIT_USAGE
     sys.exit(code or 0)

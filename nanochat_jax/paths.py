@@ -93,13 +93,19 @@ class Paths:
         """The same on this machine's disk: what a run writes beside its steps."""
         return self.base / CHECKPOINT_DIRS[source]
 
+    def tags(self, source: str) -> list[str]:
+        """The tags of a stage that have a step."""
+        root = self.checkpoints(source)
+        found = root.iterdir() if root.is_dir() else ()
+        return sorted(path.name for path in found if path.name[0] != "." and saved_steps(path))
+
     def find_tag(self, source: str) -> str:
         """The tag a user means who names none, of those with a step: the largest `d<depth>`, else the newest directory."""
         root = self.checkpoints(source)
-        tags = [path for path in root.iterdir() if path.is_dir() and path.name[0] != "." and saved_steps(path)
-                ] if root.is_dir() else []
+        tags = [root / name for name in self.tags(source)]
         if not tags:
-            raise NotFound(f"no {source} checkpoint in {root}: run `python -m {HOW_TO_MAKE[source]}` first")
+            foreign = [path for path in root.iterdir() if foreign_checkpoints(path)] if root.is_dir() else []
+            raise NotFound(f"no {source} checkpoint in {root}: {how_to_get(source, *foreign[:1])}")
         sized = [(int(match[1]), match[0] == path.name, path.name)  # d20 before d20-test
                  for path in tags if (match := re.match(r"d(\d+)", path.name))]
         if sized:
@@ -115,6 +121,18 @@ def saved_steps(directory: Directory) -> list[int]:
         return []
     complete = COMMITTED if is_remote(directory) else "params"
     return sorted(int(path.name) for path in directory.iterdir() if path.name.isdigit() and (path / complete).exists())
+
+
+def how_to_get(source: str, foreign: Directory | None = None) -> str:
+    """Where a model of a stage comes from; `foreign` is a directory of `foreign_checkpoints`."""
+    if foreign is None:
+        return f"run `python -m {HOW_TO_MAKE[source]}` first"
+    return f"those of nanochat's PyTorch code in {foreign} are read by `python -m scripts.import_weights --from {foreign}`"
+
+
+def foreign_checkpoints(directory: Directory) -> list[str]:
+    """Names of what nanochat's PyTorch code saved there; its base directory is ours, unless NANOCHAT_BASE_DIR says else."""
+    return sorted(path.name for path in directory.glob("*_*.pt")) if not is_remote(directory) else []
 
 
 def remove_directory(directory: Directory) -> None:

@@ -96,7 +96,7 @@ def main(config: ImportConfig) -> None:
         raise UsageError(f"--from {source} lies in the directory to write: name another --model-tag")
     tokenizer, place = choose_tokenizer(imported.tokenizer, paths, directory, imported)
     # All that can be refused has been: from here on --fresh may delete.
-    claim_directory(directory, resume=False, fresh=config.fresh)
+    claim_directory(directory, resume=None, fresh=config.fresh)
     if tokenizer is not None:
         keep_tokenizer(tokenizer, directory)
         if place is not None and not is_remote(directory):

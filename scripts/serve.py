@@ -8,6 +8,7 @@ OpenAI's clients connect to http://127.0.0.1:8000/v1; the server prints the id o
 """
 
 import ipaddress
+import logging
 import os
 import re
 import socket
@@ -25,6 +26,8 @@ from nanochat_jax.startup import PLATFORMS, ModelFlags, start
 
 DESCRIPTION = "Chat with a trained model in the browser, or through OpenAI's API."
 API_KEY_VARIABLE = "NANOCHAT_API_KEY"
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -103,6 +106,8 @@ def main(config: Config) -> None:
                 "step": model.step, "context": engine.max_len}
         model_id = f"nanochat-{model.tag}-{model.source}"
         if config.warmup:
+            log.info("compiling for every length of prompt and reply, which takes a minute or so; clients wait meanwhile "
+                     "(--warmup 0 compiles when a request comes)")
             engine.warmup()
         with Scheduler(engine, max_waiting=config.max_queue) as scheduler:
             app = server.create_app(

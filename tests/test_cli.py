@@ -1,7 +1,9 @@
 """Command lines: both spellings, upstream's `--name=value`, and mistakes that end in one line and exit code 2."""
 
+import signal
 import subprocess
 import sys
+import time
 from dataclasses import dataclass
 
 import pytest
@@ -71,6 +73,51 @@ def test_what_is_missing_is_said_in_one_line_with_what_to_run(script, argv, advi
     ended = run_script(script, *argv, base=tmp_path)
     assert ended.returncode == 2, ended.stderr
     assert "Traceback" not in ended.stderr and advice in ended.stderr.strip().splitlines()[-1]
+
+
+def test_a_base_directory_that_cannot_be_is_said_in_one_line(tmp_path):
+    (tmp_path / "file").write_text("")
+    ended = run_script("tok_train", "--data", "embedded", base=tmp_path / "file")
+    assert ended.returncode == 2 and "Traceback" not in ended.stderr and str(tmp_path / "file") in ended.stderr
+    with pytest.raises(SystemExit) as exit:
+        cli.run(lambda config: (tmp_path / "file" / "below").mkdir(), Config, prog="test", description="")
+    assert exit.value.code == 2
+
+
+INTERRUPTED = """
+import gc, time
+from dataclasses import dataclass
+from nanochat_jax import cli
+
+def main(config):
+    def interrupt():
+        raise KeyboardInterrupt
+    {how}
+    time.sleep(60)
+
+@dataclass
+class Config:
+    pass
+
+cli.run(main, Config, prog="test", description="")
+"""
+
+
+@pytest.mark.parametrize("how", [
+    "interrupt()", "gc.callbacks.append(lambda *_: (gc.callbacks.clear(), interrupt()))\n    gc.collect()",
+], ids=["at any place", "in a callback of the collector"])
+def test_an_interrupt_ends_a_script_without_a_traceback(how):
+    ended = subprocess.run([sys.executable, "-c", INTERRUPTED.format(how=how)], capture_output=True, text=True, timeout=50)
+    assert (ended.returncode, ended.stderr) == (130, "stopped\n")
+
+
+@pytest.mark.slow
+def test_an_interrupt_while_a_script_starts_ends_it_without_a_traceback(tmp_path):
+    process = subprocess.Popen([sys.executable, "-m", "scripts.base_loss"], stderr=subprocess.PIPE, text=True)
+    time.sleep(0.7)  # in its imports
+    process.send_signal(signal.SIGINT)
+    said = process.communicate(timeout=60)[1]
+    assert process.returncode in (130, -signal.SIGINT) and said == "stopped\n"
 
 
 def test_a_bucket_is_not_taken_for_a_directory(tmp_path):

@@ -287,6 +287,7 @@ def test_import_export_import_by_the_scripts(format, model, exported, base, tmp_
     assert_same(loaded.params, params)
     out = tmp_path / "out"
     export_weights.main(export_weights.ExportConfig(source="sft", model_tag="mine", format=format, out=str(out)))
+    assert len({path.stat().st_mode for path in out.iterdir() if path.is_file()}) == 1  # who reads one file, reads all
     import_from(out, source="rl", rotary_dtype=config.rotary_dtype)
     again = nanochat_jax.load("rl", tag="d3")
     assert again.config == config

@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 
 from nanochat_jax import step as step_module
+from nanochat_jax.checkpoint import claim_directory, load_model
 from nanochat_jax.cli import NotFound, UsageError
 from nanochat_jax.config import GPTConfig
 from nanochat_jax.metrics import read_metrics
@@ -293,6 +294,22 @@ def test_metrics_are_whole_json_lines(reference, tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_text(json.dumps({"step": 0}) + "\n" + '{"step": 1, "lo')
     assert read_metrics(path) == [{"step": 0}]
+
+
+def test_checkpoints_of_nanochats_pytorch_code_are_left_alone(tmp_path):
+    theirs = tmp_path / "base_checkpoints" / "d20"
+    theirs.mkdir(parents=True)
+    (theirs / "model_021400.pt").write_text("weights")
+    for fresh in (False, True):
+        with pytest.raises(UsageError, match="model_021400.pt"):
+            claim_directory(theirs, resume=False, fresh=fresh)
+    assert (theirs / "model_021400.pt").read_text() == "weights"
+    for tag in (None, "d20"):
+        with pytest.raises(NotFound, match=f"import_weights --from {theirs}"):
+            load_model(Paths(tmp_path), "base", tag=tag)
+    (theirs.parent / "d4" / "7" / "params").mkdir(parents=True)
+    with pytest.raises(NotFound, match="there are d4"):
+        load_model(Paths(tmp_path), "base", tag="d8")
 
 
 def test_the_largest_model_that_has_a_step_is_meant_where_no_tag_is_named(tmp_path):

@@ -12,10 +12,10 @@ from typing import Any
 
 import ml_dtypes
 import numpy as np
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from nanochat_jax.cli import NotFound, UsageError
+from nanochat_jax.cli import NotFound, UsageError, one_line
 from nanochat_jax.config import GPTConfig
 from nanochat_jax.gpt import Params
 from nanochat_jax.interop.hf_tokenizer import read_hf_tokenizer, write_hf_tokenizer
@@ -107,7 +107,12 @@ def write_hf(directory: Path, config: GPTConfig, params: Params, tokenizer: Toke
         (directory / name).write_text(json.dumps(content, indent=2) + "\n")
     if modern:
         shutil.copyfile(MODELING, directory / MODELING.name)
-    save_file(tensors, directory / "model.safetensors", metadata={"format": "pt"})
+    weights = directory / "model.safetensors"
+    try:
+        save_file(tensors, weights, metadata={"format": "pt"})
+    except SafetensorError as error:
+        raise UsageError(f"{weights} could not be written: {one_line(error)}") from error
+    weights.chmod((directory / "config.json").stat().st_mode)  # safetensors writes for this user alone
 
 
 def read_hf(directory: Path, *, tokenizer: Path | None = None, rotary_dtype: str | None = None) -> Imported:

@@ -115,6 +115,7 @@ async def _errors(request: web.Request, handler: Handler) -> web.StreamResponse:
 def _error(request: web.Request, status: int, detail: str, param: str | None = None,
            code: str | None = None) -> web.Response:
     """{"detail": text}, or what OpenAI's clients expect, whose wrong types are 400 as well."""
+    log.info("%s %r: %d, %r", request.method, request.raw_path[:200], status, detail[:200])  # quoted: clients wrote them
     body: dict[str, Any] = {"detail": detail}
     if request.path.startswith("/v1/"):
         status = 400 if status == 422 else status
@@ -175,8 +176,8 @@ def _key_check(api_key: str) -> Any:
             given = hashlib.sha256(key.strip().encode(errors="replace")).digest()
             # Digests, compared in constant time: how long it takes says neither the key's length nor its beginning.
             if not secrets.compare_digest(given, expected) or scheme.lower() != "bearer":
-                raise BadRequest(401, "this server wants its API key, as `Authorization: Bearer <key>`",
-                                 code="invalid_api_key")
+                said = "this is not this server's API key" if key else "this server wants its API key"
+                raise BadRequest(401, f"{said}, as `Authorization: Bearer <key>`", code="invalid_api_key")
         return await handler(request)
 
     return check

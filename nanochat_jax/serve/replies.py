@@ -142,6 +142,8 @@ class Replies:
                 if isinstance(event, Result):
                     reply.remaining -= 1
                     self._metrics.finished(event, first[index] if event.tokens else None, seconds)
+                    log.info("%d prompt tokens, %d generated in %.1f s (%s)", event.prompt_tokens, len(event.tokens), seconds,
+                             event.finish_reason)
                 batch.append((index, event))
             if batch:
                 yield batch

@@ -19,7 +19,6 @@ import logging
 import os
 import secrets
 import socket
-import time
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -179,14 +178,13 @@ class _ChatServer:
         messages = chat.model_dump()["messages"]
         tokens, dropped = make_prompt(self.tokenizer, messages, max_len=self.max_len, max_tokens=sampling.max_tokens)
         wanted = Request(tokens, **sampling.model_dump(), seed=secrets.randbelow(2**31))
-        start = time.perf_counter()
         headers = {"X-Dropped-Messages": str(dropped)} if dropped else {}
         async with self.replies.open([wanted]) as events, EventStream(request, headers) as stream:
             try:
                 async for batch in events:
                     for _, event in batch:
                         if isinstance(event, Result):
-                            _log_reply(messages, event, time.perf_counter() - start)
+                            _log_words(messages, event)
                     await stream.send(*(_event(event) for _, event in batch))
             except ReplyError as error:
                 await stream.send({"error": error.detail})
@@ -234,9 +232,7 @@ def _page_file(path: Path) -> Callable[[web.Request], Any]:
     return handler
 
 
-def _log_reply(messages: list[dict[str, Any]], result: Result, seconds: float) -> None:
-    log.info("%d prompt tokens, %d generated in %.1f s (%s)",
-             result.prompt_tokens, len(result.tokens), seconds, result.finish_reason)
+def _log_words(messages: list[dict[str, Any]], result: Result) -> None:
     for message in messages:
         log.debug("[%s]: %r", message["role"].upper(), message["content"])
     log.debug("[ASSISTANT] (GPU 0): %r", result.text)
