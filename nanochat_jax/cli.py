@@ -183,4 +183,8 @@ def run(main: Callable[[C], int | None], config_type: type[C], *, prog: str, des
         names = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
         print(f"error: {names or 'the disk'}: {error.strerror}", file=sys.stderr)
         code = EXIT_USAGE
+    if code == EXIT_INTERRUPTED:  # at once: a device may still compute, and crashes when the interpreter's end takes its memory
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     sys.exit(code or 0)

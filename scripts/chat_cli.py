@@ -149,7 +149,7 @@ def main(config: Config) -> int | None:
     except ValueError as error:
         raise UsageError(f"--prompt: {error}") from error
     answer(engine, reply)
-    return 130 if reply.finish_reason == "cancelled" else None
+    return cli.EXIT_INTERRUPTED if reply.finish_reason == "cancelled" else None
 
 
 if __name__ == "__main__":
