@@ -148,8 +148,8 @@ def table(plan: Plan, facts: dict[str, Any]) -> Table:
         shown.add_row(f"memory: {label}", f"{getattr(memory, name) / GIB:.2f} GiB"
                       + (" (of a device)" if name == "limit" else ""))
     shown.add_row("fits", "yes" if memory.fits else "NO")
-    shown.add_row("products", f"{plan.flops / 1e12:,.2f} TFLOP, {plan.times['products'] * 1e3:,.2f} ms at peak "
-                              f"(MFU counts {plan.model_flops / 1e12:,.2f})")
+    shown.add_row("products", f"{plan.flops / 1e12:,.2f} TFLOP, {plan.times['products'] * 1e3:,.2f} ms at peak"
+                  + (f" (MFU counts {plan.model_flops / 1e12:,.2f})" if facts["program"] == "train" else ""))
     shown.add_row("memory traffic", f"{plan.cost.hbm_bytes / GIB:,.2f} GiB, {plan.times['memory'] * 1e3:,.2f} ms at peak")
     for kind, moved in sorted(plan.cost.traffic.items(), key=lambda each: -each[1]):
         shown.add_row(f"  {kind}", f"{moved / GIB:,.2f} GiB")
@@ -188,8 +188,8 @@ def main(config: PlanConfig) -> int | None:
         print(json.dumps(facts | {"memory": {"fits": False}}))
         return EXIT_DOES_NOT_FIT
     if chip == "h100":
-        facts["exact"] = "products, arrays in memory, collectives"
-        facts["not_exact"] = "XLA chose kernels without measuring them; traffic is from below"
+        facts["exact"] = "collectives" if config.decode else "products, collectives"
+        facts["not_exact"] = "memory and traffic, as XLA chose kernels without measuring them; traffic is from below"
         if any("cudnn" in name for name in plan.cost.kernels):
             facts["not_exact"] += "; cuDNN's workspace is not in the memory"
     Console().print(table(plan, facts))

@@ -10,7 +10,8 @@ from jax.sharding import AxisType, PartitionSpec
 
 from nanochat_jax.attention import causal_attention
 from nanochat_jax.cli import UsageError
-from nanochat_jax.kernels import choose_attention, cudnn_attention, splash_attention
+from nanochat_jax.config import GPTConfig
+from nanochat_jax.kernels import choose_attention, cudnn_attention, forward_options, splash_attention
 from nanochat_jax.sharding import make_mesh
 
 
@@ -83,6 +84,11 @@ def test_the_choice_follows_device_dtype_and_shape():
     assert name(Device("gpu", "cuda 12090")) == name(Device("cuda")) == "cudnn_attention"
     assert name(Device("cuda"), dtype=jnp.float32) == "causal_attention"
     assert name(Device("gpu", "rocm 70000")) == name(Device("cpu")) == "causal_attention"
+
+    def loops(device):
+        return forward_options(GPTConfig.modern(2), FakeMesh(device), dtype=jnp.bfloat16, length=2048)["scan"]
+
+    assert loops(Device("tpu")) and not loops(Device("gpu", "cuda 12090")) and not loops(Device("cpu"))
 
 
 @pytest.mark.skipif(jax.default_backend() != "gpu", reason="cuDNN attention runs on NVIDIA GPUs only")
