@@ -18,7 +18,7 @@ from jax import Array
 
 from nanochat_jax.attention import cached_attention, causal_attention
 from nanochat_jax.config import SMEAR_GATE_CHANNELS, VE_GATE_CHANNELS, GPTConfig
-from nanochat_jax.layers import PRODUCT, apply_rotary, linear, mlp, rms_norm, rotary_tables
+from nanochat_jax.layers import PRODUCT, linear, mlp, rms_norm, rotary_norm, rotary_tables
 
 Params = dict[str, Any]
 REMAT = ("none", "elementwise", "block", "full")  # what of the activations is recomputed in the backward pass
@@ -127,7 +127,7 @@ class GPT(nnx.Module):
 
         if remat != "none":
             kept = jax.checkpoint_policies.save_only_these_names(PRODUCT) if remat == "elementwise" else None
-            block = jax.checkpoint(block, static_argnums=3, policy=kept)
+            block = jax.checkpoint(block, static_argnums=3, policy=kept, prevent_cse=not scan)
 
         def run(x: Array, backout: Array, layers: list[dict[str, Array]], first: int | Array, windows: tuple[int | None, ...]
                 ) -> tuple[Array, Array, list]:
@@ -210,7 +210,7 @@ class GPT(nnx.Module):
         if "value_embeds" in layer:
             gate = 3.0 * jax.nn.sigmoid(linear(x[..., :VE_GATE_CHANNELS], layer["ve_gate"]))
             v = v + gate[..., None] * layer["value_embeds"][tokens].astype(x.dtype).reshape(v.shape)
-        q, k = (rms_norm(apply_rotary(each, *rotary)) * config.qk_scale for each in (q, k))
+        q, k = (rotary_norm(each, *rotary, config.qk_scale) for each in (q, k))
         if cache is not None:
             cache = tuple(_write(old, new, positions, fresh) for old, new in zip(cache, (k, v)))
         out = (attend(q, k, v, window=window) if cache is None or fresh else
