@@ -125,16 +125,17 @@ class GPT(nnx.Module):
                 x = layer["resid_lambdas"] * x + layer["x0_lambdas"] * x0
             return self._block(x, layer, tokens, rotary, positions, cache, window, fresh, attend)
 
-        if remat != "none":
-            kept = jax.checkpoint_policies.save_only_these_names(PRODUCT) if remat == "elementwise" else None
-            block = jax.checkpoint(block, static_argnums=3, policy=kept, prevent_cse=not scan)
+        kept = jax.checkpoint_policies.save_only_these_names(PRODUCT) if remat == "elementwise" else None
 
         def run(x: Array, backout: Array, layers: list[dict[str, Array]], first: int | Array, windows: tuple[int | None, ...]
                 ) -> tuple[Array, Array, list]:
             """The layers from `first` on, which is traced inside of a scan."""
             written = []
+            # Loops keep XLA from merging a block's two passes; the barriers that else do keep it from fusing what it reads.
+            apart = remat == "full" or not isinstance(first, Array)
+            one = block if remat == "none" else jax.checkpoint(block, static_argnums=3, policy=kept, prevent_cse=apart)
             for i, (layer, window) in enumerate(zip(layers, windows, strict=True)):
-                x, kv = block(x, layer, None if cache is None else (cache.k[first + i], cache.v[first + i]), window)
+                x, kv = one(x, layer, None if cache is None else (cache.k[first + i], cache.v[first + i]), window)
                 written.append(kv)
                 if config.backout and (config.n_layer // 2 - i) % size == 0:  # only there can the middle be
                     middle = first + i == config.n_layer // 2
