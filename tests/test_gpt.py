@@ -127,7 +127,7 @@ def test_attention_equals_a_plain_masked_softmax(window):
 @pytest.mark.parametrize("length, start", [(7, 0), (1, 5)])  # a row, and a token that is decoded
 def test_rotary_norm_has_the_gradient_of_its_plain_formula(length, start):
     """A turn of each pair by an angle of its own as one complex product, then the norm, differentiated by JAX."""
-    x, cotangent = (jax.random.normal(key, (2, length, 3, 8)) for key in jax.random.split(jax.random.key(4)))
+    drawn, cotangent = (jax.random.normal(key, (2, length, 3, 8)) for key in jax.random.split(jax.random.key(4)))
     positions = start + jnp.arange(length)[None].repeat(2, axis=0)
     tables = rotary_tables(positions, 8, 100.0, "float32")
 
@@ -136,7 +136,7 @@ def test_rotary_norm_has_the_gradient_of_its_plain_formula(length, start):
         turned = jnp.concatenate([turned.real, turned.imag], axis=-1)
         return 1.2 * turned / jnp.sqrt((turned**2).mean(-1, keepdims=True) + 2**-23)
 
-    for x in (x, 1e-2 * x, 100 * x):
+    for x in (drawn, 1e-2 * drawn, 100 * drawn):
         expected, backward = jax.vjp(plain, x)
         found, found_backward = jax.vjp(lambda x: rotary_norm(x, *tables, 1.2), x)
         np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-6)
