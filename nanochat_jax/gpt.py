@@ -286,8 +286,8 @@ def forward(params: Params, tokens: Array, *, config: GPTConfig, compute_dtype: 
     before them; the returned cache has `length + valid`. `valid` [B] (default T) is how many tokens of a row count:
     padding to its right is masked and later overwritten, and 0 leaves a row as it is. `fresh` says that the cache is empty
     and has room for all T: the tokens see one another alone, at half the work. The backward pass recomputes what `remat`
-    says: nothing ("none"), all but products and attention ("elementwise"; cuDNN's attention too), what is inside of blocks
-    ("block"), or also most blocks' inputs ("full").
+    says: nothing ("none"), all but attention and products, but for the MLP's hidden layer ("elementwise"; cuDNN's attention
+    too), what is inside of blocks ("block"), or also most blocks' inputs ("full").
     `scan` makes a loop of equal groups of layers, so that programs for big models compile fast (not with a cache).
     `attention` takes the place of the reference where no cache is read (kernels.py). `gather(name, weight)` makes a weight
     whole right before it is used, where devices hold parts (sharding.gather_over_data).

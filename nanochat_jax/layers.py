@@ -158,5 +158,9 @@ def _squared_relu_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Ar
 
 
 def mlp(x: Array, c_fc: Array, c_proj: Array) -> Array:
-    """relu(x c_fc)^2 c_proj. x [B, T, D], c_fc [D, F], c_proj [F, D]."""
+    """relu(x c_fc)^2 c_proj. x [B, T, D], c_fc [D, F], c_proj [F, D].
+
+    The hidden layer [B, T, F] goes without the name of what is kept: on a TPU to write it to memory and to read it costs more
+    than its product.
+    """
     return linear(squared_relu(_linear(x, c_fc.astype(x.dtype), 1)), c_proj)

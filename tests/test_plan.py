@@ -48,7 +48,7 @@ def test_products_inside_loops_count_once_a_round():
     assert remat == 3 * forward
 
 
-def test_only_products_and_attention_are_kept_from_being_recomputed():
+def test_only_attention_and_products_but_the_hidden_layers_are_kept_from_being_recomputed():
     config = GPTConfig.modern(2, sequence_len=64, vocab_size=64)
     tokens = jnp.zeros((1, 64), jnp.int32)
 
@@ -56,8 +56,8 @@ def test_only_products_and_attention_are_kept_from_being_recomputed():
         total = lambda params: forward(params, tokens, config=config, remat=remat)[0].sum()  # noqa: E731
         return jaxpr_flops(jax.make_jaxpr(jax.grad(total))(abstract_params(config)), config)
 
-    swaps = 2 * 2 * 2 * 64 * 128**2  # of halves, in rotary embeddings: of q and k in two layers, as a TPU does it
-    assert flops("elementwise") == flops("none") + swaps < 0.85 * flops("block")
+    hidden = 2 * 2 * 64 * 4 * config.n_embd**2  # of the MLP, in two layers
+    assert flops("elementwise") == flops("none") + hidden < 0.9 * flops("block")
 
 
 def compiled_text(f, *arguments):
