@@ -19,7 +19,7 @@ from jax import Array
 from nanochat_jax.attention import cached_attention, causal_attention
 from nanochat_jax.config import SMEAR_GATE_CHANNELS, VE_GATE_CHANNELS, GPTConfig
 from nanochat_jax.kernels import KEEP_PRODUCTS
-from nanochat_jax.layers import apply_rotary, linear, mlp, rms_norm, rotary_tables
+from nanochat_jax.layers import linear, mlp, rms_norm, rotary_norm, rotary_tables
 
 Params = dict[str, Any]
 REMAT = ("none", "elementwise", "block", "full")  # what of the activations is recomputed in the backward pass
@@ -126,16 +126,17 @@ class GPT(nnx.Module):
                 x = layer["resid_lambdas"] * x + layer["x0_lambdas"] * x0
             return self._block(x, layer, tokens, rotary, positions, cache, window, fresh, attend)
 
-        if remat != "none":
-            kept = KEEP_PRODUCTS if remat == "elementwise" else None
-            block = jax.checkpoint(block, static_argnums=3, policy=kept)
+        kept = KEEP_PRODUCTS if remat == "elementwise" else None
 
         def run(x: Array, backout: Array, layers: list[dict[str, Array]], first: int | Array, windows: tuple[int | None, ...]
                 ) -> tuple[Array, Array, list]:
             """The layers from `first` on, which is traced inside of a scan."""
             written = []
+            # Loops keep XLA from merging a block's two passes; the barriers that else do keep it from fusing what it reads.
+            apart = remat == "full" or not isinstance(first, Array)
+            one = block if remat == "none" else jax.checkpoint(block, static_argnums=3, policy=kept, prevent_cse=apart)
             for i, (layer, window) in enumerate(zip(layers, windows, strict=True)):
-                x, kv = block(x, layer, None if cache is None else (cache.k[first + i], cache.v[first + i]), window)
+                x, kv = one(x, layer, None if cache is None else (cache.k[first + i], cache.v[first + i]), window)
                 written.append(kv)
                 if config.backout and (config.n_layer // 2 - i) % size == 0:  # only there can the middle be
                     middle = first + i == config.n_layer // 2
@@ -211,7 +212,7 @@ class GPT(nnx.Module):
         if "value_embeds" in layer:
             gate = 3.0 * jax.nn.sigmoid(linear(x[..., :VE_GATE_CHANNELS], layer["ve_gate"]))
             v = v + gate[..., None] * layer["value_embeds"][tokens].astype(x.dtype).reshape(v.shape)
-        q, k = (rms_norm(apply_rotary(each, *rotary)) * config.qk_scale for each in (q, k))
+        q, k = (rotary_norm(each, *rotary, config.qk_scale) for each in (q, k))
         if cache is not None:
             cache = tuple(_write(old, new, positions, fresh) for old, new in zip(cache, (k, v)))
         out = (attend(q, k, v, window=window) if cache is None or fresh else
@@ -287,8 +288,8 @@ def forward(params: Params, tokens: Array, *, config: GPTConfig, compute_dtype: 
     before them; the returned cache has `length + valid`. `valid` [B] (default T) is how many tokens of a row count:
     padding to its right is masked and later overwritten, and 0 leaves a row as it is. `fresh` says that the cache is empty
     and has room for all T: the tokens see one another alone, at half the work. The backward pass recomputes what `remat`
-    says: nothing ("none"), all but products and attention ("elementwise"), what is inside of blocks ("block"), or also most
-    blocks' inputs ("full").
+    says: nothing ("none"), all but attention and products, but for the MLP's hidden layer ("elementwise"), what is inside of
+    blocks ("block"), or also most blocks' inputs ("full").
     `scan` makes a loop of equal groups of layers, so that programs for big models compile fast (not with a cache).
     `attention` takes the place of the reference where no cache is read (kernels.py). `gather(name, weight)` makes a weight
     whole right before it is used, where devices hold parts (sharding.gather_over_data).

@@ -117,6 +117,34 @@ def _swap_halves(x: Array) -> Array:
     return jax.lax.platform_dependent(x, tpu=product, default=lambda x: jnp.roll(x, half, axis=-1))
 
 
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3,))
+def rotary_norm(x: Array, cos: Array, sin: Array, scale: float) -> Array:
+    """scale * rms_norm(apply_rotary(x)): queries and keys [B, T, H, h] as attention takes them.
+
+    Its gradient, written down, needs the result and the norms alone, so that a pass that recomputes activations keeps these
+    and neither rotates nor norms again.
+    """
+    return rms_norm(apply_rotary(x, cos, sin)) * scale
+
+
+def _rotary_norm_fwd(x: Array, cos: Array, sin: Array, scale: float) -> tuple[Array, tuple]:
+    turned = apply_rotary(x, cos, sin)
+    x32 = turned.astype(jnp.float32)
+    inverse = jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + RMS_EPS)
+    out = checkpoint_name((x32 * inverse).astype(x.dtype) * scale, PRODUCT)
+    return out, (out, checkpoint_name(inverse[..., 0], PRODUCT), cos, sin)
+
+
+def _rotary_norm_bwd(scale: float, residuals: tuple, d_out: Array) -> tuple[Array, None, None]:
+    out, inverse, cos, sin = residuals
+    unit, d_unit = out.astype(jnp.float32) / scale, d_out.astype(jnp.float32) * scale
+    d_turned = inverse[..., None] * (d_unit - unit * jnp.mean(d_unit * unit, axis=-1, keepdims=True))
+    return apply_rotary(d_turned.astype(out.dtype), cos, -sin), None, None  # turned back
+
+
+rotary_norm.defvjp(_rotary_norm_fwd, _rotary_norm_bwd)
+
+
 @jax.custom_jvp
 def squared_relu(x: Array) -> Array:
     """relu(x)^2 (So et al., Primer, 2021). Its derivative, written down, needs no mask of x > 0, which XLA would write out."""
@@ -130,5 +158,9 @@ def _squared_relu_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Ar
 
 
 def mlp(x: Array, c_fc: Array, c_proj: Array) -> Array:
-    """relu(x c_fc)^2 c_proj. x [B, T, D], c_fc [D, F], c_proj [F, D]."""
-    return linear(squared_relu(linear(x, c_fc)), c_proj)
+    """relu(x c_fc)^2 c_proj. x [B, T, D], c_fc [D, F], c_proj [F, D].
+
+    The hidden layer [B, T, F] goes without the name of what is kept: on a TPU to write it to memory and to read it costs more
+    than its product.
+    """
+    return linear(squared_relu(_linear(x, c_fc.astype(x.dtype), 1)), c_proj)

@@ -207,7 +207,7 @@ def choose_memory(config: GPTConfig, mesh: Mesh, *, rows: int | str | None, rema
                   step_rows: int = 2**30) -> tuple[int | str, str, bool]:
     """(rows per device, remat, fsdp): where one is not given ("auto", None), the fastest choice that `limit` bytes should hold.
 
-    Nothing is recomputed if 32 rows then fit. Else "elementwise", which costs no products, with 32, 16 or 8 rows; sharded, as
+    Nothing is recomputed if 32 rows then fit. Else "elementwise", a tenth more products, with 32, 16 or 8 rows; sharded, as
     adding up whole gradients for each such batch costs more traffic than gathering. Then "block", a third more products,
     sharded rather than with fewer rows, and "full", which recomputes twice. Without a limit: 32 rows, nothing recomputed
     or sharded.

@@ -10,6 +10,7 @@ import pytest
 from nanochat_jax.attention import causal_attention
 from nanochat_jax.config import GPTConfig
 from nanochat_jax.gpt import REMAT, forward, init_cache, init_params, layer_groups, unembed
+from nanochat_jax.layers import rotary_norm, rotary_tables
 from nanochat_jax.loss import cross_entropy
 
 CONFIGS = {
@@ -121,6 +122,26 @@ def test_attention_equals_a_plain_masked_softmax(window):
     weights = np.where(visible, np.exp(scores), 0)
     expected = np.einsum("bhts,bshd->bthd", weights / weights.sum(-1, keepdims=True), np.repeat(v, 2, axis=2))
     np.testing.assert_allclose(causal_attention(q, k, v, window=window), expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("length, start", [(7, 0), (1, 5)])  # a row, and a token that is decoded
+def test_rotary_norm_has_the_gradient_of_its_plain_formula(length, start):
+    """A turn of each pair by an angle of its own as one complex product, then the norm, differentiated by JAX."""
+    drawn, cotangent = (jax.random.normal(key, (2, length, 3, 8)) for key in jax.random.split(jax.random.key(4)))
+    positions = start + jnp.arange(length)[None].repeat(2, axis=0)
+    tables = rotary_tables(positions, 8, 100.0, "float32")
+
+    def plain(x):
+        turned = (x[..., :4] + 1j * x[..., 4:]) * jnp.exp(-1j * positions[..., None, None] * 100.0 ** (-jnp.arange(4) / 4))
+        turned = jnp.concatenate([turned.real, turned.imag], axis=-1)
+        return 1.2 * turned / jnp.sqrt((turned**2).mean(-1, keepdims=True) + 2**-23)
+
+    for x in (drawn, 1e-2 * drawn, 100 * drawn):
+        expected, backward = jax.vjp(plain, x)
+        found, found_backward = jax.vjp(lambda x: rotary_norm(x, *tables, 1.2), x)
+        np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-6)
+        (expected,), (found,) = backward(cotangent), found_backward(cotangent)
+        np.testing.assert_allclose(found, expected, rtol=2e-5, atol=3e-6 * np.abs(expected).max())
 
 
 @pytest.mark.parametrize("remat", REMAT[1:])
