@@ -226,10 +226,18 @@ def test_a_message_that_is_too_long_is_told_before_it_is_sent(page, script):
 
 def test_a_conversation_over_the_servers_limit_goes_on_without_its_beginning(page, script):
     for count in range(5):
-        send(page, f"{count}" * 7500)
+        expect(show(page, script, "Yes.", f"{count}" * 7500)).to_have_text("Yes.")
         expect(replies(page)).to_have_count(count + 1)
-        expect(replies(page).last).to_have_text("Yes.")
     expect(page.get_by_text("The first 2 messages no longer fit")).to_be_visible()
+
+
+@pytest.mark.parametrize("reply", [["x" * 9000], ["y" * 33000], [ToolCall("1", "1")] * 501], ids=["long", "longest", "parts"])
+def test_a_conversation_goes_on_after_a_reply_of_any_length(page, script, reply):
+    show(page, script, reply)
+    send(page, "And then?")
+    expect(replies(page).last).to_have_text("Yes.")
+    expect(page.get_by_text("The first 2 messages no longer fit")).to_have_count(int(reply[0] == "y" * 33000))
+    assert ("x" * 9000 in script.prompts[-1]) == (reply == ["x" * 9000])
 
 
 @pytest.mark.parametrize("how", ["button", "Escape"])

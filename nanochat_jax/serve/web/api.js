@@ -1,8 +1,9 @@
 // The server, as the page sees it.
 
-export const MAX_MESSAGE_CHARS = 8000; // of one message
+export const MAX_MESSAGE_CHARS = 8000; // of what the user writes
 const MAX_CHARS = 32000; // of a request's messages together, and their number, as the server has it
 const MAX_MESSAGES = 500;
+const MAX_PARTS = 1000; // of a reply
 
 // About the model and the server's defaults; throws if there is no answer.
 export async function health() {
@@ -68,7 +69,7 @@ function toMessages(turns) {
       const called = [{ type: "python", text: part.expression }];
       return part.output === null ? called : [...called, { type: "python_output", text: part.output }];
     });
-    return [{ role: "assistant", content }];
+    return [{ role: "assistant", content: content.slice(0, MAX_PARTS) }];
   });
   const length = ({ content }) =>
     (typeof content === "string" ? content.length : content.reduce((sum, part) => sum + part.text.length, 0));
