@@ -597,6 +597,15 @@ def test_the_page_follows_the_reader_only_at_the_bottom(page, script):
     expect(page.locator("#to-bottom")).to_be_hidden()
 
 
+def test_a_short_conversation_has_no_arrow_to_its_end(page, script):
+    show(page, script, "line\n\n" * 60)
+    page.locator("#scroll").evaluate("(node) => { node.scrollTop = 0; }")
+    expect(page.locator("#to-bottom")).to_be_visible()
+    page.locator("#new").click()
+    expect(page.locator("#welcome")).to_be_visible()
+    expect(page.locator("#to-bottom")).to_be_hidden()
+
+
 SHOWN = ("Sorting a list takes **one call**:\n\n```python\ndef smallest(values, count=3):\n"
          '    # the list is not changed\n    return sorted(values)[:count]\n\n'
          'print(smallest([5, 2, 9], 2), "done")\n```\n\n'

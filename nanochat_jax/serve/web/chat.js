@@ -72,15 +72,24 @@ function showSidebar(open) {
 
 const isAtBottom = () => scroll.scrollHeight - scroll.scrollTop - scroll.clientHeight < 60;
 
+// The reader is at the bottom, and stays there when a banner or the keyboard takes room.
+let following = true;
+
+function follow(is) {
+  following = is;
+  $("to-bottom").hidden = is;
+}
+
 // Draw a change and stay at the bottom if the reader was there.
 function keepBottom(change) {
   const stay = isAtBottom();
   change();
-  if (stay) toBottom();
+  if (stay || isAtBottom()) toBottom();
 }
 
 function toBottom() {
   scroll.scrollTop = scroll.scrollHeight;
+  follow(true); // no scroll event tells of it where nothing can scroll
 }
 
 // ---- conversations
@@ -308,12 +317,9 @@ document.addEventListener("keydown", (event) => {
     else if (narrow.matches) showSidebar(false);
   }
 });
-// The reader is at the bottom, and stays there when a banner or the keyboard takes room, of which a scroll event may tell
-// before the observer does.
-let [following, height] = [true, 0];
+let height = 0; // what the observer last saw: a scroll event may tell of taken room before it
 scroll.addEventListener("scroll", () => {
-  if (scroll.clientHeight === height) following = isAtBottom();
-  $("to-bottom").hidden = following;
+  if (scroll.clientHeight === height) follow(isAtBottom());
 });
 new ResizeObserver(() => {
   height = scroll.clientHeight;
