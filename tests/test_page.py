@@ -293,6 +293,52 @@ def test_up_edits_the_last_message_and_escape_gives_it_up(page, script):
     expect(page.locator(".user")).to_have_text(["first"])
 
 
+def test_what_was_typed_is_there_again_after_an_edit_or_another_conversation(page, script):
+    box = page.locator("#input")
+    show(page, script, "Yes.", "cats")
+    for leave in (lambda: page.keyboard.press("Escape"), lambda: send(page, "/topk 7"), lambda: send(page, "cats"),
+                  lambda: page.get_by_role("button", name="Regenerate").click()):
+        box.fill("draft")
+        page.get_by_role("button", name="Edit").last.click()
+        expect(box).to_have_value("cats")
+        leave()
+        expect(page.locator("#editing")).to_be_hidden()
+        expect(box).to_have_value("draft")
+        expect(page.locator("#send")).to_be_visible()
+    page.locator("#new").click()
+    box.fill("about dogs")
+    open_chat = page.locator("#conversations li > button").first
+    open_chat.click()
+    expect(box).to_have_value("draft")
+    page.get_by_role("button", name="Edit").click()
+    box.fill("cats, please")
+    page.locator("#new").click()
+    expect(box).to_have_value("about dogs")
+    open_chat.click()
+    expect(box).to_have_value("cats, please")
+    expect(page.locator("#editing")).to_be_visible()
+    page.keyboard.press("Escape")
+    expect(box).to_have_value("draft")
+    page.locator("#new").click()
+    send(page, "dogs")
+    expect(page.locator("#send")).to_be_visible()
+    page.locator("#new").click()
+    expect(box).to_have_value("")
+    box.fill("draft")
+    page.get_by_role("button", name="Write a short poem.").click()
+    expect(replies(page)).to_have_text("Yes.")
+    expect(box).to_have_value("draft")
+
+
+def test_a_command_ends_an_edit_and_nothing_is_cut(page, script):
+    show(page, script, "One.", "first")
+    page.get_by_role("button", name="Edit").click()
+    send(page, "/temperature 0.5")
+    expect(page.locator(".note")).to_have_text("temperature is now 0.5.")
+    show(page, script, "Two.", "second")
+    expect(page.locator(".user")).to_have_text(["first", "second"])
+
+
 def test_a_reload_keeps_the_conversation_and_the_model_is_sent_it(page, script):
     script.replies.append([ToolCall("2+2", "4"), "It is 4."])
     send(page, "What is 2+2?")

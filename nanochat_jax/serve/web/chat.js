@@ -17,6 +17,8 @@ let chats = store.loadConversations();
 let chat = store.newConversation(); // the one on screen; among `chats` once it has a message
 const requests = new Map(); // conversation id to the AbortController of the reply being streamed
 let editing = null; // index of the user turn in the composer
+let aside = ""; // what was typed before that edit
+const drafts = new Map(); // conversation id to what its composer held; "" is for a conversation not yet begun
 
 // ---- drawing
 
@@ -105,11 +107,15 @@ function keep(which) {
   if (!kept && !which.turns.some((turn) => turn.text === full)) which.turns.push({ role: "note", text: full });
 }
 
+const draftKey = () => (chat.updated ? chat.id : "");
+
 function show(which) {
+  drafts.set(draftKey(), { text: input.value, editing, aside });
   chat = which;
   history.replaceState(null, "", chat.turns.length ? `#${chat.id}` : location.pathname);
-  editing = null;
-  input.value = "";
+  ({ text: input.value, editing, aside } = drafts.get(draftKey()) ?? { text: "", editing: null, aside: "" });
+  drafts.delete(draftKey()); // the composer holds it now
+  if (chat.turns[editing]?.role !== "user") editing = null; // another tab changed it
   if (narrow.matches) showSidebar(false);
   draw();
   toBottom();
@@ -160,10 +166,15 @@ function submit() {
   const text = input.value.trim();
   drawComposer();
   if ($("send").disabled || requests.has(chat.id)) return;
+  const from = editing ?? chat.turns.length;
   input.value = "";
+  endEdit();
   if (command(text)) return;
-  if (editing !== null) chat.turns.length = editing;
-  editing = null;
+  ask(text, from);
+}
+
+function ask(text, from = chat.turns.length) {
+  chat.turns.length = from;
   chat.turns.push({ role: "user", text });
   reply();
 }
@@ -186,15 +197,20 @@ function command(text) {
 
 function edit(index) {
   if (requests.has(chat.id)) return;
+  if (editing === null) aside = input.value;
   editing = index;
   input.value = chat.turns[index].text;
   draw();
   input.focus();
 }
 
-function cancelEdit() {
+function endEdit() {
+  if (editing !== null) input.value = aside;
   editing = null;
-  input.value = "";
+}
+
+function cancelEdit() {
+  endEdit();
   draw();
   input.focus();
 }
@@ -202,7 +218,7 @@ function cancelEdit() {
 function regenerate(index) {
   if (requests.has(chat.id)) return;
   chat.turns.length = index;
-  editing = null;
+  endEdit();
   reply();
 }
 
@@ -337,10 +353,7 @@ $("toggle-sidebar").addEventListener("click", () => {
 });
 narrow.addEventListener("change", () => showSidebar(!narrow.matches && settings.sidebar !== false));
 for (const text of SUGGESTIONS) {
-  $("suggestions").append(button(text, () => {
-    input.value = text;
-    submit();
-  }));
+  $("suggestions").append(button(text, () => ask(text)));
 }
 
 setUp(() => {
