@@ -410,14 +410,14 @@ def test_a_reply_goes_on_in_its_own_conversation_while_another_is_shown(page, sc
     send(page, "quick question")
     expect(replies(page)).to_have_text("quick answer")
     script.go_on.set()
-    page.get_by_role("button", name="slow question").click()
+    page.get_by_role("button", name="slow question", exact=True).click()
     expect(replies(page)).to_have_text("slow answer")
 
 
 def test_another_tab_sees_a_new_conversation(open_page, script):
     one, other = open_page(), open_page()
     send(one, "said in one tab")
-    expect(other.get_by_role("button", name="said in one tab")).to_be_visible()
+    expect(other.get_by_role("button", name="said in one tab", exact=True)).to_be_visible()
 
 
 def test_damaged_storage_is_left_out(page, script):
@@ -724,7 +724,63 @@ def test_the_keyboard_reaches_everything(page, script):
         page.keyboard.press("Tab")
         names.add(page.evaluate("document.activeElement.ariaLabel || document.activeElement.innerText"))
     assert {"Conversations", "Settings", "New conversation", "Edit", "Copy", "Regenerate", "Send", "Go on",
-            "Delete this conversation"} <= names
+            "Delete this conversation: Go on"} <= names
+
+
+def test_the_keyboard_is_not_lost_when_its_button_goes(page, script):
+    for question in ("cats", "dogs", "birds"):
+        page.locator("#new").click()
+        show(page, script, "Yes.", question)
+    script.replies.append(["Once", HOLD])
+    send(page, "A story")
+    page.locator("#stop").press("Enter")
+    expect(page.get_by_text("Stopped.")).to_be_visible()
+    expect(page.locator("#input")).to_be_focused()
+    page.get_by_role("button", name="Regenerate").press("Enter")
+    expect(page.locator("#input")).to_be_focused()
+    for deleted, then in (("dogs", "cats"), ("cats", "birds")):
+        page.get_by_role("button", name=f"Delete this conversation: {deleted}").press("Enter")
+        expect(page.get_by_role("button", name=then, exact=True)).to_be_focused()
+    page.get_by_role("button", name="Delete this conversation").press("Enter")
+    expect(page.locator("#input")).to_be_focused()
+
+
+def test_the_drawer_takes_the_keyboard_and_gives_it_back(page, script):
+    for question in ("cats", "dogs"):
+        page.locator("#new").click()
+        show(page, script, "Yes.", question)
+    page.set_viewport_size({"width": 375, "height": 700})
+    toggle = page.get_by_role("button", name="Conversations", exact=True)
+    for leave in (lambda: page.keyboard.press("Escape"), lambda: page.get_by_role("button", name="Close").press("Enter"),
+                  lambda: page.mouse.click(370, 300)):
+        toggle.press("Enter")
+        expect(page.get_by_role("button", name="Close")).to_be_focused()
+        for _ in range(9):
+            page.keyboard.press("Tab")
+            assert page.evaluate("document.activeElement.closest('#page')") is None
+        leave()
+        expect(page.locator("#sidebar")).to_be_hidden()
+        expect(toggle).to_be_focused()
+    toggle.click()
+    page.get_by_role("button", name="Delete this conversation: dogs").press("Enter")
+    expect(page.get_by_role("button", name="cats", exact=True)).to_be_focused()
+    page.get_by_role("button", name="Undo").click()
+    expect(page.locator("#sidebar")).to_be_hidden()
+    expect(page.locator(".user")).to_have_text("dogs")
+    expect(page.locator("#input")).to_be_focused()
+
+
+def test_the_offer_to_undo_covers_nothing(page, script):
+    for question in ("cats", "dogs"):
+        page.locator("#new").click()
+        show(page, script, "line\n\n" * 40, question)
+    page.get_by_role("button", name="Delete this conversation: cats").click()
+    expect(page.get_by_role("button", name="Undo")).to_be_visible()
+    assert page.locator("#toast").evaluate("""(toast) => {
+      const { x, y, width, height } = toast.getBoundingClientRect();
+      const there = document.elementsFromPoint(x + width / 2, y + height / 2);
+      return there.every((node) => node.contains(toast) || toast.contains(node));
+    }""")
 
 
 def test_a_model_answers_through_the_real_engine(browser):

@@ -23,9 +23,11 @@ const drafts = new Map(); // conversation id to what its composer held; "" is fo
 // ---- drawing
 
 function draw() {
+  const focused = document.activeElement;
   welcome.hidden = chat.turns.length > 0;
   log.replaceChildren(...chat.turns.map((_, index) => turnNode(index)));
   drawComposer();
+  if (!focused.checkVisibility()) input.focus(); // its button is gone
   drawSidebar();
 }
 
@@ -53,23 +55,35 @@ function drawComposer() {
 }
 
 function drawSidebar() {
+  const focused = document.activeElement.id;
   const rows = chats.map((each) => {
     const open = button(each.title, () => show(each));
     open.title = each.title;
+    open.id = `open-${each.id}`;
     if (each.id === chat.id) open.setAttribute("aria-current", "true");
     const remove = element("button.round", icon("remove"));
     remove.type = "button";
-    remove.ariaLabel = remove.title = "Delete this conversation";
+    remove.title = "Delete this conversation";
+    remove.ariaLabel = `Delete this conversation: ${each.title}`;
+    remove.id = `delete-${each.id}`;
     remove.addEventListener("click", () => forget(each));
     return element("li", open, remove);
   });
   $("conversations").replaceChildren(...rows.length ? rows : [element("li.none", "None yet.")]);
+  $(focused)?.focus();
   document.title = chat.title ? `${chat.title} · NanoChat` : "NanoChat";
 }
 
 function showSidebar(open) {
   document.body.dataset.sidebar = open ? "open" : "closed";
   $("toggle-sidebar").ariaExpanded = String(open);
+  $("page").inert = open && narrow.matches; // then the sidebar is a drawer over it
+  if ($("page").inert) $("close-sidebar").focus();
+}
+
+function closeDrawer() {
+  showSidebar(false);
+  $("toggle-sidebar").focus();
 }
 
 const isAtBottom = () => scroll.scrollHeight - scroll.scrollTop - scroll.clientHeight < 60;
@@ -109,14 +123,14 @@ function keep(which) {
 
 const draftKey = () => (chat.updated ? chat.id : "");
 
-function show(which) {
+function show(which, close = true) {
   drafts.set(draftKey(), { text: input.value, editing, aside });
   chat = which;
   history.replaceState(null, "", chat.turns.length ? `#${chat.id}` : location.pathname);
   ({ text: input.value, editing, aside } = drafts.get(draftKey()) ?? { text: "", editing: null, aside: "" });
   drafts.delete(draftKey()); // the composer holds it now
   if (chat.turns[editing]?.role !== "user") editing = null; // another tab changed it
-  if (narrow.matches) showSidebar(false);
+  if (close && narrow.matches) showSidebar(false);
   draw();
   toBottom();
   input.focus();
@@ -125,10 +139,12 @@ function show(which) {
 function forget(which) {
   requests.get(which.id)?.abort();
   store.remove(which);
+  const next = chats[chats.indexOf(which) + 1] ?? chats.at(-2);
   chats = chats.filter((each) => each !== which);
-  if (which === chat) show(store.newConversation());
+  if (which === chat) show(store.newConversation(), false);
   else drawSidebar();
   offerUndo(which);
+  [next && $(`open-${next.id}`), $("close-sidebar"), input].find((node) => node?.checkVisibility()).focus();
 }
 
 let undoTimer = null;
@@ -328,9 +344,9 @@ document.addEventListener("keydown", (event) => {
     event.preventDefault();
     input.focus();
   } else if (event.key === "Escape") {
-    if (requests.has(chat.id)) requests.get(chat.id).abort();
+    if ($("page").inert) closeDrawer();
+    else if (requests.has(chat.id)) requests.get(chat.id).abort();
     else if (editing !== null) cancelEdit();
-    else if (narrow.matches) showSidebar(false);
   }
 });
 let height = 0; // what the observer last saw: a scroll event may tell of taken room before it
@@ -345,7 +361,7 @@ $("to-bottom").addEventListener("click", toBottom);
 $("new").addEventListener("click", startAgain);
 $("stop").addEventListener("click", () => requests.get(chat.id)?.abort());
 $("cancel-edit").addEventListener("click", cancelEdit);
-$("shade").addEventListener("click", () => showSidebar(false));
+for (const id of ["shade", "close-sidebar"]) $(id).addEventListener("click", closeDrawer);
 $("toggle-sidebar").addEventListener("click", () => {
   const open = document.body.dataset.sidebar !== "open";
   showSidebar(open);
