@@ -465,8 +465,8 @@ def test_slash_commands_set_what_is_sent(page, script):
 
 def test_settings_are_sent_and_survive_a_reload(page, script):
     page.get_by_role("button", name="Settings").click()
-    expect(page.locator("#model-info")).to_contain_text("2048")
-    expect(page.locator("#set-temperature")).to_have_value("0.8")
+    expect(page.locator("#model-info")).to_contain_text("2048 tokens")
+    expect(page.locator("#set-temperature")).to_have_attribute("placeholder", "0.8")
     for name, value in (("temperature", "1.5"), ("topk", "3"), ("length", "99")):
         page.locator(f"#set-{name}").fill(value)
         page.locator(f"#set-{name}").blur()
@@ -485,6 +485,38 @@ def test_settings_are_sent_and_survive_a_reload(page, script):
     expect(replies(page)).to_have_text(["Yes.", "Yes."])
     assert script.requests[-1] == replace(request, **{name: getattr(script.requests[-1], name) for name in
                                                       ("tokens", "seed")}, temperature=0.8, top_k=50, max_tokens=512)
+
+
+def test_an_emptied_setting_is_the_servers_default_again(page, script):
+    page.get_by_role("button", name="Settings").click()
+    field, told = page.locator("#set-length"), page.locator("#now-length")
+    for value, said in (("99", "Your choice."), ("", "The server's default.")):
+        field.fill(value)
+        field.blur()
+        expect(told).to_have_text(said)
+        assert field.evaluate("(node) => node.validity.valid")
+    field.press_sequentially("-")  # no number, and not empty
+    field.blur()
+    assert not field.evaluate("(node) => node.validity.valid")
+    page.keyboard.press("Escape")
+    show(page, script, "Yes.")
+    assert script.requests[-1].max_tokens == 512
+
+
+@pytest.mark.parametrize("context, longest", [(256, "256"), (8192, "4096")])
+def test_no_more_tokens_are_offered_than_the_models_context(page, script, monkeypatch, context, longest):
+    monkeypatch.setitem(INFO, "context", context)
+    page.reload()
+    page.get_by_role("button", name="Settings").click()
+    expect(page.locator("#model-info")).to_contain_text(f"{context} tokens")
+    expect(page.locator("#set-length")).to_have_attribute("max", longest)
+    expect(page.locator("#set-length")).to_have_attribute("placeholder", str(min(512, context)))
+    expect(page.locator("#settings")).to_contain_text(f"The most tokens of a reply, up to {longest}.")
+    page.keyboard.press("Escape")
+    send(page, f"/length {int(longest) + 1}")
+    expect(page.locator(".note")).to_have_text(f"length must be a whole number from 1 to {longest}, not {int(longest) + 1}.")
+    send(page, "/help")
+    expect(page.locator(".note").last).to_contain_text(f"/length [1 to {longest}]")
 
 
 def test_an_api_key_is_asked_for_and_sent_as_a_bearer_token(page):

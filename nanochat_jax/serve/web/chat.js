@@ -1,9 +1,8 @@
 // The page: everything on screen is drawn from a list of conversations, each a list of turns (turns.js).
 
 import { MAX_MESSAGE_CHARS, complete, health } from "./api.js";
-import { HELP } from "./commands.js";
 import { $, button, element, icon } from "./dom.js";
-import { choose, command as setByCommand, sampling, setUp, settings, showModel } from "./settings.js";
+import { choose, command as setByCommand, help, sampling, setUp, settings, showModel } from "./settings.js";
 import * as store from "./store.js";
 import { drawTurn, plainText } from "./turns.js";
 
@@ -206,7 +205,7 @@ function command(text) {
   if (!match) return false;
   const [word, value] = [match[1].toLowerCase(), match[2]];
   if (word === "clear") startAgain();
-  else if (word === "help") note(HELP);
+  else if (word === "help") note(help());
   else note(setByCommand(word, value) ?? `There is no command /${word}; /help lists them.`);
   return true;
 }
