@@ -151,7 +151,8 @@ def open_page(browser, served):
     def watch(page):
         page.on("pageerror", lambda error: problems.append(f"error: {error}"))
         page.on("dialog", answer)
-        page.on("console", lambda message: "Content Security" in message.text and problems.append(message.text))
+        page.on("console", lambda message: re.search(r"Content Security|\[DOM\]", message.text)
+                and problems.append(message.text))
         page.on("request", lambda request: request.url.startswith(served.url) or problems.append(request.url))
 
     context.on("page", watch)
@@ -525,8 +526,8 @@ def test_an_api_key_is_asked_for_and_sent_as_a_bearer_token(page):
     expect(page.locator(".error")).to_contain_text("This server asks for an API key: enter it in the settings.")
     page.get_by_role("button", name="Settings").click()
     page.locator("#set-key").fill("secret")
-    page.locator("#set-key").blur()
-    page.keyboard.press("Escape")
+    page.locator("#set-key").press("Enter")
+    expect(page.locator("#settings")).to_be_hidden()
     with page.expect_request("**/chat/completions") as request:
         send(page, "Hello")
     assert request.value.headers["authorization"] == "Bearer secret"
@@ -547,7 +548,8 @@ def test_a_server_that_is_gone_is_told_until_it_is_back(page, served):
     show(page, served.scheduler, "line\n\n" * 40)
     served.stop()
     send(page, "Hello")
-    expect(page.locator(".error")).to_contain_text("The server cannot be reached.")
+    expect(page.locator(".error")).to_contain_text("The message could not be sent.")
+    expect(page.get_by_text("The server cannot be reached.")).to_have_count(1)
     expect(page.locator("#gone")).to_be_visible()
     expect(page.get_by_role("button", name="Try again")).to_be_in_viewport()
     served.start()
@@ -600,6 +602,10 @@ def test_tool_calls_show_expression_and_result(page, script):
     reply = show(page, script, [ToolCall("345+678", "1023"), "It is 1023, not ", ToolCall("1/0", None), "."])
     expect(reply.locator(".tool")).to_have_text(["345+678 = 1023", "1/0 = no result"])
     expect(reply).to_have_text("345+678 = 1023It is 1023, not 1/0 = no result.")
+    show(page, script, ["Look: ", ToolCall("1/0", None)])
+    page.locator(".message").last.get_by_role("button", name="Copy").click()
+    expect(page.get_by_role("button", name="Copied")).to_be_visible()
+    assert page.evaluate("navigator.clipboard.readText()") == "Look: 1/0 = no result"
 
 
 HOSTILE = [
@@ -709,6 +715,18 @@ def test_on_a_telephone_nothing_is_cut_off(page, script, tmp_path):
     box = page.locator("#settings").bounding_box()
     assert box["x"] >= 0 and box["x"] + box["width"] <= 375
     screenshot(page, tmp_path, "mobile-settings.png")
+
+
+def test_on_the_narrowest_telephone_no_name_is_broken_and_help_can_be_read(page, script, tmp_path):
+    page.set_viewport_size({"width": 320, "height": 640})
+    assert page.locator("h1").evaluate("(node) => node.getClientRects().length === 1 && node.scrollHeight < 40")
+    send(page, "/help")
+    line = page.locator(".note div").filter(has_text="/temperature")
+    assert "  " not in line.inner_text() and line.inner_text().startswith("/temperature [0 to 2] show or set")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 320
+    screenshot(page, tmp_path, "narrowest-help.png")
+    page.set_viewport_size({"width": 1200, "height": 640})
+    assert "[0 to 2]    show" in line.inner_text()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
