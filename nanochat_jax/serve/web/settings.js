@@ -29,7 +29,7 @@ export function command(word, value) {
   return `${word} is ${value === undefined ? "" : "now "}${current}.`;
 }
 
-export const help = () => HELP.replace("4096]", `${NUMBERS.length.max}]`.padEnd(5)); // its columns stay;
+export const help = () => HELP.replace("4096]", `${NUMBERS.length.max}]`.padEnd(5)); // its columns stay
 
 // What a request gets that does not say.
 function byDefault(word) {
