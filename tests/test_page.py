@@ -151,7 +151,8 @@ def open_page(browser, served):
     def watch(page):
         page.on("pageerror", lambda error: problems.append(f"error: {error}"))
         page.on("dialog", answer)
-        page.on("console", lambda message: "Content Security" in message.text and problems.append(message.text))
+        page.on("console", lambda message: re.search(r"Content Security|\[DOM\]", message.text)
+                and problems.append(message.text))
         page.on("request", lambda request: request.url.startswith(served.url) or problems.append(request.url))
 
     context.on("page", watch)
@@ -226,10 +227,18 @@ def test_a_message_that_is_too_long_is_told_before_it_is_sent(page, script):
 
 def test_a_conversation_over_the_servers_limit_goes_on_without_its_beginning(page, script):
     for count in range(5):
-        send(page, f"{count}" * 7500)
+        expect(show(page, script, "Yes.", f"{count}" * 7500)).to_have_text("Yes.")
         expect(replies(page)).to_have_count(count + 1)
-        expect(replies(page).last).to_have_text("Yes.")
     expect(page.get_by_text("The first 2 messages no longer fit")).to_be_visible()
+
+
+@pytest.mark.parametrize("reply", [["x" * 9000], ["y" * 33000], [ToolCall("1", "1")] * 501], ids=["long", "longest", "parts"])
+def test_a_conversation_goes_on_after_a_reply_of_any_length(page, script, reply):
+    show(page, script, reply)
+    send(page, "And then?")
+    expect(replies(page).last).to_have_text("Yes.")
+    expect(page.get_by_text("The first 2 messages no longer fit")).to_have_count(int(reply[0] == "y" * 33000))
+    assert ("x" * 9000 in script.prompts[-1]) == (reply == ["x" * 9000])
 
 
 @pytest.mark.parametrize("how", ["button", "Escape"])
@@ -283,6 +292,52 @@ def test_up_edits_the_last_message_and_escape_gives_it_up(page, script):
     page.keyboard.press("Escape")
     expect(page.locator("#input")).to_have_value("")
     expect(page.locator(".user")).to_have_text(["first"])
+
+
+def test_what_was_typed_is_there_again_after_an_edit_or_another_conversation(page, script):
+    box = page.locator("#input")
+    show(page, script, "Yes.", "cats")
+    for leave in (lambda: page.keyboard.press("Escape"), lambda: send(page, "/topk 7"), lambda: send(page, "cats"),
+                  lambda: page.get_by_role("button", name="Regenerate").click()):
+        box.fill("draft")
+        page.get_by_role("button", name="Edit").last.click()
+        expect(box).to_have_value("cats")
+        leave()
+        expect(page.locator("#editing")).to_be_hidden()
+        expect(box).to_have_value("draft")
+        expect(page.locator("#send")).to_be_visible()
+    page.locator("#new").click()
+    box.fill("about dogs")
+    open_chat = page.locator("#conversations li > button").first
+    open_chat.click()
+    expect(box).to_have_value("draft")
+    page.get_by_role("button", name="Edit").click()
+    box.fill("cats, please")
+    page.locator("#new").click()
+    expect(box).to_have_value("about dogs")
+    open_chat.click()
+    expect(box).to_have_value("cats, please")
+    expect(page.locator("#editing")).to_be_visible()
+    page.keyboard.press("Escape")
+    expect(box).to_have_value("draft")
+    page.locator("#new").click()
+    send(page, "dogs")
+    expect(page.locator("#send")).to_be_visible()
+    page.locator("#new").click()
+    expect(box).to_have_value("")
+    box.fill("draft")
+    page.get_by_role("button", name="Write a short poem.").click()
+    expect(replies(page)).to_have_text("Yes.")
+    expect(box).to_have_value("draft")
+
+
+def test_a_command_ends_an_edit_and_nothing_is_cut(page, script):
+    show(page, script, "One.", "first")
+    page.get_by_role("button", name="Edit").click()
+    send(page, "/temperature 0.5")
+    expect(page.locator(".note")).to_have_text("temperature is now 0.5.")
+    show(page, script, "Two.", "second")
+    expect(page.locator(".user")).to_have_text(["first", "second"])
 
 
 def test_a_reload_keeps_the_conversation_and_the_model_is_sent_it(page, script):
@@ -356,14 +411,14 @@ def test_a_reply_goes_on_in_its_own_conversation_while_another_is_shown(page, sc
     send(page, "quick question")
     expect(replies(page)).to_have_text("quick answer")
     script.go_on.set()
-    page.get_by_role("button", name="slow question").click()
+    page.get_by_role("button", name="slow question", exact=True).click()
     expect(replies(page)).to_have_text("slow answer")
 
 
 def test_another_tab_sees_a_new_conversation(open_page, script):
     one, other = open_page(), open_page()
     send(one, "said in one tab")
-    expect(other.get_by_role("button", name="said in one tab")).to_be_visible()
+    expect(other.get_by_role("button", name="said in one tab", exact=True)).to_be_visible()
 
 
 def test_damaged_storage_is_left_out(page, script):
@@ -411,8 +466,8 @@ def test_slash_commands_set_what_is_sent(page, script):
 
 def test_settings_are_sent_and_survive_a_reload(page, script):
     page.get_by_role("button", name="Settings").click()
-    expect(page.locator("#model-info")).to_contain_text("2048")
-    expect(page.locator("#set-temperature")).to_have_value("0.8")
+    expect(page.locator("#model-info")).to_contain_text("2048 tokens")
+    expect(page.locator("#set-temperature")).to_have_attribute("placeholder", "0.8")
     for name, value in (("temperature", "1.5"), ("topk", "3"), ("length", "99")):
         page.locator(f"#set-{name}").fill(value)
         page.locator(f"#set-{name}").blur()
@@ -433,14 +488,46 @@ def test_settings_are_sent_and_survive_a_reload(page, script):
                                                       ("tokens", "seed")}, temperature=0.8, top_k=50, max_tokens=512)
 
 
+def test_an_emptied_setting_is_the_servers_default_again(page, script):
+    page.get_by_role("button", name="Settings").click()
+    field, told = page.locator("#set-length"), page.locator("#now-length")
+    for value, said in (("99", "Your choice."), ("", "The server's default.")):
+        field.fill(value)
+        field.blur()
+        expect(told).to_have_text(said)
+        assert field.evaluate("(node) => node.validity.valid")
+    field.press_sequentially("-")  # no number, and not empty
+    field.blur()
+    assert not field.evaluate("(node) => node.validity.valid")
+    page.keyboard.press("Escape")
+    show(page, script, "Yes.")
+    assert script.requests[-1].max_tokens == 512
+
+
+@pytest.mark.parametrize("context, longest", [(256, "256"), (8192, "4096")])
+def test_no_more_tokens_are_offered_than_the_models_context(page, script, monkeypatch, context, longest):
+    monkeypatch.setitem(INFO, "context", context)
+    page.reload()
+    page.get_by_role("button", name="Settings").click()
+    expect(page.locator("#model-info")).to_contain_text(f"{context} tokens")
+    expect(page.locator("#set-length")).to_have_attribute("max", longest)
+    expect(page.locator("#set-length")).to_have_attribute("placeholder", str(min(512, context)))
+    expect(page.locator("#settings")).to_contain_text(f"The most tokens of a reply, up to {longest}.")
+    page.keyboard.press("Escape")
+    send(page, f"/length {int(longest) + 1}")
+    expect(page.locator(".note")).to_have_text(f"length must be a whole number from 1 to {longest}, not {int(longest) + 1}.")
+    send(page, "/help")
+    expect(page.locator(".note").last).to_contain_text(f"/length [1 to {longest}]")
+
+
 def test_an_api_key_is_asked_for_and_sent_as_a_bearer_token(page):
     page.route("**/chat/completions", lambda route: route.fulfill(status=401, json={"detail": "no key"}), times=1)
     send(page, "Hello")
     expect(page.locator(".error")).to_contain_text("This server asks for an API key: enter it in the settings.")
     page.get_by_role("button", name="Settings").click()
     page.locator("#set-key").fill("secret")
-    page.locator("#set-key").blur()
-    page.keyboard.press("Escape")
+    page.locator("#set-key").press("Enter")
+    expect(page.locator("#settings")).to_be_hidden()
     with page.expect_request("**/chat/completions") as request:
         send(page, "Hello")
     assert request.value.headers["authorization"] == "Bearer secret"
@@ -461,7 +548,8 @@ def test_a_server_that_is_gone_is_told_until_it_is_back(page, served):
     show(page, served.scheduler, "line\n\n" * 40)
     served.stop()
     send(page, "Hello")
-    expect(page.locator(".error")).to_contain_text("The server cannot be reached.")
+    expect(page.locator(".error")).to_contain_text("The message could not be sent.")
+    expect(page.get_by_text("The server cannot be reached.")).to_have_count(1)
     expect(page.locator("#gone")).to_be_visible()
     expect(page.get_by_role("button", name="Try again")).to_be_in_viewport()
     served.start()
@@ -514,6 +602,10 @@ def test_tool_calls_show_expression_and_result(page, script):
     reply = show(page, script, [ToolCall("345+678", "1023"), "It is 1023, not ", ToolCall("1/0", None), "."])
     expect(reply.locator(".tool")).to_have_text(["345+678 = 1023", "1/0 = no result"])
     expect(reply).to_have_text("345+678 = 1023It is 1023, not 1/0 = no result.")
+    show(page, script, ["Look: ", ToolCall("1/0", None)])
+    page.locator(".message").last.get_by_role("button", name="Copy").click()
+    expect(page.get_by_role("button", name="Copied")).to_be_visible()
+    assert page.evaluate("navigator.clipboard.readText()") == "Look: 1/0 = no result"
 
 
 HOSTILE = [
@@ -589,6 +681,15 @@ def test_the_page_follows_the_reader_only_at_the_bottom(page, script):
     expect(page.locator("#to-bottom")).to_be_hidden()
 
 
+def test_a_short_conversation_has_no_arrow_to_its_end(page, script):
+    show(page, script, "line\n\n" * 60)
+    page.locator("#scroll").evaluate("(node) => { node.scrollTop = 0; }")
+    expect(page.locator("#to-bottom")).to_be_visible()
+    page.locator("#new").click()
+    expect(page.locator("#welcome")).to_be_visible()
+    expect(page.locator("#to-bottom")).to_be_hidden()
+
+
 SHOWN = ("Sorting a list takes **one call**:\n\n```python\ndef smallest(values, count=3):\n"
          '    # the list is not changed\n    return sorted(values)[:count]\n\n'
          'print(smallest([5, 2, 9], 2), "done")\n```\n\n'
@@ -614,6 +715,18 @@ def test_on_a_telephone_nothing_is_cut_off(page, script, tmp_path):
     box = page.locator("#settings").bounding_box()
     assert box["x"] >= 0 and box["x"] + box["width"] <= 375
     screenshot(page, tmp_path, "mobile-settings.png")
+
+
+def test_on_the_narrowest_telephone_no_name_is_broken_and_help_can_be_read(page, script, tmp_path):
+    page.set_viewport_size({"width": 320, "height": 640})
+    assert page.locator("h1").evaluate("(node) => node.getClientRects().length === 1 && node.scrollHeight < 40")
+    send(page, "/help")
+    line = page.locator(".note div").filter(has_text="/temperature")
+    assert "  " not in line.inner_text() and line.inner_text().startswith("/temperature [0 to 2] show or set")
+    assert page.evaluate("document.documentElement.scrollWidth") <= 320
+    screenshot(page, tmp_path, "narrowest-help.png")
+    page.set_viewport_size({"width": 1200, "height": 640})
+    assert "[0 to 2]    show" in line.inner_text()
 
 
 @pytest.mark.parametrize("scheme", ["light", "dark"])
@@ -661,7 +774,63 @@ def test_the_keyboard_reaches_everything(page, script):
         page.keyboard.press("Tab")
         names.add(page.evaluate("document.activeElement.ariaLabel || document.activeElement.innerText"))
     assert {"Conversations", "Settings", "New conversation", "Edit", "Copy", "Regenerate", "Send", "Go on",
-            "Delete this conversation"} <= names
+            "Delete this conversation: Go on"} <= names
+
+
+def test_the_keyboard_is_not_lost_when_its_button_goes(page, script):
+    for question in ("cats", "dogs", "birds"):
+        page.locator("#new").click()
+        show(page, script, "Yes.", question)
+    script.replies.append(["Once", HOLD])
+    send(page, "A story")
+    page.locator("#stop").press("Enter")
+    expect(page.get_by_text("Stopped.")).to_be_visible()
+    expect(page.locator("#input")).to_be_focused()
+    page.get_by_role("button", name="Regenerate").press("Enter")
+    expect(page.locator("#input")).to_be_focused()
+    for deleted, then in (("dogs", "cats"), ("cats", "birds")):
+        page.get_by_role("button", name=f"Delete this conversation: {deleted}").press("Enter")
+        expect(page.get_by_role("button", name=then, exact=True)).to_be_focused()
+    page.get_by_role("button", name="Delete this conversation").press("Enter")
+    expect(page.locator("#input")).to_be_focused()
+
+
+def test_the_drawer_takes_the_keyboard_and_gives_it_back(page, script):
+    for question in ("cats", "dogs"):
+        page.locator("#new").click()
+        show(page, script, "Yes.", question)
+    page.set_viewport_size({"width": 375, "height": 700})
+    toggle = page.get_by_role("button", name="Conversations", exact=True)
+    for leave in (lambda: page.keyboard.press("Escape"), lambda: page.get_by_role("button", name="Close").press("Enter"),
+                  lambda: page.mouse.click(370, 300)):
+        toggle.press("Enter")
+        expect(page.get_by_role("button", name="Close")).to_be_focused()
+        for _ in range(9):
+            page.keyboard.press("Tab")
+            assert page.evaluate("document.activeElement.closest('#page')") is None
+        leave()
+        expect(page.locator("#sidebar")).to_be_hidden()
+        expect(toggle).to_be_focused()
+    toggle.click()
+    page.get_by_role("button", name="Delete this conversation: dogs").press("Enter")
+    expect(page.get_by_role("button", name="cats", exact=True)).to_be_focused()
+    page.get_by_role("button", name="Undo").click()
+    expect(page.locator("#sidebar")).to_be_hidden()
+    expect(page.locator(".user")).to_have_text("dogs")
+    expect(page.locator("#input")).to_be_focused()
+
+
+def test_the_offer_to_undo_covers_nothing(page, script):
+    for question in ("cats", "dogs"):
+        page.locator("#new").click()
+        show(page, script, "line\n\n" * 40, question)
+    page.get_by_role("button", name="Delete this conversation: cats").click()
+    expect(page.get_by_role("button", name="Undo")).to_be_visible()
+    assert page.locator("#toast").evaluate("""(toast) => {
+      const { x, y, width, height } = toast.getBoundingClientRect();
+      const there = document.elementsFromPoint(x + width / 2, y + height / 2);
+      return there.every((node) => node.contains(toast) || toast.contains(node));
+    }""")
 
 
 def test_a_model_answers_through_the_real_engine(browser):

@@ -134,6 +134,8 @@ BAD = [
     (400, messages("x", [], role="assistant")),
     (400, messages("x" * 8001)),
     (400, messages(*["x" * 8000] * 4, "x")),
+    (400, messages("x" * 32001, role="assistant")),
+    (400, messages([{"type": "text", "text": "x" * 16001}] * 2, role="assistant")),
     (400, messages("x", role="system")),
     (400, HELLO | {"temperature": 2.01}),
     (400, HELLO | {"temperature": -0.1}),
@@ -175,6 +177,8 @@ async def test_the_limits_themselves_are_allowed():
         for body in (
             messages(*["x"] * 500),
             messages(*["x" * 8000] * 4),
+            messages("x" * 32000, role="assistant"),  # a reply may be longer than what a user writes
+            messages([{"type": "text", "text": "x" * 16000}] * 2, role="assistant"),
             HELLO | {"temperature": 2, "top_k": 200, "max_tokens": 1},
         ):
             assert (await session.post("/chat/completions", json=body)).status == 200

@@ -19,7 +19,7 @@ from nanochat_jax.tokenizer import Tokenizer, without_surrogates
 
 MAX_MESSAGES = 500
 MAX_PARTS = 1000  # of a message
-MAX_MESSAGE_CHARS = 8000
+MAX_MESSAGE_CHARS = 8000  # of what a user wrote; a reply is limited by the total alone, or it could not be sent back
 MAX_TOTAL_CHARS = 32000
 MAX_DETAIL_CHARS = 300
 # Mistakes of a value, by pydantic's names; all others are of a type.
@@ -54,6 +54,7 @@ TopK = Annotated[int, Field(ge=0, le=200), Whole]
 MaxTokens = Annotated[int, Field(ge=1, le=4096), Whole]
 Unicode = BeforeValidator(lambda text: without_surrogates(text) if isinstance(text, str) else text)
 Text = Annotated[str, Field(min_length=1, max_length=MAX_MESSAGE_CHARS), Unicode]
+ReplyText = Annotated[str, Field(min_length=1, max_length=MAX_TOTAL_CHARS), Unicode]
 text_or_parts = Discriminator(lambda content: "list" if isinstance(content, list) else "str")
 
 
@@ -79,7 +80,7 @@ class Asked(Strict):
 
 class Part(Strict):
     type: Literal["text", "python", "python_output"]
-    text: Text
+    text: ReplyText
 
 
 class UserMessage(Strict):
@@ -89,7 +90,7 @@ class UserMessage(Strict):
 
 class AssistantMessage(Strict):
     role: Literal["assistant"]
-    content: Annotated[Annotated[Text, Tag("str")]
+    content: Annotated[Annotated[ReplyText, Tag("str")]
                        | Annotated[list[Part], Field(min_length=1, max_length=MAX_PARTS, fail_fast=True), Tag("list")],
                        text_or_parts]
 
@@ -102,8 +103,6 @@ class ChatRequest(Asked):
     def _within_limits(self) -> "ChatRequest":
         lengths = [len(content) if isinstance(content := message.content, str) else sum(len(part.text) for part in content)
                    for message in self.messages]
-        if max(lengths) > MAX_MESSAGE_CHARS:
-            raise ValueError(f"a message has {max(lengths)} characters; at most {MAX_MESSAGE_CHARS} are allowed")
         if sum(lengths) > MAX_TOTAL_CHARS:
             raise ValueError(f"the conversation has {sum(lengths)} characters; at most {MAX_TOTAL_CHARS} are allowed")
         return self

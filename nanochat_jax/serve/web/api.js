@@ -1,8 +1,10 @@
 // The server, as the page sees it.
 
-export const MAX_MESSAGE_CHARS = 8000; // of one message
+export const MAX_MESSAGE_CHARS = 8000; // of what the user writes
 const MAX_CHARS = 32000; // of a request's messages together, and their number, as the server has it
 const MAX_MESSAGES = 500;
+const MAX_PARTS = 1000; // of a reply
+const LOST = "The connection was lost before the reply ended.";
 
 // About the model and the server's defaults; throws if there is no answer.
 export async function health() {
@@ -16,14 +18,15 @@ export async function* complete(turns, { temperature, top_k, max_tokens, key }, 
   const [messages, cut] = toMessages(turns);
   const headers = { "Content-Type": "application/json", ...(key ? { Authorization: `Bearer ${key}` } : {}) };
   const body = JSON.stringify({ messages, temperature, top_k, max_tokens });
-  const response = await unlessGone(fetch("/chat/completions", { method: "POST", headers, body, signal }), signal);
+  const response = await unlessGone(fetch("/chat/completions", { method: "POST", headers, body, signal }), signal,
+    "The message could not be sent.");
   if (!response.ok) throw await refusal(response);
   yield { dropped: cut + Number(response.headers.get("X-Dropped-Messages") ?? 0) };
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
   for (;;) {
-    const chunk = await unlessGone(reader.read(), signal);
-    if (chunk.done) throw new Error("The connection was lost before the reply ended.");
+    const chunk = await unlessGone(reader.read(), signal, LOST);
+    if (chunk.done) throw new Error(LOST);
     const blocks = (rest + chunk.value).split("\n\n");
     rest = blocks.pop();
     for (const block of blocks.filter((each) => each.startsWith("data: "))) {
@@ -35,12 +38,13 @@ export async function* complete(turns, { temperature, top_k, max_tokens, key }, 
   }
 }
 
-async function unlessGone(promise, signal) {
+// With status 0, upon which the page finds out whether the server is there at all, and says so.
+async function unlessGone(promise, signal, told) {
   try {
     return await promise;
   } catch (error) {
     if (signal.aborted) throw error;
-    throw Object.assign(new Error("The server cannot be reached. Is it still running?"), { status: 0 });
+    throw Object.assign(new Error(told), { status: 0 });
   }
 }
 
@@ -68,7 +72,7 @@ function toMessages(turns) {
       const called = [{ type: "python", text: part.expression }];
       return part.output === null ? called : [...called, { type: "python_output", text: part.output }];
     });
-    return [{ role: "assistant", content }];
+    return [{ role: "assistant", content: content.slice(0, MAX_PARTS) }];
   });
   const length = ({ content }) =>
     (typeof content === "string" ? content.length : content.reduce((sum, part) => sum + part.text.length, 0));

@@ -1,9 +1,8 @@
 // The page: everything on screen is drawn from a list of conversations, each a list of turns (turns.js).
 
 import { MAX_MESSAGE_CHARS, complete, health } from "./api.js";
-import { HELP } from "./commands.js";
 import { $, button, element, icon } from "./dom.js";
-import { choose, command as setByCommand, sampling, setUp, settings, showModel } from "./settings.js";
+import { choose, command as setByCommand, help, sampling, setUp, settings, showModel } from "./settings.js";
 import * as store from "./store.js";
 import { drawTurn, plainText } from "./turns.js";
 
@@ -17,13 +16,17 @@ let chats = store.loadConversations();
 let chat = store.newConversation(); // the one on screen; among `chats` once it has a message
 const requests = new Map(); // conversation id to the AbortController of the reply being streamed
 let editing = null; // index of the user turn in the composer
+let aside = ""; // what was typed before that edit
+const drafts = new Map(); // conversation id to what its composer held; "" is for a conversation not yet begun
 
 // ---- drawing
 
 function draw() {
+  const focused = document.activeElement;
   welcome.hidden = chat.turns.length > 0;
   log.replaceChildren(...chat.turns.map((_, index) => turnNode(index)));
   drawComposer();
+  if (!focused.checkVisibility()) input.focus(); // its button is gone
   drawSidebar();
 }
 
@@ -51,36 +54,57 @@ function drawComposer() {
 }
 
 function drawSidebar() {
+  const focused = document.activeElement.id;
   const rows = chats.map((each) => {
     const open = button(each.title, () => show(each));
     open.title = each.title;
+    open.id = `open-${each.id}`;
     if (each.id === chat.id) open.setAttribute("aria-current", "true");
     const remove = element("button.round", icon("remove"));
     remove.type = "button";
-    remove.ariaLabel = remove.title = "Delete this conversation";
+    remove.title = "Delete this conversation";
+    remove.ariaLabel = `Delete this conversation: ${each.title}`;
+    remove.id = `delete-${each.id}`;
     remove.addEventListener("click", () => forget(each));
     return element("li", open, remove);
   });
   $("conversations").replaceChildren(...rows.length ? rows : [element("li.none", "None yet.")]);
+  $(focused)?.focus();
   document.title = chat.title ? `${chat.title} · NanoChat` : "NanoChat";
 }
 
 function showSidebar(open) {
   document.body.dataset.sidebar = open ? "open" : "closed";
   $("toggle-sidebar").ariaExpanded = String(open);
+  $("page").inert = open && narrow.matches; // then the sidebar is a drawer over it
+  if ($("page").inert) $("close-sidebar").focus();
+}
+
+function closeDrawer() {
+  showSidebar(false);
+  $("toggle-sidebar").focus();
 }
 
 const isAtBottom = () => scroll.scrollHeight - scroll.scrollTop - scroll.clientHeight < 60;
+
+// The reader is at the bottom, and stays there when a banner or the keyboard takes room.
+let following = true;
+
+function follow(is) {
+  following = is;
+  $("to-bottom").hidden = is;
+}
 
 // Draw a change and stay at the bottom if the reader was there.
 function keepBottom(change) {
   const stay = isAtBottom();
   change();
-  if (stay) toBottom();
+  if (stay || isAtBottom()) toBottom();
 }
 
 function toBottom() {
   scroll.scrollTop = scroll.scrollHeight;
+  follow(true); // no scroll event tells of it where nothing can scroll
 }
 
 // ---- conversations
@@ -96,12 +120,16 @@ function keep(which) {
   if (!kept && !which.turns.some((turn) => turn.text === full)) which.turns.push({ role: "note", text: full });
 }
 
-function show(which) {
+const draftKey = () => (chat.updated ? chat.id : "");
+
+function show(which, close = true) {
+  drafts.set(draftKey(), { text: input.value, editing, aside });
   chat = which;
   history.replaceState(null, "", chat.turns.length ? `#${chat.id}` : location.pathname);
-  editing = null;
-  input.value = "";
-  if (narrow.matches) showSidebar(false);
+  ({ text: input.value, editing, aside } = drafts.get(draftKey()) ?? { text: "", editing: null, aside: "" });
+  drafts.delete(draftKey()); // the composer holds it now
+  if (chat.turns[editing]?.role !== "user") editing = null; // another tab changed it
+  if (close && narrow.matches) showSidebar(false);
   draw();
   toBottom();
   input.focus();
@@ -110,10 +138,12 @@ function show(which) {
 function forget(which) {
   requests.get(which.id)?.abort();
   store.remove(which);
+  const next = chats[chats.indexOf(which) + 1] ?? chats.at(-2);
   chats = chats.filter((each) => each !== which);
-  if (which === chat) show(store.newConversation());
+  if (which === chat) show(store.newConversation(), false);
   else drawSidebar();
   offerUndo(which);
+  [next && $(`open-${next.id}`), $("close-sidebar"), input].find((node) => node?.checkVisibility()).focus();
 }
 
 let undoTimer = null;
@@ -151,10 +181,15 @@ function submit() {
   const text = input.value.trim();
   drawComposer();
   if ($("send").disabled || requests.has(chat.id)) return;
+  const from = editing ?? chat.turns.length;
   input.value = "";
+  endEdit();
   if (command(text)) return;
-  if (editing !== null) chat.turns.length = editing;
-  editing = null;
+  ask(text, from);
+}
+
+function ask(text, from = chat.turns.length) {
+  chat.turns.length = from;
   chat.turns.push({ role: "user", text });
   reply();
 }
@@ -170,22 +205,27 @@ function command(text) {
   if (!match) return false;
   const [word, value] = [match[1].toLowerCase(), match[2]];
   if (word === "clear") startAgain();
-  else if (word === "help") note(HELP);
+  else if (word === "help") note(help());
   else note(setByCommand(word, value) ?? `There is no command /${word}; /help lists them.`);
   return true;
 }
 
 function edit(index) {
   if (requests.has(chat.id)) return;
+  if (editing === null) aside = input.value;
   editing = index;
   input.value = chat.turns[index].text;
   draw();
   input.focus();
 }
 
-function cancelEdit() {
+function endEdit() {
+  if (editing !== null) input.value = aside;
   editing = null;
-  input.value = "";
+}
+
+function cancelEdit() {
+  endEdit();
   draw();
   input.focus();
 }
@@ -193,7 +233,7 @@ function cancelEdit() {
 function regenerate(index) {
   if (requests.has(chat.id)) return;
   chat.turns.length = index;
-  editing = null;
+  endEdit();
   reply();
 }
 
@@ -303,17 +343,14 @@ document.addEventListener("keydown", (event) => {
     event.preventDefault();
     input.focus();
   } else if (event.key === "Escape") {
-    if (requests.has(chat.id)) requests.get(chat.id).abort();
+    if ($("page").inert) closeDrawer();
+    else if (requests.has(chat.id)) requests.get(chat.id).abort();
     else if (editing !== null) cancelEdit();
-    else if (narrow.matches) showSidebar(false);
   }
 });
-// The reader is at the bottom, and stays there when a banner or the keyboard takes room, of which a scroll event may tell
-// before the observer does.
-let [following, height] = [true, 0];
+let height = 0; // what the observer last saw: a scroll event may tell of taken room before it
 scroll.addEventListener("scroll", () => {
-  if (scroll.clientHeight === height) following = isAtBottom();
-  $("to-bottom").hidden = following;
+  if (scroll.clientHeight === height) follow(isAtBottom());
 });
 new ResizeObserver(() => {
   height = scroll.clientHeight;
@@ -323,7 +360,7 @@ $("to-bottom").addEventListener("click", toBottom);
 $("new").addEventListener("click", startAgain);
 $("stop").addEventListener("click", () => requests.get(chat.id)?.abort());
 $("cancel-edit").addEventListener("click", cancelEdit);
-$("shade").addEventListener("click", () => showSidebar(false));
+for (const id of ["shade", "close-sidebar"]) $(id).addEventListener("click", closeDrawer);
 $("toggle-sidebar").addEventListener("click", () => {
   const open = document.body.dataset.sidebar !== "open";
   showSidebar(open);
@@ -331,10 +368,7 @@ $("toggle-sidebar").addEventListener("click", () => {
 });
 narrow.addEventListener("change", () => showSidebar(!narrow.matches && settings.sidebar !== false));
 for (const text of SUGGESTIONS) {
-  $("suggestions").append(button(text, () => {
-    input.value = text;
-    submit();
-  }));
+  $("suggestions").append(button(text, () => ask(text)));
 }
 
 setUp(() => {

@@ -1,5 +1,6 @@
 // The settings: what the user chose, kept in the browser; the server's defaults stand for the rest.
 
+import { HELP } from "./commands.js";
 import { $, button, element } from "./dom.js";
 import { readSettings, writeSettings } from "./store.js";
 
@@ -7,10 +8,12 @@ export const settings = readSettings();
 let defaults = {};
 
 const NUMBERS = {
-  temperature: { name: "temperature", min: 0, max: 2, range: "a number from 0 to 2" },
-  topk: { name: "top_k", min: 0, max: 200, whole: true, range: "a whole number from 0 to 200" },
-  length: { name: "max_tokens", min: 1, max: 4096, whole: true, range: "a whole number from 1 to 4096" },
+  temperature: { name: "temperature", min: 0, max: 2 },
+  topk: { name: "top_k", min: 0, max: 200, whole: true },
+  length: { name: "max_tokens", min: 1, max: 4096, whole: true }, // or the model's context, if that is less
 };
+
+const range = ({ min, max, whole }) => `a ${whole ? "whole " : ""}number from ${min} to ${max}`;
 
 // What a request is sent; what is undefined is left to the server.
 export function sampling() {
@@ -21,10 +24,17 @@ export function sampling() {
 // /temperature 0.5 and such: what to tell the user, or null if there is no such setting.
 export function command(word, value) {
   if (!Object.hasOwn(NUMBERS, word)) return null;
-  const { name, range } = NUMBERS[word];
-  if (value !== undefined && !set(word, value)) return `${word} must be ${range}, not ${value}.`;
-  const current = settings[name] ?? defaults[name] ?? "the server's default";
+  if (value !== undefined && !set(word, value)) return `${word} must be ${range(NUMBERS[word])}, not ${value}.`;
+  const current = settings[NUMBERS[word].name] ?? byDefault(word) ?? "the server's default";
   return `${word} is ${value === undefined ? "" : "now "}${current}.`;
+}
+
+export const help = () => HELP.replace("4096]", `${NUMBERS.length.max}]`.padEnd(5)); // its columns stay
+
+// What a request gets that does not say.
+function byDefault(word) {
+  const { name, max } = NUMBERS[word];
+  return defaults[name] === undefined ? undefined : Math.min(defaults[name], max);
 }
 
 function set(word, text) {
@@ -43,9 +53,12 @@ export function choose(name, value) {
 export function showModel({ model, defaults: given }) {
   defaults = given ?? {};
   const { name = "", ...facts } = model ?? {};
+  NUMBERS.length.max = Math.min(4096, facts.context ?? 4096);
+  field("length").max = NUMBERS.length.max;
+  $("longest").textContent = NUMBERS.length.max;
   $("model").textContent = name;
   $("model-info").replaceChildren(...Object.entries(facts).flatMap(([name, value]) =>
-    [element("dt", name.replaceAll("_", " ")), element("dd", String(value))]));
+    [element("dt", name.replaceAll("_", " ")), element("dd", `${value}${name === "context" ? " tokens" : ""}`)]));
 }
 
 const dialog = $("settings");
@@ -53,7 +66,8 @@ const field = (word) => $(`set-${word}`);
 
 function fill() {
   for (const [word, { name }] of Object.entries(NUMBERS)) {
-    field(word).value = settings[name] ?? defaults[name] ?? "";
+    field(word).value = settings[name] ?? "";
+    field(word).placeholder = byDefault(word) ?? "";
     field(word).setCustomValidity("");
     $(`now-${word}`).textContent = settings[name] === undefined ? "The server's default." : "Your choice.";
   }
@@ -74,10 +88,12 @@ export function setUp(deleteAll) {
   });
   $("close-settings").addEventListener("click", () => dialog.close());
   dialog.addEventListener("click", (event) => event.target === dialog && dialog.close()); // beside it
-  for (const [word, { range }] of Object.entries(NUMBERS)) {
+  for (const [word, number] of Object.entries(NUMBERS)) {
     field(word).addEventListener("change", () => {
-      if (set(word, field(word).value)) return fill();
-      field(word).setCustomValidity(`This must be ${range}.`);
+      const isEmpty = !field(word).value && !field(word).validity.badInput;
+      if (isEmpty) choose(number.name, undefined);
+      if (isEmpty || set(word, field(word).value)) return fill();
+      field(word).setCustomValidity(`This must be ${range(number)}.`);
       field(word).reportValidity();
     });
   }

@@ -17,7 +17,7 @@ export function drawTurn(turn, { edited, later, edit, regenerate }) {
   } else if (turn.role === "assistant") {
     node.append(element("h3.hidden", "nanochat said"), ...drawReply(turn, regenerate));
   } else {
-    node.append(element("div.note", turn.text));
+    node.append(element("div.note", ...turn.text.split("\n").map((line) => element("div", line || "\u200b"))));
   }
   return node;
 }
@@ -55,6 +55,6 @@ function dots() {
 }
 
 export function plainText(parts) {
-  const plain = (part) => (part.type === "text" ? part.text : `${part.expression} = ${part.output ?? "?"} `);
-  return parts.map(plain).join("");
+  const plain = (part) => (part.type === "text" ? part.text : `${part.expression} = ${part.output ?? "no result"} `);
+  return parts.map(plain).join("").trimEnd();
 }
