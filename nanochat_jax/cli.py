@@ -21,6 +21,7 @@ from typing import Any, TypeVar
 C = TypeVar("C")
 
 EXIT_USAGE = 2
+LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
 
 class UsageError(Exception):
@@ -48,7 +49,9 @@ def arguments(help: str) -> Any:
     return dataclasses.field(metadata={"help": help, "arguments": True})
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """Raises what argparse would print in two lines."""
+
     def error(self, message: str) -> typing.NoReturn:
         raise UsageError(f"{message} (see `{self.prog} --help`)")
 
@@ -82,7 +85,7 @@ def _converter(kind: Any) -> Callable[[str], Any]:
 
 
 def make_parser(config_type: type, *, prog: str, description: str) -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog=prog, description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
     )
     hints = typing.get_type_hints(config_type)
@@ -119,6 +122,8 @@ def parse(config_type: type[C], argv: Sequence[str] | None = None, *, prog: str,
 
 def setup_logging() -> None:
     level = os.environ.get("NANOCHAT_LOG", "INFO").upper()
+    if level not in LOG_LEVELS:
+        raise UsageError(f"NANOCHAT_LOG={os.environ['NANOCHAT_LOG']}: expected one of {', '.join(LOG_LEVELS)}")
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr, force=True)
     for noisy in ("jax", "orbax", "urllib3", "httpx", "asyncio", "fsspec", "gcsfs"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
@@ -138,8 +143,8 @@ def invocation(module: str) -> str:
 
 def run(main: Callable[[C], int | None], config_type: type[C], *, prog: str, description: str) -> typing.NoReturn:
     """Entry point of every script: parse, run, and turn a `UsageError` into one line and exit code 2."""
-    setup_logging()
     try:
+        setup_logging()
         code = main(parse(config_type, prog=invocation(prog), description=description))
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)

@@ -7,7 +7,6 @@ Stages call `log_section` from process 0. A section is two files in the report d
 `<slug>.json` for `generate`, which never reads numbers back out of prose.
 """
 
-import argparse
 import importlib.metadata
 import json
 import logging
@@ -294,12 +293,12 @@ def _to_json(value: Any) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog=cli.invocation("nanochat_jax.report"), description="The report of a training run.")
+    parser = cli.Parser(prog=cli.invocation("nanochat_jax.report"), description="The report of a training run.")
     parser.add_argument("command", nargs="?", choices=("generate", "reset"), default="generate")
-    command = parser.parse_args(argv).command
-    cli.setup_logging()
-    report_dir = Paths.from_env().report
     try:
+        cli.setup_logging()
+        command = parser.parse_args(argv).command
+        report_dir = Paths.from_env().report
         if command == "reset":
             reset(report_dir)
             print(f"report reset: {report_dir}")
