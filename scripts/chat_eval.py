@@ -51,14 +51,15 @@ def main(config: ChatEvalConfig) -> None:
     paths = Paths.from_env()
     start(paths, processes=config)
     mesh, dtype = make_mesh(config.mesh), resolve_dtype(config.dtype)
-    loaded = load_model(paths, config.source, tag=config.model_tag, step=config.step, mesh=mesh)
-    # All tasks are loaded before any is judged: one that is missing should not be found out after an hour.
-    tasks: list[Task]
+    # All tasks are loaded before any is judged, and those that were named before the model: one that is missing should not
+    # be found out after an hour, and a typo not after a minute.
+    tasks: list[Task] = []
     if config.task_file:
         tasks = [CustomJSON(Path(config.task_file))]
-    else:
-        names = config.task_name.split("|") if config.task_name else eval_tasks_for(loaded.meta["data"])
-        tasks = [load_eval_task(name, paths) for name in names]
+    elif config.task_name:
+        tasks = [load_eval_task(name, paths) for name in config.task_name.split("|")]
+    loaded = load_model(paths, config.source, tag=config.model_tag, step=config.step, mesh=mesh)
+    tasks = tasks or [load_eval_task(name, paths) for name in eval_tasks_for(loaded.meta["data"])]
     tasks = [task.view(stop=config.max_problems) for task in tasks]
 
     slots = config.batch_size * data_size(mesh)
