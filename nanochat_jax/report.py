@@ -25,7 +25,7 @@ from nanochat_jax import cli
 from nanochat_jax.cli import NotFound, UsageError
 from nanochat_jax.files import write_file
 from nanochat_jax.paths import Paths
-from nanochat_jax.report_html import Report, Section, label_of, page
+from nanochat_jax.report_html import Report, Section, label_of, page, percent
 
 logger = logging.getLogger(__name__)
 
@@ -170,7 +170,8 @@ def summary_rows(sections: Sequence[Section]) -> list[list[str]]:
             else:
                 wanted = section.stage.startswith("chat_eval_") or name in LOSS_METRICS
             if wanted and section.stage in COLUMN_OF_STAGE:
-                table.setdefault(name, {})[COLUMN_OF_STAGE[section.stage]] = format_value(value)
+                shown = percent(value) if section.stage.startswith("chat_eval_") else format_value(value)
+                table.setdefault(name, {})[COLUMN_OF_STAGE[section.stage]] = shown
 
     def order(name: str) -> tuple[int, str]:
         return (0 if name == "core" else 1 if name in LOSS_METRICS else 3 if name.startswith("chatcore") else 2, name)

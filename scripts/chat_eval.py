@@ -80,7 +80,8 @@ def main(config: ChatEvalConfig) -> None:
     if jax.process_index() == 0:
         report.log_section(
             paths.report, f"Chat evaluation {config.source}",
-            [f"Model: {loaded.tag}, step {loaded.step}", dataclasses.asdict(config), results],
+            [f"Model: {loaded.tag}, step {loaded.step}", dataclasses.asdict(config),
+             {name: f"{value:.2%}" for name, value in results.items()}],
             stage=f"chat_eval_{config.source}", results=results,
         )
 
