@@ -21,7 +21,7 @@ from nanochat_jax.paths import CHECKPOINT_DIRS, Paths
 from nanochat_jax.sharding import data_size, make_mesh
 from nanochat_jax.startup import ModelFlags, Processes, start
 from nanochat_jax.step import resolve_dtype
-from nanochat_jax.tasks import eval_tasks_for, load_eval_task
+from nanochat_jax.tasks import eval_task_name, eval_tasks_for, load_eval_task
 from nanochat_jax.tasks.base import Task
 from nanochat_jax.tasks.custom_json import CustomJSON
 
@@ -57,7 +57,8 @@ def main(config: ChatEvalConfig) -> None:
     if config.task_file:
         tasks = [CustomJSON(Path(config.task_file))]
     elif config.task_name:
-        tasks = [load_eval_task(name, paths) for name in config.task_name.split("|")]
+        names = [eval_task_name(name) for name in config.task_name.split("|")]  # all, before the first one is downloaded
+        tasks = [load_eval_task(name, paths) for name in names]
     loaded = load_model(paths, config.source, tag=config.model_tag, step=config.step, mesh=mesh)
     tasks = tasks or [load_eval_task(name, paths) for name in eval_tasks_for(loaded.meta["data"])]
     tasks = [task.view(stop=config.max_problems) for task in tasks]
