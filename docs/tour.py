@@ -234,10 +234,10 @@ def progress(text: str) -> None:
 def main(config: TourConfig) -> None:
     if matplotlib is None:
         raise UsageError("the tour draws with matplotlib, which is not installed: `pip install matplotlib`")
+    progress("drawing four pictures into one; a d4 takes about a minute on two free cores of a CPU")
     paths = Paths.from_env()
     start(paths)
     model = load(config.source, tag=config.model_tag)
-    progress("drawing four pictures into one; a d4 takes about MEASURED on two cores of a CPU")
     progress("1/4 what is learned of a chat")
     ids, mask = render_conversation(model.tokenizer, EXAMPLE)
     shown = visualize_tokenization(model.tokenizer, ids, mask)
