@@ -7,6 +7,7 @@ same, the initial weights are our own, so the figures agree to about the spread 
 one JSON line; exit code 1 if an era ends more than 0.03 bits per byte from upstream's.
 """
 
+import argparse
 import json
 import os
 import shutil
@@ -17,6 +18,7 @@ import time
 from pathlib import Path
 
 TOLERANCE = 0.03
+ERAS = ("classic", "modern")
 # Settings of upstream's that decide the result; the others say where and how often to log, evaluate and save.
 SETTINGS = (
     "depth",
@@ -85,11 +87,15 @@ def train(era: str, reference: Path, corpus: Path) -> dict[str, float]:
 
 
 def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("eras", nargs="*", metavar="ERA", help=f"{' or '.join(ERAS)}; default both")
+    eras = parser.parse_args().eras or ERAS
+    if unknown := set(eras) - set(ERAS):
+        parser.error(f"no era {', '.join(sorted(unknown))}: expected {' or '.join(ERAS)}")
     if not os.environ.get("NANOCHAT_TEST_DATA"):
         print("error: NANOCHAT_TEST_DATA is not set: it names the folder with upstream's runs", file=sys.stderr)
         return 2
     data = Path(os.environ["NANOCHAT_TEST_DATA"])
-    eras = sys.argv[1:] or ["classic", "modern"]
     results = {era: train(era, data / "golden" / f"trained-{era}", data / "data" / "base_data") for era in eras}
     print(f"\n{'era':8}  {'steps':>5}  {'upstream':>8}  {'ours':>8}  {'difference':>10}  {'seconds':>7}")
     for era, row in results.items():

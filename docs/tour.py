@@ -1,11 +1,12 @@
 """A look inside a trained model, in one picture: what it learns of a chat, what a head looks at, what it would say
 next, and how steep the way down is.
 
-    pip install -e ".[docs]"
+    pip install matplotlib                           # or the package with its extra `docs`
     python docs/tour.py                              the newest finetuned model; writes tour.png
     python docs/tour.py --prompt "Who are you?" --layer 2 --head 1
 """
 
+import re
 import sys
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,7 +14,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import matplotlib
 import numpy as np
 from jax import Array
 
@@ -32,10 +32,15 @@ from nanochat_jax.pretrained import Model
 from nanochat_jax.sharding import make_mesh
 from nanochat_jax.startup import start
 
-matplotlib.use("Agg")
-from matplotlib import pyplot as plt  # noqa: E402
-from matplotlib.axes import Axes  # noqa: E402
-from matplotlib.colors import PowerNorm  # noqa: E402
+try:
+    import matplotlib
+    from matplotlib import pyplot as plt
+    from matplotlib.axes import Axes
+    from matplotlib.colors import PowerNorm
+
+    matplotlib.use("Agg")
+except ModuleNotFoundError:  # `main` says so; the flags can be read without it
+    matplotlib = Axes = None
 
 INK, PALE, GREEN, RED = "#1f2937", "#e5e7eb", "#a7e3c5", "#e4572e"
 EXAMPLE = {"messages": [
@@ -147,7 +152,10 @@ def landscape(paths: Paths, tag: str | None, multipliers: np.ndarray) -> tuple[n
 
         return mean_loss(jax.tree.map_with_path(moved, base.params, update), inputs, targets, config=config)
 
-    losses = np.array([[after(matrices, tables) for matrices in multipliers] for tables in multipliers])
+    losses = np.zeros((len(multipliers), len(multipliers)))
+    for row, tables in enumerate(multipliers):
+        losses[row] = [after(matrices, tables) for matrices in multipliers]
+        progress(f"    row {row + 1} of {len(multipliers)}")
     return losses, float(after(0.0, 0.0))
 
 
@@ -219,24 +227,36 @@ def draw_landscape(axes: Axes, multipliers: np.ndarray, losses: np.ndarray, befo
     axes.figure.colorbar(image, ax=axes, shrink=0.8, label="change of the loss; dashed: none", format="%+.3f")
 
 
+def progress(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
 def main(config: TourConfig) -> None:
+    if matplotlib is None:
+        raise UsageError("the tour draws with matplotlib, which is not installed: `pip install matplotlib`")
+    progress("drawing four pictures into one; a d4 takes about a minute on two free cores of a CPU")
     paths = Paths.from_env()
     start(paths)
     model = load(config.source, tag=config.model_tag)
+    progress("1/4 what is learned of a chat")
     ids, mask = render_conversation(model.tokenizer, EXAMPLE)
-    print(visualize_tokenization(model.tokenizer, ids, mask))
+    shown = visualize_tokenization(model.tokenizer, ids, mask)
+    print(shown if sys.stdout.isatty() else re.sub(r"\x1b\[\d+m", "", shown), flush=True)
 
+    progress("2/4 what a head looks at")
     weights = attention_weights(model, ids)
     layer, head = sharpest_head(weights) if config.layer is None else (config.layer, config.head)
     if not (0 <= layer < len(weights) and 0 <= head < weights[layer].shape[0]):
         raise UsageError(f"--layer {layer} --head {head}: the model has {len(weights)} layers of "
                          f"{weights[0].shape[0]} heads")
 
+    progress("3/4 what it would say next")
     asked = {"messages": [{"role": "user", "content": config.prompt}, {"role": "assistant", "content": ""}]}
     prompt = render_for_completion(model.tokenizer, asked, sys.maxsize)
     answer, candidates, probabilities = next_tokens(model, prompt, most=10, top=5)
-    print(f"{config.prompt} {model.tokenizer.decode(answer)}")
+    print(f"{config.prompt} {model.tokenizer.decode(answer)}", flush=True)
 
+    progress(f"4/4 how steep the way down is: the held-out loss at {config.grid} x {config.grid} learning rates")
     multipliers = 2.0 ** np.linspace(-5, 5, config.grid)
     losses, before = landscape(paths, config.model_tag, multipliers)
     row, column = np.unravel_index(losses.argmin(), losses.shape)

@@ -28,6 +28,7 @@ EXIT_INTERRUPTED = 130  # Ctrl-C, as shells say it
 # What is wrong with a disk or a path, not with the program.
 DISK_ERRORS = {errno.EACCES, errno.EDQUOT, errno.EEXIST, errno.EIO, errno.EISDIR, errno.ENAMETOOLONG, errno.ENOENT,
                errno.ENOSPC, errno.ENOTDIR, errno.EPERM, errno.EROFS}
+LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
 
 class UsageError(Exception):
@@ -55,7 +56,9 @@ def arguments(help: str) -> Any:
     return dataclasses.field(metadata={"help": help, "arguments": True})
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """Raises what argparse would print in two lines."""
+
     def error(self, message: str) -> typing.NoReturn:
         raise UsageError(f"{message} (see `{self.prog} --help`)")
 
@@ -89,7 +92,7 @@ def _converter(kind: Any) -> Callable[[str], Any]:
 
 
 def make_parser(config_type: type, *, prog: str, description: str) -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog=prog, description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
     )
     hints = typing.get_type_hints(config_type)
@@ -126,6 +129,8 @@ def parse(config_type: type[C], argv: Sequence[str] | None = None, *, prog: str,
 
 def setup_logging() -> None:
     level = os.environ.get("NANOCHAT_LOG", "INFO").upper()
+    if level not in LOG_LEVELS:
+        raise UsageError(f"NANOCHAT_LOG={os.environ['NANOCHAT_LOG']}: expected one of {', '.join(LOG_LEVELS)}")
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr, force=True)
     for noisy in ("jax", "orbax", "urllib3", "httpx", "asyncio", "fsspec", "gcsfs"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
@@ -166,9 +171,9 @@ def catch_interrupts() -> None:
 def run(main: Callable[[C], int | None], config_type: type[C], *, prog: str, description: str) -> typing.NoReturn:
     """Entry point of every script: parse, run, and turn a `UsageError`, or what is wrong with the disk, into one line and
     exit code 2; Ctrl-C into 130."""
-    setup_logging()
     catch_interrupts()
     try:
+        setup_logging()
         code = main(parse(config_type, prog=invocation(prog), description=description))
     except UsageError as error:
         print(f"error: {error}", file=sys.stderr)

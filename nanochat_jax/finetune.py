@@ -89,7 +89,7 @@ class Stage:
     primary: str  # the figure whose minimum is reported
     num_epochs: int
     step_rows: int | None  # rows of a step where no batch size is given; None: as many tokens as the base run's steps
-    mixture: Callable[[str, Split, Paths], Task]  # (corpus, split, paths)
+    mixture: Callable[[str | None, Split, Paths], Task]  # (corpus, split, paths)
     lr_schedule: Callable[[int], Schedule]  # from the number of steps
     classic_momentum: Schedule = linear_momentum(300, 0.85, 0.95)  # Muon's; the modern one's is this in all stages
     eval_steps: int | None = None  # instead of --eval-tokens
@@ -118,9 +118,11 @@ def finetune(config: FinetuneConfig, stage: Stage) -> None:
     paths = Paths.from_env()
     start(paths, device_type=config.device_type, compile_cache=config.compile_cache, processes=config)
     mesh, dtype = make_mesh(config.mesh), resolve_dtype(config.dtype)
+    # What was named needs no model to be found, and a typo should not cost the loading of one.
+    named = stage.mixture(None, "train", paths) if config.mixture else None
     loaded = load_model(paths, stage.source, tag=config.model_tag, step=config.step, mesh=mesh, fsdp=bool(config.fsdp))
     model, tokenizer, meta = loaded.config, loaded.tokenizer, loaded.meta
-    mixture = stage.mixture(meta["data"], "train", paths)
+    mixture = stage.mixture(meta["data"], "train", paths) if named is None else named
     length = config.max_seq_len or model.sequence_len
     total = config.total_batch_size
     if total <= 0:

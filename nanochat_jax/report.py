@@ -7,7 +7,6 @@ Stages call `log_section` from process 0. A section is two files in the report d
 `<slug>.json` for `generate`, which never reads numbers back out of prose.
 """
 
-import argparse
 import importlib.metadata
 import json
 import logging
@@ -26,7 +25,7 @@ from nanochat_jax import cli
 from nanochat_jax.cli import NotFound, UsageError
 from nanochat_jax.files import write_file
 from nanochat_jax.paths import Paths
-from nanochat_jax.report_html import Report, Section, label_of, page
+from nanochat_jax.report_html import Report, Section, label_of, page, percent
 
 logger = logging.getLogger(__name__)
 
@@ -171,7 +170,8 @@ def summary_rows(sections: Sequence[Section]) -> list[list[str]]:
             else:
                 wanted = section.stage.startswith("chat_eval_") or name in LOSS_METRICS
             if wanted and section.stage in COLUMN_OF_STAGE:
-                table.setdefault(name, {})[COLUMN_OF_STAGE[section.stage]] = format_value(value)
+                shown = percent(value) if section.stage.startswith("chat_eval_") else format_value(value)
+                table.setdefault(name, {})[COLUMN_OF_STAGE[section.stage]] = shown
 
     def order(name: str) -> tuple[int, str]:
         return (0 if name == "core" else 1 if name in LOSS_METRICS else 3 if name.startswith("chatcore") else 2, name)
@@ -294,12 +294,12 @@ def _to_json(value: Any) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(prog=cli.invocation("nanochat_jax.report"), description="The report of a training run.")
+    parser = cli.Parser(prog=cli.invocation("nanochat_jax.report"), description="The report of a training run.")
     parser.add_argument("command", nargs="?", choices=("generate", "reset"), default="generate")
-    command = parser.parse_args(argv).command
-    cli.setup_logging()
-    report_dir = Paths.from_env().report
     try:
+        cli.setup_logging()
+        command = parser.parse_args(argv).command
+        report_dir = Paths.from_env().report
         if command == "reset":
             reset(report_dir)
             print(f"report reset: {report_dir}")

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 WIDTH, HEIGHT = 480, 270  # of the viewBox; the page scales it
-LEFT, RIGHT, TOP, BOTTOM = 58, 14, 12, 46
+LEFT, RIGHT, TOP, BOTTOM = 66, 14, 12, 46
 MAX_POINTS = 500  # per line; a screen shows no more
 
 Point = tuple[float, float]
@@ -26,13 +26,14 @@ class Line:
     markers: bool = False
 
 
-def ticks(low: float, high: float, count: int = 5) -> list[float]:
-    """About `count` round numbers (1, 2 or 5 times a power of ten) inside [low, high]."""
+def ticks(low: float, high: float, count: int = 5, *, whole: bool = False) -> list[float]:
+    """About `count` round numbers (1, 2 or 5 times a power of ten) inside [low, high]; `whole`: integers alone."""
     if not high > low:
         return [low]
     rough = (high - low) / count
     power = 10.0 ** math.floor(math.log10(rough))
     step = next(factor * power for factor in (1, 2, 5, 10) if factor * power >= rough * 0.999)
+    step = max(step, 1) if whole else step
     first, last = math.ceil(low / step - 1e-9), math.floor(high / step + 1e-9)
     return [round(index * step, 12) for index in range(first, last + 1)]
 
@@ -88,9 +89,9 @@ def line_chart(title: str, lines: Sequence[Line], *, x_label: str, y_label: str)
     for value in ticks(y_low, y_high):
         _, y = place((x_low, value))
         parts += [_rule("grid", LEFT, y, right, y), _text(LEFT - 7, y + 4, _number(value), "tick", "end")]
-    for value in ticks(x_low, x_high):
+    for value in ticks(x_low, x_high, whole=all(x == int(x) for x, _ in points)):  # there is no half a step
         x, _ = place((value, y_low))
-        parts += [_rule("axis", x, floor, x, floor + 4), _text(x, floor + 18, _number(value), "tick")]
+        parts += [_rule("axis", x, floor, x, floor + 4), _text(x, floor + 20, _number(value), "tick")]
     parts += [_rule("axis", LEFT, floor, right, floor), _text((LEFT + right) / 2, HEIGHT - 8, x_label, "label")]
     parts.append(f'<g transform="translate(13 {(TOP + floor) / 2}) rotate(-90)">{_text(0, 0, y_label, "label")}</g>')
     for line in lines:

@@ -52,8 +52,8 @@ h3 { font-size: 1rem; margin: 1rem 0 .4rem; }
 .tiles { display: grid; grid-template-columns: repeat(auto-fit, minmax(150px, 1fr)); gap: .8rem; }
 .tile b { display: block; font-size: 1.55rem; line-height: 1.2; font-variant-numeric: tabular-nums; }
 .tile span { color: var(--soft); font-size: .85rem; }
-.charts { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 400px), 1fr)); gap: .8rem;
-  align-items: start; margin-bottom: .8rem; }
+.charts { display: flex; flex-wrap: wrap; justify-content: center; gap: .8rem; align-items: start; margin-bottom: .8rem; }
+.charts figure { flex: 0 0 calc(50% - .4rem); }
 figcaption { font-weight: 600; margin-bottom: .4rem; } .note { margin: .3rem 0 0; }
 svg { display: block; width: 100%; height: auto; } svg text { font: 12px system-ui, sans-serif; fill: var(--soft); }
 .grid { stroke: var(--grid); } .axis { stroke: var(--soft); }
@@ -65,7 +65,11 @@ svg { display: block; width: 100%; height: auto; } svg text { font: 12px system-
   vertical-align: -.1em; }
 .legend { list-style: none; display: flex; flex-wrap: wrap; gap: .2rem 1.2rem; padding: 0; margin: .4rem 0 0;
   font-size: .85rem; color: var(--soft); }
-.wide { overflow-x: auto; } table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
+/* A shadow at the right edge while more of the table lies there; what covers it scrolls with the table. */
+.wide { overflow-x: auto; background:
+  linear-gradient(to left, var(--card) 40%, transparent) right / 2.5rem 100% no-repeat local,
+  linear-gradient(to left, color-mix(in srgb, var(--ink) 30%, transparent), transparent) right / 1rem 100% no-repeat scroll; }
+table { border-collapse: collapse; width: 100%; font-variant-numeric: tabular-nums; }
 th, td { text-align: right; padding: .3rem .7rem; border-bottom: 1px solid var(--rule); white-space: nowrap; }
 th:first-child, td:first-child { text-align: left; padding-left: 0; } thead th { color: var(--soft); font-weight: 500; }
 .none { color: var(--soft); opacity: .6; } tbody tr:last-child td { border-bottom: 0; }
@@ -74,7 +78,9 @@ details .time { margin: .2rem 0 .8rem; }
 dl { display: grid; grid-template-columns: minmax(9rem, max-content) 1fr; gap: .15rem 1.2rem; margin: .4rem 0;
   font-size: .92rem; }
 dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; white-space: pre-wrap; }
-@media (max-width: 480px) { dl { grid-template-columns: 1fr; } dd { margin-bottom: .4rem; } }
+@media (max-width: 860px) { .charts figure { flex-basis: 100%; } }
+@media (max-width: 480px) { dl { grid-template-columns: 1fr; } dd { margin-bottom: .4rem; }
+  svg text { font-size: 17px; } table { font-size: .85rem; } th, td { padding: .3rem; } }
 @media print { body { background: none; } figure, .card, details { break-inside: avoid; } }
 """
 
@@ -172,7 +178,8 @@ def _tiles(results: Mapping[str, Mapping[str, Any]], wall_clock: str) -> str:
     for label, stages, name in TILES:
         value = next((results[stage][name] for stage in stages if name in results.get(stage, {})), None)
         if value is not None:
-            tiles.append((label, f"{value:.4f}" if isinstance(value, float) else str(value)))
+            shown = f"{value:.4f}" if isinstance(value, float) else str(value)
+            tiles.append((label, percent(value) if stages[0].startswith("chat_") else shown))
     if not wall_clock.startswith("unknown"):
         tiles.append(("total wall clock time", wall_clock))
     cards = [f'<div class="card tile"><b>{_text(value)}</b><span>{_text(label)}</span></div>' for label, value in tiles]
@@ -217,6 +224,11 @@ def _curves(sections: Sequence[Section]) -> str:
         if any(figures):
             out.append(f'<div class="charts">{"".join(figures)}</div>')
     return "".join(out)
+
+
+def percent(accuracy: Any) -> str:
+    """As the evaluations print it."""
+    return f"{accuracy:.1%}" if isinstance(accuracy, float) else str(accuracy)
 
 
 def label_of(result: str) -> str:

@@ -128,9 +128,11 @@ def reinforce(config: ChatRLConfig) -> None:
     paths = Paths.from_env()
     start(paths, device_type=config.device_type, compile_cache=config.compile_cache, processes=config)
     mesh, dtype = make_mesh(config.mesh), resolve_dtype(config.dtype)
+    # What was named needs no model to be found, and a typo should not cost the loading of one.
+    named = load_tasks(config, None, paths) if config.task_file or config.task != "auto" else None
     loaded = load_model(paths, "sft", tag=config.model_tag, step=config.step, mesh=mesh, fsdp=bool(config.fsdp))
     model, meta = loaded.config, loaded.meta
-    name, task, test = load_tasks(config, meta["data"], paths)
+    name, task, test = named or load_tasks(config, meta["data"], paths)
     num_steps = config.num_iterations if config.num_iterations > 0 else (
         len(task) // config.examples_per_step * config.num_epochs)
     if num_steps < 1:

@@ -133,6 +133,14 @@ def stage_keys(stages: Iterable[Stage], run: str) -> dict[str, str]:
     return keys
 
 
+def time_left(rest: float, *, planned: float, taken: float) -> float:
+    """Seconds that stages planned to take `rest` will take, after others that were planned to take `planned` took `taken`.
+
+    The rest is scaled as these did, and the less so the smaller a part of the line they are.
+    """
+    return rest * (taken + rest) / (planned + rest) if rest else 0.0
+
+
 def run_stages(stages: list[Stage], record: Record) -> int:
     """Run what is not finished, in order; returns the exit code of the first stage that fails, or 0."""
     background: dict[str, Background] = {}
@@ -159,6 +167,7 @@ def _clear(directory: Path, *, delete: bool) -> None:
 def _run_stages(stages: list[Stage], record: Record, background: "dict[str, Background]") -> int:
     keys = stage_keys(stages, record.run)
     began = time.monotonic()
+    planned = taken = 0.0  # seconds of the stages that ended, of those that are in the estimate
     if not record.begun:
         _call([sys.executable, "-m", "nanochat_jax.report", "reset"])
 
@@ -188,12 +197,15 @@ def _run_stages(stages: list[Stage], record: Record, background: "dict[str, Back
             background[stage.name] = Background(stage.command(), record.path.with_name(f"{stage.name}.log"))
             _headline(f"{label} · {stage.note} · in the background, see {background[stage.name].log}")
             continue
-        left = sum(later.seconds for later in stages[number - 1 :])
+        left = time_left(sum(later.seconds for later in stages[number - 1 :]), planned=planned, taken=taken)
         _headline(f"{label} · {stage.note or stage.text()} · {format_seconds(time.monotonic() - began)} so far"
                   + (f", about {format_seconds(left)} left in all" if left else ""))
+        started = time.monotonic()
         code = _call(stage.command(*(["--resume"] if stage.checkpoints else [])))
         if code:
             return failed(stage, code)
+        if stage.seconds:
+            planned, taken = planned + stage.seconds, taken + time.monotonic() - started
         record.finished[stage.name] = key
         record.write()
     _headline(f"all {len(stages)} stages done in {format_seconds(time.monotonic() - began)}")
@@ -237,6 +249,11 @@ class Background:
     def stop(self) -> None:
         self._process.terminate()
         self._process.wait()
+
+
+def many(tokens: float) -> str:
+    """A number of tokens as people read it: 16k, 5,221.9M."""
+    return f"{tokens / 1e6:,.1f}M" if tokens >= 1e6 else f"{tokens / 1e3:,.0f}k"
 
 
 def as_flags(**values: Any) -> tuple[str, ...]:

@@ -20,13 +20,13 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import partial
 from itertools import pairwise
 from pathlib import Path
+from types import ModuleType
 from typing import Any, Literal, overload
 
 import numpy as np
 import pyarrow as pa
 
-from nanochat_jax import rustbpe
-from nanochat_jax.cli import NotFound, UsageError
+from nanochat_jax.cli import NotFound, UsageError, one_line
 from nanochat_jax.files import write_file
 
 logger = logging.getLogger(__name__)
@@ -56,6 +56,16 @@ RANKS_FILE = "mergeable_ranks.tiktoken"
 META_FILE = "meta.json"
 
 
+def _crate() -> ModuleType:
+    """The compiled crate. Imported when it is used, so that without it a command still shows its help."""
+    try:
+        from nanochat_jax import rustbpe
+    except ImportError as error:
+        raise UsageError(f"the tokenizer's Rust crate is not built ({one_line(error)}): run `bash test.sh --collect-only -q`, "
+                         "or `maturin develop --release --manifest-path rustbpe/Cargo.toml`") from error
+    return rustbpe
+
+
 class Tokenizer:
     """Text to ids and back. Immutable, and safe to use from several threads.
 
@@ -79,7 +89,7 @@ class Tokenizer:
         self.pattern = pattern
         self.special_tokens = {name: count + index for index, name in enumerate(special_tokens)}
         tokens = sorted(mergeable_ranks, key=mergeable_ranks.__getitem__)
-        self._encoder = rustbpe.Tokenizer.from_tokens(tokens, pattern)
+        self._encoder = _crate().Tokenizer.from_tokens(tokens, pattern)
         self._bytes_of = dict(enumerate([*tokens, *(name.encode() for name in special_tokens)]))
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -110,7 +120,7 @@ class Tokenizer:
         smallest = 256 + len(SPECIAL_TOKENS)
         if vocab_size < smallest:
             raise ValueError(f"vocab_size must be at least {smallest} (bytes and special tokens), got {vocab_size}")
-        trainer = rustbpe.Tokenizer()
+        trainer = _crate().Tokenizer()
         getattr(trainer, method)(source, vocab_size - len(SPECIAL_TOKENS), pattern=SPLIT_PATTERN, **options)
         tokenizer = cls(dict(trainer.get_mergeable_ranks()))
         if tokenizer.vocab_size < vocab_size:

@@ -66,6 +66,9 @@ class History:
         return [*render_message(self._tokenizer, "user", text)[0], self._tokenizer.encode_special("<|assistant_start|>")]
 
 
+HELP = ("/clear starts over, /quit or Ctrl-D leaves (both also without the slash), Ctrl-C stops a reply, "
+        "/help says this again.")
+
 # A terminal obeys these; what a model says is only to be read.
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
@@ -100,7 +103,7 @@ def answer(engine: Engine, generation: Generation) -> None:
 
 def chat(engine: Engine, tokenizer: Tokenizer, config: Config) -> None:
     """Read, answer, repeat, until the input ends."""
-    print("`clear` starts over, `quit` or Ctrl-D leaves, Ctrl-C stops a reply.")
+    print(HELP)
     history, turn = History(tokenizer), 0
     room = engine.max_len - min(config.max_tokens, engine.max_len // 2)
     while True:
@@ -111,9 +114,12 @@ def chat(engine: Engine, tokenizer: Tokenizer, config: Config) -> None:
         except EOFError:
             print()
             return
-        if text.lower() in ("quit", "exit"):
+        word = text.lower()
+        if word in ("quit", "exit", "/quit", "/exit"):
             return
-        if text.lower() == "clear":
+        if word == "/help":
+            print(HELP)
+        elif word in ("clear", "/clear"):
             history = History(tokenizer)
             print(dim("(a new conversation)"))
         elif text:

@@ -21,7 +21,7 @@ from nanochat_jax.paths import CHECKPOINT_DIRS, Paths
 from nanochat_jax.sharding import data_size, make_mesh
 from nanochat_jax.startup import ModelFlags, Processes, start
 from nanochat_jax.step import resolve_dtype
-from nanochat_jax.tasks import eval_tasks_for, load_eval_task
+from nanochat_jax.tasks import eval_task_name, eval_tasks_for, load_eval_task
 from nanochat_jax.tasks.base import Task
 from nanochat_jax.tasks.custom_json import CustomJSON
 
@@ -51,14 +51,16 @@ def main(config: ChatEvalConfig) -> None:
     paths = Paths.from_env()
     start(paths, processes=config)
     mesh, dtype = make_mesh(config.mesh), resolve_dtype(config.dtype)
-    loaded = load_model(paths, config.source, tag=config.model_tag, step=config.step, mesh=mesh)
-    # All tasks are loaded before any is judged: one that is missing should not be found out after an hour.
-    tasks: list[Task]
+    # All tasks are loaded before any is judged, and those that were named before the model: one that is missing should not
+    # be found out after an hour, and a typo not after a minute.
+    tasks: list[Task] = []
     if config.task_file:
         tasks = [CustomJSON(Path(config.task_file))]
-    else:
-        names = config.task_name.split("|") if config.task_name else eval_tasks_for(loaded.meta["data"])
+    elif config.task_name:
+        names = [eval_task_name(name) for name in config.task_name.split("|")]  # all, before the first one is downloaded
         tasks = [load_eval_task(name, paths) for name in names]
+    loaded = load_model(paths, config.source, tag=config.model_tag, step=config.step, mesh=mesh)
+    tasks = tasks or [load_eval_task(name, paths) for name in eval_tasks_for(loaded.meta["data"])]
     tasks = [task.view(stop=config.max_problems) for task in tasks]
 
     slots = config.batch_size * data_size(mesh)
@@ -79,7 +81,8 @@ def main(config: ChatEvalConfig) -> None:
     if jax.process_index() == 0:
         report.log_section(
             paths.report, f"Chat evaluation {config.source}",
-            [f"Model: {loaded.tag}, step {loaded.step}", dataclasses.asdict(config), results],
+            [f"Model: {loaded.tag}, step {loaded.step}", dataclasses.asdict(config),
+             {name: f"{value:.2%}" for name, value in results.items()}],
             stage=f"chat_eval_{config.source}", results=results,
         )
 

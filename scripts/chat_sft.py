@@ -66,7 +66,7 @@ def chat_tasks(config: ChatSFTConfig, model: Loaded, rows: int, dtype: Any, mesh
 
 
 def main(config: ChatSFTConfig) -> None:
-    def mixture(data: str, split: Split, paths: Paths) -> Task:
+    def mixture(data: str | None, split: Split, paths: Paths) -> Task:
         return mixture_for(data, "sft", split, paths, named=config.mixture, after=config.source, mmlu_epochs=config.mmlu_epochs,
                            gsm8k_epochs=config.gsm8k_epochs)
 

@@ -69,7 +69,8 @@ class Config(ModelFlags):
         try:
             self.sampling  # noqa: B018  (its check of the ranges)
         except BadRequest as error:
-            raise ValueError(error.detail) from error
+            name = error.param or ""
+            raise ValueError(error.detail.replace(f"{name}: Input", f"--{name.replace('_', '-')}", 1)) from error
 
     @property
     def sampling(self) -> Sampling:

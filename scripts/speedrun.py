@@ -7,9 +7,12 @@
 """
 
 import os
+import re
+import shlex
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 from nanochat_jax import cli
@@ -19,10 +22,10 @@ from nanochat_jax.data.needs import TOKENIZER_SHARDS, explain_shards, shards_nee
 from nanochat_jax.gpt import REMAT
 from nanochat_jax.paths import CHECKPOINT_DIRS, DATA_DIRS, Paths
 from nanochat_jax.sharding import mesh_shape
-from nanochat_jax.speedrun import Machine, Record, Stage, as_flags, print_plan, run_stages
+from nanochat_jax.speedrun import Machine, Record, Stage, as_flags, many, print_plan, run_stages
 from nanochat_jax.step import estimate_memory
 
-# The model a CPU with two cores trains in a quarter of an hour, and how.
+# The model that two free cores train in 6 minutes, evaluations and all, and how.
 CPU_DEPTH = 4
 CPU_VOCAB = 2048
 CPU_BASE = dict(head_dim=64, max_seq_len=256, window_pattern="L", packing="stream", total_batch_size=4096, num_iterations=210,
@@ -119,7 +122,8 @@ def plan_stages(config: SpeedrunConfig, machine: Machine, wandb_run: str, on_dis
         elif isinstance(device_batch, int):
             rows = most = min(device_batch, most_rows)
             step_rows = -(-step_tokens // model.sequence_len // ways)  # of a device
-            needed = estimate_memory(model, min(most, step_rows), data=ways, remat=remat, fsdp=config.fsdp)
+            needed = estimate_memory(model, min(most, step_rows), data=ways, remat=remat, fsdp=config.fsdp,
+                                     gpu=machine.platform == "gpu")
             chosen_later = not cpu and not (config.remat and config.fsdp)  # by the stage, which knows the device's memory
             memory = f"{'at most ' if chosen_later else ''}about {needed / 2**30:.1f} GiB per device"
         return Stage(name=name, module=f"scripts.{name}", args=as_flags(**flags, model_tag=tag, **own),
@@ -133,7 +137,7 @@ def plan_stages(config: SpeedrunConfig, machine: Machine, wandb_run: str, on_dis
         if steps := own.get("num_iterations"):
             step_tokens = own.get("total_batch_size", step_tokens)
             tokens = steps * step_tokens
-            length = f"{tokens / 1e6:,.1f}M tokens in {steps:,} steps"
+            length = f"{many(tokens)} tokens in {steps:,} steps"
         else:
             length = (f"one pass over {conversations:,} conversations, about {tokens / 1e6:,.0f}M tokens in "
                       f"{tokens / step_tokens:,.0f} steps")
@@ -155,7 +159,7 @@ def plan_stages(config: SpeedrunConfig, machine: Machine, wandb_run: str, on_dis
               note=f"vocabulary of {vocab:,}", seconds=5 if small else 100),
         Stage(name="tok_eval", module="scripts.tok_eval", args=as_flags(data=data), seconds=5),
         training("base_train", "base", base, recipe.total_tokens, recipe.total_batch_size,
-                 f"{recipe.total_tokens / 1e6:,.1f}M tokens in {recipe.num_iterations:,} steps", data=data, depth=depth),
+                 f"{many(recipe.total_tokens)} tokens in {recipe.num_iterations:,} steps", data=data, depth=depth),
         Stage(name="base_loss", module="scripts.base_loss", placement=placed + as_flags(device_batch_size=fitting),
               args=chosen + (as_flags(split_tokens=2 * base["eval_tokens"]) if small else ()), seconds=20 if small else 0),
         Stage(name="base_eval", module="scripts.base_eval", placement=placed, seconds=20 if small else 0,
@@ -201,6 +205,20 @@ def _fetch_stages(data: str, recipe: Recipe, have: int) -> list[Stage]:
     return stages
 
 
+def next_commands(stages: Sequence[Stage], paths: Paths) -> str:
+    """How to talk to the model that the line ended with; nothing where it ended without one."""
+    source = next((source for source in ("rl", "sft") if any(stage.name == f"chat_{source}" for stage in stages)), None)
+    if source is None:
+        return ""
+    tag = Path(next(stage.checkpoints for stage in stages if stage.name == f"chat_{source}")).name
+    flags = (["-i", source] if source != "sft" else []) + (["-g", tag] if paths.find_tag(source) != tag else [])
+    # `speedrun.sh` starts .venv/bin/python, which `python` is not in the shell of its user.
+    begun = [re.sub("^python ", f"{shlex.quote(sys.orig_argv[0])} ", cli.invocation(f"scripts.{name}"))
+             for name in ("chat_cli", "serve")]
+    chat, page = (" ".join([command, *flags]) for command in begun)
+    return f"talk to the model:  {chat}\nor in the browser:  {page}"
+
+
 def main(config: SpeedrunConfig) -> int:
     paths = Paths.from_env()
     if paths.bucket:
@@ -214,7 +232,10 @@ def main(config: SpeedrunConfig) -> int:
         print_plan(stages, machine, title)
         return 0
     print(title, file=sys.stderr)
-    return run_stages(stages, Record.open(paths, fresh=config.fresh))
+    code = run_stages(stages, Record.open(paths, fresh=config.fresh))
+    if code == 0 and (advice := next_commands(stages, paths)):
+        print(advice, file=sys.stderr)
+    return code
 
 
 if __name__ == "__main__":

@@ -75,14 +75,20 @@ def test_one_prompt_prints_the_reply_alone(talk):
     assert prompts == [[BOS, *question("Hello <|bos|>")]]
 
 
-def test_history_holds_the_reply_tokens_until_cleared(talk):
-    _, out, prompts = talk("one", "  ", "two", "clear", "three", "quit", "four")
+@pytest.mark.parametrize("clear,leave", [("clear", "quit"), ("/clear", "/quit"), ("/Clear", "/exit")])
+def test_history_holds_the_reply_tokens_until_cleared(talk, clear, leave):
+    _, out, prompts = talk("one", "  ", "two", clear, "three", leave, "four")
     assert prompts == [
         [BOS, *question("one")],
         [BOS, *question("one"), *REPLY, *question("two")],
         [BOS, *question("three")],
     ]
     assert out.count("Hé: [1+2 = 3] !") == 3
+
+
+def test_help_is_shown_and_is_no_message(talk):
+    _, out, prompts = talk("/help")
+    assert out.count("/clear starts over") == 2 and not prompts
 
 
 def test_a_reply_that_is_cut_in_a_tool_call_is_remembered_up_to_it(talk):

@@ -68,6 +68,10 @@ def test_every_script_refuses_an_unknown_flag_in_one_line(script, tmp_path):
     ("base_train", [], "scripts.tok_train"), ("tok_train", [], "nanochat_jax.dataset"),
     ("chat_cli", ["-p", "hi"], "scripts.chat_sft"), ("mid_train", [], "scripts.base_train"),
     ("serve", ["-i", "mid"], "scripts.mid_train"), ("speedrun", ["--mesh", "64x1"], "64x1"),
+    # What is named is looked for before the model, which is missing here too.
+    ("chat_eval", ["-a", "Arithmetik"], "Arithmetik"), ("chat_eval", ["--task-file", "no.jsonl"], "no.jsonl"),
+    ("mid_train", ["--mixture", "SmallTalk"], "SmallTalk"), ("chat_sft", ["--mixture", "no.jsonl"], "no.jsonl"),
+    ("chat_rl", ["--task", "GSM9K"], "GSM9K"),
 ])
 def test_what_is_missing_is_said_in_one_line_with_what_to_run(script, argv, advice, tmp_path):
     ended = run_script(script, *argv, base=tmp_path)

@@ -9,14 +9,14 @@ import pytest
 from nanochat_jax.__main__ import MODULES, commands
 
 
-def python(*argv, cwd):
+def python(*argv, cwd, **environment):
     root = str(Path(__file__).parents[1])
     return subprocess.run([sys.executable, *argv], capture_output=True, text=True, cwd=cwd,
-                          env={"PYTHONPATH": root, "PATH": "/usr/bin:/bin", "NANOCHAT_BASE_DIR": str(cwd)})
+                          env={"PYTHONPATH": root, "PATH": "/usr/bin:/bin", "NANOCHAT_BASE_DIR": str(cwd), **environment})
 
 
-def nanochat(*argv, cwd):
-    return python("-m", "nanochat_jax", *argv, cwd=cwd)
+def nanochat(*argv, cwd, **environment):
+    return python("-m", "nanochat_jax", *argv, cwd=cwd, **environment)
 
 
 def test_every_script_is_a_command():
@@ -46,3 +46,18 @@ def test_usage_names_the_command_as_it_was_given(tmp_path, command):
                        (("-m", *module.split()), f"python -m {module}")]:
         done = python(*how, "--help", cwd=tmp_path)
         assert done.stdout.startswith(f"usage: {usage} [-h]"), done.stderr
+
+
+def test_without_the_crate_a_command_shows_its_help(tmp_path):
+    code = "import sys; sys.modules['nanochat_jax.rustbpe'] = None; from nanochat_jax.__main__ import main; main()"
+    done = python("-c", code, "chat_cli", "--help", cwd=tmp_path)
+    assert done.returncode == 0 and "--prompt" in done.stdout, done.stderr
+
+
+@pytest.mark.parametrize("argv,level,named", [(("report", "bogus"), "INFO", "'bogus'"),
+                                              (("report",), "loud", "NANOCHAT_LOG=loud"),
+                                              (("dataset", "info"), "loud", "NANOCHAT_LOG=loud")])
+def test_a_word_or_a_level_of_logging_that_there_is_not_is_said_in_one_line(argv, level, named, tmp_path):
+    done = nanochat(*argv, cwd=tmp_path, NANOCHAT_LOG=level)
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith("error: ") and named in done.stderr

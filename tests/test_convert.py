@@ -139,8 +139,8 @@ def test_a_small_corpus_has_a_training_and_a_validation_shard(tmp_path, count, v
 
 
 def test_too_few_documents_leave_nothing(tmp_path):
-    for texts in ([], [None, " "], ["one"]):
-        with pytest.raises(UsageError, match="a corpus needs two"):
+    for texts, held in ([], "no text"), ([None, " "], "no text"), (["one"], "one document alone"):
+        with pytest.raises(UsageError, match=f"holds {held}: a corpus needs two"):
             write(tmp_path / "corpus", "a", texts)
     assert not (tmp_path / "corpus").exists()
 

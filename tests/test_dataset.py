@@ -12,7 +12,7 @@ import pytest
 from hub_server import HubServer
 
 from nanochat_jax import dataset
-from nanochat_jax.data.needs import measure
+from nanochat_jax.data.needs import Size, enough_for, measure
 from nanochat_jax.dataset import HUB_CORPORA
 
 REPO = HUB_CORPORA["climbmix"].repo
@@ -247,3 +247,10 @@ def test_measured_size_is_that_of_the_text(tmp_path):
     size = measure([tmp_path / "shard_0.parquet"])
     assert size.documents == 3000
     assert size.text_bytes == pytest.approx(sum(len(text.encode()) for text in texts), rel=0.01)
+
+
+def test_a_corpus_is_enough_for_the_depths_that_read_it_a_few_times():
+    """One that is far too small is told how much text there should be, and no large number of times."""
+    tiny, some = (enough_for("custom", Size(2, int(size)))[1] for size in (5e5, 4e8))
+    assert tiny.startswith("base_train: too small a corpus; d4 wants ") and " times" not in tiny
+    assert tiny.endswith(" GB of text") and some.startswith("base_train: any depth, with repetitions; d4 reads it ")

@@ -84,7 +84,7 @@ def test_summary_takes_json_results_and_never_prose(tmp_path):
     assert list(table) == ["Metric", "CORE", "val bpb", "ARC-Easy", "GSM8K", "ChatCORE (6)"]
     assert table["CORE"] == ["0.1910", "-", "-", "-"]
     assert table["val bpb"] == ["0.8120", "-", "-", "-"]  # base_loss, measured after base_train, wins
-    assert table["GSM8K"] == ["-", "-", "0.0697", "-"]
+    assert table["GSM8K"] == ["-", "-", "7.0%", "-"]
 
 
 def test_results_json_nests_by_stage_and_is_strict_json(tmp_path):
@@ -244,6 +244,22 @@ def test_generating_from_nothing_or_from_a_torn_section_is_the_users_to_know(tmp
     (tmp_path / "midtraining.json").write_text('{"section": "Midtr')
     with pytest.raises(UsageError, match=r"midtraining\.json is not a report section"):
         report.generate(tmp_path, tmp_path)
+
+
+def test_accuracies_are_percent_on_the_page_and_core_is_a_score(tmp_path):
+    log_small_run(tmp_path)
+    report.generate(tmp_path, tmp_path)
+    text = Elements((tmp_path / "report.html").read_text()).text
+    assert text.count("27.9%") == 2  # ChatCORE, on its card and in the table
+    assert "46.8%" in text and "0.1910" in text and "19.1%" not in text
+
+
+@pytest.mark.parametrize("steps", [range(5), [3], [0, 2], range(0, 21400, 100)])
+def test_there_is_no_half_a_step_on_an_axis(steps):
+    line = report_charts.Line(label="loss", points=[(step, 1.0) for step in steps])
+    svg = report_charts.line_chart("t", [line], x_label="step", y_label="loss")
+    values = [float(text.replace("k", "e3")) for text in re.findall(r'class="tick"[^>]*text-anchor="middle">([^<]*)<', svg)]
+    assert len(values) >= 2 and all(value == int(value) for value in values)
 
 
 @pytest.mark.parametrize("name", ["report", "Results", "header", "", "!!"])

@@ -405,7 +405,8 @@ def test_serving_where_the_port_is_taken_or_no_model_is_trained_fails_in_one_lin
 
 
 @pytest.mark.parametrize("flags", [
-    "-t 3", "-k 201", "-m 0", "-p 65536", "--slots 0", "-i x", "--max-queue 0", "--timeout 0", "--grace -1", "-n 0",
+    "--temperature 3", "--top-k 201", "--max-tokens 0", "--max-tokens 99999", "-p 65536", "--slots 0", "-i x",
+    "--max-queue 0", "--timeout 0", "--grace -1", "-n 0",
     "--device-type x", "--api-key= ", "--cors-origin example.com", "--cors-origin https://example.com/path",
 ])  # fmt: skip
 def test_flags_are_checked_before_anything_is_loaded(flags):

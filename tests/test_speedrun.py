@@ -8,13 +8,14 @@ import pytest
 
 from nanochat_jax import cli, speedrun
 from nanochat_jax.cli import UsageError, parse
+from nanochat_jax.paths import Paths
 from nanochat_jax.rl_train import ChatRLConfig
 from nanochat_jax.speedrun import Machine, Record, Stage, run_stages, stage_keys
 from scripts.base_loss import BaseLossConfig
 from scripts.base_train import BaseTrainConfig
 from scripts.chat_sft import ChatSFTConfig
 from scripts.mid_train import MidTrainConfig
-from scripts.speedrun import STAGES, SpeedrunConfig, plan_stages
+from scripts.speedrun import STAGES, SpeedrunConfig, next_commands, plan_stages
 
 LINE = [
     Stage(name="data", module="m.data", produces=True),
@@ -42,8 +43,6 @@ def line(tmp_path, monkeypatch):
         record = Record(path) if fresh or not path.exists() else Record.open(Paths(tmp_path), fresh=False)
         code = run_stages(stages, record)
         return code, [call for call in calls if call[0] != "nanochat_jax.report"]
-
-    from nanochat_jax.paths import Paths
 
     return go
 
@@ -98,6 +97,38 @@ def test_fresh_runs_everything(line):
 
 def test_keys_differ_between_runs():
     assert not set(stage_keys(LINE, "a").values()) & set(stage_keys(LINE, "b").values())
+
+
+def test_the_time_that_is_left_follows_the_stages_that_ended(tmp_path, monkeypatch, capsys):
+    clock = [0.0]
+
+    def call(command):
+        clock[0] += {"m.slow": 300.0, "m.quick": 1.0}.get(command[2], 0.0)
+        return 0
+
+    monkeypatch.setattr(speedrun, "_call", call)
+    monkeypatch.setattr(speedrun.time, "monotonic", lambda: clock[0])
+    stages = [Stage(name="quick", module="m.quick", seconds=10), Stage(name="slow", module="m.slow", seconds=100),
+              Stage(name="last", module="m.last", seconds=100)]
+    assert run_stages(stages, Record(tmp_path / "speedrun.json")) == 0
+    said = [line for line in capsys.readouterr().err.splitlines() if "left" in line]
+    assert re.findall(r"about (\S+) left", " ".join(said)) == ["3:30", "3:11", "3:11"]  # 100 s of plan: 191 s by now
+
+
+def test_the_end_names_the_commands_that_talk_to_the_model(tmp_path, monkeypatch):
+    for tag in ("d4", "d20"):
+        (tmp_path / f"chatsft_checkpoints/{tag}/60/params").mkdir(parents=True)
+    (tmp_path / "chatrl_checkpoints/d4/36/params").mkdir(parents=True)
+    paths = Paths(tmp_path)
+    monkeypatch.setattr(cli.sys, "orig_argv", [".venv/bin/python", "-m", "scripts.speedrun"])
+    dial, preset = (list(planned(CPU, mesh="auto", depth=depth).values()) for depth in (20, 4))
+    assert next_commands(dial, paths).splitlines() == ["talk to the model:  .venv/bin/python -m scripts.chat_cli",
+                                                       "or in the browser:  .venv/bin/python -m scripts.serve"]
+    assert "scripts.serve -g d4" in next_commands(preset, paths)
+    monkeypatch.setattr(cli.sys, "orig_argv", ["/usr/bin/python3", "/usr/bin/nanochat", "speedrun"])
+    with_rl = list(planned(CPU, mesh="auto", with_rl=True).values())
+    assert next_commands(with_rl, paths).endswith("nanochat serve -i rl")
+    assert next_commands(preset[:4], paths) == ""
 
 
 CPU = Machine(platform="cpu", kind="cpu", count=1, peak_flops=None)
@@ -229,6 +260,7 @@ def test_the_plan_says_how_long_each_stage_is():
     assert "1.0M tokens in 250 steps" in preset["mid_train"].note and "in 60 steps" in preset["chat_sft"].note
     smoke = planned(smoke=True, data="climbmix")
     assert "in 4 steps" in smoke["mid_train"].note
+    assert "16k tokens in 4 steps" in planned(CPU, mesh="auto", smoke=True)["mid_train"].note
 
 
 def gibibytes(stage):

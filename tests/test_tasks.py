@@ -109,6 +109,7 @@ def test_a_named_mixture(tmp_path, paths):
 @pytest.mark.parametrize("named, message", [
     ("GSM9K", "unknown task 'GSM9K': expected SmolTalk, "), ("GSM8K*", "the weight of 'ChitChat\\*' must be"),
     ("GSM8K*0", "must be a positive"), ("GSM8K*nan", "must be a positive"), ("", "unknown task ''"),
+    ("MMLU,GSM9K", "unknown task 'GSM9K'"), ("MMLU,no.jsonl", "the file does not exist"),  # before MMLU is downloaded
     ("no.jsonl", "the file does not exist"), ("ChitChat*1e-9", "takes none of the"),
 ])  # fmt: skip
 def test_a_mixture_that_cannot_be(tmp_path, no_network, named, message):

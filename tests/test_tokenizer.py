@@ -6,6 +6,7 @@ import pickle
 import random
 import re
 import signal
+import sys
 import time
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +17,7 @@ import pyarrow.parquet as pq
 import pytest
 import tiktoken
 
+import nanochat_jax
 from nanochat_jax import rustbpe
 from nanochat_jax.cli import NotFound, UsageError
 from nanochat_jax.tokenizer import META_FILE, RANKS_FILE, SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer, _parse_ranks
@@ -495,3 +497,10 @@ def test_texts_may_come_from_an_iterator_whatever_is_in_them():
     tokenizer = Tokenizer({bytes([i]): i for i in range(256)})
     ids, offsets = tokenizer.encode_batch(text for text in ("a", "\ud800", "b"))
     assert tokenizer.decode(ids) == "a\ufffdb" and len(offsets) == 4
+
+
+def test_a_crate_that_is_not_built_is_said_with_the_command_that_builds_it(monkeypatch):
+    monkeypatch.delattr(nanochat_jax, "rustbpe")
+    monkeypatch.setitem(sys.modules, "nanochat_jax.rustbpe", None)
+    with pytest.raises(UsageError, match=r"crate is not built \(.*rustbpe.*maturin develop"):
+        Tokenizer.train(TEXTS, 300)

@@ -93,9 +93,15 @@ def test_a_point_of_the_landscape_is_the_loss_after_a_step_of_an_optimizer_with_
     assert losses[0, 1] != pytest.approx(losses[1, 0]), "both axes move the same parameters"
 
 
-def test_a_picture_is_made_and_a_head_that_is_not_there_is_named(paths, model, tmp_path):
+def test_a_picture_is_made_and_a_head_that_is_not_there_is_named(paths, model, tmp_path, capsys, monkeypatch):
     config = dict(source="base", prompt="apple banana", grid=3, out=str(tmp_path / "tour.png"))
     tour.main(tour.TourConfig(layer=1, head=7, **config))
     assert (tmp_path / "tour.png").read_bytes().startswith(b"\x89PNG")
+    out, progress = capsys.readouterr()
+    assert out.startswith("<|bos|>|<|user_start|>|") and "\x1b" not in out  # colours are for a terminal
+    assert [line[:3] for line in progress.splitlines() if line[1:3] == "/4"] == ["1/4", "2/4", "3/4", "4/4"]
     with pytest.raises(nanochat_jax.cli.UsageError, match="2 layers of 8 heads"):
         tour.main(tour.TourConfig(layer=2, head=0, **config))
+    monkeypatch.setattr(tour, "matplotlib", None)
+    with pytest.raises(nanochat_jax.cli.UsageError, match="pip install matplotlib"):
+        tour.main(tour.TourConfig(**config))

@@ -199,8 +199,9 @@ def write_corpus(directory: Path, source: dict[str, Any], documents: Iterable[st
             names = write_series(to_train_on(val), aside, first=first, rows_per_shard=rows_per_shard)
             val.close()
             if not names:
-                raise UsageError(f"{describe(source)} has {counts['documents']} documents with text in {counts['rows']} rows: "
-                                 "a corpus needs two, one to train on and one for validation")
+                held = "one document alone" if counts["documents"] else "no text"
+                raise UsageError(f"{describe(source)} holds {held}: a corpus needs two documents, one to train on and one for "
+                                 "validation")
             entry = {"source": source, **counts, "skipped": counts["rows"] - counts["documents"], "shards": names}
             write_file(aside / MANIFEST, json.dumps({"sources": [*before, entry]}, indent=1) + "\n")
     return entry

@@ -13,6 +13,7 @@ CHARS_PER_TOKEN = 4.8  # of English web text in a vocabulary of 32,768 to 65,536
 CROPPED_SHARE = 1.35  # best-fit packing throws about a third of the tokens it reads away
 TOKENIZER_CHARS = 2_000_000_000
 TOKENIZER_SHARDS = 10  # hold that many characters, also when each document is cut to 10,000 of them
+FEW_TIMES = 10  # that a corpus can be read; text that is read more often teaches little more
 DIAL = range(4, 33, 2)  # depths that people train
 
 
@@ -65,12 +66,19 @@ def enough_for(name: str, train: Size) -> list[str]:
     if name == "embedded":
         return ["enough for all stages of the preset for a CPU"]
     lines = ["tok_train: " + ("all it takes, 2 billion characters" if train.text_bytes >= TOKENIZER_CHARS else
-                              f"{train.text_bytes / TOKENIZER_CHARS:.1%} of the 2 billion characters it takes at most")]
+                              f"{_share(train.text_bytes / TOKENIZER_CHARS)} of the 2 billion characters it takes at most")]
     reference = GPTConfig.modern(12)
     needs = {depth: chars_needed(derive_recipe(GPTConfig.modern(depth), reference=reference)) for depth in DIAL}
     fitting = [depth for depth, chars in needs.items() if chars <= train.text_bytes]
     following = next((depth for depth, chars in needs.items() if chars > train.text_bytes), None)
     text = f"up to d{fitting[-1]} without repeating a document" if fitting else "any depth, with repetitions"
     if following is not None:
-        text += f"; d{following} reads it {needs[following] / train.text_bytes:,.1f} times"
+        times = needs[following] / train.text_bytes
+        text += f"; d{following} reads it {times:.1f} times" if times < FEW_TIMES else ""
+        if not fitting and times >= FEW_TIMES:
+            text = f"too small a corpus; d{following} wants {needs[following] / 1e9:.1f} GB of text"
     return [*lines, f"base_train: {text}", "base_loss, base_eval: the validation shard is there"]
+
+
+def _share(value: float) -> str:
+    return f"{value:.1%}" if value >= 0.001 else "less than 0.1%"

@@ -15,8 +15,8 @@ from nanochat_jax.tasks.mmlu import MMLU
 from nanochat_jax.tasks.skills import Arithmetic, LetterCount, Spelling, WordArithmetic, load_words
 from nanochat_jax.tasks.spelling import SpellingBee, load_words_alpha
 
-__all__ = ["EVAL_TASKS", "Task", "TaskMixture", "eval_tasks_for", "load_eval_task", "mixture_for", "offline_mixture",
-           "upstream_mixture"]
+__all__ = ["EVAL_TASKS", "Task", "TaskMixture", "eval_task_name", "eval_tasks_for", "load_eval_task", "mixture_for",
+           "offline_mixture", "upstream_mixture"]
 
 UPSTREAM_TASKS = ("ARC-Easy", "ARC-Challenge", "MMLU", "GSM8K", "HumanEval", "SpellingBee")
 OFFLINE_TASKS = ("Arithmetic", "Spelling", "LetterCount", "Identity", "WordArithmetic")
@@ -28,6 +28,14 @@ SYNTHETIC_SIZES = {"train": 100_000, "test": 256}  # problems of a generated tas
 def eval_tasks_for(data: str | None) -> list[str]:
     """Names of the tasks that a model trained on the corpus `data` is judged by."""
     return list(OFFLINE_TASKS if data == "embedded" else UPSTREAM_TASKS)
+
+
+def eval_task_name(name: str) -> str:
+    """The name in `EVAL_TASKS` of a task that is given by it or by its key (`arc_easy`)."""
+    found = next((each for each in EVAL_TASKS if _plain(each) == _plain(name)), None)
+    if found is None:
+        raise UsageError(f"unknown task {name!r}: expected one of {', '.join(EVAL_TASKS)}")
+    return found
 
 
 def load_eval_task(name: str, paths: Paths, split: Literal["train", "test"] = "test") -> Task:
@@ -49,9 +57,7 @@ def load_eval_task(name: str, paths: Paths, split: Literal["train", "test"] = "t
         "LetterCount": lambda: LetterCount(split, size, load_words(paths.data("embedded"))),
         "Identity": lambda: Identity(split, size),
     }
-    name = next((each for each in loaders if _plain(each) == _plain(name)), name)
-    if name not in loaders:
-        raise UsageError(f"unknown task {name!r}: expected one of {', '.join(EVAL_TASKS)}")
+    name = eval_task_name(name)
     if name == "HumanEval" and split != "test":
         raise UsageError(f"HumanEval has only the split test, not {split!r}")
     return loaders[name]()

@@ -117,9 +117,9 @@ def named_mixture(named: str, paths: Paths, split: Literal["train", "test"] = "t
         "SpellingBee": lambda: SpellingBee(load_words_alpha(paths.base), split, size=80_000),
         "ChitChat": lambda: ChitChat(split),
     }
-    chosen: list[Task] = []
-    weights = []
-    for entry in map(str.strip, named.split(",")):
+    files: dict[str, Task] = {}
+    entries = []
+    for entry in map(str.strip, named.split(",")):  # all are checked, and files read, before anything is downloaded
         # A colon with anything but a number after it is part of a path.
         matched = re.fullmatch(r"(?s)(.*?)(?:([*:])((?<=\*)[^*]*|[\d.eE+-]+))?", entry)
         assert matched is not None
@@ -131,11 +131,14 @@ def named_mixture(named: str, paths: Paths, split: Literal["train", "test"] = "t
         except ValueError:
             raise UsageError(f"the weight of {entry!r} must be a positive number, as in {name}*2.5") from None
         if name.endswith(".jsonl"):
-            chosen.append(CustomJSON(Path(name)))
-        elif name in tasks:
-            chosen.append(tasks[name]())
-        else:
+            files[name] = CustomJSON(Path(name))
+        elif name not in tasks:
             raise UsageError(f"unknown task {name!r}: expected {', '.join(tasks)} or a file FILE.jsonl")
+        entries.append((entry, name, sign, weight))
+    chosen: list[Task] = []
+    weights = []
+    for entry, name, sign, weight in entries:
+        chosen.append(files[name] if name in files else tasks[name]())
         weights.append(min(1.0, weight / len(chosen[-1])) if sign == ":" else weight)
         if round(weights[-1] * len(chosen[-1])) < 1:
             raise UsageError(f"{entry!r} takes none of the {len(chosen[-1])} conversations of {name}: give more weight, or "
