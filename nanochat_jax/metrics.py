@@ -163,6 +163,11 @@ def start_wandb(run: str, project: str, config: dict[str, Any]) -> Any:
     return wandb.init(project=project, name=run, config=config)
 
 
+def format_count(number: float) -> str:
+    """A large number as people read it: 512, 16k, 5,221.9M."""
+    return f"{number / 1e6:,.1f}M" if number >= 1e6 else f"{number / 1e3:,.0f}k" if number >= 1e3 else f"{number:.0f}"
+
+
 def format_seconds(seconds: float) -> str:
     minutes, seconds = divmod(int(seconds + 0.5), 60)
     hours, minutes = divmod(minutes, 60)

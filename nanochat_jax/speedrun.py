@@ -251,11 +251,6 @@ class Background:
         self._process.wait()
 
 
-def many(tokens: float) -> str:
-    """A number of tokens as people read it: 16k, 5,221.9M."""
-    return f"{tokens / 1e6:,.1f}M" if tokens >= 1e6 else f"{tokens / 1e3:,.0f}k"
-
-
 def as_flags(**values: Any) -> tuple[str, ...]:
     """Keyword arguments as command-line flags; None and False are left out."""
     flags: list[str] = []

@@ -20,9 +20,10 @@ from nanochat_jax.cli import UsageError, flag
 from nanochat_jax.config import GPTConfig, Recipe, derive_recipe
 from nanochat_jax.data.needs import TOKENIZER_SHARDS, explain_shards, shards_needed
 from nanochat_jax.gpt import REMAT
+from nanochat_jax.metrics import format_count
 from nanochat_jax.paths import CHECKPOINT_DIRS, DATA_DIRS, Paths
 from nanochat_jax.sharding import mesh_shape
-from nanochat_jax.speedrun import Machine, Record, Stage, as_flags, many, print_plan, run_stages
+from nanochat_jax.speedrun import Machine, Record, Stage, as_flags, print_plan, run_stages
 from nanochat_jax.step import estimate_memory
 
 # The model that two free cores train in 6 minutes, evaluations and all, and how.
@@ -137,7 +138,7 @@ def plan_stages(config: SpeedrunConfig, machine: Machine, wandb_run: str, on_dis
         if steps := own.get("num_iterations"):
             step_tokens = own.get("total_batch_size", step_tokens)
             tokens = steps * step_tokens
-            length = f"{many(tokens)} tokens in {steps:,} steps"
+            length = f"{format_count(tokens)} tokens in {steps:,} steps"
         else:
             length = (f"one pass over {conversations:,} conversations, about {tokens / 1e6:,.0f}M tokens in "
                       f"{tokens / step_tokens:,.0f} steps")
@@ -159,7 +160,7 @@ def plan_stages(config: SpeedrunConfig, machine: Machine, wandb_run: str, on_dis
               note=f"vocabulary of {vocab:,}", seconds=5 if small else 100),
         Stage(name="tok_eval", module="scripts.tok_eval", args=as_flags(data=data), seconds=5),
         training("base_train", "base", base, recipe.total_tokens, recipe.total_batch_size,
-                 f"{many(recipe.total_tokens)} tokens in {recipe.num_iterations:,} steps", data=data, depth=depth),
+                 f"{format_count(recipe.total_tokens)} tokens in {recipe.num_iterations:,} steps", data=data, depth=depth),
         Stage(name="base_loss", module="scripts.base_loss", placement=placed + as_flags(device_batch_size=fitting),
               args=chosen + (as_flags(split_tokens=2 * base["eval_tokens"]) if small else ()), seconds=20 if small else 0),
         Stage(name="base_eval", module="scripts.base_eval", placement=placed, seconds=20 if small else 0,

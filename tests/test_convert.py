@@ -264,7 +264,7 @@ def test_local_files_and_directories(tmp_path, command):
     code, _, err = command("local", folder, "--cut-chars", "2000")
     assert code == 2 and "--append adds to it" in err
     code, out, _ = command("info")
-    assert code == 0 and "custom, in" in out and "51 documents" in out and "base_train: any depth, with repetitions" in out
+    assert code == 0 and "custom, in" in out and "51 documents" in out and "base_train: too small a corpus" in out
 
 
 @pytest.mark.parametrize(("arguments", "message"), [

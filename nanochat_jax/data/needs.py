@@ -7,6 +7,7 @@ from typing import NamedTuple
 from nanochat_jax.config import GPTConfig, Recipe, derive_recipe
 from nanochat_jax.data.convert import describe
 from nanochat_jax.data.shards import list_shards, open_shard, read_manifest, text_size
+from nanochat_jax.metrics import format_count
 
 CHARS_PER_SHARD = 250_000_000  # of FineWeb-Edu and ClimbMix as upstream shuffled them
 CHARS_PER_TOKEN = 4.8  # of English web text in a vocabulary of 32,768 to 65,536
@@ -55,7 +56,7 @@ def summary(name: str, directory: Path) -> str:
               for entry in read_manifest(directory).get("sources", ())]
     train, val = measure(shards[:-1]), measure(shards[-1:])
     lines += [f"  {split:5} {count:6,} shards {size.documents:14,} documents {size.text_bytes / 1e6:12,.1f} MB "
-              f"{size.text_bytes / CHARS_PER_TOKEN / 1e6:10,.1f}M tokens, about"
+              f"{format_count(size.text_bytes / CHARS_PER_TOKEN):>10} tokens, about"
               for split, count, size in (("train", len(shards) - 1, train), ("val", 1, val))]
     return "\n".join([*lines, *(f"  {line}" for line in enough_for(name, train))])
 
