@@ -189,15 +189,15 @@ def accelerator_memory() -> int | None:
 def estimate_memory(config: GPTConfig, rows: int, *, data: int, model: int = 1, remat: str, fsdp: bool, gpu: bool = False
                     ) -> float:
     """Bytes that a bfloat16 step of `rows` rows per device needs on each of `data` x `model`, about: plans (tpu/plans) need
-    up to this. `gpu`: without a loop over layers and its copies of what is kept, 0.56 to 0.6 of it in plans; and the workspace
-    of cuDNN."""
+    up to this. `gpu`: without a loop over layers and its copies of what is kept, 0.37 to 0.45 of it in plans; and the
+    workspace of cuDNN."""
     matrices = config.num_block_params
     tables = config.num_params - matrices
     ways = model * (data if fsdp else 1)
     weights = 8 * (matrices + tables) + 4 * matrices + 4 * tables  # and their sums of gradients, copies, new gradients
     optimizer = (4 * matrices + 8 * tables + 24 * matrices) / (data * model)  # and what Muon works on
     whole = 2 * 4 * config.padded_vocab_size * config.n_embd if fsdp else 0  # tables that were gathered to be used
-    hidden = 2 * rows * config.sequence_len * config.n_embd * (0.62 if gpu else 1.0)
+    hidden = 2 * rows * config.sequence_len * config.n_embd * (0.5 if gpu else 1.0)
     kept = {"none": 34 * config.n_layer, "elementwise": 14 * config.n_layer + 110, "block": config.n_layer + 110,
             "full": 3 * math.isqrt(config.n_layer) + 110}[remat]
     return weights / ways + optimizer + whole + hidden * kept + 3 * 4 * CHUNK_ELEMENTS
@@ -207,21 +207,22 @@ def choose_memory(config: GPTConfig, mesh: Mesh, *, rows: int | str | None, rema
                   step_rows: int = 2**30) -> tuple[int | str, str, bool]:
     """(rows per device, remat, fsdp): where one is not given ("auto", None), the fastest choice that `limit` bytes should hold.
 
-    Nothing is recomputed if 32 rows then fit. Else "elementwise", a tenth more products, with 32, 16 or 8 rows; sharded, as
-    adding up whole gradients for each such batch costs more traffic than gathering. Then "block", a third more products,
-    sharded rather than with fewer rows, and "full", which recomputes twice. Without a limit: 32 rows, nothing recomputed
-    or sharded.
+    Nothing is recomputed if 32 rows then fit, on GPUs also 16. Else "elementwise", a tenth more products, with 32, 16 or 8
+    rows; sharded, as adding up whole gradients for each such batch costs more traffic than gathering. Then "block", a third
+    more products, sharded rather than with fewer rows, and "full", which recomputes twice. Without a limit: 32 rows, nothing
+    recomputed or sharded.
     `step_rows` is how many rows of a step a device gets in all.
     """
     sizes = [rows if isinstance(rows, int) else 8] if rows else [32, 16, 8]
-    choices = [("none", False, sizes[0])]
+    gpu = mesh.devices.flat[0].platform == "gpu"
+    choices = [("none", False, size) for size in sizes[: 2 if gpu else 1]]
     choices += [("elementwise", True, size) for size in sizes]
     choices += [(saving, spread, size) for size in sizes for saving, spread in (("block", False), ("block", True))]
     choices += [("full", True, sizes[-1])]
     for saving, spread, size in choices:
         chosen = (saving if remat == "auto" else remat, (spread if fsdp is None else fsdp) and data_size(mesh) > 1)
         needed = estimate_memory(config, max(1, min(size, step_rows)), data=data_size(mesh), model=mesh.shape["model"],
-                                 remat=chosen[0], fsdp=chosen[1], gpu=mesh.devices.flat[0].platform == "gpu")
+                                 remat=chosen[0], fsdp=chosen[1], gpu=gpu)
         if limit is None or needed <= limit:
             break
     if limit is not None:

@@ -9,6 +9,7 @@ import subprocess
 import sys
 from collections import Counter, defaultdict
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -225,6 +226,10 @@ def test_what_memory_asks_for_is_chosen_and_what_is_given_is_kept():
     assert chosen(rows=None, fsdp=None, limit=40 * 2**30) == (16, "elementwise", True)
     rows, remat, fsdp = chosen(rows=None, fsdp=None, limit=12 * 2**30)
     assert fsdp and remat == "block" and rows >= 8
+    gpus = SimpleNamespace(devices=np.array([SimpleNamespace(platform="gpu")] * 8), shape={"data": 8, "model": 1})
+    on_gpus = functools.partial(choose_memory, config, gpus, remat="auto", rows=None, fsdp=None)
+    assert [on_gpus(limit=limit * 2**30) for limit in (72, 60, 30)] == [
+        (32, "none", False), (16, "none", False), (16, "elementwise", True)]
     assert choose_memory(config, mesh, rows=4, remat="none", fsdp=False, limit=2**30) == (4, "none", False)
     assert choose_memory(config, make_mesh("1x1"), rows="auto", remat="auto", fsdp=True, limit=2**40) == ("auto", "none", False)
 
