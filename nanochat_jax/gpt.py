@@ -133,7 +133,8 @@ class GPT(nnx.Module):
             """The layers from `first` on, which is traced inside of a scan."""
             written = []
             # Loops keep XLA from merging a block's two passes; the barriers that else do keep it from fusing what it reads.
-            apart = remat == "full" or not isinstance(first, Array)
+            # Where all of a block is computed again, they save memory.
+            apart = remat != "elementwise" or not isinstance(first, Array)
             one = block if remat == "none" else jax.checkpoint(block, static_argnums=3, policy=kept, prevent_cse=apart)
             for i, (layer, window) in enumerate(zip(layers, windows, strict=True)):
                 x, kv = one(x, layer, None if cache is None else (cache.k[first + i], cache.v[first + i]), window)
