@@ -1,4 +1,4 @@
-"""What stands before every handler: who may call, from which pages, how large a body may be, and how errors look."""
+"""Checks before every handler: who may call, from which pages, how large a body may be, and the form of errors."""
 
 import asyncio
 import hashlib
@@ -10,7 +10,7 @@ import secrets
 from collections.abc import Callable
 from typing import Any
 
-from aiohttp import hdrs, web
+from aiohttp import hdrs, http_exceptions, web
 
 from nanochat_jax.serve.chat_request import BadRequest
 from nanochat_jax.serve.metrics import Metrics
@@ -26,17 +26,26 @@ HEADERS = {
 }
 MAX_BODY_BYTES = 2**20
 BODY_SECONDS = 15.0  # for a body to arrive
-GUARDED = ("/chat/completions", "/v1/", "/metrics", "/stats")  # by the key, if there is one
+CONTENT_ENCODINGS = {"", "identity", "gzip", "deflate", "br", "zstd"}  # those that aiohttp decodes
+GUARDED = ("/chat/completions", "/models", "/v1/", "/metrics", "/stats")  # by the key, if there is one
+OPENAI_ENDPOINTS = "POST /v1/chat/completions and GET /v1/models"
 CLIENT_LEFT = 499  # nginx's number for a client that did not wait
 RETRY_AFTER = "2"  # seconds, for a client told 503
+
+OPENAI = web.RequestKey("openai", bool)  # set where a body shows that it is for OpenAI's API
 
 Handler = Callable[[web.Request], Any]
 
 
 async def read_json(request: web.Request) -> Any:
-    """The body, which must say that it is JSON: a form of another site's page cannot."""
+    """The decoded body. It must be JSON in UTF-8, with the matching Content-Type: another site's form cannot send that.
+
+    Raises `BadRequest`: 422 for what is not JSON, 400 for a wrong encoding or a NaN, 408 for a body that is late.
+    """
     if request.content_type != "application/json":
         raise BadRequest(422, f"the Content-Type must be application/json, not {request.content_type[:50]}")
+    if (encoding := request.headers.get(hdrs.CONTENT_ENCODING, "")).lower() not in CONTENT_ENCODINGS:
+        raise BadRequest(400, f"the Content-Encoding {encoding[:50]!r} is not supported; use gzip, or none")
     if (size := request.content_length or 0) > MAX_BODY_BYTES:  # before a byte of it is read
         raise web.HTTPRequestEntityTooLarge(max_size=MAX_BODY_BYTES, actual_size=size)
     try:
@@ -44,10 +53,33 @@ async def read_json(request: web.Request) -> Any:
             data = await request.read()
     except TimeoutError as error:
         raise BadRequest(408, f"the body did not arrive within {BODY_SECONDS:g} seconds") from error
+    except web.RequestPayloadError as error:
+        raise BadRequest(400, f"the body cannot be decoded: {_one_line(error)}") from error
     try:
-        return json.loads(data)
+        return json.loads(data.decode("utf-8-sig"), parse_constant=_refuse_constant)
     except (ValueError, RecursionError) as error:
-        raise BadRequest(422, f"the body is not JSON: {error}") from error
+        raise BadRequest(422, f"the body is not JSON in UTF-8: {error}") from error
+
+
+def _refuse_constant(name: str) -> None:
+    raise BadRequest(400, f"the body is not JSON: JSON has no {name}")
+
+
+def malformed_on_one_line(record: logging.LogRecord) -> bool:
+    """A filter of aiohttp's log: bytes that are not HTTP are one line in it, without the parser's traceback."""
+    error = record.exc_info[1] if record.exc_info else None
+    if not isinstance(error, http_exceptions.HttpProcessingError | web.RequestPayloadError):
+        return record.levelno > logging.DEBUG
+    sender = record.args[0] if isinstance(record.args, tuple) and record.args else "a client"
+    record.msg, record.args = "%s sent a malformed request: %s", (sender, _one_line(error))
+    record.levelno, record.levelname, record.exc_info = logging.INFO, "INFO", None
+    return True
+
+
+def _one_line(error: Exception) -> str:
+    """The parser's message, which quotes the client's bytes over several lines."""
+    message = getattr(error, "message", "") or getattr(error.__cause__, "message", "") or str(error)
+    return "".join(char if char.isprintable() else "?" for char in " ".join(str(message).split())[:200])
 
 
 def middlewares(metrics: Metrics, *, hosts: tuple[str, ...], api_key: str | None, cors: bool) -> list[Any]:
@@ -99,11 +131,18 @@ async def _errors(request: web.Request, handler: Handler) -> web.StreamResponse:
         return await handler(request)
     except BadRequest as error:
         return _error(request, error.status, error.detail, error.param, error.code)
-    except web.HTTPException as error:  # no such path or method, or a body over the limit
-        response = _error(request, error.status, error.reason)
-        if "Allow" in error.headers:
-            response.headers["Allow"] = error.headers["Allow"]
+    except web.HTTPMethodNotAllowed as error:
+        allowed = ", ".join(sorted(error.allowed_methods))
+        response = web.Response(status=204)
+        if request.method != hdrs.METH_OPTIONS:
+            response = _error(request, error.status, f"{request.path[:80]} takes {allowed}, not {request.method[:20]}")
+        response.headers["Allow"] = allowed
         return response
+    except web.HTTPNotFound as error:
+        return _error(request, error.status, f"{request.method[:20]} {request.path[:80]} does not exist on this server; its "
+                      f"OpenAI API is {OPENAI_ENDPOINTS}", code="unknown_endpoint")
+    except web.HTTPException as error:  # a body over the limit
+        return _error(request, error.status, error.reason)
     except ConnectionError as error:
         log.info("a client left: %s", error)
         return web.Response(status=CLIENT_LEFT)  # for the count alone: nobody is there to read it
@@ -114,14 +153,19 @@ async def _errors(request: web.Request, handler: Handler) -> web.StreamResponse:
 
 def _error(request: web.Request, status: int, detail: str, param: str | None = None,
            code: str | None = None) -> web.Response:
-    """{"detail": text}, or what OpenAI's clients expect, whose wrong types are 400 as well."""
+    """{"detail": text}, or for OpenAI's clients their own form, in which wrong types are 400 as well."""
     log.info("%s %r: %d, %r", request.method, request.raw_path[:200], status, detail[:200])  # quoted: clients wrote them
     body: dict[str, Any] = {"detail": detail}
-    if request.path.startswith("/v1/"):
+    if for_openai(request):
         status = 400 if status == 422 else status
         body = error_body(status, detail, param, code)
     headers = {503: {"Retry-After": RETRY_AFTER}, 401: {"WWW-Authenticate": "Bearer"}}.get(status, {})
     return web.json_response(body, status=status, headers=headers)
+
+
+def for_openai(request: web.Request) -> bool:
+    """Whether a request is for OpenAI's API: by its path, by a handler, or by a header that all of OpenAI's clients send."""
+    return request.path.startswith("/v1/") or OPENAI in request or "X-Stainless-Lang" in request.headers
 
 
 def error_body(status: int, detail: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:

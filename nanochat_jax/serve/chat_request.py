@@ -6,7 +6,8 @@ The assistant's content may also be a list of parts, as in `nanochat_jax.chat`, 
 tokens: `[{"type": "python", "text": "2+2"}, {"type": "python_output", "text": "4"}, {"type": "text", "text": "4."}]`.
 Whatever is in a text is ordinary text: control tokens come from the structure alone, never from what a client wrote.
 
-The models below check what comes in, and openapi.py describes them; fields that they do not have are ignored.
+The models below check what comes in, and openapi.py describes them. A body with other fields, unless they are null, is
+for OpenAI's API: see `for_page`.
 """
 
 from collections.abc import Sequence
@@ -21,11 +22,12 @@ MAX_MESSAGES = 500
 MAX_PARTS = 1000  # of a message
 MAX_MESSAGE_CHARS = 8000  # of what a user wrote; a reply is limited by the total alone, or it could not be sent back
 MAX_TOTAL_CHARS = 32000
+MAX_TOKENS = 4096  # of a reply
 MAX_DETAIL_CHARS = 300
 # Mistakes of a value, by pydantic's names; all others are of a type.
 LIMITS = {"greater_than", "greater_than_equal", "less_than_equal", "finite_number", "too_short", "too_long",
           "string_too_short", "string_too_long", "value_error"}
-TAGS = {"user", "assistant", "str", "list"}  # of unions: no names of fields
+TAGS = {"user", "assistant", "system", "developer", "tool", "str", "list"}  # of unions: no names of fields
 
 
 class BadRequest(Exception):
@@ -51,10 +53,12 @@ class Strict(BaseModel):
 Whole = BeforeValidator(lambda value: int(value) if isinstance(value, float) and value.is_integer() else value)
 Temperature = Annotated[float, Field(ge=0, le=2)]
 TopK = Annotated[int, Field(ge=0, le=200), Whole]
-MaxTokens = Annotated[int, Field(ge=1, le=4096), Whole]
+MaxTokens = Annotated[int, Field(ge=1, le=MAX_TOKENS), Whole]
 Unicode = BeforeValidator(lambda text: without_surrogates(text) if isinstance(text, str) else text)
 Text = Annotated[str, Field(min_length=1, max_length=MAX_MESSAGE_CHARS), Unicode]
 ReplyText = Annotated[str, Field(min_length=1, max_length=MAX_TOTAL_CHARS), Unicode]
+# What follows the messages in a prompt: the start of a reply, the rest of the last message, or whatever the model says.
+Ending = Literal["reply", "continue", "none"]
 text_or_parts = Discriminator(lambda content: "list" if isinstance(content, list) else "str")
 
 
@@ -96,6 +100,8 @@ class AssistantMessage(Strict):
 
 
 class ChatRequest(Asked):
+    model_config = ConfigDict(json_schema_extra={"additionalProperties": {"type": "null"}})
+
     messages: Annotated[list[Annotated[UserMessage | AssistantMessage, Field(discriminator="role")]],
                         Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]  # or a body could hold many errors
 
@@ -108,6 +114,14 @@ class ChatRequest(Asked):
         return self
 
 
+def for_page(body: Any) -> bool:
+    """Whether a body is in the page's protocol, which is upstream's: it has no field but those of `ChatRequest`.
+
+    OpenAI's clients post to the same path if their base URL lacks /v1. They always send `model`.
+    """
+    return not isinstance(body, dict) or all(value is None or name in ChatRequest.model_fields for name, value in body.items())
+
+
 M = TypeVar("M", bound=BaseModel)
 
 
@@ -117,18 +131,21 @@ def check(model: type[M], body: Any) -> M:
         return model.model_validate(body)
     except ValidationError as error:
         found = error.errors(include_url=False)[0]
-    value, where = found["input"], ".".join(str(step) for step in found["loc"] if step not in TAGS)
+    steps = [str(step) for index, step in enumerate(found["loc"]) if index == 0 or step not in TAGS]
+    value, where = found["input"], ".".join(steps)
+    if found["type"] == "extra_forbidden":
+        raise BadRequest(400, f"{where[:80]} is not supported by this server; leave it out", param=where[:80],
+                         code="unsupported_parameter")
     chosen = value.get("role") if found["type"] == "union_tag_invalid" else value
     known = isinstance(chosen, str) if found["type"] in ("literal_error", "union_tag_invalid") else found["type"] in LIMITS
-    said = "Input should be an object" if found["type"] == "model_type" else found["msg"]
+    said = "Input should be an object" if found["type"] in ("model_type", "model_attributes_type") else found["msg"]
     text = str(found["ctx"]["error"]) if found["type"] == "value_error" else f"{where or 'the body'}: {said}"
     shown = f", got {value!r}" if isinstance(value, int | float) or isinstance(value, str) and len(value) < 50 else ""
     raise BadRequest(400 if known else 422, text + shown, param=where or None)
 
 
-def make_prompt(
-    tokenizer: Tokenizer, messages: Sequence[dict[str, Any]], *, max_len: int, max_tokens: int, drop: bool = True
-) -> tuple[tuple[int, ...], int]:
+def make_prompt(tokenizer: Tokenizer, messages: Sequence[dict[str, Any]], *, max_len: int, max_tokens: int,
+                drop: bool = True, ending: Ending = "reply") -> tuple[tuple[int, ...], int]:
     """Prompt of a conversation, and how many of its first messages were left out to make it fit in `max_len` tokens.
 
     Messages are dropped from the start, up to one of the user's, until the prompt leaves room for `max_tokens` or, if
@@ -136,8 +153,11 @@ def make_prompt(
     `BadRequest` (400) is raised; and without `drop`, if all of them do.
     """
     encoded = [render_message(tokenizer, message["role"], message["content"])[0] for message in messages]
+    tail = (tokenizer.encode_special("<|assistant_start|>"),) if ending == "reply" else ()
+    if ending == "continue":
+        encoded[-1].pop()  # the token that ends the message
     first, last = 0, len(messages) - 1
-    length = 2 + sum(map(len, encoded))  # bos and assistant_start
+    length = 1 + len(tail) + sum(map(len, encoded))  # 1 is bos
     room = min(max_tokens, max_len // 4)
     while drop and length + room > max_len and first < last:
         length -= len(encoded[first])
@@ -149,5 +169,4 @@ def make_prompt(
         what = "last message makes" if drop else "messages make"
         raise BadRequest(400, f"the {what} a prompt of {length} tokens; the model's context is {max_len}, its reply "
                               "included: send less", param="messages", code="context_length_exceeded")
-    ids = [token for message in encoded[first:] for token in message]
-    return (tokenizer.bos_id, *ids, tokenizer.encode_special("<|assistant_start|>")), first
+    return (tokenizer.bos_id, *(token for message in encoded[first:] for token in message), *tail), first

@@ -1,34 +1,42 @@
-"""OpenAI's chat API over the same scheduler: POST /v1/chat/completions and GET /v1/models.
+"""OpenAI's chat API over the same scheduler: POST /v1/chat/completions and GET /v1/models, also without /v1.
 
-What would change the reply and is not built in (tools, penalties, response formats, ...) is refused, never ignored;
-other unknown fields are ignored. Defaults are the server's own, top-k included, which a request may set as `top_k`.
-A conversation that does not fit the context is refused: an API does not drop what it was given. The reply's text is
-what the model said; its calculations are part of the usage alone.
+A field that is not supported is refused, never ignored, unless its value cannot change the reply: null, a default
+such as `presence_penalty: 0`, or a field such as `user`. Defaults are the server's own, top-k included, which a
+request may set as `top_k`. A conversation that does not fit the context is refused: an API does not drop what it was
+given. The reply's text is what the model said; its calculations count in the usage alone.
+
+If the last message is the assistant's, the reply continues it. `add_generation_prompt: true` or
+`continue_final_message: false` starts another message instead. Earlier calls of tools and their results are rendered
+as the model's own calculations.
 
 Reference: https://platform.openai.com/docs/api-reference/chat
 """
 
 import secrets
 import time
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
 from aiohttp import web
-from pydantic import BeforeValidator, Field, Tag
+from pydantic import BeforeValidator, ConfigDict, Field, Tag, model_validator
+from pydantic_core import PydanticCustomError
 
 from nanochat_jax.infer.request import Request, Result
-from nanochat_jax.serve.access import error_body, read_json
+from nanochat_jax.serve.access import OPENAI, error_body, read_json
 from nanochat_jax.serve.chat_request import (
+    MAX_MESSAGE_CHARS,
     MAX_MESSAGES,
     MAX_PARTS,
+    MAX_TOKENS,
     MAX_TOTAL_CHARS,
     Asked,
     BadRequest,
+    Ending,
     MaxTokens,
     Sampling,
     Strict,
-    Unicode,
+    TopK,
     Whole,
     check,
     make_prompt,
@@ -38,45 +46,143 @@ from nanochat_jax.serve.replies import Event, EventStream, Replies, ReplyError, 
 from nanochat_jax.tokenizer import Tokenizer
 
 MAX_CHOICES = 8  # replies to one request
-# Fields that would change the reply, and the values that leave it as it is.
-UNSUPPORTED: dict[str, tuple[Any, ...]] = {
-    "audio": (), "frequency_penalty": (0,), "function_call": ("none", "auto"), "functions": ([],), "logit_bias": ({},),
-    "logprobs": (False,), "modalities": (["text"],), "presence_penalty": (0,), "response_format": ({"type": "text"},),
-    "tool_choice": ("none", "auto"), "tools": ([],), "top_logprobs": (0,), "web_search_options": (),
-}  # fmt: skip
 REPLY_ERROR_STATUS = {"timeout": 504, "shutdown": 503, "failed": 500}
 
 
+def _unicode(value: Any) -> Any:
+    try:
+        if isinstance(value, str):
+            value.encode()
+    except UnicodeEncodeError as error:
+        raise PydanticCustomError("surrogate", "Input should not hold half of a surrogate pair") from error
+    return value
+
+
+Unicode = BeforeValidator(_unicode)
 Text = Annotated[str, Field(max_length=MAX_TOTAL_CHARS), Unicode]
 Stop = Annotated[str, Field(min_length=1, max_length=200), Unicode]
 Stops = Annotated[list[Stop], Field(max_length=4)]
+# -1 is what other servers take for "no limit": here the most that is allowed, or all of the tokens.
+AsMany = Annotated[MaxTokens, BeforeValidator(lambda value: MAX_TOKENS if value == -1 else value,
+                                              json_schema_input_type=Literal[-1] | MaxTokens)]
+AnyTopK = Annotated[TopK, BeforeValidator(lambda value: 0 if value == -1 else value,
+                                          json_schema_input_type=Literal[-1] | TopK)]
 
 
-class TextPart(Strict):
+class Known(Strict):
+    """An object in which null means absent. Fields of `NEUTRAL` are accepted with these values, or with any if there is
+    None; others that the model does not have are refused."""
+
+    NEUTRAL: ClassVar[Mapping[str, tuple[Any, ...] | None]] = {}
+    model_config = ConfigDict(extra="forbid", json_schema_extra=lambda schema, model: _describe_neutral(schema, model))
+
+    @model_validator(mode="before")
+    @classmethod
+    def _without_neutral(cls, data: Any) -> Any:
+        if not isinstance(data, dict):
+            return data
+        known: dict[str, Any] = {}
+        for name, value in data.items():
+            if value is None or _is_neutral(value, cls.NEUTRAL.get(name, ())):
+                continue
+            known[name] = value
+            if name not in cls.model_fields:
+                break  # refused: one error is enough, however many fields a body has
+        return known
+
+
+def _is_neutral(value: Any, values: tuple[Any, ...] | None) -> bool:
+    return values is None or any(value == each and isinstance(value, bool) == isinstance(each, bool) for each in values)
+
+
+def _describe_neutral(schema: dict[str, Any], model: Any) -> None:
+    neutral = {name: {} if values is None else {"enum": [None, *values]} for name, values in model.NEUTRAL.items()}
+    schema["properties"] = {**schema["properties"], **neutral}
+    schema["additionalProperties"] = {"type": "null"}
+
+
+class TextPart(Known):
+    NEUTRAL = {"annotations": None, "cache_control": None}
+
     type: Literal["text"]
     text: Text
 
 
-class Message(Strict):
-    role: Literal["system", "developer", "user", "assistant"]
-    content: Annotated[Annotated[Text, Tag("str")]
-                       | Annotated[list[TextPart], Field(min_length=1, max_length=MAX_PARTS, fail_fast=True), Tag("list")],
-                       text_or_parts]
-    tool_calls: Annotated[list[Any], Field(max_length=0)] | None = None
-
-    @property
-    def text(self) -> str:
-        return self.content if isinstance(self.content, str) else "".join(part.text for part in self.content)
+Content = Annotated[Annotated[Text, Tag("str")]
+                    | Annotated[list[TextPart], Field(min_length=1, max_length=MAX_PARTS, fail_fast=True), Tag("list")],
+                    text_or_parts]  # fmt: skip
 
 
-class StreamOptions(Strict):
+class Function(Known):
+    name: Annotated[Text, Field(min_length=1, max_length=200)]
+    arguments: Annotated[Text, Field(max_length=MAX_MESSAGE_CHARS)]
+
+
+class Call(Known):
+    NEUTRAL = {"id": None, "index": None}
+
+    type: Literal["function"]
+    function: Function
+
+
+class Message(Known):
+    NEUTRAL = {"name": None, "tool_call_id": None}
+
+    role: Literal["system", "developer", "user", "tool"]
+    content: Content
+
+    def parts(self) -> list[dict[str, str]]:
+        """The message as chat.py's parts; the result of a tool is what the calculator's would be."""
+        return [{"type": "python_output" if self.role == "tool" else "text", "text": _text(self.content)}]
+
+
+class AssistantMessage(Known):
+    NEUTRAL = {"name": None, "annotations": None, "reasoning": None, "reasoning_content": None}
+
+    role: Literal["assistant"]
+    content: Content | None = None
+    tool_calls: Annotated[list[Call], Field(max_length=MAX_PARTS, fail_fast=True)] | None = None
+
+    def parts(self) -> list[dict[str, str]]:
+        """The message as chat.py's parts; a call of a tool is what one of the calculator would be."""
+        text = _text(self.content or "")
+        calls = [f"{call.function.name}({call.function.arguments})" for call in self.tool_calls or ()]
+        return [{"type": "text", "text": text}] * bool(text) + [{"type": "python", "text": call} for call in calls]
+
+
+def _ends_with_result(turn: Mapping[str, Any]) -> bool:
+    return any(part["type"] == "python_output" for part in turn["content"][-1:])
+
+
+def _text(content: str | Sequence[TextPart]) -> str:
+    return content if isinstance(content, str) else "".join(part.text for part in content)
+
+
+class StreamOptions(Known):
+    NEUTRAL = {"include_obfuscation": None, "continuous_usage_stats": (False,)}
+
     include_usage: bool | None = None
 
 
-class CompletionRequest(Asked):
+class CompletionRequest(Asked, Known):
+    NEUTRAL = {
+        **dict.fromkeys(("cache_prompt", "metadata", "parallel_tool_calls", "prediction", "priority", "prompt_cache_key",
+                         "prompt_cache_retention", "request_id", "safety_identifier", "service_tier", "store", "user")),
+        "bad_words": ([],), "best_of": (1,), "chat_template_kwargs": ({},), "echo": (False,), "frequency_penalty": (0,),
+        "function_call": ("none", "auto"), "functions": ([],), "ignore_eos": (False,),
+        "include_stop_str_in_output": (False,), "length_penalty": (1,), "logit_bias": ({},), "logprobs": (False,),
+        "min_p": (0,), "min_tokens": (0,), "modalities": (["text"],), "presence_penalty": (0,),
+        "reasoning_effort": ("none",), "repetition_penalty": (1,), "response_format": ({"type": "text"},),
+        "skip_special_tokens": (True,), "stop_token_ids": ([],), "tool_choice": ("none", "auto"), "tools": ([],),
+        "top_logprobs": (0,), "typical_p": (1,), "use_beam_search": (False,), "verbosity": ("medium",),
+    }  # fmt: skip
+
     model: str | None = None
-    messages: Annotated[list[Message], Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
-    max_completion_tokens: MaxTokens | None = None  # the newer name of max_tokens
+    messages: Annotated[list[Annotated[Message | AssistantMessage, Field(discriminator="role")]],
+                        Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
+    max_tokens: AsMany | None = None
+    max_completion_tokens: AsMany | None = None  # the newer name of max_tokens
+    top_k: AnyTopK | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES), Whole] | None = None
     seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1), Whole] | None = None
@@ -84,22 +190,39 @@ class CompletionRequest(Asked):
                                            json_schema_input_type=Stop | Stops)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    add_generation_prompt: bool | None = None
+    continue_final_message: bool | None = None
 
     def conversation(self) -> list[dict[str, Any]]:
-        """What was said, a system message merged into what the user says next, as the model was trained."""
-        if sum(len(message.text) for message in self.messages) > MAX_TOTAL_CHARS:
-            raise BadRequest(400, f"the conversation has more than {MAX_TOTAL_CHARS} characters", param="messages",
-                             code="context_length_exceeded")
-        turns, system = [], []
-        for message in self.messages:
-            if message.role in ("system", "developer"):
-                system.append(message.text)
-            elif message.role == "user":
-                turns.append({"role": "user", "content": "\n\n".join([*system, message.text])})
+        """What was said, a system message merged into what the user says next, as the model was trained.
+
+        What the assistant says after a tool's result belongs to the turn in which it called the tool.
+        """
+        said = [(message.role, message.parts()) for message in self.messages]
+        length = sum(len(part["text"]) for _, parts in said for part in parts)
+        if length > MAX_TOTAL_CHARS:
+            raise BadRequest(400, f"the conversation has {length} characters; at most {MAX_TOTAL_CHARS} are allowed",
+                             param="messages", code="context_length_exceeded")
+        turns: list[dict[str, Any]] = []
+        system: list[str] = []
+        for role, parts in said:
+            if role in ("system", "developer"):
+                system.append(parts[0]["text"])
+            elif role == "user":
+                turns.append({"role": "user", "content": "\n\n".join([*system, parts[0]["text"]])})
                 system = []
+            elif turns and turns[-1]["role"] == "assistant" and (role == "tool" or _ends_with_result(turns[-1])):
+                turns[-1]["content"] += parts
             else:
-                turns.append({"role": "assistant", "content": message.text})
+                turns.append({"role": "assistant", "content": parts})
         return [*turns, {"role": "user", "content": "\n\n".join(system)}] if system else turns
+
+    def ending(self, last_role: str) -> Ending:
+        """What follows the conversation in the prompt. By default the assistant's last message is continued."""
+        if self.continue_final_message or (last_role == "assistant" and self.continue_final_message is None
+                                           and not self.add_generation_prompt):
+            return "continue"
+        return "none" if self.add_generation_prompt is False else "reply"
 
     def requests(self, prompt: tuple[int, ...], sampling: Sampling) -> list[Request]:
         seed = secrets.randbelow(2**31) if self.seed is None else self.seed
@@ -109,13 +232,10 @@ class CompletionRequest(Asked):
 
 def parse(body: Any, model: str) -> CompletionRequest:
     """Check a decoded JSON body. Raises `BadRequest`: 404 for another model, 400 or 422 for what is wrong."""
-    for name, harmless in UNSUPPORTED.items() if isinstance(body, dict) else ():
-        if body.get(name) is not None and body[name] not in harmless:
-            raise BadRequest(400, f"{name} is not supported by this server", param=name, code="unsupported_parameter")
-    messages = body.get("messages") if isinstance(body, dict) else None
-    if any(isinstance(each, dict) and each.get("tool_calls") for each in (messages if isinstance(messages, list) else ())):
-        raise BadRequest(400, "tool_calls are not supported by this server", param="messages", code="unsupported_parameter")
     asked = check(CompletionRequest, body)
+    if asked.add_generation_prompt and asked.continue_final_message:
+        raise BadRequest(400, "continue_final_message and add_generation_prompt cannot both be true",
+                         param="continue_final_message")
     _check_model(model if asked.model is None else asked.model, model)
     return asked
 
@@ -139,16 +259,23 @@ class OpenAIServer:
         return web.json_response({"object": "list", "data": [self._card()]})
 
     async def show_model(self, request: web.Request) -> web.Response:
+        request[OPENAI] = True
         _check_model(request.match_info["model"], self.model)
         return web.json_response(self._card())
 
     async def chat_completions(self, request: web.Request) -> web.StreamResponse:
-        asked = parse(await read_json(request), self.model)
+        return await self.reply(request, await read_json(request))
+
+    async def reply(self, request: web.Request, body: Any) -> web.StreamResponse:
+        """Answer a request for chat completions whose body has been decoded."""
+        request[OPENAI] = True
+        asked = parse(body, self.model)
         sampling = asked.sampling(self.defaults)
         if asked.max_completion_tokens is not None:
             sampling = sampling.model_copy(update={"max_tokens": asked.max_completion_tokens})
-        prompt, _ = make_prompt(self.tokenizer, asked.conversation(), max_len=self.max_len, drop=False,
-                                max_tokens=sampling.max_tokens)
+        turns = asked.conversation()
+        prompt, _ = make_prompt(self.tokenizer, turns, max_len=self.max_len, drop=False,
+                                max_tokens=sampling.max_tokens, ending=asked.ending(turns[-1]["role"]))
         head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": self.model}
         requests = asked.requests(prompt, sampling)
         async with self.replies.open(requests) as events:

@@ -10,7 +10,7 @@ from nanochat_jax.serve.openai_api import CompletionRequest
 Schema = dict[str, Any]
 
 ERRORS = {
-    "400": "over a limit, or not supported", "401": "the key is wrong", "403": "the server has another name: --allowed-hosts",
+    "400": "over a limit, not supported, or not decodable", "401": "the key is wrong", "403": "the server has another name: --allowed-hosts",
     "404": "there is no such model", "408": "the body did not arrive in time", "413": "the body is too large",
     "422": "a wrong type", "500": "the server failed", "503": "the queue is full: see Retry-After",
     "504": "the reply took too long",
@@ -53,7 +53,8 @@ def describe(model: str, *, keyed: bool) -> Schema:
         "info": {"title": "nanochat_jax", "version": "1", "description": "A small ChatGPT, served."},
         "paths": {
             "/chat/completions": {"post": operation(
-                "chat", "A reply as server-sent events", {"content": events}, *reading, "422", requestBody=body(ChatRequest))},
+                "chat", "A reply as server-sent events; a body with other fields is for OpenAI's chat completions",
+                {"content": events}, *reading, "422", schema={"anyOf": [detail, error]}, requestBody=body(ChatRequest))},
             "/v1/chat/completions": {"post": operation(
                 "openai_chat", "OpenAI's chat completions: a completion, or its chunks as events",
                 {"content": {**events, **_json(completion)["content"]}}, *reading, "404", "504", schema=error,

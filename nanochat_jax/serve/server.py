@@ -2,9 +2,11 @@
 
     GET  /                          the page, and the files of web/ that it loads
     POST /chat/completions          a reply as server-sent events; chat_request.py says what may be asked
-    POST /v1/chat/completions       OpenAI's API: openai_api.py; GET /v1/models
+    POST /v1/chat/completions       OpenAI's API: openai_api.py; GET /v1/models; both also without /v1
     GET  /health, /stats, /metrics  whether it is up, how many of its slots are busy, Prometheus' numbers
     GET  /openapi.json              a description of all this
+
+A body of /chat/completions is upstream's unless it has other fields, such as `model`: then it is OpenAI's.
 
 A reply of /chat/completions is a stream of `data: <json>` events: {"token": text, "gpu": 0} for text, {"tool":
 {"expression": text, "output": text or null}, "gpu": 0} for a calculation, at last {"done": true}; or {"error": text}
@@ -31,7 +33,7 @@ from nanochat_jax.infer.request import Request, Result, ToolCall
 from nanochat_jax.infer.scheduler import Scheduler
 from nanochat_jax.serve import access, metrics
 from nanochat_jax.serve.access import read_json
-from nanochat_jax.serve.chat_request import ChatRequest, Sampling, check, make_prompt
+from nanochat_jax.serve.chat_request import ChatRequest, Sampling, check, for_page, make_prompt
 from nanochat_jax.serve.openai_api import OpenAIServer
 from nanochat_jax.serve.openapi import describe
 from nanochat_jax.serve.replies import EventStream, Replies, ReplyError
@@ -84,9 +86,9 @@ def create_app(
     counts = metrics.Metrics(scheduler, num_slots)
     replies = Replies(scheduler, counts, deadline=deadline)
     keyed = api_key is not None
-    server = _ChatServer(scheduler=scheduler, replies=replies, tokenizer=tokenizer, model_info=model_info, max_len=max_len,
-                         num_slots=num_slots, devices=devices, defaults=defaults, keyed=keyed)
     openai = OpenAIServer(replies=replies, tokenizer=tokenizer, model=model_id, max_len=max_len, defaults=defaults)
+    server = _ChatServer(scheduler=scheduler, replies=replies, tokenizer=tokenizer, model_info=model_info, max_len=max_len,
+                         num_slots=num_slots, devices=devices, defaults=defaults, keyed=keyed, openai=openai)
     description = describe(model_id, keyed=keyed)
 
     async def show_metrics(request: web.Request) -> web.Response:
@@ -101,15 +103,19 @@ def create_app(
         if path.suffix in CONTENT_TYPES:
             name = path.relative_to(WEB).as_posix()
             app.router.add_get("/" if name == "index.html" else f"/{name}", _page_file(path))
-    app.router.add_post("/chat/completions", server.chat_completions)
-    app.router.add_post("/v1/chat/completions", openai.chat_completions)
-    app.router.add_get("/v1/models", openai.list_models)
-    app.router.add_get("/v1/models/{model}", openai.show_model)
+    for prefix, chat in ("", server.chat_completions), ("/v1", openai.chat_completions):
+        for slash in "", "/":
+            app.router.add_post(f"{prefix}/chat/completions{slash}", chat)
+            app.router.add_get(f"{prefix}/models{slash}", openai.list_models)
+            app.router.add_get(f"{prefix}/models/{{model}}{slash}", openai.show_model)
     app.router.add_get("/health", server.health)
     app.router.add_get("/stats", server.stats)
     app.router.add_get("/metrics", show_metrics)
     app.router.add_get("/openapi.json", show_description)
     app.on_response_prepare.append(access.add_headers(cors_origins))
+    aiohttp_log = logging.getLogger("aiohttp.server")
+    aiohttp_log.setLevel(logging.DEBUG)  # at which aiohttp logs a malformed first line
+    aiohttp_log.addFilter(access.malformed_on_one_line)
 
     async def shut_down(app: web.Application) -> None:
         log.info("shutting down: replies in flight are finished first, unless the signal comes again")
@@ -171,9 +177,13 @@ class _ChatServer:
     devices: tuple[str, ...]
     defaults: Sampling
     keyed: bool
+    openai: OpenAIServer
 
     async def chat_completions(self, request: web.Request) -> web.StreamResponse:
-        chat = check(ChatRequest, await read_json(request))
+        body = await read_json(request)
+        if access.for_openai(request) or not for_page(body):
+            return await self.openai.reply(request, body)
+        chat = check(ChatRequest, body)
         sampling = chat.sampling(self.defaults)
         messages = chat.model_dump()["messages"]
         tokens, dropped = make_prompt(self.tokenizer, messages, max_len=self.max_len, max_tokens=sampling.max_tokens)
