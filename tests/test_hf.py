@@ -1,5 +1,6 @@
 """What we write, read by the real torch and transformers: the same tensors, logits, tokens and generated text."""
 
+import copy
 import dataclasses
 import json
 import random
@@ -19,6 +20,8 @@ from nanochat_jax.gpt import init_params  # noqa: E402
 from nanochat_jax.interop.hf import write_hf  # noqa: E402
 from nanochat_jax.interop.torch_checkpoint import read_checkpoint, write_checkpoint  # noqa: E402
 from nanochat_jax.interop.torch_file import read_pt, write_pt  # noqa: E402
+from nanochat_jax.serve import openai_api  # noqa: E402
+from nanochat_jax.serve.chat_request import make_prompt  # noqa: E402
 from nanochat_jax.tokenizer import Tokenizer  # noqa: E402
 
 TEXTS = ["the cat sat on the mat, and the other cat did not: 12345 times!", "naïve café ☕ 你好, мир; 👩‍👩‍👧 ende\u0301",
@@ -131,15 +134,34 @@ CHATS = [
     [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}, {"role": "user", "content": "3+4?"},
      {"role": "assistant", "content": [{"type": "text", "text": "It is "}, {"type": "python", "text": "3+4"},
                                        {"type": "python_output", "text": "7"}, {"type": "text", "text": "7."}]}],
+    [{"role": "system", "content": "☕"}, {"role": "user", "content": "👩‍👩‍👧"}, {"role": "assistant", "content": "你好 ☕"},
+     {"role": "user", "content": "мир"},
+     {"role": "assistant", "content": [{"type": "text", "text": "你 👩‍👩‍👧"}, {"type": "python_output", "text": "☕"},
+                                       {"type": "python", "text": "你"}, {"type": "text", "text": "мир ☕"}]}],
 ]
 
 
 @pytest.mark.parametrize("messages", CHATS)
-def test_the_chat_template_renders_our_conversations(messages, tokenizer, hf_tokenizer):
-    render = lambda *args, **options: hf_tokenizer.apply_chat_template(*args, return_dict=False, **options)  # noqa: E731
-    assert render(messages) == render_conversation(tokenizer, {"messages": messages})[0]
+def test_the_chat_template_gives_our_tokens_and_our_mask(messages, tokenizer, hf_tokenizer):
+    ids, mask = render_conversation(tokenizer, {"messages": messages})
+    found = hf_tokenizer.apply_chat_template(messages, return_dict=True, return_assistant_tokens_mask=True)
+    assert found["input_ids"] == ids and found["assistant_masks"] == mask
     prompt = render_for_completion(tokenizer, {"messages": messages})
-    assert render(messages[:-1], add_generation_prompt=True) == prompt
+    render = hf_tokenizer.apply_chat_template
+    assert render(messages[:-1], return_dict=False, add_generation_prompt=True) == prompt
+    assert render(copy.deepcopy(messages), return_dict=False, continue_final_message=True) == ids[:-1]
+
+
+def test_the_chat_template_keeps_a_system_message_that_stands_alone(tokenizer, hf_tokenizer):
+    """As the server renders it: what was said last is the user's."""
+    render = hf_tokenizer.apply_chat_template
+    alone = render([{"role": "system", "content": "Be brief."}], tokenize=False)
+    assert alone == "<|bos|><|user_start|>Be brief.<|user_end|>"
+    body = {"messages": [{"role": "system", "content": "Be brief."}]}
+    ours, _ = make_prompt(tokenizer, openai_api.parse(body, "m").conversation(), max_len=99, max_tokens=9)
+    assert tuple(render(body["messages"], return_dict=False, add_generation_prompt=True)) == ours
+    with pytest.raises(Exception, match="the user must follow"):
+        render([*body["messages"], {"role": "assistant", "content": "x"}])
 
 
 def test_the_chat_template_refuses_special_tokens_in_messages(tokenizer, hf_tokenizer):

@@ -64,8 +64,12 @@ def _parts(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
 
 def chat_template(special_tokens: list[str]) -> str:
     """A Jinja template that renders a conversation as chat.py does: roles in turn, a system message merged into the
-    user's first, an assistant's message as a text or as its parts."""
-    around = {kind: (start or "", end or "") for kind, (start, end, _) in PARTS.items()}
+    user's first, an assistant's message as a text or as its parts. A system message alone is rendered as the user's.
+
+    What chat.py's mask learns stands between `generation` tags, from which transformers makes the mask for trainers. They
+    hold whole runs of learned parts: transformers maps characters to tokens, and a character may have several.
+    """
+    around = {kind: (start or "", end or "", learned) for kind, (start, end, learned) in PARTS.items()}
     # `checked` holds the text since the last control token: names that two parts make together are found too.
     lines = [
         "{%- macro check(text) -%}",
@@ -75,33 +79,42 @@ def chat_template(special_tokens: list[str]) -> str:
         "{%- endfor -%}",
         "{%- endmacro -%}",
         "{{- '<|bos|>' -}}",
-        "{%- set system = messages[0].role == 'system' -%}",
-        "{%- for message in (messages[1:] if system else messages) -%}",
+        "{%- set turns = messages -%}",
+        "{%- if messages[0].role == 'system' -%}",
+        "{{- check(messages[0].content) -}}",
+        "{%- set first = {'role': 'user', 'content': messages[0].content} -%}",
+        "{%- if messages|length > 1 -%}",
+        "{%- if messages[1].role != 'user' -%}{{ raise_exception('the user must follow the system') }}{%- endif -%}",
+        "{{- check(messages[1].content) -}}",
+        "{%- set first = {'role': 'user', 'content': messages[0].content ~ '\n\n' ~ messages[1].content} -%}",
+        "{%- endif -%}",
+        "{%- set turns = [first] + messages[2:] -%}",
+        "{%- endif -%}",
+        "{%- for message in turns -%}",
         "{%- if message.role != ('user' if loop.index0 % 2 == 0 else 'assistant') -%}",
         "{{ raise_exception('user and assistant must take turns, the user first') }}",
         "{%- endif -%}",
         "{%- if message.role == 'user' -%}",
         "{{- check(message.content) -}}",
-        "{%- set content = message.content -%}",
-        "{%- if loop.first and system -%}",
-        "{{- check(messages[0].content) -}}",
-        "{%- set content = messages[0].content ~ '\n\n' ~ message.content -%}",
-        "{%- endif -%}",
-        "{{- '<|user_start|>' ~ content ~ '<|user_end|>' -}}",
+        "{{- '<|user_start|>' ~ message.content ~ '<|user_end|>' -}}",
         "{%- else -%}",
         "{{- '<|assistant_start|>' -}}",
-        "{%- if message.content is string -%}{{- check(message.content) -}}{{- message.content -}}",
-        "{%- else -%}",
-        "{%- set checked = namespace(text='') -%}",
-        "{%- for part in message.content -%}",
+        "{%- set state = namespace(checked='', learned='') -%}",
+        "{%- set content = message.content -%}",
+        "{%- for part in ([{'type': 'text', 'text': content}] if content is string else content) -%}",
         "{{- check(part.text) -}}",
         f"{{%- set around = {around!r}[part.type] -%}}",
-        "{%- set checked.text = part.text if around[0] else checked.text ~ part.text -%}",
-        "{{- check(checked.text) -}}",
-        "{%- if around[0] -%}{%- set checked.text = '' -%}{%- endif -%}",
+        "{%- set state.checked = part.text if around[0] else state.checked ~ part.text -%}",
+        "{{- check(state.checked) -}}",
+        "{%- if around[0] -%}{%- set state.checked = '' -%}{%- endif -%}",
+        "{%- if around[2] -%}{%- set state.learned = state.learned ~ around[0] ~ part.text ~ around[1] -%}",
+        "{%- else -%}",
+        "{%- if state.learned -%}{% generation %}{{- state.learned -}}{% endgeneration %}{%- endif -%}",
+        "{%- set state.learned = '' -%}",
         "{{- around[0] ~ part.text ~ around[1] -}}",
-        "{%- endfor -%}{%- endif -%}",
-        "{{- '<|assistant_end|>' -}}",
+        "{%- endif -%}",
+        "{%- endfor -%}",
+        "{% generation %}{{- state.learned ~ '<|assistant_end|>' -}}{% endgeneration %}",
         "{%- endif -%}",
         "{%- endfor -%}",
         "{%- if add_generation_prompt -%}{{- '<|assistant_start|>' -}}{%- endif -%}",
