@@ -1,7 +1,9 @@
 """What stands before every handler: names, keys, origins, sizes, and clients that are slow on purpose."""
 
 import asyncio
+import gzip
 import json
+import logging
 import socket
 from contextlib import asynccontextmanager
 
@@ -141,6 +143,84 @@ async def test_a_body_that_does_not_arrive_is_408(monkeypatch):
     async with client(FakeScheduler()) as session:
         line = await status_line(session, b"POST /v1/chat/completions" + HEAD + b"100\r\n\r\n{")
         assert line.startswith(b"HTTP/1.1 408 ")
+
+
+CHAT = b"POST /v1/chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+MALFORMED = {
+    "TLS": bytes.fromhex("16030100c8010000c40303") + bytes(range(200)),
+    "random bytes": bytes(range(256)) * 2,
+    "HTTP/2": b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n\0\0\0\4\0\0\0\0\0",
+    "long header": b"GET / HTTP/1.1\r\nHost: x\r\nX: " + b"a" * 20000 + b"\r\n\r\n",
+    "long path": b"GET /" + b"a" * 20000 + b" HTTP/1.1\r\nHost: x\r\n\r\n",
+    "header without a name": b"GET / HTTP/1.1\r\nHost: x\r\nnone\r\n\r\n",
+    "port": b"GET http://a:99999999/ HTTP/1.1\r\nHost: x\r\n\r\n",
+    "chunk": CHAT + b"Transfer-Encoding: chunked\r\n\r\nzz\r\nxx\r\n",
+    "two lengths": CHAT + b"Content-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
+    "negative length": CHAT + b"Content-Length: -2\r\n\r\n{}",
+    "not gzip": CHAT.replace(b"/v1", b"/404") + b"Content-Encoding: gzip\r\nContent-Length: 2\r\n\r\n{}",
+}
+
+
+@pytest.mark.parametrize("name", MALFORMED)
+async def test_what_is_not_http_is_one_line_in_the_log(name, caplog):
+    caplog.set_level(logging.INFO)
+    async with client(FakeScheduler()) as session, connection(session) as (reader, writer):
+        writer.write(MALFORMED[name])
+        line = await reader.readline()
+        assert b" 404 " in line if name == "not gzip" else b" 400 " in line
+        await eventually(lambda: "malformed" in caplog.text)
+        assert (await session.get("/health")).status == 200
+    lines = [record for record in caplog.records if record.name.startswith("aiohttp")]
+    assert len(lines) == 1 and lines[0].exc_info is None and lines[0].levelno == logging.INFO
+    assert lines[0].getMessage().isprintable() and len(lines[0].getMessage()) < 300
+    assert not [record for record in caplog.records if record.exc_info]
+
+
+def test_a_failure_of_the_servers_own_keeps_its_traceback(caplog):
+    async def run():
+        async with client(FakeScheduler()):
+            try:
+                raise RuntimeError("a bug")
+            except RuntimeError:
+                logging.getLogger("aiohttp.server").exception("Unhandled exception")
+
+    asyncio.run(run())
+    assert "Traceback" in caplog.text and "a bug" in caplog.text
+
+
+BODY = json.dumps(HELLO).encode()
+DEEP = b"[" * 100_000
+UNREADABLE = {
+    "UTF-16": (BODY.decode().encode("utf-16"), ""), "UTF-16 without a mark": (BODY.decode().encode("utf-16-le"), ""),
+    "UTF-32": (BODY.decode().encode("utf-32"), ""), "Latin-1": (BODY.replace(b"Hello", b"caf\xe9"), ""),
+    "not gzip": (BODY, "gzip"), "not deflate": (BODY, "deflate"), "half of it": (gzip.compress(BODY)[:-12], "gzip"),
+    "gzip undeclared": (gzip.compress(BODY), ""), "unknown": (BODY, "x-foo"), "unknown gzip": (gzip.compress(BODY), "x-foo"),
+    "NaN": (BODY[:-1] + b', "user": NaN}', ""), "infinity": (BODY[:-1] + b', "metadata": {"a": -Infinity}}', ""),
+    "over a float": (BODY[:-1] + b', "temperature": 1e999}', ""), "deep": (DEEP, ""), "empty": (b"", ""),
+    "deep, ignored": (BODY[:-1] + b', "metadata": ' + DEEP + b"}", ""),
+    "digits": (BODY[:-1] + b', "n": ' + b"1" * 9999 + b"}", ""),
+    "surrogate": (BODY[:-1] + b', "\\ud800": 1}', ""),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", UNREADABLE)
+async def test_a_body_that_cannot_be_read_is_the_clients_mistake(name, caplog):
+    body, encoding = UNREADABLE[name]
+    headers = {"Content-Type": "application/json", **({"Content-Encoding": encoding} if encoding else {})}
+    scheduler = FakeScheduler("Hi")
+    async with client(scheduler) as session:
+        response = await session.post("/v1/chat/completions", data=body, headers=headers)
+        assert response.status == 400 and (await response.json())["error"]["type"] == "invalid_request_error"
+        page = await session.post("/chat/completions", data=body, headers=headers)
+        assert page.status in (400, 422)
+    assert not scheduler.requests and "Traceback" not in caplog.text
+
+
+async def test_a_body_may_be_compressed_or_begin_with_a_byte_order_mark():
+    async with client(FakeScheduler("Hi")) as session:
+        for body, encoding in ((gzip.compress(BODY), "gzip"), (BODY, "identity"), (b"\xef\xbb\xbf" + BODY, "identity")):
+            headers = {"Content-Type": "application/json", "Content-Encoding": encoding}
+            assert (await session.post("/v1/chat/completions", data=body, headers=headers)).status == 200
 
 
 async def test_with_a_key_only_those_who_know_it_may_ask():

@@ -3,6 +3,7 @@
 import asyncio
 import importlib
 import random
+import re
 import subprocess
 import sys
 from contextlib import asynccontextmanager
@@ -19,7 +20,8 @@ from nanochat_jax.gpt import init_params
 from nanochat_jax.infer.engine import Engine
 from nanochat_jax.infer.request import ToolCall
 from nanochat_jax.infer.scheduler import QueueFull, Scheduler
-from nanochat_jax.serve.chat_request import Sampling
+from nanochat_jax.serve.chat_request import BadRequest, Sampling
+from nanochat_jax.serve.openai_api import parse
 from nanochat_jax.tokenizer import SPECIAL_TOKENS
 
 ROOT = Path(__file__).parents[1]
@@ -27,9 +29,9 @@ ASK = HELLO | {"model": "nanochat"}
 
 
 @asynccontextmanager
-async def openai_client(scheduler, *, key="none", max_retries=0, **options):
+async def openai_client(scheduler, *, key="none", max_retries=0, path="/v1", **options):
     async with client(scheduler, **options) as session:
-        url = str(session._base_url / "v1")
+        url = str(session._base_url).rstrip("/") + path
         async with openai.AsyncOpenAI(base_url=url, api_key=key, max_retries=max_retries) as api:
             api.session = session
             yield api
@@ -111,11 +113,13 @@ async def test_sampling_reaches_the_engine_and_the_servers_own_is_the_default():
     async with openai_client(fake, defaults=Sampling(temperature=0.5, top_k=7, max_tokens=9)) as api:
         await api.chat.completions.create(**ASK)
         await api.chat.completions.create(
-            **ASK, temperature=0, top_p=0.25, max_tokens=5, seed=-1, stop=["a", "b"], user="x", metadata={"a": "b"},
-            frequency_penalty=0, response_format={"type": "text"}, extra_body={"top_k": 0, "unknown": 1},
+            **ASK, temperature=0, top_p=0.25, max_tokens=5, seed=-1, stop=["a", "b"], extra_body={"top_k": 0},
         )  # fmt: skip
         await api.chat.completions.create(**ASK, max_tokens=5, max_completion_tokens=6)
-    own, given, both = fake.requests
+        await api.chat.completions.create(**ASK, max_tokens=-1, extra_body={"top_k": -1})
+        await api.chat.completions.create(**ASK, max_completion_tokens=-1)
+    own, given, both, unlimited, newer = fake.requests
+    assert (unlimited.max_tokens, unlimited.top_k, newer.max_tokens) == (4096, 0, 4096)
     assert (own.temperature, own.top_k, own.max_tokens, own.top_p, own.stop) == (0.5, 7, 9, 1, ())
     assert (given.temperature, given.top_k, given.max_tokens, given.top_p, given.stop) == (0, 0, 5, 0.25, ("a", "b"))
     assert given.seed == 2**64 - 1 and both.max_tokens == 6 and own.seed != both.seed
@@ -149,6 +153,111 @@ async def test_a_system_message_stands_before_what_the_user_says_next():
         "<|user_start|>u<|user_end|><|assistant_start|>")
 
 
+CALLS = [{"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}]
+# Messages, fields, and the prompt, in which < and > stand for the tokens that begin and end a message.
+CONVERSATIONS = [
+    ([("developer", "s"), ("user", [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}])], {}, "<U s\n\nab><A "),
+    ([("user", "a"), ("assistant", None), ("user", "b")], {}, "<U a><A ><U b><A "),
+    ([("user", "a"), ("assistant", "It is")], {}, "<U a><A It is"),
+    ([("user", "a"), ("assistant", "It is")], {"continue_final_message": True, "add_generation_prompt": False},
+     "<U a><A It is"),
+    ([("user", "a"), ("assistant", "It is")], {"add_generation_prompt": False}, "<U a><A It is"),
+    ([("user", "a"), ("assistant", "It is")], {"add_generation_prompt": True}, "<U a><A It is><A "),
+    ([("user", "a"), ("assistant", "It is")], {"continue_final_message": False}, "<U a><A It is><A "),
+    ([("user", "a")], {"continue_final_message": True}, "<U a"),
+    ([("user", "a")], {"add_generation_prompt": False}, "<U a>"),
+    ([("user", "a"), ("assistant", "b"), ("system", "s")], {}, "<U a><A b><U s><A "),
+    ([("user", "a"), ("assistant", None, CALLS), ("tool", "3")], {}, '<U a><A <P add({"a": 1})><O 3>'),
+    ([("user", "a"), ("assistant", "Now", CALLS), ("tool", [{"type": "text", "text": "3"}]), ("assistant", "It is 3."),
+      ("user", "b")], {}, '<U a><A Now<P add({"a": 1})><O 3>It is 3.><U b><A '),
+    ([("user", "a"), ("tool", "3"), ("user", "b")], {}, "<U a><A <O 3>><U b><A "),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("turns,fields,expected", CONVERSATIONS)
+async def test_what_other_servers_take_for_a_conversation_becomes_a_prompt(turns, fields, expected):
+    fake = FakeScheduler("Hi")
+    asked = [{"role": role, "content": content, **({"tool_calls": calls[0]} if calls else {}), "name": "x", "refusal": None}
+             for role, content, *calls in turns]
+    async with openai_client(fake) as api:
+        reply = await api.chat.completions.create(model="nanochat", messages=asked, extra_body=fields)
+    assert reply.choices[0].message.content == "Hi"
+    assert TOKENIZER.decode(fake.requests[0].tokens) == "<|bos|>" + written_out(expected)
+
+
+def written_out(prompt):
+    names = {"U": "user", "A": "assistant", "P": "python", "O": "output"}
+    open_names, text = [], ""
+    for piece in re.split("(<[UAPO] |>)", prompt):
+        if piece == ">":
+            text += f"<|{open_names.pop()}_end|>"
+        elif re.fullmatch("<[UAPO] ", piece):
+            open_names.append(names[piece[1]])
+            text += f"<|{open_names[-1]}_start|>"
+        else:
+            text += piece
+    return text
+
+
+@pytest.mark.parametrize("path", ["", "/", "/v1", "/v1/"])
+async def test_openais_client_works_whether_or_not_its_base_url_has_v1(path):
+    async with openai_client(FakeScheduler("Hi"), path=path, api_key="key", key="key") as api:
+        reply = await api.chat.completions.create(**ASK)
+        assert reply.choices[0].message.content == "Hi"
+        assert (await text_of(await api.chat.completions.create(**ASK, stream=True)))[0] == {0: "Hi"}
+        assert [model.id async for model in api.models.list()] == ["nanochat"]
+        assert (await api.models.retrieve("nanochat")).id == "nanochat"
+        with pytest.raises(openai.NotFoundError, match="ask for 'nanochat'"):
+            await api.models.retrieve("openai/gpt")
+        with pytest.raises(openai.BadRequestError, match="min_p is not supported"):
+            await api.chat.completions.create(**ASK, extra_body={"min_p": 0.5})
+        for call in (api.completions.create(model="nanochat", prompt="x"), api.embeddings.create(model="m", input="x"),
+                     api.responses.create(model="m", input="x"), api.moderations.create(input="x")):
+            with pytest.raises(openai.NotFoundError, match="does not exist on this server") as caught:
+                await call
+            assert caught.value.code == "unknown_endpoint"
+        with pytest.raises(openai.AuthenticationError):
+            await api.with_options(api_key="wrong").models.list()
+
+
+async def test_what_is_posted_without_v1_is_upstreams_unless_it_has_other_fields():
+    async with client(FakeScheduler("Hi")) as session:
+        for body, headers, kind in (
+            (HELLO, {}, "text/event-stream"),
+            (HELLO | {"temperature": 1, "top_k": 5, "max_tokens": 9}, {}, "text/event-stream"),
+            (HELLO | {"model": None}, {}, "text/event-stream"), (ASK, {}, "application/json"),
+            (HELLO | {"stream": False}, {}, "application/json"), (HELLO | {"n": 2}, {}, "application/json"),
+            (HELLO, {"X-Stainless-Lang": "python"}, "application/json"),
+        ):  # fmt: skip
+            response = await session.post("/chat/completions", json=body, headers=headers)
+            assert (response.status, response.content_type) == (200, kind), body
+            assert ('{"token": "Hi"' in await response.text()) == (kind == "text/event-stream")
+        refused = await session.post("/chat/completions", json=HELLO | {"min_p": 0.5})
+        assert refused.status == 400 and (await refused.json())["error"]["param"] == "min_p"
+
+
+ENDPOINTS = [
+    ("GET", "/v1/models/", 200), ("HEAD", "/v1/models", 200), ("OPTIONS", "/v1/models", 204), ("GET", "/v1/models/x", 404),
+    ("OPTIONS", "/v1/chat/completions", 204), ("OPTIONS", "/chat/completions", 204), ("GET", "/v1/chat/completions", 405),
+    ("HEAD", "/v1/chat/completions", 405), ("PUT", "/v1/models", 405), ("DELETE", "/v1/models/nanochat", 405),
+    ("GET", "/v1", 404), ("GET", "/v1/", 404), ("POST", "/v1/completions", 404), ("POST", "/completions", 404),
+    ("POST", "/v1/embeddings", 404), ("POST", "/v1/responses", 404), ("POST", "/v1/audio/speech", 404),
+    ("POST", "/v1/chat/completions/chat/completions", 404), ("OPTIONS", "/v1/embeddings", 404), ("GET", "/v1/\0", 404),
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("method,path,status", ENDPOINTS)
+async def test_other_paths_and_methods_are_answered_in_openais_form(method, path, status):
+    async with client(FakeScheduler()) as session:
+        response = await session.request(method, path)
+        assert response.status == status
+        if status in (204, 405):
+            assert response.headers["Allow"] == ("GET, HEAD" if "models" in path else "POST")
+        if status >= 400 and method != "HEAD":
+            assert (await response.json())["error"]["type"] == ("not_found_error" if status == 404 else "invalid_request_error")
+            assert path in (await response.json())["error"]["message"] or path.endswith("/x")
+
+
 async def test_models_are_listed():
     async with openai_client(FakeScheduler()) as api:
         models = [model async for model in api.models.list()]
@@ -160,17 +269,56 @@ async def test_models_are_listed():
 
 REFUSED = [
     {"model": 1}, {"max_tokens": 0, "max_completion_tokens": 1},
-    {"temperature": 3}, {"top_p": 0}, {"top_p": float("nan")}, {"top_k": 201}, {"n": 0}, {"n": 9},
+    {"temperature": 3}, {"top_p": 0}, {"top_p": 10**400}, {"top_k": 201}, {"n": 0}, {"n": 9},
     {"n": True}, {"max_tokens": 0}, {"max_completion_tokens": "1"}, {"seed": 2**63}, {"seed": 0.5}, {"stop": ["a"] * 5},
     {"stop": [""]}, {"stop": [1]}, {"stop": {}}, {"stream": "yes"}, {"stream_options": []},
     {"stream": True, "stream_options": {"include_usage": 1}}, {"messages": []}, {"messages": [{"role": "user"}]},
-    messages([]),
-    {"tools": [{"type": "function"}]}, {"response_format": {"type": "json_object"}}, {"logprobs": True},
-    {"frequency_penalty": 1}, {"logit_bias": {"5": 1}},
-    messages("x", role="tool"),
+    messages([]), messages(None), messages("\ud800"), {"stop": "\ud800"}, {"max_tokens": -2}, {"top_k": -2},
+    messages("x", role="function"),
     messages([{"type": "image_url", "image_url": {"url": "http://x"}}]),
     {"messages": [{"role": "assistant", "content": "x", "tool_calls": [{}]}]},
+    {"messages": [{"role": "user", "content": "x", "weight": 0}]},
+    {"add_generation_prompt": True, "continue_final_message": True},
 ]  # fmt: skip
+
+
+# Fields of OpenAI's API and of other servers: values that cannot change the reply, and values that would.
+NEUTRAL = {
+    "user": "x", "metadata": {"a": "b"}, "store": True, "service_tier": "auto", "parallel_tool_calls": False,
+    "presence_penalty": 0, "frequency_penalty": 0.0, "logit_bias": {}, "response_format": {"type": "text"}, "tools": [],
+    "tool_choice": "auto", "functions": [], "logprobs": False, "top_logprobs": 0, "modalities": ["text"], "n": 1, "seed": 3,
+    "stream_options": {"include_usage": True, "include_obfuscation": False}, "safety_identifier": "x",
+    "prompt_cache_key": "x", "prediction": {"type": "content", "content": "x"}, "repetition_penalty": 1.0, "min_p": 0,
+    "ignore_eos": False, "min_tokens": 0, "bad_words": [], "skip_special_tokens": True, "cache_prompt": True,
+}  # fmt: skip
+UNSUPPORTED = {
+    "presence_penalty": 0.5, "frequency_penalty": -1, "logit_bias": {"5": 1}, "response_format": {"type": "json_object"},
+    "tools": [{"type": "function"}], "tool_choice": "required", "logprobs": True, "top_logprobs": 2,
+    "modalities": ["text", "audio"], "audio": {"voice": "x"}, "reasoning_effort": "high", "verbosity": "low",
+    "web_search_options": {}, "repetition_penalty": 1.5, "min_p": 0.2, "ignore_eos": True, "min_tokens": 5,
+    "bad_words": ["x"], "stop_token_ids": [5], "guided_json": {"type": "object"}, "guided_regex": "x", "typical_p": 0.5,
+    "use_beam_search": True, "best_of": 2, "length_penalty": 2, "echo": True, "skip_special_tokens": False,
+    "mirostat": 2, "grammar": "x", "system": "Be brief.", "user_": 1, "unknown": 0, "x" * 1000: 1,
+}  # fmt: skip
+
+
+def test_a_field_that_would_change_the_reply_is_refused_by_its_name():
+    for name, value in UNSUPPORTED.items():
+        with pytest.raises(BadRequest, match=f"^{name[:80]} is not supported") as caught:
+            parse(HELLO | {name: value}, "nanochat")
+        assert (caught.value.status, caught.value.param, caught.value.code) == (400, name[:80], "unsupported_parameter")
+
+
+def test_a_field_that_leaves_the_reply_as_it_is_is_accepted():
+    fields = UNSUPPORTED.keys() | NEUTRAL.keys() | {"temperature", "top_p", "max_tokens", "stop", "stream", "model", "n"}
+    for name, value in [*NEUTRAL.items(), *((name, None) for name in fields)]:
+        assert parse(HELLO | {name: value}, "nanochat").messages[0].content == "Hello", name
+
+
+async def test_openais_client_may_send_every_field_that_leaves_the_reply_as_it_is():
+    async with openai_client(FakeScheduler("Hi")) as api:
+        reply = await api.chat.completions.create(**ASK, extra_body=NEUTRAL)
+        assert reply.choices[0].message.content == "Hi"
 
 
 async def test_mistakes_are_told_in_openais_form():

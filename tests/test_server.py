@@ -116,7 +116,7 @@ async def test_sampling_comes_from_the_request_or_else_from_the_server():
     scheduler = FakeScheduler()
     async with client(scheduler, defaults=Sampling(temperature=0.5, top_k=7, max_tokens=9)) as session:
         own = {"temperature": 0, "top_k": 0, "max_tokens": 4096}
-        for extra in ({}, own, {"temperature": None, "unknown": []}):
+        for extra in ({}, own, {"temperature": None, "unknown": None}):
             assert (await session.post("/chat/completions", json=HELLO | extra)).status == 200
     asked = [(request.temperature, request.top_k, request.max_tokens) for request in scheduler.requests]
     assert asked == [(0.5, 7, 9), (0, 0, 4096), (0.5, 7, 9)]

@@ -28,6 +28,8 @@ MAX_BODY_BYTES = 2**20
 BODY_SECONDS = 15.0  # for a body to arrive
 CONTENT_ENCODINGS = {"", "identity", "gzip", "deflate", "br", "zstd"}  # those that aiohttp decodes
 GUARDED = ("/chat/completions", "/models", "/v1/", "/metrics", "/stats")  # by the key, if there is one
+# Paths of OpenAI's API, most of which do not exist here. /chat/completions without /v1 is the page's protocol as well.
+OPENAI_PATHS = ("/v1", "/audio", "/completions", "/embeddings", "/images", "/models", "/moderations", "/responses")
 OPENAI_ENDPOINTS = "POST /v1/chat/completions and GET /v1/models"
 CLIENT_LEFT = 499  # nginx's number for a client that did not wait
 RETRY_AFTER = "2"  # seconds, for a client told 503
@@ -160,12 +162,15 @@ def _error(request: web.Request, status: int, detail: str, param: str | None = N
         status = 400 if status == 422 else status
         body = error_body(status, detail, param, code)
     headers = {503: {"Retry-After": RETRY_AFTER}, 401: {"WWW-Authenticate": "Bearer"}}.get(status, {})
-    return web.json_response(body, status=status, headers=headers)
+    response = web.json_response(body, status=status, headers=headers)
+    if request.content.exception() is not None:  # where the next request begins is unknown
+        response.force_close()
+    return response
 
 
 def for_openai(request: web.Request) -> bool:
-    """Whether a request is for OpenAI's API: by its path, by a handler, or by a header that all of OpenAI's clients send."""
-    return request.path.startswith("/v1/") or OPENAI in request or "X-Stainless-Lang" in request.headers
+    """Whether a request is for OpenAI's API: by its path, by its body, or by a header that OpenAI's clients send."""
+    return request.path.startswith(OPENAI_PATHS) or OPENAI in request or "X-Stainless-Lang" in request.headers
 
 
 def error_body(status: int, detail: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:

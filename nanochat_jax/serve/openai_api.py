@@ -259,7 +259,6 @@ class OpenAIServer:
         return web.json_response({"object": "list", "data": [self._card()]})
 
     async def show_model(self, request: web.Request) -> web.Response:
-        request[OPENAI] = True
         _check_model(request.match_info["model"], self.model)
         return web.json_response(self._card())
 

@@ -107,7 +107,7 @@ def create_app(
         for slash in "", "/":
             app.router.add_post(f"{prefix}/chat/completions{slash}", chat)
             app.router.add_get(f"{prefix}/models{slash}", openai.list_models)
-            app.router.add_get(f"{prefix}/models/{{model}}{slash}", openai.show_model)
+            app.router.add_get(f"{prefix}/models/{{model:.*[^/]}}{slash}", openai.show_model)
     app.router.add_get("/health", server.health)
     app.router.add_get("/stats", server.stats)
     app.router.add_get("/metrics", show_metrics)
