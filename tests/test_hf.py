@@ -153,7 +153,7 @@ def test_the_chat_template_gives_our_tokens_and_our_mask(messages, tokenizer, hf
 
 
 def test_the_chat_template_keeps_a_system_message_that_stands_alone(tokenizer, hf_tokenizer):
-    """As the server renders it: what was said last is the user's."""
+    """The server renders it as a user's message, too."""
     render = hf_tokenizer.apply_chat_template
     alone = render([{"role": "system", "content": "Be brief."}], tokenize=False)
     assert alone == "<|bos|><|user_start|>Be brief.<|user_end|>"

@@ -305,7 +305,7 @@ UNSUPPORTED = {
 def test_a_field_that_would_change_the_reply_is_refused_by_its_name():
     for name, value in UNSUPPORTED.items():
         with pytest.raises(BadRequest, match=f"^{name[:80]} is not supported") as caught:
-            parse(HELLO | {name: value}, "nanochat")
+            parse({name: value} | HELLO, "nanochat")
         assert (caught.value.status, caught.value.param, caught.value.code) == (400, name[:80], "unsupported_parameter")
 
 

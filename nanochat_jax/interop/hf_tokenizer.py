@@ -63,13 +63,19 @@ def _parts(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
 
 
 def chat_template(special_tokens: list[str]) -> str:
-    """A Jinja template that renders a conversation as chat.py does: roles in turn, a system message merged into the
-    user's first, an assistant's message as a text or as its parts. A system message alone is rendered as the user's.
+    """A Jinja template that renders a conversation as chat.py does.
 
-    What chat.py's mask learns stands between `generation` tags, from which transformers makes the mask for trainers. They
-    hold whole runs of learned parts: transformers maps characters to tokens, and a character may have several.
+    Roles alternate, a system message is merged into the user's first message, and an assistant's
+    message is a text or a list of parts. A system message alone is rendered as a user's message.
+
+    `generation` tags enclose what chat.py's mask selects. From them, transformers computes the
+    mask for trainers. Each pair of tags encloses a complete run of learned parts: transformers maps
+    characters to tokens, and one character may have several tokens.
     """
-    around = {kind: (start or "", end or "", learned) for kind, (start, end, learned) in PARTS.items()}
+    around = {
+        part_type: (start or "", end or "", learned)
+        for part_type, (start, end, learned) in PARTS.items()
+    }
     # `checked` holds the text since the last control token: names that two parts make together are found too.
     lines = [
         "{%- macro check(text) -%}",
@@ -84,9 +90,12 @@ def chat_template(special_tokens: list[str]) -> str:
         "{{- check(messages[0].content) -}}",
         "{%- set first = {'role': 'user', 'content': messages[0].content} -%}",
         "{%- if messages|length > 1 -%}",
-        "{%- if messages[1].role != 'user' -%}{{ raise_exception('the user must follow the system') }}{%- endif -%}",
+        "{%- if messages[1].role != 'user' -%}",
+        "{{ raise_exception('the user must follow the system message') }}",
+        "{%- endif -%}",
         "{{- check(messages[1].content) -}}",
-        "{%- set first = {'role': 'user', 'content': messages[0].content ~ '\n\n' ~ messages[1].content} -%}",
+        "{%- set merged = messages[0].content ~ '\n\n' ~ messages[1].content -%}",
+        "{%- set first = {'role': 'user', 'content': merged} -%}",
         "{%- endif -%}",
         "{%- set turns = [first] + messages[2:] -%}",
         "{%- endif -%}",
@@ -101,17 +110,21 @@ def chat_template(special_tokens: list[str]) -> str:
         "{{- '<|assistant_start|>' -}}",
         "{%- set state = namespace(checked='', learned='') -%}",
         "{%- set content = message.content -%}",
-        "{%- for part in ([{'type': 'text', 'text': content}] if content is string else content) -%}",
+        "{%- set parts = [{'type': 'text', 'text': content}] if content is string else content -%}",
+        "{%- for part in parts -%}",
         "{{- check(part.text) -}}",
         f"{{%- set around = {around!r}[part.type] -%}}",
         "{%- set state.checked = part.text if around[0] else state.checked ~ part.text -%}",
         "{{- check(state.checked) -}}",
         "{%- if around[0] -%}{%- set state.checked = '' -%}{%- endif -%}",
-        "{%- if around[2] -%}{%- set state.learned = state.learned ~ around[0] ~ part.text ~ around[1] -%}",
+        "{%- set rendered = around[0] ~ part.text ~ around[1] -%}",
+        "{%- if around[2] -%}{%- set state.learned = state.learned ~ rendered -%}",
         "{%- else -%}",
-        "{%- if state.learned -%}{% generation %}{{- state.learned -}}{% endgeneration %}{%- endif -%}",
+        "{%- if state.learned -%}",
+        "{% generation %}{{- state.learned -}}{% endgeneration %}",
+        "{%- endif -%}",
         "{%- set state.learned = '' -%}",
-        "{{- around[0] ~ part.text ~ around[1] -}}",
+        "{{- rendered -}}",
         "{%- endif -%}",
         "{%- endfor -%}",
         "{% generation %}{{- state.learned ~ '<|assistant_end|>' -}}{% endgeneration %}",

@@ -1,4 +1,4 @@
-"""Checks before every handler: who may call, from which pages, how large a body may be, and the form of errors."""
+"""Checks before every handler (host name, key, origin, body) and the form of error responses."""
 
 import asyncio
 import hashlib
@@ -27,9 +27,11 @@ HEADERS = {
 MAX_BODY_BYTES = 2**20
 BODY_SECONDS = 15.0  # for a body to arrive
 CONTENT_ENCODINGS = {"", "identity", "gzip", "deflate", "br", "zstd"}  # those that aiohttp decodes
-GUARDED = ("/chat/completions", "/models", "/v1/", "/metrics", "/stats")  # by the key, if there is one
-# Paths of OpenAI's API, most of which do not exist here. /chat/completions without /v1 is the page's protocol as well.
-OPENAI_PATHS = ("/v1", "/audio", "/completions", "/embeddings", "/images", "/models", "/moderations", "/responses")
+# Paths that need the API key, if the server has one.
+GUARDED = ("/chat/completions", "/models", "/v1/", "/metrics", "/stats")
+# Paths of OpenAI's API; most do not exist here. /chat/completions is also the page's, so it is absent.
+OPENAI_PATHS = ("/v1", "/audio", "/completions", "/embeddings", "/images", "/models",
+                "/moderations", "/responses")
 OPENAI_ENDPOINTS = "POST /v1/chat/completions and GET /v1/models"
 CLIENT_LEFT = 499  # nginx's number for a client that did not wait
 RETRY_AFTER = "2"  # seconds, for a client told 503
@@ -40,14 +42,19 @@ Handler = Callable[[web.Request], Any]
 
 
 async def read_json(request: web.Request) -> Any:
-    """The decoded body. It must be JSON in UTF-8, with the matching Content-Type: another site's form cannot send that.
+    """The decoded body. It must be JSON in UTF-8 with the Content-Type of JSON.
 
-    Raises `BadRequest`: 422 for what is not JSON, 400 for a wrong encoding or a NaN, 408 for a body that is late.
+    A form on another site's page cannot send that Content-Type.
+
+    Raises:
+        BadRequest: 422 if the body is not JSON in UTF-8, 400 if it has a wrong Content-Encoding or a
+            NaN, 408 if it does not arrive in time.
     """
     if request.content_type != "application/json":
         raise BadRequest(422, f"the Content-Type must be application/json, not {request.content_type[:50]}")
-    if (encoding := request.headers.get(hdrs.CONTENT_ENCODING, "")).lower() not in CONTENT_ENCODINGS:
-        raise BadRequest(400, f"the Content-Encoding {encoding[:50]!r} is not supported; use gzip, or none")
+    encoding = request.headers.get(hdrs.CONTENT_ENCODING, "")
+    if encoding.lower() not in CONTENT_ENCODINGS:
+        raise BadRequest(400, f"Content-Encoding {encoding[:50]!r} is not supported; use gzip or none")
     if (size := request.content_length or 0) > MAX_BODY_BYTES:  # before a byte of it is read
         raise web.HTTPRequestEntityTooLarge(max_size=MAX_BODY_BYTES, actual_size=size)
     try:
@@ -68,20 +75,20 @@ def _refuse_constant(name: str) -> None:
 
 
 def malformed_on_one_line(record: logging.LogRecord) -> bool:
-    """A filter of aiohttp's log: bytes that are not HTTP are one line in it, without the parser's traceback."""
+    """Log filter for aiohttp: logs bytes that are not HTTP on one line, without a traceback."""
     error = record.exc_info[1] if record.exc_info else None
-    if not isinstance(error, http_exceptions.HttpProcessingError | web.RequestPayloadError):
-        return record.levelno > logging.DEBUG
-    sender = record.args[0] if isinstance(record.args, tuple) and record.args else "a client"
-    record.msg, record.args = "%s sent a malformed request: %s", (sender, _one_line(error))
-    record.levelno, record.levelname, record.exc_info = logging.INFO, "INFO", None
-    return True
+    if isinstance(error, http_exceptions.HttpProcessingError | web.RequestPayloadError):
+        sender = record.args[0] if isinstance(record.args, tuple) and record.args else "a client"
+        record.msg, record.args = "%s sent a malformed request: %s", (sender, _one_line(error))
+        record.levelno, record.levelname, record.exc_info = logging.INFO, "INFO", None
+    return logging.getLogger().isEnabledFor(record.levelno)
 
 
 def _one_line(error: Exception) -> str:
-    """The parser's message, which quotes the client's bytes over several lines."""
+    """The HTTP parser's message, which quotes the client's bytes on several lines."""
     message = getattr(error, "message", "") or getattr(error.__cause__, "message", "") or str(error)
-    return "".join(char if char.isprintable() else "?" for char in " ".join(str(message).split())[:200])
+    line = " ".join(str(message).split())[:200]
+    return "".join(char if char.isprintable() else "?" for char in line)
 
 
 def middlewares(metrics: Metrics, *, hosts: tuple[str, ...], api_key: str | None, cors: bool) -> list[Any]:
@@ -137,12 +144,14 @@ async def _errors(request: web.Request, handler: Handler) -> web.StreamResponse:
         allowed = ", ".join(sorted(error.allowed_methods))
         response = web.Response(status=204)
         if request.method != hdrs.METH_OPTIONS:
-            response = _error(request, error.status, f"{request.path[:80]} takes {allowed}, not {request.method[:20]}")
+            detail = f"{request.path[:80]} takes {allowed}, not {request.method[:20]}"
+            response = _error(request, error.status, detail)
         response.headers["Allow"] = allowed
         return response
     except web.HTTPNotFound as error:
-        return _error(request, error.status, f"{request.method[:20]} {request.path[:80]} does not exist on this server; its "
-                      f"OpenAI API is {OPENAI_ENDPOINTS}", code="unknown_endpoint")
+        detail = (f"{request.method[:20]} {request.path[:80]} does not exist on this server; "
+                  f"its OpenAI API is {OPENAI_ENDPOINTS}")
+        return _error(request, error.status, detail, code="unknown_endpoint")
     except web.HTTPException as error:  # a body over the limit
         return _error(request, error.status, error.reason)
     except ConnectionError as error:
@@ -155,7 +164,7 @@ async def _errors(request: web.Request, handler: Handler) -> web.StreamResponse:
 
 def _error(request: web.Request, status: int, detail: str, param: str | None = None,
            code: str | None = None) -> web.Response:
-    """{"detail": text}, or for OpenAI's clients their own form, in which wrong types are 400 as well."""
+    """{"detail": text}, or an error in OpenAI's form, in which wrong types are 400 as well."""
     log.info("%s %r: %d, %r", request.method, request.raw_path[:200], status, detail[:200])  # quoted: clients wrote them
     body: dict[str, Any] = {"detail": detail}
     if for_openai(request):
@@ -169,8 +178,9 @@ def _error(request: web.Request, status: int, detail: str, param: str | None = N
 
 
 def for_openai(request: web.Request) -> bool:
-    """Whether a request is for OpenAI's API: by its path, by its body, or by a header that OpenAI's clients send."""
-    return request.path.startswith(OPENAI_PATHS) or OPENAI in request or "X-Stainless-Lang" in request.headers
+    """Whether a request is for OpenAI's API, by its path, its body or a header of OpenAI's clients."""
+    by_header = "X-Stainless-Lang" in request.headers
+    return by_header or OPENAI in request or request.path.startswith(OPENAI_PATHS)
 
 
 def error_body(status: int, detail: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:

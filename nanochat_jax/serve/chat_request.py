@@ -6,8 +6,8 @@ The assistant's content may also be a list of parts, as in `nanochat_jax.chat`, 
 tokens: `[{"type": "python", "text": "2+2"}, {"type": "python_output", "text": "4"}, {"type": "text", "text": "4."}]`.
 Whatever is in a text is ordinary text: control tokens come from the structure alone, never from what a client wrote.
 
-The models below check what comes in, and openapi.py describes them. A body with other fields, unless they are null, is
-for OpenAI's API: see `for_page`.
+The models below check requests, and openapi.py describes them. A body with other fields is for
+OpenAI's API (`for_page`).
 """
 
 from collections.abc import Sequence
@@ -27,7 +27,8 @@ MAX_DETAIL_CHARS = 300
 # Mistakes of a value, by pydantic's names; all others are of a type.
 LIMITS = {"greater_than", "greater_than_equal", "less_than_equal", "finite_number", "too_short", "too_long",
           "string_too_short", "string_too_long", "value_error"}
-TAGS = {"user", "assistant", "system", "developer", "tool", "str", "list"}  # of unions: no names of fields
+# Tags of unions in pydantic's error locations; they are not names of fields.
+TAGS = {"user", "assistant", "system", "developer", "tool", "str", "list"}
 
 
 class BadRequest(Exception):
@@ -57,7 +58,7 @@ MaxTokens = Annotated[int, Field(ge=1, le=MAX_TOKENS), Whole]
 Unicode = BeforeValidator(lambda text: without_surrogates(text) if isinstance(text, str) else text)
 Text = Annotated[str, Field(min_length=1, max_length=MAX_MESSAGE_CHARS), Unicode]
 ReplyText = Annotated[str, Field(min_length=1, max_length=MAX_TOTAL_CHARS), Unicode]
-# What follows the messages in a prompt: the start of a reply, the rest of the last message, or whatever the model says.
+# End of a prompt: the start of a reply ("reply"), an open last message ("continue"), or neither.
 Ending = Literal["reply", "continue", "none"]
 text_or_parts = Discriminator(lambda content: "list" if isinstance(content, list) else "str")
 
@@ -115,11 +116,13 @@ class ChatRequest(Asked):
 
 
 def for_page(body: Any) -> bool:
-    """Whether a body is in the page's protocol, which is upstream's: it has no field but those of `ChatRequest`.
+    """Whether a body is in the page's protocol, upstream's: all its fields are `ChatRequest`'s or null.
 
     OpenAI's clients post to the same path if their base URL lacks /v1. They always send `model`.
     """
-    return not isinstance(body, dict) or all(value is None or name in ChatRequest.model_fields for name, value in body.items())
+    return not isinstance(body, dict) or all(
+        value is None or name in ChatRequest.model_fields for name, value in body.items()
+    )
 
 
 M = TypeVar("M", bound=BaseModel)
@@ -134,18 +137,22 @@ def check(model: type[M], body: Any) -> M:
     steps = [str(step) for index, step in enumerate(found["loc"]) if index == 0 or step not in TAGS]
     value, where = found["input"], ".".join(steps)
     if found["type"] == "extra_forbidden":
-        raise BadRequest(400, f"{where[:80]} is not supported by this server; leave it out", param=where[:80],
+        name = where[:80]
+        raise BadRequest(400, f"{name} is not supported by this server; leave it out", param=name,
                          code="unsupported_parameter")
     chosen = value.get("role") if found["type"] == "union_tag_invalid" else value
     known = isinstance(chosen, str) if found["type"] in ("literal_error", "union_tag_invalid") else found["type"] in LIMITS
-    said = "Input should be an object" if found["type"] in ("model_type", "model_attributes_type") else found["msg"]
-    text = str(found["ctx"]["error"]) if found["type"] == "value_error" else f"{where or 'the body'}: {said}"
+    not_object = found["type"] in ("model_type", "model_attributes_type")
+    message = "Input should be an object" if not_object else found["msg"]
+    text = str(found["ctx"]["error"]) if found["type"] == "value_error" else f"{where or 'the body'}: {message}"
     shown = f", got {value!r}" if isinstance(value, int | float) or isinstance(value, str) and len(value) < 50 else ""
     raise BadRequest(400 if known else 422, text + shown, param=where or None)
 
 
-def make_prompt(tokenizer: Tokenizer, messages: Sequence[dict[str, Any]], *, max_len: int, max_tokens: int,
-                drop: bool = True, ending: Ending = "reply") -> tuple[tuple[int, ...], int]:
+def make_prompt(
+    tokenizer: Tokenizer, messages: Sequence[dict[str, Any]], *, max_len: int, max_tokens: int,
+    drop: bool = True, ending: Ending = "reply",
+) -> tuple[tuple[int, ...], int]:  # fmt: skip
     """Prompt of a conversation, and how many of its first messages were left out to make it fit in `max_len` tokens.
 
     Messages are dropped from the start, up to one of the user's, until the prompt leaves room for `max_tokens` or, if
@@ -169,4 +176,5 @@ def make_prompt(tokenizer: Tokenizer, messages: Sequence[dict[str, Any]], *, max
         what = "last message makes" if drop else "messages make"
         raise BadRequest(400, f"the {what} a prompt of {length} tokens; the model's context is {max_len}, its reply "
                               "included: send less", param="messages", code="context_length_exceeded")
-    return (tokenizer.bos_id, *(token for message in encoded[first:] for token in message), *tail), first
+    ids = [token for message in encoded[first:] for token in message]
+    return (tokenizer.bos_id, *ids, *tail), first

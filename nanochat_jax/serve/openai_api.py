@@ -1,13 +1,14 @@
-"""OpenAI's chat API over the same scheduler: POST /v1/chat/completions and GET /v1/models, also without /v1.
+"""OpenAI's chat API: POST /v1/chat/completions and GET /v1/models, also without /v1.
 
-A field that is not supported is refused, never ignored, unless its value cannot change the reply: null, a default
-such as `presence_penalty: 0`, or a field such as `user`. Defaults are the server's own, top-k included, which a
-request may set as `top_k`. A conversation that does not fit the context is refused: an API does not drop what it was
-given. The reply's text is what the model said; its calculations count in the usage alone.
+An unsupported field is refused, never ignored, unless its value cannot change the reply: null, a
+default such as `presence_penalty: 0`, or any value of a field such as `user`. Defaults are the
+server's, including top-k, which a request may set as `top_k`. A conversation that does not fit the
+context is refused: an API does not drop messages. The reply's text excludes calculations; the usage
+includes them.
 
 If the last message is the assistant's, the reply continues it. `add_generation_prompt: true` or
-`continue_final_message: false` starts another message instead. Earlier calls of tools and their results are rendered
-as the model's own calculations.
+`continue_final_message: false` starts another message instead. Earlier tool calls and their results
+are rendered as the model's calculations.
 
 Reference: https://platform.openai.com/docs/api-reference/chat
 """
@@ -54,7 +55,8 @@ def _unicode(value: Any) -> Any:
         if isinstance(value, str):
             value.encode()
     except UnicodeEncodeError as error:
-        raise PydanticCustomError("surrogate", "Input should not hold half of a surrogate pair") from error
+        message = "Input should not have a lone surrogate"
+        raise PydanticCustomError("surrogate", message) from error
     return value
 
 
@@ -70,11 +72,15 @@ AnyTopK = Annotated[TopK, BeforeValidator(lambda value: 0 if value == -1 else va
 
 
 class Known(Strict):
-    """An object in which null means absent. Fields of `NEUTRAL` are accepted with these values, or with any if there is
-    None; others that the model does not have are refused."""
+    """An object that refuses unknown fields. Null means absent.
+
+    `NEUTRAL` names fields that have no effect, with the values that are accepted; None accepts any.
+    """
 
     NEUTRAL: ClassVar[Mapping[str, tuple[Any, ...] | None]] = {}
-    model_config = ConfigDict(extra="forbid", json_schema_extra=lambda schema, model: _describe_neutral(schema, model))
+    model_config = ConfigDict(
+        extra="forbid", json_schema_extra=lambda schema, model: _describe_neutral(schema, model)
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -82,21 +88,28 @@ class Known(Strict):
         if not isinstance(data, dict):
             return data
         known: dict[str, Any] = {}
+        unknown: dict[str, Any] = {}
         for name, value in data.items():
             if value is None or _is_neutral(value, cls.NEUTRAL.get(name, ())):
                 continue
-            known[name] = value
-            if name not in cls.model_fields:
-                break  # refused: one error is enough, however many fields a body has
-        return known
+            if name in cls.model_fields:
+                known[name] = value
+            elif not unknown:  # one error is enough, however many fields a body has
+                unknown[name] = value
+        return known | unknown
 
 
 def _is_neutral(value: Any, values: tuple[Any, ...] | None) -> bool:
-    return values is None or any(value == each and isinstance(value, bool) == isinstance(each, bool) for each in values)
+    return values is None or any(
+        value == neutral and isinstance(value, bool) == isinstance(neutral, bool) for neutral in values
+    )
 
 
 def _describe_neutral(schema: dict[str, Any], model: Any) -> None:
-    neutral = {name: {} if values is None else {"enum": [None, *values]} for name, values in model.NEUTRAL.items()}
+    neutral = {
+        name: {} if values is None else {"enum": [None, *values]}
+        for name, values in model.NEUTRAL.items()
+    }
     schema["properties"] = {**schema["properties"], **neutral}
     schema["additionalProperties"] = {"type": "null"}
 
@@ -108,9 +121,8 @@ class TextPart(Known):
     text: Text
 
 
-Content = Annotated[Annotated[Text, Tag("str")]
-                    | Annotated[list[TextPart], Field(min_length=1, max_length=MAX_PARTS, fail_fast=True), Tag("list")],
-                    text_or_parts]  # fmt: skip
+TextParts = Annotated[list[TextPart], Field(min_length=1, max_length=MAX_PARTS, fail_fast=True)]
+Content = Annotated[Annotated[Text, Tag("str")] | Annotated[TextParts, Tag("list")], text_or_parts]
 
 
 class Function(Known):
@@ -132,8 +144,9 @@ class Message(Known):
     content: Content
 
     def parts(self) -> list[dict[str, str]]:
-        """The message as chat.py's parts; the result of a tool is what the calculator's would be."""
-        return [{"type": "python_output" if self.role == "tool" else "text", "text": _text(self.content)}]
+        """The message as chat.py's parts. A tool's result is rendered like the calculator's."""
+        part_type = "python_output" if self.role == "tool" else "text"
+        return [{"type": part_type, "text": _text(self.content)}]
 
 
 class AssistantMessage(Known):
@@ -144,10 +157,13 @@ class AssistantMessage(Known):
     tool_calls: Annotated[list[Call], Field(max_length=MAX_PARTS, fail_fast=True)] | None = None
 
     def parts(self) -> list[dict[str, str]]:
-        """The message as chat.py's parts; a call of a tool is what one of the calculator would be."""
+        """The message as chat.py's parts. A tool call is rendered like a call of the calculator."""
         text = _text(self.content or "")
-        calls = [f"{call.function.name}({call.function.arguments})" for call in self.tool_calls or ()]
-        return [{"type": "text", "text": text}] * bool(text) + [{"type": "python", "text": call} for call in calls]
+        calls = [call.function for call in self.tool_calls or ()]
+        return [
+            *([{"type": "text", "text": text}] if text else []),
+            *({"type": "python", "text": f"{call.name}({call.arguments})"} for call in calls),
+        ]
 
 
 def _ends_with_result(turn: Mapping[str, Any]) -> bool:
@@ -166,15 +182,20 @@ class StreamOptions(Known):
 
 class CompletionRequest(Asked, Known):
     NEUTRAL = {
-        **dict.fromkeys(("cache_prompt", "metadata", "parallel_tool_calls", "prediction", "priority", "prompt_cache_key",
-                         "prompt_cache_retention", "request_id", "safety_identifier", "service_tier", "store", "user")),
-        "bad_words": ([],), "best_of": (1,), "chat_template_kwargs": ({},), "echo": (False,), "frequency_penalty": (0,),
-        "function_call": ("none", "auto"), "functions": ([],), "ignore_eos": (False,),
-        "include_stop_str_in_output": (False,), "length_penalty": (1,), "logit_bias": ({},), "logprobs": (False,),
-        "min_p": (0,), "min_tokens": (0,), "modalities": (["text"],), "presence_penalty": (0,),
-        "reasoning_effort": ("none",), "repetition_penalty": (1,), "response_format": ({"type": "text"},),
-        "skip_special_tokens": (True,), "stop_token_ids": ([],), "tool_choice": ("none", "auto"), "tools": ([],),
-        "top_logprobs": (0,), "typical_p": (1,), "use_beam_search": (False,), "verbosity": ("medium",),
+        **dict.fromkeys((
+            "cache_prompt", "metadata", "parallel_tool_calls", "prediction", "priority",
+            "prompt_cache_key", "prompt_cache_retention", "request_id", "safety_identifier",
+            "service_tier", "store", "user",
+        )),
+        "bad_words": ([],), "best_of": (1,), "chat_template_kwargs": ({},), "echo": (False,),
+        "frequency_penalty": (0,), "function_call": ("none", "auto"), "functions": ([],),
+        "ignore_eos": (False,), "include_stop_str_in_output": (False,), "length_penalty": (1,),
+        "logit_bias": ({},), "logprobs": (False,), "min_p": (0,), "min_tokens": (0,),
+        "modalities": (["text"],), "presence_penalty": (0,), "reasoning_effort": ("none",),
+        "repetition_penalty": (1,), "response_format": ({"type": "text"},),
+        "skip_special_tokens": (True,), "stop_token_ids": ([],), "tool_choice": ("none", "auto"),
+        "tools": ([],), "top_logprobs": (0,), "typical_p": (1,), "use_beam_search": (False,),
+        "verbosity": ("medium",),
     }  # fmt: skip
 
     model: str | None = None
@@ -194,33 +215,37 @@ class CompletionRequest(Asked, Known):
     continue_final_message: bool | None = None
 
     def conversation(self) -> list[dict[str, Any]]:
-        """What was said, a system message merged into what the user says next, as the model was trained.
+        """The turns as chat.py renders them.
 
-        What the assistant says after a tool's result belongs to the turn in which it called the tool.
+        A system message is merged into the next user message, as in training. Tool results and the
+        assistant's text after them belong to the turn that called the tool.
         """
-        said = [(message.role, message.parts()) for message in self.messages]
-        length = sum(len(part["text"]) for _, parts in said for part in parts)
+        messages = [(message.role, message.parts()) for message in self.messages]
+        length = sum(len(part["text"]) for _, parts in messages for part in parts)
         if length > MAX_TOTAL_CHARS:
-            raise BadRequest(400, f"the conversation has {length} characters; at most {MAX_TOTAL_CHARS} are allowed",
-                             param="messages", code="context_length_exceeded")
+            detail = f"the conversation has {length} characters; the limit is {MAX_TOTAL_CHARS}"
+            raise BadRequest(400, detail, param="messages", code="context_length_exceeded")
         turns: list[dict[str, Any]] = []
         system: list[str] = []
-        for role, parts in said:
+        for role, parts in messages:
+            last = turns[-1] if turns and turns[-1]["role"] == "assistant" else None
             if role in ("system", "developer"):
                 system.append(parts[0]["text"])
             elif role == "user":
                 turns.append({"role": "user", "content": "\n\n".join([*system, parts[0]["text"]])})
                 system = []
-            elif turns and turns[-1]["role"] == "assistant" and (role == "tool" or _ends_with_result(turns[-1])):
-                turns[-1]["content"] += parts
+            elif last is not None and (role == "tool" or _ends_with_result(last)):
+                last["content"] += parts
             else:
                 turns.append({"role": "assistant", "content": parts})
         return [*turns, {"role": "user", "content": "\n\n".join(system)}] if system else turns
 
     def ending(self, last_role: str) -> Ending:
-        """What follows the conversation in the prompt. By default the assistant's last message is continued."""
-        if self.continue_final_message or (last_role == "assistant" and self.continue_final_message is None
-                                           and not self.add_generation_prompt):
+        """How the prompt ends. By default, an assistant's last message is continued."""
+        continues = self.continue_final_message
+        if continues is None:
+            continues = last_role == "assistant" and not self.add_generation_prompt
+        if continues:
             return "continue"
         return "none" if self.add_generation_prompt is False else "reply"
 
@@ -234,8 +259,8 @@ def parse(body: Any, model: str) -> CompletionRequest:
     """Check a decoded JSON body. Raises `BadRequest`: 404 for another model, 400 or 422 for what is wrong."""
     asked = check(CompletionRequest, body)
     if asked.add_generation_prompt and asked.continue_final_message:
-        raise BadRequest(400, "continue_final_message and add_generation_prompt cannot both be true",
-                         param="continue_final_message")
+        detail = "continue_final_message and add_generation_prompt cannot both be true"
+        raise BadRequest(400, detail, param="continue_final_message")
     _check_model(model if asked.model is None else asked.model, model)
     return asked
 
@@ -273,8 +298,9 @@ class OpenAIServer:
         if asked.max_completion_tokens is not None:
             sampling = sampling.model_copy(update={"max_tokens": asked.max_completion_tokens})
         turns = asked.conversation()
+        ending = asked.ending(turns[-1]["role"])
         prompt, _ = make_prompt(self.tokenizer, turns, max_len=self.max_len, drop=False,
-                                max_tokens=sampling.max_tokens, ending=asked.ending(turns[-1]["role"]))
+                                max_tokens=sampling.max_tokens, ending=ending)
         head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": self.model}
         requests = asked.requests(prompt, sampling)
         async with self.replies.open(requests) as events:

@@ -54,8 +54,9 @@ def describe(model: str, *, keyed: bool) -> Schema:
         "info": {"title": "nanochat_jax", "version": "1", "description": "A small ChatGPT, served."},
         "paths": {
             "/chat/completions": {"post": operation(
-                "chat", "A reply as server-sent events; a body with other fields is for OpenAI's chat completions",
-                {"content": events}, *reading, "422", schema={"anyOf": [detail, error]}, requestBody=body(ChatRequest))},
+                "chat", "A reply as server-sent events; a body with other fields is for OpenAI's API",
+                {"content": events}, *reading, "422", schema={"anyOf": [detail, error]},
+                requestBody=body(ChatRequest))},
             "/v1/chat/completions": {"post": operation(
                 "openai_chat", "OpenAI's chat completions: a completion, or its chunks as events",
                 {"content": {**events, **_json(completion)["content"]}}, *reading, "404", "504", schema=error,

@@ -6,7 +6,7 @@
     GET  /health, /stats, /metrics  whether it is up, how many of its slots are busy, Prometheus' numbers
     GET  /openapi.json              a description of all this
 
-A body of /chat/completions is upstream's unless it has other fields, such as `model`: then it is OpenAI's.
+A body of /chat/completions is upstream's. If it has other fields, such as `model`, it is OpenAI's.
 
 A reply of /chat/completions is a stream of `data: <json>` events: {"token": text, "gpu": 0} for text, {"tool":
 {"expression": text, "output": text or null}, "gpu": 0} for a calculation, at last {"done": true}; or {"error": text}
