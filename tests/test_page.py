@@ -5,111 +5,75 @@ import os
 import re
 import shutil
 import threading
-from dataclasses import replace
+from contextlib import contextmanager
 from pathlib import Path
 
 import jax
 import pytest
 from aiohttp import web
+from test_server import TOKENIZER, FakeHandle, FakeScheduler
 
 from nanochat_jax.config import GPTConfig
 from nanochat_jax.gpt import init_params
 from nanochat_jax.infer.engine import Engine
-from nanochat_jax.infer.request import Result, ToolCall
+from nanochat_jax.infer.request import ToolCall
 from nanochat_jax.infer.scheduler import QueueFull, Scheduler
 from nanochat_jax.serve import server
 from nanochat_jax.serve.chat_request import Sampling
-from nanochat_jax.tokenizer import Tokenizer
 
 playwright_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 expect = playwright_api.expect
 expect.set_options(timeout=20_000)
 
-TOKENIZER = Tokenizer({bytes([byte]): byte for byte in range(256)})
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)
 INFO = {"name": "sft d4, step 60", "source": "sft", "tag": "d4", "step": 60, "context": 2048}
-HOLD = object()  # in a reply: wait for `script.go_on`
+HOLD = object()  # in a reply: wait for `script.release()`
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason=f"none of {', '.join(NAMES)} on PATH")
 
 
-class Script:
-    """Stands in for the scheduler: each request gets the next of `replies`; exceptions are raised."""
-
-    num_active = num_waiting = 0
-
-    def __init__(self):
-        self.reset()
+class Script(FakeScheduler):
+    """Each request gets the next of `replies`; an exception among them is raised."""
 
     def reset(self):
-        self.replies, self.requests, self.cancelled = [], [], []
-        self.go_on = threading.Event()
+        self.__init__()
+        self.replies, self.go_on = [], asyncio.Event()
 
-    def submit(self, request):
-        self.requests.append(request)
+    def submit_all(self, requests):
+        self.requests += requests
         reply = self.replies.pop(0) if self.replies else ["Yes."]
         if isinstance(reply, Exception):
             raise reply
-        return ScriptedHandle(reply, self.go_on, self.cancelled)
+        self.handles.append(FakeHandle([self.go_on if event is HOLD else event for event in reply]))
+        return self.handles[-1:]
 
-    def submit_all(self, requests):
-        return [self.submit(request) for request in requests]
+    def release(self):
+        self.loop.call_soon_threadsafe(self.go_on.set)
 
     @property
     def prompts(self):
         return [TOKENIZER.decode(request.tokens) for request in self.requests]
 
 
-class ScriptedHandle:
-    def __init__(self, events, go_on, cancelled):
-        self.events, self.go_on, self.cancelled = events, go_on, cancelled
-        self.is_cancelled = self.is_done = False
+@contextmanager
+def serving(scheduler, max_len=2**17, defaults=None):
+    """The URL of a server that runs in its own thread."""
+    options = {"max_len": max_len, "num_slots": 2, "defaults": defaults or Sampling()}
+    app = server.create_app(scheduler, TOKENIZER, INFO, **options)
+    runner = web.AppRunner(app, **server.runner_options() | {"shutdown_timeout": 0.1})
+    sock = server.bind("127.0.0.1", 0)
+    loop = scheduler.loop = asyncio.new_event_loop()
+    threading.Thread(target=loop.run_forever, daemon=True).start()
 
-    def cancel(self):
-        if not self.is_done and not self.is_cancelled:
-            self.is_cancelled = True
-            self.cancelled.append(self)
+    async def start():
+        await runner.setup()
+        await web.SockSite(runner, sock).start()
 
-    async def __aiter__(self):
-        for event in self.events:
-            while event is HOLD and not self.is_cancelled and not self.go_on.is_set():
-                await asyncio.sleep(0.01)
-            if self.is_cancelled:
-                break
-            if isinstance(event, Exception):
-                raise event
-            if event is not HOLD:
-                yield event
-                await asyncio.sleep(0.002)
-        self.is_done = True
-        yield Result([1], [True], "cancelled" if self.is_cancelled else "stop", "", 3)
-
-
-class Served:
-    """The server in its own thread."""
-
-    def __init__(self, scheduler, **options):
-        options = {"max_len": 2**17, "num_slots": 2, "defaults": Sampling()} | options
-        self.app = server.create_app(scheduler, TOKENIZER, INFO, **options)
-        self.loop = asyncio.new_event_loop()
-        threading.Thread(target=self.loop.run_forever, daemon=True).start()
-        self._wait(self._start())
-
-    async def _start(self):
-        options = server.runner_options() | {"shutdown_timeout": 0.1}
-        self.runner = web.AppRunner(self.app, **options)
-        await self.runner.setup()
-        sock = server.bind("127.0.0.1", 0)
-        self.url = f"http://127.0.0.1:{sock.getsockname()[1]}/"
-        await web.SockSite(self.runner, sock).start()
-
-    def close(self):
-        self._wait(self.runner.cleanup())
-        self.loop.call_soon_threadsafe(self.loop.stop)
-
-    def _wait(self, work):
-        asyncio.run_coroutine_threadsafe(work, self.loop).result(60)
+    asyncio.run_coroutine_threadsafe(start(), loop).result(60)
+    yield f"http://127.0.0.1:{sock.getsockname()[1]}/"
+    asyncio.run_coroutine_threadsafe(runner.cleanup(), loop).result(60)
+    loop.call_soon_threadsafe(loop.stop)
 
 
 @pytest.fixture(scope="module")
@@ -123,39 +87,33 @@ def browser():
 @pytest.fixture(scope="module")
 def served():
     scheduler = Script()
-    served = Served(scheduler)
-    served.script = scheduler
-    yield served
-    served.close()
+    with serving(scheduler) as url:
+        yield url, scheduler
 
 
 @pytest.fixture
 def script(served):
-    served.script.reset()
-    return served.script
+    served[1].reset()
+    return served[1]
 
 
 @pytest.fixture
 def open_page(browser, served, script):
     """Opens pages of one browser profile. Fails on errors, dialogs and requests to other hosts."""
-    problems, context = [], browser.new_context(viewport={"width": 1200, "height": 800})
+    context = browser.new_context(viewport={"width": 1200, "height": 800})
     context.grant_permissions(["clipboard-read", "clipboard-write"])
 
     def answer(dialog):
-        if dialog.type != "confirm" or not dialog.message.startswith("Delete "):
-            problems.append(f"dialog: {dialog.message}")
+        if not dialog.message.startswith("Delete "):
+            open_page.problems.append(f"dialog: {dialog.message}")
         dialog.accept() if open_page.confirms else dialog.dismiss()
 
-    def log(message):
-        if re.search(r"Content Security|Trusted|\[DOM\]", message.text):
-            problems.append(message.text)
-
     def watch(page):
-        page.on("pageerror", lambda error: problems.append(f"error: {error}"))
+        add = open_page.problems.append
+        page.on("pageerror", lambda error: add(f"error: {error}"))
         page.on("dialog", answer)
-        page.on("console", log)
-        page.on("request", lambda request: request.url.startswith(served.url)
-                or problems.append(request.url))  # fmt: skip
+        page.on("console", lambda message: message.type == "error" and add(message.text))
+        page.on("request", lambda request: request.url.startswith(served[0]) or add(request.url))
 
     context.on("page", watch)
 
@@ -163,14 +121,15 @@ def open_page(browser, served, script):
         page = context.new_page()
         page.set_default_timeout(20_000)
         page.emulate_media(**emulate)
-        page.goto(served.url)
+        page.goto(served[0])
         expect(page.locator("#model")).to_have_text(INFO["name"])
         return page
 
-    open_page.confirms = True
+    open_page.problems, open_page.confirms = [], True
     yield open_page
     context.close()
-    assert problems == []
+    expected = "Failed to load resource"  # a status or a refused connection that the test asked for
+    assert [text for text in open_page.problems if not text.startswith(expected)] == []
 
 
 @pytest.fixture
@@ -207,10 +166,6 @@ def eventually(page, condition):
     raise AssertionError("it did not happen in time")
 
 
-def clipboard_is(page, text):
-    eventually(page, lambda: page.evaluate("navigator.clipboard.readText()") == text)
-
-
 def screenshot(page, folder, name):
     """For people: saved in the directory NANOCHAT_SCREENSHOTS."""
     page.screenshot(path=Path(os.environ.get("NANOCHAT_SCREENSHOTS", folder)) / name)
@@ -229,7 +184,7 @@ def test_text_appears_while_it_is_written(page, script):
     expect(replies(page)).to_have_text("The sky is")
     expect(page.locator("#stop")).to_be_visible()
     expect(button(page, "Regenerate")).to_have_count(0)
-    script.go_on.set()
+    script.release()
     expect(replies(page)).to_have_text("The sky is blue.")
     expect(page.locator("#send")).to_be_visible()
     prompt = "<|bos|><|user_start|>Why?\nReally?<|user_end|><|assistant_start|>"
@@ -247,21 +202,19 @@ def test_a_message_over_the_limit_is_not_sent(page, script):
     assert len(script.requests) == 1
 
 
-def test_a_conversation_over_the_servers_limit_continues_without_its_beginning(page, script):
-    for count in range(5):
-        expect(show(page, script, "Yes.", f"{count}" * 7500)).to_have_text("Yes.")
-        expect(replies(page)).to_have_count(count + 1)
-    expect(page.get_by_text("The first 2 messages no longer fit")).to_be_visible()
-
-
-@pytest.mark.parametrize("event, count, dropped", [
-    ("x" * 9000, 1, 0), ("y" * 33000, 1, 2), (ToolCall("1", "1"), 501, 0),
-], ids=["long", "longest", "parts"])  # fmt: skip
-def test_a_conversation_continues_after_a_reply_of_any_length(page, script, event, count, dropped):
-    show(page, script, [event] * count)
-    expect(show(page, script, "Yes.", "And then?")).to_have_text("Yes.")
-    expect(page.get_by_text("The first 2 messages no longer fit")).to_have_count(dropped // 2)
-    assert ("x" * 9000 in script.prompts[-1]) == (event == "x" * 9000)
+@pytest.mark.parametrize("turns, dropped", [
+    ([(f"{count}" * 7500, "Yes.") for count in range(5)], 2),
+    ([("Go on", "x" * 9000), ("And then?", "Yes.")], 0),
+    ([("Go on", "y" * 33000), ("And then?", "Yes.")], 2),
+    ([("Go on", [ToolCall("1", "1")] * 501), ("And then?", "Yes.")], 0),
+], ids=["long questions", "long reply", "longest reply", "many tool calls"])
+def test_a_conversation_over_the_servers_limits_continues(page, script, turns, dropped):
+    for text, reply in turns:
+        last = show(page, script, reply, text)
+    expect(last).to_have_text("Yes.")
+    told = page.get_by_text(f"The first {dropped} messages no longer fit in the context.")
+    expect(told).to_have_count(dropped // 2)
+    assert ("x" * 9000 in script.prompts[-1]) == (turns[0][1] == "x" * 9000)
 
 
 @pytest.mark.parametrize("key", ["Escape", "Enter"])
@@ -273,30 +226,24 @@ def test_stop_ends_the_generation_and_keeps_the_text(page, script, key):
     expect(page.get_by_text("Stopped.")).to_be_visible()
     expect(page.locator("#input")).to_be_focused()
     expect(replies(page)).to_have_text("Once upon")
-    eventually(page, lambda: script.cancelled)
+    eventually(page, script.handles[0].cancelled.is_set)
     show(page, script, "Yes.")
     assert "<|assistant_start|>Once upon<|assistant_end|>" in script.prompts[-1]
 
 
-def test_regenerate_sends_the_same_prompt(page, script):
-    script.replies += [["First."], ["Second."]]
-    send(page, "Hello")
-    expect(replies(page)).to_have_text("First.")
-    button(page, "Regenerate").press("Enter")
-    expect(replies(page)).to_have_text(["Second."])
-    expect(page.locator("#input")).to_be_focused()
-    assert script.prompts[0] == script.prompts[1]
-
-
-def test_editing_restarts_from_that_message(page, script):
+def test_regenerating_and_editing_replace_what_follows(page, script):
     show(page, script, "One.", "first")
-    show(page, script, "Two.", "second")
+    script.replies.append(["Two."])
+    button(page, "Regenerate").press("Enter")
+    expect(replies(page)).to_have_text(["Two."])
+    expect(page.locator("#input")).to_be_focused()
+    show(page, script, "Three.", "second")
     button(page, "Edit").first.click()
     expect(page.locator("#input")).to_have_value("first")
     expect(page.locator(".message.later")).to_have_count(3)
-    expect(show(page, script, "Three.", "other")).to_have_text("Three.")
+    expect(show(page, script, "Four.", "other")).to_have_text("Four.")
     expect(page.locator(".user")).to_have_text(["other"])
-    assert script.prompts[-1] == "<|bos|><|user_start|>other<|user_end|><|assistant_start|>"
+    assert script.prompts[0] == script.prompts[1] == script.prompts[-1].replace("other", "first")
 
 
 def test_text_in_the_composer_survives_edits_and_other_conversations(page, script):
@@ -305,7 +252,7 @@ def test_text_in_the_composer_survives_edits_and_other_conversations(page, scrip
     for leave in (
         lambda: page.keyboard.press("Escape"),
         lambda: button(page, "Cancel").click(),
-        lambda: send(page, "/topk 7"),
+        lambda: send(page, "/topk 7"),  # deletes nothing
         lambda: send(page, "cats"),
         lambda: button(page, "Regenerate").click(),
         lambda: page.locator("#new").click(),
@@ -319,25 +266,17 @@ def test_text_in_the_composer_survives_edits_and_other_conversations(page, scrip
         expect(page.locator("#editing")).to_be_hidden()
         expect(box).to_have_value("draft")
         expect(page.locator("#send")).to_be_visible()
+    expect(page.locator(".user")).to_have_text(["cats"])
     page.locator("#new").click()
     button(page, "Write a short poem.").click()
     expect(replies(page)).to_have_text("Yes.")
     expect(box).to_have_value("draft")
 
 
-def test_a_command_ends_an_edit_and_deletes_nothing(page, script):
-    show(page, script, "One.", "first")
-    button(page, "Edit").click()
-    send(page, "/temperature 0.5")
-    expect(page.locator(".note")).to_have_text("temperature is now 0.5.")
-    show(page, script, "Two.", "second")
-    expect(page.locator(".user")).to_have_text(["first", "second"])
-
-
 @pytest.mark.parametrize("reply, error, text", [
     (QueueFull("64 requests wait"), "The server is busy. 64 requests wait", ""),
     (["Half a ", RuntimeError("boom")], "The generation failed", "Half a"),
-], ids=["busy", "broken off"])  # fmt: skip
+], ids=["busy", "broken off"])
 def test_an_error_is_shown_and_can_be_tried_again(page, script, reply, error, text):
     script.replies.append(reply)
     send(page, "Hello")
@@ -392,10 +331,10 @@ def test_closing_the_page_stops_the_reply_and_keeps_the_question(page, script):
     page.reload()
     expect(page.get_by_text("Stopped.")).to_be_visible()
     expect(page.locator(".user")).to_have_text("Hello")
-    eventually(page, lambda: script.cancelled)
+    eventually(page, script.handles[0].cancelled.is_set)
 
 
-def test_conversations_are_separate_and_deleted_after_a_question(page, open_page, script):
+def test_conversations_are_separate_and_can_be_deleted(page, open_page, script):
     show(page, script, "Yes.", "about cats")
     page.keyboard.press("Control+Shift+O")
     expect(page.locator("#welcome")).to_be_visible()
@@ -412,16 +351,10 @@ def test_conversations_are_separate_and_deleted_after_a_question(page, open_page
     expect(page.locator("#input")).to_be_focused()
     page.reload()
     expect(titles).to_have_text(["about dogs"])
-
-
-def test_all_conversations_can_be_deleted(page, script):
-    for text in ("about cats", "about dogs"):
-        page.locator("#new").click()
-        show(page, script, "Yes.", text)
     button(page, "Settings").click()
     button(page, "Delete all conversations").click()
     expect(page.locator("#conversations")).to_have_text("No conversations.")
-    assert page.evaluate("Object.keys(localStorage).filter((key) => /chat\\.chat/.test(key))") == []
+    assert page.evaluate("Object.keys(localStorage).join()") == ""
 
 
 def test_a_reply_continues_while_another_conversation_is_shown(page, script):
@@ -431,7 +364,7 @@ def test_a_reply_continues_while_another_conversation_is_shown(page, script):
     page.locator("#new").click()
     send(page, "quick question")
     expect(replies(page)).to_have_text("quick answer")
-    script.go_on.set()
+    script.release()
     button(page, "slow question", exact=True).click()
     expect(replies(page)).to_have_text("slow answer")
 
@@ -506,8 +439,9 @@ def test_settings_are_sent_survive_a_reload_and_can_be_reset(page, script):
     button(page, "Settings").click()
     expect(page.locator("#model-info")).to_contain_text("2048 tokens")
     expect(page.locator("#set-temperature")).to_have_attribute("placeholder", "0.8")
-    for name, value in (("temperature", "1.5"), ("topk", "3"), ("length", "99")):
-        set_field(name, value)
+    set_field("temperature", "1.5")
+    set_field("topk", "3")
+    set_field("length", "99")
     set_field("temperature", "9", valid=False)
     page.keyboard.press("Escape")
     page.reload()
@@ -584,7 +518,7 @@ ELEMENTS = {
     "p > code": ["code", "a_1*b_2*c", "E = mc^2", "x_i", "y_j"], "pre": ["\\int_0^1 f*g*h"],
     "p >> nth=0": [re.compile(r"2\*3\*4 = 2\*\*3\*3, H2O, <b>x</b> and List<int>$")],
     "p >> nth=-1": [re.compile(r"at \$5 and \$6, not \*bold\*\.$")],
-}  # fmt: skip
+}
 
 
 def test_markdown_becomes_elements(page, script):
@@ -599,87 +533,97 @@ def test_code_is_coloured_and_copied_as_it_was_written(page, script):
     reply = show(page, script, f"Look:\n```python\n{code}\n```\nDone.")
     for kind, text in {
         "keyword": "def", "comment": "# <b>no</b>", "string": '"s"', "number": "12", "title": "f",
-    }.items():  # fmt: skip
+    }.items():
         expect(reply.locator(f".hljs-{kind}").first).to_have_text(text)
     expect(reply.locator("pre")).to_have_text(code, use_inner_text=True)
     expect(reply.locator(".code-head")).to_contain_text("python")
     button(reply, "Copy").click()
-    clipboard_is(page, code)
+    eventually(page, lambda: page.evaluate("navigator.clipboard.readText()") == code)
 
 
 def test_tool_calls_show_expression_and_result(page, script):
     reply = show(page, script, [
         "\ue000", ToolCall("345+678", "1023"), "It is **1023**, not ", ToolCall("1/0", None), ".&#xe009;",
-    ])  # fmt: skip
+    ])
     expect(reply.locator(".tool")).to_have_text(["345+678 = 1023", "1/0 = no result"])
     expect(reply).to_contain_text("345+678 = 1023It is 1023, not 1/0 = no result.")
     show(page, script, ["Look: ", ToolCall("1/0", None)])
     button(page.locator(".message").last, "Copy").click()
-    clipboard_is(page, "Look: 1/0 = no result")
+    copied = "Look: 1/0 = no result"
+    eventually(page, lambda: page.evaluate("navigator.clipboard.readText()") == copied)
 
 
 def test_finished_blocks_of_a_long_reply_are_not_drawn_again(page, script):
-    script.replies.append(["# First\n\n[later][x]\n\n", HOLD] + ["line\n\n"] * 200 + ["[x]: http://x.example/"])
+    script.replies.append(["# First\n\n[later][x]\n\n", HOLD] + ["line\n\n"] * 200)
     send(page, "Write")
-    expect(replies(page).locator("p")).to_have_count(1)
     page.locator("h3:text('First')").evaluate("(node) => { node.dataset.marked = 1; }")
-    script.go_on.set()
+    script.release()
+    expect(page.locator("#send")).to_be_visible()
     expect(replies(page).locator("p")).to_have_count(201)
     expect(page.locator("h3[data-marked]")).to_have_count(1)
-    expect(page.get_by_role("link", name="later")).to_be_visible()
+    show(page, script, ["[later][x]\n\n", "line\n\n", "[x]: http://x.example/"])
+    expect(page.get_by_role("link", name="later")).to_be_visible()  # known only at the end
 
 
+A, E = "alert(1)", "http://evil.example"
 HOSTILE = [
-    "<script>window.hacked = 1</script>", "<img src=x onerror='window.hacked = 1'>", "<svg onload=alert(1)>",
-    "<iframe src='javascript:alert(1)'></iframe>", "<style>body { display: none }</style>",
-    "<a href='javascript:alert(1)'>x</a>", "<a href=data:text/html,x>x</a>", "[x](javascript:alert(1))",
-    "[x](JaVaScRiPt:alert(1))", "[x](&#106;avascript:alert(1))", "[x](java\tscript:alert(1))",
-    "[x](data:text/html,<script>alert(1)</script>)", "[x](vbscript:msgbox)", "[x](//evil.example)",
-    "[x](https://bank.example@evil.example)", "<javascript:alert(1)>", "[x][1]\n\n[1]: javascript:alert(1)",
-    "![x](http://evil.example/pixel.png)", "<img src=http://evil.example/pixel.png>", "![x](javascript:alert(1))",
-    "[![x](http://evil.example/p)](javascript:alert(1))", "[![x](http://evil.example/p)](http://evil.example)",
-    "[x](https://ok.example\" onmouseover=\"alert(1))", "```\"><script>alert(1)</script>\nx\n```",
-    "```hidden\nx\n```", "```constructor\nx\n```", "| <img src=x onerror=alert(1)> |\n|--|\n| <script>alert(1)</script> |",
-    "`<img src=x onerror=alert(1)>`", "<form action=http://evil.example><button>x</button></form>",
-    "<meta http-equiv=refresh content='0;url=http://evil.example'>", "<base href=http://evil.example>",
+    "<script>window.hacked = 1</script>", "<img src=x onerror='window.hacked = 1'>",
+    f"<svg onload={A}>", f"<iframe src='javascript:{A}'></iframe>", f"<img src={E}/pixel.png>",
+    "<style>body { display: none }</style>", f"<a href='javascript:{A}'>x</a>",
+    "<a href=data:text/html,x>x</a>", f"[x](javascript:{A})", f"[x](JaVaScRiPt:{A})",
+    f"[x](&#106;avascript:{A})", f"[x](java\tscript:{A})", "[x](vbscript:msgbox)",
+    f"[x](data:text/html,<script>{A}</script>)", "[x](//evil.example)", f"<javascript:{A}>",
+    "[x](https://bank.example@evil.example)", f"[x][1]\n\n[1]: javascript:{A}",
+    f"![x]({E}/pixel.png)", f"![x](javascript:{A})", f"[![x]({E}/p)]({E})",
+    f'[x](https://ok.example" onmouseover="{A})',
+    f'```"><script>{A}</script>\nx\n```', "```hidden\nx\n```", "```constructor\nx\n```",
+    f"| <img src=x onerror={A}> |\n|--|\n| <script>{A}</script> |", f"`<img src=x onerror={A}>`",
+    f"<form action={E}><button>x</button></form>", f"<base href={E}>", f"<br onclick={A}>",
+    f"<meta http-equiv=refresh content='0;url={E}'>", f"<link rel=stylesheet href={E}>",
     "<p style='position:fixed;inset:0' id=composer class=x data-a=1 aria-hidden=true>x</p>",
-    "<math><mtext><table><mglyph><style><!--</style><img title=\"--&gt;&lt;img src=1 onerror=alert(1)&gt;\">",
-    "<svg></p><style><a id=\"</style><img src=1 onerror=alert(1)>\">", "<noscript><p title=\"</noscript><img src=x onerror=alert(1)>\">",
-    "<math><mi//xlink:href=\"data:x,<script>alert(1)</script>\">", "<form><math><mtext></form><form><mglyph><style></math><img src onerror=alert(1)>",
-    "<template><script>alert(1)</script></template>", "<link rel=stylesheet href=http://evil.example>",
-    "<object data=http://evil.example></object><embed src=http://evil.example>", "<video src=http://evil.example autoplay>",
-    "<body onload=alert(1) background=http://evil.example>", "<br onclick=alert(1)>", "<sub onmouseover=alert(1)>x</sub>",
-    "\ue000\ue001\uf8ff", ">" * 3000, "- " * 1500 + "x", "[" * 3000, "*" * 3000 + "a", "\\(" * 1500, "$a" * 1500,
-    "$$\n\\[\n" * 700, "`" * 3001 + "a", "**a" * 1500, "*_" * 3000, "*a **b " * 1000 + "** *" * 1000, "<" * 3000, "[a](" * 2000,
-]  # fmt: skip
-ALLOWED = "a blockquote br code del em h3 hr li ol p pre span strong sub sup table tbody td th thead tr ul".split()
-FIND_HARM = """async ([hostile, allowed, rendered]) => {
+    f"<math><mtext><table><mglyph><style><!--</style><img title='--&gt;&lt;img src=1 onerror={A}&gt;'>",
+    f"<svg></p><style><a id='</style><img src=1 onerror={A}>'>",
+    f"<noscript><p title='</noscript><img src=x onerror={A}>'>",
+    f"<form><math><mtext></form><form><mglyph><style></math><img src onerror={A}>",
+    f"<template><script>{A}</script></template>", f"<object data={E}></object><embed src={E}>",
+    f"<video src={E} autoplay>", f"<body onload={A} background={E}>", "\ue000\ue001\uf8ff",
+    ">" * 3000, "- " * 1500 + "x", "[" * 3000, "*" * 3000 + "a", "\\(" * 1500, "$a" * 1500,
+    "$$\n\\[\n" * 700, "`" * 3001 + "a", "**a" * 1500, "*_" * 3000, "<" * 3000, "[a](" * 2000,
+    "*a **b " * 1000 + "** *" * 1000,
+]
+ALLOWED = """a blockquote br code del em h3 hr li ol p pre span strong sub sup table tbody td th
+             thead tr ul""".split()
+FIND_HARM = """async ([texts, allowed, isMarkdown]) => {
   const { render, sanitize } = await import("/markdown.js");
-  const found = [];
-  for (const text of hostile) {
-    const node = document.createElement("div");
-    document.querySelector("#log").replaceChildren(node);
-    if (rendered) render(node, [{ type: "text", text }]);
+  const node = document.createElement("div");
+  document.body.append(node);
+  return texts.flatMap((text) => {
+    node.replaceChildren();
+    if (isMarkdown) render(node, [{ type: "text", text }]);
     else node.append(sanitize(text));
     for (const each of node.querySelectorAll(".code-head")) each.remove();
-    for (const each of node.querySelectorAll("*")) {
-      const names = each.getAttributeNames().join();
-      if (!allowed.includes(each.localName) && !/code|table/.test(each.className)) found.push([text, each.localName]);
-      if (/\\bon|style|src|id|name|data|aria|background|action/.test(names)) found.push([text, names]);
-      if (each.localName === "a" && !/^(https?:[^@]*|mailto:.*)$/.test(each.getAttribute("href") ?? "")
-        && (rendered || each.hasAttribute("href"))) found.push([text, each.outerHTML]);
-      if (each.localName === "a" && rendered && !/noopener/.test(each.rel)) found.push([text, "rel"]);
-    }
-  }
-  return found;
+    return [...node.querySelectorAll("*")].filter((each) => {
+      const isFrame = each.localName === "div" && ["code", "table"].includes(each.className);
+      const href = each.getAttribute("href") ?? (isMarkdown ? "" : "http://");
+      return !(allowed.includes(each.localName) || isFrame)
+        || !each.getAttributeNames().every((name) =>
+          ["href", "class", "start", "align", "title", "target", "rel"].includes(name))
+        || (each.localName === "code" && getComputedStyle(each).position !== "static")
+        || (each.localName === "a" && !/^https?:[^@]*$/.test(href))
+        || (each.localName === "a" && isMarkdown && !/noopener/.test(each.rel));
+    }).map((each) => [text, each.outerHTML]);
+  });
 }"""
 
 
-@pytest.mark.parametrize("rendered", [True, False], ids=["as Markdown", "as HTML, sanitizer only"])
-def test_hostile_markdown_does_nothing(page, rendered):
-    assert page.evaluate(FIND_HARM, [HOSTILE, ALLOWED, rendered]) == []
-    page.wait_for_timeout(200)  # for what a loaded or failed resource would start
+@pytest.mark.parametrize("is_markdown", [True, False], ids=["Markdown", "the sanitizer alone"])
+def test_hostile_text_does_nothing(page, open_page, is_markdown):
+    assert page.evaluate(FIND_HARM, [HOSTILE, ALLOWED, is_markdown]) == []
+    page.wait_for_timeout(200)  # for what a resource would start
     assert page.evaluate("window.hacked") is None and page.url.startswith("http://127.0.0.1")
+    if not is_markdown:  # the browser reports handlers that the sanitizer removes
+        blocked = "violates the following Content Security Policy"
+        open_page.problems = [text for text in open_page.problems if blocked not in text]
 
 
 def test_hostile_text_of_the_user_stays_text(page, script):
@@ -704,7 +648,7 @@ def test_the_page_follows_the_reply_only_at_the_bottom(page, script):
     eventually(page, lambda: scroll.evaluate(top) > 500)
     scroll.evaluate("(node) => { node.scrollTop = 0; }")
     expect(to_bottom).to_be_visible()
-    script.go_on.set()
+    script.release()
     expect(replies(page).locator("p")).to_have_count(80)
     assert scroll.evaluate(top) == 0
     to_bottom.click()
@@ -795,7 +739,7 @@ def test_the_keyboard_reaches_everything(page, script):
         page.keyboard.press("Tab")
         names.add(page.evaluate("document.activeElement.ariaLabel || document.activeElement.innerText"))
     assert {"Conversations", "Settings", "New conversation", "Edit", "Copy", "Regenerate", "Send", "Go on",
-            "Delete this conversation: Go on"} <= names  # fmt: skip
+            "Delete this conversation: Go on"} <= names
 
 
 def test_the_drawer_takes_the_focus_and_returns_it(page, script):
@@ -824,11 +768,10 @@ def test_a_model_answers_through_the_real_engine(browser):
     engine = Engine(config, params, TOKENIZER, num_slots=2)
     with Scheduler(engine) as scheduler:
         defaults = Sampling(max_tokens=24, temperature=1.0)
-        served = Served(scheduler, max_len=engine.max_len, defaults=defaults)
-        page = browser.new_page()
-        page.goto(served.url)
-        send(page, "Hello")
-        expect(button(page, "Regenerate")).to_be_visible(timeout=120_000)
-        assert replies(page).inner_text().strip()
-        page.close()
-        served.close()
+        with serving(scheduler, engine.max_len, defaults) as url:
+            page = browser.new_page()
+            page.goto(url)
+            send(page, "Hello")
+            expect(button(page, "Regenerate")).to_be_visible(timeout=120_000)
+            assert replies(page).inner_text().strip()
+            page.close()
