@@ -43,8 +43,8 @@ from nanochat_jax.tokenizer import Tokenizer
 log = logging.getLogger(__name__)
 
 WEB = Path(__file__).parent / "web"
-CONTENT_TYPES = {".html": "text/html", ".js": "text/javascript", ".css": "text/css", ".svg": "image/svg+xml",
-                 ".txt": "text/plain"}
+CONTENT_TYPES = {".html": "text/html", ".js": "text/javascript", ".mjs": "text/javascript", ".css": "text/css",
+                 ".svg": "image/svg+xml"}
 SEND_BUFFER_BYTES = 32 * 1024  # of the kernel, for each client: more would hide for long that it does not read
 IDLE_SECONDS = 75.0  # of a connection, until the whole head of its first or next request has come
 UNREAD_SECONDS = 30  # in which a client reads nothing of what was sent, until it is cut off (Linux only)

@@ -1,53 +1,59 @@
-// The page: everything on screen is drawn from a list of conversations, each a list of turns (turns.js).
+// The chat page: draws the conversations, streams replies, handles the page's events.
 
 import { MAX_MESSAGE_CHARS, complete, health } from "./api.js";
 import { $, button, element, icon } from "./dom.js";
-import { choose, command as setByCommand, help, sampling, setUp, settings, showModel } from "./settings.js";
+import { choose, command as runCommand, sampling, setUp, settings, showModel } from "./settings.js";
 import * as store from "./store.js";
-import { drawTurn, plainText } from "./turns.js";
+import { drawText, drawTurn, plainText } from "./turns.js";
 
 const SUGGESTIONS = [
-  "Why is the sky blue?", "What is 345 + 678?", "How many r are in strawberry?", "Write a short poem.",
+  "Why is the sky blue?",
+  "What is 345 + 678?",
+  "How many r are in strawberry?",
+  "Write a short poem.",
 ];
+const STORAGE_FULL =
+  "The browser's storage is full. Delete old conversations, " +
+  "or this one is lost when you close the page.";
 const [scroll, log, welcome, input] = ["scroll", "log", "welcome", "input"].map($);
-const narrow = matchMedia("(max-width: 860px)");
+const narrow = matchMedia("(max-width: 860px)"); // the sidebar covers the page
 
 let chats = store.loadConversations();
-let chat = store.newConversation(); // the one on screen; among `chats` once it has a message
-const requests = new Map(); // conversation id to the AbortController of the reply being streamed
-let editing = null; // index of the user turn in the composer
-let aside = ""; // what was typed before that edit
-const drafts = new Map(); // conversation id to what its composer held; "" is for a conversation not yet begun
+let chat = store.newConversation(); // on screen; in `chats` once it has a message
+const requests = new Map(); // conversation id to the AbortController of its reply
+let editing = null; // index of the message being edited in the composer
+let unsent = ""; // the composer's text before that edit
 
 // ---- drawing
 
 function draw() {
   const focused = document.activeElement;
   welcome.hidden = chat.turns.length > 0;
-  log.replaceChildren(...chat.turns.map((_, index) => turnNode(index)));
+  const lastReply = chat.turns.findLastIndex((turn) => turn.role === "assistant");
+  log.replaceChildren(
+    ...chat.turns.map((turn, index) =>
+      drawTurn(turn, {
+        edited: index === editing,
+        later: editing !== null && index > editing,
+        edit: () => edit(index),
+        regenerate: index === lastReply ? () => regenerate(index) : null,
+      }),
+    ),
+  );
   drawComposer();
-  if (!focused.checkVisibility()) input.focus(); // its button is gone
   drawSidebar();
-}
-
-function turnNode(index) {
-  const isLast = !chat.turns.slice(index + 1).some((turn) => turn.role === "assistant");
-  return drawTurn(chat.turns[index], {
-    edited: index === editing,
-    later: editing !== null && index > editing,
-    edit: () => edit(index),
-    regenerate: isLast ? () => regenerate(index) : null,
-  });
+  if (!focused.checkVisibility()) input.focus(); // its button was replaced
 }
 
 function drawComposer() {
   const streaming = requests.has(chat.id);
   $("send").hidden = streaming;
   $("stop").hidden = !streaming;
-  const length = [...input.value.trim()].length; // in characters, as the server counts
+  const length = [...input.value.trim()].length; // code points, as the server counts
   $("send").disabled = length === 0 || length > MAX_MESSAGE_CHARS;
   $("too-long").hidden = length <= MAX_MESSAGE_CHARS;
-  $("too-long").textContent = `${length} characters: a message has at most ${MAX_MESSAGE_CHARS}.`;
+  $("too-long").textContent =
+    `The message has ${length} characters. The limit is ${MAX_MESSAGE_CHARS}.`;
   $("editing").hidden = editing === null;
   input.style.height = "auto";
   input.style.height = `${input.scrollHeight}px`;
@@ -65,10 +71,12 @@ function drawSidebar() {
     remove.title = "Delete this conversation";
     remove.ariaLabel = `Delete this conversation: ${each.title}`;
     remove.id = `delete-${each.id}`;
-    remove.addEventListener("click", () => forget(each));
+    remove.addEventListener("click", () => confirm(`Delete "${each.title}"?`) && forget(each));
     return element("li", open, remove);
   });
-  $("conversations").replaceChildren(...rows.length ? rows : [element("li.none", "None yet.")]);
+  $("conversations").replaceChildren(
+    ...(rows.length ? rows : [element("li.none", "No conversations.")]),
+  );
   $(focused)?.focus();
   document.title = chat.title ? `${chat.title} · NanoChat` : "NanoChat";
 }
@@ -76,106 +84,85 @@ function drawSidebar() {
 function showSidebar(open) {
   document.body.dataset.sidebar = open ? "open" : "closed";
   $("toggle-sidebar").ariaExpanded = String(open);
-  $("page").inert = open && narrow.matches; // then the sidebar is a drawer over it
+  $("page").inert = open && narrow.matches;
   if ($("page").inert) $("close-sidebar").focus();
 }
 
-function closeDrawer() {
+function closeSidebar() {
   showSidebar(false);
   $("toggle-sidebar").focus();
 }
 
-const isAtBottom = () => scroll.scrollHeight - scroll.scrollTop - scroll.clientHeight < 60;
+// ---- scrolling: the page stays at the newest message while the reader is there
 
-// The reader is at the bottom, and stays there when a banner or the keyboard takes room.
 let following = true;
+
+const isAtBottom = () => scroll.scrollHeight - scroll.scrollTop - scroll.clientHeight < 60;
 
 function follow(is) {
   following = is;
   $("to-bottom").hidden = is;
 }
 
-// Draw a change and stay at the bottom if the reader was there.
+function toBottom() {
+  scroll.scrollTop = scroll.scrollHeight;
+  follow(true); // there is no scroll event if nothing can scroll
+}
+
 function keepBottom(change) {
   const stay = isAtBottom();
   change();
   if (stay || isAtBottom()) toBottom();
 }
 
-function toBottom() {
-  scroll.scrollTop = scroll.scrollHeight;
-  follow(true); // no scroll event tells of it where nothing can scroll
-}
-
 // ---- conversations
 
-function keep(which) {
+function save(which) {
   which.updated = Date.now();
-  const kept = store.save(which);
+  const saved = store.save(which);
   if (which.turns.some((turn) => turn.role === "user")) {
     chats = [which, ...chats.filter((each) => each.id !== which.id)];
-    if (which === chat) history.replaceState(null, "", `#${chat.id}`); // a reload comes back to it
+    if (which === chat) history.replaceState(null, "", `#${chat.id}`); // for a reload
   }
-  const full = "This browser keeps no more: delete old conversations, or this one is gone when the page closes.";
-  if (!kept && !which.turns.some((turn) => turn.text === full)) which.turns.push({ role: "note", text: full });
+  if (!saved && !which.turns.some((turn) => turn.text === STORAGE_FULL)) {
+    which.turns.push({ role: "note", text: STORAGE_FULL });
+  }
 }
 
-const draftKey = () => (chat.updated ? chat.id : "");
-
-function show(which, close = true) {
-  drafts.set(draftKey(), { text: input.value, editing, aside });
+function show(which) {
+  endEdit();
   chat = which;
   history.replaceState(null, "", chat.turns.length ? `#${chat.id}` : location.pathname);
-  ({ text: input.value, editing, aside } = drafts.get(draftKey()) ?? { text: "", editing: null, aside: "" });
-  drafts.delete(draftKey()); // the composer holds it now
-  if (chat.turns[editing]?.role !== "user") editing = null; // another tab changed it
-  if (close && narrow.matches) showSidebar(false);
+  if (narrow.matches) showSidebar(false);
   draw();
   toBottom();
   input.focus();
 }
 
-function forget(which) {
-  requests.get(which.id)?.abort();
-  store.remove(which);
-  const next = chats[chats.indexOf(which) + 1] ?? chats.at(-2);
-  chats = chats.filter((each) => each !== which);
-  if (which === chat) show(store.newConversation(), false);
-  else drawSidebar();
-  offerUndo(which);
-  [next && $(`open-${next.id}`), $("close-sidebar"), input].find((node) => node?.checkVisibility()).focus();
-}
-
-let undoTimer = null;
-
-function offerUndo(which) {
-  const undo = button("Undo", () => {
-    $("toast").hidden = true;
-    store.save(which);
-    chats = [...chats, which].sort((one, other) => other.updated - one.updated);
-    show(which);
-  });
-  $("toast").replaceChildren(element("span", "Conversation deleted."), undo);
-  $("toast").hidden = false;
-  clearTimeout(undoTimer);
-  undoTimer = setTimeout(() => { $("toast").hidden = true; }, 8000);
-}
-
-function startAgain() {
+function newConversation() {
   show(store.newConversation());
 }
 
-// Another tab wrote: take its conversations, but for those that are streamed here.
+function forget(which) {
+  requests.get(which.id)?.abort();
+  store.remove(which);
+  chats = chats.filter((each) => each !== which);
+  if (which === chat) return newConversation();
+  drawSidebar();
+  ($("page").inert ? $("close-sidebar") : input).focus();
+}
+
+// Another tab changed the conversations. Those with a reply in progress here stay as they are.
 function takeChanges() {
   const here = chats.filter((each) => requests.has(each.id));
   chats = [...here, ...store.loadConversations().filter((each) => !requests.has(each.id))];
-  const now = chats.find((each) => each.id === chat.id);
-  if (now === undefined && chat.turns.length) return drawSidebar(); // deleted there; what is on screen stays
-  if (now !== undefined && editing === null) chat = now;
+  const changed = chats.find((each) => each.id === chat.id);
+  if (!changed && chat.turns.length) return drawSidebar(); // deleted there, still on screen here
+  if (changed && editing === null) chat = changed;
   keepBottom(draw);
 }
 
-// ---- turns
+// ---- messages
 
 function submit() {
   const text = input.value.trim();
@@ -184,8 +171,13 @@ function submit() {
   const from = editing ?? chat.turns.length;
   input.value = "";
   endEdit();
-  if (command(text)) return;
-  ask(text, from);
+  const slash = text.match(/^\/([a-z]+)(?:\s+(\S+))?$/i);
+  if (!slash) return ask(text, from);
+  const word = slash[1].toLowerCase();
+  if (word === "clear") return newConversation();
+  chat.turns.push({ role: "note", text: runCommand(word, slash[2]) });
+  draw();
+  toBottom();
 }
 
 function ask(text, from = chat.turns.length) {
@@ -194,25 +186,9 @@ function ask(text, from = chat.turns.length) {
   reply();
 }
 
-function note(text) {
-  chat.turns.push({ role: "note", text });
-  draw();
-  toBottom();
-}
-
-function command(text) {
-  const match = text.match(/^\/([a-z]+)(?:\s+(\S+))?$/i);
-  if (!match) return false;
-  const [word, value] = [match[1].toLowerCase(), match[2]];
-  if (word === "clear") startAgain();
-  else if (word === "help") note(help());
-  else note(setByCommand(word, value) ?? `There is no command /${word}; /help lists them.`);
-  return true;
-}
-
 function edit(index) {
   if (requests.has(chat.id)) return;
-  if (editing === null) aside = input.value;
+  if (editing === null) unsent = input.value;
   editing = index;
   input.value = chat.turns[index].text;
   draw();
@@ -220,7 +196,7 @@ function edit(index) {
 }
 
 function endEdit() {
-  if (editing !== null) input.value = aside;
+  if (editing !== null) input.value = unsent;
   editing = null;
 }
 
@@ -238,18 +214,18 @@ function regenerate(index) {
 }
 
 async function reply() {
-  const own = chat; // the user may go to another conversation meanwhile
+  const own = chat; // the user may open another conversation before the reply ends
   const asked = own.turns.slice();
   const turn = { role: "assistant", parts: [], state: "streaming" };
   const controller = new AbortController();
   own.turns.push(turn);
   requests.set(own.id, controller);
-  keep(own);
+  save(own);
   draw();
   toBottom();
   $("status").textContent = "nanochat is writing";
   const began = performance.now();
-  let [pieces, kept] = [0, began];
+  let [pieces, saved] = [0, began];
   try {
     for await (const event of complete(asked, sampling(), controller.signal)) {
       if ("dropped" in event) {
@@ -257,10 +233,11 @@ async function reply() {
         continue;
       }
       pieces++;
-      take(own, turn, event);
+      append(turn, event);
       const now = performance.now();
-      if (now - kept > 1000) { // a page that is closed loses a second at most
-        kept = now;
+      if (now - saved > 1000) {
+        // closing the page loses a second at most
+        saved = now;
         store.save(own);
       }
     }
@@ -272,24 +249,32 @@ async function reply() {
   }
   if (pieces > 4) turn.speed = (1000 * pieces) / (performance.now() - began);
   requests.delete(own.id);
-  if (chats.includes(own)) keep(own); // else deleted meanwhile
+  if (chats.includes(own)) save(own); // unless it was deleted
   if (own !== chat) return drawSidebar();
   keepBottom(draw);
-  $("status").textContent = turn.state === "failed" ? "" : `nanochat said: ${plainText(turn.parts)}`;
+  $("status").textContent =
+    turn.state === "failed" ? "" : `nanochat said: ${plainText(turn.parts)}`;
 }
 
-let frame = null;
-
-function take(own, turn, event) {
+function append(turn, event) {
   const last = turn.parts.at(-1);
   if (event.tool) turn.parts.push({ type: "tool", ...event.tool });
   else if (last?.type === "text") last.text += event.token;
   else turn.parts.push({ type: "text", text: event.token });
-  if (own !== chat) return;
-  frame ??= requestAnimationFrame(() => { // one drawing per frame, however many tokens
+  drawSoon();
+}
+
+let frame = null;
+let restUntil = 0;
+
+// Draws the reply in progress once per frame, and spends at most half of the time on it.
+function drawSoon() {
+  frame ??= requestAnimationFrame((now) => {
     frame = null;
-    const index = chat.turns.indexOf(turn);
-    if (index >= 0) keepBottom(() => log.children[index].replaceWith(turnNode(index)));
+    if (now < restUntil) return drawSoon();
+    const turn = chat.turns.findLast(({ state }) => state === "streaming");
+    if (turn) keepBottom(() => drawText(turn));
+    restUntil = 2 * performance.now() - now;
   });
 }
 
@@ -297,7 +282,7 @@ function take(own, turn, event) {
 
 let watching = false;
 
-// Ask the server how it is until it answers; the page says so while it does not.
+// Polls /health until the server responds. A banner is shown while it does not.
 async function watchServer() {
   if (watching) return;
   watching = true;
@@ -306,15 +291,17 @@ async function watchServer() {
       showModel(await health());
       break;
     } catch {
-      $("gone").hidden = false;
-      await new Promise((resolve) => { setTimeout(resolve, 2000); });
+      $("offline").hidden = false;
+      await new Promise((resolve) => {
+        setTimeout(resolve, 2000);
+      });
     }
   }
   watching = false;
-  $("gone").hidden = true;
+  $("offline").hidden = true;
 }
 
-// ---- events of the page
+// ---- events
 
 $("composer").addEventListener("submit", (event) => {
   event.preventDefault();
@@ -322,33 +309,22 @@ $("composer").addEventListener("submit", (event) => {
 });
 input.addEventListener("input", drawComposer);
 input.addEventListener("keydown", (event) => {
-  if (event.key === "Enter" && !event.shiftKey && !event.isComposing) {
-    event.preventDefault();
-    submit();
-    drawComposer();
-  } else if (event.key === "ArrowUp" && !input.value && editing === null) {
-    const index = chat.turns.findLastIndex((turn) => turn.role === "user");
-    if (index < 0) return;
-    event.preventDefault();
-    edit(index);
-  }
+  if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+  event.preventDefault();
+  submit();
 });
 document.addEventListener("keydown", (event) => {
   if ($("settings").open) return;
-  const typing = /^(INPUT|TEXTAREA|SELECT)$/.test(document.activeElement?.tagName);
-  if (event.ctrlKey && event.shiftKey && ["n", "o"].includes(event.key.toLowerCase())) {
+  if (event.ctrlKey && event.shiftKey && event.key.toLowerCase() === "o") {
     event.preventDefault();
-    startAgain();
-  } else if (event.key === "/" && !typing) {
-    event.preventDefault();
-    input.focus();
+    newConversation();
   } else if (event.key === "Escape") {
-    if ($("page").inert) closeDrawer();
+    if ($("page").inert) closeSidebar();
     else if (requests.has(chat.id)) requests.get(chat.id).abort();
     else if (editing !== null) cancelEdit();
   }
 });
-let height = 0; // what the observer last saw: a scroll event may tell of taken room before it
+let height = 0; // scrolling because the area became smaller is not the reader's
 scroll.addEventListener("scroll", () => {
   if (scroll.clientHeight === height) follow(isAtBottom());
 });
@@ -357,23 +333,20 @@ new ResizeObserver(() => {
   if (following) toBottom();
 }).observe(scroll);
 $("to-bottom").addEventListener("click", toBottom);
-$("new").addEventListener("click", startAgain);
+$("new").addEventListener("click", newConversation);
 $("stop").addEventListener("click", () => requests.get(chat.id)?.abort());
 $("cancel-edit").addEventListener("click", cancelEdit);
-for (const id of ["shade", "close-sidebar"]) $(id).addEventListener("click", closeDrawer);
+for (const id of ["shade", "close-sidebar"]) $(id).addEventListener("click", closeSidebar);
 $("toggle-sidebar").addEventListener("click", () => {
   const open = document.body.dataset.sidebar !== "open";
   showSidebar(open);
   if (!narrow.matches) choose("sidebar", open);
 });
 narrow.addEventListener("change", () => showSidebar(!narrow.matches && settings.sidebar !== false));
-for (const text of SUGGESTIONS) {
-  $("suggestions").append(button(text, () => ask(text)));
-}
+for (const text of SUGGESTIONS) $("suggestions").append(button(text, () => ask(text)));
 
 setUp(() => {
   for (const each of chats) forget(each);
-  $("toast").hidden = true; // this was asked twice already
 });
 showSidebar(!narrow.matches && settings.sidebar !== false);
 store.onChange(takeChanges);

@@ -1,4 +1,4 @@
-// Small helpers for making the page's elements.
+// Creates elements. Strings become text nodes, never HTML.
 
 export const $ = (id) => document.getElementById(id);
 
@@ -10,10 +10,10 @@ const ICONS = {
   calculator: "M5 3h14v18H5zM8 7h8M8 12h.01M12 12h.01M16 12h.01M8 16h.01M12 16h.01M16 16h.01",
 };
 
-// element("p.note.small", "text", node, ...); strings become text nodes, never HTML.
-export function element(kind, ...children) {
-  const [name, ...classes] = kind.split(".");
-  const node = document.createElement(name);
+// element("p.note.small", "text", node, ...)
+export function element(name, ...children) {
+  const [tag, ...classes] = name.split(".");
+  const node = document.createElement(tag);
   node.classList.add(...classes);
   node.append(...children);
   return node;
@@ -37,20 +37,30 @@ export function button(label, act, iconName) {
 }
 
 export function copyButton(text) {
-  const node = button("Copy", async () => {
-    const done = await copyText(text());
-    node.lastChild.textContent = done ? "Copied" : "Could not copy";
-    setTimeout(() => { node.lastChild.textContent = "Copy"; }, 1200);
-  }, "copy");
+  const node = button(
+    "Copy",
+    async () => {
+      const copied = await copyText(text());
+      node.lastChild.textContent = copied ? "Copied" : "Could not copy";
+      setTimeout(() => {
+        node.lastChild.textContent = "Copy";
+      }, 1200);
+    },
+    "copy",
+  );
   return node;
 }
 
 async function copyText(text) {
-  if (navigator.clipboard) return navigator.clipboard.writeText(text).then(() => true, () => false);
-  const field = element("textarea.hidden", text); // plain http has no clipboard API
+  if (navigator.clipboard)
+    return navigator.clipboard.writeText(text).then(
+      () => true,
+      () => false,
+    );
+  const field = element("textarea.hidden", text); // no clipboard API over plain http
   document.body.append(field);
   field.select();
-  const done = document.execCommand("copy");
+  const copied = document.execCommand("copy");
   field.remove();
-  return done;
+  return copied;
 }

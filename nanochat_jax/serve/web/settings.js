@@ -1,6 +1,5 @@
-// The settings: what the user chose, kept in the browser; the server's defaults stand for the rest.
+// The settings: saved in the browser. A value that is not set is the server's default.
 
-import { HELP } from "./commands.js";
 import { $, button, element } from "./dom.js";
 import { readSettings, writeSettings } from "./store.js";
 
@@ -10,29 +9,39 @@ let defaults = {};
 const NUMBERS = {
   temperature: { name: "temperature", min: 0, max: 2 },
   topk: { name: "top_k", min: 0, max: 200, whole: true },
-  length: { name: "max_tokens", min: 1, max: 4096, whole: true }, // or the model's context, if that is less
+  length: { name: "max_tokens", min: 1, max: 4096, whole: true }, // at most the model's context
 };
 
 const range = ({ min, max, whole }) => `a ${whole ? "whole " : ""}number from ${min} to ${max}`;
 
-// What a request is sent; what is undefined is left to the server.
+// For a request. The server's default replaces what is undefined.
 export function sampling() {
   const { temperature, top_k, max_tokens, key } = settings;
   return { temperature, top_k, max_tokens, key };
 }
 
-// /temperature 0.5 and such: what to tell the user, or null if there is no such setting.
+// Runs a slash command: "temperature 0.5" sets, "temperature" shows. Returns Markdown.
 export function command(word, value) {
-  if (!Object.hasOwn(NUMBERS, word)) return null;
-  if (value !== undefined && !set(word, value)) return `${word} must be ${range(NUMBERS[word])}, not ${value}.`;
-  const current = settings[NUMBERS[word].name] ?? byDefault(word) ?? "the server's default";
-  return `${word} is ${value === undefined ? "" : "now "}${current}.`;
+  if (word === "help") return help();
+  if (!Object.hasOwn(NUMBERS, word))
+    return `There is no command \`/${word}\`. \`/help\` lists all commands.`;
+  if (value !== undefined && !set(word, value))
+    return `\`${word}\` must be ${range(NUMBERS[word])}, not \`${value}\`.`;
+  const current = settings[NUMBERS[word].name] ?? defaultOf(word) ?? "the server's default";
+  return `\`${word}\` is ${value === undefined ? "" : "now "}${current}.`;
 }
 
-export const help = () => HELP.replace("4096]", `${NUMBERS.length.max}]`.padEnd(5)); // its columns stay
+const help = () => `\
+- \`/temperature 0.8\`: sampling temperature, 0 to 2
+- \`/topk 50\`: sample from the most likely tokens, 0 (all) to 200
+- \`/length 512\`: most tokens of a reply, 1 to ${NUMBERS.length.max}
+- \`/clear\`: new conversation (Ctrl+Shift+O)
+- \`/help\`: this list
 
-// What a request gets that does not say.
-function byDefault(word) {
+Without a number, a command shows the current value.
+Enter sends, Shift+Enter adds a line, Escape stops a reply.`;
+
+function defaultOf(word) {
   const { name, max } = NUMBERS[word];
   return defaults[name] === undefined ? undefined : Math.min(defaults[name], max);
 }
@@ -40,7 +49,8 @@ function byDefault(word) {
 function set(word, text) {
   const { name, min, max, whole } = NUMBERS[word];
   const value = Number(text);
-  if (!text.trim() || !(value >= min && value <= max) || (whole && !Number.isInteger(value))) return false;
+  if (!text.trim() || !(value >= min && value <= max) || (whole && !Number.isInteger(value)))
+    return false;
   choose(name, value);
   return true;
 }
@@ -50,6 +60,7 @@ export function choose(name, value) {
   writeSettings(settings);
 }
 
+// Takes the response of /health.
 export function showModel({ model, defaults: given }) {
   defaults = given ?? {};
   const { name = "", ...facts } = model ?? {};
@@ -57,8 +68,12 @@ export function showModel({ model, defaults: given }) {
   field("length").max = NUMBERS.length.max;
   $("longest").textContent = NUMBERS.length.max;
   $("model").textContent = name;
-  $("model-info").replaceChildren(...Object.entries(facts).flatMap(([name, value]) =>
-    [element("dt", name.replaceAll("_", " ")), element("dd", `${value}${name === "context" ? " tokens" : ""}`)]));
+  $("model-info").replaceChildren(
+    ...Object.entries(facts).flatMap(([key, value]) => [
+      element("dt", key.replaceAll("_", " ")),
+      element("dd", `${value}${key === "context" ? " tokens" : ""}`),
+    ]),
+  );
 }
 
 const dialog = $("settings");
@@ -67,9 +82,8 @@ const field = (word) => $(`set-${word}`);
 function fill() {
   for (const [word, { name }] of Object.entries(NUMBERS)) {
     field(word).value = settings[name] ?? "";
-    field(word).placeholder = byDefault(word) ?? "";
+    field(word).placeholder = defaultOf(word) ?? "";
     field(word).setCustomValidity("");
-    $(`now-${word}`).textContent = settings[name] === undefined ? "The server's default." : "Your choice.";
   }
   $("set-theme").value = settings.theme ?? "auto";
   $("set-key").value = settings.key ?? "";
@@ -79,7 +93,7 @@ function showTheme() {
   document.documentElement.dataset.theme = settings.theme ?? "auto";
 }
 
-// deleteAll: called when the user wants all conversations gone.
+// deleteAll: deletes all conversations; called after the user confirmed it.
 export function setUp(deleteAll) {
   showTheme();
   $("open-settings").addEventListener("click", () => {
@@ -87,13 +101,13 @@ export function setUp(deleteAll) {
     dialog.showModal();
   });
   $("close-settings").addEventListener("click", () => dialog.close());
-  dialog.addEventListener("click", (event) => event.target === dialog && dialog.close()); // beside it
+  dialog.addEventListener("click", (event) => event.target === dialog && dialog.close()); // backdrop
   for (const [word, number] of Object.entries(NUMBERS)) {
     field(word).addEventListener("change", () => {
       const isEmpty = !field(word).value && !field(word).validity.badInput;
       if (isEmpty) choose(number.name, undefined);
       if (isEmpty || set(word, field(word).value)) return fill();
-      field(word).setCustomValidity(`This must be ${range(number)}.`);
+      field(word).setCustomValidity(`Enter ${range(number)}.`);
       field(word).reportValidity();
     });
   }
@@ -101,16 +115,18 @@ export function setUp(deleteAll) {
     choose("theme", $("set-theme").value);
     showTheme();
   });
-  $("set-key").addEventListener("change", () => choose("key", $("set-key").value.trim() || undefined));
-  const reset = button("Back to the server's defaults", () => {
+  $("set-key").addEventListener("change", () =>
+    choose("key", $("set-key").value.trim() || undefined),
+  );
+  const reset = button("Restore defaults", () => {
     for (const { name } of Object.values(NUMBERS)) choose(name, undefined);
     fill();
   });
-  const forget = button("Delete all conversations", () => {
-    if (!confirm("Delete all conversations kept in this browser?")) return;
+  const clear = button("Delete all conversations", () => {
+    if (!confirm("Delete all conversations in this browser?")) return;
     dialog.close();
     deleteAll();
   });
-  forget.className = "danger";
-  $("settings-actions").append(reset, forget);
+  clear.className = "danger";
+  $("settings-actions").append(reset, clear);
 }
