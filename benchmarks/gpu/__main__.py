@@ -20,7 +20,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.gpu.plan import PHASES, Phase, Run
-from benchmarks.gpu.record import FILE_NAME, Recorder, describe, read_results
+from benchmarks.gpu.record import FILE_NAME, Recorder, read_results
+from benchmarks.gpu.summary import summarize
 
 LEAST_SECONDS = 5.0  # a run that has less left is not started
 
@@ -132,23 +133,6 @@ def run_phases(options: Options, began: float) -> None:
                 record("end", status="skipped", error=f"{max(left, 0):.0f} s left in its phase")
                 continue
             execute(options, phase, run, began, left)
-
-
-def summarize(results: list[dict[str, Any]]) -> int:
-    """Print a table of all results; return the number of failed runs and wrong results."""
-    print(f"\n{'phase/run':36} {'result':24} values")
-    bad = 0
-    for line in results:
-        label = "/".join(dict.fromkeys((line["phase"], line["run"])))
-        labels = ("phase", "run", "name", "at")
-        values = {key: value for key, value in line.items() if key not in labels}
-        wrong = values.get("ok") is False or values.get("status", "ok") != "ok"
-        bad += wrong
-        if line["name"] == "error":  # the end says it again
-            continue
-        print(f"{'!! ' if wrong else ''}{label:{33 if wrong else 36}} {line['name']:24} "
-              f"{describe(values)}")
-    return bad
 
 
 def main() -> int:
