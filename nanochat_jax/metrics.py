@@ -21,7 +21,8 @@ from nanochat_jax.files import write_file
 
 log = logging.getLogger(__name__)
 
-# Dense bfloat16 FLOP/s: the first whose words are in the lower-case device kind.
+# Dense bfloat16 FLOP/s: the first whose words are in the lower-case device kind. From the vendors' data sheets; where these
+# give the rate with sparsity (H100, H200: 1,979e12, B200: 4.5e15), half of it.
 PEAK_FLOPS = {
     "gb200": 2.5e15, "b200": 2.25e15, "b100": 1.8e15, "h200 nvl": 836e12, "h200 pcie": 836e12, "h200": 989e12,
     "h100 nvl": 835e12, "h100 pcie": 756e12, "h100": 989e12, "h800 nvl": 989e12, "h800": 756e12, "a100": 312e12,
@@ -32,7 +33,7 @@ PEAK_FLOPS = {
     "v3": 123e12, "v2": 45e12,
 }
 
-# Bytes/s of the device's memory, found likewise.
+# Bytes/s of the device's memory, found likewise, from the same data sheets.
 PEAK_BANDWIDTH = {
     "gb200": 8.0e12, "b200": 8.0e12, "b100": 8.0e12, "h200": 4.8e12, "h100 nvl": 3.9e12, "h100 pcie": 2.0e12,
     "h100": 3.35e12, "h800 pcie": 2.0e12, "h800": 3.35e12, "a100": 2.0e12, "a800": 2.0e12, "a40": 696e9, "a30": 933e9,

@@ -1,7 +1,7 @@
 """Compile a model's real steps for accelerators that are not there, and tell what they need and how fast they can be.
 
-TPU slices: any of `CHIPS` with a topology such as v6e:2x4, compiled by libtpu. NVIDIA GPUs: h100:8, compiled by XLA's CUDA
-plugin without a GPU or cuDNN, whose attention is a call into the library at run time.
+TPU slices: any of `CHIPS` with a topology such as v6e:2x4, compiled by libtpu. NVIDIA GPUs: h100:8, h200:8 or b200:8, compiled
+by XLA's CUDA plugin without a GPU or cuDNN, whose attention is a call into the library at run time.
 """
 
 import contextlib
@@ -44,16 +44,43 @@ CHIPS = {
     "v5e": Chip(int(15.75 * GIB), 819e9, 100e9, ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")),
     "v5p": Chip(int(95.74 * GIB), 2.765e12, 300e9),
     "v6e": Chip(int(31.25 * GIB), 1.638e12, 224e9, ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")),
+    # SXM modules. Memory is 92% of what CUDA reports as total. Links: NVLink 4 and 5, one direction, from NVIDIA's data sheets.
     "h100": Chip(int(79.1 * GIB * 0.92), 3.352e12, 450e9),
+    "h200": Chip(int(139.8 * GIB * 0.92), 4.8e12, 450e9),
+    "b200": Chip(int(178.3 * GIB * 0.92), 7.672e12, 900e9),
 }
-# What XLA must know of a GPU that is not there (xla/backends/gpu/target_config).
-H100 = """gpu_device_info { threads_per_block_limit: 1024 threads_per_warp: 32 shared_memory_per_block: 49152
-  shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: 132 fpus_per_core: 128
-  block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535 memory_bandwidth: 3352320000000
-  l2_cache_size: 52428800 clock_rate_ghz: 1.98 device_memory_size: 84942979072 shared_memory_per_block_optin: 232448
-  cuda_compute_capability { major: 9 minor: 0 } registers_per_core_limit: 65536 registers_per_block_limit: 65536 }
-platform_name: "CUDA" dnn_version_info { major: 9 minor: 8 patch: 0 } device_description_str: "NVIDIA H100 80GB HBM3"
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """What XLA must know of a GPU that is absent and that differs between ours (xla/backends/gpu/target_config/specs)."""
+
+    name: str
+    cores: int  # streaming multiprocessors
+    clock_ghz: float
+    l2_bytes: int
+    memory_bytes: int
+    capability: int  # major compute capability; the minor one is 0
+
+    def target_config(self, bandwidth: float) -> str:
+        """The text of a `GpuTargetConfigProto`."""
+        return f"""gpu_device_info {{ threads_per_block_limit: 1024 threads_per_warp: 32
+  shared_memory_per_block: 49152 shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: {self.cores}
+  fpus_per_core: 128 block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
+  memory_bandwidth: {bandwidth:.0f} l2_cache_size: {self.l2_bytes} clock_rate_ghz: {self.clock_ghz}
+  device_memory_size: {self.memory_bytes} shared_memory_per_block_optin: 232448
+  cuda_compute_capability {{ major: {self.capability} minor: 0 }} registers_per_core_limit: 65536
+  registers_per_block_limit: 65536 }}
+platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 8 patch: 0 }} device_description_str: "{self.name}"
 """
+
+
+GPUS = {
+    "h100": Gpu("NVIDIA H100 80GB HBM3", 132, 1.98, 52428800, 84942979072, 9),
+    "h200": Gpu("NVIDIA H200 141GB HBM3e", 132, 1.98, 52428800, 151397597184, 9),
+    "b200": Gpu("NVIDIA B200", 148, 1.965, 132644864, 191514411008, 10),
+}
+CUDA_PLUGINS = ("xla_cuda13", "xla_cuda12")
 INSTALL_TPU = "the compiler for TPUs is missing: pip install 'jax[tpu]'"
 INSTALL_GPU = ("the compiler for GPUs is missing: pip install --no-deps jax-cuda12-pjrt=={0} jax-cuda12-plugin=={0} "
                "nvidia-cuda-nvcc-cu12")
@@ -71,8 +98,7 @@ def topology_devices(name: str) -> tuple[str, list[jax.Device]]:
             raise UsageError(f"--topology {name}: {chip} comes in {', '.join(map(str, by_count))} chips")
         shape = by_count[int(shape)]
     tpu = chip.startswith("v")
-    if importlib.util.find_spec("libtpu" if tpu else "jax_plugins.xla_cuda12"
-                                if _has("jax_plugins") else "jax_plugins") is None:
+    if not (_has("libtpu") if tpu else _has("jax_plugins") and any(_has(f"jax_plugins.{name}") for name in CUDA_PLUGINS)):
         raise UsageError(f"--topology {name}: {INSTALL_TPU if tpu else INSTALL_GPU.format(jax.__version__)}")
     # No chip is touched: nothing to ask of the cloud, and no reason to keep other processes from libtpu.
     for variable, value in (("TPU_SKIP_MDS_QUERY", "1"), ("TPU_WORKER_HOSTNAMES", "localhost"),
@@ -85,7 +111,8 @@ def topology_devices(name: str) -> tuple[str, list[jax.Device]]:
             bounds = {"chips_per_host_bounds": (1, 1, 1)} if shape == "1x1" else {}
             devices = topologies.get_topology_desc(platform="tpu", topology_name=f"{chip}:{shape}", **bounds).devices
         else:
-            devices = topologies.get_topology_desc(platform="cuda", topology_name="", target_config=H100,
+            target = GPUS[chip].target_config(CHIPS[chip].bandwidth)
+            devices = topologies.get_topology_desc(platform="cuda", topology_name="", target_config=target,
                                                    topology=f"1x1x{int(shape)}").devices
     except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:
         raise UsageError(f"--topology {name}: {str(error).splitlines()[0][:200]}") from error
@@ -94,8 +121,11 @@ def topology_devices(name: str) -> tuple[str, list[jax.Device]]:
 
 @contextlib.contextmanager
 def assumed_cudnn() -> Iterator[None]:
-    """While it lasts, JAX takes cuDNN 9.8, `H100`'s, for installed. It asks for the version while it traces cuDNN attention,
-    which only a run needs: lowered and compiled, it is the name of a function."""
+    """While it lasts, JAX takes cuDNN 9.8, that of `GPUS`, for installed.
+
+    JAX asks for the version while it traces cuDNN attention. Only a run needs the library: lowered and compiled, the call is
+    the name of a function.
+    """
     from jax._src.cudnn import fused_attention_stablehlo as attention
 
     check = attention.check_cudnn_version

@@ -21,13 +21,15 @@ from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
-from typing import Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
-import pyarrow as pa
 
 from nanochat_jax.cli import NotFound, UsageError, one_line
 from nanochat_jax.files import write_file
+
+if TYPE_CHECKING:  # generation needs names of special tokens from here, and no Arrow
+    import pyarrow as pa
 
 logger = logging.getLogger(__name__)
 
@@ -195,7 +197,7 @@ class Tokenizer:
         ids, bounds = ids.tolist(), pairwise(offsets.tolist())
         return [ids[start:end] + after for start, end in bounds]
 
-    def encode_batch(self, texts: list[str] | pa.StringArray | pa.LargeStringArray | pa.ChunkedArray,
+    def encode_batch(self, texts: "list[str] | pa.StringArray | pa.LargeStringArray | pa.ChunkedArray",
                      prepend: Token | None = None, num_threads: int = 8) -> tuple[np.ndarray, np.ndarray]:
         """The ids of all texts in one array, int32 [N], and offsets, int64 [len(texts) + 1].
 
@@ -204,7 +206,7 @@ class Tokenizer:
         place, with no Python strings between; ValueError if it has nulls.
         """
         before = None if prepend is None else self._token_id(prepend)
-        if isinstance(texts, (pa.Array, pa.ChunkedArray)):
+        if hasattr(texts, "null_count"):  # an Arrow array
             if texts.null_count:
                 raise ValueError(f"{texts.null_count} of {len(texts)} texts are null: leave them out first")
             return self._encoder.encode_arrow(texts, before, num_threads)

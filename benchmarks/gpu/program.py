@@ -1,0 +1,210 @@
+"""What the benchmark measures: the package's train step and decode program.
+
+All use of nanochat_jax by the benchmark is here and in `checks.attention`.
+"""
+
+import time
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import numpy as np
+
+from benchmarks.gpu.plan import Size
+from nanochat_jax.config import GPTConfig, derive_recipe
+from nanochat_jax.gpt import init_params
+from nanochat_jax.infer import device
+from nanochat_jax.infer.device import Program
+from nanochat_jax.metrics import peak_bandwidth, peak_flops, peak_memory_bytes
+from nanochat_jax.optim import (
+    CLASSIC_RATES,
+    OptimizerConfig,
+    constant,
+    cosine_decay,
+    make_optimizer,
+    modern_momentum,
+    trapezoid,
+)
+from nanochat_jax.sharding import make_mesh
+from nanochat_jax.step import (
+    batch_shape,
+    compile_step,
+    estimate_memory,
+    init_state,
+    make_train_step,
+    memory_limit,
+    place_batch,
+    resolve_dtype,
+    state_shardings,
+)
+
+WEIGHT_DECAY, WARMUP_STEPS, WARMDOWN_RATIO, FINAL_FRACTION = 0.28, 40, 0.65, 0.05
+
+__all__ = ["Decoding", "Training", "memory_limit", "peak_bandwidth", "peak_flops",
+           "peak_memory_bytes"]
+
+
+def modern_config(depth: int, size: Size, sequence: int | None = None) -> GPTConfig:
+    """The model that `speedrun` trains: windows SSSL, value embeddings, smear, lambdas."""
+    return GPTConfig.modern(depth, sequence_len=sequence or size.sequence, vocab_size=size.vocab)
+
+
+def modern_optimizer(config: GPTConfig, dtype: Any, mesh: Any) -> Any:
+    """The optimizer that scripts.base_train makes for a modern model without flags."""
+    reference = GPTConfig.modern(12, sequence_len=config.sequence_len,
+                                 vocab_size=config.vocab_size)
+    recipe = derive_recipe(config, reference=reference, weight_decay=WEIGHT_DECAY)
+    steps = recipe.num_iterations
+    return make_optimizer(
+        config, OptimizerConfig(), muon_dtype=dtype, mesh=mesh, lr_scale=recipe.lr_scale,
+        lr_multiplier=trapezoid(steps, warmup=WARMUP_STEPS, warmdown_ratio=WARMDOWN_RATIO,
+                                final_fraction=FINAL_FRACTION),
+        momentum=modern_momentum(steps, WARMDOWN_RATIO),
+        weight_decay=cosine_decay(recipe.weight_decay, steps))
+
+
+def random_tokens(rows: int, config: GPTConfig) -> tuple[np.ndarray, np.ndarray]:
+    """Inputs and targets [rows, T] of random tokens."""
+    rng = np.random.default_rng(0)
+    shape = (rows, config.sequence_len + 1)
+    tokens = rng.integers(0, config.vocab_size, shape, dtype=np.int32)
+    return tokens[:, :-1], tokens[:, 1:]
+
+
+@dataclass(frozen=True)
+class Training:
+    """A train step of `accumulation` micro-batches of `rows` rows on one device.
+
+    Attributes:
+        optimizer: default: the modern recipe's.
+        device: default: the first device.
+        dtype_name: compute dtype; "auto" as in training.
+    """
+
+    config: GPTConfig
+    rows: int
+    accumulation: int
+    optimizer: Any = None
+    device: Any = None
+    dtype_name: str = "auto"
+
+    @property
+    def mesh(self) -> Any:
+        return make_mesh("1x1", [self.device or jax.devices()[0]])
+
+    @property
+    def dtype(self) -> Any:
+        return resolve_dtype(self.dtype_name)
+
+    @property
+    def shape(self) -> Any:
+        tokens = self.rows * self.accumulation * self.config.sequence_len
+        return batch_shape(tokens, self.rows, self.config.sequence_len, self.mesh)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens per step."""
+        return self.shape.tokens
+
+    def _optimizer(self) -> Any:
+        return self.optimizer or modern_optimizer(self.config, self.dtype, self.mesh)
+
+    def new_state(self) -> Any:
+        """Fresh parameters and optimizer state, the same each time."""
+        state, _ = init_state(self.config, self._optimizer(), self.mesh, fsdp=False, seed=0)
+        return state
+
+    def make_step(self) -> Any:
+        """The jitted step, not compiled yet: (state, inputs, targets) -> (state, metrics)."""
+        optimizer = self._optimizer()
+        _, shardings = state_shardings(self.config, optimizer, self.mesh, fsdp=False)
+        return make_train_step(self.config, optimizer, dtype=self.dtype, mesh=self.mesh,
+                               shardings=shardings)
+
+    def compile(self, state: Any) -> tuple[Any, int, float]:
+        """The compiled step, the bytes that it needs, and the seconds that compiling took.
+
+        Raises `UsageError` if it needs more memory than the device has.
+        """
+        began = time.perf_counter()
+        compiled, needed = compile_step(self.make_step(), state, self.shape, self.mesh)
+        return compiled, needed, time.perf_counter() - began
+
+    def batch(self) -> list[Any]:
+        arrays = random_tokens(self.rows * self.accumulation, self.config)
+        return [place_batch(array, self.shape, self.mesh) for array in arrays]
+
+    def estimated_bytes(self) -> float:
+        """What `--device-batch-size` and `--remat` are chosen by."""
+        return estimate_memory(self.config, self.rows, data=1, remat="none", fsdp=False, gpu=True)
+
+    def mfu(self, seconds: float) -> float | None:
+        """Model FLOPs utilization of a step, None where the device's peak is unknown."""
+        peak = peak_flops(self.mesh.devices.flat[0])
+        return peak and self.config.flops_per_token * self.tokens / seconds / peak
+
+
+def classic_training(depth: int, rows: int, size: Size) -> Training:
+    """One batch of the model and optimizer of torch_reference.py."""
+    config = GPTConfig.classic(depth, sequence_len=size.sequence, vocab_size=size.vocab)
+    rates = OptimizerConfig(**(CLASSIC_RATES | {"grad_clip": 0.0}))
+    optimizer = make_optimizer(config, rates, lr_multiplier=constant(1.0), mesh=make_mesh("1x1"),
+                               momentum=constant(0.95), muon_dtype=resolve_dtype("auto"))
+    return Training(config, rows, 1, optimizer)
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """Greedy decoding of `tokens` tokens for each of `rows` sequences at the end of the context."""
+
+    config: GPTConfig
+    rows: int
+    tokens: int
+
+    @property
+    def dtype(self) -> Any:
+        return resolve_dtype("auto")
+
+    def _program(self) -> Program:
+        # No token has the id `vocab_size`, so no row pauses.
+        return Program(self.config, self.dtype, shortest=1, pause=self.config.vocab_size, mesh=None)
+
+    def new_params(self) -> Any:
+        @jax.jit
+        def make(key: Any) -> Any:
+            params = init_params(self.config, key)
+            return jax.tree.map(lambda leaf: leaf.astype(self.dtype), params)
+
+        return device.split_layers(make(jax.random.key(0)), config=self.config)
+
+    def new_slots(self) -> Any:
+        return device.new_slots(rows=self.rows, length=self.config.sequence_len,
+                                program=self._program())
+
+    def compile(self, params: Any, slots: Any) -> tuple[Any, float]:
+        """`run(params, slots) -> (slots, emitted)`, and the seconds that compiling took."""
+        length = self.config.sequence_len - self.tokens
+        dispatch = device.greedy_dispatch(self.rows, length=length, steps=self.tokens)
+        dispatch = jax.device_put(dispatch)
+        began = time.perf_counter()
+        lowered = device.decode.lower(params, slots, dispatch, program=self._program())
+        compiled = lowered.compile()
+
+        def run(params: Any, slots: Any) -> tuple[Any, Any]:
+            slots, emitted, _ = compiled(params, slots, dispatch)
+            return slots, emitted
+
+        return run, time.perf_counter() - began
+
+    def bytes_per_token(self) -> dict[str, int]:
+        """Bytes that one step for all rows must read: weights, and keys and values in reach.
+
+        `cache_windowed` counts the keys that each layer's window needs, `cache_full` all of them.
+        """
+        config, width = self.config, self.dtype.itemsize
+        length = config.sequence_len - self.tokens // 2
+        keys = sum(length if window is None else min(window + 1, length)
+                   for window in config.windows)
+        entry = 2 * config.n_kv_head * config.head_dim * width * self.rows
+        return {"weights": config.num_scaling_params * width, "cache_windowed": entry * keys,
+                "cache_full": entry * config.n_layer * config.sequence_len}
