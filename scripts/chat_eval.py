@@ -16,6 +16,7 @@ from nanochat_jax import cli, report
 from nanochat_jax.checkpoint import load_model
 from nanochat_jax.cli import flag
 from nanochat_jax.eval.chat import Generator, Sampling, accuracy, chatcore, evaluate_task, write_problems
+from nanochat_jax.files import make_directory
 from nanochat_jax.infer.request import Request
 from nanochat_jax.paths import CHECKPOINT_DIRS, Paths
 from nanochat_jax.sharding import data_size, make_mesh
@@ -50,6 +51,7 @@ class ChatEvalConfig(ModelFlags, Processes):
 def main(config: ChatEvalConfig) -> None:
     paths = Paths.from_env()
     start(paths, processes=config)
+    make_directory(paths.report)
     mesh, dtype = make_mesh(config.mesh), resolve_dtype(config.dtype)
     # All tasks are loaded before any is judged, and those that were named before the model: one that is missing should not
     # be found out after an hour, and a typo not after a minute.

@@ -16,6 +16,7 @@ import pyarrow as pa
 from nanochat_jax import cli, report
 from nanochat_jax.cli import UsageError, flag
 from nanochat_jax.data.shards import open_shard, split_shards, text_size
+from nanochat_jax.files import make_directory
 from nanochat_jax.metrics import Display
 from nanochat_jax.paths import DATA_DIRS, Paths
 from nanochat_jax.tokenizer import Progress, Tokenizer
@@ -61,6 +62,8 @@ def progress_display(expected_chars: int) -> Iterator[Progress]:
 
 def main(config: Config) -> None:
     paths = Paths.from_env()
+    for output in (paths.tokenizer, paths.report):
+        make_directory(output)
     directory = paths.data(paths.find_data() if config.data == "auto" else config.data)
     logger.info("training a tokenizer of %d tokens on %s", config.vocab_size, directory)
     start = time.perf_counter()

@@ -226,7 +226,7 @@ except UsageError as error:
 
 def test_a_full_disk_is_named_and_leaves_nothing(tmp_path):
     result = subprocess.run([sys.executable, "-c", FULL], cwd=tmp_path, capture_output=True, text=True)
-    assert "cannot write .corpus.partial/shard_00000.parquet: " in result.stdout and "File too large" in result.stdout
+    assert "cannot write corpus/.partial/shard_00000.parquet: " in result.stdout and "File too large" in result.stdout
     assert {path.name for path in tmp_path.iterdir()} == {".corpus.lock"}
 
 
