@@ -32,13 +32,14 @@ from jax.sharding import Mesh
 from nanochat_jax.bucket import Directory, ObjectLock, copy_files, is_remote
 from nanochat_jax.cli import NotFound, UsageError, one_line
 from nanochat_jax.config import GPTConfig
-from nanochat_jax.files import lock_file
+from nanochat_jax.files import LOCK, lock_file
 from nanochat_jax.gpt import Params, abstract_params
 from nanochat_jax.paths import (
     Paths,
     base_tokenizer,
     foreign_checkpoints,
     how_to_get,
+    refuse_foreign,
     remove_directory,
     rename_directory,
     saved_steps,
@@ -51,7 +52,6 @@ log = logging.getLogger(__name__)
 logging.getLogger("absl").addFilter(lambda record: "is read only" not in record.getMessage())
 
 CHECKSUMS = "checksums"  # its key in the state
-LOCK = ".lock"  # file in a tag's directory
 IN_USE = "wait for it or stop it, or name another --model-tag"
 
 
@@ -314,9 +314,7 @@ def claim_directory(directory: Directory, *, resume: bool | None, fresh: bool) -
     `resume` is None where nothing can go on. Raises `UsageError`, too, if the directory holds another program's checkpoints,
     or the processes of the run do not see the same one.
     """
-    if foreign := foreign_checkpoints(directory):
-        raise UsageError(f"{directory} holds checkpoints of nanochat's PyTorch code, such as {foreign[0]}: name another place "
-                         "by --model-tag, or another base directory by NANOCHAT_BASE_DIR")
+    refuse_foreign(directory)
     if jax.process_count() > 1 and not is_remote(directory):
         ours = directory / f".seen-by-all-{gather_json(uuid.uuid4().hex)[0]}"
         if jax.process_index() == 0:

@@ -21,6 +21,7 @@ logger = logging.getLogger(__name__)
 
 ATTEMPTS = 3
 TIMEOUT_S = 30.0  # without a byte
+LOCK = ".lock"  # file in a directory that one run at a time writes to
 PARTIAL, COMPLETE = ".partial", ".complete"  # directories of `new_directory`
 
 

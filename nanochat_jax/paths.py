@@ -144,6 +144,13 @@ def foreign_checkpoints(directory: Directory) -> list[str]:
     return sorted(path.name for path in directory.glob("*_*.pt")) if not is_remote(directory) else []
 
 
+def refuse_foreign(directory: Directory) -> None:
+    """Raise `UsageError` if a tag's directory holds checkpoints of nanochat's PyTorch code."""
+    if foreign := foreign_checkpoints(directory):
+        raise UsageError(f"{directory} holds checkpoints of nanochat's PyTorch code, such as {foreign[0]}: name another place "
+                         "by --model-tag, or another base directory by NANOCHAT_BASE_DIR")
+
+
 def remove_directory(directory: Directory) -> None:
     """Delete what is in a directory. On a disk it stays itself: it may be a link or a mount point."""
     if is_remote(directory):

@@ -184,7 +184,8 @@ def pretrain(config: BaseTrainConfig, paths: Paths, tokenizer: Tokenizer, direct
 
     job = Job(
         name="base_train", config=config, model=model, directory=directory,
-        logs=paths.logs("base") / directory.name, num_steps=plan.num_iterations, shape=shape, lr_multiplier=schedules["lr_multiplier"],
+        logs=paths.logs("base") / directory.name, num_steps=plan.num_iterations, shape=shape,
+        lr_multiplier=schedules["lr_multiplier"],
         evaluations=evaluations, tokenizer=tokenizer,
         metadata={"tokenizer": tokenizer.fingerprint(), "data": data, "packing": packing, "total_batch_size": shape.tokens,
                   "rates": dataclasses.asdict(rates), "lr_scale": schedules["lr_scale"]},

@@ -51,7 +51,6 @@ class ChatEvalConfig(ModelFlags, Processes):
 def main(config: ChatEvalConfig) -> None:
     paths = Paths.from_env()
     start(paths, processes=config)
-    make_directory(paths.report)
     mesh, dtype = make_mesh(config.mesh), resolve_dtype(config.dtype)
     # All tasks are loaded before any is judged, and those that were named before the model: one that is missing should not
     # be found out after an hour, and a typo not after a minute.
@@ -64,6 +63,7 @@ def main(config: ChatEvalConfig) -> None:
     loaded = load_model(paths, config.source, tag=config.model_tag, step=config.step, mesh=mesh)
     tasks = tasks or [load_eval_task(name, paths) for name in eval_tasks_for(loaded.meta["data"])]
     tasks = [task.view(stop=config.max_problems) for task in tasks]
+    make_directory(paths.report)
 
     slots = config.batch_size * data_size(mesh)
     generator = Generator(config=loaded.config, params=loaded.params, tokenizer=loaded.tokenizer, num_slots=slots,
