@@ -115,6 +115,7 @@ class ObjectLock:
         self._bucket = storage.Client().bucket(name)
         self._key = f"{place}/.{directory.name}.lock"
         self._generation, self._ended = 0, threading.Event()
+        self._thread = threading.Thread(target=self._beat, daemon=True)
         self.lost = False
 
     def __enter__(self) -> ObjectLock:
@@ -125,53 +126,60 @@ class ObjectLock:
         except Exception as error:  # whatever the network or the bucket say
             raise UsageError(f"{self._directory} cannot be locked ({one_line(error)}): check that this "
                              "machine's account may write objects there") from error
-        threading.Thread(target=self._beat, daemon=True).start()
+        self._thread.start()
         return self
 
     def __exit__(self, *_: Any) -> None:
         self._ended.set()
+        self._thread.join(timeout=30)
         try:
             self._bucket.blob(self._key).delete(if_generation_match=self._generation)
         except Exception as error:  # it expires
             log.warning("the lock of %s was not deleted (%s)", self._directory, one_line(error))
 
     def _acquire(self) -> None:
-        from google.api_core.exceptions import NotFound, PreconditionFailed
-
-        generation = 0  # the object must not exist
+        generation, holder = 0, dict[str, Any]()  # the object must not exist
         for _ in range(10):
-            try:
-                return self._write(generation)
-            except PreconditionFailed:  # it exists, or another process was faster
-                found = self._bucket.get_blob(self._key)
-            try:
-                holder = _parse_holder(found.download_as_bytes()) if found else {}
-            except NotFound:  # deleted meanwhile
-                found, holder = None, {}
-            generation = found.generation if found else 0
-            if holder.get("id") == self._id:  # written, though its answer was lost
-                self._generation = generation
-                return None
+            if self._write(generation):
+                return
+            generation, holder = self._read()  # it exists, or another process was faster
             if holder and not _is_gone(holder):
                 break
         raise UsageError(f"{self._directory} is in use by {holder.get('process', 'another process')}: {self._advice}")
 
-    def _write(self, generation: int) -> None:
+    def _write(self, generation: int) -> bool:
+        """Write the object if it is of this generation, 0 for none; whether it is this process's now."""
+        from google.api_core.exceptions import PreconditionFailed
+
         blob = self._bucket.blob(self._key)
         holder = {"id": self._id, "process": describe_process(), "machine": _machine(), "pid": os.getpid(),
                   "expires": time.time() + EXPIRY_S}
-        blob.upload_from_string(json.dumps(holder), if_generation_match=generation, timeout=20)
-        self._generation = blob.generation
+        try:
+            blob.upload_from_string(json.dumps(holder), if_generation_match=generation, timeout=20)
+            self._generation = blob.generation
+            return True
+        except PreconditionFailed:  # also if it was written, its answer was lost and the client tried again
+            found, holder = self._read()
+            if holder.get("id") == self._id:
+                self._generation = found
+            return holder.get("id") == self._id
+
+    def _read(self) -> tuple[int, dict[str, Any]]:
+        """Generation and content of the object: 0 and nothing if it does not exist."""
+        from google.api_core.exceptions import NotFound
+
+        found = self._bucket.get_blob(self._key)
+        try:
+            return (found.generation, _parse_holder(found.download_as_bytes())) if found else (0, {})
+        except NotFound:  # deleted meanwhile
+            return 0, {}
 
     def _beat(self) -> None:
-        from google.api_core.exceptions import PreconditionFailed
-
         while not self._ended.wait(HEARTBEAT_S):
             try:
-                self._write(self._generation)
-            except PreconditionFailed:
-                self.lost = not self._ended.is_set()
-                return
+                if not self._write(self._generation):
+                    self.lost = True
+                    return
             except Exception as error:  # of the network, which may come back
                 log.warning("the lock of %s was not renewed (%s)", self._directory, one_line(error))
 

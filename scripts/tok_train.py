@@ -62,12 +62,12 @@ def progress_display(expected_chars: int) -> Iterator[Progress]:
 
 def main(config: Config) -> None:
     paths = Paths.from_env()
-    for output in (paths.tokenizer, paths.report):
-        make_directory(output)
     directory = paths.data(paths.find_data() if config.data == "auto" else config.data)
     logger.info("training a tokenizer of %d tokens on %s", config.vocab_size, directory)
     start = time.perf_counter()
     shards, expected = split_shards(directory, "train"), 0
+    for output in (paths.tokenizer, paths.report):
+        make_directory(output)
     for path in shards:
         with open_shard(path) as file:
             expected += text_size(file)

@@ -200,18 +200,23 @@ def test_a_lock_that_a_crash_left_in_the_bucket_is_taken_over_and_released(serve
 
 def test_a_lock_whose_answer_was_lost_is_still_ones_own(server, place, monkeypatch):
     from google.api_core.exceptions import PreconditionFailed
+    from google.cloud.storage import Blob
 
-    write, answers = bucket.ObjectLock._write, iter([True])
+    upload = Blob.upload_from_string
 
-    def lose_the_first(self, generation):
-        write(self, generation)
-        if next(answers, False):
-            self._generation = 0
-            raise PreconditionFailed("the client tried again")
+    def lose(self, *args, **options):
+        upload(self, *args, **options)
+        raise PreconditionFailed("the client tried again")
 
-    monkeypatch.setattr(bucket.ObjectLock, "_write", lose_the_first)
+    monkeypatch.setattr(bucket, "HEARTBEAT_S", 0.05)
+    monkeypatch.setattr(Blob, "upload_from_string", lose)
     with lock_tag(place):
-        pass
+        first = server.generations[lock_object(place)]
+        deadline = time.monotonic() + 60
+        while server.generations[lock_object(place)] < first + 2:  # heartbeats
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        assert not checkpoint._bucket_locks[str(place)].lost
     assert lock_object(place) not in server.objects
 
 
