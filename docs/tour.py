@@ -24,6 +24,7 @@ from nanochat_jax.checkpoint import load_model
 from nanochat_jax.cli import UsageError, flag
 from nanochat_jax.config import GPTConfig
 from nanochat_jax.data.loader import pretraining_loader
+from nanochat_jax.files import keep_old, make_directory
 from nanochat_jax.gpt import Params, forward
 from nanochat_jax.loss import chunk_length, cross_entropy
 from nanochat_jax.optim import OptimizerConfig, constant, make_optimizer
@@ -42,6 +43,7 @@ try:
 except ModuleNotFoundError:  # `main` says so; the flags can be read without it
     matplotlib = Axes = None
 
+SIGNATURE = "nanochat_jax docs/tour.py"  # in the picture: tells it from one of the user's
 INK, PALE, GREEN, RED = "#1f2937", "#e5e7eb", "#a7e3c5", "#e4572e"
 EXAMPLE = {"messages": [
     {"role": "user", "content": "What is 345 + 678?"},
@@ -234,6 +236,7 @@ def progress(text: str) -> None:
 def main(config: TourConfig) -> None:
     if matplotlib is None:
         raise UsageError("the tour draws with matplotlib, which is not installed: `pip install matplotlib`")
+    make_directory(Path(config.out).absolute().parent)
     progress("drawing four pictures into one; a d4 takes about a minute on two free cores of a CPU")
     paths = Paths.from_env()
     start(paths)
@@ -278,7 +281,10 @@ def main(config: TourConfig) -> None:
         draw_landscape(figure.add_subplot(grid[1, 1]), multipliers, losses, before)
         draw_next(figure.add_subplot(grid[2, :]), pieces(model, answer), [pieces(model, row) for row in candidates],
                   probabilities, f"What it would say next: {config.prompt!r}")
-        figure.savefig(Path(config.out), dpi=110)
+        out = Path(config.out)
+        if out.exists() and SIGNATURE.encode() not in out.read_bytes():  # a picture of the user's
+            print(f"{out} is not a picture of this program: kept as {keep_old(out)}")
+        figure.savefig(out, dpi=110, metadata={"Title": SIGNATURE})
         plt.close(figure)
     print(f"wrote {config.out}")
 

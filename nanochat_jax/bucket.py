@@ -7,16 +7,27 @@ whatever is moved or deleted has it copied last and deleted first, and an interr
 from __future__ import annotations
 
 import functools
+import json
+import logging
 import os
+import socket
+import threading
+import time
+import uuid
 from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias, Union
+from typing import TYPE_CHECKING, Any, TypeAlias, Union
 
 from nanochat_jax.cli import UsageError, one_line
+from nanochat_jax.files import describe_process
 
 if TYPE_CHECKING:  # imported where it is needed: most commands have nothing to do with a bucket
     from etils import epath
 
 COMMITTED = "commit_success.txt"  # the object; each item of a step has one too, the step's own comes after them
+
+HEARTBEAT_S, EXPIRY_S = 30.0, 150.0  # of `ObjectLock`
+
+log = logging.getLogger(__name__)
 
 Directory: TypeAlias = Union[Path, "epath.Path"]  # of a tag: on a disk, or in a bucket
 
@@ -86,3 +97,118 @@ def copy_files(source: Directory, target: Directory) -> None:
         target.mkdir(parents=True, exist_ok=True)
     for file in source.iterdir():
         (target / file.name).write_bytes(file.read_bytes())
+
+
+class ObjectLock:
+    """An object beside a tag's directory that names the run which writes to it.
+
+    It is created only if it does not exist, and written again every `HEARTBEAT_S` while the run
+    lives. One that a crash left is taken over if its process was on this machine and is gone, or
+    after `EXPIRY_S` without a heartbeat; `lost` tells the earlier owner, if it still lives.
+    """
+
+    def __init__(self, directory: epath.Path, advice: str) -> None:
+        from google.cloud import storage
+
+        name, _, place = str(directory.parent).removeprefix("gs://").partition("/")
+        self._directory, self._advice, self._id = directory, advice, uuid.uuid4().hex
+        self._bucket = storage.Client().bucket(name)
+        self._key = f"{place}/.{directory.name}.lock"
+        self._generation, self._ended = 0, threading.Event()
+        self._thread = threading.Thread(target=self._beat, daemon=True)
+        self.lost = False
+
+    def __enter__(self) -> ObjectLock:
+        try:
+            self._acquire()
+        except UsageError:
+            raise
+        except Exception as error:  # whatever the network or the bucket say
+            raise UsageError(f"{self._directory} cannot be locked ({one_line(error)}): check that this "
+                             "machine's account may write objects there") from error
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: Any) -> None:
+        self._ended.set()
+        self._thread.join(timeout=30)
+        try:
+            self._bucket.blob(self._key).delete(if_generation_match=self._generation)
+        except Exception as error:  # it expires
+            log.warning("the lock of %s was not deleted (%s)", self._directory, one_line(error))
+
+    def _acquire(self) -> None:
+        generation, holder = 0, dict[str, Any]()  # the object must not exist
+        for _ in range(10):
+            if self._write(generation):
+                return
+            generation, holder = self._read()  # it exists, or another process was faster
+            if holder and not _is_gone(holder):
+                break
+        raise UsageError(f"{self._directory} is in use by {holder.get('process', 'another process')}: {self._advice}")
+
+    def _write(self, generation: int) -> bool:
+        """Write the object if it is of this generation, 0 for none; whether it is this process's now."""
+        from google.api_core.exceptions import PreconditionFailed
+
+        blob = self._bucket.blob(self._key)
+        holder = {"id": self._id, "process": describe_process(), "machine": _machine(), "pid": os.getpid(),
+                  "expires": time.time() + EXPIRY_S}
+        try:
+            blob.upload_from_string(json.dumps(holder), if_generation_match=generation, timeout=20)
+            self._generation = blob.generation
+            return True
+        except PreconditionFailed:  # also if it was written, its answer was lost and the client tried again
+            found, holder = self._read()
+            if holder.get("id") == self._id:
+                self._generation = found
+            return holder.get("id") == self._id
+
+    def _read(self) -> tuple[int, dict[str, Any]]:
+        """Generation and content of the object: 0 and nothing if it does not exist."""
+        from google.api_core.exceptions import NotFound
+
+        found = self._bucket.get_blob(self._key)
+        try:
+            return (found.generation, _parse_holder(found.download_as_bytes())) if found else (0, {})
+        except NotFound:  # deleted meanwhile
+            return 0, {}
+
+    def _beat(self) -> None:
+        while not self._ended.wait(HEARTBEAT_S):
+            try:
+                if not self._write(self._generation):
+                    self.lost = True
+                    return
+            except Exception as error:  # of the network, which may come back
+                log.warning("the lock of %s was not renewed (%s)", self._directory, one_line(error))
+
+
+def _parse_holder(content: bytes) -> dict[str, Any]:
+    try:
+        holder = json.loads(content)
+        return holder if holder["expires"] + 0.0 else {}
+    except (ValueError, TypeError, KeyError):  # not a lock of ours: like an expired one
+        return {}
+
+
+def _is_gone(holder: dict[str, Any]) -> bool:
+    if holder["expires"] < time.time():
+        return True
+    if holder.get("machine") != _machine():
+        return False
+    try:
+        os.kill(holder["pid"], 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:  # it lives, and is another user's
+        return False
+    return holder["pid"] == os.getpid()  # left by an earlier process of the same number
+
+
+def _machine() -> str:
+    """This host and its table of processes, in which an id names one process; containers have others."""
+    try:
+        return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
+    except OSError:
+        return socket.gethostname()

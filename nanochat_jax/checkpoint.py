@@ -7,6 +7,7 @@ Each step carries checksums of its content. One that is torn or damaged is passe
 the one before; a resumed run renames it to `damaged-<step>`. Nothing here deletes a step but `keep` and `--fresh`.
 """
 
+import contextlib
 import gc
 import itertools
 import json
@@ -17,7 +18,7 @@ import tempfile
 import time
 import uuid
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -28,11 +29,21 @@ import orbax.checkpoint as ocp
 from jax import Array
 from jax.sharding import Mesh
 
-from nanochat_jax.bucket import Directory, copy_files, is_remote
+from nanochat_jax.bucket import Directory, ObjectLock, copy_files, is_remote
 from nanochat_jax.cli import NotFound, UsageError, one_line
 from nanochat_jax.config import GPTConfig
+from nanochat_jax.files import LOCK, lock_file
 from nanochat_jax.gpt import Params, abstract_params
-from nanochat_jax.paths import Paths, foreign_checkpoints, how_to_get, remove_directory, rename_directory, saved_steps
+from nanochat_jax.paths import (
+    Paths,
+    base_tokenizer,
+    foreign_checkpoints,
+    how_to_get,
+    refuse_foreign,
+    remove_directory,
+    rename_directory,
+    saved_steps,
+)
 from nanochat_jax.sharding import abstract_tree, barrier, gather_json, make_mesh, param_shardings
 from nanochat_jax.tokenizer import Tokenizer
 
@@ -41,6 +52,7 @@ log = logging.getLogger(__name__)
 logging.getLogger("absl").addFilter(lambda record: "is read only" not in record.getMessage())
 
 CHECKSUMS = "checksums"  # its key in the state
+IN_USE = "wait for it or stop it, or name another --model-tag"
 
 
 class Damaged(Exception):
@@ -164,6 +176,9 @@ class Checkpoints:
     def save(self, step: int, params: Params, optimizer: Any, state: dict[str, Any]) -> None:
         """Start writing a step; raises here if an earlier save failed in the background."""
         self.wait()
+        if (lock := _bucket_locks.get(str(self.directory))) and lock.lost:
+            raise UsageError(f"another run has taken {self.directory} over, as this one did not renew its lock: "
+                             "nothing more is saved")
         trees = {"params": params} | ({} if optimizer is None else {"optimizer": optimizer})
         sums = {"content": {name: _checksum(tree) for name, tree in trees.items()},
                 "structure": {name: _structure(tree) for name, tree in trees.items()}, "state": _state_checksum(state)}
@@ -267,15 +282,39 @@ class Loaded:
         return self.own_tokenizer
 
 
+_bucket_locks: dict[str, ObjectLock] = {}  # of this process, by directory
+
+
+@contextlib.contextmanager
+def lock_tag(directory: Directory) -> Iterator[None]:
+    """Keep other runs from writing to a tag while the block runs. Reading it needs no lock.
+
+    Process 0 holds the lock for all processes of the run. Raises `UsageError` in all of them if
+    another run holds it.
+    """
+    said = ""
+    with contextlib.ExitStack() as stack:
+        if jax.process_index() == 0:
+            try:
+                if is_remote(directory):
+                    _bucket_locks[str(directory)] = stack.enter_context(ObjectLock(directory, IN_USE))
+                    stack.callback(_bucket_locks.pop, str(directory))
+                else:
+                    stack.enter_context(lock_file(directory / LOCK, str(directory), IN_USE))
+            except UsageError as error:
+                said = str(error)
+        if said := gather_json(said)[0]:
+            raise UsageError(said)
+        yield
+
+
 def claim_directory(directory: Directory, *, resume: bool | None, fresh: bool) -> None:
     """Before a run writes to a tag: steps that are there are continued or deleted only if the user said which.
 
     `resume` is None where nothing can go on. Raises `UsageError`, too, if the directory holds another program's checkpoints,
     or the processes of the run do not see the same one.
     """
-    if foreign := foreign_checkpoints(directory):
-        raise UsageError(f"{directory} holds checkpoints of nanochat's PyTorch code, such as {foreign[0]}: name another place "
-                         "by --model-tag, or another base directory by NANOCHAT_BASE_DIR")
+    refuse_foreign(directory)
     if jax.process_count() > 1 and not is_remote(directory):
         ours = directory / f".seen-by-all-{gather_json(uuid.uuid4().hex)[0]}"
         if jax.process_index() == 0:
@@ -312,9 +351,14 @@ def read_meta(directory: Directory, step: int) -> dict[str, Any]:
 
 def load_model(paths: Paths, source: str, *, tag: str | None = None, step: int | None = None, mesh: Mesh | None = None,
                fsdp: bool = False) -> Loaded:
-    """Load the parameters of a stage ("base", "mid", "sft" or "rl"), as `load_directory` does.
+    """Load the parameters of a stage ("base", "mid", "sft" or "rl") as `load_directory` does, from `find_model`."""
+    return load_directory(find_model(paths, source, tag), source=source, step=step, mesh=mesh, fsdp=fsdp)
 
-    Without a tag: the largest `d<depth>`, else the newest. Raises `NotFound` when there is none.
+
+def find_model(paths: Paths, source: str, tag: str | None) -> Directory:
+    """The directory of a stage's tag, which has a step. Without a tag: the largest `d<depth>`, else the newest.
+
+    Raises `NotFound` when there is none.
     """
     directory = paths.checkpoints(source) / (tag or paths.find_tag(source))
     if not saved_steps(directory):
@@ -322,7 +366,7 @@ def load_model(paths: Paths, source: str, *, tag: str | None = None, step: int |
             raise NotFound(f"no {source} checkpoint in {directory}: there are {', '.join(others)}")
         raise NotFound(f"no {source} checkpoint in {directory}: "
                        f"{how_to_get(source, directory if foreign_checkpoints(directory) else None)}")
-    return load_directory(directory, source=source, step=step, mesh=mesh, fsdp=fsdp)
+    return directory
 
 
 def load_directory(directory: Directory, *, source: str = "base", step: int | None = None, mesh: Mesh | None = None,
@@ -366,7 +410,7 @@ def _load_tokenizer(directory: Directory, fingerprint: str | None) -> Tokenizer 
             except NotFound as error:
                 raise NotFound(f"the tokenizer of {directory} is missing in {place}: copy it there") from error
     else:
-        place = place if place.is_dir() else directory.resolve().parent.parent / "tokenizer"
+        place = place if place.is_dir() else base_tokenizer(directory)
         tokenizer = Tokenizer.load(place)
     if tokenizer.fingerprint() != fingerprint:
         raise UsageError(f"the tokenizer in {place} is not the one {directory} was trained with: "

@@ -31,6 +31,7 @@ from nanochat_jax.data.hub import clean_up, fetch, first_line
 from nanochat_jax.data.hub_dataset import find_files
 from nanochat_jax.data.needs import summary
 from nanochat_jax.data.shards import open_shard
+from nanochat_jax.files import make_directory
 from nanochat_jax.metrics import Display
 from nanochat_jax.paths import DATA_DIRS, Paths
 
@@ -77,7 +78,7 @@ def download(repo: str, names: Sequence[str], directory: Path, *, num_workers: i
     The last name is the validation shard. It comes first, and alone: without it, an interrupted download would leave
     a training shard as the last file, which a loader would take for validation.
     """
-    directory.mkdir(parents=True, exist_ok=True)
+    make_directory(directory)
     missing = [name for name in names if not is_whole(directory / name)]
     if len(missing) < len(names):
         logger.info("%d of %d shards are in %s already", len(names) - len(missing), len(names), directory)
@@ -185,7 +186,7 @@ def hf_main(config: HfConfig) -> int:
     source = {"dataset": files.repo, "revision": files.commit, "subset": subset, "split": split, "text_field": field,
               "cut_chars": config.cut_chars, "files": len(files.names), "limit_rows": config.limit_rows}
     logger.info("%s: %d files", describe(source), len(files.names))
-    staging = directory.with_name(f".{directory.name}.source")
+    staging = directory / ".source"  # on the disk of the corpus, which may be another than the base's
     documents = hub_dataset.iter_documents(files, field, staging, cut_chars=config.cut_chars, limit_rows=config.limit_rows)
     return _write(directory, source, config, documents)
 

@@ -1,21 +1,28 @@
 """Files and directories on the disk that are there whole or not at all, and files from the web."""
 
 import contextlib
+import fcntl
 import hashlib
 import http.client
+import itertools
 import logging
 import os
 import shutil
+import socket
+import sys
+import tempfile
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
-from nanochat_jax.cli import NotFound
+from nanochat_jax.cli import NotFound, UsageError
 
 logger = logging.getLogger(__name__)
 
 ATTEMPTS = 3
 TIMEOUT_S = 30.0  # without a byte
+LOCK = ".lock"  # file in a directory that one run at a time writes to
+PARTIAL, COMPLETE = ".partial", ".complete"  # directories of `new_directory`
 
 
 def fsync(path: Path) -> None:
@@ -27,9 +34,47 @@ def fsync(path: Path) -> None:
         os.close(descriptor)
 
 
+def make_directory(directory: Path) -> Path:
+    """`directory`, which is created if missing, after a check that files can be written to it.
+
+    A link to a directory and a mount point are used as they are. Call this before the work whose
+    result goes there. Raises `UsageError`.
+    """
+    create_directory(directory)
+    try:
+        tempfile.TemporaryFile(dir=directory).close()
+    except OSError as error:
+        raise _refused(directory, error) from error
+    return directory
+
+
+def create_directory(directory: Path) -> None:
+    """Create a directory and its parents, if missing. Raises `UsageError`."""
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        there = next(path for path in (directory, *directory.parents) if os.path.lexists(path))
+        if there.is_dir():
+            raise _refused(directory, error) from error
+        if there.is_symlink():
+            raise UsageError(f"{there} is a link to {os.readlink(there)}, which is not a directory: "
+                             "create or mount that, or remove the link") from error
+        raise UsageError(f"{there} is a file where a directory is needed: move it away, or name "
+                         "another directory") from error
+
+
+def _refused(directory: Path, error: OSError) -> UsageError:
+    return UsageError(f"cannot write to {directory}: {error.strerror}; change that, or name another "
+                      "directory")
+
+
 def write_file(path: Path, content: str | bytes) -> None:
-    """Write aside, then rename: a reader sees the old file or the new one. The directory is made if need be."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+    """Write to a temporary file, then rename it: readers get the old content or the new.
+
+    The directory is created if missing. A link to a file stays a link.
+    """
+    path = Path(os.path.realpath(path))
+    create_directory(path.parent)
     aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         aside.write_bytes(content.encode() if isinstance(content, str) else content)
@@ -40,46 +85,168 @@ def write_file(path: Path, content: str | bytes) -> None:
 
 
 @contextlib.contextmanager
-def new_directory(directory: Path, *, replace: bool = False) -> Iterator[Path]:
-    """An empty directory aside, which takes the name of `directory` at the end of the block, with all files on the disk.
+def new_directory(directory: Path, *, add: bool = False) -> Iterator[Path]:
+    """A temporary directory inside `directory`; at the end of the block its files move up.
 
-    After an exception nothing of it is left. What a killed process left is removed by the next, so those that may write
-    the same at the same time need a lock (`locked`). If `directory` is there by then and not empty, OSError is raised, or
-    it is removed if `replace` says so; killed right between, `undo_replacement` brings it back.
+    `directory` is created if missing. If it exists, it is filled in place, so it may be a link, a
+    mount point or the working directory. It must be empty (see `entries`), unless `add` is given:
+    then new files are added and files of the same name are replaced.
+
+    After an exception nothing of the block is left. The block's result is complete from the rename
+    of `.partial` to `.complete` on: a process that is killed between this and the last move leaves
+    a directory that `is_complete` denies, and `finish_directory` makes the remaining moves.
+    Raises `UsageError` before the block if `directory` cannot be written or another process is
+    writing to it.
     """
-    aside = directory.with_name(f".{directory.name}.partial")
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir(parents=True)
+    created = not directory.exists()
+    make_directory(directory)
+    partial = directory / PARTIAL
+    with _only_writer(directory):
+        try:
+            finish_directory(directory)
+            _check_empty(directory, add)
+            shutil.rmtree(partial, ignore_errors=True)
+            partial.mkdir()
+            yield partial
+            for path in (*partial.rglob("*"), partial):
+                fsync(path)
+            _check_empty(directory, add)
+            partial.rename(directory / COMPLETE)
+            finish_directory(directory)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+            if created:
+                with contextlib.suppress(OSError):  # not empty: the block ended well
+                    directory.rmdir()
+
+
+def entries(directory: Path) -> list[Path]:
+    """What a directory holds, without hidden files and the `lost+found` of a new file system."""
+    return [path for path in directory.iterdir() if path.name[0] != "." and path.name != "lost+found"]
+
+
+def _check_empty(directory: Path, add: bool) -> None:
+    if not add and (found := entries(directory)):
+        raise UsageError(f"{directory} is not an empty directory (it holds {found[0].name}): name a "
+                         "new or an empty one")
+
+
+def is_complete(directory: Path) -> bool:
+    """Whether no `new_directory` was interrupted while its files moved."""
+    return not (directory / COMPLETE).exists()
+
+
+def finish_directory(directory: Path) -> None:
+    """Make the moves that an interrupted `new_directory` left.
+
+    The largest file comes last: without its weights no program takes a model for complete.
+    """
+    complete = directory / COMPLETE
+    if is_complete(directory):
+        return
+    for path in sorted(complete.iterdir(), key=lambda path: path.stat().st_size):
+        path.replace(directory / path.name)
+    fsync(directory)
+    complete.rmdir()
+
+
+def set_aside(directory: Path, name: str) -> Path | None:
+    """Move what a directory holds (see `entries`) to `<name>-<number>` in it, and return that.
+
+    None if there is nothing. The directory itself, which may be a link or a mount point, stays.
+    """
+    found = entries(directory) if directory.is_dir() else []
+    if not found:
+        return None
+    aside = next(path for number in itertools.count()
+                 if not os.path.lexists(path := directory / f"{name}-{number}"))
+    aside.mkdir()
+    for path in sorted(found, key=lambda path: not path.name.isdigit()):
+        path.rename(aside / path.name)  # steps first, then the tokenizer that they need
+    return aside
+
+
+def empty_directory(directory: Path) -> None:
+    """Delete what a directory holds. What is deleted has another name before its first file goes."""
+    set_aside(directory, ".deleted")
+    for path in directory.glob(".deleted-*"):
+        shutil.rmtree(path)
+
+
+def keep_old(path: Path) -> Path | None:
+    """Rename a file that is about to be written, if it exists; returns its new name."""
+    if not os.path.lexists(path):
+        return None
+    return path.rename(next(
+        old for number in itertools.count(1)
+        if not os.path.lexists(old := path.with_name(f"{path.stem}.old-{number}{path.suffix}"))))
+
+
+@contextlib.contextmanager
+def _only_writer(directory: Path) -> Iterator[None]:
+    descriptor = os.open(directory, os.O_RDONLY)
     try:
-        yield aside
-        for path in (*aside.rglob("*"), aside):
-            fsync(path)
-        if replace and directory.exists():
-            undo_replacement(directory)
-            directory.rename(_replaced(directory))
-        aside.rename(directory)
-        fsync(directory.parent)
-        shutil.rmtree(_replaced(directory), ignore_errors=True)
+        if try_lock(descriptor) is False:
+            raise UsageError(f"another process is writing to {directory}: wait for it, or name "
+                             "another directory")
+        yield
     finally:
-        shutil.rmtree(aside, ignore_errors=True)
+        os.close(descriptor)
 
 
-def undo_replacement(directory: Path) -> None:
-    """After a replacement that was killed: back to the old if the new is not in its place, else rid of the old."""
-    if not directory.exists() and _replaced(directory).exists():
-        _replaced(directory).rename(directory)
-    shutil.rmtree(_replaced(directory), ignore_errors=True)
+def try_lock(descriptor: int) -> bool | None:
+    """Lock an open file until it is closed or this process ends, however that happens.
+
+    False if another process holds the lock, None if the file system has no locks.
+    """
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    except OSError:
+        return None
+    return True
 
 
-def _replaced(directory: Path) -> Path:
-    return directory.with_name(f".{directory.name}.replaced")
+@contextlib.contextmanager
+def lock_file(path: Path, name: str, advice: str) -> Iterator[None]:
+    """Hold a lock on `path` while the block runs; a crash releases it.
+
+    Raises `UsageError`, with `name` and the other process, if another process holds it.
+    """
+    make_directory(path.parent)
+    descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
+    try:
+        with contextlib.suppress(OSError):
+            os.fchmod(descriptor, 0o666)  # other users who may write here must be able to lock it
+        locked = try_lock(descriptor)
+        if locked is False:
+            owner = os.pread(descriptor, 1000, 0).decode(errors="replace").strip()
+            raise UsageError(f"{name} is in use by {owner or 'another process'}: {advice}")
+        if locked is None:
+            logger.warning("%s is on a file system without locks: make sure that no second process "
+                           "writes to it", path.parent)
+            yield
+            return
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, describe_process().encode(), 0)
+        yield
+        os.ftruncate(descriptor, 0)
+    finally:
+        os.close(descriptor)
+
+
+def describe_process() -> str:
+    """This process, in one line: its id, host and command."""
+    command = " ".join(" ".join(["python", *sys.orig_argv[1:]]).split())[:200]
+    return f"process {os.getpid()} on {socket.gethostname()} ({command})"
 
 
 def locked(path: Path) -> contextlib.AbstractContextManager:
     """Of all processes that want to make `path`, one at a time."""
     from huggingface_hub.utils import WeakFileLock  # here, as few need it and it takes a while to import
 
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_directory(path.parent)
     return WeakFileLock(path.with_name(f".{path.name}.lock"))
 
 
@@ -91,7 +258,7 @@ def fetch_file(url: str, path: Path, *, sha256: str | None = None) -> Path:
     if path.exists():
         return path
     logger.info("fetching %s", url)
-    path.parent.mkdir(parents=True, exist_ok=True)
+    make_directory(path.parent)
     aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
         for attempt in range(1, ATTEMPTS + 1):

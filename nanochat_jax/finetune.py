@@ -11,10 +11,11 @@ import jax.numpy as jnp
 import optax
 
 from nanochat_jax import report
-from nanochat_jax.checkpoint import Loaded, load_model, load_optimizer
+from nanochat_jax.checkpoint import Loaded, find_model, load_model, load_optimizer, lock_tag
 from nanochat_jax.cli import flag
 from nanochat_jax.data.mixture import ConversationLoader
 from nanochat_jax.eval.bpb import held_out_loss
+from nanochat_jax.files import make_directory
 from nanochat_jax.gpt import Params
 from nanochat_jax.muon import MuonState
 from nanochat_jax.optim import OptimizerConfig, Schedule, constant, linear_momentum, make_optimizer
@@ -117,9 +118,17 @@ def finetune(config: FinetuneConfig, stage: Stage) -> None:
     """Train the newest model of `stage.source` on the stage's mixture and save it under `stage.target`."""
     paths = Paths.from_env()
     start(paths, device_type=config.device_type, compile_cache=config.compile_cache, processes=config)
-    mesh, dtype = make_mesh(config.mesh), resolve_dtype(config.dtype)
     # What was named needs no model to be found, and a typo should not cost the loading of one.
     named = stage.mixture(None, "train", paths) if config.mixture else None
+    if config.dry_run:
+        return _finetune(config, stage, paths, named)
+    make_directory(paths.report)
+    with lock_tag(paths.checkpoints(stage.target) / find_model(paths, stage.source, config.model_tag).name):
+        _finetune(config, stage, paths, named)
+
+
+def _finetune(config: FinetuneConfig, stage: Stage, paths: Paths, named: Task | None) -> None:
+    mesh, dtype = make_mesh(config.mesh), resolve_dtype(config.dtype)
     loaded = load_model(paths, stage.source, tag=config.model_tag, step=config.step, mesh=mesh, fsdp=bool(config.fsdp))
     model, tokenizer, meta = loaded.config, loaded.tokenizer, loaded.meta
     mixture = stage.mixture(meta["data"], "train", paths) if named is None else named

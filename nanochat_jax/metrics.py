@@ -3,6 +3,7 @@
 import contextlib
 import json
 import logging
+import math
 import os
 import re
 import resource
@@ -147,9 +148,25 @@ class Profiler:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The lines of a metrics file; a last line cut off by a crash is left out."""
-    lines = path.read_text().splitlines(keepends=True)
-    return [json.loads(line) for line in lines if line.endswith("\n")]
+    """The rows of a metrics.jsonl, in the order of writing.
+
+    A line that a crash damaged or cut off is left out, with a warning: a log never blocks a run.
+    """
+    rows, damaged = [], 0
+    for line in path.read_bytes().decode(errors="replace").split("\n"):
+        text = line.strip("\0 \t\r")  # a power cut may leave zeros before a line that was written later
+        if not line:
+            continue
+        try:
+            row = json.loads(text)
+            if not math.isfinite(row["step"]):
+                raise ValueError("not a step")
+            rows.append(row)
+        except (ValueError, KeyError, TypeError, RecursionError):
+            damaged += 1
+    if damaged:
+        log.warning("%s: %d damaged lines are left out", path, damaged)
+    return rows
 
 
 def start_wandb(run: str, project: str, config: dict[str, Any]) -> Any:

@@ -11,12 +11,12 @@ in common; metrics, traces and all else stay under the base directory of each.
 
 import os
 import re
-import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from nanochat_jax.bucket import COMMITTED, Directory, delete, is_remote, move, open_bucket
 from nanochat_jax.cli import NotFound, UsageError
+from nanochat_jax.files import create_directory, empty_directory
 
 CHECKPOINT_DIRS = {
     "base": "base_checkpoints",
@@ -50,7 +50,7 @@ class Paths:
             raise UsageError(f"NANOCHAT_CHECKPOINT_DIR={remote}: give a place in a bucket, gs://bucket/...; on a disk "
                              "checkpoints are under NANOCHAT_BASE_DIR")
         base = Path(given).expanduser().absolute()
-        base.mkdir(parents=True, exist_ok=True)
+        create_directory(base)
         return cls(base, remote)
 
     @property
@@ -115,6 +115,15 @@ class Paths:
         return tags[0].name if len(tags) == 1 else max(tags, key=lambda path: path.stat().st_mtime).name
 
 
+def base_tokenizer(tag: Path) -> Path:
+    """The tokenizer directory of the base directory that a tag's directory is in.
+
+    The tag may be a link into another disk: then the names decide, not where the link leads.
+    """
+    named, real = (Path(path(tag)).parent.parent / "tokenizer" for path in (os.path.abspath, os.path.realpath))
+    return named if named.is_dir() else real
+
+
 def saved_steps(directory: Directory) -> list[int]:
     """Steps with a complete directory under a tag, in order."""
     if not directory.is_dir():
@@ -135,14 +144,19 @@ def foreign_checkpoints(directory: Directory) -> list[str]:
     return sorted(path.name for path in directory.glob("*_*.pt")) if not is_remote(directory) else []
 
 
+def refuse_foreign(directory: Directory) -> None:
+    """Raise `UsageError` if a tag's directory holds checkpoints of nanochat's PyTorch code."""
+    if foreign := foreign_checkpoints(directory):
+        raise UsageError(f"{directory} holds checkpoints of nanochat's PyTorch code, such as {foreign[0]}: name another place "
+                         "by --model-tag, or another base directory by NANOCHAT_BASE_DIR")
+
+
 def remove_directory(directory: Directory) -> None:
-    """Delete a directory so that, wherever this is interrupted, no half of it is left that looks whole."""
+    """Delete what is in a directory. On a disk it stays itself: it may be a link or a mount point."""
     if is_remote(directory):
-        return delete(directory)
-    for old in directory.parent.glob(f".deleted-{directory.name}-*"):
-        shutil.rmtree(old)
-    if directory.exists():
-        shutil.rmtree(directory.rename(directory.with_name(f".deleted-{directory.name}-{os.getpid()}")))
+        delete(directory)
+    else:
+        empty_directory(directory)
 
 
 def rename_directory(directory: Directory, target: Directory) -> None:

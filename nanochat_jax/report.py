@@ -7,6 +7,7 @@ Stages call `log_section` from process 0. A section is two files in the report d
 `<slug>.json` for `generate`, which never reads numbers back out of prose.
 """
 
+import hashlib
 import importlib.metadata
 import json
 import logging
@@ -23,7 +24,7 @@ from typing import Any
 
 from nanochat_jax import cli
 from nanochat_jax.cli import NotFound, UsageError
-from nanochat_jax.files import write_file
+from nanochat_jax.files import keep_old, make_directory, write_file
 from nanochat_jax.paths import Paths
 from nanochat_jax.report_html import Report, Section, label_of, page, percent
 
@@ -110,6 +111,7 @@ def format_value(value: Any) -> str:
 
 def reset(report_dir: Path) -> None:
     """Delete the sections and documents of an earlier run; write header.md and header.json for a new one."""
+    make_directory(report_dir)
     slugs = {section.slug for section in _read_sections(report_dir, strict=False)} | set(SECTION_ORDER)
     for name in (*DOCUMENTS, *(f"{slug}.md" for slug in slugs), *(f"{slug}.json" for slug in slugs)):
         (report_dir / name).unlink(missing_ok=True)
@@ -123,10 +125,14 @@ def reset(report_dir: Path) -> None:
 def generate(report_dir: Path, out_dir: Path) -> None:
     """Write report.md, report.html and results.json to `report_dir`; copy the first two to `out_dir`.
 
+    A file of that name in `out_dir` is kept under another name, unless it is a report as written here.
+
     Raises:
       NotFound: no section has been logged.
-      UsageError: a section file is not what `log_section` writes.
+      UsageError: a section file is not what `log_section` writes; or a directory cannot be written.
     """
+    for directory in (report_dir, out_dir):
+        make_directory(directory)
     sections = _read_sections(report_dir)
     if not sections:
         raise NotFound(f"no sections in {report_dir}: run a stage first, e.g. `python -m scripts.tok_train`")
@@ -155,9 +161,25 @@ def generate(report_dir: Path, out_dir: Path) -> None:
     texts = [header_text, *((report_dir / f"{section.slug}.md").read_text("utf-8") for section in sections),
              _summary_markdown(report)]
     write_file(report_dir / "results.json", _to_json(results))
-    for directory in {report_dir, out_dir}:
-        write_file(directory / "report.md", "\n".join(texts))
-        write_file(directory / "report.html", page(report))
+    for name, text in (("report.md", "\n".join(texts)), ("report.html", page(report))):
+        for path in dict.fromkeys([report_dir / name, out_dir / name]):
+            if not _is_ours(path) and (old := keep_old(path)):
+                logger.warning("%s is not a report of this program: kept as %s", path, old.name)
+            write_file(path, text + _signature(text))
+
+
+def _signature(text: str) -> str:
+    """A last line that tells a report of ours from a file of the user's or a report that was edited."""
+    return f"<!-- nanochat_jax.report {hashlib.sha256(text.encode()).hexdigest()} -->\n"
+
+
+def _is_ours(path: Path) -> bool:
+    try:
+        text = path.read_text("utf-8")
+    except (OSError, ValueError):
+        return False
+    start = text.rfind("<!-- nanochat_jax.report ")
+    return start >= 0 and text[start:] == _signature(text[:start])
 
 
 def summary_rows(sections: Sequence[Section]) -> list[list[str]]:

@@ -1,17 +1,14 @@
 """report.html: one page with no outside resources. Everything that comes from a run is escaped."""
 
 import html
-import json
-import logging
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from nanochat_jax.metrics import read_metrics
 from nanochat_jax.report_charts import Line, Point, line_chart, smooth
-
-logger = logging.getLogger(__name__)
 
 TILES = (  # label, stages to look in (the first that has it), result
     ("validation bits per byte", ("base_loss", "base_train"), "val_bpb"),
@@ -140,22 +137,12 @@ def page(report: Report) -> str:
     )
 
 
-def read_metrics(path: Path) -> dict[str, list[dict[str, Any]]]:
-    """Lines of a metrics.jsonl by kind ("train", "eval"), by rising step; of a step logged twice the later line counts.
-
-    A line that is not JSON (cut off when its process died) is left out and counted in the log.
-    """
+def rows_by_kind(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
+    """Rows of metrics by kind ("train", "eval"), by rising step; a step logged twice counts once, as the later row."""
     kinds: dict[str, dict[float, dict[str, Any]]] = {}
-    bad = 0
-    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
-        try:
-            row = json.loads(line)
-            kinds.setdefault(row["kind"], {})[row["step"]] = row
-        except (ValueError, KeyError, TypeError):
-            bad += 1
-    if bad:
-        logger.warning("%s: %d lines that are not metrics left out", path, bad)
-    return {kind: [rows[step] for step in sorted(rows)] for kind, rows in kinds.items()}
+    for row in rows:
+        kinds.setdefault(str(row.get("kind")), {})[row["step"]] = row
+    return {kind: [steps[step] for step in sorted(steps)] for kind, steps in kinds.items()}
 
 
 def markdown(text: str) -> str:
@@ -206,7 +193,7 @@ def _curves(sections: Sequence[Section]) -> str:
         if not curves[stage].exists():
             out.append(f'<p class="note">{_text(f"{title}: no curves, {curves[stage]} is gone")}.</p>')
             continue
-        metrics = read_metrics(curves[stage])
+        metrics = rows_by_kind(read_metrics(curves[stage]))
         train, evals = metrics.get("train", []), metrics.get("eval", [])
         charts = {}  # lines by what they show, in order
         rl = stage == "chat_rl"

@@ -13,10 +13,11 @@ import jax
 from jax.sharding import Mesh
 
 from nanochat_jax import report
-from nanochat_jax.checkpoint import Loaded, load_model
+from nanochat_jax.checkpoint import Loaded, find_model, load_model, lock_tag
 from nanochat_jax.cli import UsageError, flag
 from nanochat_jax.config import GPTConfig
 from nanochat_jax.eval.chat import Sampling
+from nanochat_jax.files import make_directory
 from nanochat_jax.finetune import ContinueConfig
 from nanochat_jax.gpt import Params
 from nanochat_jax.infer.engine import Engine
@@ -127,9 +128,15 @@ def reinforce(config: ChatRLConfig) -> None:
     """The whole stage: from a finetuned model to checkpoints, metrics and a section of the report."""
     paths = Paths.from_env()
     start(paths, device_type=config.device_type, compile_cache=config.compile_cache, processes=config)
-    mesh, dtype = make_mesh(config.mesh), resolve_dtype(config.dtype)
     # What was named needs no model to be found, and a typo should not cost the loading of one.
     named = load_tasks(config, None, paths) if config.task_file or config.task != "auto" else None
+    make_directory(paths.report)
+    with lock_tag(paths.checkpoints("rl") / find_model(paths, "sft", config.model_tag).name):
+        _reinforce(config, paths, named)
+
+
+def _reinforce(config: ChatRLConfig, paths: Paths, named: tuple[str, Task, Task] | None) -> None:
+    mesh, dtype = make_mesh(config.mesh), resolve_dtype(config.dtype)
     loaded = load_model(paths, "sft", tag=config.model_tag, step=config.step, mesh=mesh, fsdp=bool(config.fsdp))
     model, meta = loaded.config, loaded.meta
     name, task, test = named or load_tasks(config, meta["data"], paths)

@@ -6,7 +6,6 @@ stage, and a changed setting runs again what depends on it, and nothing else.
 """
 
 import hashlib
-import itertools
 import json
 import os
 import secrets
@@ -21,9 +20,9 @@ from pathlib import Path
 from typing import Any
 
 from nanochat_jax.cli import UsageError
-from nanochat_jax.files import write_file
+from nanochat_jax.files import LOCK, keep_old, lock_file, set_aside, write_file
 from nanochat_jax.metrics import format_seconds
-from nanochat_jax.paths import Paths, remove_directory
+from nanochat_jax.paths import Paths, refuse_foreign, remove_directory
 
 MODEL_FLOPS_UTILIZATION = 0.4  # assumed where the device's peak is known
 CPU_FLOPS_PER_CORE = 8e10  # float32 training on x86 cores of the day: 5e10 on a busy machine to 1.1e11 on a quiet one
@@ -111,11 +110,15 @@ class Record:
     @classmethod
     def open(cls, paths: Paths, *, fresh: bool) -> "Record":
         path = paths.base / "speedrun.json"
-        if fresh or not path.exists():
+        if not path.exists():
             return cls(path, fresh=fresh)
         try:
-            return cls(path, **json.loads(path.read_text("utf-8")))
+            record = cls(path, **json.loads(path.read_text("utf-8")))
+            return cls(path, fresh=True) if fresh else record
         except (ValueError, TypeError) as error:
+            if fresh:
+                keep_old(path)
+                return cls(path, fresh=True)
             raise UsageError(f"{path} is not a record of a run ({error}): delete it to start over; what was trained is then "
                              "kept aside") from error
 
@@ -154,14 +157,13 @@ def run_stages(stages: list[Stage], record: Record) -> int:
 
 
 def _clear(directory: Path, *, delete: bool) -> None:
-    """Make room for a stage. Without `--fresh` what is there is only renamed: it may be days of training."""
-    if delete:
-        remove_directory(directory)
-    elif directory.exists():
-        names = (directory.with_name(f".replaced-{directory.name}-{number}") for number in itertools.count())
-        aside = next(path for path in names if not path.exists())
-        directory.rename(aside)
-        _headline(f"{directory} is of another run: kept as {aside}")
+    """Make room for a stage. Without `--fresh`, what a directory holds only moves: it may be days of training."""
+    refuse_foreign(directory)
+    with lock_file(directory / LOCK, str(directory), "wait for it or stop it"):
+        if delete:
+            remove_directory(directory)
+        elif kept := set_aside(directory, ".replaced"):
+            _headline(f"{directory} holds the steps of another run: kept in {kept}")
 
 
 def _run_stages(stages: list[Stage], record: Record, background: "dict[str, Background]") -> int:
@@ -169,7 +171,8 @@ def _run_stages(stages: list[Stage], record: Record, background: "dict[str, Back
     began = time.monotonic()
     planned = taken = 0.0  # seconds of the stages that ended, of those that are in the estimate
     if not record.begun:
-        _call([sys.executable, "-m", "nanochat_jax.report", "reset"])
+        if code := _call([sys.executable, "-m", "nanochat_jax.report", "reset"]):
+            return code
 
     def failed(stage: Stage, code: int) -> int:
         print(f"error: {stage.name} ended with exit code {code}; run the same command again to go on from here "

@@ -22,7 +22,7 @@ from nanochat_jax.eval.core import Scorer as CoreScorer
 from nanochat_jax.eval.core import evaluate_core, format_csv
 from nanochat_jax.eval.samples import PROMPTS, free_samples, greedy_samples, sample_items
 from nanochat_jax.eval.scoring import Scorer, rows_for
-from nanochat_jax.files import write_file
+from nanochat_jax.files import make_directory, write_file
 from nanochat_jax.paths import Paths
 from nanochat_jax.sharding import make_mesh
 from nanochat_jax.startup import ModelFlags, Processes, start
@@ -57,11 +57,14 @@ class BaseEvalConfig(ModelFlags, Processes):
 
 
 def core_metric(scorer: CoreScorer, tokenizer: Any, config: BaseEvalConfig, paths: Paths, name: str) -> dict[str, float]:
+    table_dir = paths.base / "base_eval"
+    if jax.process_index() == 0:
+        make_directory(table_dir)
     result = evaluate_core(scorer, tokenizer, ensure_bundle(paths), max_per_task=config.max_per_task)
     table = format_csv(result)
     log.info("%s", table)
     if jax.process_index() == 0:
-        write_file(paths.base / "base_eval" / f"{name}.csv", table)
+        write_file(table_dir / f"{name}.csv", table)
     return {"core": result.core, **result.centered}
 
 
@@ -112,6 +115,7 @@ def evaluate_hf(hf_path: str, config: BaseEvalConfig, paths: Paths) -> tuple[str
 def main(config: BaseEvalConfig) -> None:
     paths = Paths.from_env()
     start(paths, processes=config)
+    make_directory(paths.report)
     name, results, items = evaluate_hf(config.hf_path, config, paths) if config.hf_path else evaluate_ours(config, paths)
     if jax.process_index() == 0:
         report.log_section(paths.report, "Base model evaluation",

@@ -13,6 +13,7 @@ from nanochat_jax.checkpoint import load_model
 from nanochat_jax.cli import flag
 from nanochat_jax.eval.bpb import corpus_bits_per_byte
 from nanochat_jax.eval.samples import greedy_samples, sample_items
+from nanochat_jax.files import make_directory
 from nanochat_jax.paths import Paths
 from nanochat_jax.sharding import make_mesh
 from nanochat_jax.startup import PLATFORMS, ModelFlags, Processes, start
@@ -30,6 +31,7 @@ class BaseLossConfig(ModelFlags, Processes):
 def main(config: BaseLossConfig) -> None:
     paths = Paths.from_env()
     start(paths, device_type=config.device_type, processes=config)
+    make_directory(paths.report)
     mesh, dtype = make_mesh(config.mesh), resolve_dtype(config.dtype)
     loaded = load_model(paths, "base", tag=config.model_tag, step=config.step, mesh=mesh)
     results = corpus_bits_per_byte(loaded, paths, device_batch_size=config.device_batch_size,

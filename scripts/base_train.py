@@ -12,7 +12,8 @@ from typing import Any
 import jax
 
 from nanochat_jax import cli, report
-from nanochat_jax.checkpoint import Loaded
+from nanochat_jax.bucket import Directory
+from nanochat_jax.checkpoint import Loaded, lock_tag
 from nanochat_jax.cli import flag
 from nanochat_jax.config import GPTConfig, Recipe, derive_recipe
 from nanochat_jax.data.loader import pretraining_loader
@@ -21,6 +22,7 @@ from nanochat_jax.eval.bundle import ensure_bundle
 from nanochat_jax.eval.core import evaluate_core
 from nanochat_jax.eval.samples import greedy_samples
 from nanochat_jax.eval.scoring import Scorer, rows_for
+from nanochat_jax.files import make_directory
 from nanochat_jax.optim import (
     CLASSIC_RATES,
     OptimizerConfig,
@@ -123,7 +125,15 @@ def optimizer_parts(config: BaseTrainConfig, plan: Recipe) -> tuple[OptimizerCon
 def main(config: BaseTrainConfig) -> None:
     paths = Paths.from_env()
     start(paths, device_type=config.device_type, compile_cache=config.compile_cache, processes=config)
+    make_directory(paths.report)
     tokenizer = Tokenizer.load(paths.tokenizer)
+    directory = paths.checkpoints("base") / (config.model_tag or f"d{config.depth}")
+    with lock_tag(directory):
+        pretrain(config, paths, tokenizer, directory)
+
+
+def pretrain(config: BaseTrainConfig, paths: Paths, tokenizer: Tokenizer, directory: Directory) -> None:
+    """The whole stage: from the flags to checkpoints, metrics and a section of the report."""
     data = paths.find_data() if config.data == "auto" else config.data
     model, reference = model_config(config, tokenizer.vocab_size)
     plan = recipe(config, model, reference)
@@ -172,10 +182,10 @@ def main(config: BaseTrainConfig) -> None:
         bundle = ensure_bundle(paths)  # now: that it cannot be had should not be found out in the middle of the run
         evaluations.append(Evaluation(config.core_metric_every, core))
 
-    tag = config.model_tag or f"d{config.depth}"
     job = Job(
-        name="base_train", config=config, model=model, directory=paths.checkpoints("base") / tag,
-        logs=paths.logs("base") / tag, num_steps=plan.num_iterations, shape=shape, lr_multiplier=schedules["lr_multiplier"],
+        name="base_train", config=config, model=model, directory=directory,
+        logs=paths.logs("base") / directory.name, num_steps=plan.num_iterations, shape=shape,
+        lr_multiplier=schedules["lr_multiplier"],
         evaluations=evaluations, tokenizer=tokenizer,
         metadata={"tokenizer": tokenizer.fingerprint(), "data": data, "packing": packing, "total_batch_size": shape.tokens,
                   "rates": dataclasses.asdict(rates), "lr_scale": schedules["lr_scale"]},

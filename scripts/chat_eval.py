@@ -16,6 +16,7 @@ from nanochat_jax import cli, report
 from nanochat_jax.checkpoint import load_model
 from nanochat_jax.cli import flag
 from nanochat_jax.eval.chat import Generator, Sampling, accuracy, chatcore, evaluate_task, write_problems
+from nanochat_jax.files import make_directory
 from nanochat_jax.infer.request import Request
 from nanochat_jax.paths import CHECKPOINT_DIRS, Paths
 from nanochat_jax.sharding import data_size, make_mesh
@@ -62,6 +63,7 @@ def main(config: ChatEvalConfig) -> None:
     loaded = load_model(paths, config.source, tag=config.model_tag, step=config.step, mesh=mesh)
     tasks = tasks or [load_eval_task(name, paths) for name in eval_tasks_for(loaded.meta["data"])]
     tasks = [task.view(stop=config.max_problems) for task in tasks]
+    make_directory(paths.report)
 
     slots = config.batch_size * data_size(mesh)
     generator = Generator(config=loaded.config, params=loaded.params, tokenizer=loaded.tokenizer, num_slots=slots,

@@ -10,8 +10,8 @@ from typing import Any
 
 from nanochat_jax import cli
 from nanochat_jax.checkpoint import Loaded, load_model
-from nanochat_jax.cli import UsageError, flag
-from nanochat_jax.files import new_directory
+from nanochat_jax.cli import flag
+from nanochat_jax.files import entries, new_directory
 from nanochat_jax.interop.hf import write_hf
 from nanochat_jax.interop.torch_checkpoint import write_checkpoint
 from nanochat_jax.metrics import read_metrics
@@ -55,16 +55,14 @@ def main(config: ExportConfig) -> None:
     paths = Paths.from_env()
     start(paths)
     out = Path(config.out).expanduser().absolute()
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise UsageError(f"--out {out} is not an empty directory: name a new one")
-    loaded = load_model(paths, config.source, tag=config.model_tag, step=config.step)
     with new_directory(out) as aside:
+        loaded = load_model(paths, config.source, tag=config.model_tag, step=config.step)
         if config.format == "hf":
             write_hf(aside, loaded.config, loaded.params, loaded.tokenizer, dtype=config.dtype)
         else:
             write_checkpoint(aside, loaded.config, loaded.params, loaded.tokenizer, step=loaded.step,
                              byte_rule=loaded.meta.get("byte_rule", "raw"), meta=upstream_meta(loaded))
-    for path in sorted(out.iterdir()):
+    for path in sorted(entries(out)):
         log.info("%14s  %s", f"{path.stat().st_size:,}", path.name)
     log.info("exported %s/%s step %d, %s parameters, to %s", loaded.source, loaded.tag, loaded.step,
              f"{loaded.config.num_params:,}", out)

@@ -11,8 +11,9 @@ from typing import Any
 
 from nanochat_jax import cli
 from nanochat_jax.bucket import is_remote
-from nanochat_jax.checkpoint import Checkpoints, claim_directory, keep_tokenizer
+from nanochat_jax.checkpoint import Checkpoints, claim_directory, keep_tokenizer, lock_tag
 from nanochat_jax.cli import NotFound, UsageError, flag
+from nanochat_jax.files import make_directory
 from nanochat_jax.interop.torch_checkpoint import Imported, check_vocabulary
 from nanochat_jax.optim import CLASSIC_RATES, OptimizerConfig
 from nanochat_jax.paths import CHECKPOINT_DIRS, Paths
@@ -95,16 +96,19 @@ def main(config: ImportConfig) -> None:
     if source.resolve().is_relative_to(directory.resolve()):
         raise UsageError(f"--from {source} lies in the directory to write: name another --model-tag")
     tokenizer, place = choose_tokenizer(imported.tokenizer, paths, directory, imported)
-    # All that can be refused has been: from here on --fresh may delete.
-    claim_directory(directory, resume=None, fresh=config.fresh)
-    if tokenizer is not None:
-        keep_tokenizer(tokenizer, directory)
-        if place is not None and not is_remote(directory):
-            tokenizer.save(place)
+    if place == paths.tokenizer:
+        make_directory(place)
     fingerprint = tokenizer.fingerprint() if tokenizer else None
-    with Checkpoints(directory) as checkpoints:
-        checkpoints.save(imported.step, imported.params, None, checkpoint_state(imported, fingerprint, config))
-        checkpoints.wait()
+    with lock_tag(directory):
+        # All that can be refused has been: from here on --fresh may delete.
+        claim_directory(directory, resume=None, fresh=config.fresh)
+        if tokenizer is not None:
+            keep_tokenizer(tokenizer, directory)
+            if place is not None and not is_remote(directory):
+                tokenizer.save(place)
+        with Checkpoints(directory) as checkpoints:
+            checkpoints.save(imported.step, imported.params, None, checkpoint_state(imported, fingerprint, config))
+            checkpoints.wait()
     log.info("imported a %s model of %d layers, %s parameters, step %d, to %s", imported.config.arch,
              imported.config.n_layer, f"{imported.config.num_params:,}", imported.step, directory)
 

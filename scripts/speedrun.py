@@ -19,6 +19,7 @@ from nanochat_jax import cli
 from nanochat_jax.cli import UsageError, flag
 from nanochat_jax.config import GPTConfig, Recipe, derive_recipe
 from nanochat_jax.data.needs import TOKENIZER_SHARDS, explain_shards, shards_needed
+from nanochat_jax.files import lock_file, make_directory
 from nanochat_jax.gpt import REMAT
 from nanochat_jax.metrics import format_count
 from nanochat_jax.paths import CHECKPOINT_DIRS, DATA_DIRS, Paths
@@ -183,9 +184,18 @@ def plan_stages(config: SpeedrunConfig, machine: Machine, wandb_run: str, on_dis
             Stage(name="chat_eval_rl", module="scripts.chat_eval", args=("-i", "rl", *chosen, *as_flags(**problems)),
                   placement=placed, seconds=30 if small else 0),
         ]
-    reason = " (no accelerator found: the preset for a CPU, which needs no network)" if cpu and not config.data else ""
-    title = f"speedrun: d{depth} on {data}{reason}"
+    title = f"speedrun: d{depth} on {data}" + (_why_embedded(on_disk) if cpu and not config.data else "")
     return [stage for stage in stages if stage.name not in config.skipped], title
+
+
+def _why_embedded(on_disk: Mapping[str, int]) -> str:
+    there = [f"{DATA_DIRS[name]} ({count} training shards)" for name, count in on_disk.items() if count and name != "embedded"]
+    said = " (no accelerator found: the preset for a CPU, which needs no network"
+    if there:
+        name = next(name for name in DATA_DIRS if on_disk.get(name))
+        said += (f"; {' and '.join(there)} not used, as such a run takes far longer and downloads its chats: --data {name} "
+                 "trains on it")
+    return said + ")"
 
 
 def _fetch_stages(data: str, recipe: Recipe, have: int) -> list[Stage]:
@@ -233,7 +243,10 @@ def main(config: SpeedrunConfig) -> int:
         print_plan(stages, machine, title)
         return 0
     print(title, file=sys.stderr)
-    code = run_stages(stages, Record.open(paths, fresh=config.fresh))
+    for directory in (paths.report, *([Path.cwd()] if stages[-1].name == "report" else [])):
+        make_directory(directory)  # the last stage writes there: better refused now than then
+    with lock_file(paths.base / ".speedrun.lock", f"the speedrun of {paths.base}", "wait for it or stop it"):
+        code = run_stages(stages, Record.open(paths, fresh=config.fresh))
     if code == 0 and (advice := next_commands(stages, paths)):
         print(advice, file=sys.stderr)
     return code

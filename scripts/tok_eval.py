@@ -20,6 +20,7 @@ from rich.table import Table
 from nanochat_jax import cli, report
 from nanochat_jax.cli import flag
 from nanochat_jax.data.shards import open_shard, read_row_group, split_shards
+from nanochat_jax.files import make_directory
 from nanochat_jax.paths import DATA_DIRS, Paths
 from nanochat_jax.tokenizer import Tokenizer
 
@@ -87,6 +88,7 @@ def show(title: str, header: Sequence[str], rows: list[list[str]]) -> str:
 
 def main(config: Config) -> None:
     paths = Paths.from_env()
+    make_directory(paths.report)
     tokenizer = Tokenizer.load(paths.tokenizer)
     texts = evaluation_texts(paths.data(paths.find_data() if config.data == "auto" else config.data))
     sizes = {name: len(text.encode()) for name, text in texts.items()}

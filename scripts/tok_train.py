@@ -16,6 +16,7 @@ import pyarrow as pa
 from nanochat_jax import cli, report
 from nanochat_jax.cli import UsageError, flag
 from nanochat_jax.data.shards import open_shard, split_shards, text_size
+from nanochat_jax.files import make_directory
 from nanochat_jax.metrics import Display
 from nanochat_jax.paths import DATA_DIRS, Paths
 from nanochat_jax.tokenizer import Progress, Tokenizer
@@ -65,6 +66,8 @@ def main(config: Config) -> None:
     logger.info("training a tokenizer of %d tokens on %s", config.vocab_size, directory)
     start = time.perf_counter()
     shards, expected = split_shards(directory, "train"), 0
+    for output in (paths.tokenizer, paths.report):
+        make_directory(output)
     for path in shards:
         with open_shard(path) as file:
             expected += text_size(file)

@@ -156,6 +156,8 @@ class _Handler(BaseHTTPRequestHandler):
         if self.command == "DELETE":
             with self.server.lock:
                 self._content(name)
+                if int(query.get("ifGenerationMatch", self.server.generations[name])) != self.server.generations[name]:
+                    raise Refused(412)
                 self.server.before_change(name)
                 del self.server.objects[name], self.server.generations[name]
             return self._answer(204)

@@ -1,8 +1,11 @@
 """Checkpoints in a bucket, against a server on this machine that speaks Google Cloud Storage's API."""
 
 import itertools
+import json
+import os
 import shutil
 import socket
+import time
 
 import jax
 import numpy as np
@@ -14,8 +17,8 @@ from test_train import run as train_run
 
 pytest.importorskip("gcsfs")
 
-from nanochat_jax import bucket  # noqa: E402
-from nanochat_jax.checkpoint import saved_steps  # noqa: E402
+from nanochat_jax import bucket, checkpoint  # noqa: E402
+from nanochat_jax.checkpoint import lock_tag, saved_steps  # noqa: E402
 from nanochat_jax.cli import UsageError  # noqa: E402
 from nanochat_jax.metrics import read_metrics  # noqa: E402
 from nanochat_jax.paths import Paths  # noqa: E402
@@ -159,6 +162,92 @@ def test_other_places_are_refused_with_what_to_give_instead(monkeypatch, tmp_pat
     monkeypatch.setenv(name, value)
     with pytest.raises(UsageError, match=f"{name}={value}.*{said}"):
         Paths.from_env()
+
+
+def lock_object(place):
+    return f"{str(place.parent).removeprefix('gs://')}/.{place.name}.lock"
+
+
+def hold(server, place, *, pid=1, machine=None, expires=60.0):
+    """The lock of another run, as its process wrote it."""
+    holder = {"id": "other", "process": "process 1 on host", "pid": pid, "expires": time.time() + expires,
+              "machine": bucket._machine() if machine is None else machine}
+    server.store(lock_object(place), json.dumps(holder).encode())
+
+
+@pytest.mark.parametrize("holder", [
+    dict(machine="another"), dict(pid=os.getppid()), dict(machine="another", pid=2**22 + 1)], ids=["host", "parent", "its pid"])
+def test_a_tag_in_use_in_the_bucket_is_refused(server, place, tmp_path, holder):
+    hold(server, place, **holder)
+    before = server.objects[lock_object(place)]
+    with pytest.raises(UsageError, match=f"^{place} is in use by process 1 on host: wait") as refused, lock_tag(place):
+        raise AssertionError("two runs hold the lock")
+    assert "\n" not in str(refused.value) and server.objects[lock_object(place)] == before
+
+
+@pytest.mark.parametrize("holder", [
+    None, dict(machine="another", expires=-1.0), dict(pid=2**22 + 1), dict(pid=os.getpid()), b"torn"],
+    ids=["none", "expired", "dead", "same number", "torn"])
+def test_a_lock_that_a_crash_left_in_the_bucket_is_taken_over_and_released(server, place, holder):
+    if isinstance(holder, bytes):
+        server.store(lock_object(place), holder)
+    elif holder is not None:
+        hold(server, place, **holder)
+    with lock_tag(place):
+        assert json.loads(server.objects[lock_object(place)])["pid"] == os.getpid()
+    assert lock_object(place) not in server.objects
+
+
+def test_a_lock_whose_answer_was_lost_is_still_ones_own(server, place, monkeypatch):
+    from google.api_core.exceptions import PreconditionFailed
+    from google.cloud.storage import Blob
+
+    upload = Blob.upload_from_string
+
+    def lose(self, *args, **options):
+        upload(self, *args, **options)
+        raise PreconditionFailed("the client tried again")
+
+    monkeypatch.setattr(bucket, "HEARTBEAT_S", 0.05)
+    monkeypatch.setattr(Blob, "upload_from_string", lose)
+    with lock_tag(place):
+        first = server.generations[lock_object(place)]
+        deadline = time.monotonic() + 60
+        while server.generations[lock_object(place)] < first + 2:  # heartbeats
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+        assert not checkpoint._bucket_locks[str(place)].lost
+    assert lock_object(place) not in server.objects
+
+
+def test_a_lock_in_the_bucket_is_renewed_until_another_run_takes_it(server, place, tmp_path, monkeypatch):
+    monkeypatch.setattr(bucket, "HEARTBEAT_S", 0.05)
+
+    def wait_for(what):
+        deadline = time.monotonic() + 60
+        while not what():
+            assert time.monotonic() < deadline
+            time.sleep(0.02)
+
+    with lock_tag(place):
+        first = server.generations[lock_object(place)]
+        wait_for(lambda: server.generations[lock_object(place)] > first + 1)
+        hold(server, place, machine="another")
+        wait_for(lambda: checkpoint._bucket_locks[str(place)].lost)
+        with pytest.raises(UsageError, match="another run has taken .* over"):
+            train_run(place, logs=tmp_path)
+    assert json.loads(server.objects[lock_object(place)])["id"] == "other"
+    assert saved_steps(place) == []
+
+
+def test_a_bucket_that_refuses_the_lock_is_one_line(server, place):
+    def refuse(name):
+        raise Refused(403)
+
+    server.before_change = refuse
+    with pytest.raises(UsageError, match=f"{place} cannot be locked .*403") as refused, lock_tag(place):
+        raise AssertionError("not locked")
+    assert "\n" not in str(refused.value)
 
 
 FLAGS = [*MODEL, "--total-batch-size", "512", "--device-batch-size", "1", "--num-iterations", "8", "--save-every", "2",

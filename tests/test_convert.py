@@ -155,6 +155,18 @@ def test_a_source_that_breaks_leaves_nothing(tmp_path):
     assert {path.name for path in tmp_path.iterdir()} == {".corpus.lock"}
 
 
+def test_a_corpus_on_another_disk_is_written_and_added_to_there(tmp_path):
+    disk, link = tmp_path / "disk", tmp_path / "corpus"
+    disk.mkdir()
+    (disk / "lost+found").mkdir()
+    link.symlink_to(disk)
+    write(link, "a", numbered(100))
+    write(link, "b", numbered(100, 1000), append=True)
+    assert link.is_symlink() and {path.parent for path in list_shards(link)} == {link}
+    found = [text for split in ("train", "val") for text in iter_documents(link, split)]
+    assert sorted(found) == sorted(numbered(100) + numbered(100, 1000)) and len(list(disk.glob("*.parquet"))) == 3
+
+
 def test_another_corpus_is_added_only_when_told_to_and_only_once(tmp_path):
     corpus = tmp_path / "corpus"
     write(corpus, "a", numbered(100))
@@ -170,26 +182,38 @@ def test_another_corpus_is_added_only_when_told_to_and_only_once(tmp_path):
     assert (corpus / "shard_00000.parquet").read_bytes() == before["shard_00000.parquet"]
 
 
-@pytest.mark.parametrize("renames", [1, 2])
-def test_an_append_killed_at_its_renames_loses_nothing_and_adds_nothing_twice(tmp_path, monkeypatch, renames):
-    """The corpus that was there is renamed away, the new one to its place: killed before either of them."""
+@pytest.mark.parametrize("before_b", [True, False], ids=["append", "new"])
+@pytest.mark.parametrize("moves", range(5))
+def test_a_corpus_whose_process_was_killed_loses_nothing_and_adds_nothing_twice(tmp_path, monkeypatch, before_b, moves):
+    """Killed before the files of a source begin to move (0), and before each of their moves."""
     corpus = tmp_path / "corpus"
-    write(corpus, "a", numbered(100))
-    rename, done = Path.rename, []
+    if before_b:
+        write(corpus, "a", numbered(100))
+    rename, replace, done = Path.rename, Path.replace, []
 
     def killed(path, target):
-        done.append(path)
-        if len(done) == renames:
-            raise KeyboardInterrupt
-        return rename(path, target)
+        if path.name == ".partial" or path.parent.name == ".complete":
+            done.append(path)
+            if len(done) > moves:
+                raise KeyboardInterrupt
+        return (rename if path.name == ".partial" else replace)(path, target)
+
+    def write_b():
+        return write(corpus, "b", numbered(300, 1000), append=True, rows_per_shard=200)
 
     monkeypatch.setattr(Path, "rename", killed)
+    monkeypatch.setattr(Path, "replace", killed)
     with pytest.raises(KeyboardInterrupt):
-        write(corpus, "b", numbered(300, 1000), append=True, rows_per_shard=200)
+        write_b()
     monkeypatch.undo()
-    write(corpus, "b", numbered(300, 1000), append=True, rows_per_shard=200)
-    assert list(iter_documents(corpus, "val")) == ["document 0", *numbered(300, 1000)[::100]]
-    assert len(list(iter_documents(corpus, "train"))) == 99 + 297
+    if moves:
+        with pytest.raises(UsageError, match="is being written, or its writing was interrupted"):
+            list_shards(corpus)
+    elif before_b:
+        assert len(list(iter_documents(corpus, "train"))) == 99
+    write_b()
+    assert list(iter_documents(corpus, "val")) == [*["document 0"] * before_b, *numbered(300, 1000)[::100]]
+    assert len(list(iter_documents(corpus, "train"))) == 99 * before_b + 297
     assert {path.name for path in tmp_path.iterdir()} == {"corpus", ".corpus.lock"}
 
 
@@ -226,7 +250,7 @@ except UsageError as error:
 
 def test_a_full_disk_is_named_and_leaves_nothing(tmp_path):
     result = subprocess.run([sys.executable, "-c", FULL], cwd=tmp_path, capture_output=True, text=True)
-    assert "cannot write .corpus.partial/shard_00000.parquet: " in result.stdout and "File too large" in result.stdout
+    assert "cannot write corpus/.partial/shard_00000.parquet: " in result.stdout and "File too large" in result.stdout
     assert {path.name for path in tmp_path.iterdir()} == {".corpus.lock"}
 
 

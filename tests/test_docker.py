@@ -15,6 +15,7 @@ import pytest
 import yaml
 
 from nanochat_jax import cli
+from nanochat_jax.dataset import HfConfig
 from scripts.serve import Config as ServeConfig
 from scripts.speedrun import SpeedrunConfig
 
@@ -139,11 +140,33 @@ def test_the_environment_of_the_container_says_which_model_is_served(echo, env, 
 
 def test_the_command_of_the_image_and_of_each_trainer_is_one_that_it_has():
     assert arguments("CMD") == ['["nanochat-web"]']
-    assert any(rest.endswith("docker/web.sh /usr/local/bin/nanochat-web") for rest in arguments("COPY"))
-    assert (DOCKER / "web.sh").stat().st_mode & stat.S_IXUSR
+    for name in ("web", "train"):
+        assert any(rest.endswith(f"docker/{name}.sh /usr/local/bin/nanochat-{name}") for rest in arguments("COPY"))
+        assert (DOCKER / f"{name}.sh").stat().st_mode & stat.S_IXUSR
     for service in services(DOCKER / "docker-compose.train.yml").values():
-        assert service["entrypoint"] == ["python", "-m", "scripts.speedrun"]
-        cli.parse(SpeedrunConfig, service["command"], prog="scripts.speedrun", description="")
+        assert service["entrypoint"] == ["nanochat-train"] and service["command"] == []
+
+
+@pytest.mark.parametrize("given, module", [
+    ([], "scripts.speedrun"), (["--depth", "12"], "scripts.speedrun"), (["-d", "12"], "scripts.speedrun"),
+    (["python", "-m", "nanochat_jax.dataset", "hf", "--preset", "k12"], "nanochat_jax.dataset"),
+])
+def test_the_trainer_runs_the_speedrun_with_flags_or_another_command(echo, given, module):
+    done = subprocess.run([DOCKER / "train.sh", *given], capture_output=True, text=True, check=True,
+                          env={"PATH": f"{echo}:{os.environ['PATH']}"})
+    _, found, *argv = done.stdout.splitlines()
+    assert found == module and argv == (given if module == "scripts.speedrun" else given[3:])
+    if module == "scripts.speedrun":
+        cli.parse(SpeedrunConfig, argv, prog=module, description="")
+    else:
+        cli.parse(HfConfig, argv[1:], prog=module, description="")
+
+
+def test_every_service_has_shared_memory_and_the_plain_one_a_gpu():
+    for path in COMPOSE:
+        assert {service["shm_size"] for service in services(path).values()} == {"1g"}
+        (plain,) = [service for service in services(path).values() if "profiles" not in service]
+        assert plain["build"]["args"]["VARIANT"] == "gpu"  # so that its devices are reserved, as tested above
 
 
 def test_run1000_is_the_speedrun_at_depth_32_and_takes_its_flags(tmp_path):
@@ -165,7 +188,7 @@ def test_shellcheck_finds_nothing():
     shellcheck = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
     if shellcheck is None:
         pytest.skip("shellcheck is not installed")
-    scripts = [ROOT / "run1000.sh", ROOT / "speedrun.sh", ROOT / "test.sh", ROOT / "scripts/setup_env.sh", DOCKER / "web.sh"]
+    scripts = [*DOCKER.glob("*.sh"), ROOT / "run1000.sh", ROOT / "speedrun.sh", ROOT / "test.sh", ROOT / "scripts/setup_env.sh"]
     command = [shellcheck, "-x", "-e", "SC2119", *scripts]
     found = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert found.returncode == 0, f"{shlex.join(map(str, command))}\n{found.stdout}"

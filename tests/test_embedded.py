@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 from importlib.util import find_spec
 from pathlib import Path
@@ -116,6 +117,9 @@ def test_a_whole_corpus_stays_and_a_torn_or_old_one_is_replaced(small_package, t
     directory.mkdir()
     (directory / "shard_00000.parquet").write_bytes(b"torn")
     embedded.build(directory)
+    kept = directory / ".replaced-0"  # nobody knows whose that was
+    assert (kept / "shard_00000.parquet").read_bytes() == b"torn"
+    shutil.rmtree(kept)
     whole = {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in directory.iterdir()}
     assert len(whole) == embedded.NUM_TRAIN_SHARDS + 3
 

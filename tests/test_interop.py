@@ -15,6 +15,7 @@ import pytest
 from safetensors.numpy import load_file, save_file
 
 import nanochat_jax
+from nanochat_jax.checkpoint import lock_tag
 from nanochat_jax.cli import NotFound, UsageError
 from nanochat_jax.config import GPTConfig
 from nanochat_jax.gpt import abstract_params, init_params
@@ -298,6 +299,18 @@ def test_import_export_import_by_the_scripts(format, model, exported, base, tmp_
         import_from(out, source="rl")
     with pytest.raises(UsageError, match="not an empty directory"):
         export_weights.main(export_weights.ExportConfig(source="rl", format=format, out=str(out)))
+
+
+def test_nothing_is_imported_into_a_tag_in_use_which_can_be_read(exported, base):
+    import_from(exported, model_tag="mine")
+    directory = base / "base_checkpoints" / "mine"
+    before = set(directory.rglob("*"))
+    with lock_tag(directory):
+        for fresh in (False, True):
+            with pytest.raises(UsageError, match=f"{directory} is in use by process"):
+                import_from(exported, model_tag="mine", fresh=fresh)
+        assert set(directory.rglob("*")) == before
+        assert nanochat_jax.load("base", tag="mine").step == 12
 
 
 def test_a_model_keeps_its_own_tokenizer_beside_another(exported, base):

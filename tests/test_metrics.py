@@ -1,10 +1,11 @@
-"""What is known of the machine's devices."""
+"""What is known of the machine's devices, and reading of metrics.jsonl."""
 
+import json
 from types import SimpleNamespace
 
 import pytest
 
-from nanochat_jax.metrics import PEAK_FLOPS, peak_bandwidth, peak_flops
+from nanochat_jax.metrics import PEAK_FLOPS, MetricsLog, peak_bandwidth, peak_flops, read_metrics
 
 
 @pytest.mark.parametrize("kind, flops, bandwidth", [
@@ -16,6 +17,29 @@ from nanochat_jax.metrics import PEAK_FLOPS, peak_bandwidth, peak_flops
 def test_a_devices_peak_is_found_by_whole_words(kind, flops, bandwidth):
     device = SimpleNamespace(platform="gpu", device_kind=kind)
     assert (peak_flops(device), peak_bandwidth(device)) == (flops, bandwidth)
+
+
+@pytest.mark.parametrize("damage", [
+    bytes(40), b'{"step": 1, "lo', b"[" * 10_000, b'{"step": 1' + b"0" * 5_000 + b"}", b"\xff\xfe\x80", b"[]", b"1", b'"step"',
+    b"null", b'{"kind": "train"}', b'{"step": "x"}', b'{"step": NaN}'], ids=lambda line: repr(line[:16]))
+def test_a_damaged_line_is_left_out_with_a_warning_wherever_it_is(tmp_path, caplog, damage):
+    path = tmp_path / "metrics.jsonl"
+    rows = [{"step": step, "kind": "train", "loss": 1.5} for step in range(3)]
+    lines = [json.dumps(row).encode() for row in rows]
+    for at in range(4):
+        path.write_bytes(b"\n".join([*lines[:at], damage, *lines[at:]]) + (b"\n" if at < 3 else b""))
+        caplog.clear()
+        assert read_metrics(path) == rows and f"{path}: 1 damaged lines are left out" in caplog.text
+        log = MetricsLog(path, resume_step=2)  # a resumed run writes what is left
+        log.write(step=2, kind="train")
+        log.close()
+        assert path.read_text().splitlines() == [json.dumps(row) for row in [*rows[:2], {"step": 2, "kind": "train"}]]
+
+
+def test_zeros_before_a_line_do_not_take_it_along(tmp_path):
+    path = tmp_path / "metrics.jsonl"
+    path.write_bytes(bytes(40) + b'{"step": 1}\r\n')
+    assert read_metrics(path) == [{"step": 1}]
 
 
 def test_every_device_of_known_flops_has_a_known_bandwidth():

@@ -11,6 +11,7 @@ import pytest
 
 from nanochat_jax import report, report_charts, report_html
 from nanochat_jax.cli import NotFound, UsageError
+from nanochat_jax.metrics import read_metrics
 
 
 def write_metrics(path: Path, rows: list[dict]) -> Path:
@@ -188,9 +189,40 @@ def test_metrics_of_a_resumed_run_count_each_step_once_and_skip_a_torn_line(tmp_
     rows += [{"step": s, "kind": "train", "loss": 2.0} for s in (2, 3, 4)]
     path = write_metrics(tmp_path / "metrics.jsonl", rows)
     path.write_text(path.read_text() + '{"step": 5, "kind": "tra')
-    metrics = report_html.read_metrics(path)
+    metrics = report_html.rows_by_kind(read_metrics(path))
     assert [(row["step"], row["loss"]) for row in metrics["train"]] == [(0, 1), (1, 1), (2, 2), (3, 2), (4, 2)]
-    assert "1 lines that are not metrics" in caplog.text
+    assert "1 damaged lines" in caplog.text
+
+
+@pytest.mark.parametrize("name", ["report.md", "report.html"])
+def test_a_file_of_the_users_is_kept_and_a_report_is_replaced(tmp_path, caplog, name):
+    log_small_run(tmp_path / "report")
+    out = tmp_path / "out"
+    out.mkdir()
+    (out / name).write_text("# nanochat training report\nmy quarterly figures")
+
+    def generate():
+        report.generate(tmp_path / "report", out)
+        return sorted(path.name for path in out.iterdir())
+
+    kept = name.replace(".", ".old-1.")
+    expected = sorted(["report.md", "report.html", kept])
+    assert generate() == expected and f"{out / name} is not a report of this program: kept as {kept}" in caplog.text
+    assert (out / kept).read_text().endswith("my quarterly figures")
+    report.reset(tmp_path / "report")  # another run
+    log_small_run(tmp_path / "report")
+    assert generate() == expected
+    with (out / name).open("a") as file:
+        file.write("and what I think of it")
+    assert generate() == sorted([*expected, name.replace(".", ".old-2.")])
+
+
+def test_a_working_directory_that_cannot_be_written_is_one_line(tmp_path):
+    log_small_run(tmp_path / "report")
+    path = tmp_path / "file"
+    path.touch()
+    with pytest.raises(UsageError, match=f"{path} is a file where a directory is needed"):
+        report.generate(tmp_path / "report", path)
 
 
 def line_points(svg: str) -> list[tuple[float, float]]:

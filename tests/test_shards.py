@@ -57,7 +57,7 @@ def test_writing_leaves_nothing_where_it_fails_and_never_mixes_corpora(tmp_path)
         write_shards(["a"], tmp_path / "corpus", rows_per_shard=1024, val_texts=[])
     assert list(tmp_path.iterdir()) == []
     write_shards(["a"], tmp_path / "corpus", rows_per_shard=1024, val_texts=["v"])
-    with pytest.raises(UsageError, match="not empty"):
+    with pytest.raises(UsageError, match="not an empty directory"):
         write_shards(["b"], tmp_path / "corpus", rows_per_shard=1024, val_texts=["v"])
 
 

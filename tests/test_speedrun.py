@@ -8,6 +8,7 @@ import pytest
 
 from nanochat_jax import cli, speedrun
 from nanochat_jax.cli import UsageError, parse
+from nanochat_jax.files import lock_file
 from nanochat_jax.paths import Paths
 from nanochat_jax.rl_train import ChatRLConfig
 from nanochat_jax.speedrun import Machine, Record, Stage, run_stages, stage_keys
@@ -15,7 +16,7 @@ from scripts.base_loss import BaseLossConfig
 from scripts.base_train import BaseTrainConfig
 from scripts.chat_sft import ChatSFTConfig
 from scripts.mid_train import MidTrainConfig
-from scripts.speedrun import STAGES, SpeedrunConfig, next_commands, plan_stages
+from scripts.speedrun import STAGES, SpeedrunConfig, main, next_commands, plan_stages
 
 LINE = [
     Stage(name="data", module="m.data", produces=True),
@@ -73,7 +74,7 @@ def test_steps_of_other_settings_are_gone_before_a_stage_has_begun(line, tmp_pat
     step.mkdir(parents=True)
     assert line(fail="m.base") == (9, ALL[:2])
     assert not step.exists()
-    assert (step.parents[2] / "base_checkpoints" / ".replaced-d4-0" / "100").exists()  # but nothing is lost
+    assert (step.parent / ".replaced-0" / "100").exists()  # but nothing is lost
     step.mkdir(parents=True)  # its own
     assert line() == (0, ALL[1:]) and step.exists()
 
@@ -147,6 +148,41 @@ def test_without_an_accelerator_the_line_needs_no_network():
     assert [stage.name for stage in stages] == [
         name for name in STAGES if name not in ("data_rest", "base_eval", "report", "chat_rl", "chat_eval_rl")]
     assert stages[0].args == ("embedded",)
+
+
+@pytest.mark.parametrize(("on_disk", "said"), [
+    ({}, []), ({"embedded": 4}, []),
+    ({"fineweb": 3, "embedded": 4}, ["base_data (3 training shards) not used", "--data fineweb trains on it"]),
+    ({"custom": 1, "climbmix": 8}, ["base_data_custom (1 training shards) and base_data_climbmix (8 training shards) not used",
+                                    "--data custom trains on it"]),
+])
+def test_without_an_accelerator_shards_on_disk_are_named_and_how_to_train_on_them(on_disk, said):
+    _, title = plan_stages(SpeedrunConfig(), CPU, "dummy", on_disk)
+    assert all(words in title for words in said) and ("not used" in title) == bool(said)
+    for name in on_disk:
+        assert plan_stages(SpeedrunConfig(data=name), CPU, "dummy", on_disk)[1] == f"speedrun: d4 on {name}"
+
+
+def test_one_speedrun_of_a_base_directory_and_its_outputs_are_checked_first(tmp_path, monkeypatch):
+    monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(Machine, "probe", lambda: CPU)
+    monkeypatch.setattr(speedrun, "_call", lambda command: pytest.fail("a stage began"))
+    with lock_file(tmp_path / "base" / ".speedrun.lock", "", ""), pytest.raises(UsageError, match="the speedrun of .* in use"):
+        main(SpeedrunConfig())
+    (tmp_path / "base" / "report").rmdir()
+    (tmp_path / "base" / "report").touch()
+    with pytest.raises(UsageError, match="report is a file where a directory is needed"):
+        main(SpeedrunConfig())
+
+
+def test_fresh_keeps_a_file_that_is_no_record(tmp_path):
+    (tmp_path / "speedrun.json").write_text("mine")
+    with pytest.raises(UsageError, match="is not a record of a run"):
+        Record.open(Paths(tmp_path), fresh=False)
+    Record.open(Paths(tmp_path), fresh=True).write()
+    assert (tmp_path / "speedrun.old-1.json").read_text() == "mine"
+    assert Record.open(Paths(tmp_path), fresh=False).finished == {}
 
 
 def test_what_the_depth_needs_is_fetched_and_explained():

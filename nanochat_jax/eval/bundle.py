@@ -6,7 +6,7 @@ from pathlib import Path, PurePosixPath
 
 from nanochat_jax.cli import NotFound, UsageError
 from nanochat_jax.eval.core import read_tasks
-from nanochat_jax.files import fetch_file, locked, new_directory
+from nanochat_jax.files import entries, fetch_file, finish_directory, is_complete, locked, new_directory
 from nanochat_jax.paths import Paths
 
 BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
@@ -14,7 +14,7 @@ MAX_UNPACKED_BYTES = 4 << 30
 
 
 def has_bundle(paths: Paths) -> bool:
-    return (paths.eval_bundle / "core.yaml").is_file()
+    return (paths.eval_bundle / "core.yaml").is_file() and is_complete(paths.eval_bundle)
 
 
 def ensure_bundle(paths: Paths, *, url: str = BUNDLE_URL) -> Path:
@@ -25,21 +25,21 @@ def ensure_bundle(paths: Paths, *, url: str = BUNDLE_URL) -> Path:
     """
     target = paths.eval_bundle
     with locked(target):
+        finish_directory(target)
         if has_bundle(paths):
             _check_complete(target)
             return target
-        if target.exists() and any(target.iterdir()):
+        if target.exists() and entries(target):
             raise NotFound(f"{target} has no core.yaml: it is not the evaluation bundle, move it away to fetch that")
-        archive = target.with_name(".eval_bundle.zip")
         try:
             with new_directory(target) as aside:
-                _unpack(fetch_file(url, archive), aside)
+                archive = fetch_file(url, aside / ".eval_bundle.zip")
+                _unpack(archive, aside)
+                archive.unlink()
                 _check_complete(aside)
         except NotFound as error:
             raise NotFound(f"{error}; that is, unzip a copy of the bundle so that {target / 'core.yaml'} exists, or "
                            "evaluate without CORE") from error
-        finally:
-            archive.unlink(missing_ok=True)
     return target
 
 

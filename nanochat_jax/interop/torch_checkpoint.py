@@ -25,6 +25,7 @@ from nanochat_jax.cli import NotFound, UsageError
 from nanochat_jax.config import GPTConfig
 from nanochat_jax.gpt import Params, abstract_params
 from nanochat_jax.interop.torch_file import read_encoding, read_pt, write_pt
+from nanochat_jax.paths import base_tokenizer
 from nanochat_jax.tokenizer import RANKS_FILE, ByteRule, Tokenizer
 
 SHAPE_FIELDS = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd")  # of upstream's model_config
@@ -198,7 +199,7 @@ def read_tokenizer(directory: Path) -> Tokenizer:
 
 def find_tokenizer(directory: Path) -> Path | None:
     """Where a checkpoint's tokenizer lies: beside it, in `tokenizer/` under it, or in that of its base directory."""
-    for place in (directory, directory / "tokenizer", directory.resolve().parent.parent / "tokenizer"):
+    for place in (directory, directory / "tokenizer", base_tokenizer(directory)):
         if (place / "tokenizer.pkl").is_file() or (place / RANKS_FILE).is_file():
             return place
     return None

@@ -2,13 +2,12 @@
 
     task_data/<owner>--<name>/<subset>/<split>/00000.parquet ... manifest.json
 
-`manifest.json` is the list of the files, in order; the folder of a split appears by one rename. What is there is read
-as it is, nothing is asked of the network.
+`manifest.json` is the list of the files, in order; a split is complete when it exists. What is there is read as it is,
+nothing is asked of the network.
 """
 
 import json
 import logging
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +18,16 @@ import pyarrow.parquet as pq
 from nanochat_jax.cli import NotFound, UsageError
 from nanochat_jax.data.hub import clean_up, fetch, first_line
 from nanochat_jax.data.hub_dataset import glob_pattern, list_dataset
-from nanochat_jax.files import fsync, locked, write_file
+from nanochat_jax.files import (
+    COMPLETE,
+    PARTIAL,
+    empty_directory,
+    finish_directory,
+    is_complete,
+    locked,
+    make_directory,
+    write_file,
+)
 from nanochat_jax.paths import Paths
 from nanochat_jax.tasks.base import Task
 
@@ -44,7 +52,7 @@ def load_split(paths: Paths, repo: str, subset: str, split: str) -> pa.Table:
     Raises `NotFound`, naming the data set, if it cannot be had, and `UsageError` if what is there is torn or empty.
     """
     folder = paths.task_data / repo.replace("/", "--") / subset / split
-    if not (folder / MANIFEST).exists():
+    if not (folder / MANIFEST).exists() or not is_complete(folder):
         _fetch_split(repo, subset, split, folder)
     name = f"data set {repo} ({subset}, {split}) in {folder}"
     try:
@@ -60,12 +68,13 @@ def load_split(paths: Paths, repo: str, subset: str, split: str) -> pa.Table:
 def _fetch_split(repo: str, subset: str, split: str, folder: Path) -> None:
     revision, pattern = PINNED[repo]
     pattern = pattern.format(subset=subset, split=split)
-    aside = folder.with_name(f".{split}.partial")  # what is in it after a failure is gone on with
+    aside = folder / PARTIAL  # what is in it after a failure is gone on with
     with locked(folder):
+        finish_directory(folder)
         if (folder / MANIFEST).exists():
             return  # another process has fetched it meanwhile
         logger.info("fetching %s (%s, %s)", repo, subset, split)
-        aside.mkdir(parents=True, exist_ok=True)
+        make_directory(aside)
         try:
             remote = [name for name in list_dataset(repo, revision).names if glob_pattern(pattern).fullmatch(name)]
             if not remote:
@@ -80,10 +89,9 @@ def _fetch_split(repo: str, subset: str, split: str, folder: Path) -> None:
         clean_up(aside)
         write_file(aside / SOURCE, json.dumps({"repo": repo, "revision": revision, "files": remote}))
         write_file(aside / MANIFEST, json.dumps(names))
-        if folder.exists():  # without a manifest: a fetch that was torn
-            shutil.rmtree(folder)
-        aside.rename(folder)
-        fsync(folder.parent)
+        empty_directory(folder)  # it has no manifest
+        aside.rename(folder / COMPLETE)
+        finish_directory(folder)
 
 
 def _check_parquet(path: Path) -> None:
