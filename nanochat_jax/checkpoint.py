@@ -29,10 +29,10 @@ from jax import Array
 from jax.sharding import Mesh
 
 from nanochat_jax.bucket import Directory, copy_files, is_remote
-from nanochat_jax.cli import NotFound, UsageError, one_line
+from nanochat_jax.cli import NotFound, UsageError, one_line, write_failure
 from nanochat_jax.config import GPTConfig
 from nanochat_jax.gpt import Params, abstract_params
-from nanochat_jax.paths import Paths, foreign_checkpoints, how_to_get, remove_directory, rename_directory, saved_steps
+from nanochat_jax.paths import Paths, delete_steps, foreign_checkpoints, how_to_get, rename_directory, saved_steps
 from nanochat_jax.sharding import abstract_tree, barrier, gather_json, make_mesh, param_shardings
 from nanochat_jax.tokenizer import Tokenizer
 
@@ -170,7 +170,10 @@ class Checkpoints:
         items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
         items["state"] = ocp.args.JsonSave(state | {CHECKSUMS: sums})
         self._saving = step
-        self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+        try:
+            self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+        except Exception as error:  # the part of a save that is not in the background
+            raise self._failed(step, error) from error
 
     def check(self) -> None:
         """Raises `UsageError` if a save has failed in the background. Costs nothing while none is on its way."""
@@ -186,9 +189,13 @@ class Checkpoints:
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
         except Exception as error:  # whatever the disk or the network says
-            self._manager.reload()
-            raise UsageError(f"the checkpoint of step {step} could not be written ({one_line(error)}): mend that and go "
-                             "on with --resume") from error
+            raise self._failed(step, error) from error
+
+    def _failed(self, step: int, error: Exception) -> UsageError:
+        self._saving = None
+        self._manager.reload()
+        return UsageError(f"the checkpoint of step {step} could not be written ({write_failure(error)}): fix that, then "
+                          "continue with --resume")
 
     def steps(self) -> list[int]:
         return sorted(self._manager.all_steps())
@@ -294,7 +301,7 @@ def claim_directory(directory: Directory, *, resume: bool | None, fresh: bool) -
                              "(NANOCHAT_CHECKPOINT_DIR=gs://...)")
     if fresh:
         if jax.process_index() == 0:
-            remove_directory(directory)
+            delete_steps(directory)
         barrier("old steps deleted")
     elif not resume and (steps := saved_steps(directory)):
         raise UsageError(f"{directory} already holds steps {', '.join(map(str, steps))}: "
@@ -366,8 +373,12 @@ def _load_tokenizer(directory: Directory, fingerprint: str | None) -> Tokenizer 
             except NotFound as error:
                 raise NotFound(f"the tokenizer of {directory} is missing in {place}: copy it there") from error
     else:
-        place = place if place.is_dir() else directory.resolve().parent.parent / "tokenizer"
-        tokenizer = Tokenizer.load(place)
+        shared = directory.resolve().parent.parent / "tokenizer"
+        # The tag's own may belong to steps that were deleted since.
+        for place in [own for own in (place, shared) if own.is_dir()] or [shared]:
+            tokenizer = Tokenizer.load(place)
+            if tokenizer.fingerprint() == fingerprint:
+                break
     if tokenizer.fingerprint() != fingerprint:
         raise UsageError(f"the tokenizer in {place} is not the one {directory} was trained with: "
                          "restore that tokenizer, or train the model again")

@@ -10,7 +10,7 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
-from nanochat_jax.cli import NotFound
+from nanochat_jax.cli import NotFound, naming
 
 logger = logging.getLogger(__name__)
 
@@ -32,7 +32,8 @@ def write_file(path: Path, content: str | bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        aside.write_bytes(content.encode() if isinstance(content, str) else content)
+        with naming(path):
+            aside.write_bytes(content.encode() if isinstance(content, str) else content)
         fsync(aside)
         aside.replace(path)
     finally:
@@ -51,7 +52,8 @@ def new_directory(directory: Path, *, replace: bool = False) -> Iterator[Path]:
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir(parents=True)
     try:
-        yield aside
+        with naming(directory):
+            yield aside
         for path in (*aside.rglob("*"), aside):
             fsync(path)
         if replace and directory.exists():

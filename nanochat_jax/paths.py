@@ -16,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from nanochat_jax.bucket import COMMITTED, Directory, delete, is_remote, move, open_bucket
-from nanochat_jax.cli import NotFound, UsageError
+from nanochat_jax.cli import NotFound, UsageError, user_path
 
 CHECKPOINT_DIRS = {
     "base": "base_checkpoints",
@@ -49,7 +49,7 @@ class Paths:
         if remote and not re.match("gs://[^/]", remote):
             raise UsageError(f"NANOCHAT_CHECKPOINT_DIR={remote}: give a place in a bucket, gs://bucket/...; on a disk "
                              "checkpoints are under NANOCHAT_BASE_DIR")
-        base = Path(given).expanduser().absolute()
+        base = user_path(given).absolute()
         base.mkdir(parents=True, exist_ok=True)
         return cls(base, remote)
 
@@ -121,6 +121,12 @@ def saved_steps(directory: Directory) -> list[int]:
         return []
     complete = COMMITTED if is_remote(directory) else "params"
     return sorted(int(path.name) for path in directory.iterdir() if path.name.isdigit() and (path / complete).exists())
+
+
+def delete_steps(directory: Directory) -> None:
+    """Delete the steps under a tag, and nothing else that is there."""
+    for step in saved_steps(directory):
+        remove_directory(directory / str(step))
 
 
 def how_to_get(source: str, foreign: Directory | None = None) -> str:

@@ -22,8 +22,9 @@ from typing import Any
 
 from nanochat_jax.cli import UsageError
 from nanochat_jax.files import write_file
-from nanochat_jax.metrics import format_seconds
-from nanochat_jax.paths import Paths, remove_directory
+from nanochat_jax.metrics import format_seconds, peak_flops
+from nanochat_jax.paths import Paths, delete_steps
+from nanochat_jax.startup import find_devices
 
 MODEL_FLOPS_UTILIZATION = 0.4  # assumed where the device's peak is known
 CPU_FLOPS_PER_CORE = 8e10  # float32 training on x86 cores of the day: 5e10 on a busy machine to 1.1e11 on a quiet one
@@ -56,6 +57,12 @@ class Stage:
         return shlex.join(["python", *self.command()[1:]])
 
 
+def describe_devices() -> None:
+    """Print platform, kind, number and peak FLOP/s of this process's devices as one line of JSON."""
+    devices = find_devices()
+    print(json.dumps([devices[0].platform, devices[0].device_kind, len(devices), peak_flops(devices[0])]))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Machine:
     """The devices that the stages will see, found in a process of its own: a TPU can be held by one process at a time."""
@@ -67,11 +74,11 @@ class Machine:
 
     @classmethod
     def probe(cls) -> "Machine":
-        code = ("import json, jax; from nanochat_jax.metrics import peak_flops; d = jax.devices(); "
-                "print(json.dumps([d[0].platform, d[0].device_kind, len(d), peak_flops(d[0])]))")
+        code = "from nanochat_jax import cli, speedrun; cli.guard(speedrun.describe_devices)"
         found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
         if found.returncode:
-            raise RuntimeError(f"JAX does not start on this machine:\n{found.stderr}")
+            raise UsageError(next((line.removeprefix("error: ") for line in found.stderr.splitlines()
+                                   if line.startswith("error: ")), f"JAX does not start on this machine: {found.stderr}"))
         platform, kind, count, peak = json.loads(found.stdout.splitlines()[-1])
         return cls(platform=platform, kind=kind, count=count, peak_flops=peak)
 
@@ -156,7 +163,7 @@ def run_stages(stages: list[Stage], record: Record) -> int:
 def _clear(directory: Path, *, delete: bool) -> None:
     """Make room for a stage. Without `--fresh` what is there is only renamed: it may be days of training."""
     if delete:
-        remove_directory(directory)
+        delete_steps(directory)
     elif directory.exists():
         names = (directory.with_name(f".replaced-{directory.name}-{number}") for number in itertools.count())
         aside = next(path for path in names if not path.exists())

@@ -42,33 +42,42 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class BaseTrainConfig(TrainConfig):
-    depth: int = flag(20, "number of layers; the dial", short="-d", at_least=1)
+    depth: int = flag(20, "number of layers; the dial", short="-d", at_least=1, at_most=1000)
     arch: str = flag("modern", "architecture and recipe", choices=["modern", "classic"])
     data: str = flag("auto", "corpus; auto: the one on disk", choices=["auto", *DATA_DIRS])
-    aspect_ratio: int = flag(64, "width per layer (modern)", at_least=1)
-    head_dim: int = flag(128, "width of a head (modern)", at_least=1)
-    max_seq_len: int = flag(2048, "tokens of a row", at_least=1)
+    aspect_ratio: int = flag(64, "width per layer (modern)", at_least=1, at_most=4096)
+    head_dim: int = flag(128, "width of a head (modern)", at_least=1, at_most=4096)
+    max_seq_len: int = flag(2048, "tokens of a row", at_least=1, at_most=2**24)
     window_pattern: str = flag("SSSL", "short and long attention windows, tiled over layers (modern)")
     packing: str = flag("auto", "how documents fill rows; auto: bestfit (modern), stream (classic)",
                         choices=["auto", "bestfit", "stream"])
     data_shards: int | None = flag(None, "streams the documents are dealt to, each packed alone; default up to 8; 1 is "
-                                   "upstream's order for one process", at_least=1)
-    target_flops: float = flag(-1.0, "length of the run in training FLOPs; -1: by the ratio")
-    target_param_data_ratio: float = flag(-1.0, "tokens per parameter; -1: 12 scaling (modern), 20 total (classic)")
-    embedding_lr: float | None = flag(None, "rate of the embedding tables; default 0.3 (modern), 0.2 (classic)")
-    unembedding_lr: float | None = flag(None, "rate of the unembedding; default 0.008 (modern), 0.004 (classic)")
-    matrix_lr: float = flag(0.02, "Muon's rate of the matrices")
-    scalar_lr: float = flag(0.5, "rate of the per-layer scalars (modern)")
-    lr_scale: float = flag(-1.0, "factor of the rates; -1: by the batch, sqrt(B / 2^19) (modern)")
-    weight_decay: float | None = flag(None, "modern: Muon's, before scaling, default 0.28; classic: AdamW's, 0")
-    grad_clip: float = flag(1.0, "global norm of the gradient (classic); 0 turns it off")
-    warmup_steps: int | None = flag(None, "steps of rising rate; default 40 (modern), 0 (classic)")
-    warmup_ratio: float | None = flag(None, "the same as a share of the run")
-    warmdown_ratio: float | None = flag(None, "share of the run with falling rate; default 0.65 (modern), 0.2 (classic)")
-    final_lr_frac: float | None = flag(None, "rate at the end; default 0.05 (modern), 0 (classic)")
-    core_metric_every: int = flag(-1, "steps between evaluations of CORE; -1: none, scripts.base_eval does it at the end")
-    core_metric_max_per_task: int = flag(500, "examples of each of its tasks")
-    sample_every: int = flag(2000, "steps between samples; -1: none")
+                                   "upstream's order for one process", at_least=1, at_most=10**6)
+    target_flops: float = flag(-1.0, "length of the run in training FLOPs; -1: by the ratio", at_least=1, at_most=1e30,
+                              also=-1)
+    target_param_data_ratio: float = flag(-1.0, "tokens per parameter; -1: 12 scaling (modern), 20 total (classic)",
+                                         at_least=1e-3, at_most=1e6, also=-1)
+    embedding_lr: float | None = flag(None, "rate of the embedding tables; default 0.3 (modern), 0.2 (classic)", at_least=0,
+                                      at_most=100)
+    unembedding_lr: float | None = flag(None, "rate of the unembedding; default 0.008 (modern), 0.004 (classic)", at_least=0,
+                                        at_most=100)
+    matrix_lr: float = flag(0.02, "Muon's rate of the matrices", at_least=0, at_most=100)
+    scalar_lr: float = flag(0.5, "rate of the per-layer scalars (modern)", at_least=0, at_most=100)
+    lr_scale: float = flag(-1.0, "factor of the rates; -1: by the batch, sqrt(B / 2^19) (modern)", at_least=1e-9, at_most=1000,
+                           also=-1)
+    weight_decay: float | None = flag(None, "modern: Muon's, before scaling, default 0.28; classic: AdamW's, 0",
+                                      at_least=0, at_most=100)
+    grad_clip: float = flag(1.0, "global norm of the gradient (classic); 0 turns it off", at_least=0, at_most=1e9)
+    warmup_steps: int | None = flag(None, "steps of rising rate; default 40 (modern), 0 (classic)", at_least=0, at_most=10**9)
+    warmup_ratio: float | None = flag(None, "the same as a share of the run", at_least=0, at_most=1)
+    warmdown_ratio: float | None = flag(None, "share of the run with falling rate; default 0.65 (modern), 0.2 (classic)",
+                                        at_least=0, at_most=1)
+    final_lr_frac: float | None = flag(None, "rate at the end, as a share of its peak; default 0.05 (modern), 0 (classic)",
+                                       at_least=0, at_most=1)
+    core_metric_every: int = flag(-1, "steps between evaluations of CORE; -1: none, scripts.base_eval does it at the end",
+                                  at_least=1, at_most=10**9, also=-1)
+    core_metric_max_per_task: int = flag(500, "examples of each of its tasks; -1: all", at_least=1, at_most=10**9, also=-1)
+    sample_every: int = flag(2000, "steps between samples; -1: none", at_least=1, at_most=10**9, also=-1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -122,7 +131,7 @@ def optimizer_parts(config: BaseTrainConfig, plan: Recipe) -> tuple[OptimizerCon
 
 def main(config: BaseTrainConfig) -> None:
     paths = Paths.from_env()
-    start(paths, device_type=config.device_type, compile_cache=config.compile_cache, processes=config)
+    start(paths, config, compile_cache=config.compile_cache)
     tokenizer = Tokenizer.load(paths.tokenizer)
     data = paths.find_data() if config.data == "auto" else config.data
     model, reference = model_config(config, tokenizer.vocab_size)
@@ -197,4 +206,4 @@ def main(config: BaseTrainConfig) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, BaseTrainConfig, prog="scripts.base_train", description=__doc__.splitlines()[0])
+    cli.run(main, BaseTrainConfig, prog="scripts.base_train", description=__doc__)
