@@ -373,9 +373,9 @@ def _load_tokenizer(directory: Directory, fingerprint: str | None) -> Tokenizer 
             except NotFound as error:
                 raise NotFound(f"the tokenizer of {directory} is missing in {place}: copy it there") from error
     else:
-        shared = directory.resolve().parent.parent / "tokenizer"
+        own, shared = place, directory.resolve().parent.parent / "tokenizer"
         # The tag's own may belong to steps that were deleted since.
-        for place in [own for own in (place, shared) if own.is_dir()] or [shared]:
+        for place in [each for each in (own, shared) if each.is_dir()] or [shared]:
             tokenizer = Tokenizer.load(place)
             if tokenizer.fingerprint() == fingerprint:
                 break

@@ -99,6 +99,14 @@ def answer(engine: Engine, generation: Generation) -> None:
     generation.result()  # raises what went wrong, if anything did
 
 
+def readable_input() -> None:
+    """Read standard input as text, whatever its bytes; one that is closed is empty."""
+    if sys.stdin is None:
+        sys.stdin = open(os.devnull)
+    elif isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
+
+
 def chat(engine: Engine, tokenizer: Tokenizer, config: Config) -> None:
     """Read, answer, repeat, until the input ends."""
     print(HELP)
@@ -138,10 +146,7 @@ def chat(engine: Engine, tokenizer: Tokenizer, config: Config) -> None:
 
 
 def main(config: Config) -> int | None:
-    if sys.stdin is None:  # closed, as by `<&-`
-        sys.stdin = open(os.devnull)
-    elif isinstance(sys.stdin, io.TextIOWrapper):
-        sys.stdin.reconfigure(errors="replace")  # bytes that are no text need not end the chat
+    readable_input()
     paths = Paths.from_env()
     start(paths, config)
     engine, model = load_engine(paths, config.source, tag=config.model_tag, step=config.step, dtype=config.dtype, num_slots=1,
