@@ -20,6 +20,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from nanochat_jax.cli import UsageError
 from nanochat_jax.files import write_file
 from nanochat_jax.metrics import format_seconds, peak_flops
@@ -57,9 +59,11 @@ class Stage:
         return shlex.join(["python", *self.command()[1:]])
 
 
-def describe_devices() -> None:
+def describe_devices(device_type: str | None) -> None:
     """Print platform, kind, number and peak FLOP/s of this process's devices as one line of JSON."""
-    devices = find_devices()
+    if device_type:
+        jax.config.update("jax_platforms", device_type)
+    devices = find_devices(device_type)
     print(json.dumps([devices[0].platform, devices[0].device_kind, len(devices), peak_flops(devices[0])]))
 
 
@@ -73,8 +77,8 @@ class Machine:
     peak_flops: float | None
 
     @classmethod
-    def probe(cls) -> "Machine":
-        code = "from nanochat_jax import cli, speedrun; cli.guard(speedrun.describe_devices)"
+    def probe(cls, device_type: str | None = None) -> "Machine":
+        code = f"from nanochat_jax import cli, speedrun; cli.guard(lambda: speedrun.describe_devices({device_type!r}))"
         found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
         if found.returncode:
             raise UsageError(next((line.removeprefix("error: ") for line in found.stderr.splitlines()

@@ -31,6 +31,7 @@ from nanochat_jax.data.loader import merge_states
 from nanochat_jax.gpt import REMAT, Params
 from nanochat_jax.kernels import ATTENTION
 from nanochat_jax.metrics import Display, MetricsLog, Profiler, peak_flops, peak_memory_bytes, start_wandb
+from nanochat_jax.paths import saved_steps
 from nanochat_jax.sharding import abstract_tree, barrier, data_share, gather_json
 from nanochat_jax.startup import Processes
 from nanochat_jax.step import BatchShape, TrainState, compile_step, is_out_of_memory, out_of_memory, place_batch
@@ -244,14 +245,35 @@ _FITTING = ("depth", "arch", "aspect_ratio", "head_dim", "max_seq_len", "window_
             "total_batch_size", "mixture", "mmlu_epochs", "gsm8k_epochs", "source", "grad_clip", "weight_decay")
 
 
-def _other_flags(job: Job, saved: dict[str, Any]) -> str:
+def _other_flags(config: RunConfig, metadata: dict[str, Any], saved: dict[str, Any]) -> str:
     """Which flags the saved run had otherwise, for a refusal to resume; "" if none."""
-    mine = dataclasses.asdict(job.config)
-    before, now = ({**flags, **{name: came_to[name] for name in ("data", "packing", "total_batch_size") if name in came_to}}
-                   for flags, came_to in ((saved.get("config", {}), saved), (mine, job.metadata)))
+    resolved = ("data", "packing", "total_batch_size")
+    mine = dataclasses.asdict(config)
+    before, now = (flags | {name: values[name] for name in resolved if name in values}
+                   for flags, values in ((saved.get("config", {}), saved), (mine, metadata)))
     changed = [f"{spelled(name, before[name])} (now {spelled(name, now[name])})" for name in _FITTING
                if name in mine and name in before and before[name] != now[name]]
     return f". The saved run had {', '.join(changed)}" if changed else ""
+
+
+@contextlib.contextmanager
+def naming_other_flags(config: RunConfig, directory: Directory, metadata: dict[str, Any]
+                       ) -> Iterator[None]:
+    """If a run that is to be resumed is refused inside this block, the error names the flags that
+    differ from the saved run's. `metadata` is what the run itself will save."""
+    try:
+        yield
+    except UsageError as error:
+        steps = saved_steps(directory) if config.resuming else []
+        step = config.resume_from_step if config.resume_from_step in steps else max(steps, default=-1)
+        advice = ""
+        with contextlib.suppress(OSError, ValueError):  # one that cannot be read gives no advice
+            if step >= 0:  # not by Orbax, which waits for all processes
+                state = directory / str(step) / "state" / "metadata"
+                advice = _other_flags(config, metadata, json.loads(state.read_text()))
+        if not advice:
+            raise
+        raise UsageError(f"{error}{advice}") from error
 
 
 def _restore(job: Job, checkpoints: Checkpoints, state: TrainState, shardings: TrainState,
@@ -259,10 +281,8 @@ def _restore(job: Job, checkpoints: Checkpoints, state: TrainState, shardings: T
     """The step to continue from, to which `batches` are set; None if there is none. Raises `UsageError` if it is another
     run's, and names the flags that differ. What is restored takes the place of `state` in memory, too."""
     directory, step = job.directory, job.config.resume_from_step
-    read: dict[str, Any] = {}
 
     def accept(saved: dict[str, Any]) -> None:
-        read.update(saved)
         advice = "use --fresh or another --model-tag"
         if saved["model_config"] != json.loads(json.dumps(dataclasses.asdict(job.model))):
             raise UsageError(f"{directory} holds a model of another shape: {advice}")
@@ -278,10 +298,8 @@ def _restore(job: Job, checkpoints: Checkpoints, state: TrainState, shardings: T
     if checkpoints.steps():
         for leaf in jax.tree.leaves(state):
             leaf.delete()
-    try:
+    with naming_other_flags(job.config, directory, job.metadata):
         return checkpoints.restore_latest(*abstract, step=step if step >= 0 else None, accept=accept)
-    except UsageError as error:
-        raise UsageError(f"{error}{_other_flags(job, read)}") from error
 
 
 @contextlib.contextmanager

@@ -35,7 +35,7 @@ from nanochat_jax.sharding import data_share, data_size, make_mesh
 from nanochat_jax.startup import start
 from nanochat_jax.step import accelerator_memory, choose_batch_shape, choose_memory, init_state, make_train_step, resolve_dtype
 from nanochat_jax.tokenizer import Tokenizer
-from nanochat_jax.train import Evaluation, Job, TrainConfig, train
+from nanochat_jax.train import Evaluation, Job, TrainConfig, naming_other_flags, train
 
 log = logging.getLogger(__name__)
 
@@ -153,8 +153,12 @@ def main(config: BaseTrainConfig) -> None:
     packing = config.packing if config.packing != "auto" else ("bestfit" if config.arch == "modern" else "stream")
     index, count = data_share(mesh)
     common: dict[str, Any] = dict(sequence_len=model.sequence_len, packing=packing)
-    batches = pretraining_loader(paths.data(data), tokenizer, split="train", batch_size=shape.rows, process_index=index,
-                                 process_count=count, num_shards=config.data_shards, **common)
+    tag = config.model_tag or f"d{config.depth}"
+    metadata = {"tokenizer": tokenizer.fingerprint(), "data": data, "packing": packing, "total_batch_size": shape.tokens,
+                "rates": dataclasses.asdict(rates), "lr_scale": schedules["lr_scale"]}
+    with naming_other_flags(config, paths.checkpoints("base") / tag, metadata):
+        batches = pretraining_loader(paths.data(data), tokenizer, split="train", batch_size=shape.rows, process_index=index,
+                                     process_count=count, num_shards=config.data_shards, **common)
     validation = pretraining_loader(paths.data(data), tokenizer, split="val", batch_size=shape.micro_rows, num_shards=1,
                                     **common)
     eval_steps = max(1, config.eval_tokens // (shape.micro_rows * model.sequence_len))
@@ -181,13 +185,10 @@ def main(config: BaseTrainConfig) -> None:
         bundle = ensure_bundle(paths)  # now: that it cannot be had should not be found out in the middle of the run
         evaluations.append(Evaluation(config.core_metric_every, core))
 
-    tag = config.model_tag or f"d{config.depth}"
     job = Job(
         name="base_train", config=config, model=model, directory=paths.checkpoints("base") / tag,
         logs=paths.logs("base") / tag, num_steps=plan.num_iterations, shape=shape, lr_multiplier=schedules["lr_multiplier"],
-        evaluations=evaluations, tokenizer=tokenizer,
-        metadata={"tokenizer": tokenizer.fingerprint(), "data": data, "packing": packing, "total_batch_size": shape.tokens,
-                  "rates": dataclasses.asdict(rates), "lr_scale": schedules["lr_scale"]},
+        evaluations=evaluations, tokenizer=tokenizer, metadata=metadata,
     )
     outcome = train(job, state, shardings, step_fn, batches)
     if jax.process_index() == 0:

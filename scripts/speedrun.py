@@ -24,6 +24,7 @@ from nanochat_jax.metrics import format_count
 from nanochat_jax.paths import CHECKPOINT_DIRS, DATA_DIRS, Paths
 from nanochat_jax.sharding import mesh_shape
 from nanochat_jax.speedrun import Machine, Record, Stage, as_flags, print_plan, run_stages
+from nanochat_jax.startup import DeviceFlags
 from nanochat_jax.step import estimate_memory
 
 # The model that two free cores train in 6 minutes, evaluations and all, and how.
@@ -47,7 +48,7 @@ STAGES = ("data", "data_rest", "tok_train", "tok_eval", "base_train", "base_loss
 
 
 @dataclass(frozen=True, kw_only=True)
-class SpeedrunConfig:
+class SpeedrunConfig(DeviceFlags):
     mesh: str = flag("auto", "devices as DxM: D-way data and M-way tensor parallelism")
     depth: int | None = flag(None, f"number of layers, the dial; default 20, {CPU_DEPTH} on a CPU", short="-d", at_least=1,
                              at_most=1000)
@@ -226,7 +227,9 @@ def main(config: SpeedrunConfig) -> int:
     if paths.bucket:
         raise UsageError("speedrun keeps its record and its checkpoints on one machine: unset NANOCHAT_CHECKPOINT_DIR, "
                          "or run the stages one by one")
-    machine = Machine.probe()
+    machine = Machine.probe(config.device_type)
+    if config.device_type:
+        os.environ["JAX_PLATFORMS"] = config.device_type  # the stages inherit it
     wandb_run = config.run or os.environ.get("WANDB_RUN") or "dummy"
     on_disk = {name: max(0, len(list(paths.data(name).glob("*.parquet"))) - 1) for name in DATA_DIRS}
     stages, title = plan_stages(config, machine, wandb_run, on_disk)

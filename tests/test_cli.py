@@ -227,6 +227,8 @@ def test_a_platform_that_is_not_there_is_named_with_its_variable(platform, named
     monkeypatch.setenv("JAX_PLATFORMS", platform)
     with pytest.raises(UsageError, match=named):
         Machine.probe()
+    with pytest.raises(UsageError, match="--device-type rocm: JAX finds no such device here"):
+        Machine.probe("rocm")
 
 
 SCRIPTS = ["base_train", "base_loss", "base_eval", "mid_train", "chat_sft", "chat_eval", "chat_rl", "chat_cli", "serve",

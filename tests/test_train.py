@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import time
-import types
 
 import jax
 import jax.numpy as jnp
@@ -231,8 +230,7 @@ def test_a_refused_resume_names_the_flags_that_differ_and_sets_nothing_aside(sav
 ])
 def test_flags_that_differ_are_those_that_a_saved_state_must_fit(before, came_to, flags, now, named):
     saved = {"config": dataclasses.asdict(BaseTrainConfig(**before)), **came_to}
-    job = types.SimpleNamespace(config=BaseTrainConfig(**flags), metadata=now)
-    assert _other_flags(job, saved) == (f". The saved run had {named}" if named else "")
+    assert _other_flags(BaseTrainConfig(**flags), now, saved) == (f". The saved run had {named}" if named else "")
 
 
 def test_fresh_deletes_the_steps_of_the_tag_and_nothing_else(saved_run, tmp_path):
