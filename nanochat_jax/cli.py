@@ -169,7 +169,8 @@ def _parse_int(text: str) -> int:
 
 def _parse_text(text: str) -> str:
     if not text.strip():
-        raise argparse.ArgumentTypeError(f"expected a value, got {text!r}: leave the flag out for its default")
+        raise argparse.ArgumentTypeError(
+            f"expected a value, got {text!r} (an unset variable?)")
     return text
 
 
@@ -222,8 +223,8 @@ def make_parser(config_type: type, *, prog: str, description: str) -> argparse.A
 
 
 def _leave_arguments(config_type: type, argv: Sequence[str]) -> list[str]:
-    """`argv` with `--append` as `--append=true`: where a command takes arguments, a yes/no flag takes
-    its value only after `=`, and so never one of them."""
+    """`argv` with `--append` as `--append=true`: where a command takes arguments, a yes/no flag
+    takes its value only after `=`, and so never one of them."""
     hints = typing.get_type_hints(config_type)
     names = {f"--{spelled}" for name, kind in hints.items() if kind in (bool, bool | None)
              for spelled in (name, name.replace("_", "-"))}
@@ -244,9 +245,8 @@ def _check_range(field: dataclasses.Field, value: Any) -> None:
 
 def parse(config_type: type[C], argv: Sequence[str] | None = None, *, prog: str,
           description: str | None) -> C:
-    """Build `config_type` from a command line; raises `UsageError` on a flag or value that does not fit.
-
-    Of a `description` only the first line is shown; it is None where Python strips docstrings (-OO).
+    """Build `config_type` from a command line. Raises `UsageError` on a flag or value that does
+    not fit. Only the first line of `description` is shown; it is None under `python -OO`.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
     fields = dataclasses.fields(config_type)  # type: ignore[arg-type]  # of a dataclass, which C does not say
@@ -286,8 +286,11 @@ def invocation(module: str) -> str:
 
 
 def catch_errors() -> None:
-    """Let Ctrl-C and disk errors end a program without a traceback while it imports, too. Ctrl-C must also not be lost in
-    a callback of the garbage collector (JAX has one), where Python only reports what is raised: it is sent again."""
+    """Report Ctrl-C and disk errors without a traceback while a program imports, too.
+
+    In a callback of the garbage collector (JAX has one), Python only reports what is raised. So
+    that Ctrl-C is not lost there, the signal is sent again.
+    """
     report = sys.unraisablehook
 
     def unraisable(what: Any) -> None:
@@ -348,7 +351,8 @@ def _report(error: UsageError | OSError) -> int:
 
 
 def _flush() -> None:
-    """Write out what was printed. Python would complain at its end of what cannot be written: that goes nowhere."""
+    """Write buffered output. Output that cannot be written is dropped, or Python would report it
+    at exit."""
     for stream in (sys.stdout, sys.stderr):
         try:
             if stream is not None:
@@ -358,13 +362,16 @@ def _flush() -> None:
 
 
 def guard(work: Callable[[], int | None]) -> typing.NoReturn:
-    """Run a command and leave the process with its exit code. A `UsageError` and every error of the operating system
-    become one line and exit code 2; a closed pipe ends quietly; Ctrl-C is 130."""
+    """Run a command and exit with its code.
+
+    A `UsageError` and every error of the operating system become one line and exit code 2. A closed
+    pipe ends the command quietly with 141, Ctrl-C with 130.
+    """
     catch_errors()
     code: Any = None
     try:
         if isinstance(sys.stdout, io.TextIOWrapper):
-            sys.stdout.reconfigure(errors="replace")  # a character the terminal cannot show ends no command
+            sys.stdout.reconfigure(errors="replace")  # for terminals without UTF-8
         try:
             code = work()
         except SystemExit as ended:
@@ -396,7 +403,8 @@ def run(main: Callable[[C], int | None], config_type: type[C], *, prog: str, des
 
 def run_commands(commands: Mapping[str, tuple[Callable[..., int | None], type, str]], *, default: str,
                  prog: str) -> typing.NoReturn:
-    """Entry point of a module whose first argument may name a command: its function, flags and description."""
+    """Entry point of a module whose first argument may name a command. `commands` gives the
+    function, flags and description of each."""
     argv = sys.argv[1:]
     if argv[:1] == ["--"]:
         del argv[0]
@@ -409,4 +417,5 @@ def run_commands(commands: Mapping[str, tuple[Callable[..., int | None], type, s
         guard(unknown)
     command = argv.pop(0) if named else default
     main, config_type, description = commands[command]
-    run(main, config_type, prog=f"{prog} {command}" if named else prog, description=description, argv=argv)
+    run(main, config_type, prog=f"{prog} {command}" if named else prog, description=description,
+        argv=argv)
