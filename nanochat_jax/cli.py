@@ -323,11 +323,6 @@ def _disk_error(error: OSError) -> str:
             os.getcwd()
         except OSError:
             return "the current directory does not exist any more: change to another one"
-    try:
-        if sys.stdout is not None:
-            sys.stdout.flush()
-    except OSError as again:  # it still holds what it could not write
-        return f"standard output: {again.strerror}"
     return error.strerror or one_line(error)
 
 
@@ -372,6 +367,7 @@ def guard(work: Callable[[], int | None]) -> typing.NoReturn:
     try:
         if isinstance(sys.stdout, io.TextIOWrapper):
             sys.stdout.reconfigure(errors="replace")  # for terminals without UTF-8
+            sys.stdout.write = naming("standard output")(sys.stdout.write)  # type: ignore[method-assign]
         try:
             code = work()
         except SystemExit as ended:

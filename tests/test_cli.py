@@ -170,11 +170,12 @@ def test_a_broken_connection_is_no_closed_pipe(capsys):
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
 @pytest.mark.parametrize("lines", [1, 100_000], ids=["at the end", "in the middle"])
-def test_output_that_cannot_be_written_is_an_error(lines):
+def test_output_that_cannot_be_written_is_an_error(lines, unbuffered):
     with open("/dev/full", "w") as full:
         done = subprocess.run([sys.executable, "-c", PIPE.format(lines=lines)], stdout=full, stderr=subprocess.PIPE, text=True,
-                              env=os.environ | {"PYTHONUNBUFFERED": ""})
+                              env=os.environ | {"PYTHONUNBUFFERED": unbuffered})
     assert (done.returncode, done.stderr) == (2, "error: standard output: No space left on device\n")
 
 
