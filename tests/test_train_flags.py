@@ -31,7 +31,7 @@ FLAGS = {
         chatcore_max_cat=5, chatcore_max_sample=6, mmlu_epochs=2, gsm8k_epochs=3),
     ChatRLConfig: dict(
         run="name", source="mid", device_type="cpu", model_tag="tag", step=3, dtype="bfloat16", device_batch_size=2,
-        examples_per_step=4, num_samples=4, max_new_tokens=16, temperature=0.9, top_k=7, unembedding_lr=0.004,
+        examples_per_step=4, num_samples=32, max_new_tokens=16, temperature=0.9, top_k=7, unembedding_lr=0.004,
         embedding_lr=0.2, matrix_lr=0.03, weight_decay=0.1, init_lr_frac=0.5, num_epochs=2, save_every=7, eval_every=8,
         eval_examples=9),
     BaseLossConfig: dict(device_batch_size=2, split_tokens=512, model_tag="tag", step=3, device_type="cpu"),
