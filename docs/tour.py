@@ -21,7 +21,7 @@ from nanochat_jax import cli, load
 from nanochat_jax.attention import causal_attention
 from nanochat_jax.chat import render_conversation, render_for_completion, visualize_tokenization
 from nanochat_jax.checkpoint import load_model
-from nanochat_jax.cli import UsageError, flag
+from nanochat_jax.cli import UsageError, directory_name, flag
 from nanochat_jax.config import GPTConfig
 from nanochat_jax.data.loader import pretraining_loader
 from nanochat_jax.files import keep_old, make_directory
@@ -31,7 +31,7 @@ from nanochat_jax.optim import OptimizerConfig, constant, make_optimizer
 from nanochat_jax.paths import CHECKPOINT_DIRS, Paths
 from nanochat_jax.pretrained import Model
 from nanochat_jax.sharding import make_mesh
-from nanochat_jax.startup import start
+from nanochat_jax.startup import DeviceFlags, start
 
 try:
     import matplotlib
@@ -55,20 +55,21 @@ EXAMPLE = {"messages": [
 
 
 @dataclass(frozen=True, kw_only=True)
-class TourConfig:
+class TourConfig(DeviceFlags):
     source: str = flag("sft", "stage whose model is shown", short="-i", choices=[*CHECKPOINT_DIRS])
-    model_tag: str | None = flag(None, "model tag; the largest d<depth> if not given", short="-g")
+    model_tag: str | None = flag(None, "model tag; the largest d<depth> if not given", short="-g", check=directory_name)
     prompt: str = flag("How are you today?", "question whose answer is watched", short="-p")
-    layer: int | None = flag(None, "layer of the head that is shown, from 0; default the one that looks back sharpest")
-    head: int | None = flag(None, "the head, from 0 (with --layer)")
-    grid: int = flag(13, "points of each axis of the landscape")
+    layer: int | None = flag(None, "layer of the head that is shown, from 0; default the one that looks back sharpest",
+                             at_least=0, at_most=1000)
+    head: int | None = flag(None, "the head, from 0 (with --layer)", at_least=0, at_most=10**6)
+    grid: int = flag(13, "points of each axis of the landscape, odd", at_least=3, at_most=999)
     out: str = flag("tour.png", "where the picture goes")
 
     def __post_init__(self) -> None:
         if (self.layer is None) != (self.head is None):
             raise ValueError("--layer and --head name a head together: give both or neither")
-        if self.grid < 3 or self.grid % 2 == 0:
-            raise ValueError(f"--grid must be odd, so that the recipe is a point, and at least 3; got {self.grid}")
+        if self.grid % 2 == 0:
+            raise ValueError(f"--grid must be odd, so that the recipe is a point; got {self.grid}")
 
 
 def pieces(model: Model, ids: list[int]) -> list[str]:
@@ -239,7 +240,7 @@ def main(config: TourConfig) -> None:
     make_directory(Path(config.out).absolute().parent)
     progress("drawing four pictures into one; a d4 takes about a minute on two free cores of a CPU")
     paths = Paths.from_env()
-    start(paths)
+    start(paths, config)
     model = load(config.source, tag=config.model_tag)
     progress("1/4 what is learned of a chat")
     ids, mask = render_conversation(model.tokenizer, EXAMPLE)
@@ -290,4 +291,4 @@ def main(config: TourConfig) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, TourConfig, prog="docs.tour", description=__doc__.splitlines()[0])
+    cli.run(main, TourConfig, prog="docs.tour", description=__doc__)

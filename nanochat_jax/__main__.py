@@ -9,6 +9,7 @@ import runpy
 import sys
 
 import scripts
+from nanochat_jax import cli
 
 MODULES = {"dataset": "nanochat_jax.dataset", "report": "nanochat_jax.report"}  # commands that are no scripts
 
@@ -20,6 +21,11 @@ def commands() -> dict[str, str]:
 
 
 def main() -> None:
+    cli.guard(run_command)
+
+
+def run_command() -> None:
+    """Run the command that the first argument names."""
     names = commands()
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("-h", "--help"):
@@ -28,8 +34,7 @@ def main() -> None:
         return
     module = names.get(name.replace("-", "_"))
     if module is None:
-        print(f"error: no command {name!r}; there are {', '.join(names)}", file=sys.stderr)
-        sys.exit(2)
+        raise cli.UsageError(f"no command {name!r}; there are {', '.join(names)}")
     del sys.argv[1]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 

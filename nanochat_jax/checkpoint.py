@@ -30,13 +30,14 @@ from jax import Array
 from jax.sharding import Mesh
 
 from nanochat_jax.bucket import Directory, ObjectLock, copy_files, is_remote
-from nanochat_jax.cli import NotFound, UsageError, one_line
+from nanochat_jax.cli import NotFound, UsageError, one_line, write_failure
 from nanochat_jax.config import GPTConfig
 from nanochat_jax.files import LOCK, lock_file
 from nanochat_jax.gpt import Params, abstract_params
 from nanochat_jax.paths import (
     Paths,
     base_tokenizer,
+    delete_steps,
     foreign_checkpoints,
     how_to_get,
     refuse_foreign,
@@ -185,7 +186,10 @@ class Checkpoints:
         items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
         items["state"] = ocp.args.JsonSave(state | {CHECKSUMS: sums})
         self._saving = step
-        self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+        try:
+            self._manager.save(step, args=ocp.args.Composite(**items), force=True)
+        except Exception as error:  # the part of a save that is not in the background
+            raise self._failed(step, error) from error
 
     def check(self) -> None:
         """Raises `UsageError` if a save has failed in the background. Costs nothing while none is on its way."""
@@ -201,9 +205,13 @@ class Checkpoints:
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
         except Exception as error:  # whatever the disk or the network says
-            self._manager.reload()
-            raise UsageError(f"the checkpoint of step {step} could not be written ({one_line(error)}): mend that and go "
-                             "on with --resume") from error
+            raise self._failed(step, error) from error
+
+    def _failed(self, step: int, error: Exception) -> UsageError:
+        self._saving = None
+        self._manager.reload()
+        return UsageError(f"the checkpoint of step {step} could not be written ({write_failure(error)}): fix that, then "
+                          "continue with --resume")
 
     def steps(self) -> list[int]:
         return sorted(self._manager.all_steps())
@@ -333,7 +341,7 @@ def claim_directory(directory: Directory, *, resume: bool | None, fresh: bool) -
                              "(NANOCHAT_CHECKPOINT_DIR=gs://...)")
     if fresh:
         if jax.process_index() == 0:
-            remove_directory(directory)
+            delete_steps(directory)
         barrier("old steps deleted")
     elif not resume and (steps := saved_steps(directory)):
         raise UsageError(f"{directory} already holds steps {', '.join(map(str, steps))}: "
@@ -410,8 +418,12 @@ def _load_tokenizer(directory: Directory, fingerprint: str | None) -> Tokenizer 
             except NotFound as error:
                 raise NotFound(f"the tokenizer of {directory} is missing in {place}: copy it there") from error
     else:
-        place = place if place.is_dir() else base_tokenizer(directory)
-        tokenizer = Tokenizer.load(place)
+        own, shared = place, base_tokenizer(directory)
+        # The tag's own may belong to steps that were deleted since.
+        for place in [each for each in (own, shared) if each.is_dir()] or [shared]:
+            tokenizer = Tokenizer.load(place)
+            if tokenizer.fingerprint() == fingerprint:
+                break
     if tokenizer.fingerprint() != fingerprint:
         raise UsageError(f"the tokenizer in {place} is not the one {directory} was trained with: "
                          "restore that tokenizer, or train the model again")

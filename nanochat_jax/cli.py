@@ -1,23 +1,28 @@
 """Command lines generated from frozen dataclasses.
 
 A stage's flags are the fields of one frozen, keyword-only dataclass: the field gives the name, the type and the
-default, `flag(...)` adds help, choices and upstream's short form. `--max_chars` and `--max-chars` are the same flag.
+default, `flag(...)` adds help, range, choices and upstream's short form. `--max_chars` and `--max-chars` are the same flag.
 
-Whatever a user can get wrong raises `UsageError`; `run` prints it as one line and exits with code 2.
+Whatever a user can get wrong raises `UsageError`. `run` prints it, and every error of a disk or a pipe, as one line and
+exits with code 2.
 """
 
 import argparse
+import contextlib
 import dataclasses
 import errno
+import io
 import itertools
 import logging
 import os
+import re
+import select
 import signal
 import sys
 import threading
 import types
 import typing
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -25,9 +30,9 @@ C = TypeVar("C")
 
 EXIT_USAGE = 2
 EXIT_INTERRUPTED = 130  # Ctrl-C, as shells say it
-# What is wrong with a disk or a path, not with the program.
-DISK_ERRORS = {errno.EACCES, errno.EDQUOT, errno.EEXIST, errno.EIO, errno.EISDIR, errno.ENAMETOOLONG, errno.ENOENT,
-               errno.ENOSPC, errno.ENOTDIR, errno.EPERM, errno.EROFS}
+EXIT_NO_READER = 141  # the reader of a pipe has gone: what a shell reports for SIGPIPE
+LARGEST = 2**62  # bound of counts that nothing else limits
+LARGEST_SEED = 2**32 - 1  # JAX uses 32 bits of a seed
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
 
@@ -40,20 +45,101 @@ class NotFound(UsageError, FileNotFoundError):
 
 
 def one_line(error: BaseException) -> str:
-    """What an error says, short enough for a `UsageError` to pass on."""
-    return " ".join(str(error).split())[:200] or type(error).__name__
+    """The text of an error on one line, for a `UsageError` to pass on. Long text loses its middle,
+    never its end, where the cause is."""
+    text = re.sub(r" \[(source locations|tensorstore_spec)=.*", "", " ".join(str(error).split()))
+    if len(text) > 500:
+        text = f"{text[:200]} ... {text[-295:]}"
+    return text or type(error).__name__
+
+
+def write_failure(error: BaseException) -> str:
+    """Why a write failed, on one line. A full disk is named as such, also where a library has wrapped
+    the system's error in an exception of its own."""
+    text = one_line(error)
+    chain, full = error, False
+    while chain is not None and not full:
+        code = chain.errno if isinstance(chain, OSError) else None
+        full = code in (errno.ENOSPC, errno.EDQUOT) or bool(
+            re.search("ENOSPC|EDQUOT|[Nn]o space left|quota exceeded", str(chain)))
+        chain = chain.__cause__ or chain.__context__  # type: ignore[assignment]
+    return f"the disk is full, no space is left: {text}" if full else text
+
+
+@contextlib.contextmanager
+def naming(path: Path | str) -> Iterator[None]:
+    """Errors of reading and writing an open file do not name it; inside this block they do."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (None, errno.EPIPE) and error.filename is None:
+            error.filename = str(path)
+        raise
+
+
+def user_path(text: str) -> Path:
+    """`text` as a path with `~` expanded. Raises `UsageError` if there is no such home directory."""
+    if text.split("/")[0] == "~" and os.environ.get("HOME") == "":
+        raise UsageError(f"{text}: HOME is empty: set HOME, or give a path without ~")
+    try:
+        return Path(text).expanduser()
+    except RuntimeError as error:
+        raise UsageError(f"{text}: the home directory is unknown: set HOME, or give a path without ~"
+                         ) from error
+
+
+def directory_name(text: str) -> str:
+    """`text` if it can name a directory beside others, such as a model tag; else ValueError."""
+    if not re.fullmatch(r"\w[\w.+=@-]{0,99}", text):
+        raise ValueError(f"{text!r} is not a name: use at most 100 letters, digits and . _ - + = @, "
+                         "the first a letter, a digit or _")
+    return text
+
+
+def run_name(text: str) -> str:
+    """`text` if it can name a run on Weights & Biases; else ValueError."""
+    if not text.isprintable() or len(text) > 128:
+        raise ValueError(f"{text!r} is not a name of at most 128 printable characters")
+    return text
 
 
 def flag(default: Any, help: str, *, short: str | None = None, choices: Sequence[str] | None = None,
-         aliases: Sequence[str] = (), at_least: float | None = None) -> Any:
-    """A dataclass field that is also a command-line flag; `aliases` are other names of it. `parse` checks the limits."""
-    metadata = {"help": help, "short": short, "choices": choices, "aliases": aliases, "at_least": at_least}
+         aliases: Sequence[str] = (), at_least: float | None = None, at_most: float | None = None,
+         also: float | None = None, check: Callable[[str], Any] | None = None) -> Any:
+    """A dataclass field that is also a command-line flag.
+
+    Args:
+      default: None where leaving the flag out has a meaning of its own; never "".
+      aliases: other names of the flag.
+      at_least, at_most: the range of a number; every numeric flag has both.
+      also: the one number outside of the range that has a meaning (-1), which `help` explains.
+      check: raises ValueError or `UsageError` for text that the flag cannot take.
+    """
+    metadata = {"help": help, "short": short, "choices": choices, "aliases": aliases,
+                "range": (at_least, at_most, also), "check": check}
     return dataclasses.field(default=default, metadata=metadata)
+
+
+def spelled(name: str, value: Any) -> str:
+    """The flag `name` with a value, as one types it."""
+    flag_name = f"--{name.replace('_', '-')}"
+    return f"no {flag_name}" if value is None else f"{flag_name} {value}"
+
+
+def same_flag(config_type: type, name: str) -> Any:
+    """A field like the one of another dataclass: its default, help and range."""
+    field = next(field for field in dataclasses.fields(config_type) if field.name == name)
+    return dataclasses.field(default=field.default, metadata=field.metadata)
 
 
 def arguments(help: str) -> Any:
     """A dataclass field, a list, that takes the arguments of the command line that are no flags: one at least."""
     return dataclasses.field(metadata={"help": help, "arguments": True})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class NoFlags:
+    """The flags of a command that has none."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -81,6 +167,13 @@ def _parse_int(text: str) -> int:
     raise argparse.ArgumentTypeError(f"expected an integer, got {text!r}")
 
 
+def _parse_text(text: str) -> str:
+    if not text.strip():
+        raise argparse.ArgumentTypeError(
+            f"expected a value, got {text!r} (an unset variable?)")
+    return text
+
+
 def _converter(kind: Any) -> Callable[[str], Any]:
     if typing.get_origin(kind) in (types.UnionType, typing.Union):
         # `int | None`: the flag, when given, has the type that is not None; `int | Literal["auto"]`: either of them.
@@ -88,7 +181,19 @@ def _converter(kind: Any) -> Callable[[str], Any]:
         words = [word for arg in plain if typing.get_origin(arg) is typing.Literal for word in typing.get_args(arg)]
         convert = _converter(plain[0])
         return (lambda text: text if text in words else convert(text)) if words else convert
-    return {bool: _parse_bool, int: _parse_int}.get(kind, kind)
+    return {bool: _parse_bool, int: _parse_int, str: _parse_text}.get(kind, kind)
+
+
+def _checked(convert: Callable[[str], Any], check: Callable[[str], Any]) -> Callable[[str], Any]:
+    def checked(text: str) -> Any:
+        value = convert(text)
+        try:
+            check(value)
+        except (ValueError, UsageError) as error:
+            raise argparse.ArgumentTypeError(str(error)) from error
+        return value
+
+    return checked
 
 
 def make_parser(config_type: type, *, prog: str, description: str) -> argparse.ArgumentParser:
@@ -98,7 +203,8 @@ def make_parser(config_type: type, *, prog: str, description: str) -> argparse.A
     hints = typing.get_type_hints(config_type)
     for field in dataclasses.fields(config_type):
         if field.metadata.get("arguments"):
-            parser.add_argument(field.name, nargs="+", metavar=field.name.upper(), help=field.metadata["help"])
+            parser.add_argument(field.name, nargs="+", metavar=field.name.upper(), help=field.metadata["help"],
+                                type=_parse_text)
             continue
         names: list[str] = []
         for name in (field.name, *field.metadata.get("aliases", ())):
@@ -109,18 +215,49 @@ def make_parser(config_type: type, *, prog: str, description: str) -> argparse.A
         if hints[field.name] in (bool, bool | None):
             options |= {"nargs": "?", "const": True, "type": _parse_bool}
         else:
-            options |= {"type": _converter(hints[field.name]), "choices": field.metadata["choices"]}
+            convert, check = _converter(hints[field.name]), field.metadata["check"]
+            options |= {"type": _checked(convert, check) if check else convert,
+                        "choices": field.metadata["choices"]}
         parser.add_argument(*names, **options)
     return parser
 
 
-def parse(config_type: type[C], argv: Sequence[str] | None = None, *, prog: str, description: str) -> C:
-    """Build `config_type` from a command line; raises `UsageError` on a flag or value that does not fit."""
-    namespace = make_parser(config_type, prog=prog, description=description).parse_args(argv)
-    for field in dataclasses.fields(config_type):  # type: ignore[arg-type]  # of a dataclass, which C does not say
-        least, value = field.metadata.get("at_least"), getattr(namespace, field.name)
-        if least is not None and isinstance(value, int | float) and not value >= least:
-            raise UsageError(f"--{field.name.replace('_', '-')} must be at least {least}, got {value}")
+def _leave_arguments(config_type: type, argv: Sequence[str]) -> list[str]:
+    """`argv` with `--append` as `--append=true`: where a command takes arguments, a yes/no flag
+    takes its value only after `=`, and so never one of them."""
+    hints = typing.get_type_hints(config_type)
+    names = {f"--{spelled}" for name, kind in hints.items() if kind in (bool, bool | None)
+             for spelled in (name, name.replace("_", "-"))}
+    end = argv.index("--") if "--" in argv else len(argv)
+    return [f"{word}=true" if word in names else word for word in argv[:end]] + list(argv[end:])
+
+
+def _check_range(field: dataclasses.Field, value: Any) -> None:
+    least, most, also = field.metadata.get("range", (None, None, None))
+    if not isinstance(value, int | float) or value == also:
+        return
+    wrong = (f"at least {least}" if least is not None and not value >= least else  # not: of nan too
+             f"at most {most}" if most is not None and not value <= most else "")
+    if wrong:
+        name, alternative = field.name.replace("_", "-"), "" if also is None else f", or {also}"
+        raise UsageError(f"--{name} must be {wrong}{alternative}, got {value}")
+
+
+def parse(config_type: type[C], argv: Sequence[str] | None = None, *, prog: str,
+          description: str | None) -> C:
+    """Build `config_type` from a command line. Raises `UsageError` on a flag or value that does
+    not fit. Only the first line of `description` is shown; it is None under `python -OO`.
+    """
+    argv = list(sys.argv[1:] if argv is None else argv)
+    fields = dataclasses.fields(config_type)  # type: ignore[arg-type]  # of a dataclass, which C does not say
+    if any(field.metadata.get("arguments") for field in fields):
+        argv = _leave_arguments(config_type, argv)
+    elif argv[:1] == ["--"]:  # as `torchrun -m scripts.NAME -- --depth=4` is typed
+        del argv[0]
+    parser = make_parser(config_type, prog=prog, description=(description or "").partition("\n")[0])
+    namespace = parser.parse_args(argv)
+    for field in fields:
+        _check_range(field, getattr(namespace, field.name))
     try:
         return config_type(**vars(namespace))
     except ValueError as error:  # raised by `__post_init__`
@@ -148,9 +285,12 @@ def invocation(module: str) -> str:
     return f"python -m {module}"
 
 
-def catch_interrupts() -> None:
-    """Let Ctrl-C end a program without a traceback while it imports, too, and not be lost in a callback of the garbage
-    collector (JAX has one), where Python only reports what is raised: it is sent again."""
+def catch_errors() -> None:
+    """Report Ctrl-C and disk errors without a traceback while a program imports, too.
+
+    In a callback of the garbage collector (JAX has one), Python only reports what is raised. So
+    that Ctrl-C is not lost there, the signal is sent again.
+    """
     report = sys.unraisablehook
 
     def unraisable(what: Any) -> None:
@@ -160,7 +300,11 @@ def catch_interrupts() -> None:
             report(what)
 
     def uncaught(kind: type[BaseException], error: BaseException, trace: types.TracebackType | None) -> None:
-        if issubclass(kind, KeyboardInterrupt):
+        if isinstance(error, UsageError | OSError):
+            code = _report(error)
+            _flush()
+            os._exit(code)
+        elif issubclass(kind, KeyboardInterrupt):
             print("stopped", file=sys.stderr)
         else:
             sys.__excepthook__(kind, error, trace)
@@ -168,28 +312,106 @@ def catch_interrupts() -> None:
     sys.unraisablehook, sys.excepthook = unraisable, uncaught
 
 
-def run(main: Callable[[C], int | None], config_type: type[C], *, prog: str, description: str) -> typing.NoReturn:
-    """Entry point of every script: parse, run, and turn a `UsageError`, or what is wrong with the disk, into one line and
-    exit code 2; Ctrl-C into 130."""
-    catch_interrupts()
+def _disk_error(error: OSError) -> str:
+    """File and cause of an error of the operating system."""
+    names = " -> ".join(os.fsdecode(name) if isinstance(name, bytes) else str(name)
+                        for name in (error.filename, error.filename2) if name is not None)
+    if names:
+        return f"{names}: {error.strerror}"
+    if error.errno == errno.ENOENT:
+        try:
+            os.getcwd()
+        except OSError:
+            return "the current directory does not exist any more: change to another one"
+    return error.strerror or one_line(error)
+
+
+def _readers_gone() -> bool:
+    """Whether standard output or standard error is a pipe that nobody reads any more."""
+    poll = select.poll()
+    for descriptor in (1, 2):
+        poll.register(descriptor, 0)
+    return any(event & (select.POLLERR | select.POLLHUP) for _, event in poll.poll(0))
+
+
+def _report(error: UsageError | OSError) -> int:
+    """Print what went wrong on one line; returns the exit code. A closed pipe is not reported."""
+    if isinstance(error, BrokenPipeError) and error.filename is None and _readers_gone():
+        return EXIT_NO_READER
+    logging.getLogger(__name__).debug("where it happened", exc_info=error)
+    text = str(error) if isinstance(error, UsageError) else _disk_error(error)
+    with contextlib.suppress(OSError):
+        print(f"error: {text}", file=sys.stderr)
+    return EXIT_USAGE
+
+
+def _flush() -> None:
+    """Write buffered output. Output that cannot be written is dropped, or Python would report it
+    at exit."""
+    for stream in (sys.stdout, sys.stderr):
+        try:
+            if stream is not None:
+                stream.flush()
+        except OSError:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), stream.fileno())
+
+
+def guard(work: Callable[[], int | None]) -> typing.NoReturn:
+    """Run a command and exit with its code.
+
+    A `UsageError` and every error of the operating system become one line and exit code 2. A closed
+    pipe ends the command quietly with 141, Ctrl-C with 130.
+    """
+    catch_errors()
+    code: Any = None
     try:
-        setup_logging()
-        code = main(parse(config_type, prog=invocation(prog), description=description))
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        code = EXIT_USAGE
+        if isinstance(sys.stdout, io.TextIOWrapper):
+            sys.stdout.reconfigure(errors="replace")  # for terminals without UTF-8
+            sys.stdout.write = naming("standard output")(sys.stdout.write)  # type: ignore[method-assign]
+        try:
+            code = work()
+        except SystemExit as ended:
+            code = ended.code
+        if sys.stdout is not None:
+            with naming("standard output"):
+                sys.stdout.flush()
+    except (UsageError, OSError) as error:
+        code = _report(error)
     except KeyboardInterrupt:
         print("stopped", file=sys.stderr)
         code = EXIT_INTERRUPTED
-    except OSError as error:
-        if error.errno not in DISK_ERRORS:
-            raise
-        logging.getLogger(__name__).debug("where it happened", exc_info=True)
-        names = " -> ".join(str(name) for name in (error.filename, error.filename2) if name is not None)
-        print(f"error: {names or 'the disk'}: {error.strerror}", file=sys.stderr)
-        code = EXIT_USAGE
+    _flush()
     if code == EXIT_INTERRUPTED:  # at once: a device may still compute, and crashes when the interpreter's end takes its memory
-        sys.stdout.flush()
-        sys.stderr.flush()
         os._exit(code)
     sys.exit(code or 0)
+
+
+def run(main: Callable[[C], int | None], config_type: type[C], *, prog: str, description: str | None,
+        argv: Sequence[str] | None = None) -> typing.NoReturn:
+    """Entry point of every script: parse the flags and run `main` on them, as `guard` does."""
+
+    def work() -> int | None:
+        setup_logging()
+        return main(parse(config_type, argv, prog=invocation(prog), description=description))
+
+    guard(work)
+
+
+def run_commands(commands: Mapping[str, tuple[Callable[..., int | None], type, str]], *, default: str,
+                 prog: str) -> typing.NoReturn:
+    """Entry point of a module whose first argument may name a command. `commands` gives the
+    function, flags and description of each."""
+    argv = sys.argv[1:]
+    if argv[:1] == ["--"]:
+        del argv[0]
+    named = bool(argv) and argv[0] in commands
+
+    def unknown() -> None:
+        raise UsageError(f"no command {argv[0]!r}; there are {', '.join(commands)}")
+
+    if argv and not named and not argv[0].startswith("-"):
+        guard(unknown)
+    command = argv.pop(0) if named else default
+    main, config_type, description = commands[command]
+    run(main, config_type, prog=f"{prog} {command}" if named else prog, description=description,
+        argv=argv)

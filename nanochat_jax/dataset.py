@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from nanochat_jax import cli
-from nanochat_jax.cli import NotFound, UsageError, flag
+from nanochat_jax.cli import NoFlags, NotFound, UsageError, flag
 from nanochat_jax.data import embedded, hub_dataset
 from nanochat_jax.data.convert import FORMATS, describe, file_format, read_documents, write_corpus
 from nanochat_jax.data.hub import clean_up, fetch, first_line
@@ -121,8 +121,9 @@ def download(repo: str, names: Sequence[str], directory: Path, *, num_workers: i
 
 @dataclass(frozen=True, kw_only=True)
 class DownloadConfig:
-    num_shards: int = flag(8, "training shards to have on disk, -1 for all; the validation shard is added", short="-n")
-    num_workers: int = flag(4, "shards to download at once", short="-w", at_least=1)
+    num_shards: int = flag(8, "training shards to have on disk, -1 for all; the validation shard is added", short="-n",
+                           at_least=1, at_most=10_000, also=-1)
+    num_workers: int = flag(4, "shards to download at once", short="-w", at_least=1, at_most=256)
     dataset: str = flag("climbmix", "which corpus", choices=sorted(HUB_CORPORA))
 
 
@@ -144,14 +145,11 @@ class CorpusConfig:
     """What making a corpus of one's own has in common, wherever the text comes from."""
 
     text_field: str = flag("text", "column of parquet and csv files, or key of JSON Lines, that holds the text")
-    rows_per_shard: int = flag(500_000, "documents of a shard", at_least=1)
-    val_fraction: float = flag(0.005, "share of the documents that goes to the validation shard")
-    cut_chars: int = flag(10_000, "text files: length in characters of the documents they are cut into; 0: whole", at_least=0)
+    rows_per_shard: int = flag(500_000, "documents of a shard", at_least=1, at_most=10**9)
+    val_fraction: float = flag(0.005, "share of the documents that goes to the validation shard", at_least=0, at_most=0.99)
+    cut_chars: int = flag(10_000, "text files: length in characters of the documents they are cut into; 0: whole", at_least=0,
+                          at_most=10**9)
     append: bool = flag(False, "add to the corpus that is there")
-
-    def __post_init__(self) -> None:
-        if not 0 <= self.val_fraction < 1:
-            raise ValueError(f"--val-fraction must be at least 0 and less than 1, got {self.val_fraction}")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -163,10 +161,9 @@ class HfConfig(CorpusConfig):
     subset: str | None = flag(None, "subset of the data set; default the one its card calls default")
     split: str = flag("train", "split of the data set")
     revision: str = flag("main", "commit, branch or tag of the data set")
-    limit_rows: int | None = flag(None, "read only that many rows", at_least=2)
+    limit_rows: int | None = flag(None, "read only that many rows", at_least=2, at_most=cli.LARGEST)
 
     def __post_init__(self) -> None:
-        super().__post_init__()
         if not self.name:
             raise ValueError("name a data set: --preset " + "|".join(PRESETS) + " or --dataset OWNER/NAME")
         if self.preset is None and self.name.count("/") != 1:
@@ -234,11 +231,6 @@ def _write(directory: Path, source: dict[str, Any], config: CorpusConfig, docume
     return 0
 
 
-@dataclass(frozen=True, kw_only=True)
-class NoFlags:
-    """Of `embedded` and `info`."""
-
-
 def embedded_main(config: NoFlags) -> int:
     directory = Paths.from_env().data("embedded")
     embedded.build(directory)
@@ -265,10 +257,7 @@ COMMANDS: dict[str, tuple[Callable[..., int], type, str]] = {
 
 
 def main() -> NoReturn:
-    command = sys.argv.pop(1) if sys.argv[1:2] and sys.argv[1] in COMMANDS else "download"
-    action, config_type, description = COMMANDS[command]
-    prog = "nanochat_jax.dataset" if command == "download" else f"nanochat_jax.dataset {command}"
-    cli.run(action, config_type, prog=prog, description=description)
+    cli.run_commands(COMMANDS, default="download", prog="nanochat_jax.dataset")
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
 
-from nanochat_jax.cli import NotFound, UsageError
+from nanochat_jax.cli import NotFound, UsageError, naming
 
 logger = logging.getLogger(__name__)
 
@@ -77,7 +77,8 @@ def write_file(path: Path, content: str | bytes) -> None:
     create_directory(path.parent)
     aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        aside.write_bytes(content.encode() if isinstance(content, str) else content)
+        with naming(path):
+            aside.write_bytes(content.encode() if isinstance(content, str) else content)
         fsync(aside)
         aside.replace(path)
     finally:
@@ -189,7 +190,8 @@ def _only_writer(directory: Path) -> Iterator[None]:
         if try_lock(descriptor) is False:
             raise UsageError(f"another process is writing to {directory}: wait for it, or name "
                              "another directory")
-        yield
+        with naming(directory):
+            yield
     finally:
         os.close(descriptor)
 

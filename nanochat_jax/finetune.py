@@ -12,7 +12,7 @@ import optax
 
 from nanochat_jax import report
 from nanochat_jax.checkpoint import Loaded, find_model, load_model, load_optimizer, lock_tag
-from nanochat_jax.cli import flag
+from nanochat_jax.cli import LARGEST, directory_name, flag
 from nanochat_jax.data.mixture import ConversationLoader
 from nanochat_jax.eval.bpb import held_out_loss
 from nanochat_jax.files import make_directory
@@ -31,7 +31,7 @@ from nanochat_jax.step import (
     resolve_dtype,
 )
 from nanochat_jax.tasks.base import Task
-from nanochat_jax.tasks.mixtures import Split
+from nanochat_jax.tasks.mixtures import Split, mixture_entries
 from nanochat_jax.train import Evaluation, Job, RunConfig, TrainConfig, train
 
 log = logging.getLogger(__name__)
@@ -41,21 +41,23 @@ log = logging.getLogger(__name__)
 class ContinueConfig(RunConfig):
     """Flags of a stage that goes on with the model of another."""
 
-    model_tag: str | None = flag(None, "name of the checkpoint directory; default the largest d<depth>", short="-g")
+    model_tag: str | None = flag(None, "name of the checkpoint directory; default the largest d<depth>", short="-g",
+                                 check=directory_name)
     step: int | None = flag(None, "step of the checkpoint to start from; default the newest", short="-s",
-                            aliases=("model_step",))
-    embedding_lr: float | None = flag(None, "rate of the embedding tables; default the base run's")
-    unembedding_lr: float | None = flag(None, "rate of the unembedding; default the base run's")
-    matrix_lr: float | None = flag(None, "Muon's rate of the matrices; default the base run's")
-    init_lr_frac: float = flag(1.0, "factor of all rates")
+                            aliases=("model_step",), at_least=0, at_most=LARGEST)
+    embedding_lr: float | None = flag(None, "rate of the embedding tables; default the base run's", at_least=0, at_most=100)
+    unembedding_lr: float | None = flag(None, "rate of the unembedding; default the base run's", at_least=0, at_most=100)
+    matrix_lr: float | None = flag(None, "Muon's rate of the matrices; default the base run's", at_least=0, at_most=100)
+    weight_decay: float = flag(0.0, "modern: Muon's cautious decay; classic: AdamW's", at_least=0, at_most=100)
+    init_lr_frac: float = flag(1.0, "factor of all rates", at_least=1e-9, at_most=1000)
 
-    def optimizer(self, loaded: Loaded, multiplier: Schedule, *, momentum: Schedule, dtype: Any, mesh: jax.sharding.Mesh,
-                  weight_decay: float = 0.0) -> optax.GradientTransformation:
+    def optimizer(self, loaded: Loaded, multiplier: Schedule, *, momentum: Schedule, dtype: Any, mesh: jax.sharding.Mesh
+                  ) -> optax.GradientTransformation:
         """With the rates of the base run, but for those given; `init_lr_frac` scales those of all groups."""
         given = {key: value for key in ("embedding_lr", "unembedding_lr", "matrix_lr")
                  if (value := getattr(self, key)) is not None}
-        rates = OptimizerConfig(**(loaded.meta["rates"] | given | {"weight_decay": weight_decay, "grad_clip": 0.0}))
-        decay = constant(weight_decay) if loaded.config.arch == "modern" and weight_decay else None
+        rates = OptimizerConfig(**(loaded.meta["rates"] | given | {"weight_decay": self.weight_decay, "grad_clip": 0.0}))
+        decay = constant(self.weight_decay) if loaded.config.arch == "modern" and self.weight_decay else None
         return make_optimizer(loaded.config, rates, lr_multiplier=lambda step: self.init_lr_frac * multiplier(step),
                               momentum=momentum, weight_decay=decay, muon_dtype=dtype, mesh=mesh)
 
@@ -67,9 +69,8 @@ class FinetuneConfig(ContinueConfig, TrainConfig):
     load_optimizer: bool = flag(False, "go on with the moments of its optimizer; the rates begin anew")
     mixture: str | None = flag(None, "what to train on, such as SmolTalk:10000,MMLU*3,chats.jsonl: tasks or files of "
                                "conversations, each with its weight (*) or the number of its first ones (:); default: "
-                               "what goes with the corpus")
-    max_seq_len: int | None = flag(None, "tokens of a row; default the base model's", at_least=1)
-    weight_decay: float = flag(0.0, "modern: Muon's cautious decay; classic: AdamW's")
+                               "what goes with the corpus", check=mixture_entries)
+    max_seq_len: int | None = flag(None, "tokens of a row; default the base model's", at_least=1, at_most=2**24)
     dry_run: bool = flag(False, "leave no checkpoint and no section of the report")
 
     def __post_init__(self) -> None:
@@ -117,7 +118,7 @@ def warm_optimizer(loaded: Loaded, optimizer: optax.GradientTransformation, para
 def finetune(config: FinetuneConfig, stage: Stage) -> None:
     """Train the newest model of `stage.source` on the stage's mixture and save it under `stage.target`."""
     paths = Paths.from_env()
-    start(paths, device_type=config.device_type, compile_cache=config.compile_cache, processes=config)
+    start(paths, config, compile_cache=config.compile_cache)
     # What was named needs no model to be found, and a typo should not cost the loading of one.
     named = stage.mixture(None, "train", paths) if config.mixture else None
     if config.dry_run:
@@ -140,8 +141,7 @@ def _finetune(config: FinetuneConfig, stage: Stage, paths: Paths, named: Task | 
     # The batch decides the number of steps, which the schedules follow, but no shape: any schedule does to measure it.
     def optimizer_for(num_steps: int) -> optax.GradientTransformation:
         momentum = stage.classic_momentum if model.arch == "classic" else linear_momentum(300, 0.85, 0.95)
-        return config.optimizer(loaded, stage.lr_schedule(num_steps), momentum=momentum, dtype=dtype, mesh=mesh,
-                                weight_decay=config.weight_decay)
+        return config.optimizer(loaded, stage.lr_schedule(num_steps), momentum=momentum, dtype=dtype, mesh=mesh)
 
     rows, remat, fsdp = choose_memory(model, mesh, rows=config.device_batch_size, remat=config.remat, fsdp=config.fsdp,
                                       step_rows=total // length // data_size(mesh), limit=accelerator_memory())

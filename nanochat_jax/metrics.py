@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from nanochat_jax.bucket import Directory, is_remote
-from nanochat_jax.cli import UsageError, one_line
+from nanochat_jax.cli import UsageError, naming, one_line
 from nanochat_jax.files import write_file
 
 log = logging.getLogger(__name__)
@@ -94,8 +94,9 @@ class MetricsLog:
     def write(self, **values: Any) -> None:
         if self._file is None:
             return
-        self._file.write(json.dumps(values) + "\n")
-        self._file.flush()
+        with naming(self.path):
+            self._file.write(json.dumps(values) + "\n")
+            self._file.flush()
         if self._wandb is not None:
             figures = {f"{values['kind']}/{key}": v
                        for key, v in values.items() if isinstance(v, (int, float)) and key != "step"}

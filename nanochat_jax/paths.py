@@ -11,11 +11,12 @@ in common; metrics, traces and all else stay under the base directory of each.
 
 import os
 import re
+import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
 from nanochat_jax.bucket import COMMITTED, Directory, delete, is_remote, move, open_bucket
-from nanochat_jax.cli import NotFound, UsageError
+from nanochat_jax.cli import NotFound, UsageError, user_path
 from nanochat_jax.files import create_directory, empty_directory
 
 CHECKPOINT_DIRS = {
@@ -49,7 +50,7 @@ class Paths:
         if remote and not re.match("gs://[^/]", remote):
             raise UsageError(f"NANOCHAT_CHECKPOINT_DIR={remote}: give a place in a bucket, gs://bucket/...; on a disk "
                              "checkpoints are under NANOCHAT_BASE_DIR")
-        base = Path(given).expanduser().absolute()
+        base = user_path(given).absolute()
         create_directory(base)
         return cls(base, remote)
 
@@ -130,6 +131,16 @@ def saved_steps(directory: Directory) -> list[int]:
         return []
     complete = COMMITTED if is_remote(directory) else "params"
     return sorted(int(path.name) for path in directory.iterdir() if path.name.isdigit() and (path / complete).exists())
+
+
+def delete_steps(directory: Directory) -> None:
+    """Delete the complete steps under a tag, and nothing else that is there."""
+    for step in saved_steps(directory):
+        if is_remote(directory):
+            delete(directory / str(step))
+        else:  # renamed first: a directory that is being deleted must not look like a step
+            (directory / str(step)).rename(aside := directory / f".deleted-{step}")
+            shutil.rmtree(aside)
 
 
 def how_to_get(source: str, foreign: Directory | None = None) -> str:

@@ -17,7 +17,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from nanochat_jax.cli import UsageError
+from nanochat_jax.cli import UsageError, one_line
 from nanochat_jax.config import GPTConfig
 from nanochat_jax.metrics import PEAK_FLOPS
 from nanochat_jax.plan_cost import HloCost, hlo_cost, jaxpr_flops
@@ -115,7 +115,7 @@ def topology_devices(name: str) -> tuple[str, list[jax.Device]]:
             devices = topologies.get_topology_desc(platform="cuda", topology_name="", target_config=target,
                                                    topology=f"1x1x{int(shape)}").devices
     except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:
-        raise UsageError(f"--topology {name}: {str(error).splitlines()[0][:200]}") from error
+        raise UsageError(f"--topology {name}: {one_line(error)}") from error
     return chip, devices
 
 

@@ -16,14 +16,13 @@ import os
 import platform
 import re
 import subprocess
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from nanochat_jax import cli
-from nanochat_jax.cli import NotFound, UsageError
+from nanochat_jax.cli import NoFlags, NotFound, UsageError
 from nanochat_jax.files import keep_old, make_directory, write_file
 from nanochat_jax.paths import Paths
 from nanochat_jax.report_html import Report, Section, label_of, page, percent
@@ -315,24 +314,27 @@ def _to_json(value: Any) -> str:
     return json.dumps(strict(value), indent=2, ensure_ascii=False, allow_nan=False, default=str) + "\n"
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    parser = cli.Parser(prog=cli.invocation("nanochat_jax.report"), description="The report of a training run.")
-    parser.add_argument("command", nargs="?", choices=("generate", "reset"), default="generate")
-    try:
-        cli.setup_logging()
-        command = parser.parse_args(argv).command
-        report_dir = Paths.from_env().report
-        if command == "reset":
-            reset(report_dir)
-            print(f"report reset: {report_dir}")
-        else:
-            generate(report_dir, Path.cwd())
-            print(f"wrote report.md, report.html and results.json to {report_dir}; the first two also to {Path.cwd()}")
-    except UsageError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return cli.EXIT_USAGE
-    return 0
+def reset_main(_: NoFlags) -> None:
+    report_dir = Paths.from_env().report
+    reset(report_dir)
+    print(f"report reset: {report_dir}")
+
+
+def generate_main(_: NoFlags) -> None:
+    report_dir = Paths.from_env().report
+    generate(report_dir, Path.cwd())
+    print(f"wrote report.md, report.html and results.json to {report_dir}; the first two also to {Path.cwd()}")
+
+
+COMMANDS: dict[str, tuple[Callable[..., None], type, str]] = {
+    "generate": (generate_main, NoFlags, "The report of a training run. Commands: generate (the default), reset."),
+    "reset": (reset_main, NoFlags, "Start the report of a new run: remove the sections of the last one."),
+}
+
+
+def main() -> NoReturn:
+    cli.run_commands(COMMANDS, default="generate", prog="nanochat_jax.report")
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -14,14 +14,13 @@ from jax.sharding import Mesh
 
 from nanochat_jax import report
 from nanochat_jax.checkpoint import Loaded, find_model, load_model, lock_tag
-from nanochat_jax.cli import UsageError, flag
+from nanochat_jax.cli import LARGEST_SEED, UsageError, flag
 from nanochat_jax.config import GPTConfig
 from nanochat_jax.eval.chat import Sampling
 from nanochat_jax.files import make_directory
 from nanochat_jax.finetune import ContinueConfig
 from nanochat_jax.gpt import Params
 from nanochat_jax.infer.engine import Engine
-from nanochat_jax.infer.request import Request
 from nanochat_jax.kernels import LANES, choose_attention
 from nanochat_jax.optim import constant, trapezoid
 from nanochat_jax.paths import Paths
@@ -37,7 +36,7 @@ from nanochat_jax.rl import (
 from nanochat_jax.sharding import data_size, make_mesh, param_shardings, spread_rows
 from nanochat_jax.startup import start
 from nanochat_jax.step import TrainState, accelerator_memory, choose_memory, init_state, resolve_dtype
-from nanochat_jax.tasks import load_eval_task
+from nanochat_jax.tasks import load_eval_task, task_names
 from nanochat_jax.tasks.base import Task, TaskMixture
 from nanochat_jax.tasks.custom_json import CustomJSON
 from nanochat_jax.train import Evaluation, Job, train
@@ -47,28 +46,30 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class ChatRLConfig(ContinueConfig):
+    source: str = flag("sft", "stage to start from", choices=["mid", "sft"])
     task: str = flag("auto", "what to learn, such as GSM8K, or several joined by |, which are mixed; auto: GSM8K, or "
-                             "WordArithmetic for a model of the embedded corpus")
+                             "WordArithmetic for a model of the embedded corpus", check=task_names)
     task_file: str | None = flag(None, "learn the problems of this JSON Lines file instead; a tenth of them is held out")
     device_batch_size: int = flag(8, "rows per device and micro-step; the loss is a mean over the tokens of as many",
-                                  at_least=1)
-    examples_per_step: int = flag(16, "prompts of an optimizer step", at_least=1)
-    num_samples: int = flag(16, "replies sampled of each prompt", at_least=1)
-    num_slots: int = flag(64, "replies in flight at once", at_least=1)
-    max_new_tokens: int = flag(256, "longest reply")
-    temperature: float = flag(1.0, "of the sampling")
-    top_k: int = flag(50, "sample among the k likeliest tokens; 0: all")
-    init_lr_frac: float = flag(0.05, "factor of all rates, which fall linearly to 0")
-    num_epochs: int = flag(1, "passes over the training problems", at_least=1)
-    num_iterations: int = flag(-1, "optimizer steps; -1: by the epochs")
-    eval_every: int = flag(60, "steps between evaluations; -1: only at the start and the end")
-    eval_examples: int = flag(400, "test problems of an evaluation", at_least=1)
-    save_every: int = flag(60, "steps between checkpoints; -1: before every evaluation; 0: only at the end")
-    seed: int = flag(42, "of the sampling", at_least=0)
+                                  at_least=1, at_most=10**6)
+    examples_per_step: int = flag(16, "prompts of an optimizer step", at_least=1, at_most=10**6)
+    num_samples: int = flag(16, "replies sampled of each prompt", at_least=1, at_most=10**6)
+    num_slots: int = flag(64, "replies in flight at once", at_least=1, at_most=10**6)
+    max_new_tokens: int = flag(256, "longest reply in tokens", at_least=1, at_most=2**24)
+    temperature: float = flag(1.0, "sampling temperature; 0 is greedy", at_least=0, at_most=100)
+    top_k: int = flag(50, "sample among the k likeliest tokens; 0: all", at_least=0, at_most=10**6)
+    init_lr_frac: float = flag(0.05, "factor of all rates, which fall linearly to 0", at_least=1e-9, at_most=1000)
+    num_epochs: int = flag(1, "passes over the training problems", at_least=1, at_most=10**6)
+    num_iterations: int = flag(-1, "optimizer steps; -1: by the epochs", at_least=1, at_most=10**9, also=-1)
+    eval_every: int = flag(60, "steps between evaluations; -1: only at the start and the end", at_least=1, at_most=10**9,
+                           also=-1)
+    eval_examples: int = flag(400, "test problems of an evaluation", at_least=1, at_most=10**9)
+    save_every: int = flag(60, "steps between checkpoints; -1: before every evaluation; 0: only at the end", at_least=0,
+                           at_most=10**9, also=-1)
+    seed: int = flag(42, "seed of the sampling", at_least=0, at_most=LARGEST_SEED)
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        Request((0,), max_tokens=self.max_new_tokens, temperature=self.temperature, top_k=self.top_k)  # checks the ranges
         if self.num_samples % self.device_batch_size:
             raise ValueError(f"--num-samples {self.num_samples} is not a multiple of --device-batch-size "
                              f"{self.device_batch_size}")
@@ -127,17 +128,17 @@ def sampling_memory(config: ChatRLConfig, model: GPTConfig, dtype: Any, mesh: Me
 def reinforce(config: ChatRLConfig) -> None:
     """The whole stage: from a finetuned model to checkpoints, metrics and a section of the report."""
     paths = Paths.from_env()
-    start(paths, device_type=config.device_type, compile_cache=config.compile_cache, processes=config)
+    start(paths, config, compile_cache=config.compile_cache)
     # What was named needs no model to be found, and a typo should not cost the loading of one.
     named = load_tasks(config, None, paths) if config.task_file or config.task != "auto" else None
     make_directory(paths.report)
-    with lock_tag(paths.checkpoints("rl") / find_model(paths, "sft", config.model_tag).name):
+    with lock_tag(paths.checkpoints("rl") / find_model(paths, config.source, config.model_tag).name):
         _reinforce(config, paths, named)
 
 
 def _reinforce(config: ChatRLConfig, paths: Paths, named: tuple[str, Task, Task] | None) -> None:
     mesh, dtype = make_mesh(config.mesh), resolve_dtype(config.dtype)
-    loaded = load_model(paths, "sft", tag=config.model_tag, step=config.step, mesh=mesh, fsdp=bool(config.fsdp))
+    loaded = load_model(paths, config.source, tag=config.model_tag, step=config.step, mesh=mesh, fsdp=bool(config.fsdp))
     model, meta = loaded.config, loaded.meta
     name, task, test = named or load_tasks(config, meta["data"], paths)
     num_steps = config.num_iterations if config.num_iterations > 0 else (
@@ -180,7 +181,7 @@ def _reinforce(config: ChatRLConfig, paths: Paths, named: tuple[str, Task, Task]
         name="chat_rl", config=config, model=model, directory=paths.checkpoints("rl") / loaded.tag,
         logs=paths.logs("rl") / loaded.tag, num_steps=num_steps, shape=None, lr_multiplier=multiplier, sample=sample,
         evaluations=[Evaluation(config.eval_every, lambda params: sampler.evaluate(params, test), at_start=True)],
-        metadata={"task": name, "from": ["sft", loaded.tag, loaded.step],
+        metadata={"task": name, "from": [config.source, loaded.tag, loaded.step],
                   **{key: meta[key] for key in ("tokenizer", "data", "rates")}},
         tokenizer=loaded.tokenizer, origin=loaded, shown=("reward", "sequence_length"),
     )

@@ -19,10 +19,13 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from nanochat_jax.cli import UsageError
 from nanochat_jax.files import LOCK, keep_old, lock_file, set_aside, write_file
-from nanochat_jax.metrics import format_seconds
-from nanochat_jax.paths import Paths, refuse_foreign, remove_directory
+from nanochat_jax.metrics import format_seconds, peak_flops
+from nanochat_jax.paths import Paths, delete_steps, refuse_foreign
+from nanochat_jax.startup import find_devices
 
 MODEL_FLOPS_UTILIZATION = 0.4  # assumed where the device's peak is known
 CPU_FLOPS_PER_CORE = 8e10  # float32 training on x86 cores of the day: 5e10 on a busy machine to 1.1e11 on a quiet one
@@ -55,6 +58,14 @@ class Stage:
         return shlex.join(["python", *self.command()[1:]])
 
 
+def describe_devices(device_type: str | None) -> None:
+    """Print platform, kind, number and peak FLOP/s of this process's devices as one line of JSON."""
+    if device_type:
+        jax.config.update("jax_platforms", device_type)
+    devices = find_devices(device_type)
+    print(json.dumps([devices[0].platform, devices[0].device_kind, len(devices), peak_flops(devices[0])]))
+
+
 @dataclass(frozen=True, kw_only=True)
 class Machine:
     """The devices that the stages will see, found in a process of its own: a TPU can be held by one process at a time."""
@@ -65,12 +76,12 @@ class Machine:
     peak_flops: float | None
 
     @classmethod
-    def probe(cls) -> "Machine":
-        code = ("import json, jax; from nanochat_jax.metrics import peak_flops; d = jax.devices(); "
-                "print(json.dumps([d[0].platform, d[0].device_kind, len(d), peak_flops(d[0])]))")
+    def probe(cls, device_type: str | None = None) -> "Machine":
+        code = f"from nanochat_jax import cli, speedrun; cli.guard(lambda: speedrun.describe_devices({device_type!r}))"
         found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
         if found.returncode:
-            raise RuntimeError(f"JAX does not start on this machine:\n{found.stderr}")
+            raise UsageError(next((line.removeprefix("error: ") for line in found.stderr.splitlines()
+                                   if line.startswith("error: ")), f"JAX does not start on this machine: {found.stderr}"))
         platform, kind, count, peak = json.loads(found.stdout.splitlines()[-1])
         return cls(platform=platform, kind=kind, count=count, peak_flops=peak)
 
@@ -161,7 +172,7 @@ def _clear(directory: Path, *, delete: bool) -> None:
     refuse_foreign(directory)
     with lock_file(directory / LOCK, str(directory), "wait for it or stop it"):
         if delete:
-            remove_directory(directory)
+            delete_steps(directory)
         elif kept := set_aside(directory, ".replaced"):
             _headline(f"{directory} holds the steps of another run: kept in {kept}")
 

@@ -8,64 +8,85 @@ from dataclasses import dataclass
 
 import jax
 
-from nanochat_jax.cli import UsageError, flag
+from nanochat_jax.cli import LARGEST, UsageError, directory_name, flag, one_line
 from nanochat_jax.paths import Paths
 
 # Options of glibc's mallopt (malloc.h).
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
 
-PLATFORMS = ("", "cpu", "cuda", "rocm", "tpu")  # of --device-type
-
+PLATFORMS = ("cpu", "cuda", "rocm", "tpu")  # of --device-type
 
 # A process that says nothing for so long is taken for dead, and the others end. JAX's own default is 100.
 HEARTBEAT_SECONDS = 60
 
 
 @dataclass(frozen=True, kw_only=True)
-class Processes:
-    """Flags of every script that can run as several processes, one per host."""
+class DeviceFlags:
+    """Flags of every script that uses JAX."""
 
-    coordinator: str = flag("", "host:port of process 0, for a run of several processes; see startup.py for what is found "
-                                "without being told")
-    num_processes: int = flag(0, "how many processes the run has (with --coordinator)")
-    process_id: int = flag(-1, "which of them this one is, from 0 (with --coordinator)")
+    device_type: str | None = flag(None, "platform to run on; default the best available", choices=PLATFORMS)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelFlags:
+class Processes(DeviceFlags):
+    """Flags of every script that can run as several processes, one per host."""
+
+    coordinator: str | None = flag(None, "host:port of process 0, for a run of several processes; see startup.py for what "
+                                         "is found without being told")
+    num_processes: int | None = flag(None, "how many processes the run has (with --coordinator)", at_least=1, at_most=10**6)
+    process_id: int | None = flag(None, "which of them this one is, from 0 (with --coordinator)", at_least=0, at_most=10**6)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelFlags(DeviceFlags):
     """Flags of every script that loads a model of ours."""
 
-    model_tag: str | None = flag(None, "name of the checkpoint directory; default the largest d<depth>", short="-g")
-    step: int | None = flag(None, "step of the checkpoint; default the newest", short="-s", aliases=("model_step",))
+    model_tag: str | None = flag(None, "name of the checkpoint directory; default the largest d<depth>", short="-g",
+                                 check=directory_name)
+    step: int | None = flag(None, "step of the checkpoint; default the newest", short="-s", aliases=("model_step",),
+                            at_least=0, at_most=LARGEST)
     dtype: str = flag("auto", "compute dtype", short="-d", choices=["auto", "float32", "bfloat16"])
 
 
-def start(paths: Paths, *, device_type: str = "", compile_cache: bool = True, processes: Processes | None = None) -> None:
+def start(paths: Paths, flags: DeviceFlags | None = None, *, compile_cache: bool = True) -> None:
     """Call once, before JAX is used.
 
     Args:
-      processes: what the command line says of the run's other processes.
-      device_type: the platform to run on; "" takes the best there is.
+      flags: the platform to run on, and the run's other processes if the script can have some.
       compile_cache: keep compiled programs under the base directory, so that the next start does not compile.
     """
-    if device_type:
-        jax.config.update("jax_platforms", device_type)
+    flags = flags or DeviceFlags()
+    if flags.device_type:
+        jax.config.update("jax_platforms", flags.device_type)
     _one_heap()
-    join_processes(processes or Processes())
+    join_processes(flags if isinstance(flags, Processes) else Processes())
     jax.config.update("jax_enable_compilation_cache", compile_cache)
     jax.config.update("jax_compilation_cache_dir", str(paths.compile_cache))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
-    try:
-        platform = jax.devices()[0].platform
-    except (RuntimeError, AssertionError) as error:  # the latter, without a word, where the platform's plugin is missing
-        if not device_type:
-            raise
-        raise UsageError(f"--device-type {device_type}: JAX finds no such device here {str(error)[:150]}".rstrip()) from error
+    platform = find_devices(flags.device_type)[0].platform
     if jax.process_index() > 0:  # process 0 speaks for all; what goes wrong is still said
         logging.getLogger().setLevel(logging.WARNING)
     if platform == "cpu":
         _keep_memory()
+
+
+def find_devices(device_type: str | None = None) -> list[jax.Device]:
+    """The devices of the platform that `--device-type` (already applied) or JAX_PLATFORMS names, else of the best one.
+    Raises `UsageError`, naming the one that is wrong, if there are none."""
+    try:
+        return jax.devices()
+    except (RuntimeError, AssertionError) as error:  # the latter, without a word, where the platform's plugin is missing
+        variable = os.environ.get("JAX_PLATFORMS")
+        cause = f" ({one_line(error).partition(' (set JAX_PLATFORMS')[0]})" if str(error) else ""
+        if device_type:
+            said = f"--device-type {device_type}: JAX finds no such device here{cause}"
+        elif variable:
+            said = (f"JAX_PLATFORMS={variable}: JAX finds no such platform here{cause}: unset the variable, or give one of "
+                    f"{', '.join(PLATFORMS)}")
+        else:
+            said = f"JAX finds no device{cause}: JAX_PLATFORMS=cpu runs on the CPU"
+        raise UsageError(said) from error
 
 
 def join_processes(flags: Processes) -> None:
@@ -77,7 +98,7 @@ def join_processes(flags: Processes) -> None:
     """
     env = os.environ
     named = (flags.coordinator, flags.num_processes, flags.process_id)
-    if named != (Processes.coordinator, Processes.num_processes, Processes.process_id):
+    if named != (None, None, None):
         _join(*named, "--coordinator, --num-processes and --process-id")
     elif "JAX_COORDINATOR_ADDRESS" in env:
         names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
@@ -89,13 +110,20 @@ def join_processes(flags: Processes) -> None:
         _join(env[names[0]], count, index, ", ".join(names))
     elif (env.get("NANOCHAT_DISTRIBUTED", "0") not in ("", "0") or "MEGASCALE_COORDINATOR_ADDRESS" in env
           or "," in env.get("TPU_WORKER_HOSTNAMES", "")
-          or any(int(env.get(name, "1")) > 1 for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"))):
+          or any(_count(name) > 1 for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"))):
         jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
 
 
-def _join(coordinator: str, count: int, index: int, said_by: str) -> None:
-    host, _, port = coordinator.rpartition(":")
-    if not (host and port.isdigit() and count >= 1 and 0 <= index < count):
+def _count(variable: str) -> int:
+    text = os.environ.get(variable) or "1"
+    if not text.isdecimal():
+        raise UsageError(f"{variable}={text}: expected a number of processes; unset it where no launcher sets it")
+    return int(text)
+
+
+def _join(coordinator: str | None, count: int | None, index: int | None, said_by: str) -> None:
+    host, _, port = (coordinator or "").rpartition(":")
+    if not (host and port.isdigit() and count is not None and index is not None and 0 <= index < count):
         raise UsageError(f"{said_by} must be host:port, a number of processes and one of 0 to that less 1, found "
                          f"{coordinator!r}, {count} and {index}")
     if count > 1:

@@ -25,14 +25,15 @@ import numpy as np
 
 from nanochat_jax.bucket import Directory
 from nanochat_jax.checkpoint import Checkpoints, Loaded, Restored, claim_directory, keep_tokenizer
-from nanochat_jax.cli import UsageError, flag
+from nanochat_jax.cli import LARGEST, LARGEST_SEED, UsageError, directory_name, flag, naming, run_name, spelled
 from nanochat_jax.config import GPTConfig
 from nanochat_jax.data.loader import merge_states
 from nanochat_jax.gpt import REMAT, Params
 from nanochat_jax.kernels import ATTENTION
 from nanochat_jax.metrics import Display, MetricsLog, Profiler, peak_flops, peak_memory_bytes, start_wandb
+from nanochat_jax.paths import saved_steps
 from nanochat_jax.sharding import abstract_tree, barrier, data_share, gather_json
-from nanochat_jax.startup import PLATFORMS, Processes
+from nanochat_jax.startup import Processes
 from nanochat_jax.step import BatchShape, TrainState, compile_step, is_out_of_memory, out_of_memory, place_batch
 from nanochat_jax.stopping import EXIT_STOPPED, Interrupted, StopRequest
 from nanochat_jax.tokenizer import Tokenizer
@@ -44,8 +45,7 @@ log = logging.getLogger(__name__)
 class RunConfig(Processes):
     """Flags that every training stage has. Stages extend it with their own."""
 
-    run: str = flag("dummy", "wandb run name; dummy turns wandb off")
-    device_type: str = flag("", "platform to run on; default the best there is", choices=PLATFORMS)
+    run: str = flag("dummy", "wandb run name; dummy turns wandb off", check=run_name)
     mesh: str = flag("auto", "devices as DxM: D-way data and M-way tensor parallelism")
     fsdp: bool | None = flag(None, "shard the parameters over the data axis too; default: where memory asks for it")
     dtype: str = flag("auto", "compute dtype", choices=["auto", "float32", "bfloat16"])
@@ -55,17 +55,19 @@ class RunConfig(Processes):
     attention: str = flag("auto", "attention kernel; auto: splash on TPUs, cudnn on NVIDIA GPUs, else xla", choices=ATTENTION)
     device_batch_size: int | Literal["auto"] | None = flag(
         None, "rows per device and micro-step; auto: the most that fit into memory, by compiling; default 32, or 16 or 8 where "
-              "more should not fit", at_least=1)
-    num_iterations: int = flag(-1, "optimizer steps; -1: the recipe's horizon")
-    eval_every: int = flag(250, "steps between evaluations; -1: only at the end")
-    save_every: int = flag(-1, "steps between checkpoints; -1: before every evaluation; 0: only at the end")
-    keep: int = flag(2, "how many of the newest checkpoints to keep", at_least=1)
+              "more should not fit", at_least=1, at_most=10**6)
+    num_iterations: int = flag(-1, "optimizer steps; -1: the recipe's horizon", at_least=1, at_most=10**9, also=-1)
+    eval_every: int = flag(250, "steps between evaluations; -1: only at the end", at_least=1, at_most=10**9, also=-1)
+    save_every: int = flag(-1, "steps between checkpoints; -1: before every evaluation; 0: only at the end", at_least=0,
+                           at_most=10**9, also=-1)
+    keep: int = flag(2, "how many of the newest checkpoints to keep", at_least=1, at_most=10**9)
     resume: bool = flag(False, "continue from the newest checkpoint of this tag, if there is one")
-    resume_from_step: int = flag(-1, "continue from this step of the tag; later ones are renamed. -1: see --resume")
+    resume_from_step: int = flag(-1, "continue from this step of the tag; later ones are renamed. -1: see --resume",
+                                 at_least=0, at_most=10**9, also=-1)
     fresh: bool = flag(False, "delete the checkpoints that this tag already has, and start over")
-    model_tag: str | None = flag(None, "name of the checkpoint directory; default d<depth>")
-    seed: int = flag(42, "seed of the initial weights")
-    profile: str = flag("", "START:STOP, steps to trace for xprof; the trace goes to profile/ beside the checkpoints")
+    model_tag: str | None = flag(None, "name of the checkpoint directory; default d<depth>", check=directory_name)
+    seed: int = flag(42, "seed of the initial weights", at_least=0, at_most=LARGEST_SEED)
+    profile: str | None = flag(None, "START:STOP, steps to trace for xprof; the trace goes to profile/ beside the checkpoints")
     compile_cache: bool = flag(True, "keep compiled programs under the base directory for the next start")
 
     def __post_init__(self) -> None:
@@ -79,10 +81,10 @@ class RunConfig(Processes):
 
     @property
     def profiled_steps(self) -> range:
-        start, colon, stop = self.profile.partition(":")
-        if not self.profile:
+        if self.profile is None:
             return range(0)
-        if not (colon and start.isdigit() and stop.isdigit() and int(start) < int(stop)):
+        start, colon, stop = self.profile.partition(":")
+        if not (colon and start.isdecimal() and stop.isdecimal() and int(start) < int(stop)):
             raise ValueError(f"--profile {self.profile!r} is not START:STOP, two steps such as 10:13")
         return range(int(start), int(stop))
 
@@ -91,8 +93,8 @@ class RunConfig(Processes):
 class TrainConfig(RunConfig):
     """Flags of the stages that train on text."""
 
-    total_batch_size: int = flag(-1, "tokens per optimizer step; -1: the recipe's")
-    eval_tokens: int = flag(20 * 524288, "tokens of an evaluation", at_least=1)
+    total_batch_size: int = flag(-1, "tokens per optimizer step; -1: the recipe's", at_least=1, at_most=2**40, also=-1)
+    eval_tokens: int = flag(20 * 524288, "tokens of an evaluation", at_least=1, at_most=LARGEST)
 
 
 class Batches(Protocol):
@@ -203,7 +205,8 @@ class _Reporter:
                 raise UsageError(f"{said}: go on with --resume and a lower --init-lr-frac")
             dump = job.logs / f"bad-batch-{step}-{jax.process_index()}.npz"
             dump.parent.mkdir(parents=True, exist_ok=True)
-            np.savez(dump, **batch)
+            with naming(dump):
+                np.savez(dump, **batch)
             raise UsageError(f"{said}; the batch is in {dump}")
         loop["smooth_loss"] = 0.9 * loop["smooth_loss"] + 0.1 * figures["loss"]
         loop["seconds"] += self._laps[-1]
@@ -237,9 +240,46 @@ class _Reporter:
             self._wandb.finish()
 
 
-def _restore(job: Job, checkpoints: Checkpoints, state: TrainState, shardings: TrainState) -> Restored | None:
-    """The step to go on from, None if there is none; raises `UsageError` if it is another run's. What is restored takes the
-    place of `state` in memory, too."""
+# Flags that decide what a saved state fits. The stages also save what those left out came to.
+_FITTING = ("depth", "arch", "aspect_ratio", "head_dim", "max_seq_len", "window_pattern", "data", "packing", "data_shards",
+            "total_batch_size", "mixture", "mmlu_epochs", "gsm8k_epochs", "source", "grad_clip", "weight_decay")
+
+
+def _other_flags(config: RunConfig, metadata: dict[str, Any], saved: dict[str, Any]) -> str:
+    """Which flags the saved run had otherwise, for a refusal to resume; "" if none."""
+    resolved = ("data", "packing", "total_batch_size")
+    mine = dataclasses.asdict(config)
+    before, now = (flags | {name: values[name] for name in resolved if name in values}
+                   for flags, values in ((saved.get("config", {}), saved), (mine, metadata)))
+    changed = [f"{spelled(name, before[name])} (now {spelled(name, now[name])})" for name in _FITTING
+               if name in mine and name in before and before[name] != now[name]]
+    return f". The saved run had {', '.join(changed)}" if changed else ""
+
+
+@contextlib.contextmanager
+def naming_other_flags(config: RunConfig, directory: Directory, metadata: dict[str, Any]
+                       ) -> Iterator[None]:
+    """If a run that is to be resumed is refused inside this block, the error names the flags that
+    differ from the saved run's. `metadata` is what the run itself will save."""
+    try:
+        yield
+    except UsageError as error:
+        steps = saved_steps(directory) if config.resuming else []
+        step = config.resume_from_step if config.resume_from_step in steps else max(steps, default=-1)
+        advice = ""
+        with contextlib.suppress(OSError, ValueError):  # one that cannot be read gives no advice
+            if step >= 0:  # not by Orbax, which waits for all processes
+                state = directory / str(step) / "state" / "metadata"
+                advice = _other_flags(config, metadata, json.loads(state.read_text()))
+        if not advice:
+            raise
+        raise UsageError(f"{error}{advice}") from error
+
+
+def _restore(job: Job, checkpoints: Checkpoints, state: TrainState, shardings: TrainState,
+             batches: Batches | None) -> Restored | None:
+    """The step to continue from, to which `batches` are set; None if there is none. Raises `UsageError` if it is another
+    run's, and names the flags that differ. What is restored takes the place of `state` in memory, too."""
     directory, step = job.directory, job.config.resume_from_step
 
     def accept(saved: dict[str, Any]) -> None:
@@ -249,13 +289,17 @@ def _restore(job: Job, checkpoints: Checkpoints, state: TrainState, shardings: T
         if saved.get("tokenizer") != job.metadata.get("tokenizer"):
             raise UsageError(f"{directory} was trained with another tokenizer: restore that one, or {advice}")
         if saved["step"] > job.num_steps:
-            raise UsageError(f"{directory} is at step {saved['step']}, past the {job.num_steps} of this run: {advice}")
+            raise UsageError(f"{directory} is at step {saved['step']}, past the {job.num_steps} of this run: give "
+                             f"--num-iterations {saved['step']} or more, or {advice}")
+        if batches:
+            batches.set_state(saved["position"])
 
     abstract = abstract_tree(state, shardings)
     if checkpoints.steps():
         for leaf in jax.tree.leaves(state):
             leaf.delete()
-    return checkpoints.restore_latest(*abstract, step=step if step >= 0 else None, accept=accept)
+    with naming_other_flags(job.config, directory, job.metadata):
+        return checkpoints.restore_latest(*abstract, step=step if step >= 0 else None, accept=accept)
 
 
 @contextlib.contextmanager
@@ -298,13 +342,11 @@ def train(job: Job, state: TrainState, shardings: TrainState, step_fn: Any, batc
     if job.tokenizer is not None:
         keep_tokenizer(job.tokenizer, job.directory, job.origin)
     with Checkpoints(job.directory, keep=config.keep) as checkpoints, StopRequest() as stop:
-        restored = _restore(job, checkpoints, state, shardings) if config.resuming else None
+        restored = _restore(job, checkpoints, state, shardings, batches) if config.resuming else None
         start = 0
         if restored is not None:
             start, loop = restored.step, loop | restored.state.get("loop", {})
             state = TrainState(restored.params, restored.optimizer)
-            if batches:
-                batches.set_state(restored.state["position"])
             log.info("resuming %s at step %d", job.directory, start)
         reporter = _Reporter(job, loop, start, mesh, restored is not None, wandb_run)
         profiler = Profiler(config.profiled_steps, job.logs / "profile")

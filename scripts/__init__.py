@@ -2,7 +2,7 @@
 
 import sys
 
-from nanochat_jax.cli import catch_interrupts
+from nanochat_jax.cli import catch_errors
 
 if sys.argv[0] == "-m":  # a script starts, whose own imports take seconds
-    catch_interrupts()
+    catch_errors()

@@ -15,7 +15,7 @@ import jax
 
 from nanochat_jax import cli, report
 from nanochat_jax.checkpoint import load_model
-from nanochat_jax.cli import flag
+from nanochat_jax.cli import LARGEST, flag
 from nanochat_jax.eval.bpb import corpus_bits_per_byte
 from nanochat_jax.eval.bundle import ensure_bundle, has_bundle
 from nanochat_jax.eval.core import Scorer as CoreScorer
@@ -37,9 +37,9 @@ KINDS = ("core", "bpb", "sample")
 class BaseEvalConfig(ModelFlags, Processes):
     eval: str = flag("auto", "which of core, bpb and sample, joined by commas; auto: samples, and CORE if its bundle "
                              "is on disk or the model's corpus came from the network")
-    max_per_task: int = flag(-1, "examples of each CORE task; -1: all")
-    split_tokens: int = flag(40 * 524288, "tokens of each split for bits per byte", at_least=1)
-    device_batch_size: int = flag(32, "rows of the model's length per device", at_least=1)
+    max_per_task: int = flag(-1, "examples of each CORE task; -1: all", at_least=1, at_most=10**9, also=-1)
+    split_tokens: int = flag(40 * 524288, "tokens of each split for bits per byte", at_least=1, at_most=LARGEST)
+    device_batch_size: int = flag(32, "rows of the model's length per device", at_least=1, at_most=10**6)
     mesh: str = flag("auto", "devices as DxM: D-way data and M-way tensor parallelism")
     hf_path: str | None = flag(None, "evaluate this directory of a transformers model instead; needs the extra torch")
     trust_remote_code: bool = flag(False, "let --hf-path run model code that lies in its directory")
@@ -114,7 +114,7 @@ def evaluate_hf(hf_path: str, config: BaseEvalConfig, paths: Paths) -> tuple[str
 
 def main(config: BaseEvalConfig) -> None:
     paths = Paths.from_env()
-    start(paths, processes=config)
+    start(paths, config)
     make_directory(paths.report)
     name, results, items = evaluate_hf(config.hf_path, config, paths) if config.hf_path else evaluate_ours(config, paths)
     if jax.process_index() == 0:
@@ -123,4 +123,4 @@ def main(config: BaseEvalConfig) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, BaseEvalConfig, prog="scripts.base_eval", description=__doc__.splitlines()[0])
+    cli.run(main, BaseEvalConfig, prog="scripts.base_eval", description=__doc__)

@@ -10,27 +10,26 @@ import jax
 
 from nanochat_jax import cli, report
 from nanochat_jax.checkpoint import load_model
-from nanochat_jax.cli import flag
+from nanochat_jax.cli import LARGEST, flag
 from nanochat_jax.eval.bpb import corpus_bits_per_byte
 from nanochat_jax.eval.samples import greedy_samples, sample_items
 from nanochat_jax.files import make_directory
 from nanochat_jax.paths import Paths
 from nanochat_jax.sharding import make_mesh
-from nanochat_jax.startup import PLATFORMS, ModelFlags, Processes, start
+from nanochat_jax.startup import ModelFlags, Processes, start
 from nanochat_jax.step import resolve_dtype
 
 
 @dataclass(frozen=True, kw_only=True)
 class BaseLossConfig(ModelFlags, Processes):
-    device_type: str = flag("", "platform to run on; default the best there is", choices=PLATFORMS)
     mesh: str = flag("auto", "devices as DxM: D-way data and M-way tensor parallelism")
-    device_batch_size: int = flag(32, "rows per device", at_least=1)
-    split_tokens: int = flag(20 * 524288, "tokens of each split", at_least=1)
+    device_batch_size: int = flag(32, "rows per device", at_least=1, at_most=10**6)
+    split_tokens: int = flag(20 * 524288, "tokens of each split", at_least=1, at_most=LARGEST)
 
 
 def main(config: BaseLossConfig) -> None:
     paths = Paths.from_env()
-    start(paths, device_type=config.device_type, processes=config)
+    start(paths, config)
     make_directory(paths.report)
     mesh, dtype = make_mesh(config.mesh), resolve_dtype(config.dtype)
     loaded = load_model(paths, "base", tag=config.model_tag, step=config.step, mesh=mesh)
@@ -43,4 +42,4 @@ def main(config: BaseLossConfig) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, BaseLossConfig, prog="scripts.base_loss", description=__doc__.splitlines()[0])
+    cli.run(main, BaseLossConfig, prog="scripts.base_loss", description=__doc__)

@@ -37,40 +37,49 @@ from nanochat_jax.sharding import data_share, data_size, make_mesh
 from nanochat_jax.startup import start
 from nanochat_jax.step import accelerator_memory, choose_batch_shape, choose_memory, init_state, make_train_step, resolve_dtype
 from nanochat_jax.tokenizer import Tokenizer
-from nanochat_jax.train import Evaluation, Job, TrainConfig, train
+from nanochat_jax.train import Evaluation, Job, TrainConfig, naming_other_flags, train
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
 class BaseTrainConfig(TrainConfig):
-    depth: int = flag(20, "number of layers; the dial", short="-d", at_least=1)
+    depth: int = flag(20, "number of layers; the dial", short="-d", at_least=1, at_most=1000)
     arch: str = flag("modern", "architecture and recipe", choices=["modern", "classic"])
     data: str = flag("auto", "corpus; auto: the one on disk", choices=["auto", *DATA_DIRS])
-    aspect_ratio: int = flag(64, "width per layer (modern)", at_least=1)
-    head_dim: int = flag(128, "width of a head (modern)", at_least=1)
-    max_seq_len: int = flag(2048, "tokens of a row", at_least=1)
+    aspect_ratio: int = flag(64, "width per layer (modern)", at_least=1, at_most=4096)
+    head_dim: int = flag(128, "width of a head (modern)", at_least=1, at_most=4096)
+    max_seq_len: int = flag(2048, "tokens of a row", at_least=1, at_most=2**24)
     window_pattern: str = flag("SSSL", "short and long attention windows, tiled over layers (modern)")
     packing: str = flag("auto", "how documents fill rows; auto: bestfit (modern), stream (classic)",
                         choices=["auto", "bestfit", "stream"])
     data_shards: int | None = flag(None, "streams the documents are dealt to, each packed alone; default up to 8; 1 is "
-                                   "upstream's order for one process", at_least=1)
-    target_flops: float = flag(-1.0, "length of the run in training FLOPs; -1: by the ratio")
-    target_param_data_ratio: float = flag(-1.0, "tokens per parameter; -1: 12 scaling (modern), 20 total (classic)")
-    embedding_lr: float | None = flag(None, "rate of the embedding tables; default 0.3 (modern), 0.2 (classic)")
-    unembedding_lr: float | None = flag(None, "rate of the unembedding; default 0.008 (modern), 0.004 (classic)")
-    matrix_lr: float = flag(0.02, "Muon's rate of the matrices")
-    scalar_lr: float = flag(0.5, "rate of the per-layer scalars (modern)")
-    lr_scale: float = flag(-1.0, "factor of the rates; -1: by the batch, sqrt(B / 2^19) (modern)")
-    weight_decay: float | None = flag(None, "modern: Muon's, before scaling, default 0.28; classic: AdamW's, 0")
-    grad_clip: float = flag(1.0, "global norm of the gradient (classic); 0 turns it off")
-    warmup_steps: int | None = flag(None, "steps of rising rate; default 40 (modern), 0 (classic)")
-    warmup_ratio: float | None = flag(None, "the same as a share of the run")
-    warmdown_ratio: float | None = flag(None, "share of the run with falling rate; default 0.65 (modern), 0.2 (classic)")
-    final_lr_frac: float | None = flag(None, "rate at the end; default 0.05 (modern), 0 (classic)")
-    core_metric_every: int = flag(-1, "steps between evaluations of CORE; -1: none, scripts.base_eval does it at the end")
-    core_metric_max_per_task: int = flag(500, "examples of each of its tasks")
-    sample_every: int = flag(2000, "steps between samples; -1: none")
+                                   "upstream's order for one process", at_least=1, at_most=10**6)
+    target_flops: float = flag(-1.0, "length of the run in training FLOPs; -1: by the ratio", at_least=1, at_most=1e30,
+                              also=-1)
+    target_param_data_ratio: float = flag(-1.0, "tokens per parameter; -1: 12 scaling (modern), 20 total (classic)",
+                                         at_least=1e-3, at_most=1e6, also=-1)
+    embedding_lr: float | None = flag(None, "rate of the embedding tables; default 0.3 (modern), 0.2 (classic)", at_least=0,
+                                      at_most=100)
+    unembedding_lr: float | None = flag(None, "rate of the unembedding; default 0.008 (modern), 0.004 (classic)", at_least=0,
+                                        at_most=100)
+    matrix_lr: float = flag(0.02, "Muon's rate of the matrices", at_least=0, at_most=100)
+    scalar_lr: float = flag(0.5, "rate of the per-layer scalars (modern)", at_least=0, at_most=100)
+    lr_scale: float = flag(-1.0, "factor of the rates; -1: by the batch, sqrt(B / 2^19) (modern)", at_least=1e-9, at_most=1000,
+                           also=-1)
+    weight_decay: float | None = flag(None, "modern: Muon's, before scaling, default 0.28; classic: AdamW's, 0",
+                                      at_least=0, at_most=100)
+    grad_clip: float = flag(1.0, "global norm of the gradient (classic); 0 turns it off", at_least=0, at_most=1e9)
+    warmup_steps: int | None = flag(None, "steps of rising rate; default 40 (modern), 0 (classic)", at_least=0, at_most=10**9)
+    warmup_ratio: float | None = flag(None, "the same as a share of the run", at_least=0, at_most=1)
+    warmdown_ratio: float | None = flag(None, "share of the run with falling rate; default 0.65 (modern), 0.2 (classic)",
+                                        at_least=0, at_most=1)
+    final_lr_frac: float | None = flag(None, "rate at the end, as a share of its peak; default 0.05 (modern), 0 (classic)",
+                                       at_least=0, at_most=1)
+    core_metric_every: int = flag(-1, "steps between evaluations of CORE; -1: none, scripts.base_eval does it at the end",
+                                  at_least=1, at_most=10**9, also=-1)
+    core_metric_max_per_task: int = flag(500, "examples of each of its tasks; -1: all", at_least=1, at_most=10**9, also=-1)
+    sample_every: int = flag(2000, "steps between samples; -1: none", at_least=1, at_most=10**9, also=-1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -124,7 +133,7 @@ def optimizer_parts(config: BaseTrainConfig, plan: Recipe) -> tuple[OptimizerCon
 
 def main(config: BaseTrainConfig) -> None:
     paths = Paths.from_env()
-    start(paths, device_type=config.device_type, compile_cache=config.compile_cache, processes=config)
+    start(paths, config, compile_cache=config.compile_cache)
     make_directory(paths.report)
     tokenizer = Tokenizer.load(paths.tokenizer)
     directory = paths.checkpoints("base") / (config.model_tag or f"d{config.depth}")
@@ -154,8 +163,11 @@ def pretrain(config: BaseTrainConfig, paths: Paths, tokenizer: Tokenizer, direct
     packing = config.packing if config.packing != "auto" else ("bestfit" if config.arch == "modern" else "stream")
     index, count = data_share(mesh)
     common: dict[str, Any] = dict(sequence_len=model.sequence_len, packing=packing)
-    batches = pretraining_loader(paths.data(data), tokenizer, split="train", batch_size=shape.rows, process_index=index,
-                                 process_count=count, num_shards=config.data_shards, **common)
+    metadata = {"tokenizer": tokenizer.fingerprint(), "data": data, "packing": packing, "total_batch_size": shape.tokens,
+                "rates": dataclasses.asdict(rates), "lr_scale": schedules["lr_scale"]}
+    with naming_other_flags(config, directory, metadata):
+        batches = pretraining_loader(paths.data(data), tokenizer, split="train", batch_size=shape.rows, process_index=index,
+                                     process_count=count, num_shards=config.data_shards, **common)
     validation = pretraining_loader(paths.data(data), tokenizer, split="val", batch_size=shape.micro_rows, num_shards=1,
                                     **common)
     eval_steps = max(1, config.eval_tokens // (shape.micro_rows * model.sequence_len))
@@ -185,10 +197,7 @@ def pretrain(config: BaseTrainConfig, paths: Paths, tokenizer: Tokenizer, direct
     job = Job(
         name="base_train", config=config, model=model, directory=directory,
         logs=paths.logs("base") / directory.name, num_steps=plan.num_iterations, shape=shape,
-        lr_multiplier=schedules["lr_multiplier"],
-        evaluations=evaluations, tokenizer=tokenizer,
-        metadata={"tokenizer": tokenizer.fingerprint(), "data": data, "packing": packing, "total_batch_size": shape.tokens,
-                  "rates": dataclasses.asdict(rates), "lr_scale": schedules["lr_scale"]},
+        lr_multiplier=schedules["lr_multiplier"], evaluations=evaluations, tokenizer=tokenizer, metadata=metadata,
     )
     outcome = train(job, state, shardings, step_fn, batches)
     if jax.process_index() == 0:
@@ -207,4 +216,4 @@ def pretrain(config: BaseTrainConfig, paths: Paths, tokenizer: Tokenizer, direct
 
 
 if __name__ == "__main__":
-    cli.run(main, BaseTrainConfig, prog="scripts.base_train", description=__doc__.splitlines()[0])
+    cli.run(main, BaseTrainConfig, prog="scripts.base_train", description=__doc__)

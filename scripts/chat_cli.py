@@ -8,13 +8,14 @@ Calculations of the model appear as [345+678 = 1023].
 """
 
 import io
+import os
 import re
 import sys
 from dataclasses import dataclass
 
 from nanochat_jax import cli
 from nanochat_jax.chat import render_message
-from nanochat_jax.cli import UsageError, flag
+from nanochat_jax.cli import LARGEST_SEED, UsageError, flag
 from nanochat_jax.infer.engine import Engine, EngineLoop, Request
 from nanochat_jax.infer.request import Generation, ToolCall
 from nanochat_jax.paths import CHECKPOINT_DIRS, Paths
@@ -27,15 +28,12 @@ from nanochat_jax.tokenizer import Tokenizer
 class Config(ModelFlags):
     source: str = flag("sft", "stage whose model to load", short="-i", choices=list(CHECKPOINT_DIRS))
     prompt: str | None = flag(None, "answer this and exit", short="-p")
-    temperature: float = flag(0.6, "0 takes the most likely token each time", short="-t")
-    top_k: int = flag(50, "draw among the k most likely tokens; 0 among all", short="-k")
-    max_tokens: int = flag(256, "longest reply in tokens")
-    seed: int = flag(42, "of the random draws; a conversation with the same seed repeats itself")
-
-    def __post_init__(self) -> None:
-        if self.prompt is not None and not self.prompt.strip():
-            raise ValueError("--prompt is empty: give it a text, or leave it out for a conversation")
-        self.request([0], turn=0)  # checks the ranges
+    temperature: float = flag(0.6, "sampling temperature; 0 takes the most likely token each time", short="-t",
+                              at_least=0, at_most=100)
+    top_k: int = flag(50, "draw among the k most likely tokens; 0 among all", short="-k", at_least=0, at_most=10**6)
+    max_tokens: int = flag(256, "longest reply in tokens", at_least=1, at_most=2**24)
+    seed: int = flag(42, "of the random draws; a conversation with the same seed repeats itself", at_least=0,
+                     at_most=LARGEST_SEED)
 
     def request(self, tokens: list[int], *, turn: int) -> Request:
         return Request(tuple(tokens), max_tokens=self.max_tokens, temperature=self.temperature, top_k=self.top_k,
@@ -101,6 +99,14 @@ def answer(engine: Engine, generation: Generation) -> None:
     generation.result()  # raises what went wrong, if anything did
 
 
+def readable_input() -> None:
+    """Read standard input as text, whatever its bytes; one that is closed is empty."""
+    if sys.stdin is None:
+        sys.stdin = open(os.devnull)
+    elif isinstance(sys.stdin, io.TextIOWrapper):
+        sys.stdin.reconfigure(errors="replace")
+
+
 def chat(engine: Engine, tokenizer: Tokenizer, config: Config) -> None:
     """Read, answer, repeat, until the input ends."""
     print(HELP)
@@ -140,10 +146,9 @@ def chat(engine: Engine, tokenizer: Tokenizer, config: Config) -> None:
 
 
 def main(config: Config) -> int | None:
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(errors="replace")  # a character the terminal cannot show need not end the chat
+    readable_input()
     paths = Paths.from_env()
-    start(paths)
+    start(paths, config)
     engine, model = load_engine(paths, config.source, tag=config.model_tag, step=config.step, dtype=config.dtype, num_slots=1,
                                 steps_per_dispatch=4)
     if config.prompt is None:

@@ -17,12 +17,11 @@ from nanochat_jax.checkpoint import load_model
 from nanochat_jax.cli import flag
 from nanochat_jax.eval.chat import Generator, Sampling, accuracy, chatcore, evaluate_task, write_problems
 from nanochat_jax.files import make_directory
-from nanochat_jax.infer.request import Request
 from nanochat_jax.paths import CHECKPOINT_DIRS, Paths
 from nanochat_jax.sharding import data_size, make_mesh
 from nanochat_jax.startup import ModelFlags, Processes, start
 from nanochat_jax.step import resolve_dtype
-from nanochat_jax.tasks import eval_task_name, eval_tasks_for, load_eval_task
+from nanochat_jax.tasks import eval_tasks_for, load_eval_task, task_names
 from nanochat_jax.tasks.base import Task
 from nanochat_jax.tasks.custom_json import CustomJSON
 
@@ -32,25 +31,26 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True, kw_only=True)
 class ChatEvalConfig(ModelFlags, Processes):
     source: str = flag("sft", "stage of the model", short="-i", choices=[*CHECKPOINT_DIRS])
-    task_name: str | None = flag(None, "tasks joined by |; default those that fit the model's corpus", short="-a")
+    task_name: str | None = flag(None, "tasks joined by |; default those that fit the model's corpus", short="-a",
+                                 check=task_names)
     task_file: str | None = flag(None, "judge by this JSON Lines file instead: conversations, or questions with choices")
-    temperature: float = flag(0.0, "of the replies; 0 takes the most likely token", short="-t")
-    max_new_tokens: int = flag(512, "longest reply", short="-m", at_least=1)
-    num_samples: int = flag(1, "replies per problem; one that is right passes", short="-n", at_least=1)
-    top_k: int = flag(50, "sample among the k likeliest tokens; 0: all", short="-k")
-    batch_size: int = flag(32, "replies in flight per device, and multiple-choice prompts of a batch", short="-b", at_least=1)
-    max_problems: int | None = flag(None, "problems of each task; default all", short="-x", at_least=1)
+    temperature: float = flag(0.0, "sampling temperature; 0 takes the most likely token", short="-t", at_least=0, at_most=100)
+    max_new_tokens: int = flag(512, "longest reply in tokens", short="-m", at_least=1, at_most=2**24)
+    num_samples: int = flag(1, "replies per problem; one that is right passes", short="-n", at_least=1, at_most=10**6)
+    top_k: int = flag(50, "sample among the k likeliest tokens; 0: all", short="-k", at_least=0, at_most=10**6)
+    batch_size: int = flag(32, "replies in flight per device, and multiple-choice prompts of a batch", short="-b", at_least=1,
+                            at_most=10**6)
+    max_problems: int | None = flag(None, "problems of each task; default all", short="-x", at_least=1, at_most=10**9)
     mesh: str = flag("auto", "devices as DxM: D-way data and M-way tensor parallelism")
 
     def __post_init__(self) -> None:
-        Request((0,), max_tokens=self.max_new_tokens, temperature=self.temperature, top_k=self.top_k)  # checks the ranges
         if self.task_name and self.task_file:
             raise ValueError("--task-name and --task-file: give one of them")
 
 
 def main(config: ChatEvalConfig) -> None:
     paths = Paths.from_env()
-    start(paths, processes=config)
+    start(paths, config)
     mesh, dtype = make_mesh(config.mesh), resolve_dtype(config.dtype)
     # All tasks are loaded before any is judged, and those that were named before the model: one that is missing should not
     # be found out after an hour, and a typo not after a minute.
@@ -58,8 +58,7 @@ def main(config: ChatEvalConfig) -> None:
     if config.task_file:
         tasks = [CustomJSON(Path(config.task_file))]
     elif config.task_name:
-        names = [eval_task_name(name) for name in config.task_name.split("|")]  # all, before the first one is downloaded
-        tasks = [load_eval_task(name, paths) for name in names]
+        tasks = [load_eval_task(name, paths) for name in task_names(config.task_name)]
     loaded = load_model(paths, config.source, tag=config.model_tag, step=config.step, mesh=mesh)
     tasks = tasks or [load_eval_task(name, paths) for name in eval_tasks_for(loaded.meta["data"])]
     tasks = [task.view(stop=config.max_problems) for task in tasks]
@@ -90,4 +89,4 @@ def main(config: ChatEvalConfig) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, ChatEvalConfig, prog="scripts.chat_eval", description=__doc__.splitlines()[0])
+    cli.run(main, ChatEvalConfig, prog="scripts.chat_eval", description=__doc__)

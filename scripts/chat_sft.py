@@ -28,22 +28,25 @@ class ChatSFTConfig(FinetuneConfig):
     source: str = flag("mid", "stage to start from", choices=["base", "mid"])
     packing: str = flag("rows", "how conversations fill rows; rows: several, best fit; single: one a row, as upstream "
                         "until 2026", choices=["rows", "single"])
-    num_epochs: int = flag(1, "passes over the mixture", at_least=1)
+    num_epochs: int = flag(1, "passes over the mixture", at_least=1, at_most=10**6)
     device_batch_size: int | Literal["auto"] = flag(4, "rows per device and micro-step; auto: the most that fit into memory",
-                                                    at_least=1)
-    target_examples_per_step: int = flag(32, "rows of a step, where --total-batch-size is not given", at_least=1)
-    init_lr_frac: float = flag(0.02, "factor of all rates")
-    warmup_ratio: float = flag(0.0, "share of the run with rising rate")
-    warmdown_ratio: float = flag(1.0, "share of the run with falling rate")
-    final_lr_frac: float = flag(0.0, "rate at the end")
-    eval_every: int = flag(100, "steps between evaluations; -1: only at the end")
-    eval_steps: int | None = flag(None, "batches of an evaluation, instead of --eval-tokens")
-    mmlu_epochs: int | None = flag(None, "passes over MMLU in the mixture; default 0, from base 3")
-    gsm8k_epochs: int | None = flag(None, "passes over GSM8K; default 1, from base 4")
+                                                    at_least=1, at_most=10**6)
+    target_examples_per_step: int = flag(32, "rows of a step, where --total-batch-size is not given", at_least=1,
+                                         at_most=10**9)
+    init_lr_frac: float = flag(0.02, "factor of all rates", at_least=1e-9, at_most=1000)
+    warmup_ratio: float = flag(0.0, "share of the run with rising rate", at_least=0, at_most=1)
+    warmdown_ratio: float = flag(1.0, "share of the run with falling rate", at_least=0, at_most=1)
+    final_lr_frac: float = flag(0.0, "rate at the end, as a share of its peak", at_least=0, at_most=1)
+    eval_every: int = flag(100, "steps between evaluations; -1: only at the end", at_least=1, at_most=10**9, also=-1)
+    eval_steps: int | None = flag(None, "batches of an evaluation, instead of --eval-tokens", at_least=1, at_most=10**9)
+    mmlu_epochs: int | None = flag(None, "passes over MMLU in the mixture; default 0, from base 3", at_least=0, at_most=10**6)
+    gsm8k_epochs: int | None = flag(None, "passes over GSM8K; default 1, from base 4", at_least=0, at_most=10**6)
     chatcore_every: int = flag(-1, "steps between evaluations of the chat tasks; -1: none, scripts.chat_eval does it at the "
-                                   "end", aliases=("eval_metrics_every",))
-    chatcore_max_cat: int = flag(-1, "problems of each multiple-choice task; -1: all", aliases=("eval_metrics_max_problems",))
-    chatcore_max_sample: int = flag(24, "problems of each task whose replies are generated; -1: all")
+                                   "end", aliases=("eval_metrics_every",), at_least=1, at_most=10**9, also=-1)
+    chatcore_max_cat: int = flag(-1, "problems of each multiple-choice task; -1: all", aliases=("eval_metrics_max_problems",),
+                                 at_least=1, at_most=10**9, also=-1)
+    chatcore_max_sample: int = flag(24, "problems of each task whose replies are generated; -1: all", at_least=1, at_most=10**9,
+                                    also=-1)
 
 
 def chat_tasks(config: ChatSFTConfig, model: Loaded, rows: int, dtype: Any, mesh: jax.sharding.Mesh) -> list[Evaluation]:
@@ -82,4 +85,4 @@ def main(config: ChatSFTConfig) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, ChatSFTConfig, prog="scripts.chat_sft", description=__doc__.splitlines()[0])
+    cli.run(main, ChatSFTConfig, prog="scripts.chat_sft", description=__doc__)

@@ -5,12 +5,11 @@
 
 import logging
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from nanochat_jax import cli
 from nanochat_jax.checkpoint import Loaded, load_model
-from nanochat_jax.cli import flag
+from nanochat_jax.cli import flag, user_path
 from nanochat_jax.files import entries, new_directory
 from nanochat_jax.interop.hf import write_hf
 from nanochat_jax.interop.torch_checkpoint import write_checkpoint
@@ -25,11 +24,11 @@ log = logging.getLogger(__name__)
 class ExportConfig(ModelFlags):
     source: str = flag("sft", "stage of the model", choices=[*CHECKPOINT_DIRS], short="-i")
     format: str = flag("nanochat", "nanochat: upstream's .pt files; hf: what transformers loads", choices=["nanochat", "hf"])
-    out: str = flag("", "directory to write; must be new or empty")
+    out: str | None = flag(None, "directory to write; must be new or empty")
     dtype: str = flag("float32", "dtype of the weights (hf); bfloat16 rounds them", choices=["float32", "bfloat16"])
 
     def __post_init__(self) -> None:
-        if not self.out:
+        if self.out is None:
             raise ValueError("--out is missing: give the directory to write")
         if self.dtype != "float32" and self.format != "hf":
             raise ValueError(f"--dtype {self.dtype} is for --format hf: nanochat's own files are float32")
@@ -53,8 +52,9 @@ def upstream_meta(loaded: Loaded) -> dict[str, Any]:
 
 def main(config: ExportConfig) -> None:
     paths = Paths.from_env()
-    start(paths)
-    out = Path(config.out).expanduser().absolute()
+    start(paths, config)
+    assert config.out is not None  # checked above
+    out = user_path(config.out).absolute()
     with new_directory(out) as aside:
         loaded = load_model(paths, config.source, tag=config.model_tag, step=config.step)
         if config.format == "hf":
@@ -71,4 +71,4 @@ def main(config: ExportConfig) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, ExportConfig, prog="scripts.export_weights", description=__doc__.splitlines()[0])
+    cli.run(main, ExportConfig, prog="scripts.export_weights", description=__doc__)

@@ -12,32 +12,34 @@ from typing import Any
 from nanochat_jax import cli
 from nanochat_jax.bucket import is_remote
 from nanochat_jax.checkpoint import Checkpoints, claim_directory, keep_tokenizer, lock_tag
-from nanochat_jax.cli import NotFound, UsageError, flag
+from nanochat_jax.cli import LARGEST, NotFound, UsageError, directory_name, flag, user_path
 from nanochat_jax.files import make_directory
 from nanochat_jax.interop.torch_checkpoint import Imported, check_vocabulary
 from nanochat_jax.optim import CLASSIC_RATES, OptimizerConfig
 from nanochat_jax.paths import CHECKPOINT_DIRS, Paths
 from nanochat_jax.pretrained import read_foreign
-from nanochat_jax.startup import start
+from nanochat_jax.startup import DeviceFlags, start
 from nanochat_jax.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImportConfig:
-    from_dir: str = flag("", "directory with model_<step>.pt and meta_<step>.json, or with config.json and .safetensors",
-                         short="--from")
+class ImportConfig(DeviceFlags):
+    from_dir: str | None = flag(None, "directory with model_<step>.pt and meta_<step>.json, or with config.json and "
+                                      ".safetensors",
+                                short="--from")
     source: str = flag("base", "stage the model is of", choices=[*CHECKPOINT_DIRS])
-    model_tag: str | None = flag(None, "name of the checkpoint directory to make; default d<depth>", short="-g")
-    step: int | None = flag(None, "step to import; default the greatest", short="-s")
+    model_tag: str | None = flag(None, "name of the checkpoint directory to make; default d<depth>", short="-g",
+                                 check=directory_name)
+    step: int | None = flag(None, "step to import; default the greatest", short="-s", at_least=0, at_most=LARGEST)
     tokenizer: str | None = flag(None, "directory of its tokenizer; default beside the model, or in its base directory")
     rotary_dtype: str = flag("auto", "rotary tables of a classic model; auto: bfloat16 as nanochat's own code, float32 as "
                              "transformers' (hf)", choices=["auto", "float32", "bfloat16"])
     fresh: bool = flag(False, "delete the checkpoints that this tag already has")
 
     def __post_init__(self) -> None:
-        if not self.from_dir:
+        if self.from_dir is None:
             raise ValueError("--from is missing: give the directory of the checkpoint")
 
 
@@ -85,11 +87,12 @@ def checkpoint_state(imported: Imported, fingerprint: str | None, config: Import
 
 def main(config: ImportConfig) -> None:
     paths = Paths.from_env()
-    start(paths)
-    source = Path(config.from_dir).expanduser()
+    start(paths, config)
+    assert config.from_dir is not None  # checked above
+    source = user_path(config.from_dir)
     if not source.is_dir():
         raise NotFound(f"--from {source} is not a directory")
-    given = Path(config.tokenizer).expanduser() if config.tokenizer else None
+    given = user_path(config.tokenizer) if config.tokenizer else None
     imported = read_foreign(source, step=config.step, tokenizer=given,
                             rotary_dtype=None if config.rotary_dtype == "auto" else config.rotary_dtype)
     directory = paths.checkpoints(config.source) / (config.model_tag or f"d{imported.config.n_layer}")
@@ -114,4 +117,4 @@ def main(config: ImportConfig) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, ImportConfig, prog="scripts.import_weights", description=__doc__.splitlines()[0])
+    cli.run(main, ImportConfig, prog="scripts.import_weights", description=__doc__)

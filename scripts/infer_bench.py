@@ -32,7 +32,7 @@ from nanochat_jax.infer.request import NoTokenizer, Request
 from nanochat_jax.metrics import peak_bandwidth, peak_flops, peak_memory_bytes
 from nanochat_jax.paths import CHECKPOINT_DIRS, Paths
 from nanochat_jax.sharding import make_mesh
-from nanochat_jax.startup import PLATFORMS, ModelFlags, start
+from nanochat_jax.startup import ModelFlags, start
 from nanochat_jax.step import resolve_dtype
 
 STEPS_PER_DISPATCH = 8
@@ -42,16 +42,16 @@ STEPS_PER_DISPATCH = 8
 class Config(ModelFlags):
     source: str = flag("base", "stage whose model to load", short="-i", choices=list(CHECKPOINT_DIRS))
     prompt_tokens: int = flag(2048, "length of the prompts; less where the context is too short for prompt and reply",
-                              at_least=2)
-    decode_tokens: int = flag(256, "tokens to generate after each", at_least=1 + STEPS_PER_DISPATCH)
+                              at_least=2, at_most=2**24)
+    decode_tokens: int = flag(256, "tokens to generate after each", at_least=1 + STEPS_PER_DISPATCH,
+                              at_most=2**24)
     batch_sizes: str = flag("1,8,32,128", "sequences at once, a list")
-    temperature: float = flag(0.0, "0 takes the most likely token each time", short="-t")
+    temperature: float = flag(0.0, "sampling temperature; 0 takes the most likely token each time", short="-t",
+                              at_least=0, at_most=100)
     mesh: str = flag("1x1", "devices as DxM: slots over D, heads over M; auto uses all on D")
-    device_type: str = flag("", "platform to run on; default the best there is", choices=PLATFORMS)
 
     def __post_init__(self) -> None:
         self.batches  # noqa: B018  (its check)
-        Request((0,), temperature=self.temperature)
 
     @property
     def batches(self) -> list[int]:
@@ -59,8 +59,8 @@ class Config(ModelFlags):
             sizes = [int(size) for size in self.batch_sizes.split(",")]
         except ValueError:
             sizes = [0]
-        if min(sizes) < 1:
-            raise ValueError(f"--batch-sizes must be numbers from 1 up, as in 1,8,32, got {self.batch_sizes!r}")
+        if min(sizes) < 1 or max(sizes) > 10**6:
+            raise ValueError(f"--batch-sizes must be numbers from 1 to 1000000, as in 1,8,32, got {self.batch_sizes!r}")
         return sizes
 
 
@@ -165,7 +165,7 @@ def shown(value: float | None, unit: str = "", digits: int = 1) -> str:
 
 def main(config: Config) -> None:
     paths = Paths.from_env()
-    start(paths, device_type=config.device_type)
+    start(paths, config)
     mesh, dtype = make_mesh(config.mesh), resolve_dtype(config.dtype)
     loaded = load_model(paths, config.source, tag=config.model_tag, step=config.step, mesh=mesh)
     prompt_tokens = min(config.prompt_tokens, loaded.config.sequence_len - config.decode_tokens)
@@ -210,4 +210,4 @@ def main(config: Config) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, Config, prog="scripts.infer_bench", description=__doc__.splitlines()[0])
+    cli.run(main, Config, prog="scripts.infer_bench", description=__doc__)

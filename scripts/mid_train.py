@@ -14,9 +14,9 @@ from nanochat_jax.tasks.mixtures import mixture_for
 
 @dataclass(frozen=True, kw_only=True)
 class MidTrainConfig(FinetuneConfig):
-    total_batch_size: int = flag(-1, "tokens per optimizer step; -1: as the base run")
-    eval_every: int = flag(150, "steps between evaluations; -1: only at the end")
-    warmdown_ratio: float = flag(0.2, "share of the run with falling rate")
+    total_batch_size: int = flag(-1, "tokens per optimizer step; -1: as the base run", at_least=1, at_most=2**40, also=-1)
+    eval_every: int = flag(150, "steps between evaluations; -1: only at the end", at_least=1, at_most=10**9, also=-1)
+    warmdown_ratio: float = flag(0.2, "share of the run with falling rate", at_least=0, at_most=1)
 
 
 def main(config: MidTrainConfig) -> None:
@@ -29,4 +29,4 @@ def main(config: MidTrainConfig) -> None:
 
 
 if __name__ == "__main__":
-    cli.run(main, MidTrainConfig, prog="scripts.mid_train", description=__doc__.splitlines()[0])
+    cli.run(main, MidTrainConfig, prog="scripts.mid_train", description=__doc__)

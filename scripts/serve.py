@@ -20,9 +20,9 @@ from nanochat_jax.infer.scheduler import Scheduler
 from nanochat_jax.paths import CHECKPOINT_DIRS, Paths
 from nanochat_jax.pretrained import load_engine
 from nanochat_jax.serve import server
-from nanochat_jax.serve.chat_request import BadRequest, Sampling, check
+from nanochat_jax.serve.chat_request import Sampling
 from nanochat_jax.sharding import make_mesh
-from nanochat_jax.startup import PLATFORMS, ModelFlags, start
+from nanochat_jax.startup import ModelFlags, start
 
 DESCRIPTION = "Chat with a trained model in the browser, or through OpenAI's API."
 API_KEY_VARIABLE = "NANOCHAT_API_KEY"
@@ -34,28 +34,27 @@ log = logging.getLogger(__name__)
 class Config(ModelFlags):
     source: str = flag("sft", "stage whose model to load", short="-i", choices=list(CHECKPOINT_DIRS))
     host: str = flag("127.0.0.1", "address to listen on; 0.0.0.0 is open to the network")
-    port: int = flag(8000, "port to listen on; 0 takes a free one", short="-p")
-    temperature: float = flag(0.8, "temperature where a request has none", short="-t")
-    top_k: int = flag(50, "top-k where a request has none; 0 keeps all tokens", short="-k")
-    max_tokens: int = flag(512, "longest reply in tokens where a request does not say", short="-m")
-    slots: int = flag(8, "replies that are generated at the same time; more wait in a queue", at_least=1)
-    max_queue: int = flag(64, "requests that may wait for a slot; more are told to try again", at_least=1)
-    timeout: float = flag(600.0, "seconds that a reply may take, its time in the queue included")
-    grace: float = flag(10.0, "seconds that replies in flight are given when the server is told to stop", at_least=0)
+    port: int = flag(8000, "port to listen on; 0 takes a free one", short="-p", at_least=0, at_most=65535)
+    temperature: float = flag(0.8, "temperature where a request has none", short="-t", at_least=0, at_most=2)
+    top_k: int = flag(50, "top-k where a request has none; 0 keeps all tokens", short="-k", at_least=0, at_most=200)
+    max_tokens: int = flag(512, "longest reply in tokens where a request does not say", short="-m", at_least=1,
+                           at_most=4096)
+    slots: int = flag(8, "replies that are generated at the same time; more wait in a queue", at_least=1, at_most=10**6)
+    max_queue: int = flag(64, "requests that may wait for a slot; more are told to try again", at_least=1, at_most=10**6)
+    timeout: float = flag(600.0, "seconds that a reply may take, its time in the queue included", at_least=0.001,
+                          at_most=10**9)
+    grace: float = flag(10.0, "seconds that replies in flight are given when the server is told to stop", at_least=0,
+                        at_most=10**9)
     api_key: str | None = flag(None, f"key that clients must send; {API_KEY_VARIABLE} keeps it out of `ps`")
     cors_origin: str | None = flag(None, "origins whose pages may call, as https://a.com,https://b.com; * is all")
     allowed_hosts: str | None = flag(None, "names that clients may call the server by, as a.com,b.com; * is any; default "
                                            "localhost where only this machine can reach it, else any")
-    num_gpus: int | None = flag(None, "devices to spread the slots over: short for --mesh <n>x1", short="-n", at_least=1)
+    num_gpus: int | None = flag(None, "devices to spread the slots over: short for --mesh <n>x1", short="-n", at_least=1,
+                                at_most=10**6)
     mesh: str | None = flag(None, "devices as DxM: slots over D, heads over M; auto uses all on D; default one device")
-    device_type: str = flag("", "platform to run on; default the best there is", choices=PLATFORMS)
     warmup: bool = flag(True, "compile all programs first, so that no request waits for it; false starts at once")
 
     def __post_init__(self) -> None:
-        if not 0 <= self.port <= 65535:
-            raise ValueError(f"--port must be from 0 to 65535, got {self.port}")
-        if not self.timeout > 0:
-            raise ValueError(f"--timeout must be over 0 seconds, got {self.timeout}")
         if self.num_gpus is not None and self.mesh is not None:
             raise ValueError("--num-gpus is short for --mesh: not together with it")
         if self.key is not None and not re.fullmatch(r"[!-~]+", self.key):
@@ -66,15 +65,10 @@ class Config(ModelFlags):
         if self.allowed_hosts is not None and not re.fullmatch(r"(\*|[\w.-]+)(,(\*|[\w.-]+))*", self.allowed_hosts):
             raise ValueError("--allowed-hosts must be names like example.com, without https:// or a port, or *, "
                              f"got {self.allowed_hosts!r}")
-        try:
-            self.sampling  # noqa: B018  (its check of the ranges)
-        except BadRequest as error:
-            name = error.param or ""
-            raise ValueError(error.detail.replace(f"{name}: Input", f"--{name.replace('_', '-')}", 1)) from error
 
     @property
     def sampling(self) -> Sampling:
-        return check(Sampling, {name: getattr(self, name) for name in Sampling.model_fields})
+        return Sampling(**{name: getattr(self, name) for name in Sampling.model_fields})
 
     @property
     def key(self) -> str | None:
@@ -99,7 +93,7 @@ class Config(ModelFlags):
 def main(config: Config) -> None:
     paths = Paths.from_env()
     with server.bind(config.host, config.port) as sock:  # a taken port is known before the model is loaded
-        start(paths, device_type=config.device_type)
+        start(paths, config)
         mesh = make_mesh(config.devices)
         engine, model = load_engine(paths, config.source, tag=config.model_tag, step=config.step, dtype=config.dtype,
                                     mesh=mesh, num_slots=config.slots)

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from nanochat_jax import cli
-from nanochat_jax.cli import UsageError, flag
+from nanochat_jax.cli import UsageError, flag, run_name
 from nanochat_jax.config import GPTConfig, Recipe, derive_recipe
 from nanochat_jax.data.needs import TOKENIZER_SHARDS, explain_shards, shards_needed
 from nanochat_jax.files import lock_file, make_directory
@@ -25,6 +25,7 @@ from nanochat_jax.metrics import format_count
 from nanochat_jax.paths import CHECKPOINT_DIRS, DATA_DIRS, Paths
 from nanochat_jax.sharding import mesh_shape
 from nanochat_jax.speedrun import Machine, Record, Stage, as_flags, print_plan, run_stages
+from nanochat_jax.startup import DeviceFlags
 from nanochat_jax.step import estimate_memory
 
 # The model that two free cores train in 6 minutes, evaluations and all, and how.
@@ -48,20 +49,21 @@ STAGES = ("data", "data_rest", "tok_train", "tok_eval", "base_train", "base_loss
 
 
 @dataclass(frozen=True, kw_only=True)
-class SpeedrunConfig:
+class SpeedrunConfig(DeviceFlags):
     mesh: str = flag("auto", "devices as DxM: D-way data and M-way tensor parallelism")
-    depth: int | None = flag(None, f"number of layers, the dial; default 20, {CPU_DEPTH} on a CPU", short="-d", at_least=1)
+    depth: int | None = flag(None, f"number of layers, the dial; default 20, {CPU_DEPTH} on a CPU", short="-d", at_least=1,
+                             at_most=1000)
     data: str | None = flag(None, "corpus; default: the one on disk, else climbmix; on a CPU embedded, which needs no network",
                             choices=[*DATA_DIRS])
     device_batch_size: int | Literal["auto"] | None = flag(
         None, "rows per device and micro-step of base, mid and SFT; auto: the most that fit; default by the device's memory",
-        at_least=1)
+        at_least=1, at_most=10**6)
     remat: str | None = flag(None, "activations that the backward pass recomputes, to save memory", choices=REMAT)
     fsdp: bool = flag(False, "shard the parameters over the data axis too, to save memory")
-    run: str | None = flag(None, "wandb run name; dummy turns wandb off; default $WANDB_RUN, else dummy")
+    run: str | None = flag(None, "wandb run name; dummy turns wandb off; default $WANDB_RUN, else dummy", check=run_name)
     resume: bool = flag(False, "go on with the last run and skip what it finished (the default)")
     fresh: bool = flag(False, "begin a new run: every stage runs again and replaces what it made before")
-    skip: str = flag("", "stages to leave out, joined by commas; data: train on the shards that are there")
+    skip: str | None = flag(None, "stages to leave out, joined by commas; data: train on the shards that are there")
     with_rl: bool = flag(False, "reinforcement learning after SFT, and its evaluation")
     smoke: bool = flag(False, "a few steps per stage, to try an installation; the model learns nothing")
     dry_run: bool = flag(False, "print the plan and stop")
@@ -75,7 +77,7 @@ class SpeedrunConfig:
 
     @property
     def skipped(self) -> list[str]:
-        names = [name for name in self.skip.split(",") if name]
+        names = [name for name in (self.skip or "").split(",") if name]
         return names + ["data_rest"] if "data" in names else names
 
 
@@ -235,7 +237,9 @@ def main(config: SpeedrunConfig) -> int:
     if paths.bucket:
         raise UsageError("speedrun keeps its record and its checkpoints on one machine: unset NANOCHAT_CHECKPOINT_DIR, "
                          "or run the stages one by one")
-    machine = Machine.probe()
+    machine = Machine.probe(config.device_type)
+    if config.device_type:
+        os.environ["JAX_PLATFORMS"] = config.device_type  # the stages inherit it
     wandb_run = config.run or os.environ.get("WANDB_RUN") or "dummy"
     on_disk = {name: max(0, len(list(paths.data(name).glob("*.parquet"))) - 1) for name in DATA_DIRS}
     stages, title = plan_stages(config, machine, wandb_run, on_disk)
@@ -253,4 +257,4 @@ def main(config: SpeedrunConfig) -> int:
 
 
 if __name__ == "__main__":
-    cli.run(main, SpeedrunConfig, prog="scripts.speedrun", description=__doc__.splitlines()[0])
+    cli.run(main, SpeedrunConfig, prog="scripts.speedrun", description=__doc__)

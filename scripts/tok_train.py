@@ -29,9 +29,10 @@ ROUND_TRIP_TEXT = "Hello, 世界! I'm 123 years old.\n\n\tdef f(x): return x**2 
 @dataclass(frozen=True, kw_only=True)
 class Config:
     data: str = flag("auto", "corpus to train on; auto takes the one on disk", choices=["auto", *DATA_DIRS])
-    max_chars: int = flag(2_000_000_000, "characters to train on, to the end of the document that exceeds them", at_least=1)
-    doc_cap: int = flag(10_000, "characters to take of one document", at_least=1)
-    vocab_size: int = flag(32_768, "number of tokens, the special ones included")
+    max_chars: int = flag(2_000_000_000, "characters to train on, to the end of the document that exceeds them", at_least=1,
+                           at_most=cli.LARGEST)
+    doc_cap: int = flag(10_000, "characters to take of one document", at_least=1, at_most=cli.LARGEST)
+    vocab_size: int = flag(32_768, "number of tokens, the special ones included", at_least=1, at_most=2**24)
 
 STAGES = {"count": "counting characters", "merge": "merging tokens"}
 

@@ -16,7 +16,7 @@ import os
 from dataclasses import dataclass
 from typing import Any, Literal
 
-os.environ.setdefault("JAX_PLATFORMS", "cpu")  # this process computes nothing; before JAX is imported
+os.environ["JAX_PLATFORMS"] = "cpu"  # this process computes nothing; before JAX is imported
 
 import jax
 import jax.numpy as jnp
@@ -25,11 +25,10 @@ from rich.console import Console
 from rich.table import Table
 
 from nanochat_jax import cli
-from nanochat_jax.cli import flag
-from nanochat_jax.gpt import REMAT, abstract_params
+from nanochat_jax.cli import flag, same_flag
+from nanochat_jax.gpt import abstract_params
 from nanochat_jax.infer import device
 from nanochat_jax.infer.device import Program, cache_sharding
-from nanochat_jax.kernels import ATTENTION
 from nanochat_jax.metrics import format_seconds
 from nanochat_jax.optim import make_optimizer
 from nanochat_jax.plan import CHIPS, GIB, DoesNotFit, Plan, compile_plan, largest_batch, topology_devices, train_plan
@@ -44,35 +43,39 @@ EXIT_DOES_NOT_FIT = 3
 @dataclass(frozen=True, kw_only=True)
 class PlanConfig:
     topology: str = flag("v6e:2x4", "CHIP:SHAPE, such as v6e:2x4, v5e-16, v5p:2x2x2 or h100:8")
-    mesh: str = flag("auto", "devices as DxM: D-way data and M-way tensor parallelism")
-    depth: int = flag(20, "number of layers; the dial", short="-d")
-    arch: str = flag("modern", "architecture and recipe", choices=["modern", "classic"])
-    max_seq_len: int = flag(2048, "tokens of a row")
-    vocab_size: int = flag(32768, "size of the vocabulary (classic: 65536 is upstream's)")
-    aspect_ratio: int = flag(64, "width per layer (modern)")
-    head_dim: int = flag(128, "width of a head (modern)")
-    window_pattern: str = flag("SSSL", "short and long attention windows, tiled over layers (modern)")
-    attention: str = flag("auto", "attention kernel", choices=ATTENTION)
-    fsdp: bool | None = flag(BaseTrainConfig.fsdp, "shard the parameters over the data axis too; default: where needed")
-    remat: str = flag(BaseTrainConfig.remat, "activations that the backward pass recomputes", choices=["auto", *REMAT])
-    device_batch_size: int | Literal["auto"] | None = flag(
-        BaseTrainConfig.device_batch_size, "rows per device and micro-step; auto: the most that fit; default: 32, 16 or 8")
-    total_batch_size: int = flag(-1, "tokens per optimizer step; -1: the recipe's")
-    num_iterations: int = flag(-1, "optimizer steps; -1: the recipe's horizon")
-    target_param_data_ratio: float = flag(-1.0, "tokens per parameter; -1: the recipe's")
+    mesh: str = same_flag(BaseTrainConfig, "mesh")
+    depth: int = same_flag(BaseTrainConfig, "depth")
+    arch: str = same_flag(BaseTrainConfig, "arch")
+    max_seq_len: int = same_flag(BaseTrainConfig, "max_seq_len")
+    vocab_size: int = flag(32768, "size of the vocabulary (classic: 65536 is upstream's)", at_least=1, at_most=2**24)
+    aspect_ratio: int = same_flag(BaseTrainConfig, "aspect_ratio")
+    head_dim: int = same_flag(BaseTrainConfig, "head_dim")
+    window_pattern: str = same_flag(BaseTrainConfig, "window_pattern")
+    attention: str = same_flag(BaseTrainConfig, "attention")
+    fsdp: bool | None = same_flag(BaseTrainConfig, "fsdp")
+    remat: str = same_flag(BaseTrainConfig, "remat")
+    device_batch_size: int | Literal["auto"] | None = same_flag(BaseTrainConfig, "device_batch_size")
+    total_batch_size: int = same_flag(BaseTrainConfig, "total_batch_size")
+    num_iterations: int = same_flag(BaseTrainConfig, "num_iterations")
+    target_param_data_ratio: float = same_flag(BaseTrainConfig, "target_param_data_ratio")
     decode: bool = flag(False, "plan the engine's decoding instead of training")
-    slots: int = flag(8, "sequences that decode together (with --decode)", at_least=1)
-    compiler_options: str = flag("", "XLA options as NAME=VALUE, joined by commas; a real run takes them from LIBTPU_INIT_ARGS")
-    price: float = flag(0.0, "price of one device for an hour; 0: unknown")
+    slots: int = flag(8, "sequences that decode together (with --decode)", at_least=1, at_most=10**6)
+    compiler_options: str | None = flag(None, "XLA options as NAME=VALUE, joined by commas; a real run takes them from "
+                                              "LIBTPU_INIT_ARGS")
+    price: float = flag(0.0, "price of one device for an hour; 0: unknown", at_least=0, at_most=10**9)
 
     def __post_init__(self) -> None:
-        if not all("=" in option for option in self.compiler_options.split(",") if option):
+        if not all("=" in option for option in self._options):
             raise ValueError(f"--compiler-options {self.compiler_options!r} is not NAME=VALUE, joined by commas")
         self.training()  # which checks what it takes
 
     @property
+    def _options(self) -> list[str]:
+        return [option for option in (self.compiler_options or "").split(",") if option]
+
+    @property
     def options(self) -> dict[str, str | bool]:
-        return {name: value for name, value in (option.split("=", 1) for option in self.compiler_options.split(",") if option)}
+        return {name: value for name, value in (option.split("=", 1) for option in self._options)}
 
     def training(self) -> BaseTrainConfig:
         """The same flags, as `scripts.base_train` takes them."""
@@ -198,4 +201,4 @@ def main(config: PlanConfig) -> int | None:
 
 
 if __name__ == "__main__":
-    cli.run(main, PlanConfig, prog="scripts.tpu_plan", description=__doc__.splitlines()[0])
+    cli.run(main, PlanConfig, prog="scripts.tpu_plan", description=__doc__)

@@ -1,5 +1,9 @@
 """Command lines: both spellings, upstream's `--name=value`, and mistakes that end in one line and exit code 2."""
 
+import errno
+import importlib.util
+import os
+import pwd
 import signal
 import subprocess
 import sys
@@ -11,6 +15,8 @@ import pytest
 from nanochat_jax import cli
 from nanochat_jax.cli import UsageError, flag
 from nanochat_jax.metrics import start_wandb
+from nanochat_jax.paths import Paths
+from nanochat_jax.speedrun import Machine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -19,7 +25,8 @@ class Config:
     rate: float | None = flag(None, "a rate", short="-r")
     name: str = flag("a", "a name", choices=["a", "b"])
     on: bool = flag(False, "a switch")
-    share: float = flag(0.5, "a share")
+    share: float = flag(0.5, "a share", at_least=0)
+    every: int = flag(-1, "steps; -1: never", at_least=1, at_most=100, also=-1)
 
     def __post_init__(self):
         if self.share > 1:
@@ -37,6 +44,10 @@ def parse(*argv):
     (["-r", "0.5", "--name", "b"], Config(rate=0.5, name="b")),
     (["--on"], Config(on=True)),
     (["--on=false"], Config(on=False)),
+    (["--on", "0"], Config(on=False)),
+    (["--", "--max-chars=5", "--on"], Config(max_chars=5, on=True)),
+    (["--every", "-1"], Config()),
+    (["--every", "1e2"], Config(every=100)),
 ])
 def test_flags_of_both_spellings(argv, expected):
     assert parse(*argv) == expected
@@ -46,11 +57,180 @@ def test_flags_of_both_spellings(argv, expected):
     (["--max-char", "5"], "--max-char"), (["--max-chars", "1.5"], "1.5"), (["--max-chars", "x"], "x"),
     (["--name", "c"], "'c'"), (["--max-chars", "0"], "--max-chars must be at least 1, got 0"),
     (["--share", "2"], "got 2"), (["stray"], "stray"), (["--on=maybe"], "maybe"),
-    (["--max-chars", "inf"], "inf"),
+    (["--max-chars", "inf"], "inf"), (["--max-chars", "1", "--", "--on"], "--on"),
+    (["--every", "0"], "--every must be at least 1, or -1, got 0"), (["--every", "-2"], "or -1, got -2"),
+    (["--every", "101"], "--every must be at most 100, or -1, got 101"),
+    (["--share", "nan"], "--share must be at least 0, got nan"), (["--share=-inf"], "got -inf"),
 ])
 def test_mistakes_name_the_value(argv, named):
     with pytest.raises(UsageError, match=named):
         parse(*argv)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Files:
+    files: list[str] = cli.arguments("files")
+    append: bool = flag(False, "a switch")
+    add_all: bool | None = flag(None, "another")
+    size: int = flag(3, "a number", at_least=1, at_most=9)
+
+
+@pytest.mark.parametrize("argv, files, append", [
+    (["--append", "a.txt"], ["a.txt"], True), (["--append", "1", "b"], ["1", "b"], True), (["--append", "yes"], ["yes"], True),
+    (["a.txt", "--append"], ["a.txt"], True), (["--append=false", "a.txt"], ["a.txt"], False),
+    (["--append", "--size", "2", "a.txt"], ["a.txt"], True), (["--add-all", "a.txt"], ["a.txt"], False),
+    (["--append", "--", "--append"], ["--append"], True), (["--", "--append"], ["--append"], False),
+])
+def test_a_yes_or_no_flag_leaves_the_arguments_after_it(argv, files, append):
+    config = cli.parse(Files, argv, prog="test", description=None)
+    assert (config.files, config.append) == (files, append)
+
+
+def test_a_blank_argument_is_refused():
+    with pytest.raises(UsageError, match="FILES: expected a value"):
+        cli.parse(Files, [""], prog="test", description=None)
+
+
+def ended(capsys, work):
+    """Exit code and standard error of a command."""
+    with pytest.raises(SystemExit) as exit:
+        cli.guard(work)
+    return exit.value.code, capsys.readouterr().err
+
+
+def raises(error):
+    def work():
+        raise error
+
+    return work
+
+
+@pytest.mark.parametrize("number", [errno.EFBIG, errno.EBUSY, errno.EXDEV, errno.EMFILE, errno.ESTALE, errno.ENOSPC, errno.EIO,
+                                    errno.EROFS, errno.ETXTBSY, errno.ELOOP, errno.EDQUOT, errno.ENOTEMPTY])
+def test_every_error_of_a_disk_names_the_file_and_the_cause_in_one_line(capsys, number):
+    cause = os.strerror(number)
+    assert ended(capsys, raises(OSError(number, cause, "/a/file"))) == (2, f"error: /a/file: {cause}\n")
+    assert ended(capsys, raises(OSError(number, cause, "/a", None, "/b"))) == (2, f"error: /a -> /b: {cause}\n")
+    assert ended(capsys, raises(OSError(number, cause))) == (2, f"error: {cause}\n")
+
+
+def test_an_error_that_names_no_file_gets_its_name(capsys, tmp_path):
+    def work():
+        with cli.naming(tmp_path / "full"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    assert ended(capsys, work) == (2, f"error: {tmp_path}/full: No space left on device\n")
+
+
+def test_an_error_of_a_library_without_a_number_is_one_line(capsys):
+    assert ended(capsys, raises(OSError("cannot\n  do it"))) == (2, "error: cannot do it\n")
+
+
+@pytest.mark.parametrize("error, full", [
+    (ValueError(f'RESOURCE_EXHAUSTED: Error writing "{"/long" * 200}": No space left on device [OS error 28: ENOSPC] '
+                "[tensorstore_spec='{...}'] [source locations='a.cc:1']"), True),
+    (OSError(errno.ENOSPC, "No space left on device"), True), (OSError(errno.EDQUOT, "Disk quota exceeded"), True),
+    (OSError(errno.EIO, "Input/output error"), False), (ValueError("x" * 1000 + " the cause"), False),
+])
+def test_a_failed_write_says_why_to_the_end(error, full):
+    for wrapped in (error, wrap(error)):
+        text = cli.write_failure(wrapped)
+        assert text.startswith("the disk is full, no space is left") == full and len(text) < 600
+    assert cli.write_failure(error).endswith(str(error).partition(" [tensor")[0][-30:])
+
+
+def wrap(error):
+    try:
+        raise RuntimeError("the save failed") from error
+    except RuntimeError as outer:
+        return outer
+
+
+PIPE = """
+import sys
+from nanochat_jax import cli
+def work():
+    for _ in range({lines}):
+        print("a line")
+cli.guard(work)
+"""
+
+
+@pytest.mark.parametrize("lines", [1, 100_000], ids=["at the end", "in the middle"])
+def test_a_reader_who_leaves_ends_a_command_quietly(lines):
+    read, write = os.pipe()
+    os.close(read)
+    done = subprocess.run([sys.executable, "-c", PIPE.format(lines=lines)], stdout=write, stderr=subprocess.PIPE, text=True)
+    os.close(write)
+    assert (done.returncode, done.stderr) == (cli.EXIT_NO_READER, "")
+
+
+def test_a_broken_connection_is_no_closed_pipe(capsys):
+    assert ended(capsys, raises(BrokenPipeError(errno.EPIPE, "Broken pipe"))) == (2, "error: Broken pipe\n")
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
+@pytest.mark.parametrize("unbuffered", ["", "1"])
+@pytest.mark.parametrize("lines", [1, 100_000], ids=["at the end", "in the middle"])
+def test_output_that_cannot_be_written_is_an_error(lines, unbuffered):
+    with open("/dev/full", "w") as full:
+        done = subprocess.run([sys.executable, "-c", PIPE.format(lines=lines)], stdout=full, stderr=subprocess.PIPE, text=True,
+                              env=os.environ | {"PYTHONUNBUFFERED": unbuffered})
+    assert (done.returncode, done.stderr) == (2, "error: standard output: No space left on device\n")
+
+
+@pytest.mark.parametrize("import_first", [False, True])
+def test_a_current_directory_that_is_gone_is_named(tmp_path, import_first):
+    code = "import os; os.chdir({0!r}); os.rmdir({0!r}); {1}".format(
+        str(tmp_path / "gone"), "import sys; sys.argv[0] = '-m'; import scripts; os.getcwd()" if import_first else
+        "from nanochat_jax import cli; cli.guard(os.getcwd)")
+    (tmp_path / "gone").mkdir()
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
+                          env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])})
+    assert done.returncode == 2
+    assert done.stderr == "error: the current directory does not exist any more: change to another one\n"
+
+
+@pytest.mark.parametrize("home", [None, ""])
+def test_a_home_that_is_missing_is_named(monkeypatch, home):
+    if home is None:
+        monkeypatch.delenv("HOME", raising=False)
+        monkeypatch.setattr(pwd, "getpwuid", raises_key_error)
+    else:
+        monkeypatch.setenv("HOME", home)
+    monkeypatch.delenv("NANOCHAT_BASE_DIR", raising=False)
+    with pytest.raises(UsageError, match="set HOME"):
+        Paths.from_env()
+    assert cli.user_path("/a/~b") == Path("/a/~b")
+
+
+def raises_key_error(uid):
+    raise KeyError(uid)
+
+
+def test_a_command_line_needs_no_docstrings():
+    with pytest.raises(SystemExit) as exit:
+        cli.parse(Config, ["--help"], prog="test", description=None)
+    assert exit.value.code == 0
+
+
+@pytest.mark.slow
+def test_scripts_run_without_docstrings(tmp_path):
+    for module in ("scripts.base_train", "scripts.chat_eval", "nanochat_jax.dataset"):
+        done = subprocess.run([sys.executable, "-OO", "-m", module, "--help"], capture_output=True, text=True)
+        assert done.returncode == 0 and done.stdout.startswith("usage:"), done.stderr
+
+
+@pytest.mark.parametrize("platform, named", [("cuda", "JAX_PLATFORMS=cuda: JAX finds no such platform here"),
+                                             ("CPU", "JAX_PLATFORMS=CPU: JAX finds no such platform here")])
+def test_a_platform_that_is_not_there_is_named_with_its_variable(platform, named, monkeypatch):
+    if platform == "cuda" and importlib.util.find_spec("jax_cuda12_plugin"):
+        pytest.skip("JAX with CUDA")
+    monkeypatch.setenv("JAX_PLATFORMS", platform)
+    with pytest.raises(UsageError, match=named):
+        Machine.probe()
+    with pytest.raises(UsageError, match="--device-type rocm: JAX finds no such device here"):
+        Machine.probe("rocm")
 
 
 SCRIPTS = ["base_train", "base_loss", "base_eval", "mid_train", "chat_sft", "chat_eval", "chat_rl", "chat_cli", "serve",
@@ -127,8 +307,6 @@ def test_a_bucket_is_not_taken_for_a_directory(tmp_path):
 
 
 def run_script(script, *argv, base):
-    import os
-
     env = os.environ | {"NANOCHAT_BASE_DIR": str(base), "XLA_FLAGS": ""}
     return subprocess.run([sys.executable, "-m", f"scripts.{script}", *argv], capture_output=True, text=True, env=env)
 

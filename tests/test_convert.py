@@ -293,7 +293,7 @@ def test_local_files_and_directories(tmp_path, command):
 
 @pytest.mark.parametrize(("arguments", "message"), [
     (["local"], "required: FILES"), (["local", "missing.txt"], "missing.txt cannot be read: No such file"),
-    (["local", "x.txt", "--val-fraction", "1"], "--val-fraction must be at least 0 and less than 1, got 1.0"),
+    (["local", "x.txt", "--val-fraction", "1"], "--val-fraction must be at most 0.99, got 1.0"),
     (["local", "x.txt", "--rows-per-shard", "0"], "--rows-per-shard must be at least 1"),
     (["hf"], "name a data set: --preset k12|opc or --dataset OWNER/NAME"),
     (["hf", "--dataset", "name"], "'name' is not of the form OWNER/NAME"), (["hf", "--preset", "k13"], "invalid choice"),

@@ -302,12 +302,11 @@ def test_section_names_that_would_overwrite_the_report_are_refused(tmp_path, nam
 
 def test_command_line_resets_and_generates_into_the_current_directory(tmp_path):
     def run(*arguments):
-        code = "import sys; from nanochat_jax.report import main; sys.exit(main(sys.argv[1:]))"
         root = Path(report.__file__).parents[1]
         environment = {"NANOCHAT_BASE_DIR": str(tmp_path / "base"), "PATH": "/usr/bin:/bin", "PYTHONPATH": str(root)}
         here = tmp_path / "here"
         here.mkdir(exist_ok=True)
-        command = [sys.executable, "-c", code, *arguments]
+        command = [sys.executable, "-m", "nanochat_jax.report", *arguments]
         return subprocess.run(command, env=environment, cwd=here, capture_output=True, text=True)
 
     empty = run("generate")

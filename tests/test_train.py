@@ -21,9 +21,11 @@ from nanochat_jax.metrics import read_metrics
 from nanochat_jax.optim import OptimizerConfig, cosine_decay, make_optimizer, modern_momentum, trapezoid
 from nanochat_jax.paths import Paths, saved_steps
 from nanochat_jax.sharding import make_mesh
+from nanochat_jax.speedrun import _clear
 from nanochat_jax.step import batch_shape, choose_batch_shape, compile_step, init_state, make_train_step
 from nanochat_jax.stopping import EXIT_STOPPED
-from nanochat_jax.train import Evaluation, Job, TrainConfig, train
+from nanochat_jax.train import Evaluation, Job, TrainConfig, _other_flags, train
+from scripts.base_train import BaseTrainConfig
 
 MODEL = GPTConfig.modern(3, n_embd=32, n_head=4, n_kv_head=4, vocab_size=100, sequence_len=16)
 ROWS, STEPS = 8, 6
@@ -201,6 +203,47 @@ def test_another_model_is_refused_and_nothing_is_set_aside(saved_run, tmp_path, 
     with pytest.raises(UsageError, match="another shape"):
         run(directory, resume=True)
     assert saved_steps(directory) == [2, 4, 6]
+
+
+def test_a_refused_resume_names_the_flags_that_differ_and_sets_nothing_aside(saved_run, tmp_path):
+    class Other(CountedBatches):
+        def set_state(self, state):
+            raise UsageError("the data is another")
+
+    directory = shutil.copytree(saved_run, tmp_path / "d3")
+    said = r"the data is another\. The saved run had --total-batch-size -1 \(now --total-batch-size 64\)$"
+    for how in (dict(resume=True), dict(resume_from_step=2)):
+        with pytest.raises(UsageError, match=said):
+            run(directory, total_batch_size=64, batches=Other(), **how)
+    with pytest.raises(UsageError, match="give --num-iterations 6 or more"):
+        run(directory, num_steps=3, resume=True)
+    assert saved_steps(directory) == [2, 4, 6]
+
+
+@pytest.mark.parametrize("before, came_to, flags, now, named", [
+    (dict(total_batch_size=128), {}, dict(total_batch_size=256), {}, "--total-batch-size 128 (now --total-batch-size 256)"),
+    ({}, dict(data="embedded"), {}, dict(data="custom"), "--data embedded (now --data custom)"),
+    (dict(data_shards=4), {}, {}, {}, "--data-shards 4 (now no --data-shards)"),
+    (dict(depth=2), {}, dict(depth=3), {}, "--depth 2 (now --depth 3)"),
+    (dict(eval_every=3, seed=1), {}, {}, {}, ""),
+])
+def test_flags_that_differ_are_those_that_a_saved_state_must_fit(before, came_to, flags, now, named):
+    saved = {"config": dataclasses.asdict(BaseTrainConfig(**before)), **came_to}
+    assert _other_flags(BaseTrainConfig(**flags), now, saved) == (f". The saved run had {named}" if named else "")
+
+
+def test_fresh_deletes_the_steps_of_the_tag_and_nothing_else(saved_run, tmp_path):
+    for clear in (lambda path: claim_directory(path, resume=False, fresh=True), lambda path: _clear(path, delete=True)):
+        directory = shutil.copytree(saved_run, tmp_path / "tags" / "d3")
+        others = [directory / "notes" / "mine.txt", directory / "mine.txt", directory / "damaged-3" / "params" / "x",
+                  directory.parent / "d33" / "5" / "params" / "x"]
+        for path in others:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("mine")
+        clear(directory)
+        assert saved_steps(directory) == [] and not (directory / "4").exists()
+        assert [path.read_text() for path in others] == ["mine"] * len(others)
+        shutil.rmtree(directory.parent)
 
 
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax drops readers of the torn step

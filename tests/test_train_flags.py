@@ -4,6 +4,7 @@ import pytest
 
 from nanochat_jax import cli
 from nanochat_jax.cli import UsageError
+from nanochat_jax.rl_train import ChatRLConfig
 from scripts.base_loss import BaseLossConfig
 from scripts.base_train import BaseTrainConfig
 from scripts.chat_sft import ChatSFTConfig
@@ -28,10 +29,15 @@ FLAGS = {
         weight_decay=0.1, init_lr_frac=0.5, eval_every=10, eval_steps=7, load_optimizer=True, max_seq_len=512,
         total_batch_size=1024, warmup_ratio=0.1, warmdown_ratio=0.4, final_lr_frac=0.1, eval_tokens=512, chatcore_every=100,
         chatcore_max_cat=5, chatcore_max_sample=6, mmlu_epochs=2, gsm8k_epochs=3),
+    ChatRLConfig: dict(
+        run="name", source="mid", device_type="cpu", model_tag="tag", step=3, dtype="bfloat16", device_batch_size=2,
+        examples_per_step=4, num_samples=32, max_new_tokens=16, temperature=0.9, top_k=7, unembedding_lr=0.004,
+        embedding_lr=0.2, matrix_lr=0.03, weight_decay=0.1, init_lr_frac=0.5, num_epochs=2, save_every=7, eval_every=8,
+        eval_examples=9),
     BaseLossConfig: dict(device_batch_size=2, split_tokens=512, model_tag="tag", step=3, device_type="cpu"),
 }
 # Upstream's other names for some of them.
-ALIASES = {BaseLossConfig: {"model_step": "step"}, MidTrainConfig: {"model_step": "step"},
+ALIASES = {BaseLossConfig: {"model_step": "step"}, ChatRLConfig: {"model_step": "step"}, MidTrainConfig: {"model_step": "step"},
            ChatSFTConfig: {"model_step": "step", "eval_metrics_every": "chatcore_every",
                            "eval_metrics_max_problems": "chatcore_max_cat"}}
 

@@ -136,7 +136,7 @@ def read_hf(directory: Path, *, tokenizer: Path | None = None, rotary_dtype: str
             with safe_open(file, framework="numpy") as opened:
                 tensors |= {name: opened.get_tensor(name) for name in opened.keys()}
         except Exception as error:  # the library has no public base of its errors
-            raise UsageError(f"{file} cannot be read ({str(error)[:200]})") from error
+            raise UsageError(f"{file} cannot be read ({one_line(error)})") from error
     params = to_params(tensors, table, config, where=directory)
     path = directory / "tokenizer.json"
     found = read_tokenizer(tokenizer) if tokenizer else read_hf_tokenizer(path) if path.is_file() else None

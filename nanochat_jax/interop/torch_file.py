@@ -19,7 +19,7 @@ from typing import IO, Any
 import ml_dtypes
 import numpy as np
 
-from nanochat_jax.cli import NotFound, UsageError
+from nanochat_jax.cli import NotFound, UsageError, one_line
 
 STORAGES = {
     "FloatStorage": np.dtype(np.float32), "BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
@@ -59,7 +59,7 @@ def _refusing(path: Path) -> Iterator[None]:
     except UsageError:
         raise
     except Exception as error:  # damaged pickles raise nearly anything
-        raise UsageError(f"{path} cannot be read ({type(error).__name__}: {str(error)[:200]}): it is damaged or not what "
+        raise UsageError(f"{path} cannot be read ({type(error).__name__}: {one_line(error)}): it is damaged or not what "
                          "its name says") from error
 
 

@@ -16,7 +16,7 @@ from nanochat_jax.tasks.skills import Arithmetic, LetterCount, Spelling, WordAri
 from nanochat_jax.tasks.spelling import SpellingBee, load_words_alpha
 
 __all__ = ["EVAL_TASKS", "Task", "TaskMixture", "eval_task_name", "eval_tasks_for", "load_eval_task", "mixture_for",
-           "offline_mixture", "upstream_mixture"]
+           "offline_mixture", "task_names", "upstream_mixture"]
 
 UPSTREAM_TASKS = ("ARC-Easy", "ARC-Challenge", "MMLU", "GSM8K", "HumanEval", "SpellingBee")
 OFFLINE_TASKS = ("Arithmetic", "Spelling", "LetterCount", "Identity", "WordArithmetic")
@@ -36,6 +36,11 @@ def eval_task_name(name: str) -> str:
     if found is None:
         raise UsageError(f"unknown task {name!r}: expected one of {', '.join(EVAL_TASKS)}")
     return found
+
+
+def task_names(text: str) -> list[str]:
+    """The tasks in "GSM8K|SpellingBee", or none for "auto". Raises `UsageError` for an unknown one."""
+    return [] if text == "auto" else [eval_task_name(name) for name in text.split("|")]
 
 
 def load_eval_task(name: str, paths: Paths, split: Literal["train", "test"] = "test") -> Task:

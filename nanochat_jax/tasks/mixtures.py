@@ -103,6 +103,31 @@ def mixture_for(data: str | None, stage: Stage, split: Split, paths: Paths, *, n
     return offline_mixture(stage, split, paths)
 
 
+MIXED_TASKS = ("SmolTalk", "MMLU", "GSM8K", "ARC-Easy", "ARC-Challenge", "Identity", "SimpleSpelling", "SpellingBee",
+               "ChitChat")
+
+
+def mixture_entries(named: str) -> list[tuple[str, str, str | None, float]]:
+    """Of each entry of a mixture: its text, name, sign (* or :) and number. Raises `UsageError` for a name or weight that
+    is none; files are not read."""
+    entries = []
+    for entry in map(str.strip, named.split(",")):
+        # A colon with anything but a number after it is part of a path.
+        matched = re.fullmatch(r"(?s)(.*?)(?:([*:])((?<=\*)[^*]*|[\d.eE+-]+))?", entry)
+        assert matched is not None
+        name, sign, number = matched.groups()
+        try:
+            weight = float(number) if sign else 1.0
+            if not 0 < weight < 1e9:
+                raise ValueError
+        except ValueError:
+            raise UsageError(f"the weight of {entry!r} must be a positive number, as in {name}*2.5") from None
+        if not name.endswith(".jsonl") and name not in MIXED_TASKS:
+            raise UsageError(f"unknown task {name!r}: expected {', '.join(MIXED_TASKS)} or a file FILE.jsonl")
+        entries.append((entry, name, sign, weight))
+    return entries
+
+
 def named_mixture(named: str, paths: Paths, split: Literal["train", "test"] = "train") -> TaskMixture:
     """The mixture "SmolTalk:10000,MMLU*3,GSM8K*4,chats.jsonl*0.5": tasks or files of conversations, each with its weight
     (*) or the number of its first conversations (:). Raises `UsageError` for a name or weight that is none."""
@@ -117,24 +142,9 @@ def named_mixture(named: str, paths: Paths, split: Literal["train", "test"] = "t
         "SpellingBee": lambda: SpellingBee(load_words_alpha(paths.base), split, size=80_000),
         "ChitChat": lambda: ChitChat(split),
     }
-    files: dict[str, Task] = {}
-    entries = []
-    for entry in map(str.strip, named.split(",")):  # all are checked, and files read, before anything is downloaded
-        # A colon with anything but a number after it is part of a path.
-        matched = re.fullmatch(r"(?s)(.*?)(?:([*:])((?<=\*)[^*]*|[\d.eE+-]+))?", entry)
-        assert matched is not None
-        name, sign, number = matched.groups()
-        try:
-            weight = float(number) if sign else 1.0
-            if not 0 < weight < 1e9:
-                raise ValueError
-        except ValueError:
-            raise UsageError(f"the weight of {entry!r} must be a positive number, as in {name}*2.5") from None
-        if name.endswith(".jsonl"):
-            files[name] = CustomJSON(Path(name))
-        elif name not in tasks:
-            raise UsageError(f"unknown task {name!r}: expected {', '.join(tasks)} or a file FILE.jsonl")
-        entries.append((entry, name, sign, weight))
+    entries = mixture_entries(named)
+    # All files are read before anything is downloaded.
+    files: dict[str, Task] = {name: CustomJSON(Path(name)) for _, name, _, _ in entries if name not in tasks}
     chosen: list[Task] = []
     weights = []
     for entry, name, sign, weight in entries:

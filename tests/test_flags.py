@@ -1,0 +1,190 @@
+"""Every command's flags: each number has a range, each name is checked, and nothing that no run can mean is taken."""
+
+import dataclasses
+import importlib
+import sys
+import typing
+from pathlib import Path
+
+import pytest
+
+from nanochat_jax import cli, dataset
+from nanochat_jax.__main__ import commands
+from nanochat_jax.cli import UsageError
+from nanochat_jax.rl_train import ChatRLConfig
+from nanochat_jax.serve.chat_request import BadRequest, Sampling, check
+from nanochat_jax.startup import DeviceFlags
+from scripts.base_eval import BaseEvalConfig
+from scripts.base_train import BaseTrainConfig
+from scripts.chat_cli import Config as ChatConfig
+from scripts.chat_eval import ChatEvalConfig
+from scripts.chat_sft import ChatSFTConfig
+from scripts.export_weights import ExportConfig
+from scripts.import_weights import ImportConfig
+from scripts.infer_bench import Config as BenchConfig
+from scripts.mid_train import MidTrainConfig
+from scripts.serve import Config as ServeConfig
+from scripts.speedrun import SpeedrunConfig
+from scripts.tok_train import Config as TokConfig
+from scripts.tpu_plan import PlanConfig
+
+
+def flag_types():
+    """The flag dataclasses of all commands, by module and name."""
+    sys.path.append(str(Path(__file__).parents[1] / "docs"))
+    found = {}
+    for name in (*commands().values(), "tpu.plan", "tour"):
+        for kind in vars(importlib.import_module(name)).values():
+            if isinstance(kind, type) and dataclasses.is_dataclass(kind) and any("help" in field.metadata for field in
+                                                                                 dataclasses.fields(kind)):
+                found[f"{kind.__module__}.{kind.__qualname__}"] = kind
+    return found
+
+
+FLAG_TYPES = flag_types()
+
+
+def parse(config_type, *argv):
+    return cli.parse(config_type, argv, prog="test", description=None)
+
+
+def test_all_commands_are_walked():
+    assert {BaseTrainConfig, MidTrainConfig, ChatSFTConfig, ChatRLConfig, ServeConfig, SpeedrunConfig, TokConfig, PlanConfig,
+            dataset.DownloadConfig, dataset.HfConfig, dataset.LocalConfig, ImportConfig, ExportConfig, BenchConfig,
+            ChatConfig, ChatEvalConfig, BaseEvalConfig} <= set(FLAG_TYPES.values())
+    assert any(kind.__qualname__ == "TourConfig" for kind in FLAG_TYPES.values())
+
+
+@pytest.mark.parametrize("name", FLAG_TYPES)
+def test_each_number_has_a_range_and_each_name_a_check(name):
+    kind = FLAG_TYPES[name]
+    hints = typing.get_type_hints(kind)
+    for field in dataclasses.fields(kind):
+        if "range" not in field.metadata:  # arguments
+            continue
+        least, most, also = field.metadata["range"]
+        if {int, float} & {hints[field.name], *typing.get_args(hints[field.name])}:
+            assert least is not None and most is not None, f"--{field.name} takes any number"
+            assert also is None or (also == -1 and "-1" in field.metadata["help"]), field.name
+            cli._check_range(field, field.default)
+        assert field.default != "", f"--{field.name} has an empty default"
+        if field.name in ("model_tag", "run", "mixture", "task", "task_name"):
+            assert field.metadata["check"], f"--{field.name} takes any text"
+
+
+@pytest.mark.parametrize("name", FLAG_TYPES)
+@pytest.mark.parametrize("blank", ["", " "])
+def test_no_text_flag_takes_a_blank(name, blank):
+    """An unset shell variable is not the same as leaving a flag out."""
+    kind = FLAG_TYPES[name]
+    hints = typing.get_type_hints(kind)
+    for field in dataclasses.fields(kind):
+        if "range" in field.metadata and str in (hints[field.name], *typing.get_args(hints[field.name])):
+            with pytest.raises(UsageError, match=f"-{field.name.replace('_', '-').removesuffix('-dir')}.*''|got ' '"):
+                parse(kind, f"--{field.name}", blank)
+
+
+MEANINGLESS = [
+    (BaseTrainConfig, "--num-iterations", ["0", "-7", "nan", "inf", "1e30", "1.5"]),
+    (BaseTrainConfig, "--target-flops", ["0", "-2", "nan", "inf"]),
+    (BaseTrainConfig, "--target-param-data-ratio", ["0", "-8", "nan", "inf"]),
+    (BaseTrainConfig, "--total-batch-size", ["0", "-2"]),
+    (BaseTrainConfig, "--matrix-lr", ["-1", "nan", "inf", "1e9"]),
+    (BaseTrainConfig, "--lr-scale", ["0", "-0.5", "nan"]),
+    (BaseTrainConfig, "--weight-decay", ["-1", "nan"]),
+    (BaseTrainConfig, "--warmup-steps", ["-5"]),
+    (BaseTrainConfig, "--warmdown-ratio", ["65", "-1", "nan"]),
+    (BaseTrainConfig, "--final-lr-frac", ["2", "-0.1", "nan"]),
+    (BaseTrainConfig, "--grad-clip", ["-1", "nan"]),
+    (BaseTrainConfig, "--seed", ["-1", "99999999999999999999"]),
+    (BaseTrainConfig, "--depth", ["0", "-1", "1000000000"]),
+    (BaseTrainConfig, "--eval-every", ["0", "-2"]),
+    (BaseTrainConfig, "--save-every", ["-2"]),
+    (BaseTrainConfig, "--resume-from-step", ["-2"]),
+    (BaseTrainConfig, "--num-processes", ["0"]),
+    (BaseEvalConfig, "--max-per-task", ["0", "-5"]),
+    (BaseEvalConfig, "--step", ["-1"]),
+    (MidTrainConfig, "--init-lr-frac", ["0", "-1", "nan", "inf"]),
+    (ChatSFTConfig, "--eval-steps", ["0", "-1"]),
+    (ChatSFTConfig, "--mmlu-epochs", ["-1"]),
+    (ChatSFTConfig, "--chatcore-max-cat", ["0", "-2"]),
+    (ChatRLConfig, "--temperature", ["-1", "nan", "inf"]),
+    (ChatRLConfig, "--weight-decay", ["-1", "nan"]),
+    (ChatConfig, "--max-tokens", ["0", "-1"]),
+    (ChatEvalConfig, "--top-k", ["-1"]),
+    (BenchConfig, "--batch-sizes", ["0", "1,-1", "1,x", "1e9", "99999999999"]),
+    (ServeConfig, "--port", ["-1", "65536"]),
+    (ServeConfig, "--timeout", ["0", "-1", "nan", "inf"]),
+    (ServeConfig, "--grace", ["-1", "nan", "inf"]),
+    (TokConfig, "--vocab-size", ["0", "-1", "1e12"]),
+    (PlanConfig, "--price", ["-1", "nan"]),
+    (PlanConfig, "--depth", ["0", "-4"]),
+    (dataset.DownloadConfig, "--num-shards", ["0", "-2"]),
+    (dataset.DownloadConfig, "--num-workers", ["0", "100000"]),
+]
+
+
+@pytest.mark.parametrize("config_type, name, value", [(kind, name, value) for kind, name, values in MEANINGLESS
+                                                      for value in values])
+def test_numbers_that_no_run_can_mean_are_refused(config_type, name, value):
+    with pytest.raises(UsageError) as refused:
+        parse(config_type, name, value)
+    assert name in str(refused.value) and "got" in str(refused.value)
+
+
+@pytest.mark.parametrize("config_type, argv, expected", [
+    (BaseTrainConfig, ["--num-iterations", "-1"], dict(num_iterations=-1)),
+    (BaseTrainConfig, ["--lr-scale", "-1", "--target-flops", "-1"], dict(lr_scale=-1, target_flops=-1)),
+    (BaseTrainConfig, ["--save-every", "0", "--matrix-lr", "0"], dict(save_every=0, matrix_lr=0)),
+    (BaseTrainConfig, ["--seed", "4294967295"], dict(seed=4294967295)),
+    (BaseEvalConfig, ["--max-per-task", "-1"], dict(max_per_task=-1)),
+    (dataset.DownloadConfig, ["-n", "-1"], dict(num_shards=-1)),
+])
+def test_values_at_the_edges_keep_their_meaning(config_type, argv, expected):
+    assert {name: getattr(parse(config_type, *argv), name) for name in expected} == expected
+
+
+@pytest.mark.parametrize("name", [name for name, kind in FLAG_TYPES.items() if hasattr(kind, "model_tag")])
+@pytest.mark.parametrize("tag", [".", "..", "../x", "a/b", "/tmp/x", ".hidden", "-x", "a\nb", "a\\b", "*", "x" * 101, "\udcff"])
+def test_a_model_tag_is_a_name(name, tag):
+    with pytest.raises(UsageError, match="--model-tag.*is not a name"):
+        parse(FLAG_TYPES[name], f"--model-tag={tag}")
+
+
+@pytest.mark.parametrize("tag", ["d20", "d20-test", "lr=0.02", "größer", "v1.2_a+b@c", "7"])
+def test_usual_model_tags_are_taken(tag):
+    assert parse(BaseTrainConfig, "--model-tag", tag).model_tag == tag
+
+
+@pytest.mark.parametrize("config_type, argv, named", [
+    (MidTrainConfig, ["--mixture", "SmallTalk"], "SmallTalk"), (ChatSFTConfig, ["--mixture", "MMLU*0"], "MMLU"),
+    (ChatSFTConfig, ["--mixture", "MMLU*nan"], "MMLU"), (ChatSFTConfig, ["--mixture", "SmolTalk,"], "unknown task ''"),
+    (BaseTrainConfig, ["--run", "a\nb"], "--run"), (SpeedrunConfig, ["--run", "x" * 129], "--run"),
+    (ChatEvalConfig, ["-a", "ARC-Easy|"], "unknown task ''"), (ChatRLConfig, ["--task", "GSM9K"], "GSM9K"),
+    (ChatRLConfig, ["--source", "rl"], "--source"),
+])
+def test_names_are_checked_when_flags_are_read(config_type, argv, named):
+    with pytest.raises(UsageError, match=named):
+        parse(config_type, *argv)
+
+
+@pytest.mark.parametrize("name", [name for name, kind in FLAG_TYPES.items() if issubclass(kind, DeviceFlags)])
+def test_every_script_on_devices_has_device_type(name):
+    assert FLAG_TYPES[name].device_type is None
+    with pytest.raises(UsageError, match="--device-type.*'mps'"):
+        parse(FLAG_TYPES[name], "--device-type", "mps")
+
+
+def test_scripts_that_load_a_model_run_on_devices():
+    assert all(issubclass(kind, DeviceFlags) for kind in FLAG_TYPES.values() if hasattr(kind, "model_tag"))
+
+
+@pytest.mark.parametrize("name", ["temperature", "top_k", "max_tokens"])
+def test_the_server_takes_the_defaults_that_requests_could_name(name):
+    field = next(field for field in dataclasses.fields(ServeConfig) if field.name == name)
+    least, most, _ = field.metadata["range"]
+    for value in (least, most):
+        assert getattr(check(Sampling, {name: value}), name) == value
+    for outside in (least - 1, most + 1):
+        with pytest.raises(BadRequest):
+            check(Sampling, {name: outside})
