@@ -3,12 +3,14 @@
 import contextlib
 import hashlib
 import http.client
+import json
 import logging
 import os
 import shutil
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from nanochat_jax.cli import NotFound
 
@@ -16,6 +18,14 @@ logger = logging.getLogger(__name__)
 
 ATTEMPTS = 3
 TIMEOUT_S = 30.0  # without a byte
+
+
+def parse_json(text: str | bytes, **options: Any) -> Any:
+    """The value of a JSON text, by `json.loads`. Raises ValueError for everything else, deep nesting included."""
+    try:
+        return json.loads(text, **options)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def fsync(path: Path) -> None:

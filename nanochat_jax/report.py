@@ -23,7 +23,7 @@ from typing import Any
 
 from nanochat_jax import cli
 from nanochat_jax.cli import NotFound, UsageError
-from nanochat_jax.files import write_file
+from nanochat_jax.files import parse_json, write_file
 from nanochat_jax.paths import Paths
 from nanochat_jax.report_html import Report, Section, label_of, page, percent
 
@@ -134,7 +134,7 @@ def generate(report_dir: Path, out_dir: Path) -> None:
     started, facts = None, _machine_facts()
     if header.exists():  # else nobody ran `reset`: the start of the run is unknown
         try:
-            noted = json.loads(header.read_text("utf-8"))
+            noted = parse_json(header.read_bytes())
             started, facts = noted["started"], noted["facts"]
         except (ValueError, KeyError, TypeError) as error:
             raise UsageError(f"{header} cannot be read ({error!r}): delete it, and the report knows no start") from error
@@ -200,7 +200,7 @@ def _read_sections(report_dir: Path, strict: bool = True) -> list[Section]:
         if path.stem in RESERVED_SLUGS:
             continue
         try:
-            sections.append(Section(slug=path.stem, **json.loads(path.read_text("utf-8"))))
+            sections.append(Section(slug=path.stem, **parse_json(path.read_bytes())))
         except (ValueError, TypeError) as error:
             if strict:
                 raise UsageError(f"{path} is not a report section ({error}): delete it and rerun its stage") from error

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from nanochat_jax.cli import UsageError
-from nanochat_jax.files import write_file
+from nanochat_jax.files import parse_json, write_file
 from nanochat_jax.metrics import format_seconds
 from nanochat_jax.paths import Paths, remove_directory
 
@@ -114,7 +114,7 @@ class Record:
         if fresh or not path.exists():
             return cls(path, fresh=fresh)
         try:
-            return cls(path, **json.loads(path.read_text("utf-8")))
+            return cls(path, **parse_json(path.read_bytes()))
         except (ValueError, TypeError) as error:
             raise UsageError(f"{path} is not a record of a run ({error}): delete it to start over; what was trained is then "
                              "kept aside") from error

@@ -27,7 +27,7 @@ import numpy as np
 import pyarrow as pa
 
 from nanochat_jax.cli import NotFound, UsageError, one_line
-from nanochat_jax.files import write_file
+from nanochat_jax.files import parse_json, write_file
 
 logger = logging.getLogger(__name__)
 
@@ -137,7 +137,7 @@ class Tokenizer:
             raise NotFound(f"no tokenizer: {error.filename} is missing, run `python -m scripts.tok_train`") from error
         ranks = _parse_ranks(ranks_text, ranks_path)
         try:
-            meta = json.loads(meta_text)
+            meta = parse_json(meta_text)
             names = ("pattern", "special_tokens", "vocab_size", "fingerprint")
             pattern, special_tokens, vocab_size, fingerprint = (meta[name] for name in names)
         except (ValueError, KeyError, TypeError) as error:
