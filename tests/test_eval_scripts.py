@@ -78,7 +78,7 @@ def test_base_eval_runs_core_if_the_bundle_is_on_disk(paths):
     results = section(paths, "base-model-evaluation")["results"]
     assert list(results) == ["core", "yes_no", "next"]
     assert results["core"] == pytest.approx((results["yes_no"] + results["next"]) / 2)
-    table = (paths.base / "base_eval" / "base_model_000005.csv").read_text().splitlines()
+    table = (paths.base / "base_eval" / "base_model_d1_000005.csv").read_text().splitlines()
     assert [line.split(",")[0].strip() for line in table] == ["Task", "yes_no", "next", "CORE"]
 
 

@@ -109,8 +109,8 @@ def test_a_named_mixture(tmp_path, paths):
 @pytest.mark.parametrize("named, message", [
     ("GSM9K", "unknown task 'GSM9K': expected SmolTalk, "), ("GSM8K*", "the weight of 'ChitChat\\*' must be"),
     ("GSM8K*0", "must be a positive"), ("GSM8K*nan", "must be a positive"), ("", "unknown task ''"),
-    ("MMLU,GSM9K", "unknown task 'GSM9K'"), ("MMLU,no.jsonl", "the file does not exist"),  # before MMLU is downloaded
-    ("no.jsonl", "the file does not exist"), ("ChitChat*1e-9", "takes none of the"),
+    ("MMLU,GSM9K", "unknown task 'GSM9K'"), ("MMLU,no.jsonl", "no.jsonl does not exist"),  # before MMLU is downloaded
+    ("no.jsonl", "no.jsonl does not exist"), ("ChitChat*1e-9", "takes none of the"),
 ])  # fmt: skip
 def test_a_mixture_that_cannot_be(tmp_path, no_network, named, message):
     with pytest.raises(UsageError, match=message):
@@ -197,7 +197,7 @@ def test_simple_spelling_form():
     ("", "no conversation"),
     ("[{]", "line 1 is not JSON"),
     ('[{"role": "user", "content": "a"}]', "line 1: expected an array of at least 2"),
-    ('[{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]', "line 1: message 1 needs the role 'as"),
+    ('[{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]', "line 1: message 1: the role should be assistant"),
     ('\n[{"role": "user", "content": "a"}, {"role": "assistant", "content": 3}]', "line 2: message 1"),
 ])  # fmt: skip
 def test_custom_json_names_the_bad_line(tmp_path, content, message):

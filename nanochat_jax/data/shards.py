@@ -121,6 +121,13 @@ def iter_shard(path: Path) -> Iterator[str]:
             yield from (text for text in read_row_group(file, path, row_group).to_pylist() if text is not None)
 
 
+def require_text(paths: Sequence[Path], split: str) -> None:
+    """Raise `UsageError` unless a document of the shards has a character; stops at the first that has."""
+    if not any(text for path in paths for text in iter_shard(path)):
+        held = paths[0] if len(paths) == 1 else paths[0].parent
+        raise UsageError(f"no document for {split} in {held} has any text: make the corpus again")
+
+
 class ShardReader:
     """Row groups of a list of shards by (file, row group), the most recently used ones kept decoded.
 

@@ -5,6 +5,7 @@ Generative tasks go through the engine with all problems in flight, tools includ
 """
 
 import functools
+import hashlib
 import json
 import logging
 import os
@@ -25,7 +26,7 @@ from nanochat_jax.chat import render_for_completion
 from nanochat_jax.cli import UsageError
 from nanochat_jax.config import GPTConfig
 from nanochat_jax.eval.batching import padded_batches
-from nanochat_jax.files import write_file
+from nanochat_jax.files import parse_json, write_file
 from nanochat_jax.gpt import Params, forward, unembed
 from nanochat_jax.infer.engine import Engine
 from nanochat_jax.infer.request import Request, Result
@@ -188,6 +189,22 @@ def chatcore(accuracies: Mapping[str, float], baselines: Mapping[str, float]) ->
             centered = [(accuracies[key] - baselines[key]) / (1.0 - baselines[key]) for key in keys]
             found[name] = sum(centered) / len(centered)
     return found
+
+
+def own_key(key: str, file: Path, directory: Path, *, reserved: bool) -> str:
+    """The key of a question file's results: `key`, unless it is `reserved` or another file's.
+
+    `chat_eval_files.json` in `directory` records which file has which key.
+    """
+    record, path = directory / "chat_eval_files.json", str(file.resolve())
+    try:
+        known = dict(parse_json(record.read_bytes())) if record.exists() else {}
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"{record} is damaged ({error}): delete it") from error
+    if reserved or known.get(key, path) != path:
+        key = f"{key}_{hashlib.sha256(path.encode()).hexdigest()[:8]}"
+    write_file(record, json.dumps(known | {key: path}, indent=1) + "\n")
+    return key
 
 
 def write_problems(path: Path, problems: Sequence[Problem]) -> None:
