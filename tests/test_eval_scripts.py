@@ -96,6 +96,20 @@ def test_chat_eval_writes_problems_and_results(paths):
     assert [json.loads(line)["index"] for line in lines] == [0, 1, 2]
 
 
+def test_chat_eval_of_a_file_keeps_the_results_of_tasks(paths, tmp_path):
+    options = dict(source="sft", max_problems=2, max_new_tokens=4, batch_size=2, mesh="1x1")
+    chat_eval(ChatEvalConfig(task_name="Arithmetic", **options))
+    before = (paths.checkpoints("sft") / "d1" / "chat_eval_arithmetic.jsonl").read_bytes()
+    (tmp_path / "arithmetic.jsonl").write_text(json.dumps([user("1+1?"), assistant("two")]))
+    chat_eval(ChatEvalConfig(task_file=str(tmp_path / "arithmetic.jsonl"), **options))
+    logged = section(paths, "chat-evaluation-sft")
+    first, second = logged["results"]
+    assert first == "arithmetic" and second.startswith("arithmetic_") and logged["model"] == "d1, step 5"
+    assert "Results of earlier evaluations, with settings of their own: arithmetic" in logged["items"]
+    assert (paths.checkpoints("sft") / "d1" / "chat_eval_arithmetic.jsonl").read_bytes() == before
+    assert (paths.checkpoints("sft") / "d1" / f"chat_eval_{second}.jsonl").exists()
+
+
 def test_chat_eval_fails_on_a_task_that_cannot_be_loaded(paths):
     with pytest.raises(UsageError, match="Arithmatic"):
         chat_eval(ChatEvalConfig(source="sft", task_name="Arithmetic|Arithmatic", max_problems=1))
