@@ -48,7 +48,7 @@ class CustomJSON(Task):
             try:
                 conversation = _conversation(value)
                 if judged and "letters" not in conversation:
-                    _check_reference(_reference(conversation))
+                    _check_reference(conversation["messages"][-1]["content"])
             except ValueError as error:
                 raise UsageError(f"{self.path} {place}: {error}") from error
             found.append((text, conversation))
@@ -113,9 +113,10 @@ def _reference(conversation: Conversation) -> str:
     return text_of(conversation["messages"][-1]["content"])
 
 
-def _check_reference(reference: str) -> None:
+def _check_reference(content: Any) -> None:
     """Raise ValueError for a reference by which no reply can be judged."""
-    if not reference.strip():
+    reference = text_of(content)
+    if not reference.strip() and not isinstance(content, str):  # "" is a reply that says nothing
         raise ValueError("the last message has no text to judge replies by")
     if has_answer(reference) and last_answer(reference) is None:
         answer = reference[reference.rindex("####") :]
