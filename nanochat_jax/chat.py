@@ -28,7 +28,7 @@ def render_conversation(tokenizer: Tokenizer, conversation: Conversation, max_to
     Raises ValueError, with the index of the message, if roles or contents are not as described above.
     """
     ids, mask = [tokenizer.bos_id], [0]
-    for role, content in _turns(conversation):
+    for role, content in turns_of(conversation["messages"]):
         more_ids, more_mask = render_message(tokenizer, role, content)
         ids += more_ids
         mask += more_mask
@@ -61,11 +61,18 @@ def render_for_completion(tokenizer: Tokenizer, conversation: Conversation, max_
     return [*ids, tokenizer.encode_special("<|assistant_start|>")]
 
 
-def _turns(conversation: Conversation) -> list[tuple[str, Any]]:
-    """(role, content) of each turn, checked, with the system message merged into the user's first."""
-    messages = conversation["messages"]
+def turns_of(messages: Any) -> list[tuple[str, Any]]:
+    """(role, content) of each turn, checked, with the system message merged into the user's first.
+
+    Raises ValueError, with the index of the message, for any value that is not a list of messages as described above.
+    """
+    if not isinstance(messages, (list, tuple)):
+        raise ValueError(f"messages must be an array, got {type(messages).__name__}")
     if not messages:
         raise ValueError("message 0: a conversation needs at least one message")
+    for index, message in enumerate(messages):
+        if not isinstance(message, Mapping) or "role" not in message or "content" not in message:
+            raise ValueError(f"message {index} needs a role and a content")
     prefix, first = "", 0
     if messages[0]["role"] == "system":
         if len(messages) < 2 or messages[1]["role"] != "user":
@@ -78,16 +85,23 @@ def _turns(conversation: Conversation) -> list[tuple[str, Any]]:
         role, content = message["role"], message["content"]
         expected = ("user", "assistant")[(index - first) % 2]
         if role != expected:
-            raise ValueError(f"message {index}: the role should be {expected}, not {role!r}")
+            raise ValueError(f"message {index}: the role should be {expected}, not {str(role)[:40]!r}")
         if role == "user" and not isinstance(content, str):
             raise ValueError(f"message {index}: a user's content is a string, got {type(content).__name__}")
         if role == "assistant" and not isinstance(content, (str, list, tuple)):
             raise ValueError(f"message {index}: content is a string or a list of parts, got {type(content).__name__}")
         for part in () if isinstance(content, str) else content:
-            if part.get("type") not in PARTS or not isinstance(part.get("text"), str):
-                raise ValueError(f"message {index}: a part is a text of type {', '.join(PARTS)}, got {part!r}")
+            if not (isinstance(part, Mapping) and str(part.get("type")) in PARTS and isinstance(part.get("text"), str)):
+                raise ValueError(f"message {index}: a part is a text of type {', '.join(PARTS)}")
         turns.append((role, prefix + content if index == first else content))
     return turns
+
+
+def text_of(content: str | Sequence[Mapping[str, str]]) -> str:
+    """The text of an assistant's message as its reader sees it: without calls of the calculator and their results."""
+    if isinstance(content, str):
+        return content
+    return "".join(part["text"] for part in content if part["type"] == "text")
 
 
 def visualize_tokenization(

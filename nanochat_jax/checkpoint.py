@@ -41,7 +41,6 @@ from nanochat_jax.paths import (
     foreign_checkpoints,
     how_to_get,
     refuse_foreign,
-    remove_directory,
     rename_directory,
     saved_steps,
 )

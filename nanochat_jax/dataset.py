@@ -15,6 +15,7 @@ import contextlib
 import functools
 import hashlib
 import logging
+import os
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -30,7 +31,7 @@ from nanochat_jax.data.convert import FORMATS, describe, file_format, read_docum
 from nanochat_jax.data.hub import clean_up, fetch, first_line
 from nanochat_jax.data.hub_dataset import find_files
 from nanochat_jax.data.needs import summary
-from nanochat_jax.data.shards import open_shard
+from nanochat_jax.data.shards import open_shard, read_manifest
 from nanochat_jax.files import make_directory
 from nanochat_jax.metrics import Display
 from nanochat_jax.paths import DATA_DIRS, Paths
@@ -194,22 +195,60 @@ class LocalConfig(CorpusConfig):
 
 
 def local_main(config: LocalConfig) -> int:
-    paths = list(_expand(config.files))
-    source = {"files": [{"name": str(path.absolute()), "sha256": _sha256(path)} for path in paths],
-              "text_field": config.text_field, "cut_chars": config.cut_chars}
-    documents = (document for path in paths for document in read_documents(path, config.text_field, config.cut_chars))
-    return _write(Paths.from_env().data("custom"), source, config, documents)
+    directory = Paths.from_env().data("custom")
+    settings = {"text_field": config.text_field, "cut_chars": config.cut_chars}
+    files = {path: {"name": str(path.resolve()), "sha256": _sha256(path)} for path in _once(_expand(config.files))}
+    source = {"files": list(files.values()), **settings}
+    if config.append:
+        before = [entry["source"] for entry in read_manifest(directory).get("sources", ())]
+        held = [file for each in before if "dataset" not in each and settings.items() <= each.items()
+                for file in each["files"]]
+        for path in [path for path, file in files.items() if file in held]:
+            logger.warning("%s is left out: it is in %s already", path, directory)
+            del files[path]
+        if not files:
+            print(f"{describe(source)} is in {directory} already")
+            return 0
+        source["files"] = list(files.values())
+    documents = (document for path in files for document in read_documents(path, config.text_field, config.cut_chars))
+    return _write(directory, source, config, documents)
 
 
 def _expand(names: Sequence[str]) -> Iterator[Path]:
+    """The files that are named, and those of known kinds in directories that are named; logs what is left out of these."""
     for path in map(Path, names):
         if not path.is_dir():
             yield path
             continue
-        inside = [file for file in sorted(path.rglob("*")) if file.is_file() and file_format(file.name)]
+        inside, left_out = list[Path](), list[str]()
+        for folder, folders, files in os.walk(path, onerror=_raise):
+            linked = [name for name in folders if Path(folder, name).is_symlink()]
+            hidden = [name for name in (*folders, *files) if name.startswith(".")]
+            folders[:] = sorted({*folders} - {*linked, *hidden})
+            known = [name for name in sorted({*files} - {*hidden}) if file_format(name) and Path(folder, name).is_file()]
+            inside += [Path(folder, name) for name in known]
+            left_out += [str(Path(folder, name)) for name in sorted({*files, *linked, *hidden} - {*known})]
+        if left_out:
+            logger.warning("%s: %d entries are left out, as they are hidden, linked directories or files of another kind: "
+                           "%s", path, len(left_out), ", ".join(left_out[:5]) + ", ..." * (len(left_out) > 5))
         if not inside:
             raise UsageError(f"{path} holds no file of a known kind ({', '.join(FORMATS)})")
-        yield from inside
+        yield from sorted(inside)
+
+
+def _raise(error: OSError) -> NoReturn:
+    raise error
+
+
+def _once(paths: Iterable[Path]) -> Iterator[Path]:
+    """Each file once, however often and by whichever name it is given; logs which are left out."""
+    seen: dict[Any, Path] = {}
+    for path in paths:
+        status = path.stat() if path.exists() else None  # of a link's target
+        if (other := seen.setdefault(status and (status.st_dev, status.st_ino), path)) is not path and status:
+            logger.warning("%s is the file %s again: read once", path, other)
+        else:
+            yield path
 
 
 def _sha256(path: Path) -> str:

@@ -5,6 +5,7 @@ import fcntl
 import hashlib
 import http.client
 import itertools
+import json
 import logging
 import os
 import shutil
@@ -14,6 +15,7 @@ import tempfile
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 from nanochat_jax.cli import NotFound, UsageError, naming
 
@@ -23,6 +25,14 @@ ATTEMPTS = 3
 TIMEOUT_S = 30.0  # without a byte
 LOCK = ".lock"  # file in a directory that one run at a time writes to
 PARTIAL, COMPLETE = ".partial", ".complete"  # directories of `new_directory`
+
+
+def parse_json(text: str | bytes, **options: Any) -> Any:
+    """The value of a JSON text, by `json.loads`. Raises ValueError for everything else, deep nesting included."""
+    try:
+        return json.loads(text, **options)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
 
 
 def fsync(path: Path) -> None:

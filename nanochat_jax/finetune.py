@@ -157,10 +157,14 @@ def _finetune(config: FinetuneConfig, stage: Stage, paths: Paths, named: Task | 
     index, count = data_share(mesh)
     batches = ConversationLoader(mixture, tokenizer, batch_size=shape.rows, process_index=index, process_count=count, **common)
     validation = ConversationLoader(stage.mixture(meta["data"], "val", paths), tokenizer, batch_size=shape.micro_rows,
-                                    **common)
-    num_steps = config.num_iterations if config.num_iterations > 0 else max(1, batches.count_batches(stage.num_epochs))
-    wanted = stage.eval_steps or config.eval_tokens // (shape.micro_rows * length)
-    eval_steps = max(1, min(wanted, validation.count_batches(1)))
+                                    name="validation", **common)
+    if config.num_iterations > 0:
+        num_steps = config.num_iterations
+        batches.count_batches(at_most=num_steps)  # logs what is cut and skipped
+    else:
+        num_steps = max(1, batches.count_batches(stage.num_epochs))
+    wanted = max(1, stage.eval_steps or config.eval_tokens // (shape.micro_rows * length))
+    eval_steps = max(1, validation.count_batches(at_most=wanted))
     optimizer = optimizer_for(num_steps)
     if config.load_optimizer:
         state = state._replace(optimizer=warm_optimizer(loaded, optimizer, state.params, shardings.params, mesh))

@@ -7,6 +7,7 @@ Stages call `log_section` from process 0. A section is two files in the report d
 `<slug>.json` for `generate`, which never reads numbers back out of prose.
 """
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -16,14 +17,14 @@ import os
 import platform
 import re
 import subprocess
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from datetime import datetime
 from pathlib import Path
 from typing import Any, NoReturn
 
 from nanochat_jax import cli
 from nanochat_jax.cli import NoFlags, NotFound, UsageError
-from nanochat_jax.files import keep_old, make_directory, write_file
+from nanochat_jax.files import keep_old, locked, make_directory, parse_json, write_file
 from nanochat_jax.paths import Paths
 from nanochat_jax.report_html import Report, Section, label_of, page, percent
 
@@ -62,7 +63,8 @@ def slug_of(section: str) -> str:
 
 
 def log_section(report_dir: Path, section: str, items: Sequence[str | Mapping[str, Any] | None], *, stage: str,
-                results: Mapping[str, float | int | str] | None = None, curves: Path | None = None) -> None:
+                results: Mapping[str, float | int | str] | None = None, curves: Path | None = None,
+                model: str | None = None) -> None:
     """Write one section of the report; a later call with the same name replaces it. Call it from process 0 only.
 
     Args:
@@ -73,6 +75,7 @@ def log_section(report_dir: Path, section: str, items: Sequence[str | Mapping[st
         of the chat evaluations, and the losses "train_bpb", "val_bpb" and "val_loss" of the other stages. A "device" is
         shown in the header. Not-a-number and infinities are stored as strings.
       curves: the stage's metrics.jsonl, drawn in report.html.
+      model: what was evaluated; see `earlier_evaluation`.
 
     Raises:
       ValueError: the name has no letters or digits, or is one of `RESERVED_SLUGS`.
@@ -91,9 +94,29 @@ def log_section(report_dir: Path, section: str, items: Sequence[str | Mapping[st
             lines.append(item.rstrip("\n"))
         lines.append("")
     entry = {"section": section, "stage": stage, "timestamp": timestamp, "results": dict(results or {}),
-             "curves": str(Path(curves).absolute()) if curves else None, "items": kept}
+             "curves": str(Path(curves).absolute()) if curves else None, "items": kept,
+             "model": model}
     write_file(report_dir / f"{slug}.md", "\n".join(lines).rstrip("\n") + "\n")
     write_file(report_dir / f"{slug}.json", _to_json(entry))
+
+
+@contextlib.contextmanager
+def earlier_evaluation(report_dir: Path, section: str, model: str) -> Iterator[Section | None]:
+    """The section that an earlier evaluation of `model` logged, for the block to log it again with more results.
+
+    A section of another model first moves to a name of its own, so no evaluation removes another's results. Evaluations
+    that run at the same time enter the block one after the other.
+    """
+    path, own = (report_dir / f"{slug_of(name)}.json" for name in (section, f"{section} {model}"))
+    with locked(report_dir):
+        found = _read_section(path) if path.exists() else None
+        if found is not None and found.model not in (None, model):
+            log_section(report_dir, f"{section} {found.model}", found.items, stage=f"{found.stage} {found.model}",
+                        results=found.results, model=found.model)
+            found = _read_section(own) if own.exists() else None
+        yield found
+        for file in (own, own.with_suffix(".md")):
+            file.unlink(missing_ok=True)
 
 
 def format_value(value: Any) -> str:
@@ -139,7 +162,7 @@ def generate(report_dir: Path, out_dir: Path) -> None:
     started, facts = None, _machine_facts()
     if header.exists():  # else nobody ran `reset`: the start of the run is unknown
         try:
-            noted = json.loads(header.read_text("utf-8"))
+            noted = parse_json(header.read_bytes())
             started, facts = noted["started"], noted["facts"]
         except (ValueError, KeyError, TypeError) as error:
             raise UsageError(f"{header} cannot be read ({error!r}): delete it, and the report knows no start") from error
@@ -221,12 +244,22 @@ def _read_sections(report_dir: Path, strict: bool = True) -> list[Section]:
         if path.stem in RESERVED_SLUGS:
             continue
         try:
-            sections.append(Section(slug=path.stem, **json.loads(path.read_text("utf-8"))))
-        except (ValueError, TypeError) as error:
+            sections.append(_read_section(path))
+        except UsageError:
             if strict:
-                raise UsageError(f"{path} is not a report section ({error}): delete it and rerun its stage") from error
+                raise
     known = {slug: place for place, slug in enumerate(SECTION_ORDER)}
     return sorted(sections, key=lambda section: (known.get(section.slug, len(known)), section.slug))
+
+
+def _read_section(path: Path) -> Section:
+    try:
+        section = Section(slug=path.stem, **parse_json(path.read_bytes()))
+        if not (isinstance(section.results, dict) and isinstance(section.items, list)):
+            raise TypeError("its results are not an object, or its items no array")
+        return section
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"{path} is not a report section ({error}): delete it and rerun its stage") from error
 
 
 def _wall_clock(started: str | None, sections: Sequence[Section]) -> str:

@@ -93,6 +93,7 @@ class Section:
     items: list[Any] = field(default_factory=list)
     results: dict[str, Any] = field(default_factory=dict)
     curves: str | None = None  # path of a metrics.jsonl
+    model: str | None = None  # what was evaluated
 
 
 @dataclass(frozen=True, kw_only=True)

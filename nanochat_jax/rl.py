@@ -7,7 +7,8 @@ clipping; the samples are always on-policy. A prompt whose replies are all right
 """
 
 import functools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+import logging
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -21,7 +22,7 @@ from jax.sharding import Mesh
 from nanochat_jax.chat import render_for_completion
 from nanochat_jax.config import GPTConfig
 from nanochat_jax.eval.batching import bucket
-from nanochat_jax.eval.chat import Sampling
+from nanochat_jax.eval.chat import MAX_PROMPT_TOKENS, Sampling
 from nanochat_jax.gpt import Params, forward
 from nanochat_jax.infer.engine import Engine
 from nanochat_jax.infer.request import Request
@@ -31,6 +32,10 @@ from nanochat_jax.sharding import replicated
 from nanochat_jax.step import TrainState
 from nanochat_jax.tasks.base import Conversation, Task
 from nanochat_jax.tokenizer import Tokenizer
+
+log = logging.getLogger(__name__)
+
+FLAT_STEPS = 3  # without a difference of rewards to learn from, until the first warning
 
 
 @dataclass(frozen=True)
@@ -48,12 +53,16 @@ def sample_rollouts(engine: Engine, tokenizer: Tokenizer, task: Task, conversati
                     sampling: Sampling) -> list[list[Rollout]]:
     """`num_samples` judged replies to each conversation, all in flight together; the seed names the random streams."""
 
-    def prompt_of(conversation: Conversation) -> tuple[int, ...]:
-        """Cut as the engine cuts it, for the same tokens are trained on."""
-        tokens = tuple(render_for_completion(tokenizer, conversation))
-        return engine.generation(Request(tokens, max_tokens=sampling.max_new_tokens, truncate=True)).prompt
+    def cut(tokens: list[int]) -> tuple[int, ...]:
+        """As the engine cuts it, for the same tokens are trained on."""
+        return engine.generation(Request(tuple(tokens), max_tokens=sampling.max_new_tokens, truncate=True)).prompt
 
-    prompts = [prompt for prompt in map(prompt_of, conversations) for _ in range(sampling.num_samples)]
+    rendered = [render_for_completion(tokenizer, each, MAX_PROMPT_TOKENS) for each in conversations]
+    fitting = list(map(cut, rendered))
+    if count := sum(len(short) < len(tokens) for short, tokens in zip(fitting, rendered, strict=True)):
+        log.warning("%d of %d prompts are too long for the context of %d tokens: the beginning of each is cut off", count,
+                    len(fitting), engine.max_len)
+    prompts = [prompt for prompt in fitting for _ in range(sampling.num_samples)]
     streams = np.random.SeedSequence(sampling.seed).generate_state(len(prompts))
     results = engine.generate([
         Request(prompt, max_tokens=sampling.max_new_tokens, temperature=sampling.temperature, top_k=sampling.top_k,
@@ -62,7 +71,7 @@ def sample_rollouts(engine: Engine, tokenizer: Tokenizer, task: Task, conversati
     ])
     rollouts = []
     for i, (prompt, result) in enumerate(zip(prompts, results, strict=True)):
-        reward = float(task.evaluate(conversations[i // sampling.num_samples], tokenizer.decode(result.tokens)))
+        reward = float(task.evaluate(conversations[i // sampling.num_samples], result.text))
         log_prob = sum(each for each, sampled in zip(result.logprobs or (), result.sampled, strict=True) if sampled)
         rollouts.append(Rollout([*prompt, *result.tokens], [False] * len(prompt) + list(result.sampled), reward, log_prob))
     return [rollouts[i : i + sampling.num_samples] for i in range(0, len(rollouts), sampling.num_samples)]
@@ -179,6 +188,25 @@ def statistics(groups: Sequence[Sequence[Rollout]]) -> dict[str, float]:
         "sequence_length": float(np.mean(lengths)), "sequence_length_max": max(lengths),
         "sampled_tokens": float(np.mean(sampled)), "entropy": -log_prob / max(1, sum(sampled)),
     }
+
+
+class RewardWatch:
+    """Warns when the replies to each prompt have equal rewards for several steps in a row: after 3, 6, 12, ... steps."""
+
+    def __init__(self) -> None:
+        self._flat, self._due = 0, FLAT_STEPS
+
+    def step(self, figures: Mapping[str, float]) -> None:
+        """Take the `statistics` of the next step."""
+        if figures["mixed"]:
+            self._flat, self._due = 0, FLAT_STEPS
+            return
+        self._flat += 1
+        if self._flat == self._due:
+            self._due *= 2
+            log.warning("all replies to each prompt had the same reward in the last %d steps (mean %.2f), so nothing was "
+                        "learned: check the references of the task, raise --num-samples, or choose easier or harder problems",
+                        self._flat, figures["reward"])
 
 
 def pass_at_k(rewards: np.ndarray) -> np.ndarray:

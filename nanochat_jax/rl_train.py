@@ -25,6 +25,7 @@ from nanochat_jax.kernels import LANES, choose_attention
 from nanochat_jax.optim import constant, trapezoid
 from nanochat_jax.paths import Paths
 from nanochat_jax.rl import (
+    RewardWatch,
     Rollout,
     make_policy_step,
     pass_at_k,
@@ -159,7 +160,7 @@ def _reinforce(config: ChatRLConfig, paths: Paths, named: tuple[str, Task, Task]
     unit = LANES if mesh.devices.flat[0].platform == "tpu" else 32  # what rows are padded to: Splash wants whole lanes
     # A kernel that cannot run is refused before anything is deleted or sampled.
     choose_attention(config.attention, mesh=mesh, dtype=dtype, length=unit, head_dim=model.head_dim)
-    sampler = Sampler(config, loaded, dtype, mesh)
+    sampler, watch = Sampler(config, loaded, dtype, mesh), RewardWatch()
     micro_rows = config.device_batch_size * data_size(mesh)
     log.info("chat_rl: %s, %d problems, %d steps of %d x %d replies, mesh %s, %s", name, len(task), num_steps,
              config.examples_per_step, config.num_samples, "x".join(map(str, mesh.shape.values())), dtype)
@@ -174,7 +175,9 @@ def _reinforce(config: ChatRLConfig, paths: Paths, named: tuple[str, Task, Task]
         (groups, rollout_seconds), began = sampled, time.monotonic()
         batches = policy_batches(groups, pass_rows=config.device_batch_size, micro_rows=micro_rows, unit=unit)
         state, metrics = step_fn(state, (jax.tree.map(partial(spread_rows, mesh), batch) for batch in batches))
-        figures = statistics(groups) | {key: float(value) for key, value in metrics.items()}  # waits for the device
+        figures = statistics(groups)
+        watch.step(figures)
+        figures |= {key: float(value) for key, value in metrics.items()}  # waits for the device
         return state, figures | {"rollout_seconds": rollout_seconds, "train_seconds": time.monotonic() - began}
 
     job = Job(

@@ -22,7 +22,7 @@ from typing import Any
 import jax
 
 from nanochat_jax.cli import UsageError
-from nanochat_jax.files import LOCK, keep_old, lock_file, set_aside, write_file
+from nanochat_jax.files import LOCK, keep_old, lock_file, parse_json, set_aside, write_file
 from nanochat_jax.metrics import format_seconds, peak_flops
 from nanochat_jax.paths import Paths, delete_steps, refuse_foreign
 from nanochat_jax.startup import find_devices
@@ -124,7 +124,7 @@ class Record:
         if not path.exists():
             return cls(path, fresh=fresh)
         try:
-            record = cls(path, **json.loads(path.read_text("utf-8")))
+            record = cls(path, **parse_json(path.read_bytes()))
             return cls(path, fresh=True) if fresh else record
         except (ValueError, TypeError) as error:
             if fresh:

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 import numpy as np
 
 from nanochat_jax.cli import NotFound, UsageError, one_line
-from nanochat_jax.files import write_file
+from nanochat_jax.files import parse_json, write_file
 
 if TYPE_CHECKING:  # generation needs names of special tokens from here, and no Arrow
     import pyarrow as pa
@@ -139,7 +139,7 @@ class Tokenizer:
             raise NotFound(f"no tokenizer: {error.filename} is missing, run `python -m scripts.tok_train`") from error
         ranks = _parse_ranks(ranks_text, ranks_path)
         try:
-            meta = json.loads(meta_text)
+            meta = parse_json(meta_text)
             names = ("pattern", "special_tokens", "vocab_size", "fingerprint")
             pattern, special_tokens, vocab_size, fingerprint = (meta[name] for name in names)
         except (ValueError, KeyError, TypeError) as error:

@@ -85,7 +85,7 @@ def evaluate_ours(config: BaseEvalConfig, paths: Paths) -> tuple[str, dict[str, 
     if "core" in kinds:
         scorer = Scorer(config=loaded.config, params=loaded.params, num_rows=rows_for(config.device_batch_size),
                         mesh=mesh, compute_dtype=dtype)
-        results |= core_metric(scorer, loaded.tokenizer, config, paths, f"base_model_{loaded.step:06d}")
+        results |= core_metric(scorer, loaded.tokenizer, config, paths, f"base_model_{loaded.tag}_{loaded.step:06d}")
     if "bpb" in kinds:
         results |= corpus_bits_per_byte(loaded, paths, device_batch_size=config.device_batch_size,
                                         split_tokens=config.split_tokens, mesh=mesh, dtype=dtype)
@@ -118,8 +118,14 @@ def main(config: BaseEvalConfig) -> None:
     make_directory(paths.report)
     name, results, items = evaluate_hf(config.hf_path, config, paths) if config.hf_path else evaluate_ours(config, paths)
     if jax.process_index() == 0:
-        report.log_section(paths.report, "Base model evaluation",
-                           [f"Model: {name}", dataclasses.asdict(config), results, *items], stage="base_eval", results=results)
+        section = "Base model evaluation"
+        with report.earlier_evaluation(paths.report, section, name) as earlier:
+            if earlier:
+                results = earlier.results | results
+                items = items or [item for item in earlier.items
+                                  if isinstance(item, dict) and any("sample " in key for key in item)]
+            report.log_section(paths.report, section, [f"Model: {name}", dataclasses.asdict(config), results, *items],
+                               stage="base_eval", results=results, model=name)
 
 
 if __name__ == "__main__":

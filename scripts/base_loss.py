@@ -37,8 +37,10 @@ def main(config: BaseLossConfig) -> None:
                                    split_tokens=config.split_tokens, mesh=mesh, dtype=dtype)
     samples = sample_items(greedy_samples(loaded, dtype=dtype, mesh=mesh))
     if jax.process_index() == 0:
-        report.log_section(paths.report, "Base model loss", [dataclasses.asdict(config), results, *samples],
-                           stage="base_loss", results=results)
+        section, model = "Base model loss", f"{loaded.tag}, step {loaded.step}"
+        with report.earlier_evaluation(paths.report, section, model):
+            report.log_section(paths.report, section, [dataclasses.asdict(config), results, *samples],
+                               stage="base_loss", results=results, model=model)
 
 
 if __name__ == "__main__":

@@ -15,13 +15,13 @@ import jax
 from nanochat_jax import cli, report
 from nanochat_jax.checkpoint import load_model
 from nanochat_jax.cli import flag
-from nanochat_jax.eval.chat import Generator, Sampling, accuracy, chatcore, evaluate_task, write_problems
+from nanochat_jax.eval.chat import Generator, Sampling, accuracy, chatcore, evaluate_task, own_key, write_problems
 from nanochat_jax.files import make_directory
 from nanochat_jax.paths import CHECKPOINT_DIRS, Paths
 from nanochat_jax.sharding import data_size, make_mesh
 from nanochat_jax.startup import ModelFlags, Processes, start
 from nanochat_jax.step import resolve_dtype
-from nanochat_jax.tasks import eval_tasks_for, load_eval_task, task_names
+from nanochat_jax.tasks import eval_tasks_for, is_reserved, load_eval_task, task_names
 from nanochat_jax.tasks.base import Task
 from nanochat_jax.tasks.custom_json import CustomJSON
 
@@ -69,22 +69,36 @@ def main(config: ChatEvalConfig) -> None:
                           compute_dtype=dtype, mesh=mesh)
     sampling = Sampling(num_samples=config.num_samples, max_new_tokens=config.max_new_tokens,
                         temperature=config.temperature, top_k=config.top_k)
+    directory = paths.logs(config.source) / loaded.tag
+    if config.task_file and jax.process_index() == 0:
+        key = tasks[0].key
+        tasks[0].key = own_key(key, Path(config.task_file), directory, reserved=is_reserved(key))
     results: dict[str, float] = {}
     for task in tasks:
         problems = evaluate_task(task, generator, sampling)
         results[task.key] = accuracy(problems)
         if jax.process_index() == 0:
-            directory = paths.logs(config.source) / loaded.tag
             write_problems(directory / f"chat_eval_{task.key}.jsonl", problems)
     results |= chatcore(results, {task.key: task.baseline for task in tasks})
     for name, value in results.items():
         log.info("%-20s %6.2f%%", name, 100 * value)
     if jax.process_index() == 0:
+        log_results(config, paths, f"{loaded.tag}, step {loaded.step}", results)
+
+
+def log_results(config: ChatEvalConfig, paths: Paths, model: str, results: dict[str, float]) -> None:
+    """Write the section of the report, with the results of earlier evaluations of the model."""
+    section = f"Chat evaluation {config.source}"
+    with report.earlier_evaluation(paths.report, section, model) as earlier:
+        before = earlier.results if earlier else {}
+        kept = [name for name in before if name not in results]
+        merged = before | results
+        note = f"Results of earlier evaluations, with settings of their own: {', '.join(kept)}" if kept else None
         report.log_section(
-            paths.report, f"Chat evaluation {config.source}",
-            [f"Model: {loaded.tag}, step {loaded.step}", dataclasses.asdict(config),
-             {name: f"{value:.2%}" for name, value in results.items()}],
-            stage=f"chat_eval_{config.source}", results=results,
+            paths.report, section,
+            [f"Model: {model}", dataclasses.asdict(config),
+             {name: f"{value:.2%}" for name, value in merged.items()}, note],
+            stage=f"chat_eval_{config.source}", results=merged, model=model,
         )
 
 

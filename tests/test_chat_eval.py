@@ -106,14 +106,16 @@ class Product(Task):
         return {"messages": [user("#" * (1 + 70 * index)), assistant("42")], "index": index}
 
     def evaluate(self, conversation, completion):
-        return completion == "<|python_start|>6*7<|python_end|><|output_start|>42<|output_end|>=ok"
+        return completion == "=ok"
 
 
-def test_replies_are_judged_with_their_tool_calls_and_long_prompts_are_not_cut():
+def test_replies_are_judged_by_their_text_alone_and_long_prompts_are_not_cut():
     params = chain_params((ASSISTANT_START, PYTHON, "6*7", PYTHON_END), (OUTPUT_END, "=ok", END))
     generator = Generator(config=CHAIN, params=params, tokenizer=TOKENIZER, num_slots=3)
     problems = chat.evaluate_generative(Product(), generator, Sampling(max_new_tokens=20))
     assert [problem.passed for problem in problems] == [True] * 5  # prompts up to three times the model's length
+    called = "<|python_start|>6*7<|python_end|><|output_start|>42<|output_end|>=ok"
+    assert {problem.completions for problem in problems} == {(called,)}
     problems = chat.evaluate_generative(Product().view(stop=2), generator, Sampling(max_new_tokens=9))
     cut = "<|python_start|>6*7<|python_end|><|output_start|>42<|output_end|>"
     assert [problem.completions for problem in problems] == [(cut,)] * 2
@@ -173,6 +175,21 @@ def test_problems_are_written_a_line_each(tmp_path, params):
     assert lines[0] == {"index": 0, "question": "0?", "completions": list(problems[0].completions),
                         "passed": problems[0].passed}
     assert [p.name for p in path.parent.iterdir()] == ["problems.jsonl"]
+
+
+def test_a_question_file_takes_no_name_that_is_another_tasks_or_files(tmp_path):
+    quiz, other = tmp_path / "quiz.jsonl", tmp_path / "more" / "quiz.jsonl"
+
+    def key(file, reserved=False):
+        return chat.own_key("quiz", file, tmp_path / "logs", reserved=reserved)
+
+    assert key(quiz) == key(quiz.parent / "more" / ".." / "quiz.jsonl") == "quiz"
+    second = key(other)
+    assert second.startswith("quiz_") and key(other) == second and key(quiz) == "quiz"
+    assert key(tmp_path / "gsm8k.jsonl", reserved=True).startswith("quiz_")
+    (tmp_path / "logs" / "chat_eval_files.json").write_text("[" * 100_000)
+    with pytest.raises(UsageError, match="chat_eval_files.json is damaged"):
+        key(quiz)
 
 
 def test_accuracy_on_arc_is_upstreams(test_data, tmp_path):

@@ -75,6 +75,9 @@ def test_text_is_cut_where_a_paragraph_ends():
     ("a.json", b'[{"text": "a"}]', r"a\.json line 1 is a JSON list: expected one object"),
     ("a.jsonl", b'{"content": "a", "id": 1}', r"a\.jsonl has no key 'text', only content, id: name the text with"),
     ("a.jsonl", b'{"text": "a"}\n{"text": 3}', r"'text' in .*a\.jsonl line 2 is int, expected a string"),
+    ("a.jsonl", b'{"text": "a"}\n' + b"[" * 100_000, r"a\.jsonl line 2 is not JSON \(it is nested too deeply\)"),
+    ("a.jsonl", b'{"text": "a", "n": ' + b"1" * 5000 + b"}", r"a\.jsonl line 1 is not JSON \(Exceeds the limit"),
+    ("a.csv", b"text,text\n1,a", r"a\.csv has 2 columns 'text'"),
     ("a.csv", b"id,content\n1,a", r"a\.csv has no column 'text', only id, content"),
     ("a.csv", b'text\n"open', r"a\.csv line [12] is not CSV"),
     ("a.txt", b"caf\xe9", r"a\.txt is not UTF-8 text"),
@@ -94,6 +97,10 @@ def test_parquet_without_the_column_or_with_another_type_is_named(tmp_path):
         list(read_documents(tmp_path / "a.parquet", "text", 0))
     with pytest.raises(UsageError, match=r"column 'n' of .*a\.parquet holds int64, expected string"):
         list(read_documents(tmp_path / "a.parquet", "n", 0))
+    twice = pa.table([["a"], ["b"]], names=["text", "text"])
+    pq.write_table(twice, tmp_path / "a.parquet")
+    with pytest.raises(UsageError, match=r"a\.parquet has 2 columns 'text': rename"):
+        list(read_documents(tmp_path / "a.parquet", "text", 0))
     with pytest.raises(NotFound, match=r"b\.parquet does not exist"):
         list(read_documents(tmp_path / "b.parquet", "text", 0))
 
@@ -289,6 +296,42 @@ def test_local_files_and_directories(tmp_path, command):
     assert code == 2 and "--append adds to it" in err
     code, out, _ = command("info")
     assert code == 0 and "custom, in" in out and "51 documents" in out and "base_train: too small a corpus" in out
+
+
+def test_what_is_left_out_of_directories_and_given_twice_is_logged(tmp_path, command):
+    folder = tmp_path / "texts"
+    (folder / ".venv").mkdir(parents=True)
+    (folder / "a.txt").write_text("one two " * 30)
+    for name in (".venv/licence.txt", ".hidden.txt", "b.pdf"):
+        (folder / name).write_text("not this " * 30)
+    (folder / "linked").symlink_to(tmp_path)
+    (tmp_path / "same.txt").hardlink_to(folder / "a.txt")
+    (tmp_path / "link.txt").symlink_to(folder / "a.txt")
+    code, _, err = command("local", "--cut-chars", "50", folder, tmp_path / "same.txt", tmp_path / "link.txt",
+                           f"{folder}/../texts/a.txt")
+    assert code == 0 and err.count("read once") == 3
+    assert f"{folder}: 4 entries are left out" in err and f"{folder}/.venv" in err and f"{folder}/b.pdf" in err
+    corpus = tmp_path / "base" / "base_data_custom"
+    (entry,) = json.loads((corpus / "manifest.json").read_text())["sources"]
+    assert entry["source"]["files"][0]["name"] == str((folder / "a.txt").resolve())
+    (tmp_path / "new.txt").write_text("three four " * 30)
+    code, _, err = command("local", "--append", "--cut-chars", "50", tmp_path / "link.txt", tmp_path / "new.txt")
+    assert code == 0 and "link.txt is left out: it is in" in err
+    code, out, _ = command("local", "--append", "--cut-chars", "50", tmp_path / "link.txt")
+    assert code == 0 and "already" in out
+    texts = [*iter_documents(corpus, "train"), *iter_documents(corpus, "val")]
+    assert " ".join(texts).count("one") == 30 and " ".join(texts).count("three") == 30
+    code, _, err = command("local", folder / ".venv")  # named by the user
+    assert code == 2 and "--append adds to it" in err
+
+
+@pytest.mark.parametrize("manifest", ["[" * 100_000, "3", '{"sources": [3]}', '{"sources": [{"source": {}}]}'])
+def test_a_damaged_manifest_is_refused(tmp_path, command, manifest):
+    corpus = tmp_path / "base" / "base_data_custom"
+    write(corpus, "a", numbered(10))
+    (corpus / "manifest.json").write_text(manifest)
+    code, _, err = command("info")
+    assert code == 2 and "manifest.json is damaged" in err
 
 
 @pytest.mark.parametrize(("arguments", "message"), [

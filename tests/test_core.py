@@ -46,6 +46,29 @@ def random_rows(count: int, lengths: tuple[int, ...]) -> list[Row]:
     return rows
 
 
+@pytest.mark.parametrize("kind, line, message", [
+    ("multiple_choice", "[" * 100_000, "nested too deeply"), ("multiple_choice", "3", "strings query"),
+    ("multiple_choice", '{"query": "a", "choices": ["b"], "gold": 1}', "gold must be the index of one of the 1 choices"),
+    ("multiple_choice", '{"query": "a", "choices": [3], "gold": 0}', "choices must be an array of strings"),
+    ("schema", '{"context_options": ["b"], "gold": 0}', "strings continuation"),
+    ("language_modeling", '{"context": "b", "continuation": null}', "strings context, continuation"),
+])  # fmt: skip
+def test_a_damaged_example_is_refused_with_file_and_line(tmp_path, kind, line, message):
+    path = tmp_path / "task.jsonl"
+    path.write_text(f"\n{line}\n")
+    task = CoreTask(label="t", type=kind, path=path, num_fewshot=0, delimiter=" ", baseline=0.0)
+    with pytest.raises(UsageError, match=f"task.jsonl line 2 is damaged .*{message}"):
+        core.read_items(task)
+
+
+@pytest.mark.parametrize("yaml", ["[" * 100_000, "icl_tasks: 3", "3", "icl_tasks:\n- {label: a", "icl_tasks: [3]"])
+def test_a_damaged_bundle_is_refused(tmp_path, yaml):
+    (tmp_path / "core.yaml").write_text(yaml)
+    (tmp_path / "eval_meta_data.csv").write_text("Eval Task,Random baseline\na,50\n")
+    with pytest.raises(UsageError, match="core.yaml or eval_meta_data.csv in .* is damaged"):
+        core.read_tasks(tmp_path)
+
+
 @jax.jit
 def all_logits(params, tokens):  # [T] -> [T, V]
     return unembed(params, forward(params, tokens[None], config=CONFIG)[0][0], config=CONFIG)

@@ -78,7 +78,7 @@ def test_base_eval_runs_core_if_the_bundle_is_on_disk(paths):
     results = section(paths, "base-model-evaluation")["results"]
     assert list(results) == ["core", "yes_no", "next"]
     assert results["core"] == pytest.approx((results["yes_no"] + results["next"]) / 2)
-    table = (paths.base / "base_eval" / "base_model_000005.csv").read_text().splitlines()
+    table = (paths.base / "base_eval" / "base_model_d1_000005.csv").read_text().splitlines()
     assert [line.split(",")[0].strip() for line in table] == ["Task", "yes_no", "next", "CORE"]
 
 
@@ -94,6 +94,20 @@ def test_chat_eval_writes_problems_and_results(paths):
     assert section(paths, "chat-evaluation-sft")["stage"] == "chat_eval_sft"
     lines = (paths.checkpoints("sft") / "d1" / "chat_eval_arithmetic.jsonl").read_text().splitlines()
     assert [json.loads(line)["index"] for line in lines] == [0, 1, 2]
+
+
+def test_chat_eval_of_a_file_keeps_the_results_of_tasks(paths, tmp_path):
+    options = dict(source="sft", max_problems=2, max_new_tokens=4, batch_size=2, mesh="1x1")
+    chat_eval(ChatEvalConfig(task_name="Arithmetic", **options))
+    before = (paths.checkpoints("sft") / "d1" / "chat_eval_arithmetic.jsonl").read_bytes()
+    (tmp_path / "arithmetic.jsonl").write_text(json.dumps([user("1+1?"), assistant("two")]))
+    chat_eval(ChatEvalConfig(task_file=str(tmp_path / "arithmetic.jsonl"), **options))
+    logged = section(paths, "chat-evaluation-sft")
+    first, second = logged["results"]
+    assert first == "arithmetic" and second.startswith("arithmetic_") and logged["model"] == "d1, step 5"
+    assert "Results of earlier evaluations, with settings of their own: arithmetic" in logged["items"]
+    assert (paths.checkpoints("sft") / "d1" / "chat_eval_arithmetic.jsonl").read_bytes() == before
+    assert (paths.checkpoints("sft") / "d1" / f"chat_eval_{second}.jsonl").exists()
 
 
 def test_chat_eval_fails_on_a_task_that_cannot_be_loaded(paths):

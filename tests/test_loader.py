@@ -232,6 +232,16 @@ def test_more_shards_on_disk_do_not_move_the_position(tmp_path, tokenizer):
         make(tmp_path / "corpus", tokenizer, start_state=state)
 
 
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize("texts", [[], [None, None], ["", ""]])
+def test_a_split_without_text_is_refused_before_anything_is_trained(tmp_path, tokenizer, split, texts):
+    for name, held in (("shard_00000", split == "train"), ("shard_00001", split == "val")):
+        column = pa.array(texts if held else ["a text"] * 50, pa.string())
+        pq.write_table(pa.table({"text": column}), tmp_path / f"{name}.parquet")
+    with pytest.raises(UsageError, match="no document for (training|validation) in .* has any text"):
+        make(tmp_path, tokenizer, split=split, num_shards=1)
+
+
 def test_too_little_text_is_an_error_not_a_hang(tmp_path, tokenizer):
     write_shards(["a"] * 3, tmp_path / "corpus", rows_per_shard=50, val_texts=["v"])
     with pytest.raises(UsageError, match="virtual shard 3 of 8 finds no document"):

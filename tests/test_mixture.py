@@ -2,6 +2,7 @@
 
 import itertools
 import json
+import re
 
 import numpy as np
 import pytest
@@ -101,13 +102,27 @@ def test_conversations_longer_than_a_row_are_cut_and_those_with_nothing_to_learn
     task = [chat("q" * 200, "answer"), chat("q" * 10, "a" * 200), chat("hello", "there")]
     loader = make(task, tokenizer, "rows", num_epochs=1, batch_size=1)
     assert loader.count_batches() == 2
-    assert "of 3 conversations, 2 were cut and 1 have nothing left to train on" in caplog.text
+    assert "training mixture: of 3 conversations, 2 were cut and 1 have nothing left to train on" in caplog.text
     batches = list(loader)
     assert [int((batch["targets"] != -1).sum()) for batch in batches] == [T + 1 - 14, 6]
     assert loader.place == {"epoch": 0, "cursor": 3}
     assert (loader.get_state()["num_cut"], loader.get_state()["num_skipped"]) == (2, 1)
     with pytest.raises(UsageError, match="none of the 1 conversations has a token to train on within a row of 96"):
         next(make(task[:1], tokenizer, "rows"))
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_what_a_part_of_an_epoch_cuts_is_counted_too(tokenizer, caplog, mode):
+    task = [chat("q", "a" * 3000)] * 300
+    for conversation in (100, 200):
+        task[conversation] = chat("hello", "there")
+    loader = make(task, tokenizer, mode, batch_size=1, name="validation")
+    assert loader.count_batches(at_most=1) == 1
+    read, cut = map(int, re.findall(r"validation mixture: of the first (\d+) conversations, (\d+) were", caplog.text)[0])
+    assert 0 < cut <= read < 300 and cut >= read - 2
+    caplog.clear()
+    loader.count_batches(2 if mode == "stream" else 1)
+    assert "validation mixture: of 300 conversations, 298 were cut" in caplog.text
 
 
 @pytest.mark.parametrize("mode", MODES)

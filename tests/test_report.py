@@ -108,6 +108,24 @@ def test_logging_a_section_again_replaces_it(tmp_path):
     assert "1.2500" in text and "1.5000" not in text
 
 
+def evaluate(report_dir, model, results):
+    with report.earlier_evaluation(report_dir, "Chat evaluation sft", model) as earlier:
+        merged = (earlier.results if earlier else {}) | results
+        report.log_section(report_dir, "Chat evaluation sft", [f"Model: {model}"], stage="chat_eval_sft",
+                           results=merged, model=model)
+
+
+def test_no_evaluation_removes_anothers_results(tmp_path):
+    for model, results in (("d4, step 9", {"gsm8k": 0.1, "mmlu": 0.2}), ("d4, step 9", {"mine": 0.3, "mmlu": 0.4}),
+                           ("d6, step 9", {"gsm8k": 0.5}), ("d4, step 9", {"last": 0.6})):  # fmt: skip
+        evaluate(tmp_path, model, results)
+    report.generate(tmp_path, tmp_path)
+    assert json.loads((tmp_path / "results.json").read_text()) == {
+        "chat_eval_sft": {"gsm8k": 0.1, "mmlu": 0.4, "mine": 0.3, "last": 0.6},
+        "chat_eval_sft d6, step 9": {"gsm8k": 0.5}}  # fmt: skip
+    assert "## Chat evaluation sft d6, step 9" in (tmp_path / "report.md").read_text()
+
+
 def test_items_are_printed_as_upstream_does(tmp_path):
     items = [{"lr": 0.02, "tiny": 1.25e-5, "steps": 21400, "batch": 32, "ok": True}, None, {}, "", "free text"]
     report.log_section(tmp_path, "Midtraining", items, stage="mid_train")

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from chain_model import ASSISTANT_START, CHAIN, END, OUTPUT_END, PYTHON, PYTHON_END, chain_params
 
 from nanochat_jax import rl
 from nanochat_jax.config import GPTConfig
@@ -167,6 +168,41 @@ def test_statistics_tell_spread_and_signal_apart():
     assert (found["sequence_length"], found["sequence_length_max"], found["sampled_tokens"]) == (3.5, 4, 1.5)
 
 
+def test_rewards_that_do_not_differ_are_a_warning(caplog):
+    watch = rl.RewardWatch()
+
+    def warnings(*mixed):
+        caplog.clear()
+        for share in mixed:
+            watch.step({"mixed": share, "reward": 0.0})
+        return [record.message for record in caplog.records]
+
+    assert warnings(0, 0, 0.5, 0, 0) == []
+    (message,) = warnings(0)
+    assert "the same reward in the last 3 steps" in message
+    assert warnings(0, 0) == [] and "last 6 steps" in warnings(0)[0]
+    assert warnings(1, 0, 0) == [] and "last 3 steps" in warnings(0)[0]
+
+
+class Said(Task):
+    """The whole reply should be `ok`."""
+
+    eval_type = "generative"
+
+    def evaluate(self, conversation, completion: str) -> bool:
+        return completion == "ok"
+
+
+def test_a_reward_is_for_the_text_without_the_calculators_calls(caplog):
+    params = chain_params((ASSISTANT_START, PYTHON, "6*7", PYTHON_END), (OUTPUT_END, "ok", END))
+    engine = Engine(CHAIN, params, TOKENIZER, num_slots=2)
+    sampling = Sampling(num_samples=1, max_new_tokens=20, temperature=0.0)
+    asked = [{"messages": [user("?" * length), assistant("ok")]} for length in (1, CHAIN.sequence_len)]
+    groups = rl.sample_rollouts(engine, TOKENIZER, Said(), asked, sampling)
+    assert [group[0].reward for group in groups] == [1.0, 1.0]
+    assert f"1 of 2 prompts are too long for the context of {CHAIN.sequence_len} tokens" in caplog.text
+
+
 def test_pass_at_k_counts_problems_solved_by_the_first_k_samples():
     rewards = np.array([[0, 1, 0], [1, 0, 0], [0, 0, 0], [0, 0, 1]], float)
     np.testing.assert_allclose(rl.pass_at_k(rewards), [0.25, 0.5, 0.75])
@@ -204,7 +240,8 @@ def test_rollouts_keep_the_prompt_apart_and_differ_among_samples():
         for rollout in group:
             assert rollout.tokens[: len(prompt)] == prompt and len(rollout.sampled) == len(rollout.tokens)
             assert not any(rollout.sampled[: len(prompt)]) and all(rollout.sampled[len(prompt) :])
-            assert rollout.reward == Vowels().evaluate(task[index], TOKENIZER.decode(rollout.tokens[len(prompt) :]))
+            text = TOKENIZER.decode([token for token in rollout.tokens[len(prompt) :] if token < 256])
+            assert rollout.reward == Vowels().evaluate(task[index], text)
     assert sample(seed=1) == groups and sample(seed=2) != groups
     other = engine.with_params(random_params(scale=0.5))
     engine, before = Engine(CONFIG, random_params(scale=0.5), TOKENIZER, num_slots=8), engine

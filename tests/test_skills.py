@@ -153,9 +153,8 @@ def test_tool_calls_repeat_the_question():
 
 
 @pytest.mark.parametrize("completion, number", [
-    ("<|python_start|>1+1<|python_end|><|output_start|>2<|output_end|>1 + 1 = 2", 2),
-    ("<|python_start|>1+1<|python_end|><|output_start|>2<|output_end|>", None),  # nothing said after the tool
-    ("<|python_start|>1+1<|python_end|><|output_start|>2<|output_end|>It is 3.", 3),
+    ("1 + 1 = 2", 2),
+    ("", None),
     ("The answer is -1,234.", -1234),
     ("345 - 678 = -333", -333),
     ("7 / 2 = 3.5", 3.5),

@@ -1,5 +1,6 @@
 """Upstream's tasks: their wording, order, answers and judgement, and how their data gets onto the disk."""
 
+import gzip
 import json
 import os
 import random
@@ -19,7 +20,7 @@ from nanochat_jax.cli import NotFound, UsageError
 from nanochat_jax.infer.calculator import calculate
 from nanochat_jax.paths import Paths
 from nanochat_jax.tasks import gsm8k, hub, humaneval, mixtures, spelling
-from nanochat_jax.tasks.base import Task, TaskMixture, user
+from nanochat_jax.tasks.base import Task, TaskMixture, assistant, user
 from nanochat_jax.tasks.custom_json import CustomJSON
 from nanochat_jax.tasks.multiple_choice import multiple_choice
 from nanochat_jax.tasks.skills import Arithmetic, Spelling
@@ -109,8 +110,8 @@ def test_a_named_mixture(tmp_path, paths):
 @pytest.mark.parametrize("named, message", [
     ("GSM9K", "unknown task 'GSM9K': expected SmolTalk, "), ("GSM8K*", "the weight of 'ChitChat\\*' must be"),
     ("GSM8K*0", "must be a positive"), ("GSM8K*nan", "must be a positive"), ("", "unknown task ''"),
-    ("MMLU,GSM9K", "unknown task 'GSM9K'"), ("MMLU,no.jsonl", "the file does not exist"),  # before MMLU is downloaded
-    ("no.jsonl", "the file does not exist"), ("ChitChat*1e-9", "takes none of the"),
+    ("MMLU,GSM9K", "unknown task 'GSM9K'"), ("MMLU,no.jsonl", "no.jsonl does not exist"),  # before MMLU is downloaded
+    ("no.jsonl", "no.jsonl does not exist"), ("ChitChat*1e-9", "takes none of the"),
 ])  # fmt: skip
 def test_a_mixture_that_cannot_be(tmp_path, no_network, named, message):
     with pytest.raises(UsageError, match=message):
@@ -197,7 +198,7 @@ def test_simple_spelling_form():
     ("", "no conversation"),
     ("[{]", "line 1 is not JSON"),
     ('[{"role": "user", "content": "a"}]', "line 1: expected an array of at least 2"),
-    ('[{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]', "line 1: message 1 needs the role 'as"),
+    ('[{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]', "line 1: message 1: the role should be assistant"),
     ('\n[{"role": "user", "content": "a"}, {"role": "assistant", "content": 3}]', "line 2: message 1"),
 ])  # fmt: skip
 def test_custom_json_names_the_bad_line(tmp_path, content, message):
@@ -259,6 +260,110 @@ def test_a_file_of_conversations_judges_its_last_message(tmp_path):
     mixed = write_lines(tmp_path / "mixed.jsonl", [chats[0], {"question": "?", "choices": ["a", "b"], "answer": 0}])
     with pytest.raises(UsageError, match="both conversations and questions"):
         CustomJSON(mixed)
+
+
+HUMAN, GPT = {"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}
+PARTS = [{"type": "text", "text": "It is "}, {"type": "python", "text": "2+2"},
+         {"type": "python_output", "text": "4"}, {"type": "text", "text": "four."}]  # fmt: skip
+AB = [user("a"), {"role": "assistant", "content": "b"}]
+
+
+@pytest.mark.parametrize("value, messages", [
+    ({"messages": [user("a"), {"role": "assistant", "content": PARTS}]}, [user("a"), assistant(PARTS)]),
+    ({"conversations": [HUMAN, GPT]}, AB), ({"conversations": AB}, AB), ([HUMAN, GPT], AB),
+    ({"system": "s", "conversations": [HUMAN, GPT]}, [{"role": "system", "content": "s"}, *AB]),
+    ({"instruction": "a", "input": "", "output": "b"}, AB), ({"instruction": "a", "output": "b"}, AB),
+    ({"instruction": "a", "input": "x", "output": "b"}, [user("a\n\nx"), AB[1]]),
+    ({"instruction": "a", "output": "b", "history": [["a", "b"]], "messages": None}, AB * 2),
+])  # fmt: skip
+@pytest.mark.parametrize("form", ["lines", "bom", "crlf", "gz", "array", "pretty"])
+def test_layouts_are_known_by_their_keys(tmp_path, value, messages, form):
+    path = tmp_path / ("chats.jsonl" + ".gz" * (form == "gz"))
+    text = json.dumps(value) + "\n\n" + json.dumps(value)
+    if form in ("array", "pretty"):
+        text = json.dumps([value, value], indent=None if form == "array" else 2)
+    data = text.replace("\n", "\r\n" if form == "crlf" else "\n").encode()
+    path.write_bytes(gzip.compress(data) if form == "gz" else b"\xef\xbb\xbf" * (form == "bom") + data)
+    task = CustomJSON(path)
+    assert [conversation["messages"] for conversation in task] == [messages] * 2
+    assert (task.key, task.eval_type) == ("chats", "generative")
+    assert len(mixtures.named_mixture(f"{path}*2", Paths(tmp_path))) == 4
+
+
+@pytest.mark.parametrize("line, message", [
+    ("[" * 100_000, "line 2 is not JSON: it is nested too deeply"),
+    ('{"messages": [], "n": %s}' % ("1" * 5000), "line 2 is not JSON: Exceeds the limit"),
+    ('{"messages": {}}', "line 2: expected an array of at least 2 messages"),
+    ('[{"role": ["user"], "content": "a"}, 3]', "line 2: message 1 needs a role and a content"),
+    (json.dumps([user("a"), assistant(["b"])]), "line 2: message 1: a part is a text of type"),
+    (json.dumps([user("a"), assistant([{"type": [], "text": "b"}])]), "line 2: message 1: a part is a text of"),
+    (json.dumps({"conversations": [HUMAN, GPT | {"from": "tool"}]}), "line 2: message 1: the role should be"),
+    (json.dumps({"instruction": "a", "output": 3}), "line 2: instruction, input and output must be strings"),
+    (json.dumps({"instruction": "a", "output": "b", "history": 3}), "line 2: history must be an array of pairs"),
+    ("3", "line 2: expected an object or an array"), ("null", "line 2: expected an object or an array"),
+    (json.dumps([user("a"), assistant(PARTS[1:3])]), "line 2: the last message has no text"),
+    *[(json.dumps([user("a"), assistant(f"so #### {answer}")]), "line 2: the answer .* is not a number")
+      for answer in ("", "forty", "1,2", "10:30", "5-3", "1 000", "2024-01-02", "1" * 5000, "5/0", "1e9999")],
+])  # fmt: skip
+def test_what_cannot_be_read_or_judged_is_refused_with_its_line(tmp_path, line, message):
+    path = tmp_path / "chats.jsonl"
+    path.write_text(json.dumps(AB) + "\n" + line + "\n")
+    with pytest.raises(UsageError, match=f"chats.jsonl {message}"):
+        CustomJSON(path)
+
+
+def test_a_file_that_is_only_trained_on_needs_no_answers(tmp_path):
+    path = write_lines(tmp_path / "chats.jsonl", [[user("a"), assistant("#### A heading")], [user("a"), assistant("")]])
+    assert len(CustomJSON(path, judged=False)) == 2
+
+
+@pytest.mark.parametrize("reference, reply, right", [
+    ("#### 42", "so #### 42.", True), ("#### 42", "#### $42", True), ("#### 42", "#### 42.0", True),
+    ("#### 42", "#### **42**", True), ("#### 42", r"#### \boxed{42}", True), ("#### 42", "####42 apples", True),
+    ("#### -5", "#### \u22125", True), ("#### -5", "#### -$5.00", True), ("#### -5", "#### 5", False),
+    ("#### $1,234", "#### 1234", True), ("#### 1234", "#### 1\u202f234", True), ("#### 0.5", "#### 1/2", True),
+    ("#### 1000", "#### 1e3", True), ("#### 1000", "#### 1 000", False), ("#### 1", "#### 1e9999", False),
+    ("#### 7", "first #### 5, no, #### 7", True), ("#### 7", "#### 7 or rather #### 9", False),
+    ("#### 7", "#### 7\n#### 7:30", False), ("#### 7", "#### 7\n#### That is all", True),
+    ("#### 7", "7", False), ("#### 7", "", False), ("#### 7", "##### 7", False),
+    ("#### 5\nno, #### 7", "#### 7", True), ("#### 1", "#### " + "1" * 5000, False),
+])  # fmt: skip
+def test_answers_after_the_hashes_are_compared_as_numbers(tmp_path, reference, reply, right):
+    task = CustomJSON(write_lines(tmp_path / "q.jsonl", [[user("?"), assistant(reference)]]))
+    assert task.evaluate(task[0], reply) is right
+
+
+def test_the_reference_is_the_text_of_its_parts(tmp_path):
+    task = CustomJSON(write_lines(tmp_path / "q.jsonl", [[user("?"), assistant(PARTS)]]))
+    assert task.evaluate(task[0], "it is  FOUR.") and not task.evaluate(task[0], "It is 2+24four.")
+
+
+@pytest.mark.parametrize("spelling", ["{folder}/chats.jsonl", "{folder}/x/../chats.jsonl", "{folder}/link.jsonl:3"])
+def test_a_file_given_twice_is_read_once_and_that_is_logged(tmp_path, caplog, spelling):
+    path = write_lines(tmp_path / "chats.jsonl", [AB] * 5)
+    (tmp_path / "x").mkdir()
+    (tmp_path / "link.jsonl").symlink_to(path)
+    named = f"{path}*2,{spelling.format(folder=tmp_path)}"
+    assert len(mixtures.named_mixture(named, Paths(tmp_path))) == 10
+    assert f"the file is {path} again and is read once" in caplog.text
+
+
+def test_a_mixture_that_would_fill_the_memory_is_refused(tmp_path):
+    path = write_lines(tmp_path / "chats.jsonl", [AB] * 5)
+    with pytest.raises(UsageError, match="takes 500,000,000 conversations, more than 20,000,000: give smaller weights"):
+        mixtures.named_mixture(f"{path}*1e8", Paths(tmp_path))
+
+
+@pytest.mark.parametrize("table, message", [
+    ({"question": ["a"]}, "has 0 columns 'answer'"), ({"question": ["a"], "answer": [None]}, "has rows without 'answer'"),
+])  # fmt: skip
+def test_rows_that_a_task_cannot_read_are_refused(tmp_path, no_network, table, message):
+    folder = tmp_path / "task_data/openai--gsm8k/main/train"
+    folder.mkdir(parents=True)
+    pq.write_table(pa.table(table), folder / "00000.parquet")
+    (folder / "manifest.json").write_text('["00000.parquet"]')
+    with pytest.raises(UsageError, match=message):
+        gsm8k.GSM8K(Paths(tmp_path), "train")
 
 
 def test_splits_of_a_file_share_no_line(tmp_path):
@@ -351,7 +456,8 @@ def test_every_data_set_is_pinned_to_a_commit():
     assert all(re.fullmatch("[0-9a-f]{40}", revision) for revision, _ in hub.PINNED.values())
 
 
-@pytest.mark.parametrize("files, manifest", [([], '["00000.parquet"]'), (["00000.parquet"], "[broken"), ([], "[]")])
+@pytest.mark.parametrize("files, manifest", [([], '["00000.parquet"]'), (["00000.parquet"], "[broken"), ([], "[]"),
+                                             ([], "[" * 100_000), ([], "3"), ([], "[3]")])
 def test_damaged_data_is_an_error(tmp_path, no_network, files, manifest):
     folder = tmp_path / "task_data/owner--name/main/train"
     folder.mkdir(parents=True)

@@ -4,6 +4,7 @@ A corpus made here is a directory of `shard_00000.parquet, ...`, the validation 
 more training shards can come before it) and `manifest.json`, which names the sources and counts their documents.
 """
 
+import contextlib
 import csv
 import io
 import json
@@ -17,7 +18,7 @@ from typing import Any
 
 import pyarrow as pa
 
-from nanochat_jax.cli import NotFound, UsageError
+from nanochat_jax.cli import NotFound, UsageError, one_line
 from nanochat_jax.data.shards import (
     MANIFEST,
     ROW_GROUP_SIZE,
@@ -28,7 +29,7 @@ from nanochat_jax.data.shards import (
     shard_name,
     write_series,
 )
-from nanochat_jax.files import entries, finish_directory, locked, new_directory, write_file
+from nanochat_jax.files import entries, finish_directory, locked, new_directory, parse_json, write_file
 
 logger = logging.getLogger(__name__)
 
@@ -56,25 +57,46 @@ def read_documents(path: Path, field: str, cut_chars: int) -> Iterator[str | Non
                 for batch in file.iter_batches(ROW_GROUP_SIZE, columns=[field], use_threads=False):
                     yield from batch.column(0).to_pylist()
             return
-        with pa.input_stream(str(path), compression="detect") as stream:
-            text = io.TextIOWrapper(io.BufferedReader(stream, 1 << 20), encoding="utf-8-sig", newline="")
+        with open_text(path, newline="") as text:
             if kind == "text":
                 yield from cut_text(text.read(), cut_chars)
             elif kind == "jsonl":
                 yield from _read_jsonl(text, path, field)
             else:
                 yield from _read_csv(text, path, field, "\t" if kind == "tsv" else ",")
-    except UnicodeDecodeError as error:
+    except UnicodeDecodeError as error:  # of a column of parquet
         raise UsageError(f"{path} is not UTF-8 text ({error})") from error
     except UsageError:
         raise
     except (pa.ArrowException, OSError) as error:
-        raise UsageError(f"{path} cannot be read: {error}") from error
+        raise UsageError(f"{path} cannot be read: {one_line(error)}") from error
+
+
+@contextlib.contextmanager
+def open_text(path: Path, newline: str | None = None) -> Iterator[io.TextIOWrapper]:
+    """A UTF-8 file, unpacked if its ending says that it is compressed, without a byte order mark.
+
+    Raises `NotFound` or `UsageError`, which name the file, for what cannot be read, also inside of the block.
+    """
+    try:
+        compression = COMPRESSIONS.get(path.suffix.lower().removeprefix("."))
+        with path.open("rb", 1 << 20) as file:
+            if compression is not None:
+                file = io.BufferedReader(pa.input_stream(file, compression), 1 << 20)
+            yield io.TextIOWrapper(file, encoding="utf-8-sig", newline=newline)
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is not UTF-8 text ({error})") from error
+    except UsageError:
+        raise
+    except FileNotFoundError as error:
+        raise NotFound(f"{path} does not exist") from error
+    except (pa.ArrowException, OSError) as error:
+        raise UsageError(f"{path} cannot be read: {one_line(error)}") from error
 
 
 FORMATS = {"parquet": "parquet", "jsonl": "jsonl", "json": "jsonl", "ndjson": "jsonl", "csv": "csv", "tsv": "tsv",
            "txt": "text", "md": "text"}
-COMPRESSIONS = ("gz", "bz2", "zst", "lz4")
+COMPRESSIONS = {"gz": "gzip", "bz2": "bz2", "zst": "zstd", "lz4": "lz4"}
 
 
 def file_format(name: str) -> str | None:
@@ -106,7 +128,7 @@ def _read_jsonl(lines: Iterable[str], path: Path, field: str) -> Iterator[str | 
         if not line.strip():
             continue
         try:
-            row = json.loads(line)
+            row = parse_json(line)
         except ValueError as error:
             raise UsageError(f"{path} line {number} is not JSON ({error}): expected one object a line") from error
         if not isinstance(row, dict):
@@ -124,8 +146,11 @@ def _read_csv(lines: Iterable[str], path: Path, field: str, delimiter: str) -> I
     csv.field_size_limit(sys.maxsize if sys.maxsize < 2**31 else 2**31 - 1)  # a document is longer than 128 KB at times
     rows = csv.DictReader(lines, delimiter=delimiter, strict=True)
     try:
-        if field not in (rows.fieldnames or ()):
-            raise _no_field(path, "column", field, rows.fieldnames or ())
+        names = rows.fieldnames or ()
+        if field not in names:
+            raise _no_field(path, "column", field, names)
+        if list(names).count(field) > 1:
+            raise UsageError(f"{path} has {list(names).count(field)} columns {field!r}: rename or remove all but one")
         for row in rows:
             yield row[field]
     except csv.Error as error:

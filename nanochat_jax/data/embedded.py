@@ -151,7 +151,7 @@ def build(directory: Path) -> None:
     marker = directory / MARKER
     with locked(directory):
         finish_directory(directory)
-        if marker.exists() and json.loads(marker.read_text(encoding="utf-8"))["source"] == digest.hexdigest():
+        if digest.hexdigest() in (marker.read_text(encoding="utf-8", errors="replace") if marker.exists() else ""):
             logger.info("embedded corpus: already in %s", directory)
             return
         train, val = make_corpus(read_speeches(speech_dir))

@@ -21,7 +21,7 @@ from grain.experimental import ThreadPrefetchIterDataset
 
 from nanochat_jax.cli import UsageError
 from nanochat_jax.data.packing import BestFitPacker, Packer, Snapshot, StreamPacker, TokenizedStream
-from nanochat_jax.data.shards import DocumentStream, ShardReader, split_shards
+from nanochat_jax.data.shards import DocumentStream, ShardReader, require_text, split_shards
 
 logger = logging.getLogger(__name__)
 
@@ -191,7 +191,9 @@ def pretraining_loader(directory: Path | str, tokenizer: Encoder, *, split: str,
             f"{process_count} processes: give --data-shards, a multiple of {process_count} that divides the rows"
         )
     per_process = num_shards // process_count
-    reader = ShardReader(split_shards(directory, split), cached_row_groups=2 * per_process)
+    shards = split_shards(directory, split)
+    require_text(shards, {"train": "training", "val": "validation"}[split])
+    reader = ShardReader(shards, cached_row_groups=2 * per_process)
     threads = min(8, os.cpu_count() or 1)
 
     def encode(texts: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:

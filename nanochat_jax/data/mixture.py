@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from nanochat_jax.chat import render_conversation
-from nanochat_jax.cli import UsageError
+from nanochat_jax.cli import UsageError, one_line
 from nanochat_jax.data.loader import Batch, Loader
 from nanochat_jax.data.packing import STATE_CHANGED, FitBuffer, Snapshot, TokenRun
 from nanochat_jax.tokenizer import Tokenizer
@@ -60,8 +60,8 @@ class ConversationSource:
         """ids int32 [n] and mask bool [n], n <= max_tokens."""
         try:
             ids, mask = render_conversation(self._tokenizer, self._task[index], max_tokens=self._max_tokens + 1)
-        except ValueError as error:
-            raise UsageError(f"conversation {index} of the mixture: {error}") from error
+        except (ValueError, LookupError, TypeError, AttributeError) as error:  # also of a damaged data set
+            raise UsageError(f"conversation {index} of the mixture: {one_line(error)}") from error
         self.num_cut += len(ids) > self._max_tokens
         return np.array(ids[: self._max_tokens], np.int32), np.array(mask[: self._max_tokens], bool)
 
@@ -218,12 +218,14 @@ class ConversationLoader(Loader):
       batch_size: rows of the global batch of one micro-step; this process yields its contiguous part of them.
       mode: "stream" (`StreamSource`), "rows" (`RowsSource`) or "single" (`SingleSource`).
       num_epochs: the loader ends with the last full batch of that many epochs; None: never.
+      name: what the mixture is for, as the log names it.
 
     Yields dicts of inputs and targets, int32 [batch_size / process_count, sequence_len]; target -1 = not trained.
     """
 
     def __init__(self, task: ConversationTask, tokenizer: Tokenizer, *, batch_size: int, sequence_len: int, mode: str,
-                 num_epochs: int | None = None, process_index: int = 0, process_count: int = 1):
+                 num_epochs: int | None = None, process_index: int = 0, process_count: int = 1, name: str = "training"):
+        self._name = name
         if mode not in SOURCES:
             raise UsageError(f"unknown mode {mode!r}: expected one of {', '.join(SOURCES)}")
         if batch_size % process_count:
@@ -234,13 +236,19 @@ class ConversationLoader(Loader):
             local_rows=slice(process_index * rows, (process_index + 1) * rows))
         super().__init__(self._make_source(num_epochs=num_epochs))
 
-    def count_batches(self, num_epochs: int = 1) -> int:
-        """Full batches in that many epochs, found by making them."""
+    def count_batches(self, num_epochs: int = 1, *, at_most: int | None = None) -> int:
+        """Full batches in that many epochs, found by making them; `at_most` (of one epoch) if there are more.
+
+        Logs how many of the conversations that are read for them are cut or skipped.
+        """
         source, count = self._make_source(num_epochs=num_epochs), 0
         with contextlib.suppress(StopIteration):
-            while source.next_batch():
+            while count != at_most:
+                source.next_batch()
                 count += 1
         if source.num_cut or source.num_skipped:
-            logger.warning("of %d conversations, %d were cut and %d have nothing left to train on and were skipped",
-                           source.size, source.num_cut // num_epochs, source.num_skipped // num_epochs)
+            read = source.place()["cursor"]
+            logger.warning("%s mixture: of %s%d conversations, %d were cut and %d have nothing left to train on and were "
+                           "skipped", self._name, "the first " * (read < source.size), read,
+                           source.num_cut // num_epochs, source.num_skipped // num_epochs)
         return count

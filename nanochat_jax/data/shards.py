@@ -4,7 +4,6 @@ A corpus is a directory of `shard_00000.parquet, shard_00001.parquet, ...` with 
 of 1024 documents. The last shard by name is the validation split, the others are the training split.
 """
 
-import json
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -15,7 +14,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nanochat_jax.cli import NotFound, UsageError, one_line
-from nanochat_jax.files import is_complete, new_directory, write_file
+from nanochat_jax.files import is_complete, new_directory, parse_json, write_file
 from nanochat_jax.tokenizer import without_surrogates
 
 ROW_GROUP_SIZE = 1024
@@ -43,11 +42,16 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     """What `dataset hf` and `dataset local` note down of a corpus; empty for other corpora."""
     path = directory / MANIFEST
     try:
-        return json.loads(path.read_text(encoding="utf-8"))
+        manifest = parse_json(path.read_text(encoding="utf-8"))
+        for entry in manifest.get("sources", ()):  # what readers take for granted
+            if not isinstance(entry["documents"] + entry["skipped"], int) or "files" not in entry["source"]:
+                raise TypeError(f"{entry!r:.80} is not a source")
+            "".join(entry["shards"])
+        return manifest
     except FileNotFoundError:
         return {}
-    except ValueError as error:
-        raise UsageError(f"{path} is damaged ({error}): remove the corpus and make it again") from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UsageError(f"{path} is damaged ({error!r}): remove the corpus and make it again") from error
 
 
 def split_shards(directory: Path | str, split: str) -> list[Path]:
@@ -79,6 +83,8 @@ def open_parquet(path: Path, column: str, *, foreign: bool = False, **options: A
     if column not in file.schema_arrow.names:
         names = ", ".join(file.schema_arrow.names) or "none"
         raise UsageError(f"{path} has no column {column!r}, only {names}{': name the text with --text-field' * foreign}")
+    if (count := file.schema_arrow.names.count(column)) > 1:
+        raise UsageError(f"{path} has {count} columns {column!r}: rename or remove all but one")
     kind = file.schema_arrow.field(column).type
     plain = kind.value_type if foreign and pa.types.is_dictionary(kind) else kind
     if not (pa.types.is_string(plain) or pa.types.is_large_string(plain) or (foreign and pa.types.is_null(plain))):
@@ -116,6 +122,13 @@ def iter_shard(path: Path) -> Iterator[str]:
     with open_shard(path) as file:
         for row_group in range(file.num_row_groups):
             yield from (text for text in read_row_group(file, path, row_group).to_pylist() if text is not None)
+
+
+def require_text(paths: Sequence[Path], split: str) -> None:
+    """Raise `UsageError` unless a document of the shards has a character; stops at the first that has."""
+    if not any(text for path in paths for text in iter_shard(path)):
+        held = paths[0] if len(paths) == 1 else paths[0].parent
+        raise UsageError(f"no document for {split} in {held} has any text: make the corpus again")
 
 
 class ShardReader:

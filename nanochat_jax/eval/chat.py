@@ -5,6 +5,7 @@ Generative tasks go through the engine with all problems in flight, tools includ
 """
 
 import functools
+import hashlib
 import json
 import logging
 import os
@@ -25,10 +26,10 @@ from nanochat_jax.chat import render_for_completion
 from nanochat_jax.cli import UsageError
 from nanochat_jax.config import GPTConfig
 from nanochat_jax.eval.batching import padded_batches
-from nanochat_jax.files import write_file
+from nanochat_jax.files import parse_json, write_file
 from nanochat_jax.gpt import Params, forward, unembed
 from nanochat_jax.infer.engine import Engine
-from nanochat_jax.infer.request import Request
+from nanochat_jax.infer.request import Request, Result
 from nanochat_jax.kernels import forward_options
 from nanochat_jax.sharding import data_size, replicated, spread_rows
 from nanochat_jax.tasks.base import Conversation, Task
@@ -52,7 +53,7 @@ class Problem:
         index: in the task.
         question: the last message of the user.
         completions: the replies, tool calls and special tokens included; the chosen letter of a categorical task.
-        passed: one of the replies is right.
+        passed: one of the replies is right, by its text alone.
     """
 
     index: int
@@ -90,8 +91,8 @@ class Generator:
     compute_dtype: Any = jnp.float32
     mesh: Mesh | None = None
 
-    def __call__(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[str]]:
-        """The replies to each prompt, special tokens included."""
+    def __call__(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[Result]]:
+        """The replies to each prompt."""
         requests = [
             Request(tuple(prompt), max_tokens=sampling.max_new_tokens, temperature=sampling.temperature,
                     top_k=sampling.top_k, seed=sampling.seed + i * sampling.num_samples + sample)
@@ -100,8 +101,8 @@ class Generator:
         longest = max(len(prompt) for prompt in prompts) + sampling.max_new_tokens
         engine = Engine(self.config, self.params, self.tokenizer, num_slots=min(self.num_slots, len(requests)),
                         compute_dtype=self.compute_dtype, max_len=longest, mesh=self.mesh)
-        replies = [self.tokenizer.decode(result.tokens) for result in engine.generate(requests)]
-        return [replies[i : i + sampling.num_samples] for i in range(0, len(replies), sampling.num_samples)]
+        results = engine.generate(requests)
+        return [results[i : i + sampling.num_samples] for i in range(0, len(results), sampling.num_samples)]
 
 
 def evaluate_categorical(task: Task, generator: Generator) -> list[Problem]:
@@ -125,7 +126,7 @@ def evaluate_categorical(task: Task, generator: Generator) -> list[Problem]:
             raise FloatingPointError("the model's logits are not finite")
         for row, index in enumerate(indices):
             letter = max(zip(conversations[index]["letters"], logits[row]), key=lambda pair: pair[1])[0]
-            found[index] = _judged(task, index, conversations[index], [letter])
+            found[index] = _judged(task, index, conversations[index], [letter], [letter])
     return [found[index] for index in range(len(conversations))]
 
 
@@ -152,13 +153,16 @@ def evaluate_generative(task: Task, generator: Generator, sampling: Sampling) ->
     conversations = list(task)
     replies = generator([render_for_completion(generator.tokenizer, each, MAX_PROMPT_TOKENS) for each in conversations],
                         sampling)
+    texts = [[result.text for result in results] for results in replies]
+    completions = [[generator.tokenizer.decode(result.tokens) for result in results] for results in replies]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(functools.partial(_judged, task), range(len(conversations)), conversations, replies))
+        return list(pool.map(functools.partial(_judged, task), range(len(conversations)), conversations, texts, completions))
 
 
-def _judged(task: Task, index: int, conversation: Conversation, completions: Sequence[str]) -> Problem:
+def _judged(task: Task, index: int, conversation: Conversation, texts: Sequence[str], completions: Sequence[str]
+            ) -> Problem:
     return Problem(index=index, question=conversation["messages"][-2]["content"], completions=tuple(completions),
-                   passed=any(task.evaluate(conversation, completion) for completion in completions))
+                   passed=any(task.evaluate(conversation, text) for text in texts))
 
 
 def evaluate_task(task: Task, generator: Generator, sampling: Sampling) -> list[Problem]:
@@ -185,6 +189,22 @@ def chatcore(accuracies: Mapping[str, float], baselines: Mapping[str, float]) ->
             centered = [(accuracies[key] - baselines[key]) / (1.0 - baselines[key]) for key in keys]
             found[name] = sum(centered) / len(centered)
     return found
+
+
+def own_key(key: str, file: Path, directory: Path, *, reserved: bool) -> str:
+    """The key of a question file's results: `key`, unless it is `reserved` or another file's.
+
+    `chat_eval_files.json` in `directory` records which file has which key.
+    """
+    record, path = directory / "chat_eval_files.json", str(file.resolve())
+    try:
+        known = dict(parse_json(record.read_bytes())) if record.exists() else {}
+    except (ValueError, TypeError) as error:
+        raise UsageError(f"{record} is damaged ({error}): delete it") from error
+    if reserved or known.get(key, path) != path:
+        key = f"{key}_{hashlib.sha256(path.encode()).hexdigest()[:8]}"
+    write_file(record, json.dumps(known | {key: path}, indent=1) + "\n")
+    return key
 
 
 def write_problems(path: Path, problems: Sequence[Problem]) -> None:

@@ -6,7 +6,6 @@ span be the model's first choice. The few-shot examples, their order and the spa
 """
 
 import csv
-import json
 import logging
 import math
 import random
@@ -19,8 +18,10 @@ from typing import Any, Literal
 import numpy as np
 import yaml
 
-from nanochat_jax.cli import UsageError
+from nanochat_jax.cli import UsageError, one_line
+from nanochat_jax.data.convert import open_text
 from nanochat_jax.eval.scoring import Row, RowScore, common_length
+from nanochat_jax.files import parse_json
 from nanochat_jax.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -33,6 +34,11 @@ TaskType = Literal["multiple_choice", "schema", "language_modeling"]
 Place = tuple[int, int]  # of an example: its task, and its number there
 Scorer = Callable[[Iterable[tuple[Place, list[Row]]]], Iterator[tuple[Place, list[RowScore]]]]  # as scoring.Scorer
 Item = dict[str, Any]  # {query, choices, gold}, {context_options, continuation, gold} or {context, continuation}
+
+FIELDS: dict[TaskType, tuple[str, ...]] = {  # of an example: its options, if there are any, then its texts
+    "multiple_choice": ("choices", "query"), "schema": ("context_options", "continuation"),
+    "language_modeling": ("", "context", "continuation"),
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -57,7 +63,18 @@ class CoreResult:
 
 
 def read_tasks(bundle: Path) -> list[CoreTask]:
-    """The tasks that `core.yaml` and `eval_meta_data.csv` of a bundle describe."""
+    """The tasks that `core.yaml` and `eval_meta_data.csv` of a bundle describe.
+
+    Raises `UsageError` if they are damaged, and KeyError or FileNotFoundError for what is missing.
+    """
+    try:
+        return _read_tasks(bundle)
+    except (yaml.YAMLError, csv.Error, ValueError, TypeError, AttributeError, IndexError, RecursionError) as error:
+        raise UsageError(f"core.yaml or eval_meta_data.csv in {bundle} is damaged ({one_line(error)}): remove the directory to "
+                         "download it again") from error
+
+
+def _read_tasks(bundle: Path) -> list[CoreTask]:
     entries = yaml.safe_load((bundle / "core.yaml").read_text(encoding="utf-8"))["icl_tasks"]
     with (bundle / "eval_meta_data.csv").open(newline="", encoding="utf-8") as file:
         baselines = {row["Eval Task"]: float(row["Random baseline"]) for row in csv.DictReader(file)}
@@ -72,11 +89,35 @@ def read_tasks(bundle: Path) -> list[CoreTask]:
 
 
 def read_items(task: CoreTask, max_per_task: int = -1) -> list[Item]:
-    """A task's examples in evaluation order; the first `max_per_task` of them if that is positive."""
-    with task.path.open(encoding="utf-8") as file:
-        items = [json.loads(line) for line in file if line.strip()]
+    """A task's examples in evaluation order; the first `max_per_task` of them if that is positive.
+
+    Raises `UsageError`, naming file and line, for a line that is no example of the task.
+    """
+    items = []
+    with open_text(task.path) as file:
+        for number, line in enumerate(file, 1):
+            if line.strip():
+                try:
+                    items.append(_checked(task, parse_json(line)))
+                except ValueError as error:
+                    raise UsageError(f"{task.path} line {number} is damaged ({error}): remove the evaluation bundle to "
+                                     "download it again") from error
     random.Random(SHUFFLE_SEED).shuffle(items)
     return items[:max_per_task] if max_per_task > 0 else items
+
+
+def _checked(task: CoreTask, item: Any) -> Item:
+    """The example, if it has the fields of its type; else ValueError."""
+    options, *texts = FIELDS[task.type]
+    if not isinstance(item, dict) or not all(isinstance(item.get(name), str) for name in texts):
+        raise ValueError(f"expected an object with the strings {', '.join(texts)}")
+    if options:
+        values, gold = item.get(options), item.get("gold")
+        if not (isinstance(values, list) and all(isinstance(value, str) for value in values)):
+            raise ValueError(f"{options} must be an array of strings")
+        if not (isinstance(gold, int) and 0 <= gold < len(values)):
+            raise ValueError(f"gold must be the index of one of the {len(values)} {options}")
+    return item
 
 
 def fewshot_indices(index: int, num_items: int, num_fewshot: int) -> list[int]:

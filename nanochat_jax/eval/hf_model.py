@@ -69,9 +69,8 @@ class HFModel:
         try:
             self.tokenizer = HFTokenizer(directory, trust_remote_code=trust_remote_code)
             model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=trust_remote_code, dtype="auto")
-        except (OSError, ValueError) as error:
-            raise UsageError(f"--hf-path {directory}: transformers cannot load it: {one_line(error)}"
-                             ) from error
+        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
+            raise UsageError(f"--hf-path {directory}: transformers cannot load it: {one_line(error)}") from error
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model, self.tokens = model.eval().to(self.device), tokens
         self.vocab_size = model.get_output_embeddings().weight.shape[0]

@@ -17,6 +17,7 @@ from safetensors.numpy import save_file
 
 from nanochat_jax.cli import NotFound, UsageError, one_line
 from nanochat_jax.config import GPTConfig
+from nanochat_jax.files import parse_json
 from nanochat_jax.gpt import Params
 from nanochat_jax.interop.hf_tokenizer import read_hf_tokenizer, write_hf_tokenizer
 from nanochat_jax.interop.torch_checkpoint import (
@@ -123,9 +124,9 @@ def read_hf(directory: Path, *, tokenizer: Path | None = None, rotary_dtype: str
     """
     path = directory / "config.json"
     try:
-        shape = json.loads(path.read_text())
+        shape = parse_json(path.read_bytes())
         config, table = _read_config(shape, rotary_dtype)
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
         raise UsageError(f"{path} is not the config of a nanochat model ({error!r})") from error
     files = sorted(directory.glob("*.safetensors"))
     if not files:

@@ -5,6 +5,7 @@ from pathlib import Path
 
 from nanochat_jax.chat import PARTS
 from nanochat_jax.cli import UsageError
+from nanochat_jax.files import parse_json
 from nanochat_jax.tokenizer import Tokenizer
 
 
@@ -138,7 +139,7 @@ def chat_template(special_tokens: list[str]) -> str:
 def read_hf_tokenizer(path: Path) -> Tokenizer:
     """The vocabulary in a byte-level `tokenizer.json` such as ours: the merges are not needed, ids say their order."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        content = parse_json(path.read_bytes())
         special = {token["content"]: token["id"] for token in content["added_tokens"]}
         characters = _byte_of_character()
         ranks = {bytes(characters[c] for c in token): rank for token, rank in content["model"]["vocab"].items()
@@ -148,7 +149,7 @@ def read_hf_tokenizer(path: Path) -> Tokenizer:
         if [special[name] for name in names] != list(range(len(ranks), len(ranks) + len(names))):
             raise ValueError(f"the special tokens do not follow the {len(ranks)} others")
         return Tokenizer(ranks, pattern=splits[0], special_tokens=names)
-    except (ValueError, KeyError, TypeError, IndexError) as error:
+    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
         raise UsageError(f"{path} is not a byte-level BPE such as nanochat's ({error!r})") from error
 
 

@@ -23,6 +23,7 @@ import tiktoken
 
 from nanochat_jax.cli import NotFound, UsageError
 from nanochat_jax.config import GPTConfig
+from nanochat_jax.files import parse_json
 from nanochat_jax.gpt import Params, abstract_params
 from nanochat_jax.interop.torch_file import read_encoding, read_pt, write_pt
 from nanochat_jax.paths import base_tokenizer
@@ -144,7 +145,7 @@ def read_checkpoint(directory: Path, *, step: int | None = None, tokenizer: Path
     step = pick_step(directory, step)
     model_path, meta_path = directory / f"model_{step:06d}.pt", directory / f"meta_{step:06d}.json"
     try:
-        meta = json.loads(meta_path.read_text())
+        meta = parse_json(meta_path.read_bytes())
         shape = dict(meta["model_config"])
     except FileNotFoundError as error:
         raise NotFound(f"{meta_path} does not exist: the model's shape is in it") from error

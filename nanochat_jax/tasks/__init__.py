@@ -15,8 +15,8 @@ from nanochat_jax.tasks.mmlu import MMLU
 from nanochat_jax.tasks.skills import Arithmetic, LetterCount, Spelling, WordArithmetic, load_words
 from nanochat_jax.tasks.spelling import SpellingBee, load_words_alpha
 
-__all__ = ["EVAL_TASKS", "Task", "TaskMixture", "eval_task_name", "eval_tasks_for", "load_eval_task", "mixture_for",
-           "offline_mixture", "task_names", "upstream_mixture"]
+__all__ = ["EVAL_TASKS", "Task", "TaskMixture", "eval_task_name", "eval_tasks_for", "is_reserved", "load_eval_task",
+           "mixture_for", "offline_mixture", "task_names", "upstream_mixture"]
 
 UPSTREAM_TASKS = ("ARC-Easy", "ARC-Challenge", "MMLU", "GSM8K", "HumanEval", "SpellingBee")
 OFFLINE_TASKS = ("Arithmetic", "Spelling", "LetterCount", "Identity", "WordArithmetic")
@@ -41,6 +41,11 @@ def eval_task_name(name: str) -> str:
 def task_names(text: str) -> list[str]:
     """The tasks in "GSM8K|SpellingBee", or none for "auto". Raises `UsageError` for an unknown one."""
     return [] if text == "auto" else [eval_task_name(name) for name in text.split("|")]
+
+
+def is_reserved(key: str) -> bool:
+    """Whether results of a task of `EVAL_TASKS`, or a mean over them, have this name."""
+    return _plain(key) in {"chatcore5", "chatcore6", *map(_plain, EVAL_TASKS)}
 
 
 def load_eval_task(name: str, paths: Paths, split: Literal["train", "test"] = "test") -> Task:

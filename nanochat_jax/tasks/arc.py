@@ -8,6 +8,8 @@ from nanochat_jax.tasks.multiple_choice import MultipleChoice, multiple_choice
 class ARC(MultipleChoice):
     """`subset` is ARC-Easy or ARC-Challenge; some questions have 3 or 5 choices, or digits for letters."""
 
+    columns = ("question", "choices", "answerKey")
+
     def __init__(self, paths: Paths, subset: str, split: str) -> None:
         self.key = subset.lower().replace("-", "_")
         super().__init__(paths, "allenai/ai2_arc", subset, split)

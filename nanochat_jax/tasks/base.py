@@ -10,6 +10,8 @@ import random
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, Self
 
+from nanochat_jax.cli import UsageError
+
 Conversation = dict[str, Any]
 Part = dict[str, str]
 
@@ -35,7 +37,8 @@ class Task:
         raise NotImplementedError
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
-        """Whether `completion` (the reply's text, or the chosen letter of a categorical task) is right."""
+        """Whether `completion` is right: the chosen letter of a categorical task, else the reply's text as its reader sees
+        it, without control tokens, calls of the calculator and their results."""
         raise TypeError(f"{type(self).__name__} is only for training, it cannot judge a reply")
 
     def _indices(self) -> range:
@@ -57,15 +60,22 @@ class Task:
         return (self[i] for i in range(len(self)))
 
 
+MAX_CONVERSATIONS = 20_000_000  # of a mixture, whose order is a list: about 2 GB
+
+
 class TaskMixture(Task):
     """All conversations of several tasks in one fixed random order; each is judged by its own task.
 
     `weights` says how often each task is there: 2.5 means all of it twice, and its first half once more. Default 1.
+    Raises `UsageError` for more than `MAX_CONVERSATIONS`.
     """
 
     def __init__(self, tasks: Sequence[Task], weights: Sequence[float] | None = None) -> None:
         self.tasks = list(tasks)
         counts = [round(w * len(task)) for task, w in zip(tasks, weights or [1] * len(tasks), strict=True)]
+        if sum(counts) > MAX_CONVERSATIONS:
+            raise UsageError(f"the mixture takes {sum(counts):,} conversations, more than {MAX_CONVERSATIONS:,}: give "
+                             "smaller weights, and train for more epochs")
         self.order = [(t, i % len(self.tasks[t])) for t, count in enumerate(counts) for i in range(count)]
         random.Random(42).shuffle(self.order)
 

@@ -5,13 +5,14 @@ rude words, contact details, places, ages or names of accounts is dropped whole;
 """
 
 import functools
-import json
 import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
+from nanochat_jax.cli import UsageError, one_line
 from nanochat_jax.data.embedded import package_dir
+from nanochat_jax.files import parse_json
 from nanochat_jax.tasks.base import Conversation, Task, assistant, user
 from nanochat_jax.tasks.skills import Split, split_of
 
@@ -84,7 +85,10 @@ def _reduce(value: dict[str, Any]) -> Any:
 @functools.lru_cache(maxsize=1)
 def load_conversations(path: Path) -> tuple[tuple[str, ...], ...]:
     """All usable conversations, in the file's order."""
-    cleaned = json.loads(path.read_text(encoding="utf-8"), object_hook=_reduce).values()
+    try:
+        cleaned = parse_json(path.read_bytes(), object_hook=_reduce).values()
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UsageError(f"{path} is damaged ({one_line(error)}): reinstall the package chitchat-dataset") from error
     return tuple(dict.fromkeys(tuple(turns) for turns in cleaned if turns))
 
 

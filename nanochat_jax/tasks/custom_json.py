@@ -1,65 +1,89 @@
-"""Tasks of one's own, without code: a JSON Lines file of conversations or of questions with choices."""
+"""Tasks of one's own, without code: a file of conversations, or of questions with choices, in JSON."""
 
 import json
 import string
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from nanochat_jax.cli import NotFound, UsageError
-from nanochat_jax.tasks.base import Conversation, Task
-from nanochat_jax.tasks.gsm8k import final_answer
+from nanochat_jax.chat import text_of, turns_of
+from nanochat_jax.cli import UsageError
+from nanochat_jax.data.convert import COMPRESSIONS, open_text
+from nanochat_jax.files import parse_json
+from nanochat_jax.tasks.answers import has_answer, last_answer, same_text
+from nanochat_jax.tasks.base import Conversation, Task, assistant, user
 from nanochat_jax.tasks.multiple_choice import multiple_choice
 from nanochat_jax.tasks.skills import split_of
 
 
 class CustomJSON(Task):
-    """A file whose lines are all of one kind; blank ones are skipped.
+    """A file of records of one kind: one per line (JSON Lines), or all in one JSON array. Blank lines are skipped.
 
-    - `[{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}, ...]`, or `{"messages": [...]}`:
-      judged by what is written in place of the last message. It is right if it ends in the same `#### number`, where the
-      reference has one, else if it is the reference, whatever its case and white space.
+    A record's keys tell its layout:
+
+    - `[{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}, ...]`, or the same array under
+      `messages`. The assistant's content may be a list of parts, as in `nanochat_jax.chat`.
+    - `{"conversations": [{"from": "human", "value": "..."}, {"from": "gpt", "value": "..."}, ...]}`, as of ShareGPT.
+    - `{"instruction": "...", "input": "...", "output": "..."}`, as of Alpaca.
     - `{"question": "...", "choices": ["...", ...], "answer": 0}`: judged by the likeliest letter. The answer is the index
       of a choice, its letter, or the choice itself.
 
-    A missing file or a line of another form is an error that names it. `split` takes nine tenths of the lines ("train")
-    or the rest ("test"), by a hash of each.
+    The last message of a conversation is its reference. A reply is right if its last `#### number` has the same value,
+    where the reference has one, else if it is the reference itself, whatever its case and white space.
+
+    Args:
+      split: nine tenths of the records ("train") or the rest ("test"), by a hash of each; None: all.
+      judged: refuse references by which no reply can be judged. False for a file that is only trained on.
+
+    Raises `NotFound` or `UsageError`, which name the file and the line, if the file is not of this form.
     """
 
-    def __init__(self, path: Path, *, split: Literal["train", "test"] | None = None) -> None:
+    def __init__(self, path: Path, *, split: Literal["train", "test"] | None = None, judged: bool = True) -> None:
         self.path = Path(path)
-        self.key = self.path.stem.lower().replace("-", "_").replace(" ", "_")
-        try:
-            lines = self.path.read_text(encoding="utf-8").split("\n")
-        except FileNotFoundError as error:
-            raise NotFound(f"no conversations in {self.path}: the file does not exist") from error
-        except (OSError, UnicodeDecodeError) as error:
-            raise UsageError(f"{self.path} cannot be read as text: {error}") from error
-        numbered = [(number, line) for number, line in enumerate(lines, 1) if line.strip()]
-        if not numbered:
+        packed = self.path.suffix.lower().removeprefix(".") in COMPRESSIONS
+        name = Path(self.path.stem).stem if packed else self.path.stem
+        self.key = name.lower().replace("-", "_").replace(" ", "_")
+        found: list[tuple[str, Conversation]] = []
+        for place, text, value in self._records():
+            try:
+                conversation = _conversation(value)
+                if judged and "letters" not in conversation:
+                    _check_reference(conversation["messages"][-1]["content"])
+            except ValueError as error:
+                raise UsageError(f"{self.path} {place}: {error}") from error
+            found.append((text, conversation))
+        if not found:
             raise UsageError(f"{self.path} holds no conversation")
-        parsed = [(line, self._parse(line, number)) for number, line in numbered]
-        kinds = {"letters" in conversation for _, conversation in parsed}
+        kinds = {"letters" in conversation for _, conversation in found}
         if len(kinds) > 1:
             raise UsageError(f"{self.path} holds both conversations and questions with choices: make two files of it")
-        self.conversations = [conversation for line, conversation in parsed if split in (None, split_of(line))]
+        self.conversations = [conversation for text, conversation in found if split in (None, split_of(text))]
         if not self.conversations:
-            raise UsageError(f"{self.path}: none of its {len(parsed)} lines falls to the split {split}: give more")
+            raise UsageError(f"{self.path}: none of its {len(found)} records falls to the split {split}: give more")
         self.eval_type = "categorical" if kinds == {True} else "generative"
         if self.eval_type == "categorical":
             self.baseline = sum(1 / len(each["letters"]) for each in self.conversations) / len(self.conversations)
 
-    def _parse(self, line: str, number: int) -> Conversation:
+    def _records(self) -> Iterator[tuple[str, str, Any]]:
+        """Where each record is, its text, and its value."""
+        with open_text(self.path) as file:
+            text = file.read()
+        lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
+        values: list[Any] = []
         try:
-            value = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise UsageError(f"{self.path} line {number} is not JSON: {error}") from error
-        try:
-            if isinstance(value, dict) and "choices" in value:
-                return _question(value)
-            return {"messages": _messages(value["messages"] if isinstance(value, dict) else value)}
-        except (ValueError, KeyError) as error:
-            said = f"no {error}" if isinstance(error, KeyError) else str(error)
-            raise UsageError(f"{self.path} line {number}: {said}") from error
+            values = _values(parse_json(text), len(lines))
+        except ValueError as error:
+            if lines and lines[0][1].strip() in ("[", "{"):  # one value over several lines
+                raise UsageError(f"{self.path} is not JSON: {error}") from error
+        if values:
+            for number, value in enumerate(values, 1):
+                yield f"record {number}", json.dumps(value), value
+            return
+        for number, line in lines:
+            try:
+                yield f"line {number}", line, parse_json(line)
+            except ValueError as error:
+                raise UsageError(f"{self.path} line {number} is not JSON: {error}") from error
 
     def num_examples(self) -> int:
         return len(self.conversations)
@@ -68,27 +92,87 @@ class CustomJSON(Task):
         return self.conversations[index]
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
-        reference = conversation["messages"][-1]["content"]
-        if self.eval_type == "generative" and (number := final_answer(reference)) is not None:
-            return final_answer(completion) == number
-        return " ".join(completion.split()).casefold() == " ".join(reference.split()).casefold()
+        reference = _reference(conversation)
+        if self.eval_type == "generative" and has_answer(reference):
+            return last_answer(completion) == last_answer(reference)
+        return same_text(completion, reference)
 
 
-def _messages(messages: Any) -> list[dict[str, str]]:
+def _values(whole: Any, num_lines: int) -> list[Any]:
+    """The records of a file that is one JSON value; none if it is to be read as JSON Lines."""
+    if isinstance(whole, list) and not any(_is_message(each) for each in whole):
+        return whole
+    return [whole] if num_lines > 1 else []
+
+
+def _is_message(value: Any) -> bool:
+    return isinstance(value, dict) and ("role" in value or "from" in value)
+
+
+def _reference(conversation: Conversation) -> str:
+    return text_of(conversation["messages"][-1]["content"])
+
+
+def _check_reference(content: Any) -> None:
+    """Raise ValueError for a reference by which no reply can be judged."""
+    reference = text_of(content)
+    if not reference.strip() and not isinstance(content, str):  # "" is a reply that says nothing
+        raise ValueError("the last message has no text to judge replies by")
+    if has_answer(reference) and last_answer(reference) is None:
+        answer = reference[reference.rindex("####") :]
+        raise ValueError(f"the answer {answer[:40]!r} is not a number that can be read: write it as in '#### 1,234.5'")
+
+
+def _conversation(value: Any) -> Conversation:
+    """The conversation of one record, in the layout that its keys tell. Raises ValueError."""
+    if isinstance(value, list):
+        value = {"messages": value}
+    if not isinstance(value, dict):
+        raise ValueError(f"expected an object or an array of messages, got {type(value).__name__}")
+    for key, read in LAYOUTS.items():
+        if value.get(key) is not None:
+            return read(value)
+    raise ValueError(f"no {', '.join(map(repr, LAYOUTS))} in it, only {', '.join(map(repr, value))[:80] or 'nothing'}")
+
+
+def _chat(messages: Any, value: dict[str, Any]) -> Conversation:
+    """A conversation to learn, after the system message that may stand beside it."""
     if not isinstance(messages, list) or len(messages) < 2:
         raise ValueError("expected an array of at least 2 messages")
-    first = 1 if isinstance(messages[0], dict) and messages[0].get("role") == "system" else 0
-    for i, message in enumerate(messages):
-        role = "system" if i < first else ("user", "assistant")[(i - first) % 2]
-        fields = message if isinstance(message, dict) else {}
-        if fields.get("role") != role or not isinstance(fields.get("content"), str):
-            raise ValueError(f"message {i} needs the role {role!r} and a string as content")
-    if (len(messages) - first) % 2:
+    messages = [_plain_message(message) if isinstance(message, dict) else message for message in messages]
+    if value.get("system"):
+        messages = [{"role": "system", "content": value["system"]}, *messages]
+    if turns_of(messages)[-1][0] != "assistant":
         raise ValueError(f"message {len(messages) - 1} has nothing after it: the last one must be the assistant's")
-    return messages
+    return {"messages": messages}
+
+
+SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant"}
+
+
+def _plain_message(message: dict[str, Any]) -> dict[str, Any]:
+    """A message with the keys `role` and `content`, which ShareGPT calls `from` and `value`."""
+    if "role" in message or "from" not in message:
+        return message
+    role = message["from"]
+    return {"role": SHAREGPT_ROLES.get(role, role) if isinstance(role, str) else role, "content": message.get("value")}
+
+
+def _alpaca(value: dict[str, Any]) -> Conversation:
+    more, history = value.get("input") or "", value.get("history") or []
+    texts = [value["instruction"], more, value.get("output")]
+    if not all(isinstance(text, str) for text in texts):
+        raise ValueError("instruction, input and output must be strings")
+    pairs = isinstance(history, list) and all(isinstance(turn, list) and len(turn) == 2 for turn in history)
+    if not pairs:
+        raise ValueError("history must be an array of pairs, an instruction and its output")
+    turns = [*history, [texts[0] + (f"\n\n{more}" if more else ""), texts[2]]]
+    return _chat([message for asked, reply in turns for message in (user(asked), assistant(reply))], value)
 
 
 def _question(value: dict[str, Any]) -> Conversation:
+    if missing := [name for name in ("question", "choices", "answer") if name not in value]:
+        raise ValueError(f"no {missing[0]!r}")
     question, choices, answer = value["question"], value["choices"], value["answer"]
     if not isinstance(question, str) or not isinstance(choices, list) or not all(isinstance(c, str) for c in choices):
         raise ValueError("question must be a string and choices an array of strings")
@@ -104,3 +188,13 @@ def _question(value: dict[str, Any]) -> Conversation:
     elif answer not in letters:
         raise ValueError(f"the answer {answer!r} is no index, letter or text of the {len(choices)} choices")
     return multiple_choice(question, choices, letters, answer)
+
+
+# What reads a record with this key, in order of precedence.
+LAYOUTS: dict[str, Callable[[dict[str, Any]], Conversation]] = {
+    "messages": lambda value: _chat(value["messages"], value),
+    "conversations": lambda value: _chat(value["conversations"], value),
+    "conversation": lambda value: _chat(value["conversation"], value),
+    "instruction": _alpaca,
+    "choices": _question,
+}

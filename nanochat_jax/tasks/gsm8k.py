@@ -42,6 +42,7 @@ def same_final_answer(conversation: Conversation, completion: str) -> bool:
 class GSM8K(HubTask):
     """`subset` is main or socratic."""
 
+    columns = ("question", "answer")
     key = "gsm8k"
     eval_type = "generative"
 

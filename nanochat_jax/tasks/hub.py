@@ -15,7 +15,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nanochat_jax.cli import NotFound, UsageError
+from nanochat_jax.cli import NotFound, UsageError, one_line
 from nanochat_jax.data.hub import clean_up, fetch, first_line
 from nanochat_jax.data.hub_dataset import glob_pattern, list_dataset
 from nanochat_jax.files import (
@@ -26,6 +26,7 @@ from nanochat_jax.files import (
     is_complete,
     locked,
     make_directory,
+    parse_json,
     write_file,
 )
 from nanochat_jax.paths import Paths
@@ -56,10 +57,10 @@ def load_split(paths: Paths, repo: str, subset: str, split: str) -> pa.Table:
         _fetch_split(repo, subset, split, folder)
     name = f"data set {repo} ({subset}, {split}) in {folder}"
     try:
-        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))
+        files = parse_json((folder / MANIFEST).read_bytes())
         table = pa.concat_tables([pq.read_table(folder / file) for file in files]).combine_chunks()
-    except (OSError, ValueError, pa.ArrowException) as error:
-        raise UsageError(f"{name} is damaged ({error}): remove the folder to fetch it again") from error
+    except (OSError, ValueError, TypeError, pa.ArrowException) as error:
+        raise UsageError(f"{name} is damaged ({one_line(error)}): remove the folder to fetch it again") from error
     if not table.num_rows:
         raise UsageError(f"{name} has no rows: remove the folder to fetch it again")
     return table
@@ -102,10 +103,21 @@ def _check_parquet(path: Path) -> None:
 
 
 class HubTask(Task):
-    """A task whose conversations are the rows of one split, in upstream's order: shuffled with seed 42."""
+    """A task whose conversations are the rows of one split, in upstream's order: shuffled with seed 42.
+
+    Raises `UsageError` unless each of `columns` is there once and has no missing values.
+    """
+
+    columns: tuple[str, ...] = ()
 
     def __init__(self, paths: Paths, repo: str, subset: str, split: str) -> None:
         self.table = load_split(paths, repo, subset, split)
+        for column in self.columns:
+            count = self.table.column_names.count(column)
+            if count != 1 or self.table[column].null_count:
+                fault = f"{count} columns {column!r}" if count != 1 else f"rows without {column!r}"
+                raise UsageError(f"data set {repo} ({subset}, {split}) in {paths.task_data} has {fault}: remove its folder "
+                                 "to fetch it again")
         # The order of `datasets.Dataset.shuffle(seed=42)`.
         self.order = np.random.default_rng(SHUFFLE_SEED).permutation(self.table.num_rows)
 

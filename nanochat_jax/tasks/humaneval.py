@@ -33,6 +33,7 @@ def extract_program(reply: str) -> str:
 class HumanEval(HubTask):
     """164 problems; there is only a test split."""
 
+    columns = ("prompt", "canonical_solution", "entry_point", "test")
     key = "humaneval"
     eval_type = "generative"
 

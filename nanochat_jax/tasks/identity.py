@@ -110,4 +110,4 @@ class Identity(Skill):
 
 def identity_conversations(base: Path) -> CustomJSON:
     """Upstream's synthetic chats about nanochat, fetched into the base directory unless they are there."""
-    return CustomJSON(fetch_file(CONVERSATIONS_URL, base / "identity_conversations.jsonl"))
+    return CustomJSON(fetch_file(CONVERSATIONS_URL, base / "identity_conversations.jsonl"), judged=False)

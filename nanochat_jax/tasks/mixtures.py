@@ -1,12 +1,15 @@
 """What the chat stages train on: upstream's mixtures, one for machines without a network, and those of one's own."""
 
+import logging
 import random
 import re
 from collections.abc import Callable
+from os.path import samefile
 from pathlib import Path
 from typing import Literal
 
 from nanochat_jax.cli import UsageError
+from nanochat_jax.data.convert import file_format
 from nanochat_jax.paths import Paths
 from nanochat_jax.tasks.arc import ARC
 from nanochat_jax.tasks.base import Conversation, Task, TaskMixture
@@ -18,6 +21,8 @@ from nanochat_jax.tasks.mmlu import MMLU
 from nanochat_jax.tasks.skills import Arithmetic, LetterCount, Spelling, load_words
 from nanochat_jax.tasks.smoltalk import SmolTalk
 from nanochat_jax.tasks.spelling import SimpleSpelling, SpellingBee, load_words_alpha
+
+logger = logging.getLogger(__name__)
 
 Stage = Literal["mid", "sft"]
 Split = Literal["train", "val"]
@@ -122,7 +127,7 @@ def mixture_entries(named: str) -> list[tuple[str, str, str | None, float]]:
                 raise ValueError
         except ValueError:
             raise UsageError(f"the weight of {entry!r} must be a positive number, as in {name}*2.5") from None
-        if not name.endswith(".jsonl") and name not in MIXED_TASKS:
+        if file_format(name) != "jsonl" and name not in MIXED_TASKS:
             raise UsageError(f"unknown task {name!r}: expected {', '.join(MIXED_TASKS)} or a file FILE.jsonl")
         entries.append((entry, name, sign, weight))
     return entries
@@ -142,9 +147,18 @@ def named_mixture(named: str, paths: Paths, split: Literal["train", "test"] = "t
         "SpellingBee": lambda: SpellingBee(load_words_alpha(paths.base), split, size=80_000),
         "ChitChat": lambda: ChitChat(split),
     }
-    entries = mixture_entries(named)
-    # All files are read before anything is downloaded.
-    files: dict[str, Task] = {name: CustomJSON(Path(name)) for _, name, _, _ in entries if name not in tasks}
+    entries: list[tuple[str, str, str | None, float]] = []
+    files: dict[str, Task] = {}
+    for entry in mixture_entries(named):  # all files are read before anything is downloaded
+        text, name, *_ = entry
+        if name not in tasks:
+            task = CustomJSON(Path(name), judged=False)
+            if same := [other for other in files if samefile(other, name)]:
+                logger.warning("%s: the file is %s again and is read once; to train on it twice, write %s*2",
+                               text, same[0], same[0])
+                continue
+            files[name] = task
+        entries.append(entry)
     chosen: list[Task] = []
     weights = []
     for entry, name, sign, weight in entries:

@@ -10,6 +10,7 @@ LETTERS = "ABCD"
 class MMLU(MultipleChoice):
     """Splits: auxiliary_train (to train on), dev, validation, test."""
 
+    columns = ("question", "choices", "answer")
     key = "mmlu"
 
     def __init__(self, paths: Paths, split: str) -> None:

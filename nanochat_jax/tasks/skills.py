@@ -22,7 +22,6 @@ Split = Literal["train", "test"]
 TEST_SHARE = 10  # one item in so many is of the test split
 MADE_UP_SHARE, LONGEST_MADE_UP = 0.3, 12  # of training words, and their letters
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
-OUTPUT_END = "<|output_end|>"
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
 
@@ -33,8 +32,8 @@ def split_of(item: str) -> Split:
 
 
 def final_number(completion: str) -> float | None:
-    """The last number of the text after the last tool output (of the whole text where no tool was called)."""
-    numbers = NUMBER.findall(completion.rpartition(OUTPUT_END)[2])
+    """The last number of the text."""
+    numbers = NUMBER.findall(completion)
     return float(numbers[-1].replace(",", "")) if numbers else None
 
 
@@ -116,7 +115,7 @@ class Arithmetic(Skill):
         return operation, a, b
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
-        """The last number after the tool output is the exact result."""
+        """The last number is the exact result."""
         return final_number(completion) == conversation["answer"]
 
 
@@ -227,5 +226,5 @@ class LetterCount(WordSkill):
         return rng.choice(repeated if repeated and form < 0.80 else word)
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
-        """The last number after the tool output is the count."""
+        """The last number is the count."""
         return final_number(completion) == conversation["answer"]

@@ -8,6 +8,8 @@ from nanochat_jax.tasks.hub import HubTask
 class SmolTalk(HubTask):
     """The version for small models: 460K conversations of the train split, 24K of the test split."""
 
+    columns = ("messages",)
+
     def __init__(self, paths: Paths, split: str) -> None:
         super().__init__(paths, "HuggingFaceTB/smol-smoltalk", "default", split)
 
