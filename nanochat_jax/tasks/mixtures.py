@@ -149,8 +149,8 @@ def named_mixture(named: str, paths: Paths, split: Literal["train", "test"] = "t
     }
     entries: list[tuple[str, str, str | None, float]] = []
     files: dict[str, Task] = {}
-    for entry in mixture_entries(named):  # all files are read before anything is downloaded
-        text, name, *_ = entry
+    for parsed in mixture_entries(named):  # all files are read before anything is downloaded
+        text, name, *_ = parsed
         if name not in tasks:
             task = CustomJSON(Path(name), judged=False)
             if same := [other for other in files if samefile(other, name)]:
@@ -158,7 +158,7 @@ def named_mixture(named: str, paths: Paths, split: Literal["train", "test"] = "t
                                text, same[0], same[0])
                 continue
             files[name] = task
-        entries.append(entry)
+        entries.append(parsed)
     chosen: list[Task] = []
     weights = []
     for entry, name, sign, weight in entries:
