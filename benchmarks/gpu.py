@@ -24,9 +24,9 @@ def check_attention(dtype: Any, sequence: int) -> dict[str, float]:
     import jax
     import jax.numpy as jnp
 
-    from nanochat_jax.attention import causal_attention
-    from nanochat_jax.kernels import choose_attention
-    from nanochat_jax.sharding import make_mesh
+    from nanochat_jax.model.attention import causal_attention
+    from nanochat_jax.model.kernels import choose_attention
+    from nanochat_jax.model.sharding import make_mesh
 
     attend = choose_attention("auto", mesh=make_mesh("1x1"), dtype=dtype, length=sequence, head_dim=128)
     name = getattr(attend, "func", attend).__name__
@@ -71,10 +71,10 @@ def train_jax(options: argparse.Namespace) -> float:
     """Seconds of a step of `options.batch` rows."""
     import jax
 
-    from nanochat_jax.config import GPTConfig
-    from nanochat_jax.optim import CLASSIC_RATES, OptimizerConfig, constant, make_optimizer
-    from nanochat_jax.sharding import make_mesh
-    from nanochat_jax.step import batch_shape, compile_step, init_state, make_train_step, place_batch, resolve_dtype
+    from nanochat_jax.model.config import GPTConfig
+    from nanochat_jax.model.sharding import make_mesh
+    from nanochat_jax.train.optim import CLASSIC_RATES, OptimizerConfig, constant, make_optimizer
+    from nanochat_jax.train.step import batch_shape, compile_step, init_state, make_train_step, place_batch, resolve_dtype
 
     model = GPTConfig.classic(options.depth, sequence_len=options.sequence, vocab_size=options.vocab)
     mesh, dtype = make_mesh("1x1"), resolve_dtype("auto")
@@ -110,11 +110,11 @@ def decode_jax(options: argparse.Namespace) -> float:
     """Seconds of decoding one token for each of `options.batch` sequences, 32 tokens a dispatch, over a full-length cache."""
     import jax
 
-    from nanochat_jax.config import GPTConfig
-    from nanochat_jax.gpt import init_params
     from nanochat_jax.infer import device
     from nanochat_jax.infer.device import Program
-    from nanochat_jax.step import resolve_dtype
+    from nanochat_jax.model.config import GPTConfig
+    from nanochat_jax.model.weights import init_params
+    from nanochat_jax.train.step import resolve_dtype
 
     model = GPTConfig.modern(options.depth, sequence_len=options.sequence, vocab_size=options.vocab)
     dtype, steps, batch = resolve_dtype("auto"), 32, options.batch
@@ -152,7 +152,7 @@ def describe(options: argparse.Namespace) -> dict[str, Any]:
     import jax
 
     from nanochat_jax.metrics import peak_bandwidth, peak_flops
-    from nanochat_jax.step import resolve_dtype
+    from nanochat_jax.train.step import resolve_dtype
 
     chip = jax.devices()[0]
     return {"device": chip.device_kind, "platform": chip.platform, "jax": jax.__version__, "dtype": str(resolve_dtype("auto")),
@@ -178,7 +178,7 @@ def main() -> None:
         print(json.dumps(describe(options)) if options.worker == "describe" else WORKERS[options.worker](options))
         return
 
-    from nanochat_jax.config import GPTConfig
+    from nanochat_jax.model.config import GPTConfig
 
     described = subprocess.run([sys.executable, __file__, "--worker", "describe", "--sequence", str(options.sequence)],
                                stdout=subprocess.PIPE, text=True, check=True).stdout
@@ -193,7 +193,7 @@ def main() -> None:
     contenders = ["jax"] + (["torch.compile"] if importlib.util.find_spec("torch") else [])
     result["train"], result["decode"] = [], []
     for depth in options.depths:
-        flops = GPTConfig.classic(depth, sequence_len=options.sequence, vocab_size=options.vocab).flops_per_token
+        flops = flops_per_token(GPTConfig.classic(depth, sequence_len=options.sequence, vocab_size=options.vocab))
         for name in contenders:
             for batch in options.batches:
                 seconds = measure(name, options, depth=depth, batch=batch)
@@ -213,7 +213,7 @@ def main() -> None:
             if seconds is None:
                 break
             # Read once a token: the matrices, and the caches; of the tables only a row.
-            moved = width * (model.num_scaling_params + 2 * batch * options.sequence * model.n_kv_head * model.head_dim * depth)
+            moved = width * (num_scaling_params(model) + 2 * batch * options.sequence * model.n_kv_head * model.head_dim * depth)
             mbu = moved / seconds / result["bandwidth"] if result["bandwidth"] else None
             print(f"  d{depth} decode, batch {batch:3}: {batch / seconds:12,.0f} tokens/s, MBU "
                   f"{'n/a' if mbu is None else f'{100 * mbu:.1f}%'}")

@@ -30,10 +30,10 @@ from jax.sharding import Mesh
 
 from nanochat_jax.bucket import Directory, copy_files, is_remote
 from nanochat_jax.cli import NotFound, UsageError, one_line
-from nanochat_jax.config import GPTConfig
-from nanochat_jax.gpt import Params, abstract_params
+from nanochat_jax.model.config import GPTConfig
+from nanochat_jax.model.sharding import abstract_tree, barrier, gather_json, make_mesh, param_shardings
+from nanochat_jax.model.weights import Params, abstract_params
 from nanochat_jax.paths import Paths, foreign_checkpoints, how_to_get, remove_directory, rename_directory, saved_steps
-from nanochat_jax.sharding import abstract_tree, barrier, gather_json, make_mesh, param_shardings
 from nanochat_jax.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)

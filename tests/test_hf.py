@@ -14,11 +14,11 @@ transformers = pytest.importorskip("transformers", reason="needs the extra `torc
 
 import nanochat_jax  # noqa: E402
 from nanochat_jax.chat import render_conversation, render_for_completion  # noqa: E402
-from nanochat_jax.config import GPTConfig  # noqa: E402
-from nanochat_jax.gpt import init_params  # noqa: E402
 from nanochat_jax.interop.hf import write_hf  # noqa: E402
 from nanochat_jax.interop.torch_checkpoint import read_checkpoint, write_checkpoint  # noqa: E402
 from nanochat_jax.interop.torch_file import read_pt, write_pt  # noqa: E402
+from nanochat_jax.model.config import GPTConfig  # noqa: E402
+from nanochat_jax.model.weights import init_params  # noqa: E402
 from nanochat_jax.tokenizer import Tokenizer  # noqa: E402
 
 TEXTS = ["the cat sat on the mat, and the other cat did not: 12345 times!", "naïve café ☕ 你好, мир; 👩‍👩‍👧 ende\u0301",

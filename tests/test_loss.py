@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nanochat_jax.loss import CHUNK_ELEMENTS, chunk_length, cross_entropy
+from nanochat_jax.model.loss import CHUNK_ELEMENTS, chunk_length, cross_entropy
 
 SOFTCAP = 15.0
 

@@ -17,6 +17,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array, lax
 
+from nanochat_jax.model.loss import first_argmax
+
 SHORT_LISTS = (64, 512)  # how many most likely tokens are looked at, first and next, before the whole vocabulary is sorted
 MIN_TEMPERATURE = 1e-6  # at and below it only equal logits could share the draw; treated as 0
 
@@ -57,17 +59,6 @@ def noise_for(seed: Array | np.ndarray, position: Array | np.ndarray, vocab_size
 
 def identity(x: Array) -> Array:
     return x
-
-
-def first_argmax(values: Array) -> Array:
-    """Index [B] of the greatest of `values` [B, V], the first of equals. Rows with a NaN have no defined answer.
-
-    Two plain reductions: XLA's argmax, which reduces values and indices together, is several times slower on CPU.
-    """
-    size = values.shape[-1]
-    index = lax.broadcasted_iota(jnp.int32, values.shape, values.ndim - 1)
-    greatest = jnp.max(values, axis=-1, keepdims=True)
-    return jnp.min(jnp.where(values == greatest, index, size), axis=-1)
 
 
 def _blocks(logits: Array, size: int) -> Array:

@@ -22,9 +22,9 @@ import numpy as np
 import tiktoken
 
 from nanochat_jax.cli import NotFound, UsageError
-from nanochat_jax.config import GPTConfig
-from nanochat_jax.gpt import Params, abstract_params
 from nanochat_jax.interop.torch_file import read_encoding, read_pt, write_pt
+from nanochat_jax.model.config import GPTConfig
+from nanochat_jax.model.weights import Params, abstract_params
 from nanochat_jax.tokenizer import RANKS_FILE, ByteRule, Tokenizer
 
 SHAPE_FIELDS = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd")  # of upstream's model_config

@@ -1,6 +1,6 @@
 """The mesh, and which logical axis lies on which of its axes.
 
-A mesh is DxM: D-way data parallelism, M-way tensor ("model") parallelism. Weights name logical axes (gpt.LOGICAL_AXES);
+A mesh is DxM: D-way data parallelism, M-way tensor ("model") parallelism. Weights declare logical axes (weights.py);
 `RULES` maps those to mesh axes; layers never mention either. Optimizer state is always spread over the data axis too.
 """
 
@@ -15,11 +15,11 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from nanochat_jax.cli import UsageError
-from nanochat_jax.config import GPTConfig
-from nanochat_jax.gpt import Params, abstract_params, logical_axes
+from nanochat_jax.model.config import GPTConfig
+from nanochat_jax.model.weights import LAYERS, VALUE_LAYERS, Params, abstract_params, logical_axes
 
-RULES = {"heads": "model", "kv_heads": "model", "mlp": "model", "vocab": "model", "embed": None, "rows": None, "layers": None,
-         None: None}
+RULES = {"heads": "model", "kv_heads": "model", "mlp": "model", "vocab": "model", "embed": None, "rows": None, LAYERS: None,
+         VALUE_LAYERS: None, None: None}
 FSDP_RULES = RULES | {"embed": "data", "rows": "data"}
 
 
