@@ -37,7 +37,7 @@ from nanochat_jax.train.optim import (
     modern_momentum,
     trapezoid,
 )
-from nanochat_jax.train.recipe import Recipe, derive_recipe
+from nanochat_jax.model.recipe import Recipe, derive_recipe
 from nanochat_jax.train.setup import set_up
 
 log = logging.getLogger(__name__)

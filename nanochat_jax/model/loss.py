@@ -56,14 +56,14 @@ def target_scores(params: Params, hidden: Array, targets: Array, config: GPTConf
     return nll, is_best
 
 
-def first_argmax(values: Array) -> Array:
-    """Index [...] of the greatest of values [..., V], the first of equals. Rows with a NaN have no defined answer.
+def first_argmax(values: Array, axis: int = -1) -> Array:
+    """Index of the greatest of `values` along an axis, the first of equals. With a NaN the result is undefined.
 
     Two plain reductions: XLA's argmax, which reduces values and indices together, is several times slower on a CPU.
     """
-    index = jax.lax.broadcasted_iota(jnp.int32, values.shape, values.ndim - 1)
-    greatest = jnp.max(values, axis=-1, keepdims=True)
-    return jnp.min(jnp.where(values == greatest, index, values.shape[-1]), axis=-1)
+    index = jax.lax.broadcasted_iota(jnp.int32, values.shape, axis % values.ndim)
+    greatest = jnp.max(values, axis=axis, keepdims=True)
+    return jnp.min(jnp.where(values == greatest, index, values.shape[axis]), axis=axis)
 
 
 def chunk_length(batch: int, length: int, vocab: int, num_shards: int = 1) -> int:
