@@ -109,9 +109,9 @@ def train_torch(options: argparse.Namespace) -> float:
 def decode_jax(options: argparse.Namespace) -> float:
     """Seconds of decoding one token for each of `options.batch` sequences, 32 tokens a dispatch, over a full-length cache."""
     import jax
+    from nanochat_jax.infer.device import Program
 
     from nanochat_jax.infer import device
-    from nanochat_jax.infer.device import Program
     from nanochat_jax.model.config import GPTConfig
     from nanochat_jax.model.weights import init_params
     from nanochat_jax.train.step import resolve_dtype

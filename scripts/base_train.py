@@ -21,6 +21,7 @@ from nanochat_jax.eval.core import evaluate_core
 from nanochat_jax.eval.samples import greedy_samples
 from nanochat_jax.eval.scoring import Scorer, rows_for
 from nanochat_jax.model.config import GPTConfig
+from nanochat_jax.model.recipe import Recipe, derive_recipe
 from nanochat_jax.model.sharding import data_share, data_size, make_mesh
 from nanochat_jax.model.size import flops_per_token, num_params
 from nanochat_jax.paths import DATA_DIRS, Paths
@@ -37,7 +38,6 @@ from nanochat_jax.train.optim import (
     modern_momentum,
     trapezoid,
 )
-from nanochat_jax.model.recipe import Recipe, derive_recipe
 from nanochat_jax.train.setup import set_up
 
 log = logging.getLogger(__name__)

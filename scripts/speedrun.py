@@ -21,12 +21,12 @@ from nanochat_jax.data.needs import TOKENIZER_SHARDS, explain_shards, shards_nee
 from nanochat_jax.metrics import format_count
 from nanochat_jax.model.compute import REMAT
 from nanochat_jax.model.config import GPTConfig
+from nanochat_jax.model.recipe import Recipe, derive_recipe
 from nanochat_jax.model.sharding import mesh_shape
 from nanochat_jax.model.size import flops_per_token, num_params
 from nanochat_jax.paths import CHECKPOINT_DIRS, DATA_DIRS, Paths
 from nanochat_jax.speedrun import Machine, Record, Stage, as_flags, print_plan, run_stages
-from nanochat_jax.model.recipe import Recipe, derive_recipe
-from nanochat_jax.train.step import estimate_memory
+from nanochat_jax.train.memory import estimate_memory
 
 # The model that two free cores train in 6 minutes, evaluations and all, and how.
 CPU_DEPTH = 4

@@ -5,8 +5,8 @@ import pytest
 from nanochat_jax import cli
 from nanochat_jax.cli import UsageError
 from nanochat_jax.model.config import GPTConfig
-from nanochat_jax.model.size import flops_per_token, num_matrix_params, num_params, num_scalar_params, num_scaling_params
 from nanochat_jax.model.recipe import derive_recipe
+from nanochat_jax.model.size import flops_per_token, num_matrix_params, num_params, num_scalar_params, num_scaling_params
 from scripts.base_train import BaseTrainConfig, model_config, recipe
 
 # depth, width, heads, parameters, scaling parameters, log2 of the batch, steps, weight decay, training FLOPs

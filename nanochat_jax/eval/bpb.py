@@ -46,10 +46,11 @@ def held_out_loss(params: Params, batches: Iterator[Mapping[str, np.ndarray]], s
     Bits per byte: nats of the targets that stand for text over ln 2 times the bytes they stand for; special tokens
     (0 bytes) count for nothing.
     """
-    sums = []
+    sums, mesh = [], compute.mesh
+    assert mesh is not None
     for _ in range(steps):
         batch = next(batches)
-        rows = Batch(*(spread_rows(compute.mesh, batch[name]) for name in ("inputs", "targets")))
+        rows = Batch(*(spread_rows(mesh, batch[name]) for name in ("inputs", "targets")))
         sums.append(_sums(params, rows, token_bytes, config=config, compute=compute))
     nats, num_bytes, total, count = np.array(jax.device_get(sums), np.float64).sum(axis=0).tolist()
     return HeldOut(bpb=nats / (math.log(2) * num_bytes) if num_bytes else math.inf, loss=total / max(count, 1))
@@ -59,6 +60,7 @@ def corpus_bits_per_byte(loaded: Loaded, paths: Paths, *, device_batch_size: int
                          ) -> dict[str, float]:
     """`train_bpb` and `val_bpb` of a base model over the first `split_tokens` tokens of each split of its corpus."""
     model, tokenizer = loaded.config, loaded.tokenizer
+    assert compute.mesh is not None
     rows = device_batch_size * data_size(compute.mesh)
     steps = split_tokens // (rows * model.sequence_len)
     if steps < 1:

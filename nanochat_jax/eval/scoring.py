@@ -116,7 +116,7 @@ def _shard(cache: KVCache, mesh: Mesh | None) -> KVCache:
 @functools.partial(jax.jit, static_argnames=("config", "compute"))
 def _begin(params: Params, tokens: Array, valid: Array, *, config: GPTConfig, compute: Compute) -> KVCache:
     """A cache of the first valid [B] of tokens [B, T]. The last layer's output is unused, so XLA does not compute it."""
-    cache = _shard(init_cache(config, *tokens.shape, compute.dtype), compute.mesh)
+    cache = _shard(init_cache(config, tokens.shape[0], tokens.shape[1], compute.dtype), compute.mesh)
     cache = forward(params, tokens, config, compute, cache=cache, valid=valid, fresh=True)[1]
     return _shard(cache, compute.mesh)
 
@@ -217,8 +217,7 @@ class Scorer:
                 cache = _extend(self.params, self._reserve(cache, at + MOST_TOKENS), *new, **options)
         cache = self._reserve(cache, longest + size)
 
-        (k, v, *rest), sums = cache, []
-        rest = tuple(rest)
+        k, v, rest, sums = cache.k, cache.v, (cache.length, cache.prev_embedding), []
         for choice in range(max(len(example.rows) for example in batch)):
             tokens, span = np.zeros((count, size), np.int32), np.zeros((count, 2), np.int32)
             for row, example in enumerate(batch):

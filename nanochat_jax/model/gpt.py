@@ -27,6 +27,7 @@ from nanochat_jax.model.layers import rms_norm, rotary_tables
 from nanochat_jax.model.weights import Params, layer_weights
 
 Layer = dict[str, Array]  # the weights of one layer
+Stacks = dict[str, Array | tuple[Array, ...]]  # by name, [L, ...] or L arrays
 KV = tuple[Array, Array]  # keys and values of one layer, [B, K, S, h] each
 
 
@@ -202,7 +203,7 @@ def _run_layers(params: Params, x: Array, cache: KVCache | None,
     return x, middle, written
 
 
-def _loop_over_groups(stacks: dict[str, Array], x: Array, groups: tuple[int, int],
+def _loop_over_groups(stacks: Stacks, x: Array, groups: tuple[int, int],
                       context: Context) -> tuple[Array, Array]:
     """As `_run_layers`, of the first size * count layers by `lax.scan`, without a cache."""
     (size, count), config = groups, context.config
@@ -234,7 +235,7 @@ def _run_group(x: Array, middle: Array, layers: Sequence[Layer], first: int | Ar
     """Run the layers from number `first` on, which is traced inside of a loop."""
     config, remat = context.config, context.compute.remat
     looped = not isinstance(first, int)
-    run_layer = functools.partial(_layer, context=context)
+    run_layer: Callable = functools.partial(_layer, context=context)
     if remat == "minimal":
         # In a loop, XLA cannot merge the forward pass with its recomputation, so the barriers against
         # that are unnecessary; without them XLA fuses the loads. Other modes need them to save memory.
@@ -253,19 +254,20 @@ def _run_group(x: Array, middle: Array, layers: Sequence[Layer], first: int | Ar
     return x, middle, written
 
 
-def _layer_stacks(params: Params, context: Context) -> dict[str, Array | tuple[Array, ...]]:
+def _layer_stacks(params: Params, context: Context) -> Stacks:
     """The weights that layers have their own of, in the compute dtype, by name."""
-    stacks = {}
+    stacks: Stacks = {}
     for name, (path, _) in layer_weights(context.config).items():
-        stack = functools.reduce(lambda tree, key: tree[key], path, params)
+        stack: Any = params
+        for key in path:
+            stack = stack[key]
         if name != "value_embeds":  # a table, of which only the rows that are looked up are cast
             stack = jax.tree.map(lambda weight: weight.astype(context.compute.dtype), stack)
         stacks[name] = stack
     return stacks
 
 
-def _split_layers(stacks: dict[str, Array | tuple[Array, ...]], config: GPTConfig,
-                  layers: range) -> list[Layer]:
+def _split_layers(stacks: Stacks, config: GPTConfig, layers: range) -> list[Layer]:
     """The weights of each layer. `lax.split` transposes to one concatenation; indexing would pad L times."""
     pieces = {name: iter(stack if isinstance(stack, tuple) else
                          [piece[0] for piece in jax.lax.split(stack, (1,) * len(stack))])

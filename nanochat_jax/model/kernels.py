@@ -27,7 +27,7 @@ SAVE_MATMULS = jax.checkpoint_policies.save_from_both_policies(
 )
 
 
-def splash_refuses(q: Array, device: jax.Device) -> str | None:
+def splash_refuses(q: Array | jax.ShapeDtypeStruct, device: jax.Device) -> str | None:
     """Why Splash cannot take q [B, T, H, h]; None if it can."""
     if device.platform != "tpu":
         return "it runs on TPUs only"
@@ -36,7 +36,7 @@ def splash_refuses(q: Array, device: jax.Device) -> str | None:
     return None
 
 
-def cudnn_refuses(q: Array, device: jax.Device) -> str | None:
+def cudnn_refuses(q: Array | jax.ShapeDtypeStruct, device: jax.Device) -> str | None:
     """Why cuDNN cannot take q [B, T, H, h]; None if it can."""
     if device.platform not in ("gpu", "cuda") or "rocm" in device.client.platform_version.lower():
         return "it runs on NVIDIA GPUs only"

@@ -6,7 +6,7 @@ pass for the maximum.
 """
 
 import functools
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -22,11 +22,11 @@ CHUNK_ELEMENTS = 2**25  # float32 logits alive at once, per device: 128 MiB
 
 
 class Batch(NamedTuple):
-    """Rows of tokens to predict. A batch of a training step has a leading axis of micro-batches, [A, B, T]."""
+    """Rows of tokens to predict, arrays of NumPy or JAX. A batch of a training step has a leading axis of micro-batches, [A, B, T]."""
 
-    inputs: Array  # [B, T] int32
-    targets: Array  # [B, T] int32; negative: ignored
-    weights: Array | None = None  # [B, T] float32, factor of each token's loss (not differentiated); None: 1
+    inputs: Any  # [B, T] int32
+    targets: Any  # [B, T] int32; negative: ignored
+    weights: Any = None  # [B, T] float32, factor of each token's loss (not differentiated); None: 1
 
 
 def token_nll(params: Params, batch: Batch, config: GPTConfig, compute: Compute) -> tuple[Array, Array]:
@@ -34,7 +34,7 @@ def token_nll(params: Params, batch: Batch, config: GPTConfig, compute: Compute)
     hidden, _ = forward(params, batch.inputs, config, compute)
     unembedding = params["lm_head"][:, : config.vocab_size].astype(compute.dtype)
     weights = jnp.ones(batch.targets.shape) if batch.weights is None else batch.weights
-    chunk = chunk_length(*batch.targets.shape, config.vocab_size, compute.num_shards)
+    chunk = chunk_length(batch.targets.shape, config.vocab_size, compute.num_shards)
     return cross_entropy(hidden, compute.whole("lm_head", unembedding), batch.targets, weights, config.softcap, chunk)
 
 
@@ -45,13 +45,13 @@ def target_scores(params: Params, hidden: Array, targets: Array, config: GPTConf
     Of tokens with equal logits the first counts as the most likely. Targets [B, T] int32; negative: nll 0 and False.
     """
     unembedding = params["lm_head"][:, : config.vocab_size].astype(hidden.dtype)
-    chunk = chunk_length(*targets.shape, config.vocab_size, compute.num_shards)
+    chunk = chunk_length(targets.shape, config.vocab_size, compute.num_shards)
 
-    def body(_: None, inputs: tuple[Array, Array]) -> tuple[None, tuple[Array, Array]]:
+    def body(_: Any, inputs: tuple[Array, Array]) -> tuple[None, tuple[Array, Array]]:
         nll, tanh, _ = _chunk_nll(inputs[0], unembedding, inputs[1], config.softcap)
         return None, (nll, first_argmax(tanh) == inputs[1])
 
-    _, scores = jax.lax.scan(body, None, (_chunks(hidden, chunk, 0), _chunks(targets, chunk, -1)))
+    scores = jax.lax.scan(body, None, (_chunks(hidden, chunk, 0), _chunks(targets, chunk, -1)))[1]
     nll, is_best = (_unchunk(score, targets.shape[1]) for score in scores)
     return nll, is_best
 
@@ -66,8 +66,9 @@ def first_argmax(values: Array, axis: int = -1) -> Array:
     return jnp.min(jnp.where(values == greatest, index, values.shape[axis]), axis=axis)
 
 
-def chunk_length(batch: int, length: int, vocab: int, num_shards: int = 1) -> int:
-    """Positions whose logits stay within the budget on each device: a divisor of `length` if a good one is near."""
+def chunk_length(shape: tuple[int, ...], vocab: int, num_shards: int = 1) -> int:
+    """Positions of rows [B, T] whose logits stay within the budget of each device: a divisor of T if a good one is near."""
+    batch, length = shape
     fewest = min(length, -(-batch * length * vocab // (CHUNK_ELEMENTS * num_shards)))
     count = next((n for n in range(fewest, min(2 * fewest, length) + 1) if length % n == 0), fewest)
     return -(-length // count)

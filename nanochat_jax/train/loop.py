@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Literal, NamedTuple, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, cast
 
 import jax
 import jax.numpy as jnp
@@ -110,7 +110,7 @@ class StepBatch(NamedTuple):
 class Source(Protocol):
     """Where the batch of each step comes from: a loader, or rollouts of the current parameters."""
 
-    on_policy: bool  # made from the parameters of the step; a signal may interrupt it, and it is made again
+    on_policy: ClassVar[bool]  # made from the step's parameters; a signal may interrupt it, and it is made again
 
     def next_batch(self, step: int, params: Params) -> StepBatch: ...
 
@@ -238,7 +238,7 @@ class _Reporter:
             said = f"the loss of step {step} is {figures['loss']}, the gradient's norm {figures['grad_norm']}"
             dump = job.logs / f"bad-batch-{step}-{jax.process_index()}.npz"
             dump.parent.mkdir(parents=True, exist_ok=True)
-            np.savez(dump, **batch.host)
+            np.savez(dump, **cast(dict[str, Any], batch.host))
             raise UsageError(f"{said}; the batch is in {dump}")
         loop["smooth_loss"] = 0.9 * loop["smooth_loss"] + 0.1 * figures["loss"]
         loop["seconds"] += self._laps[-1]

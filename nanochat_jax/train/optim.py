@@ -2,15 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
-import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
 
 from nanochat_jax.model.compute import REFERENCE, Compute
 from nanochat_jax.model.config import GPTConfig
+from nanochat_jax.model.weights import MATRICES, SCALARS, optimizer_groups
 from nanochat_jax.train.muon import muon
 
 Schedule = Callable[[Array | int], Array]  # of the step
@@ -113,26 +112,16 @@ def make_optimizer(config: GPTConfig, rates: OptimizerConfig, schedules: Schedul
             "value_embeds": adamw(rate(0.5 * embedding), 0.8, 0.995, 0.01),
             "resid_lambdas": adamw(rate(0.01 * scalar), 0.8, 0.95, 0.05),
             "x0_lambdas": adamw(rate(scalar), 0.96, 0.95, 0.0),
-            "scalars": adamw(rate(0.2), 0.8, 0.95, 0.0),
+            SCALARS: adamw(rate(0.2), 0.8, 0.95, 0.0),
         }
     else:
         groups = {
             "lm_head": adamw(rate(unembedding), 0.8, 0.95, rates.weight_decay),
             "wte": adamw(rate(embedding), 0.8, 0.95, rates.weight_decay),
         }
-    groups["matrices"] = muon(rate(rates.matrix_lr * lr_scale), schedules.momentum, schedules.weight_decay, config.arch,
+    groups[MATRICES] = muon(rate(rates.matrix_lr * lr_scale), schedules.momentum, schedules.weight_decay, config.arch,
                             compute_dtype=compute.dtype, mesh=compute.mesh)
-    transform = optax.partition(groups, _group_labels)
+    transform = optax.partition(groups, optimizer_groups(config))
     if rates.grad_clip > 0:
         transform = optax.chain(optax.clip_by_global_norm(rates.grad_clip), transform)
     return transform
-
-
-def _group_labels(params: Any) -> Any:
-    def label(path: tuple, _: Any) -> str:
-        name = path[0].key
-        if name in ("blocks", "ve_gate"):
-            return "matrices"
-        return "scalars" if name.startswith("smear") or name == "backout_lambda" else name
-
-    return jax.tree.map_with_path(label, params)

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 from jax.sharding import Mesh
@@ -114,7 +114,7 @@ class Sampler:
 class RolloutSource:
     """The batch of each step: replies to the next prompts, drawn from the current parameters and judged."""
 
-    on_policy = True
+    on_policy: ClassVar[bool] = True
     position: dict[str, Any] = {}
 
     def __init__(self, config: ChatRLConfig, sampler: Sampler, task: Task, unit: int, mesh: Mesh) -> None:
