@@ -30,7 +30,7 @@ CHECKED = 8  # greedy tokens that must agree
 
 
 def make_config(options: argparse.Namespace) -> Any:
-    from nanochat_jax.config import GPTConfig
+    from nanochat_jax.model.config import GPTConfig
 
     return GPTConfig.classic(options.depth, sequence_len=ROOM, vocab_size=options.vocab)
 
@@ -39,7 +39,7 @@ def make_params(config: Any) -> dict[str, Any]:
     """Random weights [in, out], about as large as trained ones are."""
     import jax
 
-    from nanochat_jax.gpt import abstract_params
+    from nanochat_jax.model.weights import abstract_params
 
     rng = np.random.default_rng(0)
     return jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape, np.float32) * np.float32(leaf.shape[-2] ** -0.5),

@@ -32,9 +32,9 @@ from nanochat_jax.eval.chat import Generator, Sampling
 from nanochat_jax.eval.core import evaluate_core, format_csv, read_items, read_tasks, tokenize_task
 from nanochat_jax.eval.hf_model import HFModel
 from nanochat_jax.eval.scoring import Row, Scorer
-from nanochat_jax.gpt import forward, unembed
 from nanochat_jax.interop.hf import write_hf
 from nanochat_jax.interop.torch_checkpoint import Imported
+from nanochat_jax.model.gpt import forward, unembed
 from nanochat_jax.paths import Paths
 from nanochat_jax.pretrained import read_foreign
 from nanochat_jax.startup import start

@@ -135,18 +135,21 @@ def measure_steps(corpus: Path, tokenizer: Tokenizer, args: argparse.Namespace) 
     """
     import jax
 
-    from nanochat_jax.config import GPTConfig
-    from nanochat_jax.optim import OptimizerConfig, constant, linear_momentum, make_optimizer
-    from nanochat_jax.sharding import make_mesh
-    from nanochat_jax.step import init_state, make_train_step
+    from nanochat_jax.model.compute import Compute
+    from nanochat_jax.model.config import GPTConfig
+    from nanochat_jax.model.loss import Batch
+    from nanochat_jax.model.sharding import make_mesh
+    from nanochat_jax.train.optim import OptimizerConfig, Schedules, constant, linear_momentum, make_optimizer
+    from nanochat_jax.train.step import init_state, make_train_step
 
     rows, length = 4, 256
     model = GPTConfig.modern(4, head_dim=64, sequence_len=length, vocab_size=tokenizer.vocab_size, window_pattern="L")
     mesh = make_mesh("auto")
-    optimizer = make_optimizer(model, OptimizerConfig(), lr_multiplier=constant(1.0),
-                               momentum=linear_momentum(300, 0.85, 0.95), mesh=mesh)
+    compute = Compute.on(mesh)
+    schedules = Schedules(lr_multiplier=constant(1.0), momentum=linear_momentum(300, 0.85, 0.95))
+    optimizer = make_optimizer(model, OptimizerConfig(), schedules, compute)
     state, shardings = init_state(model, optimizer, mesh, fsdp=False, seed=0)
-    step = make_train_step(model, optimizer, dtype=np.float32, mesh=mesh, shardings=shardings)
+    step = make_train_step(model, optimizer, compute, shardings)
     loader = pretraining_loader(corpus, tokenizer, split="train", batch_size=rows, sequence_len=length)
     fixed = next(loader)
     seconds: dict[str, list[float]] = {"a fixed batch": [], "the loader": []}
@@ -154,7 +157,7 @@ def measure_steps(corpus: Path, tokenizer: Tokenizer, args: argparse.Namespace) 
         source = ("a fixed batch", "the loader")[count // BLOCK % 2]
         start = time.perf_counter()
         batch = fixed if source == "a fixed batch" else next(loader)
-        state, metrics = step(state, batch["inputs"][None], batch["targets"][None])
+        state, metrics = step(state, Batch(batch["inputs"][None], batch["targets"][None]))
         jax.block_until_ready(metrics)
         if count:  # the first compiles
             seconds[source].append(time.perf_counter() - start)

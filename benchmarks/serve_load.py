@@ -49,8 +49,8 @@ def make_model(options: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
 
     import jax
 
-    from nanochat_jax.config import GPTConfig
-    from nanochat_jax.gpt import abstract_params
+    from nanochat_jax.model.config import GPTConfig
+    from nanochat_jax.model.weights import abstract_params
     from nanochat_jax.paths import Paths
     from nanochat_jax.startup import start
     from nanochat_jax.tokenizer import Tokenizer

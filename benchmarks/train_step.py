@@ -36,24 +36,26 @@ def make_batch(options: argparse.Namespace) -> Any:
 
 def jax_parts(options: argparse.Namespace) -> tuple:
     """The product's own step, its state and its batch shape, on one device."""
-    import jax.numpy as jnp
 
-    from nanochat_jax.config import GPTConfig
-    from nanochat_jax.optim import CLASSIC_RATES, OptimizerConfig, constant, make_optimizer
+    from nanochat_jax.model.compute import Compute
+    from nanochat_jax.model.config import GPTConfig
+    from nanochat_jax.model.sharding import make_mesh
     from nanochat_jax.paths import Paths
-    from nanochat_jax.sharding import make_mesh
     from nanochat_jax.startup import start
-    from nanochat_jax.step import batch_shape, init_state, make_train_step
+    from nanochat_jax.train.optim import CLASSIC_RATES, OptimizerConfig, Schedules, constant, make_optimizer
+    from nanochat_jax.train.step import batch_shape, init_state, make_train_step
 
     scratch = Paths(Path(tempfile.gettempdir()) / "nanochat_jax-benchmark")
     scratch.base.mkdir(exist_ok=True)
     start(scratch)
     model = GPTConfig.classic(options.depth, sequence_len=options.sequence, vocab_size=options.vocab)
-    mesh, dtype = make_mesh("1x1"), jnp.dtype(options.dtype)
+    mesh = make_mesh("1x1")
     rates = OptimizerConfig(**(CLASSIC_RATES | {"grad_clip": 0.0}))
-    optimizer = make_optimizer(model, rates, lr_multiplier=constant(1.0), momentum=constant(0.95), muon_dtype=dtype, mesh=mesh)
+    compute = Compute.on(mesh, dtype=options.dtype)
+    schedules = Schedules(lr_multiplier=constant(1.0), momentum=constant(0.95))
+    optimizer = make_optimizer(model, rates, schedules, compute)
     state, shardings = init_state(model, optimizer, mesh, fsdp=False, seed=0)
-    step = make_train_step(model, optimizer, dtype=dtype, mesh=mesh, shardings=shardings)
+    step = make_train_step(model, optimizer, compute, shardings)
     shape = batch_shape(options.batch * options.sequence, options.batch, options.sequence, mesh)
     return model, mesh, state, shardings, step, shape
 
@@ -61,15 +63,17 @@ def jax_parts(options: argparse.Namespace) -> tuple:
 def jax_worker(options: argparse.Namespace) -> Any:
     import numpy as np
 
-    from nanochat_jax.step import compile_step, place_batch
+    from nanochat_jax.model.loss import Batch
+    from nanochat_jax.train.memory import compile_step
+    from nanochat_jax.train.step import shard_batch
 
     _, mesh, state, _, step, shape = jax_parts(options)
     compiled, _ = compile_step(step, state, shape, mesh)
-    batch = [place_batch(array.astype(np.int32), shape, mesh) for array in make_batch(options)]
+    batch = shard_batch(Batch(*(array.astype(np.int32) for array in make_batch(options))), shape, mesh)
 
     def run() -> float:
         nonlocal state
-        state, metrics = compiled(state, *batch)
+        state, metrics = compiled(state, batch)
         return float(metrics["loss"])
 
     return run
@@ -130,9 +134,11 @@ def measure_loop(options: argparse.Namespace) -> dict[str, Any]:
     import jax.numpy as jnp
     import numpy as np
 
-    from nanochat_jax.optim import constant
-    from nanochat_jax.step import compile_step, place_batch
-    from nanochat_jax.train import Evaluation, Job, TrainConfig, train
+    from nanochat_jax.model.loss import Batch
+    from nanochat_jax.train.loop import Evaluation, Job, LoaderSource, TrainConfig, train
+    from nanochat_jax.train.memory import compile_step
+    from nanochat_jax.train.optim import constant
+    from nanochat_jax.train.step import shard_batch
 
     model, mesh, state, shardings, step, shape = jax_parts(options)
     host = dict(zip(("inputs", "targets"), (array.astype(np.int32) for array in make_batch(options)), strict=True))
@@ -149,11 +155,11 @@ def measure_loop(options: argparse.Namespace) -> dict[str, Any]:
     compiled, _ = compile_step(step, state, shape, mesh)
     best = {"bare": float("inf"), "loop": float("inf")}
     for _ in range(options.rounds):
-        batch = [place_batch(array, shape, mesh) for array in host.values()]
+        batch = shard_batch(Batch(**host), shape, mesh)
         mine, given = (jax.tree.map(jnp.copy, state) for _ in range(2))  # each way uses its state up
         began = time.perf_counter()
         for _ in range(options.steps):
-            mine, metrics = compiled(mine, *batch)
+            mine, metrics = compiled(mine, batch)
         float(metrics["loss"])
         best["bare"] = min(best["bare"], (time.perf_counter() - began) / options.steps)
         with tempfile.TemporaryDirectory() as directory:
@@ -161,7 +167,7 @@ def measure_loop(options: argparse.Namespace) -> dict[str, Any]:
                       logs=Path(directory) / "d",
                       num_steps=options.steps, shape=shape, lr_multiplier=constant(1.0), metadata={}, dry_run=True,
                       evaluations=[Evaluation(-1, lambda params: {"val_bpb": 0.0})])
-            outcome = train(job, given, shardings, step, Batches())
+            outcome = train(job, given, shardings, step, LoaderSource(Batches(), shape, mesh))
             best["loop"] = min(best["loop"], outcome.seconds / options.steps)
     overhead = best["loop"] / best["bare"] - 1.0
     print(f"d{options.depth}: bare step {1000 * best['bare']:.2f} ms, in the loop {1000 * best['loop']:.2f} ms: "

@@ -18,20 +18,23 @@ import numpy as np
 from jax import Array
 
 from nanochat_jax import cli, load
-from nanochat_jax.attention import causal_attention
 from nanochat_jax.chat import render_conversation, render_for_completion, visualize_tokenization
 from nanochat_jax.checkpoint import load_model
 from nanochat_jax.cli import UsageError, directory_name, flag
-from nanochat_jax.config import GPTConfig
 from nanochat_jax.data.loader import pretraining_loader
 from nanochat_jax.files import keep_old, make_directory
-from nanochat_jax.gpt import Params, forward
-from nanochat_jax.loss import chunk_length, cross_entropy
-from nanochat_jax.optim import OptimizerConfig, constant, make_optimizer
+from nanochat_jax.model.attention import causal_attention
+from nanochat_jax.model.compute import Compute
+from nanochat_jax.model.config import GPTConfig
+from nanochat_jax.model.gpt import forward
+from nanochat_jax.model.loss import Batch, token_nll
+from nanochat_jax.model.sharding import make_mesh
+from nanochat_jax.model.size import num_params
+from nanochat_jax.model.weights import Params
 from nanochat_jax.paths import CHECKPOINT_DIRS, Paths
 from nanochat_jax.pretrained import Model
-from nanochat_jax.sharding import make_mesh
 from nanochat_jax.startup import DeviceFlags, start
+from nanochat_jax.train.optim import OptimizerConfig, Schedules, constant, make_optimizer
 
 try:
     import matplotlib
@@ -90,8 +93,7 @@ def attention_weights(model: Model, ids: list[int]) -> list[Array]:
         found.append(jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1)[0])
         return causal_attention(q, k, v, window=window)
 
-    forward(model.params, jnp.asarray([ids], jnp.int32), config=model.config, compute_dtype=model.dtype,
-            attention=record)
+    forward(model.params, jnp.asarray([ids], jnp.int32), model.config, model.compute.replace(attention=record))
     return found
 
 
@@ -142,8 +144,9 @@ def landscape(paths: Paths, tag: str | None, multipliers: np.ndarray) -> tuple[n
         return jnp.asarray(found["inputs"]), jnp.asarray(found["targets"])
 
     rates = OptimizerConfig(**base.meta["rates"]) if "rates" in base.meta else OptimizerConfig()
-    optimizer = make_optimizer(config, rates, lr_multiplier=constant(1.0), momentum=constant(0.95),
-                               weight_decay=constant(0.0), lr_scale=base.meta.get("lr_scale", 1.0))
+    schedules = Schedules(lr_multiplier=constant(1.0), momentum=constant(0.95), weight_decay=constant(0.0),
+                          lr_scale=base.meta.get("lr_scale", 1.0))
+    optimizer = make_optimizer(config, rates, schedules)
     gradient = jax.jit(jax.grad(mean_loss), static_argnames="config")(base.params, *batch("train"), config=config)
     update, _ = jax.jit(optimizer.update)(gradient, optimizer.init(base.params), base.params)
     inputs, targets = batch("val")
@@ -164,10 +167,7 @@ def landscape(paths: Paths, tag: str | None, multipliers: np.ndarray) -> tuple[n
 
 def mean_loss(params: Params, inputs: Array, targets: Array, *, config: GPTConfig) -> Array:
     """Nats per token of targets [B, T] after inputs [B, T]; negative targets do not count."""
-    hidden, _ = forward(params, inputs, config=config)
-    chunk = chunk_length(*inputs.shape, config.vocab_size)
-    total, _ = cross_entropy(hidden, params["lm_head"][:, : config.vocab_size], targets, jnp.ones(targets.shape),
-                             config.softcap, chunk)
+    total, _ = token_nll(params, Batch(inputs, targets), config, Compute())
     return total / (targets >= 0).sum()
 
 
@@ -275,7 +275,7 @@ def main(config: TourConfig) -> None:
         figure = plt.figure(figsize=(13, 11), layout="constrained")
         grid = figure.add_gridspec(3, 2, height_ratios=[0.65, 3.3, 1.7])
         figure.suptitle(f"{model.source} model, step {model.step}: {model.config.n_layer} layers, "
-                        f"{model.config.num_params / 1e6:.1f}M parameters", fontsize=14, fontweight="bold")
+                        f"{num_params(model.config) / 1e6:.1f}M parameters", fontsize=14, fontweight="bold")
         tokens = pieces(model, ids)
         draw_masks(figure.add_subplot(grid[0, :]), tokens, mask)
         draw_attention(figure.add_subplot(grid[1, 0]), tokens, weights[layer][head], layer, head)

@@ -31,9 +31,10 @@ from jax.sharding import Mesh
 
 from nanochat_jax.bucket import Directory, ObjectLock, copy_files, is_remote
 from nanochat_jax.cli import NotFound, UsageError, one_line, write_failure
-from nanochat_jax.config import GPTConfig
 from nanochat_jax.files import LOCK, lock_file
-from nanochat_jax.gpt import Params, abstract_params
+from nanochat_jax.model.config import GPTConfig
+from nanochat_jax.model.sharding import abstract_tree, barrier, gather_json, make_mesh, param_shardings
+from nanochat_jax.model.weights import Params, abstract_params
 from nanochat_jax.paths import (
     Paths,
     base_tokenizer,
@@ -44,7 +45,6 @@ from nanochat_jax.paths import (
     rename_directory,
     saved_steps,
 )
-from nanochat_jax.sharding import abstract_tree, barrier, gather_json, make_mesh, param_shardings
 from nanochat_jax.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)

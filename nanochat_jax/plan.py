@@ -18,11 +18,14 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from nanochat_jax.cli import UsageError, one_line
-from nanochat_jax.config import GPTConfig
 from nanochat_jax.metrics import PEAK_FLOPS
+from nanochat_jax.model.config import GPTConfig
+from nanochat_jax.model.loss import Batch
+from nanochat_jax.model.sharding import abstract_tree
+from nanochat_jax.model.size import flops_per_token
 from nanochat_jax.plan_cost import HloCost, hlo_cost, jaxpr_flops
-from nanochat_jax.sharding import abstract_tree
-from nanochat_jax.step import BatchShape, TrainState, is_out_of_memory
+from nanochat_jax.train.memory import is_out_of_memory
+from nanochat_jax.train.step import BatchShape, TrainState
 
 GIB = 2**30
 
@@ -251,12 +254,13 @@ def train_plan(config: GPTConfig, step: jax.stages.Wrapped, state: TrainState, s
                chip: str, mesh: Mesh, options: dict[str, str | bool] | None = None) -> Plan:
     """The plan of a train step as `step.make_train_step` makes it, for the shapes of its state."""
     state = abstract_tree(state, shardings)
-    batch = jax.ShapeDtypeStruct((shape.accumulation, shape.micro_rows, shape.sequence_len), jnp.int32,
-                                 sharding=NamedSharding(mesh, PartitionSpec(None, "data")))
+    rows = jax.ShapeDtypeStruct((shape.accumulation, shape.micro_rows, shape.sequence_len), jnp.int32,
+                                sharding=NamedSharding(mesh, PartitionSpec(None, "data")))
+    batch = Batch(rows, rows)
     with assumed_cudnn():
-        flops = jaxpr_flops(step.trace(state, batch, batch).jaxpr, config, platform="tpu" if chip.startswith("v") else "cuda")
-        return compile_plan(step, (state, batch, batch), chip=chip, mesh=mesh, parameters=state.params, state=state.optimizer,
-                            flops=flops, model_flops=float(config.flops_per_token) * shape.tokens, tokens=shape.tokens,
+        flops = jaxpr_flops(step.trace(state, batch).jaxpr, config, platform="tpu" if chip.startswith("v") else "cuda")
+        return compile_plan(step, (state, batch), chip=chip, mesh=mesh, parameters=state.params, state=state.optimizer,
+                            flops=flops, model_flops=float(flops_per_token(config)) * shape.tokens, tokens=shape.tokens,
                             options=options)
 
 

@@ -10,8 +10,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from nanochat_jax.config import GPTConfig
-from nanochat_jax.kernels import CUDNN_BACKWARD, CUDNN_FORWARD
+from nanochat_jax.model.config import GPTConfig
+from nanochat_jax.model.kernels import CUDNN_BACKWARD, CUDNN_FORWARD
 
 DTYPE_BYTES = {"pred": 1, "s8": 1, "u8": 1, "f8e4m3fn": 1, "f8e5m2": 1, "s16": 2, "u16": 2, "bf16": 2, "f16": 2, "s32": 4,
                "u32": 4, "f32": 4, "s64": 8, "u64": 8, "f64": 8}

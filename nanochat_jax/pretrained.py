@@ -22,22 +22,23 @@ from jax.sharding import Mesh
 from nanochat_jax.chat import render_for_completion
 from nanochat_jax.checkpoint import Loaded, load_directory, load_model
 from nanochat_jax.cli import NotFound
-from nanochat_jax.config import GPTConfig
 from nanochat_jax.eval.batching import bucket
-from nanochat_jax.gpt import Params, forward, unembed
 from nanochat_jax.infer.engine import Engine
 from nanochat_jax.infer.request import NoTokenizer, Request
 from nanochat_jax.interop.hf import read_hf
 from nanochat_jax.interop.torch_checkpoint import Imported, read_checkpoint
+from nanochat_jax.model.compute import Compute
+from nanochat_jax.model.config import GPTConfig
+from nanochat_jax.model.gpt import forward, unembed
+from nanochat_jax.model.sharding import make_mesh, param_shardings
+from nanochat_jax.model.weights import Params
 from nanochat_jax.paths import CHECKPOINT_DIRS, Paths, saved_steps
-from nanochat_jax.sharding import make_mesh, param_shardings
-from nanochat_jax.step import resolve_dtype
 from nanochat_jax.tokenizer import Tokenizer
 
 
-@functools.partial(jax.jit, static_argnames=("config", "dtype"))
-def _logits(params: Params, tokens: Array, *, config: GPTConfig, dtype: Any) -> Array:
-    return unembed(params, forward(params, tokens, config=config, compute_dtype=dtype)[0], config=config)
+@functools.partial(jax.jit, static_argnames=("config", "compute"))
+def _logits(params: Params, tokens: Array, *, config: GPTConfig, compute: Compute) -> Array:
+    return unembed(params, forward(params, tokens, config, compute)[0], config=config)
 
 
 @dataclass(frozen=True, eq=False)
@@ -50,8 +51,7 @@ class Model:
         tokenizer: None if the weights came without one; then only token ids go in and out.
         source: "base", "mid", "sft", "rl", or the directory it came from.
         step: of the training that made it.
-        dtype: of the computation.
-        mesh: the devices it lies on.
+        compute: the devices it is on, the dtype it computes in, and so on.
     """
 
     config: GPTConfig
@@ -59,8 +59,7 @@ class Model:
     tokenizer: Tokenizer | None
     source: str
     step: int
-    dtype: Any
-    mesh: Mesh
+    compute: Compute
 
     def logits(self, tokens: Sequence[Sequence[int]] | np.ndarray) -> np.ndarray:
         """Softcapped logits, float32 [B, T, V], of tokens [B, T]: at [b, t] those of the token after t.
@@ -76,7 +75,7 @@ class Model:
         # Padding to the right changes nothing before it, and few lengths mean few compilations.
         padded = np.zeros((rows, bucket(length)), np.int32)
         padded[:, :length] = tokens
-        return np.asarray(_logits(self.params, padded, config=self.config, dtype=self.dtype)[:, :length], np.float32)
+        return np.asarray(_logits(self.params, padded, config=self.config, compute=self.compute)[:, :length], np.float32)
 
     @overload
     def generate(self, prompt: str, *, max_tokens: int = 256, temperature: float = 1.0, top_k: int = 0, seed: int = 42,
@@ -112,8 +111,7 @@ class Model:
 
     @functools.cached_property
     def _engine(self) -> Engine:
-        return Engine(self.config, self.params, self.tokenizer or NoTokenizer(), num_slots=1, compute_dtype=self.dtype,
-                      mesh=self.mesh if self.mesh.size > 1 else None)
+        return Engine(self.config, self.params, self.tokenizer or NoTokenizer(), num_slots=1, compute=self.compute)
 
 
 def load_engine(paths: Paths, source: str, *, tag: str | None, step: int | None, dtype: str, mesh: Mesh | None = None,
@@ -123,7 +121,7 @@ def load_engine(paths: Paths, source: str, *, tag: str | None, step: int | None,
     The parameters in float32 are not kept: the engine has its own, in the dtype it computes with.
     """
     loaded = load_model(paths, source, tag=tag, step=step, mesh=mesh)
-    engine = Engine(loaded.config, loaded.params, loaded.tokenizer, compute_dtype=resolve_dtype(dtype), mesh=mesh, **options)
+    engine = Engine(loaded.config, loaded.params, loaded.tokenizer, compute=Compute.on(mesh, dtype=dtype), **options)
     return engine, dataclasses.replace(loaded, params={})
 
 
@@ -159,7 +157,7 @@ def load(source: str | Path = "sft", *, tag: str | None = None, step: int | None
     tokenizer = found.own_tokenizer if isinstance(found, Loaded) else found.tokenizer
     if isinstance(found, Imported):
         params = jax.device_put(jax.tree.map(jnp.asarray, params), param_shardings(config, devices))
-    return Model(config, params, tokenizer, str(source), found.step, resolve_dtype(dtype), devices)
+    return Model(config, params, tokenizer, str(source), found.step, Compute.on(devices, dtype=dtype))
 
 
 def read_foreign(directory: Path, *, step: int | None = None, tokenizer: Path | None = None,

@@ -23,10 +23,10 @@ from nanochat_jax.eval.core import evaluate_core, format_csv
 from nanochat_jax.eval.samples import PROMPTS, free_samples, greedy_samples, sample_items
 from nanochat_jax.eval.scoring import Scorer, rows_for
 from nanochat_jax.files import make_directory, write_file
+from nanochat_jax.model.compute import Compute
+from nanochat_jax.model.sharding import make_mesh
 from nanochat_jax.paths import Paths
-from nanochat_jax.sharding import make_mesh
 from nanochat_jax.startup import ModelFlags, Processes, start
-from nanochat_jax.step import resolve_dtype
 
 log = logging.getLogger(__name__)
 
@@ -70,7 +70,8 @@ def core_metric(scorer: CoreScorer, tokenizer: Any, config: BaseEvalConfig, path
 
 def evaluate_ours(config: BaseEvalConfig, paths: Paths) -> tuple[str, dict[str, float], list]:
     """The model's name, the results, and further items for the report."""
-    mesh, dtype = make_mesh(config.mesh), resolve_dtype(config.dtype)
+    mesh = make_mesh(config.mesh)
+    compute = Compute.on(mesh, dtype=config.dtype)
     loaded = load_model(paths, "base", tag=config.model_tag, step=config.step, mesh=mesh)
     kinds, results, items = config.kinds, dict[str, float](), list[str | dict[str, str]]()
     if config.eval == "auto":
@@ -84,13 +85,13 @@ def evaluate_ours(config: BaseEvalConfig, paths: Paths) -> tuple[str, dict[str, 
             log.warning("%s", said)
     if "core" in kinds:
         scorer = Scorer(config=loaded.config, params=loaded.params, num_rows=rows_for(config.device_batch_size),
-                        mesh=mesh, compute_dtype=dtype)
+                        compute=compute)
         results |= core_metric(scorer, loaded.tokenizer, config, paths, f"base_model_{loaded.tag}_{loaded.step:06d}")
     if "bpb" in kinds:
         results |= corpus_bits_per_byte(loaded, paths, device_batch_size=config.device_batch_size,
-                                        split_tokens=config.split_tokens, mesh=mesh, dtype=dtype)
+                                        split_tokens=config.split_tokens, compute=compute)
     if "sample" in kinds:
-        items += sample_items(greedy_samples(loaded, dtype=dtype, mesh=mesh), free_samples(loaded, 8, dtype=dtype, mesh=mesh))
+        items += sample_items(greedy_samples(loaded, compute=compute), free_samples(loaded, 8, compute=compute))
     return f"{loaded.tag}, step {loaded.step}", results, items
 
 

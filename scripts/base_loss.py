@@ -14,10 +14,10 @@ from nanochat_jax.cli import LARGEST, flag
 from nanochat_jax.eval.bpb import corpus_bits_per_byte
 from nanochat_jax.eval.samples import greedy_samples, sample_items
 from nanochat_jax.files import make_directory
+from nanochat_jax.model.compute import Compute
+from nanochat_jax.model.sharding import make_mesh
 from nanochat_jax.paths import Paths
-from nanochat_jax.sharding import make_mesh
 from nanochat_jax.startup import ModelFlags, Processes, start
-from nanochat_jax.step import resolve_dtype
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -31,11 +31,12 @@ def main(config: BaseLossConfig) -> None:
     paths = Paths.from_env()
     start(paths, config)
     make_directory(paths.report)
-    mesh, dtype = make_mesh(config.mesh), resolve_dtype(config.dtype)
+    mesh = make_mesh(config.mesh)
+    compute = Compute.on(mesh, dtype=config.dtype)
     loaded = load_model(paths, "base", tag=config.model_tag, step=config.step, mesh=mesh)
     results = corpus_bits_per_byte(loaded, paths, device_batch_size=config.device_batch_size,
-                                   split_tokens=config.split_tokens, mesh=mesh, dtype=dtype)
-    samples = sample_items(greedy_samples(loaded, dtype=dtype, mesh=mesh))
+                                   split_tokens=config.split_tokens, compute=compute)
+    samples = sample_items(greedy_samples(loaded, compute=compute))
     if jax.process_index() == 0:
         section, model = "Base model loss", f"{loaded.tag}, step {loaded.step}"
         with report.earlier_evaluation(paths.report, section, model):

@@ -15,7 +15,6 @@ from nanochat_jax import cli, report
 from nanochat_jax.bucket import Directory
 from nanochat_jax.checkpoint import Loaded, lock_tag
 from nanochat_jax.cli import flag
-from nanochat_jax.config import GPTConfig, Recipe, derive_recipe
 from nanochat_jax.data.loader import pretraining_loader
 from nanochat_jax.eval.bpb import held_out_loss
 from nanochat_jax.eval.bundle import ensure_bundle
@@ -23,21 +22,25 @@ from nanochat_jax.eval.core import evaluate_core
 from nanochat_jax.eval.samples import greedy_samples
 from nanochat_jax.eval.scoring import Scorer, rows_for
 from nanochat_jax.files import make_directory
-from nanochat_jax.optim import (
+from nanochat_jax.model.config import GPTConfig
+from nanochat_jax.model.recipe import Recipe, derive_recipe
+from nanochat_jax.model.sharding import data_share, data_size, make_mesh
+from nanochat_jax.model.size import flops_per_token, num_params
+from nanochat_jax.paths import DATA_DIRS, Paths
+from nanochat_jax.startup import start
+from nanochat_jax.tokenizer import Tokenizer
+from nanochat_jax.train.loop import Evaluation, Job, LoaderSource, TrainConfig, naming_other_flags, train
+from nanochat_jax.train.optim import (
     CLASSIC_RATES,
     OptimizerConfig,
+    Schedules,
     cosine_decay,
     linear_momentum,
     make_optimizer,
     modern_momentum,
     trapezoid,
 )
-from nanochat_jax.paths import DATA_DIRS, Paths
-from nanochat_jax.sharding import data_share, data_size, make_mesh
-from nanochat_jax.startup import start
-from nanochat_jax.step import accelerator_memory, choose_batch_shape, choose_memory, init_state, make_train_step, resolve_dtype
-from nanochat_jax.tokenizer import Tokenizer
-from nanochat_jax.train import Evaluation, Job, TrainConfig, naming_other_flags, train
+from nanochat_jax.train.setup import set_up
 
 log = logging.getLogger(__name__)
 
@@ -106,7 +109,7 @@ def recipe(config: BaseTrainConfig, model: GPTConfig, reference: GPTConfig) -> R
                          target_param_data_ratio=config.target_param_data_ratio, weight_decay=weight_decay)
 
 
-def optimizer_parts(config: BaseTrainConfig, plan: Recipe) -> tuple[OptimizerConfig, dict[str, Any]]:
+def optimizer_parts(config: BaseTrainConfig, plan: Recipe) -> tuple[OptimizerConfig, Schedules]:
     """Rates, and the schedules of rate, momentum and decay."""
     def given(value: Any, modern: Any, classic: Any) -> Any:
         return value if value is not None else (modern if config.arch == "modern" else classic)
@@ -121,7 +124,7 @@ def optimizer_parts(config: BaseTrainConfig, plan: Recipe) -> tuple[OptimizerCon
     steps = plan.num_iterations
     warmdown = given(config.warmdown_ratio, 0.65, 0.2)
     warmup = given(config.warmup_steps, 40, 0) if config.warmup_ratio is None else round(config.warmup_ratio * steps)
-    schedules = dict(
+    schedules = Schedules(
         lr_multiplier=trapezoid(steps, warmup=warmup, warmdown_ratio=warmdown,
                                 final_fraction=given(config.final_lr_frac, 0.05, 0.0)),
         momentum=linear_momentum(300, 0.85, 0.95) if classic else modern_momentum(steps, warmdown),
@@ -146,25 +149,21 @@ def pretrain(config: BaseTrainConfig, paths: Paths, tokenizer: Tokenizer, direct
     data = paths.find_data() if config.data == "auto" else config.data
     model, reference = model_config(config, tokenizer.vocab_size)
     plan = recipe(config, model, reference)
-    mesh, dtype = make_mesh(config.mesh), resolve_dtype(config.dtype)
+    mesh = make_mesh(config.mesh)
     rates, schedules = optimizer_parts(config, plan)
-    optimizer = make_optimizer(model, rates, muon_dtype=dtype, mesh=mesh, **schedules)
-    rows, remat, fsdp = choose_memory(model, mesh, rows=config.device_batch_size, remat=config.remat, fsdp=config.fsdp,
-                                      step_rows=plan.total_batch_size // model.sequence_len // data_size(mesh),
-                                      limit=accelerator_memory())
-    state, shardings = init_state(model, optimizer, mesh, fsdp=fsdp, seed=config.seed)
-    step_fn = make_train_step(model, optimizer, dtype=dtype, mesh=mesh, shardings=shardings, remat=remat,
-                              attention=config.attention)
-    shape = choose_batch_shape(plan.total_batch_size, rows, model.sequence_len, mesh, step_fn, state)
+    run = set_up(config, model, mesh, lambda compute: make_optimizer(model, rates, schedules, compute),
+                 tokens=plan.total_batch_size)
+    shape, compute = run.shape, run.compute
+    assert shape is not None
     log.info("d%d %s: %s parameters, %s tokens in %d steps of %s in %d x %d rows, mesh %s, %s", config.depth, config.arch,
-             f"{model.num_params:,}", f"{plan.total_tokens:,}", plan.num_iterations, f"{shape.tokens:,}", shape.accumulation,
-             shape.micro_rows, "x".join(map(str, mesh.shape.values())), dtype)
+             f"{num_params(model):,}", f"{plan.total_tokens:,}", plan.num_iterations, f"{shape.tokens:,}", shape.accumulation,
+             shape.micro_rows, "x".join(map(str, mesh.shape.values())), compute.dtype)
 
     packing = config.packing if config.packing != "auto" else ("bestfit" if config.arch == "modern" else "stream")
     index, count = data_share(mesh)
     common: dict[str, Any] = dict(sequence_len=model.sequence_len, packing=packing)
     metadata = {"tokenizer": tokenizer.fingerprint(), "data": data, "packing": packing, "total_batch_size": shape.tokens,
-                "rates": dataclasses.asdict(rates), "lr_scale": schedules["lr_scale"]}
+                "rates": dataclasses.asdict(rates), "lr_scale": schedules.lr_scale}
     with naming_other_flags(config, directory, metadata):
         batches = pretraining_loader(paths.data(data), tokenizer, split="train", batch_size=shape.rows, process_index=index,
                                      process_count=count, num_shards=config.data_shards, **common)
@@ -174,18 +173,17 @@ def pretrain(config: BaseTrainConfig, paths: Paths, tokenizer: Tokenizer, direct
     token_bytes = tokenizer.token_bytes()
 
     def bits_per_byte(params: Any) -> dict[str, float]:
-        held_out = held_out_loss(params, validation, eval_steps, config=model, token_bytes=token_bytes, mesh=mesh,
-                                 dtype=dtype)
+        held_out = held_out_loss(params, validation, eval_steps, config=model, token_bytes=token_bytes, compute=compute)
         validation.reset()
         return {"val_bpb": held_out.bpb}
 
     def core(params: Any) -> dict[str, float]:
         scorer = Scorer(config=model, params=params, num_rows=rows_for(shape.micro_rows // data_size(mesh)),
-                        mesh=mesh, compute_dtype=dtype)
+                        compute=compute)
         return {"core": evaluate_core(scorer, tokenizer, bundle, max_per_task=config.core_metric_max_per_task).core}
 
     def samples(params: Any) -> dict[str, float]:
-        for text in greedy_samples(Loaded(model, params, tokenizer, {}, job.directory, 0, "base"), dtype=dtype, mesh=mesh):
+        for text in greedy_samples(Loaded(model, params, tokenizer, {}, job.directory, 0, "base"), compute=compute):
             log.info("  %s", text.replace("\n", " "))
         return {}
 
@@ -197,16 +195,16 @@ def pretrain(config: BaseTrainConfig, paths: Paths, tokenizer: Tokenizer, direct
     job = Job(
         name="base_train", config=config, model=model, directory=directory,
         logs=paths.logs("base") / directory.name, num_steps=plan.num_iterations, shape=shape,
-        lr_multiplier=schedules["lr_multiplier"], evaluations=evaluations, tokenizer=tokenizer, metadata=metadata,
+        lr_multiplier=schedules.lr_multiplier, evaluations=evaluations, tokenizer=tokenizer, metadata=metadata,
     )
-    outcome = train(job, state, shardings, step_fn, batches)
+    outcome = train(job, run.state, run.shardings, run.step_fn, LoaderSource(batches, shape, mesh))
     if jax.process_index() == 0:
         results = {
-            "parameters": model.num_params, "flops_per_token": model.flops_per_token, "num_iterations": job.num_steps,
-            "training_tokens": plan.total_tokens, "tokens_per_parameter": plan.total_tokens / model.num_params,
+            "parameters": num_params(model), "flops_per_token": flops_per_token(model), "num_iterations": job.num_steps,
+            "training_tokens": plan.total_tokens, "tokens_per_parameter": plan.total_tokens / num_params(model),
             "min_val_bpb": outcome.minimum, "val_bpb": outcome.last["val_bpb"], "train_loss": outcome.train_loss,
             "tokens_per_sec": outcome.tokens_per_sec, "mfu": outcome.mfu if outcome.mfu is not None else "n/a",
-            "total_flops": float(model.flops_per_token) * plan.total_tokens, "training_seconds": outcome.seconds,
+            "total_flops": float(flops_per_token(model)) * plan.total_tokens, "training_seconds": outcome.seconds,
             "peak_memory_bytes": outcome.peak_memory,
             **{key: value for key, value in outcome.last.items() if key == "core"},
             "devices": f"{mesh.size} x {jax.devices()[0].device_kind}",

@@ -17,10 +17,10 @@ from nanochat_jax.checkpoint import load_model
 from nanochat_jax.cli import flag
 from nanochat_jax.eval.chat import Generator, Sampling, accuracy, chatcore, evaluate_task, own_key, write_problems
 from nanochat_jax.files import make_directory
+from nanochat_jax.model.compute import Compute
+from nanochat_jax.model.sharding import data_size, make_mesh
 from nanochat_jax.paths import CHECKPOINT_DIRS, Paths
-from nanochat_jax.sharding import data_size, make_mesh
 from nanochat_jax.startup import ModelFlags, Processes, start
-from nanochat_jax.step import resolve_dtype
 from nanochat_jax.tasks import eval_tasks_for, is_reserved, load_eval_task, task_names
 from nanochat_jax.tasks.base import Task
 from nanochat_jax.tasks.custom_json import CustomJSON
@@ -51,7 +51,7 @@ class ChatEvalConfig(ModelFlags, Processes):
 def main(config: ChatEvalConfig) -> None:
     paths = Paths.from_env()
     start(paths, config)
-    mesh, dtype = make_mesh(config.mesh), resolve_dtype(config.dtype)
+    mesh = make_mesh(config.mesh)
     # All tasks are loaded before any is judged, and those that were named before the model: one that is missing should not
     # be found out after an hour, and a typo not after a minute.
     tasks: list[Task] = []
@@ -66,7 +66,7 @@ def main(config: ChatEvalConfig) -> None:
 
     slots = config.batch_size * data_size(mesh)
     generator = Generator(config=loaded.config, params=loaded.params, tokenizer=loaded.tokenizer, num_slots=slots,
-                          compute_dtype=dtype, mesh=mesh)
+                          compute=Compute.on(mesh, dtype=config.dtype))
     sampling = Sampling(num_samples=config.num_samples, max_new_tokens=config.max_new_tokens,
                         temperature=config.temperature, top_k=config.top_k)
     directory = paths.logs(config.source) / loaded.tag

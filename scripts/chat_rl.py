@@ -5,7 +5,7 @@
 """
 
 from nanochat_jax import cli
-from nanochat_jax.rl_train import ChatRLConfig, reinforce
+from nanochat_jax.train.rl import ChatRLConfig, reinforce
 
 if __name__ == "__main__":
     cli.run(reinforce, ChatRLConfig, prog="scripts.chat_rl", description=__doc__)

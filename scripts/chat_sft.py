@@ -7,20 +7,19 @@
 from dataclasses import dataclass
 from typing import Any, Literal
 
-import jax
-
 from nanochat_jax import cli
 from nanochat_jax.checkpoint import Loaded
 from nanochat_jax.cli import flag
 from nanochat_jax.eval.chat import Generator, Sampling, accuracy, chatcore, evaluate_task
-from nanochat_jax.finetune import FinetuneConfig, Stage, finetune
-from nanochat_jax.gpt import Params
-from nanochat_jax.optim import constant, trapezoid
+from nanochat_jax.model.compute import Compute
+from nanochat_jax.model.weights import Params
 from nanochat_jax.paths import Paths
 from nanochat_jax.tasks import eval_tasks_for, load_eval_task
 from nanochat_jax.tasks.base import Task
 from nanochat_jax.tasks.mixtures import Split, mixture_for
-from nanochat_jax.train import Evaluation
+from nanochat_jax.train.finetune import FinetuneConfig, Stage, finetune
+from nanochat_jax.train.loop import Evaluation
+from nanochat_jax.train.optim import constant, trapezoid
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -49,7 +48,7 @@ class ChatSFTConfig(FinetuneConfig):
                                     also=-1)
 
 
-def chat_tasks(config: ChatSFTConfig, model: Loaded, rows: int, dtype: Any, mesh: jax.sharding.Mesh) -> list[Evaluation]:
+def chat_tasks(config: ChatSFTConfig, model: Loaded, rows: int, compute: Compute) -> list[Evaluation]:
     """The accuracies of the corpus's chat tasks, and ChatCORE, if they are asked for."""
     if config.chatcore_every < 1:
         return []
@@ -58,7 +57,7 @@ def chat_tasks(config: ChatSFTConfig, model: Loaded, rows: int, dtype: Any, mesh
 
     def run(params: Params) -> dict[str, float]:
         generator = Generator(config=model.config, params=params, tokenizer=model.tokenizer, num_slots=rows,
-                              compute_dtype=dtype, mesh=mesh)
+                              compute=compute)
         found = {}
         for task in tasks:
             limit = config.chatcore_max_cat if task.eval_type == "categorical" else config.chatcore_max_sample

@@ -14,6 +14,7 @@ from nanochat_jax.files import entries, new_directory
 from nanochat_jax.interop.hf import write_hf
 from nanochat_jax.interop.torch_checkpoint import write_checkpoint
 from nanochat_jax.metrics import read_metrics
+from nanochat_jax.model.size import num_params
 from nanochat_jax.paths import CHECKPOINT_DIRS, Paths
 from nanochat_jax.startup import ModelFlags, start
 
@@ -65,7 +66,7 @@ def main(config: ExportConfig) -> None:
     for path in sorted(entries(out)):
         log.info("%14s  %s", f"{path.stat().st_size:,}", path.name)
     log.info("exported %s/%s step %d, %s parameters, to %s", loaded.source, loaded.tag, loaded.step,
-             f"{loaded.config.num_params:,}", out)
+             f"{num_params(loaded.config):,}", out)
     if config.format == "hf" and loaded.config.arch == "modern":
         log.info("transformers loads it with trust_remote_code=True: the model's code is in the directory")
 

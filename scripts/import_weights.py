@@ -15,11 +15,12 @@ from nanochat_jax.checkpoint import Checkpoints, claim_directory, keep_tokenizer
 from nanochat_jax.cli import LARGEST, NotFound, UsageError, directory_name, flag, user_path
 from nanochat_jax.files import make_directory
 from nanochat_jax.interop.torch_checkpoint import Imported, check_vocabulary
-from nanochat_jax.optim import CLASSIC_RATES, OptimizerConfig
+from nanochat_jax.model.size import num_params
 from nanochat_jax.paths import CHECKPOINT_DIRS, Paths
 from nanochat_jax.pretrained import read_foreign
 from nanochat_jax.startup import DeviceFlags, start
 from nanochat_jax.tokenizer import Tokenizer
+from nanochat_jax.train.optim import CLASSIC_RATES, OptimizerConfig
 
 log = logging.getLogger(__name__)
 
@@ -113,7 +114,7 @@ def main(config: ImportConfig) -> None:
             checkpoints.save(imported.step, imported.params, None, checkpoint_state(imported, fingerprint, config))
             checkpoints.wait()
     log.info("imported a %s model of %d layers, %s parameters, step %d, to %s", imported.config.arch,
-             imported.config.n_layer, f"{imported.config.num_params:,}", imported.step, directory)
+             imported.config.n_layer, f"{num_params(imported.config):,}", imported.step, directory)
 
 
 if __name__ == "__main__":

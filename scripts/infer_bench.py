@@ -25,15 +25,16 @@ from jax.sharding import Mesh
 from nanochat_jax import cli
 from nanochat_jax.checkpoint import Loaded, load_model
 from nanochat_jax.cli import UsageError, flag
-from nanochat_jax.config import GPTConfig
-from nanochat_jax.gpt import abstract_params
 from nanochat_jax.infer.engine import Engine, EngineLoop
 from nanochat_jax.infer.request import NoTokenizer, Request
 from nanochat_jax.metrics import peak_bandwidth, peak_flops, peak_memory_bytes
+from nanochat_jax.model.compute import Compute, resolve_dtype
+from nanochat_jax.model.config import GPTConfig
+from nanochat_jax.model.sharding import make_mesh
+from nanochat_jax.model.size import num_matrix_params
+from nanochat_jax.model.weights import abstract_params
 from nanochat_jax.paths import CHECKPOINT_DIRS, Paths
-from nanochat_jax.sharding import make_mesh
 from nanochat_jax.startup import ModelFlags, start
-from nanochat_jax.step import resolve_dtype
 
 STEPS_PER_DISPATCH = 8
 
@@ -71,7 +72,7 @@ def keys_read(config: GPTConfig, context: int) -> int:
 
 def flops_per_token(config: GPTConfig, context: int, *, unembed: bool) -> int:
     """Operations of a forward pass for one token that sees `context` before it."""
-    weights = config.num_block_params + config.n_embd * config.vocab_size * unembed
+    weights = num_matrix_params(config) + config.n_embd * config.vocab_size * unembed
     return 2 * weights + 4 * config.n_head * config.head_dim * keys_read(config, context)
 
 
@@ -185,7 +186,7 @@ def main(config: Config) -> None:
     loaded = replace(loaded, params=jax.tree.map(lambda leaf: leaf.astype(dtype), loaded.params))
 
     def make_engine(batch: int) -> Engine:
-        return Engine(loaded.config, loaded.params, NoTokenizer(), num_slots=batch, compute_dtype=dtype, mesh=mesh,
+        return Engine(loaded.config, loaded.params, NoTokenizer(), num_slots=batch, compute=Compute.on(mesh, dtype=dtype),
                       max_len=prompt_tokens + config.decode_tokens, steps_per_dispatch=STEPS_PER_DISPATCH)
 
     prefill = measure_prefill(make_engine(1), card)

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 
 from nanochat_jax import cli
 from nanochat_jax.cli import flag
-from nanochat_jax.finetune import FinetuneConfig, Stage, finetune
-from nanochat_jax.optim import trapezoid
 from nanochat_jax.tasks.mixtures import mixture_for
+from nanochat_jax.train.finetune import FinetuneConfig, Stage, finetune
+from nanochat_jax.train.optim import trapezoid
 
 
 @dataclass(frozen=True, kw_only=True)

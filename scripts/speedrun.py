@@ -17,16 +17,18 @@ from typing import Any, Literal
 
 from nanochat_jax import cli
 from nanochat_jax.cli import UsageError, flag, run_name
-from nanochat_jax.config import GPTConfig, Recipe, derive_recipe
 from nanochat_jax.data.needs import TOKENIZER_SHARDS, explain_shards, shards_needed
 from nanochat_jax.files import lock_file, make_directory
-from nanochat_jax.gpt import REMAT
 from nanochat_jax.metrics import format_count
+from nanochat_jax.model.compute import REMAT
+from nanochat_jax.model.config import GPTConfig
+from nanochat_jax.model.recipe import Recipe, derive_recipe
+from nanochat_jax.model.sharding import mesh_shape
+from nanochat_jax.model.size import flops_per_token, num_params
 from nanochat_jax.paths import CHECKPOINT_DIRS, DATA_DIRS, Paths
-from nanochat_jax.sharding import mesh_shape
 from nanochat_jax.speedrun import Machine, Record, Stage, as_flags, print_plan, run_stages
 from nanochat_jax.startup import DeviceFlags
-from nanochat_jax.step import estimate_memory
+from nanochat_jax.train.memory import estimate_memory
 
 # The model that two free cores train in 6 minutes, evaluations and all, and how.
 CPU_DEPTH = 4
@@ -115,7 +117,7 @@ def plan_stages(config: SpeedrunConfig, machine: Machine, wandb_run: str, on_dis
     recomputing = 4 / 3 if remat in ("block", "full") else 1.0
 
     def seconds(tokens: float) -> float:
-        return tokens * model.flops_per_token * recomputing / machine.training_flops
+        return tokens * flops_per_token(model) * recomputing / machine.training_flops
 
     def training(name: str, source: str, own: dict[str, Any], tokens: float, step_tokens: int, length: str, *,
                  most_rows: int = 1 << 30, **flags: Any) -> Stage:
@@ -134,7 +136,7 @@ def plan_stages(config: SpeedrunConfig, machine: Machine, wandb_run: str, on_dis
                      placement=placed + as_flags(device_batch_size=rows, **saving, save_every=save_every, run=wandb_run),
                      produces=True, checkpoints=f"{CHECKPOINT_DIRS[source]}/{tag}", seconds=seconds(tokens),
                      waits_for="data_rest" if name == "base_train" else "",
-                     note=f"{model.num_params / 1e6:.1f}M parameters, {length}, {memory}")
+                     note=f"{num_params(model) / 1e6:.1f}M parameters, {length}, {memory}")
 
     def finetuning(name: str, source: str, own: dict[str, Any], conversations: int, tokens: float, step_tokens: int,
                    most_rows: int = 1 << 30) -> Stage:

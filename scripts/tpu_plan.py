@@ -26,14 +26,17 @@ from rich.table import Table
 
 from nanochat_jax import cli
 from nanochat_jax.cli import flag, same_flag
-from nanochat_jax.gpt import abstract_params
-from nanochat_jax.infer import device
-from nanochat_jax.infer.device import Program, cache_sharding
+from nanochat_jax.infer import decode
+from nanochat_jax.infer.decode import DecodeConfig, cache_sharding
 from nanochat_jax.metrics import format_seconds
-from nanochat_jax.optim import make_optimizer
+from nanochat_jax.model.compute import Compute
+from nanochat_jax.model.sharding import abstract_tree, data_size, make_mesh, param_shardings, replicated
+from nanochat_jax.model.size import num_params, num_scaling_params
+from nanochat_jax.model.weights import abstract_params
 from nanochat_jax.plan import CHIPS, GIB, DoesNotFit, Plan, compile_plan, largest_batch, topology_devices, train_plan
-from nanochat_jax.sharding import abstract_tree, data_size, make_mesh, param_shardings, replicated
-from nanochat_jax.step import BatchShape, batch_shape, choose_memory, make_train_step, state_shardings
+from nanochat_jax.train.memory import choose_memory
+from nanochat_jax.train.optim import make_optimizer
+from nanochat_jax.train.step import BatchShape, batch_shape, make_train_step, state_shardings
 from scripts.base_train import BaseTrainConfig, model_config, optimizer_parts, recipe
 
 log = logging.getLogger(__name__)
@@ -88,13 +91,13 @@ def plan_training(config: PlanConfig, chip: str, mesh: jax.sharding.Mesh) -> tup
     model, reference = model_config(training, config.vocab_size)
     run = recipe(training, model, reference)
     rates, schedules = optimizer_parts(training, run)
-    optimizer = make_optimizer(model, rates, muon_dtype=jnp.bfloat16, mesh=mesh, **schedules)
-    rows, remat, fsdp = choose_memory(model, mesh, rows=config.device_batch_size, remat=config.remat, fsdp=config.fsdp,
+    rows, remat, fsdp = choose_memory(model, mesh, rows=config.device_batch_size, remat=training.remat, fsdp=config.fsdp,
                                       step_rows=run.total_batch_size // model.sequence_len // data_size(mesh),
                                       limit=CHIPS[chip].hbm)
+    compute = Compute.on(mesh, dtype=jnp.bfloat16, remat=remat, attention=config.attention)
+    optimizer = make_optimizer(model, rates, schedules, compute)
     state, shardings = state_shardings(model, optimizer, mesh, fsdp=fsdp)
-    step = make_train_step(model, optimizer, dtype=jnp.dtype(jnp.bfloat16), mesh=mesh, shardings=shardings,
-                           remat=remat, attention=config.attention)
+    step = make_train_step(model, optimizer, compute, shardings)
 
     def attempt(rows: int) -> Plan:
         log.info("compiling a step of %d rows per device for %d x %s", rows, mesh.size, chip)
@@ -107,7 +110,7 @@ def plan_training(config: PlanConfig, chip: str, mesh: jax.sharding.Mesh) -> tup
     else:
         plan = attempt(rows)
     shape = batch_shape(run.total_batch_size, rows, model.sequence_len, mesh)
-    return plan, shape, {"parameters": model.num_params, "num_iterations": run.num_iterations,
+    return plan, shape, {"parameters": num_params(model), "num_iterations": run.num_iterations,
                          "device_batch_size": shape.micro_rows // data_size(mesh), "accumulation": shape.accumulation,
                          "remat": remat, "fsdp": fsdp}
 
@@ -116,7 +119,7 @@ def plan_decoding(config: PlanConfig, chip: str, mesh: jax.sharding.Mesh) -> Pla
     """One token for each of `slots` sequences, over a cache of `max_seq_len`."""
     model, _ = model_config(config.training(), config.vocab_size)
     dtype = jnp.dtype(jnp.bfloat16)
-    program = Program(model, dtype, shortest=1, pause=-1, mesh=mesh)
+    static = DecodeConfig(model, Compute.on(mesh, dtype=dtype), shortest=1, pause=-1)
     abstract = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), abstract_params(model))
     placed = abstract_tree(abstract, param_shardings(model, mesh))
 
@@ -131,12 +134,12 @@ def plan_decoding(config: PlanConfig, chip: str, mesh: jax.sharding.Mesh) -> Pla
                        "lm_head_rows": jax.ShapeDtypeStruct((model.vocab_size, model.n_embd), dtype, sharding=rows)}
     shape = (config.slots, model.n_kv_head, model.sequence_len, model.head_dim)
     layer: Any = jax.ShapeDtypeStruct(shape, dtype, sharding=cache_sharding(*shape[:2], mesh))
-    slots = device.Slots((layer,) * model.n_layer, (layer,) * model.n_layer)
+    slots = decode.Slots((layer,) * model.n_layer, (layer,) * model.n_layer)
     dispatch = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=replicated(mesh)),
-                            device.greedy_dispatch(config.slots, length=0, steps=1))
-    flops = 2.0 * config.slots * (model.num_scaling_params
+                            decode.greedy_inputs(config.slots, length=0, steps=1))
+    flops = 2.0 * config.slots * (num_scaling_params(model)
                                   + 2 * model.n_head * model.head_dim * model.n_layer * model.sequence_len)
-    step = jax.jit(lambda p, s, d: device.decode(p, s, d, program=program), donate_argnums=1)
+    step = jax.jit(lambda p, s, d: decode.decode(p, s, d, static=static), donate_argnums=1)
     return compile_plan(step, (params, slots, dispatch), chip=chip, mesh=mesh, parameters=params, state=slots, flops=flops,
                         model_flops=flops, tokens=config.slots, options=config.options)
 

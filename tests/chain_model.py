@@ -4,9 +4,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nanochat_jax.config import GPTConfig
-from nanochat_jax.gpt import abstract_params
 from nanochat_jax.infer.engine import Engine
+from nanochat_jax.model.config import GPTConfig
+from nanochat_jax.model.weights import abstract_params
 from nanochat_jax.tokenizer import SPECIAL_TOKENS
 
 

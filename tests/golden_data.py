@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from safetensors.numpy import load_file
 
-from nanochat_jax.config import GPTConfig
 from nanochat_jax.interop.torch_checkpoint import entries, read_checkpoint, to_params
+from nanochat_jax.model.config import GPTConfig
 from nanochat_jax.tokenizer import Tokenizer
 
 

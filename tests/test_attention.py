@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
-from nanochat_jax.attention import causal_attention
 from nanochat_jax.cli import UsageError
-from nanochat_jax.config import GPTConfig
-from nanochat_jax.kernels import choose_attention, cudnn_attention, forward_options, splash_attention
-from nanochat_jax.sharding import make_mesh
+from nanochat_jax.model.attention import causal_attention, check_attention, choose_kernel
+from nanochat_jax.model.compute import Compute
+from nanochat_jax.model.kernels import cudnn_attention, splash_attention
+from nanochat_jax.model.sharding import make_mesh
 
 
 def draw(length, heads, kv_heads, width, batch=2, dtype=jnp.float32):
@@ -63,7 +63,7 @@ def test_splash_takes_the_place_of_the_reference_inside_jit_and_remat():
 def test_a_kernel_asked_for_by_name_never_falls_back(kind, length, message):
     mesh = make_mesh("1x1", jax.devices()[:1])
     with pytest.raises(UsageError, match=message):
-        choose_attention(kind, mesh=mesh, dtype=jnp.bfloat16, length=length, head_dim=128)
+        check_attention(Compute.on(mesh, dtype="bfloat16", attention=kind), length=length, head_dim=128)
 
 
 def test_the_choice_follows_device_dtype_and_shape():
@@ -76,17 +76,17 @@ def test_the_choice_follows_device_dtype_and_shape():
             self.devices = np.array([device])
 
     def name(device, dtype=jnp.bfloat16, length=2048, head_dim=128):
-        found = choose_attention("auto", mesh=FakeMesh(device), dtype=dtype, length=length, head_dim=head_dim)
-        return getattr(found, "func", found).__name__
+        queries = jax.ShapeDtypeStruct((1, length, 1, head_dim), dtype)
+        return choose_kernel(Compute.on(FakeMesh(device), dtype=dtype), queries)
 
-    assert name(Device("tpu")) == "splash_attention"
-    assert name(Device("tpu"), length=1000) == "causal_attention"
-    assert name(Device("gpu", "cuda 12090")) == name(Device("cuda")) == "cudnn_attention"
-    assert name(Device("cuda"), dtype=jnp.float32) == "causal_attention"
-    assert name(Device("gpu", "rocm 70000")) == name(Device("cpu")) == "causal_attention"
+    assert name(Device("tpu")) == "splash"
+    assert name(Device("tpu"), length=1000) == "xla"
+    assert name(Device("gpu", "cuda 12090")) == name(Device("cuda")) == "cudnn"
+    assert name(Device("cuda"), dtype=jnp.float32) == "xla"
+    assert name(Device("gpu", "rocm 70000")) == name(Device("cpu")) == "xla"
 
     def loops(device):
-        return forward_options(GPTConfig.modern(2), FakeMesh(device), dtype=jnp.bfloat16, length=2048)["scan"]
+        return Compute.on(FakeMesh(device)).scan
 
     assert loops(Device("tpu")) and not loops(Device("gpu", "cuda 12090")) and not loops(Device("cpu"))
 

@@ -11,13 +11,14 @@ from golden_data import load_trained
 
 from nanochat_jax.chat import render_for_completion
 from nanochat_jax.cli import UsageError
-from nanochat_jax.config import GPTConfig
 from nanochat_jax.eval import chat
 from nanochat_jax.eval.batching import bucket, padded_batches
 from nanochat_jax.eval.chat import Generator, Sampling
-from nanochat_jax.gpt import abstract_params, forward, unembed
+from nanochat_jax.model.config import GPTConfig
+from nanochat_jax.model.gpt import forward, unembed
+from nanochat_jax.model.sharding import make_mesh
+from nanochat_jax.model.weights import abstract_params
 from nanochat_jax.paths import Paths
-from nanochat_jax.sharding import make_mesh
 from nanochat_jax.tasks.arc import ARC
 from nanochat_jax.tasks.base import Task, assistant, user
 from nanochat_jax.tokenizer import Tokenizer

@@ -4,7 +4,9 @@ import pytest
 
 from nanochat_jax import cli
 from nanochat_jax.cli import UsageError
-from nanochat_jax.config import GPTConfig, derive_recipe
+from nanochat_jax.model.config import GPTConfig
+from nanochat_jax.model.recipe import derive_recipe
+from nanochat_jax.model.size import flops_per_token, num_matrix_params, num_params, num_scalar_params, num_scaling_params
 from scripts.base_train import BaseTrainConfig, model_config, recipe
 
 # depth, width, heads, parameters, scaling parameters, log2 of the batch, steps, weight decay, training FLOPs
@@ -47,32 +49,32 @@ def test_modern_table(row):
     depth, width, heads, params, scaling, log_batch, steps, decay, flops = row
     model, plan = dial("--depth", str(depth))
     assert (model.n_embd, model.n_head, model.n_kv_head) == (width, heads, heads)
-    assert (model.num_params, model.num_scaling_params) == (params, scaling)
+    assert (num_params(model), num_scaling_params(model)) == (params, scaling)
     assert (plan.total_batch_size, plan.num_iterations) == (2**log_batch, steps)
     assert round(plan.weight_decay, 4) == decay
     assert plan.lr_scale == pytest.approx((2**log_batch / 2**19) ** 0.5)
-    assert shown(model.flops_per_token * plan.total_tokens, flops) == flops
+    assert shown(flops_per_token(model) * plan.total_tokens, flops) == flops
 
 
 @pytest.mark.parametrize("row", CLASSIC, ids=lambda row: f"d{row[0]}")
 def test_classic_table(row):
-    depth, width, heads, params, flops_per_token, steps, flops = row
+    depth, width, heads, params, flops_each, steps, flops = row
     model, plan = dial("--depth", str(depth), "--arch", "classic", vocab_size=65536)
-    assert (model.n_embd, model.n_head, model.num_params) == (width, heads, params)
+    assert (model.n_embd, model.n_head, num_params(model)) == (width, heads, params)
     assert (plan.total_batch_size, plan.num_iterations, plan.lr_scale, plan.weight_decay) == (524288, steps, 1.0, 0.0)
-    assert shown(model.flops_per_token, flops_per_token) == flops_per_token
+    assert shown(flops_per_token(model), flops_each) == flops_each
     if flops:
-        assert shown(model.flops_per_token * plan.total_tokens, flops) == flops
+        assert shown(flops_per_token(model) * plan.total_tokens, flops) == flops
 
 
 def test_published_details_of_d12_and_of_the_speedrun():
     d12, _ = dial("--depth", "12")
-    assert (d12.num_block_params, d12.num_scalar_params) == (84_935_088, 50)
+    assert (num_matrix_params(d12), num_scalar_params(d12)) == (84_935_088, 50)
     value_embeds = len(d12.value_embed_layers) * d12.padded_vocab_size * d12.n_kv_head * d12.head_dim
     assert (value_embeds, d12.padded_vocab_size * d12.n_embd) == (150_994_944, 25_165_824)
     d24, speedrun = dial("--depth", "24", "--target-param-data-ratio", "8")
     assert speedrun.num_iterations == 5_568
-    assert float(f"{d24.flops_per_token * speedrun.total_tokens:.2e}") == 2.79e19
+    assert float(f"{flops_per_token(d24) * speedrun.total_tokens:.2e}") == 2.79e19
 
 
 def test_shape_flags_override_the_dial():
@@ -85,9 +87,9 @@ def test_the_horizon_follows_iterations_then_flops_then_the_ratio():
     model, plan = dial("--depth", "12", "--num-iterations", "7", "--target-flops", "1e18")
     assert (plan.num_iterations, plan.total_batch_size, round(plan.weight_decay, 4)) == (7, 2**19, 0.28)
     _, plan = dial("--depth", "12", "--target-flops", "1e18", "--target-param-data-ratio", "3")
-    assert plan.num_iterations == round(1e18 / (model.flops_per_token * plan.total_batch_size))
+    assert plan.num_iterations == round(1e18 / (flops_per_token(model) * plan.total_batch_size))
     _, plan = dial("--depth", "12", "--target-param-data-ratio", "6")
-    assert plan.num_iterations * plan.total_batch_size == pytest.approx(6 * model.num_scaling_params, rel=1e-3)
+    assert plan.num_iterations * plan.total_batch_size == pytest.approx(6 * num_scaling_params(model), rel=1e-3)
 
 
 def test_a_given_batch_scales_rates_and_decay():

@@ -17,14 +17,16 @@ import pytest
 from golden_data import load_trained
 
 from nanochat_jax.cli import NotFound, UsageError
-from nanochat_jax.config import GPTConfig
 from nanochat_jax.eval import core, scoring
 from nanochat_jax.eval.bundle import ensure_bundle
 from nanochat_jax.eval.core import CoreTask
 from nanochat_jax.eval.scoring import Row, RowScore, Scorer
-from nanochat_jax.gpt import abstract_params, forward, unembed
+from nanochat_jax.model.compute import Compute
+from nanochat_jax.model.config import GPTConfig
+from nanochat_jax.model.gpt import forward, unembed
+from nanochat_jax.model.sharding import make_mesh
+from nanochat_jax.model.weights import abstract_params
 from nanochat_jax.paths import Paths
-from nanochat_jax.sharding import make_mesh
 from nanochat_jax.tokenizer import Tokenizer
 
 CONFIG = GPTConfig.modern(2, aspect_ratio=32, head_dim=32, sequence_len=64, vocab_size=300, window_pattern="SL")
@@ -255,7 +257,7 @@ def test_a_mesh_gives_the_same_scores(params, monkeypatch):
     monkeypatch.setattr(scoring, "MOST_TOKENS", 32)
     examples = random_examples((5, 31, 40, 64, 70), choices=3)
     expected = dict(Scorer(config=CONFIG, params=params, num_rows=2)(examples))
-    sharded = Scorer(config=CONFIG, params=params, num_rows=1, mesh=make_mesh("4x1"))
+    sharded = Scorer(config=CONFIG, params=params, num_rows=1, compute=Compute(mesh=make_mesh("4x1")))
     for key, scores in sharded(examples):
         for score, other in zip(scores, expected[key], strict=True):
             np.testing.assert_allclose(score.mean_nll, other.mean_nll, rtol=1e-5)

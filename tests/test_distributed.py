@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from small_line import MODEL, errors_of, lines, losses, make_base, run, start
 
-from nanochat_jax.stopping import EXIT_STOPPED
+from nanochat_jax.train.stopping import EXIT_STOPPED
 
 pytestmark = pytest.mark.slow
 STEPS = 4

@@ -10,14 +10,16 @@ import numpy as np
 import pytest
 from chain_model import BOS, END, OUTPUT, OUTPUT_END, PYTHON, PYTHON_END, TOKENIZER, chain_engine
 
-from nanochat_jax.config import GPTConfig
-from nanochat_jax.gpt import abstract_params, forward, unembed
-from nanochat_jax.infer import device
+from nanochat_jax.infer import decode
 from nanochat_jax.infer.engine import Engine, EngineLoop, Request
 from nanochat_jax.infer.request import ToolCall
 from nanochat_jax.infer.sampling import SamplingParams, noise_for, sample
 from nanochat_jax.infer.scheduler import Scheduler
-from nanochat_jax.sharding import make_mesh
+from nanochat_jax.model.compute import Compute
+from nanochat_jax.model.config import GPTConfig
+from nanochat_jax.model.gpt import forward, unembed
+from nanochat_jax.model.sharding import make_mesh
+from nanochat_jax.model.weights import abstract_params
 
 MAX_LEN = 320
 # A random model of every feature: windows, grouped heads, value embeddings, smear, backout.
@@ -130,7 +132,7 @@ def test_log_probabilities_are_those_of_the_full_forward(params, engine):
 def test_a_mesh_changes_nothing(params, engine, layout, shard):
     """Slots over the data axis, heads over the model axis; with forks, tools' tokens and a cache that grows."""
     mesh = make_mesh(layout)
-    other = Engine(CONFIG, params, TOKENIZER, num_slots=8, steps_per_dispatch=3, max_prefill_rows=2, mesh=mesh)
+    other = Engine(CONFIG, params, TOKENIZER, num_slots=8, steps_per_dispatch=3, max_prefill_rows=2, compute=Compute(mesh=mesh))
     brief = [request for request in MIXED if len(request.tokens) <= 32]
     brief += [dataclasses.replace(brief[0], seed=5), Request(prompts(250)[0], max_tokens=12, temperature=0.0)]
     assert [r.tokens for r in other.generate(brief)] == [r.tokens for r in engine.generate(brief)]
@@ -142,16 +144,16 @@ def test_a_mesh_changes_nothing(params, engine, layout, shard):
 
 def test_no_device_of_a_mesh_gathers_the_cache(params, monkeypatch):
     """The compiled step moves activations between devices, never keys and values."""
-    engine = Engine(CONFIG, params, TOKENIZER, num_slots=8, max_prefill_rows=2, mesh=make_mesh("4x2"))
+    engine = Engine(CONFIG, params, TOKENIZER, num_slots=8, max_prefill_rows=2, compute=Compute(mesh=make_mesh("4x2")))
     compiled = []
     for name in ("decode", "insert", "copy"):
-        function = getattr(device, name)
+        function = getattr(decode, name)
 
         def recorded(*args, function=function, **options):
             compiled.append(function.lower(*args, **options).compile().as_text())
             return function(*args, **options)
 
-        monkeypatch.setattr(device, name, recorded)
+        monkeypatch.setattr(decode, name, recorded)
     prompt = prompts(10)[0]
     engine.generate([Request(prompt, max_tokens=3, seed=seed) for seed in range(9)])
     assert len(compiled) > 3

@@ -12,17 +12,17 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nanochat_jax import rl_train
 from nanochat_jax.checkpoint import Checkpoints, load_model
 from nanochat_jax.cli import NotFound, UsageError
-from nanochat_jax.config import GPTConfig
-from nanochat_jax.gpt import abstract_params
 from nanochat_jax.metrics import read_metrics
-from nanochat_jax.optim import OptimizerConfig
+from nanochat_jax.model.config import GPTConfig
+from nanochat_jax.model.weights import abstract_params
 from nanochat_jax.paths import Paths
-from nanochat_jax.rl_train import ChatRLConfig, reinforce
 from nanochat_jax.tasks.base import Task, assistant, user
 from nanochat_jax.tokenizer import Tokenizer
+from nanochat_jax.train import rl as rl_train
+from nanochat_jax.train.optim import OptimizerConfig
+from nanochat_jax.train.rl import ChatRLConfig, reinforce
 from scripts.base_eval import BaseEvalConfig
 from scripts.base_eval import main as base_eval
 from scripts.chat_eval import ChatEvalConfig

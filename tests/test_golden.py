@@ -10,10 +10,12 @@ import pytest
 from golden_data import golden_sets, load_golden
 from safetensors.numpy import load_file
 
-from nanochat_jax.gpt import forward, init_cache, unembed
 from nanochat_jax.interop.torch_checkpoint import read_checkpoint
-from nanochat_jax.loss import cross_entropy
-from nanochat_jax.optim import OptimizerConfig, make_optimizer
+from nanochat_jax.model.compute import Compute
+from nanochat_jax.model.gpt import forward, init_cache, unembed
+from nanochat_jax.model.loss import cross_entropy
+from nanochat_jax.model.size import flops_per_token, num_matrix_params, num_params, num_scalar_params, num_scaling_params
+from nanochat_jax.train.optim import OptimizerConfig, Schedules, make_optimizer
 
 SETS = golden_sets()
 TRACES = [path for directory in SETS for path in sorted(directory.glob("optimizer_trace*.json"))]
@@ -100,11 +102,10 @@ def test_optimizer_trace_equals_upstream(path):
     if config.arch == "classic":
         rates["weight_decay"] = trace["hparams"]["weight_decay"]
     table = lambda key: lambda step: jnp.array(trace[key], jnp.float32)[step]  # noqa: E731
-    optimizer = make_optimizer(
-        config, OptimizerConfig(**rates), lr_multiplier=table("lr_multiplier"), momentum=table("muon_momentum"),
-        weight_decay=table("muon_weight_decay") if "muon_weight_decay" in trace else None,
-        muon_dtype=jnp.bfloat16 if rounded else jnp.float32,
-    )
+    schedules = Schedules(lr_multiplier=table("lr_multiplier"), momentum=table("muon_momentum"),
+                          weight_decay=table("muon_weight_decay") if "muon_weight_decay" in trace else None)
+    optimizer = make_optimizer(config, OptimizerConfig(**rates), schedules,
+                               Compute(dtype=jnp.bfloat16 if rounded else jnp.float32))
     params = load_golden(directory, "model", config)
     state = optimizer.init(params)
     value_and_grad = jax.jit(jax.value_and_grad(mean_loss, has_aux=True), static_argnums=1)
@@ -126,8 +127,8 @@ def test_model_shape_and_flops_equal_upstream():
         trace, config = json.loads(path.read_text()), read_checkpoint(path.parent).config
         counts = trace["num_scaling_params"]
         assert list(config.windows) == trace["window_sizes"]
-        assert config.flops_per_token == trace["flops_per_token"]
-        assert config.num_params == counts["total"]
-        assert config.num_scalar_params == counts["scalars"]
-        assert config.num_block_params == counts["transformer_matrices"]
-        assert config.num_scaling_params == counts["transformer_matrices"] + counts["lm_head"]
+        assert flops_per_token(config) == trace["flops_per_token"]
+        assert num_params(config) == counts["total"]
+        assert num_scalar_params(config) == counts["scalars"]
+        assert num_matrix_params(config) == counts["transformer_matrices"]
+        assert num_scaling_params(config) == counts["transformer_matrices"] + counts["lm_head"]

@@ -11,14 +11,15 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import pytest
+from nanochat_jax.recipe import derive_recipe
 
 from benchmarks.gpu import program
 from benchmarks.gpu.checks import relative_errors
 from benchmarks.gpu.plan import PHASES, Size
 from benchmarks.gpu.record import FILE_NAME, Recorder, read_results
 from benchmarks.gpu.timing import device_events, reduce_events
-from nanochat_jax.attention import causal_attention
-from nanochat_jax.config import GPTConfig, derive_recipe
+from nanochat_jax.model.attention import causal_attention
+from nanochat_jax.model.config import GPTConfig
 from scripts.base_train import BaseTrainConfig, optimizer_parts
 
 ROOT = Path(__file__).parents[1]

@@ -15,11 +15,11 @@ transformers = pytest.importorskip("transformers", reason="needs the extra `torc
 
 import nanochat_jax  # noqa: E402
 from nanochat_jax.chat import render_conversation, render_for_completion  # noqa: E402
-from nanochat_jax.config import GPTConfig  # noqa: E402
-from nanochat_jax.gpt import init_params  # noqa: E402
 from nanochat_jax.interop.hf import write_hf  # noqa: E402
 from nanochat_jax.interop.torch_checkpoint import read_checkpoint, write_checkpoint  # noqa: E402
 from nanochat_jax.interop.torch_file import read_pt, write_pt  # noqa: E402
+from nanochat_jax.model.config import GPTConfig  # noqa: E402
+from nanochat_jax.model.weights import init_params  # noqa: E402
 from nanochat_jax.serve import openai_api  # noqa: E402
 from nanochat_jax.serve.chat_request import make_prompt  # noqa: E402
 from nanochat_jax.tokenizer import Tokenizer  # noqa: E402

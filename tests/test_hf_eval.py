@@ -11,15 +11,15 @@ torch = pytest.importorskip("torch", reason="needs the extra `torch`")
 transformers = pytest.importorskip("transformers", reason="needs the extra `torch`")
 
 from nanochat_jax.cli import NotFound, UsageError  # noqa: E402
-from nanochat_jax.config import GPTConfig  # noqa: E402
 from nanochat_jax.data.loader import pretraining_loader  # noqa: E402
 from nanochat_jax.data.shards import write_shards  # noqa: E402
 from nanochat_jax.eval.bpb import held_out_loss  # noqa: E402
 from nanochat_jax.eval.hf_model import HFModel  # noqa: E402
 from nanochat_jax.eval.scoring import Row, Scorer  # noqa: E402
-from nanochat_jax.gpt import abstract_params  # noqa: E402
 from nanochat_jax.interop.hf import write_hf  # noqa: E402
-from nanochat_jax.sharding import make_mesh  # noqa: E402
+from nanochat_jax.model.config import GPTConfig  # noqa: E402
+from nanochat_jax.model.sharding import make_mesh  # noqa: E402
+from nanochat_jax.model.weights import abstract_params  # noqa: E402
 from nanochat_jax.tokenizer import Tokenizer  # noqa: E402
 from scripts.base_eval import BaseEvalConfig  # noqa: E402
 from scripts.base_eval import main as base_eval  # noqa: E402

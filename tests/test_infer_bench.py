@@ -9,8 +9,8 @@ import pytest
 
 from nanochat_jax.checkpoint import Loaded
 from nanochat_jax.cli import UsageError, parse
-from nanochat_jax.config import GPTConfig
-from nanochat_jax.gpt import init_params
+from nanochat_jax.model.config import GPTConfig
+from nanochat_jax.model.weights import init_params
 from scripts import infer_bench
 from scripts.infer_bench import Config, flops_per_token, keys_read
 

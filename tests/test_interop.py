@@ -17,11 +17,11 @@ from safetensors.numpy import load_file, save_file
 import nanochat_jax
 from nanochat_jax.checkpoint import lock_tag
 from nanochat_jax.cli import NotFound, UsageError
-from nanochat_jax.config import GPTConfig
-from nanochat_jax.gpt import abstract_params, init_params
 from nanochat_jax.interop.hf import read_hf, write_hf
 from nanochat_jax.interop.torch_checkpoint import read_checkpoint, read_tokenizer, upstream_shape, write_checkpoint
 from nanochat_jax.interop.torch_file import read_encoding, read_pt, write_pt
+from nanochat_jax.model.config import GPTConfig
+from nanochat_jax.model.weights import abstract_params, init_params
 from nanochat_jax.tokenizer import SPECIAL_TOKENS, Tokenizer
 from scripts import export_weights, import_weights
 

@@ -134,7 +134,7 @@ import numpy as np
 index, port, corpus = int(sys.argv[1]), sys.argv[2], sys.argv[3]
 jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=2, process_id=index)
 from nanochat_jax.data.loader import pretraining_loader
-from nanochat_jax.sharding import global_batch, make_mesh
+from nanochat_jax.model.sharding import global_batch, make_mesh
 from nanochat_jax.tokenizer import Tokenizer
 loader = pretraining_loader(corpus, Tokenizer({bytes([byte]): byte for byte in range(256)}), split="train", batch_size=8,
                             sequence_len=48, buffer_docs=64, process_index=index, process_count=2)

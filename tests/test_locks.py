@@ -10,7 +10,7 @@ from nanochat_jax.checkpoint import find_model, lock_tag
 from nanochat_jax.cli import UsageError
 from nanochat_jax.files import LOCK, lock_file
 from nanochat_jax.paths import Paths, base_tokenizer
-from nanochat_jax.rl_train import ChatRLConfig, reinforce
+from nanochat_jax.train.rl import ChatRLConfig, reinforce
 from scripts import base_train, chat_sft, mid_train
 
 TAG = dict(model_tag="d2", mesh="1x1", num_iterations=1)

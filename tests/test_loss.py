@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nanochat_jax.loss import CHUNK_ELEMENTS, chunk_length, cross_entropy
+from nanochat_jax.model.loss import CHUNK_ELEMENTS, chunk_length, cross_entropy
 
 SOFTCAP = 15.0
 
@@ -48,7 +48,7 @@ def test_nothing_to_train_on_gives_zero_loss_and_gradients(batch):
 def test_full_logits_are_never_in_memory(length):
     """Not for the loss and its gradients, whatever the length."""
     batch, width, vocab = 4, 32, 32768
-    chunk = chunk_length(batch, length, vocab)
+    chunk = chunk_length((batch, length), vocab)
     arrays = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in (
         ((batch, length, width), jnp.float32), ((width, vocab), jnp.float32), ((batch, length), jnp.int32),
         ((batch, length), jnp.float32))]
@@ -60,6 +60,6 @@ def test_full_logits_are_never_in_memory(length):
 def test_chunks_fit_the_budget_and_cover_the_length():
     for length in (2048, 2047, 1500, 7):
         for vocab in (2048, 65536):
-            chunk = chunk_length(8, length, vocab)
+            chunk = chunk_length((8, length), vocab)
             assert 8 * chunk * vocab <= CHUNK_ELEMENTS + 8 * vocab and 1 <= chunk <= length
-    assert chunk_length(32, 2048, 65536) == 16  # no filling where a power of two will do
+    assert chunk_length((32, 2048), 65536) == 16  # no filling where a power of two will do

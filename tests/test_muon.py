@@ -6,9 +6,9 @@ import numpy as np
 import optax
 import pytest
 
-from nanochat_jax.muon import NEWTON_SCHULZ, muon, normalize_variance, orthogonalize_classic, orthogonalize_modern
-from nanochat_jax.optim import constant, cosine_decay, linear_momentum, modern_momentum, trapezoid
-from nanochat_jax.sharding import make_mesh
+from nanochat_jax.model.sharding import make_mesh
+from nanochat_jax.train.muon import NEWTON_SCHULZ, muon, normalize_variance, orthogonalize_classic, orthogonalize_modern
+from nanochat_jax.train.optim import constant, cosine_decay, linear_momentum, modern_momentum, trapezoid
 
 SHAPES = {"wide": (32, 128), "tall": (128, 32), "square": (48, 48), "stack": (3, 32, 128), "gate": (2, 12, 4)}
 

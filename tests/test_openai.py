@@ -15,11 +15,11 @@ import pytest
 from test_server import BAD, HELLO, SPECIAL, TOKENIZER, FakeScheduler, client, eventually, messages
 
 from nanochat_jax.chat import render_for_completion
-from nanochat_jax.config import GPTConfig
-from nanochat_jax.gpt import init_params
 from nanochat_jax.infer.engine import Engine
 from nanochat_jax.infer.request import ToolCall
 from nanochat_jax.infer.scheduler import QueueFull, Scheduler
+from nanochat_jax.model.config import GPTConfig
+from nanochat_jax.model.weights import init_params
 from nanochat_jax.serve.chat_request import BadRequest, Sampling
 from nanochat_jax.serve.openai_api import parse
 from nanochat_jax.tokenizer import SPECIAL_TOKENS

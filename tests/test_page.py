@@ -13,11 +13,11 @@ import pytest
 from aiohttp import web
 from test_server import TOKENIZER, FakeHandle, FakeScheduler
 
-from nanochat_jax.config import GPTConfig
-from nanochat_jax.gpt import init_params
 from nanochat_jax.infer.engine import Engine
 from nanochat_jax.infer.request import ToolCall
 from nanochat_jax.infer.scheduler import QueueFull, Scheduler
+from nanochat_jax.model.config import GPTConfig
+from nanochat_jax.model.weights import init_params
 from nanochat_jax.serve import server
 from nanochat_jax.serve.chat_request import Sampling
 

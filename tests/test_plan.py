@@ -18,16 +18,20 @@ import pytest
 from jax._src.cudnn import fused_attention_stablehlo
 from jax.sharding import NamedSharding, PartitionSpec
 
-from nanochat_jax.attention import causal_attention
 from nanochat_jax.cli import UsageError
-from nanochat_jax.config import GPTConfig
-from nanochat_jax.gpt import abstract_params, forward
-from nanochat_jax.kernels import cudnn_attention
-from nanochat_jax.optim import OptimizerConfig, constant, make_optimizer
+from nanochat_jax.model.attention import causal_attention
+from nanochat_jax.model.compute import Compute
+from nanochat_jax.model.config import GPTConfig
+from nanochat_jax.model.gpt import forward
+from nanochat_jax.model.kernels import cudnn_attention
+from nanochat_jax.model.sharding import abstract_tree, make_mesh
+from nanochat_jax.model.size import num_params, num_scaling_params
+from nanochat_jax.model.weights import abstract_params
 from nanochat_jax.plan import CHIPS, DoesNotFit, Memory, Plan, assumed_cudnn, largest_batch, topology_devices
 from nanochat_jax.plan_cost import HloCost, hlo_cost, jaxpr_flops, parse_hlo, visible_pairs
-from nanochat_jax.sharding import abstract_tree, make_mesh
-from nanochat_jax.step import choose_memory, estimate_memory, make_train_step, state_shardings
+from nanochat_jax.train.memory import choose_memory, estimate_memory
+from nanochat_jax.train.optim import OptimizerConfig, Schedules, constant, make_optimizer
+from nanochat_jax.train.step import make_train_step, state_shardings
 
 CONFIG = GPTConfig.modern(1, sequence_len=64, vocab_size=64)
 
@@ -100,13 +104,13 @@ def test_only_attention_and_products_but_the_hidden_layers_are_kept_from_being_r
 
     def flops(remat):
         def total(params):
-            return forward(params, tokens, config=config, compute_dtype=jnp.bfloat16, remat=remat, attention=attention)[0].sum()
+            return forward(params, tokens, config, Compute(dtype=jnp.bfloat16, remat=remat, attention=attention))[0].sum()
 
         with assumed_cudnn():
             return flops_on(platform, jax.grad(total), abstract_params(config), config=config)
 
     hidden = 2 * 2 * 64 * 4 * config.n_embd**2  # of the MLP, in two layers
-    assert flops("elementwise") == flops("none") + hidden < 0.95 * flops("block")
+    assert flops("minimal") == flops("none") + hidden < 0.95 * flops("block")
 
 
 def compiled_text(f, *arguments):
@@ -194,9 +198,10 @@ def test_collectives_count_what_a_device_sends():
 
 
 def traced_step(mesh, config, *, accumulation, fsdp=False):
-    optimizer = make_optimizer(config, OptimizerConfig(), lr_multiplier=constant(1.0), momentum=constant(0.9), mesh=mesh)
+    compute, schedules = Compute.on(mesh, dtype="float32"), Schedules(lr_multiplier=constant(1.0), momentum=constant(0.9))
+    optimizer = make_optimizer(config, OptimizerConfig(), schedules, compute)
     state, shardings = state_shardings(config, optimizer, mesh, fsdp=fsdp)
-    step = make_train_step(config, optimizer, dtype=jnp.dtype(jnp.float32), mesh=mesh, shardings=shardings)
+    step = make_train_step(config, optimizer, compute, shardings)
     rows = jax.ShapeDtypeStruct((accumulation, 8, config.sequence_len), jnp.int32,
                                 sharding=NamedSharding(mesh, PartitionSpec(None, "data")))
     state = abstract_tree(state, shardings)
@@ -208,7 +213,7 @@ def test_devices_exchange_gradients_once_a_step_however_the_batch_is_cut():
     once, four = (hlo_cost(traced_step(mesh, config, accumulation=count).lower().compile().as_text()) for count in (1, 4))
     assert four.sent == once.sent and four.calls == once.calls
     # Of a gradient each device gets the share that it updates: parameters / 8, not all of them.
-    assert once.sent["all-reduce"] < 0.05 * 4 * config.num_params
+    assert once.sent["all-reduce"] < 0.05 * 4 * num_params(config)
 
 
 def test_the_products_of_a_step_are_the_same_on_any_mesh():
@@ -223,13 +228,13 @@ def test_what_memory_asks_for_is_chosen_and_what_is_given_is_kept():
     chosen = functools.partial(choose_memory, config, mesh, remat="auto")
     assert chosen(rows=None, fsdp=None, limit=None) == (32, "none", False)
     assert chosen(rows=None, fsdp=None, limit=2**40) == (32, "none", False)
-    assert chosen(rows=None, fsdp=None, limit=40 * 2**30) == (16, "elementwise", True)
+    assert chosen(rows=None, fsdp=None, limit=40 * 2**30) == (16, "minimal", True)
     rows, remat, fsdp = chosen(rows=None, fsdp=None, limit=12 * 2**30)
     assert fsdp and remat == "block" and rows >= 8
     gpus = SimpleNamespace(devices=np.array([SimpleNamespace(platform="gpu")] * 8), shape={"data": 8, "model": 1})
     on_gpus = functools.partial(choose_memory, config, gpus, remat="auto", rows=None, fsdp=None)
     assert [on_gpus(limit=limit * 2**30) for limit in (72, 60, 30)] == [
-        (32, "none", False), (16, "none", False), (16, "elementwise", True)]
+        (32, "none", False), (16, "none", False), (16, "minimal", True)]
     assert choose_memory(config, mesh, rows=4, remat="none", fsdp=False, limit=2**30) == (4, "none", False)
     assert choose_memory(config, make_mesh("1x1"), rows="auto", remat="auto", fsdp=True, limit=2**40) == ("auto", "none", False)
 
@@ -295,7 +300,7 @@ def test_a_train_step_compiles_for_a_slice_of_several_hosts():
                  "--total-batch-size", "65536", "--num-iterations", "10")
     config = GPTConfig.modern(2, vocab_size=4096)
     assert found["devices"] == 16 and found["memory"]["fits"] and found["loops_counted_once"] == 0
-    assert found["memory"]["parameters"] == 4 * config.num_params
+    assert found["memory"]["parameters"] == 4 * num_params(config)
     # What MFU counts is all of the window for every query; executed are the visible pairs, and Muon.
     assert 0.5 < found["flops"] / found["model_flops"] < 1.2
 
@@ -312,7 +317,7 @@ def test_d20_compiles_and_fits_with_the_default_settings(topology, mfu):
     assert elements < found["device_batch_size"] * config.sequence_len * config.vocab_size
     # Parameters are gathered, state of the optimizer is not: it is larger than they are.
     gathered = found["collectives"]["all-gather"]["bytes_sent"]
-    assert gathered < 1.5 * 4 * config.num_params * (1 + found["fsdp"] * 2 * found["accumulation"])
+    assert gathered < 1.5 * 4 * num_params(config) * (1 + found["fsdp"] * 2 * found["accumulation"])
 
 
 @needs_libtpu
@@ -320,9 +325,9 @@ def test_d20_compiles_and_fits_with_the_default_settings(topology, mfu):
 def test_decoding_on_one_chip_moves_the_matrices_and_the_cache_and_little_else():
     found = plan("--depth", "8", "--topology", "v6e-1", "--max-seq-len", "512", "--decode", "--slots", "8")
     config = GPTConfig.modern(8, sequence_len=512)
-    assert found["memory"]["parameters"] == 2 * config.num_params
+    assert found["memory"]["parameters"] == 2 * num_params(config)
     assert found["memory"]["fits"] and not found["collectives"]
-    matrices, cache = 2 * config.num_scaling_params, 2 * 2 * config.n_layer * 8 * config.sequence_len * config.n_embd
+    matrices, cache = 2 * num_scaling_params(config), 2 * 2 * config.n_layer * 8 * config.sequence_len * config.n_embd
     assert found["memory"]["optimizer"] == cache  # what is carried from step to step
     assert found["hbm_bytes"] < 1.5 * (matrices + cache)  # no table of embeddings, and no cache in another layout
 
@@ -345,8 +350,8 @@ def test_the_estimated_memory_of_gpus_holds_what_a_plan_needs_and_little_more():
 @pytest.mark.parametrize("attention", ["auto", "xla"])
 def test_a_train_step_compiles_for_a_gpu_with_the_attention_that_runs_there(attention):
     found = plan("--depth", "2", "--topology", "h100:1", "--vocab-size", "4096", "--device-batch-size", "1", "--remat",
-                 "elementwise", "--total-batch-size", "4096", "--num-iterations", "10", "--attention", attention)
-    assert found["memory"]["parameters"] == 4 * GPTConfig.modern(2, vocab_size=4096).num_params
+                 "minimal", "--total-batch-size", "4096", "--num-iterations", "10", "--attention", attention)
+    assert found["memory"]["parameters"] == 4 * num_params(GPTConfig.modern(2, vocab_size=4096))
     assert found["loops_counted_once"] == 0 and 0.5 < found["flops"] / found["model_flops"] < 1.2
     # In each of two micro-batches and two layers the forward call is made once, not again for the backward pass.
     calls = {"__cudnn$fmhaSoftmax": 4, "__cudnn$fmhaSoftmaxBackward": 4}

@@ -11,20 +11,23 @@ import optax
 import pytest
 from chain_model import ASSISTANT_START, CHAIN, END, OUTPUT_END, PYTHON, PYTHON_END, chain_params
 
-from nanochat_jax import rl
-from nanochat_jax.config import GPTConfig
 from nanochat_jax.eval.chat import Sampling
-from nanochat_jax.gpt import abstract_params, forward, unembed
-from nanochat_jax.infer import device
+from nanochat_jax.infer import decode
 from nanochat_jax.infer.engine import Engine
 from nanochat_jax.infer.request import Request
-from nanochat_jax.optim import OptimizerConfig, constant
-from nanochat_jax.rl import Rollout
-from nanochat_jax.rl_train import ChatRLConfig, sampling_memory
-from nanochat_jax.sharding import make_mesh, param_shardings, spread_rows
-from nanochat_jax.step import init_state
+from nanochat_jax.model.compute import Compute
+from nanochat_jax.model.config import GPTConfig
+from nanochat_jax.model.gpt import forward, unembed
+from nanochat_jax.model.loss import Batch, token_nll
+from nanochat_jax.model.sharding import make_mesh, param_shardings, spread_rows
+from nanochat_jax.model.weights import abstract_params
 from nanochat_jax.tasks.base import Task, assistant, user
 from nanochat_jax.tokenizer import Tokenizer
+from nanochat_jax.train import policy
+from nanochat_jax.train.optim import OptimizerConfig, Schedules, constant
+from nanochat_jax.train.policy import Rollout
+from nanochat_jax.train.rl import ChatRLConfig, sampling_memory
+from nanochat_jax.train.step import init_state, make_train_step
 
 TOKENIZER = Tokenizer({bytes([i]): i for i in range(256)})
 CONFIG = GPTConfig.classic(1, n_embd=32, n_head=1, n_kv_head=1, sequence_len=64, vocab_size=TOKENIZER.vocab_size)
@@ -35,7 +38,7 @@ def random_params(scale: float = 0.3):
     return jax.tree.map(lambda w: rng.normal(0, scale, w.shape).astype(np.float32), abstract_params(CONFIG))
 
 
-policy_gradient = jax.jit(jax.value_and_grad(functools.partial(rl.policy_loss, config=CONFIG), has_aux=True))
+policy_gradient = jax.jit(jax.value_and_grad(functools.partial(token_nll, config=CONFIG, compute=Compute()), has_aux=True))
 
 
 def random_groups(num_prompts: int = 2, num_samples: int = 4) -> list[list[Rollout]]:
@@ -74,27 +77,29 @@ def plain_loss(params, groups: list[list[Rollout]], pass_rows: int):
 
 def test_advantages_sum_to_zero_and_vanish_where_all_agree():
     rewards = np.array([[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 0.0, 0.0]])
-    np.testing.assert_allclose(rl.advantages(rewards), [[0.75, -0.25, -0.25, -0.25], [0] * 4, [0] * 4])
+    np.testing.assert_allclose(policy.advantages(rewards), [[0.75, -0.25, -0.25, -0.25], [0] * 4, [0] * 4])
 
 
 def test_only_sampled_tokens_are_targets():
     group = [Rollout([7, 8, 9, 10, 11], [False, False, True, False, True], 1.0),
              Rollout([7, 8, 5], [False, False, True], 0.0)]
-    (batch,) = rl.policy_batches([group], pass_rows=2, micro_rows=4)
-    assert batch.inputs.shape == (4, 32)
-    assert batch.inputs[1, :5].tolist() == [7, 8, 9, 10, 0]
-    assert batch.targets[1, :5].tolist() == [-1, 9, -1, 11, -1]
-    assert batch.targets[0, :3].tolist() == [-1, 5, -1]
-    assert (batch.targets[2:] == -1).all() and (batch.weights[2:] == 0).all()
-    np.testing.assert_allclose(batch.weights[:2, 0], [-0.5 / 3, 0.5 / 3])
+    batch = policy.policy_batch([group], pass_rows=2, micro_rows=4)
+    inputs, targets, weights = (x[0] for x in batch)
+    assert batch.inputs.shape == (1, 4, 32)
+    assert inputs[0, :5].tolist() == [7, 8, 9, 10, 0]
+    assert targets[0, :5].tolist() == [-1, 9, -1, 11, -1]
+    assert targets[1, :3].tolist() == [-1, 5, -1]
+    assert (targets[2:] == -1).all() and (weights[2:] == 0).all()
+    np.testing.assert_allclose(weights[:2, 0], [0.5 / 3, -0.5 / 3])
     with pytest.raises(ValueError, match="not a multiple"):
-        next(rl.policy_batches([group], pass_rows=3, micro_rows=4))
+        policy.policy_batch([group], pass_rows=3, micro_rows=4)
 
 
 @pytest.mark.parametrize("pass_rows", [2, 4])
 def test_loss_and_gradient_equal_the_plain_form(pass_rows):
     params, groups = random_params(), random_groups()
-    batches = [policy_gradient(params, *rows) for rows in rl.policy_batches(groups, pass_rows=pass_rows, micro_rows=3)]
+    batch = policy.policy_batch(groups, pass_rows=pass_rows, micro_rows=3)
+    batches = [policy_gradient(params, Batch(*rows)) for rows in zip(*batch)]
     loss, grads = jax.tree.map(lambda *parts: sum(parts), *[(loss, grads) for (loss, _), grads in batches])
     expected, expected_grads = jax.jit(jax.value_and_grad(lambda params: plain_loss(params, groups, pass_rows)))(params)
     np.testing.assert_allclose(loss, expected, rtol=1e-4)
@@ -104,9 +109,10 @@ def test_loss_and_gradient_equal_the_plain_form(pass_rows):
 def test_groups_that_agree_give_no_gradient():
     """So they are left out of the batches; what they take from the mean over all passes stays."""
     alike = [[Rollout(rollout.tokens, rollout.sampled, 1.0) for rollout in group] for group in random_groups()]
-    assert list(rl.policy_batches(alike, pass_rows=4, micro_rows=4)) == []
+    empty = policy.policy_batch(alike, pass_rows=4, micro_rows=4)
+    assert len(empty.inputs) == 1 and (empty.targets == -1).all()
     groups = random_groups()
-    (alone,), (among,) = (list(rl.policy_batches(each, pass_rows=4, micro_rows=8)) for each in (groups, groups + alike))
+    alone, among = (policy.policy_batch(each, pass_rows=4, micro_rows=8) for each in (groups, groups + alike))
     np.testing.assert_array_equal(alone.inputs, among.inputs)
     np.testing.assert_allclose(alone.weights, 2 * among.weights, rtol=1e-6)
 
@@ -120,9 +126,9 @@ def test_micro_batches_and_a_mesh_do_not_change_the_step():
         params = jax.tree.map(jnp.asarray, random_params())
         params = jax.device_put(params, param_shardings(CONFIG, mesh, fsdp=fsdp))
         state, shardings = init_state(CONFIG, optimizer, mesh, fsdp=fsdp, seed=0, params=params)
-        step = rl.make_policy_step(CONFIG, optimizer, dtype=jnp.float32, mesh=mesh, shardings=shardings)
-        batches = rl.policy_batches(groups, pass_rows=4, micro_rows=micro_rows)
-        state, metrics = step(state, [[spread_rows(mesh, array) for array in batch] for batch in batches])
+        step = make_train_step(CONFIG, optimizer, Compute(mesh=mesh), shardings)
+        batch = policy.policy_batch(groups, pass_rows=4, micro_rows=micro_rows)
+        state, metrics = step(state, Batch(*(spread_rows(mesh, array, axis=1) for array in batch)))
         results.append((jax.device_get(state.params), float(metrics["loss"])))
     for params, loss in results[1:]:
         np.testing.assert_allclose(loss, results[0][1], rtol=1e-4)
@@ -143,14 +149,11 @@ def test_log_probabilities_recomputed_are_the_samplers(arch):
     results = engine.generate(requests)
     group = [Rollout([*request.tokens, *result.tokens], [False] * len(request.tokens) + list(result.sampled), float(i % 2))
              for i, (request, result) in enumerate(zip(requests, results, strict=True))]
-    group.sort(key=lambda rollout: len(rollout.tokens))
-    results = [result for _, result in sorted(zip(requests, results, strict=True),
-                                              key=lambda pair: len(pair[0].tokens) + len(pair[1].tokens))]
-    (batch,) = rl.policy_batches([group], pass_rows=4, micro_rows=4)
-    _, log_probs = jax.jit(functools.partial(rl.policy_loss, config=config))(params, *batch)
+    batch = Batch(*(x[0] for x in policy.policy_batch([group], pass_rows=4, micro_rows=4)))
+    _, nll = jax.jit(functools.partial(token_nll, config=config, compute=Compute()))(params, batch)
     compared = 0
     for row, result in enumerate(results):
-        found = np.asarray(log_probs)[row][batch.targets[row] >= 0]
+        found = -np.asarray(nll)[row][batch.targets[row] >= 0]
         expected = [each for each, sampled in zip(result.logprobs, result.sampled, strict=True) if sampled]
         np.testing.assert_allclose(found, expected, atol=1e-4)
         compared += len(found)
@@ -160,7 +163,7 @@ def test_log_probabilities_recomputed_are_the_samplers(arch):
 def test_statistics_tell_spread_and_signal_apart():
     groups = [[Rollout([1] * (3 + s), [False] * 2 + [True] * (1 + s), reward, -1.0) for s, reward in enumerate(rewards)]
               for rewards in ((1.0, 0.0), (1.0, 1.0))]
-    found = rl.statistics(groups)
+    found = policy.statistics(groups)
     assert found["reward"] == 0.75 and found["reward_std"] == pytest.approx(np.std([1, 0, 1, 1]))
     assert found["reward_group_std"] == 0.25 and found["mixed"] == 0.5
     assert (found["advantage_min"], found["advantage_max"]) == (-0.5, 0.5)
@@ -169,7 +172,7 @@ def test_statistics_tell_spread_and_signal_apart():
 
 
 def test_rewards_that_do_not_differ_are_a_warning(caplog):
-    watch = rl.RewardWatch()
+    watch = policy.RewardWatch()
 
     def warnings(*mixed):
         caplog.clear()
@@ -198,14 +201,14 @@ def test_a_reward_is_for_the_text_without_the_calculators_calls(caplog):
     engine = Engine(CHAIN, params, TOKENIZER, num_slots=2)
     sampling = Sampling(num_samples=1, max_new_tokens=20, temperature=0.0)
     asked = [{"messages": [user("?" * length), assistant("ok")]} for length in (1, CHAIN.sequence_len)]
-    groups = rl.sample_rollouts(engine, TOKENIZER, Said(), asked, sampling)
+    groups = policy.sample_rollouts(engine, TOKENIZER, Said(), asked, sampling)
     assert [group[0].reward for group in groups] == [1.0, 1.0]
     assert f"1 of 2 prompts are too long for the context of {CHAIN.sequence_len} tokens" in caplog.text
 
 
 def test_pass_at_k_counts_problems_solved_by_the_first_k_samples():
     rewards = np.array([[0, 1, 0], [1, 0, 0], [0, 0, 0], [0, 0, 1]], float)
-    np.testing.assert_allclose(rl.pass_at_k(rewards), [0.25, 0.5, 0.75])
+    np.testing.assert_allclose(policy.pass_at_k(rewards), [0.25, 0.5, 0.75])
 
 
 class Vowels(Task):
@@ -230,7 +233,7 @@ def test_rollouts_keep_the_prompt_apart_and_differ_among_samples():
 
     def sample(seed):
         drawn = dataclasses.replace(sampling, seed=seed)
-        return rl.sample_rollouts(engine, TOKENIZER, task, [task[0], task[1]], drawn)
+        return policy.sample_rollouts(engine, TOKENIZER, task, [task[0], task[1]], drawn)
 
     groups = sample(seed=1)
     for index, group in enumerate(groups):
@@ -258,8 +261,8 @@ def test_init_lr_frac_scales_the_rates_of_all_groups():
     params = jax.tree.map(lambda w: jnp.ones(w.shape), abstract_params(config))
 
     def change(fraction):
-        optimizer = ChatRLConfig(init_lr_frac=fraction).optimizer(loaded, constant(1.0), momentum=constant(0.95),
-                                                                  dtype=jnp.float32, mesh=make_mesh("1x1"))
+        schedules = Schedules(lr_multiplier=constant(1.0), momentum=constant(0.95))
+        optimizer = ChatRLConfig(init_lr_frac=fraction).optimizer(loaded, schedules, Compute(mesh=make_mesh("1x1")))
         return jax.jit(lambda params: optimizer.update(params, optimizer.init(params), params)[0])(params)
 
     jax.tree.map(lambda whole, half: np.testing.assert_allclose(half, whole / 2, rtol=1e-4), change(0.5), change(0.25))
@@ -271,21 +274,21 @@ def test_reward_rises():
     optimizer = optax.adam(0.02)
     params = jax.tree.map(jnp.asarray, random_params(scale=0.02))
     state, shardings = init_state(CONFIG, optimizer, mesh, fsdp=False, seed=0, params=params)
-    step = rl.make_policy_step(CONFIG, optimizer, dtype=jnp.float32, mesh=mesh, shardings=shardings)
+    step = make_train_step(CONFIG, optimizer, Compute(mesh=mesh), shardings)
     sampling = Sampling(num_samples=64, max_new_tokens=1, temperature=1.0, top_k=0)
     means = []
     for i in range(12):
         engine = Engine(CONFIG, state.params, TOKENIZER, num_slots=64, steps_per_dispatch=1)
-        groups = rl.sample_rollouts(engine, TOKENIZER, task, [task[0], task[1]], dataclasses.replace(sampling, seed=i))
+        groups = policy.sample_rollouts(engine, TOKENIZER, task, [task[0], task[1]], dataclasses.replace(sampling, seed=i))
         means.append(np.mean([rollout.reward for group in groups for rollout in group]))
-        state, _ = step(state, rl.policy_batches(groups, pass_rows=64, micro_rows=128))
+        state, _ = step(state, policy.policy_batch(groups, pass_rows=64, micro_rows=128))
     assert means[0] < 0.15 and np.mean(means[-2:]) > 0.5, means
 
 
-@pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16])
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 def test_what_sampling_holds_in_memory_is_counted(dtype):
-    engine = Engine(CONFIG, random_params(), TOKENIZER, num_slots=4, compute_dtype=dtype)
-    slots = device.new_slots(rows=4, length=CONFIG.sequence_len, program=engine.program)
+    engine = Engine(CONFIG, random_params(), TOKENIZER, num_slots=4, compute=Compute(dtype=dtype))
+    slots = decode.new_slots(rows=4, length=CONFIG.sequence_len, static=engine.static)
     held = sum(leaf.nbytes for leaf in jax.tree.leaves((engine.params, slots)))
-    counted = sampling_memory(ChatRLConfig(num_slots=4), CONFIG, jnp.dtype(dtype), make_mesh("1x1"))
+    counted = sampling_memory(ChatRLConfig(num_slots=4, dtype=dtype), CONFIG, make_mesh("1x1"))
     assert held == pytest.approx(counted, rel=0.1)  # but for the rows that fill up the vocabulary

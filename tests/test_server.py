@@ -15,11 +15,11 @@ from aiohttp import web
 
 from nanochat_jax import chat
 from nanochat_jax.cli import UsageError, parse
-from nanochat_jax.config import GPTConfig
-from nanochat_jax.gpt import init_params
 from nanochat_jax.infer.engine import Engine
 from nanochat_jax.infer.request import Request, Result, ToolCall
 from nanochat_jax.infer.scheduler import QueueFull, Scheduler
+from nanochat_jax.model.config import GPTConfig
+from nanochat_jax.model.weights import init_params
 from nanochat_jax.serve import server
 from nanochat_jax.serve.chat_request import BadRequest, Sampling, make_prompt
 from nanochat_jax.tokenizer import SPECIAL_TOKENS, Tokenizer

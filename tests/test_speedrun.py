@@ -10,8 +10,8 @@ from nanochat_jax import cli, speedrun
 from nanochat_jax.cli import UsageError, parse
 from nanochat_jax.files import lock_file
 from nanochat_jax.paths import Paths
-from nanochat_jax.rl_train import ChatRLConfig
 from nanochat_jax.speedrun import Machine, Record, Stage, run_stages, stage_keys
+from nanochat_jax.train.rl import ChatRLConfig
 from scripts.base_loss import BaseLossConfig
 from scripts.base_train import BaseTrainConfig
 from scripts.chat_sft import ChatSFTConfig

@@ -12,12 +12,12 @@ import orbax.checkpoint as ocp
 import pytest
 from small_line import losses, make_base, start
 
-from nanochat_jax import finetune
 from nanochat_jax.checkpoint import load_model
-from nanochat_jax.finetune import warm_optimizer
-from nanochat_jax.gpt import abstract_params
-from nanochat_jax.optim import OptimizerConfig, constant, make_optimizer
-from nanochat_jax.sharding import make_mesh, param_shardings
+from nanochat_jax.model.sharding import make_mesh, param_shardings
+from nanochat_jax.model.weights import abstract_params
+from nanochat_jax.train import finetune
+from nanochat_jax.train.finetune import warm_optimizer
+from nanochat_jax.train.optim import OptimizerConfig, Schedules, constant, make_optimizer
 from scripts import base_loss, base_train, chat_sft, mid_train
 
 needs_chitchat = pytest.mark.skipif(importlib.util.find_spec("chitchat_dataset") is None, reason="the extra offline")
@@ -76,8 +76,8 @@ def test_muons_momentum_warms_up_but_in_classic_finetuning(paths, trained, monke
     class Seen(Exception):
         pass
 
-    def record(*_, momentum, **options):
-        seen.append([float(momentum(step)) for step in (0, 150, 300, 900)])
+    def record(config, rates, schedules, compute):
+        seen.append([float(schedules.momentum(step)) for step in (0, 150, 300, 900)])
         raise Seen
 
     monkeypatch.setattr(finetune, "make_optimizer", record)
@@ -94,7 +94,7 @@ def test_muons_momentum_warms_up_but_in_classic_finetuning(paths, trained, monke
 @pytest.mark.slow
 def test_a_warm_optimizer_has_the_moments_of_the_stage_before_and_schedules_that_begin_anew(paths, trained):
     loaded, mesh = load_model(paths, "base", tag=trained), make_mesh("1x1")
-    optimizer = make_optimizer(loaded.config, OptimizerConfig(), lr_multiplier=constant(1.0), momentum=constant(0.9))
+    optimizer = make_optimizer(loaded.config, OptimizerConfig(), Schedules(lr_multiplier=constant(1.0), momentum=constant(0.9)))
     shardings = param_shardings(loaded.config, mesh)
     warm = warm_optimizer(loaded, optimizer, abstract_params(loaded.config), shardings, mesh)
     saved = ocp.CheckpointManager(paths.checkpoints("base") / trained).restore(

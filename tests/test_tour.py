@@ -13,12 +13,13 @@ pytest.importorskip("matplotlib", reason="the extra `docs` is not installed")
 from small_line import MODEL, make_base, run  # noqa: E402
 
 import nanochat_jax  # noqa: E402
-from nanochat_jax.attention import causal_attention  # noqa: E402
 from nanochat_jax.checkpoint import load_model  # noqa: E402
 from nanochat_jax.data.loader import pretraining_loader  # noqa: E402
-from nanochat_jax.gpt import forward, unembed  # noqa: E402
-from nanochat_jax.optim import OptimizerConfig, constant, make_optimizer  # noqa: E402
-from nanochat_jax.sharding import make_mesh  # noqa: E402
+from nanochat_jax.model.attention import causal_attention  # noqa: E402
+from nanochat_jax.model.compute import Compute  # noqa: E402
+from nanochat_jax.model.gpt import forward, unembed  # noqa: E402
+from nanochat_jax.model.sharding import make_mesh  # noqa: E402
+from nanochat_jax.train.optim import OptimizerConfig, Schedules, constant, make_optimizer  # noqa: E402
 
 pytestmark = pytest.mark.slow
 SPEC = importlib.util.spec_from_file_location("tour", Path(__file__).parents[1] / "docs/tour.py")
@@ -48,7 +49,7 @@ def test_the_weights_shown_are_those_that_give_the_attention_its_output(model):
         kept.append((v, causal_attention(q, k, v, window=window)))
         return kept[-1][1]
 
-    forward(model.params, jnp.asarray([ids]), config=model.config, attention=keep)
+    forward(model.params, jnp.asarray([ids]), model.config, Compute(attention=keep))
     for weights, (v, out) in zip(tour.attention_weights(model, ids), kept, strict=True):
         values = jnp.repeat(v[0], weights.shape[0] // v.shape[2], axis=1)
         np.testing.assert_allclose(jnp.einsum("hts,shd->thd", weights, values), out[0], atol=1e-5)
@@ -83,8 +84,8 @@ def test_a_point_of_the_landscape_is_the_loss_after_a_step_of_an_optimizer_with_
         found = next(rows)
         batches[split] = jnp.asarray(found["inputs"]), jnp.asarray(found["targets"])
         rows.close()
-    doubled = make_optimizer(base.config, OptimizerConfig(**base.meta["rates"]), lr_multiplier=constant(2.0),
-                             momentum=constant(0.95), weight_decay=constant(0.0), lr_scale=base.meta["lr_scale"])
+    doubled = make_optimizer(base.config, OptimizerConfig(**base.meta["rates"]), Schedules(
+        lr_multiplier=constant(2.0), momentum=constant(0.95), weight_decay=constant(0.0), lr_scale=base.meta["lr_scale"]))
     gradient = jax.jit(jax.grad(tour.mean_loss), static_argnames="config")(base.params, *batches["train"],
                                                                           config=base.config)
     update, _ = jax.jit(doubled.update)(gradient, doubled.init(base.params), base.params)

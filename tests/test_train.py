@@ -9,22 +9,23 @@ import sys
 import time
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from nanochat_jax import step as step_module
 from nanochat_jax.checkpoint import claim_directory, load_model
 from nanochat_jax.cli import NotFound, UsageError
-from nanochat_jax.config import GPTConfig
 from nanochat_jax.metrics import read_metrics
-from nanochat_jax.optim import OptimizerConfig, cosine_decay, make_optimizer, modern_momentum, trapezoid
+from nanochat_jax.model.compute import Compute
+from nanochat_jax.model.config import GPTConfig
+from nanochat_jax.model.sharding import make_mesh
 from nanochat_jax.paths import Paths, saved_steps
-from nanochat_jax.sharding import make_mesh
 from nanochat_jax.speedrun import _clear
-from nanochat_jax.step import batch_shape, choose_batch_shape, compile_step, init_state, make_train_step
-from nanochat_jax.stopping import EXIT_STOPPED
-from nanochat_jax.train import Evaluation, Job, TrainConfig, _other_flags, train
+from nanochat_jax.train import memory
+from nanochat_jax.train.loop import Evaluation, Job, LoaderSource, TrainConfig, _other_flags, train
+from nanochat_jax.train.memory import choose_batch_shape, compile_step
+from nanochat_jax.train.optim import OptimizerConfig, Schedules, cosine_decay, make_optimizer, modern_momentum, trapezoid
+from nanochat_jax.train.step import batch_shape, init_state, make_train_step
+from nanochat_jax.train.stopping import EXIT_STOPPED
 from scripts.base_train import BaseTrainConfig
 
 MODEL = GPTConfig.modern(3, n_embd=32, n_head=4, n_kv_head=4, vocab_size=100, sequence_len=16)
@@ -72,14 +73,15 @@ def run(directory, *, logs=None, mesh="1x1", device_batch=ROWS, fsdp=False, batc
     config = TrainConfig(**flags)
     shape = batch_shape(ROWS * MODEL.sequence_len, device_batch, MODEL.sequence_len, mesh)
     multiplier = trapezoid(num_steps, warmup=2, warmdown_ratio=0.5, final_fraction=0.1)
-    optimizer = make_optimizer(MODEL, OptimizerConfig(), lr_multiplier=multiplier, momentum=modern_momentum(num_steps, 0.5),
-                               weight_decay=cosine_decay(0.1, num_steps), lr_scale=0.05, mesh=mesh)
+    schedules = Schedules(lr_multiplier=multiplier, momentum=modern_momentum(num_steps, 0.5),
+                          weight_decay=cosine_decay(0.1, num_steps), lr_scale=0.05)
+    optimizer = make_optimizer(MODEL, OptimizerConfig(), schedules, Compute(mesh=mesh))
     state, shardings = init_state(MODEL, optimizer, mesh, fsdp=fsdp, seed=1)
-    step = make_train_step(MODEL, optimizer, dtype=jnp.float32, mesh=mesh, shardings=shardings)
+    step = make_train_step(MODEL, optimizer, Compute(mesh=mesh), shardings)
     job = Job(name="test", config=config, model=MODEL, directory=directory, logs=logs, num_steps=num_steps, shape=shape,
               lr_multiplier=multiplier, metadata={},
               evaluations=evaluations or [Evaluation(-1, lambda params: {"val_bpb": 1.0})])
-    outcome = train(job, state, shardings, step, batches or CountedBatches())
+    outcome = train(job, state, shardings, step, LoaderSource(batches or CountedBatches(), shape, mesh))
     losses = [line["loss"] for line in read_metrics(logs / "metrics.jsonl") if line["kind"] == "train"]
     return losses, jax.tree.map(np.asarray, outcome.params)
 
@@ -148,7 +150,7 @@ def test_a_signal_in_an_evaluation_saves_without_waiting_for_its_end(reference, 
 def test_a_second_signal_ends_the_process_at_once():
     code = """
 import os, signal, time
-from nanochat_jax.stopping import StopRequest
+from nanochat_jax.train.stopping import StopRequest
 with StopRequest() as stop:
     os.kill(os.getpid(), signal.SIGTERM)
     assert stop.reached(0)
@@ -300,15 +302,16 @@ def test_a_batch_without_supervised_tokens_changes_nothing_but_decay(tmp_path):
 
 def test_the_automatic_batch_is_the_largest_that_fits(monkeypatch):
     mesh, length = make_mesh("2x1"), MODEL.sequence_len
-    optimizer = make_optimizer(MODEL, OptimizerConfig(), lr_multiplier=lambda step: 1.0, momentum=lambda step: 0.9, mesh=mesh)
+    schedules = Schedules(lr_multiplier=lambda step: 1.0, momentum=lambda step: 0.9)
+    optimizer = make_optimizer(MODEL, OptimizerConfig(), schedules, Compute(mesh=mesh))
     state, shardings = init_state(MODEL, optimizer, mesh, fsdp=False, seed=0)
-    step_fn = make_train_step(MODEL, optimizer, dtype=jnp.float32, mesh=mesh, shardings=shardings)
+    step_fn = make_train_step(MODEL, optimizer, Compute(mesh=mesh), shardings)
     shapes = {size: batch_shape(48 * length, size, length, mesh) for size in (12, 24)}
     needed = {size: compile_step(step_fn, state, shape, mesh)[1] for size, shape in shapes.items()}
     assert needed[12] < needed[24]
-    monkeypatch.setattr(step_module, "memory_limit", lambda: needed[12] / 0.7 + 1)
+    monkeypatch.setattr(memory, "memory_limit", lambda: needed[12] / 0.7 + 1)
     assert choose_batch_shape(48 * length, "auto", length, mesh, step_fn, state) == shapes[12]
-    monkeypatch.setattr(step_module, "memory_limit", lambda: needed[12] - 1)
+    monkeypatch.setattr(memory, "memory_limit", lambda: needed[12] - 1)
     with pytest.raises(UsageError, match=r"halve --device-batch-size \(try 6\)"):
         compile_step(step_fn, state, shapes[12], mesh)
 

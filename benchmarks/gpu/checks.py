@@ -19,8 +19,8 @@ from benchmarks.gpu import program
 from benchmarks.gpu.plan import Size
 from benchmarks.gpu.record import Recorder
 from benchmarks.gpu.timing import has_gpu, seconds_per_call
-from nanochat_jax.kernels import KEEP_PRODUCTS, choose_attention
-from nanochat_jax.sharding import make_mesh
+from nanochat_jax.model.kernels import KEEP_PRODUCTS, choose_attention
+from nanochat_jax.model.sharding import make_mesh
 
 PACKAGES = ("jax", "flax", "optax", "numpy", "torch", "nvidia-", "triton")
 ATTENTION_LIMIT = 0.008  # rounding to bfloat16 gives 0.0023, a window off by one 0.017 or more

@@ -9,14 +9,16 @@ from typing import Any
 
 import jax
 import numpy as np
+from nanochat_jax.infer.device import Program
+from nanochat_jax.recipe import derive_recipe
 
 from benchmarks.gpu.plan import Size
-from nanochat_jax.config import GPTConfig, derive_recipe
-from nanochat_jax.gpt import init_params
 from nanochat_jax.infer import device
-from nanochat_jax.infer.device import Program
 from nanochat_jax.metrics import peak_bandwidth, peak_flops, peak_memory_bytes
-from nanochat_jax.optim import (
+from nanochat_jax.model.config import GPTConfig
+from nanochat_jax.model.sharding import make_mesh
+from nanochat_jax.model.weights import init_params
+from nanochat_jax.train.optim import (
     CLASSIC_RATES,
     OptimizerConfig,
     constant,
@@ -25,8 +27,7 @@ from nanochat_jax.optim import (
     modern_momentum,
     trapezoid,
 )
-from nanochat_jax.sharding import make_mesh
-from nanochat_jax.step import (
+from nanochat_jax.train.step import (
     batch_shape,
     compile_step,
     estimate_memory,

@@ -4,10 +4,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NamedTuple
 
-from nanochat_jax.config import GPTConfig, Recipe, derive_recipe
 from nanochat_jax.data.convert import describe
 from nanochat_jax.data.shards import list_shards, open_shard, read_manifest, text_size
 from nanochat_jax.metrics import format_count
+from nanochat_jax.model.config import GPTConfig
+from nanochat_jax.model.recipe import Recipe, derive_recipe
 
 CHARS_PER_SHARD = 250_000_000  # of FineWeb-Edu and ClimbMix as upstream shuffled them
 CHARS_PER_TOKEN = 4.8  # of English web text in a vocabulary of 32,768 to 65,536

@@ -4,23 +4,22 @@ import functools
 import logging
 import math
 from collections.abc import Iterator, Mapping
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.sharding import Mesh
 
 from nanochat_jax.checkpoint import Loaded
 from nanochat_jax.cli import UsageError
-from nanochat_jax.config import GPTConfig
 from nanochat_jax.data.loader import pretraining_loader
-from nanochat_jax.gpt import Params, forward
-from nanochat_jax.kernels import forward_options
-from nanochat_jax.loss import chunk_length, cross_entropy
+from nanochat_jax.model.compute import Compute
+from nanochat_jax.model.config import GPTConfig
+from nanochat_jax.model.loss import Batch, token_nll
+from nanochat_jax.model.sharding import data_size, spread_rows
+from nanochat_jax.model.weights import Params
 from nanochat_jax.paths import Paths
-from nanochat_jax.sharding import data_size, spread_rows
 
 log = logging.getLogger(__name__)
 
@@ -30,40 +29,39 @@ class HeldOut(NamedTuple):
     loss: float  # nats per supervised token
 
 
-@functools.partial(jax.jit, static_argnames=("config", "dtype", "mesh"))
-def _sums(params: Params, inputs: Array, targets: Array, token_bytes: Array, *, config: GPTConfig, dtype: Any, mesh: Mesh
+@functools.partial(jax.jit, static_argnames=("config", "compute"))
+def _sums(params: Params, batch: Batch, token_bytes: Array, *, config: GPTConfig, compute: Compute
           ) -> tuple[Array, ...]:
-    how = forward_options(config, mesh, dtype=dtype, length=inputs.shape[1])
-    hidden, _ = forward(params, inputs, config=config, compute_dtype=dtype, **how)
-    chunk = chunk_length(inputs.shape[0], inputs.shape[1], config.vocab_size, mesh.size)
-    weight = params["lm_head"][:, : config.vocab_size]
-    total, nll = cross_entropy(hidden, weight, targets, jnp.ones(targets.shape), config.softcap, chunk)
+    total, nll = token_nll(params, batch, config, compute)
+    targets = batch.targets
     num_bytes = jnp.where(targets >= 0, token_bytes[jnp.maximum(targets, 0)], 0)
     return jnp.where(num_bytes > 0, nll, 0.0).sum(), num_bytes.sum(), total, (targets >= 0).sum()
 
 
 def held_out_loss(params: Params, batches: Iterator[Mapping[str, np.ndarray]], steps: int, *, config: GPTConfig,
-                  token_bytes: np.ndarray, mesh: Mesh, dtype: Any) -> HeldOut:
+                  token_bytes: np.ndarray, compute: Compute) -> HeldOut:
     """Loss over `steps` batches: inputs and targets [B, T], negative targets ignored. Every process reads all the rows,
     so that the figure does not depend on how many there are.
 
     Bits per byte: nats of the targets that stand for text over ln 2 times the bytes they stand for; special tokens
     (0 bytes) count for nothing.
     """
-    sums = []
+    sums, mesh = [], compute.mesh
+    assert mesh is not None
     for _ in range(steps):
         batch = next(batches)
-        inputs, targets = (spread_rows(mesh, batch[name]) for name in ("inputs", "targets"))
-        sums.append(_sums(params, inputs, targets, token_bytes, config=config, dtype=dtype, mesh=mesh))
+        rows = Batch(*(spread_rows(mesh, batch[name]) for name in ("inputs", "targets")))
+        sums.append(_sums(params, rows, token_bytes, config=config, compute=compute))
     nats, num_bytes, total, count = np.array(jax.device_get(sums), np.float64).sum(axis=0).tolist()
     return HeldOut(bpb=nats / (math.log(2) * num_bytes) if num_bytes else math.inf, loss=total / max(count, 1))
 
 
-def corpus_bits_per_byte(loaded: Loaded, paths: Paths, *, device_batch_size: int, split_tokens: int, mesh: Mesh, dtype: Any
+def corpus_bits_per_byte(loaded: Loaded, paths: Paths, *, device_batch_size: int, split_tokens: int, compute: Compute
                          ) -> dict[str, float]:
     """`train_bpb` and `val_bpb` of a base model over the first `split_tokens` tokens of each split of its corpus."""
     model, tokenizer = loaded.config, loaded.tokenizer
-    rows = device_batch_size * data_size(mesh)
+    assert compute.mesh is not None
+    rows = device_batch_size * data_size(compute.mesh)
     steps = split_tokens // (rows * model.sequence_len)
     if steps < 1:
         raise UsageError(f"--split-tokens {split_tokens} is less than one batch of {rows * model.sequence_len} tokens: "
@@ -77,7 +75,7 @@ def corpus_bits_per_byte(loaded: Loaded, paths: Paths, *, device_batch_size: int
             packing=loaded.meta["packing"], num_shards=1,
         )
         figures = held_out_loss(loaded.params, batches, steps, config=model, token_bytes=token_bytes,
-                                mesh=mesh, dtype=dtype)
+                                compute=compute)
         batches.close()
         results[f"{split}_bpb"] = figures.bpb
         log.info("%s: %.4f bits per byte over %s tokens", split, figures.bpb, f"{steps * rows * model.sequence_len:,}")

@@ -14,24 +14,23 @@ from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import Array
-from jax.sharding import Mesh
 
 from nanochat_jax.chat import render_for_completion
 from nanochat_jax.cli import UsageError
-from nanochat_jax.config import GPTConfig
 from nanochat_jax.eval.batching import padded_batches
 from nanochat_jax.files import parse_json, write_file
-from nanochat_jax.gpt import Params, forward, unembed
 from nanochat_jax.infer.engine import Engine
 from nanochat_jax.infer.request import Request, Result
-from nanochat_jax.kernels import forward_options
-from nanochat_jax.sharding import data_size, replicated, spread_rows
+from nanochat_jax.model.compute import REFERENCE, Compute
+from nanochat_jax.model.config import GPTConfig
+from nanochat_jax.model.gpt import forward, unembed
+from nanochat_jax.model.sharding import data_size, replicated, spread_rows
+from nanochat_jax.model.weights import Params
 from nanochat_jax.tasks.base import Conversation, Task
 from nanochat_jax.tokenizer import Tokenizer
 
@@ -88,8 +87,7 @@ class Generator:
     params: Params
     tokenizer: Tokenizer
     num_slots: int = 8
-    compute_dtype: Any = jnp.float32
-    mesh: Mesh | None = None
+    compute: Compute = REFERENCE
 
     def __call__(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[Result]]:
         """The replies to each prompt."""
@@ -100,7 +98,7 @@ class Generator:
         ]
         longest = max(len(prompt) for prompt in prompts) + sampling.max_new_tokens
         engine = Engine(self.config, self.params, self.tokenizer, num_slots=min(self.num_slots, len(requests)),
-                        compute_dtype=self.compute_dtype, max_len=longest, mesh=self.mesh)
+                        compute=self.compute, max_len=longest)
         results = engine.generate(requests)
         return [results[i : i + sampling.num_samples] for i in range(0, len(results), sampling.num_samples)]
 
@@ -108,7 +106,7 @@ class Generator:
 def evaluate_categorical(task: Task, generator: Generator) -> list[Problem]:
     """Every problem's likeliest letter, the first of equals."""
     conversations = list(task)
-    tokenizer, mesh = generator.tokenizer, generator.mesh
+    tokenizer, mesh = generator.tokenizer, generator.compute.mesh
     prompts = [render_for_completion(tokenizer, each, MAX_PROMPT_TOKENS) for each in conversations]
     most = max(len(conversation["letters"]) for conversation in conversations)
     found: dict[int, Problem] = {}
@@ -121,7 +119,7 @@ def evaluate_categorical(task: Task, generator: Generator) -> list[Problem]:
             letters[row, : len(ids)] = ids
         rows = [array if mesh is None else spread_rows(mesh, array) for array in (tokens, lengths, letters)]
         logits = np.asarray(_letter_logits(generator.params, *rows, config=generator.config,
-                                           compute_dtype=generator.compute_dtype, mesh=mesh))
+                                           compute=generator.compute))
         if not np.isfinite(logits[: len(indices)]).all():
             raise FloatingPointError("the model's logits are not finite")
         for row, index in enumerate(indices):
@@ -130,15 +128,14 @@ def evaluate_categorical(task: Task, generator: Generator) -> list[Problem]:
     return [found[index] for index in range(len(conversations))]
 
 
-@functools.partial(jax.jit, static_argnames=("config", "compute_dtype", "mesh"))
+@functools.partial(jax.jit, static_argnames=("config", "compute"))
 def _letter_logits(params: Params, tokens: Array, lengths: Array, letters: Array, *, config: GPTConfig,
-                   compute_dtype: Any, mesh: Mesh | None) -> Array:
+                   compute: Compute) -> Array:
     """Logits [B, C] of the tokens letters [B, C] after the first lengths [B] of tokens [B, T]."""
-    how = forward_options(config, mesh, dtype=compute_dtype, length=tokens.shape[1])
-    hidden, _ = forward(params, tokens, config=config, compute_dtype=compute_dtype, **how)
+    hidden, _ = forward(params, tokens, config, compute)
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
     logits = jnp.take_along_axis(unembed(params, last, config=config), letters, axis=1)
-    return logits if mesh is None else jax.lax.with_sharding_constraint(logits, replicated(mesh))
+    return logits if compute.mesh is None else jax.lax.with_sharding_constraint(logits, replicated(compute.mesh))
 
 
 def _letter_id(tokenizer: Tokenizer, letter: str) -> int:

@@ -2,13 +2,11 @@
 
 import logging
 from collections.abc import Sequence
-from typing import Any
-
-from jax.sharding import Mesh
 
 from nanochat_jax.checkpoint import Loaded
 from nanochat_jax.infer.engine import Engine
 from nanochat_jax.infer.request import Request
+from nanochat_jax.model.compute import Compute
 
 log = logging.getLogger(__name__)
 
@@ -23,22 +21,22 @@ PROMPTS = (
 )
 
 
-def _generate(loaded: Loaded, requests: list[Request], dtype: Any, mesh: Mesh) -> list[str]:
-    engine = Engine(loaded.config, loaded.params, loaded.tokenizer, num_slots=len(requests), compute_dtype=dtype, mesh=mesh)
+def _generate(loaded: Loaded, requests: list[Request], compute: Compute) -> list[str]:
+    engine = Engine(loaded.config, loaded.params, loaded.tokenizer, num_slots=len(requests), compute=compute)
     return [result.text for result in engine.generate(requests)]
 
 
-def greedy_samples(loaded: Loaded, *, dtype: Any, mesh: Mesh, max_tokens: int = 16) -> list[str]:
+def greedy_samples(loaded: Loaded, *, compute: Compute, max_tokens: int = 16) -> list[str]:
     """Each prompt with its most likely continuation."""
     encode, bos = loaded.tokenizer.encode, loaded.tokenizer.bos_id
     requests = [Request(tuple(encode(prompt, prepend=bos)), max_tokens=max_tokens, temperature=0.0) for prompt in PROMPTS]
-    return [prompt + text for prompt, text in zip(PROMPTS, _generate(loaded, requests, dtype, mesh))]
+    return [prompt + text for prompt, text in zip(PROMPTS, _generate(loaded, requests, compute))]
 
 
-def free_samples(loaded: Loaded, count: int, *, dtype: Any, mesh: Mesh, max_tokens: int = 128) -> list[str]:
+def free_samples(loaded: Loaded, count: int, *, compute: Compute, max_tokens: int = 128) -> list[str]:
     """Documents sampled at temperature 1 from the beginning-of-sequence token alone."""
     requests = [Request((loaded.tokenizer.bos_id,), max_tokens=max_tokens, temperature=1.0, seed=i) for i in range(count)]
-    return _generate(loaded, requests, dtype, mesh)
+    return _generate(loaded, requests, compute)
 
 
 def sample_items(greedy: Sequence[str], free: Sequence[str] = ()) -> list[dict[str, str]]:

@@ -19,18 +19,18 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from nanochat_jax.config import GPTConfig
 from nanochat_jax.eval.batching import bucket
-from nanochat_jax.gpt import KVCache, Params, forward, init_cache, unembed
-from nanochat_jax.infer.sampling import first_argmax
-from nanochat_jax.kernels import forward_options
-from nanochat_jax.sharding import data_size, replicated, spread_rows
+from nanochat_jax.model.compute import REFERENCE, Compute
+from nanochat_jax.model.config import GPTConfig
+from nanochat_jax.model.gpt import KVCache, forward, init_cache
+from nanochat_jax.model.loss import target_scores
+from nanochat_jax.model.sharding import data_size, replicated, spread_rows
+from nanochat_jax.model.weights import Params
 
 BLOCK = 128  # the unit of lengths of the cache
 MOST_TOKENS = 4096  # of a row that go through the model at once; a multiple of BLOCK
 ROW_LENGTH = 2048  # of longer rows a batch has fewer, since their caches would not fit where these do
 WINDOW = 2048  # examples held back to be sorted by length
-LOGITS_BYTES = 256 << 20  # upper bound of the float32 logits that exist at one time
 
 Key = TypeVar("Key")
 
@@ -98,10 +98,10 @@ def _grow(cache: KVCache, *, length: int, mesh: Mesh | None) -> KVCache:
     def pad(x: Array) -> Array:
         return jnp.pad(x, ((0, 0), (0, 0), (0, length - x.shape[2]), (0, 0)))
 
-    return _spread(cache._replace(k=tuple(map(pad, cache.k)), v=tuple(map(pad, cache.v))), mesh)
+    return _shard(cache._replace(k=tuple(map(pad, cache.k)), v=tuple(map(pad, cache.v))), mesh)
 
 
-def _spread(cache: KVCache, mesh: Mesh | None) -> KVCache:
+def _shard(cache: KVCache, mesh: Mesh | None) -> KVCache:
     """Rows over the data axis; keys and values [B, K, S, h] by heads over the model axis too, where the number divides."""
     if mesh is None:
         return cache
@@ -113,53 +113,41 @@ def _spread(cache: KVCache, mesh: Mesh | None) -> KVCache:
     return jax.tree.map(place, cache)
 
 
-@functools.partial(jax.jit, static_argnames=("config", "dtype", "mesh"))
-def _begin(params: Params, tokens: Array, valid: Array, *, config: GPTConfig, dtype: Any, mesh: Mesh | None) -> KVCache:
-    """A cache of the first valid [B] of tokens [B, T]. The last layer's output is not asked for, so it is not computed."""
-    cache = _spread(init_cache(config, tokens.shape[0], tokens.shape[1], dtype), mesh)
-    how = forward_options(config, mesh, dtype=dtype, length=tokens.shape[1])
-    cache = forward(params, tokens, config=config, compute_dtype=dtype, cache=cache, valid=valid, fresh=True, **how)[1]
-    return _spread(cache, mesh)
+@functools.partial(jax.jit, static_argnames=("config", "compute"))
+def _begin(params: Params, tokens: Array, valid: Array, *, config: GPTConfig, compute: Compute) -> KVCache:
+    """A cache of the first valid [B] of tokens [B, T]. The last layer's output is unused, so XLA does not compute it."""
+    cache = _shard(init_cache(config, tokens.shape[0], tokens.shape[1], compute.dtype), compute.mesh)
+    cache = forward(params, tokens, config, compute, cache=cache, valid=valid, fresh=True)[1]
+    return _shard(cache, compute.mesh)
 
 
-@functools.partial(jax.jit, donate_argnames="cache", static_argnames=("config", "dtype", "mesh"))
-def _extend(params: Params, cache: KVCache, tokens: Array, valid: Array, *, config: GPTConfig, dtype: Any, mesh: Mesh | None
+@functools.partial(jax.jit, donate_argnames="cache", static_argnames=("config", "compute"))
+def _extend(params: Params, cache: KVCache, tokens: Array, valid: Array, *, config: GPTConfig, compute: Compute
             ) -> KVCache:
     """Append the first valid [B] of tokens [B, T]."""
-    return _spread(forward(params, tokens, config=config, compute_dtype=dtype, cache=cache, valid=valid)[1], mesh)
+    return _shard(forward(params, tokens, config, compute, cache=cache, valid=valid)[1], compute.mesh)
 
 
-@functools.partial(jax.jit, donate_argnames=("k", "v"), static_argnames=("config", "dtype", "mesh"))
-def _score(params: Params, k: tuple[Array, ...], v: tuple[Array, ...], length: Array, prev_embedding: Array,
-           tokens: Array, first: Array, end: Array, *, config: GPTConfig, dtype: Any, mesh: Mesh | None
+@functools.partial(jax.jit, donate_argnames=("k", "v"), static_argnames=("config", "compute"))
+def _score(params: Params, k: tuple[Array, ...], v: tuple[Array, ...], rest: tuple[Array, Array],
+           span: tuple[Array, Array, Array], *, config: GPTConfig, compute: Compute
            ) -> tuple[Array, Array, tuple[Array, ...], tuple[Array, ...]]:
-    """Score tokens [B, U] over a cache: those at first..end-1 (each [B], in tokens; first at least 1).
+    """Score tokens over a cache of keys `k`, values `v` and `rest`: its length and previous embedding.
 
-    Returns the summed negative log-likelihood [B] float32, whether all of them are the argmax [B], and the buffers of
-    the cache, whose slots from `length` on may be overwritten.
+    `span` is tokens [B, U], first [B] and end [B]: tokens first..end-1 of each row are scored, first at least 1.
+    Returns the summed negative log-likelihood [B] float32, whether all of them are the most likely token [B], and the
+    buffers of the cache, whose entries from its length on may be overwritten.
     """
-    batch, size = tokens.shape
-    cache = KVCache(k, v, length, prev_embedding)
-    hidden, cache = forward(params, tokens, config=config, compute_dtype=dtype, cache=cache, valid=end)
-    cache = _spread(cache, mesh)
-    affordable = max(1, LOGITS_BYTES // (4 * batch * config.vocab_size))
-    chunk = min(size, 1 << (affordable.bit_length() - 1))
-    targets = jnp.roll(tokens, -1, axis=1)  # position p predicts token p + 1; the last one is outside every span
-
-    def add_chunk(totals: tuple[Array, Array], at: Array) -> tuple[tuple[Array, Array], None]:
-        nll, all_argmax = totals
-        positions = at + jnp.arange(chunk) + 1
-        inside = (positions >= first[:, None]) & (positions < end[:, None])  # [B, chunk]
-        target = jax.lax.dynamic_slice_in_dim(targets, at, chunk, axis=1)
-        logits = unembed(params, jax.lax.dynamic_slice_in_dim(hidden, at, chunk, axis=1), config=config)
-        losses = jax.nn.logsumexp(logits, axis=-1) - jnp.take_along_axis(logits, target[..., None], axis=-1)[..., 0]
-        hits = first_argmax(logits.reshape(-1, config.vocab_size)).reshape(target.shape) == target
-        return (nll + jnp.where(inside, losses, 0.0).sum(axis=1), all_argmax & (hits | ~inside).all(axis=1)), None
-
-    totals = (jnp.zeros(batch, jnp.float32), jnp.ones(batch, bool))
-    totals, _ = jax.lax.scan(add_chunk, totals, jnp.arange(0, size, chunk))
-    if mesh is not None:  # so that every process can read all rows
-        totals = jax.lax.with_sharding_constraint(totals, replicated(mesh))
+    tokens, first, end = span
+    hidden, cache = forward(params, tokens, config, compute, cache=KVCache(k, v, *rest), valid=end)
+    cache = _shard(cache, compute.mesh)
+    positions = jnp.arange(tokens.shape[1]) + 1  # position p predicts token p + 1
+    inside = (positions >= first[:, None]) & (positions < end[:, None])  # [B, U]
+    targets = jnp.where(inside, jnp.roll(tokens, -1, axis=1), -1)
+    nll, is_best = target_scores(params, hidden, targets, config, compute)
+    totals = nll.sum(axis=1), (is_best | ~inside).all(axis=1)
+    if compute.mesh is not None:  # so that every process can read all rows
+        totals = jax.lax.with_sharding_constraint(totals, replicated(compute.mesh))
     return *totals, cache.k, cache.v
 
 
@@ -169,14 +157,13 @@ class Scorer:
 
     Attributes:
         num_rows: examples of a batch on each device of the data axis; fewer of those longer than `ROW_LENGTH`.
-        mesh: spreads the rows over its data axis; None: wherever the parameters are.
+        compute: rows are sharded over its mesh's data axis.
     """
 
     config: GPTConfig
     params: Params
     num_rows: int = 8
-    mesh: Mesh | None = None
-    compute_dtype: Any = jnp.float32
+    compute: Compute = REFERENCE
 
     def __call__(self, examples: Iterable[tuple[Key, Sequence[Row]]]) -> Iterator[tuple[Key, list[RowScore]]]:
         """(key, rows) to (key, score of each row), in another order. Batch after batch is read when the next one is
@@ -202,15 +189,17 @@ class Scorer:
     def _batch_rows(self, batch: Sequence[_Example]) -> int:
         """How many rows a batch that holds these has."""
         longest = max(_cache_length(example.shared + example.longest_rest) for example in batch)
-        devices = 1 if self.mesh is None else data_size(self.mesh)
+        mesh = self.compute.mesh
+        devices = 1 if mesh is None else data_size(mesh)
         return devices * max(1, self.num_rows * ROW_LENGTH // max(ROW_LENGTH, longest))
 
     def _place(self, array: np.ndarray) -> Array | np.ndarray:
-        return array if self.mesh is None else spread_rows(self.mesh, array)
+        mesh = self.compute.mesh
+        return array if mesh is None else spread_rows(mesh, array)
 
     def _dispatch(self, batch: Sequence[_Example]) -> list[tuple[Array, Array]]:
         """Sums [B] of each continuation in turn."""
-        options = {"config": self.config, "dtype": self.compute_dtype, "mesh": self.mesh}
+        options = {"config": self.config, "compute": self.compute}
         count = self._batch_rows(batch)
         shared = np.zeros(count, np.int32)
         shared[: len(batch)] = [example.shared for example in batch]
@@ -228,7 +217,7 @@ class Scorer:
                 cache = _extend(self.params, self._reserve(cache, at + MOST_TOKENS), *new, **options)
         cache = self._reserve(cache, longest + size)
 
-        (k, v, length, prev_embedding), sums = cache, []
+        k, v, rest, sums = cache.k, cache.v, (cache.length, cache.prev_embedding), []
         for choice in range(max(len(example.rows) for example in batch)):
             tokens, span = np.zeros((count, size), np.int32), np.zeros((count, 2), np.int32)
             for row, example in enumerate(batch):
@@ -237,13 +226,14 @@ class Scorer:
                     piece = given.tokens[example.shared : given.end]
                     tokens[row, : len(piece)] = piece
                     span[row] = given.start - example.shared, given.end - example.shared
-            *totals, k, v = _score(self.params, k, v, length, prev_embedding, *map(self._place, (tokens, *span.T)), **options)
+            placed = tuple(map(self._place, (tokens, *span.T)))
+            *totals, k, v = _score(self.params, k, v, rest, placed, **options)
             sums.append(totals)
         return sums
 
     def _reserve(self, cache: KVCache, length: int) -> KVCache:
         target = _cache_length(length)
-        return cache if cache.k[0].shape[2] >= target else _grow(cache, length=target, mesh=self.mesh)
+        return cache if cache.k[0].shape[2] >= target else _grow(cache, length=target, mesh=self.compute.mesh)
 
 
 def _read(batch: Sequence[_Example], sums: Sequence[tuple[Array, Array]]) -> Iterator[tuple[Any, list[RowScore]]]:

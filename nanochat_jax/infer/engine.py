@@ -21,17 +21,15 @@ from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
 
-from nanochat_jax.config import GPTConfig
-from nanochat_jax.gpt import Params
-from nanochat_jax.infer import device
-from nanochat_jax.infer.device import Dispatch, Program, Slots
+from nanochat_jax.infer import decode
+from nanochat_jax.infer.decode import DecodeConfig, Slots
 from nanochat_jax.infer.request import MAX_STOP_TOKENS, Generation, Request, Result, TokenizerLike, Vocabulary
-from nanochat_jax.infer.sampling import SamplingParams
-from nanochat_jax.sharding import param_shardings
+from nanochat_jax.model.compute import REFERENCE, Compute
+from nanochat_jax.model.config import GPTConfig
+from nanochat_jax.model.sharding import param_shardings
+from nanochat_jax.model.weights import Params
 
 log = logging.getLogger(__name__)
 
@@ -70,14 +68,14 @@ class Engine:
     """A model ready to generate.
 
     Args:
-        params: the model's; kept in `compute_dtype`, and spread over the mesh if there is one.
+        params: the model's; the engine keeps a copy in the compute dtype, sharded over the mesh.
         tokenizer: of which the special tokens, `encode` and `decode_bytes` are used.
         num_slots: sequences in flight at once.
         steps_per_dispatch: tokens per slot between two looks of the host. More hides dispatch latency, less streams
             more smoothly and wastes less on sequences that end.
         max_len: longest sequence, prompt included; the model's `sequence_len` if None.
         max_prefill_rows: most prompts prefilled at once.
-        mesh: axes ("data", "model"): slots are spread over data, heads over model, where the numbers divide.
+        compute: slots are sharded over its mesh's data axis, heads over its model axis, where the numbers divide.
     """
 
     def __init__(
@@ -87,11 +85,10 @@ class Engine:
         tokenizer: TokenizerLike,
         *,
         num_slots: int = 8,
-        compute_dtype: Any = jnp.float32,
+        compute: Compute = REFERENCE,
         steps_per_dispatch: int = 8,
         max_len: int | None = None,
         max_prefill_rows: int = 8,
-        mesh: Mesh | None = None,
     ) -> None:
         for name, value in (("num_slots", num_slots), ("steps_per_dispatch", steps_per_dispatch),
                             ("max_prefill_rows", max_prefill_rows)):
@@ -104,23 +101,23 @@ class Engine:
         self.max_len = config.sequence_len if max_len is None else max_len
         if self.max_len < 2:
             raise ValueError(f"max_len must be at least 2, a prompt and a reply, got {self.max_len}")
-        dtype = jnp.dtype(compute_dtype)
         self.vocabulary = Vocabulary(tokenizer)
         self.prompt_buckets = buckets(min(SHORTEST_PROMPT, self.max_len), self.max_len)
         self.cache_buckets = cache_lengths(self.max_len)
         # Slots that are spread over devices are not gathered from them.
-        self.row_buckets = row_counts(num_slots) if mesh is None or mesh.shape["data"] == 1 else (num_slots,)
-        self.program = Program(config, dtype, self.cache_buckets[0], self.vocabulary.python_end, mesh)
+        self.row_buckets = row_counts(num_slots) if compute.mesh is None or compute.mesh.shape["data"] == 1 else (num_slots,)
+        self.static = DecodeConfig(config, compute, self.cache_buckets[0], self.vocabulary.python_end)
         self._max_prefill_rows = min(max_prefill_rows, num_slots)
         self._compiled: set[tuple[Any, ...]] = set()  # for the log alone
         self._take(params)
 
     def _take(self, params: Params) -> None:
         # Cast once: a cast inside the decoding loop would read the parameters in full precision every step.
-        params = jax.tree.map(lambda leaf: leaf.astype(self.program.dtype), params)
-        if self.program.mesh is not None:
-            params = jax.device_put(params, param_shardings(self.config, self.program.mesh))
-        self.params = device.split_layers(params, config=self.config)
+        compute = self.static.compute
+        params = jax.tree.map(lambda leaf: leaf.astype(compute.dtype), params)
+        if compute.mesh is not None:
+            params = jax.device_put(params, param_shardings(self.config, compute.mesh))
+        self.params = decode.split_layers(params, config=self.config)
 
     def with_params(self, params: Params) -> "Engine":
         """An engine like this one for other parameters of the model; nothing is compiled again."""
@@ -283,12 +280,12 @@ class EngineLoop:
         engine = self._engine
         if not self.cache.k:
             engine.log_compilation("new_slots", engine.num_slots, engine.cache_buckets[0])
-            self.cache = device.new_slots(rows=engine.num_slots, length=engine.cache_buckets[0], program=engine.program)
+            self.cache = decode.new_slots(rows=engine.num_slots, length=engine.cache_buckets[0], static=engine.static)
         sizes = engine.cache_buckets
         while (old := self.cache.length) != length:  # through all sizes between, so that only neighbours are compiled
             size = sizes[sizes.index(old) + (1 if length > old else -1)]
             engine.log_compilation("resize", engine.num_slots, old, size)
-            self.cache = device.resize(self.cache, length=size, program=engine.program)
+            self.cache = decode.resize(self.cache, length=size, static=engine.static)
         self._held = [held if len(held) <= length else () for held in self._held]
 
     def prefill(self, prompts: Sequence[tuple[int, ...]], bucket: int) -> tuple[jax.Array, ...]:
@@ -301,19 +298,19 @@ class EngineLoop:
             tokens[row, : len(prompt)] = prompt
             lengths[row] = len(prompt)
         engine.log_compilation("prefill", rows, bucket)
-        return device.prefill(engine.params, tokens, lengths, program=engine.program)
+        return decode.prefill(engine.params, tokens, lengths, static=engine.static)
 
     def insert(self, prompt: jax.Array, slot: int) -> None:
         """Put one prompt of a prefill into a slot."""
         engine = self._engine
         engine.log_compilation("insert", engine.num_slots, self.cache.length, prompt.shape[3])
-        self.cache = device.insert(self.cache, prompt, np.int32(slot), program=engine.program)
+        self.cache = decode.insert(self.cache, prompt, np.int32(slot), static=engine.static)
 
     def copy(self, source: int, target: int) -> None:
         """Make a slot hold what another does."""
         engine = self._engine
         engine.log_compilation("copy", engine.num_slots, self.cache.length)
-        self.cache = device.copy(self.cache, np.int32(source), np.int32(target), program=engine.program)
+        self.cache = decode.copy(self.cache, np.int32(source), np.int32(target), static=engine.static)
 
     def decode(self, active: Sequence[tuple[int, Generation]], *, steps: int = 1, rows: int = 1
                ) -> tuple[list[int], jax.Array, jax.Array]:
@@ -327,41 +324,23 @@ class EngineLoop:
         idle = [slot for slot, occupant in enumerate(self._slots) if occupant is None]
         slots = sorted(taken + idle[: rows - len(taken)])
         row_of = np.searchsorted(slots, taken).tolist()
-        dispatch = Dispatch(
-            slot=np.array(slots, np.int32),
-            length=np.full(rows, self.cache.length, np.int32),
-            previous=np.zeros(rows, np.int32),
-            token=np.zeros(rows, np.int32),
-            active=np.zeros(rows, bool),
-            remaining=np.zeros(rows, np.int32),
-            forced=np.zeros((rows, most), np.int32),
-            num_forced=np.zeros(rows, np.int32),
-            stop=np.full((rows, len(engine.vocabulary.terminal) + MAX_STOP_TOKENS), -1, np.int32),
-            logprobs=np.zeros(rows, bool),
-            sampling=SamplingParams(
-                temperature=np.zeros(rows, np.float32),
-                top_k=np.zeros(rows, np.int32),
-                top_p=np.ones(rows, np.float32),
-                seed=np.zeros((rows, 2), np.uint32),
-            ),
-            steps=np.int32(steps),
-        )
+        stops = len(engine.vocabulary.terminal) + MAX_STOP_TOKENS
+        table = decode.new_rows(rows, length=self.cache.length, steps=most, stops=stops)
+        table["slot"] = slots
         for row, (_, generation) in zip(row_of, active, strict=True):
-            request, forced = generation.request, list(generation.forced)[:most]
-            dispatch.length[row] = generation.length
-            dispatch.previous[row], dispatch.token[row] = generation.newest
-            dispatch.active[row] = True
-            dispatch.remaining[row] = generation.max_tokens - len(generation.tokens)
-            dispatch.forced[row, : len(forced)] = forced
-            dispatch.num_forced[row] = len(forced)
-            dispatch.stop[row, : len(generation.stop_ids)] = generation.stop_ids
-            dispatch.logprobs[row] = request.logprobs
-            dispatch.sampling.temperature[row] = request.temperature
-            dispatch.sampling.top_k[row] = min(request.top_k, engine.config.vocab_size)
-            dispatch.sampling.top_p[row] = request.top_p
-            dispatch.sampling.seed[row] = (request.seed >> 32 & 0xFFFFFFFF, request.seed & 0xFFFFFFFF)
+            request, injected = generation.request, list(generation.forced)[:most]
+            at = table[row]
+            at["length"], at["active"] = generation.length, True
+            at["previous"], at["token"] = generation.newest
+            at["remaining"] = generation.max_tokens - len(generation.tokens)
+            at["injected"][: len(injected)], at["num_injected"] = injected, len(injected)
+            at["stop"][: len(generation.stop_ids)] = generation.stop_ids
+            at["logprobs"], at["temperature"], at["top_p"] = request.logprobs, request.temperature, request.top_p
+            at["top_k"] = min(request.top_k, engine.config.vocab_size)
+            at["seed"] = (request.seed >> 32 & 0xFFFFFFFF, request.seed & 0xFFFFFFFF)
         engine.log_compilation("decode", rows, self.cache.length)
-        self.cache, emitted, logprobs = device.decode(engine.params, self.cache, dispatch, program=engine.program)
+        self.cache, emitted, logprobs = decode.decode(
+            engine.params, self.cache, decode.decode_inputs(table, steps), static=engine.static)
         return row_of, emitted, logprobs
 
     def _prefill(self, bucket: int, waiting: deque[tuple[tuple[int, ...], list[int]]]) -> None:

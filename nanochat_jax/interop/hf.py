@@ -16,9 +16,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from nanochat_jax.cli import NotFound, UsageError, one_line
-from nanochat_jax.config import GPTConfig
 from nanochat_jax.files import parse_json
-from nanochat_jax.gpt import Params
 from nanochat_jax.interop.hf_tokenizer import read_hf_tokenizer, write_hf_tokenizer
 from nanochat_jax.interop.torch_checkpoint import (
     Entry,
@@ -30,7 +28,9 @@ from nanochat_jax.interop.torch_checkpoint import (
     to_params,
     upstream_shape,
 )
-from nanochat_jax.layers import RMS_EPS
+from nanochat_jax.model.config import GPTConfig
+from nanochat_jax.model.layers import RMS_EPS
+from nanochat_jax.model.weights import Params
 from nanochat_jax.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)

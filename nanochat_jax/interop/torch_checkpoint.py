@@ -22,10 +22,10 @@ import numpy as np
 import tiktoken
 
 from nanochat_jax.cli import NotFound, UsageError
-from nanochat_jax.config import GPTConfig
 from nanochat_jax.files import parse_json
-from nanochat_jax.gpt import Params, abstract_params
 from nanochat_jax.interop.torch_file import read_encoding, read_pt, write_pt
+from nanochat_jax.model.config import GPTConfig
+from nanochat_jax.model.weights import Params, abstract_params
 from nanochat_jax.paths import base_tokenizer
 from nanochat_jax.tokenizer import RANKS_FILE, ByteRule, Tokenizer
 

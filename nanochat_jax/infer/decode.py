@@ -1,10 +1,10 @@
 """The engine's device programs: prefill, moving sequences between slots and sizes, and decoding several steps.
 
-All take parameters, as `split_layers` gives them, and cache as arguments; `Program` is the static rest. Shapes come
+All take parameters, as `split_layers` gives them, and cache as arguments; `DecodeConfig` is the static rest. Shapes come
 from buckets (engine.py), so the number of compilations is bounded. B slots, S positions of each, R of them in a dispatch
 of K steps, N prompts of a prefill, T their padded length, L layers, G key/value heads of width h.
 
-The cache holds keys and values alone: how far each slot has come is the host's to say, with each dispatch.
+The cache holds keys and values alone: how far each slot has come is the host's to say, with each inputs.
 """
 
 import functools
@@ -17,22 +17,22 @@ import numpy as np
 from jax import Array, lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from nanochat_jax.config import GPTConfig
-from nanochat_jax.gpt import KVCache, Params, forward, init_cache, softcap
 from nanochat_jax.infer.sampling import SamplingParams, log_probability, noise_for, sample
-from nanochat_jax.kernels import forward_options
-from nanochat_jax.layers import rms_norm
+from nanochat_jax.model.compute import Compute
+from nanochat_jax.model.config import GPTConfig
+from nanochat_jax.model.gpt import KVCache, forward, init_cache, softcap
+from nanochat_jax.model.layers import rms_norm
+from nanochat_jax.model.weights import Params
 
 
 @dataclass(frozen=True)
-class Program:
+class DecodeConfig:
     """What the programs are compiled for, besides shapes."""
 
     config: GPTConfig
-    dtype: jnp.dtype
+    compute: Compute
     shortest: int  # positions that a prefilled prompt has at least, so that few sizes are inserted
     pause: int  # token id after which the host must decide how a sequence goes on
-    mesh: Mesh | None
 
 
 class Slots(NamedTuple):
@@ -47,32 +47,55 @@ class Slots(NamedTuple):
         return self.k[0].shape[2]
 
 
-class Dispatch(NamedTuple):
-    """What the host says about some slots, or all, for the next K steps."""
+class DecodeInputs(NamedTuple):
+    """What some slots, or all, do in the next K steps. Rows are those of `new_rows`."""
 
     slot: Array | np.ndarray  # [R] int32, rising: which slots; all of them if R is B
-    length: Array | np.ndarray  # [R] int32, positions filled; S or more for a slot that is to be left as it is
+    length: Array | np.ndarray  # [R] int32, positions filled; S or more for a slot to be left as it is
     previous: Array | np.ndarray  # [R] int32, the token before the newest
     token: Array | np.ndarray  # [R] int32, the newest token, not yet in the cache
     active: Array | np.ndarray  # [R] bool
     remaining: Array | np.ndarray  # [R] int32, tokens the slot may still emit
-    forced: Array | np.ndarray  # [R, K] int32, tokens to emit in place of drawn ones
-    num_forced: Array | np.ndarray  # [R] int32
-    stop: Array | np.ndarray  # [R, M] int32, drawn tokens that end the sequence; filled up with -1
+    injected: Array | np.ndarray  # [R, K] int32, tokens to emit in place of drawn ones
+    num_injected: Array | np.ndarray  # [R] int32
+    stop: Array | np.ndarray  # [R, M] int32, drawn tokens that end the sequence; padded with -1
     logprobs: Array | np.ndarray  # [R] bool, whether to compute them
-    sampling: SamplingParams
+    temperature: Array | np.ndarray  # [R] float32, and so on: see SamplingParams
+    top_k: Array | np.ndarray  # [R] int32
+    top_p: Array | np.ndarray  # [R] float32
+    seed: Array | np.ndarray  # [R, 2] uint32
     steps: Array | np.integer  # [] int32, at most K
 
+    @property
+    def sampling(self) -> SamplingParams:
+        return SamplingParams(self.temperature, self.top_k, self.top_p, self.seed)
 
-def greedy_dispatch(rows: int, *, length: int, steps: int) -> Dispatch:
-    """`steps` most likely tokens for each of `rows` sequences of `length` tokens, which nothing ends: for measurements."""
-    def full(value: Any, dtype: Any, *shape: int) -> np.ndarray:
-        return np.full((rows, *shape), value, dtype)
 
-    sampling = SamplingParams(full(0, np.float32), full(0, np.int32), full(1, np.float32), full(0, np.uint32, 2))
-    return Dispatch(np.arange(rows, dtype=np.int32), full(length, np.int32), full(0, np.int32), full(0, np.int32),
-                    full(True, bool), full(steps, np.int32), full(0, np.int32, steps), full(0, np.int32),
-                    full(-1, np.int32, 1), full(False, bool), sampling, np.int32(steps))
+def new_rows(count: int, *, length: int, steps: int, stops: int) -> np.ndarray:
+    """A structured array of `count` inactive rows, to be filled in and passed to `decode_inputs`.
+
+    `length` is the cache's, which leaves a slot as it is; `stops` is how many stop tokens a row may have.
+    """
+    rows = np.zeros(count, [
+        ("slot", np.int32), ("length", np.int32), ("previous", np.int32), ("token", np.int32), ("active", bool),
+        ("remaining", np.int32), ("injected", np.int32, (steps,)), ("num_injected", np.int32),
+        ("stop", np.int32, (stops,)), ("logprobs", bool), ("temperature", np.float32), ("top_k", np.int32),
+        ("top_p", np.float32), ("seed", np.uint32, (2,))])
+    rows["length"], rows["stop"], rows["top_p"] = length, -1, 1.0
+    return rows
+
+
+def decode_inputs(rows: np.ndarray, steps: int) -> DecodeInputs:
+    """The arrays of the rows, for `steps` steps."""
+    fields = [name for name in DecodeInputs._fields if name != "steps"]
+    return DecodeInputs(*(np.ascontiguousarray(rows[name]) for name in fields), np.int32(steps))
+
+
+def greedy_inputs(count: int, *, length: int, steps: int) -> DecodeInputs:
+    """`steps` most likely tokens for each of `count` sequences of `length` tokens, which nothing ends: for measurements."""
+    rows = new_rows(count, length=length, steps=steps, stops=1)
+    rows["slot"], rows["active"], rows["remaining"] = np.arange(count), True, steps
+    return decode_inputs(rows, steps)
 
 
 def split_layers(params: Params, *, config: GPTConfig) -> Params:
@@ -98,13 +121,6 @@ def _rows(head: Array, *, size: int) -> Array:
     return head[:, :size].T
 
 
-def _stack_layers(params: Params) -> Params:
-    """What the forward pass takes. It splits the stacks again, and the compiler drops the pair (not across a loop)."""
-    whole = {name: leaf for name, leaf in params.items() if name != "lm_head_rows"}
-    return jax.tree.map(lambda leaf: jnp.stack(leaf) if isinstance(leaf, tuple) else leaf, whole,
-                        is_leaf=lambda leaf: isinstance(leaf, tuple))
-
-
 def cache_sharding(rows: int, heads: int, mesh: Mesh, *, row_axis: int = 0) -> NamedSharding:
     """Rows (of axis `row_axis`) over the data axis, key/value heads, the axis after, over the model axis, where the
     sizes divide."""
@@ -126,39 +142,37 @@ def _replicate(x: Array, mesh: Mesh | None) -> Array:
     return x if mesh is None else lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec()))
 
 
-@functools.partial(jax.jit, static_argnames=("rows", "length", "program"))
-def new_slots(*, rows: int, length: int, program: Program) -> Slots:
-    cache = init_cache(program.config, rows, length, program.dtype)
-    return _place(Slots(cache.k, cache.v), program.mesh)
+@functools.partial(jax.jit, static_argnames=("rows", "length", "static"))
+def new_slots(*, rows: int, length: int, static: DecodeConfig) -> Slots:
+    cache = init_cache(static.config, rows, length, static.compute.dtype)
+    return _place(Slots(cache.k, cache.v), static.compute.mesh)
 
 
-@functools.partial(jax.jit, static_argnames=("length", "program"))
-def resize(slots: Slots, *, length: int, program: Program) -> Slots:
+@functools.partial(jax.jit, static_argnames=("length", "static"))
+def resize(slots: Slots, *, length: int, static: DecodeConfig) -> Slots:
     """The same slots with `length` positions each; those beyond are dropped."""
 
     def fit(x: Array) -> Array:
         x = x[:, :, :length]
         return jnp.pad(x, ((0, 0), (0, 0), (0, length - x.shape[2]), (0, 0)))
 
-    return _place(jax.tree.map(fit, slots), program.mesh)
+    return _place(jax.tree.map(fit, slots), static.compute.mesh)
 
 
-@functools.partial(jax.jit, static_argnames="program")
-def prefill(params: Params, tokens: Array, lengths: Array, *, program: Program) -> tuple[Array, ...]:
-    """Keys and values of N prompts, for each an array [2, L, G, max(T, `program.shortest`), h].
+@functools.partial(jax.jit, static_argnames="static")
+def prefill(params: Params, tokens: Array, lengths: Array, *, static: DecodeConfig) -> tuple[Array, ...]:
+    """Keys and values of N prompts, for each an array [2, L, G, max(T, `static.shortest`), h].
 
     tokens [N, T] int32, padded on the right; lengths [N] int32.
     """
-    config, dtype, mesh = program.config, program.dtype, program.mesh
-    cache = init_cache(config, tokens.shape[0], tokens.shape[1], dtype)
+    config, mesh = static.config, static.compute.mesh
+    cache = init_cache(config, tokens.shape[0], tokens.shape[1], static.compute.dtype)
     cache = cache._replace(k=_place(cache.k, mesh), v=_place(cache.v, mesh))
-    how = forward_options(config, mesh, dtype=dtype, length=tokens.shape[1])
-    _, cache = forward(_stack_layers(params), tokens, config=config, compute_dtype=dtype, cache=cache, valid=lengths,
-                       fresh=True, **how)
+    _, cache = forward(params, tokens, config, static.compute, cache=cache, valid=lengths, fresh=True)
     rows = []
     for row in range(tokens.shape[0]):
         prompt = jnp.stack([jnp.stack([layer[row] for layer in each]) for each in (cache.k, cache.v)])
-        missing = max(0, program.shortest - prompt.shape[3])
+        missing = max(0, static.shortest - prompt.shape[3])
         prompt = jnp.pad(prompt, ((0, 0), (0, 0), (0, 0), (0, missing), (0, 0)))
         if mesh is not None:
             prompt = lax.with_sharding_constraint(prompt, cache_sharding(1, config.n_kv_head, mesh, row_axis=1))
@@ -166,25 +180,25 @@ def prefill(params: Params, tokens: Array, lengths: Array, *, program: Program) 
     return tuple(rows)
 
 
-@functools.partial(jax.jit, donate_argnames="slots", static_argnames="program")
-def insert(slots: Slots, prompt: Array, slot: Array, *, program: Program) -> Slots:
+@functools.partial(jax.jit, donate_argnames="slots", static_argnames="static")
+def insert(slots: Slots, prompt: Array, slot: Array, *, static: DecodeConfig) -> Slots:
     """Put one prompt of a prefill, [2, L, G, T, h], into a slot; what exceeds the slot is padding and is dropped."""
 
     def put(old: tuple[Array, ...], new: Array) -> tuple[Array, ...]:
         new = new[:, None, :, : slots.length]
         return tuple(lax.dynamic_update_slice(x, new[layer], (slot, 0, 0, 0)) for layer, x in enumerate(old))
 
-    return _place(Slots(put(slots.k, prompt[0]), put(slots.v, prompt[1])), program.mesh)
+    return _place(Slots(put(slots.k, prompt[0]), put(slots.v, prompt[1])), static.compute.mesh)
 
 
-@functools.partial(jax.jit, donate_argnames="slots", static_argnames="program")
-def copy(slots: Slots, source: Array, target: Array, *, program: Program) -> Slots:
+@functools.partial(jax.jit, donate_argnames="slots", static_argnames="static")
+def copy(slots: Slots, source: Array, target: Array, *, static: DecodeConfig) -> Slots:
     """Make one slot hold what another does."""
 
     def put(x: Array) -> Array:
         return lax.dynamic_update_slice(x, lax.dynamic_slice_in_dim(x, source, 1), (target, 0, 0, 0))
 
-    return _place(jax.tree.map(put, slots), program.mesh)
+    return _place(jax.tree.map(put, slots), static.compute.mesh)
 
 
 def _take(slots: Slots, index: Array) -> Slots:
@@ -207,52 +221,50 @@ def _put(slots: Slots, some: Slots, index: Array) -> Slots:
     return jax.tree.map(put, slots, some)
 
 
-@functools.partial(jax.jit, donate_argnames="slots", static_argnames="program")
-def decode(params: Params, slots: Slots, dispatch: Dispatch, *, program: Program) -> tuple[Slots, Array, Array]:
-    """Advance every active slot by up to `dispatch.steps` tokens.
+@functools.partial(jax.jit, donate_argnames="slots", static_argnames="static")
+def decode(params: Params, slots: Slots, inputs: DecodeInputs, *, static: DecodeConfig) -> tuple[Slots, Array, Array]:
+    """Advance every active slot by up to `inputs.steps` tokens.
 
     A slot rests once it has drawn a stop token or the pausing token, or emitted its last; the loop ends when all rest.
     Returns the cache, the emitted tokens [R, K], -1 where a slot rested, and their log-probabilities [R, K], NaN there
     and where not asked for. Where not all slots take part, the others' keys and values are not read: the steps work on
     copies of those that do.
     """
-    config, mesh = program.config, program.mesh
+    config, mesh = static.config, static.compute.mesh
     cap = functools.partial(softcap, config=config)
 
     def advance(state):
         step, cache, token, active, remaining, emitted, logprobs = state
         valid = active.astype(jnp.int32)
-        hidden, cache = forward(
-            _stack_layers(params), token[:, None], config=config, compute_dtype=program.dtype, cache=cache, valid=valid
-        )
+        hidden, cache = forward(params, token[:, None], config, static.compute, cache=cache, valid=valid)
         logits = lax.dot_general(
             params["lm_head_rows"], hidden[:, 0], (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
         )  # [V, B], before the softcap
-        drawn = sample(logits, dispatch.sampling, noise[step], cap)
-        is_forced = step < dispatch.num_forced
-        token = jnp.where(active, jnp.where(is_forced, dispatch.forced[:, step], drawn), token)
+        drawn = sample(logits, inputs.sampling, noise[step], cap)
+        is_injected = step < inputs.num_injected
+        token = jnp.where(active, jnp.where(is_injected, inputs.injected[:, step], drawn), token)
         emitted = emitted.at[:, step].set(jnp.where(active, token, -1))
-        asked = active & dispatch.logprobs
+        asked = active & inputs.logprobs
         logprobs = logprobs.at[:, step].set(log_probability(logits, token, asked, cap))
         remaining = remaining - active
-        halted = ~is_forced & (jnp.any(token[:, None] == dispatch.stop, axis=-1) | (token == program.pause))
+        halted = ~is_injected & (jnp.any(token[:, None] == inputs.stop, axis=-1) | (token == static.pause))
         cache = cache._replace(k=_place(cache.k, mesh), v=_place(cache.v, mesh))
         return step + 1, cache, token, active & ~halted & (remaining > 0), remaining, emitted, logprobs
 
     def running(state):
         step, _, _, active, *_ = state
-        return (step < dispatch.steps) & jnp.any(active)
+        return (step < inputs.steps) & jnp.any(active)
 
-    # A slot draws at every step, or not again in this dispatch.
-    position = dispatch.length + 1 + jnp.arange(dispatch.forced.shape[1])[:, None]
-    noise = noise_for(dispatch.sampling.seed, position, config.vocab_size)
+    # A slot draws at every step, or not again in this inputs.
+    position = inputs.length + 1 + jnp.arange(inputs.injected.shape[1])[:, None]
+    noise = noise_for(inputs.sampling.seed, position, config.vocab_size)
     # What smearing mixes into the newest token: the embedding of the one before, as the forward pass makes it.
-    previous = rms_norm(params["wte"][dispatch.previous].astype(program.dtype))
-    index = jnp.asarray(dispatch.slot)
-    cache = KVCache(*_take(slots, index), jnp.asarray(dispatch.length), previous)
-    emitted = jnp.full(dispatch.forced.shape, -1, jnp.int32)
-    logprobs = jnp.full(dispatch.forced.shape, jnp.nan, jnp.float32)
-    state = (jnp.int32(0), cache, dispatch.token, dispatch.active, dispatch.remaining, emitted, logprobs)
+    previous = rms_norm(params["wte"][inputs.previous].astype(static.compute.dtype))
+    index = jnp.asarray(inputs.slot)
+    cache = KVCache(*_take(slots, index), jnp.asarray(inputs.length), previous)
+    emitted = jnp.full(inputs.injected.shape, -1, jnp.int32)
+    logprobs = jnp.full(inputs.injected.shape, jnp.nan, jnp.float32)
+    state = (jnp.int32(0), cache, inputs.token, inputs.active, inputs.remaining, emitted, logprobs)
     _, cache, _, _, _, emitted, logprobs = lax.while_loop(running, advance, state)
     slots = _put(slots, Slots(cache.k, cache.v), index)
     return _place(slots, mesh), _replicate(emitted, mesh), _replicate(logprobs, mesh)

@@ -2,16 +2,15 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
 
-import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
-from jax.sharding import Mesh
 
-from nanochat_jax.config import GPTConfig
-from nanochat_jax.muon import muon
+from nanochat_jax.model.compute import REFERENCE, Compute
+from nanochat_jax.model.config import GPTConfig
+from nanochat_jax.model.weights import MATRICES, SCALARS, optimizer_groups
+from nanochat_jax.train.muon import muon
 
 Schedule = Callable[[Array | int], Array]  # of the step
 EPS = 1e-10
@@ -74,18 +73,31 @@ def adamw(learning_rate: Schedule, b1: float, b2: float, weight_decay: float) ->
     return optax.adamw(learning_rate, b1=b1, b2=b2, eps=EPS, weight_decay=weight_decay)
 
 
-def make_optimizer(config: GPTConfig, rates: OptimizerConfig, *, lr_multiplier: Schedule, momentum: Schedule,
-                   weight_decay: Schedule | None = None, lr_scale: float = 1.0, muon_dtype: Any = jnp.float32,
-                   mesh: Mesh | None = None) -> optax.GradientTransformation:
-    """The optimizer of the config's era.
+@dataclass(frozen=True, kw_only=True)
+class Schedules:
+    """What changes over a run, as functions of the step.
 
-    Args:
-      rates: learning rates before scaling by (width / 768)^-0.5 (AdamW tables only, as upstream).
-      lr_multiplier, momentum: functions of the step.
-      weight_decay: schedule of the matrices' cautious decay (modern only).
-      lr_scale: factor of all scheduled rates from the batch size (modern: sqrt(B / 2^19)).
-      muon_dtype: dtype of Muon's products.
+    Attributes:
+      lr_multiplier: factor of all learning rates.
+      momentum: Muon's.
+      weight_decay: the matrices' cautious decay (modern only).
+      lr_scale: constant factor of the rates from the batch size (modern: sqrt(B / 2^19)).
     """
+
+    lr_multiplier: Schedule
+    momentum: Schedule
+    weight_decay: Schedule | None = None
+    lr_scale: float = 1.0
+
+
+def make_optimizer(config: GPTConfig, rates: OptimizerConfig, schedules: Schedules, compute: Compute = REFERENCE
+                   ) -> optax.GradientTransformation:
+    """The optimizer of the config's architecture.
+
+    `rates` are the learning rates before scaling by (width / 768)^-0.5 (only the AdamW tables are scaled, as upstream).
+    Muon's matmuls are in the dtype of `compute`, and its matrices are sharded over all devices of the mesh.
+    """
+    lr_multiplier, lr_scale = schedules.lr_multiplier, schedules.lr_scale
     width_scale = (config.n_embd / 768) ** -0.5
 
     def rate(value: float) -> Schedule:
@@ -100,26 +112,16 @@ def make_optimizer(config: GPTConfig, rates: OptimizerConfig, *, lr_multiplier: 
             "value_embeds": adamw(rate(0.5 * embedding), 0.8, 0.995, 0.01),
             "resid_lambdas": adamw(rate(0.01 * scalar), 0.8, 0.95, 0.05),
             "x0_lambdas": adamw(rate(scalar), 0.96, 0.95, 0.0),
-            "scalars": adamw(rate(0.2), 0.8, 0.95, 0.0),
+            SCALARS: adamw(rate(0.2), 0.8, 0.95, 0.0),
         }
     else:
         groups = {
             "lm_head": adamw(rate(unembedding), 0.8, 0.95, rates.weight_decay),
             "wte": adamw(rate(embedding), 0.8, 0.95, rates.weight_decay),
         }
-    groups["matrices"] = muon(rate(rates.matrix_lr * lr_scale), momentum, weight_decay, variant=config.arch,
-                              compute_dtype=muon_dtype, mesh=mesh)
-    transform = optax.partition(groups, _group_labels)
+    groups[MATRICES] = muon(rate(rates.matrix_lr * lr_scale), schedules.momentum, schedules.weight_decay, config.arch,
+                            compute_dtype=compute.dtype, mesh=compute.mesh)
+    transform = optax.partition(groups, optimizer_groups(config))
     if rates.grad_clip > 0:
         transform = optax.chain(optax.clip_by_global_norm(rates.grad_clip), transform)
     return transform
-
-
-def _group_labels(params: Any) -> Any:
-    def label(path: tuple, _: Any) -> str:
-        name = path[0].key
-        if name in ("blocks", "ve_gate"):
-            return "matrices"
-        return "scalars" if name.startswith("smear") or name == "backout_lambda" else name
-
-    return jax.tree.map_with_path(label, params)

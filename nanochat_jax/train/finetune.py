@@ -16,23 +16,17 @@ from nanochat_jax.cli import LARGEST, directory_name, flag
 from nanochat_jax.data.mixture import ConversationLoader
 from nanochat_jax.eval.bpb import held_out_loss
 from nanochat_jax.files import make_directory
-from nanochat_jax.gpt import Params
-from nanochat_jax.muon import MuonState
-from nanochat_jax.optim import OptimizerConfig, Schedule, constant, linear_momentum, make_optimizer
+from nanochat_jax.model.compute import Compute
+from nanochat_jax.model.sharding import abstract_tree, data_share, make_mesh, optimizer_shardings
+from nanochat_jax.model.weights import Params
 from nanochat_jax.paths import Paths
-from nanochat_jax.sharding import abstract_tree, data_share, data_size, make_mesh, optimizer_shardings, param_shardings
 from nanochat_jax.startup import start
-from nanochat_jax.step import (
-    accelerator_memory,
-    choose_batch_shape,
-    choose_memory,
-    init_state,
-    make_train_step,
-    resolve_dtype,
-)
 from nanochat_jax.tasks.base import Task
 from nanochat_jax.tasks.mixtures import Split, mixture_entries
-from nanochat_jax.train import Evaluation, Job, RunConfig, TrainConfig, train
+from nanochat_jax.train.loop import Evaluation, Job, LoaderSource, RunConfig, TrainConfig, train
+from nanochat_jax.train.muon import MuonState
+from nanochat_jax.train.optim import OptimizerConfig, Schedule, Schedules, constant, linear_momentum, make_optimizer
+from nanochat_jax.train.setup import set_up
 
 log = logging.getLogger(__name__)
 
@@ -51,15 +45,16 @@ class ContinueConfig(RunConfig):
     weight_decay: float = flag(0.0, "modern: Muon's cautious decay; classic: AdamW's", at_least=0, at_most=100)
     init_lr_frac: float = flag(1.0, "factor of all rates", at_least=1e-9, at_most=1000)
 
-    def optimizer(self, loaded: Loaded, multiplier: Schedule, *, momentum: Schedule, dtype: Any, mesh: jax.sharding.Mesh
-                  ) -> optax.GradientTransformation:
-        """With the rates of the base run, but for those given; `init_lr_frac` scales those of all groups."""
+    def optimizer(self, loaded: Loaded, schedules: Schedules, compute: Compute) -> optax.GradientTransformation:
+        """With the base run's rates, except those given; `init_lr_frac` scales the rates of all groups."""
         given = {key: value for key in ("embedding_lr", "unembedding_lr", "matrix_lr")
                  if (value := getattr(self, key)) is not None}
+        multiplier = schedules.lr_multiplier
         rates = OptimizerConfig(**(loaded.meta["rates"] | given | {"weight_decay": self.weight_decay, "grad_clip": 0.0}))
         decay = constant(self.weight_decay) if loaded.config.arch == "modern" and self.weight_decay else None
-        return make_optimizer(loaded.config, rates, lr_multiplier=lambda step: self.init_lr_frac * multiplier(step),
-                              momentum=momentum, weight_decay=decay, muon_dtype=dtype, mesh=mesh)
+        schedules = dataclasses.replace(
+            schedules, lr_multiplier=lambda step: self.init_lr_frac * multiplier(step), weight_decay=decay)
+        return make_optimizer(loaded.config, rates, schedules, compute)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,7 +90,7 @@ class Stage:
     lr_schedule: Callable[[int], Schedule]  # from the number of steps
     classic_momentum: Schedule = linear_momentum(300, 0.85, 0.95)  # Muon's; the modern one's is this in all stages
     eval_steps: int | None = None  # instead of --eval-tokens
-    # More evaluations, given the model, its micro-batch rows, the compute dtype and the mesh.
+    # More evaluations, given the model, its micro-batch rows and how it computes.
     evaluations: Callable[..., list[Evaluation]] = lambda *_: []
 
 
@@ -129,7 +124,7 @@ def finetune(config: FinetuneConfig, stage: Stage) -> None:
 
 
 def _finetune(config: FinetuneConfig, stage: Stage, paths: Paths, named: Task | None) -> None:
-    mesh, dtype = make_mesh(config.mesh), resolve_dtype(config.dtype)
+    mesh = make_mesh(config.mesh)
     loaded = load_model(paths, stage.source, tag=config.model_tag, step=config.step, mesh=mesh, fsdp=bool(config.fsdp))
     model, tokenizer, meta = loaded.config, loaded.tokenizer, loaded.meta
     mixture = stage.mixture(meta["data"], "train", paths) if named is None else named
@@ -138,56 +133,52 @@ def _finetune(config: FinetuneConfig, stage: Stage, paths: Paths, named: Task | 
     if total <= 0:
         total = stage.step_rows * length if stage.step_rows else meta["total_batch_size"]
 
-    # The batch decides the number of steps, which the schedules follow, but no shape: any schedule does to measure it.
-    def optimizer_for(num_steps: int) -> optax.GradientTransformation:
-        momentum = stage.classic_momentum if model.arch == "classic" else linear_momentum(300, 0.85, 0.95)
-        return config.optimizer(loaded, stage.lr_schedule(num_steps), momentum=momentum, dtype=dtype, mesh=mesh)
-
-    rows, remat, fsdp = choose_memory(model, mesh, rows=config.device_batch_size, remat=config.remat, fsdp=config.fsdp,
-                                      step_rows=total // length // data_size(mesh), limit=accelerator_memory())
-    loaded = dataclasses.replace(loaded, params=jax.device_put(loaded.params, param_shardings(model, mesh, fsdp=fsdp)))
-
-    def step_for(optimizer: optax.GradientTransformation) -> jax.stages.Wrapped:
-        return make_train_step(model, optimizer, dtype=dtype, mesh=mesh, shardings=shardings, remat=remat,
-                               attention=config.attention)
-
-    state, shardings = init_state(model, optimizer_for(1), mesh, fsdp=fsdp, seed=config.seed, params=loaded.params)
-    shape = choose_batch_shape(total, rows, length, mesh, step_for(optimizer_for(1)), state)
     common: dict[str, Any] = dict(sequence_len=length, mode=stage.mode)
     index, count = data_share(mesh)
-    batches = ConversationLoader(mixture, tokenizer, batch_size=shape.rows, process_index=index, process_count=count, **common)
-    validation = ConversationLoader(stage.mixture(meta["data"], "val", paths), tokenizer, batch_size=shape.micro_rows,
-                                    name="validation", **common)
+    batches = ConversationLoader(mixture, tokenizer, batch_size=max(1, total // length), process_index=index,
+                                 process_count=count, **common)
     if config.num_iterations > 0:
         num_steps = config.num_iterations
         batches.count_batches(at_most=num_steps)  # logs what is cut and skipped
     else:
         num_steps = max(1, batches.count_batches(stage.num_epochs))
+    multiplier = stage.lr_schedule(num_steps)
+    momentum = stage.classic_momentum if model.arch == "classic" else linear_momentum(300, 0.85, 0.95)
+    schedules = Schedules(lr_multiplier=multiplier, momentum=momentum)
+
+    def optimizer_for(compute: Compute) -> optax.GradientTransformation:
+        return config.optimizer(loaded, schedules, compute)
+
+    run = set_up(config, model, mesh, optimizer_for, tokens=total, length=length, params=loaded.params)
+    shape, state, compute = run.shape, run.state, run.compute
+    assert shape is not None
+    loaded = dataclasses.replace(loaded, params=state.params)
+    validation = ConversationLoader(stage.mixture(meta["data"], "val", paths), tokenizer, batch_size=shape.micro_rows,
+                                    name="validation", **common)
     wanted = max(1, stage.eval_steps or config.eval_tokens // (shape.micro_rows * length))
     eval_steps = max(1, validation.count_batches(at_most=wanted))
-    optimizer = optimizer_for(num_steps)
     if config.load_optimizer:
-        state = state._replace(optimizer=warm_optimizer(loaded, optimizer, state.params, shardings.params, mesh))
+        warm = warm_optimizer(loaded, optimizer_for(compute), state.params, run.shardings.params, mesh)
+        state = state._replace(optimizer=warm)
     log.info("%s: %d conversations, %d steps of %s tokens, mesh %s, %s", stage.name, len(mixture), num_steps,
-             f"{shape.tokens:,}", "x".join(map(str, mesh.shape.values())), dtype)
+             f"{shape.tokens:,}", "x".join(map(str, mesh.shape.values())), compute.dtype)
     token_bytes = tokenizer.token_bytes()
 
     def held_out(params: Params) -> dict[str, float]:
-        figures = held_out_loss(params, validation, eval_steps, config=model, token_bytes=token_bytes, mesh=mesh,
-                                dtype=dtype)
+        figures = held_out_loss(params, validation, eval_steps, config=model, token_bytes=token_bytes, compute=compute)
         validation.reset()
         return {"val_bpb": figures.bpb, "val_loss": figures.loss}
 
     job = Job(
         name=stage.name, config=config, model=model, directory=paths.checkpoints(stage.target) / loaded.tag,
         logs=paths.logs(stage.target) / loaded.tag, num_steps=num_steps, shape=shape,
-        lr_multiplier=stage.lr_schedule(num_steps), primary=stage.primary,
-        evaluations=[Evaluation(config.eval_every, held_out), *stage.evaluations(loaded, shape.micro_rows, dtype, mesh)],
+        lr_multiplier=multiplier, primary=stage.primary,
+        evaluations=[Evaluation(config.eval_every, held_out), *stage.evaluations(loaded, shape.micro_rows, compute)],
         metadata={"tokenizer": tokenizer.fingerprint(), "data": meta["data"], "total_batch_size": shape.tokens,
                   "rates": meta["rates"], "from": [stage.source, loaded.tag, loaded.step]},
         dry_run=config.dry_run, tokenizer=tokenizer, origin=loaded,
     )
-    outcome = train(job, state, shardings, step_for(optimizer), batches)
+    outcome = train(job, state, run.shardings, run.step_fn, LoaderSource(batches, shape, mesh))
     results = {
         "training_rows": len(mixture), "num_iterations": num_steps, "training_tokens": num_steps * shape.tokens,
         "train_loss": outcome.train_loss, **outcome.last, f"min_{stage.primary}": outcome.minimum,

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
 from jax.sharding import Mesh
@@ -15,32 +15,26 @@ from jax.sharding import Mesh
 from nanochat_jax import report
 from nanochat_jax.checkpoint import Loaded, find_model, load_model, lock_tag
 from nanochat_jax.cli import LARGEST_SEED, UsageError, flag
-from nanochat_jax.config import GPTConfig
 from nanochat_jax.eval.chat import Sampling
 from nanochat_jax.files import make_directory
-from nanochat_jax.finetune import ContinueConfig
-from nanochat_jax.gpt import Params
 from nanochat_jax.infer.engine import Engine
-from nanochat_jax.kernels import LANES, choose_attention
-from nanochat_jax.optim import constant, trapezoid
+from nanochat_jax.model.attention import check_attention
+from nanochat_jax.model.compute import Compute, device_of, resolve_dtype
+from nanochat_jax.model.config import GPTConfig
+from nanochat_jax.model.kernels import LANES
+from nanochat_jax.model.sharding import data_size, make_mesh, spread_rows
+from nanochat_jax.model.size import num_params
+from nanochat_jax.model.weights import Params
 from nanochat_jax.paths import Paths
-from nanochat_jax.rl import (
-    RewardWatch,
-    Rollout,
-    make_policy_step,
-    pass_at_k,
-    policy_batches,
-    rewards_of,
-    sample_rollouts,
-    statistics,
-)
-from nanochat_jax.sharding import data_size, make_mesh, param_shardings, spread_rows
 from nanochat_jax.startup import start
-from nanochat_jax.step import TrainState, accelerator_memory, choose_memory, init_state, resolve_dtype
 from nanochat_jax.tasks import load_eval_task, task_names
 from nanochat_jax.tasks.base import Task, TaskMixture
 from nanochat_jax.tasks.custom_json import CustomJSON
-from nanochat_jax.train import Evaluation, Job, train
+from nanochat_jax.train.finetune import ContinueConfig
+from nanochat_jax.train.loop import Evaluation, Job, StepBatch, train
+from nanochat_jax.train.optim import Schedules, constant, trapezoid
+from nanochat_jax.train.policy import RewardWatch, Rollout, pass_at_k, policy_batch, rewards_of, sample_rollouts, statistics
+from nanochat_jax.train.setup import set_up
 
 log = logging.getLogger(__name__)
 
@@ -95,10 +89,10 @@ def load_tasks(config: ChatRLConfig, data: str | None, paths: Paths) -> tuple[st
 class Sampler:
     """Draws and judges replies with the parameters it is given, which one engine takes over from the ones before."""
 
-    def __init__(self, config: ChatRLConfig, model: Loaded, dtype: Any, mesh: Mesh) -> None:
+    def __init__(self, config: ChatRLConfig, model: Loaded, compute: Compute) -> None:
         self._config, self._tokenizer, self._params = config, model.tokenizer, model.params
-        self._engine = Engine(model.config, model.params, model.tokenizer, num_slots=config.num_slots, compute_dtype=dtype,
-                              mesh=mesh)
+        self._engine = Engine(model.config, model.params, model.tokenizer, num_slots=config.num_slots,
+                              compute=compute)
 
     def __call__(self, params: Params, task: Task, indices: Iterable[int], **sampling: Any) -> list[list[Rollout]]:
         config = self._config
@@ -119,11 +113,41 @@ class Sampler:
             f"pass@{k}": float(share) for k, share in enumerate(shares, start=1)}
 
 
-def sampling_memory(config: ChatRLConfig, model: GPTConfig, dtype: Any, mesh: Mesh) -> int:
+class RolloutSource:
+    """The batch of each step: replies to the next prompts, drawn from the current parameters and judged."""
+
+    on_policy: ClassVar[bool] = True
+    position: dict[str, Any] = {}
+
+    def __init__(self, config: ChatRLConfig, sampler: Sampler, task: Task, unit: int, mesh: Mesh) -> None:
+        self._config, self.sampler, self._task, self._unit, self._mesh = config, sampler, task, unit, mesh
+        self._watch = RewardWatch()
+
+    def next_batch(self, step: int, params: Params) -> StepBatch:
+        config, began = self._config, time.monotonic()
+        examples = range(step * config.examples_per_step, (step + 1) * config.examples_per_step)
+        groups = self.sampler(params, self._task, examples, seed=config.seed + 1 + step)
+        figures = statistics(groups)
+        self._watch.step(figures)
+        figures["rollout_seconds"] = time.monotonic() - began
+        batch = policy_batch(groups, pass_rows=config.device_batch_size, unit=self._unit,
+                             micro_rows=config.device_batch_size * data_size(self._mesh))
+        placed = jax.tree.map(partial(spread_rows, self._mesh, axis=1), batch)
+        return StepBatch(placed, batch._asdict(), figures)
+
+    def get_state(self) -> dict[str, Any]:
+        """Nothing: the step says which prompts come next, and which random streams."""
+        return {}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        pass
+
+
+def sampling_memory(config: ChatRLConfig, model: GPTConfig, mesh: Mesh) -> int:
     """Bytes of each device that the engine holds: its copy of the parameters, and keys and values of full slots."""
     keys_and_values = 2 * model.n_layer * model.n_kv_head * model.head_dim * model.sequence_len
-    numbers = model.num_params + keys_and_values * config.num_slots // data_size(mesh)
-    return numbers * dtype.itemsize // mesh.shape["model"]
+    numbers = num_params(model) + keys_and_values * config.num_slots // data_size(mesh)
+    return numbers * resolve_dtype(config.dtype).itemsize // mesh.shape["model"]
 
 
 def reinforce(config: ChatRLConfig) -> None:
@@ -138,7 +162,7 @@ def reinforce(config: ChatRLConfig) -> None:
 
 
 def _reinforce(config: ChatRLConfig, paths: Paths, named: tuple[str, Task, Task] | None) -> None:
-    mesh, dtype = make_mesh(config.mesh), resolve_dtype(config.dtype)
+    mesh = make_mesh(config.mesh)
     loaded = load_model(paths, config.source, tag=config.model_tag, step=config.step, mesh=mesh, fsdp=bool(config.fsdp))
     model, meta = loaded.config, loaded.meta
     name, task, test = named or load_tasks(config, meta["data"], paths)
@@ -147,49 +171,28 @@ def _reinforce(config: ChatRLConfig, paths: Paths, named: tuple[str, Task, Task]
     if num_steps < 1:
         raise UsageError(f"--examples-per-step {config.examples_per_step} is more than {name}'s {len(task)} problems")
 
-    limit = accelerator_memory()
-    _, remat, fsdp = choose_memory(model, mesh, rows=config.device_batch_size, remat=config.remat, fsdp=config.fsdp,
-                                   limit=limit and limit - sampling_memory(config, model, dtype, mesh))
-    params = jax.device_put(loaded.params, param_shardings(model, mesh, fsdp=fsdp))
-    loaded = dataclasses.replace(loaded, params=params)
     multiplier = trapezoid(num_steps, warmup=0, warmdown_ratio=1.0, final_fraction=0.0)
-    optimizer = config.optimizer(loaded, multiplier, momentum=constant(0.95), dtype=dtype, mesh=mesh)
-    state, shardings = init_state(model, optimizer, mesh, fsdp=fsdp, seed=config.seed, params=params)
-    step_fn = make_policy_step(model, optimizer, dtype=dtype, mesh=mesh, shardings=shardings, remat=remat,
-                               attention=config.attention)
-    unit = LANES if mesh.devices.flat[0].platform == "tpu" else 32  # what rows are padded to: Splash wants whole lanes
-    # A kernel that cannot run is refused before anything is deleted or sampled.
-    choose_attention(config.attention, mesh=mesh, dtype=dtype, length=unit, head_dim=model.head_dim)
-    sampler, watch = Sampler(config, loaded, dtype, mesh), RewardWatch()
-    micro_rows = config.device_batch_size * data_size(mesh)
+    schedules = Schedules(lr_multiplier=multiplier, momentum=constant(0.95))
+    run = set_up(config, model, mesh, lambda compute: config.optimizer(loaded, schedules, compute), tokens=None,
+                 params=loaded.params, reserved=sampling_memory(config, model, mesh))
+    compute = run.compute
+    loaded = dataclasses.replace(loaded, params=run.state.params)
+    unit = LANES if device_of(mesh).platform == "tpu" else 32  # what rows are padded to: Splash wants whole lanes
+    check_attention(compute, length=unit, head_dim=model.head_dim)  # before anything is deleted or sampled
+    source = RolloutSource(config, Sampler(config, loaded, compute), task, unit, mesh)
     log.info("chat_rl: %s, %d problems, %d steps of %d x %d replies, mesh %s, %s", name, len(task), num_steps,
-             config.examples_per_step, config.num_samples, "x".join(map(str, mesh.shape.values())), dtype)
-
-    def sample(step: int, params: Params) -> tuple[list[list[Rollout]], float]:
-        """The replies of a step, and the seconds they took."""
-        began = time.monotonic()
-        examples = range(step * config.examples_per_step, (step + 1) * config.examples_per_step)
-        return sampler(params, task, examples, seed=config.seed + 1 + step), time.monotonic() - began
-
-    def learn(state: TrainState, sampled: tuple[list[list[Rollout]], float]) -> tuple[TrainState, dict[str, float]]:
-        (groups, rollout_seconds), began = sampled, time.monotonic()
-        batches = policy_batches(groups, pass_rows=config.device_batch_size, micro_rows=micro_rows, unit=unit)
-        state, metrics = step_fn(state, (jax.tree.map(partial(spread_rows, mesh), batch) for batch in batches))
-        figures = statistics(groups)
-        watch.step(figures)
-        figures |= {key: float(value) for key, value in metrics.items()}  # waits for the device
-        return state, figures | {"rollout_seconds": rollout_seconds, "train_seconds": time.monotonic() - began}
+             config.examples_per_step, config.num_samples, "x".join(map(str, mesh.shape.values())), compute.dtype)
 
     job = Job(
         name="chat_rl", config=config, model=model, directory=paths.checkpoints("rl") / loaded.tag,
-        logs=paths.logs("rl") / loaded.tag, num_steps=num_steps, shape=None, lr_multiplier=multiplier, sample=sample,
-        evaluations=[Evaluation(config.eval_every, lambda params: sampler.evaluate(params, test), at_start=True)],
+        logs=paths.logs("rl") / loaded.tag, num_steps=num_steps, shape=None, lr_multiplier=multiplier,
+        evaluations=[Evaluation(config.eval_every, lambda params: source.sampler.evaluate(params, test), at_start=True)],
         metadata={"task": name, "from": [config.source, loaded.tag, loaded.step],
                   **{key: meta[key] for key in ("tokenizer", "data", "rates")}},
         tokenizer=loaded.tokenizer, origin=loaded, shown=("reward", "sequence_length"),
     )
     began = time.monotonic()
-    outcome = train(job, state, shardings, learn)
+    outcome = train(job, run.state, run.shardings, run.step_fn, source)
     if jax.process_index() == 0:
         results: dict[str, float | str] = {"task": name, "num_iterations": num_steps, **outcome.last,
                                            "seconds": time.monotonic() - began}

@@ -6,30 +6,19 @@ Left out of GRPO (Shao et al. 2024, arXiv:2402.03300) are division by the standa
 clipping; the samples are always on-policy. A prompt whose replies are all right or all wrong teaches nothing.
 """
 
-import functools
 import logging
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple
 
-import jax
-import jax.numpy as jnp
 import numpy as np
-import optax
-from jax import Array
-from jax.sharding import Mesh
 
 from nanochat_jax.chat import render_for_completion
-from nanochat_jax.config import GPTConfig
-from nanochat_jax.eval.batching import bucket
+from nanochat_jax.eval.batching import bucket as padded_length
 from nanochat_jax.eval.chat import MAX_PROMPT_TOKENS, Sampling
-from nanochat_jax.gpt import Params, forward
 from nanochat_jax.infer.engine import Engine
 from nanochat_jax.infer.request import Request
-from nanochat_jax.kernels import forward_options
-from nanochat_jax.loss import chunk_length, cross_entropy
-from nanochat_jax.sharding import replicated
-from nanochat_jax.step import TrainState
+from nanochat_jax.model.loss import Batch
 from nanochat_jax.tasks.base import Conversation, Task
 from nanochat_jax.tokenizer import Tokenizer
 
@@ -88,22 +77,13 @@ def advantages(rewards: np.ndarray) -> np.ndarray:
     return rewards - rewards.mean(axis=1, keepdims=True)
 
 
-class PolicyBatch(NamedTuple):
-    """Rows to learn from: the loss is the sum of `weights` times the negative log-likelihoods of `targets`."""
+def policy_batch(groups: Sequence[Sequence[Rollout]], *, pass_rows: int, micro_rows: int, unit: int = 32) -> Batch:
+    """The rows [A, B, T] that E groups of S rollouts teach something with, B = `micro_rows`, T a multiple of `unit`.
 
-    inputs: np.ndarray  # [N, T] int32
-    targets: np.ndarray  # [N, T] int32, -1 where nothing is learned
-    weights: np.ndarray  # [N, T] float32
-
-
-def policy_batches(groups: Sequence[Sequence[Rollout]], *, pass_rows: int, micro_rows: int, unit: int = 32
-                   ) -> Iterator[PolicyBatch]:
-    """The rows of E groups of S rollouts that something is learned from, `micro_rows` at a time, short ones first; their
-    length is a multiple of `unit`.
-
-    Upstream's loss, the mean over passes of -sum(log p * advantage) / max(1, trained tokens of the pass), where a pass
-    is `pass_rows` rollouts of one prompt. As a weight per token it does not depend on the micro-batches, and replies of
-    advantage 0 need not be there. Raises ValueError if `pass_rows` does not divide S.
+    Upstream's loss: the mean over passes of -sum(log p * advantage) / max(1, trained tokens of the pass), where a pass is
+    `pass_rows` rollouts of one prompt. Here it is a weight per token, so it does not depend on the micro-batches, and rollouts
+    of advantage 0 are left out. A, a power of two, and T take few values, so few programs are compiled; the filling has no
+    targets. Raises ValueError if `pass_rows` does not divide S.
     """
     num_samples = len(groups[0])
     if num_samples % pass_rows:
@@ -112,64 +92,17 @@ def policy_batches(groups: Sequence[Sequence[Rollout]], *, pass_rows: int, micro
     advantage = advantages(rewards_of(groups)).ravel()
     counts = np.array([sum(rollout.sampled) for rollout in rollouts]).reshape(-1, pass_rows).sum(axis=1)
     weight = advantage * np.repeat(1.0 / (np.maximum(counts, 1) * len(counts)), pass_rows)
-    order = sorted(np.flatnonzero(weight), key=lambda i: len(rollouts[i].tokens))
-    for start in range(0, len(order), micro_rows):
-        chosen = order[start : start + micro_rows]
-        length = bucket(len(rollouts[chosen[-1]].tokens) - 1, unit)
-        inputs, targets = np.zeros((micro_rows, length), np.int32), np.full((micro_rows, length), -1, np.int32)
-        weights = np.zeros((micro_rows, length), np.float32)
-        for row, index in enumerate(chosen):
-            tokens, end = np.array(rollouts[index].tokens, np.int32), len(rollouts[index].tokens) - 1
-            inputs[row, :end] = tokens[:-1]
-            targets[row, :end] = np.where(rollouts[index].sampled[1:], tokens[1:], -1)
-            weights[row] = weight[index]
-        yield PolicyBatch(inputs, targets, weights)
-
-
-def policy_loss(params: Params, inputs: Array, targets: Array, weights: Array, *, config: GPTConfig,
-                dtype: Any = jnp.float32, remat: str = "none", attention: str = "auto", mesh: Mesh | None = None
-                ) -> tuple[Array, Array]:
-    """Scalar loss of rows [B, T], whose gradient is the policy gradient, and log-probabilities [B, T] of the targets."""
-    how = forward_options(config, mesh, dtype=dtype, length=inputs.shape[1], attention=attention)
-    hidden, _ = forward(params, inputs, config=config, compute_dtype=dtype, remat=remat, **how)
-    unembedding = params["lm_head"][:, : config.vocab_size]
-    chunk = chunk_length(inputs.shape[0], inputs.shape[1], config.vocab_size, mesh.size if mesh else 1)
-    loss, nll = cross_entropy(hidden, unembedding, targets, weights, config.softcap, chunk)
-    return loss, -nll
-
-
-def make_policy_step(config: GPTConfig, optimizer: optax.GradientTransformation, *, dtype: Any, mesh: Mesh,
-                     shardings: TrainState, remat: str = "none", attention: str = "auto"
-                     ) -> Callable[..., tuple[TrainState, dict[str, Array]]]:
-    """`step(state, micro_batches) -> (state, {"loss", "grad_norm"})`, of any number of `PolicyBatch`es of global arrays.
-
-    It compiles once for each of their lengths. The state given is used up.
-    """
-
-    def loss_of(params: Params, *rows: Array) -> Array:
-        return policy_loss(params, *rows, config=config, dtype=dtype, remat=remat, attention=attention, mesh=mesh)[0]
-
-    @functools.partial(jax.jit, donate_argnums=1, out_shardings=(replicated(mesh), shardings.params))
-    def accumulate(params: Params, sums: tuple[Array, Params], *rows: Array) -> tuple[Array, Params]:
-        return jax.tree.map(jnp.add, sums, jax.value_and_grad(loss_of)(params, *rows))
-
-    @functools.partial(jax.jit, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
-    def update(state: TrainState, grads: Params) -> tuple[TrainState, Array]:
-        updates, opt_state = optimizer.update(grads, state.optimizer, state.params)
-        return TrainState(optax.apply_updates(state.params, updates), opt_state), optax.tree.norm(grads)
-
-    @functools.partial(jax.jit, out_shardings=(replicated(mesh), shardings.params))
-    def zeros(params: Params) -> tuple[Array, Params]:
-        return jnp.zeros(()), jax.tree.map(jnp.zeros_like, params)
-
-    def step(state: TrainState, micro_batches: Iterable[PolicyBatch]) -> tuple[TrainState, dict[str, Array]]:
-        loss, grads = zeros(state.params)
-        for rows in micro_batches:
-            loss, grads = accumulate(state.params, (loss, grads), *rows)
-        state, grad_norm = update(state, grads)
-        return state, {"loss": loss, "grad_norm": grad_norm}
-
-    return step
+    chosen = np.flatnonzero(weight)
+    length = padded_length(max((len(rollouts[i].tokens) for i in chosen), default=2) - 1, unit)
+    rows = micro_rows * 2 ** max(0, math.ceil(math.log2(max(1, len(chosen)) / micro_rows)))
+    inputs, targets = np.zeros((rows, length), np.int32), np.full((rows, length), -1, np.int32)
+    weights = np.zeros((rows, length), np.float32)
+    for row, index in enumerate(chosen):
+        tokens, end = np.array(rollouts[index].tokens, np.int32), len(rollouts[index].tokens) - 1
+        inputs[row, :end] = tokens[:-1]
+        targets[row, :end] = np.where(rollouts[index].sampled[1:], tokens[1:], -1)
+        weights[row] = weight[index]
+    return Batch(*(x.reshape(-1, micro_rows, length) for x in (inputs, targets, weights)))
 
 
 def statistics(groups: Sequence[Sequence[Rollout]]) -> dict[str, float]:

@@ -11,13 +11,12 @@ import gc
 import json
 import logging
 import math
-import shutil
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, NamedTuple, Protocol, cast
 
 import jax
 import jax.numpy as jnp
@@ -26,17 +25,20 @@ import numpy as np
 from nanochat_jax.bucket import Directory
 from nanochat_jax.checkpoint import Checkpoints, Loaded, Restored, claim_directory, keep_tokenizer
 from nanochat_jax.cli import LARGEST, LARGEST_SEED, UsageError, directory_name, flag, naming, run_name, spelled
-from nanochat_jax.config import GPTConfig
 from nanochat_jax.data.loader import merge_states
-from nanochat_jax.gpt import REMAT, Params
-from nanochat_jax.kernels import ATTENTION
 from nanochat_jax.metrics import Display, MetricsLog, Profiler, peak_flops, peak_memory_bytes, start_wandb
+from nanochat_jax.model.compute import ATTENTION, REMAT
+from nanochat_jax.model.config import GPTConfig
+from nanochat_jax.model.loss import Batch
+from nanochat_jax.model.sharding import abstract_tree, barrier, data_share, gather_json
+from nanochat_jax.model.size import flops_per_token
+from nanochat_jax.model.weights import Params
 from nanochat_jax.paths import saved_steps
-from nanochat_jax.sharding import abstract_tree, barrier, data_share, gather_json
 from nanochat_jax.startup import Processes
-from nanochat_jax.step import BatchShape, TrainState, compile_step, is_out_of_memory, out_of_memory, place_batch
-from nanochat_jax.stopping import EXIT_STOPPED, Interrupted, StopRequest
 from nanochat_jax.tokenizer import Tokenizer
+from nanochat_jax.train.memory import compile_step, is_out_of_memory, out_of_memory
+from nanochat_jax.train.step import BatchShape, TrainState, shard_batch
+from nanochat_jax.train.stopping import EXIT_STOPPED, Interrupted, StopRequest
 
 log = logging.getLogger(__name__)
 
@@ -49,9 +51,9 @@ class RunConfig(Processes):
     mesh: str = flag("auto", "devices as DxM: D-way data and M-way tensor parallelism")
     fsdp: bool | None = flag(None, "shard the parameters over the data axis too; default: where memory asks for it")
     dtype: str = flag("auto", "compute dtype", choices=["auto", "float32", "bfloat16"])
-    remat: str = flag("auto", "activations that the backward pass recomputes, to save memory: all but products "
-                              "and attention, all inside blocks, or also most blocks' inputs (without effect on a CPU, whose "
-                              "compiler undoes it); auto: what memory asks for", choices=["auto", *REMAT])
+    remat: str = flag("auto", "activations that the backward pass recomputes, to save memory: none; minimal: all but matmuls "
+                              "and attention; block: all inside of layers; full: most layers' inputs too (no effect on a CPU, "
+                              "whose compiler undoes it); auto: chosen by memory", choices=["auto", *REMAT, "elementwise"])
     attention: str = flag("auto", "attention kernel; auto: splash on TPUs, cudnn on NVIDIA GPUs, else xla", choices=ATTENTION)
     device_batch_size: int | Literal["auto"] | None = flag(
         None, "rows per device and micro-step; auto: the most that fit into memory, by compiling; default 32, or 16 or 8 where "
@@ -71,6 +73,8 @@ class RunConfig(Processes):
     compile_cache: bool = flag(True, "keep compiled programs under the base directory for the next start")
 
     def __post_init__(self) -> None:
+        if self.remat == "elementwise":  # what "minimal" was called
+            object.__setattr__(self, "remat", "minimal")
         if self.resuming and self.fresh:
             raise ValueError("--resume goes on with the checkpoints of a tag, --fresh deletes them: give one of them")
         self.profiled_steps  # noqa: B018  (raises if it is malformed)
@@ -97,18 +101,53 @@ class TrainConfig(RunConfig):
     eval_tokens: int = flag(20 * 524288, "tokens of an evaluation", at_least=1, at_most=LARGEST)
 
 
-class Batches(Protocol):
-    """An endless source of this process's rows of each step: inputs and targets, int32 [rows, T]."""
+class StepBatch(NamedTuple):
+    """What a source returns for one step."""
 
-    def __next__(self) -> dict[str, np.ndarray]: ...
+    batch: Batch  # global arrays [A, B, T]
+    host: dict[str, np.ndarray]  # the same of this process, to be saved if the loss is not finite
+    figures: dict[str, float]  # for the log
+
+
+class Source(Protocol):
+    """Where the batch of each step comes from: a loader, or rollouts of the current parameters."""
+
+    on_policy: ClassVar[bool]  # made from the step's parameters; a signal may interrupt it, and it is made again
+
+    def next_batch(self, step: int, params: Params) -> StepBatch: ...
 
     @property
-    def place(self) -> dict[str, Any]:
-        """A few numbers for a log: where in the data the last batch was. Cheap, where `get_state` is not."""
+    def position(self) -> dict[str, Any]:
+        """A few numbers for the log: where in the data the last batch was. Cheap, where `get_state` is not."""
 
     def get_state(self) -> dict[str, Any]: ...
 
     def set_state(self, state: dict[str, Any]) -> None: ...
+
+
+@dataclass(frozen=True)
+class LoaderSource:
+    """Batches of a data loader, whose rows are the same whatever the parameters are."""
+
+    loader: Any  # an endless iterator of {"inputs", "targets"}, this process's rows [R, T], with a position
+    shape: BatchShape
+    mesh: jax.sharding.Mesh
+    on_policy: ClassVar[bool] = False
+
+    def next_batch(self, step: int, params: Params) -> StepBatch:
+        host = next(self.loader)
+        rows = Batch(host["inputs"], host["targets"])
+        return StepBatch(shard_batch(rows, self.shape, self.mesh), host, {})
+
+    @property
+    def position(self) -> dict[str, Any]:
+        return self.loader.place
+
+    def get_state(self) -> dict[str, Any]:
+        return self.loader.get_state()
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        self.loader.set_state(state)
 
 
 @dataclass(frozen=True)
@@ -134,7 +173,7 @@ class Job:
     directory: Directory  # of the tag's checkpoints
     logs: Path  # for what else is written: metrics, traces, dumps; the same, unless that is in a bucket
     num_steps: int
-    shape: BatchShape | None  # None: of each step another, so that nothing is compiled beforehand
+    shape: BatchShape | None  # None: it differs from step to step, so nothing is compiled beforehand
     lr_multiplier: Callable[[Any], Any]
     evaluations: Sequence[Evaluation]
     metadata: dict[str, Any]  # goes into every checkpoint: tokenizer fingerprint, corpus, ...
@@ -142,8 +181,6 @@ class Job:
     dry_run: bool = False  # save nothing
     tokenizer: Tokenizer | None = None  # kept beside the checkpoints where they would be without one
     origin: Loaded | None = None  # the model that this one goes on from
-    # On-policy: makes the batch of a step from the step's own parameters. A signal may break it off; then it is made again.
-    sample: Callable[[int, Params], Any] | None = None
     shown: Sequence[str] = ()  # names of metrics for the display
 
 
@@ -192,21 +229,19 @@ class _Reporter:
         """What came before (saving, evaluating) is no step's time."""
         self._mark = time.perf_counter()
 
-    def finish(self, step: int, metrics: dict[str, Any], batch: Any, place: dict[str, Any]) -> None:
-        """Wait for a dispatched step and report it. Raises `UsageError` if its loss or gradient is not finite."""
+    def finish(self, step: int, metrics: dict[str, Any], batch: StepBatch, position: dict[str, Any]) -> None:
+        """Wait for a dispatched step and log it. Raises `UsageError` if its loss or gradient is not finite."""
         job, loop = self._job, self._loop
-        figures: dict[str, Any] = {name: float(value) for name, value in metrics.items()}
+        figures: dict[str, Any] = batch.figures | {name: float(value) for name, value in metrics.items()}
         now = time.perf_counter()
         self._laps.append(now - self._mark)
         self._mark = now
         if not (math.isfinite(figures["loss"]) and math.isfinite(figures["grad_norm"])):
             said = f"the loss of step {step} is {figures['loss']}, the gradient's norm {figures['grad_norm']}"
-            if job.sample:
-                raise UsageError(f"{said}: go on with --resume and a lower --init-lr-frac")
             dump = job.logs / f"bad-batch-{step}-{jax.process_index()}.npz"
             dump.parent.mkdir(parents=True, exist_ok=True)
             with naming(dump):
-                np.savez(dump, **batch)
+                np.savez(dump, **cast(dict[str, Any], batch.host))
             raise UsageError(f"{said}; the batch is in {dump}")
         loop["smooth_loss"] = 0.9 * loop["smooth_loss"] + 0.1 * figures["loss"]
         loop["seconds"] += self._laps[-1]
@@ -215,8 +250,8 @@ class _Reporter:
         shown = {name: f"{figures[name]:.3f}" for name in job.shown}
         if job.shape:
             rate = job.shape.tokens / seconds
-            mfu = job.model.flops_per_token * rate / self.peak if self.peak else None
-            figures |= {"supervised": int(figures["tokens"]), "tokens": (step + 1) * job.shape.tokens, "position": place,
+            mfu = flops_per_token(job.model) * rate / self.peak if self.peak else None
+            figures |= {"supervised": int(figures["tokens"]), "tokens": (step + 1) * job.shape.tokens, "position": position,
                         "tokens_per_sec": rate, "mfu": "n/a" if mfu is None else mfu}
             shown |= {"loss": f"{loop['smooth_loss'] / (1.0 - 0.9 ** (step + 1)):.4f}", "tok/s": f"{rate:,.0f}",
                       "mfu": "n/a" if mfu is None else f"{100 * mfu:.1f}%"}
@@ -276,23 +311,26 @@ def naming_other_flags(config: RunConfig, directory: Directory, metadata: dict[s
         raise UsageError(f"{error}{advice}") from error
 
 
-def _restore(job: Job, checkpoints: Checkpoints, state: TrainState, shardings: TrainState,
-             batches: Batches | None) -> Restored | None:
-    """The step to continue from, to which `batches` are set; None if there is none. Raises `UsageError` if it is another
+def _restore(job: Job, checkpoints: Checkpoints, state: TrainState, shardings: TrainState, source: Source
+             ) -> Restored | None:
+    """The step to continue from, to which `source` is set; None if there is none. Raises `UsageError` if it is another
     run's, and names the flags that differ. What is restored takes the place of `state` in memory, too."""
     directory, step = job.directory, job.config.resume_from_step
 
     def accept(saved: dict[str, Any]) -> None:
         advice = "use --fresh or another --model-tag"
-        if saved["model_config"] != json.loads(json.dumps(dataclasses.asdict(job.model))):
+        try:  # compared as configs, so that a field added since has its default
+            same = GPTConfig.from_dict(saved["model_config"]) == job.model
+        except ValueError:  # a field of a later version
+            same = False
+        if not same:
             raise UsageError(f"{directory} holds a model of another shape: {advice}")
         if saved.get("tokenizer") != job.metadata.get("tokenizer"):
             raise UsageError(f"{directory} was trained with another tokenizer: restore that one, or {advice}")
         if saved["step"] > job.num_steps:
             raise UsageError(f"{directory} is at step {saved['step']}, past the {job.num_steps} of this run: give "
                              f"--num-iterations {saved['step']} or more, or {advice}")
-        if batches:
-            batches.set_state(saved["position"])
+        source.set_state(saved["position"])
 
     abstract = abstract_tree(state, shardings)
     if checkpoints.steps():
@@ -320,111 +358,154 @@ def _explained(job: Job, mesh: jax.sharding.Mesh, checkpoints: Checkpoints) -> I
                          ) from error
 
 
-def train(job: Job, state: TrainState, shardings: TrainState, step_fn: Any, batches: Batches | None = None) -> Outcome:
+class _Loop:
+    """One run: the state, where it is, and what is done at a step."""
+
+    def __init__(self, job: Job, state: TrainState, step_fn: Callable, source: Source, checkpoints: Checkpoints,
+                 stop: StopRequest) -> None:
+        self.job, self.state, self.checkpoints = job, state, checkpoints
+        self._step_fn, self._source, self._stop = step_fn, source, stop
+        self.totals = {"minimum": math.inf, "smooth_loss": 0.0, "seconds": 0.0, "timed_steps": 0}
+        self.start = 0
+        self.figures: dict[str, float] = {}  # of the last evaluation
+        self._saved_at: int | None = None
+        self._pending: tuple | None = None  # the step dispatched last: arguments of `_Reporter.finish`
+
+    def restore(self, shardings: TrainState) -> bool:
+        """Continue from a checkpoint; False if there is none."""
+        restored = _restore(self.job, self.checkpoints, self.state, shardings, self._source)
+        if restored is None:
+            return False
+        self.start = self._saved_at = restored.step
+        self.totals |= restored.state.get("loop", {})
+        self.state = TrainState(restored.params, restored.optimizer)
+        log.info("resuming %s at step %d", self.job.directory, self.start)
+        return True
+
+    def run(self, reporter: _Reporter, profiler: Profiler) -> None:
+        self._reporter, self._profiler, job = reporter, profiler, self.job
+        step = self.start
+        try:
+            for step in range(self.start, job.num_steps + 1):
+                last = step == job.num_steps
+                self.checkpoints.check()
+                if self._stop.reached(step) and not last:
+                    raise Interrupted
+                due = [evaluation for evaluation in job.evaluations if evaluation.due(step, last)]
+                save_every = job.config.save_every
+                if last or is_due(step, save_every) or (due and save_every == -1):
+                    self._save(step)
+                if due:
+                    self._evaluate(step, due)
+                if not last:
+                    self._advance(step)
+            self.checkpoints.wait()
+        except Interrupted:
+            self._save(step)
+            self.checkpoints.wait()
+            reporter.display.close()
+            what_now = ("a dry run saves nothing" if job.dry_run else
+                        "saved; run the same command with --resume to continue")
+            log.warning("stopped by signal %d at step %d: %s", self._stop.signal, step, what_now)
+            raise SystemExit(EXIT_STOPPED) from None
+
+    def _flush(self) -> None:
+        """Wait for the step in flight and log it."""
+        if self._pending:
+            self._reporter.finish(*self._pending)
+            self._pending = None
+
+    def _save(self, step: int) -> None:
+        job = self.job
+        if job.dry_run:
+            return
+        self._flush()
+        if step == self._saved_at:
+            return
+        position = self._source.get_state()
+        own = {"step": step, "model_config": dataclasses.asdict(job.model), "loop": self.totals,
+               "config": dataclasses.asdict(job.config),
+               "position": global_position(position, _mesh_of(self.state)) if position else {}}
+        assert not own.keys() & job.metadata.keys()
+        self._reporter.log.copy()
+        self.checkpoints.save(step, self.state.params, self.state.optimizer, json.loads(json.dumps(own | job.metadata)))
+        self._saved_at = step
+
+    def _evaluate(self, step: int, due: Sequence[Evaluation]) -> None:
+        self._flush()
+        with self._stop.interruptible():
+            self.figures = {name: value for evaluation in due for name, value in evaluation.run(self.state.params).items()}
+        self._reporter.evaluated(step, self.figures)
+
+    def _advance(self, step: int) -> None:
+        """Dispatch a step, then log the one before it: the device never waits for the log."""
+        if self._profiler.changes_at(step):
+            self._flush()
+        self._profiler.at(step)
+        if self._pending is None:
+            self._reporter.restart_clock()
+        with self._stop.interruptible() if self._source.on_policy else contextlib.nullcontext():
+            batch = self._source.next_batch(step, self.state.params)
+        with self._profiler.annotate(step):
+            self.state, metrics = self._step_fn(self.state, batch.batch)
+        self._flush()
+        self._pending = (step, metrics, batch, self._source.position)
+        if self._source.on_policy:  # the next batch waits for this step anyway
+            self._flush()
+
+    def outcome(self, peak: float | None) -> Outcome:
+        job, totals = self.job, self.totals
+        rate = job.shape.tokens * totals["timed_steps"] / totals["seconds"] if job.shape and totals["seconds"] else 0.0
+        return Outcome(
+            params=self.state.params, last=self.figures, minimum=totals["minimum"],
+            train_loss=totals["smooth_loss"] / (1.0 - 0.9**job.num_steps), seconds=totals["seconds"],
+            tokens_per_sec=rate, mfu=flops_per_token(job.model) * rate / peak if peak else None,
+            peak_memory=peak_memory_bytes(),
+        )
+
+
+def _mesh_of(state: TrainState) -> jax.sharding.Mesh:
+    return state.params["wte"].sharding.mesh
+
+
+@contextlib.contextmanager
+def _directories(job: Job) -> Iterator[Job]:
+    """The job with directories to write to: the tag's, cleared or claimed; those of a dry run vanish at the end."""
+    if not job.dry_run:
+        claim_directory(job.directory, resume=job.config.resuming, fresh=job.config.fresh)
+        yield job
+        return
+    with tempfile.TemporaryDirectory(prefix="dry-run-") as scratch:
+        yield dataclasses.replace(job, directory=Path(scratch), logs=Path(scratch), tokenizer=None)
+
+
+def train(job: Job, state: TrainState, shardings: TrainState, step_fn: Any, source: Source) -> Outcome:
     """Run the loop to `num_steps`, resuming if the config asks for it. Exits the process with 75 after a signal's save.
 
-    `step_fn` is the jitted step of step.py, fed from `batches`; or, with `job.sample`, `step_fn(state, sample) ->
-    (state, metrics)`. Raises `UsageError` for a loss that is not finite, a step that does not fit into memory, and a
-    checkpoint that could not be written.
+    `step_fn` is the jitted step of step.py. Raises `UsageError` for a loss that is not finite, a step that does not fit into
+    memory, and a checkpoint that could not be written.
     """
     config, mesh = job.config, shardings.params["wte"].mesh
-    loop = {"minimum": math.inf, "smooth_loss": 0.0, "seconds": 0.0, "timed_steps": 0}
-    if job.sample is None:
-        assert job.shape is not None
-        # What can fail for want of memory or of a package comes before --fresh deletes anything.
-        compiled, _ = compile_step(step_fn, state, job.shape, mesh)
+    if job.shape is not None:
+        # What can fail for lack of memory or of a package comes before --fresh deletes anything.
+        step_fn, _ = compile_step(step_fn, state, job.shape, mesh)
     wandb_run = start_wandb(config.run, f"nanochat-{job.name.removeprefix('chat_')}", dataclasses.asdict(config))
-    if job.dry_run:
-        scratch = Path(tempfile.mkdtemp(prefix="dry-run-"))
-        job = dataclasses.replace(job, directory=scratch, logs=scratch, tokenizer=None)
-    else:
-        claim_directory(job.directory, resume=config.resuming, fresh=config.fresh)
-    if job.tokenizer is not None:
-        keep_tokenizer(job.tokenizer, job.directory, job.origin)
-    with Checkpoints(job.directory, keep=config.keep) as checkpoints, StopRequest() as stop:
-        restored = _restore(job, checkpoints, state, shardings, batches) if config.resuming else None
-        start = 0
-        if restored is not None:
-            start, loop = restored.step, loop | restored.state.get("loop", {})
-            state = TrainState(restored.params, restored.optimizer)
-            log.info("resuming %s at step %d", job.directory, start)
-        reporter = _Reporter(job, loop, start, mesh, restored is not None, wandb_run)
+    with _directories(job) as job, Checkpoints(job.directory, keep=config.keep) as checkpoints, StopRequest() as stop:
+        if job.tokenizer is not None:
+            keep_tokenizer(job.tokenizer, job.directory, job.origin)
+        loop = _Loop(job, state, step_fn, source, checkpoints, stop)
+        del state
+        resumed = config.resuming and loop.restore(shardings)
+        reporter = _Reporter(job, loop.totals, loop.start, mesh, resumed, wandb_run)
         profiler = Profiler(config.profiled_steps, job.logs / "profile")
-
-        def save(step: int) -> None:
-            own = {"step": step, "model_config": dataclasses.asdict(job.model), "loop": loop,
-                   "config": dataclasses.asdict(config),
-                   "position": global_position(batches.get_state(), mesh) if batches else {}}
-            assert not own.keys() & job.metadata.keys()
-            reporter.log.copy()
-            checkpoints.save(step, state.params, state.optimizer, json.loads(json.dumps(own | job.metadata)))
-
-        pending: tuple | None = None  # the step dispatched last: its number, metrics, batch and the position after it
-        last_figures: dict[str, float] = {}
         with _explained(job, mesh, checkpoints):
             try:
                 gc.collect()
-                gc.freeze()  # what exists by now stays: the collector need not go through it again and again
-                for step in range(start, job.num_steps + 1):
-                    last = step == job.num_steps
-                    checkpoints.check()
-                    stopping = stop.reached(step) and not last
-                    due = [] if stopping else [each for each in job.evaluations if each.due(step, last)]
-                    saving = last or stopping or is_due(step, config.save_every) or (due and config.save_every == -1)
-                    saved = (restored is not None and step == start) or job.dry_run  # or need not be
-                    if pending and ((saving and not job.dry_run) or due or profiler.changes_at(step)):
-                        reporter.finish(*pending)
-                        pending = None
-                    if saving and not saved:
-                        save(step)
-                        saved = True
-                    if stopping:
-                        raise Interrupted
-                    if due:
-                        with stop.interruptible():
-                            last_figures = {k: v for each in due for k, v in each.run(state.params).items()}
-                        reporter.evaluated(step, last_figures)
-                    if last:
-                        break
-                    profiler.at(step)
-                    if pending is None:
-                        reporter.restart_clock()
-                    if job.sample:
-                        with stop.interruptible():
-                            batch = job.sample(step, state.params)
-                        with profiler.annotate(step):
-                            state, metrics = step_fn(state, batch)
-                        reporter.finish(step, metrics, batch, {})
-                        continue
-                    assert batches is not None and job.shape is not None
-                    batch = next(batches)
-                    inputs, targets = (place_batch(batch[name], job.shape, mesh) for name in ("inputs", "targets"))
-                    with profiler.annotate(step):
-                        state, metrics = compiled(state, inputs, targets)
-                    if pending:
-                        reporter.finish(*pending)
-                    pending = (step, metrics, batch, batches.place)
-                checkpoints.wait()
-            except Interrupted:
-                if not saved:
-                    save(step)
-                checkpoints.wait()
-                reporter.display.close()
-                if job.dry_run:
-                    shutil.rmtree(job.logs)
-                log.warning("stopped by signal %d at step %d%s", stop.signal, step, "; a dry run saves nothing" if job.dry_run
-                            else " and saved: run the same command with --resume to go on")
-                raise SystemExit(EXIT_STOPPED) from None
+                gc.freeze()  # what exists by now stays: the collector need not traverse it again and again
+                loop.run(reporter, profiler)
             finally:
                 gc.unfreeze()
                 profiler.close()
                 reporter.close()
-    barrier("trained")
-    if job.dry_run:
-        shutil.rmtree(job.logs)
-    rate = job.shape.tokens * loop["timed_steps"] / loop["seconds"] if job.shape and loop["seconds"] else 0.0
-    return Outcome(
-        params=state.params, last=last_figures, minimum=loop["minimum"],
-        train_loss=loop["smooth_loss"] / (1.0 - 0.9**job.num_steps), seconds=loop["seconds"], tokens_per_sec=rate,
-        mfu=job.model.flops_per_token * rate / reporter.peak if reporter.peak else None, peak_memory=peak_memory_bytes(),
-    )
+        barrier("trained")
+    return loop.outcome(reporter.peak)

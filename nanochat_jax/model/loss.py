@@ -1,23 +1,75 @@
-"""Softcapped cross-entropy over chunks of the sequence, with a hand-written backward pass.
+"""The negative log-likelihood of each token: what training, RL, bits per byte and scoring are weighted sums of.
 
-The [B, T, V] logits never exist: each chunk's logits are made, used for the loss and (when differentiated) at once for the
-gradients, and dropped. The softcap bounds the logits to +-15, so the log-sum-exp needs no pass for the maximum.
+The [B, T, V] logits are never in memory. Each chunk of the sequence has its logits computed, used for the loss and, when
+differentiated, immediately for the gradients, and dropped. The softcap bounds the logits to +-15, so the log-sum-exp needs no
+pass for the maximum.
 """
 
 import functools
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax import Array
 
-from nanochat_jax.layers import product_transposed, transpose
+from nanochat_jax.model.compute import Compute
+from nanochat_jax.model.config import GPTConfig
+from nanochat_jax.model.fast import matmul_transposed, transpose
+from nanochat_jax.model.gpt import forward
+from nanochat_jax.model.weights import Params
 
 CHUNK_ELEMENTS = 2**25  # float32 logits alive at once, per device: 128 MiB
 
 
-def chunk_length(batch: int, length: int, vocab: int, num_devices: int = 1) -> int:
-    """Positions whose logits stay within the budget on each device: a divisor of `length` if a good one is near."""
-    fewest = min(length, -(-batch * length * vocab // (CHUNK_ELEMENTS * num_devices)))
+class Batch(NamedTuple):
+    """Rows of tokens to predict, arrays of NumPy or JAX. A batch of a training step has a leading axis of micro-batches, [A, B, T]."""
+
+    inputs: Any  # [B, T] int32
+    targets: Any  # [B, T] int32; negative: ignored
+    weights: Any = None  # [B, T] float32, factor of each token's loss (not differentiated); None: 1
+
+
+def token_nll(params: Params, batch: Batch, config: GPTConfig, compute: Compute) -> tuple[Array, Array]:
+    """(sum over tokens of weight * nll, nll [B, T]) in nats, nll 0 where ignored. Only the sum has a gradient."""
+    hidden, _ = forward(params, batch.inputs, config, compute)
+    unembedding = params["lm_head"][:, : config.vocab_size].astype(compute.dtype)
+    weights = jnp.ones(batch.targets.shape) if batch.weights is None else batch.weights
+    chunk = chunk_length(batch.targets.shape, config.vocab_size, compute.num_shards)
+    return cross_entropy(hidden, compute.whole("lm_head", unembedding), batch.targets, weights, config.softcap, chunk)
+
+
+def target_scores(params: Params, hidden: Array, targets: Array, config: GPTConfig, compute: Compute
+                  ) -> tuple[Array, Array]:
+    """The nll [B, T] of each target under hidden states [B, T, D], and whether it is the most likely token [B, T].
+
+    Of tokens with equal logits the first counts as the most likely. Targets [B, T] int32; negative: nll 0 and False.
+    """
+    unembedding = params["lm_head"][:, : config.vocab_size].astype(hidden.dtype)
+    chunk = chunk_length(targets.shape, config.vocab_size, compute.num_shards)
+
+    def body(_: Any, inputs: tuple[Array, Array]) -> tuple[None, tuple[Array, Array]]:
+        nll, tanh, _ = _chunk_nll(inputs[0], unembedding, inputs[1], config.softcap)
+        return None, (nll, first_argmax(tanh) == inputs[1])
+
+    scores = jax.lax.scan(body, None, (_chunks(hidden, chunk, 0), _chunks(targets, chunk, -1)))[1]
+    nll, is_best = (_unchunk(score, targets.shape[1]) for score in scores)
+    return nll, is_best
+
+
+def first_argmax(values: Array, axis: int = -1) -> Array:
+    """Index of the greatest of `values` along an axis, the first of equals. With a NaN the result is undefined.
+
+    Two plain reductions: XLA's argmax, which reduces values and indices together, is several times slower on a CPU.
+    """
+    index = jax.lax.broadcasted_iota(jnp.int32, values.shape, axis % values.ndim)
+    greatest = jnp.max(values, axis=axis, keepdims=True)
+    return jnp.min(jnp.where(values == greatest, index, values.shape[axis]), axis=axis)
+
+
+def chunk_length(shape: tuple[int, ...], vocab: int, num_shards: int = 1) -> int:
+    """Positions of rows [B, T] whose logits stay within the budget of each device: a divisor of T if a good one is near."""
+    batch, length = shape
+    fewest = min(length, -(-batch * length * vocab // (CHUNK_ELEMENTS * num_shards)))
     count = next((n for n in range(fewest, min(2 * fewest, length) + 1) if length % n == 0), fewest)
     return -(-length // count)
 
@@ -85,7 +137,7 @@ def _cross_entropy_fwd(hidden, weight, targets, token_weights, softcap, chunk):
         d_logits = (jnp.exp(softcap * tanh - log_z[..., None]) - hit) * (scale * (1.0 - tanh * tanh))
         d_logits = d_logits.astype(hidden.dtype)
         d_hidden = jnp.dot(d_logits, cast_t, preferred_element_type=jnp.float32)
-        d_weight += product_transposed(hidden.reshape(-1, weight.shape[0]), d_logits.reshape(-1, weight.shape[1]))
+        d_weight += matmul_transposed(hidden.reshape(-1, weight.shape[0]), d_logits.reshape(-1, weight.shape[1]))
         return (total + (nll * scale[..., 0]).sum(), d_weight), (nll, d_hidden.astype(hidden.dtype))
 
     inputs = (_chunks(hidden, chunk, 0), _chunks(targets, chunk, -1), _chunks(token_weights, chunk, 0))

@@ -8,8 +8,6 @@ import math
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from nanochat_jax.cli import UsageError
-
 Arch = Literal["classic", "modern"]
 
 VE_GATE_CHANNELS = 12  # leading channels of a block's input that gate its value embedding
@@ -110,83 +108,3 @@ class GPTConfig:
         if not self.value_embeds:
             return ()
         return tuple(i for i in range(self.n_layer) if i % 2 == (self.n_layer - 1) % 2)
-
-    @property
-    def num_block_params(self) -> int:
-        """Parameters of all matrices inside the blocks (value-embedding gates included)."""
-        qkvo = self.n_embd * self.head_dim * (2 * self.n_head + 2 * self.n_kv_head)
-        gates = len(self.value_embed_layers) * VE_GATE_CHANNELS * self.n_kv_head
-        return self.n_layer * (qkvo + 8 * self.n_embd**2) + gates
-
-    @property
-    def num_scalar_params(self) -> int:
-        return 2 * self.n_layer * self.lambdas + (SMEAR_GATE_CHANNELS + 1) * self.smear + self.backout
-
-    @property
-    def num_params(self) -> int:
-        tables = 2 * self.padded_vocab_size * self.n_embd
-        value_tables = len(self.value_embed_layers) * self.padded_vocab_size * self.n_kv_head * self.head_dim
-        return tables + value_tables + self.num_block_params + self.num_scalar_params
-
-    @property
-    def num_scaling_params(self) -> int:
-        """What modern scaling laws count: the blocks' matrices and the unembedding."""
-        return self.num_block_params + self.padded_vocab_size * self.n_embd
-
-    @property
-    def flops_per_token(self) -> int:
-        """Training FLOPs per token: 6 per weight of a matmul, 12 per key seen by each head's channel."""
-        linear = self.num_block_params + self.padded_vocab_size * self.n_embd + SMEAR_GATE_CHANNELS * self.smear
-        keys = sum(self.sequence_len if w is None else min(w, self.sequence_len) for w in self.windows)
-        return 6 * linear + 12 * self.n_head * self.head_dim * keys
-
-
-@dataclass(frozen=True, kw_only=True)
-class Recipe:
-    """Hyperparameters of one pretraining run, derived from the model's shape (both eras) and a few overrides."""
-
-    total_batch_size: int  # tokens per optimizer step
-    num_iterations: int
-    weight_decay: float  # modern: cautious decay of the matrices; classic: decay of the AdamW groups
-    lr_scale: float  # modern: learning rates grow with the square root of the batch
-
-    @property
-    def total_tokens(self) -> int:
-        return self.total_batch_size * self.num_iterations
-
-
-REFERENCE_BATCH = 2**19  # tokens per step that upstream's learning rates were tuned at (d12)
-
-
-def derive_recipe(config: GPTConfig, *, reference: GPTConfig, total_batch_size: int = -1, num_iterations: int = -1,
-                  target_flops: float = -1.0, target_param_data_ratio: float = -1.0,
-                  weight_decay: float = 0.0) -> Recipe:
-    """Horizon, batch and decay from the dial. Negative values mean "derive it".
-
-    Precedence of the horizon: `num_iterations`, `target_flops`, `target_param_data_ratio`. In the modern era batch and
-    decay follow the ratio even when something else sets the length (B ~ D^0.383, decay ~ sqrt(B) / D); `reference` is
-    the d12 model with the same flags, at which the constants were tuned.
-    """
-    modern = config.arch == "modern"
-    ratio = target_param_data_ratio if target_param_data_ratio > 0 else (12.0 if modern else 20.0)
-    lr_scale = 1.0
-    if modern:
-        tokens = int(ratio * config.num_scaling_params)
-        reference_tokens = ratio * reference.num_scaling_params
-        batch = total_batch_size
-        if batch <= 0:
-            batch = 2 ** round(math.log2(REFERENCE_BATCH * (tokens / reference_tokens) ** 0.383))
-        lr_scale = math.sqrt(batch / REFERENCE_BATCH)
-        weight_decay = weight_decay * lr_scale * (reference_tokens / tokens)
-    else:
-        tokens = int(ratio * config.num_params)
-        batch = total_batch_size if total_batch_size > 0 else REFERENCE_BATCH
-    if num_iterations <= 0:
-        if target_flops > 0:
-            num_iterations = round(target_flops / (config.flops_per_token * batch))
-        else:
-            num_iterations = tokens // batch
-    if num_iterations < 1:
-        raise UsageError(f"the run would have {num_iterations} steps of {batch} tokens: give --num-iterations, "
-                         "or a smaller --total-batch-size")
-    return Recipe(total_batch_size=batch, num_iterations=num_iterations, weight_decay=weight_decay, lr_scale=lr_scale)

@@ -1,6 +1,6 @@
 """The mesh, and which logical axis lies on which of its axes.
 
-A mesh is DxM: D-way data parallelism, M-way tensor ("model") parallelism. Weights name logical axes (gpt.LOGICAL_AXES);
+A mesh is DxM: D-way data parallelism, M-way tensor ("model") parallelism. Weights declare logical axes (weights.py);
 `RULES` maps those to mesh axes; layers never mention either. Optimizer state is always spread over the data axis too.
 """
 
@@ -15,11 +15,11 @@ from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from nanochat_jax.cli import UsageError
-from nanochat_jax.config import GPTConfig
-from nanochat_jax.gpt import Params, abstract_params, logical_axes
+from nanochat_jax.model.config import GPTConfig
+from nanochat_jax.model.weights import LAYERS, VALUE_LAYERS, Params, abstract_params, logical_axes
 
-RULES = {"heads": "model", "kv_heads": "model", "mlp": "model", "vocab": "model", "embed": None, "rows": None, "layers": None,
-         None: None}
+RULES = {"heads": "model", "kv_heads": "model", "mlp": "model", "vocab": "model", "embed": None, "rows": None, LAYERS: None,
+         VALUE_LAYERS: None, None: None}
 FSDP_RULES = RULES | {"embed": "data", "rows": "data"}
 
 
@@ -122,10 +122,10 @@ def gather_over_data(shardings: Params) -> Callable[[str, jax.Array], jax.Array]
 
 
 def sum_over_data(f: Callable[..., tuple[jax.Array, jax.Array, Params]], mesh: Mesh, params: Any, share: Any) -> Callable:
-    """`f(params, inputs [A, B, T], targets) -> (total, count, gradients)` run on each data shard's rows, the results summed.
+    """`f(params, batch) -> (total, count, gradients)` run on each data shard's rows, the results summed.
 
-    Gradients come out placed as `share` says. Parameters lie as `params` says; those spread over the data axis `f` has to
-    gather, which sums their gradients.
+    The arrays of the batch are [A, B, T]. `params` are the shardings of the parameters, `share` those of the gradients. `f`
+    has to gather parameters that are sharded over the data axis, which sums their gradients.
     """
     # Axes of one device are manual too: a program for all of a device's own can hold kernels as they are.
     manual = {axis for axis in mesh.axis_names if axis == "data" or mesh.shape[axis] == 1}
@@ -140,13 +140,13 @@ def sum_over_data(f: Callable[..., tuple[jax.Array, jax.Array, Params]], mesh: M
             return jax.lax.psum(gradient, "data")
         return jax.lax.psum_scatter(gradient, "data", scatter_dimension=axis, tiled=True)
 
-    def shard(tree: Params, inputs: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array, Params]:
-        total, count, gradients = f(tree, inputs, targets)
+    def shard(tree: Params, batch: Any) -> tuple[jax.Array, jax.Array, Params]:
+        total, count, gradients = f(tree, batch)
         total, count = jax.lax.psum((total, count), "data")
         return total, count, jax.tree.map(collect, gradients, params, share)
 
     rows, whole = PartitionSpec(None, "data"), PartitionSpec()
-    return jax.shard_map(shard, mesh=mesh, in_specs=(only_manual(params), rows, rows), axis_names=manual, check_vma=False,
+    return jax.shard_map(shard, mesh=mesh, in_specs=(only_manual(params), rows), axis_names=manual, check_vma=False,
                          out_specs=(whole, whole, only_manual(share)))
 
 
@@ -190,9 +190,10 @@ def global_batch(mesh: Mesh, local: np.ndarray, *, batch_axis: int) -> jax.Array
     return jax.make_array_from_process_local_data(NamedSharding(mesh, PartitionSpec(*spec)), local, tuple(shape))
 
 
-def spread_rows(mesh: Mesh, rows: np.ndarray) -> jax.Array:
-    """A global array, spread over the data axis along the first one, of rows that every process holds all of."""
-    return jax.make_array_from_callback(rows.shape, NamedSharding(mesh, PartitionSpec("data")), lambda index: rows[index])
+def spread_rows(mesh: Mesh, rows: np.ndarray, *, axis: int = 0) -> jax.Array:
+    """A global array, sharded over the data axis along `axis`, of rows that every process holds all of."""
+    sharding = NamedSharding(mesh, PartitionSpec(*[None] * axis, "data"))
+    return jax.make_array_from_callback(rows.shape, sharding, lambda index: rows[index])
 
 
 def barrier(name: str) -> None:

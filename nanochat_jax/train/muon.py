@@ -81,7 +81,7 @@ def normalize_variance(update: Array, second_moment: Array, beta2: float) -> tup
     return update * scale * (_norm(update) / jnp.maximum(scaled_norm, 1e-10)), second_moment
 
 
-def muon(learning_rate: Schedule, momentum: Schedule, weight_decay: Schedule | None = None, *, variant: str,
+def muon(learning_rate: Schedule, momentum: Schedule, weight_decay: Schedule | None, variant: str, *,
          beta2: float = 0.9, compute_dtype: Any = jnp.float32, mesh: Mesh | None = None
          ) -> optax.GradientTransformation:
     """Muon for a tree whose leaves are matrices [in, out] or stacks [L, in, out].

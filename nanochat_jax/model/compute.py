@@ -1,0 +1,97 @@
+"""`Compute`: how a model computes on the devices of a run, as opposed to what it computes (`GPTConfig`).
+
+Made once per run by `Compute.on`, the only place that decides what follows from the devices, and passed to `gpt.forward`
+and everything above it. Frozen and hashable, so that jitted functions take it as a static argument.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import Array
+from jax.sharding import Mesh
+
+REMAT = ("none", "minimal", "block", "full")
+ATTENTION = ("auto", "xla", "splash", "cudnn")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compute:
+    """The default computes in float32 with the reference attention: what tests compare with.
+
+    Attributes:
+      mesh: axes ("data", "model"): rows are sharded over data, heads over model; None: one device.
+      dtype: of activations and matmul operands.
+      remat: what the backward pass recomputes:
+
+        | mode | saved for the backward pass |
+        |---|---|
+        | none | everything |
+        | minimal | results of matmuls and attention, but not the MLP's hidden layer |
+        | block | the input of each layer |
+        | full | the inputs of about sqrt(L) layers (Chen et al., 2016); the others are recomputed twice |
+
+      attention: a kernel of `ATTENTION`, or a function (q, k, v, *, window) in its place. "auto" takes the fused kernel of
+        the devices where shape and dtype allow it, else the reference.
+      scan: run equal groups of layers as a loop, so that programs of deep models compile fast (not with a cache).
+      gather: `gather(name, weight)` returns the complete weight where each device holds a part
+        (`sharding.gather_over_data`); None: weights are complete, or XLA gathers them.
+    """
+
+    mesh: Mesh | None = None
+    dtype: Any = jnp.dtype(jnp.float32)
+    remat: str = "none"
+    attention: str | Callable[..., Array] = "xla"
+    scan: bool = False
+    gather: Callable[[str, Array], Array] | None = None
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
+        for name, value, allowed in (("remat", self.remat, REMAT), ("attention", self.attention, ATTENTION)):
+            if isinstance(value, str) and value not in allowed:
+                raise ValueError(f"{name} {value!r} is none of {', '.join(allowed)}")
+
+    @classmethod
+    def on(cls, mesh: Mesh | None, *, dtype: Any = "auto", remat: str = "none", attention: str = "auto") -> "Compute":
+        """How to compute on a mesh, or on the first device.
+
+        Layers run as a loop on TPUs only: on GPUs it would cost copies of the stacked weights and activations, and
+        programs compile fast without it.
+        """
+        platform = device_of(mesh).platform
+        return cls(mesh=mesh, dtype=resolve_dtype(dtype, platform), remat=remat, attention=attention,
+                   scan=platform == "tpu")
+
+    def replace(self, **changes: Any) -> "Compute":
+        return dataclasses.replace(self, **changes)
+
+    def whole(self, name: str, weight: Array) -> Array:
+        """The complete weight, right before it is used."""
+        return weight if self.gather is None else self.gather(name, weight)
+
+    @property
+    def num_shards(self) -> int:
+        """Devices over which the arrays of the code being traced are sharded: inside of a `shard_map`, fewer."""
+        if self.mesh is None:
+            return 1
+        manual = jax.sharding.get_abstract_mesh().manual_axes
+        return math.prod(size for axis, size in self.mesh.shape.items() if axis not in manual)
+
+
+REFERENCE = Compute()
+
+
+def device_of(mesh: Mesh | None) -> jax.Device:
+    """A device of the mesh, which stands for all; the first one without a mesh."""
+    return jax.devices()[0] if mesh is None else mesh.devices.flat[0]
+
+
+def resolve_dtype(name: Any, platform: str | None = None) -> Any:
+    """The compute dtype: "auto" is float32 on a CPU and bfloat16 on accelerators."""
+    if name == "auto":
+        name = "float32" if (platform or jax.devices()[0].platform) == "cpu" else "bfloat16"
+    return jnp.dtype(name)

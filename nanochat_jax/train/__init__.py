@@ -1,0 +1,1 @@
+"""Training: the loop, its step, the optimizer, and the stages."""

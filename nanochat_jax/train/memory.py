@@ -1,0 +1,152 @@
+"""Whether a step fits into memory: estimates, the compiled step's own figure, and the choice of batch and rematerialization."""
+
+import logging
+import math
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from nanochat_jax.cli import UsageError
+from nanochat_jax.model.config import GPTConfig
+from nanochat_jax.model.loss import CHUNK_ELEMENTS, Batch
+from nanochat_jax.model.sharding import abstract_tree, data_size
+from nanochat_jax.model.size import num_matrix_params, num_params
+from nanochat_jax.train.step import BatchShape, TrainState, batch_shape
+
+log = logging.getLogger(__name__)
+
+USABLE_MEMORY = {"cpu": 0.7}  # share of a device's memory that `auto` fills; elsewhere 0.92, for fragmentation
+
+
+
+def is_out_of_memory(error: Exception) -> bool:
+    return "RESOURCE_EXHAUSTED" in str(error) or "Out of memory" in str(error)
+
+
+def memory_limit() -> int | None:
+    """Bytes that one device can hold; None where the backend does not say. Devices of a CPU share the machine's."""
+    device = jax.local_devices()[0]
+    if device.platform != "cpu":
+        return (device.memory_stats() or {}).get("bytes_limit")
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    container = Path("/sys/fs/cgroup/memory.max")
+    if container.exists() and (limit := container.read_text().strip()).isdigit():
+        total = min(total, int(limit))
+    return total // jax.local_device_count()
+
+
+def accelerator_memory() -> int | None:
+    """`memory_limit` of an accelerator; None on a CPU, whose memory is the machine's to share."""
+    return None if jax.local_devices()[0].platform == "cpu" else memory_limit()
+
+
+def estimate_memory(config: GPTConfig, rows: int, *, data: int, model: int = 1, remat: str, fsdp: bool, gpu: bool = False
+                    ) -> float:
+    """Bytes that a bfloat16 step of `rows` rows per device needs on each of `data` x `model`, about: plans (tpu/plans) need
+    up to this. `gpu`: without a loop over layers and its copies of what is kept, 0.37 to 0.45 of it in plans; and the
+    workspace of cuDNN."""
+    matrices = num_matrix_params(config)
+    tables = num_params(config) - matrices
+    ways = model * (data if fsdp else 1)
+    weights = 8 * (matrices + tables) + 4 * matrices + 4 * tables  # and their sums of gradients, copies, new gradients
+    optimizer = (4 * matrices + 8 * tables + 24 * matrices) / (data * model)  # and what Muon works on
+    whole = 2 * 4 * config.padded_vocab_size * config.n_embd if fsdp else 0  # tables that were gathered to be used
+    hidden = 2 * rows * config.sequence_len * config.n_embd * (0.5 if gpu else 1.0)
+    kept = {"none": 34 * config.n_layer, "minimal": 14 * config.n_layer + 110, "block": config.n_layer + 110,
+            "full": 3 * math.isqrt(config.n_layer) + 110}[remat]
+    return weights / ways + optimizer + whole + hidden * kept + 3 * 4 * CHUNK_ELEMENTS
+
+
+def choose_memory(config: GPTConfig, mesh: Mesh, *, rows: int | str | None, remat: str, fsdp: bool | None, limit: int | None,
+                  step_rows: int = 2**30) -> tuple[int | str, str, bool]:
+    """(rows per device, remat, fsdp): where one is not given ("auto", None), the fastest choice that `limit` bytes should hold.
+
+    Nothing is recomputed if 32 rows then fit, on GPUs also 16. Else "minimal", a tenth more products, with 32, 16 or 8
+    rows; sharded, as adding up whole gradients for each such batch costs more traffic than gathering. Then "block", a third
+    more products, sharded rather than with fewer rows, and "full", which recomputes twice. Without a limit: 32 rows, nothing
+    recomputed or sharded.
+    `step_rows` is how many rows of a step a device gets in all.
+    """
+    sizes = [rows if isinstance(rows, int) else 8] if rows else [32, 16, 8]
+    gpu = mesh.devices.flat[0].platform == "gpu"
+    choices = [("none", False, size) for size in sizes[: 2 if gpu else 1]]
+    choices += [("minimal", True, size) for size in sizes]
+    choices += [(saving, spread, size) for size in sizes for saving, spread in (("block", False), ("block", True))]
+    choices += [("full", True, sizes[-1])]
+    for saving, spread, size in choices:
+        chosen = (saving if remat == "auto" else remat, (spread if fsdp is None else fsdp) and data_size(mesh) > 1)
+        needed = estimate_memory(config, max(1, min(size, step_rows)), data=data_size(mesh), model=mesh.shape["model"],
+                                 remat=chosen[0], fsdp=chosen[1], gpu=gpu)
+        if limit is None or needed <= limit:
+            break
+    if limit is not None:
+        log.info("--device-batch-size %s --remat %s --fsdp %s: about %.1f of %.1f GiB", rows or size, chosen[0],
+                 str(chosen[1]).lower(), needed / 2**30, limit / 2**30)
+    return rows or size, *chosen
+
+
+def compile_step(step_fn: jax.stages.Wrapped, state: TrainState, shape: BatchShape, mesh: Mesh) -> tuple[Callable, int]:
+    """The compiled step and the bytes it needs on each device (state, batch and temporaries).
+
+    Raises `UsageError` if that is more than a device has.
+    """
+    rows = jax.ShapeDtypeStruct((shape.accumulation, shape.micro_rows, shape.sequence_len), jnp.int32,
+                                sharding=NamedSharding(mesh, PartitionSpec(None, "data")))
+    abstract = abstract_tree(state, jax.tree.map(lambda leaf: leaf.sharding, state))
+    try:
+        compiled = step_fn.lower(abstract, Batch(rows, rows)).compile()
+    except jax.errors.JaxRuntimeError as error:
+        if is_out_of_memory(error):  # compilers for TPUs know beforehand
+            raise out_of_memory(shape, mesh) from error
+        raise
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    needed = (memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
+              + memory.temp_size_in_bytes)
+    if (limit := memory_limit()) and needed > limit:
+        raise out_of_memory(shape, mesh, needed)
+    return compiled, needed
+
+
+def out_of_memory(shape: BatchShape, mesh: Mesh, needed: int | None = None) -> UsageError:
+    rows, limit = shape.micro_rows // data_size(mesh), memory_limit()
+    said = f"a step of {rows} rows of {shape.sequence_len} tokens per device does not fit into memory"
+    if needed and limit:
+        said += f": it needs {needed / 2**30:.1f} GiB of {limit / 2**30:.1f} GiB"
+    smaller = [size for size in range(1, rows // 2 + 1) if shape.rows % (size * data_size(mesh)) == 0]
+    advice = f"halve --device-batch-size (try {smaller[-1]}), or " if smaller else "--device-batch-size is at its smallest; "
+    return UsageError(f"{said}; {advice}give --remat block or full, --fsdp, or a smaller --depth or --max-seq-len")
+
+
+def choose_batch_shape(total_batch_size: int, device_batch_size: int | str, sequence_len: int, mesh: Mesh,
+                       step_fn: jax.stages.Wrapped, state: TrainState) -> BatchShape:
+    """`batch_shape`; with the device batch size "auto", the largest that fits by the memory analysis of the compiled step."""
+    if device_batch_size != "auto":
+        return batch_shape(total_batch_size, int(device_batch_size), sequence_len, mesh)
+    if (limit := memory_limit()) is None:
+        raise UsageError(f"--device-batch-size auto: {jax.devices()[0].device_kind} does not tell its memory, give a number")
+    usable = limit * USABLE_MEMORY.get(jax.devices()[0].platform, 0.92)
+    rows = batch_shape(total_batch_size, 1, sequence_len, mesh).rows // data_size(mesh)
+    sizes = [size for size in range(1, rows + 1) if rows % size == 0]
+    fits, first_too_large = None, len(sizes)
+    low = 0
+    while low < first_too_large:
+        middle = (low + first_too_large) // 2
+        shape = batch_shape(total_batch_size, sizes[middle], sequence_len, mesh)
+        try:
+            _, needed = compile_step(step_fn, state, shape, mesh)
+        except UsageError:
+            needed = None
+        log.info("--device-batch-size %d needs %s of %.1f GiB", sizes[middle],
+                 "more than there is" if needed is None else f"{needed / 2**30:.2f} GiB", usable / 2**30)
+        if needed is not None and needed <= usable:
+            fits, low = shape, middle + 1
+        else:
+            first_too_large = middle
+    if fits is None:
+        raise out_of_memory(batch_shape(total_batch_size, 1, sequence_len, mesh), mesh, needed)
+    return fits

@@ -1,0 +1,58 @@
+"""What every training stage sets up before its loop: devices, memory, optimizer, state and step."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import jax
+import optax
+from jax.sharding import Mesh
+
+from nanochat_jax.model.compute import Compute
+from nanochat_jax.model.config import GPTConfig
+from nanochat_jax.model.sharding import data_size, param_shardings
+from nanochat_jax.model.weights import Params
+from nanochat_jax.train.loop import RunConfig
+from nanochat_jax.train.memory import accelerator_memory, choose_batch_shape, choose_memory
+from nanochat_jax.train.step import BatchShape, TrainState, init_state, make_train_step
+
+
+@dataclass(frozen=True)
+class Run:
+    """A stage that is ready to train.
+
+    Attributes:
+      shape: of its batches; None where it differs from step to step.
+      step_fn: the jitted step of step.py.
+    """
+
+    compute: Compute
+    state: TrainState
+    shardings: TrainState
+    step_fn: jax.stages.Wrapped
+    shape: BatchShape | None
+
+
+def set_up(config: RunConfig, model: GPTConfig, mesh: Mesh, optimizer_for: Callable[[Compute], optax.GradientTransformation],
+           *, tokens: int | None, length: int = 0, params: Params | None = None, reserved: int = 0) -> Run:
+    """Choose what fits into memory, and build the state and the step.
+
+    Args:
+      tokens: of a step; None if its batches differ in shape.
+      length: tokens of a row; 0: the model's.
+      params: to start from; by default they are drawn with the config's seed.
+      reserved: bytes of each device that something else needs.
+    """
+    limit, length = accelerator_memory(), length or model.sequence_len
+    step_rows = tokens // length // data_size(mesh) if tokens else 2**30
+    rows, remat, fsdp = choose_memory(model, mesh, rows=config.device_batch_size, remat=config.remat, fsdp=config.fsdp,
+                                      step_rows=step_rows, limit=limit and limit - reserved)
+    compute = Compute.on(mesh, dtype=config.dtype, remat=remat, attention=config.attention)
+    if params is not None:
+        params = jax.device_put(params, param_shardings(model, mesh, fsdp=fsdp))
+    optimizer = optimizer_for(compute)
+    state, shardings = init_state(model, optimizer, mesh, fsdp=fsdp, seed=config.seed, params=params)
+    step_fn = make_train_step(model, optimizer, compute, shardings)
+    shape = None
+    if tokens:
+        shape = choose_batch_shape(tokens, rows, length, mesh, step_fn, state)
+    return Run(compute, state, shardings, step_fn, shape)
