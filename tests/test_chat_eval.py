@@ -14,6 +14,7 @@ from nanochat_jax.cli import UsageError
 from nanochat_jax.eval import chat
 from nanochat_jax.eval.batching import bucket, padded_batches
 from nanochat_jax.eval.chat import Generator, Sampling
+from nanochat_jax.model.compute import Compute
 from nanochat_jax.model.config import GPTConfig
 from nanochat_jax.model.gpt import forward, unembed
 from nanochat_jax.model.sharding import make_mesh
@@ -63,7 +64,8 @@ def test_batches_hold_every_sequence_once_and_have_few_shapes():
 
 
 def letters_of(task, params, **options):
-    generator = Generator(config=CONFIG, params=params, tokenizer=TOKENIZER, num_slots=2, mesh=options.pop("mesh", None))
+    generator = Generator(config=CONFIG, params=params, tokenizer=TOKENIZER, num_slots=2,
+                          compute=Compute(mesh=options.pop("mesh", None)))
     return chat.evaluate_categorical(task, generator, **options)
 
 

@@ -21,6 +21,7 @@ from nanochat_jax.eval import core, scoring
 from nanochat_jax.eval.bundle import ensure_bundle
 from nanochat_jax.eval.core import CoreTask
 from nanochat_jax.eval.scoring import Row, RowScore, Scorer
+from nanochat_jax.model import loss
 from nanochat_jax.model.compute import Compute
 from nanochat_jax.model.config import GPTConfig
 from nanochat_jax.model.gpt import forward, unembed
@@ -268,7 +269,7 @@ def test_logits_are_cut_into_affordable_chunks(params, monkeypatch):
     examples = alone(random_rows(4, (64, 60)))
     scorer = Scorer(config=CONFIG, params=params, num_rows=4)
     whole = dict(scorer(examples))
-    monkeypatch.setattr(scoring, "LOGITS_BYTES", 4 * 4 * 300 * 3)  # three positions, rounded down to two
+    monkeypatch.setattr(loss, "CHUNK_ELEMENTS", 4 * 300 * 3)  # three positions
     scoring._score.clear_cache()
     for key, (score,) in scorer(examples):
         np.testing.assert_allclose(score.mean_nll, whole[key][0].mean_nll, rtol=1e-5)

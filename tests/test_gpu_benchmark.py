@@ -11,7 +11,6 @@ from types import SimpleNamespace
 import jax
 import jax.numpy as jnp
 import pytest
-from nanochat_jax.recipe import derive_recipe
 
 from benchmarks.gpu import program
 from benchmarks.gpu.checks import relative_errors
@@ -19,7 +18,9 @@ from benchmarks.gpu.plan import PHASES, Size
 from benchmarks.gpu.record import FILE_NAME, Recorder, read_results
 from benchmarks.gpu.timing import device_events, reduce_events
 from nanochat_jax.model.attention import causal_attention
+from nanochat_jax.model.compute import Compute
 from nanochat_jax.model.config import GPTConfig
+from nanochat_jax.model.recipe import derive_recipe
 from scripts.base_train import BaseTrainConfig, optimizer_parts
 
 ROOT = Path(__file__).parents[1]
@@ -153,16 +154,16 @@ def test_results_are_appended_and_a_last_line_that_was_cut_off_is_left_out(tmp_p
 
 def test_the_optimizer_is_that_of_base_training(monkeypatch):
     calls = []
-    monkeypatch.setattr(program, "make_optimizer", lambda *a, **k: calls.append((a, k)))
+    monkeypatch.setattr(program, "make_optimizer", lambda *a: calls.append(a))
     config, reference = (GPTConfig.modern(depth, vocab_size=32768) for depth in (20, 12))
-    program.modern_optimizer(config, "bfloat16", None)
-    ((_, rates), found), = calls
+    program.modern_optimizer(config, Compute())
+    ((_, rates, found, _),) = calls
     recipe = derive_recipe(config, reference=reference, weight_decay=0.28)
     expected_rates, expected = optimizer_parts(BaseTrainConfig(depth=20), recipe)
-    assert rates == expected_rates and found["lr_scale"] == expected["lr_scale"]
+    assert rates == expected_rates and found.lr_scale == expected.lr_scale
     for name in ("lr_multiplier", "momentum", "weight_decay"):
         for step in (0, 20, 39, 300, recipe.num_iterations // 2, recipe.num_iterations - 1):
-            assert float(found[name](step)) == float(expected[name](step))
+            assert float(getattr(found, name)(step)) == float(getattr(expected, name)(step))
 
 
 def test_bytes_per_token_count_what_the_windows_reach():

@@ -19,7 +19,9 @@ from benchmarks.gpu import program
 from benchmarks.gpu.plan import Size
 from benchmarks.gpu.record import Recorder
 from benchmarks.gpu.timing import has_gpu, seconds_per_call
-from nanochat_jax.model.kernels import KEEP_PRODUCTS, choose_attention
+from nanochat_jax.model.attention import choose_kernel, self_attention
+from nanochat_jax.model.compute import Compute
+from nanochat_jax.model.kernels import SAVE_MATMULS
 from nanochat_jax.model.sharding import make_mesh
 
 PACKAGES = ("jax", "flax", "optax", "numpy", "torch", "nvidia-", "triton")
@@ -114,18 +116,18 @@ def attention(record: Recorder, size: Size) -> None:
     if not has_gpu():
         record("cudnn", value="no GPU")
 
-    def chosen(length: int) -> Callable[..., Array]:
-        return choose_attention("auto", mesh=mesh, dtype=jnp.bfloat16, length=length, head_dim=128)
+    compute = Compute.on(mesh, dtype=jnp.bfloat16)
+    chosen = functools.partial(self_attention, compute=compute)
 
     def sharded(q: Array, k: Array, v: Array, *, window: int | None) -> Array:
         spec = PartitionSpec("data", None, "model", None)
-        attend = functools.partial(chosen(q.shape[1]), window=window)
+        attend = functools.partial(chosen, window=window)
         return jax.shard_map(attend, mesh=mesh, in_specs=(spec,) * 3, out_specs=spec,
                              check_vma=False)(q, k, v)
 
     def recomputed(q: Array, k: Array, v: Array, *, window: int | None) -> Array:
-        attend = functools.partial(chosen(q.shape[1]), window=window)
-        return jax.checkpoint(attend, policy=KEEP_PRODUCTS)(q, k, v)
+        attend = functools.partial(chosen, window=window)
+        return jax.checkpoint(attend, policy=SAVE_MATMULS)(q, k, v)
 
     heads = size.attention_heads
     longest = max(size.attention_lengths)
@@ -137,11 +139,9 @@ def attention(record: Recorder, size: Size) -> None:
         keys = jax.random.split(jax.random.key(0), 4)
         arrays = [jax.random.normal(key, (2, length, count, 128), jnp.bfloat16)
                   for key, count in zip(keys, (heads, kv_heads, kv_heads, heads), strict=True)]
-        attend = {"plain": chosen(length), "shard_map": sharded, "checkpoint": recomputed}[how]
+        attend = {"plain": chosen, "shard_map": sharded, "checkpoint": recomputed}[how]
         errors = relative_errors(attend, window, arrays)
-        kernel = chosen(length)
-        kernel_name = getattr(kernel, "func", kernel).__name__
-        record("relative error", kernel=kernel_name, length=length, window=window,
+        record("relative error", kernel=choose_kernel(compute, arrays[0]), length=length, window=window,
                heads=f"{heads}/{kv_heads}", how=how, **errors,
                ok=max(errors.values()) < ATTENTION_LIMIT)
 
@@ -183,7 +183,7 @@ def steps(training: program.Training, step: Any, state: Any) -> tuple[list[float
     """Losses of five steps, and the parameters and optimizer state after them, on the host."""
     batch, losses = training.batch(), []
     for _ in range(5):
-        state, metrics = step(state, *batch)
+        state, metrics = step(state, batch)
         losses.append(float(metrics["loss"]))
     return losses, jax.device_get(state)
 

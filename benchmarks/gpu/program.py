@@ -9,18 +9,23 @@ from typing import Any
 
 import jax
 import numpy as np
-from nanochat_jax.infer.device import Program
-from nanochat_jax.recipe import derive_recipe
 
 from benchmarks.gpu.plan import Size
-from nanochat_jax.infer import device
+from nanochat_jax.infer import decode
+from nanochat_jax.infer.decode import DecodeConfig
 from nanochat_jax.metrics import peak_bandwidth, peak_flops, peak_memory_bytes
+from nanochat_jax.model.compute import Compute, resolve_dtype
 from nanochat_jax.model.config import GPTConfig
+from nanochat_jax.model.loss import Batch
+from nanochat_jax.model.recipe import derive_recipe
 from nanochat_jax.model.sharding import make_mesh
+from nanochat_jax.model.size import flops_per_token, num_scaling_params
 from nanochat_jax.model.weights import init_params
+from nanochat_jax.train.memory import compile_step, estimate_memory, memory_limit
 from nanochat_jax.train.optim import (
     CLASSIC_RATES,
     OptimizerConfig,
+    Schedules,
     constant,
     cosine_decay,
     make_optimizer,
@@ -29,13 +34,9 @@ from nanochat_jax.train.optim import (
 )
 from nanochat_jax.train.step import (
     batch_shape,
-    compile_step,
-    estimate_memory,
     init_state,
     make_train_step,
-    memory_limit,
-    place_batch,
-    resolve_dtype,
+    shard_batch,
     state_shardings,
 )
 
@@ -50,18 +51,19 @@ def modern_config(depth: int, size: Size, sequence: int | None = None) -> GPTCon
     return GPTConfig.modern(depth, sequence_len=sequence or size.sequence, vocab_size=size.vocab)
 
 
-def modern_optimizer(config: GPTConfig, dtype: Any, mesh: Any) -> Any:
+def modern_optimizer(config: GPTConfig, compute: Compute) -> Any:
     """The optimizer that scripts.base_train makes for a modern model without flags."""
     reference = GPTConfig.modern(12, sequence_len=config.sequence_len,
                                  vocab_size=config.vocab_size)
     recipe = derive_recipe(config, reference=reference, weight_decay=WEIGHT_DECAY)
     steps = recipe.num_iterations
-    return make_optimizer(
-        config, OptimizerConfig(), muon_dtype=dtype, mesh=mesh, lr_scale=recipe.lr_scale,
+    schedules = Schedules(
+        lr_scale=recipe.lr_scale,
         lr_multiplier=trapezoid(steps, warmup=WARMUP_STEPS, warmdown_ratio=WARMDOWN_RATIO,
                                 final_fraction=FINAL_FRACTION),
         momentum=modern_momentum(steps, WARMDOWN_RATIO),
         weight_decay=cosine_decay(recipe.weight_decay, steps))
+    return make_optimizer(config, OptimizerConfig(), schedules, compute)
 
 
 def random_tokens(rows: int, config: GPTConfig) -> tuple[np.ndarray, np.ndarray]:
@@ -94,8 +96,12 @@ class Training:
         return make_mesh("1x1", [self.device or jax.devices()[0]])
 
     @property
+    def compute(self) -> Compute:
+        return Compute.on(self.mesh, dtype=self.dtype_name)
+
+    @property
     def dtype(self) -> Any:
-        return resolve_dtype(self.dtype_name)
+        return self.compute.dtype
 
     @property
     def shape(self) -> Any:
@@ -108,7 +114,7 @@ class Training:
         return self.shape.tokens
 
     def _optimizer(self) -> Any:
-        return self.optimizer or modern_optimizer(self.config, self.dtype, self.mesh)
+        return self.optimizer or modern_optimizer(self.config, self.compute)
 
     def new_state(self) -> Any:
         """Fresh parameters and optimizer state, the same each time."""
@@ -116,11 +122,10 @@ class Training:
         return state
 
     def make_step(self) -> Any:
-        """The jitted step, not compiled yet: (state, inputs, targets) -> (state, metrics)."""
+        """The jitted step, not compiled yet: (state, batch) -> (state, metrics)."""
         optimizer = self._optimizer()
         _, shardings = state_shardings(self.config, optimizer, self.mesh, fsdp=False)
-        return make_train_step(self.config, optimizer, dtype=self.dtype, mesh=self.mesh,
-                               shardings=shardings)
+        return make_train_step(self.config, optimizer, self.compute, shardings)
 
     def compile(self, state: Any) -> tuple[Any, int, float]:
         """The compiled step, the bytes that it needs, and the seconds that compiling took.
@@ -131,9 +136,9 @@ class Training:
         compiled, needed = compile_step(self.make_step(), state, self.shape, self.mesh)
         return compiled, needed, time.perf_counter() - began
 
-    def batch(self) -> list[Any]:
-        arrays = random_tokens(self.rows * self.accumulation, self.config)
-        return [place_batch(array, self.shape, self.mesh) for array in arrays]
+    def batch(self) -> Batch:
+        rows = Batch(*random_tokens(self.rows * self.accumulation, self.config))
+        return shard_batch(rows, self.shape, self.mesh)
 
     def estimated_bytes(self) -> float:
         """What `--device-batch-size` and `--remat` are chosen by."""
@@ -142,15 +147,15 @@ class Training:
     def mfu(self, seconds: float) -> float | None:
         """Model FLOPs utilization of a step, None where the device's peak is unknown."""
         peak = peak_flops(self.mesh.devices.flat[0])
-        return peak and self.config.flops_per_token * self.tokens / seconds / peak
+        return peak and flops_per_token(self.config) * self.tokens / seconds / peak
 
 
 def classic_training(depth: int, rows: int, size: Size) -> Training:
     """One batch of the model and optimizer of torch_reference.py."""
     config = GPTConfig.classic(depth, sequence_len=size.sequence, vocab_size=size.vocab)
     rates = OptimizerConfig(**(CLASSIC_RATES | {"grad_clip": 0.0}))
-    optimizer = make_optimizer(config, rates, lr_multiplier=constant(1.0), mesh=make_mesh("1x1"),
-                               momentum=constant(0.95), muon_dtype=resolve_dtype("auto"))
+    schedules = Schedules(lr_multiplier=constant(1.0), momentum=constant(0.95))
+    optimizer = make_optimizer(config, rates, schedules, Compute.on(make_mesh("1x1")))
     return Training(config, rows, 1, optimizer)
 
 
@@ -166,9 +171,9 @@ class Decoding:
     def dtype(self) -> Any:
         return resolve_dtype("auto")
 
-    def _program(self) -> Program:
+    def _static(self) -> DecodeConfig:
         # No token has the id `vocab_size`, so no row pauses.
-        return Program(self.config, self.dtype, shortest=1, pause=self.config.vocab_size, mesh=None)
+        return DecodeConfig(self.config, Compute.on(None), shortest=1, pause=self.config.vocab_size)
 
     def new_params(self) -> Any:
         @jax.jit
@@ -176,19 +181,19 @@ class Decoding:
             params = init_params(self.config, key)
             return jax.tree.map(lambda leaf: leaf.astype(self.dtype), params)
 
-        return device.split_layers(make(jax.random.key(0)), config=self.config)
+        return decode.split_layers(make(jax.random.key(0)), config=self.config)
 
     def new_slots(self) -> Any:
-        return device.new_slots(rows=self.rows, length=self.config.sequence_len,
-                                program=self._program())
+        return decode.new_slots(rows=self.rows, length=self.config.sequence_len,
+                                static=self._static())
 
     def compile(self, params: Any, slots: Any) -> tuple[Any, float]:
         """`run(params, slots) -> (slots, emitted)`, and the seconds that compiling took."""
         length = self.config.sequence_len - self.tokens
-        dispatch = device.greedy_dispatch(self.rows, length=length, steps=self.tokens)
+        dispatch = decode.greedy_inputs(self.rows, length=length, steps=self.tokens)
         dispatch = jax.device_put(dispatch)
         began = time.perf_counter()
-        lowered = device.decode.lower(params, slots, dispatch, program=self._program())
+        lowered = decode.decode.lower(params, slots, dispatch, static=self._static())
         compiled = lowered.compile()
 
         def run(params: Any, slots: Any) -> tuple[Any, Any]:
@@ -207,5 +212,5 @@ class Decoding:
         keys = sum(length if window is None else min(window + 1, length)
                    for window in config.windows)
         entry = 2 * config.n_kv_head * config.head_dim * width * self.rows
-        return {"weights": config.num_scaling_params * width, "cache_windowed": entry * keys,
+        return {"weights": num_scaling_params(config) * width, "cache_windowed": entry * keys,
                 "cache_full": entry * config.n_layer * config.sequence_len}

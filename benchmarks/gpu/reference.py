@@ -52,7 +52,7 @@ def jax_step(record: Recorder, size: Size) -> None:
 
     def run() -> Any:
         nonlocal state
-        state, metrics = step(state, *batch)
+        state, metrics = step(state, batch)
         return metrics["loss"]
 
     seconds = seconds_per_call(run, size.steps)

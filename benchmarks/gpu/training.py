@@ -39,7 +39,7 @@ def measure(record: Recorder, training: program.Training, count: int, label: str
 
     def run() -> Any:
         nonlocal state
-        state, metrics = step(state, *batch)
+        state, metrics = step(state, batch)
         losses.append(metrics["loss"])
         return metrics["loss"]
 
@@ -76,7 +76,7 @@ def same_bits(training: program.Training, step: Any) -> bool:
     for _ in range(2):
         state = training.new_state()
         for _ in range(2):
-            state, _ = step(state, *training.batch())
+            state, _ = step(state, training.batch())
         found.append(jax.device_get(checksums(state)))
         del state
     return all((a == b).all() for a, b in zip(*found, strict=True))

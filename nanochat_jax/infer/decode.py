@@ -88,7 +88,7 @@ def new_rows(count: int, *, length: int, steps: int, stops: int) -> np.ndarray:
 def decode_inputs(rows: np.ndarray, steps: int) -> DecodeInputs:
     """The arrays of the rows, for `steps` steps."""
     fields = [name for name in DecodeInputs._fields if name != "steps"]
-    return DecodeInputs(*(np.ascontiguousarray(rows[name]) for name in fields), np.int32(steps))
+    return DecodeInputs._make([*(np.ascontiguousarray(rows[name]) for name in fields), np.int32(steps)])
 
 
 def greedy_inputs(count: int, *, length: int, steps: int) -> DecodeInputs:

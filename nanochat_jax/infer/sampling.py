@@ -1,12 +1,13 @@
-"""Logits to token ids on the device, every row with its own temperature, top-k, top-p and random stream.
+"""Logits to token ids on the device, every row with its own temperature, top-k, top-p and random
+stream.
 
-A row's draw depends only on its own logits, settings, seed and position, so other requests in the batch do not change it.
-Work that no row needs is skipped at run time by `lax.cond`, not by compiling another program: if all rows are greedy, nothing is
-ranked.
+A row's draw depends only on its own logits, settings, seed and position, so other requests in the
+batch do not change it. Work that no row needs is skipped at run time by `lax.cond`, not by
+compiling another program: if all rows are greedy, nothing is ranked.
 
-Logits are [V, B] here, vocabulary first: for few rows that is the faster side of the unembedding, and reductions over the
-vocabulary run over contiguous rows. They may come before a monotone map such as the softcap, which keeps their order and is applied
-only to the values that are needed.
+Logits are [V, B] here, vocabulary first: for few rows that is the faster side of the unembedding,
+and reductions over the vocabulary run over contiguous rows. They may come before a monotone map
+such as the softcap, which keeps their order and is applied only to the values that are needed.
 """
 
 import math
@@ -32,8 +33,8 @@ class SamplingParams(NamedTuple):
     Attributes:
         temperature: [B] float32; 0 takes the most likely token.
         top_k: [B] int32; keep the k most likely tokens, 0 keeps all.
-        top_p: [B] float32 in (0, 1]; keep the fewest most likely tokens whose probability, after temperature and
-            top-k, reaches p; 1 keeps all.
+        top_p: [B] float32 in (0, 1]; keep the fewest most likely tokens whose probability, after
+            temperature and top-k, reaches p; 1 keeps all.
         seed: [B, 2] uint32; the high and low half of the request's seed.
     """
 
@@ -63,7 +64,8 @@ def sample(logits: Array, params: SamplingParams, noise: Array, transform: Map =
     Args:
         logits: [V, B] float32.
         params: settings of each row.
-        noise: [B, N] float32, of `noise_for`. A row draws only once, so all ways of drawing share it.
+        noise: [B, N] float32, of `noise_for`. A row draws only once, so all ways of drawing share
+          it.
         transform: elementwise monotone map that is still to be applied to the logits.
     Returns:
         [B] int32; V (no valid id) for a row whose logits are not all finite.
@@ -79,7 +81,9 @@ def sample(logits: Array, params: SamplingParams, noise: Array, transform: Map =
 
 
 def _draw(logits: Array, rows: _Rows, noise: Array, transform: Map) -> Array:
-    """Token ids [B] of rows that may be random: from the shortest list of candidates that settles every row."""
+    """Token ids [B] of rows that may be random: from the shortest list of candidates that settles
+    every row.
+    """
     vocab_size = logits.shape[0]
     counts = [count for count in SHORT_LISTS if count < vocab_size] + [vocab_size]
     tokens, settled, greatest = _draw_listed(logits, counts[0], rows, noise, transform)
@@ -100,8 +104,9 @@ def _draw(logits: Array, rows: _Rows, noise: Array, transform: Map) -> Array:
 
 
 def _draw_listed(logits: Array, count: int, rows: _Rows, noise: Array, transform: Map) -> tuple[Array, Array, Array]:
-    """Draws [B] among the `count` most likely tokens, whether those include all that top-k and top-p keep [B], and the
-    greatest logits [B]."""
+    """Draws [B] among the `count` most likely tokens, whether those include all that top-k and
+    top-p keep [B], and the greatest logits [B].
+    """
     vocab_size = logits.shape[0]
     values, ids = most_likely(logits, count)
     values = transform(values)
@@ -113,7 +118,8 @@ def _draw_listed(logits: Array, count: int, rows: _Rows, noise: Array, transform
     listed = total = jnp.sum(weights, axis=-1)
     beyond = rows.random & ~rows.unlimited & (rows.top_k > count)
     if count < vocab_size:
-        # Exact only where top-k keeps all; for other rows a bound, which leaves them to a longer list.
+        # Exact only where top-k keeps all; for other rows a bound, which leaves them to a longer
+        # list.
         def sum_of_all() -> Array:
             every = (transform(logits) - greatest) / rows.temperature
             return jnp.where(beyond, jnp.sum(jnp.exp(every), axis=0), total)
@@ -144,9 +150,11 @@ def _draw_by_block(values: Array, noise: Array) -> Array:
 
 
 def noise_for(seed: Array | np.ndarray, position: Array | np.ndarray, vocab_size: int) -> Array:
-    """Gumbel noise [..., B, N] for rows with `seed` [B, 2] and tokens at `position` [..., B] of their sequences.
+    """Gumbel noise [..., B, N] for rows with `seed` [B, 2] and tokens at `position` [..., B] of
+    their sequences.
 
-    For several steps in one call, since a CPU takes as long for a few numbers. N suffices for any draw of `sample`.
+    For several steps in one call, since a CPU takes as long for a few numbers. N suffices for any
+    draw of `sample`.
     """
     block = _block_size(vocab_size)
     count = max(SHORT_LISTS[-1], -(-vocab_size // block) + block)
@@ -162,7 +170,8 @@ def noise_for(seed: Array | np.ndarray, position: Array | np.ndarray, vocab_size
 
 
 def most_likely(logits: Array, count: int) -> tuple[Array, Array]:
-    """The `count` greatest of logits [V, B] in descending order, and their ids: [B, count] each; of equals the first ids.
+    """The `count` greatest of logits [V, B] in descending order, and their ids: [B, count] each;
+    of equals the first ids.
 
     They all lie in the `count` blocks with the greatest maxima, so only those are ranked.
     """
@@ -180,8 +189,9 @@ def most_likely(logits: Array, count: int) -> tuple[Array, Array]:
 
 
 def _top_k(values: Array, count: int) -> tuple[Array, Array]:
-    # Without the barriers XLA moves code that reads only the first results into top-k, and then sorts everything instead. One
-    # barrier for both would abort its compiler (the pass TopkDecomposer).
+    # Without the barriers XLA moves code that reads only the first results into top-k, and then
+    # sorts everything instead. One barrier for both would abort its compiler (the pass
+    # TopkDecomposer).
     values, index = lax.top_k(values, count)
     return lax.optimization_barrier(values), lax.optimization_barrier(index)
 
@@ -195,7 +205,8 @@ def _blocks(logits: Array, size: int) -> Array:
 
 
 def _block_size(vocab_size: int, count: int = 1) -> int:
-    """Block size that minimizes work: ranking `vocab_size / size` block maxima plus `count * size` candidates.
+    """Block size that minimizes work: ranking `vocab_size / size` block maxima plus `count * size`
+    candidates.
 
     A power of two near `sqrt(vocab_size / count)`.
     """
@@ -203,7 +214,9 @@ def _block_size(vocab_size: int, count: int = 1) -> int:
 
 
 def log_probability(logits: Array, tokens: Array, asked: Array, transform: Map = identity) -> Array:
-    """Natural log-probabilities [B] of `tokens` [B] under logits [V, B]; NaN for rows where `asked` [B] is false."""
+    """Natural log-probabilities [B] of `tokens` [B] under logits [V, B]; NaN for rows where
+    `asked` [B] is false.
+    """
 
     def compute() -> Array:
         chosen = transform(logits.at[tokens, jnp.arange(len(tokens))].get(mode="fill", fill_value=jnp.nan))

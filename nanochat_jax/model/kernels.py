@@ -1,7 +1,8 @@
-"""Fused causal attention of whole sequences on accelerators: Splash on TPU, cuDNN on GPU, both with sliding windows.
+"""Fused causal attention of whole sequences on accelerators: Splash on TPU, cuDNN on GPU, both
+with sliding windows.
 
-Both compute what `attention.causal_attention`, the reference, does, without its [T, T] scores in memory. Rows are sharded
-over the mesh's data axis, heads over its model axis.
+Both compute what `attention.causal_attention`, the reference, does, without its [T, T] scores in
+memory. Rows are sharded over the mesh's data axis, heads over its model axis.
 """
 
 import functools
@@ -19,8 +20,8 @@ CUDNN_FORWARD = "dot_product_attention_fwd_wrapper"  # JAX's primitives of cuDNN
 CUDNN_BACKWARD = "dot_product_attention_bwd_wrapper"
 LANES = 128  # Splash's blocks are multiples of this
 
-# What `remat` "minimal" saves. The outputs of cuDNN's forward call, whose statistics its backward call needs, cannot be
-# named; the primitive can.
+# What `remat` "minimal" saves. The outputs of cuDNN's forward call, whose statistics its backward
+# call needs, cannot be named; the primitive can.
 SAVE_MATMULS = jax.checkpoint_policies.save_from_both_policies(
     jax.checkpoint_policies.save_only_these_names(SAVED),
     lambda primitive, *_, **__: primitive.name == CUDNN_FORWARD,
@@ -50,7 +51,8 @@ def cudnn_refuses(q: Array | jax.ShapeDtypeStruct, device: jax.Device) -> str | 
 
 
 def _on_each_device(attend: Callable[..., Array], mesh: Mesh | None, *qkv: Array) -> Array:
-    """`attend(q, k, v)` on each device's rows and heads, over the mesh axes that the caller is not sharded over already.
+    """`attend(q, k, v)` on each device's rows and heads, over the mesh axes that the caller is not
+    sharded over already.
 
     Rows and heads that an axis does not divide are computed by all of its devices.
     """
@@ -112,7 +114,9 @@ def splash_attention(q: Array, k: Array, v: Array, *, window: int | None, mesh: 
 
 
 def cudnn_attention(q: Array, k: Array, v: Array, *, window: int | None, mesh: Mesh | None) -> Array:
-    """`attention.causal_attention` by cuDNN. Without `is_causal`, a window's queries would see the future too."""
+    """`attention.causal_attention` by cuDNN. Without `is_causal`, a window's queries would see the
+    future too.
+    """
     local = None if window is None or window >= q.shape[1] - 1 else (window, 0)
     attend = functools.partial(jax.nn.dot_product_attention, is_causal=True, local_window_size=local,
                                implementation="cudnn")

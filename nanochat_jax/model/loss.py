@@ -1,8 +1,9 @@
-"""The negative log-likelihood of each token: what training, RL, bits per byte and scoring are weighted sums of.
+"""The negative log-likelihood of each token: what training, RL, bits per byte and scoring are
+weighted sums of.
 
-The [B, T, V] logits are never in memory. Each chunk of the sequence has its logits computed, used for the loss and, when
-differentiated, immediately for the gradients, and dropped. The softcap bounds the logits to +-15, so the log-sum-exp needs no
-pass for the maximum.
+The [B, T, V] logits are never in memory. Each chunk of the sequence has its logits computed, used
+for the loss and, when differentiated, immediately for the gradients, and dropped. The softcap
+bounds the logits to +-15, so the log-sum-exp needs no pass for the maximum.
 """
 
 import functools
@@ -22,7 +23,9 @@ CHUNK_ELEMENTS = 2**25  # float32 logits alive at once, per device: 128 MiB
 
 
 class Batch(NamedTuple):
-    """Rows of tokens to predict, arrays of NumPy or JAX. A batch of a training step has a leading axis of micro-batches, [A, B, T]."""
+    """Rows of tokens to predict, arrays of NumPy or JAX. A batch of a training step has a leading
+    axis of micro-batches, [A, B, T].
+    """
 
     inputs: Any  # [B, T] int32
     targets: Any  # [B, T] int32; negative: ignored
@@ -30,7 +33,9 @@ class Batch(NamedTuple):
 
 
 def token_nll(params: Params, batch: Batch, config: GPTConfig, compute: Compute) -> tuple[Array, Array]:
-    """(sum over tokens of weight * nll, nll [B, T]) in nats, nll 0 where ignored. Only the sum has a gradient."""
+    """(sum over tokens of weight * nll, nll [B, T]) in nats, nll 0 where ignored. Only the sum has
+    a gradient.
+    """
     hidden, _ = forward(params, batch.inputs, config, compute)
     unembedding = params["lm_head"][:, : config.vocab_size].astype(compute.dtype)
     weights = jnp.ones(batch.targets.shape) if batch.weights is None else batch.weights
@@ -40,9 +45,11 @@ def token_nll(params: Params, batch: Batch, config: GPTConfig, compute: Compute)
 
 def target_scores(params: Params, hidden: Array, targets: Array, config: GPTConfig, compute: Compute
                   ) -> tuple[Array, Array]:
-    """The nll [B, T] of each target under hidden states [B, T, D], and whether it is the most likely token [B, T].
+    """The nll [B, T] of each target under hidden states [B, T, D], and whether it is the most
+    likely token [B, T].
 
-    Of tokens with equal logits the first counts as the most likely. Targets [B, T] int32; negative: nll 0 and False.
+    Of tokens with equal logits the first counts as the most likely. Targets [B, T] int32;
+    negative: nll 0 and False.
     """
     unembedding = params["lm_head"][:, : config.vocab_size].astype(hidden.dtype)
     chunk = chunk_length(targets.shape, config.vocab_size, compute.num_shards)
@@ -57,9 +64,11 @@ def target_scores(params: Params, hidden: Array, targets: Array, config: GPTConf
 
 
 def first_argmax(values: Array, axis: int = -1) -> Array:
-    """Index of the greatest of `values` along an axis, the first of equals. With a NaN the result is undefined.
+    """Index of the greatest of `values` along an axis, the first of equals. With a NaN the result
+    is undefined.
 
-    Two plain reductions: XLA's argmax, which reduces values and indices together, is several times slower on a CPU.
+    Two plain reductions: XLA's argmax, which reduces values and indices together, is several times
+    slower on a CPU.
     """
     index = jax.lax.broadcasted_iota(jnp.int32, values.shape, axis % values.ndim)
     greatest = jnp.max(values, axis=axis, keepdims=True)
@@ -67,7 +76,9 @@ def first_argmax(values: Array, axis: int = -1) -> Array:
 
 
 def chunk_length(shape: tuple[int, ...], vocab: int, num_shards: int = 1) -> int:
-    """Positions of rows [B, T] whose logits stay within the budget of each device: a divisor of T if a good one is near."""
+    """Positions of rows [B, T] whose logits stay within the budget of each device: a divisor of T
+    if a good one is near.
+    """
     batch, length = shape
     fewest = min(length, -(-batch * length * vocab // (CHUNK_ELEMENTS * num_shards)))
     count = next((n for n in range(fewest, min(2 * fewest, length) + 1) if length % n == 0), fewest)
@@ -75,7 +86,8 @@ def chunk_length(shape: tuple[int, ...], vocab: int, num_shards: int = 1) -> int
 
 
 def _chunks(x: Array, chunk: int, fill: float) -> Array:
-    """[B, T, ...] -> [T / chunk, B, chunk, ...]: chunks of the sequence, so that the batch axis stays sharded.
+    """[B, T, ...] -> [T / chunk, B, chunk, ...]: chunks of the sequence, so that the batch axis
+    stays sharded.
 
     Where `chunk` does not divide T, the last one is filled up.
     """
@@ -89,7 +101,9 @@ def _unchunk(x: Array, length: int) -> Array:
 
 
 def _chunk_nll(hidden: Array, weight: Array, targets: Array, softcap: float) -> tuple[Array, Array, Array]:
-    """Negative log-likelihoods [B, C], tanh of the logits [B, C, V] and log-sum-exp [B, C] of one chunk."""
+    """Negative log-likelihoods [B, C], tanh of the logits [B, C, V] and log-sum-exp [B, C] of one
+    chunk.
+    """
     tanh = jnp.tanh(jnp.dot(hidden, weight, preferred_element_type=jnp.float32) / softcap)
     log_z = jnp.log(jnp.exp(softcap * tanh).sum(axis=-1))
     picked = softcap * jnp.take_along_axis(tanh, jnp.maximum(targets, 0)[..., None], axis=-1)[..., 0]
@@ -110,7 +124,8 @@ def cross_entropy(hidden: Array, weight: Array, targets: Array, token_weights: A
       chunk: positions whose logits are computed at once.
 
     Returns:
-      (sum over tokens of token_weight * nll, nll [B, T] in nats with 0 where ignored). Only the sum has a gradient.
+      (sum over tokens of token_weight * nll, nll [B, T] in nats with 0 where ignored). Only the
+      sum has a gradient.
     """
     weight = weight.astype(hidden.dtype)
 
@@ -133,7 +148,8 @@ def _cross_entropy_fwd(hidden, weight, targets, token_weights, softcap, chunk):
         hidden, targets, scale = inputs
         nll, tanh, log_z = _chunk_nll(hidden, cast, targets, softcap)
         scale = jnp.where(targets >= 0, scale, 0.0)[..., None]
-        hit = targets[..., None] == jnp.arange(weight.shape[1])  # fuses, where a scatter would copy the logits
+        # fuses, where a scatter would copy the logits
+        hit = targets[..., None] == jnp.arange(weight.shape[1])
         d_logits = (jnp.exp(softcap * tanh - log_z[..., None]) - hit) * (scale * (1.0 - tanh * tanh))
         d_logits = d_logits.astype(hidden.dtype)
         d_hidden = jnp.dot(d_logits, cast_t, preferred_element_type=jnp.float32)

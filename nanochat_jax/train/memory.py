@@ -1,4 +1,6 @@
-"""Whether a step fits into memory: estimates, the compiled step's own figure, and the choice of batch and rematerialization."""
+"""Whether a step fits into memory: estimates, the compiled step's own figure, and the choice of
+batch and rematerialization.
+"""
 
 import logging
 import math
@@ -19,7 +21,8 @@ from nanochat_jax.train.step import BatchShape, TrainState, batch_shape
 
 log = logging.getLogger(__name__)
 
-USABLE_MEMORY = {"cpu": 0.7}  # share of a device's memory that `auto` fills; elsewhere 0.92, for fragmentation
+# share of a device's memory that `auto` fills; elsewhere 0.92, for fragmentation
+USABLE_MEMORY = {"cpu": 0.7}
 
 
 
@@ -28,7 +31,9 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def memory_limit() -> int | None:
-    """Bytes that one device can hold; None where the backend does not say. Devices of a CPU share the machine's."""
+    """Bytes that one device can hold; None where the backend does not say. Devices of a CPU share
+    the machine's.
+    """
     device = jax.local_devices()[0]
     if device.platform != "cpu":
         return (device.memory_stats() or {}).get("bytes_limit")
@@ -46,15 +51,19 @@ def accelerator_memory() -> int | None:
 
 def estimate_memory(config: GPTConfig, rows: int, *, data: int, model: int = 1, remat: str, fsdp: bool, gpu: bool = False
                     ) -> float:
-    """Bytes that a bfloat16 step of `rows` rows per device needs on each of `data` x `model`, about: plans (tpu/plans) need
-    up to this. `gpu`: without a loop over layers and its copies of what is kept, 0.37 to 0.45 of it in plans; and the
-    workspace of cuDNN."""
+    """Bytes that a bfloat16 step of `rows` rows per device needs on each of `data` x `model`,
+    about: plans (tpu/plans) need up to this. `gpu`: without a loop over layers and its copies of
+    what is kept, 0.37 to 0.45 of it in plans; and the workspace of cuDNN.
+    """
     matrices = num_matrix_params(config)
     tables = num_params(config) - matrices
     ways = model * (data if fsdp else 1)
-    weights = 8 * (matrices + tables) + 4 * matrices + 4 * tables  # and their sums of gradients, copies, new gradients
-    optimizer = (4 * matrices + 8 * tables + 24 * matrices) / (data * model)  # and what Muon works on
-    whole = 2 * 4 * config.padded_vocab_size * config.n_embd if fsdp else 0  # tables that were gathered to be used
+    # and their sums of gradients, copies, new gradients
+    weights = 8 * (matrices + tables) + 4 * matrices + 4 * tables
+    # and what Muon works on
+    optimizer = (4 * matrices + 8 * tables + 24 * matrices) / (data * model)
+    # tables that were gathered to be used
+    whole = 2 * 4 * config.padded_vocab_size * config.n_embd if fsdp else 0
     hidden = 2 * rows * config.sequence_len * config.n_embd * (0.5 if gpu else 1.0)
     kept = {"none": 34 * config.n_layer, "minimal": 14 * config.n_layer + 110, "block": config.n_layer + 110,
             "full": 3 * math.isqrt(config.n_layer) + 110}[remat]
@@ -63,13 +72,14 @@ def estimate_memory(config: GPTConfig, rows: int, *, data: int, model: int = 1, 
 
 def choose_memory(config: GPTConfig, mesh: Mesh, *, rows: int | str | None, remat: str, fsdp: bool | None, limit: int | None,
                   step_rows: int = 2**30) -> tuple[int | str, str, bool]:
-    """(rows per device, remat, fsdp): where one is not given ("auto", None), the fastest choice that `limit` bytes should hold.
+    """(rows per device, remat, fsdp): where one is not given ("auto", None), the fastest choice
+    that `limit` bytes should hold.
 
-    Nothing is recomputed if 32 rows then fit, on GPUs also 16. Else "minimal", a tenth more products, with 32, 16 or 8
-    rows; sharded, as adding up whole gradients for each such batch costs more traffic than gathering. Then "block", a third
-    more products, sharded rather than with fewer rows, and "full", which recomputes twice. Without a limit: 32 rows, nothing
-    recomputed or sharded.
-    `step_rows` is how many rows of a step a device gets in all.
+    Nothing is recomputed if 32 rows then fit, on GPUs also 16. Else "minimal", a tenth more
+    products, with 32, 16 or 8 rows; sharded, as adding up whole gradients for each such batch
+    costs more traffic than gathering. Then "block", a third more products, sharded rather than
+    with fewer rows, and "full", which recomputes twice. Without a limit: 32 rows, nothing
+    recomputed or sharded. `step_rows` is how many rows of a step a device gets in all.
     """
     sizes = [rows if isinstance(rows, int) else 8] if rows else [32, 16, 8]
     gpu = mesh.devices.flat[0].platform == "gpu"
@@ -124,7 +134,9 @@ def out_of_memory(shape: BatchShape, mesh: Mesh, needed: int | None = None) -> U
 
 def choose_batch_shape(total_batch_size: int, device_batch_size: int | str, sequence_len: int, mesh: Mesh,
                        step_fn: jax.stages.Wrapped, state: TrainState) -> BatchShape:
-    """`batch_shape`; with the device batch size "auto", the largest that fits by the memory analysis of the compiled step."""
+    """`batch_shape`; with the device batch size "auto", the largest that fits by the memory
+    analysis of the compiled step.
+    """
     if device_batch_size != "auto":
         return batch_shape(total_batch_size, int(device_batch_size), sequence_len, mesh)
     if (limit := memory_limit()) is None:
