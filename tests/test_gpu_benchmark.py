@@ -35,11 +35,19 @@ ALLOWED = {"jax", "jaxlib", "flax", "optax", "numpy", "rich", "yaml",
 BROKEN = json_of_broken
 
 
-class Blocked:
+class Allowed:
+    def __init__(self, finder):
+        self._finder = finder
+
+    def __getattr__(self, name):
+        return getattr(self._finder, name)
+
     def find_spec(self, name, path=None, target=None):
         top = name.partition(".")[0]
-        if (top not in ALLOWED and top not in sys.stdlib_module_names) or name.endswith("rustbpe"):
-            raise ModuleNotFoundError(f"No module named {name!r} (blocked)", name=name)
+        known = ALLOWED | sys.stdlib_module_names
+        known |= {top} if top.startswith("_sysconfigdata") else set()  # of the standard library too
+        if top not in known or name.endswith("rustbpe"):
+            return None
         how = BROKEN.get(name)
         if how == "raises":
             raise RuntimeError("broken on purpose\\nin two lines")
@@ -47,9 +55,10 @@ class Blocked:
             time.sleep(600)
         if how == "crashes":
             os.kill(os.getpid(), signal.SIGSEGV)
+        return self._finder.find_spec(name, path, target)
 
 
-sys.meta_path.insert(0, Blocked())
+sys.meta_path[:] = map(Allowed, sys.meta_path)
 """
 
 
