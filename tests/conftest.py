@@ -12,6 +12,12 @@ from pathlib import Path  # noqa: E402
 import pytest  # noqa: E402
 
 
+def pytest_xdist_auto_num_workers() -> int:
+    """Processes for `-n auto`: one per core, and 4 GB of memory for each."""
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 2**33
+    return max(1, min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1, memory // 2**32))
+
+
 @pytest.fixture(scope="session")
 def test_data() -> Path:
     """The folder of reference data (`data/`, `golden/`); tests that need it are skipped where there is none."""
