@@ -440,7 +440,8 @@ def test_data_that_cannot_be_had_is_an_error_that_names_it(tmp_path, hub_server)
     hub_server.faults[second] = "gated"
     message = fetch_split(hub_server, tmp_path)
     assert "data set owner/name (main, train) is not in" in message and "GatedRepoError" in message
-    assert not (tmp_path / "task_data/owner--name/main/train").exists()
+    folder = tmp_path / "task_data/owner--name/main/train"
+    assert [path.name for path in folder.iterdir()] == [".partial"], "nothing that looks complete"
     message = fetch_split(hub_server, tmp_path, "validation")
     assert "owner/name (main, validation)" in message and "it has no files main/validation-*.parquet" in message
     assert "owner/name (main, train)" in fetch_split(hub_server, tmp_path, HF_HUB_OFFLINE="1")
