@@ -54,10 +54,10 @@ def make_engine(options: argparse.Namespace, num_slots: int) -> Any:
     from pathlib import Path
     from tempfile import gettempdir
 
+    from nanochat_jax.devices import start
     from nanochat_jax.infer.engine import Engine
     from nanochat_jax.infer.request import NoTokenizer
     from nanochat_jax.paths import Paths
-    from nanochat_jax.startup import start
 
     scratch = Paths(Path(gettempdir()) / "nanochat_jax-benchmark")
     scratch.base.mkdir(exist_ok=True)

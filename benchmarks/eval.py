@@ -27,7 +27,8 @@ import jax
 import numpy as np
 import torch
 
-from nanochat_jax.chat import render_for_completion
+from nanochat_jax.conversation import render_for_completion
+from nanochat_jax.devices import start
 from nanochat_jax.eval.chat import Generator, Sampling
 from nanochat_jax.eval.core import evaluate_core, format_csv, read_items, read_tasks, tokenize_task
 from nanochat_jax.eval.hf_model import HFModel
@@ -37,7 +38,6 @@ from nanochat_jax.interop.torch_checkpoint import Imported
 from nanochat_jax.model.gpt import forward, unembed
 from nanochat_jax.paths import Paths
 from nanochat_jax.pretrained import read_foreign
-from nanochat_jax.startup import start
 from nanochat_jax.tasks.skills import Arithmetic
 
 NEW_TOKENS = 48

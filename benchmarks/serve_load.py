@@ -49,10 +49,10 @@ def make_model(options: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
 
     import jax
 
+    from nanochat_jax.devices import start
     from nanochat_jax.model.config import GPTConfig
     from nanochat_jax.model.weights import abstract_params
     from nanochat_jax.paths import Paths
-    from nanochat_jax.startup import start
     from nanochat_jax.tokenizer import Tokenizer
 
     scratch = Paths(Path(gettempdir()) / "nanochat_jax-benchmark")
@@ -91,7 +91,7 @@ def torch_worker(options: argparse.Namespace) -> None:
     import torch
     from torch_reference import GPT, choose
 
-    from nanochat_jax.chat import render_for_completion
+    from nanochat_jax.conversation import render_for_completion
 
     tokenizer, config, params = make_model(options)
     model, rng = GPT.of(config, params), random.Random(0)

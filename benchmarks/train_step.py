@@ -37,11 +37,11 @@ def make_batch(options: argparse.Namespace) -> Any:
 def jax_parts(options: argparse.Namespace) -> tuple:
     """The product's own step, its state and its batch shape, on one device."""
 
+    from nanochat_jax.devices import start
     from nanochat_jax.model.compute import Compute
     from nanochat_jax.model.config import GPTConfig
     from nanochat_jax.model.sharding import make_mesh
     from nanochat_jax.paths import Paths
-    from nanochat_jax.startup import start
     from nanochat_jax.train.optim import CLASSIC_RATES, OptimizerConfig, Schedules, constant, make_optimizer
     from nanochat_jax.train.step import batch_shape, init_state, make_train_step
 

@@ -18,10 +18,11 @@ import numpy as np
 from jax import Array
 
 from nanochat_jax import cli, load
-from nanochat_jax.chat import render_conversation, render_for_completion, visualize_tokenization
 from nanochat_jax.checkpoint import load_model
 from nanochat_jax.cli import UsageError, directory_name, flag
+from nanochat_jax.conversation import render_conversation, render_for_completion, visualize_tokenization
 from nanochat_jax.data.loader import pretraining_loader
+from nanochat_jax.devices import DeviceFlags, start
 from nanochat_jax.files import keep_old, make_directory
 from nanochat_jax.model.attention import causal_attention
 from nanochat_jax.model.compute import Compute
@@ -33,7 +34,6 @@ from nanochat_jax.model.size import num_params
 from nanochat_jax.model.weights import Params
 from nanochat_jax.paths import CHECKPOINT_DIRS, Paths
 from nanochat_jax.pretrained import Model
-from nanochat_jax.startup import DeviceFlags, start
 from nanochat_jax.train.optim import OptimizerConfig, Schedules, constant, make_optimizer
 
 try:

@@ -29,7 +29,6 @@ import orbax.checkpoint as ocp
 from jax import Array
 from jax.sharding import Mesh
 
-from nanochat_jax.bucket import Directory, ObjectLock, copy_files, is_remote
 from nanochat_jax.cli import NotFound, UsageError, one_line, write_failure
 from nanochat_jax.files import LOCK, lock_file
 from nanochat_jax.model.config import GPTConfig
@@ -45,6 +44,7 @@ from nanochat_jax.paths import (
     rename_directory,
     saved_steps,
 )
+from nanochat_jax.storage import Directory, ObjectLock, copy_files, is_remote
 from nanochat_jax.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)

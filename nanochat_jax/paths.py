@@ -15,9 +15,9 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanochat_jax.bucket import COMMITTED, Directory, delete, is_remote, move, open_bucket
 from nanochat_jax.cli import NotFound, UsageError, user_path
 from nanochat_jax.files import create_directory, empty_directory
+from nanochat_jax.storage import COMMITTED, Directory, delete, is_remote, move, open_bucket
 
 CHECKPOINT_DIRS = {
     "base": "base_checkpoints",

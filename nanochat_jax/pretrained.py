@@ -19,11 +19,11 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh
 
-from nanochat_jax.chat import render_for_completion
 from nanochat_jax.checkpoint import Loaded, load_directory, load_model
 from nanochat_jax.cli import NotFound
-from nanochat_jax.eval.batching import bucket
+from nanochat_jax.conversation import render_for_completion
 from nanochat_jax.infer.engine import Engine
+from nanochat_jax.infer.padding import bucket
 from nanochat_jax.infer.request import NoTokenizer, Request
 from nanochat_jax.interop.hf import read_hf
 from nanochat_jax.interop.torch_checkpoint import Imported, read_checkpoint

@@ -13,9 +13,10 @@ from typing import Any
 
 import jax
 
-from nanochat_jax import cli, report
+from nanochat_jax import cli
 from nanochat_jax.checkpoint import load_model
 from nanochat_jax.cli import LARGEST, flag
+from nanochat_jax.devices import ModelFlags, Processes, start
 from nanochat_jax.eval.bpb import corpus_bits_per_byte
 from nanochat_jax.eval.bundle import ensure_bundle, has_bundle
 from nanochat_jax.eval.core import Scorer as CoreScorer
@@ -26,7 +27,7 @@ from nanochat_jax.files import make_directory, write_file
 from nanochat_jax.model.compute import Compute
 from nanochat_jax.model.sharding import make_mesh
 from nanochat_jax.paths import Paths
-from nanochat_jax.startup import ModelFlags, Processes, start
+from nanochat_jax.report import sections
 
 log = logging.getLogger(__name__)
 
@@ -120,12 +121,12 @@ def main(config: BaseEvalConfig) -> None:
     name, results, items = evaluate_hf(config.hf_path, config, paths) if config.hf_path else evaluate_ours(config, paths)
     if jax.process_index() == 0:
         section = "Base model evaluation"
-        with report.earlier_evaluation(paths.report, section, name) as earlier:
+        with sections.earlier_evaluation(paths.report, section, name) as earlier:
             if earlier:
                 results = earlier.results | results
                 items = items or [item for item in earlier.items
                                   if isinstance(item, dict) and any("sample " in key for key in item)]
-            report.log_section(paths.report, section, [f"Model: {name}", dataclasses.asdict(config), results, *items],
+            sections.log_section(paths.report, section, [f"Model: {name}", dataclasses.asdict(config), results, *items],
                                stage="base_eval", results=results, model=name)
 
 

@@ -8,16 +8,17 @@ from dataclasses import dataclass
 
 import jax
 
-from nanochat_jax import cli, report
+from nanochat_jax import cli
 from nanochat_jax.checkpoint import load_model
 from nanochat_jax.cli import LARGEST, flag
+from nanochat_jax.devices import ModelFlags, Processes, start
 from nanochat_jax.eval.bpb import corpus_bits_per_byte
 from nanochat_jax.eval.samples import greedy_samples, sample_items
 from nanochat_jax.files import make_directory
 from nanochat_jax.model.compute import Compute
 from nanochat_jax.model.sharding import make_mesh
 from nanochat_jax.paths import Paths
-from nanochat_jax.startup import ModelFlags, Processes, start
+from nanochat_jax.report import sections
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,8 +40,8 @@ def main(config: BaseLossConfig) -> None:
     samples = sample_items(greedy_samples(loaded, compute=compute))
     if jax.process_index() == 0:
         section, model = "Base model loss", f"{loaded.tag}, step {loaded.step}"
-        with report.earlier_evaluation(paths.report, section, model):
-            report.log_section(paths.report, section, [dataclasses.asdict(config), results, *samples],
+        with sections.earlier_evaluation(paths.report, section, model):
+            sections.log_section(paths.report, section, [dataclasses.asdict(config), results, *samples],
                                stage="base_loss", results=results, model=model)
 
 

@@ -11,11 +11,11 @@ from typing import Any
 
 import jax
 
-from nanochat_jax import cli, report
-from nanochat_jax.bucket import Directory
+from nanochat_jax import cli
 from nanochat_jax.checkpoint import Loaded, lock_tag
 from nanochat_jax.cli import flag
 from nanochat_jax.data.loader import pretraining_loader
+from nanochat_jax.devices import start
 from nanochat_jax.eval.bpb import held_out_loss
 from nanochat_jax.eval.bundle import ensure_bundle
 from nanochat_jax.eval.core import evaluate_core
@@ -27,7 +27,8 @@ from nanochat_jax.model.recipe import Recipe, derive_recipe
 from nanochat_jax.model.sharding import data_share, data_size, make_mesh
 from nanochat_jax.model.size import flops_per_token, num_params
 from nanochat_jax.paths import DATA_DIRS, Paths
-from nanochat_jax.startup import start
+from nanochat_jax.report import sections
+from nanochat_jax.storage import Directory
 from nanochat_jax.tokenizer import Tokenizer
 from nanochat_jax.train.loop import Evaluation, Job, LoaderSource, TrainConfig, naming_other_flags, train
 from nanochat_jax.train.optim import (
@@ -209,7 +210,7 @@ def pretrain(config: BaseTrainConfig, paths: Paths, tokenizer: Tokenizer, direct
             **{key: value for key, value in outcome.last.items() if key == "core"},
             "devices": f"{mesh.size} x {jax.devices()[0].device_kind}",
         }
-        report.log_section(paths.report, "Base model training", [dataclasses.asdict(config), results],
+        sections.log_section(paths.report, "Base model training", [dataclasses.asdict(config), results],
                            stage="base_train", results=results, curves=job.logs / "metrics.jsonl")
 
 

@@ -14,13 +14,13 @@ import sys
 from dataclasses import dataclass
 
 from nanochat_jax import cli
-from nanochat_jax.chat import render_message
 from nanochat_jax.cli import LARGEST_SEED, UsageError, flag
+from nanochat_jax.conversation import render_message
+from nanochat_jax.devices import ModelFlags, start
 from nanochat_jax.infer.engine import Engine, EngineLoop, Request
 from nanochat_jax.infer.request import Generation, ToolCall
 from nanochat_jax.paths import CHECKPOINT_DIRS, Paths
 from nanochat_jax.pretrained import load_engine
-from nanochat_jax.startup import ModelFlags, start
 from nanochat_jax.tokenizer import Tokenizer
 
 

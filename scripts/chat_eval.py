@@ -12,15 +12,16 @@ from pathlib import Path
 
 import jax
 
-from nanochat_jax import cli, report
+from nanochat_jax import cli
 from nanochat_jax.checkpoint import load_model
 from nanochat_jax.cli import flag
+from nanochat_jax.devices import ModelFlags, Processes, start
 from nanochat_jax.eval.chat import Generator, Sampling, accuracy, chatcore, evaluate_task, own_key, write_problems
 from nanochat_jax.files import make_directory
 from nanochat_jax.model.compute import Compute
 from nanochat_jax.model.sharding import data_size, make_mesh
 from nanochat_jax.paths import CHECKPOINT_DIRS, Paths
-from nanochat_jax.startup import ModelFlags, Processes, start
+from nanochat_jax.report import sections
 from nanochat_jax.tasks import eval_tasks_for, is_reserved, load_eval_task, task_names
 from nanochat_jax.tasks.base import Task
 from nanochat_jax.tasks.custom_json import CustomJSON
@@ -89,12 +90,12 @@ def main(config: ChatEvalConfig) -> None:
 def log_results(config: ChatEvalConfig, paths: Paths, model: str, results: dict[str, float]) -> None:
     """Write the section of the report, with the results of earlier evaluations of the model."""
     section = f"Chat evaluation {config.source}"
-    with report.earlier_evaluation(paths.report, section, model) as earlier:
+    with sections.earlier_evaluation(paths.report, section, model) as earlier:
         before = earlier.results if earlier else {}
         kept = [name for name in before if name not in results]
         merged = before | results
         note = f"Results of earlier evaluations, with settings of their own: {', '.join(kept)}" if kept else None
-        report.log_section(
+        sections.log_section(
             paths.report, section,
             [f"Model: {model}", dataclasses.asdict(config),
              {name: f"{value:.2%}" for name, value in merged.items()}, note],

@@ -10,13 +10,13 @@ from typing import Any
 from nanochat_jax import cli
 from nanochat_jax.checkpoint import Loaded, load_model
 from nanochat_jax.cli import flag, user_path
+from nanochat_jax.devices import ModelFlags, start
 from nanochat_jax.files import entries, new_directory
 from nanochat_jax.interop.hf import write_hf
 from nanochat_jax.interop.torch_checkpoint import write_checkpoint
 from nanochat_jax.metrics import read_metrics
 from nanochat_jax.model.size import num_params
 from nanochat_jax.paths import CHECKPOINT_DIRS, Paths
-from nanochat_jax.startup import ModelFlags, start
 
 log = logging.getLogger(__name__)
 

@@ -10,15 +10,15 @@ from pathlib import Path
 from typing import Any
 
 from nanochat_jax import cli
-from nanochat_jax.bucket import is_remote
 from nanochat_jax.checkpoint import Checkpoints, claim_directory, keep_tokenizer, lock_tag
 from nanochat_jax.cli import LARGEST, NotFound, UsageError, directory_name, flag, user_path
+from nanochat_jax.devices import DeviceFlags, start
 from nanochat_jax.files import make_directory
 from nanochat_jax.interop.torch_checkpoint import Imported, check_vocabulary
 from nanochat_jax.model.size import num_params
 from nanochat_jax.paths import CHECKPOINT_DIRS, Paths
 from nanochat_jax.pretrained import read_foreign
-from nanochat_jax.startup import DeviceFlags, start
+from nanochat_jax.storage import is_remote
 from nanochat_jax.tokenizer import Tokenizer
 from nanochat_jax.train.optim import CLASSIC_RATES, OptimizerConfig
 

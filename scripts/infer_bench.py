@@ -25,6 +25,7 @@ from jax.sharding import Mesh
 from nanochat_jax import cli
 from nanochat_jax.checkpoint import Loaded, load_model
 from nanochat_jax.cli import UsageError, flag
+from nanochat_jax.devices import ModelFlags, start
 from nanochat_jax.infer.engine import Engine, EngineLoop
 from nanochat_jax.infer.request import NoTokenizer, Request
 from nanochat_jax.metrics import peak_bandwidth, peak_flops, peak_memory_bytes
@@ -34,7 +35,6 @@ from nanochat_jax.model.sharding import make_mesh
 from nanochat_jax.model.size import num_matrix_params
 from nanochat_jax.model.weights import abstract_params
 from nanochat_jax.paths import CHECKPOINT_DIRS, Paths
-from nanochat_jax.startup import ModelFlags, start
 
 STEPS_PER_DISPATCH = 8
 

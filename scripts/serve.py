@@ -16,13 +16,13 @@ from dataclasses import dataclass
 
 from nanochat_jax import cli
 from nanochat_jax.cli import flag
+from nanochat_jax.devices import ModelFlags, start
 from nanochat_jax.infer.scheduler import Scheduler
 from nanochat_jax.model.sharding import make_mesh
 from nanochat_jax.paths import CHECKPOINT_DIRS, Paths
 from nanochat_jax.pretrained import load_engine
 from nanochat_jax.serve import server
 from nanochat_jax.serve.chat_request import Sampling
-from nanochat_jax.startup import ModelFlags, start
 
 DESCRIPTION = "Chat with a trained model in the browser, or through OpenAI's API."
 API_KEY_VARIABLE = "NANOCHAT_API_KEY"

@@ -18,6 +18,7 @@ from typing import Any, Literal
 from nanochat_jax import cli
 from nanochat_jax.cli import UsageError, flag, run_name
 from nanochat_jax.data.needs import TOKENIZER_SHARDS, explain_shards, shards_needed
+from nanochat_jax.devices import DeviceFlags
 from nanochat_jax.files import lock_file, make_directory
 from nanochat_jax.metrics import format_count
 from nanochat_jax.model.compute import REMAT
@@ -26,8 +27,7 @@ from nanochat_jax.model.recipe import Recipe, derive_recipe
 from nanochat_jax.model.sharding import mesh_shape
 from nanochat_jax.model.size import flops_per_token, num_params
 from nanochat_jax.paths import CHECKPOINT_DIRS, DATA_DIRS, Paths
-from nanochat_jax.speedrun import Machine, Record, Stage, as_flags, print_plan, run_stages
-from nanochat_jax.startup import DeviceFlags
+from nanochat_jax.pipeline import Machine, Record, Stage, as_flags, print_plan, run_stages
 from nanochat_jax.train.memory import estimate_memory
 
 # The model that two free cores train in 6 minutes, evaluations and all, and how.

@@ -17,7 +17,7 @@ import tiktoken
 from rich.console import Console
 from rich.table import Table
 
-from nanochat_jax import cli, report
+from nanochat_jax import cli
 from nanochat_jax.cli import flag
 from nanochat_jax.data.shards import open_shard, read_row_group, split_shards
 from nanochat_jax.files import make_directory
@@ -100,24 +100,24 @@ def main(config: Config) -> None:
         ours[name] = len(ids)
 
     results: dict[str, float] = {f"bytes_per_token_{name}": sizes[name] / ours[name] for name in texts}
-    vocab_sizes, sections = {"Ours": tokenizer.vocab_size}, list[str]()
+    vocab_sizes, tables = {"Ours": tokenizer.vocab_size}, list[str]()
     baselines, missing = load_baselines()
     if missing:
         reasons = ", ".join(sorted({type(error).__name__ for error in missing.values()}))
-        sections.append(f"No comparison with {' and '.join(missing)}: tiktoken could not download them ({reasons}).")
-        print(sections[0])
+        tables.append(f"No comparison with {' and '.join(missing)}: tiktoken could not download them ({reasons}).")
+        print(tables[0])
     for label, baseline in baselines.items():
         theirs = {name: len(baseline.encode_ordinary(text)) for name, text in texts.items()}
         vocab_sizes[label] = baseline.n_vocab
         results |= {f"{BASELINES[label]}_bytes_per_token_{name}": sizes[name] / theirs[name] for name in texts}
         title = f"Comparison with {label}"
-        sections.append(f"### {title}\n\n{show(title, HEADER, compare(sizes, theirs, ours))}")
+        tables.append(f"### {title}\n\n{show(title, HEADER, compare(sizes, theirs, ours))}")
     if not baselines:
         rows = [[name, f"{size}", f"{ours[name]}", f"{size / ours[name]:.2f}"] for name, size in sizes.items()]
-        sections.append(show("Compression", HEADER[:4], rows))
+        tables.append(show("Compression", HEADER[:4], rows))
     print("Vocabulary sizes: " + ", ".join(f"{label} {size}" for label, size in vocab_sizes.items()))
     vocabularies = {f"Vocabulary size, {label}": size for label, size in vocab_sizes.items()}
-    report.log_section(paths.report, "Tokenizer evaluation", [vocabularies, *sections], stage="tok_eval", results=results)
+    sections.log_section(paths.report, "Tokenizer evaluation", [vocabularies, *tables], stage="tok_eval", results=results)
 
 
 if __name__ == "__main__":

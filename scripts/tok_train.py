@@ -13,12 +13,13 @@ from dataclasses import dataclass
 
 import pyarrow as pa
 
-from nanochat_jax import cli, report
+from nanochat_jax import cli
 from nanochat_jax.cli import UsageError, flag
 from nanochat_jax.data.shards import open_shard, split_shards, text_size
 from nanochat_jax.files import make_directory
 from nanochat_jax.metrics import Display
 from nanochat_jax.paths import DATA_DIRS, Paths
+from nanochat_jax.report import sections
 from nanochat_jax.tokenizer import Progress, Tokenizer
 
 logger = logging.getLogger(__name__)
@@ -92,7 +93,7 @@ def main(config: Config) -> None:
         "token_bytes_mean": float(lengths.mean()), "token_bytes_std": float(lengths.std()),
     }
     settings = {"data": directory.name, "max_chars": config.max_chars, "doc_cap": config.doc_cap}
-    report.log_section(paths.report, "Tokenizer training", [settings, results], stage="tok_train", results=results)
+    sections.log_section(paths.report, "Tokenizer training", [settings, results], stage="tok_train", results=results)
     print(f"{tokenizer.vocab_size} tokens in {train_time:.1f} s, {lengths.mean():.2f} bytes each on average")
     print(f"saved to {paths.tokenizer}")
 

@@ -6,7 +6,7 @@ import re
 
 import pytest
 
-from nanochat_jax.chat import render_conversation, render_for_completion, visualize_tokenization
+from nanochat_jax.conversation import render_conversation, render_for_completion, visualize_tokenization
 from nanochat_jax.tokenizer import RANKS_FILE, SPECIAL_TOKENS, Tokenizer, _parse_ranks
 
 PYTHON = [

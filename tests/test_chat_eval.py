@@ -9,11 +9,11 @@ import pytest
 from chain_model import ASSISTANT_START, CHAIN, END, OUTPUT_END, PYTHON, PYTHON_END, chain_params
 from golden_data import load_trained
 
-from nanochat_jax.chat import render_for_completion
 from nanochat_jax.cli import UsageError
+from nanochat_jax.conversation import render_for_completion
 from nanochat_jax.eval import chat
-from nanochat_jax.eval.batching import bucket, padded_batches
 from nanochat_jax.eval.chat import Generator, Sampling
+from nanochat_jax.infer.padding import bucket, padded_batches
 from nanochat_jax.model.compute import Compute
 from nanochat_jax.model.config import GPTConfig
 from nanochat_jax.model.gpt import forward, unembed

@@ -16,7 +16,7 @@ from nanochat_jax import cli
 from nanochat_jax.cli import UsageError, flag
 from nanochat_jax.metrics import start_wandb
 from nanochat_jax.paths import Paths
-from nanochat_jax.speedrun import Machine
+from nanochat_jax.pipeline import Machine
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from nanochat_jax import execution
-from nanochat_jax.execution import execute_code
+from nanochat_jax.tasks import execution
+from nanochat_jax.tasks.execution import execute_code
 
 TIMEOUT = 1.5
 LIBC = "import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\n"

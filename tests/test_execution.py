@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from nanochat_jax import execution
-from nanochat_jax.execution import execute_code
+from nanochat_jax.tasks import execution
+from nanochat_jax.tasks.execution import execute_code
 
 
 @pytest.fixture(scope="module")

@@ -14,7 +14,7 @@ torch = pytest.importorskip("torch", reason="needs the extra `torch`")
 transformers = pytest.importorskip("transformers", reason="needs the extra `torch`")
 
 import nanochat_jax  # noqa: E402
-from nanochat_jax.chat import render_conversation, render_for_completion  # noqa: E402
+from nanochat_jax.conversation import render_conversation, render_for_completion  # noqa: E402
 from nanochat_jax.interop.hf import write_hf  # noqa: E402
 from nanochat_jax.interop.torch_checkpoint import read_checkpoint, write_checkpoint  # noqa: E402
 from nanochat_jax.interop.torch_file import read_pt, write_pt  # noqa: E402

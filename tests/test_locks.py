@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 from small_line import make_base
 
-from nanochat_jax import speedrun
+from nanochat_jax import pipeline as speedrun
 from nanochat_jax.checkpoint import find_model, lock_tag
 from nanochat_jax.cli import UsageError
 from nanochat_jax.files import LOCK, lock_file

@@ -14,7 +14,7 @@ import openai
 import pytest
 from test_server import BAD, HELLO, SPECIAL, TOKENIZER, FakeScheduler, client, eventually, messages
 
-from nanochat_jax.chat import render_for_completion
+from nanochat_jax.conversation import render_for_completion
 from nanochat_jax.infer.engine import Engine
 from nanochat_jax.infer.request import ToolCall
 from nanochat_jax.infer.scheduler import QueueFull, Scheduler

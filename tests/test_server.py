@@ -13,7 +13,7 @@ import jax
 import pytest
 from aiohttp import web
 
-from nanochat_jax import chat
+from nanochat_jax import conversation as chat
 from nanochat_jax.cli import UsageError, parse
 from nanochat_jax.infer.engine import Engine
 from nanochat_jax.infer.request import Request, Result, ToolCall

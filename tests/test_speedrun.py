@@ -6,11 +6,11 @@ import time
 
 import pytest
 
-from nanochat_jax import cli, speedrun
+from nanochat_jax import cli, pipeline
 from nanochat_jax.cli import UsageError, parse
 from nanochat_jax.files import lock_file
 from nanochat_jax.paths import Paths
-from nanochat_jax.speedrun import Machine, Record, Stage, run_stages, stage_keys
+from nanochat_jax.pipeline import Machine, Record, Stage, run_stages, stage_keys
 from nanochat_jax.train.rl import ChatRLConfig
 from scripts.base_loss import BaseLossConfig
 from scripts.base_train import BaseTrainConfig
@@ -39,7 +39,7 @@ def line(tmp_path, monkeypatch):
             calls.append((module.removeprefix("m."), *(flag for flag in command if flag in ("--resume", "--fresh"))))
             return 9 if module == fail else 0
 
-        monkeypatch.setattr(speedrun, "_call", call)
+        monkeypatch.setattr(pipeline, "_call", call)
         path = tmp_path / "speedrun.json"
         record = Record(path) if fresh or not path.exists() else Record.open(Paths(tmp_path), fresh=False)
         code = run_stages(stages, record)
@@ -107,8 +107,8 @@ def test_the_time_that_is_left_follows_the_stages_that_ended(tmp_path, monkeypat
         clock[0] += {"m.slow": 300.0, "m.quick": 1.0}.get(command[2], 0.0)
         return 0
 
-    monkeypatch.setattr(speedrun, "_call", call)
-    monkeypatch.setattr(speedrun.time, "monotonic", lambda: clock[0])
+    monkeypatch.setattr(pipeline, "_call", call)
+    monkeypatch.setattr(pipeline.time, "monotonic", lambda: clock[0])
     stages = [Stage(name="quick", module="m.quick", seconds=10), Stage(name="slow", module="m.slow", seconds=100),
               Stage(name="last", module="m.last", seconds=100)]
     assert run_stages(stages, Record(tmp_path / "speedrun.json")) == 0
@@ -167,7 +167,7 @@ def test_one_speedrun_of_a_base_directory_and_its_outputs_are_checked_first(tmp_
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(Machine, "probe", lambda: CPU)
-    monkeypatch.setattr(speedrun, "_call", lambda command: pytest.fail("a stage began"))
+    monkeypatch.setattr(pipeline, "_call", lambda command: pytest.fail("a stage began"))
     with lock_file(tmp_path / "base" / ".speedrun.lock", "", ""), pytest.raises(UsageError, match="the speedrun of .* in use"):
         main(SpeedrunConfig())
     (tmp_path / "base" / "report").rmdir()
@@ -181,7 +181,7 @@ def test_fresh_keeps_a_file_that_is_no_record(tmp_path):
     with pytest.raises(UsageError, match="is not a record of a run"):
         Record.open(Paths(tmp_path), fresh=False)
     Record.open(Paths(tmp_path), fresh=True).write()
-    assert (tmp_path / "speedrun.old-1.json").read_text() == "mine"
+    assert (tmp_path / "pipeline.old-1.json").read_text() == "mine"
     assert Record.open(Paths(tmp_path), fresh=False).finished == {}
 
 
@@ -228,7 +228,7 @@ def test_a_stage_in_the_background_runs_beside_others_and_is_waited_for(tmp_path
     monkeypatch.chdir(tmp_path)
     (tmp_path / "background.py").write_text(BACKGROUND)
     seen = []
-    monkeypatch.setattr(speedrun, "_call", lambda command: seen.append((command[2], (tmp_path / "rest").exists())) or 0)
+    monkeypatch.setattr(pipeline, "_call", lambda command: seen.append((command[2], (tmp_path / "rest").exists())) or 0)
     line = [
         Stage(name="data", module="m.data", produces=True),
         Stage(name="rest", module="background", args=(str(code),), background=True),
@@ -249,7 +249,7 @@ def test_a_stage_in_the_background_runs_beside_others_and_is_waited_for(tmp_path
 def test_a_failure_elsewhere_stops_the_background(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "background.py").write_text("import time\ntime.sleep(60)\n")
-    monkeypatch.setattr(speedrun, "_call", lambda command: 5 if command[2] == "m.tok" else 0)
+    monkeypatch.setattr(pipeline, "_call", lambda command: 5 if command[2] == "m.tok" else 0)
     line = [Stage(name="rest", module="background", background=True), Stage(name="tokenizer", module="m.tok")]
     start = time.monotonic()
     assert run_stages(line, Record(tmp_path / "speedrun.json")) == 5
@@ -315,7 +315,7 @@ def test_the_memory_of_the_plan():
 
 
 def test_the_plan_names_the_stages_whose_time_is_unknown(capsys):
-    speedrun.print_plan(list(planned(CPU, mesh="auto").values()), CPU, "")
+    pipeline.print_plan(list(planned(CPU, mesh="auto").values()), CPU, "")
     assert "time in all:" in capsys.readouterr().out
-    speedrun.print_plan(list(planned().values()), GPUS, "")
+    pipeline.print_plan(list(planned().values()), GPUS, "")
     assert "time in all, without data, base_loss, base_eval, chat_eval_mid, chat_eval_sft:" in capsys.readouterr().out

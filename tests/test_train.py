@@ -19,7 +19,7 @@ from nanochat_jax.model.compute import Compute
 from nanochat_jax.model.config import GPTConfig
 from nanochat_jax.model.sharding import make_mesh
 from nanochat_jax.paths import Paths, saved_steps
-from nanochat_jax.speedrun import _clear
+from nanochat_jax.pipeline import _clear
 from nanochat_jax.train import memory
 from nanochat_jax.train.loop import Evaluation, Job, LoaderSource, TrainConfig, _other_flags, train
 from nanochat_jax.train.memory import choose_batch_shape, compile_step

@@ -20,11 +20,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from nanochat_jax.chat import render_for_completion
 from nanochat_jax.cli import UsageError
-from nanochat_jax.eval.batching import padded_batches
+from nanochat_jax.conversation import render_for_completion
 from nanochat_jax.files import parse_json, write_file
 from nanochat_jax.infer.engine import Engine
+from nanochat_jax.infer.padding import padded_batches
 from nanochat_jax.infer.request import Request, Result
 from nanochat_jax.model.compute import REFERENCE, Compute
 from nanochat_jax.model.config import GPTConfig

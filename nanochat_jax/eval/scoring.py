@@ -19,7 +19,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from nanochat_jax.eval.batching import bucket
+from nanochat_jax.infer.padding import bucket
 from nanochat_jax.model.compute import REFERENCE, Compute
 from nanochat_jax.model.config import GPTConfig
 from nanochat_jax.model.gpt import KVCache, forward, init_cache

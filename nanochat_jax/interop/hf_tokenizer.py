@@ -3,14 +3,14 @@
 import json
 from pathlib import Path
 
-from nanochat_jax.chat import PARTS
 from nanochat_jax.cli import UsageError
+from nanochat_jax.conversation import PARTS
 from nanochat_jax.files import parse_json
 from nanochat_jax.tokenizer import Tokenizer
 
 
 def write_hf_tokenizer(tokenizer: Tokenizer, directory: Path, *, model_max_length: int) -> None:
-    """Write `tokenizer.json` and `tokenizer_config.json`: the same ids for any text, and chat.py's way to render a chat.
+    """Write `tokenizer.json` and `tokenizer_config.json`: the same ids for any text, and conversation.py's way to render a chat.
 
     One difference cannot be closed from here: the library takes the name of a special token, where it stands in a text,
     for the token. The chat template refuses messages that hold one.
@@ -64,12 +64,12 @@ def _parts(token: bytes, ranks: dict[bytes, int]) -> tuple[bytes, bytes]:
 
 
 def chat_template(special_tokens: list[str]) -> str:
-    """A Jinja template that renders a conversation as chat.py does.
+    """A Jinja template that renders a conversation as conversation.py does.
 
     Roles alternate, a system message is merged into the user's first message, and an assistant's
     message is a text or a list of parts. A system message alone is rendered as a user's message.
 
-    `generation` tags enclose what chat.py's mask selects. From them, transformers computes the
+    `generation` tags enclose what conversation.py's mask selects. From them, transformers computes the
     mask for trainers. Each pair of tags encloses a complete run of learned parts: transformers maps
     characters to tokens, and one character may have several tokens.
     """

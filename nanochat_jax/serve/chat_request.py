@@ -2,7 +2,7 @@
 
     {"messages": [{"role": "user", "content": "2+2?"}], "temperature": 0.8, "max_tokens": 512, "top_k": 50}
 
-The assistant's content may also be a list of parts, as in `nanochat_jax.chat`, so that its tool calls keep their
+The assistant's content may also be a list of parts, as in `nanochat_jax.conversation`, so that its tool calls keep their
 tokens: `[{"type": "python", "text": "2+2"}, {"type": "python_output", "text": "4"}, {"type": "text", "text": "4."}]`.
 Whatever is in a text is ordinary text: control tokens come from the structure alone, never from what a client wrote.
 
@@ -15,7 +15,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Discriminator, Field, Tag, ValidationError, model_validator
 
-from nanochat_jax.chat import render_message
+from nanochat_jax.conversation import render_message
 from nanochat_jax.tokenizer import Tokenizer, without_surrogates
 
 MAX_MESSAGES = 500

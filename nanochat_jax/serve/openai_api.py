@@ -144,7 +144,7 @@ class Message(Known):
     content: Content
 
     def parts(self) -> list[dict[str, str]]:
-        """The message as chat.py's parts. A tool's result is rendered like the calculator's."""
+        """The message as conversation.py's parts. A tool's result is rendered like the calculator's."""
         part_type = "python_output" if self.role == "tool" else "text"
         return [{"type": part_type, "text": _text(self.content)}]
 
@@ -157,7 +157,7 @@ class AssistantMessage(Known):
     tool_calls: Annotated[list[Call], Field(max_length=MAX_PARTS, fail_fast=True)] | None = None
 
     def parts(self) -> list[dict[str, str]]:
-        """The message as chat.py's parts. A tool call is rendered like a call of the calculator."""
+        """The message as conversation.py's parts. A tool call is rendered like a call of the calculator."""
         text = _text(self.content or "")
         calls = [call.function for call in self.tool_calls or ()]
         return [
@@ -215,7 +215,7 @@ class CompletionRequest(Asked, Known):
     continue_final_message: bool | None = None
 
     def conversation(self) -> list[dict[str, Any]]:
-        """The turns as chat.py renders them.
+        """The turns as conversation.py renders them.
 
         A system message is merged into the next user message, as in training. Tool results and the
         assistant's text after them belong to the turn that called the tool.

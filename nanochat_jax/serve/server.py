@@ -29,6 +29,7 @@ from typing import Any
 from aiohttp import web
 
 from nanochat_jax.cli import UsageError
+from nanochat_jax.devices import release_memory
 from nanochat_jax.infer.request import Request, Result, ToolCall
 from nanochat_jax.infer.scheduler import Scheduler
 from nanochat_jax.serve import access, metrics
@@ -37,7 +38,6 @@ from nanochat_jax.serve.chat_request import ChatRequest, Sampling, check, for_pa
 from nanochat_jax.serve.openai_api import OpenAIServer
 from nanochat_jax.serve.openapi import describe
 from nanochat_jax.serve.replies import EventStream, Replies, ReplyError
-from nanochat_jax.startup import release_memory
 from nanochat_jax.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)

@@ -6,8 +6,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from nanochat_jax.chat import text_of, turns_of
 from nanochat_jax.cli import UsageError
+from nanochat_jax.conversation import text_of, turns_of
 from nanochat_jax.data.convert import COMPRESSIONS, open_text
 from nanochat_jax.files import parse_json
 from nanochat_jax.tasks.answers import has_answer, last_answer, same_text
@@ -22,7 +22,7 @@ class CustomJSON(Task):
     A record's keys tell its layout:
 
     - `[{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}, ...]`, or the same array under
-      `messages`. The assistant's content may be a list of parts, as in `nanochat_jax.chat`.
+      `messages`. The assistant's content may be a list of parts, as in `nanochat_jax.conversation`.
     - `{"conversations": [{"from": "human", "value": "..."}, {"from": "gpt", "value": "..."}, ...]}`, as of ShareGPT.
     - `{"instruction": "...", "input": "...", "output": "..."}`, as of Alpaca.
     - `{"question": "...", "choices": ["...", ...], "answer": 0}`: judged by the likeliest letter. The answer is the index

@@ -2,9 +2,9 @@
 
 import re
 
-from nanochat_jax.execution import execute_code
 from nanochat_jax.paths import Paths
 from nanochat_jax.tasks.base import Conversation, assistant, user
+from nanochat_jax.tasks.execution import execute_code
 from nanochat_jax.tasks.hub import HubTask
 
 CODE_BLOCK = re.compile(r"```(?:python)?\s*\n(.*?)\n```", re.DOTALL)

@@ -10,17 +10,17 @@ import jax
 import jax.numpy as jnp
 import optax
 
-from nanochat_jax import report
 from nanochat_jax.checkpoint import Loaded, find_model, load_model, load_optimizer, lock_tag
 from nanochat_jax.cli import LARGEST, directory_name, flag
 from nanochat_jax.data.mixture import ConversationLoader
+from nanochat_jax.devices import start
 from nanochat_jax.eval.bpb import held_out_loss
 from nanochat_jax.files import make_directory
 from nanochat_jax.model.compute import Compute
 from nanochat_jax.model.sharding import abstract_tree, data_share, make_mesh, optimizer_shardings
 from nanochat_jax.model.weights import Params
 from nanochat_jax.paths import Paths
-from nanochat_jax.startup import start
+from nanochat_jax.report import sections
 from nanochat_jax.tasks.base import Task
 from nanochat_jax.tasks.mixtures import Split, mixture_entries
 from nanochat_jax.train.loop import Evaluation, Job, LoaderSource, RunConfig, TrainConfig, train
@@ -185,5 +185,5 @@ def _finetune(config: FinetuneConfig, stage: Stage, paths: Paths, named: Task | 
         "tokens_per_sec": outcome.tokens_per_sec, "training_seconds": outcome.seconds,
     }
     if jax.process_index() == 0 and not config.dry_run:
-        report.log_section(paths.report, stage.section, [dataclasses.asdict(config), results], stage=stage.name,
+        sections.log_section(paths.report, stage.section, [dataclasses.asdict(config), results], stage=stage.name,
                            results=results, curves=job.logs / "metrics.jsonl")

@@ -22,10 +22,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from nanochat_jax.bucket import Directory
 from nanochat_jax.checkpoint import Checkpoints, Loaded, Restored, claim_directory, keep_tokenizer
 from nanochat_jax.cli import LARGEST, LARGEST_SEED, UsageError, directory_name, flag, naming, run_name, spelled
 from nanochat_jax.data.loader import merge_states
+from nanochat_jax.devices import Processes
 from nanochat_jax.metrics import Display, MetricsLog, Profiler, peak_flops, peak_memory_bytes, start_wandb
 from nanochat_jax.model.compute import ATTENTION, REMAT
 from nanochat_jax.model.config import GPTConfig
@@ -34,7 +34,7 @@ from nanochat_jax.model.sharding import abstract_tree, barrier, data_share, gath
 from nanochat_jax.model.size import flops_per_token
 from nanochat_jax.model.weights import Params
 from nanochat_jax.paths import saved_steps
-from nanochat_jax.startup import Processes
+from nanochat_jax.storage import Directory
 from nanochat_jax.tokenizer import Tokenizer
 from nanochat_jax.train.memory import compile_step, is_out_of_memory, out_of_memory
 from nanochat_jax.train.step import BatchShape, TrainState, shard_batch

@@ -12,9 +12,9 @@ from typing import Any, ClassVar
 import jax
 from jax.sharding import Mesh
 
-from nanochat_jax import report
 from nanochat_jax.checkpoint import Loaded, find_model, load_model, lock_tag
 from nanochat_jax.cli import LARGEST_SEED, UsageError, flag
+from nanochat_jax.devices import start
 from nanochat_jax.eval.chat import Sampling
 from nanochat_jax.files import make_directory
 from nanochat_jax.infer.engine import Engine
@@ -26,7 +26,7 @@ from nanochat_jax.model.sharding import data_size, make_mesh, spread_rows
 from nanochat_jax.model.size import num_params
 from nanochat_jax.model.weights import Params
 from nanochat_jax.paths import Paths
-from nanochat_jax.startup import start
+from nanochat_jax.report import sections
 from nanochat_jax.tasks import load_eval_task, task_names
 from nanochat_jax.tasks.base import Task, TaskMixture
 from nanochat_jax.tasks.custom_json import CustomJSON
@@ -196,5 +196,5 @@ def _reinforce(config: ChatRLConfig, paths: Paths, named: tuple[str, Task, Task]
     if jax.process_index() == 0:
         results: dict[str, float | str] = {"task": name, "num_iterations": num_steps, **outcome.last,
                                            "seconds": time.monotonic() - began}
-        report.log_section(paths.report, "Chat RL", [dataclasses.asdict(config), results], stage="chat_rl",
+        sections.log_section(paths.report, "Chat RL", [dataclasses.asdict(config), results], stage="chat_rl",
                            results=results, curves=job.logs / "metrics.jsonl")

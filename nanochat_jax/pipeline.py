@@ -22,10 +22,10 @@ from typing import Any
 import jax
 
 from nanochat_jax.cli import UsageError
+from nanochat_jax.devices import find_devices
 from nanochat_jax.files import LOCK, keep_old, lock_file, parse_json, set_aside, write_file
 from nanochat_jax.metrics import format_seconds, peak_flops
 from nanochat_jax.paths import Paths, delete_steps, refuse_foreign
-from nanochat_jax.startup import find_devices
 
 MODEL_FLOPS_UTILIZATION = 0.4  # assumed where the device's peak is known
 CPU_FLOPS_PER_CORE = 8e10  # float32 training on x86 cores of the day: 5e10 on a busy machine to 1.1e11 on a quiet one
@@ -77,7 +77,7 @@ class Machine:
 
     @classmethod
     def probe(cls, device_type: str | None = None) -> "Machine":
-        code = f"from nanochat_jax import cli, speedrun; cli.guard(lambda: speedrun.describe_devices({device_type!r}))"
+        code = f"from nanochat_jax import cli, pipeline; cli.guard(lambda: speedrun.describe_devices({device_type!r}))"
         found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
         if found.returncode:
             raise UsageError(next((line.removeprefix("error: ") for line in found.stderr.splitlines()

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from nanochat_jax.metrics import read_metrics
-from nanochat_jax.report_charts import Line, Point, line_chart, smooth
+from nanochat_jax.report.charts import Line, Point, line_chart, smooth
 
 TILES = (  # label, stages to look in (the first that has it), result
     ("validation bits per byte", ("base_loss", "base_train"), "val_bpb"),

@@ -26,7 +26,7 @@ from nanochat_jax import cli
 from nanochat_jax.cli import NoFlags, NotFound, UsageError
 from nanochat_jax.files import keep_old, locked, make_directory, parse_json, write_file
 from nanochat_jax.paths import Paths
-from nanochat_jax.report_html import Report, Section, label_of, page, percent
+from nanochat_jax.report.html import Report, Section, label_of, page, percent
 
 logger = logging.getLogger(__name__)
 
@@ -368,6 +368,3 @@ COMMANDS: dict[str, tuple[Callable[..., None], type, str]] = {
 def main() -> NoReturn:
     cli.run_commands(COMMANDS, default="generate", prog="nanochat_jax.report")
 
-
-if __name__ == "__main__":
-    main()

@@ -31,7 +31,7 @@ class DeviceFlags:
 class Processes(DeviceFlags):
     """Flags of every script that can run as several processes, one per host."""
 
-    coordinator: str | None = flag(None, "host:port of process 0, for a run of several processes; see startup.py for what "
+    coordinator: str | None = flag(None, "host:port of process 0, for a run of several processes; see devices.py for what "
                                          "is found without being told")
     num_processes: int | None = flag(None, "how many processes the run has (with --coordinator)", at_least=1, at_most=10**6)
     process_id: int | None = flag(None, "which of them this one is, from 0 (with --coordinator)", at_least=0, at_most=10**6)

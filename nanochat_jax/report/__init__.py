@@ -1,0 +1,1 @@
+"""The report of a run: sections that stages log, put together as Markdown, HTML and JSON."""

@@ -1,0 +1,5 @@
+"""`python -m nanochat_jax.report generate`, or `reset`."""
+
+from nanochat_jax.report.sections import main
+
+main()
