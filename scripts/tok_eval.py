@@ -22,6 +22,7 @@ from nanochat_jax.cli import flag
 from nanochat_jax.data.shards import open_shard, read_row_group, split_shards
 from nanochat_jax.files import make_directory
 from nanochat_jax.paths import DATA_DIRS, Paths
+from nanochat_jax.report import sections
 from nanochat_jax.tokenizer import Tokenizer
 
 SAMPLE_TEXTS = Path(__file__).with_name("tok_eval_texts.json")
