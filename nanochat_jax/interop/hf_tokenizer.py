@@ -10,7 +10,8 @@ from nanochat_jax.tokenizer import Tokenizer
 
 
 def write_hf_tokenizer(tokenizer: Tokenizer, directory: Path, *, model_max_length: int) -> None:
-    """Write `tokenizer.json` and `tokenizer_config.json`: the same ids for any text, and conversation.py's way to render a chat.
+    """Write `tokenizer.json` and `tokenizer_config.json`: the same ids for any text, and the same
+    rendering of a conversation as conversation.py's.
 
     One difference cannot be closed from here: the library takes the name of a special token, where it stands in a text,
     for the token. The chat template refuses messages that hold one.
