@@ -7,11 +7,15 @@ from typing import Any
 
 
 class Contender:
-    """Runs this benchmark again with `--worker NAME`: a worker answers each line of its input with a line of JSON."""
+    """Runs this benchmark again with `--worker NAME`: a worker answers each line of its input with
+    a line of JSON.
+    """
 
     def __init__(self, name: str) -> None:
         command = [sys.executable, *sys.argv, "--worker", name]
-        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
 
     def ask(self, *words: float) -> Any:
         print(*words, file=self._process.stdin, flush=True)

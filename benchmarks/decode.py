@@ -1,16 +1,19 @@
-"""Decoding tokens/s on this machine's CPU: the engine beside an ordinary PyTorch loop, and beside itself one at a time.
+"""Decoding tokens/s on this machine's CPU: the engine beside an ordinary PyTorch loop, and beside
+itself one at a time.
 
-    python benchmarks/decode.py                              d4, batches of 1, 8 and 32
-    python benchmarks/decode.py --depth 12 --rounds 3
-    python benchmarks/decode.py --mixed                      32 mixed requests, batched against one after another
+    python benchmarks/decode.py                              d4, batches of 1, 8 and 32 python
+    benchmarks/decode.py --depth 12 --rounds 3 python benchmarks/decode.py --mixed
+    32 mixed requests, batched against one after another
 
-The same model (classic, random weights), vocabulary and settings: prompts of 256 tokens, room for 512, float32, top-k 50
-at temperature 1. The PyTorch loop is what one writes by hand: preallocated keys and values of which the filled part is
-read, one step per token, sampling with torch.topk and torch.multinomial. Its greedy tokens must equal the engine's, but
-for one row in eight: random weights come to near ties, which rounding decides.
-Contenders are processes of their own and take turns; the fastest of each one's rounds counts. Prefill is left out, but
-not in --mixed, where the requests also go one at a time through the same engine, and through one of a single slot, whose
-program is the faster for that. Prints a table, then one JSON line. Needs the extra `torch`, except for --mixed.
+The same model (classic, random weights), vocabulary and settings: prompts of 256 tokens, room for
+512, float32, top-k 50 at temperature 1. The PyTorch loop is what one writes by hand: preallocated
+keys and values of which the filled part is read, one step per token, sampling with torch.topk and
+torch.multinomial. Its greedy tokens must equal the engine's, but for one row in eight: random
+weights come to near ties, which rounding decides. Contenders are processes of their own and take
+turns; the fastest of each one's rounds counts. Prefill is left out, but not in --mixed, where the
+requests also go one at a time through the same engine, and through one of a single slot, whose
+program is the faster for that. Prints a table, then one JSON line. Needs the extra `torch`, except
+for --mixed.
 """
 
 import argparse
@@ -24,7 +27,8 @@ from typing import Any
 import numpy as np
 from contender import Contender
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # else torch's idle threads take the cores from everyone else
+# else torch's idle threads take the cores from everyone else
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 CONTEXT, ROOM, TOP_K = 256, 512, 50
 CHECKED = 8  # greedy tokens that must agree
 
@@ -42,8 +46,12 @@ def make_params(config: Any) -> dict[str, Any]:
     from nanochat_jax.model.weights import abstract_params
 
     rng = np.random.default_rng(0)
-    return jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape, np.float32) * np.float32(leaf.shape[-2] ** -0.5),
-                        abstract_params(config))
+    return jax.tree.map(
+        lambda leaf: (
+            rng.standard_normal(leaf.shape, np.float32) * np.float32(leaf.shape[-2] ** -0.5)
+        ),
+        abstract_params(config),
+    )
 
 
 def make_prompts(options: argparse.Namespace, batch: int) -> np.ndarray:
@@ -66,7 +74,8 @@ def make_engine(options: argparse.Namespace, num_slots: int) -> Any:
     return Engine(config, make_params(config), NoTokenizer(), num_slots=num_slots)
 
 
-Round = Callable[[int, bool], tuple[float, list[list[int]]]]  # (steps, greedy) to (seconds, tokens by row)
+# (steps, greedy) to (seconds, tokens by row)
+Round = Callable[[int, bool], tuple[float, list[list[int]]]]
 
 
 def jax_contender(options: argparse.Namespace, batch: int) -> Round:
@@ -78,8 +87,18 @@ def jax_contender(options: argparse.Namespace, batch: int) -> Round:
 
     def run(steps: int, greedy: bool) -> tuple[float, list[list[int]]]:
         loop = EngineLoop(engine)
-        generations = [engine.generation(Request(prompt, max_tokens=steps, temperature=0.0 if greedy else 1.0,
-                                                 top_k=TOP_K, seed=row)) for row, prompt in enumerate(prompts)]
+        generations = [
+            engine.generation(
+                Request(
+                    prompt,
+                    max_tokens=steps,
+                    temperature=0.0 if greedy else 1.0,
+                    top_k=TOP_K,
+                    seed=row,
+                )
+            )
+            for row, prompt in enumerate(prompts)
+        ]
         loop.admit(generations)
         loop.cache.k[0].block_until_ready()
         began = time.perf_counter()
@@ -114,7 +133,9 @@ def torch_contender(options: argparse.Namespace, batch: int) -> Round:
 
 
 def worker(name: str, options: argparse.Namespace) -> None:
-    """Answers lines "batch steps greedy" of standard input with the seconds and tokens of such a round."""
+    """Answers lines "batch steps greedy" of standard input with the seconds and tokens of such a
+    round.
+    """
     made: dict[int, Round] = {}
     for line in sys.stdin:
         batch, steps, greedy = map(int, line.split())
@@ -126,37 +147,58 @@ def worker(name: str, options: argparse.Namespace) -> None:
 
 def compare(options: argparse.Namespace) -> dict[str, Any]:
     contenders = {name: Contender(name) for name in ("jax", "torch")}
-    print(f"d{options.depth}, vocabulary {options.vocab:,}, float32, {os.cpu_count()} cores; decoding alone, {CONTEXT} tokens "
-          f"before it, {options.steps} steps, top-k {TOP_K}; best of {options.rounds} rounds")
+    print(
+        f"d{options.depth}, vocabulary {options.vocab:,}, float32, {os.cpu_count()} cores; "
+        f"decoding alone, {CONTEXT} tokens "
+        f"before it, {options.steps} steps, top-k {TOP_K}; best of {options.rounds} rounds"
+    )
     rows = []
     for batch in map(int, options.batches.split(",")):
-        greedy = {name: each.ask(batch, CHECKED, 1)[1] for name, each in contenders.items()}  # compiles too
+        # compiles too
+        greedy = {name: each.ask(batch, CHECKED, 1)[1] for name, each in contenders.items()}
         apart = sum(a != b for a, b in zip(greedy["jax"], greedy["torch"], strict=True))
         if apart > batch // 8:
-            sys.exit(f"the greedy tokens differ, so the contenders do not compute the same: {greedy}")
+            sys.exit(
+                f"the greedy tokens differ, so the contenders do not compute the same: {greedy}"
+            )
         best = dict.fromkeys(contenders, float("inf"))
         for each in contenders.values():
             each.ask(batch, options.steps, 0)  # warm
         for _ in range(options.rounds):
             for name, each in contenders.items():
                 best[name] = min(best[name], each.ask(batch, options.steps, 0)[0] / options.steps)
-        rows.append({"batch": batch, "ratio": best["torch"] / best["jax"]}
-                    | {f"{name}_ms": 1000 * seconds for name, seconds in best.items()})
-        print(f"  batch {batch:3d}   engine {1000 * best['jax']:7.2f} ms a step {batch / best['jax']:7,.0f} tokens/s   "
-              f"torch {1000 * best['torch']:7.2f} ms {batch / best['torch']:7,.0f} tokens/s   ratio {rows[-1]['ratio']:.2f}",
-              flush=True)
+        rows.append(
+            {"batch": batch, "ratio": best["torch"] / best["jax"]}
+            | {f"{name}_ms": 1000 * seconds for name, seconds in best.items()}
+        )
+        print(
+            f"  batch {batch:3d}   engine {1000 * best['jax']:7.2f} ms a step "
+            f"{batch / best['jax']:7,.0f} tokens/s   "
+            f"torch {1000 * best['torch']:7.2f} ms {batch / best['torch']:7,.0f} tokens/s   ratio "
+            f"{rows[-1]['ratio']:.2f}",
+            flush=True,
+        )
     for each in contenders.values():
         each.close()
     return {"rows": rows}
 
 
 def measure_mixed(options: argparse.Namespace) -> dict[str, Any]:
-    """Total tokens/s of 32 requests of mixed lengths: all submitted at once, and each after the one before."""
+    """Total tokens/s of 32 requests of mixed lengths: all submitted at once, and each after the
+    one before.
+    """
     from nanochat_jax.infer.request import Request
 
     rng = np.random.default_rng(2)
-    requests = [Request(rng.integers(0, options.vocab, rng.integers(16, 129)).tolist(), seed=index, top_k=TOP_K,
-                        max_tokens=int(rng.integers(32, 97))) for index in range(32)]
+    requests = [
+        Request(
+            rng.integers(0, options.vocab, rng.integers(16, 129)).tolist(),
+            seed=index,
+            top_k=TOP_K,
+            max_tokens=int(rng.integers(32, 97)),
+        )
+        for index in range(32)
+    ]
     together, single = make_engine(options, options.slots), make_engine(options, 1)
     together.warmup()
     single.warmup()
@@ -172,15 +214,25 @@ def measure_mixed(options: argparse.Namespace) -> dict[str, Any]:
     for _ in range(options.rounds):
         mixed = measure("together", together, [requests])
         alone = measure("one at a time, one slot", single, [[request] for request in requests])
-        measure("one at a time, same engine", together, [[request] for request in requests[:8]])  # the rest is alike
+        # the rest is alike
+        measure("one at a time, same engine", together, [[request] for request in requests[:8]])
     equal = sum(a == b for a, b in zip(mixed, alone, strict=True))
-    print(f"d{options.depth}, vocabulary {options.vocab:,}, float32, {os.cpu_count()} cores; 32 requests: prompts of 16 to 128 "
-          f"tokens, {sum(map(len, mixed))} generated, prefill included; best of {options.rounds} rounds")
+    print(
+        f"d{options.depth}, vocabulary {options.vocab:,}, float32, {os.cpu_count()} cores; 32 "
+        "requests: prompts of 16 to 128 "
+        f"tokens, {sum(map(len, mixed))} generated, prefill included; best of {options.rounds} "
+        "rounds"
+    )
     for name, rate in best.items():
         print(f"  {name:26s} {rate:7,.0f} tokens/s   together is {best['together'] / rate:.2f}x")
     print(f"  {equal} of 32 replies are equal, together and alone")
-    return {"tokens_per_sec": best, "equal_replies": equal,
-            "ratio": {name: best["together"] / rate for name, rate in best.items() if name != "together"}}
+    return {
+        "tokens_per_sec": best,
+        "equal_replies": equal,
+        "ratio": {
+            name: best["together"] / rate for name, rate in best.items() if name != "together"
+        },
+    }
 
 
 def main() -> None:
@@ -198,7 +250,15 @@ def main() -> None:
         parser.error(f"--steps must be from 1 to {ROOM - CONTEXT}")
     if options.worker:
         return worker(options.worker, options)
-    print(json.dumps({"benchmark": "decode", **vars(options), **(measure_mixed if options.mixed else compare)(options)}))
+    print(
+        json.dumps(
+            {
+                "benchmark": "decode",
+                **vars(options),
+                **(measure_mixed if options.mixed else compare)(options),
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

@@ -2,16 +2,18 @@
 
     NANOCHAT_TEST_DATA=DIR python benchmarks/eval.py [--max-per-task 60] [--every 12]
 
-The model is upstream's reference checkpoint of 2025 (4 layers, width 256, vocabulary 2,048), float32.
+The model is upstream's reference checkpoint of 2025 (4 layers, width 256, vocabulary 2,048),
+float32.
 
-CORE, on the reference bundle, in examples a second. Ours: all examples, with and without the time to compile. Against it,
-on every n-th example of each task (all have as many solved examples before them): the same model one example at a time,
-its choices as one batch of a power-of-two length, compiled beforehand; and transformers' PyTorch on the same weights,
-eager, in the same way, on all threads and on one.
+CORE, on the reference bundle, in examples a second. Ours: all examples, with and without the time
+to compile. Against it, on every n-th example of each task (all have as many solved examples before
+them): the same model one example at a time, its choices as one batch of a power-of-two length,
+compiled beforehand; and transformers' PyTorch on the same weights, eager, in the same way, on all
+threads and on one.
 
-Generation, in answers a second: answers of 48 tokens to arithmetic problems, all of them in flight, against one at a
-time through the same engine and through transformers' `generate` with its cache. Needs the extra `torch`.
-Prints a table, then one JSON line.
+Generation, in answers a second: answers of 48 tokens to arithmetic problems, all of them in
+flight, against one at a time through the same engine and through transformers' `generate` with its
+cache. Needs the extra `torch`. Prints a table, then one JSON line.
 """
 
 import argparse
@@ -52,11 +54,16 @@ def rate(run: Callable, items: list) -> float:
 
 
 def jax_one_example(model: Imported) -> Callable[[list[Row]], None]:
-    log_probs = jax.jit(lambda params, tokens: jax.nn.log_softmax(
-        unembed(params, forward(params, tokens, config=model.config)[0], config=model.config)))
+    log_probs = jax.jit(
+        lambda params, tokens: jax.nn.log_softmax(
+            unembed(params, forward(params, tokens, config=model.config)[0], config=model.config)
+        )
+    )
 
     def run(rows: list[Row]) -> None:
-        tokens = np.zeros((len(rows), 1 << (max(row.end for row in rows) - 1).bit_length()), np.int32)
+        tokens = np.zeros(
+            (len(rows), 1 << (max(row.end for row in rows) - 1).bit_length()), np.int32
+        )
         for i, row in enumerate(rows):
             tokens[i, : row.end] = row.tokens
         found = log_probs(model.params, tokens)
@@ -67,7 +74,9 @@ def jax_one_example(model: Imported) -> Callable[[list[Row]], None]:
     return run
 
 
-def core(model: Imported, theirs: HFModel, bundle: Path, given: argparse.Namespace) -> dict[str, float]:
+def core(
+    model: Imported, theirs: HFModel, bundle: Path, given: argparse.Namespace
+) -> dict[str, float]:
     sample = []
     for task in read_tasks(bundle):
         items = read_items(task, given.max_per_task)
@@ -80,8 +89,13 @@ def core(model: Imported, theirs: HFModel, bundle: Path, given: argparse.Namespa
 
     for name in ("ours_compiling", "ours"):
         count, began = 0, time.perf_counter()
-        result = evaluate_core(Scorer(config=model.config, params=model.params, num_rows=given.rows), model.tokenizer, bundle,
-                               max_per_task=given.max_per_task, on_example=on_example)
+        result = evaluate_core(
+            Scorer(config=model.config, params=model.params, num_rows=given.rows),
+            model.tokenizer,
+            bundle,
+            max_per_task=given.max_per_task,
+            on_example=on_example,
+        )
         results[name] = count / (time.perf_counter() - began)
     print(format_csv(result).splitlines()[-1])
     results["torch_one_at_a_time"] = rate(theirs.score, sample)
@@ -100,7 +114,9 @@ def generation(model: Imported, theirs: HFModel, given: argparse.Namespace) -> d
     sampling = Sampling(max_new_tokens=NEW_TOKENS)
 
     def answers(slots: int, prompts: list) -> float:
-        generator = Generator(config=model.config, params=model.params, tokenizer=model.tokenizer, num_slots=slots)
+        generator = Generator(
+            config=model.config, params=model.params, tokenizer=model.tokenizer, num_slots=slots
+        )
         generator(prompts, sampling)  # compiles
         began = time.perf_counter()
         generator(prompts, sampling)
@@ -108,25 +124,39 @@ def generation(model: Imported, theirs: HFModel, given: argparse.Namespace) -> d
 
     def torch_answer(prompt: list[int]) -> None:
         ids = torch.tensor([prompt])
-        theirs.model.generate(ids, attention_mask=torch.ones_like(ids), max_new_tokens=NEW_TOKENS, do_sample=False,
-                              pad_token_id=0)
+        theirs.model.generate(
+            ids,
+            attention_mask=torch.ones_like(ids),
+            max_new_tokens=NEW_TOKENS,
+            do_sample=False,
+            pad_token_id=0,
+        )
 
     few = prompts[: given.problems // 8]
-    return {"ours": answers(given.slots, prompts), "engine_one_at_a_time": answers(1, few),
-            "torch_one_at_a_time": rate(torch_answer, few)}
+    return {
+        "ours": answers(given.slots, prompts),
+        "engine_one_at_a_time": answers(1, few),
+        "torch_one_at_a_time": rate(torch_answer, few),
+    }
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--max-per-task", type=int, default=60, help="CORE examples of each task")
-    parser.add_argument("--every", type=int, default=12, help="one at a time, every n-th of them only")
+    parser.add_argument(
+        "--every", type=int, default=12, help="one at a time, every n-th of them only"
+    )
     parser.add_argument("--rows", type=int, default=4, help="CORE examples of a batch")
     parser.add_argument("--problems", type=int, default=128, help="answers to generate")
     parser.add_argument("--only", choices=["core", "generation"], help="one of the two tables")
     parser.add_argument("--slots", type=int, default=64, help="answers in flight at once")
     given = parser.parse_args()
     if not os.environ.get("NANOCHAT_TEST_DATA"):
-        print("error: NANOCHAT_TEST_DATA is not set: it names the folder with the checkpoint and the bundle", file=sys.stderr)
+        print(
+            "error: NANOCHAT_TEST_DATA is not set: it names the folder with the checkpoint and "
+            "the bundle",
+            file=sys.stderr,
+        )
         return 2
     reference = Path(os.environ["NANOCHAT_TEST_DATA"])
     with tempfile.TemporaryDirectory() as scratch:
@@ -144,7 +174,10 @@ def main() -> int:
     print(f"\n{device.device_kind} x {jax.device_count()}, {os.cpu_count()} cores, float32")
     for name, unit in (("core", "examples/s"), ("generation", "answers/s")):
         for way, value in results.get(name, {}).items():
-            print(f"{name:10}  {way:28}  {value:8.2f} {unit:10}  ours is {results[name]['ours'] / value:6.2f} x")
+            print(
+                f"{name:10}  {way:28}  {value:8.2f} {unit:10}  ours is "
+                f"{results[name]['ours'] / value:6.2f} x"
+            )
     print(json.dumps(results))
     return 0
 

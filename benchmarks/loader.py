@@ -1,12 +1,15 @@
-"""How fast text becomes rows for training: this loader beside upstream's algorithm, written plainly with tiktoken.
+"""How fast text becomes rows for training: this loader beside upstream's algorithm, written
+plainly with tiktoken.
 
-    python benchmarks/loader.py                     rates of both packings, 2,048 tokens a row, vocabulary of 32,768
-    python benchmarks/loader.py --train             does a train step on this CPU wait for the loader?
-    python benchmarks/loader.py --corpus DIRECTORY  shards of your own instead of the offline corpus
+    python benchmarks/loader.py                     rates of both packings, 2,048 tokens a row,
+    vocabulary of 32,768 python benchmarks/loader.py --train             does a train step on this
+    CPU wait for the loader? python benchmarks/loader.py --corpus DIRECTORY  shards of your own
+    instead of the offline corpus
 
-From parquet files to numpy batches on the host, tokenized as they are read, BOS before every document. Passes are
-repeated in turns, and the best of each is shown. The vocabulary is trained on the corpus first. The peer's tokenizer uses
-all cores too. Both make the same rows of best fit, which is checked.
+From parquet files to numpy batches on the host, tokenized as they are read, BOS before every
+document. Passes are repeated in turns, and the best of each is shown. The vocabulary is trained on
+the corpus first. The peer's tokenizer uses all cores too. Both make the same rows of best fit,
+which is checked.
 """
 
 import argparse
@@ -32,7 +35,9 @@ VOCAB = 32_768
 BLOCK = 10  # steps
 
 
-def peer_documents(paths: list[Path], encoding: tiktoken.Encoding, bos: int, threads: int) -> Iterator[list[list[int]]]:
+def peer_documents(
+    paths: list[Path], encoding: tiktoken.Encoding, bos: int, threads: int
+) -> Iterator[list[list[int]]]:
     """Row group by row group, up to 128 documents at a time, for ever."""
     while True:
         for path in paths:
@@ -47,7 +52,9 @@ def peer_documents(paths: list[Path], encoding: tiktoken.Encoding, bos: int, thr
                     yield documents
 
 
-def peer_bestfit(documents: Iterator[list[list[int]]], rows: int, length: int, buffer_docs: int) -> Iterator[np.ndarray]:
+def peer_bestfit(
+    documents: Iterator[list[list[int]]], rows: int, length: int, buffer_docs: int
+) -> Iterator[np.ndarray]:
     """A buffer of documents; each row takes the longest that fits, else a part of the shortest."""
     buffer: list[list[int]] = []
     while True:
@@ -70,7 +77,9 @@ def peer_bestfit(documents: Iterator[list[list[int]]], rows: int, length: int, b
         yield batch
 
 
-def peer_stream(documents: Iterator[list[list[int]]], rows: int, length: int) -> Iterator[np.ndarray]:
+def peer_stream(
+    documents: Iterator[list[list[int]]], rows: int, length: int
+) -> Iterator[np.ndarray]:
     """Documents end to end."""
     tokens: list[int] = []
     needed = rows * length + 1
@@ -88,20 +97,30 @@ def rate(batches: Iterator, tokens: int, seconds: float) -> tuple[float, float]:
     while time.perf_counter() - wall < seconds:
         next(batches)
         count += 1
-    return count * tokens / (time.perf_counter() - wall), count * tokens / (time.process_time() - cpu)
+    return count * tokens / (time.perf_counter() - wall), count * tokens / (
+        time.process_time() - cpu
+    )
 
 
-def measure_rates(corpus: Path, tokenizer: Tokenizer, args: argparse.Namespace) -> dict[str, tuple[float, float]]:
+def measure_rates(
+    corpus: Path, tokenizer: Tokenizer, args: argparse.Namespace
+) -> dict[str, tuple[float, float]]:
     shape = dict(batch_size=args.rows, sequence_len=args.length)
-    encoding = tiktoken.Encoding("peer", pat_str=tokenizer.pattern, mergeable_ranks=tokenizer.mergeable_ranks,
-                                 special_tokens=tokenizer.special_tokens)
+    encoding = tiktoken.Encoding(
+        "peer",
+        pat_str=tokenizer.pattern,
+        mergeable_ranks=tokenizer.mergeable_ranks,
+        special_tokens=tokenizer.special_tokens,
+    )
     paths, threads = split_shards(corpus, "train"), os.cpu_count() or 1
 
     def documents() -> Iterator[list[list[int]]]:
         return peer_documents(paths, encoding, tokenizer.bos_id, threads)
 
     def ours(packing: str, **options: object) -> Iterator:
-        return pretraining_loader(corpus, tokenizer, split="train", packing=packing, **shape, **options)
+        return pretraining_loader(
+            corpus, tokenizer, split="train", packing=packing, **shape, **options
+        )
 
     check = ours("bestfit", num_shards=1)
     for expected in (found := peer_bestfit(documents(), args.rows, args.length, 1000), found):
@@ -129,7 +148,8 @@ def measure_rates(corpus: Path, tokenizer: Tokenizer, args: argparse.Namespace) 
 
 
 def measure_steps(corpus: Path, tokenizer: Tokenizer, args: argparse.Namespace) -> dict[str, float]:
-    """Seconds of a train step of a d4 model, on one batch again and again, and on batches from the loader.
+    """Seconds of a train step of a d4 model, on one batch again and again, and on batches from the
+    loader.
 
     By turns, in blocks that are longer than what the loader makes in advance.
     """
@@ -139,18 +159,28 @@ def measure_steps(corpus: Path, tokenizer: Tokenizer, args: argparse.Namespace) 
     from nanochat_jax.model.config import GPTConfig
     from nanochat_jax.model.loss import Batch
     from nanochat_jax.model.sharding import make_mesh
-    from nanochat_jax.train.optim import OptimizerConfig, Schedules, constant, linear_momentum, make_optimizer
+    from nanochat_jax.train.optim import (
+        OptimizerConfig,
+        Schedules,
+        constant,
+        linear_momentum,
+        make_optimizer,
+    )
     from nanochat_jax.train.step import init_state, make_train_step
 
     rows, length = 4, 256
-    model = GPTConfig.modern(4, head_dim=64, sequence_len=length, vocab_size=tokenizer.vocab_size, window_pattern="L")
+    model = GPTConfig.modern(
+        4, head_dim=64, sequence_len=length, vocab_size=tokenizer.vocab_size, window_pattern="L"
+    )
     mesh = make_mesh("auto")
     compute = Compute.on(mesh)
     schedules = Schedules(lr_multiplier=constant(1.0), momentum=linear_momentum(300, 0.85, 0.95))
     optimizer = make_optimizer(model, OptimizerConfig(), schedules, compute)
     state, shardings = init_state(model, optimizer, mesh, fsdp=False, seed=0)
     step = make_train_step(model, optimizer, compute, shardings)
-    loader = pretraining_loader(corpus, tokenizer, split="train", batch_size=rows, sequence_len=length)
+    loader = pretraining_loader(
+        corpus, tokenizer, split="train", batch_size=rows, sequence_len=length
+    )
     fixed = next(loader)
     seconds: dict[str, list[float]] = {"a fixed batch": [], "the loader": []}
     for count in range(2 * args.steps):
@@ -167,7 +197,11 @@ def measure_steps(corpus: Path, tokenizer: Tokenizer, args: argparse.Namespace) 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--corpus", type=Path, help="directory of shards; default: the offline corpus, made for this")
+    parser.add_argument(
+        "--corpus",
+        type=Path,
+        help="directory of shards; default: the offline corpus, made for this",
+    )
     parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--rounds", type=int, default=3)
@@ -188,18 +222,36 @@ def main() -> None:
                 print(f"train step on {source:15} {1000 * value:8.1f} ms")
             ratio = steps["the loader"] / steps["a fixed batch"]
             print(f"with the loader it takes {100 * (ratio - 1):+.1f}%")
-            print(json.dumps({"benchmark": "loader_step", **about, "ratio": ratio, "seconds": steps}))
+            print(
+                json.dumps({"benchmark": "loader_step", **about, "ratio": ratio, "seconds": steps})
+            )
             return
         best = measure_rates(corpus, tokenizer, args)
-        print(f"{cores} cores, vocabulary {tokenizer.vocab_size:,}, rows of {args.length:,} tokens, {args.rows} a batch")
+        print(
+            f"{cores} cores, vocabulary {tokenizer.vocab_size:,}, rows of {args.length:,} tokens, "
+            f"{args.rows} a batch"
+        )
         print(f"{'':24} {'M tokens/s':>10} {'per core':>10} {'times the peer':>15}")
         ratios = {}
         for name, (per_second, per_cpu_second) in best.items():
             packing = name.partition(",")[0]
             ratios[packing] = per_second / best[f"{packing}, peer"][0]
-            print(f"{name:24} {per_second / 1e6:10.2f} {per_cpu_second / 1e6:10.2f} {ratios[packing]:15.1f}")
-        print(json.dumps({"benchmark": "loader", **about, "rows": args.rows, "length": args.length, "ratio": ratios,
-                          "tokens_per_second": {name: value[0] for name, value in best.items()}}))
+            print(
+                f"{name:24} {per_second / 1e6:10.2f} {per_cpu_second / 1e6:10.2f} "
+                f"{ratios[packing]:15.1f}"
+            )
+        print(
+            json.dumps(
+                {
+                    "benchmark": "loader",
+                    **about,
+                    "rows": args.rows,
+                    "length": args.length,
+                    "ratio": ratios,
+                    "tokens_per_second": {name: value[0] for name, value in best.items()},
+                }
+            )
+        )
 
 
 if __name__ == "__main__":

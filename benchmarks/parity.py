@@ -1,10 +1,12 @@
-"""Does our training reach what upstream's reaches? The same text, vocabulary, shape, batch and schedule, both eras.
+"""Does our training reach what upstream's reaches? The same text, vocabulary, shape, batch and
+schedule, both eras.
 
     NANOCHAT_TEST_DATA=DIR python benchmarks/parity.py [classic modern]
 
-Upstream's d4 runs come with the reference data: their settings and their bits per byte at the last step. The batches are the
-same, the initial weights are our own, so the figures agree to about the spread between seeds. Prints a table, then
-one JSON line; exit code 1 if an era ends more than 0.03 bits per byte from upstream's.
+Upstream's d4 runs come with the reference data: their settings and their bits per byte at the last
+step. The batches are the same, the initial weights are our own, so the figures agree to about the
+spread between seeds. Prints a table, then one JSON line; exit code 1 if an era ends more than 0.03
+bits per byte from upstream's.
 """
 
 import argparse
@@ -19,7 +21,8 @@ from pathlib import Path
 
 TOLERANCE = 0.03
 ERAS = ("classic", "modern")
-# Settings of upstream's that decide the result; the others say where and how often to log, evaluate and save.
+# Settings of upstream's that decide the result; the others say where and how often to log,
+# evaluate and save.
 SETTINGS = (
     "depth",
     "aspect_ratio",
@@ -48,11 +51,18 @@ def train(era: str, reference: Path, corpus: Path) -> dict[str, float]:
     meta = json.loads(next(reference.glob("meta_*.json")).read_text())
     with tempfile.TemporaryDirectory() as base:
         environment = os.environ | {"NANOCHAT_BASE_DIR": base}
-        run = lambda module, *args: subprocess.run([sys.executable, "-m", module, *args], env=environment, check=True)  # noqa: E731
+        run = lambda module, *args: subprocess.run(
+            [sys.executable, "-m", module, *args], env=environment, check=True
+        )  # noqa: E731
         shutil.copytree(corpus, Path(base) / "base_data")
-        run("scripts.import_weights", "--from", str(reference), "--model-tag", "upstream")  # brings the tokenizer
+        # brings the tokenizer
+        run("scripts.import_weights", "--from", str(reference), "--model-tag", "upstream")
         settings = meta["user_config"]
-        flags = [f"--{name.replace('_', '-')}={settings[name]}" for name in SETTINGS if settings.get(name) is not None]
+        flags = [
+            f"--{name.replace('_', '-')}={settings[name]}"
+            for name in SETTINGS
+            if settings.get(name) is not None
+        ]
         start = time.perf_counter()
         run(
             "scripts.base_train",
@@ -74,7 +84,10 @@ def train(era: str, reference: Path, corpus: Path) -> dict[str, float]:
         )
         seconds = time.perf_counter() - start
         log = [
-            json.loads(line) for line in (Path(base) / "base_checkpoints/ours/metrics.jsonl").read_text().splitlines()
+            json.loads(line)
+            for line in (Path(base) / "base_checkpoints/ours/metrics.jsonl")
+            .read_text()
+            .splitlines()
         ]
     ours = [row["val_bpb"] for row in log if "val_bpb" in row][-1]
     return {
@@ -87,20 +100,32 @@ def train(era: str, reference: Path, corpus: Path) -> dict[str, float]:
 
 
 def main() -> int:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("eras", nargs="*", metavar="ERA", help=f"{' or '.join(ERAS)}; default both")
     eras = parser.parse_args().eras or ERAS
     if unknown := set(eras) - set(ERAS):
         parser.error(f"no era {', '.join(sorted(unknown))}: expected {' or '.join(ERAS)}")
     if not os.environ.get("NANOCHAT_TEST_DATA"):
-        print("error: NANOCHAT_TEST_DATA is not set: it names the folder with upstream's runs", file=sys.stderr)
+        print(
+            "error: NANOCHAT_TEST_DATA is not set: it names the folder with upstream's runs",
+            file=sys.stderr,
+        )
         return 2
     data = Path(os.environ["NANOCHAT_TEST_DATA"])
-    results = {era: train(era, data / "golden" / f"trained-{era}", data / "data" / "base_data") for era in eras}
-    print(f"\n{'era':8}  {'steps':>5}  {'upstream':>8}  {'ours':>8}  {'difference':>10}  {'seconds':>7}")
+    results = {
+        era: train(era, data / "golden" / f"trained-{era}", data / "data" / "base_data")
+        for era in eras
+    }
+    print(
+        f"\n{'era':8}  {'steps':>5}  {'upstream':>8}  {'ours':>8}  {'difference':>10}  "
+        f"{'seconds':>7}"
+    )
     for era, row in results.items():
         print(
-            f"{era:8}  {row['steps']:5}  {row['upstream_bpb']:8.4f}  {row['ours_bpb']:8.4f}  {row['difference']:+10.4f}  "
+            f"{era:8}  {row['steps']:5}  {row['upstream_bpb']:8.4f}  {row['ours_bpb']:8.4f}  "
+            f"{row['difference']:+10.4f}  "
             f"{row['seconds']:7.0f}"
         )
     print(json.dumps(results))

@@ -1,15 +1,18 @@
-"""The server under load: tokens/s, TTFT and gaps between tokens with 1, 8, 32 and 128 clients, and what it survives.
+"""The server under load: tokens/s, TTFT and gaps between tokens with 1, 8, 32 and 128 clients, and
+what it survives.
 
-    python benchmarks/serve_load.py                     d4, 32 slots; beside a server of one slot, and beside PyTorch
-    python benchmarks/serve_load.py --url http://127.0.0.1:8000        a server that runs already (no comparison)
-    python benchmarks/serve_load.py --soak 300          saturation, clients that leave or do not read: memory and slots
-    python benchmarks/serve_load.py --fuzz 10000        bodies that are wrong in every way: no 500, no hang
+    python benchmarks/serve_load.py                     d4, 32 slots; beside a server of one slot,
+    and beside PyTorch python benchmarks/serve_load.py --url http://127.0.0.1:8000        a server
+    that runs already (no comparison) python benchmarks/serve_load.py --soak 300
+    saturation, clients that leave or do not read: memory and slots python benchmarks/serve_load.py
+    --fuzz 10000        bodies that are wrong in every way: no 500, no hang
 
-The server is a process of its own, with random weights and a vocabulary of 18,500 tokens that are mostly text, so that
-a token is an event. Clients send mixed prompts (5 to 60 words, 16 to 160 tokens asked for) through OpenAI's streaming
-API, each the next as soon as the last has ended. Tokens count that arrive in the window after a warm-up; TTFT is from
-the request to the first text, its time in the queue included; a gap is from a token to the next of the same reply, as
-the client sees them: they come in bursts of one dispatch. Clients share the machine's cores with the server.
+The server is a process of its own, with random weights and a vocabulary of 18,500 tokens that are
+mostly text, so that a token is an event. Clients send mixed prompts (5 to 60 words, 16 to 160
+tokens asked for) through OpenAI's streaming API, each the next as soon as the last has ended.
+Tokens count that arrive in the window after a warm-up; TTFT is from the request to the first text,
+its time in the queue included; a gap is from a token to the next of the same reply, as the client
+sees them: they come in bursts of one dispatch. Clients share the machine's cores with the server.
 Prints a table, then one JSON line. Exits with 1 if --soak or --fuzz found a fault.
 """
 
@@ -37,7 +40,8 @@ import aiohttp
 import numpy as np
 from contender import Contender
 
-os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # else torch's idle threads take the cores from everyone else
+# else torch's idle threads take the cores from everyone else
+os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 CONTEXT = 512
 TOKEN = re.compile(rb'"delta": ?\{"content": ?"')  # one for each event that has text
 WORDS = "the of and model that learns to speak in small steps from text it reads all day long until words come".split()
@@ -58,13 +62,21 @@ def make_model(options: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
     scratch = Paths(Path(gettempdir()) / "nanochat_jax-benchmark")
     scratch.base.mkdir(exist_ok=True)
     start(scratch)
-    texts = ["".join(letters) for size in (2, 3) for letters in itertools.product(string.ascii_lowercase, repeat=size)]
+    texts = [
+        "".join(letters)
+        for size in (2, 3)
+        for letters in itertools.product(string.ascii_lowercase, repeat=size)
+    ]
     tokens = [*(bytes([byte]) for byte in range(256)), *(text.encode() for text in texts)]
     tokenizer = Tokenizer({token: rank for rank, token in enumerate(tokens)})
     config = GPTConfig.classic(options.depth, sequence_len=CONTEXT, vocab_size=tokenizer.vocab_size)
     rng = np.random.default_rng(0)
-    params = jax.tree.map(lambda leaf: rng.standard_normal(leaf.shape, np.float32) * np.float32(leaf.shape[-2] ** -0.5),
-                          abstract_params(config))
+    params = jax.tree.map(
+        lambda leaf: (
+            rng.standard_normal(leaf.shape, np.float32) * np.float32(leaf.shape[-2] ** -0.5)
+        ),
+        abstract_params(config),
+    )
     return tokenizer, config, params
 
 
@@ -78,16 +90,27 @@ def serve(options: argparse.Namespace, slots: int) -> None:
     tokenizer, config, params = make_model(options)
     engine = Engine(config, params, tokenizer, num_slots=slots)
     engine.warmup()
-    with Scheduler(engine, max_waiting=options.max_queue) as scheduler, server.bind("127.0.0.1", 0) as sock:
-        app = server.create_app(scheduler, tokenizer, {"name": "benchmark"}, max_len=CONTEXT, num_slots=slots,
-                                defaults=Sampling(max_tokens=16), deadline=120)
+    with (
+        Scheduler(engine, max_waiting=options.max_queue) as scheduler,
+        server.bind("127.0.0.1", 0) as sock,
+    ):
+        app = server.create_app(
+            scheduler,
+            tokenizer,
+            {"name": "benchmark"},
+            max_len=CONTEXT,
+            num_slots=slots,
+            defaults=Sampling(max_tokens=16),
+            deadline=120,
+        )
         server.run(app, sock, lambda: print(sock.getsockname()[1], flush=True))
 
 
 def torch_worker(options: argparse.Namespace) -> None:
-    """The same requests one after another in a plain PyTorch loop, with neither HTTP nor text: what a server that takes
-    one request at a time can do at best. Answers each line of standard input, seconds, with its tokens/s over them
-    and how many requests those were."""
+    """The same requests one after another in a plain PyTorch loop, with neither HTTP nor text:
+    what a server that takes one request at a time can do at best. Answers each line of standard
+    input, seconds, with its tokens/s over them and how many requests those were.
+    """
     import torch
     from torch_reference import GPT, choose
 
@@ -98,7 +121,9 @@ def torch_worker(options: argparse.Namespace) -> None:
 
     @torch.inference_mode()
     def tokens_of(body: dict[str, Any]) -> Iterator[int]:
-        prompt = render_for_completion(tokenizer, {"messages": [*body["messages"], {"role": "assistant", "content": ""}]})
+        prompt = render_for_completion(
+            tokenizer, {"messages": [*body["messages"], {"role": "assistant", "content": ""}]}
+        )
         cache, tokens, position = model.empty_cache(1), torch.tensor([prompt]), 0
         for _ in range(body["max_tokens"]):
             logits = model.extend(tokens, cache, position)
@@ -118,7 +143,9 @@ def server_process(options: argparse.Namespace, slots: int) -> Any:
     if options.url:
         yield options.url.rstrip("/"), None
         return
-    process = subprocess.Popen([sys.executable, *sys.argv, "--serve", str(slots)], stdout=subprocess.PIPE, text=True)
+    process = subprocess.Popen(
+        [sys.executable, *sys.argv, "--serve", str(slots)], stdout=subprocess.PIPE, text=True
+    )
     try:
         port = process.stdout.readline().strip()
         if not port:
@@ -131,8 +158,12 @@ def server_process(options: argparse.Namespace, slots: int) -> Any:
 
 def make_body(rng: random.Random) -> dict[str, Any]:
     text = " ".join(rng.choices(WORDS, k=rng.randint(5, 60)))
-    return {"messages": [{"role": "user", "content": text}], "max_tokens": rng.randint(16, 160), "stream": True,
-            "seed": rng.randrange(2**31)}
+    return {
+        "messages": [{"role": "user", "content": text}],
+        "max_tokens": rng.randint(16, 160),
+        "stream": True,
+        "seed": rng.randrange(2**31),
+    }
 
 
 class Tally:
@@ -165,7 +196,9 @@ async def ask(session: aiohttp.ClientSession, body: dict[str, Any], tally: Tally
         tally.answers["ok" if events.endswith(b"data: [DONE]") else "broken"] += 1
 
 
-async def load(url: str, clients: int, options: argparse.Namespace, tally: Tally) -> tuple[float, float]:
+async def load(
+    url: str, clients: int, options: argparse.Namespace, tally: Tally
+) -> tuple[float, float]:
     """Ask for the time of one window; when it began and ended."""
     stop = asyncio.Event()
 
@@ -202,14 +235,27 @@ class Row:
         self.rates.append(sum(start <= when <= end for when in self.tally.tokens) / (end - start))
 
     def percentiles(self, pairs: list[tuple[float, float]]) -> list[float]:
-        values = [value for when, value in pairs if any(start <= when <= end for start, end in self.windows)]
-        return [round(1000 * float(each), 1) for each in np.percentile(values, [50, 95, 99])] if values else []
+        values = [
+            value
+            for when, value in pairs
+            if any(start <= when <= end for start, end in self.windows)
+        ]
+        return (
+            [round(1000 * float(each), 1) for each in np.percentile(values, [50, 95, 99])]
+            if values
+            else []
+        )
 
     def numbers(self) -> dict[str, Any]:
         errors = {name: number for name, number in self.tally.answers.items() if name != "ok"}
-        return {"clients": self.clients, "tokens_per_s": round(float(np.median(self.rates)), 1),
-                "ttft_ms": self.percentiles(self.tally.ttft), "gap_ms": self.percentiles(self.tally.gaps),
-                "replies": self.tally.answers["ok"], "errors": errors}
+        return {
+            "clients": self.clients,
+            "tokens_per_s": round(float(np.median(self.rates)), 1),
+            "ttft_ms": self.percentiles(self.tally.ttft),
+            "gap_ms": self.percentiles(self.tally.gaps),
+            "replies": self.tally.answers["ok"],
+            "errors": errors,
+        }
 
 
 class TorchRow(Row):
@@ -232,27 +278,54 @@ def bench(options: argparse.Namespace) -> dict[str, Any]:
         rows = [Row(clients, url, int(clients)) for clients in options.clients.split(",")]
         if not options.url:
             single, _ = servers.enter_context(server_process(options, 1))
-            rows[:0] = [Row("of one slot", single, 1), *([TorchRow()] if importlib.util.find_spec("torch") else [])]
-        for _ in range(options.rounds):  # in turns, so that a machine that is busy at times is so for all of them
+            rows[:0] = [
+                Row("of one slot", single, 1),
+                *([TorchRow()] if importlib.util.find_spec("torch") else []),
+            ]
+        # in turns, so that a machine that is busy at times is so for all of them
+        for _ in range(options.rounds):
             for row in rows:
                 row.measure(options)
-    print(f"{'clients':>12} {'tokens/s':>9} {'TTFT p50/p95/p99 ms':>24} {'gap p50/p95/p99 ms':>22} {'replies':>8} errors")
+    print(
+        f"{'clients':>12} {'tokens/s':>9} {'TTFT p50/p95/p99 ms':>24} {'gap p50/p95/p99 ms':>22} "
+        f"{'replies':>8} errors"
+    )
     for row in rows:
         shown = row.numbers()
-        ttft, gap = ("/".join(f"{value:g}" for value in shown[key]) or "-" for key in ("ttft_ms", "gap_ms"))
-        print(f"{row.name:>12} {shown['tokens_per_s']:>9} {ttft:>24} {gap:>22} {shown['replies']:>8} {shown['errors'] or 0}")
-    alone = [row for row in rows if row.name == "1"] if options.url else [row for row in rows if not row.name.isdigit()]
-    ratios = {baseline.name: {row.clients: round(float(np.median(np.divide(row.rates, baseline.rates))), 2)
-                              for row in rows if row.name.isdigit() and row is not baseline} for baseline in alone}
+        ttft, gap = (
+            "/".join(f"{value:g}" for value in shown[key]) or "-" for key in ("ttft_ms", "gap_ms")
+        )
+        print(
+            f"{row.name:>12} {shown['tokens_per_s']:>9} {ttft:>24} {gap:>22} "
+            f"{shown['replies']:>8} {shown['errors'] or 0}"
+        )
+    alone = (
+        [row for row in rows if row.name == "1"]
+        if options.url
+        else [row for row in rows if not row.name.isdigit()]
+    )
+    ratios = {
+        baseline.name: {
+            row.clients: round(float(np.median(np.divide(row.rates, baseline.rates))), 2)
+            for row in rows
+            if row.name.isdigit() and row is not baseline
+        }
+        for baseline in alone
+    }
     for name, beside in ratios.items():
-        print(f"tokens/s beside requests one at a time, {name}:",
-              ", ".join(f"{clients} clients {ratio}x" for clients, ratio in beside.items()))
+        print(
+            f"tokens/s beside requests one at a time, {name}:",
+            ", ".join(f"{clients} clients {ratio}x" for clients, ratio in beside.items()),
+        )
     return {"rows": [row.numbers() | {"server": row.name} for row in rows], "ratios": ratios}
 
 
 def rss_mib(pid: int) -> float:
     status = Path(f"/proc/{pid}/status").read_text()
-    return int(next(line for line in status.splitlines() if line.startswith("VmRSS")).split()[1]) / 1024
+    return (
+        int(next(line for line in status.splitlines() if line.startswith("VmRSS")).split()[1])
+        / 1024
+    )
 
 
 async def soak(url: str, pid: int, options: argparse.Namespace) -> dict[str, Any]:
@@ -279,7 +352,9 @@ async def soak(url: str, pid: int, options: argparse.Namespace) -> dict[str, Any
 
     samples: list[tuple[float, float]] = []
     async with aiohttp.ClientSession(url, connector=aiohttp.TCPConnector(limit=0)) as session:
-        tasks = [asyncio.create_task(client(session, number)) for number in range(2 * options.slots)]
+        tasks = [
+            asyncio.create_task(client(session, number)) for number in range(2 * options.slots)
+        ]
         start = time.perf_counter()
         while (now := time.perf_counter() - start) < options.soak:
             samples.append((now, rss_mib(pid)))
@@ -299,24 +374,73 @@ async def soak(url: str, pid: int, options: argparse.Namespace) -> dict[str, Any
     after = [size for now, size in samples if now >= settled]
     quarter = max(1, len(after) // 4)
     growth = float(np.mean(after[-quarter:]) / np.mean(after[:quarter]) - 1)
-    failed = [repr(each) for each in outcome if isinstance(each, Exception)]  # which those cancelled are not
+    # which those cancelled are not
+    failed = [repr(each) for each in outcome if isinstance(each, Exception)]
     first, then, last = rss = [round(each) for each in (samples[0][1], after[0], after[-1])]
-    print(f"{options.soak:g} s, {2 * options.slots} clients on {options.slots} slots: {dict(tally.answers)}, "
-          f"{dict(left)}; clients failed: {failed or 0}\n"
-          f"slots lost: {lost}, the last free {freed:.1f} s after all had left\n"
-          f"RSS {first} MiB at first, {then} after {settled:g} s, {last} at the end: {100 * growth:+.2f}%")
-    result = {"seconds": options.soak, "replies": dict(tally.answers), "leavers": dict(left), "slots_lost": lost,
-              "all_free_after_s": round(freed, 2), "rss_mib": rss, "rss_growth": round(growth, 4),
-              "clients_failed": failed}
+    print(
+        f"{options.soak:g} s, {2 * options.slots} clients on {options.slots} slots: "
+        f"{dict(tally.answers)}, "
+        f"{dict(left)}; clients failed: {failed or 0}\n"
+        f"slots lost: {lost}, the last free {freed:.1f} s after all had left\n"
+        f"RSS {first} MiB at first, {then} after {settled:g} s, {last} at the end: "
+        f"{100 * growth:+.2f}%"
+    )
+    result = {
+        "seconds": options.soak,
+        "replies": dict(tally.answers),
+        "leavers": dict(left),
+        "slots_lost": lost,
+        "all_free_after_s": round(freed, 2),
+        "rss_mib": rss,
+        "rss_growth": round(growth, 4),
+        "clients_failed": failed,
+    }
     return result | {"ok": not lost and not failed and growth < 0.02}
 
 
 def fuzzed(rng: random.Random) -> tuple[str, bytes, str]:
     """(path, body, content type) of a request that is mostly wrong."""
-    odd: list[Any] = [None, True, 0, -1, 1.5, 10**30, -(2**63), 1e308, float("nan"), float("inf"), "", "x", "\ud800",
-                      "\0", "<|assistant_end|>" * 9, "🙂" * 5000, "x" * 9000, [], {}, [[]], {"type": "text"}, ["user"]]
-    fields = ["messages", "temperature", "top_k", "top_p", "max_tokens", "max_completion_tokens", "n", "seed", "stop",
-              "stream", "stream_options", "model", "tools", "logprobs", "unknown"]
+    odd: list[Any] = [
+        None,
+        True,
+        0,
+        -1,
+        1.5,
+        10**30,
+        -(2**63),
+        1e308,
+        float("nan"),
+        float("inf"),
+        "",
+        "x",
+        "\ud800",
+        "\0",
+        "<|assistant_end|>" * 9,
+        "🙂" * 5000,
+        "x" * 9000,
+        [],
+        {},
+        [[]],
+        {"type": "text"},
+        ["user"],
+    ]
+    fields = [
+        "messages",
+        "temperature",
+        "top_k",
+        "top_p",
+        "max_tokens",
+        "max_completion_tokens",
+        "n",
+        "seed",
+        "stop",
+        "stream",
+        "stream_options",
+        "model",
+        "tools",
+        "logprobs",
+        "unknown",
+    ]
 
     def value(depth: int = 0) -> Any:
         kind = rng.random()
@@ -330,9 +454,14 @@ def fuzzed(rng: random.Random) -> tuple[str, bytes, str]:
     body: Any = {"messages": [{"role": rng.choice(["user", "assistant", "system"]), "content": "hello"}
                               for _ in range(rng.randint(1, 3))], "max_tokens": 2}  # fmt: skip
     for _ in range(rng.randint(0, 3)):
-        target = rng.choice([body, *(each for each in body["messages"] if isinstance(each, dict))]) \
-            if isinstance(body.get("messages"), list) else body
-        target[rng.choice(fields if target is body else ["role", "content", "tool_calls"])] = value()
+        target = (
+            rng.choice([body, *(each for each in body["messages"] if isinstance(each, dict))])
+            if isinstance(body.get("messages"), list)
+            else body
+        )
+        target[rng.choice(fields if target is body else ["role", "content", "tool_calls"])] = (
+            value()
+        )
     data = json.dumps(body if rng.random() < 0.95 else value()).encode()
     if rng.random() < 0.2:  # as bytes: cut, overwritten, or deep
         place = rng.randrange(len(data))
@@ -353,32 +482,54 @@ async def fuzz(url: str, options: argparse.Namespace) -> dict[str, Any]:
             path, body, kind = fuzzed(random.Random(number))
             headers = {"Content-Type": kind}
             try:
-                async with asyncio.timeout(30), session.post(path, data=body, headers=headers) as response:
+                async with (
+                    asyncio.timeout(30),
+                    session.post(path, data=body, headers=headers) as response,
+                ):
                     text = await response.read()
                     status = str(response.status)
             except Exception as error:
                 status, text = type(error).__name__, str(error).encode()
             statuses[status] += 1
-            if status not in ("200", "400", "404", "413", "422") or (status == "200" and b"the server's log" in text):
+            if status not in ("200", "400", "404", "413", "422") or (
+                status == "200" and b"the server's log" in text
+            ):
                 faults.append(f"request {number}: {status} {text[:200]!r} for {body[:200]!r}")
 
     async with aiohttp.ClientSession(url, connector=aiohttp.TCPConnector(limit=0)) as session:
         await asyncio.gather(*(client(session) for _ in range(16)))
         async with session.get("/stats") as response:
             busy = (await response.json())["busy_workers"]
-    print(f"{options.fuzz} bodies: {dict(statuses)}; faults: {len(faults)}; slots still busy: {busy}", *faults[:10],
-          sep="\n")
-    return {"bodies": options.fuzz, "statuses": dict(statuses), "faults": len(faults), "ok": not faults and not busy}
+    print(
+        f"{options.fuzz} bodies: {dict(statuses)}; faults: {len(faults)}; slots still busy: {busy}",
+        *faults[:10],
+        sep="\n",
+    )
+    return {
+        "bodies": options.fuzz,
+        "statuses": dict(statuses),
+        "faults": len(faults),
+        "ok": not faults and not busy,
+    }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--depth", type=int, default=4)
     parser.add_argument("--slots", type=int, default=32)
     parser.add_argument("--max-queue", type=int, default=128)
     parser.add_argument("--clients", default="1,8,32,128")
-    parser.add_argument("--seconds", type=float, default=12, help="window of each row, all rounds together")
-    parser.add_argument("--rounds", type=int, default=3, help="windows it is split into, in turns with those of other rows")
+    parser.add_argument(
+        "--seconds", type=float, default=12, help="window of each row, all rounds together"
+    )
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        default=3,
+        help="windows it is split into, in turns with those of other rows",
+    )
     parser.add_argument("--warmup", type=float, default=1.5, help="seconds before each window")
     parser.add_argument("--url", help="a running server; --slots must be its own")
     parser.add_argument("--soak", type=float, metavar="SECONDS")
@@ -398,8 +549,17 @@ def main() -> None:
             result = asyncio.run(soak(url, pid, options) if options.soak else fuzz(url, options))
     else:
         result = bench(options)
-    print(json.dumps({"benchmark": "serve_load", "depth": options.depth, "slots": options.slots,
-                      "cores": os.cpu_count(), **result}))
+    print(
+        json.dumps(
+            {
+                "benchmark": "serve_load",
+                "depth": options.depth,
+                "slots": options.slots,
+                "cores": os.cpu_count(),
+                **result,
+            }
+        )
+    )
     sys.exit(not result.get("ok", True))
 
 

@@ -1,13 +1,14 @@
 """Tokenizer training and encoding, side by side with what one would use instead.
 
-    pip install rustbpe==0.1.0 tokenizers      # the others in the comparison
-    python benchmarks/tokenizer.py [--megabytes 100] [--vocab-sizes 32768,65536] [--text DIRECTORY,...]
+    pip install rustbpe==0.1.0 tokenizers      # the others in the comparison python
+    benchmarks/tokenizer.py [--megabytes 100] [--vocab-sizes 32768,65536] [--text DIRECTORY,...]
 
-Trains on text of this machine (documentation first, then Python sources; no file twice) with this crate, from an
-iterator and from Parquet, with rustbpe 0.1.0 and with Hugging Face's tokenizers, each in a process of its own, and
-compares wall time and peak memory. Ours and rustbpe must learn the same vocabulary. Then encodes part of the text with
-our tokenizer, tiktoken and tokenizers, whose ids must be equal, and at last texts made to be hard, at two lengths:
-linear time is a ratio of 10. The last line is JSON.
+Trains on text of this machine (documentation first, then Python sources; no file twice) with this
+crate, from an iterator and from Parquet, with rustbpe 0.1.0 and with Hugging Face's tokenizers,
+each in a process of its own, and compares wall time and peak memory. Ours and rustbpe must learn
+the same vocabulary. Then encodes part of the text with our tokenizer, tiktoken and tokenizers,
+whose ids must be equal, and at last texts made to be hard, at two lengths: linear time is a ratio
+of 10. The last line is JSON.
 """
 
 import argparse
@@ -40,7 +41,7 @@ PROSE, CODE = (".txt", ".md", ".rst", ".html"), (".py",)
 DOCUMENT_CHARS = 10_000
 TRAINERS = ("ours", "ours, Parquet", "rustbpe 0.1.0", "tokenizers")
 
-# ---------------------------------------------------------------------------------------------------- text
+# --------------------------------------------------------------------------------------------------
 
 
 def files_under(roots: list[Path], suffixes: tuple[str, ...]) -> list[Path]:
@@ -83,7 +84,7 @@ def read_text(path: Path) -> Iterator[str]:
             yield from batch.column(0).to_pylist()
 
 
-# ---------------------------------------------------------------------------------------------------- training
+# --------------------------------------------------------------------------------------------------
 
 
 def train(trainer: str, vocab_size: int, path: Path) -> dict:
@@ -94,10 +95,14 @@ def train(trainer: str, vocab_size: int, path: Path) -> dict:
 
         model = HuggingFace(models.BPE())
         split = pre_tokenizers.Split(Regex(SPLIT_PATTERN), "isolated")
-        model.pre_tokenizer = pre_tokenizers.Sequence([split, pre_tokenizers.ByteLevel(False, use_regex=False)])
+        model.pre_tokenizer = pre_tokenizers.Sequence(
+            [split, pre_tokenizers.ByteLevel(False, use_regex=False)]
+        )
         model.decoder = decoders.ByteLevel()
         alphabet = pre_tokenizers.ByteLevel.alphabet()
-        options = trainers.BpeTrainer(vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False)
+        options = trainers.BpeTrainer(
+            vocab_size=vocab_size, initial_alphabet=alphabet, show_progress=False
+        )
         run: Callable[[], object] = lambda: model.train_from_iterator(read_text(path), options)  # noqa: E731
     elif trainer == "ours, Parquet":
         model = rustbpe.Tokenizer()
@@ -115,7 +120,9 @@ def train(trainer: str, vocab_size: int, path: Path) -> dict:
     result = {"seconds": seconds, "peak_mib": peak_mib()}
     if trainer != "tokenizers":
         tokens = [bytes(token) for token, _ in model.get_mergeable_ranks()]
-        result["digest"] = hashlib.sha256(b"".join(b"%d " % len(token) + token for token in tokens)).hexdigest()
+        result["digest"] = hashlib.sha256(
+            b"".join(b"%d " % len(token) + token for token in tokens)
+        ).hexdigest()
     return result
 
 
@@ -124,7 +131,9 @@ def peak_mib() -> float:
     return int(re.search(r"VmHWM:\s+(\d+)", status)[1]) / 1024
 
 
-def measure_training(trainers: list[str], vocab_size: int, path: Path, repeats: int) -> dict[str, dict]:
+def measure_training(
+    trainers: list[str], vocab_size: int, path: Path, repeats: int
+) -> dict[str, dict]:
     """The quickest of the runs of each trainer, which take turns."""
     best: dict[str, dict] = {}
     for _ in range(repeats):
@@ -139,7 +148,7 @@ def measure_training(trainers: list[str], vocab_size: int, path: Path, repeats: 
     return best
 
 
-# ---------------------------------------------------------------------------------------------------- encoding
+# --------------------------------------------------------------------------------------------------
 
 
 def quickest(work: Callable[[], object], repeats: int) -> tuple[float, object]:
@@ -151,12 +160,17 @@ def quickest(work: Callable[[], object], repeats: int) -> tuple[float, object]:
     return min(times), result
 
 
-def measure_encoding(tokenizer: Tokenizer, texts: list[str], threads: int, repeats: int) -> dict[str, float]:
+def measure_encoding(
+    tokenizer: Tokenizer, texts: list[str], threads: int, repeats: int
+) -> dict[str, float]:
     """MB/s by encoder and number of threads; every encoder must give the same ids."""
     from tokenizers import Tokenizer as HuggingFace
 
     reference = tiktoken.Encoding(
-        "reference", pat_str=tokenizer.pattern, mergeable_ranks=tokenizer.mergeable_ranks, special_tokens={}
+        "reference",
+        pat_str=tokenizer.pattern,
+        mergeable_ranks=tokenizer.mergeable_ranks,
+        special_tokens={},
     )
     with tempfile.TemporaryDirectory() as directory:
         write_hf_tokenizer(tokenizer, Path(directory), model_max_length=2048)
@@ -169,14 +183,21 @@ def measure_encoding(tokenizer: Tokenizer, texts: list[str], threads: int, repea
         works = {
             "ours": lambda count=count: tokenizer.encode_batch(texts, num_threads=count),
             "ours, Arrow": lambda count=count: tokenizer.encode_batch(column, num_threads=count),
-            "tiktoken": lambda count=count: reference.encode_ordinary_batch(texts, num_threads=count),
+            "tiktoken": lambda count=count: reference.encode_ordinary_batch(
+                texts, num_threads=count
+            ),
         }
         if count == (os.cpu_count() or 1):  # it always takes all of the machine
             works["tokenizers"] = lambda: other.encode_batch_fast(texts, add_special_tokens=False)
         for name, work in works.items():
             seconds, encoded = quickest(work, repeats)
             results[f"{name}, {count} thread{'s' * (count > 1)}"] = megabytes / seconds
-            if name == "tiktoken" and encoded != ids or name == "tokenizers" and [row.ids for row in encoded] != ids:
+            if (
+                name == "tiktoken"
+                and encoded != ids
+                or name == "tokenizers"
+                and [row.ids for row in encoded] != ids
+            ):
                 raise RuntimeError(f"{name} gives other ids than ours")
     return results
 
@@ -204,7 +225,7 @@ def measure_hard_texts(tokenizer: Tokenizer) -> dict[str, dict]:
     return results
 
 
-# ---------------------------------------------------------------------------------------------------- report
+# --------------------------------------------------------------------------------------------------
 
 
 def main() -> None:
@@ -212,14 +233,24 @@ def main() -> None:
         trainer, vocab_size, path = sys.argv[2:]
         print(json.dumps(train(trainer, int(vocab_size), Path(path))))
         return
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--megabytes", type=int, default=100, help="text to train on")
     parser.add_argument("--vocab-sizes", default="32768,65536")
-    parser.add_argument("--trainers", default=";".join(TRAINERS), help="which of them, with semicolons between")
-    parser.add_argument("--repeats", type=int, default=1, help="runs of each, of which the best counts")
-    parser.add_argument("--threads", type=int, default=os.cpu_count(), help="of the second encoding comparison")
+    parser.add_argument(
+        "--trainers", default=";".join(TRAINERS), help="which of them, with semicolons between"
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=1, help="runs of each, of which the best counts"
+    )
+    parser.add_argument(
+        "--threads", type=int, default=os.cpu_count(), help="of the second encoding comparison"
+    )
     here = f"{sysconfig.get_path('purelib')},{sysconfig.get_path('stdlib')},/usr/share"
-    parser.add_argument("--text", default=here, help="directories to take text files from, with commas between")
+    parser.add_argument(
+        "--text", default=here, help="directories to take text files from, with commas between"
+    )
     options = parser.parse_args()
     console = Console()
     figures: dict = {"cores": os.cpu_count(), "training": {}}
@@ -229,27 +260,45 @@ def main() -> None:
         write_text(path, documents(roots, options.megabytes * 10**6, sizes))
         figures["text"] = {suffix: round(size / 1e6, 1) for suffix, size in sizes.most_common()}
         parts = ", ".join(f"{size} {suffix}" for suffix, size in figures["text"].items())
-        console.print(f"{sizes.total() / 1e6:.1f} MB of text ({parts}) from {options.text}; {os.cpu_count()} cores")
+        console.print(
+            f"{sizes.total() / 1e6:.1f} MB of text ({parts}) from {options.text}; "
+            f"{os.cpu_count()} cores"
+        )
         for vocab_size in map(int, options.vocab_sizes.split(",")):
-            results = measure_training(options.trainers.split(";"), vocab_size, path, options.repeats)
+            results = measure_training(
+                options.trainers.split(";"), vocab_size, path, options.repeats
+            )
             figures["training"][vocab_size] = results
-            table = Table("trainer", "seconds", "times ours", "peak MiB", title=f"Training, vocabulary {vocab_size}")
+            table = Table(
+                "trainer",
+                "seconds",
+                "times ours",
+                "peak MiB",
+                title=f"Training, vocabulary {vocab_size}",
+            )
             for trainer, result in results.items():
                 ratio = result["seconds"] / next(iter(results.values()))["seconds"]
-                table.add_row(trainer, f"{result['seconds']:.2f}", f"{ratio:.2f}", f"{result['peak_mib']:.0f}")
+                table.add_row(
+                    trainer, f"{result['seconds']:.2f}", f"{ratio:.2f}", f"{result['peak_mib']:.0f}"
+                )
             console.print(table)
         tokenizer = Tokenizer.train(read_text(path), 32_768 + len(SPECIAL_TOKENS))
-        texts = list(itertools.islice(read_text(path), 0, None, max(1, options.megabytes // 20)))  # about 20 MB
+        # about 20 MB
+        texts = list(itertools.islice(read_text(path), 0, None, max(1, options.megabytes // 20)))
     figures["encoding_mb_per_s"] = encoding = measure_encoding(
         tokenizer, texts, options.threads, max(2, options.repeats)
     )
-    table = Table("encoder", "MB/s", "times tiktoken", title="Encoding, vocabulary 32768, ids equal")
+    table = Table(
+        "encoder", "MB/s", "times tiktoken", title="Encoding, vocabulary 32768, ids equal"
+    )
     for name, speed in encoding.items():
         base = encoding["tiktoken, " + name.rsplit(", ")[-1]]
         table.add_row(name, f"{speed:.1f}", f"{speed / base:.2f}")
     console.print(table)
     figures["hard_texts"] = measure_hard_texts(tokenizer)
-    table = Table("10 million characters of", "seconds", "times that of 1 million", title="Ours, one thread")
+    table = Table(
+        "10 million characters of", "seconds", "times that of 1 million", title="Ours, one thread"
+    )
     for name, result in figures["hard_texts"].items():
         table.add_row(name, f"{result['seconds']:.2f}", f"{result['times_of_a_tenth']:.1f}")
     console.print(table)

@@ -1,5 +1,5 @@
-"""A look inside a trained model, in one picture: what it learns of a chat, what a head looks at, what it would say
-next, and how steep the way down is.
+"""A look inside a trained model, in one picture: what it learns of a chat, what a head looks at,
+what it would say next, and how steep the way down is.
 
     pip install matplotlib                           # or the package with its extra `docs`
     python docs/tour.py                              the newest finetuned model; writes tour.png
@@ -20,7 +20,11 @@ from jax import Array
 from nanochat_jax import cli, load
 from nanochat_jax.checkpoint import load_model
 from nanochat_jax.cli import UsageError, directory_name, flag
-from nanochat_jax.conversation import render_conversation, render_for_completion, visualize_tokenization
+from nanochat_jax.conversation import (
+    render_conversation,
+    render_for_completion,
+    visualize_tokenization,
+)
 from nanochat_jax.data.loader import pretraining_loader
 from nanochat_jax.devices import DeviceFlags, start
 from nanochat_jax.files import keep_old, make_directory
@@ -48,22 +52,34 @@ except ModuleNotFoundError:  # `main` says so; the flags can be read without it
 
 SIGNATURE = "nanochat_jax docs/tour.py"  # in the picture: tells it from one of the user's
 INK, PALE, GREEN, RED = "#1f2937", "#e5e7eb", "#a7e3c5", "#e4572e"
-EXAMPLE = {"messages": [
-    {"role": "user", "content": "What is 345 + 678?"},
-    {"role": "assistant", "content": [
-        {"type": "python", "text": "345 + 678"}, {"type": "python_output", "text": "1023"},
-        {"type": "text", "text": "345 + 678 is 1023."},
-    ]},
-]}
+EXAMPLE = {
+    "messages": [
+        {"role": "user", "content": "What is 345 + 678?"},
+        {
+            "role": "assistant",
+            "content": [
+                {"type": "python", "text": "345 + 678"},
+                {"type": "python_output", "text": "1023"},
+                {"type": "text", "text": "345 + 678 is 1023."},
+            ],
+        },
+    ]
+}
 
 
 @dataclass(frozen=True, kw_only=True)
 class TourConfig(DeviceFlags):
     source: str = flag("sft", "stage whose model is shown", short="-i", choices=[*CHECKPOINT_DIRS])
-    model_tag: str | None = flag(None, "model tag; the largest d<depth> if not given", short="-g", check=directory_name)
+    model_tag: str | None = flag(
+        None, "model tag; the largest d<depth> if not given", short="-g", check=directory_name
+    )
     prompt: str = flag("How are you today?", "question whose answer is watched", short="-p")
-    layer: int | None = flag(None, "layer of the head that is shown, from 0; default the one that looks back sharpest",
-                             at_least=0, at_most=1000)
+    layer: int | None = flag(
+        None,
+        "layer of the head that is shown, from 0; default the one that looks back sharpest",
+        at_least=0,
+        at_most=1000,
+    )
     head: int | None = flag(None, "the head, from 0 (with --layer)", at_least=0, at_most=10**6)
     grid: int = flag(13, "points of each axis of the landscape, odd", at_least=3, at_most=999)
     out: str = flag("tour.png", "where the picture goes")
@@ -78,7 +94,10 @@ class TourConfig(DeviceFlags):
 def pieces(model: Model, ids: list[int]) -> list[str]:
     """Each token as a reader can see it: spaces as dots, control tokens without their bars."""
     texts = [model.tokenizer.decode([token]).replace(" ", "·").replace("\n", "⏎") for token in ids]
-    return [f"‹{text[2:-2]}›" if text.startswith("<|") and text.endswith("|>") else text for text in texts]
+    return [
+        f"‹{text[2:-2]}›" if text.startswith("<|") and text.endswith("|>") else text
+        for text in texts
+    ]
 
 
 def attention_weights(model: Model, ids: list[int]) -> list[Array]:
@@ -93,13 +112,19 @@ def attention_weights(model: Model, ids: list[int]) -> list[Array]:
         found.append(jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1)[0])
         return causal_attention(q, k, v, window=window)
 
-    forward(model.params, jnp.asarray([ids], jnp.int32), model.config, model.compute.replace(attention=record))
+    forward(
+        model.params,
+        jnp.asarray([ids], jnp.int32),
+        model.config,
+        model.compute.replace(attention=record),
+    )
     return found
 
 
 def sharpest_head(weights: list[Array]) -> tuple[int, int]:
-    """(layer, head) that puts most of its weight on one token far back: neither on the last two, as many heads do, nor
-    on the first, where heads rest."""
+    """(layer, head) that puts most of its weight on one token far back: neither on the last two,
+    as many heads do, nor on the first, where heads rest.
+    """
 
     def sharpness(head: Array) -> float:
         earlier = jnp.tril(head, k=-2).at[:, 0].set(0.0)
@@ -109,8 +134,11 @@ def sharpest_head(weights: list[Array]) -> tuple[int, int]:
     return max(heads, key=lambda at: sharpness(weights[at[0]][at[1]]))
 
 
-def next_tokens(model: Model, prompt: list[int], most: int, top: int) -> tuple[list[int], np.ndarray, np.ndarray]:
-    """The greedy answer to a prompt, and before each of its tokens the `top` likeliest ones and their probabilities.
+def next_tokens(
+    model: Model, prompt: list[int], most: int, top: int
+) -> tuple[list[int], np.ndarray, np.ndarray]:
+    """The greedy answer to a prompt, and before each of its tokens the `top` likeliest ones and
+    their probabilities.
 
     Returns (answer [N], ids [N, top], probabilities [N, top]), N up to `most`.
     """
@@ -125,11 +153,12 @@ def next_tokens(model: Model, prompt: list[int], most: int, top: int) -> tuple[l
 
 
 def landscape(paths: Paths, tag: str | None, multipliers: np.ndarray) -> tuple[np.ndarray, float]:
-    """Held-out loss after one step of the optimizer from the base model, with its learning rates multiplied.
+    """Held-out loss after one step of the optimizer from the base model, with its learning rates
+    multiplied.
 
-    A step is linear in the learning rates, so one gradient serves the whole grid: the matrices' (Muon) part of the
-    update times one multiplier, the rest (AdamW: tables and scalars) times the other. The optimizer
-    starts without memory.
+    A step is linear in the learning rates, so one gradient serves the whole grid: the matrices'
+    (Muon) part of the update times one multiplier, the rest (AdamW: tables and scalars) times the
+    other. The optimizer starts without memory.
 
     Returns (losses [rows: tables, columns: matrices] in nats per token, the loss before the step).
     """
@@ -137,17 +166,30 @@ def landscape(paths: Paths, tag: str | None, multipliers: np.ndarray) -> tuple[n
     config, corpus = base.config, paths.data(base.meta["data"] or paths.find_data())
 
     def batch(split: str) -> tuple[Array, Array]:
-        rows = pretraining_loader(corpus, base.tokenizer, split=split, batch_size=8, sequence_len=config.sequence_len,
-                                  packing=base.meta["packing"], num_shards=1)
+        rows = pretraining_loader(
+            corpus,
+            base.tokenizer,
+            split=split,
+            batch_size=8,
+            sequence_len=config.sequence_len,
+            packing=base.meta["packing"],
+            num_shards=1,
+        )
         found = next(rows)
         rows.close()
         return jnp.asarray(found["inputs"]), jnp.asarray(found["targets"])
 
     rates = OptimizerConfig(**base.meta["rates"]) if "rates" in base.meta else OptimizerConfig()
-    schedules = Schedules(lr_multiplier=constant(1.0), momentum=constant(0.95), weight_decay=constant(0.0),
-                          lr_scale=base.meta.get("lr_scale", 1.0))
+    schedules = Schedules(
+        lr_multiplier=constant(1.0),
+        momentum=constant(0.95),
+        weight_decay=constant(0.0),
+        lr_scale=base.meta.get("lr_scale", 1.0),
+    )
     optimizer = make_optimizer(config, rates, schedules)
-    gradient = jax.jit(jax.grad(mean_loss), static_argnames="config")(base.params, *batch("train"), config=config)
+    gradient = jax.jit(jax.grad(mean_loss), static_argnames="config")(
+        base.params, *batch("train"), config=config
+    )
     update, _ = jax.jit(optimizer.update)(gradient, optimizer.init(base.params), base.params)
     inputs, targets = batch("val")
 
@@ -156,7 +198,9 @@ def landscape(paths: Paths, tag: str | None, multipliers: np.ndarray) -> tuple[n
         def moved(path: tuple, param: Array, step: Array) -> Array:
             return param + (matrices if path[0].key in ("blocks", "ve_gate") else tables) * step
 
-        return mean_loss(jax.tree.map_with_path(moved, base.params, update), inputs, targets, config=config)
+        return mean_loss(
+            jax.tree.map_with_path(moved, base.params, update), inputs, targets, config=config
+        )
 
     losses = np.zeros((len(multipliers), len(multipliers)))
     for row, tables in enumerate(multipliers):
@@ -178,11 +222,25 @@ def draw_masks(axes: Axes, tokens: list[str], mask: list[int], per_line: int = 9
         if column + len(text) + 1.2 > per_line:
             column, line = 0.0, line + 1
         color = GREEN if learned else PALE
-        axes.add_patch(plt.Rectangle((column, -line - 0.36), len(text) + 0.7, 0.72, color=color, lw=0))
-        axes.text(column + len(text) / 2 + 0.35, -line - 0.02, text, family="monospace", fontsize=9.5, color=INK,
-                  ha="center", va="center")
+        axes.add_patch(
+            plt.Rectangle((column, -line - 0.36), len(text) + 0.7, 0.72, color=color, lw=0)
+        )
+        axes.text(
+            column + len(text) / 2 + 0.35,
+            -line - 0.02,
+            text,
+            family="monospace",
+            fontsize=9.5,
+            color=INK,
+            ha="center",
+            va="center",
+        )
         column += len(text) + 1.2
-    axes.set(xlim=(0, per_line), ylim=(-line - 0.6, 0.6), title="What is learned of a conversation: the green tokens")
+    axes.set(
+        xlim=(0, per_line),
+        ylim=(-line - 0.6, 0.6),
+        title="What is learned of a conversation: the green tokens",
+    )
     axes.axis("off")
 
 
@@ -190,44 +248,95 @@ def draw_attention(axes: Axes, tokens: list[str], weights: Array, layer: int, he
     image = axes.imshow(weights, cmap="magma_r", norm=PowerNorm(0.5, 0, 1))
     axes.set_xticks(range(len(tokens)), tokens, rotation=90, family="monospace", fontsize=6)
     axes.set_yticks(range(len(tokens)), tokens, family="monospace", fontsize=6)
-    axes.set(title=f"Where head {head} of layer {layer} looks", ylabel="from each token", xlabel="back to which")
+    axes.set(
+        title=f"Where head {head} of layer {layer} looks",
+        ylabel="from each token",
+        xlabel="back to which",
+    )
     axes.figure.colorbar(image, ax=axes, shrink=0.8, label="weight")
 
 
-def draw_next(axes: Axes, answer: list[str], candidates: list[list[str]], probabilities: np.ndarray, title: str
-              ) -> None:
-    """A column for each token of the answer, its likeliest candidates from the top, the darker the likelier."""
+def draw_next(
+    axes: Axes,
+    answer: list[str],
+    candidates: list[list[str]],
+    probabilities: np.ndarray,
+    title: str,
+) -> None:
+    """A column for each token of the answer, its likeliest candidates from the top, the darker the
+    likelier.
+    """
     axes.imshow(probabilities.T, cmap="GnBu", norm=PowerNorm(0.5, 0, 1), aspect="auto")
     for column, (texts, row) in enumerate(zip(candidates, probabilities, strict=True)):
         for rank, (text, probability) in enumerate(zip(texts, row, strict=True)):
             shown = text if len(text) <= 14 else text[:13] + "…"
-            axes.text(column, rank, f"{shown}\n{probability:.1%}", ha="center", va="center", family="monospace",
-                      fontsize=8, color="white" if probability > 0.45 else INK)
+            axes.text(
+                column,
+                rank,
+                f"{shown}\n{probability:.1%}",
+                ha="center",
+                va="center",
+                family="monospace",
+                fontsize=8,
+                color="white" if probability > 0.45 else INK,
+            )
     axes.set_xticks(range(len(answer)), answer, family="monospace", fontsize=9)
-    axes.set_yticks(range(probabilities.shape[1]), [f"{rank + 1}." for rank in range(probabilities.shape[1])])
+    axes.set_yticks(
+        range(probabilities.shape[1]), [f"{rank + 1}." for rank in range(probabilities.shape[1])]
+    )
     axes.set(title=title, xlabel="the answer, token by token")
     axes.tick_params(length=0)
 
 
 def draw_landscape(axes: Axes, multipliers: np.ndarray, losses: np.ndarray, before: float) -> None:
-    change = np.clip(losses - before, None, 3 * (before - losses.min()) + 1e-9)  # what is far up would hide the valley
+    # what is far up would hide the valley
+    change = np.clip(losses - before, None, 3 * (before - losses.min()) + 1e-9)
     levels = np.linspace(change.min(), change.max(), 25)
     image = axes.contourf(multipliers, multipliers, change, levels=levels, cmap="viridis")
-    axes.contour(multipliers, multipliers, change, levels=[0.0], colors="white", linewidths=1.2, linestyles="--")
+    axes.contour(
+        multipliers,
+        multipliers,
+        change,
+        levels=[0.0],
+        colors="white",
+        linewidths=1.2,
+        linestyles="--",
+    )
     row, column = np.unravel_index(losses.argmin(), losses.shape)
-    axes.plot(1, 1, "o", color="white", markersize=9, markeredgecolor=INK,
-              label="the rates at the peak of the schedule")
-    axes.plot(multipliers[column], multipliers[row], "*", color=RED, markersize=16, markeredgecolor="white",
-              label=f"best: {losses.min() - before:+.3f} nats per token")
+    axes.plot(
+        1,
+        1,
+        "o",
+        color="white",
+        markersize=9,
+        markeredgecolor=INK,
+        label="the rates at the peak of the schedule",
+    )
+    axes.plot(
+        multipliers[column],
+        multipliers[row],
+        "*",
+        color=RED,
+        markersize=16,
+        markeredgecolor="white",
+        label=f"best: {losses.min() - before:+.3f} nats per token",
+    )
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)
     axes.set_box_aspect(1)
     for axis in (axes.xaxis, axes.yaxis):
-        axis.set_major_formatter(lambda value, _: f"{value:g}x" if value >= 1 else f"1/{1 / value:g}x")
-    axes.set(title="Held-out loss after one more step, by learning rate", xlabel="matrices (Muon)",
-             ylabel="embeddings and scalars (AdamW)")
+        axis.set_major_formatter(
+            lambda value, _: f"{value:g}x" if value >= 1 else f"1/{1 / value:g}x"
+        )
+    axes.set(
+        title="Held-out loss after one more step, by learning rate",
+        xlabel="matrices (Muon)",
+        ylabel="embeddings and scalars (AdamW)",
+    )
     axes.legend(loc="lower left", fontsize=8, framealpha=0.9)
-    axes.figure.colorbar(image, ax=axes, shrink=0.8, label="change of the loss; dashed: none", format="%+.3f")
+    axes.figure.colorbar(
+        image, ax=axes, shrink=0.8, label="change of the loss; dashed: none", format="%+.3f"
+    )
 
 
 def progress(text: str) -> None:
@@ -236,7 +345,9 @@ def progress(text: str) -> None:
 
 def main(config: TourConfig) -> None:
     if matplotlib is None:
-        raise UsageError("the tour draws with matplotlib, which is not installed: `pip install matplotlib`")
+        raise UsageError(
+            "the tour draws with matplotlib, which is not installed: `pip install matplotlib`"
+        )
     make_directory(Path(config.out).absolute().parent)
     progress("drawing four pictures into one; a d4 takes about a minute on two free cores of a CPU")
     paths = Paths.from_env()
@@ -251,37 +362,66 @@ def main(config: TourConfig) -> None:
     weights = attention_weights(model, ids)
     layer, head = sharpest_head(weights) if config.layer is None else (config.layer, config.head)
     if not (0 <= layer < len(weights) and 0 <= head < weights[layer].shape[0]):
-        raise UsageError(f"--layer {layer} --head {head}: the model has {len(weights)} layers of "
-                         f"{weights[0].shape[0]} heads")
+        raise UsageError(
+            f"--layer {layer} --head {head}: the model has {len(weights)} layers of "
+            f"{weights[0].shape[0]} heads"
+        )
 
     progress("3/4 what it would say next")
-    asked = {"messages": [{"role": "user", "content": config.prompt}, {"role": "assistant", "content": ""}]}
+    asked = {
+        "messages": [
+            {"role": "user", "content": config.prompt},
+            {"role": "assistant", "content": ""},
+        ]
+    }
     prompt = render_for_completion(model.tokenizer, asked, sys.maxsize)
     answer, candidates, probabilities = next_tokens(model, prompt, most=10, top=5)
     print(f"{config.prompt} {model.tokenizer.decode(answer)}", flush=True)
 
-    progress(f"4/4 how steep the way down is: the held-out loss at {config.grid} x {config.grid} learning rates")
+    progress(
+        f"4/4 how steep the way down is: the held-out loss at {config.grid} x {config.grid} "
+        "learning rates"
+    )
     multipliers = 2.0 ** np.linspace(-5, 5, config.grid)
     losses, before = landscape(paths, config.model_tag, multipliers)
     row, column = np.unravel_index(losses.argmin(), losses.shape)
     at_peak = losses[config.grid // 2, config.grid // 2]
-    print(f"held-out loss {before:.4f}; after one step at the rates of the schedule's peak {at_peak:.4f}, "
-          f"at best {losses.min():.4f} (matrices x{multipliers[column]:g}, tables x{multipliers[row]:g})")
+    print(
+        f"held-out loss {before:.4f}; after one step at the rates of the schedule's peak "
+        f"{at_peak:.4f}, "
+        f"at best {losses.min():.4f} (matrices x{multipliers[column]:g}, tables "
+        f"x{multipliers[row]:g})"
+    )
 
-    style: dict[str, Any] = {"axes.titleweight": "bold", "axes.titlesize": 11, "text.color": INK,
-                             "axes.labelcolor": INK, "axes.titlecolor": INK,
-                             "axes.spines.top": False, "axes.spines.right": False}
+    style: dict[str, Any] = {
+        "axes.titleweight": "bold",
+        "axes.titlesize": 11,
+        "text.color": INK,
+        "axes.labelcolor": INK,
+        "axes.titlecolor": INK,
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+    }
     with plt.rc_context(style):
         figure = plt.figure(figsize=(13, 11), layout="constrained")
         grid = figure.add_gridspec(3, 2, height_ratios=[0.65, 3.3, 1.7])
-        figure.suptitle(f"{model.source} model, step {model.step}: {model.config.n_layer} layers, "
-                        f"{num_params(model.config) / 1e6:.1f}M parameters", fontsize=14, fontweight="bold")
+        figure.suptitle(
+            f"{model.source} model, step {model.step}: {model.config.n_layer} layers, "
+            f"{num_params(model.config) / 1e6:.1f}M parameters",
+            fontsize=14,
+            fontweight="bold",
+        )
         tokens = pieces(model, ids)
         draw_masks(figure.add_subplot(grid[0, :]), tokens, mask)
         draw_attention(figure.add_subplot(grid[1, 0]), tokens, weights[layer][head], layer, head)
         draw_landscape(figure.add_subplot(grid[1, 1]), multipliers, losses, before)
-        draw_next(figure.add_subplot(grid[2, :]), pieces(model, answer), [pieces(model, row) for row in candidates],
-                  probabilities, f"What it would say next: {config.prompt!r}")
+        draw_next(
+            figure.add_subplot(grid[2, :]),
+            pieces(model, answer),
+            [pieces(model, row) for row in candidates],
+            probabilities,
+            f"What it would say next: {config.prompt!r}",
+        )
         out = Path(config.out)
         if out.exists() and SIGNATURE.encode() not in out.read_bytes():  # a picture of the user's
             print(f"{out} is not a picture of this program: kept as {keep_old(out)}")

@@ -1,7 +1,7 @@
 """Every command of the project under one name, also where only the wheel is installed.
 
-    nanochat serve --port 8080              the same as `python -m scripts.serve --port 8080`
-    python -m nanochat_jax speedrun         likewise, where the console script is not on PATH
+nanochat serve --port 8080              the same as `python -m scripts.serve --port 8080`
+python -m nanochat_jax speedrun         likewise, where the console script is not on PATH
 """
 
 import pkgutil
@@ -11,12 +11,15 @@ import sys
 import scripts
 from nanochat_jax import cli
 
-MODULES = {"dataset": "nanochat_jax.dataset", "report": "nanochat_jax.report"}  # commands that are no scripts
+# commands that are no scripts
+MODULES = {"dataset": "nanochat_jax.dataset", "report": "nanochat_jax.report"}
 
 
 def commands() -> dict[str, str]:
     """Module of each command, by its name; `_` and `-` are the same."""
-    found = {module.name: f"scripts.{module.name}" for module in pkgutil.iter_modules(scripts.__path__)}
+    found = {
+        module.name: f"scripts.{module.name}" for module in pkgutil.iter_modules(scripts.__path__)
+    }
     return dict(sorted((found | MODULES).items()))
 
 
@@ -29,8 +32,10 @@ def run_command() -> None:
     names = commands()
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("-h", "--help"):
-        print(f"usage: nanochat COMMAND [flags]; flags of each: nanochat COMMAND --help\n\n"
-              f"commands: {', '.join(names)}")
+        print(
+            f"usage: nanochat COMMAND [flags]; flags of each: nanochat COMMAND --help\n\n"
+            f"commands: {', '.join(names)}"
+        )
         return
     module = names.get(name.replace("-", "_"))
     if module is None:

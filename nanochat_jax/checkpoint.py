@@ -1,10 +1,13 @@
-"""Checkpoints with Orbax: parameters, optimizer state, data position and metadata in one atomic step directory.
+"""Checkpoints with Orbax: parameters, optimizer state, data position and metadata in one atomic
+step directory.
 
-    <source>_checkpoints/<tag>/<step>/{params,optimizer,state}      metrics.jsonl beside the steps; `optimizer` is
-                                                                    absent where weights were imported
+    <source>_checkpoints/<tag>/<step>/{params,optimizer,state}      metrics.jsonl beside the steps;
+                                                                    `optimizer` is absent where
+                                                                    weights were imported
 
-Each step carries checksums of its content. One that is torn or damaged is passed over, with a warning that names it, for
-the one before; a resumed run renames it to `damaged-<step>`. Nothing here deletes a step but `keep` and `--fresh`.
+Each step carries checksums of its content. One that is torn or damaged is passed over, with a
+warning that names it, for the one before; a resumed run renames it to `damaged-<step>`. Nothing
+here deletes a step but `keep` and `--fresh`.
 """
 
 import contextlib
@@ -32,7 +35,13 @@ from jax.sharding import Mesh
 from nanochat_jax.cli import NotFound, UsageError, one_line, write_failure
 from nanochat_jax.files import LOCK, lock_file
 from nanochat_jax.model.config import GPTConfig
-from nanochat_jax.model.sharding import abstract_tree, barrier, gather_json, make_mesh, param_shardings
+from nanochat_jax.model.sharding import (
+    abstract_tree,
+    barrier,
+    gather_json,
+    make_mesh,
+    param_shardings,
+)
 from nanochat_jax.model.weights import Params, abstract_params
 from nanochat_jax.paths import (
     Paths,
@@ -60,11 +69,19 @@ class Damaged(Exception):
 
 
 def _read(directory: Directory, step: int, **items: Any) -> dict[str, Any]:
-    """Items of a step (names of Orbax's arguments). Raises `Damaged` in all processes if it cannot be read in one."""
-    # Each process reads its share alone, in a group of its own: else one that fails would leave the others waiting.
-    own = ocp.options.MultiprocessingOptions(primary_host=jax.process_index(), active_processes={jax.process_index()},
-                                             barrier_sync_key_prefix=f"process{jax.process_index()}")
-    options = ocp.CheckpointManagerOptions(read_only=True, save_interval_steps=0, create=False, multiprocessing_options=own)
+    """Items of a step (names of Orbax's arguments). Raises `Damaged` in all processes if it cannot
+    be read in one.
+    """
+    # Each process reads its share alone, in a group of its own: else one that fails would leave
+    # the others waiting.
+    own = ocp.options.MultiprocessingOptions(
+        primary_host=jax.process_index(),
+        active_processes={jax.process_index()},
+        barrier_sync_key_prefix=f"process{jax.process_index()}",
+    )
+    options = ocp.CheckpointManagerOptions(
+        read_only=True, save_interval_steps=0, create=False, multiprocessing_options=own
+    )
     found, said = {}, ""
     try:
         with ocp.CheckpointManager(directory, options=options) as manager:
@@ -82,8 +99,9 @@ def _read(directory: Directory, step: int, **items: Any) -> dict[str, Any]:
 
 
 def _drop_readers() -> None:
-    """Orbax's other readers of a damaged step hold errors that nobody waits for: Python would print pages about each, the
-    next time that it collects garbage."""
+    """Orbax's other readers of a damaged step hold errors that nobody waits for: Python would
+    print pages about each, the next time that it collects garbage.
+    """
     hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
     try:
         gc.collect()
@@ -94,7 +112,9 @@ def _drop_readers() -> None:
 @jax.jit
 def _array_checksum(array: Array) -> Array:
     array = jnp.asarray(array)
-    words = jax.lax.bitcast_convert_type(array, jnp.dtype(f"uint{8 * array.dtype.itemsize}")).astype(jnp.uint32)
+    words = jax.lax.bitcast_convert_type(
+        array, jnp.dtype(f"uint{8 * array.dtype.itemsize}")
+    ).astype(jnp.uint32)
     place = jnp.zeros(array.shape, jnp.uint32)
     for axis in range(array.ndim):
         stride = math.prod(array.shape[axis + 1 :]) % 2**32
@@ -103,27 +123,44 @@ def _array_checksum(array: Array) -> Array:
 
 
 def _checksum(tree: Any) -> int:
-    """A number of 32 bits that depends on every bit of the tree's arrays and on its place, and not on how they are
-    sharded: words times odd numbers, added modulo 2^32, so that no order of additions matters and no changed word goes
-    unseen. One array after the other, for on a CPU each takes as much memory again."""
-    return sum(int(_array_checksum(leaf)) * (2 * number + 1) for number, leaf in enumerate(jax.tree.leaves(tree))) % 2**32
+    """A number of 32 bits that depends on every bit of the tree's arrays and on its place, and not
+    on how they are sharded: words times odd numbers, added modulo 2^32, so that no order of
+    additions matters and no changed word goes unseen. One array after the other, for on a CPU each
+    takes as much memory again.
+    """
+    return (
+        sum(
+            int(_array_checksum(leaf)) * (2 * number + 1)
+            for number, leaf in enumerate(jax.tree.leaves(tree))
+        )
+        % 2**32
+    )
 
 
 def _state_checksum(state: dict[str, Any]) -> int:
-    return zlib.crc32(json.dumps({k: v for k, v in state.items() if k != CHECKSUMS}, sort_keys=True).encode())
+    return zlib.crc32(
+        json.dumps({k: v for k, v in state.items() if k != CHECKSUMS}, sort_keys=True).encode()
+    )
 
 
 def _structure(tree: Any) -> int:
     """Of the names, shapes and dtypes of a tree."""
-    described = [(jax.tree_util.keystr(path), leaf.shape, str(leaf.dtype))
-                 for path, leaf in jax.tree_util.tree_leaves_with_path(tree)]
+    described = [
+        (jax.tree_util.keystr(path), leaf.shape, str(leaf.dtype))
+        for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
+    ]
     return zlib.crc32(json.dumps(described).encode())
 
 
-def _read_trees(directory: Directory, step: int, state: dict[str, Any], **abstract: Any) -> dict[str, Any]:
-    """Trees of a step whose JSON state is `state`. Raises `Damaged` if one is not as it was saved; steps without checksums
-    are taken as they are."""
-    found = _read(directory, step, **{name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()})
+def _read_trees(
+    directory: Directory, step: int, state: dict[str, Any], **abstract: Any
+) -> dict[str, Any]:
+    """Trees of a step whose JSON state is `state`. Raises `Damaged` if one is not as it was saved;
+    steps without checksums are taken as they are.
+    """
+    found = _read(
+        directory, step, **{name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()}
+    )
     for name, expected in state.get(CHECKSUMS, {}).get("content", {}).items():
         if name in found and _checksum(found[name]) != expected:
             raise Damaged(f"the checksum of its {name} does not match")
@@ -131,19 +168,25 @@ def _read_trees(directory: Directory, step: int, state: dict[str, Any], **abstra
 
 
 def _newest(directory: Directory, steps: list[int], read: Callable[[int], Any]) -> Any:
-    """What `read` makes of the greatest of `steps` that is not damaged. Raises `UsageError` if all are."""
+    """What `read` makes of the greatest of `steps` that is not damaged. Raises `UsageError` if all
+    are.
+    """
     for step in reversed(steps):
         try:
             return read(step)
         except Damaged as error:
             log.warning("checkpoint %s cannot be read (%s)", directory / str(step), error)
-    raise UsageError(f"none of the steps {steps} in {directory} can be read; there are "
-                     f"{', '.join(map(str, saved_steps(directory)))}: choose another, or delete them")
+    raise UsageError(
+        f"none of the steps {steps} in {directory} can be read; there are "
+        f"{', '.join(map(str, saved_steps(directory)))}: choose another, or delete them"
+    )
 
 
 @dataclass(frozen=True)
 class Restored:
-    """One step: `state` is the JSON written with it (step, model_config, config, position, loop, ...)."""
+    """One step: `state` is the JSON written with it (step, model_config, config, position, loop,
+    ...).
+    """
 
     step: int
     params: Params
@@ -152,12 +195,17 @@ class Restored:
 
 
 class Checkpoints:
-    """The steps of one run. Saves are asynchronous; use as a context manager, so that none is left half-written."""
+    """The steps of one run. Saves are asynchronous; use as a context manager, so that none is left
+    half-written.
+    """
 
     def __init__(self, directory: Directory, *, keep: int | None = None) -> None:
         self.directory = directory
         options = ocp.CheckpointManagerOptions(
-            max_to_keep=keep, enable_async_checkpointing=True, cleanup_tmp_directories=True, create=True
+            max_to_keep=keep,
+            enable_async_checkpointing=True,
+            cleanup_tmp_directories=True,
+            create=True,
         )
         self._manager = ocp.CheckpointManager(directory, options=options)
         self._saving: int | None = None  # the step whose save has not been seen to end
@@ -171,17 +219,23 @@ class Checkpoints:
         except Exception as error:
             if kind is None:
                 raise
-            log.warning("closing %s: %s", self.directory, one_line(error))  # beside the error that is on its way already
+            # beside the error that is on its way already
+            log.warning("closing %s: %s", self.directory, one_line(error))
 
     def save(self, step: int, params: Params, optimizer: Any, state: dict[str, Any]) -> None:
         """Start writing a step; raises here if an earlier save failed in the background."""
         self.wait()
         if (lock := _bucket_locks.get(str(self.directory))) and lock.lost:
-            raise UsageError(f"another run has taken {self.directory} over, as this one did not renew its lock: "
-                             "nothing more is saved")
+            raise UsageError(
+                f"another run has taken {self.directory} over, as this one did not renew its lock: "
+                "nothing more is saved"
+            )
         trees = {"params": params} | ({} if optimizer is None else {"optimizer": optimizer})
-        sums = {"content": {name: _checksum(tree) for name, tree in trees.items()},
-                "structure": {name: _structure(tree) for name, tree in trees.items()}, "state": _state_checksum(state)}
+        sums = {
+            "content": {name: _checksum(tree) for name, tree in trees.items()},
+            "structure": {name: _structure(tree) for name, tree in trees.items()},
+            "state": _state_checksum(state),
+        }
         items = {name: ocp.args.StandardSave(tree) for name, tree in trees.items()}
         items["state"] = ocp.args.JsonSave(state | {CHECKSUMS: sums})
         self._saving = step
@@ -191,7 +245,9 @@ class Checkpoints:
             raise self._failed(step, error) from error
 
     def check(self) -> None:
-        """Raises `UsageError` if a save has failed in the background. Costs nothing while none is on its way."""
+        """Raises `UsageError` if a save has failed in the background. Costs nothing while none is
+        on its way.
+        """
         if self._saving is not None and not self._manager.is_saving_in_progress():
             self.wait()
 
@@ -209,8 +265,11 @@ class Checkpoints:
     def _failed(self, step: int, error: Exception) -> UsageError:
         self._saving = None
         self._manager.reload()
-        return UsageError(f"the checkpoint of step {step} could not be written ({write_failure(error)}): fix that, then "
-                          "continue with --resume")
+        return UsageError(
+            f"the checkpoint of step {step} could not be written ({write_failure(error)}): fix "
+            "that, then "
+            "continue with --resume"
+        )
 
     def steps(self) -> list[int]:
         return sorted(self._manager.all_steps())
@@ -219,7 +278,9 @@ class Checkpoints:
         return max(self.steps(), default="none")
 
     def set_aside(self, steps: list[int], prefix: str) -> None:
-        """Rename steps, out of the way of the saves that will come to them again; nothing is deleted."""
+        """Rename steps, out of the way of the saves that will come to them again; nothing is
+        deleted.
+        """
         if jax.process_index() == 0:
             for step in steps:
                 names = (f"{prefix}-{step}" + (f"-{n}" if n else "") for n in itertools.count())
@@ -228,39 +289,68 @@ class Checkpoints:
         barrier("steps set aside")
         self._manager.reload()
 
-    def restore(self, step: int, abstract: Params, abstract_optimizer: Any = None,
-                accept: Callable[[dict[str, Any]], None] = lambda state: None) -> Restored:
-        """One step, whole; the optimizer only if asked for. `accept` may refuse its state before the arrays are read.
+    def restore(
+        self,
+        step: int,
+        abstract: Params,
+        abstract_optimizer: Any = None,
+        accept: Callable[[dict[str, Any]], None] = lambda state: None,
+    ) -> Restored:
+        """One step, whole; the optimizer only if asked for. `accept` may refuse its state before
+        the arrays are read.
 
         Raises `UsageError` if it is another kind of checkpoint, and `Damaged`.
         """
         state = read_meta(self.directory, step)
         sums = state.pop(CHECKSUMS, {})
         accept(state)
-        if abstract_optimizer is not None and "optimizer" not in sums.get("structure", {"optimizer": 0}):
-            raise UsageError(f"{self.directory / str(step)} holds no optimizer state, as imported weights do not: train "
-                             "under another --model-tag")
-        trees = {"params": abstract} | ({} if abstract_optimizer is None else {"optimizer": abstract_optimizer})
+        if abstract_optimizer is not None and "optimizer" not in sums.get(
+            "structure", {"optimizer": 0}
+        ):
+            raise UsageError(
+                f"{self.directory / str(step)} holds no optimizer state, as imported weights do "
+                "not: train "
+                "under another --model-tag"
+            )
+        trees = {"params": abstract} | (
+            {} if abstract_optimizer is None else {"optimizer": abstract_optimizer}
+        )
         for name, structure in sums.get("structure", {}).items():
             if name in trees and structure != _structure(trees[name]):
-                raise UsageError(f"{self.directory / str(step)} holds other {name} than this run's: its architecture or "
-                                 "kind of optimizer was another")
+                raise UsageError(
+                    f"{self.directory / str(step)} holds other {name} than this run's: its "
+                    "architecture or "
+                    "kind of optimizer was another"
+                )
         found = _read_trees(self.directory, step, {CHECKSUMS: sums}, **trees)
         return Restored(step, found["params"], found.get("optimizer"), state)
 
-    def restore_latest(self, abstract: Any, abstract_optimizer: Any, *, step: int | None = None,
-                       accept: Callable[[dict[str, Any]], None] = lambda state: None) -> Restored | None:
-        """The newest step that can be read whole, or None if there is no step at all; or `step`, which must be there.
+    def restore_latest(
+        self,
+        abstract: Any,
+        abstract_optimizer: Any,
+        *,
+        step: int | None = None,
+        accept: Callable[[dict[str, Any]], None] = lambda state: None,
+    ) -> Restored | None:
+        """The newest step that can be read whole, or None if there is no step at all; or `step`,
+        which must be there.
 
         Newer steps, damaged or not wanted, are renamed, never deleted.
         """
         steps = self.steps()
         if step is not None and step not in steps:
-            raise UsageError(f"no step {step} in {self.directory}: there are {', '.join(map(str, steps)) or 'none'}")
+            raise UsageError(
+                f"no step {step} in {self.directory}: there are "
+                f"{', '.join(map(str, steps)) or 'none'}"
+            )
         if not steps:
             return None
-        restored = _newest(self.directory, steps if step is None else [step],
-                           lambda each: self.restore(each, abstract, abstract_optimizer, accept))
+        restored = _newest(
+            self.directory,
+            steps if step is None else [step],
+            lambda each: self.restore(each, abstract, abstract_optimizer, accept),
+        )
         later = [other for other in steps if other > restored.step]
         self.set_aside(later, "damaged" if step is None else "replaced")
         return restored
@@ -285,7 +375,10 @@ class Loaded:
     @property
     def tokenizer(self) -> Tokenizer:
         if self.own_tokenizer is None:
-            raise UsageError(f"{self.directory} was imported without a tokenizer: import it again with --tokenizer DIR")
+            raise UsageError(
+                f"{self.directory} was imported without a tokenizer: import it again with "
+                "--tokenizer DIR"
+            )
         return self.own_tokenizer
 
 
@@ -304,7 +397,9 @@ def lock_tag(directory: Directory) -> Iterator[None]:
         if jax.process_index() == 0:
             try:
                 if is_remote(directory):
-                    _bucket_locks[str(directory)] = stack.enter_context(ObjectLock(directory, IN_USE))
+                    _bucket_locks[str(directory)] = stack.enter_context(
+                        ObjectLock(directory, IN_USE)
+                    )
                     stack.callback(_bucket_locks.pop, str(directory))
                 else:
                     stack.enter_context(lock_file(directory / LOCK, str(directory), IN_USE))
@@ -316,10 +411,11 @@ def lock_tag(directory: Directory) -> Iterator[None]:
 
 
 def claim_directory(directory: Directory, *, resume: bool | None, fresh: bool) -> None:
-    """Before a run writes to a tag: steps that are there are continued or deleted only if the user said which.
+    """Before a run writes to a tag: steps that are there are continued or deleted only if the user
+    said which.
 
-    `resume` is None where nothing can go on. Raises `UsageError`, too, if the directory holds another program's checkpoints,
-    or the processes of the run do not see the same one.
+    `resume` is None where nothing can go on. Raises `UsageError`, too, if the directory holds
+    another program's checkpoints, or the processes of the run do not see the same one.
     """
     refuse_foreign(directory)
     if jax.process_count() > 1 and not is_remote(directory):
@@ -335,17 +431,23 @@ def claim_directory(directory: Directory, *, resume: bool | None, fresh: bool) -
         if jax.process_index() == 0:
             ours.unlink()
         if not all(seen):
-            raise UsageError(f"{directory} is another one on process {seen.index(False)} than on process 0: "
-                             "put the base directory on a disk that all hosts share, or the checkpoints in a bucket "
-                             "(NANOCHAT_CHECKPOINT_DIR=gs://...)")
+            raise UsageError(
+                f"{directory} is another one on process {seen.index(False)} than on process 0: "
+                "put the base directory on a disk that all hosts share, or the checkpoints in a "
+                "bucket "
+                "(NANOCHAT_CHECKPOINT_DIR=gs://...)"
+            )
     if fresh:
         if jax.process_index() == 0:
             delete_steps(directory)
         barrier("old steps deleted")
     elif not resume and (steps := saved_steps(directory)):
-        raise UsageError(f"{directory} already holds steps {', '.join(map(str, steps))}: "
-                         f"{'' if resume is None else '--resume goes on with them, '}--fresh deletes them, --model-tag names "
-                         "another place")
+        raise UsageError(
+            f"{directory} already holds steps {', '.join(map(str, steps))}: "
+            f"{'' if resume is None else '--resume goes on with them, '}--fresh deletes them, "
+            "--model-tag names "
+            "another place"
+        )
 
 
 def read_meta(directory: Directory, step: int) -> dict[str, Any]:
@@ -356,14 +458,26 @@ def read_meta(directory: Directory, step: int) -> dict[str, Any]:
     return state
 
 
-def load_model(paths: Paths, source: str, *, tag: str | None = None, step: int | None = None, mesh: Mesh | None = None,
-               fsdp: bool = False) -> Loaded:
-    """Load the parameters of a stage ("base", "mid", "sft" or "rl") as `load_directory` does, from `find_model`."""
-    return load_directory(find_model(paths, source, tag), source=source, step=step, mesh=mesh, fsdp=fsdp)
+def load_model(
+    paths: Paths,
+    source: str,
+    *,
+    tag: str | None = None,
+    step: int | None = None,
+    mesh: Mesh | None = None,
+    fsdp: bool = False,
+) -> Loaded:
+    """Load the parameters of a stage ("base", "mid", "sft" or "rl") as `load_directory` does, from
+    `find_model`.
+    """
+    return load_directory(
+        find_model(paths, source, tag), source=source, step=step, mesh=mesh, fsdp=fsdp
+    )
 
 
 def find_model(paths: Paths, source: str, tag: str | None) -> Directory:
-    """The directory of a stage's tag, which has a step. Without a tag: the largest `d<depth>`, else the newest.
+    """The directory of a stage's tag, which has a step. Without a tag: the largest `d<depth>`,
+    else the newest.
 
     Raises `NotFound` when there is none.
     """
@@ -371,23 +485,34 @@ def find_model(paths: Paths, source: str, tag: str | None) -> Directory:
     if not saved_steps(directory):
         if (others := paths.tags(source)) and not foreign_checkpoints(directory):
             raise NotFound(f"no {source} checkpoint in {directory}: there are {', '.join(others)}")
-        raise NotFound(f"no {source} checkpoint in {directory}: "
-                       f"{how_to_get(source, directory if foreign_checkpoints(directory) else None)}")
+        raise NotFound(
+            f"no {source} checkpoint in {directory}: "
+            f"{how_to_get(source, directory if foreign_checkpoints(directory) else None)}"
+        )
     return directory
 
 
-def load_directory(directory: Directory, *, source: str = "base", step: int | None = None, mesh: Mesh | None = None,
-                   fsdp: bool = False) -> Loaded:
-    """Load the parameters of a tag's directory, float32, placed on the mesh; without a step, the greatest that can be read.
+def load_directory(
+    directory: Directory,
+    *,
+    source: str = "base",
+    step: int | None = None,
+    mesh: Mesh | None = None,
+    fsdp: bool = False,
+) -> Loaded:
+    """Load the parameters of a tag's directory, float32, placed on the mesh; without a step, the
+    greatest that can be read.
 
-    Its tokenizer is in `tokenizer/` under it (where an imported model brought one that is not the base directory's), else
-    in that of the base directory. Raises `NotFound` when there is no such step and `UsageError` when the checkpoint was
-    trained with another tokenizer.
+    Its tokenizer is in `tokenizer/` under it (where an imported model brought one that is not the
+    base directory's), else in that of the base directory. Raises `NotFound` when there is no such
+    step and `UsageError` when the checkpoint was trained with another tokenizer.
     """
     steps = saved_steps(directory)
     if not steps or step is not None and step not in steps:
-        raise NotFound(f"no step {'' if step is None else step} in {directory}: there are "
-                       f"{', '.join(map(str, steps)) or 'none'}")
+        raise NotFound(
+            f"no step {'' if step is None else step} in {directory}: there are "
+            f"{', '.join(map(str, steps)) or 'none'}"
+        )
     mesh = make_mesh("1x1") if mesh is None else mesh
 
     def load(candidate: int) -> Loaded:
@@ -403,7 +528,9 @@ def load_directory(directory: Directory, *, source: str = "base", step: int | No
 
 
 def _load_tokenizer(directory: Directory, fingerprint: str | None) -> Tokenizer | None:
-    """The tokenizer that a checkpoint was trained with; its fingerprint is None if it was imported without one."""
+    """The tokenizer that a checkpoint was trained with; its fingerprint is None if it was imported
+    without one.
+    """
     if fingerprint is None:
         return None
     place = directory / "tokenizer"
@@ -415,7 +542,9 @@ def _load_tokenizer(directory: Directory, fingerprint: str | None) -> Tokenizer 
             try:
                 tokenizer = Tokenizer.load(Path(scratch))
             except NotFound as error:
-                raise NotFound(f"the tokenizer of {directory} is missing in {place}: copy it there") from error
+                raise NotFound(
+                    f"the tokenizer of {directory} is missing in {place}: copy it there"
+                ) from error
     else:
         own, shared = place, base_tokenizer(directory)
         # The tag's own may belong to steps that were deleted since.
@@ -424,19 +553,26 @@ def _load_tokenizer(directory: Directory, fingerprint: str | None) -> Tokenizer 
             if tokenizer.fingerprint() == fingerprint:
                 break
     if tokenizer.fingerprint() != fingerprint:
-        raise UsageError(f"the tokenizer in {place} is not the one {directory} was trained with: "
-                         "restore that tokenizer, or train the model again")
+        raise UsageError(
+            f"the tokenizer in {place} is not the one {directory} was trained with: "
+            "restore that tokenizer, or train the model again"
+        )
     return tokenizer
 
 
 def _remote_tokenizer(directory: Directory, fingerprint: str) -> Directory:
-    """In a bucket tokenizers lie by fingerprint; under the tag Orbax would take one for half of a step and delete it."""
+    """In a bucket tokenizers lie by fingerprint; under the tag Orbax would take one for half of a
+    step and delete it.
+    """
     return directory.parent.parent / "tokenizers" / fingerprint
 
 
-def keep_tokenizer(tokenizer: Tokenizer, directory: Directory, origin: Loaded | None = None) -> None:
-    """Put the tokenizer where those who load a run's steps look for it: with a bucket, and if the model that the run goes
-    on from has one of its own."""
+def keep_tokenizer(
+    tokenizer: Tokenizer, directory: Directory, origin: Loaded | None = None
+) -> None:
+    """Put the tokenizer where those who load a run's steps look for it: with a bucket, and if the
+    model that the run goes on from has one of its own.
+    """
     if jax.process_index() != 0:
         return
     if is_remote(directory):
@@ -448,12 +584,18 @@ def keep_tokenizer(tokenizer: Tokenizer, directory: Directory, origin: Loaded | 
 
 
 def load_optimizer(loaded: Loaded, abstract: Any) -> Any:
-    """The optimizer state that was saved with a loaded model; `abstract` says its shapes and where it shall lie."""
+    """The optimizer state that was saved with a loaded model; `abstract` says its shapes and where
+    it shall lie.
+    """
     directory = loaded.directory
     if not (directory / str(loaded.step) / "optimizer").is_dir():
-        raise NotFound(f"{directory / str(loaded.step)} was saved without an optimizer: use --load-optimizer 0")
+        raise NotFound(
+            f"{directory / str(loaded.step)} was saved without an optimizer: use --load-optimizer 0"
+        )
     try:
         return _read_trees(directory, loaded.step, loaded.meta, optimizer=abstract)["optimizer"]
     except Damaged as error:
-        raise UsageError(f"the optimizer state in {directory / str(loaded.step)} cannot be read ({error}): use "
-                         "--load-optimizer 0") from error
+        raise UsageError(
+            f"the optimizer state in {directory / str(loaded.step)} cannot be read ({error}): use "
+            "--load-optimizer 0"
+        ) from error

@@ -1,10 +1,11 @@
 """Command lines generated from frozen dataclasses.
 
-A stage's flags are the fields of one frozen, keyword-only dataclass: the field gives the name, the type and the
-default, `flag(...)` adds help, range, choices and upstream's short form. `--max_chars` and `--max-chars` are the same flag.
+A stage's flags are the fields of one frozen, keyword-only dataclass: the field gives the name, the
+type and the default, `flag(...)` adds help, range, choices and upstream's short form.
+`--max_chars` and `--max-chars` are the same flag.
 
-Whatever a user can get wrong raises `UsageError`. `run` prints it, and every error of a disk or a pipe, as one line and
-exits with code 2.
+Whatever a user can get wrong raises `UsageError`. `run` prints it, and every error of a disk or a
+pipe, as one line and exits with code 2.
 """
 
 import argparse
@@ -54,14 +55,16 @@ def one_line(error: BaseException) -> str:
 
 
 def write_failure(error: BaseException) -> str:
-    """Why a write failed, on one line. A full disk is named as such, also where a library has wrapped
-    the system's error in an exception of its own."""
+    """Why a write failed, on one line. A full disk is named as such, also where a library has
+    wrapped the system's error in an exception of its own.
+    """
     text = one_line(error)
     chain, full = error, False
     while chain is not None and not full:
         code = chain.errno if isinstance(chain, OSError) else None
         full = code in (errno.ENOSPC, errno.EDQUOT) or bool(
-            re.search("ENOSPC|EDQUOT|[Nn]o space left|quota exceeded", str(chain)))
+            re.search("ENOSPC|EDQUOT|[Nn]o space left|quota exceeded", str(chain))
+        )
         chain = chain.__cause__ or chain.__context__  # type: ignore[assignment]
     return f"the disk is full, no space is left: {text}" if full else text
 
@@ -84,15 +87,18 @@ def user_path(text: str) -> Path:
     try:
         return Path(text).expanduser()
     except RuntimeError as error:
-        raise UsageError(f"{text}: the home directory is unknown: set HOME, or give a path without ~"
-                         ) from error
+        raise UsageError(
+            f"{text}: the home directory is unknown: set HOME, or give a path without ~"
+        ) from error
 
 
 def directory_name(text: str) -> str:
     """`text` if it can name a directory beside others, such as a model tag; else ValueError."""
     if not re.fullmatch(r"\w[\w.+=@-]{0,99}", text):
-        raise ValueError(f"{text!r} is not a name: use at most 100 letters, digits and . _ - + = @, "
-                         "the first a letter, a digit or _")
+        raise ValueError(
+            f"{text!r} is not a name: use at most 100 letters, digits and . _ - + = @, "
+            "the first a letter, a digit or _"
+        )
     return text
 
 
@@ -103,9 +109,18 @@ def run_name(text: str) -> str:
     return text
 
 
-def flag(default: Any, help: str, *, short: str | None = None, choices: Sequence[str] | None = None,
-         aliases: Sequence[str] = (), at_least: float | None = None, at_most: float | None = None,
-         also: float | None = None, check: Callable[[str], Any] | None = None) -> Any:
+def flag(
+    default: Any,
+    help: str,
+    *,
+    short: str | None = None,
+    choices: Sequence[str] | None = None,
+    aliases: Sequence[str] = (),
+    at_least: float | None = None,
+    at_most: float | None = None,
+    also: float | None = None,
+    check: Callable[[str], Any] | None = None,
+) -> Any:
     """A dataclass field that is also a command-line flag.
 
     Args:
@@ -115,8 +130,14 @@ def flag(default: Any, help: str, *, short: str | None = None, choices: Sequence
       also: the one number outside of the range that has a meaning (-1), which `help` explains.
       check: raises ValueError or `UsageError` for text that the flag cannot take.
     """
-    metadata = {"help": help, "short": short, "choices": choices, "aliases": aliases,
-                "range": (at_least, at_most, also), "check": check}
+    metadata = {
+        "help": help,
+        "short": short,
+        "choices": choices,
+        "aliases": aliases,
+        "range": (at_least, at_most, also),
+        "check": check,
+    }
     return dataclasses.field(default=default, metadata=metadata)
 
 
@@ -133,7 +154,9 @@ def same_flag(config_type: type, name: str) -> Any:
 
 
 def arguments(help: str) -> Any:
-    """A dataclass field, a list, that takes the arguments of the command line that are no flags: one at least."""
+    """A dataclass field, a list, that takes the arguments of the command line that are no flags:
+    one at least.
+    """
     return dataclasses.field(metadata={"help": help, "arguments": True})
 
 
@@ -169,16 +192,21 @@ def _parse_int(text: str) -> int:
 
 def _parse_text(text: str) -> str:
     if not text.strip():
-        raise argparse.ArgumentTypeError(
-            f"expected a value, got {text!r} (an unset variable?)")
+        raise argparse.ArgumentTypeError(f"expected a value, got {text!r} (an unset variable?)")
     return text
 
 
 def _converter(kind: Any) -> Callable[[str], Any]:
     if typing.get_origin(kind) in (types.UnionType, typing.Union):
-        # `int | None`: the flag, when given, has the type that is not None; `int | Literal["auto"]`: either of them.
+        # `int | None`: the flag, when given, has the type that is not None; `int |
+        # Literal["auto"]`: either of them.
         plain = [arg for arg in typing.get_args(kind) if arg is not type(None)]
-        words = [word for arg in plain if typing.get_origin(arg) is typing.Literal for word in typing.get_args(arg)]
+        words = [
+            word
+            for arg in plain
+            if typing.get_origin(arg) is typing.Literal
+            for word in typing.get_args(arg)
+        ]
         convert = _converter(plain[0])
         return (lambda text: text if text in words else convert(text)) if words else convert
     return {bool: _parse_bool, int: _parse_int, str: _parse_text}.get(kind, kind)
@@ -198,26 +226,40 @@ def _checked(convert: Callable[[str], Any], check: Callable[[str], Any]) -> Call
 
 def make_parser(config_type: type, *, prog: str, description: str) -> argparse.ArgumentParser:
     parser = Parser(
-        prog=prog, description=description, formatter_class=argparse.ArgumentDefaultsHelpFormatter, allow_abbrev=False
+        prog=prog,
+        description=description,
+        formatter_class=argparse.ArgumentDefaultsHelpFormatter,
+        allow_abbrev=False,
     )
     hints = typing.get_type_hints(config_type)
     for field in dataclasses.fields(config_type):
         if field.metadata.get("arguments"):
-            parser.add_argument(field.name, nargs="+", metavar=field.name.upper(), help=field.metadata["help"],
-                                type=_parse_text)
+            parser.add_argument(
+                field.name,
+                nargs="+",
+                metavar=field.name.upper(),
+                help=field.metadata["help"],
+                type=_parse_text,
+            )
             continue
         names: list[str] = []
         for name in (field.name, *field.metadata.get("aliases", ())):
             names += dict.fromkeys([f"--{name.replace('_', '-')}", f"--{name}"])
         if field.metadata.get("short"):
             names.insert(0, field.metadata["short"])
-        options: dict[str, Any] = {"dest": field.name, "default": field.default, "help": field.metadata["help"]}
+        options: dict[str, Any] = {
+            "dest": field.name,
+            "default": field.default,
+            "help": field.metadata["help"],
+        }
         if hints[field.name] in (bool, bool | None):
             options |= {"nargs": "?", "const": True, "type": _parse_bool}
         else:
             convert, check = _converter(hints[field.name]), field.metadata["check"]
-            options |= {"type": _checked(convert, check) if check else convert,
-                        "choices": field.metadata["choices"]}
+            options |= {
+                "type": _checked(convert, check) if check else convert,
+                "choices": field.metadata["choices"],
+            }
         parser.add_argument(*names, **options)
     return parser
 
@@ -226,8 +268,12 @@ def _leave_arguments(config_type: type, argv: Sequence[str]) -> list[str]:
     """`argv` with `--append` as `--append=true`: where a command takes arguments, a yes/no flag
     takes its value only after `=`, and so never one of them."""
     hints = typing.get_type_hints(config_type)
-    names = {f"--{spelled}" for name, kind in hints.items() if kind in (bool, bool | None)
-             for spelled in (name, name.replace("_", "-"))}
+    names = {
+        f"--{spelled}"
+        for name, kind in hints.items()
+        if kind in (bool, bool | None)
+        for spelled in (name, name.replace("_", "-"))
+    }
     end = argv.index("--") if "--" in argv else len(argv)
     return [f"{word}=true" if word in names else word for word in argv[:end]] + list(argv[end:])
 
@@ -236,15 +282,22 @@ def _check_range(field: dataclasses.Field, value: Any) -> None:
     least, most, also = field.metadata.get("range", (None, None, None))
     if not isinstance(value, int | float) or value == also:
         return
-    wrong = (f"at least {least}" if least is not None and not value >= least else  # not: of nan too
-             f"at most {most}" if most is not None and not value <= most else "")
+    wrong = (
+        f"at least {least}"
+        if least is not None and not value >= least
+        # not: of nan too
+        else f"at most {most}"
+        if most is not None and not value <= most
+        else ""
+    )
     if wrong:
         name, alternative = field.name.replace("_", "-"), "" if also is None else f", or {also}"
         raise UsageError(f"--{name} must be {wrong}{alternative}, got {value}")
 
 
-def parse(config_type: type[C], argv: Sequence[str] | None = None, *, prog: str,
-          description: str | None) -> C:
+def parse(
+    config_type: type[C], argv: Sequence[str] | None = None, *, prog: str, description: str | None
+) -> C:
     """Build `config_type` from a command line. Raises `UsageError` on a flag or value that does
     not fit. Only the first line of `description` is shown; it is None under `python -OO`.
     """
@@ -267,21 +320,30 @@ def parse(config_type: type[C], argv: Sequence[str] | None = None, *, prog: str,
 def setup_logging() -> None:
     level = os.environ.get("NANOCHAT_LOG", "INFO").upper()
     if level not in LOG_LEVELS:
-        raise UsageError(f"NANOCHAT_LOG={os.environ['NANOCHAT_LOG']}: expected one of {', '.join(LOG_LEVELS)}")
+        raise UsageError(
+            f"NANOCHAT_LOG={os.environ['NANOCHAT_LOG']}: expected one of {', '.join(LOG_LEVELS)}"
+        )
     logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr, force=True)
     for noisy in ("jax", "orbax", "urllib3", "httpx", "asyncio", "fsspec", "gcsfs"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
-    logging.getLogger("absl").setLevel(logging.CRITICAL)  # Orbax logs the stack of every error that it raises
+    # Orbax logs the stack of every error that it raises
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
 
 
 def invocation(module: str) -> str:
-    """How the user started `module`, for usage lines: by `nanochat COMMAND` (nanochat_jax/__main__.py), or itself."""
+    """How the user started `module`, for usage lines: by `nanochat COMMAND`
+    (nanochat_jax/__main__.py), or itself.
+    """
     command = module.partition(".")[2]
     for word, after in itertools.pairwise([*sys.orig_argv[1:], ""]):
         if Path(word).stem == "nanochat":
             return f"nanochat {command}"
         if word == "-m":
-            return f"python -m nanochat_jax {command}" if after == "nanochat_jax" else f"python -m {module}"
+            return (
+                f"python -m nanochat_jax {command}"
+                if after == "nanochat_jax"
+                else f"python -m {module}"
+            )
     return f"python -m {module}"
 
 
@@ -299,7 +361,9 @@ def catch_errors() -> None:
         else:
             report(what)
 
-    def uncaught(kind: type[BaseException], error: BaseException, trace: types.TracebackType | None) -> None:
+    def uncaught(
+        kind: type[BaseException], error: BaseException, trace: types.TracebackType | None
+    ) -> None:
         if isinstance(error, UsageError | OSError):
             code = _report(error)
             _flush()
@@ -314,8 +378,11 @@ def catch_errors() -> None:
 
 def _disk_error(error: OSError) -> str:
     """File and cause of an error of the operating system."""
-    names = " -> ".join(os.fsdecode(name) if isinstance(name, bytes) else str(name)
-                        for name in (error.filename, error.filename2) if name is not None)
+    names = " -> ".join(
+        os.fsdecode(name) if isinstance(name, bytes) else str(name)
+        for name in (error.filename, error.filename2)
+        if name is not None
+    )
     if names:
         return f"{names}: {error.strerror}"
     if error.errno == errno.ENOENT:
@@ -381,13 +448,20 @@ def guard(work: Callable[[], int | None]) -> typing.NoReturn:
         print("stopped", file=sys.stderr)
         code = EXIT_INTERRUPTED
     _flush()
-    if code == EXIT_INTERRUPTED:  # at once: a device may still compute, and crashes when the interpreter's end takes its memory
+    # at once: a device may still compute, and crashes when the interpreter's end takes its memory
+    if code == EXIT_INTERRUPTED:
         os._exit(code)
     sys.exit(code or 0)
 
 
-def run(main: Callable[[C], int | None], config_type: type[C], *, prog: str, description: str | None,
-        argv: Sequence[str] | None = None) -> typing.NoReturn:
+def run(
+    main: Callable[[C], int | None],
+    config_type: type[C],
+    *,
+    prog: str,
+    description: str | None,
+    argv: Sequence[str] | None = None,
+) -> typing.NoReturn:
     """Entry point of every script: parse the flags and run `main` on them, as `guard` does."""
 
     def work() -> int | None:
@@ -397,8 +471,9 @@ def run(main: Callable[[C], int | None], config_type: type[C], *, prog: str, des
     guard(work)
 
 
-def run_commands(commands: Mapping[str, tuple[Callable[..., int | None], type, str]], *, default: str,
-                 prog: str) -> typing.NoReturn:
+def run_commands(
+    commands: Mapping[str, tuple[Callable[..., int | None], type, str]], *, default: str, prog: str
+) -> typing.NoReturn:
     """Entry point of a module whose first argument may name a command. `commands` gives the
     function, flags and description of each."""
     argv = sys.argv[1:]
@@ -413,5 +488,10 @@ def run_commands(commands: Mapping[str, tuple[Callable[..., int | None], type, s
         guard(unknown)
     command = argv.pop(0) if named else default
     main, config_type, description = commands[command]
-    run(main, config_type, prog=f"{prog} {command}" if named else prog, description=description,
-        argv=argv)
+    run(
+        main,
+        config_type,
+        prog=f"{prog} {command}" if named else prog,
+        description=description,
+        argv=argv,
+    )

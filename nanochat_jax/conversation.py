@@ -1,9 +1,10 @@
 """Conversations as tokens, and which of them are learned.
 
-A conversation is `{"messages": [{"role": ..., "content": ...}, ...]}` in which user and assistant take turns, the user
-first; a system message may come before. The content is a string or, for the assistant, a list of parts
-`{"type": "text" | "python" | "python_output", "text": ...}`: what it said, what it asked of the calculator, and what
-the calculator answered. Only what the assistant itself must produce is learned (mask 1).
+A conversation is `{"messages": [{"role": ..., "content": ...}, ...]}` in which user and assistant
+take turns, the user first; a system message may come before. The content is a string or, for the
+assistant, a list of parts `{"type": "text" | "python" | "python_output", "text": ...}`: what it
+said, what it asked of the calculator, and what the calculator answered. Only what the assistant
+itself must produce is learned (mask 1).
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,11 +22,14 @@ PARTS = {
 }
 
 
-def render_conversation(tokenizer: Tokenizer, conversation: Conversation, max_tokens: int = 2048
-                        ) -> tuple[list[int], list[int]]:
-    """The ids of a conversation and their mask, both cut to `max_tokens`; mask 1 marks the tokens to learn.
+def render_conversation(
+    tokenizer: Tokenizer, conversation: Conversation, max_tokens: int = 2048
+) -> tuple[list[int], list[int]]:
+    """The ids of a conversation and their mask, both cut to `max_tokens`; mask 1 marks the tokens
+    to learn.
 
-    Raises ValueError, with the index of the message, if roles or contents are not as described above.
+    Raises ValueError, with the index of the message, if roles or contents are not as described
+    above.
     """
     ids, mask = [tokenizer.bos_id], [0]
     for role, content in turns_of(conversation["messages"]):
@@ -49,14 +53,19 @@ def render_message(tokenizer: Tokenizer, role: str, content: Any) -> tuple[list[
     return [*ids, tokenizer.encode_special("<|assistant_end|>")], [*mask, 1]
 
 
-def render_for_completion(tokenizer: Tokenizer, conversation: Conversation, max_tokens: int = 2048) -> list[int]:
+def render_for_completion(
+    tokenizer: Tokenizer, conversation: Conversation, max_tokens: int = 2048
+) -> list[int]:
     """The prompt that asks for the last message: everything before it, then `<|assistant_start|>`.
 
     Raises ValueError if the last message is not the assistant's.
     """
     messages = conversation["messages"]
     if not messages or messages[-1]["role"] != "assistant":
-        raise ValueError(f"message {len(messages) - 1}: the last message must be the assistant's, which is dropped")
+        raise ValueError(
+            f"message {len(messages) - 1}: the last message must be the assistant's, which is "
+            "dropped"
+        )
     ids, _ = render_conversation(tokenizer, {"messages": messages[:-1]}, max_tokens)
     return [*ids, tokenizer.encode_special("<|assistant_start|>")]
 
@@ -64,7 +73,8 @@ def render_for_completion(tokenizer: Tokenizer, conversation: Conversation, max_
 def turns_of(messages: Any) -> list[tuple[str, Any]]:
     """(role, content) of each turn, checked, with the system message merged into the user's first.
 
-    Raises ValueError, with the index of the message, for any value that is not a list of messages as described above.
+    Raises ValueError, with the index of the message, for any value that is not a list of messages
+    as described above.
     """
     if not isinstance(messages, (list, tuple)):
         raise ValueError(f"messages must be an array, got {type(messages).__name__}")
@@ -85,20 +95,33 @@ def turns_of(messages: Any) -> list[tuple[str, Any]]:
         role, content = message["role"], message["content"]
         expected = ("user", "assistant")[(index - first) % 2]
         if role != expected:
-            raise ValueError(f"message {index}: the role should be {expected}, not {str(role)[:40]!r}")
+            raise ValueError(
+                f"message {index}: the role should be {expected}, not {str(role)[:40]!r}"
+            )
         if role == "user" and not isinstance(content, str):
-            raise ValueError(f"message {index}: a user's content is a string, got {type(content).__name__}")
+            raise ValueError(
+                f"message {index}: a user's content is a string, got {type(content).__name__}"
+            )
         if role == "assistant" and not isinstance(content, (str, list, tuple)):
-            raise ValueError(f"message {index}: content is a string or a list of parts, got {type(content).__name__}")
+            raise ValueError(
+                f"message {index}: content is a string or a list of parts, got "
+                f"{type(content).__name__}"
+            )
         for part in () if isinstance(content, str) else content:
-            if not (isinstance(part, Mapping) and str(part.get("type")) in PARTS and isinstance(part.get("text"), str)):
+            if not (
+                isinstance(part, Mapping)
+                and str(part.get("type")) in PARTS
+                and isinstance(part.get("text"), str)
+            ):
                 raise ValueError(f"message {index}: a part is a text of type {', '.join(PARTS)}")
         turns.append((role, prefix + content if index == first else content))
     return turns
 
 
 def text_of(content: str | Sequence[Mapping[str, str]]) -> str:
-    """The text of an assistant's message as its reader sees it: without calls of the calculator and their results."""
+    """The text of an assistant's message as its reader sees it: without calls of the calculator
+    and their results.
+    """
     if isinstance(content, str):
         return content
     return "".join(part["text"] for part in content if part["type"] == "text")

@@ -1,14 +1,16 @@
 """Put a pretraining corpus on disk.
 
-    python -m nanochat_jax.dataset -n 8                      8 training shards of ClimbMix and its validation shard
-    python -m nanochat_jax.dataset -n 8 --dataset fineweb    of FineWeb-Edu
-    python -m nanochat_jax.dataset hf --dataset OWNER/NAME   any data set of the Hub
-    python -m nanochat_jax.dataset local FILES...            txt, md, jsonl, csv or parquet files of yours
-    python -m nanochat_jax.dataset embedded                  the offline corpus, which needs no network
-    python -m nanochat_jax.dataset info                      what is on disk, and what it is enough for
+    python -m nanochat_jax.dataset -n 8                      8 training shards of ClimbMix and its
+    validation shard python -m nanochat_jax.dataset -n 8 --dataset fineweb    of FineWeb-Edu python
+    -m nanochat_jax.dataset hf --dataset OWNER/NAME   any data set of the Hub python -m
+    nanochat_jax.dataset local FILES...            txt, md, jsonl, csv or parquet files of yours
+    python -m nanochat_jax.dataset embedded                  the offline corpus, which needs no
+    network python -m nanochat_jax.dataset info                      what is on disk, and what it
+    is enough for
 
-Downloads go through huggingface_hub, which reads HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE. A shard gets its name in the
-data directory only when it is whole: size and checksum as the Hub announced, a readable footer, a `text` column.
+Downloads go through huggingface_hub, which reads HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE. A shard
+gets its name in the data directory only when it is whole: size and checksum as the Hub announced,
+a readable footer, a `text` column.
 """
 
 import contextlib
@@ -50,7 +52,9 @@ class HubCorpus:
         """File names of the first `num_train` training shards (-1: all) and the validation shard."""
         available = self.num_shards - 1
         if num_train != -1 and not 1 <= num_train <= available:
-            raise UsageError(f"-n {num_train} training shards: expected 1 to {available}, or -1 for all")
+            raise UsageError(
+                f"-n {num_train} training shards: expected 1 to {available}, or -1 for all"
+            )
         train = range(available if num_train == -1 else num_train)
         return [f"shard_{index:05d}.parquet" for index in (*train, available)]
 
@@ -72,17 +76,22 @@ def is_whole(path: Path) -> bool:
     return True
 
 
-def download(repo: str, names: Sequence[str], directory: Path, *, num_workers: int = 4, wait_s: float = 1.0
-             ) -> dict[str, str]:
-    """Download the shards of `names` that are not in `directory` yet; returns the reason for each that failed.
+def download(
+    repo: str, names: Sequence[str], directory: Path, *, num_workers: int = 4, wait_s: float = 1.0
+) -> dict[str, str]:
+    """Download the shards of `names` that are not in `directory` yet; returns the reason for each
+    that failed.
 
-    The last name is the validation shard. It comes first, and alone: without it, an interrupted download would leave
-    a training shard as the last file, which a loader would take for validation.
+    The last name is the validation shard. It comes first, and alone: without it, an interrupted
+    download would leave a training shard as the last file, which a loader would take for
+    validation.
     """
     make_directory(directory)
     missing = [name for name in names if not is_whole(directory / name)]
     if len(missing) < len(names):
-        logger.info("%d of %d shards are in %s already", len(names) - len(missing), len(names), directory)
+        logger.info(
+            "%d of %d shards are in %s already", len(names) - len(missing), len(names), directory
+        )
     failed: dict[str, str] = {}
     ended: list[str] = []
     came: dict[str, int] = {}  # bytes, by shard
@@ -92,15 +101,26 @@ def download(repo: str, names: Sequence[str], directory: Path, *, num_workers: i
         def show(name: str, done: int, total: int | None) -> None:
             came[name] = done
             megabytes = sum(came.copy().values()) / 1e6
-            display.update(len(ended), size=f"{megabytes:,.0f} MB", at=f"{megabytes / (time.monotonic() - began):.1f} MB/s")
+            display.update(
+                len(ended),
+                size=f"{megabytes:,.0f} MB",
+                at=f"{megabytes / (time.monotonic() - began):.1f} MB/s",
+            )
 
         def get(name: str) -> None:
             try:
-                fetch(repo, name, directory / name, check=lambda path: open_shard(path).close(), wait_s=wait_s,
-                      progress=functools.partial(show, name))
+                fetch(
+                    repo,
+                    name,
+                    directory / name,
+                    check=lambda path: open_shard(path).close(),
+                    wait_s=wait_s,
+                    progress=functools.partial(show, name),
+                )
                 ended.append(name)
                 show(name, (directory / name).stat().st_size, None)
-            except Exception as error:  # of the HTTP client or the disk; reported to the caller, by name
+            # of the HTTP client or the disk; reported to the caller, by name
+            except Exception as error:
                 failed[name] = first_line(error)
                 display.note(f"{name} failed: {failed[name]}")
 
@@ -114,7 +134,8 @@ def download(repo: str, names: Sequence[str], directory: Path, *, num_workers: i
             for job in [pool.submit(get, name) for name in missing]:
                 job.result()
         finally:
-            pool.shutdown(cancel_futures=True)  # on Ctrl-C, wait for what is under way, not for the whole list
+            # on Ctrl-C, wait for what is under way, not for the whole list
+            pool.shutdown(cancel_futures=True)
     if not failed:
         clean_up(directory)
     return failed
@@ -122,8 +143,14 @@ def download(repo: str, names: Sequence[str], directory: Path, *, num_workers: i
 
 @dataclass(frozen=True, kw_only=True)
 class DownloadConfig:
-    num_shards: int = flag(8, "training shards to have on disk, -1 for all; the validation shard is added", short="-n",
-                           at_least=1, at_most=10_000, also=-1)
+    num_shards: int = flag(
+        8,
+        "training shards to have on disk, -1 for all; the validation shard is added",
+        short="-n",
+        at_least=1,
+        at_most=10_000,
+        also=-1,
+    )
     num_workers: int = flag(4, "shards to download at once", short="-w", at_least=1, at_most=256)
     dataset: str = flag("climbmix", "which corpus", choices=sorted(HUB_CORPORA))
 
@@ -132,7 +159,9 @@ def download_main(config: DownloadConfig) -> int:
     corpus, directory = HUB_CORPORA[config.dataset], Paths.from_env().data(config.dataset)
     names = corpus.names(config.num_shards)
     failed = download(corpus.repo, names, directory, num_workers=config.num_workers)
-    print(f"{len(names) - len(failed)} of {len(names)} shards of {config.dataset} are in {directory}")
+    print(
+        f"{len(names) - len(failed)} of {len(names)} shards of {config.dataset} are in {directory}"
+    )
     for name in sorted(failed):
         print(f"failed: {name}: {failed[name]}", file=sys.stderr)
     return 1 if failed else 0
@@ -145,28 +174,44 @@ PRESETS = {"k12": "CrowdMind/K-12Corpus", "opc": "CrowdMind/opc-annealing-corpus
 class CorpusConfig:
     """What making a corpus of one's own has in common, wherever the text comes from."""
 
-    text_field: str = flag("text", "column of parquet and csv files, or key of JSON Lines, that holds the text")
+    text_field: str = flag(
+        "text", "column of parquet and csv files, or key of JSON Lines, that holds the text"
+    )
     rows_per_shard: int = flag(500_000, "documents of a shard", at_least=1, at_most=10**9)
-    val_fraction: float = flag(0.005, "share of the documents that goes to the validation shard", at_least=0, at_most=0.99)
-    cut_chars: int = flag(10_000, "text files: length in characters of the documents they are cut into; 0: whole", at_least=0,
-                          at_most=10**9)
+    val_fraction: float = flag(
+        0.005, "share of the documents that goes to the validation shard", at_least=0, at_most=0.99
+    )
+    cut_chars: int = flag(
+        10_000,
+        "text files: length in characters of the documents they are cut into; 0: whole",
+        at_least=0,
+        at_most=10**9,
+    )
     append: bool = flag(False, "add to the corpus that is there")
 
 
 @dataclass(frozen=True, kw_only=True)
 class HfConfig(CorpusConfig):
-    preset: str | None = flag(None,
-                              f"a known data set, of {', '.join(PRESETS.values())}; goes before --dataset, --subset, --split, "
-                              f"--text-field", choices=list(PRESETS))
+    preset: str | None = flag(
+        None,
+        f"a known data set, of {', '.join(PRESETS.values())}; goes before --dataset, --subset, "
+        "--split, "
+        f"--text-field",
+        choices=list(PRESETS),
+    )
     dataset: str | None = flag(None, "data set OWNER/NAME")
-    subset: str | None = flag(None, "subset of the data set; default the one its card calls default")
+    subset: str | None = flag(
+        None, "subset of the data set; default the one its card calls default"
+    )
     split: str = flag("train", "split of the data set")
     revision: str = flag("main", "commit, branch or tag of the data set")
     limit_rows: int | None = flag(None, "read only that many rows", at_least=2, at_most=cli.LARGEST)
 
     def __post_init__(self) -> None:
         if not self.name:
-            raise ValueError("name a data set: --preset " + "|".join(PRESETS) + " or --dataset OWNER/NAME")
+            raise ValueError(
+                "name a data set: --preset " + "|".join(PRESETS) + " or --dataset OWNER/NAME"
+            )
         if self.preset is None and self.name.count("/") != 1:
             raise ValueError(f"--dataset {self.dataset!r} is not of the form OWNER/NAME")
 
@@ -178,31 +223,52 @@ class HfConfig(CorpusConfig):
 def hf_main(config: HfConfig) -> int:
     directory = Paths.from_env().data("custom")
     subset, split, field = config.subset, config.split, config.text_field
-    if config.preset is not None:  # the known data sets have one subset, the split train and the column text
+    # the known data sets have one subset, the split train and the column text
+    if config.preset is not None:
         subset, split, field = None, "train", "text"
     files = find_files(config.name, subset, split, config.revision)
-    source = {"dataset": files.repo, "revision": files.commit, "subset": subset, "split": split, "text_field": field,
-              "cut_chars": config.cut_chars, "files": len(files.names), "limit_rows": config.limit_rows}
+    source = {
+        "dataset": files.repo,
+        "revision": files.commit,
+        "subset": subset,
+        "split": split,
+        "text_field": field,
+        "cut_chars": config.cut_chars,
+        "files": len(files.names),
+        "limit_rows": config.limit_rows,
+    }
     logger.info("%s: %d files", describe(source), len(files.names))
-    staging = directory / ".source"  # on the disk of the corpus, which may be another than the base's
-    documents = hub_dataset.iter_documents(files, field, staging, cut_chars=config.cut_chars, limit_rows=config.limit_rows)
+    # on the disk of the corpus, which may be another than the base's
+    staging = directory / ".source"
+    documents = hub_dataset.iter_documents(
+        files, field, staging, cut_chars=config.cut_chars, limit_rows=config.limit_rows
+    )
     return _write(directory, source, config, documents)
 
 
 @dataclass(frozen=True, kw_only=True)
 class LocalConfig(CorpusConfig):
-    files: list[str] = cli.arguments("txt, md, jsonl, csv, tsv or parquet files, or directories of such")
+    files: list[str] = cli.arguments(
+        "txt, md, jsonl, csv, tsv or parquet files, or directories of such"
+    )
 
 
 def local_main(config: LocalConfig) -> int:
     directory = Paths.from_env().data("custom")
     settings = {"text_field": config.text_field, "cut_chars": config.cut_chars}
-    files = {path: {"name": str(path.resolve()), "sha256": _sha256(path)} for path in _once(_expand(config.files))}
+    files = {
+        path: {"name": str(path.resolve()), "sha256": _sha256(path)}
+        for path in _once(_expand(config.files))
+    }
     source = {"files": list(files.values()), **settings}
     if config.append:
         before = [entry["source"] for entry in read_manifest(directory).get("sources", ())]
-        held = [file for each in before if "dataset" not in each and settings.items() <= each.items()
-                for file in each["files"]]
+        held = [
+            file
+            for each in before
+            if "dataset" not in each and settings.items() <= each.items()
+            for file in each["files"]
+        ]
         for path in [path for path, file in files.items() if file in held]:
             logger.warning("%s is left out: it is in %s already", path, directory)
             del files[path]
@@ -210,12 +276,18 @@ def local_main(config: LocalConfig) -> int:
             print(f"{describe(source)} is in {directory} already")
             return 0
         source["files"] = list(files.values())
-    documents = (document for path in files for document in read_documents(path, config.text_field, config.cut_chars))
+    documents = (
+        document
+        for path in files
+        for document in read_documents(path, config.text_field, config.cut_chars)
+    )
     return _write(directory, source, config, documents)
 
 
 def _expand(names: Sequence[str]) -> Iterator[Path]:
-    """The files that are named, and those of known kinds in directories that are named; logs what is left out of these."""
+    """The files that are named, and those of known kinds in directories that are named; logs what
+    is left out of these.
+    """
     for path in map(Path, names):
         if not path.is_dir():
             yield path
@@ -225,12 +297,24 @@ def _expand(names: Sequence[str]) -> Iterator[Path]:
             linked = [name for name in folders if Path(folder, name).is_symlink()]
             hidden = [name for name in (*folders, *files) if name.startswith(".")]
             folders[:] = sorted({*folders} - {*linked, *hidden})
-            known = [name for name in sorted({*files} - {*hidden}) if file_format(name) and Path(folder, name).is_file()]
+            known = [
+                name
+                for name in sorted({*files} - {*hidden})
+                if file_format(name) and Path(folder, name).is_file()
+            ]
             inside += [Path(folder, name) for name in known]
-            left_out += [str(Path(folder, name)) for name in sorted({*files, *linked, *hidden} - {*known})]
+            left_out += [
+                str(Path(folder, name)) for name in sorted({*files, *linked, *hidden} - {*known})
+            ]
         if left_out:
-            logger.warning("%s: %d entries are left out, as they are hidden, linked directories or files of another kind: "
-                           "%s", path, len(left_out), ", ".join(left_out[:5]) + ", ..." * (len(left_out) > 5))
+            logger.warning(
+                "%s: %d entries are left out, as they are hidden, linked directories or files of "
+                "another kind: "
+                "%s",
+                path,
+                len(left_out),
+                ", ".join(left_out[:5]) + ", ..." * (len(left_out) > 5),
+            )
         if not inside:
             raise UsageError(f"{path} holds no file of a known kind ({', '.join(FORMATS)})")
         yield from sorted(inside)
@@ -245,7 +329,9 @@ def _once(paths: Iterable[Path]) -> Iterator[Path]:
     seen: dict[Any, Path] = {}
     for path in paths:
         status = path.stat() if path.exists() else None  # of a link's target
-        if (other := seen.setdefault(status and (status.st_dev, status.st_ino), path)) is not path and status:
+        if (
+            other := seen.setdefault(status and (status.st_dev, status.st_ino), path)
+        ) is not path and status:
             logger.warning("%s is the file %s again: read once", path, other)
         else:
             yield path
@@ -259,14 +345,25 @@ def _sha256(path: Path) -> str:
         raise NotFound(f"{path} cannot be read: {error.strerror}") from error
 
 
-def _write(directory: Path, source: dict[str, Any], config: CorpusConfig, documents: Iterable[str | None]) -> int:
-    entry = write_corpus(directory, source, documents, rows_per_shard=config.rows_per_shard,
-                         val_fraction=config.val_fraction, append=config.append)
+def _write(
+    directory: Path, source: dict[str, Any], config: CorpusConfig, documents: Iterable[str | None]
+) -> int:
+    entry = write_corpus(
+        directory,
+        source,
+        documents,
+        rows_per_shard=config.rows_per_shard,
+        val_fraction=config.val_fraction,
+        append=config.append,
+    )
     if entry is None:
         print(f"{describe(source)} is in {directory} already")
     else:
-        print(f"{entry['documents']:,} documents ({entry['val_documents']:,} for validation) of {describe(source)} "
-              f"are in {directory}; {entry['skipped']:,} rows without text were skipped")
+        print(
+            f"{entry['documents']:,} documents ({entry['val_documents']:,} for validation) of "
+            f"{describe(source)} "
+            f"are in {directory}; {entry['skipped']:,} rows without text were skipped"
+        )
     return 0
 
 
@@ -287,7 +384,11 @@ def info_main(config: NoFlags) -> int:
 
 
 COMMANDS: dict[str, tuple[Callable[..., int], type, str]] = {
-    "download": (download_main, DownloadConfig, "Download a corpus. Also: `hf`, `local`, `embedded`, `info`."),
+    "download": (
+        download_main,
+        DownloadConfig,
+        "Download a corpus. Also: `hf`, `local`, `embedded`, `info`.",
+    ),
     "hf": (hf_main, HfConfig, "Make a corpus of any data set of the Hugging Face Hub."),
     "local": (local_main, LocalConfig, "Make a corpus of files on this machine."),
     "embedded": (embedded_main, NoFlags, "Build the offline corpus, which needs no network."),

@@ -1,4 +1,6 @@
-"""What every script that uses JAX does first: choose the platform, join the run's other processes, set up caches."""
+"""What every script that uses JAX does first: choose the platform, join the run's other processes,
+set up caches.
+"""
 
 import ctypes
 import logging
@@ -16,7 +18,8 @@ M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")  # of --device-type
 
-# A process that says nothing for so long is taken for dead, and the others end. JAX's own default is 100.
+# A process that says nothing for so long is taken for dead, and the others end. JAX's own default
+# is 100.
 HEARTBEAT_SECONDS = 60
 
 
@@ -24,27 +27,46 @@ HEARTBEAT_SECONDS = 60
 class DeviceFlags:
     """Flags of every script that uses JAX."""
 
-    device_type: str | None = flag(None, "platform to run on; default the best available", choices=PLATFORMS)
+    device_type: str | None = flag(
+        None, "platform to run on; default the best available", choices=PLATFORMS
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Processes(DeviceFlags):
     """Flags of every script that can run as several processes, one per host."""
 
-    coordinator: str | None = flag(None, "host:port of process 0, for a run of several processes; see devices.py for what "
-                                         "is found without being told")
-    num_processes: int | None = flag(None, "how many processes the run has (with --coordinator)", at_least=1, at_most=10**6)
-    process_id: int | None = flag(None, "which of them this one is, from 0 (with --coordinator)", at_least=0, at_most=10**6)
+    coordinator: str | None = flag(
+        None,
+        "host:port of process 0, for a run of several processes; see devices.py for what "
+        "is found without being told",
+    )
+    num_processes: int | None = flag(
+        None, "how many processes the run has (with --coordinator)", at_least=1, at_most=10**6
+    )
+    process_id: int | None = flag(
+        None, "which of them this one is, from 0 (with --coordinator)", at_least=0, at_most=10**6
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFlags(DeviceFlags):
     """Flags of every script that loads a model of ours."""
 
-    model_tag: str | None = flag(None, "name of the checkpoint directory; default the largest d<depth>", short="-g",
-                                 check=directory_name)
-    step: int | None = flag(None, "step of the checkpoint; default the newest", short="-s", aliases=("model_step",),
-                            at_least=0, at_most=LARGEST)
+    model_tag: str | None = flag(
+        None,
+        "name of the checkpoint directory; default the largest d<depth>",
+        short="-g",
+        check=directory_name,
+    )
+    step: int | None = flag(
+        None,
+        "step of the checkpoint; default the newest",
+        short="-s",
+        aliases=("model_step",),
+        at_least=0,
+        at_most=LARGEST,
+    )
     dtype: str = flag("auto", "compute dtype", short="-d", choices=["auto", "float32", "bfloat16"])
 
 
@@ -53,7 +75,8 @@ def start(paths: Paths, flags: DeviceFlags | None = None, *, compile_cache: bool
 
     Args:
       flags: the platform to run on, and the run's other processes if the script can have some.
-      compile_cache: keep compiled programs under the base directory, so that the next start does not compile.
+      compile_cache: keep compiled programs under the base directory, so that the next start does
+        not compile.
     """
     flags = flags or DeviceFlags()
     if flags.device_type:
@@ -72,18 +95,23 @@ def start(paths: Paths, flags: DeviceFlags | None = None, *, compile_cache: bool
 
 
 def find_devices(device_type: str | None = None) -> list[jax.Device]:
-    """The devices of the platform that `--device-type` (already applied) or JAX_PLATFORMS names, else of the best one.
-    Raises `UsageError`, naming the one that is wrong, if there are none."""
+    """The devices of the platform that `--device-type` (already applied) or JAX_PLATFORMS names,
+    else of the best one. Raises `UsageError`, naming the one that is wrong, if there are none.
+    """
     try:
         return jax.devices()
-    except (RuntimeError, AssertionError) as error:  # the latter, without a word, where the platform's plugin is missing
+    # the latter, without a word, where the platform's plugin is missing
+    except (RuntimeError, AssertionError) as error:
         variable = os.environ.get("JAX_PLATFORMS")
         cause = f" ({one_line(error).partition(' (set JAX_PLATFORMS')[0]})" if str(error) else ""
         if device_type:
             said = f"--device-type {device_type}: JAX finds no such device here{cause}"
         elif variable:
-            said = (f"JAX_PLATFORMS={variable}: JAX finds no such platform here{cause}: unset the variable, or give one of "
-                    f"{', '.join(PLATFORMS)}")
+            said = (
+                f"JAX_PLATFORMS={variable}: JAX finds no such platform here{cause}: unset the "
+                "variable, or give one of "
+                f"{', '.join(PLATFORMS)}"
+            )
         else:
             said = f"JAX finds no device{cause}: JAX_PLATFORMS=cpu runs on the CPU"
         raise UsageError(said) from error
@@ -92,9 +120,10 @@ def find_devices(device_type: str | None = None) -> list[jax.Device]:
 def join_processes(flags: Processes) -> None:
     """Start `jax.distributed` if this is one process of several.
 
-    Either the flags or the environment say which one (`JAX_COORDINATOR_ADDRESS`, host:port of process 0,
-    `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`); or JAX finds out, under Slurm, Open MPI or on TPU slices that name their
-    workers in the environment. `NANOCHAT_DISTRIBUTED=1` makes JAX look where none of these variables is set (TPU VMs).
+    Either the flags or the environment say which one (`JAX_COORDINATOR_ADDRESS`, host:port of
+    process 0, `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`); or JAX finds out, under Slurm, Open MPI
+    or on TPU slices that name their workers in the environment. `NANOCHAT_DISTRIBUTED=1` makes JAX
+    look where none of these variables is set (TPU VMs).
     """
     env = os.environ
     named = (flags.coordinator, flags.num_processes, flags.process_id)
@@ -105,30 +134,48 @@ def join_processes(flags: Processes) -> None:
         try:
             count, index = int(env[names[1]]), int(env[names[2]])
         except (KeyError, ValueError) as error:
-            raise UsageError("JAX_COORDINATOR_ADDRESS is set: JAX_NUM_PROCESSES and JAX_PROCESS_ID must be numbers too, "
-                             f"found {env.get('JAX_NUM_PROCESSES')!r} and {env.get('JAX_PROCESS_ID')!r}") from error
+            raise UsageError(
+                "JAX_COORDINATOR_ADDRESS is set: JAX_NUM_PROCESSES and JAX_PROCESS_ID must be "
+                "numbers too, "
+                f"found {env.get('JAX_NUM_PROCESSES')!r} and {env.get('JAX_PROCESS_ID')!r}"
+            ) from error
         _join(env[names[0]], count, index, ", ".join(names))
-    elif (env.get("NANOCHAT_DISTRIBUTED", "0") not in ("", "0") or "MEGASCALE_COORDINATOR_ADDRESS" in env
-          or "," in env.get("TPU_WORKER_HOSTNAMES", "")
-          or any(_count(name) > 1 for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"))):
+    elif (
+        env.get("NANOCHAT_DISTRIBUTED", "0") not in ("", "0")
+        or "MEGASCALE_COORDINATOR_ADDRESS" in env
+        or "," in env.get("TPU_WORKER_HOSTNAMES", "")
+        or any(_count(name) > 1 for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"))
+    ):
         jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
 
 
 def _count(variable: str) -> int:
     text = os.environ.get(variable) or "1"
     if not text.isdecimal():
-        raise UsageError(f"{variable}={text}: expected a number of processes; unset it where no launcher sets it")
+        raise UsageError(
+            f"{variable}={text}: expected a number of processes; unset it where no launcher sets it"
+        )
     return int(text)
 
 
 def _join(coordinator: str | None, count: int | None, index: int | None, said_by: str) -> None:
     host, _, port = (coordinator or "").rpartition(":")
-    if not (host and port.isdigit() and count is not None and index is not None and 0 <= index < count):
-        raise UsageError(f"{said_by} must be host:port, a number of processes and one of 0 to that less 1, found "
-                         f"{coordinator!r}, {count} and {index}")
+    if not (
+        host and port.isdigit() and count is not None and index is not None and 0 <= index < count
+    ):
+        raise UsageError(
+            f"{said_by} must be host:port, a number of processes and one of 0 to that less 1, "
+            "found "
+            f"{coordinator!r}, {count} and {index}"
+        )
     if count > 1:
-        jax.distributed.initialize(coordinator, count, index, cluster_detection_method="deactivate",
-                                   heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+        jax.distributed.initialize(
+            coordinator,
+            count,
+            index,
+            cluster_detection_method="deactivate",
+            heartbeat_timeout_seconds=HEARTBEAT_SECONDS,
+        )
 
 
 def _mallopt(option: int, value: int) -> None:
@@ -138,20 +185,25 @@ def _mallopt(option: int, value: int) -> None:
 
 
 def _one_heap() -> None:
-    """Before there are threads: those that have heaps of their own take anything large from the kernel, each time anew."""
+    """Before there are threads: those that have heaps of their own take anything large from the
+    kernel, each time anew.
+    """
     _mallopt(M_ARENA_MAX, 1)
 
 
 def _keep_memory() -> None:
-    """Let the allocator keep what a step frees. By default glibc gives XLA's large buffers back to the kernel after every
-    step and takes them again, page fault by page fault: a fifth to a third of a small model's training time on a CPU. The
-    price is memory, about twice a step's temporaries, because what is kept lies in pieces."""
+    """Let the allocator keep what a step frees. By default glibc gives XLA's large buffers back to
+    the kernel after every step and takes them again, page fault by page fault: a fifth to a third
+    of a small model's training time on a CPU. The price is memory, about twice a step's
+    temporaries, because what is kept lies in pieces.
+    """
     _mallopt(M_MMAP_MAX, 0)
     _mallopt(M_TRIM_THRESHOLD, -1)  # never
 
 
 def release_memory() -> None:
-    """Give the kernel what the allocator kept and nothing uses: for a server, whose caches of changing lengths leave holes.
+    """Give the kernel what the allocator kept and nothing uses: for a server, whose caches of
+    changing lengths leave holes.
 
     Takes 20 to 150 ms in which no other thread can allocate.
     """

@@ -28,7 +28,9 @@ PARTIAL, COMPLETE = ".partial", ".complete"  # directories of `new_directory`
 
 
 def parse_json(text: str | bytes, **options: Any) -> Any:
-    """The value of a JSON text, by `json.loads`. Raises ValueError for everything else, deep nesting included."""
+    """The value of a JSON text, by `json.loads`. Raises ValueError for everything else, deep
+    nesting included.
+    """
     try:
         return json.loads(text, **options)
     except RecursionError:
@@ -67,15 +69,20 @@ def create_directory(directory: Path) -> None:
         if there.is_dir():
             raise _refused(directory, error) from error
         if there.is_symlink():
-            raise UsageError(f"{there} is a link to {os.readlink(there)}, which is not a directory: "
-                             "create or mount that, or remove the link") from error
-        raise UsageError(f"{there} is a file where a directory is needed: move it away, or name "
-                         "another directory") from error
+            raise UsageError(
+                f"{there} is a link to {os.readlink(there)}, which is not a directory: "
+                "create or mount that, or remove the link"
+            ) from error
+        raise UsageError(
+            f"{there} is a file where a directory is needed: move it away, or name "
+            "another directory"
+        ) from error
 
 
 def _refused(directory: Path, error: OSError) -> UsageError:
-    return UsageError(f"cannot write to {directory}: {error.strerror}; change that, or name another "
-                      "directory")
+    return UsageError(
+        f"cannot write to {directory}: {error.strerror}; change that, or name another directory"
+    )
 
 
 def write_file(path: Path, content: str | bytes) -> None:
@@ -133,13 +140,17 @@ def new_directory(directory: Path, *, add: bool = False) -> Iterator[Path]:
 
 def entries(directory: Path) -> list[Path]:
     """What a directory holds, without hidden files and the `lost+found` of a new file system."""
-    return [path for path in directory.iterdir() if path.name[0] != "." and path.name != "lost+found"]
+    return [
+        path for path in directory.iterdir() if path.name[0] != "." and path.name != "lost+found"
+    ]
 
 
 def _check_empty(directory: Path, add: bool) -> None:
     if not add and (found := entries(directory)):
-        raise UsageError(f"{directory} is not an empty directory (it holds {found[0].name}): name a "
-                         "new or an empty one")
+        raise UsageError(
+            f"{directory} is not an empty directory (it holds {found[0].name}): name a "
+            "new or an empty one"
+        )
 
 
 def is_complete(directory: Path) -> bool:
@@ -169,8 +180,11 @@ def set_aside(directory: Path, name: str) -> Path | None:
     found = entries(directory) if directory.is_dir() else []
     if not found:
         return None
-    aside = next(path for number in itertools.count()
-                 if not os.path.lexists(path := directory / f"{name}-{number}"))
+    aside = next(
+        path
+        for number in itertools.count()
+        if not os.path.lexists(path := directory / f"{name}-{number}")
+    )
     aside.mkdir()
     for path in sorted(found, key=lambda path: not path.name.isdigit()):
         path.rename(aside / path.name)  # steps first, then the tokenizer that they need
@@ -188,9 +202,13 @@ def keep_old(path: Path) -> Path | None:
     """Rename a file that is about to be written, if it exists; returns its new name."""
     if not os.path.lexists(path):
         return None
-    return path.rename(next(
-        old for number in itertools.count(1)
-        if not os.path.lexists(old := path.with_name(f"{path.stem}.old-{number}{path.suffix}"))))
+    return path.rename(
+        next(
+            old
+            for number in itertools.count(1)
+            if not os.path.lexists(old := path.with_name(f"{path.stem}.old-{number}{path.suffix}"))
+        )
+    )
 
 
 @contextlib.contextmanager
@@ -198,8 +216,9 @@ def _only_writer(directory: Path) -> Iterator[None]:
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         if try_lock(descriptor) is False:
-            raise UsageError(f"another process is writing to {directory}: wait for it, or name "
-                             "another directory")
+            raise UsageError(
+                f"another process is writing to {directory}: wait for it, or name another directory"
+            )
         with naming(directory):
             yield
     finally:
@@ -236,8 +255,11 @@ def lock_file(path: Path, name: str, advice: str) -> Iterator[None]:
             owner = os.pread(descriptor, 1000, 0).decode(errors="replace").strip()
             raise UsageError(f"{name} is in use by {owner or 'another process'}: {advice}")
         if locked is None:
-            logger.warning("%s is on a file system without locks: make sure that no second process "
-                           "writes to it", path.parent)
+            logger.warning(
+                "%s is on a file system without locks: make sure that no second process "
+                "writes to it",
+                path.parent,
+            )
             yield
             return
         os.ftruncate(descriptor, 0)
@@ -256,14 +278,16 @@ def describe_process() -> str:
 
 def locked(path: Path) -> contextlib.AbstractContextManager:
     """Of all processes that want to make `path`, one at a time."""
-    from huggingface_hub.utils import WeakFileLock  # here, as few need it and it takes a while to import
+    # here, as few need it and it takes a while to import
+    from huggingface_hub.utils import WeakFileLock
 
     make_directory(path.parent)
     return WeakFileLock(path.with_name(f".{path.name}.lock"))
 
 
 def fetch_file(url: str, path: Path, *, sha256: str | None = None) -> Path:
-    """`path`, unless it exists downloaded from `url`, whole, and with the checksum `sha256` if that is given.
+    """`path`, unless it exists downloaded from `url`, whole, and with the checksum `sha256` if
+    that is given.
 
     Raises `NotFound`, naming both, if it cannot be had.
     """
@@ -275,7 +299,10 @@ def fetch_file(url: str, path: Path, *, sha256: str | None = None) -> Path:
     try:
         for attempt in range(1, ATTEMPTS + 1):
             try:
-                with urllib.request.urlopen(url, timeout=TIMEOUT_S) as response, aside.open("wb") as file:
+                with (
+                    urllib.request.urlopen(url, timeout=TIMEOUT_S) as response,
+                    aside.open("wb") as file,
+                ):
                     shutil.copyfileobj(response, file)
                     size, expected = file.tell(), response.headers.get("Content-Length")
                 if expected is not None and size != int(expected):
@@ -289,9 +316,13 @@ def fetch_file(url: str, path: Path, *, sha256: str | None = None) -> Path:
                 aside.replace(path)
                 return path
             except (OSError, http.client.HTTPException) as error:  # URLError is an OSError
-                logger.warning("attempt %d of %d to fetch %s failed: %s", attempt, ATTEMPTS, url, error)
+                logger.warning(
+                    "attempt %d of %d to fetch %s failed: %s", attempt, ATTEMPTS, url, error
+                )
                 failure = error
     finally:
         aside.unlink(missing_ok=True)
-    raise NotFound(f"{path} does not exist and could not be fetched from {url} ({failure}): "
-                   "put the file there, or run where the network can be reached")
+    raise NotFound(
+        f"{path} does not exist and could not be fetched from {url} ({failure}): "
+        "put the file there, or run where the network can be reached"
+    )

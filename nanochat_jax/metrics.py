@@ -1,4 +1,6 @@
-"""What a run tells: metrics.jsonl for programs, a progress display for people, wandb if asked, and the device's peak."""
+"""What a run tells: metrics.jsonl for programs, a progress display for people, wandb if asked, and
+the device's peak.
+"""
 
 import contextlib
 import json
@@ -22,25 +24,84 @@ from nanochat_jax.storage import Directory, is_remote
 
 log = logging.getLogger(__name__)
 
-# Dense bfloat16 FLOP/s: the first whose words are in the lower-case device kind. From the vendors' data sheets; where these
-# give the rate with sparsity (H100, H200: 1,979e12, B200: 4.5e15), half of it.
+# Dense bfloat16 FLOP/s: the first whose words are in the lower-case device kind. From the vendors'
+# data sheets; where these give the rate with sparsity (H100, H200: 1,979e12, B200: 4.5e15), half
+# of it.
 PEAK_FLOPS = {
-    "gb200": 2.5e15, "b200": 2.25e15, "b100": 1.8e15, "h200 nvl": 836e12, "h200 pcie": 836e12, "h200": 989e12,
-    "h100 nvl": 835e12, "h100 pcie": 756e12, "h100": 989e12, "h800 nvl": 989e12, "h800": 756e12, "a100": 312e12,
-    "a800": 312e12, "a40": 149.7e12, "a30": 165e12, "l40s": 362e12, "l40": 181e12, "l4": 121e12, "5090": 209.5e12,
-    "4090": 165.2e12, "3090": 71e12, "mi355x": 2.5e15, "mi325x": 1.3074e15, "mi300x": 1.3074e15, "mi300a": 980.6e12,
-    "mi250x": 383e12, "mi250": 362.1e12,
-    "v6 lite": 918e12, "v6e": 918e12, "v5 lite": 197e12, "v5e": 197e12, "v5p": 459e12, "v5": 459e12, "v4": 275e12,
-    "v3": 123e12, "v2": 45e12,
+    "gb200": 2.5e15,
+    "b200": 2.25e15,
+    "b100": 1.8e15,
+    "h200 nvl": 836e12,
+    "h200 pcie": 836e12,
+    "h200": 989e12,
+    "h100 nvl": 835e12,
+    "h100 pcie": 756e12,
+    "h100": 989e12,
+    "h800 nvl": 989e12,
+    "h800": 756e12,
+    "a100": 312e12,
+    "a800": 312e12,
+    "a40": 149.7e12,
+    "a30": 165e12,
+    "l40s": 362e12,
+    "l40": 181e12,
+    "l4": 121e12,
+    "5090": 209.5e12,
+    "4090": 165.2e12,
+    "3090": 71e12,
+    "mi355x": 2.5e15,
+    "mi325x": 1.3074e15,
+    "mi300x": 1.3074e15,
+    "mi300a": 980.6e12,
+    "mi250x": 383e12,
+    "mi250": 362.1e12,
+    "v6 lite": 918e12,
+    "v6e": 918e12,
+    "v5 lite": 197e12,
+    "v5e": 197e12,
+    "v5p": 459e12,
+    "v5": 459e12,
+    "v4": 275e12,
+    "v3": 123e12,
+    "v2": 45e12,
 }
 
 # Bytes/s of the device's memory, found likewise, from the same data sheets.
 PEAK_BANDWIDTH = {
-    "gb200": 8.0e12, "b200": 8.0e12, "b100": 8.0e12, "h200": 4.8e12, "h100 nvl": 3.9e12, "h100 pcie": 2.0e12,
-    "h100": 3.35e12, "h800 pcie": 2.0e12, "h800": 3.35e12, "a100": 2.0e12, "a800": 2.0e12, "a40": 696e9, "a30": 933e9,
-    "l40s": 864e9, "l40": 864e9, "l4": 300e9, "5090": 1.79e12, "4090": 1.01e12, "3090": 936e9, "mi355x": 8.0e12,
-    "mi325x": 6.0e12, "mi300x": 5.3e12, "mi300a": 5.3e12, "mi250x": 3.28e12, "mi250": 3.28e12, "v6 lite": 1.64e12,
-    "v6e": 1.64e12, "v5 lite": 819e9, "v5e": 819e9, "v5p": 2.765e12, "v5": 2.765e12, "v4": 1.2e12, "v3": 900e9, "v2": 700e9,
+    "gb200": 8.0e12,
+    "b200": 8.0e12,
+    "b100": 8.0e12,
+    "h200": 4.8e12,
+    "h100 nvl": 3.9e12,
+    "h100 pcie": 2.0e12,
+    "h100": 3.35e12,
+    "h800 pcie": 2.0e12,
+    "h800": 3.35e12,
+    "a100": 2.0e12,
+    "a800": 2.0e12,
+    "a40": 696e9,
+    "a30": 933e9,
+    "l40s": 864e9,
+    "l40": 864e9,
+    "l4": 300e9,
+    "5090": 1.79e12,
+    "4090": 1.01e12,
+    "3090": 936e9,
+    "mi355x": 8.0e12,
+    "mi325x": 6.0e12,
+    "mi300x": 5.3e12,
+    "mi300a": 5.3e12,
+    "mi250x": 3.28e12,
+    "mi250": 3.28e12,
+    "v6 lite": 1.64e12,
+    "v6e": 1.64e12,
+    "v5 lite": 819e9,
+    "v5e": 819e9,
+    "v5p": 2.765e12,
+    "v5": 2.765e12,
+    "v4": 1.2e12,
+    "v3": 900e9,
+    "v2": 700e9,
 }
 
 
@@ -48,11 +109,14 @@ def _of_kind(table: dict[str, float], device: jax.Device) -> float | None:
     if device.platform == "cpu":
         return None
     kind = device.device_kind.lower()
-    return next((value for name, value in table.items() if re.search(rf"\b{name}\b", kind)), None)  # an A4000 is no A40
+    # an A4000 is no A40
+    return next((value for name, value in table.items() if re.search(rf"\b{name}\b", kind)), None)
 
 
 def peak_flops(device: jax.Device) -> float | None:
-    """Peak dense bfloat16 FLOP/s of one device, or None where it is not known (a CPU, an unlisted chip)."""
+    """Peak dense bfloat16 FLOP/s of one device, or None where it is not known (a CPU, an unlisted
+    chip).
+    """
     return _of_kind(PEAK_FLOPS, device)
 
 
@@ -62,19 +126,32 @@ def peak_bandwidth(device: jax.Device) -> float | None:
 
 
 def peak_memory_bytes() -> int:
-    """Most memory in use so far on the first local device; on a CPU, where devices share it, of the process."""
+    """Most memory in use so far on the first local device; on a CPU, where devices share it, of
+    the process.
+    """
     stats = jax.local_devices()[0].memory_stats() or {}
     unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
-    return stats.get("peak_bytes_in_use") or unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return (
+        stats.get("peak_bytes_in_use") or unit * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    )
 
 
 class MetricsLog:
-    """Appends one JSON object a line; after a resume the lines past the restored step are dropped. Process 0 only.
+    """Appends one JSON object a line; after a resume the lines past the restored step are dropped.
+    Process 0 only.
 
-    Where the run's steps are in a bucket, `steps` is the place: a copy of the file lies beside them.
+    Where the run's steps are in a bucket, `steps` is the place: a copy of the file lies beside
+    them.
     """
 
-    def __init__(self, path: Path, *, resume_step: int | None, steps: Directory | None = None, wandb_run: Any = None) -> None:
+    def __init__(
+        self,
+        path: Path,
+        *,
+        resume_step: int | None,
+        steps: Directory | None = None,
+        wandb_run: Any = None,
+    ) -> None:
         self.path = path
         self._wandb = wandb_run
         self._file = None
@@ -82,7 +159,8 @@ class MetricsLog:
         if jax.process_index() != 0:
             return
         kept = []
-        if resume_step is not None and self._copy is not None and self._copy.exists():  # of a run on another machine, perhaps
+        # of a run on another machine, perhaps
+        if resume_step is not None and self._copy is not None and self._copy.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(self._copy.read_bytes())
         if resume_step is not None and path.exists():
@@ -98,26 +176,34 @@ class MetricsLog:
             self._file.write(json.dumps(values) + "\n")
             self._file.flush()
         if self._wandb is not None:
-            figures = {f"{values['kind']}/{key}": v
-                       for key, v in values.items() if isinstance(v, (int, float)) and key != "step"}
+            figures = {
+                f"{values['kind']}/{key}": v
+                for key, v in values.items()
+                if isinstance(v, (int, float)) and key != "step"
+            }
             self._wandb.log(figures, step=values["step"])
 
     def copy(self) -> None:
-        """Bring the copy in the bucket, if there is to be one, up to date. Raises `UsageError` if it cannot be written."""
+        """Bring the copy in the bucket, if there is to be one, up to date. Raises `UsageError` if
+        it cannot be written.
+        """
         if self._file is None or self._copy is None:
             return
         try:
             self._copy.write_bytes(self.path.read_bytes())
         except Exception as error:  # whatever the network says
-            raise UsageError(f"{self._copy} could not be written ({one_line(error)}): mend that and go on with "
-                             "--resume") from error
+            raise UsageError(
+                f"{self._copy} could not be written ({one_line(error)}): mend that and go on with "
+                "--resume"
+            ) from error
 
     def close(self) -> None:
         if self._file is not None:
             self._file.close()
             try:
                 self.copy()
-            except UsageError as error:  # the run ends as it ends: what its last checkpoint needs was copied with that
+            # the run ends as it ends: what its last checkpoint needs was copied with that
+            except UsageError as error:
                 log.warning("%s", error)
 
 
@@ -128,7 +214,9 @@ class Profiler:
         self._steps, self._directory, self._running = steps, directory, False
 
     def changes_at(self, step: int) -> bool:
-        """Whether tracing begins or ends before this step; the steps before it must be finished then."""
+        """Whether tracing begins or ends before this step; the steps before it must be finished
+        then.
+        """
         return len(self._steps) > 0 and step in (self._steps.start, self._steps.stop)
 
     def at(self, step: int) -> None:
@@ -139,7 +227,11 @@ class Profiler:
             self.close()
 
     def annotate(self, step: int) -> Any:
-        return jax.profiler.StepTraceAnnotation("train", step_num=step) if self._running else contextlib.nullcontext()
+        return (
+            jax.profiler.StepTraceAnnotation("train", step_num=step)
+            if self._running
+            else contextlib.nullcontext()
+        )
 
     def close(self) -> None:
         if self._running:
@@ -155,7 +247,8 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     """
     rows, damaged = [], 0
     for line in path.read_bytes().decode(errors="replace").split("\n"):
-        text = line.strip("\0 \t\r")  # a power cut may leave zeros before a line that was written later
+        # a power cut may leave zeros before a line that was written later
+        text = line.strip("\0 \t\r")
         if not line:
             continue
         try:
@@ -177,14 +270,23 @@ def start_wandb(run: str, project: str, config: dict[str, Any]) -> Any:
     try:
         import wandb
     except ImportError as error:
-        raise UsageError(f"--run {run} logs to Weights & Biases, which is not installed: `pip install wandb`, or leave --run "
-                         "out") from error
+        raise UsageError(
+            f"--run {run} logs to Weights & Biases, which is not installed: `pip install wandb`, "
+            "or leave --run "
+            "out"
+        ) from error
     return wandb.init(project=project, name=run, config=config)
 
 
 def format_count(number: float) -> str:
     """A large number as people read it: 512, 16k, 5,221.9M."""
-    return f"{number / 1e6:,.1f}M" if number >= 1e6 else f"{number / 1e3:,.0f}k" if number >= 1e3 else f"{number:.0f}"
+    return (
+        f"{number / 1e6:,.1f}M"
+        if number >= 1e6
+        else f"{number / 1e3:,.0f}k"
+        if number >= 1e3
+        else f"{number:.0f}"
+    )
 
 
 def format_seconds(seconds: float) -> str:
@@ -194,17 +296,26 @@ def format_seconds(seconds: float) -> str:
 
 
 class Display:
-    """Progress of a loop: a live bar on a terminal, a plain line every few seconds elsewhere. `total` may change."""
+    """Progress of a loop: a live bar on a terminal, a plain line every few seconds elsewhere.
+    `total` may change.
+    """
 
-    def __init__(self, stage: str, total: int, *, start: int = 0, plain_every: float = 10.0) -> None:
+    def __init__(
+        self, stage: str, total: int, *, start: int = 0, plain_every: float = 10.0
+    ) -> None:
         self._stage, self.total, self._start = stage, total, start
         self._plain_every, self._began, self._last = plain_every, time.monotonic(), float("-inf")
         self._bar: Progress | None = None
-        speaks = log.isEnabledFor(logging.INFO)  # of several processes the first alone: `startup.start` sees to that
+        # of several processes the first alone: `startup.start` sees to that
+        speaks = log.isEnabledFor(logging.INFO)
         if speaks and sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
             self._bar = Progress(
-                TextColumn("[bold]{task.description}"), BarColumn(bar_width=None, complete_style="cyan"),
-                MofNCompleteColumn(), TextColumn("{task.fields[info]}"), console=Console(stderr=True), expand=True,
+                TextColumn("[bold]{task.description}"),
+                BarColumn(bar_width=None, complete_style="cyan"),
+                MofNCompleteColumn(),
+                TextColumn("{task.fields[info]}"),
+                console=Console(stderr=True),
+                expand=True,
             )
             self._task = self._bar.add_task(stage, total=total, completed=start, info="starting")
             self._bar.start()

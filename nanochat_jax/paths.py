@@ -2,11 +2,12 @@
 
     tokenizer/                        the trained vocabulary
     base_data[_custom|_climbmix|_embedded]/   parquet shards; the last one by name is validation
-    base_checkpoints/<tag>/           likewise mid_, chatsft_ and chatrl_checkpoints; metrics.jsonl lies beside the steps
-    task_data/  eval_bundle/  report/
+    base_checkpoints/<tag>/           likewise mid_, chatsft_ and chatrl_checkpoints; metrics.jsonl
+    lies beside the steps task_data/  eval_bundle/  report/
 
-With `NANOCHAT_CHECKPOINT_DIR=gs://bucket/...` the checkpoint directories are in that bucket, for machines without a disk
-in common; metrics, traces and all else stay under the base directory of each.
+With `NANOCHAT_CHECKPOINT_DIR=gs://bucket/...` the checkpoint directories are in that bucket, for
+machines without a disk in common; metrics, traces and all else stay under the base directory of
+each.
 """
 
 import os
@@ -25,10 +26,20 @@ CHECKPOINT_DIRS = {
     "sft": "chatsft_checkpoints",
     "rl": "chatrl_checkpoints",
 }
-# Where each corpus lies, in the order of preference; `custom` is there only if somebody made it, so it comes first.
-DATA_DIRS = {"custom": "base_data_custom", "climbmix": "base_data_climbmix", "fineweb": "base_data",
-             "embedded": "base_data_embedded"}
-HOW_TO_MAKE = {"base": "scripts.base_train", "mid": "scripts.mid_train", "sft": "scripts.chat_sft", "rl": "scripts.chat_rl"}
+# Where each corpus lies, in the order of preference; `custom` is there only if somebody made it,
+# so it comes first.
+DATA_DIRS = {
+    "custom": "base_data_custom",
+    "climbmix": "base_data_climbmix",
+    "fineweb": "base_data",
+    "embedded": "base_data_embedded",
+}
+HOW_TO_MAKE = {
+    "base": "scripts.base_train",
+    "mid": "scripts.mid_train",
+    "sft": "scripts.chat_sft",
+    "rl": "scripts.chat_rl",
+}
 
 
 @dataclass(frozen=True)
@@ -40,16 +51,23 @@ class Paths:
 
     @classmethod
     def from_env(cls) -> "Paths":
-        """`$NANOCHAT_BASE_DIR`, else `~/.cache/nanochat`, created on demand, and `$NANOCHAT_CHECKPOINT_DIR`. For entry
-        points only."""
+        """`$NANOCHAT_BASE_DIR`, else `~/.cache/nanochat`, created on demand, and
+        `$NANOCHAT_CHECKPOINT_DIR`. For entry points only.
+        """
         given = os.environ.get("NANOCHAT_BASE_DIR") or "~/.cache/nanochat"
         if "://" in given:  # as a path it would be a directory of that odd name, here
-            raise UsageError(f"NANOCHAT_BASE_DIR={given}: the base directory must be a path; checkpoints alone can be in a "
-                             "bucket: NANOCHAT_CHECKPOINT_DIR=gs://...")
+            raise UsageError(
+                f"NANOCHAT_BASE_DIR={given}: the base directory must be a path; checkpoints alone "
+                "can be in a "
+                "bucket: NANOCHAT_CHECKPOINT_DIR=gs://..."
+            )
         remote = os.environ.get("NANOCHAT_CHECKPOINT_DIR", "").rstrip("/")
         if remote and not re.match("gs://[^/]", remote):
-            raise UsageError(f"NANOCHAT_CHECKPOINT_DIR={remote}: give a place in a bucket, gs://bucket/...; on a disk "
-                             "checkpoints are under NANOCHAT_BASE_DIR")
+            raise UsageError(
+                f"NANOCHAT_CHECKPOINT_DIR={remote}: give a place in a bucket, gs://bucket/...; on "
+                "a disk "
+                "checkpoints are under NANOCHAT_BASE_DIR"
+            )
         base = user_path(given).absolute()
         create_directory(base)
         return cls(base, remote)
@@ -83,8 +101,10 @@ class Paths:
         for name in DATA_DIRS:
             if any(self.data(name).glob("*.parquet")):
                 return name
-        raise NotFound(f"no parquet shards under {self.base}: run `python -m nanochat_jax.dataset -n 8` "
-                       "(or `python -m nanochat_jax.dataset embedded`, which needs no network) first")
+        raise NotFound(
+            f"no parquet shards under {self.base}: run `python -m nanochat_jax.dataset -n 8` "
+            "(or `python -m nanochat_jax.dataset embedded`, which needs no network) first"
+        )
 
     def checkpoints(self, source: str) -> Directory:
         """The tags' directories of a stage, with the steps in them."""
@@ -101,19 +121,35 @@ class Paths:
         return sorted(path.name for path in found if path.name[0] != "." and saved_steps(path))
 
     def find_tag(self, source: str) -> str:
-        """The tag a user means who names none, of those with a step: the largest `d<depth>`, else the newest directory."""
+        """The tag a user means who names none, of those with a step: the largest `d<depth>`, else
+        the newest directory.
+        """
         root = self.checkpoints(source)
         tags = [root / name for name in self.tags(source)]
         if not tags:
-            foreign = [path for path in root.iterdir() if foreign_checkpoints(path)] if root.is_dir() else []
+            foreign = (
+                [path for path in root.iterdir() if foreign_checkpoints(path)]
+                if root.is_dir()
+                else []
+            )
             raise NotFound(f"no {source} checkpoint in {root}: {how_to_get(source, *foreign[:1])}")
-        sized = [(int(match[1]), match[0] == path.name, path.name)  # d20 before d20-test
-                 for path in tags if (match := re.match(r"d(\d+)", path.name))]
+        sized = [
+            (int(match[1]), match[0] == path.name, path.name)  # d20 before d20-test
+            for path in tags
+            if (match := re.match(r"d(\d+)", path.name))
+        ]
         if sized:
             return max(sized)[-1]
         if self.bucket and len(tags) > 1:  # which has no times of directories
-            raise UsageError(f"{root} holds {', '.join(sorted(path.name for path in tags))}: name one by --model-tag")
-        return tags[0].name if len(tags) == 1 else max(tags, key=lambda path: path.stat().st_mtime).name
+            raise UsageError(
+                f"{root} holds {', '.join(sorted(path.name for path in tags))}: name one by "
+                "--model-tag"
+            )
+        return (
+            tags[0].name
+            if len(tags) == 1
+            else max(tags, key=lambda path: path.stat().st_mtime).name
+        )
 
 
 def base_tokenizer(tag: Path) -> Path:
@@ -121,7 +157,9 @@ def base_tokenizer(tag: Path) -> Path:
 
     The tag may be a link into another disk: then the names decide, not where the link leads.
     """
-    named, real = (Path(path(tag)).parent.parent / "tokenizer" for path in (os.path.abspath, os.path.realpath))
+    named, real = (
+        Path(path(tag)).parent.parent / "tokenizer" for path in (os.path.abspath, os.path.realpath)
+    )
     return named if named.is_dir() else real
 
 
@@ -130,7 +168,11 @@ def saved_steps(directory: Directory) -> list[int]:
     if not directory.is_dir():
         return []
     complete = COMMITTED if is_remote(directory) else "params"
-    return sorted(int(path.name) for path in directory.iterdir() if path.name.isdigit() and (path / complete).exists())
+    return sorted(
+        int(path.name)
+        for path in directory.iterdir()
+        if path.name.isdigit() and (path / complete).exists()
+    )
 
 
 def delete_steps(directory: Directory) -> None:
@@ -151,15 +193,22 @@ def how_to_get(source: str, foreign: Directory | None = None) -> str:
 
 
 def foreign_checkpoints(directory: Directory) -> list[str]:
-    """Names of what nanochat's PyTorch code saved there; its base directory is ours, unless NANOCHAT_BASE_DIR says else."""
-    return sorted(path.name for path in directory.glob("*_*.pt")) if not is_remote(directory) else []
+    """Names of what nanochat's PyTorch code saved there; its base directory is ours, unless
+    NANOCHAT_BASE_DIR says else.
+    """
+    return (
+        sorted(path.name for path in directory.glob("*_*.pt")) if not is_remote(directory) else []
+    )
 
 
 def refuse_foreign(directory: Directory) -> None:
     """Raise `UsageError` if a tag's directory holds checkpoints of nanochat's PyTorch code."""
     if foreign := foreign_checkpoints(directory):
-        raise UsageError(f"{directory} holds checkpoints of nanochat's PyTorch code, such as {foreign[0]}: name another place "
-                         "by --model-tag, or another base directory by NANOCHAT_BASE_DIR")
+        raise UsageError(
+            f"{directory} holds checkpoints of nanochat's PyTorch code, such as {foreign[0]}: "
+            "name another place "
+            "by --model-tag, or another base directory by NANOCHAT_BASE_DIR"
+        )
 
 
 def remove_directory(directory: Directory) -> None:

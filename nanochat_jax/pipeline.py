@@ -1,8 +1,10 @@
-"""The whole line, stage by stage: what each stage's command is, which are finished, and what the run will cost.
+"""The whole line, stage by stage: what each stage's command is, which are finished, and what the
+run will cost.
 
-Finished stages are recorded in `speedrun.json` under the base directory, each with a key made of its own command and of
-the commands of the stages it builds on. So a second run skips what is done, a killed run goes on in the middle of a
-stage, and a changed setting runs again what depends on it, and nothing else.
+Finished stages are recorded in `speedrun.json` under the base directory, each with a key made of
+its own command and of the commands of the stages it builds on. So a second run skips what is done,
+a killed run goes on in the middle of a stage, and a changed setting runs again what depends on it,
+and nothing else.
 """
 
 import hashlib
@@ -28,16 +30,17 @@ from nanochat_jax.metrics import format_seconds, peak_flops
 from nanochat_jax.paths import Paths, delete_steps, refuse_foreign
 
 MODEL_FLOPS_UTILIZATION = 0.4  # assumed where the device's peak is known
-CPU_FLOPS_PER_CORE = 8e10  # float32 training on x86 cores of the day: 5e10 on a busy machine to 1.1e11 on a quiet one
+# float32 training on x86 cores of the day: 5e10 on a busy machine to 1.1e11 on a quiet one
+CPU_FLOPS_PER_CORE = 8e10
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
     """One step of the line.
 
-    `args` decide the result and enter the key; `placement` (mesh, logging, batch per device) does not. A stage with
-    `produces` is built upon by the later ones. One in the `background` runs beside those after it, up to the one that
-    `waits_for` it.
+    `args` decide the result and enter the key; `placement` (mesh, logging, batch per device) does
+    not. A stage with `produces` is built upon by the later ones. One in the `background` runs
+    beside those after it, up to the one that `waits_for` it.
     """
 
     name: str
@@ -63,12 +66,18 @@ def describe_devices(device_type: str | None) -> None:
     if device_type:
         jax.config.update("jax_platforms", device_type)
     devices = find_devices(device_type)
-    print(json.dumps([devices[0].platform, devices[0].device_kind, len(devices), peak_flops(devices[0])]))
+    print(
+        json.dumps(
+            [devices[0].platform, devices[0].device_kind, len(devices), peak_flops(devices[0])]
+        )
+    )
 
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """The devices that the stages will see, found in a process of its own: a TPU can be held by one process at a time."""
+    """The devices that the stages will see, found in a process of its own: a TPU can be held by
+    one process at a time.
+    """
 
     platform: str
     kind: str
@@ -80,8 +89,16 @@ class Machine:
         code = f"from nanochat_jax import cli, pipeline; cli.guard(lambda: speedrun.describe_devices({device_type!r}))"
         found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
         if found.returncode:
-            raise UsageError(next((line.removeprefix("error: ") for line in found.stderr.splitlines()
-                                   if line.startswith("error: ")), f"JAX does not start on this machine: {found.stderr}"))
+            raise UsageError(
+                next(
+                    (
+                        line.removeprefix("error: ")
+                        for line in found.stderr.splitlines()
+                        if line.startswith("error: ")
+                    ),
+                    f"JAX does not start on this machine: {found.stderr}",
+                )
+            )
         platform, kind, count, peak = json.loads(found.stdout.splitlines()[-1])
         return cls(platform=platform, kind=kind, count=count, peak_flops=peak)
 
@@ -101,11 +118,17 @@ def print_plan(stages: Sequence[Stage], machine: Machine, title: str) -> None:
         total += stage.seconds
         where = "in the background" if stage.background else ""
         estimate = f"about {format_seconds(stage.seconds)}" if stage.seconds else ""
-        print(f"{number:3d}. {stage.name:14s} {'; '.join(filter(None, [stage.note, where, estimate]))}")
+        print(
+            f"{number:3d}. {stage.name:14s} "
+            f"{'; '.join(filter(None, [stage.note, where, estimate]))}"
+        )
         print(f"     {stage.text()}")
     unknown = [stage.name for stage in stages if not (stage.seconds or stage.background)]
     without = f", without {', '.join(unknown)}" if unknown else ""
-    print(f"estimated time in all{without}: {format_seconds(total)} (an estimate from FLOPs, not a measurement)")
+    print(
+        f"estimated time in all{without}: {format_seconds(total)} (an estimate from FLOPs, not a "
+        "measurement)"
+    )
 
 
 @dataclass
@@ -130,25 +153,34 @@ class Record:
             if fresh:
                 keep_old(path)
                 return cls(path, fresh=True)
-            raise UsageError(f"{path} is not a record of a run ({error}): delete it to start over; what was trained is then "
-                             "kept aside") from error
+            raise UsageError(
+                f"{path} is not a record of a run ({error}): delete it to start over; what was "
+                "trained is then "
+                "kept aside"
+            ) from error
 
     def write(self) -> None:
-        write_file(self.path, json.dumps({"run": self.run, "finished": self.finished, "begun": self.begun}, indent=1))
+        write_file(
+            self.path,
+            json.dumps({"run": self.run, "finished": self.finished, "begun": self.begun}, indent=1),
+        )
 
 
 def stage_keys(stages: Iterable[Stage], run: str) -> dict[str, str]:
     """A key per stage: its own arguments and those of every producing stage before it."""
     keys, chain = {}, run
     for stage in stages:
-        keys[stage.name] = hashlib.sha256(json.dumps([chain, stage.module, stage.args]).encode()).hexdigest()
+        keys[stage.name] = hashlib.sha256(
+            json.dumps([chain, stage.module, stage.args]).encode()
+        ).hexdigest()
         if stage.produces:
             chain = keys[stage.name]
     return keys
 
 
 def time_left(rest: float, *, planned: float, taken: float) -> float:
-    """Seconds that stages planned to take `rest` will take, after others that were planned to take `planned` took `taken`.
+    """Seconds that stages planned to take `rest` will take, after others that were planned to take
+    `planned` took `taken`.
 
     The rest is scaled as these did, and the less so the smaller a part of the line they are.
     """
@@ -156,9 +188,12 @@ def time_left(rest: float, *, planned: float, taken: float) -> float:
 
 
 def run_stages(stages: list[Stage], record: Record) -> int:
-    """Run what is not finished, in order; returns the exit code of the first stage that fails, or 0."""
+    """Run what is not finished, in order; returns the exit code of the first stage that fails, or
+    0.
+    """
     background: dict[str, Background] = {}
-    old = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))  # between two stages
+    # between two stages
+    old = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         return _run_stages(stages, record, background)
     finally:
@@ -168,7 +203,9 @@ def run_stages(stages: list[Stage], record: Record) -> int:
 
 
 def _clear(directory: Path, *, delete: bool) -> None:
-    """Make room for a stage. Without `--fresh`, what a directory holds only moves: it may be days of training."""
+    """Make room for a stage. Without `--fresh`, what a directory holds only moves: it may be days
+    of training.
+    """
     refuse_foreign(directory)
     with lock_file(directory / LOCK, str(directory), "wait for it or stop it"):
         if delete:
@@ -186,8 +223,12 @@ def _run_stages(stages: list[Stage], record: Record, background: "dict[str, Back
             return code
 
     def failed(stage: Stage, code: int) -> int:
-        print(f"error: {stage.name} ended with exit code {code}; run the same command again to go on from here "
-              f"({stage.text()})", file=sys.stderr)
+        print(
+            f"error: {stage.name} ended with exit code {code}; run the same command again to go "
+            "on from here "
+            f"({stage.text()})",
+            file=sys.stderr,
+        )
         return code
 
     for number, stage in enumerate(stages, 1):
@@ -202,18 +243,27 @@ def _run_stages(stages: list[Stage], record: Record, background: "dict[str, Back
                 return failed(waited, code)
             record.finished[waited.name] = keys[waited.name]
         record.finished.pop(stage.name, None)
-        if stage.checkpoints and record.begun.pop(stage.name, None) != key:  # what is there belongs to another run
+        # what is there belongs to another run
+        if stage.checkpoints and record.begun.pop(stage.name, None) != key:
             record.write()
             _clear(record.path.parent / stage.checkpoints, delete=record.fresh)
         record.begun[stage.name] = key
         record.write()
         if stage.background:
-            background[stage.name] = Background(stage.command(), record.path.with_name(f"{stage.name}.log"))
-            _headline(f"{label} · {stage.note} · in the background, see {background[stage.name].log}")
+            background[stage.name] = Background(
+                stage.command(), record.path.with_name(f"{stage.name}.log")
+            )
+            _headline(
+                f"{label} · {stage.note} · in the background, see {background[stage.name].log}"
+            )
             continue
-        left = time_left(sum(later.seconds for later in stages[number - 1 :]), planned=planned, taken=taken)
-        _headline(f"{label} · {stage.note or stage.text()} · {format_seconds(time.monotonic() - began)} so far"
-                  + (f", about {format_seconds(left)} left in all" if left else ""))
+        left = time_left(
+            sum(later.seconds for later in stages[number - 1 :]), planned=planned, taken=taken
+        )
+        _headline(
+            f"{label} · {stage.note or stage.text()} · {format_seconds(time.monotonic() - began)} "
+            "so far" + (f", about {format_seconds(left)} left in all" if left else "")
+        )
         started = time.monotonic()
         code = _call(stage.command(*(["--resume"] if stage.checkpoints else [])))
         if code:
@@ -232,8 +282,9 @@ def _headline(text: str) -> None:
 
 
 def _call(command: list[str]) -> int:
-    """Run a stage on this terminal. It gets Ctrl-C from there, and SIGTERM from here: it saves and exits, and is waited
-    for, not killed."""
+    """Run a stage on this terminal. It gets Ctrl-C from there, and SIGTERM from here: it saves and
+    exits, and is waited for, not killed.
+    """
     process = subprocess.Popen(command)
     old = signal.signal(signal.SIGTERM, lambda number, _: process.send_signal(number))
     try:
@@ -247,17 +298,23 @@ def _call(command: list[str]) -> int:
 
 
 class Background:
-    """A stage beside the others. What it prints goes to a file; the end of that is shown if it fails."""
+    """A stage beside the others. What it prints goes to a file; the end of that is shown if it
+    fails.
+    """
 
     def __init__(self, command: list[str], log: Path) -> None:
         self.log = log
         with log.open("w") as file:
-            self._process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL)
+            self._process = subprocess.Popen(
+                command, stdout=file, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL
+            )
 
     def wait(self) -> int:
         code = self._process.wait()
         if code:
-            print("\n".join(self.log.read_text(errors="replace").splitlines()[-10:]), file=sys.stderr)
+            print(
+                "\n".join(self.log.read_text(errors="replace").splitlines()[-10:]), file=sys.stderr
+            )
         return code
 
     def stop(self) -> None:

@@ -1,7 +1,8 @@
 """Checkpoints in a bucket of Google Cloud Storage: what they need beside what Orbax does itself.
 
-A bucket knows neither directories nor renames. What makes a step whole there is an object that Orbax writes last; so
-whatever is moved or deleted has it copied last and deleted first, and an interruption leaves no half that looks whole.
+A bucket knows neither directories nor renames. What makes a step whole there is an object that
+Orbax writes last; so whatever is moved or deleted has it copied last and deleted first, and an
+interruption leaves no half that looks whole.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from nanochat_jax.files import describe_process
 if TYPE_CHECKING:  # imported where it is needed: most commands have nothing to do with a bucket
     from etils import epath
 
-COMMITTED = "commit_success.txt"  # the object; each item of a step has one too, the step's own comes after them
+# the object; each item of a step has one too, the step's own comes after them
+COMMITTED = "commit_success.txt"
 
 HEARTBEAT_S, EXPIRY_S = 30.0, 150.0  # of `ObjectLock`
 
@@ -45,29 +47,40 @@ def open_bucket(url: str) -> epath.Path:
         from google.cloud import storage
         from google.cloud.storage.retry import DEFAULT_RETRY
     except ImportError as error:
-        raise UsageError(f"checkpoints in {url} need gcsfs ({error}): pip install 'nanochat-jax[gcs]'") from error
+        raise UsageError(
+            f"checkpoints in {url} need gcsfs ({error}): pip install 'nanochat-jax[gcs]'"
+        ) from error
     # Listings change under us, by the other processes' and TensorStore's hands.
     fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
-    os.environ.setdefault("EPATH_USE_TF", "0")  # etils takes TensorFlow's file system where TensorFlow is installed
+    # etils takes TensorFlow's file system where TensorFlow is installed
+    os.environ.setdefault("EPATH_USE_TF", "0")
     name = url.removeprefix("gs://").split("/")[0]
     try:
         storage.Client().get_bucket(name, timeout=20, retry=DEFAULT_RETRY.with_timeout(20))
     except Exception as error:  # whatever the network, the credentials or the bucket say
-        raise UsageError(f"{url} cannot be reached ({type(error).__name__}: {one_line(error)}): check the bucket's name, "
-                         "the network and that this machine's account may read the bucket and write objects (off Google's "
-                         "machines: `gcloud auth application-default login`)") from error
+        raise UsageError(
+            f"{url} cannot be reached ({type(error).__name__}: {one_line(error)}): check the "
+            "bucket's name, "
+            "the network and that this machine's account may read the bucket and write objects "
+            "(off Google's "
+            "machines: `gcloud auth application-default login`)"
+        ) from error
     from etils import epath
 
     return epath.Path(url)
 
 
 def _objects(directory: epath.Path) -> tuple[list[str], list[str]]:
-    """Names of all objects under a place: those that make something whole, inner ones last; and the others."""
+    """Names of all objects under a place: those that make something whole, inner ones last; and
+    the others.
+    """
     import fsspec
 
     names = fsspec.filesystem("gcs").find(str(directory))
     marks = [name for name in names if name.endswith(f"/{COMMITTED}")]
-    return sorted(marks, key=lambda name: name.count("/")), [name for name in names if name not in set(marks)]
+    return sorted(marks, key=lambda name: name.count("/")), [
+        name for name in names if name not in set(marks)
+    ]
 
 
 def delete(directory: epath.Path) -> None:
@@ -124,8 +137,10 @@ class ObjectLock:
         except UsageError:
             raise
         except Exception as error:  # whatever the network or the bucket say
-            raise UsageError(f"{self._directory} cannot be locked ({one_line(error)}): check that this "
-                             "machine's account may write objects there") from error
+            raise UsageError(
+                f"{self._directory} cannot be locked ({one_line(error)}): check that this "
+                "machine's account may write objects there"
+            ) from error
         self._thread.start()
         return self
 
@@ -145,20 +160,31 @@ class ObjectLock:
             generation, holder = self._read()  # it exists, or another process was faster
             if holder and not _is_gone(holder):
                 break
-        raise UsageError(f"{self._directory} is in use by {holder.get('process', 'another process')}: {self._advice}")
+        raise UsageError(
+            f"{self._directory} is in use by {holder.get('process', 'another process')}: "
+            f"{self._advice}"
+        )
 
     def _write(self, generation: int) -> bool:
-        """Write the object if it is of this generation, 0 for none; whether it is this process's now."""
+        """Write the object if it is of this generation, 0 for none; whether it is this process's
+        now.
+        """
         from google.api_core.exceptions import PreconditionFailed
 
         blob = self._bucket.blob(self._key)
-        holder = {"id": self._id, "process": describe_process(), "machine": _machine(), "pid": os.getpid(),
-                  "expires": time.time() + EXPIRY_S}
+        holder = {
+            "id": self._id,
+            "process": describe_process(),
+            "machine": _machine(),
+            "pid": os.getpid(),
+            "expires": time.time() + EXPIRY_S,
+        }
         try:
             blob.upload_from_string(json.dumps(holder), if_generation_match=generation, timeout=20)
             self._generation = blob.generation
             return True
-        except PreconditionFailed:  # also if it was written, its answer was lost and the client tried again
+        # also if it was written, its answer was lost and the client tried again
+        except PreconditionFailed:
             found, holder = self._read()
             if holder.get("id") == self._id:
                 self._generation = found
@@ -170,7 +196,9 @@ class ObjectLock:
 
         found = self._bucket.get_blob(self._key)
         try:
-            return (found.generation, _parse_holder(found.download_as_bytes())) if found else (0, {})
+            return (
+                (found.generation, _parse_holder(found.download_as_bytes())) if found else (0, {})
+            )
         except NotFound:  # deleted meanwhile
             return 0, {}
 
@@ -207,7 +235,9 @@ def _is_gone(holder: dict[str, Any]) -> bool:
 
 
 def _machine() -> str:
-    """This host and its table of processes, in which an id names one process; containers have others."""
+    """This host and its table of processes, in which an id names one process; containers have
+    others.
+    """
     try:
         return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
     except OSError:

@@ -2,8 +2,9 @@
 
 A text gets the ids that tiktoken gives it with the same vocabulary and pattern.
 
-Ids are the bytes 0..255, then the merges in the order they were learned, then the special tokens. Text is always
-ordinary: a user who types `<|bos|>` gets the tokens of those seven characters, never the control token.
+Ids are the bytes 0..255, then the merges in the order they were learned, then the special tokens.
+Text is always ordinary: a user who types `<|bos|>` gets the tokens of those seven characters,
+never the control token.
 
 On disk it is two text files, so that loading one never runs code:
 
@@ -33,10 +34,9 @@ if TYPE_CHECKING:  # generation needs names of special tokens from here, and no 
 
 logger = logging.getLogger(__name__)
 
-# GPT-4's pattern with numbers in groups of two digits, not three: a small vocabulary has better uses for its tokens.
-SPLIT_PATTERN = (
-    r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"""
-)
+# GPT-4's pattern with numbers in groups of two digits, not three: a small vocabulary has better
+# uses for its tokens.
+SPLIT_PATTERN = r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"""
 
 SPECIAL_TOKENS = (
     "<|bos|>",  # starts every document and conversation
@@ -59,12 +59,17 @@ META_FILE = "meta.json"
 
 
 def _crate() -> ModuleType:
-    """The compiled crate. Imported when it is used, so that without it a command still shows its help."""
+    """The compiled crate. Imported when it is used, so that without it a command still shows its
+    help.
+    """
     try:
         from nanochat_jax import rustbpe
     except ImportError as error:
-        raise UsageError(f"the tokenizer's Rust crate is not built ({one_line(error)}): run `bash test.sh --collect-only -q`, "
-                         "or `maturin develop --release --manifest-path rustbpe/Cargo.toml`") from error
+        raise UsageError(
+            f"the tokenizer's Rust crate is not built ({one_line(error)}): run `bash test.sh "
+            "--collect-only -q`, "
+            "or `maturin develop --release --manifest-path rustbpe/Cargo.toml`"
+        ) from error
     return rustbpe
 
 
@@ -72,7 +77,8 @@ class Tokenizer:
     """Text to ids and back. Immutable, and safe to use from several threads.
 
     Args:
-        mergeable_ranks: bytes of each token -> id; the ids are 0..n-1 and the 256 single bytes are among the tokens.
+        mergeable_ranks: bytes of each token -> id; the ids are 0..n-1 and the 256 single bytes are
+          among the tokens.
         pattern: regular expression that cuts text into the chunks no merge crosses.
         special_tokens: names of the control tokens, which take the ids n, n+1, ...
 
@@ -80,13 +86,20 @@ class Tokenizer:
         ValueError: `mergeable_ranks` is not such a vocabulary.
     """
 
-    def __init__(self, mergeable_ranks: Mapping[bytes, int], *, pattern: str = SPLIT_PATTERN,
-                 special_tokens: Sequence[str] = SPECIAL_TOKENS) -> None:
+    def __init__(
+        self,
+        mergeable_ranks: Mapping[bytes, int],
+        *,
+        pattern: str = SPLIT_PATTERN,
+        special_tokens: Sequence[str] = SPECIAL_TOKENS,
+    ) -> None:
         count = len(mergeable_ranks)
         if sorted(mergeable_ranks.values()) != list(range(count)):
             raise ValueError(f"the ids of {count} tokens must be 0..{count - 1}, each once")
         if missing := [byte for byte in range(256) if bytes([byte]) not in mergeable_ranks]:
-            raise ValueError(f"byte {missing[0]} is not in the vocabulary ({len(missing)} bytes are missing)")
+            raise ValueError(
+                f"byte {missing[0]} is not in the vocabulary ({len(missing)} bytes are missing)"
+            )
         self.mergeable_ranks = dict(mergeable_ranks)
         self.pattern = pattern
         self.special_tokens = {name: count + index for index, name in enumerate(special_tokens)}
@@ -99,64 +112,105 @@ class Tokenizer:
         return make, (self.mergeable_ranks,)
 
     @classmethod
-    def train(cls, texts: Iterable[str], vocab_size: int, *, progress: Progress | None = None) -> "Tokenizer":
-        """Learn `vocab_size` tokens, specials included; fewer, with a warning, if the text is too small.
+    def train(
+        cls, texts: Iterable[str], vocab_size: int, *, progress: Progress | None = None
+    ) -> "Tokenizer":
+        """Learn `vocab_size` tokens, specials included; fewer, with a warning, if the text is too
+        small.
 
-        `progress(stage, done, total)` hears several times a second how far it is: characters in the stage "count",
-        whose total is None as long as it is not known, then merges in the stage "merge". What it raises ends training.
+        `progress(stage, done, total)` hears several times a second how far it is: characters in
+        the stage "count", whose total is None as long as it is not known, then merges in the stage
+        "merge". What it raises ends training.
         """
         return cls._learn(vocab_size, "train_from_iterator", texts, progress=progress)
 
     @classmethod
-    def train_from_parquet(cls, paths: Sequence[Path], vocab_size: int, *, max_chars: int | None = None,
-                           doc_cap: int | None = None, progress: Progress | None = None) -> "Tokenizer":
+    def train_from_parquet(
+        cls,
+        paths: Sequence[Path],
+        vocab_size: int,
+        *,
+        max_chars: int | None = None,
+        doc_cap: int | None = None,
+        progress: Progress | None = None,
+    ) -> "Tokenizer":
         """The same on the `text` columns of Parquet files, read with no Python strings between.
 
-        Of each document the first `doc_cap` characters count. The document that takes them over `max_chars` together is
-        the last, which is whole.
+        Of each document the first `doc_cap` characters count. The document that takes them over
+        `max_chars` together is the last, which is whole.
         """
-        return cls._learn(vocab_size, "train_from_parquet", paths, progress=progress, max_chars=max_chars, doc_cap=doc_cap)
+        return cls._learn(
+            vocab_size,
+            "train_from_parquet",
+            paths,
+            progress=progress,
+            max_chars=max_chars,
+            doc_cap=doc_cap,
+        )
 
     @classmethod
     def _learn(cls, vocab_size: int, method: str, source: Any, **options: Any) -> "Tokenizer":
         smallest = 256 + len(SPECIAL_TOKENS)
         if vocab_size < smallest:
-            raise ValueError(f"vocab_size must be at least {smallest} (bytes and special tokens), got {vocab_size}")
+            raise ValueError(
+                f"vocab_size must be at least {smallest} (bytes and special tokens), got "
+                f"{vocab_size}"
+            )
         trainer = _crate().Tokenizer()
-        getattr(trainer, method)(source, vocab_size - len(SPECIAL_TOKENS), pattern=SPLIT_PATTERN, **options)
+        getattr(trainer, method)(
+            source, vocab_size - len(SPECIAL_TOKENS), pattern=SPLIT_PATTERN, **options
+        )
         tokenizer = cls(dict(trainer.get_mergeable_ranks()))
         if tokenizer.vocab_size < vocab_size:
-            logger.warning("the text ran out of pairs to merge: %d tokens, not %d", tokenizer.vocab_size, vocab_size)
+            logger.warning(
+                "the text ran out of pairs to merge: %d tokens, not %d",
+                tokenizer.vocab_size,
+                vocab_size,
+            )
         return tokenizer
 
     @classmethod
     def load(cls, directory: Path) -> "Tokenizer":
-        """Read what `save` wrote. Raises `NotFound` if it is not there, `UsageError` if it is damaged."""
+        """Read what `save` wrote. Raises `NotFound` if it is not there, `UsageError` if it is
+        damaged.
+        """
         ranks_path, meta_path = Path(directory) / RANKS_FILE, Path(directory) / META_FILE
         try:
             ranks_text, meta_text = ranks_path.read_bytes(), meta_path.read_bytes()
         except FileNotFoundError as error:
-            raise NotFound(f"no tokenizer: {error.filename} is missing, run `python -m scripts.tok_train`") from error
+            raise NotFound(
+                f"no tokenizer: {error.filename} is missing, run `python -m scripts.tok_train`"
+            ) from error
         ranks = _parse_ranks(ranks_text, ranks_path)
         try:
             meta = parse_json(meta_text)
             names = ("pattern", "special_tokens", "vocab_size", "fingerprint")
             pattern, special_tokens, vocab_size, fingerprint = (meta[name] for name in names)
         except (ValueError, KeyError, TypeError) as error:
-            raise UsageError(f"{meta_path} is damaged ({error!r}): train the tokenizer again") from error
+            raise UsageError(
+                f"{meta_path} is damaged ({error!r}): train the tokenizer again"
+            ) from error
         try:
             tokenizer = cls(ranks, pattern=pattern, special_tokens=special_tokens)
         except (ValueError, TypeError) as error:
-            raise UsageError(f"{ranks_path} is damaged ({error}): train the tokenizer again") from error
+            raise UsageError(
+                f"{ranks_path} is damaged ({error}): train the tokenizer again"
+            ) from error
         if tokenizer.vocab_size != vocab_size or tokenizer.fingerprint() != fingerprint:
-            raise UsageError(f"{ranks_path} and {meta_path} do not belong together: train the tokenizer again")
+            raise UsageError(
+                f"{ranks_path} and {meta_path} do not belong together: train the tokenizer again"
+            )
         return tokenizer
 
     def save(self, directory: Path) -> None:
         """Write the tokenizer into `directory`, which is made if need be."""
         directory = Path(directory)
-        meta = {"vocab_size": self.vocab_size, "pattern": self.pattern, "special_tokens": list(self.special_tokens),
-                "fingerprint": self.fingerprint()}
+        meta = {
+            "vocab_size": self.vocab_size,
+            "pattern": self.pattern,
+            "special_tokens": list(self.special_tokens),
+            "fingerprint": self.fingerprint(),
+        }
         write_file(directory / RANKS_FILE, _format_ranks(self.mergeable_ranks))
         write_file(directory / META_FILE, json.dumps(meta, indent=2) + "\n")
 
@@ -174,18 +228,32 @@ class Tokenizer:
         try:
             return self.special_tokens[name]
         except KeyError:
-            raise KeyError(f"no special token {name!r}: there are {', '.join(self.special_tokens)}") from None
+            raise KeyError(
+                f"no special token {name!r}: there are {', '.join(self.special_tokens)}"
+            ) from None
 
     @overload
-    def encode(self, text: str, prepend: Token | None = None, append: Token | None = None, num_threads: int = 8
-               ) -> list[int]: ...
+    def encode(
+        self,
+        text: str,
+        prepend: Token | None = None,
+        append: Token | None = None,
+        num_threads: int = 8,
+    ) -> list[int]: ...
     @overload
-    def encode(self, text: list[str], prepend: Token | None = None, append: Token | None = None, num_threads: int = 8
-               ) -> list[list[int]]: ...
+    def encode(
+        self,
+        text: list[str],
+        prepend: Token | None = None,
+        append: Token | None = None,
+        num_threads: int = 8,
+    ) -> list[list[int]]: ...
     def encode(self, text, prepend=None, append=None, num_threads=8):
-        """The ids of a string, or a list of ids for each of a list of strings, which `num_threads` threads share.
+        """The ids of a string, or a list of ids for each of a list of strings, which `num_threads`
+        threads share.
 
-        `prepend` and `append` put a token, by id or by the name of a special, before and after each result.
+        `prepend` and `append` put a token, by id or by the name of a special, before and after
+        each result.
         """
         if isinstance(text, str):
             (row,) = self.encode([text], prepend, append)
@@ -197,30 +265,41 @@ class Tokenizer:
         ids, bounds = ids.tolist(), pairwise(offsets.tolist())
         return [ids[start:end] + after for start, end in bounds]
 
-    def encode_batch(self, texts: "list[str] | pa.StringArray | pa.LargeStringArray | pa.ChunkedArray",
-                     prepend: Token | None = None, num_threads: int = 8) -> tuple[np.ndarray, np.ndarray]:
+    def encode_batch(
+        self,
+        texts: "list[str] | pa.StringArray | pa.LargeStringArray | pa.ChunkedArray",
+        prepend: Token | None = None,
+        num_threads: int = 8,
+    ) -> tuple[np.ndarray, np.ndarray]:
         """The ids of all texts in one array, int32 [N], and offsets, int64 [len(texts) + 1].
 
-        Those of text `i` are `ids[offsets[i] : offsets[i + 1]]`, the first of them `prepend`, an id or the name of a
-        special, if given. Up to `num_threads` threads encode, without the GIL. An Arrow array of strings is read in
-        place, with no Python strings between; ValueError if it has nulls.
+        Those of text `i` are `ids[offsets[i] : offsets[i + 1]]`, the first of them `prepend`, an
+        id or the name of a special, if given. Up to `num_threads` threads encode, without the GIL.
+        An Arrow array of strings is read in place, with no Python strings between; ValueError if
+        it has nulls.
         """
         before = None if prepend is None else self._token_id(prepend)
         if hasattr(texts, "null_count"):  # an Arrow array
             if texts.null_count:
-                raise ValueError(f"{texts.null_count} of {len(texts)} texts are null: leave them out first")
+                raise ValueError(
+                    f"{texts.null_count} of {len(texts)} texts are null: leave them out first"
+                )
             return self._encoder.encode_arrow(texts, before, num_threads)
         texts = list(texts)  # an iterator could be read only once
         try:
             return self._encoder.encode_batch(texts, before, num_threads)
         except UnicodeEncodeError:
-            return self._encoder.encode_batch([without_surrogates(text) for text in texts], before, num_threads)
+            return self._encoder.encode_batch(
+                [without_surrogates(text) for text in texts], before, num_threads
+            )
 
     def _token_id(self, token: Token) -> int:
         return self.encode_special(token) if isinstance(token, str) else token
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`; bytes that are not UTF-8 become U+FFFD. KeyError for an id outside the vocabulary."""
+        """The text of `ids`; bytes that are not UTF-8 become U+FFFD. KeyError for an id outside
+        the vocabulary.
+        """
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
@@ -228,17 +307,23 @@ class Tokenizer:
         try:
             return b"".join([self._bytes_of[token] for token in ids])
         except KeyError as error:
-            raise KeyError(f"no token has the id {error}: the vocabulary has {self.vocab_size}") from None
+            raise KeyError(
+                f"no token has the id {error}: the vocabulary has {self.vocab_size}"
+            ) from None
 
     def token_bytes(self, rule: ByteRule = "raw") -> np.ndarray:
-        """How many bytes of text each id stands for, 0 for the specials: int32 [V]. What bits per byte divides by.
+        """How many bytes of text each id stands for, 0 for the specials: int32 [V]. What bits per
+        byte divides by.
 
-        "decoded" is nanochat's rule of 2025, for models whose figures were made with it: it counts the UTF-8 bytes of the
-        decoded token, so that a part of a character counts as the three bytes of U+FFFD.
+        "decoded" is nanochat's rule of 2025, for models whose figures were made with it: it counts
+        the UTF-8 bytes of the decoded token, so that a part of a character counts as the three
+        bytes of U+FFFD.
         """
         lengths = np.zeros(self.vocab_size, np.int32)
         for token, rank in self.mergeable_ranks.items():
-            lengths[rank] = len(token if rule == "raw" else token.decode("utf-8", errors="replace").encode())
+            lengths[rank] = len(
+                token if rule == "raw" else token.decode("utf-8", errors="replace").encode()
+            )
         return lengths
 
     def fingerprint(self) -> str:
@@ -249,7 +334,9 @@ class Tokenizer:
 
 
 def without_surrogates(text: str) -> str:
-    """Surrogates, which UTF-8 cannot hold, as UTF-16 reads them: a pair is its character, a lone one is U+FFFD."""
+    """Surrogates, which UTF-8 cannot hold, as UTF-16 reads them: a pair is its character, a lone
+    one is U+FFFD.
+    """
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 
@@ -268,5 +355,7 @@ def _parse_ranks(text: bytes, path: Path) -> dict[bytes, int]:
                 raise ValueError("the same token again")
             ranks[token] = int(rank)
         except (ValueError, binascii.Error) as error:
-            raise UsageError(f"{path}, line {number} is damaged ({error}): train the tokenizer again") from error
+            raise UsageError(
+                f"{path}, line {number} is damaged ({error}): train the tokenizer again"
+            ) from error
     return ranks

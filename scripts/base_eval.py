@@ -1,8 +1,8 @@
 """Evaluate a base model: CORE, bits per byte, and samples.
 
-    python -m scripts.base_eval
-    python -m scripts.base_eval --eval core,bpb,sample --max-per-task 100
-    python -m scripts.base_eval --eval core --hf-path ~/models/gpt2
+python -m scripts.base_eval
+python -m scripts.base_eval --eval core,bpb,sample --max-per-task 100
+python -m scripts.base_eval --eval core --hf-path ~/models/gpt2
 """
 
 import dataclasses
@@ -36,32 +36,58 @@ KINDS = ("core", "bpb", "sample")
 
 @dataclass(frozen=True, kw_only=True)
 class BaseEvalConfig(ModelFlags, Processes):
-    eval: str = flag("auto", "which of core, bpb and sample, joined by commas; auto: samples, and CORE if its bundle "
-                             "is on disk or the model's corpus came from the network")
-    max_per_task: int = flag(-1, "examples of each CORE task; -1: all", at_least=1, at_most=10**9, also=-1)
-    split_tokens: int = flag(40 * 524288, "tokens of each split for bits per byte", at_least=1, at_most=LARGEST)
-    device_batch_size: int = flag(32, "rows of the model's length per device", at_least=1, at_most=10**6)
+    eval: str = flag(
+        "auto",
+        "which of core, bpb and sample, joined by commas; auto: samples, and CORE if its bundle "
+        "is on disk or the model's corpus came from the network",
+    )
+    max_per_task: int = flag(
+        -1, "examples of each CORE task; -1: all", at_least=1, at_most=10**9, also=-1
+    )
+    split_tokens: int = flag(
+        40 * 524288, "tokens of each split for bits per byte", at_least=1, at_most=LARGEST
+    )
+    device_batch_size: int = flag(
+        32, "rows of the model's length per device", at_least=1, at_most=10**6
+    )
     mesh: str = flag("auto", "devices as DxM: D-way data and M-way tensor parallelism")
-    hf_path: str | None = flag(None, "evaluate this directory of a transformers model instead; needs the extra torch")
+    hf_path: str | None = flag(
+        None, "evaluate this directory of a transformers model instead; needs the extra torch"
+    )
     trust_remote_code: bool = flag(False, "let --hf-path run model code that lies in its directory")
 
     def __post_init__(self) -> None:
-        if self.hf_path and (self.mesh, self.dtype, self.model_tag, self.step) != ("auto", "auto", None, None):
-            raise ValueError("--mesh, --dtype, --model-tag and --step have no meaning for --hf-path: leave them out")
+        if self.hf_path and (self.mesh, self.dtype, self.model_tag, self.step) != (
+            "auto",
+            "auto",
+            None,
+            None,
+        ):
+            raise ValueError(
+                "--mesh, --dtype, --model-tag and --step have no meaning for --hf-path: leave "
+                "them out"
+            )
         unknown = set(self.kinds) - set(KINDS)
         if self.eval != "auto" and unknown:
-            raise ValueError(f"--eval {self.eval!r}: expected auto, or some of {', '.join(KINDS)} joined by commas")
+            raise ValueError(
+                f"--eval {self.eval!r}: expected auto, or some of {', '.join(KINDS)} joined by "
+                "commas"
+            )
 
     @property
     def kinds(self) -> list[str]:
         return self.eval.split(",")
 
 
-def core_metric(scorer: CoreScorer, tokenizer: Any, config: BaseEvalConfig, paths: Paths, name: str) -> dict[str, float]:
+def core_metric(
+    scorer: CoreScorer, tokenizer: Any, config: BaseEvalConfig, paths: Paths, name: str
+) -> dict[str, float]:
     table_dir = paths.base / "base_eval"
     if jax.process_index() == 0:
         make_directory(table_dir)
-    result = evaluate_core(scorer, tokenizer, ensure_bundle(paths), max_per_task=config.max_per_task)
+    result = evaluate_core(
+        scorer, tokenizer, ensure_bundle(paths), max_per_task=config.max_per_task
+    )
     table = format_csv(result)
     log.info("%s", table)
     if jax.process_index() == 0:
@@ -80,37 +106,65 @@ def evaluate_ours(config: BaseEvalConfig, paths: Paths) -> tuple[str, dict[str, 
         if has_bundle(paths) or loaded.meta["data"] != "embedded":
             kinds.append("core")
         else:
-            said = (f"CORE was not run: the model was trained on the embedded corpus and {paths.eval_bundle} is "
-                    "not on disk. `--eval core,sample` fetches it.")
+            said = (
+                "CORE was not run: the model was trained on the embedded corpus and "
+                f"{paths.eval_bundle} is "
+                "not on disk. `--eval core,sample` fetches it."
+            )
             items.append(said)
             log.warning("%s", said)
     if "core" in kinds:
-        scorer = Scorer(config=loaded.config, params=loaded.params, num_rows=rows_for(config.device_batch_size),
-                        compute=compute)
-        results |= core_metric(scorer, loaded.tokenizer, config, paths, f"base_model_{loaded.tag}_{loaded.step:06d}")
+        scorer = Scorer(
+            config=loaded.config,
+            params=loaded.params,
+            num_rows=rows_for(config.device_batch_size),
+            compute=compute,
+        )
+        results |= core_metric(
+            scorer, loaded.tokenizer, config, paths, f"base_model_{loaded.tag}_{loaded.step:06d}"
+        )
     if "bpb" in kinds:
-        results |= corpus_bits_per_byte(loaded, paths, device_batch_size=config.device_batch_size,
-                                        split_tokens=config.split_tokens, compute=compute)
+        results |= corpus_bits_per_byte(
+            loaded,
+            paths,
+            device_batch_size=config.device_batch_size,
+            split_tokens=config.split_tokens,
+            compute=compute,
+        )
     if "sample" in kinds:
-        items += sample_items(greedy_samples(loaded, compute=compute), free_samples(loaded, 8, compute=compute))
+        items += sample_items(
+            greedy_samples(loaded, compute=compute), free_samples(loaded, 8, compute=compute)
+        )
     return f"{loaded.tag}, step {loaded.step}", results, items
 
 
-def evaluate_hf(hf_path: str, config: BaseEvalConfig, paths: Paths) -> tuple[str, dict[str, float], list]:
+def evaluate_hf(
+    hf_path: str, config: BaseEvalConfig, paths: Paths
+) -> tuple[str, dict[str, float], list]:
     """The same of a model of transformers."""
     from nanochat_jax.eval.hf_model import HFModel  # an optional extra
 
     directory = Path(hf_path)
-    model = HFModel(directory, tokens=config.device_batch_size * 1024, trust_remote_code=config.trust_remote_code)
+    model = HFModel(
+        directory,
+        tokens=config.device_batch_size * 1024,
+        trust_remote_code=config.trust_remote_code,
+    )
     kinds = config.kinds if config.eval != "auto" else ["core", "sample"]
     results, items = dict[str, float](), []
     if "core" in kinds:
-        results |= core_metric(model, model.tokenizer, config, paths, hf_path.strip("/").replace("/", "-"))
+        results |= core_metric(
+            model, model.tokenizer, config, paths, hf_path.strip("/").replace("/", "-")
+        )
     if "bpb" in kinds:
-        results |= model.bits_per_byte(paths.data(paths.find_data()), config.device_batch_size, config.split_tokens)
+        results |= model.bits_per_byte(
+            paths.data(paths.find_data()), config.device_batch_size, config.split_tokens
+        )
     if "sample" in kinds:
-        items += sample_items([prompt + model.continuation(prompt, 16) for prompt in PROMPTS],
-                              [model.continuation("", 128, seed=i) for i in range(8)])
+        items += sample_items(
+            [prompt + model.continuation(prompt, 16) for prompt in PROMPTS],
+            [model.continuation("", 128, seed=i) for i in range(8)],
+        )
     return str(directory), results, items
 
 
@@ -118,16 +172,29 @@ def main(config: BaseEvalConfig) -> None:
     paths = Paths.from_env()
     start(paths, config)
     make_directory(paths.report)
-    name, results, items = evaluate_hf(config.hf_path, config, paths) if config.hf_path else evaluate_ours(config, paths)
+    name, results, items = (
+        evaluate_hf(config.hf_path, config, paths)
+        if config.hf_path
+        else evaluate_ours(config, paths)
+    )
     if jax.process_index() == 0:
         section = "Base model evaluation"
         with sections.earlier_evaluation(paths.report, section, name) as earlier:
             if earlier:
                 results = earlier.results | results
-                items = items or [item for item in earlier.items
-                                  if isinstance(item, dict) and any("sample " in key for key in item)]
-            sections.log_section(paths.report, section, [f"Model: {name}", dataclasses.asdict(config), results, *items],
-                               stage="base_eval", results=results, model=name)
+                items = items or [
+                    item
+                    for item in earlier.items
+                    if isinstance(item, dict) and any("sample " in key for key in item)
+                ]
+            sections.log_section(
+                paths.report,
+                section,
+                [f"Model: {name}", dataclasses.asdict(config), results, *items],
+                stage="base_eval",
+                results=results,
+                model=name,
+            )
 
 
 if __name__ == "__main__":

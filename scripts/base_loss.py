@@ -1,6 +1,6 @@
 """Bits per byte of the base model on both splits, and a few greedy samples.
 
-    python -m scripts.base_loss
+python -m scripts.base_loss
 """
 
 import dataclasses
@@ -35,14 +35,25 @@ def main(config: BaseLossConfig) -> None:
     mesh = make_mesh(config.mesh)
     compute = Compute.on(mesh, dtype=config.dtype)
     loaded = load_model(paths, "base", tag=config.model_tag, step=config.step, mesh=mesh)
-    results = corpus_bits_per_byte(loaded, paths, device_batch_size=config.device_batch_size,
-                                   split_tokens=config.split_tokens, compute=compute)
+    results = corpus_bits_per_byte(
+        loaded,
+        paths,
+        device_batch_size=config.device_batch_size,
+        split_tokens=config.split_tokens,
+        compute=compute,
+    )
     samples = sample_items(greedy_samples(loaded, compute=compute))
     if jax.process_index() == 0:
         section, model = "Base model loss", f"{loaded.tag}, step {loaded.step}"
         with sections.earlier_evaluation(paths.report, section, model):
-            sections.log_section(paths.report, section, [dataclasses.asdict(config), results, *samples],
-                               stage="base_loss", results=results, model=model)
+            sections.log_section(
+                paths.report,
+                section,
+                [dataclasses.asdict(config), results, *samples],
+                stage="base_loss",
+                results=results,
+                model=model,
+            )
 
 
 if __name__ == "__main__":

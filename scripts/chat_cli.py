@@ -26,46 +26,85 @@ from nanochat_jax.tokenizer import Tokenizer
 
 @dataclass(frozen=True, kw_only=True)
 class Config(ModelFlags):
-    source: str = flag("sft", "stage whose model to load", short="-i", choices=list(CHECKPOINT_DIRS))
+    source: str = flag(
+        "sft", "stage whose model to load", short="-i", choices=list(CHECKPOINT_DIRS)
+    )
     prompt: str | None = flag(None, "answer this and exit", short="-p")
-    temperature: float = flag(0.6, "sampling temperature; 0 takes the most likely token each time", short="-t",
-                              at_least=0, at_most=100)
-    top_k: int = flag(50, "draw among the k most likely tokens; 0 among all", short="-k", at_least=0, at_most=10**6)
+    temperature: float = flag(
+        0.6,
+        "sampling temperature; 0 takes the most likely token each time",
+        short="-t",
+        at_least=0,
+        at_most=100,
+    )
+    top_k: int = flag(
+        50,
+        "draw among the k most likely tokens; 0 among all",
+        short="-k",
+        at_least=0,
+        at_most=10**6,
+    )
     max_tokens: int = flag(256, "longest reply in tokens", at_least=1, at_most=2**24)
-    seed: int = flag(42, "of the random draws; a conversation with the same seed repeats itself", at_least=0,
-                     at_most=LARGEST_SEED)
+    seed: int = flag(
+        42,
+        "of the random draws; a conversation with the same seed repeats itself",
+        at_least=0,
+        at_most=LARGEST_SEED,
+    )
 
     def request(self, tokens: list[int], *, turn: int) -> Request:
-        return Request(tuple(tokens), max_tokens=self.max_tokens, temperature=self.temperature, top_k=self.top_k,
-                       seed=self.seed + turn)
+        return Request(
+            tuple(tokens),
+            max_tokens=self.max_tokens,
+            temperature=self.temperature,
+            top_k=self.top_k,
+            seed=self.seed + turn,
+        )
 
 
 class History:
-    """The tokens of a conversation, by turns, so that the oldest can be dropped when it outgrows the context."""
+    """The tokens of a conversation, by turns, so that the oldest can be dropped when it outgrows
+    the context.
+    """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._turns: list[list[int]] = []
 
     def prompt(self, text: str, *, room: int) -> tuple[list[int], int]:
-        """Tokens that ask for the reply to `text`, and how many of the oldest turns were dropped to fit `room`."""
+        """Tokens that ask for the reply to `text`, and how many of the oldest turns were dropped
+        to fit `room`.
+        """
         question, before = self._question(text), len(self._turns)
-        while self._turns and 1 + len(question) <= room < 1 + sum(map(len, self._turns)) + len(question):
+        while self._turns and 1 + len(question) <= room < 1 + sum(map(len, self._turns)) + len(
+            question
+        ):
             del self._turns[0]
         return [self._tokenizer.bos_id, *sum(self._turns, []), *question], before - len(self._turns)
 
     def add(self, text: str, reply: list[int]) -> None:
         start, end = map(self._tokenizer.encode_special, ("<|python_start|>", "<|python_end|>"))
-        if start in (call := reply[-1 - reply[::-1].index(start) :] if start in reply else []) and end not in call:
+        if (
+            start in (call := reply[-1 - reply[::-1].index(start) :] if start in reply else [])
+            and end not in call
+        ):
             reply = reply[: -len(call)]  # cut in the middle of a tool call
-        self._turns.append([*self._question(text), *reply, self._tokenizer.encode_special("<|assistant_end|>")])
+        self._turns.append(
+            [*self._question(text), *reply, self._tokenizer.encode_special("<|assistant_end|>")]
+        )
 
     def _question(self, text: str) -> list[int]:
-        return [*render_message(self._tokenizer, "user", text)[0], self._tokenizer.encode_special("<|assistant_start|>")]
+        return [
+            *render_message(self._tokenizer, "user", text)[0],
+            self._tokenizer.encode_special("<|assistant_start|>"),
+        ]
 
 
-HELP = ("/clear starts over, /quit or Ctrl-D leaves (both also without the slash), Ctrl-C stops a reply, "
-        "/help says this again.")
+HELP = (
+    "/clear starts over, /quit or Ctrl-D leaves (both also without the slash), Ctrl-C stops a "
+    "reply, "
+    "/help says this again."
+)
 
 # A terminal obeys these; what a model says is only to be read.
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
@@ -131,7 +170,12 @@ def chat(engine: Engine, tokenizer: Tokenizer, config: Config) -> None:
         elif text:
             tokens, dropped = history.prompt(text, room=room)
             if dropped:
-                print(dim(f"(the context of {engine.max_len} tokens is full: dropped the oldest {dropped} turns)"))
+                print(
+                    dim(
+                        f"(the context of {engine.max_len} tokens is full: dropped the oldest "
+                        f"{dropped} turns)"
+                    )
+                )
             try:
                 reply = engine.generation(config.request(tokens, turn=turn))
             except ValueError as error:  # the message is too long even alone
@@ -149,8 +193,15 @@ def main(config: Config) -> int | None:
     readable_input()
     paths = Paths.from_env()
     start(paths, config)
-    engine, model = load_engine(paths, config.source, tag=config.model_tag, step=config.step, dtype=config.dtype, num_slots=1,
-                                steps_per_dispatch=4)
+    engine, model = load_engine(
+        paths,
+        config.source,
+        tag=config.model_tag,
+        step=config.step,
+        dtype=config.dtype,
+        num_slots=1,
+        steps_per_dispatch=4,
+    )
     if config.prompt is None:
         chat(engine, model.tokenizer, config)
         return None
@@ -164,4 +215,9 @@ def main(config: Config) -> int | None:
 
 
 if __name__ == "__main__":
-    cli.run(main, Config, prog="scripts.chat_cli", description="Chat with a trained model in the terminal.")
+    cli.run(
+        main,
+        Config,
+        prog="scripts.chat_cli",
+        description="Chat with a trained model in the terminal.",
+    )

@@ -1,4 +1,5 @@
-"""Evaluate a chat model on tasks: multiple choice by the likeliest letter, all others by what it writes.
+"""Evaluate a chat model on tasks: multiple choice by the likeliest letter, all others by what it
+writes.
 
     python -m scripts.chat_eval -i sft
     python -m scripts.chat_eval -i sft -a "ARC-Easy|GSM8K" -x 100
@@ -16,7 +17,15 @@ from nanochat_jax import cli
 from nanochat_jax.checkpoint import load_model
 from nanochat_jax.cli import flag
 from nanochat_jax.devices import ModelFlags, Processes, start
-from nanochat_jax.eval.chat import Generator, Sampling, accuracy, chatcore, evaluate_task, own_key, write_problems
+from nanochat_jax.eval.chat import (
+    Generator,
+    Sampling,
+    accuracy,
+    chatcore,
+    evaluate_task,
+    own_key,
+    write_problems,
+)
 from nanochat_jax.files import make_directory
 from nanochat_jax.model.compute import Compute
 from nanochat_jax.model.sharding import data_size, make_mesh
@@ -32,16 +41,41 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True, kw_only=True)
 class ChatEvalConfig(ModelFlags, Processes):
     source: str = flag("sft", "stage of the model", short="-i", choices=[*CHECKPOINT_DIRS])
-    task_name: str | None = flag(None, "tasks joined by |; default those that fit the model's corpus", short="-a",
-                                 check=task_names)
-    task_file: str | None = flag(None, "judge by this JSON Lines file instead: conversations, or questions with choices")
-    temperature: float = flag(0.0, "sampling temperature; 0 takes the most likely token", short="-t", at_least=0, at_most=100)
-    max_new_tokens: int = flag(512, "longest reply in tokens", short="-m", at_least=1, at_most=2**24)
-    num_samples: int = flag(1, "replies per problem; one that is right passes", short="-n", at_least=1, at_most=10**6)
-    top_k: int = flag(50, "sample among the k likeliest tokens; 0: all", short="-k", at_least=0, at_most=10**6)
-    batch_size: int = flag(32, "replies in flight per device, and multiple-choice prompts of a batch", short="-b", at_least=1,
-                            at_most=10**6)
-    max_problems: int | None = flag(None, "problems of each task; default all", short="-x", at_least=1, at_most=10**9)
+    task_name: str | None = flag(
+        None,
+        "tasks joined by |; default those that fit the model's corpus",
+        short="-a",
+        check=task_names,
+    )
+    task_file: str | None = flag(
+        None, "judge by this JSON Lines file instead: conversations, or questions with choices"
+    )
+    temperature: float = flag(
+        0.0,
+        "sampling temperature; 0 takes the most likely token",
+        short="-t",
+        at_least=0,
+        at_most=100,
+    )
+    max_new_tokens: int = flag(
+        512, "longest reply in tokens", short="-m", at_least=1, at_most=2**24
+    )
+    num_samples: int = flag(
+        1, "replies per problem; one that is right passes", short="-n", at_least=1, at_most=10**6
+    )
+    top_k: int = flag(
+        50, "sample among the k likeliest tokens; 0: all", short="-k", at_least=0, at_most=10**6
+    )
+    batch_size: int = flag(
+        32,
+        "replies in flight per device, and multiple-choice prompts of a batch",
+        short="-b",
+        at_least=1,
+        at_most=10**6,
+    )
+    max_problems: int | None = flag(
+        None, "problems of each task; default all", short="-x", at_least=1, at_most=10**9
+    )
     mesh: str = flag("auto", "devices as DxM: D-way data and M-way tensor parallelism")
 
     def __post_init__(self) -> None:
@@ -53,8 +87,8 @@ def main(config: ChatEvalConfig) -> None:
     paths = Paths.from_env()
     start(paths, config)
     mesh = make_mesh(config.mesh)
-    # All tasks are loaded before any is judged, and those that were named before the model: one that is missing should not
-    # be found out after an hour, and a typo not after a minute.
+    # All tasks are loaded before any is judged, and those that were named before the model: one
+    # that is missing should not be found out after an hour, and a typo not after a minute.
     tasks: list[Task] = []
     if config.task_file:
         tasks = [CustomJSON(Path(config.task_file))]
@@ -66,10 +100,19 @@ def main(config: ChatEvalConfig) -> None:
     make_directory(paths.report)
 
     slots = config.batch_size * data_size(mesh)
-    generator = Generator(config=loaded.config, params=loaded.params, tokenizer=loaded.tokenizer, num_slots=slots,
-                          compute=Compute.on(mesh, dtype=config.dtype))
-    sampling = Sampling(num_samples=config.num_samples, max_new_tokens=config.max_new_tokens,
-                        temperature=config.temperature, top_k=config.top_k)
+    generator = Generator(
+        config=loaded.config,
+        params=loaded.params,
+        tokenizer=loaded.tokenizer,
+        num_slots=slots,
+        compute=Compute.on(mesh, dtype=config.dtype),
+    )
+    sampling = Sampling(
+        num_samples=config.num_samples,
+        max_new_tokens=config.max_new_tokens,
+        temperature=config.temperature,
+        top_k=config.top_k,
+    )
     directory = paths.logs(config.source) / loaded.tag
     if config.task_file and jax.process_index() == 0:
         key = tasks[0].key
@@ -87,19 +130,32 @@ def main(config: ChatEvalConfig) -> None:
         log_results(config, paths, f"{loaded.tag}, step {loaded.step}", results)
 
 
-def log_results(config: ChatEvalConfig, paths: Paths, model: str, results: dict[str, float]) -> None:
+def log_results(
+    config: ChatEvalConfig, paths: Paths, model: str, results: dict[str, float]
+) -> None:
     """Write the section of the report, with the results of earlier evaluations of the model."""
     section = f"Chat evaluation {config.source}"
     with sections.earlier_evaluation(paths.report, section, model) as earlier:
         before = earlier.results if earlier else {}
         kept = [name for name in before if name not in results]
         merged = before | results
-        note = f"Results of earlier evaluations, with settings of their own: {', '.join(kept)}" if kept else None
+        note = (
+            f"Results of earlier evaluations, with settings of their own: {', '.join(kept)}"
+            if kept
+            else None
+        )
         sections.log_section(
-            paths.report, section,
-            [f"Model: {model}", dataclasses.asdict(config),
-             {name: f"{value:.2%}" for name, value in merged.items()}, note],
-            stage=f"chat_eval_{config.source}", results=merged, model=model,
+            paths.report,
+            section,
+            [
+                f"Model: {model}",
+                dataclasses.asdict(config),
+                {name: f"{value:.2%}" for name, value in merged.items()},
+                note,
+            ],
+            stage=f"chat_eval_{config.source}",
+            results=merged,
+            model=model,
         )
 
 

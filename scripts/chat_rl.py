@@ -1,7 +1,7 @@
 """Reinforcement learning of the finetuned model on problems whose answers can be checked.
 
-    python -m scripts.chat_rl
-    python -m scripts.chat_rl --task "GSM8K|SpellingBee" --num-iterations 30
+python -m scripts.chat_rl
+python -m scripts.chat_rl --task "GSM8K|SpellingBee" --num-iterations 30
 """
 
 from nanochat_jax import cli

@@ -1,6 +1,6 @@
 """Hand a trained model on: as nanochat's PyTorch checkpoint, or as a Hugging Face directory.
 
-    python -m scripts.export_weights --source sft --format hf --out ~/my-model
+python -m scripts.export_weights --source sft --format hf --out ~/my-model
 """
 
 import logging
@@ -24,31 +24,56 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True, kw_only=True)
 class ExportConfig(ModelFlags):
     source: str = flag("sft", "stage of the model", choices=[*CHECKPOINT_DIRS], short="-i")
-    format: str = flag("nanochat", "nanochat: upstream's .pt files; hf: what transformers loads", choices=["nanochat", "hf"])
+    format: str = flag(
+        "nanochat",
+        "nanochat: upstream's .pt files; hf: what transformers loads",
+        choices=["nanochat", "hf"],
+    )
     out: str | None = flag(None, "directory to write; must be new or empty")
-    dtype: str = flag("float32", "dtype of the weights (hf); bfloat16 rounds them", choices=["float32", "bfloat16"])
+    dtype: str = flag(
+        "float32",
+        "dtype of the weights (hf); bfloat16 rounds them",
+        choices=["float32", "bfloat16"],
+    )
 
     def __post_init__(self) -> None:
         if self.out is None:
             raise ValueError("--out is missing: give the directory to write")
         if self.dtype != "float32" and self.format != "hf":
-            raise ValueError(f"--dtype {self.dtype} is for --format hf: nanochat's own files are float32")
+            raise ValueError(
+                f"--dtype {self.dtype} is for --format hf: nanochat's own files are float32"
+            )
 
 
 def validation_bpb(loaded: Loaded) -> float | None:
     """The bits per byte that this step's evaluation gave; None if it had none."""
     path = loaded.directory / "metrics.jsonl"
     rows = read_metrics(path) if path.is_file() else []
-    return next((row["val_bpb"] for row in reversed(rows) if row["step"] == loaded.step and "val_bpb" in row), None)
+    return next(
+        (
+            row["val_bpb"]
+            for row in reversed(rows)
+            if row["step"] == loaded.step and "val_bpb" in row
+        ),
+        None,
+    )
 
 
 def upstream_meta(loaded: Loaded) -> dict[str, Any]:
     """Upstream's metadata: its own if the model came from there, else what its loaders read."""
     meta = loaded.meta
     if "imported" in meta:
-        return {key: value for key, value in meta["imported"]["meta"].items() if key not in ("step", "model_config")}
-    return {"val_bpb": validation_bpb(loaded), "user_config": meta.get("config", {}),
-            "max_seq_len": loaded.config.sequence_len, "total_batch_size": meta.get("total_batch_size")}
+        return {
+            key: value
+            for key, value in meta["imported"]["meta"].items()
+            if key not in ("step", "model_config")
+        }
+    return {
+        "val_bpb": validation_bpb(loaded),
+        "user_config": meta.get("config", {}),
+        "max_seq_len": loaded.config.sequence_len,
+        "total_batch_size": meta.get("total_batch_size"),
+    }
 
 
 def main(config: ExportConfig) -> None:
@@ -61,14 +86,30 @@ def main(config: ExportConfig) -> None:
         if config.format == "hf":
             write_hf(aside, loaded.config, loaded.params, loaded.tokenizer, dtype=config.dtype)
         else:
-            write_checkpoint(aside, loaded.config, loaded.params, loaded.tokenizer, step=loaded.step,
-                             byte_rule=loaded.meta.get("byte_rule", "raw"), meta=upstream_meta(loaded))
+            write_checkpoint(
+                aside,
+                loaded.config,
+                loaded.params,
+                loaded.tokenizer,
+                step=loaded.step,
+                byte_rule=loaded.meta.get("byte_rule", "raw"),
+                meta=upstream_meta(loaded),
+            )
     for path in sorted(entries(out)):
         log.info("%14s  %s", f"{path.stat().st_size:,}", path.name)
-    log.info("exported %s/%s step %d, %s parameters, to %s", loaded.source, loaded.tag, loaded.step,
-             f"{num_params(loaded.config):,}", out)
+    log.info(
+        "exported %s/%s step %d, %s parameters, to %s",
+        loaded.source,
+        loaded.tag,
+        loaded.step,
+        f"{num_params(loaded.config):,}",
+        out,
+    )
     if config.format == "hf" and loaded.config.arch == "modern":
-        log.info("transformers loads it with trust_remote_code=True: the model's code is in the directory")
+        log.info(
+            "transformers loads it with trust_remote_code=True: the model's code is in the "
+            "directory"
+        )
 
 
 if __name__ == "__main__":

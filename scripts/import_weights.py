@@ -1,4 +1,5 @@
-"""Take over a trained model: nanochat's PyTorch checkpoint (either era) or a Hugging Face directory.
+"""Take over a trained model: nanochat's PyTorch checkpoint (either era) or a Hugging Face
+directory.
 
     python -m scripts.import_weights --from ~/nanochat-d32 --source sft --model-tag d32
 """
@@ -27,16 +28,30 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class ImportConfig(DeviceFlags):
-    from_dir: str | None = flag(None, "directory with model_<step>.pt and meta_<step>.json, or with config.json and "
-                                      ".safetensors",
-                                short="--from")
+    from_dir: str | None = flag(
+        None,
+        "directory with model_<step>.pt and meta_<step>.json, or with config.json and .safetensors",
+        short="--from",
+    )
     source: str = flag("base", "stage the model is of", choices=[*CHECKPOINT_DIRS])
-    model_tag: str | None = flag(None, "name of the checkpoint directory to make; default d<depth>", short="-g",
-                                 check=directory_name)
-    step: int | None = flag(None, "step to import; default the greatest", short="-s", at_least=0, at_most=LARGEST)
-    tokenizer: str | None = flag(None, "directory of its tokenizer; default beside the model, or in its base directory")
-    rotary_dtype: str = flag("auto", "rotary tables of a classic model; auto: bfloat16 as nanochat's own code, float32 as "
-                             "transformers' (hf)", choices=["auto", "float32", "bfloat16"])
+    model_tag: str | None = flag(
+        None,
+        "name of the checkpoint directory to make; default d<depth>",
+        short="-g",
+        check=directory_name,
+    )
+    step: int | None = flag(
+        None, "step to import; default the greatest", short="-s", at_least=0, at_most=LARGEST
+    )
+    tokenizer: str | None = flag(
+        None, "directory of its tokenizer; default beside the model, or in its base directory"
+    )
+    rotary_dtype: str = flag(
+        "auto",
+        "rotary tables of a classic model; auto: bfloat16 as nanochat's own code, float32 as "
+        "transformers' (hf)",
+        choices=["auto", "float32", "bfloat16"],
+    )
     fresh: bool = flag(False, "delete the checkpoints that this tag already has")
 
     def __post_init__(self) -> None:
@@ -44,8 +59,9 @@ class ImportConfig(DeviceFlags):
             raise ValueError("--from is missing: give the directory of the checkpoint")
 
 
-def choose_tokenizer(found: Tokenizer | None, paths: Paths, directory: Path, imported: Imported
-                     ) -> tuple[Tokenizer | None, Path | None]:
+def choose_tokenizer(
+    found: Tokenizer | None, paths: Paths, directory: Path, imported: Imported
+) -> tuple[Tokenizer | None, Path | None]:
     """The model's tokenizer, and where it has to be saved for loading to find it, if anywhere.
 
     The base directory's own is never replaced: a model with another one keeps it under its tag.
@@ -56,7 +72,10 @@ def choose_tokenizer(found: Tokenizer | None, paths: Paths, directory: Path, imp
         shared = None
     if found is None:
         if shared is None:
-            log.warning("no tokenizer was found: the weights are imported alone, and only token ids will go in and out")
+            log.warning(
+                "no tokenizer was found: the weights are imported alone, and only token ids will "
+                "go in and out"
+            )
             return None, None
         check_vocabulary(imported.config, shared, directory)
         log.info("taking the tokenizer in %s to be the model's", paths.tokenizer)
@@ -65,22 +84,35 @@ def choose_tokenizer(found: Tokenizer | None, paths: Paths, directory: Path, imp
         return found, paths.tokenizer
     if shared.fingerprint() == found.fingerprint():
         return found, None
-    log.info("the tokenizer in %s is another one: the model's goes to %s", paths.tokenizer, directory / "tokenizer")
+    log.info(
+        "the tokenizer in %s is another one: the model's goes to %s",
+        paths.tokenizer,
+        directory / "tokenizer",
+    )
     return found, directory / "tokenizer"
 
 
-def checkpoint_state(imported: Imported, fingerprint: str | None, config: ImportConfig) -> dict[str, Any]:
+def checkpoint_state(
+    imported: Imported, fingerprint: str | None, config: ImportConfig
+) -> dict[str, Any]:
     """What training would have written beside the weights, as far as upstream's metadata tell it."""
     modern = imported.config.arch == "modern"
     given = imported.meta.get("user_config") or {}
     defaults = OptimizerConfig(**({} if modern else CLASSIC_RATES))
     names = ("embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr")
-    rates = dataclasses.replace(defaults, **{name: float(given[name]) for name in names if given.get(name) is not None})
+    rates = dataclasses.replace(
+        defaults, **{name: float(given[name]) for name in names if given.get(name) is not None}
+    )
     total = imported.meta.get("total_batch_size") or given.get("total_batch_size")
     return {
-        "step": imported.step, "model_config": dataclasses.asdict(imported.config), "tokenizer": fingerprint,
-        "byte_rule": imported.byte_rule, "data": None, "packing": "bestfit" if modern else "stream",
-        "rates": dataclasses.asdict(rates), "lr_scale": 1.0,
+        "step": imported.step,
+        "model_config": dataclasses.asdict(imported.config),
+        "tokenizer": fingerprint,
+        "byte_rule": imported.byte_rule,
+        "data": None,
+        "packing": "bestfit" if modern else "stream",
+        "rates": dataclasses.asdict(rates),
+        "lr_scale": 1.0,
         "total_batch_size": total if isinstance(total, int) and total > 0 else 524288,
         "imported": {"from": config.from_dir, "meta": imported.meta},
     }
@@ -94,11 +126,19 @@ def main(config: ImportConfig) -> None:
     if not source.is_dir():
         raise NotFound(f"--from {source} is not a directory")
     given = user_path(config.tokenizer) if config.tokenizer else None
-    imported = read_foreign(source, step=config.step, tokenizer=given,
-                            rotary_dtype=None if config.rotary_dtype == "auto" else config.rotary_dtype)
-    directory = paths.checkpoints(config.source) / (config.model_tag or f"d{imported.config.n_layer}")
+    imported = read_foreign(
+        source,
+        step=config.step,
+        tokenizer=given,
+        rotary_dtype=None if config.rotary_dtype == "auto" else config.rotary_dtype,
+    )
+    directory = paths.checkpoints(config.source) / (
+        config.model_tag or f"d{imported.config.n_layer}"
+    )
     if source.resolve().is_relative_to(directory.resolve()):
-        raise UsageError(f"--from {source} lies in the directory to write: name another --model-tag")
+        raise UsageError(
+            f"--from {source} lies in the directory to write: name another --model-tag"
+        )
     tokenizer, place = choose_tokenizer(imported.tokenizer, paths, directory, imported)
     if place == paths.tokenizer:
         make_directory(place)
@@ -111,10 +151,21 @@ def main(config: ImportConfig) -> None:
             if place is not None and not is_remote(directory):
                 tokenizer.save(place)
         with Checkpoints(directory) as checkpoints:
-            checkpoints.save(imported.step, imported.params, None, checkpoint_state(imported, fingerprint, config))
+            checkpoints.save(
+                imported.step,
+                imported.params,
+                None,
+                checkpoint_state(imported, fingerprint, config),
+            )
             checkpoints.wait()
-    log.info("imported a %s model of %d layers, %s parameters, step %d, to %s", imported.config.arch,
-             imported.config.n_layer, f"{num_params(imported.config):,}", imported.step, directory)
+    log.info(
+        "imported a %s model of %d layers, %s parameters, step %d, to %s",
+        imported.config.arch,
+        imported.config.n_layer,
+        f"{num_params(imported.config):,}",
+        imported.step,
+        directory,
+    )
 
 
 if __name__ == "__main__":

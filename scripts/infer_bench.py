@@ -3,13 +3,14 @@
     python -m scripts.infer_bench                                   the newest base model
     python -m scripts.infer_bench -i sft --batch-sizes 1,16 --decode-tokens 64
 
-The engine itself is measured, on random prompts that nothing but their length ends. A first run of each batch size
-compiles and is not counted. Prints a table, and a JSON object as the last line. Figures:
+The engine itself is measured, on random prompts that nothing but their length ends. A first run of
+each batch size compiles and is not counted. Prints a table, and a JSON object as the last line.
+Figures:
 
-    TTFT   seconds from submission to the first token, with as many prompts at once as the batch has rows
-    TPOT   seconds of a decoding step, the median
-    MBU    bytes a step must read (weights but for the embedding tables, and the keys and values in reach) by TPOT, as a
-           share of the devices' peak memory bandwidth; MFU likewise of the operations. Not known for a CPU.
+    TTFT   seconds from submission to the first token, with as many prompts at once as the batch
+    has rows TPOT   seconds of a decoding step, the median MBU    bytes a step must read (weights
+    but for the embedding tables, and the keys and values in reach) by TPOT, as a share of the
+    devices' peak memory bandwidth; MFU likewise of the operations. Not known for a CPU.
 """
 
 import json
@@ -41,14 +42,26 @@ STEPS_PER_DISPATCH = 8
 
 @dataclass(frozen=True, kw_only=True)
 class Config(ModelFlags):
-    source: str = flag("base", "stage whose model to load", short="-i", choices=list(CHECKPOINT_DIRS))
-    prompt_tokens: int = flag(2048, "length of the prompts; less where the context is too short for prompt and reply",
-                              at_least=2, at_most=2**24)
-    decode_tokens: int = flag(256, "tokens to generate after each", at_least=1 + STEPS_PER_DISPATCH,
-                              at_most=2**24)
+    source: str = flag(
+        "base", "stage whose model to load", short="-i", choices=list(CHECKPOINT_DIRS)
+    )
+    prompt_tokens: int = flag(
+        2048,
+        "length of the prompts; less where the context is too short for prompt and reply",
+        at_least=2,
+        at_most=2**24,
+    )
+    decode_tokens: int = flag(
+        256, "tokens to generate after each", at_least=1 + STEPS_PER_DISPATCH, at_most=2**24
+    )
     batch_sizes: str = flag("1,8,32,128", "sequences at once, a list")
-    temperature: float = flag(0.0, "sampling temperature; 0 takes the most likely token each time", short="-t",
-                              at_least=0, at_most=100)
+    temperature: float = flag(
+        0.0,
+        "sampling temperature; 0 takes the most likely token each time",
+        short="-t",
+        at_least=0,
+        at_most=100,
+    )
     mesh: str = flag("1x1", "devices as DxM: slots over D, heads over M; auto uses all on D")
 
     def __post_init__(self) -> None:
@@ -61,7 +74,10 @@ class Config(ModelFlags):
         except ValueError:
             sizes = [0]
         if min(sizes) < 1 or max(sizes) > 10**6:
-            raise ValueError(f"--batch-sizes must be numbers from 1 to 1000000, as in 1,8,32, got {self.batch_sizes!r}")
+            raise ValueError(
+                "--batch-sizes must be numbers from 1 to 1000000, as in 1,8,32, got "
+                f"{self.batch_sizes!r}"
+            )
         return sizes
 
 
@@ -76,8 +92,12 @@ def flops_per_token(config: GPTConfig, context: int, *, unembed: bool) -> int:
     return 2 * weights + 4 * config.n_head * config.head_dim * keys_read(config, context)
 
 
-def describe(loaded: Loaded, dtype: Any, mesh: Mesh, *, prompt_tokens: int, decode_tokens: int) -> dict[str, Any]:
-    """What is known before anything runs; bytes and operations are those of the whole model, peaks of all devices."""
+def describe(
+    loaded: Loaded, dtype: Any, mesh: Mesh, *, prompt_tokens: int, decode_tokens: int
+) -> dict[str, Any]:
+    """What is known before anything runs; bytes and operations are those of the whole model, peaks
+    of all devices.
+    """
     config, device = loaded.config, jax.devices()[0]
     shapes, itemsize = abstract_params(config), np.dtype(dtype).itemsize
     num_params = sum(leaf.size for leaf in jax.tree.leaves(shapes))
@@ -87,17 +107,29 @@ def describe(loaded: Loaded, dtype: Any, mesh: Mesh, *, prompt_tokens: int, deco
     context_mid = prompt_tokens + decode_tokens // 2
     read = kv_bytes * keys_read(config, context_mid)
     total = (device.memory_stats() or {}).get("bytes_limit")
-    peaks = [None if peak is None else peak * mesh.size for peak in (peak_bandwidth(device), peak_flops(device))]
+    peaks = [
+        None if peak is None else peak * mesh.size
+        for peak in (peak_bandwidth(device), peak_flops(device))
+    ]
     full_context = kv_bytes * config.n_layer * config.sequence_len
     return {
-        "model_config": asdict(config), "gpu": f"{mesh.size} x {device.device_kind}",
-        "peak_bandwidth_bytes_per_sec": peaks[0], "total_vram_bytes": total, "num_params": num_params,
-        "param_dtypes": {str(np.dtype(dtype)): num_params}, "weight_bytes": weight_bytes,
-        "kv_bytes_per_token": kv_bytes * config.n_layer, "kv_read_bytes_per_step": read, "context_mid": context_mid,
-        "peak_flops_per_sec": peaks[1], "decode_flops_per_token": flops_per_token(config, context_mid, unembed=True),
+        "model_config": asdict(config),
+        "gpu": f"{mesh.size} x {device.device_kind}",
+        "peak_bandwidth_bytes_per_sec": peaks[0],
+        "total_vram_bytes": total,
+        "num_params": num_params,
+        "param_dtypes": {str(np.dtype(dtype)): num_params},
+        "weight_bytes": weight_bytes,
+        "kv_bytes_per_token": kv_bytes * config.n_layer,
+        "kv_read_bytes_per_step": read,
+        "context_mid": context_mid,
+        "peak_flops_per_sec": peaks[1],
+        "decode_flops_per_token": flops_per_token(config, context_mid, unembed=True),
         "ceiling_bs1_tok_per_sec": peaks[0] and peaks[0] / (weight_bytes + read),
-        "max_full_context_rows": total and int((total * mesh.size - num_params * itemsize) // full_context),
-        "prompt_tokens": prompt_tokens, "decode_tokens": decode_tokens,
+        "max_full_context_rows": total
+        and int((total * mesh.size - num_params * itemsize) // full_context),
+        "prompt_tokens": prompt_tokens,
+        "decode_tokens": decode_tokens,
     }
 
 
@@ -111,7 +143,9 @@ def prompts(config: GPTConfig, rows: int, length: int, *, seed: int) -> list[tup
 
 
 def run_batch(engine: Engine, requests: list[Request]) -> tuple[float, list[float], float]:
-    """Seconds to the first tokens, seconds of each full dispatch's steps, and seconds of all of decoding."""
+    """Seconds to the first tokens, seconds of each full dispatch's steps, and seconds of all of
+    decoding.
+    """
     loop = EngineLoop(engine)
     began = time.perf_counter()
     loop.admit([engine.generation(request) for request in requests])
@@ -125,29 +159,43 @@ def run_batch(engine: Engine, requests: list[Request]) -> tuple[float, list[floa
     return ttft, steps, last - began - ttft
 
 
-def measure_batch(engine: Engine, card: dict[str, Any], config: Config, batch: int) -> dict[str, Any]:
+def measure_batch(
+    engine: Engine, card: dict[str, Any], config: Config, batch: int
+) -> dict[str, Any]:
     """One line of the sweep. The reply is one token and then whole dispatches."""
     tokens = 1 + (card["decode_tokens"] - 1) // STEPS_PER_DISPATCH * STEPS_PER_DISPATCH
-    requests = [Request(prompt, max_tokens=tokens, temperature=config.temperature, seed=row)
-                for row, prompt in enumerate(prompts(engine.config, batch, card["prompt_tokens"], seed=0))]
+    requests = [
+        Request(prompt, max_tokens=tokens, temperature=config.temperature, seed=row)
+        for row, prompt in enumerate(prompts(engine.config, batch, card["prompt_tokens"], seed=0))
+    ]
     run_batch(engine, requests)  # compiles
     ttft, steps, seconds = run_batch(engine, requests)
     tpot = statistics.median(steps)
     read = card["weight_bytes"] + batch * card["kv_read_bytes_per_step"]
     return {
-        "batch_size": batch, "ttft_sec": ttft, "tpot_sec": tpot, "tok_per_sec": batch * (tokens - 1) / seconds,
+        "batch_size": batch,
+        "ttft_sec": ttft,
+        "tpot_sec": tpot,
+        "tok_per_sec": batch * (tokens - 1) / seconds,
         "mbu_percent": percent(read, tpot, card["peak_bandwidth_bytes_per_sec"]),
-        "mfu_percent": percent(batch * card["decode_flops_per_token"], tpot, card["peak_flops_per_sec"]),
-        "peak_vram_bytes": peak_memory_bytes(), "decode_steps": tokens - 1,
+        "mfu_percent": percent(
+            batch * card["decode_flops_per_token"], tpot, card["peak_flops_per_sec"]
+        ),
+        "peak_vram_bytes": peak_memory_bytes(),
+        "decode_steps": tokens - 1,
     }
 
 
 def measure_prefill(engine: Engine, card: dict[str, Any]) -> dict[str, Any]:
-    """Tokens/s of one prompt's prefill, the fastest of three; only its last token is unembedded, in decoding."""
+    """Tokens/s of one prompt's prefill, the fastest of three; only its last token is unembedded,
+    in decoding.
+    """
     length, times = card["prompt_tokens"] - 1, []
     for seed in range(4):
         loop = EngineLoop(engine)
-        generation = engine.generation(Request(prompts(engine.config, 1, length + 1, seed=seed)[0], max_tokens=1))
+        generation = engine.generation(
+            Request(prompts(engine.config, 1, length + 1, seed=seed)[0], max_tokens=1)
+        )
         loop.resize(engine.cache_buckets[-1])
         jax.block_until_ready(loop.cache)
         began = time.perf_counter()
@@ -156,8 +204,11 @@ def measure_prefill(engine: Engine, card: dict[str, Any]) -> dict[str, Any]:
         times.append(time.perf_counter() - began)
     seconds = min(times[1:])
     flops = length * flops_per_token(engine.config, length // 2, unembed=False)
-    return {"tok_per_sec": length / seconds, "mfu_percent": percent(flops, seconds, card["peak_flops_per_sec"]),
-            "time_sec": seconds}
+    return {
+        "tok_per_sec": length / seconds,
+        "mfu_percent": percent(flops, seconds, card["peak_flops_per_sec"]),
+        "time_sec": seconds,
+    }
 
 
 def shown(value: float | None, unit: str = "", digits: int = 1) -> str:
@@ -171,28 +222,50 @@ def main(config: Config) -> None:
     loaded = load_model(paths, config.source, tag=config.model_tag, step=config.step, mesh=mesh)
     prompt_tokens = min(config.prompt_tokens, loaded.config.sequence_len - config.decode_tokens)
     if prompt_tokens < 2:
-        raise UsageError(f"--decode-tokens {config.decode_tokens} leaves no room for a prompt in the context of "
-                         f"{loaded.config.sequence_len}: give fewer")
-    card = describe(loaded, dtype, mesh, prompt_tokens=prompt_tokens, decode_tokens=config.decode_tokens)
-    print(f"{config.source} {loaded.tag}, step {loaded.step}: {card['num_params'] / 1e6:,.1f}M parameters in {np.dtype(dtype)} "
-          f"on {card['gpu']}\n"
-          f"  read each step    {card['weight_bytes'] / 1e6:,.1f} MB of weights, and for each sequence "
-          f"{card['kv_read_bytes_per_step'] / 1e6:,.2f} MB of keys and values\n"
-          f"  keys and values   {card['kv_bytes_per_token'] / 1e3:,.1f} kB a token; sequences of full length that fit: "
-          f"{shown(card['max_full_context_rows'], digits=0)}\n"
-          f"  ceiling, batch 1  {shown(card['ceiling_bs1_tok_per_sec'], ' tokens/s', 0)}")
+        raise UsageError(
+            f"--decode-tokens {config.decode_tokens} leaves no room for a prompt in the context of "
+            f"{loaded.config.sequence_len}: give fewer"
+        )
+    card = describe(
+        loaded, dtype, mesh, prompt_tokens=prompt_tokens, decode_tokens=config.decode_tokens
+    )
+    print(
+        f"{config.source} {loaded.tag}, step {loaded.step}: {card['num_params'] / 1e6:,.1f}M "
+        f"parameters in {np.dtype(dtype)} "
+        f"on {card['gpu']}\n"
+        f"  read each step    {card['weight_bytes'] / 1e6:,.1f} MB of weights, and for each "
+        "sequence "
+        f"{card['kv_read_bytes_per_step'] / 1e6:,.2f} MB of keys and values\n"
+        f"  keys and values   {card['kv_bytes_per_token'] / 1e3:,.1f} kB a token; sequences of "
+        "full length that fit: "
+        f"{shown(card['max_full_context_rows'], digits=0)}\n"
+        f"  ceiling, batch 1  {shown(card['ceiling_bs1_tok_per_sec'], ' tokens/s', 0)}"
+    )
 
     # Only what the engines compute with takes part in the memory that is measured.
     loaded = replace(loaded, params=jax.tree.map(lambda leaf: leaf.astype(dtype), loaded.params))
 
     def make_engine(batch: int) -> Engine:
-        return Engine(loaded.config, loaded.params, NoTokenizer(), num_slots=batch, compute=Compute.on(mesh, dtype=dtype),
-                      max_len=prompt_tokens + config.decode_tokens, steps_per_dispatch=STEPS_PER_DISPATCH)
+        return Engine(
+            loaded.config,
+            loaded.params,
+            NoTokenizer(),
+            num_slots=batch,
+            compute=Compute.on(mesh, dtype=dtype),
+            max_len=prompt_tokens + config.decode_tokens,
+            steps_per_dispatch=STEPS_PER_DISPATCH,
+        )
 
     prefill = measure_prefill(make_engine(1), card)
-    print(f"  prefill           {shown(prefill['tok_per_sec'], ' tokens/s', 0)}, MFU {shown(prefill['mfu_percent'], ' %')}, "
-          f"{prompt_tokens} tokens\n")
-    print(f"{'batch':>6} {'TTFT ms':>9} {'TPOT ms':>9} {'tokens/s':>10} {'MBU %':>7} {'MFU %':>7} {'peak GB':>8} {'steps':>6}")
+    print(
+        f"  prefill           {shown(prefill['tok_per_sec'], ' tokens/s', 0)}, MFU "
+        f"{shown(prefill['mfu_percent'], ' %')}, "
+        f"{prompt_tokens} tokens\n"
+    )
+    print(
+        f"{'batch':>6} {'TTFT ms':>9} {'TPOT ms':>9} {'tokens/s':>10} {'MBU %':>7} {'MFU %':>7} "
+        f"{'peak GB':>8} {'steps':>6}"
+    )
     sweep = []
     for batch in config.batches:
         try:
@@ -203,11 +276,26 @@ def main(config: Config) -> None:
             print(f"{batch:6d} does not fit into the memory")
             continue
         sweep.append(row)
-        print(f"{batch:6d} {1e3 * row['ttft_sec']:9,.1f} {1e3 * row['tpot_sec']:9,.2f} {row['tok_per_sec']:10,.0f} "
-              f"{shown(row['mbu_percent']):>7} {shown(row['mfu_percent']):>7} {row['peak_vram_bytes'] / 1e9:8.2f} "
-              f"{row['decode_steps']:6d}", flush=True)
-    print(json.dumps({"source": config.source, "step": loaded.step, **card, "temperature": config.temperature,
-                      "sweep": sweep, "prefill": prefill}))
+        print(
+            f"{batch:6d} {1e3 * row['ttft_sec']:9,.1f} {1e3 * row['tpot_sec']:9,.2f} "
+            f"{row['tok_per_sec']:10,.0f} "
+            f"{shown(row['mbu_percent']):>7} {shown(row['mfu_percent']):>7} "
+            f"{row['peak_vram_bytes'] / 1e9:8.2f} "
+            f"{row['decode_steps']:6d}",
+            flush=True,
+        )
+    print(
+        json.dumps(
+            {
+                "source": config.source,
+                "step": loaded.step,
+                **card,
+                "temperature": config.temperature,
+                "sweep": sweep,
+                "prefill": prefill,
+            }
+        )
+    )
 
 
 if __name__ == "__main__":

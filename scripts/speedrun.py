@@ -1,9 +1,11 @@
-"""From nothing to a chat model: data, tokenizer, pretraining, midtraining, finetuning, evaluation, report.
+"""From nothing to a chat model: data, tokenizer, pretraining, midtraining, finetuning, evaluation,
+report.
 
-    python -m scripts.speedrun                          without an accelerator: a small model of a corpus that needs no network
-    python -m scripts.speedrun --with-rl                the same, and reinforcement learning after it
-    python -m scripts.speedrun --mesh 8x1               on 8xH100: the d20 model on FineWeb-Edu or ClimbMix
-    python -m scripts.speedrun --dry-run                what would run, and what it would cost
+    python -m scripts.speedrun                          without an accelerator: a small model of a
+    corpus that needs no network python -m scripts.speedrun --with-rl                the same, and
+    reinforcement learning after it python -m scripts.speedrun --mesh 8x1               on 8xH100:
+    the d20 model on FineWeb-Edu or ClimbMix python -m scripts.speedrun --dry-run
+    what would run, and what it would cost
 """
 
 import os
@@ -33,49 +35,123 @@ from nanochat_jax.train.memory import estimate_memory
 # The model that two free cores train in 6 minutes, evaluations and all, and how.
 CPU_DEPTH = 4
 CPU_VOCAB = 2048
-CPU_BASE = dict(head_dim=64, max_seq_len=256, window_pattern="L", packing="stream", total_batch_size=4096, num_iterations=210,
-                lr_scale=0.5, weight_decay=0.1, warmup_steps=10, eval_every=70, eval_tokens=65536)
-CPU_MID = dict(total_batch_size=4096, num_iterations=250, init_lr_frac=0.5, warmdown_ratio=0.5, eval_every=80,
-               eval_tokens=16384)
-CPU_SFT = dict(total_batch_size=4096, num_iterations=60, init_lr_frac=0.3, eval_every=30, eval_tokens=16384)
-CPU_RL = dict(task="WordArithmetic|Spelling", num_iterations=36, examples_per_step=32, num_samples=16, device_batch_size=16,
-              num_slots=128, max_new_tokens=40, init_lr_frac=0.06, eval_every=12, eval_examples=128, save_every=12)
+CPU_BASE = dict(
+    head_dim=64,
+    max_seq_len=256,
+    window_pattern="L",
+    packing="stream",
+    total_batch_size=4096,
+    num_iterations=210,
+    lr_scale=0.5,
+    weight_decay=0.1,
+    warmup_steps=10,
+    eval_every=70,
+    eval_tokens=65536,
+)
+CPU_MID = dict(
+    total_batch_size=4096,
+    num_iterations=250,
+    init_lr_frac=0.5,
+    warmdown_ratio=0.5,
+    eval_every=80,
+    eval_tokens=16384,
+)
+CPU_SFT = dict(
+    total_batch_size=4096, num_iterations=60, init_lr_frac=0.3, eval_every=30, eval_tokens=16384
+)
+CPU_RL = dict(
+    task="WordArithmetic|Spelling",
+    num_iterations=36,
+    examples_per_step=32,
+    num_samples=16,
+    device_batch_size=16,
+    num_slots=128,
+    max_new_tokens=40,
+    init_lr_frac=0.06,
+    eval_every=12,
+    eval_examples=128,
+    save_every=12,
+)
 CPU_DEVICE_BATCH = 16
 
-# Of the dial. One pass over each mixture (tasks/mixtures.py); how many steps that is, the stage counts when it starts.
+# Of the dial. One pass over each mixture (tasks/mixtures.py); how many steps that is, the stage
+# counts when it starts.
 MID_CONVERSATIONS, MID_TOKENS = 848_000, 400e6
 SFT_CONVERSATIONS, SFT_TOKENS, SFT_ROWS, SFT_DEVICE_BATCH = 22_400, 12e6, 32, 4
 
-STAGES = ("data", "data_rest", "tok_train", "tok_eval", "base_train", "base_loss", "base_eval", "mid_train", "chat_eval_mid",
-          "chat_sft", "chat_eval_sft", "chat_rl", "chat_eval_rl", "report")
+STAGES = (
+    "data",
+    "data_rest",
+    "tok_train",
+    "tok_eval",
+    "base_train",
+    "base_loss",
+    "base_eval",
+    "mid_train",
+    "chat_eval_mid",
+    "chat_sft",
+    "chat_eval_sft",
+    "chat_rl",
+    "chat_eval_rl",
+    "report",
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class SpeedrunConfig(DeviceFlags):
     mesh: str = flag("auto", "devices as DxM: D-way data and M-way tensor parallelism")
-    depth: int | None = flag(None, f"number of layers, the dial; default 20, {CPU_DEPTH} on a CPU", short="-d", at_least=1,
-                             at_most=1000)
-    data: str | None = flag(None, "corpus; default: the one on disk, else climbmix; on a CPU embedded, which needs no network",
-                            choices=[*DATA_DIRS])
+    depth: int | None = flag(
+        None,
+        f"number of layers, the dial; default 20, {CPU_DEPTH} on a CPU",
+        short="-d",
+        at_least=1,
+        at_most=1000,
+    )
+    data: str | None = flag(
+        None,
+        "corpus; default: the one on disk, else climbmix; on a CPU embedded, which needs no "
+        "network",
+        choices=[*DATA_DIRS],
+    )
     device_batch_size: int | Literal["auto"] | None = flag(
-        None, "rows per device and micro-step of base, mid and SFT; auto: the most that fit; default by the device's memory",
-        at_least=1, at_most=10**6)
-    remat: str | None = flag(None, "activations that the backward pass recomputes, to save memory", choices=REMAT)
+        None,
+        "rows per device and micro-step of base, mid and SFT; auto: the most that fit; default by "
+        "the device's memory",
+        at_least=1,
+        at_most=10**6,
+    )
+    remat: str | None = flag(
+        None, "activations that the backward pass recomputes, to save memory", choices=REMAT
+    )
     fsdp: bool = flag(False, "shard the parameters over the data axis too, to save memory")
-    run: str | None = flag(None, "wandb run name; dummy turns wandb off; default $WANDB_RUN, else dummy", check=run_name)
+    run: str | None = flag(
+        None,
+        "wandb run name; dummy turns wandb off; default $WANDB_RUN, else dummy",
+        check=run_name,
+    )
     resume: bool = flag(False, "go on with the last run and skip what it finished (the default)")
-    fresh: bool = flag(False, "begin a new run: every stage runs again and replaces what it made before")
-    skip: str | None = flag(None, "stages to leave out, joined by commas; data: train on the shards that are there")
+    fresh: bool = flag(
+        False, "begin a new run: every stage runs again and replaces what it made before"
+    )
+    skip: str | None = flag(
+        None, "stages to leave out, joined by commas; data: train on the shards that are there"
+    )
     with_rl: bool = flag(False, "reinforcement learning after SFT, and its evaluation")
-    smoke: bool = flag(False, "a few steps per stage, to try an installation; the model learns nothing")
+    smoke: bool = flag(
+        False, "a few steps per stage, to try an installation; the model learns nothing"
+    )
     dry_run: bool = flag(False, "print the plan and stop")
 
     def __post_init__(self) -> None:
         if self.resume and self.fresh:
-            raise ValueError("--resume goes on with the last run, --fresh begins a new one: give one of them")
+            raise ValueError(
+                "--resume goes on with the last run, --fresh begins a new one: give one of them"
+            )
         unknown = [name for name in self.skipped if name not in STAGES]
         if unknown:
-            raise ValueError(f"--skip {','.join(unknown)}: no such stage; there are {', '.join(STAGES)}")
+            raise ValueError(
+                f"--skip {','.join(unknown)}: no such stage; there are {', '.join(STAGES)}"
+            )
 
     @property
     def skipped(self) -> list[str]:
@@ -83,12 +159,17 @@ class SpeedrunConfig(DeviceFlags):
         return names + ["data_rest"] if "data" in names else names
 
 
-def plan_stages(config: SpeedrunConfig, machine: Machine, wandb_run: str, on_disk: Mapping[str, int]
-                ) -> tuple[list[Stage], str]:
-    """The stages of this run, in order, and a title. `on_disk`: training shards that are there, by corpus."""
+def plan_stages(
+    config: SpeedrunConfig, machine: Machine, wandb_run: str, on_disk: Mapping[str, int]
+) -> tuple[list[Stage], str]:
+    """The stages of this run, in order, and a title. `on_disk`: training shards that are there, by
+    corpus.
+    """
     cpu = machine.platform == "cpu"
     depth = config.depth or (CPU_DEPTH if cpu else 20)
-    data = config.data or ("embedded" if cpu else next((name for name in DATA_DIRS if on_disk.get(name)), "climbmix"))
+    data = config.data or (
+        "embedded" if cpu else next((name for name in DATA_DIRS if on_disk.get(name)), "climbmix")
+    )
     small = data == "embedded"  # too small a corpus for the dial: it has a preset of its own
     vocab = CPU_VOCAB if small else 32768
     base: dict[str, Any] = CPU_BASE.copy() if small else {}
@@ -104,14 +185,24 @@ def plan_stages(config: SpeedrunConfig, machine: Machine, wandb_run: str, on_dis
         base |= dict(num_iterations=4, eval_tokens=8192)
         mid |= dict(num_iterations=4, eval_tokens=8192)
         sft |= dict(num_iterations=4, eval_tokens=8192)
-        rl |= dict(num_iterations=2, examples_per_step=2, max_new_tokens=8, eval_every=-1, eval_examples=4)
+        rl |= dict(
+            num_iterations=2, examples_per_step=2, max_new_tokens=8, eval_every=-1, eval_examples=4
+        )
         problems = dict(max_problems=8, max_new_tokens=16)
 
-    shape = dict(sequence_len=base.get("max_seq_len", 2048), vocab_size=vocab, head_dim=base.get("head_dim", 128),
-                 window_pattern=base.get("window_pattern", "SSSL"))
+    shape = dict(
+        sequence_len=base.get("max_seq_len", 2048),
+        vocab_size=vocab,
+        head_dim=base.get("head_dim", 128),
+        window_pattern=base.get("window_pattern", "SSSL"),
+    )
     model, reference = GPTConfig.modern(depth, **shape), GPTConfig.modern(12, **shape)
-    recipe = derive_recipe(model, reference=reference, total_batch_size=base.get("total_batch_size", -1),
-                           num_iterations=base.get("num_iterations", -1))
+    recipe = derive_recipe(
+        model,
+        reference=reference,
+        total_batch_size=base.get("total_batch_size", -1),
+        num_iterations=base.get("num_iterations", -1),
+    )
     ways, _ = mesh_shape(config.mesh, machine.count, machine.platform)
     remat = config.remat or "none"
     recomputing = 4 / 3 if remat in ("block", "full") else 1.0
@@ -119,8 +210,17 @@ def plan_stages(config: SpeedrunConfig, machine: Machine, wandb_run: str, on_dis
     def seconds(tokens: float) -> float:
         return tokens * flops_per_token(model) * recomputing / machine.training_flops
 
-    def training(name: str, source: str, own: dict[str, Any], tokens: float, step_tokens: int, length: str, *,
-                 most_rows: int = 1 << 30, **flags: Any) -> Stage:
+    def training(
+        name: str,
+        source: str,
+        own: dict[str, Any],
+        tokens: float,
+        step_tokens: int,
+        length: str,
+        *,
+        most_rows: int = 1 << 30,
+        **flags: Any,
+    ) -> Stage:
         rows: int | str | None = device_batch
         memory = "as many rows per device as fit"
         if config.device_batch_size is None and not cpu:
@@ -128,25 +228,51 @@ def plan_stages(config: SpeedrunConfig, machine: Machine, wandb_run: str, on_dis
         elif isinstance(device_batch, int):
             rows = most = min(device_batch, most_rows)
             step_rows = -(-step_tokens // model.sequence_len // ways)  # of a device
-            needed = estimate_memory(model, min(most, step_rows), data=ways, remat=remat, fsdp=config.fsdp,
-                                     gpu=machine.platform == "gpu")
-            chosen_later = not cpu and not (config.remat and config.fsdp)  # by the stage, which knows the device's memory
-            memory = f"{'at most ' if chosen_later else ''}about {needed / 2**30:.1f} GiB per device"
-        return Stage(name=name, module=f"scripts.{name}", args=as_flags(**flags, model_tag=tag, **own),
-                     placement=placed + as_flags(device_batch_size=rows, **saving, save_every=save_every, run=wandb_run),
-                     produces=True, checkpoints=f"{CHECKPOINT_DIRS[source]}/{tag}", seconds=seconds(tokens),
-                     waits_for="data_rest" if name == "base_train" else "",
-                     note=f"{num_params(model) / 1e6:.1f}M parameters, {length}, {memory}")
+            needed = estimate_memory(
+                model,
+                min(most, step_rows),
+                data=ways,
+                remat=remat,
+                fsdp=config.fsdp,
+                gpu=machine.platform == "gpu",
+            )
+            # by the stage, which knows the device's memory
+            chosen_later = not cpu and not (config.remat and config.fsdp)
+            memory = (
+                f"{'at most ' if chosen_later else ''}about {needed / 2**30:.1f} GiB per device"
+            )
+        return Stage(
+            name=name,
+            module=f"scripts.{name}",
+            args=as_flags(**flags, model_tag=tag, **own),
+            placement=placed
+            + as_flags(device_batch_size=rows, **saving, save_every=save_every, run=wandb_run),
+            produces=True,
+            checkpoints=f"{CHECKPOINT_DIRS[source]}/{tag}",
+            seconds=seconds(tokens),
+            waits_for="data_rest" if name == "base_train" else "",
+            note=f"{num_params(model) / 1e6:.1f}M parameters, {length}, {memory}",
+        )
 
-    def finetuning(name: str, source: str, own: dict[str, Any], conversations: int, tokens: float, step_tokens: int,
-                   most_rows: int = 1 << 30) -> Stage:
+    def finetuning(
+        name: str,
+        source: str,
+        own: dict[str, Any],
+        conversations: int,
+        tokens: float,
+        step_tokens: int,
+        most_rows: int = 1 << 30,
+    ) -> Stage:
         if steps := own.get("num_iterations"):
             step_tokens = own.get("total_batch_size", step_tokens)
             tokens = steps * step_tokens
             length = f"{format_count(tokens)} tokens in {steps:,} steps"
         else:
-            length = (f"one pass over {conversations:,} conversations, about {tokens / 1e6:,.0f}M tokens in "
-                      f"{tokens / step_tokens:,.0f} steps")
+            length = (
+                f"one pass over {conversations:,} conversations, about {tokens / 1e6:,.0f}M "
+                "tokens in "
+                f"{tokens / step_tokens:,.0f} steps"
+            )
         return training(name, source, own, tokens, step_tokens, length, most_rows=most_rows)
 
     tag = f"d{depth}"
@@ -155,81 +281,182 @@ def plan_stages(config: SpeedrunConfig, machine: Machine, wandb_run: str, on_dis
     placed = as_flags(mesh=config.mesh)
     saving: dict[str, Any] = dict(remat=config.remat, fsdp=config.fsdp)
     if data == "embedded":
-        fetch = [Stage(name="data", module="nanochat_jax.dataset", args=("embedded",), produces=True,
-                       note="12 MB of speeches from an installed package", seconds=10)]
+        fetch = [
+            Stage(
+                name="data",
+                module="nanochat_jax.dataset",
+                args=("embedded",),
+                produces=True,
+                note="12 MB of speeches from an installed package",
+                seconds=10,
+            )
+        ]
     else:
         fetch = _fetch_stages(data, recipe, on_disk.get(data, 0))
     stages = [
         *fetch,
-        Stage(name="tok_train", module="scripts.tok_train", args=as_flags(data=data, vocab_size=vocab), produces=True,
-              note=f"vocabulary of {vocab:,}", seconds=5 if small else 100),
+        Stage(
+            name="tok_train",
+            module="scripts.tok_train",
+            args=as_flags(data=data, vocab_size=vocab),
+            produces=True,
+            note=f"vocabulary of {vocab:,}",
+            seconds=5 if small else 100,
+        ),
         Stage(name="tok_eval", module="scripts.tok_eval", args=as_flags(data=data), seconds=5),
-        training("base_train", "base", base, recipe.total_tokens, recipe.total_batch_size,
-                 f"{format_count(recipe.total_tokens)} tokens in {recipe.num_iterations:,} steps", data=data, depth=depth),
-        Stage(name="base_loss", module="scripts.base_loss", placement=placed + as_flags(device_batch_size=fitting),
-              args=chosen + (as_flags(split_tokens=2 * base["eval_tokens"]) if small else ()), seconds=20 if small else 0),
-        Stage(name="base_eval", module="scripts.base_eval", placement=placed, seconds=20 if small else 0,
-              args=chosen + as_flags(max_per_task=8 if config.smoke else None)),
+        training(
+            "base_train",
+            "base",
+            base,
+            recipe.total_tokens,
+            recipe.total_batch_size,
+            f"{format_count(recipe.total_tokens)} tokens in {recipe.num_iterations:,} steps",
+            data=data,
+            depth=depth,
+        ),
+        Stage(
+            name="base_loss",
+            module="scripts.base_loss",
+            placement=placed + as_flags(device_batch_size=fitting),
+            args=chosen + (as_flags(split_tokens=2 * base["eval_tokens"]) if small else ()),
+            seconds=20 if small else 0,
+        ),
+        Stage(
+            name="base_eval",
+            module="scripts.base_eval",
+            placement=placed,
+            seconds=20 if small else 0,
+            args=chosen + as_flags(max_per_task=8 if config.smoke else None),
+        ),
         finetuning("mid_train", "mid", mid, MID_CONVERSATIONS, MID_TOKENS, recipe.total_batch_size),
-        Stage(name="chat_eval_mid", module="scripts.chat_eval", args=("-i", "mid", *chosen, *as_flags(**problems)),
-              placement=placed, seconds=30 if small else 0),
-        finetuning("chat_sft", "sft", sft, SFT_CONVERSATIONS, SFT_TOKENS, SFT_ROWS * model.sequence_len,
-                   most_rows=CPU_DEVICE_BATCH if small else SFT_DEVICE_BATCH),
-        Stage(name="chat_eval_sft", module="scripts.chat_eval", args=("-i", "sft", *chosen, *as_flags(**problems)),
-              placement=placed, seconds=30 if small else 0),
+        Stage(
+            name="chat_eval_mid",
+            module="scripts.chat_eval",
+            args=("-i", "mid", *chosen, *as_flags(**problems)),
+            placement=placed,
+            seconds=30 if small else 0,
+        ),
+        finetuning(
+            "chat_sft",
+            "sft",
+            sft,
+            SFT_CONVERSATIONS,
+            SFT_TOKENS,
+            SFT_ROWS * model.sequence_len,
+            most_rows=CPU_DEVICE_BATCH if small else SFT_DEVICE_BATCH,
+        ),
+        Stage(
+            name="chat_eval_sft",
+            module="scripts.chat_eval",
+            args=("-i", "sft", *chosen, *as_flags(**problems)),
+            placement=placed,
+            seconds=30 if small else 0,
+        ),
         Stage(name="report", module="nanochat_jax.report", args=("generate",), seconds=3),
     ]
     if config.with_rl:
         stages[-1:-1] = [
-            Stage(name="chat_rl", module="scripts.chat_rl", args=chosen + as_flags(**rl), produces=True,
-                  checkpoints=f"{CHECKPOINT_DIRS['rl']}/{tag}",
-                  placement=placed + as_flags(**saving, run=wandb_run), seconds=300 if small else 0,
-                  note="word problems, answered through the calculator, and spelling" if small else "GSM8K"),
-            Stage(name="chat_eval_rl", module="scripts.chat_eval", args=("-i", "rl", *chosen, *as_flags(**problems)),
-                  placement=placed, seconds=30 if small else 0),
+            Stage(
+                name="chat_rl",
+                module="scripts.chat_rl",
+                args=chosen + as_flags(**rl),
+                produces=True,
+                checkpoints=f"{CHECKPOINT_DIRS['rl']}/{tag}",
+                placement=placed + as_flags(**saving, run=wandb_run),
+                seconds=300 if small else 0,
+                note="word problems, answered through the calculator, and spelling"
+                if small
+                else "GSM8K",
+            ),
+            Stage(
+                name="chat_eval_rl",
+                module="scripts.chat_eval",
+                args=("-i", "rl", *chosen, *as_flags(**problems)),
+                placement=placed,
+                seconds=30 if small else 0,
+            ),
         ]
-    title = f"speedrun: d{depth} on {data}" + (_why_embedded(on_disk) if cpu and not config.data else "")
+    title = f"speedrun: d{depth} on {data}" + (
+        _why_embedded(on_disk) if cpu and not config.data else ""
+    )
     return [stage for stage in stages if stage.name not in config.skipped], title
 
 
 def _why_embedded(on_disk: Mapping[str, int]) -> str:
-    there = [f"{DATA_DIRS[name]} ({count} training shards)" for name, count in on_disk.items() if count and name != "embedded"]
+    there = [
+        f"{DATA_DIRS[name]} ({count} training shards)"
+        for name, count in on_disk.items()
+        if count and name != "embedded"
+    ]
     said = " (no accelerator found: the preset for a CPU, which needs no network"
     if there:
         name = next(name for name in DATA_DIRS if on_disk.get(name))
-        said += (f"; {' and '.join(there)} not used, as such a run takes far longer and downloads its chats: --data {name} "
-                 "trains on it")
+        said += (
+            f"; {' and '.join(there)} not used, as such a run takes far longer and downloads its "
+            f"chats: --data {name} "
+            "trains on it"
+        )
     return said + ")"
 
 
 def _fetch_stages(data: str, recipe: Recipe, have: int) -> list[Stage]:
-    """The shards for the tokenizer first, then the rest in the background, while the tokenizer trains."""
+    """The shards for the tokenizer first, then the rest in the background, while the tokenizer
+    trains.
+    """
     if data == "custom":  # made by hand: nothing to fetch
         if not have:
-            raise UsageError("there is no corpus of your own yet: make one with `python -m nanochat_jax.dataset hf` or "
-                             "`python -m nanochat_jax.dataset local`")
+            raise UsageError(
+                "there is no corpus of your own yet: make one with `python -m "
+                "nanochat_jax.dataset hf` or "
+                "`python -m nanochat_jax.dataset local`"
+            )
         return []
     needed = shards_needed(recipe)
     first = min(needed, TOKENIZER_SHARDS)
     explained = f"{explain_shards(recipe, needed)}; {min(have, needed)} are there"
-    stages = [Stage(name="data", module="nanochat_jax.dataset", args=as_flags(dataset=data) + ("-n", str(first)),
-                    produces=True, note=f"the first {first} of {explained}")]
+    stages = [
+        Stage(
+            name="data",
+            module="nanochat_jax.dataset",
+            args=as_flags(dataset=data) + ("-n", str(first)),
+            produces=True,
+            note=f"the first {first} of {explained}",
+        )
+    ]
     if needed > first:
-        stages.append(Stage(name="data_rest", module="nanochat_jax.dataset", background=True, note=f"{needed} shards in all",
-                            args=as_flags(dataset=data) + ("-n", str(needed))))
+        stages.append(
+            Stage(
+                name="data_rest",
+                module="nanochat_jax.dataset",
+                background=True,
+                note=f"{needed} shards in all",
+                args=as_flags(dataset=data) + ("-n", str(needed)),
+            )
+        )
     return stages
 
 
 def next_commands(stages: Sequence[Stage], paths: Paths) -> str:
     """How to talk to the model that the line ended with; nothing where it ended without one."""
-    source = next((source for source in ("rl", "sft") if any(stage.name == f"chat_{source}" for stage in stages)), None)
+    source = next(
+        (
+            source
+            for source in ("rl", "sft")
+            if any(stage.name == f"chat_{source}" for stage in stages)
+        ),
+        None,
+    )
     if source is None:
         return ""
     tag = Path(next(stage.checkpoints for stage in stages if stage.name == f"chat_{source}")).name
-    flags = (["-i", source] if source != "sft" else []) + (["-g", tag] if paths.find_tag(source) != tag else [])
+    flags = (["-i", source] if source != "sft" else []) + (
+        ["-g", tag] if paths.find_tag(source) != tag else []
+    )
     # `speedrun.sh` starts .venv/bin/python, which `python` is not in the shell of its user.
-    begun = [re.sub("^python ", f"{shlex.quote(sys.orig_argv[0])} ", cli.invocation(f"scripts.{name}"))
-             for name in ("chat_cli", "serve")]
+    begun = [
+        re.sub("^python ", f"{shlex.quote(sys.orig_argv[0])} ", cli.invocation(f"scripts.{name}"))
+        for name in ("chat_cli", "serve")
+    ]
     chat, page = (" ".join([command, *flags]) for command in begun)
     return f"talk to the model:  {chat}\nor in the browser:  {page}"
 
@@ -237,13 +464,18 @@ def next_commands(stages: Sequence[Stage], paths: Paths) -> str:
 def main(config: SpeedrunConfig) -> int:
     paths = Paths.from_env()
     if paths.bucket:
-        raise UsageError("speedrun keeps its record and its checkpoints on one machine: unset NANOCHAT_CHECKPOINT_DIR, "
-                         "or run the stages one by one")
+        raise UsageError(
+            "speedrun keeps its record and its checkpoints on one machine: unset "
+            "NANOCHAT_CHECKPOINT_DIR, "
+            "or run the stages one by one"
+        )
     machine = Machine.probe(config.device_type)
     if config.device_type:
         os.environ["JAX_PLATFORMS"] = config.device_type  # the stages inherit it
     wandb_run = config.run or os.environ.get("WANDB_RUN") or "dummy"
-    on_disk = {name: max(0, len(list(paths.data(name).glob("*.parquet"))) - 1) for name in DATA_DIRS}
+    on_disk = {
+        name: max(0, len(list(paths.data(name).glob("*.parquet"))) - 1) for name in DATA_DIRS
+    }
     stages, title = plan_stages(config, machine, wandb_run, on_disk)
     if config.dry_run:
         print_plan(stages, machine, title)
@@ -251,7 +483,9 @@ def main(config: SpeedrunConfig) -> int:
     print(title, file=sys.stderr)
     for directory in (paths.report, *([Path.cwd()] if stages[-1].name == "report" else [])):
         make_directory(directory)  # the last stage writes there: better refused now than then
-    with lock_file(paths.base / ".speedrun.lock", f"the speedrun of {paths.base}", "wait for it or stop it"):
+    with lock_file(
+        paths.base / ".speedrun.lock", f"the speedrun of {paths.base}", "wait for it or stop it"
+    ):
         code = run_stages(stages, Record.open(paths, fresh=config.fresh))
     if code == 0 and (advice := next_commands(stages, paths)):
         print(advice, file=sys.stderr)

@@ -2,7 +2,8 @@
 
     python -m scripts.tok_eval
 
-Those two come through tiktoken, which downloads them once; without a network they are left out, and a line says so.
+Those two come through tiktoken, which downloads them once; without a network they are left out,
+and a line says so.
 """
 
 import json
@@ -33,7 +34,9 @@ HEADER = ("Text", "Bytes", "Tokens", "Ratio", "Our tokens", "Our ratio", "Relati
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    data: str = flag("auto", "corpus to take text from; auto takes the one on disk", choices=["auto", *DATA_DIRS])
+    data: str = flag(
+        "auto", "corpus to take text from; auto takes the one on disk", choices=["auto", *DATA_DIRS]
+    )
 
 
 def evaluation_texts(directory: Path) -> dict[str, str]:
@@ -42,17 +45,22 @@ def evaluation_texts(directory: Path) -> dict[str, str]:
     for split in ("train", "val"):
         path = split_shards(directory, split)[0]
         with open_shard(path) as file:
-            texts[split] = "\n".join(text for text in read_row_group(file, path, 0).to_pylist() if text is not None)
+            texts[split] = "\n".join(
+                text for text in read_row_group(file, path, 0).to_pylist() if text is not None
+            )
     return texts
 
 
 def load_baselines() -> tuple[dict[str, tiktoken.Encoding], dict[str, Exception]]:
-    """The encodings to compare with, from tiktoken's cache or the network, and why the others cannot be had.
+    """The encodings to compare with, from tiktoken's cache or the network, and why the others
+    cannot be had.
 
     tiktoken sets no timeout: threads that hang in it are left behind, and end with the process.
     """
     pool = ThreadPool(len(BASELINES))
-    jobs = {label: pool.apply_async(tiktoken.get_encoding, (name,)) for label, name in BASELINES.items()}
+    jobs = {
+        label: pool.apply_async(tiktoken.get_encoding, (name,)) for label, name in BASELINES.items()
+    }
     pool.close()
     loaded: dict[str, tiktoken.Encoding] = {}
     missing: dict[str, Exception] = {}
@@ -67,14 +75,26 @@ def load_baselines() -> tuple[dict[str, tiktoken.Encoding], dict[str, Exception]
     return loaded, missing
 
 
-def compare(sizes: Mapping[str, int], theirs: Mapping[str, int], ours: Mapping[str, int]) -> list[list[str]]:
+def compare(
+    sizes: Mapping[str, int], theirs: Mapping[str, int], ours: Mapping[str, int]
+) -> list[list[str]]:
     """Rows of the table: bytes of each text, tokens of both, and by how much ours need fewer."""
     rows = []
     for name, size in sizes.items():
         difference = 100 * (theirs[name] - ours[name]) / theirs[name]
         better = "Ours" if difference > 0 else "Theirs" if difference < 0 else "Tie"
-        rows.append([name, f"{size}", f"{theirs[name]}", f"{size / theirs[name]:.2f}", f"{ours[name]}",
-                     f"{size / ours[name]:.2f}", f"{difference:+.1f}%", better])
+        rows.append(
+            [
+                name,
+                f"{size}",
+                f"{theirs[name]}",
+                f"{size / theirs[name]:.2f}",
+                f"{ours[name]}",
+                f"{size / ours[name]:.2f}",
+                f"{difference:+.1f}%",
+                better,
+            ]
+        )
     return rows
 
 
@@ -84,14 +104,18 @@ def show(title: str, header: Sequence[str], rows: list[list[str]]) -> str:
     for row in rows:
         table.add_row(*row, style={"Ours": "green", "Theirs": "red"}.get(row[-1]))
     Console().print(table)
-    return "\n".join("| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows])
+    return "\n".join(
+        "| " + " | ".join(row) + " |" for row in [header, ["---"] * len(header), *rows]
+    )
 
 
 def main(config: Config) -> None:
     paths = Paths.from_env()
     make_directory(paths.report)
     tokenizer = Tokenizer.load(paths.tokenizer)
-    texts = evaluation_texts(paths.data(paths.find_data() if config.data == "auto" else config.data))
+    texts = evaluation_texts(
+        paths.data(paths.find_data() if config.data == "auto" else config.data)
+    )
     sizes = {name: len(text.encode()) for name, text in texts.items()}
     ours = {}
     for name, text in texts.items():
@@ -100,26 +124,47 @@ def main(config: Config) -> None:
             raise RuntimeError(f"the tokenizer does not give back the text {name!r} it encodes")
         ours[name] = len(ids)
 
-    results: dict[str, float] = {f"bytes_per_token_{name}": sizes[name] / ours[name] for name in texts}
+    results: dict[str, float] = {
+        f"bytes_per_token_{name}": sizes[name] / ours[name] for name in texts
+    }
     vocab_sizes, tables = {"Ours": tokenizer.vocab_size}, list[str]()
     baselines, missing = load_baselines()
     if missing:
         reasons = ", ".join(sorted({type(error).__name__ for error in missing.values()}))
-        tables.append(f"No comparison with {' and '.join(missing)}: tiktoken could not download them ({reasons}).")
+        tables.append(
+            f"No comparison with {' and '.join(missing)}: tiktoken could not download them "
+            f"({reasons})."
+        )
         print(tables[0])
     for label, baseline in baselines.items():
         theirs = {name: len(baseline.encode_ordinary(text)) for name, text in texts.items()}
         vocab_sizes[label] = baseline.n_vocab
-        results |= {f"{BASELINES[label]}_bytes_per_token_{name}": sizes[name] / theirs[name] for name in texts}
+        results |= {
+            f"{BASELINES[label]}_bytes_per_token_{name}": sizes[name] / theirs[name]
+            for name in texts
+        }
         title = f"Comparison with {label}"
         tables.append(f"### {title}\n\n{show(title, HEADER, compare(sizes, theirs, ours))}")
     if not baselines:
-        rows = [[name, f"{size}", f"{ours[name]}", f"{size / ours[name]:.2f}"] for name, size in sizes.items()]
+        rows = [
+            [name, f"{size}", f"{ours[name]}", f"{size / ours[name]:.2f}"]
+            for name, size in sizes.items()
+        ]
         tables.append(show("Compression", HEADER[:4], rows))
-    print("Vocabulary sizes: " + ", ".join(f"{label} {size}" for label, size in vocab_sizes.items()))
+    print(
+        "Vocabulary sizes: " + ", ".join(f"{label} {size}" for label, size in vocab_sizes.items())
+    )
     vocabularies = {f"Vocabulary size, {label}": size for label, size in vocab_sizes.items()}
-    sections.log_section(paths.report, "Tokenizer evaluation", [vocabularies, *tables], stage="tok_eval", results=results)
+    sections.log_section(
+        paths.report,
+        "Tokenizer evaluation",
+        [vocabularies, *tables],
+        stage="tok_eval",
+        results=results,
+    )
 
 
 if __name__ == "__main__":
-    cli.run(main, Config, prog="scripts.tok_eval", description="Measure the tokenizer's compression.")
+    cli.run(
+        main, Config, prog="scripts.tok_eval", description="Measure the tokenizer's compression."
+    )

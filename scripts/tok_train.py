@@ -24,16 +24,29 @@ from nanochat_jax.tokenizer import Progress, Tokenizer
 
 logger = logging.getLogger(__name__)
 
-ROUND_TRIP_TEXT = "Hello, 世界! I'm 123 years old.\n\n\tdef f(x): return x**2  # naïve café 🙂 <|bos|>"
+ROUND_TRIP_TEXT = (
+    "Hello, 世界! I'm 123 years old.\n\n\tdef f(x): return x**2  # naïve café 🙂 <|bos|>"
+)
 
 
 @dataclass(frozen=True, kw_only=True)
 class Config:
-    data: str = flag("auto", "corpus to train on; auto takes the one on disk", choices=["auto", *DATA_DIRS])
-    max_chars: int = flag(2_000_000_000, "characters to train on, to the end of the document that exceeds them", at_least=1,
-                           at_most=cli.LARGEST)
-    doc_cap: int = flag(10_000, "characters to take of one document", at_least=1, at_most=cli.LARGEST)
-    vocab_size: int = flag(32_768, "number of tokens, the special ones included", at_least=1, at_most=2**24)
+    data: str = flag(
+        "auto", "corpus to train on; auto takes the one on disk", choices=["auto", *DATA_DIRS]
+    )
+    max_chars: int = flag(
+        2_000_000_000,
+        "characters to train on, to the end of the document that exceeds them",
+        at_least=1,
+        at_most=cli.LARGEST,
+    )
+    doc_cap: int = flag(
+        10_000, "characters to take of one document", at_least=1, at_most=cli.LARGEST
+    )
+    vocab_size: int = flag(
+        32_768, "number of tokens, the special ones included", at_least=1, at_most=2**24
+    )
+
 
 STAGES = {"count": "counting characters", "merge": "merging tokens"}
 
@@ -75,8 +88,13 @@ def main(config: Config) -> None:
             expected += text_size(file)
     try:
         with progress_display(min(config.max_chars, expected)) as progress:
-            tokenizer = Tokenizer.train_from_parquet(shards, config.vocab_size, max_chars=config.max_chars,
-                                                     doc_cap=config.doc_cap, progress=progress)
+            tokenizer = Tokenizer.train_from_parquet(
+                shards,
+                config.vocab_size,
+                max_chars=config.max_chars,
+                doc_cap=config.doc_cap,
+                progress=progress,
+            )
     except (ValueError, OSError, pa.ArrowException) as error:
         raise UsageError(" ".join([str(error), *getattr(error, "__notes__", [])])) from error
     train_time = time.perf_counter() - start
@@ -87,14 +105,22 @@ def main(config: Config) -> None:
     lengths = tokenizer.token_bytes()
     lengths = lengths[lengths > 0]  # without the specials
     results = {
-        "vocab_size": tokenizer.vocab_size, "train_time": train_time,
+        "vocab_size": tokenizer.vocab_size,
+        "train_time": train_time,
         "num_special_tokens": len(tokenizer.special_tokens),
-        "token_bytes_min": int(lengths.min()), "token_bytes_max": int(lengths.max()),
-        "token_bytes_mean": float(lengths.mean()), "token_bytes_std": float(lengths.std()),
+        "token_bytes_min": int(lengths.min()),
+        "token_bytes_max": int(lengths.max()),
+        "token_bytes_mean": float(lengths.mean()),
+        "token_bytes_std": float(lengths.std()),
     }
     settings = {"data": directory.name, "max_chars": config.max_chars, "doc_cap": config.doc_cap}
-    sections.log_section(paths.report, "Tokenizer training", [settings, results], stage="tok_train", results=results)
-    print(f"{tokenizer.vocab_size} tokens in {train_time:.1f} s, {lengths.mean():.2f} bytes each on average")
+    sections.log_section(
+        paths.report, "Tokenizer training", [settings, results], stage="tok_train", results=results
+    )
+    print(
+        f"{tokenizer.vocab_size} tokens in {train_time:.1f} s, {lengths.mean():.2f} bytes each on "
+        "average"
+    )
     print(f"saved to {paths.tokenizer}")
 
 

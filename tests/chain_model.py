@@ -1,4 +1,6 @@
-"""A model that answers each token with one certain successor, so that a test can write what it says."""
+"""A model that answers each token with one certain successor, so that a test can write what it
+says.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -29,16 +31,21 @@ class ByteTokenizer:
 
 
 TOKENIZER = ByteTokenizer()
-BOS, USER_START, USER_END, ASSISTANT_START, END, PYTHON, PYTHON_END, OUTPUT, OUTPUT_END = range(256, 265)
+BOS, USER_START, USER_END, ASSISTANT_START, END, PYTHON, PYTHON_END, OUTPUT, OUTPUT_END = range(
+    256, 265
+)
 
-CHAIN = GPTConfig.classic(1, vocab_size=TOKENIZER.vocab_size, sequence_len=96, n_embd=272, n_head=2, n_kv_head=2)
+CHAIN = GPTConfig.classic(
+    1, vocab_size=TOKENIZER.vocab_size, sequence_len=96, n_embd=272, n_head=2, n_kv_head=2
+)
 
 
 def chain_params(*texts):
-    """Parameters of a model that, from the first token of any of `texts`, says the rest and begins again.
+    """Parameters of a model that, from the first token of any of `texts`, says the rest and begins
+    again.
 
-    A text is a sequence of strings and special ids. The blocks are zero and add nothing, so that with one-hot
-    embeddings the logits are a row of `lm_head`.
+    A text is a sequence of strings and special ids. The blocks are zero and add nothing, so that
+    with one-hot embeddings the logits are a row of `lm_head`.
     """
     params = jax.tree.map(lambda leaf: jnp.zeros(leaf.shape), abstract_params(CHAIN))
     head = np.zeros((272, TOKENIZER.vocab_size), np.float32)

@@ -4,7 +4,9 @@ import os
 
 # Before anything imports JAX.
 os.environ["JAX_PLATFORMS"] = "cpu"
-os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+os.environ["XLA_FLAGS"] = (
+    os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
+)
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
 import signal  # noqa: E402
@@ -12,21 +14,32 @@ from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
 
-
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
-    # Started with `nohup ... &`, as some CI systems do, SIGINT is ignored here and in all processes that tests start.
+    # Started with `nohup ... &`, as some CI systems do, SIGINT is ignored here and in all
+    # processes that tests start.
     signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 def pytest_xdist_auto_num_workers() -> int:
     """Processes for `-n auto`: one per core, and 4 GB of memory for each."""
-    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 2**33
-    return max(1, min(len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1, memory // 2**32))
+    memory = (
+        os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+        if hasattr(os, "sysconf")
+        else 2**33
+    )
+    return max(
+        1,
+        min(
+            len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1, memory // 2**32
+        ),
+    )
 
 
 @pytest.fixture(scope="session")
 def test_data() -> Path:
-    """The folder of reference data (`data/`, `golden/`); tests that need it are skipped where there is none."""
+    """The folder of reference data (`data/`, `golden/`); tests that need it are skipped where
+    there is none.
+    """
     folder = os.environ.get("NANOCHAT_TEST_DATA")
     if not folder:
         pytest.skip("NANOCHAT_TEST_DATA is not set: no reference data")

@@ -1,8 +1,10 @@
-"""A server on this machine that speaks the JSON API of Google Cloud Storage, as far as checkpoints need it.
+"""A server on this machine that speaks the JSON API of Google Cloud Storage, as far as checkpoints
+need it.
 
-Objects live in memory, in `objects`; any bucket but `missing` exists. `before_change(name)` is called before an object is
-stored or deleted; it may raise `Refused`, or kill the client. `environment` points clients at the server: TensorStore, which
-Orbax writes arrays with, and gcsfs and Google's own client, which it writes all else with.
+Objects live in memory, in `objects`; any bucket but `missing` exists. `before_change(name)` is
+called before an object is stored or deleted; it may raise `Refused`, or kill the client.
+`environment` points clients at the server: TensorStore, which Orbax writes arrays with, and gcsfs
+and Google's own client, which it writes all else with.
 """
 
 import base64
@@ -17,7 +19,8 @@ from email import message_from_bytes
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 
-os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"  # looks for another protocol; gcsfs asks when it is imported
+# looks for another protocol; gcsfs asks when it is imported
+os.environ["GCSFS_EXPERIMENTAL_ZB_HNS_SUPPORT"] = "false"
 
 
 class Refused(Exception):
@@ -35,7 +38,8 @@ class GCSServer(ThreadingHTTPServer):
         super().__init__(("127.0.0.1", 0), _Handler)
         self.objects: dict[str, bytes] = {}  # "bucket/name" -> content
         self.generations: dict[str, int] = {}
-        self.uploads: dict[str, tuple[str, bytes]] = {}  # resumable ones on their way: id -> name, what has come
+        # resumable ones on their way: id -> name, what has come
+        self.uploads: dict[str, tuple[str, bytes]] = {}
         self.before_change: Callable[[str], None] = lambda name: None
         self.lock, self.clock = threading.RLock(), 0
 
@@ -53,8 +57,12 @@ class GCSServer(ThreadingHTTPServer):
     @property
     def environment(self) -> dict[str, str]:
         url = f"http://127.0.0.1:{self.server_port}"
-        return {"STORAGE_EMULATOR_HOST": url, "TENSORSTORE_GCS_HTTP_URL": url, "GOOGLE_AUTH_TOKEN_FOR_TESTING": "test",
-                "GOOGLE_CLOUD_PROJECT": "test"}
+        return {
+            "STORAGE_EMULATOR_HOST": url,
+            "TENSORSTORE_GCS_HTTP_URL": url,
+            "GOOGLE_AUTH_TOKEN_FOR_TESTING": "test",
+            "GOOGLE_CLOUD_PROJECT": "test",
+        }
 
     def under(self, prefix: str) -> list[str]:
         with self.lock:
@@ -72,18 +80,28 @@ class GCSServer(ThreadingHTTPServer):
     def describe(self, name: str) -> dict:
         bucket, key = name.split("/", 1)
         content, now = self.objects[name], time.strftime("%Y-%m-%dT%H:%M:%S.000Z", time.gmtime())
-        return {"kind": "storage#object", "id": name, "bucket": bucket, "name": key, "size": str(len(content)),
-                "generation": str(self.generations[name]), "metageneration": "1", "timeCreated": now, "updated": now,
-                "md5Hash": base64.b64encode(hashlib.md5(content).digest()).decode(), "storageClass": "STANDARD"}
+        return {
+            "kind": "storage#object",
+            "id": name,
+            "bucket": bucket,
+            "name": key,
+            "size": str(len(content)),
+            "generation": str(self.generations[name]),
+            "metageneration": "1",
+            "timeCreated": now,
+            "updated": now,
+            "md5Hash": base64.b64encode(hashlib.md5(content).digest()).decode(),
+            "storageClass": "STANDARD",
+        }
 
     def listing(self, bucket: str, query: dict[str, str]) -> dict:
         start, items, prefixes = f"{bucket}/", [], set()
         prefix, delimiter = query.get("prefix", ""), query.get("delimiter")
         for name in self.under(start + prefix):
-            key = name[len(start):]
+            key = name[len(start) :]
             if key < query.get("startOffset", "") or key >= query.get("endOffset", "\U0010ffff"):
                 continue
-            rest = key[len(prefix):]
+            rest = key[len(prefix) :]
             if delimiter and delimiter in rest:
                 prefixes.add(prefix + rest.split(delimiter)[0] + delimiter)
             else:
@@ -93,13 +111,16 @@ class GCSServer(ThreadingHTTPServer):
 
 class _Handler(BaseHTTPRequestHandler):
     protocol_version = "HTTP/1.1"
-    disable_nagle_algorithm, wbufsize = True, -1  # else each answer waits 40 ms for an acknowledgement
+    # else each answer waits 40 ms for an acknowledgement
+    disable_nagle_algorithm, wbufsize = True, -1
     server: GCSServer
 
     def log_message(self, *_):
         pass
 
-    def _answer(self, status: int, content: bytes = b"", kind: str = "application/json", **headers: str):
+    def _answer(
+        self, status: int, content: bytes = b"", kind: str = "application/json", **headers: str
+    ):
         self.send_response(status)
         self.send_header("Content-Type", kind)
         if status not in (204, 304):  # which have no body
@@ -113,12 +134,16 @@ class _Handler(BaseHTTPRequestHandler):
     def _handle(self):
         body = self._body()
         url = urlsplit(self.path)
-        query = {key: values[0] for key, values in parse_qs(url.query, keep_blank_values=True).items()}
+        query = {
+            key: values[0] for key, values in parse_qs(url.query, keep_blank_values=True).items()
+        }
         try:
             self._route(url.path, query, body)
         except Refused as refused:
             message = {"error": {"code": refused.status, "message": f"status {refused.status}"}}
-            self._answer(refused.status, b"" if refused.status == 304 else json.dumps(message).encode())
+            self._answer(
+                refused.status, b"" if refused.status == 304 else json.dumps(message).encode()
+            )
 
     do_GET = do_HEAD = do_POST = do_PUT = do_DELETE = _handle
 
@@ -142,21 +167,35 @@ class _Handler(BaseHTTPRequestHandler):
         if key and "/rewriteTo/" in key:
             source, target = key.split("/rewriteTo/b/")
             other, target = target.split("/o/")
-            made = self.server.store(f"{unquote(other)}/{unquote(target)}", self._content(f"{bucket}/{unquote(source)}"))
+            made = self.server.store(
+                f"{unquote(other)}/{unquote(target)}", self._content(f"{bucket}/{unquote(source)}")
+            )
             size = made["size"]
-            return self._json({"kind": "storage#rewriteResponse", "done": True, "resource": made, "objectSize": size,
-                               "totalBytesRewritten": size})
+            return self._json(
+                {
+                    "kind": "storage#rewriteResponse",
+                    "done": True,
+                    "resource": made,
+                    "objectSize": size,
+                    "totalBytesRewritten": size,
+                }
+            )
         if kind == "upload/":
             return self._upload(bucket, query, body)
         if not objects:
-            return self._json({"kind": "storage#bucket", "id": bucket, "name": bucket, "storageClass": "STANDARD"})
+            return self._json(
+                {"kind": "storage#bucket", "id": bucket, "name": bucket, "storageClass": "STANDARD"}
+            )
         if not key:
             return self._json(self.server.listing(bucket, query))
         name = f"{bucket}/{unquote(key)}"
         if self.command == "DELETE":
             with self.server.lock:
                 self._content(name)
-                if int(query.get("ifGenerationMatch", self.server.generations[name])) != self.server.generations[name]:
+                if (
+                    int(query.get("ifGenerationMatch", self.server.generations[name]))
+                    != self.server.generations[name]
+                ):
                     raise Refused(412)
                 self.server.before_change(name)
                 del self.server.objects[name], self.server.generations[name]
@@ -168,8 +207,11 @@ class _Handler(BaseHTTPRequestHandler):
             raise Refused(412)
         if query.get("alt") != "media":
             return self._json(self.server.describe(name))
-        headers = {"X_Goog_Generation": str(generation), "X_Goog_Stored_Content_Length": str(len(content)),
-                   "X_Goog_Stored_Content_Encoding": "identity"}
+        headers = {
+            "X_Goog_Generation": str(generation),
+            "X_Goog_Stored_Content_Length": str(len(content)),
+            "X_Goog_Stored_Content_Encoding": "identity",
+        }
         asked = re.fullmatch(r"bytes=(\d+)?-(\d+)?", self.headers.get("Range", ""))
         if asked is None:
             return self._answer(200, content, "application/octet-stream", **headers)
@@ -194,7 +236,8 @@ class _Handler(BaseHTTPRequestHandler):
         kind, expected = query.get("uploadType"), query.get("ifGenerationMatch")
         if "upload_id" in query:
             name, held = self.server.uploads[query["upload_id"]]
-            if re.fullmatch(r"bytes .*/\*", self.headers.get("Content-Range", "")):  # more is to come
+            # more is to come
+            if re.fullmatch(r"bytes .*/\*", self.headers.get("Content-Range", "")):
                 self.server.uploads[query["upload_id"]] = (name, held + body)
                 return self._answer(308, Range=f"bytes=0-{len(held + body) - 1}")
             return self._json(self.server.store(name, held + body))
@@ -204,11 +247,18 @@ class _Handler(BaseHTTPRequestHandler):
             head = f"Content-Type: {self.headers['Content-Type']}\r\n\r\n".encode()
             about, content = message_from_bytes(head + body).get_payload()
             name = query.get("name") or json.loads(about.get_payload())["name"]
-            return self._json(self.server.store(f"{bucket}/{name}", content.get_payload(decode=True), expected))
+            return self._json(
+                self.server.store(f"{bucket}/{name}", content.get_payload(decode=True), expected)
+            )
         if kind == "resumable":
             with self.server.lock:
                 upload = str(len(self.server.uploads))
-                self.server.uploads[upload] = (f"{bucket}/{query.get('name') or json.loads(body)['name']}", b"")
-            place = f"{self.server.environment['STORAGE_EMULATOR_HOST']}/upload/storage/v1/b/{bucket}/o"
+                self.server.uploads[upload] = (
+                    f"{bucket}/{query.get('name') or json.loads(body)['name']}",
+                    b"",
+                )
+            place = (
+                f"{self.server.environment['STORAGE_EMULATOR_HOST']}/upload/storage/v1/b/{bucket}/o"
+            )
             return self._answer(200, Location=f"{place}?uploadType=resumable&upload_id={upload}")
         raise Refused(400)

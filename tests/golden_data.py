@@ -1,6 +1,8 @@
-"""Reference data that upstream's code made: tiny models with everything computed from them, and small trained ones.
+"""Reference data that upstream's code made: tiny models with everything computed from them, and
+small trained ones.
 
-Every set that is there is tested, whatever its shape: nothing here or in the tests knows their numbers.
+Every set that is there is tested, whatever its shape: nothing here or in the tests knows their
+numbers.
 """
 
 import os
@@ -19,13 +21,19 @@ from nanochat_jax.tokenizer import Tokenizer
 def golden_sets() -> list[Path]:
     """Directories with reference activations; none where there is no reference data."""
     folder = os.environ.get("NANOCHAT_TEST_DATA")
-    return sorted(path.parent for path in Path(folder).glob("golden/*/activations.safetensors")) if folder else []
+    return (
+        sorted(path.parent for path in Path(folder).glob("golden/*/activations.safetensors"))
+        if folder
+        else []
+    )
 
 
 def load_golden(directory: Path, name: str, config: GPTConfig) -> dict[str, Any]:
     """A tree of parameters or gradients, by upstream's names in `<name>.safetensors`."""
     path = directory / f"{name}.safetensors"
-    return jax.tree.map(jnp.asarray, to_params(load_file(path), list(entries(config)), config, where=path))
+    return jax.tree.map(
+        jnp.asarray, to_params(load_file(path), list(entries(config)), config, where=path)
+    )
 
 
 class Trained(NamedTuple):
@@ -38,4 +46,6 @@ class Trained(NamedTuple):
 def load_trained(test_data: Path, era: str) -> Trained:
     directory = test_data / "golden" / f"trained-{era}"
     found = read_checkpoint(directory)
-    return Trained(found.config, jax.tree.map(jnp.asarray, found.params), found.tokenizer, directory)
+    return Trained(
+        found.config, jax.tree.map(jnp.asarray, found.params), found.tokenizer, directory
+    )

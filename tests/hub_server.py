@@ -1,16 +1,17 @@
 """A server on this machine that speaks the Hub's protocol for data sets, with faults on demand.
 
-    /datasets/<repo>/resolve/<revision>/<file>    HEAD: size, checksum, commit; GET: redirects to /cdn/ on another host
-    /api/datasets/<repo>/revision/<revision>      the commit, the list of files, the card
-    /cdn/<repo>/<revision>/<file>                 the bytes, ranges too
+    /datasets/<repo>/resolve/<revision>/<file>    HEAD: size, checksum, commit; GET: redirects to
+    /cdn/ on another host /api/datasets/<repo>/revision/<revision>      the commit, the list of
+    files, the card /cdn/<repo>/<revision>/<file>                 the bytes, ranges too
     /files/<name>                                 any other file
 
 `faults[file name]` is how /cdn/ serves a file:
-    "torn"   closes the connection in the middle of the first body        "gone"    always does, and sends nothing new
-    "busy"   answers 503 three times                                      "error"   answers 500 always
-    "short"  gives a shorter body than was announced, and says so         "long"    gives a longer one
-    "flip"   gives other bytes the first time                             "slow"    gives the first body in drops
-    "no range"  ignores ranges, and tears the first body                  "gated"   answers 403 before anything else
+    "torn"   closes the connection in the middle of the first body        "gone"    always does,
+    and sends nothing new "busy"   answers 503 three times
+    "error"   answers 500 always "short"  gives a shorter body than was announced, and says so
+    "long"    gives a longer one "flip"   gives other bytes the first time
+    "slow"    gives the first body in drops "no range"  ignores ranges, and tears the first body
+    "gated"   answers 403 before anything else
 """
 
 import hashlib
@@ -93,7 +94,9 @@ class _Handler(BaseHTTPRequestHandler):
         if kind != "datasets":
             return self.reply(404, {})
         repo, _, rest = rest.partition("/resolve/")
-        found = [key for key in self.server.repos if key[0] == repo and rest.startswith(f"{key[1]}/")]
+        found = [
+            key for key in self.server.repos if key[0] == repo and rest.startswith(f"{key[1]}/")
+        ]
         if not found:
             return self.reply(404, {"X-Error-Code": "RepoNotFound"})
         revision, file = found[0][1], rest.removeprefix(f"{found[0][1]}/")
@@ -101,7 +104,9 @@ class _Handler(BaseHTTPRequestHandler):
         if content is None:
             return self.reply(404, {"X-Error-Code": "EntryNotFound"})
         if self.server.faults.get(file) == "gated":
-            return self.reply(403, {"X-Error-Code": "GatedRepo", "X-Error-Message": "Ask for access first."})
+            return self.reply(
+                403, {"X-Error-Code": "GatedRepo", "X-Error-Message": "Ask for access first."}
+            )
         digest = hashlib.sha256(content).hexdigest()
         self.reply(302, {
             "X-Repo-Commit": self.server.commit(repo, revision), "X-Linked-Etag": f'"{digest}"',
@@ -112,8 +117,14 @@ class _Handler(BaseHTTPRequestHandler):
     def describe(self, repo, revision):
         files = self.server.repos.get((repo, revision))
         if files is None:
-            return self.reply(404, {"X-Error-Code": "RepoNotFound" if revision == "main" else "RevisionNotFound"})
-        facts = {"id": repo, "sha": self.server.commit(repo, revision), "siblings": [{"rfilename": f} for f in files]}
+            return self.reply(
+                404, {"X-Error-Code": "RepoNotFound" if revision == "main" else "RevisionNotFound"}
+            )
+        facts = {
+            "id": repo,
+            "sha": self.server.commit(repo, revision),
+            "siblings": [{"rfilename": f} for f in files],
+        }
         if repo in self.server.cards:
             facts["cardData"] = self.server.cards[repo]
         self.reply(200, {"Content-Type": "application/json"}, json.dumps(facts).encode())
@@ -134,11 +145,19 @@ class _Handler(BaseHTTPRequestHandler):
             self.server.ranges.append((name, start))
         if fault == "no range":
             start = 0
-        headers = {"Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}"} if start else {}
+        headers = (
+            {"Content-Range": f"bytes {start}-{len(content) - 1}/{len(content)}"} if start else {}
+        )
         torn = fault == "gone" or (fault in ("torn", "no range") and count == 1)
         stop = len(content) // 2 if torn else len(content)
-        self.reply(206 if start else 200, headers | {"Content-Length": str(len(content) - start)},
-                   content[start:max(start, stop)], torn=torn, slow=fault == "slow" and count == 1)  # fmt: skip
+        self.reply(
+            206 if start else 200,
+            headers | {"Content-Length": str(len(content) - start)},
+            # fmt: skip
+            content[start : max(start, stop)],
+            torn=torn,
+            slow=fault == "slow" and count == 1,
+        )
 
     def reply(self, status, headers, body=b"", torn=False, slow=False):
         self.send_response(status)
@@ -146,7 +165,9 @@ class _Handler(BaseHTTPRequestHandler):
             self.send_header(name, value)
         self.end_headers()
         if self.command == "GET":
-            for start in range(0, len(body), step := max(1, len(body) // 20 if slow else len(body))):
+            for start in range(
+                0, len(body), step := max(1, len(body) // 20 if slow else len(body))
+            ):
                 self.wfile.write(body[start : start + step])
                 time.sleep(0.02 * slow)
         self.close_connection = torn

@@ -1,10 +1,11 @@
-"""Kill a training run again and again, at random moments and in the middle of saves, and compare it with one left alone.
+"""Kill a training run again and again, at random moments and in the middle of saves, and compare
+it with one left alone.
 
     python tests/kill_runs.py --kills 30
 
-Every process is ended by SIGKILL and started again with --resume until the run is through. Then its losses, its data
-positions and every bit of its parameters and optimizer must be those of the run that was never killed; if not, the exit
-code is 1. Ends with one JSON line.
+Every process is ended by SIGKILL and started again with --resume until the run is through. Then
+its losses, its data positions and every bit of its parameters and optimizer must be those of the
+run that was never killed; if not, the exit code is 1. Ends with one JSON line.
 """
 
 import argparse
@@ -18,25 +19,51 @@ from pathlib import Path
 from small_line import MODEL, lines, make_base, run, saved_state, start
 
 STEPS = 150
-FLAGS = [*MODEL, "--mesh", "1x1", "--total-batch-size", "512", "--device-batch-size", "4", "--num-iterations", str(STEPS),
-         "--save-every", "2", "--eval-every", "50", "--eval-tokens", "512"]
+FLAGS = [
+    *MODEL,
+    "--mesh",
+    "1x1",
+    "--total-batch-size",
+    "512",
+    "--device-batch-size",
+    "4",
+    "--num-iterations",
+    str(STEPS),
+    "--save-every",
+    "2",
+    "--eval-every",
+    "50",
+    "--eval-tokens",
+    "512",
+]
 
 
 def outcome(directory: Path) -> tuple:
-    """All that must be equal: metrics of every step, and the last step's state with the checksums of its arrays."""
+    """All that must be equal: metrics of every step, and the last step's state with the checksums
+    of its arrays.
+    """
     state = saved_state(directory, STEPS)
-    return (lines(directory, "train"), lines(directory, "eval"), state["checksums"]["content"], state["position"],
-            state["loop"]["minimum"], state["loop"]["smooth_loss"])
+    return (
+        lines(directory, "train"),
+        lines(directory, "eval"),
+        state["checksums"]["content"],
+        state["position"],
+        state["loop"]["minimum"],
+        state["loop"]["smooth_loss"],
+    )
 
 
 def killed_run(directory: Path, base: Path, rng: random.Random, kills_left: int) -> list[bool]:
     """Run to the end under fire; for each kill, whether a save was on its way."""
     kills: list[bool] = []
     while True:
-        (process,) = start("base_train", *FLAGS, "--model-tag", directory.name, "--resume", base=base)
+        (process,) = start(
+            "base_train", *FLAGS, "--model-tag", directory.name, "--resume", base=base
+        )
         if len(kills) < kills_left:
             in_save = rng.random() < 0.5
-            aims_at = time.monotonic() + rng.uniform(0, 8)  # from the start of Python to some way into the run
+            # from the start of Python to some way into the run
+            aims_at = time.monotonic() + rng.uniform(0, 8)
             while process.poll() is None:
                 if time.monotonic() > aims_at and (not in_save or any(directory.glob("*tmp*"))):
                     time.sleep(rng.uniform(0, 0.02) if in_save else 0)
@@ -69,11 +96,33 @@ def main() -> None:
             same = found == expected
             equal &= same
             if not same:
-                first = next((line for line, other in zip(found[0], expected[0], strict=False) if line != other), None)
-                print(f"the first step that differs: {first}; then {found[2:]} against {expected[2:]}")
-            print(f"run {runs}: {len(kills)} kills so far, {sum(kills)} of them in a save; "
-                  f"{'equal to' if same else 'DIFFERENT from'} the run left alone", flush=True)
-    print(json.dumps({"kills": len(kills), "kills_in_a_save": sum(kills), "runs": runs, "steps": STEPS, "equal": equal}))
+                first = next(
+                    (
+                        line
+                        for line, other in zip(found[0], expected[0], strict=False)
+                        if line != other
+                    ),
+                    None,
+                )
+                print(
+                    f"the first step that differs: {first}; then {found[2:]} against {expected[2:]}"
+                )
+            print(
+                f"run {runs}: {len(kills)} kills so far, {sum(kills)} of them in a save; "
+                f"{'equal to' if same else 'DIFFERENT from'} the run left alone",
+                flush=True,
+            )
+    print(
+        json.dumps(
+            {
+                "kills": len(kills),
+                "kills_in_a_save": sum(kills),
+                "runs": runs,
+                "steps": STEPS,
+                "equal": equal,
+            }
+        )
+    )
     sys.exit(not equal)
 
 

@@ -1,4 +1,6 @@
-"""A corpus and a tokenizer so small that a training script runs in seconds, and how to run one as a user does."""
+"""A corpus and a tokenizer so small that a training script runs in seconds, and how to run one as
+a user does.
+"""
 
 import json
 import os
@@ -14,7 +16,19 @@ from nanochat_jax.metrics import read_metrics
 from nanochat_jax.paths import Paths
 from nanochat_jax.tokenizer import Tokenizer
 
-WORDS = ["apple", "banana", "river", "mountain", "letter", "window", "garden", "silver", "people", "government", "summer"]
+WORDS = [
+    "apple",
+    "banana",
+    "river",
+    "mountain",
+    "letter",
+    "window",
+    "garden",
+    "silver",
+    "people",
+    "government",
+    "summer",
+]
 # A model with 8 heads, so that it can be cut into 8 along the model axis.
 MODEL = ["--depth", "2", "--aspect-ratio", "16", "--head-dim", "4", "--max-seq-len", "64"]
 
@@ -30,23 +44,51 @@ def make_base(base: Path) -> Paths:
     return paths
 
 
-def start(script: str, *argv: str, base: Path | list[Path], devices: int = 1, processes: int = 1,
-          env: dict[str, str] | None = None) -> list[subprocess.Popen]:
-    """`python -m scripts.SCRIPT` in so many processes with so many virtual CPU devices each; `base` may be one of each."""
+def start(
+    script: str,
+    *argv: str,
+    base: Path | list[Path],
+    devices: int = 1,
+    processes: int = 1,
+    env: dict[str, str] | None = None,
+) -> list[subprocess.Popen]:
+    """`python -m scripts.SCRIPT` in so many processes with so many virtual CPU devices each;
+    `base` may be one of each.
+    """
     bases = base if isinstance(base, list) else [base] * processes
-    env = os.environ | (env or {}) | {"JAX_PLATFORMS": "cpu", "OMP_WAIT_POLICY": "PASSIVE",
-                        "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}"}
+    env = (
+        os.environ
+        | (env or {})
+        | {
+            "JAX_PLATFORMS": "cpu",
+            "OMP_WAIT_POLICY": "PASSIVE",
+            "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
+        }
+    )
     if processes > 1:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
-            env |= {"JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free.getsockname()[1]}", "JAX_NUM_PROCESSES": str(processes)}
+            env |= {
+                "JAX_COORDINATOR_ADDRESS": f"127.0.0.1:{free.getsockname()[1]}",
+                "JAX_NUM_PROCESSES": str(processes),
+            }
     command = [sys.executable, "-m", f"scripts.{script}", *argv]
-    return [subprocess.Popen(command, env=env | {"JAX_PROCESS_ID": str(i), "NANOCHAT_BASE_DIR": str(bases[i])}, text=True,
-                             stderr=subprocess.PIPE, cwd=Path(__file__).parents[1]) for i in range(processes)]
+    return [
+        subprocess.Popen(
+            command,
+            env=env | {"JAX_PROCESS_ID": str(i), "NANOCHAT_BASE_DIR": str(bases[i])},
+            text=True,
+            stderr=subprocess.PIPE,
+            cwd=Path(__file__).parents[1],
+        )
+        for i in range(processes)
+    ]
 
 
 def errors_of(running: list[subprocess.Popen]) -> list[str]:
-    """The standard error of each, read at once: one that nobody reads stops its process when its pipe is full."""
+    """The standard error of each, read at once: one that nobody reads stops its process when its
+    pipe is full.
+    """
     with ThreadPoolExecutor(len(running)) as readers:
         return list(readers.map(lambda process: process.communicate()[1], running))
 
@@ -62,8 +104,11 @@ def run(script: str, *argv: str, **where) -> str:
 def lines(directory: Path, kind: str) -> list[dict]:
     """A run's metrics, without what differs from run to run (times, memory)."""
     same = ("step", "loss", "grad_norm", "lrm", "tokens", "supervised", "position", "val_bpb")
-    return [{key: line[key] for key in same if key in line} for line in read_metrics(directory / "metrics.jsonl")
-            if line["kind"] == kind]
+    return [
+        {key: line[key] for key in same if key in line}
+        for line in read_metrics(directory / "metrics.jsonl")
+        if line["kind"] == kind
+    ]
 
 
 def losses(directory: Path) -> list[float]:

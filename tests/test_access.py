@@ -1,4 +1,6 @@
-"""What stands before every handler: names, keys, origins, sizes, and clients that are slow on purpose."""
+"""What stands before every handler: names, keys, origins, sizes, and clients that are slow on
+purpose.
+"""
 
 import asyncio
 import gzip
@@ -53,7 +55,11 @@ def test_only_a_server_of_this_machine_alone_checks_its_name_unless_told_to():
             return serve.Config(host=address, **flags).hosts(sock)
 
     assert hosts("127.0.0.1") == ("127.0.0.1",) and hosts("0.0.0.0") == ("*",)
-    assert hosts("0.0.0.0", allowed_hosts="a.example,b.example") == ("0.0.0.0", "a.example", "b.example")
+    assert hosts("0.0.0.0", allowed_hosts="a.example,b.example") == (
+        "0.0.0.0",
+        "a.example",
+        "b.example",
+    )
     assert "*" in hosts("127.0.0.1", allowed_hosts="*")
 
 
@@ -61,7 +67,9 @@ def test_only_a_server_of_this_machine_alone_checks_its_name_unless_told_to():
     b"", b"GET / HTTP/1.1\r\nHost: x\r\nX-Slow: ", b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n",
 ])  # fmt: skip
 async def test_a_connection_that_sends_no_whole_request_is_closed(monkeypatch, head):
-    """It says nothing, or a head that never ends, a byte now and then, or nothing more after an answer."""
+    """It says nothing, or a head that never ends, a byte now and then, or nothing more after an
+    answer.
+    """
     monkeypatch.setattr(server, "IDLE_SECONDS", 0.4)
     async with client(FakeScheduler()) as session, connection(session) as (reader, writer):
         writer.write(head)
@@ -77,7 +85,9 @@ async def test_a_connection_that_sends_no_whole_request_is_closed(monkeypatch, h
         assert answer.startswith(b"HTTP/1.1 200") if b"health" in head else answer == b""
 
 
-@pytest.mark.skipif(not hasattr(socket, "TCP_USER_TIMEOUT"), reason="Linux alone has TCP_USER_TIMEOUT")
+@pytest.mark.skipif(
+    not hasattr(socket, "TCP_USER_TIMEOUT"), reason="Linux alone has TCP_USER_TIMEOUT"
+)
 async def test_a_client_that_asks_for_files_and_reads_nothing_is_cut_off(monkeypatch):
     monkeypatch.setattr(server, "UNREAD_SECONDS", 1)
     async with client(FakeScheduler()) as session:
@@ -95,14 +105,17 @@ async def test_a_form_of_another_site_cannot_ask():
     async with client(scheduler) as session:
         for kind in ("text/plain", "application/x-www-form-urlencoded", "multipart/form-data"):
             data = json.dumps(HELLO)
-            response = await session.post("/chat/completions", data=data, headers={"Content-Type": kind})
+            response = await session.post(
+                "/chat/completions", data=data, headers={"Content-Type": kind}
+            )
             assert response.status == 422
             assert "Access-Control-Allow-Origin" not in response.headers
     assert not scheduler.requests
 
 
 async def test_a_client_that_does_not_read_is_given_up_within_a_second():
-    scheduler = FakeScheduler(*["x" * 500] * 1000, asyncio.Event())  # more than the buffers of both sides hold
+    # more than the buffers of both sides hold
+    scheduler = FakeScheduler(*["x" * 500] * 1000, asyncio.Event())
     async with client(scheduler) as session:
         port = session._base_url.port
         body = json.dumps(HELLO).encode()
@@ -111,12 +124,19 @@ async def test_a_client_that_does_not_read_is_given_up_within_a_second():
             sock.setblocking(False)
             loop = asyncio.get_running_loop()
             await loop.sock_connect(sock, ("127.0.0.1", port))
-            head = "POST /chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-            await loop.sock_sendall(sock, f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body)
+            head = (
+                "POST /chat/completions HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            )
+            await loop.sock_sendall(
+                sock, f"{head}Content-Length: {len(body)}\r\n\r\n".encode() + body
+            )
             began = loop.time()
             await eventually(lambda: scheduler.handles and scheduler.handles[0].cancelled.is_set())
             assert loop.time() - began < 1.5  # half a second for a busy machine
-        assert b'replies_total{reason="disconnected"} 1.0' in await (await session.get("/metrics")).read()
+        assert (
+            b'replies_total{reason="disconnected"} 1.0'
+            in await (await session.get("/metrics")).read()
+        )
 
 
 async def status_line(session, request: bytes) -> bytes:
@@ -157,7 +177,8 @@ MALFORMED = {
     "chunk": CHAT + b"Transfer-Encoding: chunked\r\n\r\nzz\r\nxx\r\n",
     "two lengths": CHAT + b"Content-Length: 2\r\nTransfer-Encoding: chunked\r\n\r\n0\r\n\r\n",
     "negative length": CHAT + b"Content-Length: -2\r\n\r\n{}",
-    "not gzip": CHAT.replace(b"/v1", b"/404") + b"Content-Encoding: gzip\r\nContent-Length: 2\r\n\r\n{}",
+    "not gzip": CHAT.replace(b"/v1", b"/404")
+    + b"Content-Encoding: gzip\r\nContent-Length: 2\r\n\r\n{}",
 }
 
 
@@ -206,11 +227,17 @@ UNREADABLE = {
 @pytest.mark.parametrize("name", UNREADABLE)
 async def test_a_body_that_cannot_be_read_is_the_clients_mistake(name, caplog):
     body, encoding = UNREADABLE[name]
-    headers = {"Content-Type": "application/json", **({"Content-Encoding": encoding} if encoding else {})}
+    headers = {
+        "Content-Type": "application/json",
+        **({"Content-Encoding": encoding} if encoding else {}),
+    }
     scheduler = FakeScheduler("Hi")
     async with client(scheduler) as session:
         response = await session.post("/v1/chat/completions", data=body, headers=headers)
-        assert response.status == 400 and (await response.json())["error"]["type"] == "invalid_request_error"
+        assert (
+            response.status == 400
+            and (await response.json())["error"]["type"] == "invalid_request_error"
+        )
         page = await session.post("/chat/completions", data=body, headers=headers)
         assert page.status in (400, 422)
     assert not scheduler.requests and "Traceback" not in caplog.text
@@ -218,19 +245,34 @@ async def test_a_body_that_cannot_be_read_is_the_clients_mistake(name, caplog):
 
 async def test_a_body_may_be_compressed_or_begin_with_a_byte_order_mark():
     async with client(FakeScheduler("Hi")) as session:
-        for body, encoding in ((gzip.compress(BODY), "gzip"), (BODY, "identity"), (b"\xef\xbb\xbf" + BODY, "identity")):
+        for body, encoding in (
+            (gzip.compress(BODY), "gzip"),
+            (BODY, "identity"),
+            (b"\xef\xbb\xbf" + BODY, "identity"),
+        ):
             headers = {"Content-Type": "application/json", "Content-Encoding": encoding}
-            assert (await session.post("/v1/chat/completions", data=body, headers=headers)).status == 200
+            assert (
+                await session.post("/v1/chat/completions", data=body, headers=headers)
+            ).status == 200
 
 
 async def test_with_a_key_only_those_who_know_it_may_ask():
     scheduler = FakeScheduler("Hi")
     async with client(scheduler, api_key="secret") as session:
-        for given in (None, "Bearer", "Bearer secre", "Bearer secrets", "Basic secret", "Bearer \u00e9"):
+        for given in (
+            None,
+            "Bearer",
+            "Bearer secre",
+            "Bearer secrets",
+            "Basic secret",
+            "Bearer \u00e9",
+        ):
             headers = {"Authorization": given} if given else {}
             for path in ("/chat/completions", "/v1/chat/completions"):
                 response = await session.post(path, json=HELLO, headers=headers)
-                assert response.status == 401 and response.headers["WWW-Authenticate"] == "Bearer", given
+                assert (
+                    response.status == 401 and response.headers["WWW-Authenticate"] == "Bearer"
+                ), given
             for path in ("/stats", "/metrics", "/v1/models"):
                 assert (await session.get(path, headers=headers)).status == 401
         for path in ("/", "/chat.js", "/health", "/openapi.json"):
@@ -245,8 +287,11 @@ async def test_with_a_key_only_those_who_know_it_may_ask():
 
 async def test_only_pages_of_the_origins_named_may_read_the_answers():
     async def ask(session, origin):
-        asked = {"Origin": origin, "Access-Control-Request-Method": "POST",
-                 "Access-Control-Request-Headers": "content-type"}
+        asked = {
+            "Origin": origin,
+            "Access-Control-Request-Method": "POST",
+            "Access-Control-Request-Headers": "content-type",
+        }
         preflight = await session.options("/chat/completions", headers=asked)
         answer = await session.post("/chat/completions", json=HELLO, headers={"Origin": origin})
         allowed = answer.headers.get("Access-Control-Allow-Origin")

@@ -1,4 +1,6 @@
-"""The fused kernels compute what the reference attention does; on a CPU the TPU's runs step by step."""
+"""The fused kernels compute what the reference attention does; on a CPU the TPU's runs step by
+step.
+"""
 
 import functools
 
@@ -17,7 +19,11 @@ from nanochat_jax.model.sharding import make_mesh
 
 def draw(length, heads, kv_heads, width, batch=2, dtype=jnp.float32):
     keys = jax.random.split(jax.random.key(0), 4)
-    shapes = [(batch, length, heads, width), *[(batch, length, kv_heads, width)] * 2, (batch, length, heads, width)]
+    shapes = [
+        (batch, length, heads, width),
+        *[(batch, length, kv_heads, width)] * 2,
+        (batch, length, heads, width),
+    ]
     return [jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes)]
 
 
@@ -27,21 +33,28 @@ def compare(attend, q, k, v, cotangent, window, tolerance):
     expected, backward = jax.vjp(lambda *qkv: causal_attention(*qkv, window=window), *wide[:3])
     found, found_backward = jax.vjp(lambda *qkv: attend(*qkv, window=window), q, k, v)
     for one, other in zip((expected, *backward(wide[3])), (found, *found_backward(cotangent))):
-        np.testing.assert_allclose(np.asarray(other, np.float32), one, rtol=tolerance, atol=tolerance)
+        np.testing.assert_allclose(
+            np.asarray(other, np.float32), one, rtol=tolerance, atol=tolerance
+        )
 
 
-@pytest.mark.parametrize("length, heads, kv_heads, width, window", [
-    (256, 2, 2, 128, None),
-    (512, 2, 2, 128, 128),
-    (384, 2, 2, 64, 200),  # neither blocks nor the window are powers of two
-    (256, 4, 2, 128, 128),  # grouped queries
-    (256, 2, 2, 128, 255),  # the window is the whole row
-    (256, 2, 2, 128, 1000),
-    (256, 2, 1, 64, 0),  # each token sees itself alone
-])
+@pytest.mark.parametrize(
+    "length, heads, kv_heads, width, window",
+    [
+        (256, 2, 2, 128, None),
+        (512, 2, 2, 128, 128),
+        (384, 2, 2, 64, 200),  # neither blocks nor the window are powers of two
+        (256, 4, 2, 128, 128),  # grouped queries
+        (256, 2, 2, 128, 255),  # the window is the whole row
+        (256, 2, 2, 128, 1000),
+        (256, 2, 1, 64, 0),  # each token sees itself alone
+    ],
+)
 def test_splash_equals_the_reference(length, heads, kv_heads, width, window):
     mesh = make_mesh("1x1", jax.devices()[:1])
-    attend = lambda q, k, v, *, window: splash_attention(q, k, v, window=window, mesh=mesh, interpret=True)  # noqa: E731
+    attend = lambda q, k, v, *, window: splash_attention(
+        q, k, v, window=window, mesh=mesh, interpret=True
+    )  # noqa: E731
     compare(attend, *draw(length, heads, kv_heads, width), window, 2e-5)
 
 
@@ -53,17 +66,25 @@ def test_splash_takes_the_place_of_the_reference_inside_jit_and_remat():
     def total(attend, q):
         return (jax.checkpoint(lambda q: attend(q, k, v, window=64))(q) ** 2).sum()
 
-    splash = lambda q, k, v, *, window: splash_attention(q, k, v, window=window, mesh=mesh, interpret=True)  # noqa: E731
+    splash = lambda q, k, v, *, window: splash_attention(
+        q, k, v, window=window, mesh=mesh, interpret=True
+    )  # noqa: E731
     for _ in range(2):
         found = jax.jit(jax.grad(lambda q: total(splash, q)))(q)
-    np.testing.assert_allclose(found, jax.grad(lambda q: total(causal_attention, q))(q), rtol=1e-4, atol=1e-4)
+    np.testing.assert_allclose(
+        found, jax.grad(lambda q: total(causal_attention, q))(q), rtol=1e-4, atol=1e-4
+    )
 
 
-@pytest.mark.parametrize("kind, length, message", [("splash", 256, "TPUs only"), ("cudnn", 256, "NVIDIA")])
+@pytest.mark.parametrize(
+    "kind, length, message", [("splash", 256, "TPUs only"), ("cudnn", 256, "NVIDIA")]
+)
 def test_a_kernel_asked_for_by_name_never_falls_back(kind, length, message):
     mesh = make_mesh("1x1", jax.devices()[:1])
     with pytest.raises(UsageError, match=message):
-        check_attention(Compute.on(mesh, dtype="bfloat16", attention=kind), length=length, head_dim=128)
+        check_attention(
+            Compute.on(mesh, dtype="bfloat16", attention=kind), length=length, head_dim=128
+        )
 
 
 def test_the_choice_follows_device_dtype_and_shape():
@@ -88,23 +109,40 @@ def test_the_choice_follows_device_dtype_and_shape():
     def loops(device):
         return Compute.on(FakeMesh(device)).scan
 
-    assert loops(Device("tpu")) and not loops(Device("gpu", "cuda 12090")) and not loops(Device("cpu"))
+    assert (
+        loops(Device("tpu")) and not loops(Device("gpu", "cuda 12090")) and not loops(Device("cpu"))
+    )
 
 
-@pytest.mark.skipif(jax.default_backend() != "gpu", reason="cuDNN attention runs on NVIDIA GPUs only")
+@pytest.mark.skipif(
+    jax.default_backend() != "gpu", reason="cuDNN attention runs on NVIDIA GPUs only"
+)
 @pytest.mark.parametrize("window", [None, 128, 512])
 def test_cudnn_equals_the_reference(window):
     attend = functools.partial(cudnn_attention, mesh=make_mesh("1x1", jax.devices()[:1]))
     compare(attend, *draw(1024, 4, 2, 128, dtype=jnp.bfloat16), window, 3e-2)
 
 
-@pytest.mark.skipif(jax.device_count() < 2, reason="needs several devices: XLA_FLAGS=--xla_force_host_platform_device_count=4")
+@pytest.mark.skipif(
+    jax.device_count() < 2,
+    reason="needs several devices: XLA_FLAGS=--xla_force_host_platform_device_count=4",
+)
 def test_splash_on_a_mesh_equals_the_reference():
     mesh = jax.make_mesh((2, 2), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
-    attend = lambda q, k, v, *, window: splash_attention(q, k, v, window=window, mesh=mesh, interpret=True)  # noqa: E731
+    attend = lambda q, k, v, *, window: splash_attention(
+        q, k, v, window=window, mesh=mesh, interpret=True
+    )  # noqa: E731
     compare(attend, *draw(256, 4, 2, 64), 128, 2e-5)
-    compare(attend, *(each[:1] for each in draw(256, 3, 3, 64)), 128, 2e-5)  # a row and heads that do not divide
-    rows = PartitionSpec("data")  # as the train step calls it: on each data shard, the heads still whole
-    inside = lambda *qkv, window: jax.shard_map(functools.partial(attend, window=window), mesh=mesh, in_specs=(rows,) * 3,  # noqa: E731
-                                                out_specs=rows, axis_names={"data"}, check_vma=False)(*qkv)
+    # a row and heads that do not divide
+    compare(attend, *(each[:1] for each in draw(256, 3, 3, 64)), 128, 2e-5)
+    # as the train step calls it: on each data shard, the heads still whole
+    rows = PartitionSpec("data")
+    inside = lambda *qkv, window: jax.shard_map(
+        functools.partial(attend, window=window),
+        mesh=mesh,
+        in_specs=(rows,) * 3,  # noqa: E731
+        out_specs=rows,
+        axis_names={"data"},
+        check_vma=False,
+    )(*qkv)
     compare(jax.jit(inside, static_argnames="window"), *draw(256, 4, 2, 64), 128, 2e-5)

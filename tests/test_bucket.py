@@ -36,7 +36,11 @@ def server():
 @pytest.fixture
 def place(server, request):
     """A directory of a tag in the bucket, of this test alone."""
-    yield bucket.open_bucket("gs://bucket/run") / "base_checkpoints" / request.node.name.replace("[", "-").strip("]")
+    yield (
+        bucket.open_bucket("gs://bucket/run")
+        / "base_checkpoints"
+        / request.node.name.replace("[", "-").strip("]")
+    )
     server.before_change = lambda name: None
 
 
@@ -51,7 +55,10 @@ def saved(server, tmp_path_factory):
     """The objects of a finished run with the steps 2, 4 and 6, by their names under the tag."""
     directory = bucket.open_bucket("gs://bucket/saved") / "d3"
     train_run(directory, logs=tmp_path_factory.mktemp("saved"), save_every=2, keep=3)
-    return {name.removeprefix("bucket/saved/d3"): server.objects[name] for name in server.under("bucket/saved/d3/")}
+    return {
+        name.removeprefix("bucket/saved/d3"): server.objects[name]
+        for name in server.under("bucket/saved/d3/")
+    }
 
 
 def copy_to(server, objects, directory):
@@ -59,14 +66,18 @@ def copy_to(server, objects, directory):
         server.store(str(directory).removeprefix("gs://") + name, content)
 
 
-def test_a_stopped_run_goes_on_bit_for_bit_on_a_machine_that_has_only_the_bucket(reference, server, place, tmp_path):
+def test_a_stopped_run_goes_on_bit_for_bit_on_a_machine_that_has_only_the_bucket(
+    reference, server, place, tmp_path
+):
     with pytest.raises(SystemExit):
         train_run(place, logs=tmp_path / "one", batches=CountedBatches(stop_at=3))
     assert saved_steps(place) == [4]
     found, params = train_run(place, logs=tmp_path / "another", resume=True)
     assert found == reference[0]
     jax.tree.map(np.testing.assert_array_equal, params, reference[1])
-    assert (place / "metrics.jsonl").read_text() == (tmp_path / "another" / "metrics.jsonl").read_text()
+    assert (place / "metrics.jsonl").read_text() == (
+        tmp_path / "another" / "metrics.jsonl"
+    ).read_text()
 
 
 def test_keep_deletes_old_steps_and_nothing_else(server, place, tmp_path):
@@ -75,7 +86,9 @@ def test_keep_deletes_old_steps_and_nothing_else(server, place, tmp_path):
     assert {path.name for path in place.iterdir()} == {str(STEPS - 1), str(STEPS), "metrics.jsonl"}
 
 
-def test_steps_there_are_neither_overwritten_nor_continued_unasked_and_fresh_deletes_them(server, saved, place, tmp_path):
+def test_steps_there_are_neither_overwritten_nor_continued_unasked_and_fresh_deletes_them(
+    server, saved, place, tmp_path
+):
     copy_to(server, saved, place)
     with pytest.raises(UsageError, match="2, 4, 6.*--resume"):
         train_run(place, logs=tmp_path)
@@ -83,9 +96,12 @@ def test_steps_there_are_neither_overwritten_nor_continued_unasked_and_fresh_del
     assert saved_steps(place) == [STEPS]
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax drops readers of the torn step
+# Orbax drops readers of the torn step
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 @pytest.mark.parametrize("damage", ["cut", "gone", "one bit"])
-def test_a_damaged_step_falls_back_to_the_one_before(reference, server, saved, place, tmp_path, caplog, damage):
+def test_a_damaged_step_falls_back_to_the_one_before(
+    reference, server, saved, place, tmp_path, caplog, damage
+):
     copy_to(server, saved, place)
     start_of_name = str(place).removeprefix("gs://")
     largest = max(server.under(f"{start_of_name}/6/"), key=lambda name: len(server.objects[name]))
@@ -103,12 +119,18 @@ def test_a_damaged_step_falls_back_to_the_one_before(reference, server, saved, p
 
 
 def test_wherever_a_move_breaks_off_one_of_both_is_whole(server, saved, place):
-    step = {name.removeprefix("/2/"): content for name, content in saved.items() if name.startswith("/2/")}
+    step = {
+        name.removeprefix("/2/"): content
+        for name, content in saved.items()
+        if name.startswith("/2/")
+    }
     start_of_name = str(place).removeprefix("gs://")
 
     def there(name):
-        return {key.removeprefix(f"{start_of_name}/{name}/"): server.objects[key]
-                for key in server.under(f"{start_of_name}/{name}/")}
+        return {
+            key.removeprefix(f"{start_of_name}/{name}/"): server.objects[key]
+            for key in server.under(f"{start_of_name}/{name}/")
+        }
 
     for changes in itertools.count():
         server.before_change = lambda name: None
@@ -124,7 +146,9 @@ def test_wherever_a_move_breaks_off_one_of_both_is_whole(server, saved, place):
         try:
             bucket.move(place / "2", place / "replaced-2")
         except OSError:
-            marked = [found for found in (there("2"), there("replaced-2")) if bucket.COMMITTED in found]
+            marked = [
+                found for found in (there("2"), there("replaced-2")) if bucket.COMMITTED in found
+            ]
             assert marked and all(found == step for found in marked)
         else:
             assert not there("2") and there("replaced-2") == step
@@ -138,12 +162,16 @@ def test_refused_writes_stop_the_run_in_one_line(server, place, tmp_path):
             raise Refused(403)
 
     server.before_change = refuse
-    with pytest.raises(UsageError, match="step 4 could not be written.*last good checkpoint is step 2") as stopped:
+    with pytest.raises(
+        UsageError, match="step 4 could not be written.*last good checkpoint is step 2"
+    ) as stopped:
         train_run(place, logs=tmp_path, save_every=2)
     assert "\n" not in str(stopped.value)
 
 
-@pytest.mark.parametrize("url, said", [("gs://missing/run", "404"), ("gs://bucket/run", "Max retries")])
+@pytest.mark.parametrize(
+    "url, said", [("gs://missing/run", "404"), ("gs://bucket/run", "Max retries")]
+)
 def test_a_bucket_out_of_reach_is_one_line(server, monkeypatch, url, said):
     if said != "404":  # no server at all
         with socket.socket() as free:
@@ -154,10 +182,17 @@ def test_a_bucket_out_of_reach_is_one_line(server, monkeypatch, url, said):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize("name, value, said", [
-    ("NANOCHAT_CHECKPOINT_DIR", "s3://bucket", "gs://bucket"), ("NANOCHAT_CHECKPOINT_DIR", "/mnt", "NANOCHAT_BASE_DIR"),
-    ("NANOCHAT_BASE_DIR", "gs://bucket", "NANOCHAT_CHECKPOINT_DIR")])
-def test_other_places_are_refused_with_what_to_give_instead(monkeypatch, tmp_path, name, value, said):
+@pytest.mark.parametrize(
+    "name, value, said",
+    [
+        ("NANOCHAT_CHECKPOINT_DIR", "s3://bucket", "gs://bucket"),
+        ("NANOCHAT_CHECKPOINT_DIR", "/mnt", "NANOCHAT_BASE_DIR"),
+        ("NANOCHAT_BASE_DIR", "gs://bucket", "NANOCHAT_CHECKPOINT_DIR"),
+    ],
+)
+def test_other_places_are_refused_with_what_to_give_instead(
+    monkeypatch, tmp_path, name, value, said
+):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
     monkeypatch.setenv(name, value)
     with pytest.raises(UsageError, match=f"{name}={value}.*{said}"):
@@ -170,24 +205,45 @@ def lock_object(place):
 
 def hold(server, place, *, pid=1, machine=None, expires=60.0):
     """The lock of another run, as its process wrote it."""
-    holder = {"id": "other", "process": "process 1 on host", "pid": pid, "expires": time.time() + expires,
-              "machine": bucket._machine() if machine is None else machine}
+    holder = {
+        "id": "other",
+        "process": "process 1 on host",
+        "pid": pid,
+        "expires": time.time() + expires,
+        "machine": bucket._machine() if machine is None else machine,
+    }
     server.store(lock_object(place), json.dumps(holder).encode())
 
 
-@pytest.mark.parametrize("holder", [
-    dict(machine="another"), dict(pid=os.getppid()), dict(machine="another", pid=2**22 + 1)], ids=["host", "parent", "its pid"])
+@pytest.mark.parametrize(
+    "holder",
+    [dict(machine="another"), dict(pid=os.getppid()), dict(machine="another", pid=2**22 + 1)],
+    ids=["host", "parent", "its pid"],
+)
 def test_a_tag_in_use_in_the_bucket_is_refused(server, place, tmp_path, holder):
     hold(server, place, **holder)
     before = server.objects[lock_object(place)]
-    with pytest.raises(UsageError, match=f"^{place} is in use by process 1 on host: wait") as refused, lock_tag(place):
+    with (
+        pytest.raises(
+            UsageError, match=f"^{place} is in use by process 1 on host: wait"
+        ) as refused,
+        lock_tag(place),
+    ):
         raise AssertionError("two runs hold the lock")
     assert "\n" not in str(refused.value) and server.objects[lock_object(place)] == before
 
 
-@pytest.mark.parametrize("holder", [
-    None, dict(machine="another", expires=-1.0), dict(pid=2**22 + 1), dict(pid=os.getpid()), b"torn"],
-    ids=["none", "expired", "dead", "same number", "torn"])
+@pytest.mark.parametrize(
+    "holder",
+    [
+        None,
+        dict(machine="another", expires=-1.0),
+        dict(pid=2**22 + 1),
+        dict(pid=os.getpid()),
+        b"torn",
+    ],
+    ids=["none", "expired", "dead", "same number", "torn"],
+)
 def test_a_lock_that_a_crash_left_in_the_bucket_is_taken_over_and_released(server, place, holder):
     if isinstance(holder, bytes):
         server.store(lock_object(place), holder)
@@ -220,7 +276,9 @@ def test_a_lock_whose_answer_was_lost_is_still_ones_own(server, place, monkeypat
     assert lock_object(place) not in server.objects
 
 
-def test_a_lock_in_the_bucket_is_renewed_until_another_run_takes_it(server, place, tmp_path, monkeypatch):
+def test_a_lock_in_the_bucket_is_renewed_until_another_run_takes_it(
+    server, place, tmp_path, monkeypatch
+):
     monkeypatch.setattr(bucket, "HEARTBEAT_S", 0.05)
 
     def wait_for(what):
@@ -245,13 +303,29 @@ def test_a_bucket_that_refuses_the_lock_is_one_line(server, place):
         raise Refused(403)
 
     server.before_change = refuse
-    with pytest.raises(UsageError, match=f"{place} cannot be locked .*403") as refused, lock_tag(place):
+    with (
+        pytest.raises(UsageError, match=f"{place} cannot be locked .*403") as refused,
+        lock_tag(place),
+    ):
         raise AssertionError("not locked")
     assert "\n" not in str(refused.value)
 
 
-FLAGS = [*MODEL, "--total-batch-size", "512", "--device-batch-size", "1", "--num-iterations", "8", "--save-every", "2",
-         "--eval-every", "-1", "--eval-tokens", "512"]
+FLAGS = [
+    *MODEL,
+    "--total-batch-size",
+    "512",
+    "--device-batch-size",
+    "1",
+    "--num-iterations",
+    "8",
+    "--save-every",
+    "2",
+    "--eval-every",
+    "-1",
+    "--eval-tokens",
+    "512",
+]
 
 
 @pytest.mark.slow
@@ -261,6 +335,7 @@ def test_a_run_killed_in_the_middle_of_saves_loses_nothing(server, tmp_path):
     whole, victims = [], []
     # At the first object of a step; among its arrays; at the object that would make it whole.
     for last in ("/2/", "/4/optimizer/manifest.ocdbt", f"/6/{bucket.COMMITTED}"):
+
         def kill(name, last=last):
             if last in name:
                 victims[-1].kill()
@@ -268,7 +343,9 @@ def test_a_run_killed_in_the_middle_of_saves_loses_nothing(server, tmp_path):
                 raise Refused(503)
 
         server.before_change = lambda name: None
-        (process,) = start("base_train", *FLAGS, "--model-tag", "killed", "--resume", base=paths.base, env=env)
+        (process,) = start(
+            "base_train", *FLAGS, "--model-tag", "killed", "--resume", base=paths.base, env=env
+        )
         victims.append(process)
         server.before_change = kill
         assert process.wait(timeout=300) == -9, process.stderr.read()
@@ -284,7 +361,15 @@ def test_a_run_killed_in_the_middle_of_saves_loses_nothing(server, tmp_path):
     # Another command on a machine with the bucket alone: the tokenizer comes from there, too.
     (tmp_path / "empty").mkdir()
     paths.data("embedded").rename(tmp_path / "empty" / paths.data("embedded").name)
-    said = run("base_loss", "--split-tokens", "512", "--device-batch-size", "2", base=tmp_path / "empty", env=env)
+    said = run(
+        "base_loss",
+        "--split-tokens",
+        "512",
+        "--device-batch-size",
+        "2",
+        base=tmp_path / "empty",
+        env=env,
+    )
     assert f"{read_metrics(killed / 'metrics.jsonl')[-1]['val_bpb']:.4f}" in said
 
 
@@ -296,13 +381,21 @@ def test_two_processes_without_a_disk_in_common_train_as_one_and_go_on_as_one(se
     flags = [*FLAGS, "--mesh", "8x1", "--model-tag", "pod"]
     refused = start("base_train", *flags, base=bases, devices=4, processes=2)
     said = errors_of(refused)
-    assert all(process.returncode == 2 for process in refused) and all("NANOCHAT_CHECKPOINT_DIR" in text for text in said), said
+    assert all(process.returncode == 2 for process in refused) and all(
+        "NANOCHAT_CHECKPOINT_DIR" in text for text in said
+    ), said
     run("base_train", *flags, "--keep", "3", base=bases, devices=4, processes=2, env=env)
     place = bucket.open_bucket("gs://bucket/pod") / "base_checkpoints" / "pod"
     assert saved_steps(place) == [4, 6, 8]
-    np.testing.assert_allclose(losses(bases[0] / "base_checkpoints" / "pod"), losses(bases[0] / "base_checkpoints" / "d2"),
-                               rtol=1e-5)
+    np.testing.assert_allclose(
+        losses(bases[0] / "base_checkpoints" / "pod"),
+        losses(bases[0] / "base_checkpoints" / "d2"),
+        rtol=1e-5,
+    )
     bucket.delete(place / "8")
     run("base_train", *flags, "--resume", base=bases[1], devices=8, env=env)
-    np.testing.assert_allclose(losses(bases[1] / "base_checkpoints" / "pod"), losses(bases[0] / "base_checkpoints" / "d2"),
-                               rtol=1e-5)
+    np.testing.assert_allclose(
+        losses(bases[1] / "base_checkpoints" / "pod"),
+        losses(bases[0] / "base_checkpoints" / "d2"),
+        rtol=1e-5,
+    )

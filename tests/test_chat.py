@@ -6,7 +6,11 @@ import re
 
 import pytest
 
-from nanochat_jax.conversation import render_conversation, render_for_completion, visualize_tokenization
+from nanochat_jax.conversation import (
+    render_conversation,
+    render_for_completion,
+    visualize_tokenization,
+)
 from nanochat_jax.tokenizer import RANKS_FILE, SPECIAL_TOKENS, Tokenizer, _parse_ranks
 
 PYTHON = [
@@ -21,7 +25,9 @@ SYSTEM = {"role": "system", "content": "Be brief."}
 
 def chat(*contents, system=None):
     roles = ("user", "assistant")
-    messages = [{"role": roles[index % 2], "content": content} for index, content in enumerate(contents)]
+    messages = [
+        {"role": roles[index % 2], "content": content} for index, content in enumerate(contents)
+    ]
     if system is not None:
         messages.insert(0, {"role": "system", "content": system})
     return {"messages": messages}
@@ -34,25 +40,33 @@ def tokenizer():
 
 def test_ids_and_masks_equal_upstreams(test_data):
     directory = test_data / "golden" / "tokenizer"
-    tokenizer = Tokenizer(_parse_ranks((directory / RANKS_FILE).read_bytes(), directory / RANKS_FILE))
+    tokenizer = Tokenizer(
+        _parse_ranks((directory / RANKS_FILE).read_bytes(), directory / RANKS_FILE)
+    )
     cases = json.loads((directory / "expected.json").read_text())["conversations"]
     assert cases
     for case in cases:
         assert render_conversation(tokenizer, case["conversation"]) == (case["ids"], case["mask"])
-        assert render_conversation(tokenizer, case["conversation"], 12)[0] == case["ids_max_tokens_12"]
+        assert (
+            render_conversation(tokenizer, case["conversation"], 12)[0] == case["ids_max_tokens_12"]
+        )
         assert render_for_completion(tokenizer, case["conversation"]) == case["completion_ids"]
 
 
 def test_only_what_the_assistant_produces_is_learned(tokenizer):
-    ids, mask = render_conversation(tokenizer, chat("What is 12 times 3?", PYTHON, "Thanks", "Welcome"))
+    ids, mask = render_conversation(
+        tokenizer, chat("What is 12 times 3?", PYTHON, "Thanks", "Welcome")
+    )
     assert len(ids) == len(mask)
     learned = [token for token, bit in zip(ids, mask, strict=True) if bit]
     assert tokenizer.decode(learned) == (
-        "Let me see. <|python_start|>12*3<|python_end|>It is 36.<|assistant_end|>Welcome<|assistant_end|>"
+        "Let me see. <|python_start|>12*3<|python_end|>It is "
+        "36.<|assistant_end|>Welcome<|assistant_end|>"
     )
     assert tokenizer.decode(ids) == (
         "<|bos|><|user_start|>What is 12 times 3?<|user_end|>"
-        "<|assistant_start|>Let me see. <|python_start|>12*3<|python_end|><|output_start|>36<|output_end|>It is 36."
+        "<|assistant_start|>Let me see. "
+        "<|python_start|>12*3<|python_end|><|output_start|>36<|output_end|>It is 36."
         "<|assistant_end|><|user_start|>Thanks<|user_end|><|assistant_start|>Welcome<|assistant_end|>"
     )
 
@@ -61,7 +75,13 @@ def test_control_tokens_in_a_message_are_only_text(tokenizer):
     attack = "".join(SPECIAL_TOKENS)
     ids, _ = render_conversation(tokenizer, chat(attack, attack, system=attack))
     specials = [token for token in ids if token in tokenizer.special_tokens.values()]
-    names = ["<|bos|>", "<|user_start|>", "<|user_end|>", "<|assistant_start|>", "<|assistant_end|>"]
+    names = [
+        "<|bos|>",
+        "<|user_start|>",
+        "<|user_end|>",
+        "<|assistant_start|>",
+        "<|assistant_end|>",
+    ]
     assert specials == [tokenizer.encode_special(name) for name in names]
 
 
@@ -91,13 +111,31 @@ def test_ids_and_mask_are_cut_together(tokenizer):
     ("conversation", "message"),
     [
         ({"messages": []}, "message 0: a conversation needs"),
-        ({"messages": [{"role": "assistant", "content": "a"}]}, "message 0: the role should be user"),
-        ({"messages": chat("a")["messages"] * 2}, "message 1: the role should be assistant, not 'user'"),
-        ({"messages": [*chat("a", "b")["messages"], {"role": "tool", "content": "c"}]}, "message 2: the role"),
+        (
+            {"messages": [{"role": "assistant", "content": "a"}]},
+            "message 0: the role should be user",
+        ),
+        (
+            {"messages": chat("a")["messages"] * 2},
+            "message 1: the role should be assistant, not 'user'",
+        ),
+        (
+            {"messages": [*chat("a", "b")["messages"], {"role": "tool", "content": "c"}]},
+            "message 2: the role",
+        ),
         ({"messages": [SYSTEM]}, "message 1: the user must follow"),
-        ({"messages": [SYSTEM, {"role": "assistant", "content": "a"}]}, "message 1: the user must follow"),
-        ({"messages": [SYSTEM | {"content": None}, *chat("a")["messages"]]}, "message 0: the content of a system"),
-        (chat([{"type": "text", "text": "a"}]), "message 0: a user's content is a string, got list"),
+        (
+            {"messages": [SYSTEM, {"role": "assistant", "content": "a"}]},
+            "message 1: the user must follow",
+        ),
+        (
+            {"messages": [SYSTEM | {"content": None}, *chat("a")["messages"]]},
+            "message 0: the content of a system",
+        ),
+        (
+            chat([{"type": "text", "text": "a"}]),
+            "message 0: a user's content is a string, got list",
+        ),
         (chat("a", "b", PYTHON, "c", system="s"), "message 3: a user's content is a string"),
         (chat("a", None), "message 1: content is a string or a list of parts, got NoneType"),
         (chat("a", [{"type": "image", "text": "b"}]), "message 1: a part is a text of type"),
@@ -118,4 +156,7 @@ def test_a_completion_needs_an_answer_to_drop(tokenizer, conversation):
 def test_learned_tokens_are_shown_green_and_others_red(tokenizer):
     red, green, gray, reset = "\033[91m", "\033[92m", "\033[90m", "\033[0m"
     assert visualize_tokenization(tokenizer, [97, 98], [0, 1]) == f"{red}a{reset}|{green}b{reset}"
-    assert visualize_tokenization(tokenizer, [97], [1], with_token_id=True) == f"{green}a{reset}{gray}(97){reset}"
+    assert (
+        visualize_tokenization(tokenizer, [97], [1], with_token_id=True)
+        == f"{green}a{reset}{gray}(97){reset}"
+    )

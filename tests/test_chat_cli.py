@@ -36,7 +36,9 @@ REPLY = [*"Hé: ".encode(), PYTHON, *b"1+2", PYTHON_END, OUTPUT, *b"3", OUTPUT_E
 
 @pytest.fixture
 def talk(monkeypatch, tmp_path, capsys):
-    """Run the script on lines typed by a user; returns its exit code, its output, and the prompts the model saw."""
+    """Run the script on lines typed by a user; returns its exit code, its output, and the prompts
+    the model saw.
+    """
 
     def run(*lines, texts=CHAT, stdin=None, **options):
         params = chain_params(*texts)
@@ -80,7 +82,9 @@ def test_one_prompt_prints_the_reply_alone(talk):
     assert prompts == [[BOS, *question("Hello <|bos|>")]]
 
 
-@pytest.mark.parametrize("clear,leave", [("clear", "quit"), ("/clear", "/quit"), ("/Clear", "/exit")])
+@pytest.mark.parametrize(
+    "clear,leave", [("clear", "quit"), ("/clear", "/quit"), ("/Clear", "/exit")]
+)
 def test_history_holds_the_reply_tokens_until_cleared(talk, clear, leave):
     _, out, prompts = talk("one", "  ", "two", clear, "three", leave, "four")
     assert prompts == [
@@ -93,7 +97,7 @@ def test_history_holds_the_reply_tokens_until_cleared(talk, clear, leave):
 
 def test_bytes_that_are_no_text_do_not_end_a_chat(talk):
     _, out, prompts = talk(stdin=b"h\xff\xe9i\nyes\nquit\nmore\n")
-    assert [prompt[-len(question("yes")):] for prompt in prompts[1:]] == [question("yes")]
+    assert [prompt[-len(question("yes")) :] for prompt in prompts[1:]] == [question("yes")]
     assert prompts[0] == [BOS, *question("h\ufffd\ufffdi")]
 
 
@@ -144,7 +148,9 @@ def test_interrupting_a_reply_keeps_the_chat(talk, monkeypatch):
         step(loop)
 
     monkeypatch.setattr(EngineLoop, "step", interrupted)
-    _, out, prompts = talk("a", KeyboardInterrupt(), "b", texts=((ASSISTANT_START, "0123456789", END),), max_tokens=30)
+    _, out, prompts = talk(
+        "a", KeyboardInterrupt(), "b", texts=((ASSISTANT_START, "0123456789", END),), max_tokens=30
+    )
     assert "Assistant: 01234\n" in out
     assert prompts[1] == [BOS, *question("a"), *b"01234", END, *question("b")]
     assert "Assistant: 0123456789\n" in out
@@ -167,6 +173,12 @@ def test_the_parameters_are_in_memory_once(monkeypatch, tmp_path, dtype):
     loaded = [Loaded(CHAIN, chain_params(*CHAT), TOKENIZER, {}, tmp_path, 1, "sft")]
     masters = [weakref.ref(leaf) for leaf in jax.tree.leaves(loaded[0].params["blocks"])]
     monkeypatch.setattr(pretrained, "load_model", lambda *_, **__: loaded.pop())
-    engine, model = pretrained.load_engine(Paths(tmp_path), "sft", tag=None, step=None, dtype=dtype, num_slots=1)
+    engine, model = pretrained.load_engine(
+        Paths(tmp_path), "sft", tag=None, step=None, dtype=dtype, num_slots=1
+    )
     gc.collect()
-    assert model.step == 1 and len(jax.tree.leaves(engine.params["blocks"])) and not any(master() for master in masters)
+    assert (
+        model.step == 1
+        and len(jax.tree.leaves(engine.params["blocks"]))
+        and not any(master() for master in masters)
+    )

@@ -1,4 +1,6 @@
-"""Chat evaluation: letters against a plain forward pass, replies through the engine, and what is written down."""
+"""Chat evaluation: letters against a plain forward pass, replies through the engine, and what is
+written down.
+"""
 
 import dataclasses
 import json
@@ -25,7 +27,9 @@ from nanochat_jax.tasks.base import Task, assistant, user
 from nanochat_jax.tokenizer import Tokenizer
 
 TOKENIZER = Tokenizer({bytes([i]): i for i in range(256)})
-CONFIG = GPTConfig.modern(2, aspect_ratio=16, head_dim=32, sequence_len=64, vocab_size=TOKENIZER.vocab_size)
+CONFIG = GPTConfig.modern(
+    2, aspect_ratio=16, head_dim=32, sequence_len=64, vocab_size=TOKENIZER.vocab_size
+)
 LONG = 100  # longer than CONFIG.sequence_len
 
 
@@ -40,7 +44,10 @@ class Letters(Task):
     def get_example(self, index: int):
         letters = list("ABCDE"[: 2 + index % 4])
         question = f"{index}" + "?" * (1, 20, LONG)[index % 3]
-        return {"messages": [user(question), assistant(letters[index % len(letters)])], "letters": letters}
+        return {
+            "messages": [user(question), assistant(letters[index % len(letters)])],
+            "letters": letters,
+        }
 
     def evaluate(self, conversation, completion):
         assert completion in conversation["letters"]
@@ -50,7 +57,9 @@ class Letters(Task):
 @pytest.fixture(scope="module")
 def params():
     rng = np.random.default_rng(1)
-    return jax.tree.map(lambda w: rng.normal(0, 0.3, w.shape).astype(np.float32), abstract_params(CONFIG))
+    return jax.tree.map(
+        lambda w: rng.normal(0, 0.3, w.shape).astype(np.float32), abstract_params(CONFIG)
+    )
 
 
 def test_batches_hold_every_sequence_once_and_have_few_shapes():
@@ -64,8 +73,13 @@ def test_batches_hold_every_sequence_once_and_have_few_shapes():
 
 
 def letters_of(task, params, **options):
-    generator = Generator(config=CONFIG, params=params, tokenizer=TOKENIZER, num_slots=2,
-                          compute=Compute(mesh=options.pop("mesh", None)))
+    generator = Generator(
+        config=CONFIG,
+        params=params,
+        tokenizer=TOKENIZER,
+        num_slots=2,
+        compute=Compute(mesh=options.pop("mesh", None)),
+    )
     return chat.evaluate_categorical(task, generator, **options)
 
 
@@ -76,7 +90,9 @@ def test_the_likeliest_letter_is_chosen(params, mesh):
     assert [problem.index for problem in problems] == list(range(12))
     prompts = [render_for_completion(TOKENIZER, task[i]) for i in range(12)]
     padded = np.array([prompt + [0] * (128 - len(prompt)) for prompt in prompts])
-    logits = jax.jit(lambda params: unembed(params, forward(params, padded, config=CONFIG)[0], config=CONFIG))(params)
+    logits = jax.jit(
+        lambda params: unembed(params, forward(params, padded, config=CONFIG)[0], config=CONFIG)
+    )(params)
     for i, problem in enumerate(problems):
         letters = task[i]["letters"]
         scores = [float(logits[i, len(prompts[i]) - 1, ord(letter)]) for letter in letters]
@@ -116,10 +132,13 @@ def test_replies_are_judged_by_their_text_alone_and_long_prompts_are_not_cut():
     params = chain_params((ASSISTANT_START, PYTHON, "6*7", PYTHON_END), (OUTPUT_END, "=ok", END))
     generator = Generator(config=CHAIN, params=params, tokenizer=TOKENIZER, num_slots=3)
     problems = chat.evaluate_generative(Product(), generator, Sampling(max_new_tokens=20))
-    assert [problem.passed for problem in problems] == [True] * 5  # prompts up to three times the model's length
+    # prompts up to three times the model's length
+    assert [problem.passed for problem in problems] == [True] * 5
     called = "<|python_start|>6*7<|python_end|><|output_start|>42<|output_end|>=ok"
     assert {problem.completions for problem in problems} == {(called,)}
-    problems = chat.evaluate_generative(Product().view(stop=2), generator, Sampling(max_new_tokens=9))
+    problems = chat.evaluate_generative(
+        Product().view(stop=2), generator, Sampling(max_new_tokens=9)
+    )
     cut = "<|python_start|>6*7<|python_end|><|output_start|>42<|output_end|>"
     assert [problem.completions for problem in problems] == [(cut,)] * 2
     assert not any(problem.passed for problem in problems)
@@ -136,7 +155,9 @@ def test_one_right_sample_of_several_passes(params):
     problems = chat.evaluate_generative(Vowel().view(stop=3), generator, sampling)
     for problem in problems:
         assert len(problem.completions) == 12 and len(set(problem.completions)) > 3
-        assert problem.passed == any(completion in tuple("aeiou") for completion in problem.completions)
+        assert problem.passed == any(
+            completion in tuple("aeiou") for completion in problem.completions
+        )
     completions = [problem.completions for problem in problems]
     assert len(set(completions)) == 3, "problems have random streams of their own"
     again = chat.evaluate_generative(Vowel().view(stop=3), generator, sampling)
@@ -156,13 +177,27 @@ def test_tasks_that_cannot_be_evaluated_are_errors(params):
 
 
 def test_chatcore_is_only_given_for_all_its_tasks():
-    baselines = dict.fromkeys(chat.CHATCORE_6, 0.0) | dict.fromkeys(("arc_easy", "arc_challenge", "mmlu"), 0.25)
+    baselines = dict.fromkeys(chat.CHATCORE_6, 0.0) | dict.fromkeys(
+        ("arc_easy", "arc_challenge", "mmlu"), 0.25
+    )
     # Accuracies and result of an independent report of the classic code, which counts six tasks.
-    accuracies = {"arc_easy": 0.4684, "arc_challenge": 0.3362, "mmlu": 0.3314, "gsm8k": 0.0697, "humaneval": 0.0915,
-                  "spelling_bee": 1.0}
+    accuracies = {
+        "arc_easy": 0.4684,
+        "arc_challenge": 0.3362,
+        "mmlu": 0.3314,
+        "gsm8k": 0.0697,
+        "humaneval": 0.0915,
+        "spelling_bee": 1.0,
+    }
     assert chat.chatcore(accuracies, baselines)["chatcore_6"] == pytest.approx(0.2793, abs=1e-4)
     # The README's table counts five.
-    five = {"arc_easy": 0.3876, "arc_challenge": 0.2807, "mmlu": 0.3151, "gsm8k": 0.0455, "humaneval": 0.0854}
+    five = {
+        "arc_easy": 0.3876,
+        "arc_challenge": 0.2807,
+        "mmlu": 0.3151,
+        "gsm8k": 0.0455,
+        "humaneval": 0.0854,
+    }
     assert chat.chatcore(five, baselines) == {"chatcore_5": pytest.approx(0.0884, abs=1e-4)}
     assert chat.chatcore({"arithmetic": 1.0}, {"arithmetic": 0.0}) == {}
 
@@ -175,8 +210,12 @@ def test_problems_are_written_a_line_each(tmp_path, params):
     lines = [json.loads(line) for line in path.read_text().splitlines()]
     assert [line["index"] for line in lines] == [0, 1, 2]
     assert lines[2]["question"] == "half a pair: \ud800"
-    assert lines[0] == {"index": 0, "question": "0?", "completions": list(problems[0].completions),
-                        "passed": problems[0].passed}
+    assert lines[0] == {
+        "index": 0,
+        "question": "0?",
+        "completions": list(problems[0].completions),
+        "passed": problems[0].passed,
+    }
     assert [p.name for p in path.parent.iterdir()] == ["problems.jsonl"]
 
 
@@ -196,7 +235,9 @@ def test_a_question_file_takes_no_name_that_is_another_tasks_or_files(tmp_path):
 
 
 def test_accuracy_on_arc_is_upstreams(test_data, tmp_path):
-    """5 of the first 60 problems of ARC-Easy, as upstream's evaluation of the same checkpoint printed."""
+    """5 of the first 60 problems of ARC-Easy, as upstream's evaluation of the same checkpoint
+    printed.
+    """
     config, params, tokenizer, _ = load_trained(test_data, "modern")
     (tmp_path / "task_data").symlink_to(test_data / "data" / "task_data")
     task = ARC(Paths(tmp_path), "ARC-Easy", "test")

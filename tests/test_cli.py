@@ -1,4 +1,6 @@
-"""Command lines: both spellings, upstream's `--name=value`, and mistakes that end in one line and exit code 2."""
+"""Command lines: both spellings, upstream's `--name=value`, and mistakes that end in one line and
+exit code 2.
+"""
 
 import errno
 import importlib.util
@@ -37,31 +39,45 @@ def parse(*argv):
     return cli.parse(Config, argv, prog="test", description="")
 
 
-@pytest.mark.parametrize("argv, expected", [
-    ([], Config()),
-    (["--max-chars", "5"], Config(max_chars=5)),
-    (["--max_chars=2e9"], Config(max_chars=2_000_000_000)),
-    (["-r", "0.5", "--name", "b"], Config(rate=0.5, name="b")),
-    (["--on"], Config(on=True)),
-    (["--on=false"], Config(on=False)),
-    (["--on", "0"], Config(on=False)),
-    (["--", "--max-chars=5", "--on"], Config(max_chars=5, on=True)),
-    (["--every", "-1"], Config()),
-    (["--every", "1e2"], Config(every=100)),
-])
+@pytest.mark.parametrize(
+    "argv, expected",
+    [
+        ([], Config()),
+        (["--max-chars", "5"], Config(max_chars=5)),
+        (["--max_chars=2e9"], Config(max_chars=2_000_000_000)),
+        (["-r", "0.5", "--name", "b"], Config(rate=0.5, name="b")),
+        (["--on"], Config(on=True)),
+        (["--on=false"], Config(on=False)),
+        (["--on", "0"], Config(on=False)),
+        (["--", "--max-chars=5", "--on"], Config(max_chars=5, on=True)),
+        (["--every", "-1"], Config()),
+        (["--every", "1e2"], Config(every=100)),
+    ],
+)
 def test_flags_of_both_spellings(argv, expected):
     assert parse(*argv) == expected
 
 
-@pytest.mark.parametrize("argv, named", [
-    (["--max-char", "5"], "--max-char"), (["--max-chars", "1.5"], "1.5"), (["--max-chars", "x"], "x"),
-    (["--name", "c"], "'c'"), (["--max-chars", "0"], "--max-chars must be at least 1, got 0"),
-    (["--share", "2"], "got 2"), (["stray"], "stray"), (["--on=maybe"], "maybe"),
-    (["--max-chars", "inf"], "inf"), (["--max-chars", "1", "--", "--on"], "--on"),
-    (["--every", "0"], "--every must be at least 1, or -1, got 0"), (["--every", "-2"], "or -1, got -2"),
-    (["--every", "101"], "--every must be at most 100, or -1, got 101"),
-    (["--share", "nan"], "--share must be at least 0, got nan"), (["--share=-inf"], "got -inf"),
-])
+@pytest.mark.parametrize(
+    "argv, named",
+    [
+        (["--max-char", "5"], "--max-char"),
+        (["--max-chars", "1.5"], "1.5"),
+        (["--max-chars", "x"], "x"),
+        (["--name", "c"], "'c'"),
+        (["--max-chars", "0"], "--max-chars must be at least 1, got 0"),
+        (["--share", "2"], "got 2"),
+        (["stray"], "stray"),
+        (["--on=maybe"], "maybe"),
+        (["--max-chars", "inf"], "inf"),
+        (["--max-chars", "1", "--", "--on"], "--on"),
+        (["--every", "0"], "--every must be at least 1, or -1, got 0"),
+        (["--every", "-2"], "or -1, got -2"),
+        (["--every", "101"], "--every must be at most 100, or -1, got 101"),
+        (["--share", "nan"], "--share must be at least 0, got nan"),
+        (["--share=-inf"], "got -inf"),
+    ],
+)
 def test_mistakes_name_the_value(argv, named):
     with pytest.raises(UsageError, match=named):
         parse(*argv)
@@ -75,12 +91,20 @@ class Files:
     size: int = flag(3, "a number", at_least=1, at_most=9)
 
 
-@pytest.mark.parametrize("argv, files, append", [
-    (["--append", "a.txt"], ["a.txt"], True), (["--append", "1", "b"], ["1", "b"], True), (["--append", "yes"], ["yes"], True),
-    (["a.txt", "--append"], ["a.txt"], True), (["--append=false", "a.txt"], ["a.txt"], False),
-    (["--append", "--size", "2", "a.txt"], ["a.txt"], True), (["--add-all", "a.txt"], ["a.txt"], False),
-    (["--append", "--", "--append"], ["--append"], True), (["--", "--append"], ["--append"], False),
-])
+@pytest.mark.parametrize(
+    "argv, files, append",
+    [
+        (["--append", "a.txt"], ["a.txt"], True),
+        (["--append", "1", "b"], ["1", "b"], True),
+        (["--append", "yes"], ["yes"], True),
+        (["a.txt", "--append"], ["a.txt"], True),
+        (["--append=false", "a.txt"], ["a.txt"], False),
+        (["--append", "--size", "2", "a.txt"], ["a.txt"], True),
+        (["--add-all", "a.txt"], ["a.txt"], False),
+        (["--append", "--", "--append"], ["--append"], True),
+        (["--", "--append"], ["--append"], False),
+    ],
+)
 def test_a_yes_or_no_flag_leaves_the_arguments_after_it(argv, files, append):
     config = cli.parse(Files, argv, prog="test", description=None)
     assert (config.files, config.append) == (files, append)
@@ -105,12 +129,33 @@ def raises(error):
     return work
 
 
-@pytest.mark.parametrize("number", [errno.EFBIG, errno.EBUSY, errno.EXDEV, errno.EMFILE, errno.ESTALE, errno.ENOSPC, errno.EIO,
-                                    errno.EROFS, errno.ETXTBSY, errno.ELOOP, errno.EDQUOT, errno.ENOTEMPTY])
+@pytest.mark.parametrize(
+    "number",
+    [
+        errno.EFBIG,
+        errno.EBUSY,
+        errno.EXDEV,
+        errno.EMFILE,
+        errno.ESTALE,
+        errno.ENOSPC,
+        errno.EIO,
+        errno.EROFS,
+        errno.ETXTBSY,
+        errno.ELOOP,
+        errno.EDQUOT,
+        errno.ENOTEMPTY,
+    ],
+)
 def test_every_error_of_a_disk_names_the_file_and_the_cause_in_one_line(capsys, number):
     cause = os.strerror(number)
-    assert ended(capsys, raises(OSError(number, cause, "/a/file"))) == (2, f"error: /a/file: {cause}\n")
-    assert ended(capsys, raises(OSError(number, cause, "/a", None, "/b"))) == (2, f"error: /a -> /b: {cause}\n")
+    assert ended(capsys, raises(OSError(number, cause, "/a/file"))) == (
+        2,
+        f"error: /a/file: {cause}\n",
+    )
+    assert ended(capsys, raises(OSError(number, cause, "/a", None, "/b"))) == (
+        2,
+        f"error: /a -> /b: {cause}\n",
+    )
     assert ended(capsys, raises(OSError(number, cause))) == (2, f"error: {cause}\n")
 
 
@@ -126,12 +171,22 @@ def test_an_error_of_a_library_without_a_number_is_one_line(capsys):
     assert ended(capsys, raises(OSError("cannot\n  do it"))) == (2, "error: cannot do it\n")
 
 
-@pytest.mark.parametrize("error, full", [
-    (ValueError(f'RESOURCE_EXHAUSTED: Error writing "{"/long" * 200}": No space left on device [OS error 28: ENOSPC] '
-                "[tensorstore_spec='{...}'] [source locations='a.cc:1']"), True),
-    (OSError(errno.ENOSPC, "No space left on device"), True), (OSError(errno.EDQUOT, "Disk quota exceeded"), True),
-    (OSError(errno.EIO, "Input/output error"), False), (ValueError("x" * 1000 + " the cause"), False),
-])
+@pytest.mark.parametrize(
+    "error, full",
+    [
+        (
+            ValueError(
+                f'RESOURCE_EXHAUSTED: Error writing "{"/long" * 200}": No space left on device [OS error 28: ENOSPC] '
+                "[tensorstore_spec='{...}'] [source locations='a.cc:1']"
+            ),
+            True,
+        ),
+        (OSError(errno.ENOSPC, "No space left on device"), True),
+        (OSError(errno.EDQUOT, "Disk quota exceeded"), True),
+        (OSError(errno.EIO, "Input/output error"), False),
+        (ValueError("x" * 1000 + " the cause"), False),
+    ],
+)
 def test_a_failed_write_says_why_to_the_end(error, full):
     for wrapped in (error, wrap(error)):
         text = cli.write_failure(wrapped)
@@ -160,13 +215,21 @@ cli.guard(work)
 def test_a_reader_who_leaves_ends_a_command_quietly(lines):
     read, write = os.pipe()
     os.close(read)
-    done = subprocess.run([sys.executable, "-c", PIPE.format(lines=lines)], stdout=write, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run(
+        [sys.executable, "-c", PIPE.format(lines=lines)],
+        stdout=write,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
     os.close(write)
     assert (done.returncode, done.stderr) == (cli.EXIT_NO_READER, "")
 
 
 def test_a_broken_connection_is_no_closed_pipe(capsys):
-    assert ended(capsys, raises(BrokenPipeError(errno.EPIPE, "Broken pipe"))) == (2, "error: Broken pipe\n")
+    assert ended(capsys, raises(BrokenPipeError(errno.EPIPE, "Broken pipe"))) == (
+        2,
+        "error: Broken pipe\n",
+    )
 
 
 @pytest.mark.skipif(not Path("/dev/full").exists(), reason="no /dev/full")
@@ -174,21 +237,39 @@ def test_a_broken_connection_is_no_closed_pipe(capsys):
 @pytest.mark.parametrize("lines", [1, 100_000], ids=["at the end", "in the middle"])
 def test_output_that_cannot_be_written_is_an_error(lines, unbuffered):
     with open("/dev/full", "w") as full:
-        done = subprocess.run([sys.executable, "-c", PIPE.format(lines=lines)], stdout=full, stderr=subprocess.PIPE, text=True,
-                              env=os.environ | {"PYTHONUNBUFFERED": unbuffered})
-    assert (done.returncode, done.stderr) == (2, "error: standard output: No space left on device\n")
+        done = subprocess.run(
+            [sys.executable, "-c", PIPE.format(lines=lines)],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            env=os.environ | {"PYTHONUNBUFFERED": unbuffered},
+        )
+    assert (done.returncode, done.stderr) == (
+        2,
+        "error: standard output: No space left on device\n",
+    )
 
 
 @pytest.mark.parametrize("import_first", [False, True])
 def test_a_current_directory_that_is_gone_is_named(tmp_path, import_first):
     code = "import os; os.chdir({0!r}); os.rmdir({0!r}); {1}".format(
-        str(tmp_path / "gone"), "import sys; sys.argv[0] = '-m'; import scripts; os.getcwd()" if import_first else
-        "from nanochat_jax import cli; cli.guard(os.getcwd)")
+        str(tmp_path / "gone"),
+        "import sys; sys.argv[0] = '-m'; import scripts; os.getcwd()"
+        if import_first
+        else "from nanochat_jax import cli; cli.guard(os.getcwd)",
+    )
     (tmp_path / "gone").mkdir()
-    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True,
-                          env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])})
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
+    )
     assert done.returncode == 2
-    assert done.stderr == "error: the current directory does not exist any more: change to another one\n"
+    assert (
+        done.stderr
+        == "error: the current directory does not exist any more: change to another one\n"
+    )
 
 
 @pytest.mark.parametrize("home", [None, ""])
@@ -217,12 +298,19 @@ def test_a_command_line_needs_no_docstrings():
 @pytest.mark.slow
 def test_scripts_run_without_docstrings(tmp_path):
     for module in ("scripts.base_train", "scripts.chat_eval", "nanochat_jax.dataset"):
-        done = subprocess.run([sys.executable, "-OO", "-m", module, "--help"], capture_output=True, text=True)
+        done = subprocess.run(
+            [sys.executable, "-OO", "-m", module, "--help"], capture_output=True, text=True
+        )
         assert done.returncode == 0 and done.stdout.startswith("usage:"), done.stderr
 
 
-@pytest.mark.parametrize("platform, named", [("cuda", "JAX_PLATFORMS=cuda: JAX finds no such platform here"),
-                                             ("CPU", "JAX_PLATFORMS=CPU: JAX finds no such platform here")])
+@pytest.mark.parametrize(
+    "platform, named",
+    [
+        ("cuda", "JAX_PLATFORMS=cuda: JAX finds no such platform here"),
+        ("CPU", "JAX_PLATFORMS=CPU: JAX finds no such platform here"),
+    ],
+)
 def test_a_platform_that_is_not_there_is_named_with_its_variable(platform, named, monkeypatch):
     if platform == "cuda" and importlib.util.find_spec("jax_cuda12_plugin"):
         pytest.skip("JAX with CUDA")
@@ -233,8 +321,20 @@ def test_a_platform_that_is_not_there_is_named_with_its_variable(platform, named
         Machine.probe("rocm")
 
 
-SCRIPTS = ["base_train", "base_loss", "base_eval", "mid_train", "chat_sft", "chat_eval", "chat_rl", "chat_cli", "serve",
-           "tok_train", "tok_eval", "speedrun"]
+SCRIPTS = [
+    "base_train",
+    "base_loss",
+    "base_eval",
+    "mid_train",
+    "chat_sft",
+    "chat_eval",
+    "chat_rl",
+    "chat_cli",
+    "serve",
+    "tok_train",
+    "tok_eval",
+    "speedrun",
+]
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -244,15 +344,23 @@ def test_every_script_refuses_an_unknown_flag_in_one_line(script, tmp_path):
     assert ended.stderr.strip().count("\n") == 0 and "--no-such-flag" in ended.stderr
 
 
-@pytest.mark.parametrize("script, argv, advice", [
-    ("base_train", [], "scripts.tok_train"), ("tok_train", [], "nanochat_jax.dataset"),
-    ("chat_cli", ["-p", "hi"], "scripts.chat_sft"), ("mid_train", [], "scripts.base_train"),
-    ("serve", ["-i", "mid"], "scripts.mid_train"), ("speedrun", ["--mesh", "64x1"], "64x1"),
-    # What is named is looked for before the model, which is missing here too.
-    ("chat_eval", ["-a", "Arithmetik"], "Arithmetik"), ("chat_eval", ["--task-file", "no.jsonl"], "no.jsonl"),
-    ("mid_train", ["--mixture", "SmallTalk"], "SmallTalk"), ("chat_sft", ["--mixture", "no.jsonl"], "no.jsonl"),
-    ("chat_rl", ["--task", "GSM9K"], "GSM9K"),
-])
+@pytest.mark.parametrize(
+    "script, argv, advice",
+    [
+        ("base_train", [], "scripts.tok_train"),
+        ("tok_train", [], "nanochat_jax.dataset"),
+        ("chat_cli", ["-p", "hi"], "scripts.chat_sft"),
+        ("mid_train", [], "scripts.base_train"),
+        ("serve", ["-i", "mid"], "scripts.mid_train"),
+        ("speedrun", ["--mesh", "64x1"], "64x1"),
+        # What is named is looked for before the model, which is missing here too.
+        ("chat_eval", ["-a", "Arithmetik"], "Arithmetik"),
+        ("chat_eval", ["--task-file", "no.jsonl"], "no.jsonl"),
+        ("mid_train", ["--mixture", "SmallTalk"], "SmallTalk"),
+        ("chat_sft", ["--mixture", "no.jsonl"], "no.jsonl"),
+        ("chat_rl", ["--task", "GSM9K"], "GSM9K"),
+    ],
+)
 def test_what_is_missing_is_said_in_one_line_with_what_to_run(script, argv, advice, tmp_path):
     ended = run_script(script, *argv, base=tmp_path)
     assert ended.returncode == 2, ended.stderr
@@ -262,9 +370,18 @@ def test_what_is_missing_is_said_in_one_line_with_what_to_run(script, argv, advi
 def test_a_base_directory_that_cannot_be_is_said_in_one_line(tmp_path):
     (tmp_path / "file").write_text("")
     ended = run_script("tok_train", "--data", "embedded", base=tmp_path / "file")
-    assert ended.returncode == 2 and "Traceback" not in ended.stderr and str(tmp_path / "file") in ended.stderr
+    assert (
+        ended.returncode == 2
+        and "Traceback" not in ended.stderr
+        and str(tmp_path / "file") in ended.stderr
+    )
     with pytest.raises(SystemExit) as exit:
-        cli.run(lambda config: (tmp_path / "file" / "below").mkdir(), Config, prog="test", description="")
+        cli.run(
+            lambda config: (tmp_path / "file" / "below").mkdir(),
+            Config,
+            prog="test",
+            description="",
+        )
     assert exit.value.code == 2
 
 
@@ -287,17 +404,30 @@ cli.run(main, Config, prog="test", description="")
 """
 
 
-@pytest.mark.parametrize("how", [
-    "interrupt()", "gc.callbacks.append(lambda *_: (gc.callbacks.clear(), interrupt()))\n    gc.collect()",
-], ids=["at any place", "in a callback of the collector"])
+@pytest.mark.parametrize(
+    "how",
+    [
+        "interrupt()",
+        "gc.callbacks.append(lambda *_: (gc.callbacks.clear(), interrupt()))\n    gc.collect()",
+    ],
+    ids=["at any place", "in a callback of the collector"],
+)
 def test_an_interrupt_ends_a_script_without_a_traceback(how):
-    ended = subprocess.run([sys.executable, "-c", INTERRUPTED.format(how=how)], capture_output=True, text=True, timeout=50)
+    ended = subprocess.run(
+        [sys.executable, "-c", INTERRUPTED.format(how=how)],
+        capture_output=True,
+        text=True,
+        timeout=50,
+    )
     assert (ended.returncode, ended.stderr) == (130, "stopped\n")
 
 
 def test_an_interrupt_while_a_script_imports_ends_it_without_a_traceback():
-    code = "import sys; sys.argv[0] = '-m'; import scripts; raise KeyboardInterrupt"  # as under `python -m scripts.NAME`
-    ended = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    # as under `python -m scripts.NAME`
+    code = "import sys; sys.argv[0] = '-m'; import scripts; raise KeyboardInterrupt"
+    ended = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1]
+    )
     assert ended.returncode in (130, -signal.SIGINT) and ended.stderr == "stopped\n"
 
 
@@ -308,7 +438,9 @@ def test_a_bucket_is_not_taken_for_a_directory(tmp_path):
 
 def run_script(script, *argv, base):
     env = os.environ | {"NANOCHAT_BASE_DIR": str(base), "XLA_FLAGS": ""}
-    return subprocess.run([sys.executable, "-m", f"scripts.{script}", *argv], capture_output=True, text=True, env=env)
+    return subprocess.run(
+        [sys.executable, "-m", f"scripts.{script}", *argv], capture_output=True, text=True, env=env
+    )
 
 
 def test_a_run_on_wandb_without_wandb_is_refused_in_one_line(monkeypatch):

@@ -1,4 +1,6 @@
-"""The dial: what `--depth` derives equals upstream's published tables, and every flag that overrides it does."""
+"""The dial: what `--depth` derives equals upstream's published tables, and every flag that
+overrides it does.
+"""
 
 import pytest
 
@@ -6,10 +8,17 @@ from nanochat_jax import cli
 from nanochat_jax.cli import UsageError
 from nanochat_jax.model.config import GPTConfig
 from nanochat_jax.model.recipe import derive_recipe
-from nanochat_jax.model.size import flops_per_token, num_matrix_params, num_params, num_scalar_params, num_scaling_params
+from nanochat_jax.model.size import (
+    flops_per_token,
+    num_matrix_params,
+    num_params,
+    num_scalar_params,
+    num_scaling_params,
+)
 from scripts.base_train import BaseTrainConfig, model_config, recipe
 
-# depth, width, heads, parameters, scaling parameters, log2 of the batch, steps, weight decay, training FLOPs
+# depth, width, heads, parameters, scaling parameters, log2 of the batch, steps, weight decay,
+# training FLOPs
 MODERN = [
     (4, 256, 2, 36_700_242, 11_534_384, 18, 528, 1.8899, "1.11e16"),
     (8, 512, 4, 125_829_354, 41_943_232, 18, 1920, 0.5197, "1.49e17"),
@@ -61,7 +70,12 @@ def test_classic_table(row):
     depth, width, heads, params, flops_each, steps, flops = row
     model, plan = dial("--depth", str(depth), "--arch", "classic", vocab_size=65536)
     assert (model.n_embd, model.n_head, num_params(model)) == (width, heads, params)
-    assert (plan.total_batch_size, plan.num_iterations, plan.lr_scale, plan.weight_decay) == (524288, steps, 1.0, 0.0)
+    assert (plan.total_batch_size, plan.num_iterations, plan.lr_scale, plan.weight_decay) == (
+        524288,
+        steps,
+        1.0,
+        0.0,
+    )
     assert shown(flops_per_token(model), flops_each) == flops_each
     if flops:
         assert shown(flops_per_token(model) * plan.total_tokens, flops) == flops
@@ -70,7 +84,9 @@ def test_classic_table(row):
 def test_published_details_of_d12_and_of_the_speedrun():
     d12, _ = dial("--depth", "12")
     assert (num_matrix_params(d12), num_scalar_params(d12)) == (84_935_088, 50)
-    value_embeds = len(d12.value_embed_layers) * d12.padded_vocab_size * d12.n_kv_head * d12.head_dim
+    value_embeds = (
+        len(d12.value_embed_layers) * d12.padded_vocab_size * d12.n_kv_head * d12.head_dim
+    )
     assert (value_embeds, d12.padded_vocab_size * d12.n_embd) == (150_994_944, 25_165_824)
     d24, speedrun = dial("--depth", "24", "--target-param-data-ratio", "8")
     assert speedrun.num_iterations == 5_568
@@ -78,18 +94,40 @@ def test_published_details_of_d12_and_of_the_speedrun():
 
 
 def test_shape_flags_override_the_dial():
-    model, _ = dial("--depth", "6", "--aspect-ratio", "48", "--head_dim=64", "--max-seq-len", "512",
-                    "--window-pattern", "L", "--num-iterations", "5")
-    assert (model.n_embd, model.n_head, model.sequence_len, set(model.windows)) == (320, 5, 512, {512})
+    model, _ = dial(
+        "--depth",
+        "6",
+        "--aspect-ratio",
+        "48",
+        "--head_dim=64",
+        "--max-seq-len",
+        "512",
+        "--window-pattern",
+        "L",
+        "--num-iterations",
+        "5",
+    )
+    assert (model.n_embd, model.n_head, model.sequence_len, set(model.windows)) == (
+        320,
+        5,
+        512,
+        {512},
+    )
 
 
 def test_the_horizon_follows_iterations_then_flops_then_the_ratio():
     model, plan = dial("--depth", "12", "--num-iterations", "7", "--target-flops", "1e18")
-    assert (plan.num_iterations, plan.total_batch_size, round(plan.weight_decay, 4)) == (7, 2**19, 0.28)
+    assert (plan.num_iterations, plan.total_batch_size, round(plan.weight_decay, 4)) == (
+        7,
+        2**19,
+        0.28,
+    )
     _, plan = dial("--depth", "12", "--target-flops", "1e18", "--target-param-data-ratio", "3")
     assert plan.num_iterations == round(1e18 / (flops_per_token(model) * plan.total_batch_size))
     _, plan = dial("--depth", "12", "--target-param-data-ratio", "6")
-    assert plan.num_iterations * plan.total_batch_size == pytest.approx(6 * num_scaling_params(model), rel=1e-3)
+    assert plan.num_iterations * plan.total_batch_size == pytest.approx(
+        6 * num_scaling_params(model), rel=1e-3
+    )
 
 
 def test_a_given_batch_scales_rates_and_decay():
@@ -100,7 +138,13 @@ def test_a_given_batch_scales_rates_and_decay():
 
 def test_windows_are_a_quarter_rounded_up_and_the_last_layer_is_long():
     for length, short in ((2048, 512), (1024, 256), (512, 128), (64, 128), (1026, 384)):
-        assert GPTConfig.modern(5, sequence_len=length).windows == (short, short, short, length, length)
+        assert GPTConfig.modern(5, sequence_len=length).windows == (
+            short,
+            short,
+            short,
+            length,
+            length,
+        )
     assert GPTConfig.modern(2, window_pattern="S").windows == (512, 2048)
 
 

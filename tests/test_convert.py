@@ -1,4 +1,6 @@
-"""Any files become shards: every document once, in order, nothing mixed, nothing half done; faults name the file."""
+"""Any files become shards: every document once, in order, nothing mixed, nothing half done; faults
+name the file.
+"""
 
 import bz2
 import gzip
@@ -17,16 +19,20 @@ from nanochat_jax.cli import NotFound, UsageError
 from nanochat_jax.data.convert import VAL_SHARD, cut_text, read_documents, write_corpus
 from nanochat_jax.data.shards import iter_documents, list_shards
 
-TEXTS = ['plain', 'two\nlines, and "quotes"', None, "", " \n", "naïve 世界 🙂", "x" * 200_000]
+TEXTS = ["plain", 'two\nlines, and "quotes"', None, "", " \n", "naïve 世界 🙂", "x" * 200_000]
 
 
 def as_jsonl(texts, field="text"):
-    return "".join(json.dumps({"id": i, field: text}) + "\n" for i, text in enumerate(texts)).encode()
+    return "".join(
+        json.dumps({"id": i, field: text}) + "\n" for i, text in enumerate(texts)
+    ).encode()
 
 
 def as_csv(texts, delimiter=","):
     cells = ['"' + (text or "").replace('"', '""') + '"' for text in texts]
-    return "\n".join([f"id{delimiter}text", *(f"{i}{delimiter}{cell}" for i, cell in enumerate(cells))]).encode()
+    return "\n".join(
+        [f"id{delimiter}text", *(f"{i}{delimiter}{cell}" for i, cell in enumerate(cells))]
+    ).encode()
 
 
 @pytest.mark.parametrize(("name", "content"), [
@@ -40,7 +46,9 @@ def test_every_format_gives_the_same_documents(tmp_path, name, content):
     assert [text or "" for text in found] == [text or "" for text in TEXTS]
 
 
-@pytest.mark.parametrize("kind", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())])
+@pytest.mark.parametrize(
+    "kind", [pa.string(), pa.large_string(), pa.dictionary(pa.int32(), pa.string())]
+)
 def test_parquet_of_any_string_type(tmp_path, kind):
     table = pa.table({"id": range(len(TEXTS)), "body": pa.array(TEXTS, pa.string()).cast(kind)})
     pq.write_table(table, tmp_path / "a.parquet")
@@ -50,10 +58,17 @@ def test_parquet_of_any_string_type(tmp_path, kind):
 def test_a_row_group_of_any_size_is_read_in_pieces(tmp_path):
     rows = np.random.default_rng(0).bytes(20_000_000).hex()
     texts = [rows[i : i + 2000] for i in range(0, len(rows), 2000)]
-    pq.write_table(pa.table({"text": texts}), tmp_path / "a.parquet", row_group_size=len(texts), use_dictionary=False)
+    pq.write_table(
+        pa.table({"text": texts}),
+        tmp_path / "a.parquet",
+        row_group_size=len(texts),
+        use_dictionary=False,
+    )
     del rows
     before = peak = pa.total_allocated_bytes()
-    for text, expected in zip(read_documents(tmp_path / "a.parquet", "text", 0), texts, strict=True):
+    for text, expected in zip(
+        read_documents(tmp_path / "a.parquet", "text", 0), texts, strict=True
+    ):
         assert text == expected
         peak = max(peak, pa.total_allocated_bytes())
     assert peak - before < 10_000_000
@@ -95,7 +110,9 @@ def test_parquet_without_the_column_or_with_another_type_is_named(tmp_path):
     pq.write_table(pa.table({"content": ["a"], "n": [1]}), tmp_path / "a.parquet")
     with pytest.raises(UsageError, match=r"a\.parquet has no column 'text', only content, n"):
         list(read_documents(tmp_path / "a.parquet", "text", 0))
-    with pytest.raises(UsageError, match=r"column 'n' of .*a\.parquet holds int64, expected string"):
+    with pytest.raises(
+        UsageError, match=r"column 'n' of .*a\.parquet holds int64, expected string"
+    ):
         list(read_documents(tmp_path / "a.parquet", "n", 0))
     twice = pa.table([["a"], ["b"]], names=["text", "text"])
     pq.write_table(twice, tmp_path / "a.parquet")
@@ -105,7 +122,7 @@ def test_parquet_without_the_column_or_with_another_type_is_named(tmp_path):
         list(read_documents(tmp_path / "b.parquet", "text", 0))
 
 
-# ---------------------------------------------------------------------------------------------------- writing
+# --------------------------------------------------------------------------------------------------
 
 
 def numbered(count, start=0):
@@ -130,7 +147,10 @@ def test_every_document_is_in_one_split_once_and_in_order(tmp_path):
     train, val = list(iter_documents(corpus, "train")), list(iter_documents(corpus, "val"))
     assert val == numbered(5000)[::100]
     assert train == [text for i, text in enumerate(numbered(5000)) if i % 100]
-    assert [path.name for path in list_shards(corpus)] == [*(f"shard_{i:05d}.parquet" for i in range(3)), VAL_SHARD]
+    assert [path.name for path in list_shards(corpus)] == [
+        *(f"shard_{i:05d}.parquet" for i in range(3)),
+        VAL_SHARD,
+    ]
     metadata = pq.ParquetFile(corpus / "shard_00000.parquet").metadata
     assert [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)] == [1024, 976]
     assert {path.name for path in tmp_path.iterdir()} == {"corpus", ".corpus.lock"}
@@ -142,7 +162,9 @@ def test_a_small_corpus_has_a_training_and_a_validation_shard(tmp_path, count, v
     entry = write(tmp_path / "corpus", "a", numbered(count), val_fraction=val_fraction)
     parts = [list(iter_documents(tmp_path / "corpus", split)) for split in ("train", "val")]
     assert sorted(parts[0] + parts[1]) == sorted(numbered(count)) and all(parts)
-    assert len(parts[1]) == entry["val_documents"] and abs(len(parts[1]) - count * val_fraction) <= 1
+    assert (
+        len(parts[1]) == entry["val_documents"] and abs(len(parts[1]) - count * val_fraction) <= 1
+    )
 
 
 def test_too_few_documents_leave_nothing(tmp_path):
@@ -171,7 +193,10 @@ def test_a_corpus_on_another_disk_is_written_and_added_to_there(tmp_path):
     write(link, "b", numbered(100, 1000), append=True)
     assert link.is_symlink() and {path.parent for path in list_shards(link)} == {link}
     found = [text for split in ("train", "val") for text in iter_documents(link, split)]
-    assert sorted(found) == sorted(numbered(100) + numbered(100, 1000)) and len(list(disk.glob("*.parquet"))) == 3
+    assert (
+        sorted(found) == sorted(numbered(100) + numbered(100, 1000))
+        and len(list(disk.glob("*.parquet"))) == 3
+    )
 
 
 def test_another_corpus_is_added_only_when_told_to_and_only_once(tmp_path):
@@ -191,7 +216,9 @@ def test_another_corpus_is_added_only_when_told_to_and_only_once(tmp_path):
 
 @pytest.mark.parametrize("before_b", [True, False], ids=["append", "new"])
 @pytest.mark.parametrize("moves", range(5))
-def test_a_corpus_whose_process_was_killed_loses_nothing_and_adds_nothing_twice(tmp_path, monkeypatch, before_b, moves):
+def test_a_corpus_whose_process_was_killed_loses_nothing_and_adds_nothing_twice(
+    tmp_path, monkeypatch, before_b, moves
+):
     """Killed before the files of a source begin to move (0), and before each of their moves."""
     corpus = tmp_path / "corpus"
     if before_b:
@@ -219,7 +246,10 @@ def test_a_corpus_whose_process_was_killed_loses_nothing_and_adds_nothing_twice(
     elif before_b:
         assert len(list(iter_documents(corpus, "train"))) == 99
     write_b()
-    assert list(iter_documents(corpus, "val")) == [*["document 0"] * before_b, *numbered(300, 1000)[::100]]
+    assert list(iter_documents(corpus, "val")) == [
+        *["document 0"] * before_b,
+        *numbered(300, 1000)[::100],
+    ]
     assert len(list(iter_documents(corpus, "train"))) == 99 * before_b + 297
     assert {path.name for path in tmp_path.iterdir()} == {"corpus", ".corpus.lock"}
 
@@ -234,9 +264,14 @@ def test_files_of_unknown_origin_are_left_alone(tmp_path):
 
 
 def test_half_surrogate_pairs_become_the_replacement_character(tmp_path):
-    (tmp_path / "a.jsonl").write_text(r'{"text": "a\ud800b"}' + "\n" + r'{"text": "c\ud83d\ude42"}', encoding="utf-8")
+    (tmp_path / "a.jsonl").write_text(
+        r'{"text": "a\ud800b"}' + "\n" + r'{"text": "c\ud83d\ude42"}', encoding="utf-8"
+    )
     write(tmp_path / "corpus", "a", read_documents(tmp_path / "a.jsonl", "text", 0))
-    found = [*iter_documents(tmp_path / "corpus", "val"), *iter_documents(tmp_path / "corpus", "train")]
+    found = [
+        *iter_documents(tmp_path / "corpus", "val"),
+        *iter_documents(tmp_path / "corpus", "train"),
+    ]
     assert found == ["a\ufffdb", "c🙂"]
 
 
@@ -256,12 +291,17 @@ except UsageError as error:
 
 
 def test_a_full_disk_is_named_and_leaves_nothing(tmp_path):
-    result = subprocess.run([sys.executable, "-c", FULL], cwd=tmp_path, capture_output=True, text=True)
-    assert "cannot write corpus/.partial/shard_00000.parquet: " in result.stdout and "File too large" in result.stdout
+    result = subprocess.run(
+        [sys.executable, "-c", FULL], cwd=tmp_path, capture_output=True, text=True
+    )
+    assert (
+        "cannot write corpus/.partial/shard_00000.parquet: " in result.stdout
+        and "File too large" in result.stdout
+    )
     assert {path.name for path in tmp_path.iterdir()} == {".corpus.lock"}
 
 
-# ---------------------------------------------------------------------------------------------------- the command
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -295,7 +335,12 @@ def test_local_files_and_directories(tmp_path, command):
     code, _, err = command("local", folder, "--cut-chars", "2000")
     assert code == 2 and "--append adds to it" in err
     code, out, _ = command("info")
-    assert code == 0 and "custom, in" in out and "51 documents" in out and "base_train: too small a corpus" in out
+    assert (
+        code == 0
+        and "custom, in" in out
+        and "51 documents" in out
+        and "base_train: too small a corpus" in out
+    )
 
 
 def test_what_is_left_out_of_directories_and_given_twice_is_logged(tmp_path, command):
@@ -307,15 +352,28 @@ def test_what_is_left_out_of_directories_and_given_twice_is_logged(tmp_path, com
     (folder / "linked").symlink_to(tmp_path)
     (tmp_path / "same.txt").hardlink_to(folder / "a.txt")
     (tmp_path / "link.txt").symlink_to(folder / "a.txt")
-    code, _, err = command("local", "--cut-chars", "50", folder, tmp_path / "same.txt", tmp_path / "link.txt",
-                           f"{folder}/../texts/a.txt")
+    code, _, err = command(
+        "local",
+        "--cut-chars",
+        "50",
+        folder,
+        tmp_path / "same.txt",
+        tmp_path / "link.txt",
+        f"{folder}/../texts/a.txt",
+    )
     assert code == 0 and err.count("read once") == 3
-    assert f"{folder}: 4 entries are left out" in err and f"{folder}/.venv" in err and f"{folder}/b.pdf" in err
+    assert (
+        f"{folder}: 4 entries are left out" in err
+        and f"{folder}/.venv" in err
+        and f"{folder}/b.pdf" in err
+    )
     corpus = tmp_path / "base" / "base_data_custom"
     (entry,) = json.loads((corpus / "manifest.json").read_text())["sources"]
     assert entry["source"]["files"][0]["name"] == str((folder / "a.txt").resolve())
     (tmp_path / "new.txt").write_text("three four " * 30)
-    code, _, err = command("local", "--append", "--cut-chars", "50", tmp_path / "link.txt", tmp_path / "new.txt")
+    code, _, err = command(
+        "local", "--append", "--cut-chars", "50", tmp_path / "link.txt", tmp_path / "new.txt"
+    )
     assert code == 0 and "link.txt is left out: it is in" in err
     code, out, _ = command("local", "--append", "--cut-chars", "50", tmp_path / "link.txt")
     assert code == 0 and "already" in out
@@ -325,7 +383,9 @@ def test_what_is_left_out_of_directories_and_given_twice_is_logged(tmp_path, com
     assert code == 2 and "--append adds to it" in err
 
 
-@pytest.mark.parametrize("manifest", ["[" * 100_000, "3", '{"sources": [3]}', '{"sources": [{"source": {}}]}'])
+@pytest.mark.parametrize(
+    "manifest", ["[" * 100_000, "3", '{"sources": [3]}', '{"sources": [{"source": {}}]}']
+)
 def test_a_damaged_manifest_is_refused(tmp_path, command, manifest):
     corpus = tmp_path / "base" / "base_data_custom"
     write(corpus, "a", numbered(10))

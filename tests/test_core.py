@@ -1,4 +1,6 @@
-"""CORE: prompts and spans against upstream's, scores against a plain computation, and the bundle's download."""
+"""CORE: prompts and spans against upstream's, scores against a plain computation, and the bundle's
+download.
+"""
 
 import csv
 import functools
@@ -30,13 +32,18 @@ from nanochat_jax.model.weights import abstract_params
 from nanochat_jax.paths import Paths
 from nanochat_jax.tokenizer import Tokenizer
 
-CONFIG = GPTConfig.modern(2, aspect_ratio=32, head_dim=32, sequence_len=64, vocab_size=300, window_pattern="SL")
+CONFIG = GPTConfig.modern(
+    2, aspect_ratio=32, head_dim=32, sequence_len=64, vocab_size=300, window_pattern="SL"
+)
 
 
 @pytest.fixture(scope="module")
 def params():
-    rng = np.random.default_rng(1)  # initial weights predict nothing: unembedding and projections are (nearly) zero
-    return jax.tree.map(lambda w: rng.normal(0, 0.3, w.shape).astype(np.float32), abstract_params(CONFIG))
+    # initial weights predict nothing: unembedding and projections are (nearly) zero
+    rng = np.random.default_rng(1)
+    return jax.tree.map(
+        lambda w: rng.normal(0, 0.3, w.shape).astype(np.float32), abstract_params(CONFIG)
+    )
 
 
 def random_rows(count: int, lengths: tuple[int, ...]) -> list[Row]:
@@ -64,7 +71,9 @@ def test_a_damaged_example_is_refused_with_file_and_line(tmp_path, kind, line, m
         core.read_items(task)
 
 
-@pytest.mark.parametrize("yaml", ["[" * 100_000, "icl_tasks: 3", "3", "icl_tasks:\n- {label: a", "icl_tasks: [3]"])
+@pytest.mark.parametrize(
+    "yaml", ["[" * 100_000, "icl_tasks: 3", "3", "icl_tasks:\n- {label: a", "icl_tasks: [3]"]
+)
 def test_a_damaged_bundle_is_refused(tmp_path, yaml):
     (tmp_path / "core.yaml").write_text(yaml)
     (tmp_path / "eval_meta_data.csv").write_text("Eval Task,Random baseline\na,50\n")
@@ -89,7 +98,9 @@ def test_prompts_and_spans_are_upstreams(test_data, era, max_per_task):
         groups = core.tokenize_task(tokenizer, task, items, range(len(expected)))
         for index, (rows, example) in enumerate(zip(groups, expected, strict=True)):
             where = f"{task.label} {index}"
-            assert core.render_prompts(task, items, index)[-1].endswith(example["last_prompt_tail"]), where
+            assert core.render_prompts(task, items, index)[-1].endswith(
+                example["last_prompt_tail"]
+            ), where
             assert [len(row.tokens) for row in rows] == example["lengths"], where
             assert [row.start for row in rows] == example["start"], where
             assert [row.end for row in rows] == example["end"], where
@@ -97,9 +108,13 @@ def test_prompts_and_spans_are_upstreams(test_data, era, max_per_task):
             assert core.is_correct(task, items[index], scores) == example["correct"], where
 
 
-@pytest.mark.parametrize(("era", "max_per_task", "tolerance"), [("classic", 60, 1e-3), ("modern", 40, 1e-4)])
+@pytest.mark.parametrize(
+    ("era", "max_per_task", "tolerance"), [("classic", 60, 1e-3), ("modern", 40, 1e-4)]
+)
 def test_losses_and_verdicts_are_upstreams(test_data, era, max_per_task, tolerance):
-    """Of some tasks with short prompts, of each type. Tolerance: classic rotary tables are rounded to bfloat16."""
+    """Of some tasks with short prompts, of each type. Tolerance: classic rotary tables are rounded
+    to bfloat16.
+    """
     config, params, tokenizer, golden = load_trained(test_data, era)
     reference = json.loads((golden / "core_examples.json").read_text())
     scorer = Scorer(config=config, params=params)
@@ -114,8 +129,12 @@ def test_losses_and_verdicts_are_upstreams(test_data, era, max_per_task, toleran
         items = core.read_items(tasks[label], max_per_task)
         for i, example in enumerate(reference[label]):
             found = scores[label, i]
-            np.testing.assert_allclose([score.mean_nll for score in found], example["mean_loss"], atol=tolerance)
-            assert core.is_correct(tasks[label], items[i], found) == example["correct"], f"{label} {i}"
+            np.testing.assert_allclose(
+                [score.mean_nll for score in found], example["mean_loss"], atol=tolerance
+            )
+            assert core.is_correct(tasks[label], items[i], found) == example["correct"], (
+                f"{label} {i}"
+            )
 
 
 def test_centering_and_table_are_upstreams(test_data):
@@ -123,16 +142,22 @@ def test_centering_and_table_are_upstreams(test_data):
     text = (test_data / "golden" / "trained-classic" / "core_max_per_task_60.csv").read_text()
     table = [[cell.strip() for cell in row] for row in csv.reader(text.splitlines()[1:-1])]
     tasks = core.read_tasks(test_data / "data" / "eval_bundle")
-    # The table is rounded: the accuracies are whole examples of 60 (32 for the one task that has fewer).
+    # The table is rounded: the accuracies are whole examples of 60 (32 for the one task that has
+    # fewer).
     sizes = {task.label: len(core.read_items(task, 60)) for task in tasks}
-    accuracy = {label: core.mean_of(round(float(value) * sizes[label]), sizes[label]) for label, value, _ in table}
+    accuracy = {
+        label: core.mean_of(round(float(value) * sizes[label]), sizes[label])
+        for label, value, _ in table
+    }
     centered = {task.label: core.center(accuracy[task.label], task.baseline) for task in tasks}
     result = core.CoreResult(accuracy, centered, sum(centered.values()) / len(centered))
     assert core.format_csv(result) == text
 
 
 def task(kind: str, num_fewshot: int = 0, delimiter: str = " ") -> CoreTask:
-    return CoreTask(label="t", type=kind, path=None, num_fewshot=num_fewshot, delimiter=delimiter, baseline=0.25)
+    return CoreTask(
+        label="t", type=kind, path=None, num_fewshot=num_fewshot, delimiter=delimiter, baseline=0.25
+    )
 
 
 def test_fewshot_examples_never_include_the_question_and_are_clamped():
@@ -151,13 +176,18 @@ def test_prompts_show_the_right_answers_of_other_examples():
     prompts = core.render_prompts(task("multiple_choice", 2, "\nA: "), items, 0)
     assert prompts == [shots + "q0\nA: a", shots + "q0\nA: b"]
     items = [{"context": f" c{i} ", "continuation": f"k{i}"} for i in range(2)]
-    assert core.render_prompts(task("language_modeling", 1), items, 0) == ["c1 k1\n\nc0", "c1 k1\n\nc0 k0"]
+    assert core.render_prompts(task("language_modeling", 1), items, 0) == [
+        "c1 k1\n\nc0",
+        "c1 k1\n\nc0 k0",
+    ]
     items = [{"context_options": ["x", "y"], "continuation": "z", "gold": 1} for _ in range(2)]
     assert core.render_prompts(task("schema", 1), items, 0) == ["y z\n\nx z", "y z\n\ny z"]
 
 
 def test_spans_of_each_task_type():
-    spans = lambda kind, prompts: [(row.start, row.end) for row in core.make_rows(task(kind), prompts)]  # noqa: E731
+    spans = lambda kind, prompts: [
+        (row.start, row.end) for row in core.make_rows(task(kind), prompts)
+    ]  # noqa: E731
     assert spans("multiple_choice", [[9, 1, 2, 3], [9, 1, 5]]) == [(2, 4), (2, 3)]
     assert spans("multiple_choice", [[9, 1], [9, 1, 5]]) == [(2, 2), (2, 3)]
     assert spans("schema", [[9, 4, 4, 7, 8], [9, 5, 7, 8]]) == [(3, 5), (2, 4)]
@@ -168,8 +198,11 @@ def test_spans_of_each_task_type():
 
 def test_the_lowest_mean_loss_wins_and_the_first_of_equals():
     choose = lambda *losses: next(  # noqa: E731
-        gold for gold in range(len(losses))
-        if core.is_correct(task("multiple_choice"), {"gold": gold}, [RowScore(loss, False) for loss in losses])
+        gold
+        for gold in range(len(losses))
+        if core.is_correct(
+            task("multiple_choice"), {"gold": gold}, [RowScore(loss, False) for loss in losses]
+        )
     )
     assert choose(3.0, 1.0, 2.0) == 1
     assert choose(2.0, 1.0, 1.0) == 1
@@ -181,7 +214,11 @@ def test_a_model_gone_wrong_is_an_error_not_a_score(serve, tmp_path, params):
     bundle = ensure_bundle(Paths(tmp_path / "base"), url=publish(zip_of(bundle_files())))
     broken = params | {"lm_head": np.full_like(params["lm_head"], np.nan)}
     with pytest.raises(FloatingPointError, match="not finite, at example"):
-        core.evaluate_core(Scorer(config=CONFIG, params=broken), Tokenizer({bytes([i]): i for i in range(256)}), bundle)
+        core.evaluate_core(
+            Scorer(config=CONFIG, params=broken),
+            Tokenizer({bytes([i]): i for i in range(256)}),
+            bundle,
+        )
 
 
 def alone(rows: list[Row]) -> list[tuple[int, list[Row]]]:
@@ -195,24 +232,45 @@ def random_examples(shared: tuple[int, ...], choices: int) -> list[tuple[int, li
         prefix = rng.integers(0, 300, size)
         rows = []
         for _ in range(1 + i % choices):
-            tokens = np.concatenate([prefix, rng.integers(0, 300, rng.integers(1, 40))]).astype(np.int32)
-            rows.append(Row(tokens, int(rng.integers(max(1, size), len(tokens))) if i % 3 else max(1, size), len(tokens)))
+            tokens = np.concatenate([prefix, rng.integers(0, 300, rng.integers(1, 40))]).astype(
+                np.int32
+            )
+            rows.append(
+                Row(
+                    tokens,
+                    int(rng.integers(max(1, size), len(tokens))) if i % 3 else max(1, size),
+                    len(tokens),
+                )
+            )
         examples.append((i, rows))
     return examples
 
 
 @pytest.mark.parametrize("arch", ["classic", "modern"])
 def test_scores_equal_a_plain_computation_at_any_length(arch, monkeypatch):
-    """Prompts of no chunk, one and several (windows and sequence_len included), with and without a common beginning."""
+    """Prompts of no chunk, one and several (windows and sequence_len included), with and without a
+    common beginning.
+    """
     monkeypatch.setattr(scoring, "MOST_TOKENS", 32)
     monkeypatch.setattr(scoring, "WINDOW", 7)
     monkeypatch.setattr(scoring, "ROW_LENGTH", 128)  # longer rows are fewer in a batch
-    config = CONFIG if arch == "modern" else GPTConfig.classic(2, n_embd=64, n_head=2, n_kv_head=1, sequence_len=64,
-                                                               vocab_size=300)
+    config = (
+        CONFIG
+        if arch == "modern"
+        else GPTConfig.classic(2, n_embd=64, n_head=2, n_kv_head=1, sequence_len=64, vocab_size=300)
+    )
     rng = np.random.default_rng(1)
-    params = jax.tree.map(lambda w: rng.normal(0, 0.3, w.shape).astype(np.float32), abstract_params(config))
-    plain = jax.jit(lambda params, tokens: unembed(params, forward(params, tokens[None], config=config)[0][0], config=config))
-    examples = random_examples((0, 1, 5, 31, 32, 33, 64, 65, 100, 129, 200), choices=4) + alone(random_rows(6, (3, 100, 31)))
+    params = jax.tree.map(
+        lambda w: rng.normal(0, 0.3, w.shape).astype(np.float32), abstract_params(config)
+    )
+    plain = jax.jit(
+        lambda params, tokens: unembed(
+            params, forward(params, tokens[None], config=config)[0][0], config=config
+        )
+    )
+    examples = random_examples((0, 1, 5, 31, 32, 33, 64, 65, 100, 129, 200), choices=4) + alone(
+        random_rows(6, (3, 100, 31))
+    )
     examples = [(key, rows) for key, (_, rows) in enumerate(examples)]
     scores = dict(Scorer(config=config, params=params, num_rows=3)(examples))
     assert sorted(scores) == list(range(len(examples)))
@@ -222,7 +280,9 @@ def test_scores_equal_a_plain_computation_at_any_length(arch, monkeypatch):
             padded[: row.end] = row.tokens
             log_probs = np.asarray(jax.nn.log_softmax(plain(params, padded)))
             at = np.arange(row.start, row.end)
-            np.testing.assert_allclose(score.mean_nll, -log_probs[at - 1, row.tokens[at]].mean(), rtol=1e-4)
+            np.testing.assert_allclose(
+                score.mean_nll, -log_probs[at - 1, row.tokens[at]].mean(), rtol=1e-4
+            )
             assert score.all_argmax == (log_probs[at - 1].argmax(-1) == row.tokens[at]).all()
 
 
@@ -230,8 +290,16 @@ def test_what_rows_share_is_computed_once(params, monkeypatch):
     """Four choices after 64 tokens that they share take two pieces of them, not eight."""
     monkeypatch.setattr(scoring, "MOST_TOKENS", 32)
     pieces, begin, extend = [], scoring._begin, scoring._extend
-    monkeypatch.setattr(scoring, "_begin", lambda *args, **options: pieces.append(args[1].shape) or begin(*args, **options))
-    monkeypatch.setattr(scoring, "_extend", lambda *args, **options: pieces.append(args[2].shape) or extend(*args, **options))
+    monkeypatch.setattr(
+        scoring,
+        "_begin",
+        lambda *args, **options: pieces.append(args[1].shape) or begin(*args, **options),
+    )
+    monkeypatch.setattr(
+        scoring,
+        "_extend",
+        lambda *args, **options: pieces.append(args[2].shape) or extend(*args, **options),
+    )
     rows = [Row(np.r_[np.arange(65), last].astype(np.int32), 65, 66) for last in (7, 8, 9, 10)]
     ((_, scores),) = Scorer(config=CONFIG, params=params, num_rows=1)([(0, rows)])
     assert pieces == [(1, 32), (1, 32)] and len({score.mean_nll for score in scores}) == 4
@@ -243,14 +311,17 @@ def test_a_span_that_the_model_would_write_is_all_argmax(params):
         greedy[i] = all_logits(params, jnp.asarray(greedy))[i - 1].argmax()
     wrong = greedy.copy()
     wrong[-2] = (wrong[-2] + 1) % 300
-    rows = [Row(greedy, 3, 9), Row(wrong, 3, 9), Row(wrong, 3, 7)]  # a fault outside of the span does not count
+    # a fault outside of the span does not count
+    rows = [Row(greedy, 3, 9), Row(wrong, 3, 9), Row(wrong, 3, 7)]
     scores = dict(Scorer(config=CONFIG, params=params)(alone(rows)))
     assert [scores[i][0].all_argmax for i in range(3)] == [True, False, True]
 
 
 def test_an_empty_span_has_no_loss(params):
     row = Row(np.arange(1, 9, dtype=np.int32), 8, 8)
-    ((_, (score, other)),) = Scorer(config=CONFIG, params=params)([(0, [row, Row(np.arange(1, 12, dtype=np.int32), 8, 11)])])
+    ((_, (score, other)),) = Scorer(config=CONFIG, params=params)(
+        [(0, [row, Row(np.arange(1, 12, dtype=np.int32), 8, 11)])]
+    )
     assert np.isnan(score.mean_nll) and score.all_argmax and other.mean_nll > 0
 
 
@@ -258,7 +329,9 @@ def test_a_mesh_gives_the_same_scores(params, monkeypatch):
     monkeypatch.setattr(scoring, "MOST_TOKENS", 32)
     examples = random_examples((5, 31, 40, 64, 70), choices=3)
     expected = dict(Scorer(config=CONFIG, params=params, num_rows=2)(examples))
-    sharded = Scorer(config=CONFIG, params=params, num_rows=1, compute=Compute(mesh=make_mesh("4x1")))
+    sharded = Scorer(
+        config=CONFIG, params=params, num_rows=1, compute=Compute(mesh=make_mesh("4x1"))
+    )
     for key, scores in sharded(examples):
         for score, other in zip(scores, expected[key], strict=True):
             np.testing.assert_allclose(score.mean_nll, other.mean_nll, rtol=1e-5)
@@ -286,15 +359,28 @@ icl_tasks:
 - {label: words, dataset_uri: b/words.jsonl, num_fewshot: [10], icl_task_type: language_modeling}
 """
 ROWS = {
-    "a/choices.jsonl": [{"query": f"Is {i} even?", "choices": ["yes", "no"], "gold": i % 2} for i in range(7)],
-    "a/schemas.jsonl": [{"context_options": [f"Ann saw {i}, she", f"Bob saw {i}, she"], "continuation": "left", "gold": 0}
-                        for i in range(3)],
-    "b/words.jsonl": [{"context": f"After {i} comes", "continuation": str(i + 1)} for i in range(4)],
+    "a/choices.jsonl": [
+        {"query": f"Is {i} even?", "choices": ["yes", "no"], "gold": i % 2} for i in range(7)
+    ],
+    "a/schemas.jsonl": [
+        {
+            "context_options": [f"Ann saw {i}, she", f"Bob saw {i}, she"],
+            "continuation": "left",
+            "gold": 0,
+        }
+        for i in range(3)
+    ],
+    "b/words.jsonl": [
+        {"context": f"After {i} comes", "continuation": str(i + 1)} for i in range(4)
+    ],
 }
 
 
 def bundle_files() -> dict[str, str]:
-    files = {f"eval_bundle/eval_data/{name}": "\n".join(map(json.dumps, rows)) for name, rows in ROWS.items()}
+    files = {
+        f"eval_bundle/eval_data/{name}": "\n".join(map(json.dumps, rows))
+        for name, rows in ROWS.items()
+    }
     meta = "Eval Task,Task Category,Random baseline\nchoices,x,50\nschemas,x,50\nwords,x,0\n"
     return files | {"eval_bundle/core.yaml": CORE_YAML, "eval_bundle/eval_meta_data.csv": meta}
 
@@ -348,12 +434,20 @@ def test_a_bundle_is_fetched_once_and_evaluated(serve, tmp_path, params):
     tokenizer = Tokenizer({bytes([i]): i for i in range(256)})
     seen = []
     result = core.evaluate_core(
-        Scorer(config=CONFIG, params=params), tokenizer, paths.eval_bundle,
+        Scorer(config=CONFIG, params=params),
+        tokenizer,
+        paths.eval_bundle,
         on_example=lambda label, index, rows, scores, correct: seen.append((label, index, correct)),
     )
-    expected = [(label, i) for label, size in (("choices", 7), ("schemas", 3), ("words", 4)) for i in range(size)]
+    expected = [
+        (label, i)
+        for label, size in (("choices", 7), ("schemas", 3), ("words", 4))
+        for i in range(size)
+    ]
     assert sorted((label, index) for label, index, _ in seen) == expected
-    assert result.accuracy["choices"] == pytest.approx(sum(right for label, _, right in seen if label == "choices") / 7)
+    assert result.accuracy["choices"] == pytest.approx(
+        sum(right for label, _, right in seen if label == "choices") / 7
+    )
     assert result.centered["choices"] == pytest.approx(2 * result.accuracy["choices"] - 1)
     assert result.core == pytest.approx(np.mean(list(result.centered.values())))
     scorer = Scorer(config=CONFIG, params=params)
@@ -361,7 +455,9 @@ def test_a_bundle_is_fetched_once_and_evaluated(serve, tmp_path, params):
     assert few.accuracy["choices"] in (0, 0.5, 1)
 
 
-@pytest.mark.parametrize("spoil", ["outside", "absolute", "link", "incomplete", "torn", "not a zip"])
+@pytest.mark.parametrize(
+    "spoil", ["outside", "absolute", "link", "incomplete", "torn", "not a zip"]
+)
 def test_a_bad_archive_is_refused_and_leaves_nothing(serve, tmp_path, spoil):
     publish, _ = serve
     paths, files = Paths(tmp_path / "base"), bundle_files()
@@ -369,7 +465,9 @@ def test_a_bad_archive_is_refused_and_leaves_nothing(serve, tmp_path, spoil):
         "outside": lambda: zip_of(files | {"eval_bundle/../../evil": "x"}),
         "absolute": lambda: zip_of(files | {"/tmp/evil": "x"}),
         "link": lambda: zip_of(files, "eval_bundle/eval_data/link"),
-        "incomplete": lambda: zip_of({name: text for name, text in files.items() if "words" not in name}),
+        "incomplete": lambda: zip_of(
+            {name: text for name, text in files.items() if "words" not in name}
+        ),
         "torn": lambda: zip_of(files)[:-300],
         "not a zip": lambda: b"<html>sign in</html>",
     }[spoil]()

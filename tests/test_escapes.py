@@ -1,4 +1,6 @@
-"""Ways out of the process that runs model-written code: whatever a program tries, this process and its files survive."""
+"""Ways out of the process that runs model-written code: whatever a program tries, this process and
+its files survive.
+"""
 
 import os
 import resource
@@ -17,35 +19,36 @@ from nanochat_jax.tasks.execution import execute_code
 TIMEOUT = 1.5
 LIBC = "import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\n"
 
-# What {victim} (a file), {home} (its directory), {pid} (this process), {other} (another process of this user) and {port}
-# (a server of ours on the loopback address) are is filled in.
+# What {victim} (a file), {home} (its directory), {pid} (this process), {other} (another process of
+# this user) and {port} (a server of ours on the loopback address) are is filled in.
 ATTEMPTS = {
     # up the stack, and through what Python leaves within reach
     "frames": "import sys\nf = sys._getframe()\nwhile f.f_back: f = f.f_back\nopen({victim!r}, 'w').write(str(f.f_locals))",
     "frame of a generator": "g = (x for x in [1])\nb = g.gi_frame.f_builtins\nb['open']({victim!r}, 'w')",
     "frame of an exception": "try: 1 / 0\nexcept Exception as e: "
-                             "e.__traceback__.tb_frame.f_back.f_globals['os'].remove({victim!r})",
+    "e.__traceback__.tb_frame.f_back.f_globals['os'].remove({victim!r})",
     "subclasses": "for c in object.__subclasses__():\n    if c.__name__ == '_wrap_close':\n"
-                  "        assert c.__init__.__globals__['system']('rm -rf {home}') == 0",
+    "        assert c.__init__.__globals__['system']('rm -rf {home}') == 0",
     "globals of the runner": "import __main__, sys\nfor m in list(sys.modules.values()):\n    getattr(m, 'os', m)\n"
-                             "sys.modules['os'].unlink({victim!r})",
+    "sys.modules['os'].unlink({victim!r})",
     "garbage collector": "import gc, os\n[o for o in gc.get_objects() if type(o) is dict]\nos.rename({victim!r}, 'mine')",
     "rebuilt builtins": "import importlib, builtins\nimportlib.reload(builtins)\nbuiltins.open({victim!r}, 'a').write('x')",
     "builtins of another interpreter": "import subprocess, sys\nsubprocess.run([sys.executable, '-c', 'open({victim!r}, "
-                                       "\"w\")'])",
+    '"w")\'])',
     "atexit": "import atexit, os\natexit.register(os.remove, {victim!r})",
     "finalizer": "import os, weakref\nclass A: pass\na = A()\nweakref.finalize(a, os.remove, {victim!r})\ndel a",
     "audit hook": "import sys\nsys.addaudithook(lambda *a: None)\nopen({victim!r}, 'w')",
     # imports
     "import of the package": "import sys\nsys.path.insert(0, {root!r})\nimport nanochat_jax.paths as p\n"
-                             "from pathlib import Path\np.remove_directory(Path({home!r}))",
+    "from pathlib import Path\np.remove_directory(Path({home!r}))",
     "pickle": "import pickle, os\nclass A:\n    def __reduce__(self): return os.remove, "
-              "({victim!r},)\npickle.loads(pickle.dumps(A()))",
+    "({victim!r},)\npickle.loads(pickle.dumps(A()))",
     "shutil": "import shutil\nshutil.rmtree({home!r})",
     "module left for others": "import os, sys\nfor p in [os.path.dirname(os.__file__), {home!r}]:\n"
-                              "    open(os.path.join(p, 'escaped.py'), 'w').write('1')",
+    "    open(os.path.join(p, 'escaped.py'), 'w').write('1')",
     # ctypes and the kernel
-    "ctypes unlink": LIBC + "libc.unlink({victim!r}.encode())\nassert not __import__('os').path.exists({victim!r})",
+    "ctypes unlink": LIBC
+    + "libc.unlink({victim!r}.encode())\nassert not __import__('os').path.exists({victim!r})",
     "ctypes system": LIBC + "assert libc.system(b'rm -rf {home}') == 0",
     "ctypes fork": LIBC + "pid = libc.fork()\nassert pid >= 0\nwhile True: pass",
     "ctypes bad pointer": "import ctypes\nctypes.string_at(0)",
@@ -58,7 +61,7 @@ ATTEMPTS = {
     "chroot": "import os\nos.mkdir('jail'); os.chroot('jail'); os.chroot('../../../../..')\nos.remove({victim!r})",
     "new namespaces": LIBC + "assert libc.unshare(0x10000000 | 0x00020000) == 0",
     "limits raised": "import resource\nfor r in (resource.RLIMIT_AS, resource.RLIMIT_NPROC, resource.RLIMIT_FSIZE):\n"
-                     "    resource.setrlimit(r, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))",
+    "    resource.setrlimit(r, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))",
     "limits of the parent": "import resource\nresource.prlimit({pid}, resource.RLIMIT_NOFILE, (3, 3))",
     "priority of the parent": "import os\nos.setpriority(os.PRIO_PROCESS, {pid}, 19)",
     "processors of the parent": "import os\nos.sched_setaffinity({pid}, [0])",
@@ -69,13 +72,13 @@ ATTEMPTS = {
     "shell fork bomb": "import os\nassert os.system(':(){{ :|:& }};:') == 0",
     "thread bomb": "import threading\nwhile True: threading.Thread(target=lambda: [None for _ in iter(int, 1)]).start()",
     "daemon": "import os\nif os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0:\n        while True: "
-              "os.utime({victim!r})",
+    "os.utime({victim!r})",
     "multiprocessing": "import multiprocessing as m\nm.Process(target=print).start()",
     "spawn": "import os\nos.posix_spawn('/bin/rm', ['rm', '-rf', {home!r}], {{}})",
     "exec": "import os\nos.execv('/bin/rm', ['rm', '-rf', {home!r}])",
     # signals
     "signals by a pipe": "import fcntl, os\nr, w = os.pipe()\nfcntl.fcntl(r, 8, {pid})\nfcntl.fcntl(r, 10, 9)\n"
-                         "fcntl.fcntl(r, fcntl.F_SETFL, os.O_ASYNC | os.O_NONBLOCK)\nos.write(w, b'x')",
+    "fcntl.fcntl(r, fcntl.F_SETFL, os.O_ASYNC | os.O_NONBLOCK)\nos.write(w, b'x')",
     "kill the parent": "import os\nos.kill({pid}, 9)",
     "kill the group of the parent": "import os\nos.killpg(os.getpgid({pid}), 9)",
     "kill everyone": "import os\nos.kill(-1, 9)",
@@ -83,7 +86,7 @@ ATTEMPTS = {
     "queued signal": LIBC + "assert libc.sigqueue({other}, 9, 0) == 0",
     "pidfd": "import os, signal\nsignal.pidfd_send_signal(os.pidfd_open({other}), 9)",
     "signals ignored": "import signal, time\nfor s in range(1, 65):\n    try: signal.signal(s, signal.SIG_IGN)\n"
-                       "    except (OSError, ValueError): pass\nwhile True: time.sleep(1)",
+    "    except (OSError, ValueError): pass\nwhile True: time.sleep(1)",
     "alarm": "import signal, time\nsignal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)\ntime.sleep(60)",
     # files
     "overwrite": "open({victim!r}, 'w').write('gone')",
@@ -103,12 +106,12 @@ ATTEMPTS = {
     "terminal": "open('/dev/tty', 'w').write('hello')",
     "kernel settings": "open('/proc/sys/kernel/panic', 'w').write('1')\n",
     "file descriptors of the parent": "import os\nfor fd in os.listdir('/proc/{pid}/fd'): open('/proc/{pid}/fd/' + fd, "
-                                      "'w').write('x')",
+    "'w').write('x')",
     "inherited descriptors": "import os\nfor fd in range(3, 256):\n    try: os.write(fd, b'x' * 100)\n    except OSError: "
-                             "pass\nraise SystemExit",
+    "pass\nraise SystemExit",
     "symlink": "import os\nos.symlink({victim!r}, 'link')\nopen('link', 'w').write('gone')",
     "symlink left for the clean-up": "import os\nos.symlink({home!r}, 'link')\nos.mkdir('d')\nos.symlink({home!r}, "
-                                     "'d/link')\nos.chmod('d', 0)\n1 / 0",
+    "'d/link')\nos.chmod('d', 0)\n1 / 0",
     "directory swapped for a symlink": "import os\ncwd = os.getcwd()\nos.rename(cwd, cwd + '-old')\nos.symlink({home!r}, cwd)",
     "hard link": "import os\nos.link({victim!r}, 'mine')\nopen('mine', 'w').write('gone')",
     "fifo": "import os\nos.mkfifo('fifo')\nopen('fifo').read()",
@@ -155,8 +158,12 @@ def processes_of(name: str) -> set[int]:
 
 def standing() -> tuple:
     """What of this process others might change."""
-    return (resource.getrlimit(resource.RLIMIT_NOFILE), os.getpriority(os.PRIO_PROCESS, 0), os.sched_getaffinity(0),
-            os.sched_getscheduler(0))
+    return (
+        resource.getrlimit(resource.RLIMIT_NOFILE),
+        os.getpriority(os.PRIO_PROCESS, 0),
+        os.sched_getaffinity(0),
+        os.sched_getscheduler(0),
+    )
 
 
 @pytest.fixture(scope="module")
@@ -178,8 +185,11 @@ def server():
 def need_confinement():
     missing = {"files", "network", "syscalls"} - execute_code("pass").confined
     if missing:
-        pytest.skip(f"this kernel does not offer {', '.join(sorted(missing))}: what is left of the limits is in "
-                    f"test_execution.py")
+        pytest.skip(
+            f"this kernel does not offer {', '.join(sorted(missing))}: what is left of the limits "
+            "is in "
+            f"test_execution.py"
+        )
 
 
 def test_there_are_many_ways():
@@ -196,8 +206,14 @@ def test_no_way_out(name, tmp_path, other, server):
     own, on_interrupt = standing(), signal.getsignal(signal.SIGINT)
     temporary = set(os.listdir(execution.tempfile.gettempdir()))
     root = str(Path(execution.__file__).parents[1])
-    code = ATTEMPTS[name].format(victim=str(victim), home=str(home), pid=os.getpid(), other=other.pid,
-                                 port=server.getsockname()[1], root=root)
+    code = ATTEMPTS[name].format(
+        victim=str(victim),
+        home=str(home),
+        pid=os.getpid(),
+        other=other.pid,
+        port=server.getsockname()[1],
+        root=root,
+    )
     started = time.monotonic()
     slow = name in ("many files", "deep directories")  # to clean up after
     result = execute_code(code, timeout=0.4 if slow else TIMEOUT)
@@ -206,17 +222,30 @@ def test_no_way_out(name, tmp_path, other, server):
     assert result.error is None or "\n" not in result.error
     assert len(result.stdout.encode()) <= 3 * execution.MAX_OUTPUT_BYTES  # U+FFFD is three bytes
     assert len(result.stderr.encode()) <= 3 * execution.MAX_OUTPUT_BYTES
-    if name not in ("atexit", "finalizer", "alarm"):  # which end after the last line, or in a signal
+    # which end after the last line, or in a signal
+    if name not in ("atexit", "finalizer", "alarm"):
         assert not result.success, result
     assert victim.read_text() == "keep" and os.listdir(home) == ["victim"]
     after = victim.stat()
-    assert (after.st_mode, after.st_mtime_ns, after.st_nlink) == (before.st_mode, before.st_mtime_ns, 1)
-    assert (after.st_uid, os.listxattr(victim), home.stat().st_mode & 0o700) == (before.st_uid, [], 0o700)
+    assert (after.st_mode, after.st_mtime_ns, after.st_nlink) == (
+        before.st_mode,
+        before.st_mtime_ns,
+        1,
+    )
+    assert (after.st_uid, os.listxattr(victim), home.stat().st_mode & 0o700) == (
+        before.st_uid,
+        [],
+        0o700,
+    )
     assert standing() == own
     assert other.poll() is None
     with pytest.raises(BlockingIOError):
         server.accept()
-    assert not [path for path in set(os.listdir(execution.tempfile.gettempdir())) - temporary if "nanochat" in path]
+    assert not [
+        path
+        for path in set(os.listdir(execution.tempfile.gettempdir())) - temporary
+        if "nanochat" in path
+    ]
     assert not processes_of(str(execution.CHILD)), "a process is left"
     assert signal.getsignal(signal.SIGINT) is on_interrupt
 

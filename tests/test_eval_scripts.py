@@ -29,7 +29,9 @@ from scripts.chat_eval import ChatEvalConfig
 from scripts.chat_eval import main as chat_eval
 
 TOKENIZER = Tokenizer({bytes([i]): i for i in range(256)})
-MODEL = GPTConfig.classic(1, n_embd=32, n_head=1, n_kv_head=1, sequence_len=64, vocab_size=TOKENIZER.vocab_size)
+MODEL = GPTConfig.classic(
+    1, n_embd=32, n_head=1, n_kv_head=1, sequence_len=64, vocab_size=TOKENIZER.vocab_size
+)
 
 CORE_YAML = """
 icl_tasks:
@@ -40,14 +42,24 @@ icl_tasks:
 
 @pytest.fixture
 def paths(tmp_path, monkeypatch):
-    """A base directory with a tokenizer, and a base and an sft model d1 at step 5 that saw the embedded corpus."""
+    """A base directory with a tokenizer, and a base and an sft model d1 at step 5 that saw the
+    embedded corpus.
+    """
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
     paths = Paths(tmp_path)
     TOKENIZER.save(paths.tokenizer)
     rng = np.random.default_rng(0)
-    params = jax.tree.map(lambda w: jnp.asarray(rng.normal(0, 0.1, w.shape), jnp.float32), abstract_params(MODEL))
-    meta = {"model_config": dataclasses.asdict(MODEL), "tokenizer": TOKENIZER.fingerprint(), "data": "embedded",
-            "rates": dataclasses.asdict(OptimizerConfig()), "config": {}, "step": 5}
+    params = jax.tree.map(
+        lambda w: jnp.asarray(rng.normal(0, 0.1, w.shape), jnp.float32), abstract_params(MODEL)
+    )
+    meta = {
+        "model_config": dataclasses.asdict(MODEL),
+        "tokenizer": TOKENIZER.fingerprint(),
+        "data": "embedded",
+        "rates": dataclasses.asdict(OptimizerConfig()),
+        "config": {},
+        "step": 5,
+    }
     for source in ("base", "sft"):
         with Checkpoints(paths.checkpoints(source) / "d1") as checkpoints:
             checkpoints.save(5, params, None, meta)
@@ -62,7 +74,9 @@ def section(paths: Paths, slug: str) -> dict:
 def test_base_eval_says_that_core_was_not_run(paths, caplog):
     base_eval(BaseEvalConfig(mesh="1x1"))
     logged = section(paths, "base-model-evaluation")
-    assert logged["results"] == {} and any("CORE was not run" in str(item) for item in logged["items"])
+    assert logged["results"] == {} and any(
+        "CORE was not run" in str(item) for item in logged["items"]
+    )
     assert "CORE was not run" in caplog.text
     assert any("unconditioned sample 7" in item for item in logged["items"])
 
@@ -70,10 +84,14 @@ def test_base_eval_says_that_core_was_not_run(paths, caplog):
 def test_base_eval_runs_core_if_the_bundle_is_on_disk(paths):
     (paths.eval_bundle / "eval_data").mkdir(parents=True)
     (paths.eval_bundle / "core.yaml").write_text(CORE_YAML)
-    (paths.eval_bundle / "eval_meta_data.csv").write_text("Eval Task,Random baseline\nyes_no,50\nnext,0\n")
+    (paths.eval_bundle / "eval_meta_data.csv").write_text(
+        "Eval Task,Random baseline\nyes_no,50\nnext,0\n"
+    )
     rows = [{"query": f"{i}?", "choices": ["yes", "no"], "gold": i % 2} for i in range(5)]
     (paths.eval_bundle / "eval_data" / "yes_no.jsonl").write_text("\n".join(map(json.dumps, rows)))
-    (paths.eval_bundle / "eval_data" / "next.jsonl").write_text(json.dumps({"context": "a", "continuation": "b"}))
+    (paths.eval_bundle / "eval_data" / "next.jsonl").write_text(
+        json.dumps({"context": "a", "continuation": "b"})
+    )
     base_eval(BaseEvalConfig(eval="core", device_batch_size=4))
     results = section(paths, "base-model-evaluation")["results"]
     assert list(results) == ["core", "yes_no", "next"]
@@ -88,11 +106,21 @@ def test_base_eval_refuses_an_unknown_kind():
 
 
 def test_chat_eval_writes_problems_and_results(paths):
-    chat_eval(ChatEvalConfig(source="sft", task_name="Arithmetic", max_problems=3, max_new_tokens=4, batch_size=4,
-                             mesh="1x1"))
+    chat_eval(
+        ChatEvalConfig(
+            source="sft",
+            task_name="Arithmetic",
+            max_problems=3,
+            max_new_tokens=4,
+            batch_size=4,
+            mesh="1x1",
+        )
+    )
     assert section(paths, "chat-evaluation-sft")["results"] == {"arithmetic": 0.0}
     assert section(paths, "chat-evaluation-sft")["stage"] == "chat_eval_sft"
-    lines = (paths.checkpoints("sft") / "d1" / "chat_eval_arithmetic.jsonl").read_text().splitlines()
+    lines = (
+        (paths.checkpoints("sft") / "d1" / "chat_eval_arithmetic.jsonl").read_text().splitlines()
+    )
     assert [json.loads(line)["index"] for line in lines] == [0, 1, 2]
 
 
@@ -104,8 +132,14 @@ def test_chat_eval_of_a_file_keeps_the_results_of_tasks(paths, tmp_path):
     chat_eval(ChatEvalConfig(task_file=str(tmp_path / "arithmetic.jsonl"), **options))
     logged = section(paths, "chat-evaluation-sft")
     first, second = logged["results"]
-    assert first == "arithmetic" and second.startswith("arithmetic_") and logged["model"] == "d1, step 5"
-    assert "Results of earlier evaluations, with settings of their own: arithmetic" in logged["items"]
+    assert (
+        first == "arithmetic"
+        and second.startswith("arithmetic_")
+        and logged["model"] == "d1, step 5"
+    )
+    assert (
+        "Results of earlier evaluations, with settings of their own: arithmetic" in logged["items"]
+    )
     assert (paths.checkpoints("sft") / "d1" / "chat_eval_arithmetic.jsonl").read_bytes() == before
     assert (paths.checkpoints("sft") / "d1" / f"chat_eval_{second}.jsonl").exists()
 
@@ -133,8 +167,18 @@ class Even(Task):
         return sum(map(ord, completion)) % 2 == 0
 
 
-RL = ChatRLConfig(task="arithmetic", num_iterations=3, examples_per_step=2, num_samples=4, device_batch_size=2,
-                  max_new_tokens=4, eval_examples=2, save_every=2, num_slots=8, mesh="1x1")
+RL = ChatRLConfig(
+    task="arithmetic",
+    num_iterations=3,
+    examples_per_step=2,
+    num_samples=4,
+    device_batch_size=2,
+    max_new_tokens=4,
+    eval_examples=2,
+    save_every=2,
+    num_slots=8,
+    mesh="1x1",
+)
 
 
 def test_rl_saves_evaluates_and_resumes(paths, monkeypatch):
@@ -147,21 +191,37 @@ def test_rl_saves_evaluates_and_resumes(paths, monkeypatch):
     lines = read_metrics(directory / "metrics.jsonl")
     kinds = [("eval", 0), ("train", 0), ("train", 1), ("train", 2), ("eval", 3)]
     assert [(line["kind"], line["step"]) for line in lines] == kinds
-    assert set(section(paths, "chat-rl")["results"]) == {"task", "num_iterations", "accuracy", "pass@1", "pass@2", "seconds"}
+    assert set(section(paths, "chat-rl")["results"]) == {
+        "task",
+        "num_iterations",
+        "accuracy",
+        "pass@1",
+        "pass@2",
+        "seconds",
+    }
 
     shutil.rmtree(directory / "3")  # as if it had been stopped after step 2
     reinforce(dataclasses.replace(config, resume=True))
     resumed, start = load_model(paths, "rl"), load_model(paths, "sft")
     assert resumed.step == 3
-    assert any(np.any(a != b) for a, b in zip(*map(jax.tree.leaves, (whole.params, start.params)), strict=True))
+    assert any(
+        np.any(a != b)
+        for a, b in zip(*map(jax.tree.leaves, (whole.params, start.params)), strict=True)
+    )
     jax.tree.map(np.testing.assert_array_equal, resumed.params, whole.params)
-    steps = [line["step"] for line in read_metrics(directory / "metrics.jsonl") if line["kind"] == "train"]
+    steps = [
+        line["step"]
+        for line in read_metrics(directory / "metrics.jsonl")
+        if line["kind"] == "train"
+    ]
     assert steps == [0, 1, 2]
 
 
 @pytest.mark.parametrize("calls", [10, 22], ids=["between steps 0 and 1", "in an evaluation"])
 def test_rl_stopped_by_a_signal_goes_on_as_if_it_had_not_been(paths, monkeypatch, calls):
-    """The signal comes while replies are judged: they are thrown away, the last finished step is saved."""
+    """The signal comes while replies are judged: they are thrown away, the last finished step is
+    saved.
+    """
     task, judged = Even(), []
 
     def evaluate(conversation, completion):
@@ -190,8 +250,12 @@ def test_rl_stopped_by_a_signal_goes_on_as_if_it_had_not_been(paths, monkeypatch
 
 def test_rl_refuses_what_it_cannot_reward_or_resume(paths, tmp_path):
     questions = tmp_path / "questions.jsonl"
-    questions.write_text("".join(json.dumps({"question": f"{i}?", "choices": ["a", "b"], "answer": 0}) + "\n"
-                                 for i in range(40)))
+    questions.write_text(
+        "".join(
+            json.dumps({"question": f"{i}?", "choices": ["a", "b"], "answer": 0}) + "\n"
+            for i in range(40)
+        )
+    )
     with pytest.raises(UsageError, match="no replies to reward"):
         reinforce(dataclasses.replace(RL, task_file=str(questions)))
     with pytest.raises(UsageError, match="'Arithmatic'"):
@@ -201,9 +265,25 @@ def test_rl_refuses_what_it_cannot_reward_or_resume(paths, tmp_path):
 
 def test_a_file_of_ones_own_is_evaluated_and_learned(paths, tmp_path):
     chats = tmp_path / "my-chats.jsonl"
-    chats.write_text("".join(json.dumps([{"role": "user", "content": f"{i}"}, {"role": "assistant", "content": "yes"}]) + "\n"
-                             for i in range(40)))
-    chat_eval(ChatEvalConfig(source="sft", task_file=str(chats), max_problems=3, max_new_tokens=4, batch_size=4, mesh="1x1"))
+    chats.write_text(
+        "".join(
+            json.dumps(
+                [{"role": "user", "content": f"{i}"}, {"role": "assistant", "content": "yes"}]
+            )
+            + "\n"
+            for i in range(40)
+        )
+    )
+    chat_eval(
+        ChatEvalConfig(
+            source="sft",
+            task_file=str(chats),
+            max_problems=3,
+            max_new_tokens=4,
+            batch_size=4,
+            mesh="1x1",
+        )
+    )
     assert section(paths, "chat-evaluation-sft")["results"] == {"my_chats": 0.0}
     reinforce(dataclasses.replace(RL, task_file=str(chats), num_iterations=1))
     assert section(paths, "chat-rl")["results"]["task"] == "my_chats"

@@ -36,8 +36,15 @@ def is_running(pid: int) -> bool:
 
 
 def test_a_program_that_ends_well_is_a_success():
-    result = execute_code("import math, sys\nprint(math.factorial(5), __name__)\nprint('é', file=sys.stderr)")
-    assert result.success and result.error is None and not result.timeout and not result.memory_exceeded
+    result = execute_code(
+        "import math, sys\nprint(math.factorial(5), __name__)\nprint('é', file=sys.stderr)"
+    )
+    assert (
+        result.success
+        and result.error is None
+        and not result.timeout
+        and not result.memory_exceeded
+    )
     assert result.stdout == "120 __main__\n"
     assert result.stderr == "é\n"
 
@@ -60,7 +67,9 @@ def test_a_failing_program_reports_its_last_line(code, error):
     assert error in result.error
 
 
-@pytest.mark.parametrize("leave", ["import sys; sys.exit(0)", "import os; os._exit(0)", "raise SystemExit"])
+@pytest.mark.parametrize(
+    "leave", ["import sys; sys.exit(0)", "import os; os._exit(0)", "raise SystemExit"]
+)
 def test_leaving_before_the_assertions_is_no_success(leave):
     assert not execute_code(f"{leave}\nassert False").success
 
@@ -94,7 +103,9 @@ def test_endless_output_ends_the_program_and_a_part_is_kept(stream):
     result = execute_code(code, timeout=30)
     kept = getattr(result, stream)
     assert not result.success and not result.timeout and result.error
-    assert len(kept) == execution.MAX_OUTPUT_BYTES and kept.startswith("first") == (stream == "stdout")
+    assert len(kept) == execution.MAX_OUTPUT_BYTES and kept.startswith("first") == (
+        stream == "stdout"
+    )
 
 
 def test_memory_is_limited():
@@ -108,22 +119,38 @@ def test_files_land_in_a_directory_that_is_removed():
     before = leftovers()
     deep = "import os\nfor _ in range(1500):\n    os.mkdir('d'); os.chdir('d')"
     locked = "import os\nos.makedirs('a/b')\nopen('a/b/c', 'w').close()\nos.chmod('a/b', 0); os.chmod('a', 0)"
-    for code in ("open('x.txt', 'w').write('hello')\nprint(open('x.txt').read())", deep, locked, "1 / 0"):
+    for code in (
+        "open('x.txt', 'w').write('hello')\nprint(open('x.txt').read())",
+        deep,
+        locked,
+        "1 / 0",
+    ):
         execute_code(code)
     assert leftovers() == before
-    assert execute_code("import os; print(os.path.basename(os.getcwd()))").stdout.startswith("nanochat-execution-")
+    assert execute_code("import os; print(os.path.basename(os.getcwd()))").stdout.startswith(
+        "nanochat-execution-"
+    )
 
 
 def test_a_file_cannot_grow_without_bound():
-    result = execute_code("with open('big', 'wb') as f:\n    for _ in range(64): f.write(bytes(1 << 20))")
+    result = execute_code(
+        "with open('big', 'wb') as f:\n    for _ in range(64): f.write(bytes(1 << 20))"
+    )
     assert not result.success
 
 
 def test_environment_and_standard_input_are_empty(monkeypatch):
     monkeypatch.setenv("SECRET_TOKEN", "hunter2")
-    result = execute_code("import os\nprint(os.environ)\ntry:\n    input()\nexcept EOFError:\n    print('no input')")
+    result = execute_code(
+        "import os\nprint(os.environ)\ntry:\n    input()\nexcept EOFError:\n    print('no input')"
+    )
     assert "hunter2" not in result.stdout and "no input" in result.stdout
-    assert "site" not in execute_code("import sys\nprint([p for p in sys.path if 'site-packages' in p])").stdout
+    assert (
+        "site"
+        not in execute_code(
+            "import sys\nprint([p for p in sys.path if 'site-packages' in p])"
+        ).stdout
+    )
 
 
 def test_other_processes_cannot_be_read_or_signalled(confined, monkeypatch):
@@ -131,15 +158,25 @@ def test_other_processes_cannot_be_read_or_signalled(confined, monkeypatch):
     need(confined, "syscalls")
     assert not execute_code(f"print(open('/proc/{os.getpid()}/environ', 'rb').read())").success
     assert not execute_code(f"import os, signal\nos.kill({os.getpid()}, signal.SIGUSR1)").success
-    assert not execute_code(f"import resource\nresource.prlimit({os.getpid()}, resource.RLIMIT_NOFILE, (8, 8))").success
+    assert not execute_code(
+        f"import resource\nresource.prlimit({os.getpid()}, resource.RLIMIT_NOFILE, (8, 8))"
+    ).success
 
 
 def test_no_children_sessions_or_threads_are_left(confined):
     need(confined, "syscalls")
-    for call in ("fork()", "setsid()", "posix_spawn('/bin/true', ['true'], {})", "execv('/bin/true', ['true'])"):
+    for call in (
+        "fork()",
+        "setsid()",
+        "posix_spawn('/bin/true', ['true'], {})",
+        "execv('/bin/true', ['true'])",
+    ):
         result = execute_code(f"import os\nos.{call}")
         assert "PermissionError" in result.error, call
-    assert "can't start new thread" in execute_code("import threading\nthreading.Thread(target=print).start()").error
+    assert (
+        "can't start new thread"
+        in execute_code("import threading\nthreading.Thread(target=print).start()").error
+    )
     assert not execute_code("import subprocess\nsubprocess.run(['true'])").success
 
 
@@ -147,7 +184,9 @@ def test_no_children_sessions_or_threads_are_left(confined):
 def test_a_child_in_the_process_group_dies_with_the_program(tmp_path, monkeypatch):
     """The group kill alone, as on a kernel without the other measures."""
     bare = tmp_path / "bare.py"
-    bare.write_text("import os, sys\nos.write(int(sys.argv[3]), b'\\n')\nexec(open('program.py').read())")
+    bare.write_text(
+        "import os, sys\nos.write(int(sys.argv[3]), b'\\n')\nexec(open('program.py').read())"
+    )
     monkeypatch.setattr(execution, "CHILD", bare)
     code = "import os, time\npid = os.fork()\nif pid:\n    print(pid, flush=True)\ntime.sleep({})"
     for seconds, timeout in (("60", 0.7), ("0.2 if pid else 60", 10)):
@@ -173,10 +212,18 @@ def test_nothing_outside_its_directory_can_be_changed(confined, tmp_path):
     need(confined, "files")
     victim = tmp_path / "victim"
     victim.write_text("keep")
-    for code in (f"open({str(victim)!r}, 'w')", f"import os; os.remove({str(victim)!r})",
-                 f"import os; os.truncate({str(victim)!r}, 0)", f"import os; os.mkdir({str(tmp_path / 'new')!r})",
-                 f"import os; os.rename({str(victim)!r}, 'mine')", f"import os; os.link({str(victim)!r}, 'mine')"):
-        assert "Permission" in (execute_code(code).error or "") or "Errno 18" in execute_code(code).error, code
+    for code in (
+        f"open({str(victim)!r}, 'w')",
+        f"import os; os.remove({str(victim)!r})",
+        f"import os; os.truncate({str(victim)!r}, 0)",
+        f"import os; os.mkdir({str(tmp_path / 'new')!r})",
+        f"import os; os.rename({str(victim)!r}, 'mine')",
+        f"import os; os.link({str(victim)!r}, 'mine')",
+    ):
+        assert (
+            "Permission" in (execute_code(code).error or "")
+            or "Errno 18" in execute_code(code).error
+        ), code
     assert victim.read_text() == "keep" and list(tmp_path.iterdir()) == [victim]
 
 

@@ -21,18 +21,38 @@ def draw(*shape):
 PAIRS = {
     "linear": (layers.linear, fast.linear, (draw(2, 5, 6), draw(6, 9))),
     "linear to heads": (layers.linear, fast.linear, (draw(2, 5, 6), draw(6, 3, 4))),
-    "linear from heads": (lambda x, w: layers.linear(x, w, 2), lambda x, w: fast.linear(x, w, 2),
-                          (draw(2, 5, 3, 4), draw(3, 4, 6))),
+    "linear from heads": (
+        lambda x, w: layers.linear(x, w, 2),
+        lambda x, w: fast.linear(x, w, 2),
+        (draw(2, 5, 3, 4), draw(3, 4, 6)),
+    ),
     "unsaved_linear": (layers.linear, fast.unsaved_linear, (draw(2, 5, 6), draw(6, 9))),
     "transpose": (lambda x: x.swapaxes(-1, -2), fast.transpose, (draw(3, 4, 5),)),
-    "matmul_transposed, narrow": (lambda x, y: x.T @ y, fast.matmul_transposed, (draw(7, 3), draw(7, 5))),
-    "matmul_transposed, wide": (lambda x, y: x.T @ y, fast.matmul_transposed, (draw(7, 5), draw(7, 3))),
-    "apply_rotary": (lambda x: layers.apply_rotary(x, *TABLES), lambda x: fast.apply_rotary(x, *TABLES),
-                     (draw(2, 6, 3, 8),)),
-    "apply_rotary of one token": (lambda x: layers.apply_rotary(x, *ONE), lambda x: fast.apply_rotary(x, *ONE),
-                                  (draw(2, 1, 3, 8),)),
-    "rotary_norm": (lambda x: layers.rotary_norm(x, *TABLES, 1.2), lambda x: fast.rotary_norm(x, *TABLES, 1.2),
-                    (draw(2, 6, 3, 8),)),
+    "matmul_transposed, narrow": (
+        lambda x, y: x.T @ y,
+        fast.matmul_transposed,
+        (draw(7, 3), draw(7, 5)),
+    ),
+    "matmul_transposed, wide": (
+        lambda x, y: x.T @ y,
+        fast.matmul_transposed,
+        (draw(7, 5), draw(7, 3)),
+    ),
+    "apply_rotary": (
+        lambda x: layers.apply_rotary(x, *TABLES),
+        lambda x: fast.apply_rotary(x, *TABLES),
+        (draw(2, 6, 3, 8),),
+    ),
+    "apply_rotary of one token": (
+        lambda x: layers.apply_rotary(x, *ONE),
+        lambda x: fast.apply_rotary(x, *ONE),
+        (draw(2, 1, 3, 8),),
+    ),
+    "rotary_norm": (
+        lambda x: layers.rotary_norm(x, *TABLES, 1.2),
+        lambda x: fast.rotary_norm(x, *TABLES, 1.2),
+        (draw(2, 6, 3, 8),),
+    ),
     "squared_relu": (layers.squared_relu, fast.squared_relu, (draw(50),)),
     "mlp": (layers.mlp, fast.mlp, (draw(2, 5, 4), draw(4, 16), draw(16, 4))),
 }
@@ -51,6 +71,11 @@ def test_value_and_gradient_equal_the_plain_formula(name):
 
 def test_every_function_of_the_module_is_compared():
     """So that a new one cannot be forgotten."""
-    public = {name for name, value in vars(fast).items()
-              if callable(value) and not name.startswith("_") and getattr(value, "__module__", None) == fast.__name__}
+    public = {
+        name
+        for name, value in vars(fast).items()
+        if callable(value)
+        and not name.startswith("_")
+        and getattr(value, "__module__", None) == fast.__name__
+    }
     assert public == {name.split(",")[0].split(" ")[0] for name in PAIRS}

@@ -1,4 +1,6 @@
-"""Files and directories appear whole or not at all, and what was there is lost only to what replaces it."""
+"""Files and directories appear whole or not at all, and what was there is lost only to what
+replaces it.
+"""
 
 import contextlib
 import errno
@@ -69,7 +71,9 @@ def test_a_directory_is_filled_in_place(tmp_path, monkeypatch, kind):
     before = directory.stat().st_ino if directory.exists() else None
     with pytest.raises(ZeroDivisionError), new_directory(directory) as partial:
         (partial / "file").write_text(f"{1 / 0}")
-    assert directory.exists() == (before is not None) and (before is None or entries(directory) == [])
+    assert directory.exists() == (before is not None) and (
+        before is None or entries(directory) == []
+    )
     with new_directory(directory) as partial:
         (partial / "file").write_text("1")
         (partial / "sub").mkdir()
@@ -79,7 +83,10 @@ def test_a_directory_is_filled_in_place(tmp_path, monkeypatch, kind):
     assert (directory / "sub" / "file").read_text() == "2" and is_complete(directory)
     assert before in (None, directory.stat().st_ino)  # a mount point cannot be renamed or replaced
     assert (tmp_path / "link").is_symlink() == (kind == "link")
-    with pytest.raises(UsageError, match="not an empty directory .it holds (file|sub)"), new_directory(directory):
+    with (
+        pytest.raises(UsageError, match="not an empty directory .it holds (file|sub)"),
+        new_directory(directory),
+    ):
         raise AssertionError("refused before the work")
     assert (directory / "file").read_text() == "1"
 
@@ -89,18 +96,28 @@ def test_files_are_added_and_replaced_only_when_told_to(tmp_path):
         with new_directory(tmp_path / "a", add=add) as partial:
             (partial / "same").write_text(content)
             (partial / f"of {content}").touch()
-    assert names(tmp_path / "a") == ["of 1", "of 2", "same"] and (tmp_path / "a" / "same").read_text() == "2"
+    assert (
+        names(tmp_path / "a") == ["of 1", "of 2", "same"]
+        and (tmp_path / "a" / "same").read_text() == "2"
+    )
 
 
 def test_files_that_came_meanwhile_are_not_replaced(tmp_path):
-    with pytest.raises(UsageError, match="not an empty directory"), new_directory(tmp_path / "a") as partial:
+    with (
+        pytest.raises(UsageError, match="not an empty directory"),
+        new_directory(tmp_path / "a") as partial,
+    ):
         (partial / "file").write_text("ours")
         (tmp_path / "a" / "file").write_text("the user's")
-    assert names(tmp_path / "a") == ["file"] and (tmp_path / "a" / "file").read_text() == "the user's"
+    assert (
+        names(tmp_path / "a") == ["file"] and (tmp_path / "a" / "file").read_text() == "the user's"
+    )
 
 
 @pytest.mark.parametrize("moves", range(4))
-def test_a_directory_whose_process_was_killed_is_not_taken_for_complete(tmp_path, monkeypatch, moves):
+def test_a_directory_whose_process_was_killed_is_not_taken_for_complete(
+    tmp_path, monkeypatch, moves
+):
     """`moves` of three files have their place when the process is killed: the largest comes last."""
     directory, replace = tmp_path / "a", Path.replace
     left = iter(range(moves))
@@ -115,21 +132,31 @@ def test_a_directory_whose_process_was_killed_is_not_taken_for_complete(tmp_path
         for size, name in ((900, "weights"), (3, "config"), (20, "tokenizer")):
             (partial / name).write_bytes(bytes(size))
     monkeypatch.undo()
-    assert sorted(path.name for path in entries(directory)) == sorted(["config", "tokenizer", "weights"][:moves])
+    assert sorted(path.name for path in entries(directory)) == sorted(
+        ["config", "tokenizer", "weights"][:moves]
+    )
     assert is_complete(directory) == (moves == 3)
     finish_directory(directory)
     assert names(directory) == ["config", "tokenizer", "weights"] and is_complete(directory)
 
 
-@pytest.mark.parametrize("way, said", [
-    ("file", "base is a file where a directory is needed: move it away"),
-    ("file above", "base is a file where a directory is needed: move it away"),
-    ("lost link", "base is a link to .*gone, which is not a directory: create or mount that"),
-    ("lost link above", "base is a link to .*gone, which is not a directory: create or mount that"),
-    ("read-only", "cannot write to .*base: Read-only file system"),
-    ("other process", "another process is writing to .*base: wait for it"),
-])
-def test_a_directory_that_cannot_be_written_is_refused_before_the_work(tmp_path, monkeypatch, way, said):
+@pytest.mark.parametrize(
+    "way, said",
+    [
+        ("file", "base is a file where a directory is needed: move it away"),
+        ("file above", "base is a file where a directory is needed: move it away"),
+        ("lost link", "base is a link to .*gone, which is not a directory: create or mount that"),
+        (
+            "lost link above",
+            "base is a link to .*gone, which is not a directory: create or mount that",
+        ),
+        ("read-only", "cannot write to .*base: Read-only file system"),
+        ("other process", "another process is writing to .*base: wait for it"),
+    ],
+)
+def test_a_directory_that_cannot_be_written_is_refused_before_the_work(
+    tmp_path, monkeypatch, way, said
+):
     base = tmp_path / "base"
     directory = base / "a" / "b" if way.endswith("above") else base
     if way.startswith("file"):
@@ -139,6 +166,7 @@ def test_a_directory_that_cannot_be_written_is_refused_before_the_work(tmp_path,
     else:
         base.mkdir()
     if way == "read-only":
+
         def refuse(dir):
             raise OSError(errno.EROFS, os.strerror(errno.EROFS))
 
@@ -159,14 +187,19 @@ def test_a_link_to_a_file_is_written_through(tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "disk" / "file")
     for content in ("1", "2"):
         write_file(tmp_path / "link", content)
-        assert (tmp_path / "link").is_symlink() and (tmp_path / "disk" / "file").read_text() == content
+        assert (tmp_path / "link").is_symlink() and (
+            tmp_path / "disk" / "file"
+        ).read_text() == content
 
 
 def test_what_a_linked_directory_holds_is_set_aside_or_deleted_in_place(tmp_path):
     real, link = tmp_path / "real", tmp_path / "link"
     real.mkdir()
     link.symlink_to(real)
-    assert set_aside(link, ".replaced") is None and set_aside(tmp_path / "missing", ".replaced") is None
+    assert (
+        set_aside(link, ".replaced") is None
+        and set_aside(tmp_path / "missing", ".replaced") is None
+    )
     for number in range(2):
         (real / "100" / "params").mkdir(parents=True)
         (real / ".lock").touch()
@@ -198,7 +231,9 @@ with lock_file(Path(sys.argv[1]), "d4", ""):
 
 def test_a_lock_names_its_process_and_ends_with_it_however_it_ends(tmp_path):
     path = tmp_path / "tag" / ".lock"
-    with subprocess.Popen([sys.executable, "-c", HOLD, path], stdout=subprocess.PIPE, text=True) as process:
+    with subprocess.Popen(
+        [sys.executable, "-c", HOLD, path], stdout=subprocess.PIPE, text=True
+    ) as process:
         assert process.stdout.readline() == "locked\n"
         said = rf"d4 is in use by process {process.pid} on .*\(python -c .*\): wait"
         with pytest.raises(UsageError, match=said) as refused, lock_file(path, "d4", "wait"):
@@ -231,7 +266,9 @@ def test_a_file_is_fetched_once_whole_and_as_it_should_be(tmp_path):
         path.write_text("mine")
         assert fetch_file(f"{url}/words", path, sha256=checksum).read_text() == "mine"
         for bad, options in (("missing", {}), ("short", {}), ("words", {"sha256": "0" * 64})):
-            with pytest.raises(NotFound, match=rf"{bad}\.new.*could not be fetched from {url}/{bad}"):
+            with pytest.raises(
+                NotFound, match=rf"{bad}\.new.*could not be fetched from {url}/{bad}"
+            ):
                 fetch_file(f"{url}/{bad}", tmp_path / "base" / f"{bad}.new", **options)
         assert server.asked("/files/short") == files.ATTEMPTS
     assert names(path.parent) == ["words.txt"]

@@ -1,4 +1,6 @@
-"""Every command's flags: each number has a range, each name is checked, and nothing that no run can mean is taken."""
+"""Every command's flags: each number has a range, each name is checked, and nothing that no run
+can mean is taken.
+"""
 
 import dataclasses
 import importlib
@@ -35,8 +37,11 @@ def flag_types():
     found = {}
     for name in (*commands().values(), "tpu.plan", "tour"):
         for kind in vars(importlib.import_module(name)).values():
-            if isinstance(kind, type) and dataclasses.is_dataclass(kind) and any("help" in field.metadata for field in
-                                                                                 dataclasses.fields(kind)):
+            if (
+                isinstance(kind, type)
+                and dataclasses.is_dataclass(kind)
+                and any("help" in field.metadata for field in dataclasses.fields(kind))
+            ):
                 found[f"{kind.__module__}.{kind.__qualname__}"] = kind
     return found
 
@@ -49,9 +54,25 @@ def parse(config_type, *argv):
 
 
 def test_all_commands_are_walked():
-    assert {BaseTrainConfig, MidTrainConfig, ChatSFTConfig, ChatRLConfig, ServeConfig, SpeedrunConfig, TokConfig, PlanConfig,
-            dataset.DownloadConfig, dataset.HfConfig, dataset.LocalConfig, ImportConfig, ExportConfig, BenchConfig,
-            ChatConfig, ChatEvalConfig, BaseEvalConfig} <= set(FLAG_TYPES.values())
+    assert {
+        BaseTrainConfig,
+        MidTrainConfig,
+        ChatSFTConfig,
+        ChatRLConfig,
+        ServeConfig,
+        SpeedrunConfig,
+        TokConfig,
+        PlanConfig,
+        dataset.DownloadConfig,
+        dataset.HfConfig,
+        dataset.LocalConfig,
+        ImportConfig,
+        ExportConfig,
+        BenchConfig,
+        ChatConfig,
+        ChatEvalConfig,
+        BaseEvalConfig,
+    } <= set(FLAG_TYPES.values())
     assert any(kind.__qualname__ == "TourConfig" for kind in FLAG_TYPES.values())
 
 
@@ -79,8 +100,14 @@ def test_no_text_flag_takes_a_blank(name, blank):
     kind = FLAG_TYPES[name]
     hints = typing.get_type_hints(kind)
     for field in dataclasses.fields(kind):
-        if "range" in field.metadata and str in (hints[field.name], *typing.get_args(hints[field.name])):
-            with pytest.raises(UsageError, match=f"-{field.name.replace('_', '-').removesuffix('-dir')}.*''|got ' '"):
+        if "range" in field.metadata and str in (
+            hints[field.name],
+            *typing.get_args(hints[field.name]),
+        ):
+            with pytest.raises(
+                UsageError,
+                match=f"-{field.name.replace('_', '-').removesuffix('-dir')}.*''|got ' '",
+            ):
                 parse(kind, f"--{field.name}", blank)
 
 
@@ -124,28 +151,46 @@ MEANINGLESS = [
 ]
 
 
-@pytest.mark.parametrize("config_type, name, value", [(kind, name, value) for kind, name, values in MEANINGLESS
-                                                      for value in values])
+@pytest.mark.parametrize(
+    "config_type, name, value",
+    [(kind, name, value) for kind, name, values in MEANINGLESS for value in values],
+)
 def test_numbers_that_no_run_can_mean_are_refused(config_type, name, value):
     with pytest.raises(UsageError) as refused:
         parse(config_type, name, value)
     assert name in str(refused.value) and "got" in str(refused.value)
 
 
-@pytest.mark.parametrize("config_type, argv, expected", [
-    (BaseTrainConfig, ["--num-iterations", "-1"], dict(num_iterations=-1)),
-    (BaseTrainConfig, ["--lr-scale", "-1", "--target-flops", "-1"], dict(lr_scale=-1, target_flops=-1)),
-    (BaseTrainConfig, ["--save-every", "0", "--matrix-lr", "0"], dict(save_every=0, matrix_lr=0)),
-    (BaseTrainConfig, ["--seed", "4294967295"], dict(seed=4294967295)),
-    (BaseEvalConfig, ["--max-per-task", "-1"], dict(max_per_task=-1)),
-    (dataset.DownloadConfig, ["-n", "-1"], dict(num_shards=-1)),
-])
+@pytest.mark.parametrize(
+    "config_type, argv, expected",
+    [
+        (BaseTrainConfig, ["--num-iterations", "-1"], dict(num_iterations=-1)),
+        (
+            BaseTrainConfig,
+            ["--lr-scale", "-1", "--target-flops", "-1"],
+            dict(lr_scale=-1, target_flops=-1),
+        ),
+        (
+            BaseTrainConfig,
+            ["--save-every", "0", "--matrix-lr", "0"],
+            dict(save_every=0, matrix_lr=0),
+        ),
+        (BaseTrainConfig, ["--seed", "4294967295"], dict(seed=4294967295)),
+        (BaseEvalConfig, ["--max-per-task", "-1"], dict(max_per_task=-1)),
+        (dataset.DownloadConfig, ["-n", "-1"], dict(num_shards=-1)),
+    ],
+)
 def test_values_at_the_edges_keep_their_meaning(config_type, argv, expected):
     assert {name: getattr(parse(config_type, *argv), name) for name in expected} == expected
 
 
-@pytest.mark.parametrize("name", [name for name, kind in FLAG_TYPES.items() if hasattr(kind, "model_tag")])
-@pytest.mark.parametrize("tag", [".", "..", "../x", "a/b", "/tmp/x", ".hidden", "-x", "a\nb", "a\\b", "*", "x" * 101, "\udcff"])
+@pytest.mark.parametrize(
+    "name", [name for name, kind in FLAG_TYPES.items() if hasattr(kind, "model_tag")]
+)
+@pytest.mark.parametrize(
+    "tag",
+    [".", "..", "../x", "a/b", "/tmp/x", ".hidden", "-x", "a\nb", "a\\b", "*", "x" * 101, "\udcff"],
+)
 def test_a_model_tag_is_a_name(name, tag):
     with pytest.raises(UsageError, match="--model-tag.*is not a name"):
         parse(FLAG_TYPES[name], f"--model-tag={tag}")
@@ -156,19 +201,28 @@ def test_usual_model_tags_are_taken(tag):
     assert parse(BaseTrainConfig, "--model-tag", tag).model_tag == tag
 
 
-@pytest.mark.parametrize("config_type, argv, named", [
-    (MidTrainConfig, ["--mixture", "SmallTalk"], "SmallTalk"), (ChatSFTConfig, ["--mixture", "MMLU*0"], "MMLU"),
-    (ChatSFTConfig, ["--mixture", "MMLU*nan"], "MMLU"), (ChatSFTConfig, ["--mixture", "SmolTalk,"], "unknown task ''"),
-    (BaseTrainConfig, ["--run", "a\nb"], "--run"), (SpeedrunConfig, ["--run", "x" * 129], "--run"),
-    (ChatEvalConfig, ["-a", "ARC-Easy|"], "unknown task ''"), (ChatRLConfig, ["--task", "GSM9K"], "GSM9K"),
-    (ChatRLConfig, ["--source", "rl"], "--source"),
-])
+@pytest.mark.parametrize(
+    "config_type, argv, named",
+    [
+        (MidTrainConfig, ["--mixture", "SmallTalk"], "SmallTalk"),
+        (ChatSFTConfig, ["--mixture", "MMLU*0"], "MMLU"),
+        (ChatSFTConfig, ["--mixture", "MMLU*nan"], "MMLU"),
+        (ChatSFTConfig, ["--mixture", "SmolTalk,"], "unknown task ''"),
+        (BaseTrainConfig, ["--run", "a\nb"], "--run"),
+        (SpeedrunConfig, ["--run", "x" * 129], "--run"),
+        (ChatEvalConfig, ["-a", "ARC-Easy|"], "unknown task ''"),
+        (ChatRLConfig, ["--task", "GSM9K"], "GSM9K"),
+        (ChatRLConfig, ["--source", "rl"], "--source"),
+    ],
+)
 def test_names_are_checked_when_flags_are_read(config_type, argv, named):
     with pytest.raises(UsageError, match=named):
         parse(config_type, *argv)
 
 
-@pytest.mark.parametrize("name", [name for name, kind in FLAG_TYPES.items() if issubclass(kind, DeviceFlags)])
+@pytest.mark.parametrize(
+    "name", [name for name, kind in FLAG_TYPES.items() if issubclass(kind, DeviceFlags)]
+)
 def test_every_script_on_devices_has_device_type(name):
     assert FLAG_TYPES[name].device_type is None
     with pytest.raises(UsageError, match="--device-type.*'mps'"):
@@ -176,7 +230,9 @@ def test_every_script_on_devices_has_device_type(name):
 
 
 def test_scripts_that_load_a_model_run_on_devices():
-    assert all(issubclass(kind, DeviceFlags) for kind in FLAG_TYPES.values() if hasattr(kind, "model_tag"))
+    assert all(
+        issubclass(kind, DeviceFlags) for kind in FLAG_TYPES.values() if hasattr(kind, "model_tag")
+    )
 
 
 @pytest.mark.parametrize("name", ["temperature", "top_k", "max_tokens"])

@@ -14,7 +14,13 @@ from nanochat_jax.interop.torch_checkpoint import read_checkpoint
 from nanochat_jax.model.compute import Compute
 from nanochat_jax.model.gpt import forward, init_cache, unembed
 from nanochat_jax.model.loss import cross_entropy
-from nanochat_jax.model.size import flops_per_token, num_matrix_params, num_params, num_scalar_params, num_scaling_params
+from nanochat_jax.model.size import (
+    flops_per_token,
+    num_matrix_params,
+    num_params,
+    num_scalar_params,
+    num_scaling_params,
+)
 from nanochat_jax.train.optim import OptimizerConfig, Schedules, make_optimizer
 
 SETS = golden_sets()
@@ -68,7 +74,9 @@ def test_logits_with_exact_rotary_tables_equal_upstream(golden):
 
 def test_gradients_equal_upstream(golden):
     directory, config, params, reference = golden
-    grads, _ = jax.grad(mean_loss, has_aux=True)(params, config, reference["inputs"], reference["targets"])
+    grads, _ = jax.grad(mean_loss, has_aux=True)(
+        params, config, reference["inputs"], reference["targets"]
+    )
     assert_trees_close(grads, load_golden(directory, "grads", config), 1e-4)
 
 
@@ -91,7 +99,9 @@ def test_greedy_decoding_equals_upstream(golden):
     assert logits[0, len(prompt) - 1 :].argmax(axis=-1).tolist() == expected
 
 
-@pytest.mark.parametrize("path", TRACES, ids=lambda path: f"{path.parent.name}-{path.stem.removeprefix('optimizer_')}")
+@pytest.mark.parametrize(
+    "path", TRACES, ids=lambda path: f"{path.parent.name}-{path.stem.removeprefix('optimizer_')}"
+)
 def test_optimizer_trace_equals_upstream(path):
     directory, trace = path.parent, json.loads(path.read_text())
     config = read_checkpoint(directory).config
@@ -102,10 +112,17 @@ def test_optimizer_trace_equals_upstream(path):
     if config.arch == "classic":
         rates["weight_decay"] = trace["hparams"]["weight_decay"]
     table = lambda key: lambda step: jnp.array(trace[key], jnp.float32)[step]  # noqa: E731
-    schedules = Schedules(lr_multiplier=table("lr_multiplier"), momentum=table("muon_momentum"),
-                          weight_decay=table("muon_weight_decay") if "muon_weight_decay" in trace else None)
-    optimizer = make_optimizer(config, OptimizerConfig(**rates), schedules,
-                               Compute(dtype=jnp.bfloat16 if rounded else jnp.float32))
+    schedules = Schedules(
+        lr_multiplier=table("lr_multiplier"),
+        momentum=table("muon_momentum"),
+        weight_decay=table("muon_weight_decay") if "muon_weight_decay" in trace else None,
+    )
+    optimizer = make_optimizer(
+        config,
+        OptimizerConfig(**rates),
+        schedules,
+        Compute(dtype=jnp.bfloat16 if rounded else jnp.float32),
+    )
     params = load_golden(directory, "model", config)
     state = optimizer.init(params)
     value_and_grad = jax.jit(jax.value_and_grad(mean_loss, has_aux=True), static_argnums=1)
@@ -116,7 +133,9 @@ def test_optimizer_trace_equals_upstream(path):
         params = optax.apply_updates(params, updates)
         name = f"params_after_step{step + 1}{suffix}"
         if (directory / f"{name}.safetensors").exists():
-            assert_trees_close(params, load_golden(directory, name, config), 2e-2 if rounded else 1e-4)
+            assert_trees_close(
+                params, load_golden(directory, name, config), 2e-2 if rounded else 1e-4
+            )
 
 
 def test_model_shape_and_flops_equal_upstream():

@@ -1,4 +1,6 @@
-"""Properties of the model: causality, windows, and that decoding through the cache equals the full forward pass."""
+"""Properties of the model: causality, windows, and that decoding through the cache equals the full
+forward pass.
+"""
 
 import dataclasses
 
@@ -16,8 +18,12 @@ from nanochat_jax.model.loss import cross_entropy
 from nanochat_jax.model.weights import init_params
 
 CONFIGS = {
-    "classic": GPTConfig.classic(2, n_embd=32, n_head=4, n_kv_head=2, vocab_size=97, sequence_len=512),
-    "modern": GPTConfig.modern(5, n_embd=32, n_head=4, n_kv_head=2, vocab_size=97, sequence_len=512),
+    "classic": GPTConfig.classic(
+        2, n_embd=32, n_head=4, n_kv_head=2, vocab_size=97, sequence_len=512
+    ),
+    "modern": GPTConfig.modern(
+        5, n_embd=32, n_head=4, n_kv_head=2, vocab_size=97, sequence_len=512
+    ),
 }
 
 
@@ -25,7 +31,9 @@ def random_params(config):
     """Every weight random, so that nothing hides behind a zero initialisation."""
     leaves, treedef = jax.tree.flatten(init_params(config, jax.random.key(0)))
     keys = jax.random.split(jax.random.key(1), len(leaves))
-    return jax.tree.unflatten(treedef, [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys)])
+    return jax.tree.unflatten(
+        treedef, [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys)]
+    )
 
 
 def random_tokens(config, *shape):
@@ -42,7 +50,8 @@ def test_gradients_prove_causality(model):
     config, params = model
     tokens = random_tokens(config, 1, 12)
 
-    def hidden_at(table, position):  # each position has its own row of the table, so that gradients tell them apart
+    # each position has its own row of the table, so that gradients tell them apart
+    def hidden_at(table, position):
         own = params | {"wte": table}
         if config.value_embeds:
             own["value_embeds"] = params["value_embeds"][:, tokens[0]]
@@ -55,12 +64,18 @@ def test_gradients_prove_causality(model):
 
 
 def test_cached_decode_equals_full_forward_for_rows_at_different_positions(model):
-    """Lengths cross the short window (128), prefill is in uneven pieces with padding, one row at a time sits still."""
+    """Lengths cross the short window (128), prefill is in uneven pieces with padding, one row at a
+    time sits still.
+    """
     config, params = model
     length = 140
     tokens = random_tokens(config, 3, length)
     expected = unembed(params, forward(params, tokens, config=config)[0], config=config)
-    step = jax.jit(lambda tokens, valid, cache: forward(params, tokens, config=config, cache=cache, valid=valid))
+    step = jax.jit(
+        lambda tokens, valid, cache: forward(
+            params, tokens, config=config, cache=cache, valid=valid
+        )
+    )
     cache = init_cache(config, 3, 160)
     done = np.zeros(3, int)
     for count in (np.array([130, 7, 1]), np.array([5, 0, 130]), np.array([1, 121, 1])):
@@ -70,7 +85,9 @@ def test_cached_decode_equals_full_forward_for_rows_at_different_positions(model
         hidden, cache = step(piece, count.astype(np.int32), cache)
         logits = unembed(params, hidden, config=config)
         for row, n in enumerate(count):
-            np.testing.assert_allclose(logits[row, :n], expected[row, done[row] : done[row] + n], atol=2e-4)
+            np.testing.assert_allclose(
+                logits[row, :n], expected[row, done[row] : done[row] + n], atol=2e-4
+            )
         done += count
     while (done < length).any():
         active = done < length
@@ -96,9 +113,15 @@ ODD_SHAPES = {
 @pytest.mark.parametrize("shape", ODD_SHAPES)
 @pytest.mark.parametrize("era", CONFIGS)
 def test_any_shape_decodes_as_it_reads(era, shape):
-    """The forward pass, and decoding through the cache past the short window, for shapes off the dial."""
+    """The forward pass, and decoding through the cache past the short window, for shapes off the
+    dial.
+    """
     config = dataclasses.replace(CONFIGS[era], n_layer=2)
-    change = {name: value for name, value in ODD_SHAPES[shape].items() if era == "modern" or name != "window_pattern"}
+    change = {
+        name: value
+        for name, value in ODD_SHAPES[shape].items()
+        if era == "modern" or name != "window_pattern"
+    }
     config = dataclasses.replace(config, **change)
     params, tokens = random_params(config), random_tokens(config, 1, 150)
     expected = unembed(params, forward(params, tokens, config=config)[0], config=config)
@@ -109,32 +132,44 @@ def test_any_shape_decodes_as_it_reads(era, shape):
     np.testing.assert_allclose(unembed(params, fresh, config=config), expected[:, :146], atol=2e-4)
     for start, stop in [(0, 146), *((i, i + 1) for i in range(146, 150))]:
         hidden, cache = step(tokens[:, start:stop], cache)
-        np.testing.assert_allclose(unembed(params, hidden, config=config), expected[:, start:stop], atol=2e-4)
+        np.testing.assert_allclose(
+            unembed(params, hidden, config=config), expected[:, start:stop], atol=2e-4
+        )
         if start == 0:  # an empty cache ends the same whether it is said to be empty or not
             jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-4), filled, cache)
 
 
 @pytest.mark.parametrize("window", [None, 0, 3, 130])
 def test_attention_equals_a_plain_masked_softmax(window):
-    q, k, v = (jax.random.normal(key, (2, 200, heads, 8)) for key, heads in zip(jax.random.split(jax.random.key(2), 3),
-                                                                                (4, 2, 2)))
+    q, k, v = (
+        jax.random.normal(key, (2, 200, heads, 8))
+        for key, heads in zip(jax.random.split(jax.random.key(2), 3), (4, 2, 2))
+    )
     scores = np.einsum("bthd,bshd->bhts", q, np.repeat(k, 2, axis=2)) / np.sqrt(8)
     distance = np.arange(200)[:, None] - np.arange(200)[None]
     visible = (distance >= 0) & (distance <= (200 if window is None else window))
     weights = np.where(visible, np.exp(scores), 0)
-    expected = np.einsum("bhts,bshd->bthd", weights / weights.sum(-1, keepdims=True), np.repeat(v, 2, axis=2))
+    expected = np.einsum(
+        "bhts,bshd->bthd", weights / weights.sum(-1, keepdims=True), np.repeat(v, 2, axis=2)
+    )
     np.testing.assert_allclose(causal_attention(q, k, v, window=window), expected, atol=1e-5)
 
 
 @pytest.mark.parametrize("length, start", [(7, 0), (1, 5)])  # a row, and a token that is decoded
 def test_rotary_norm_has_the_gradient_of_its_plain_formula(length, start):
-    """A turn of each pair by an angle of its own as one complex product, then the norm, differentiated by JAX."""
-    drawn, cotangent = (jax.random.normal(key, (2, length, 3, 8)) for key in jax.random.split(jax.random.key(4)))
+    """A turn of each pair by an angle of its own as one complex product, then the norm,
+    differentiated by JAX.
+    """
+    drawn, cotangent = (
+        jax.random.normal(key, (2, length, 3, 8)) for key in jax.random.split(jax.random.key(4))
+    )
     positions = start + jnp.arange(length)[None].repeat(2, axis=0)
     tables = rotary_tables(positions, 8, 100.0, "float32")
 
     def plain(x):
-        turned = (x[..., :4] + 1j * x[..., 4:]) * jnp.exp(-1j * positions[..., None, None] * 100.0 ** (-jnp.arange(4) / 4))
+        turned = (x[..., :4] + 1j * x[..., 4:]) * jnp.exp(
+            -1j * positions[..., None, None] * 100.0 ** (-jnp.arange(4) / 4)
+        )
         turned = jnp.concatenate([turned.real, turned.imag], axis=-1)
         return 1.2 * turned / jnp.sqrt((turned**2).mean(-1, keepdims=True) + 2**-23)
 
@@ -150,20 +185,33 @@ def test_rotary_norm_has_the_gradient_of_its_plain_formula(length, start):
 def test_rematerialised_gradients_equal_plain_ones(model, remat):
     config, params = model
     tokens = random_tokens(config, 1, 20)
-    gradient = lambda remat: jax.grad(lambda p: (forward(p, tokens, config, Compute(remat=remat))[0] ** 3).sum())(params)  # noqa: E731
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4), gradient(remat), gradient("none"))
+    gradient = lambda remat: jax.grad(
+        lambda p: (forward(p, tokens, config, Compute(remat=remat))[0] ** 3).sum()
+    )(params)  # noqa: E731
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4),
+        gradient(remat),
+        gradient("none"),
+    )
 
 
 @pytest.mark.parametrize("remat", REMAT)
-@pytest.mark.parametrize("era, depth, groups", [("classic", 4, (1, 4)), ("modern", 8, (4, 2)), ("modern", 9, (4, 2))])
+@pytest.mark.parametrize(
+    "era, depth, groups", [("classic", 4, (1, 4)), ("modern", 8, (4, 2)), ("modern", 9, (4, 2))]
+)
 def test_a_loop_over_groups_of_layers_equals_the_layers_one_by_one(era, depth, groups, remat):
     """Groups of the window pattern's length; of nine layers the last stands alone."""
     config = dataclasses.replace(CONFIGS[era], n_layer=depth)
     assert layer_groups(config, scan=True, keep_few=False) == groups
     params, tokens = random_params(config), random_tokens(config, 2, 150)
-    gradient = lambda **how: jax.jit(jax.grad(lambda p: (forward(p, tokens, config, Compute(**how))[0] ** 3).sum()))(params)  # noqa: E731
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * np.abs(b).max()),
-                 gradient(scan=True, remat=remat), gradient())
+    gradient = lambda **how: jax.jit(
+        jax.grad(lambda p: (forward(p, tokens, config, Compute(**how))[0] ** 3).sum())
+    )(params)  # noqa: E731
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-4 * np.abs(b).max()),
+        gradient(scan=True, remat=remat),
+        gradient(),
+    )
 
 
 def test_rematerialisation_keeps_fewer_activations_for_the_backward_pass():
@@ -171,7 +219,9 @@ def test_rematerialisation_keeps_fewer_activations_for_the_backward_pass():
     params, tokens = init_params(config, jax.random.key(0)), random_tokens(config, 4, 64)
     kept = {}
     for remat in REMAT:
-        _, backward = jax.vjp(lambda p, remat=remat: forward(p, tokens, config, Compute(remat=remat))[0], params)
+        _, backward = jax.vjp(
+            lambda p, remat=remat: forward(p, tokens, config, Compute(remat=remat))[0], params
+        )
         kept[remat] = sum(leaf.size for leaf in jax.tree.leaves(backward))
     assert kept["none"] > 1.5 * kept["minimal"] > 2 * kept["block"] and kept["block"] > kept["full"]
 
@@ -181,32 +231,54 @@ def test_initial_classic_loss_is_ln_v():
     params, tokens = init_params(config, jax.random.key(3)), random_tokens(config, 2, 9)
     hidden, _ = forward(params, tokens, config=config)
     assert (unembed(params, hidden, config=config) == 0).all()
-    _, nll = cross_entropy(hidden, params["lm_head"], tokens, jnp.ones(tokens.shape), config.softcap, 9)
+    _, nll = cross_entropy(
+        hidden, params["lm_head"], tokens, jnp.ones(tokens.shape), config.softcap, 9
+    )
     assert (nll == jnp.log(jnp.float32(config.vocab_size))).all()
 
 
 ROOT_3, N = 3**0.5, 192
-# name -> ("normal", standard deviation) or ("uniform", low, high) or a constant array, upstream's of each era at width N
+# name -> ("normal", standard deviation) or ("uniform", low, high) or a constant array, upstream's
+# of each era at width N
 INITIAL = {
     "classic": {
-        "wte": ("normal", 1.0), "lm_head": 0.0, "c_q": ("normal", N**-0.5), "c_k": ("normal", N**-0.5 * 0.5**0.5),
-        "c_v": ("normal", N**-0.5 * 0.5**0.5), "c_proj": 0.0, "mlp_fc": ("normal", N**-0.5), "mlp_proj": 0.0,
+        "wte": ("normal", 1.0),
+        "lm_head": 0.0,
+        "c_q": ("normal", N**-0.5),
+        "c_k": ("normal", N**-0.5 * 0.5**0.5),
+        "c_v": ("normal", N**-0.5 * 0.5**0.5),
+        "c_proj": 0.0,
+        "mlp_fc": ("normal", N**-0.5),
+        "mlp_proj": 0.0,
     },
     "modern": {
-        "wte": ("normal", 0.8), "lm_head": ("normal", 0.001), "c_proj": 0.0, "mlp_proj": 0.0,
+        "wte": ("normal", 0.8),
+        "lm_head": ("normal", 0.001),
+        "c_proj": 0.0,
+        "mlp_proj": 0.0,
         "mlp_fc": ("uniform", -0.4 * ROOT_3 * N**-0.5, 0.4 * ROOT_3 * N**-0.5),
-        **{name: ("uniform", -ROOT_3 * N**-0.5, ROOT_3 * N**-0.5) for name in ("c_q", "c_k", "c_v", "value_embeds")},
-        "ve_gate": ("uniform", 0.0, 0.02), "smear_gate": ("uniform", 0.0, 0.02),
-        "smear_lambda": 0.0, "backout_lambda": 0.2,
-        "resid_lambdas": [1.15, 1.125, 1.10, 1.075, 1.05], "x0_lambdas": [0.20, 0.1625, 0.125, 0.0875, 0.05],
+        **{
+            name: ("uniform", -ROOT_3 * N**-0.5, ROOT_3 * N**-0.5)
+            for name in ("c_q", "c_k", "c_v", "value_embeds")
+        },
+        "ve_gate": ("uniform", 0.0, 0.02),
+        "smear_gate": ("uniform", 0.0, 0.02),
+        "smear_lambda": 0.0,
+        "backout_lambda": 0.2,
+        "resid_lambdas": [1.15, 1.125, 1.10, 1.075, 1.05],
+        "x0_lambdas": [0.20, 0.1625, 0.125, 0.0875, 0.05],
     },
 }
 
 
 @pytest.mark.parametrize("era", CONFIGS)
 def test_initial_parameters_have_upstreams_distributions(era):
-    """Every one of them, by bounds, mean and spread; half as many key/value heads, so that fan-out is not fan-in."""
-    config = dataclasses.replace(CONFIGS[era], n_embd=N, n_head=4, n_kv_head=2, n_layer=5, vocab_size=500)
+    """Every one of them, by bounds, mean and spread; half as many key/value heads, so that fan-out
+    is not fan-in.
+    """
+    config = dataclasses.replace(
+        CONFIGS[era], n_embd=N, n_head=4, n_kv_head=2, n_layer=5, vocab_size=500
+    )
     params = init_params(config, jax.random.key(7))
     leaves = {**params, **params["blocks"]}
     del leaves["blocks"]
@@ -214,7 +286,9 @@ def test_initial_parameters_have_upstreams_distributions(era):
     for name, expected in INITIAL[era].items():
         value = np.asarray(leaves[name], np.float64)
         if not isinstance(expected, tuple):
-            np.testing.assert_allclose(value, np.broadcast_to(expected, value.shape), rtol=1e-6, err_msg=name)
+            np.testing.assert_allclose(
+                value, np.broadcast_to(expected, value.shape), rtol=1e-6, err_msg=name
+            )
             continue
         if expected[0] == "normal":
             mean, std = 0.0, expected[1]
@@ -223,7 +297,9 @@ def test_initial_parameters_have_upstreams_distributions(era):
         else:
             low, high = expected[1:]
             mean, std = (low + high) / 2, (high - low) / 12**0.5
-            assert low <= value.min() and value.max() <= high and np.ptp(value) > 0.8 * (high - low), name
+            assert (
+                low <= value.min() and value.max() <= high and np.ptp(value) > 0.8 * (high - low)
+            ), name
         tolerance = 5 / value.size**0.5  # five standard errors
         assert value.mean() == pytest.approx(mean, abs=tolerance * std), name
         assert value.std() == pytest.approx(std, rel=tolerance), name
@@ -232,14 +308,27 @@ def test_initial_parameters_have_upstreams_distributions(era):
 def test_initial_matrices_are_independent():
     """No two layers, tables or projections share their random numbers."""
     params = init_params(dataclasses.replace(CONFIGS["modern"], n_embd=64), jax.random.key(7))
-    matrices = [np.asarray(layer).ravel()[:2000] for name in ("c_q", "c_k", "c_v", "mlp_fc")
-                for layer in params["blocks"][name]] + [np.asarray(table).ravel()[:2000] for table in params["value_embeds"]]
-    correlation = np.corrcoef([matrix - matrix.mean() for matrix in matrices]) - np.eye(len(matrices))
+    matrices = [
+        np.asarray(layer).ravel()[:2000]
+        for name in ("c_q", "c_k", "c_v", "mlp_fc")
+        for layer in params["blocks"][name]
+    ] + [np.asarray(table).ravel()[:2000] for table in params["value_embeds"]]
+    correlation = np.corrcoef([matrix - matrix.mean() for matrix in matrices]) - np.eye(
+        len(matrices)
+    )
     assert np.abs(correlation).max() < 0.15
 
 
-@pytest.mark.parametrize("change",
-                         [dict(n_head=3), dict(n_kv_head=3), dict(window_pattern="SX"), dict(n_layer=0), dict(n_embd=16)])
+@pytest.mark.parametrize(
+    "change",
+    [
+        dict(n_head=3),
+        dict(n_kv_head=3),
+        dict(window_pattern="SX"),
+        dict(n_layer=0),
+        dict(n_embd=16),
+    ],
+)
 def test_impossible_shapes_are_refused_with_the_value(change):
     with pytest.raises(ValueError, match=str(next(iter(change.values())))):
         dataclasses.replace(CONFIGS["modern"], **change)

@@ -67,13 +67,24 @@ def run_benchmark(folder, *flags, broken=None):
     hooks = folder / "hooks"
     hooks.mkdir()
     (hooks / "sitecustomize.py").write_text(
-        SITECUSTOMIZE.replace("json_of_broken", json.dumps(broken or {})))
+        SITECUSTOMIZE.replace("json_of_broken", json.dumps(broken or {}))
+    )
     env = {name: value for name, value in os.environ.items() if name != "XLA_FLAGS"}
-    env |= {"PYTHON": sys.executable, "JAX_PLATFORMS": "cpu", "OUT": str(folder / "out"),
-            "PYTHONPATH": str(hooks), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    env |= {
+        "PYTHON": sys.executable,
+        "JAX_PLATFORMS": "cpu",
+        "OUT": str(folder / "out"),
+        "PYTHONPATH": str(hooks),
+        "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
+    }
     done = subprocess.run(
         ["bash", ROOT / "benchmarks" / "gpu.sh", "--tiny", "--cache", folder / "cache", *flags],
-        capture_output=True, text=True, env=env, cwd=folder, timeout=400)
+        capture_output=True,
+        text=True,
+        env=env,
+        cwd=folder,
+        timeout=400,
+    )
     return done, read_results(folder / "out" / FILE_NAME)
 
 
@@ -87,14 +98,19 @@ def test_every_phase_runs_with_the_packages_of_a_bare_image(tmp_path):
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
     ends = named(results, "end")
     assert [(end["phase"], end["run"], end["status"]) for end in ends] == [
-        (phase.name, run.name, "ok") for phase in PHASES for run in phase.runs]
+        (phase.name, run.name, "ok") for phase in PHASES for run in phase.runs
+    ]
     assert {(line["phase"], line["name"]) for line in results if line.get("value") == "no GPU"} == {
-        ("attention", "cudnn"), ("repeat", "against the CPU"), ("decode", "command buffers"),
-        ("float8", "float8 matmul")}
+        ("attention", "cudnn"),
+        ("repeat", "against the CPU"),
+        ("decode", "command buffers"),
+        ("float8", "float8 matmul"),
+    }
     assert "torch" in named(results, "torch")[0]["value"]  # the line that says why
 
     assert len(named(results, "relative error")) == 7 and not any(
-        line.get("ok") is False for line in results)
+        line.get("ok") is False for line in results
+    )
     assert named(results, "same bits", "repeat")[0]["same"]
     steps = named(results, "step", "train")
     assert [step["run"] for step in steps] == ["rows16", "rows32"]
@@ -107,10 +123,12 @@ def test_every_phase_runs_with_the_packages_of_a_bare_image(tmp_path):
         times = [milliseconds for _, milliseconds, _ in trace["kernels"]]
         assert 0 < len(times) <= 30 and times == sorted(times, reverse=True)
     assert {line["matmul"] for line in named(results, "matmul", "float8")} == {
-        "forward", "d_x", "d_w"}
+        "forward",
+        "d_x",
+        "d_w",
+    }
     # Rounding to e4m3 or e5m2 moves each operand by up to 1/16 or 1/8 of itself.
-    assert all(0.01 < line["relative_error"] < 0.125
-               for line in named(results, "matmul", "float8"))
+    assert all(0.01 < line["relative_error"] < 0.125 for line in named(results, "matmul", "float8"))
     assert list((tmp_path / "cache").glob("*-cache"))
     assert "train/rows16" in done.stdout and "0 failed or wrong" in done.stdout
 
@@ -118,14 +136,25 @@ def test_every_phase_runs_with_the_packages_of_a_bare_image(tmp_path):
 @pytest.mark.slow
 def test_a_phase_that_hangs_crashes_or_raises_is_recorded_and_passed_over(tmp_path):
     # The phases in the order in which they run, each broken in its own way, and one that works.
-    broken = {"benchmarks.gpu.checks": "hangs", "benchmarks.gpu.training": "crashes",
-              "benchmarks.gpu.decoding": "raises"}
-    done, results = run_benchmark(tmp_path, "--phases", "float8,device,train,decode",
-                                  "--limit-scale", "0.4", broken=broken)
+    broken = {
+        "benchmarks.gpu.checks": "hangs",
+        "benchmarks.gpu.training": "crashes",
+        "benchmarks.gpu.decoding": "raises",
+    }
+    done, results = run_benchmark(
+        tmp_path, "--phases", "float8,device,train,decode", "--limit-scale", "0.4", broken=broken
+    )
     assert done.returncode == 1
     ends = {(end["phase"], end["status"]): end for end in named(results, "end")}
-    hung, crashed, raised, works = (ends[key] for key in (
-        ("device", "timeout"), ("train", "failed"), ("decode", "failed"), ("float8", "ok")))
+    hung, crashed, raised, works = (
+        ends[key]
+        for key in (
+            ("device", "timeout"),
+            ("train", "failed"),
+            ("decode", "failed"),
+            ("float8", "ok"),
+        )
+    )
     assert hung["error"] == "no end within 8 s" and 7.5 < hung["took"] < 12
     assert crashed["error"] == "killed by SIGSEGV"
     assert raised["error"] == "RuntimeError: broken on purpose in two lines"
@@ -189,11 +218,14 @@ def test_bytes_per_token_count_what_the_windows_reach():
 
 def test_an_attention_with_a_window_off_by_one_is_noticed():
     keys = jax.random.split(jax.random.key(1), 4)
-    arrays = [jax.random.normal(key, (2, 100, heads, 128), jnp.bfloat16)
-              for key, heads in zip(keys, (4, 2, 2, 4), strict=True)]
+    arrays = [
+        jax.random.normal(key, (2, 100, heads, 128), jnp.bfloat16)
+        for key, heads in zip(keys, (4, 2, 2, 4), strict=True)
+    ]
     right = relative_errors(causal_attention, 25, arrays)
-    wrong = relative_errors(lambda *qkv, window: causal_attention(*qkv, window=window + 1), 25,
-                            arrays)
+    wrong = relative_errors(
+        lambda *qkv, window: causal_attention(*qkv, window=window + 1), 25, arrays
+    )
     assert max(right.values()) < 0.008 < min(wrong.values())
 
 
@@ -202,11 +234,21 @@ def event(name, start, duration):
 
 
 def test_kernels_of_a_trace_are_those_of_the_gpu_streams():
-    streams = [SimpleNamespace(name="Stream #13(Compute)", events=[
-        event("fusion_1", 0, 3e6), event("fusion_2", 4e6, 1e6), event("gemm", 5e6, 2e6)]),
-        SimpleNamespace(name="XLA Ops", events=[event("fusion.1", 0, 9e6)])]
-    host = SimpleNamespace(name="/host:CPU", lines=[
-        SimpleNamespace(name="tf_XLATfrtCpuClient", events=[event("host", 0, 9e6)])])
+    streams = [
+        SimpleNamespace(
+            name="Stream #13(Compute)",
+            events=[
+                event("fusion_1", 0, 3e6),
+                event("fusion_2", 4e6, 1e6),
+                event("gemm", 5e6, 2e6),
+            ],
+        ),
+        SimpleNamespace(name="XLA Ops", events=[event("fusion.1", 0, 9e6)]),
+    ]
+    host = SimpleNamespace(
+        name="/host:CPU",
+        lines=[SimpleNamespace(name="tf_XLATfrtCpuClient", events=[event("host", 0, 9e6)])],
+    )
     gpu = SimpleNamespace(name="/device:GPU:0", lines=streams)
     events = list(device_events(SimpleNamespace(planes=[host, gpu])))
     found = reduce_events(events, units=2)

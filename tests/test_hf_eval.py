@@ -1,4 +1,6 @@
-"""Models of transformers under our evaluation: the same scores, tokens and bits per byte as ours, and honest refusals."""
+"""Models of transformers under our evaluation: the same scores, tokens and bits per byte as ours,
+and honest refusals.
+"""
 
 import json
 import shutil
@@ -24,14 +26,20 @@ from nanochat_jax.tokenizer import Tokenizer  # noqa: E402
 from scripts.base_eval import BaseEvalConfig  # noqa: E402
 from scripts.base_eval import main as base_eval  # noqa: E402
 
-TOKENIZER = Tokenizer.train(["the river and the mountain, the letter and the silver window"] * 9, 280)
-CONFIG = GPTConfig.classic(2, n_embd=64, n_head=2, n_kv_head=1, sequence_len=64, vocab_size=TOKENIZER.vocab_size)
+TOKENIZER = Tokenizer.train(
+    ["the river and the mountain, the letter and the silver window"] * 9, 280
+)
+CONFIG = GPTConfig.classic(
+    2, n_embd=64, n_head=2, n_kv_head=1, sequence_len=64, vocab_size=TOKENIZER.vocab_size
+)
 
 
 @pytest.fixture(scope="module")
 def params():
     rng = np.random.default_rng(0)
-    return jax.tree.map(lambda w: rng.normal(0, 0.2, w.shape).astype(np.float32), abstract_params(CONFIG))
+    return jax.tree.map(
+        lambda w: rng.normal(0, 0.2, w.shape).astype(np.float32), abstract_params(CONFIG)
+    )
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +53,9 @@ def examples():
     rng = np.random.default_rng(1)
     for key in range(8):
         prefix = rng.integers(0, 270, 1 + 9 * key)
-        rows = [np.r_[prefix, rng.integers(0, 270, n)].astype(np.int32) for n in rng.integers(1, 9, 3)]
+        rows = [
+            np.r_[prefix, rng.integers(0, 270, n)].astype(np.int32) for n in rng.integers(1, 9, 3)
+        ]
         yield key, [Row(tokens, len(prefix), len(tokens)) for tokens in rows]
 
 
@@ -64,22 +74,46 @@ def test_scores_are_ours(directory, params, tokens):
 def test_tokens_and_bits_per_byte_are_ours(directory, params, tmp_path):
     model, mesh = HFModel(directory, tokens=100), make_mesh("1x1")
     texts = ["the letter <|bos|> and <|user_start|>", "Münchën 😀 the", ""]
-    assert model.tokenizer.encode(texts, prepend=model.tokenizer.bos_id) == TOKENIZER.encode(texts, prepend=TOKENIZER.bos_id)
-    write_shards(["the river and the mountain " * 9] * 40, tmp_path, val_texts=["the silver window " * 9] * 40,
-                 rows_per_shard=20)
+    assert model.tokenizer.encode(texts, prepend=model.tokenizer.bos_id) == TOKENIZER.encode(
+        texts, prepend=TOKENIZER.bos_id
+    )
+    write_shards(
+        ["the river and the mountain " * 9] * 40,
+        tmp_path,
+        val_texts=["the silver window " * 9] * 40,
+        rows_per_shard=20,
+    )
     found = model.bits_per_byte(tmp_path, rows=4, split_tokens=512)
     for split in ("train", "val"):
-        batches = pretraining_loader(tmp_path, TOKENIZER, split=split, batch_size=4, sequence_len=64, num_shards=1)
-        ours = held_out_loss(params, batches, 2, config=CONFIG, token_bytes=TOKENIZER.token_bytes(), mesh=mesh,
-                             dtype=np.float32)
+        batches = pretraining_loader(
+            tmp_path, TOKENIZER, split=split, batch_size=4, sequence_len=64, num_shards=1
+        )
+        ours = held_out_loss(
+            params,
+            batches,
+            2,
+            config=CONFIG,
+            token_bytes=TOKENIZER.token_bytes(),
+            mesh=mesh,
+            dtype=np.float32,
+        )
         batches.close()
         assert found[f"{split}_bpb"] == pytest.approx(ours.bpb, rel=1e-4)
 
 
 def test_learned_positions_are_not_left(directory, tmp_path):
-    """GPT-2 has 32 positions here: longer prompts lose their beginning, and give what the end alone gives."""
-    config = transformers.GPT2Config(vocab_size=TOKENIZER.vocab_size, n_positions=32, n_embd=32, n_layer=1, n_head=2,
-                                     bos_token_id=TOKENIZER.bos_id, eos_token_id=TOKENIZER.bos_id)
+    """GPT-2 has 32 positions here: longer prompts lose their beginning, and give what the end
+    alone gives.
+    """
+    config = transformers.GPT2Config(
+        vocab_size=TOKENIZER.vocab_size,
+        n_positions=32,
+        n_embd=32,
+        n_layer=1,
+        n_head=2,
+        bos_token_id=TOKENIZER.bos_id,
+        eos_token_id=TOKENIZER.bos_id,
+    )
     torch.manual_seed(0)
     transformers.GPT2LMHeadModel(config).save_pretrained(tmp_path)
     for name in ("tokenizer.json", "tokenizer_config.json"):
@@ -102,8 +136,10 @@ def test_base_eval_reports_a_model_of_transformers(directory, tmp_path, monkeypa
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
     bundle = tmp_path / "eval_bundle"
     (bundle / "eval_data").mkdir(parents=True)
-    (bundle / "core.yaml").write_text("icl_tasks:\n- {label: yes_no, dataset_uri: y.jsonl, num_fewshot: [1], icl_task_type: "
-                                      "multiple_choice}")
+    (bundle / "core.yaml").write_text(
+        "icl_tasks:\n- {label: yes_no, dataset_uri: y.jsonl, num_fewshot: [1], icl_task_type: "
+        "multiple_choice}"
+    )
     (bundle / "eval_meta_data.csv").write_text("Eval Task,Random baseline\nyes_no,50\n")
     rows = [{"query": f"{i}?", "choices": ["yes", "no"], "gold": i % 2} for i in range(5)]
     (bundle / "eval_data" / "y.jsonl").write_text("\n".join(map(json.dumps, rows)))

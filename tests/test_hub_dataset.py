@@ -1,4 +1,6 @@
-"""Any data set of the Hub becomes a corpus: the right files of the right split, from a server with its protocol."""
+"""Any data set of the Hub becomes a corpus: the right files of the right split, from a server with
+its protocol.
+"""
 
 import json
 import os
@@ -71,7 +73,7 @@ def test_patterns_are_those_of_paths(pattern, name, matches):
     assert bool(glob_pattern(pattern).fullmatch(name)) is matches
 
 
-# ---------------------------------------------------------------------------------------------------- with a server
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
@@ -81,7 +83,11 @@ def hub():
 
 
 def parquet(tmp_path, texts, column="text", row_group_size=None):
-    pq.write_table(pa.table({"id": range(len(texts)), column: texts}), tmp_path / "x.parquet", row_group_size=row_group_size)
+    pq.write_table(
+        pa.table({"id": range(len(texts)), column: texts}),
+        tmp_path / "x.parquet",
+        row_group_size=row_group_size,
+    )
     return (tmp_path / "x.parquet").read_bytes()
 
 
@@ -110,20 +116,38 @@ def test_files_arrive_over_faults_and_become_one_corpus(hub, tmp_path):
         if fault:
             hub.faults[name] = fault
     hub.add(REPO, "data/test-00000-of-00001.parquet", parquet(tmp_path, ["of the test split"] * 5))
-    result = command(["hf", "--dataset", REPO, "--rows-per-shard", "1500", "--val-fraction", "0.01"], hub, tmp_path)
+    result = command(
+        ["hf", "--dataset", REPO, "--rows-per-shard", "1500", "--val-fraction", "0.01"],
+        hub,
+        tmp_path,
+    )
     assert result.returncode == 0, result.stderr
-    assert "2,800 documents (28 for validation)" in result.stdout and "8 rows without text" in result.stdout
+    assert (
+        "2,800 documents (28 for validation)" in result.stdout
+        and "8 rows without text" in result.stdout
+    )
     (train, val), manifest = corpus(tmp_path)
-    assert sorted(train + val) == sorted(text for index in range(4) for text in numbered(700, 1000 * index))
+    assert sorted(train + val) == sorted(
+        text for index in range(4) for text in numbered(700, 1000 * index)
+    )
     source = manifest["sources"][0]["source"]
-    assert (source["dataset"], source["revision"], source["split"]) == (REPO, hub.commit(REPO), "train")
-    assert {path.name for path in (tmp_path / "base").iterdir()} == {"base_data_custom", ".base_data_custom.lock"}
+    assert (source["dataset"], source["revision"], source["split"]) == (
+        REPO,
+        hub.commit(REPO),
+        "train",
+    )
+    assert {path.name for path in (tmp_path / "base").iterdir()} == {
+        "base_data_custom",
+        ".base_data_custom.lock",
+    }
 
     hub.requests.clear()
     result = command(["hf", "--dataset", REPO], hub, tmp_path)
     assert result.returncode == 0 and "already" in result.stdout and not hub.asked("/cdn/")
     result = command(["hf", "--dataset", REPO, "--split", "test"], hub, tmp_path)
-    assert result.returncode == 2 and "--append adds to it" in result.stderr and not hub.asked("/cdn/")
+    assert (
+        result.returncode == 2 and "--append adds to it" in result.stderr and not hub.asked("/cdn/")
+    )
     assert corpus(tmp_path) == ([train, val], manifest)
     result = command(["hf", "--dataset", REPO, "--split", "test", "--append"], hub, tmp_path)
     assert result.returncode == 0, result.stderr
@@ -136,26 +160,67 @@ def test_other_formats(hub, tmp_path, kind):
     if kind == "jsonl":
         content = "".join(json.dumps({"body": text}) + "\n" for text in texts).encode()
         hub.add(REPO, "english/part.jsonl", content)
-        hub.cards[REPO] = {"configs": [{"config_name": "en", "data_files": [{"split": "train", "path": "english/*"}]}]}
+        hub.cards[REPO] = {
+            "configs": [
+                {"config_name": "en", "data_files": [{"split": "train", "path": "english/*"}]}
+            ]
+        }
     elif kind == "csv":
         hub.add(REPO, "en/all.csv", b"body\n" + "".join(f'"{text}"\n' for text in texts).encode())
     else:
         hub.add(REPO, "all.arrow", b"what only the Hub reads")
-        hub.add(REPO, "en/train/0000.parquet", parquet(tmp_path, texts[:20], "body"), revision="refs/convert/parquet")
-        hub.add(REPO, "en/train/0001.parquet", parquet(tmp_path, texts[20:], "body"), revision="refs/convert/parquet")
-        hub.add(REPO, "en/test/0000.parquet", parquet(tmp_path, ["test"], "body"), revision="refs/convert/parquet")
-    result = command(["hf", "--dataset", REPO, "--subset", "en", "--text-field", "body"], hub, tmp_path)
+        hub.add(
+            REPO,
+            "en/train/0000.parquet",
+            parquet(tmp_path, texts[:20], "body"),
+            revision="refs/convert/parquet",
+        )
+        hub.add(
+            REPO,
+            "en/train/0001.parquet",
+            parquet(tmp_path, texts[20:], "body"),
+            revision="refs/convert/parquet",
+        )
+        hub.add(
+            REPO,
+            "en/test/0000.parquet",
+            parquet(tmp_path, ["test"], "body"),
+            revision="refs/convert/parquet",
+        )
+    result = command(
+        ["hf", "--dataset", REPO, "--subset", "en", "--text-field", "body"], hub, tmp_path
+    )
     assert result.returncode == 0, result.stderr
     (train, val), _ = corpus(tmp_path)
     assert sorted(train + val) == sorted(texts)
 
 
-@pytest.mark.parametrize(("preset", "repo"), [
-    ("k12", "CrowdMind/K-12Corpus"), ("opc", "CrowdMind/opc-annealing-corpus-synthetic")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("preset", "repo"),
+    [
+        # fmt: skip
+        ("k12", "CrowdMind/K-12Corpus"),
+        ("opc", "CrowdMind/opc-annealing-corpus-synthetic"),
+    ],
+)
 def test_presets_and_limits(hub, tmp_path, preset, repo):
     for index in range(3):
-        hub.add(repo, f"data/train-{index:05d}-of-00003.parquet", parquet(tmp_path, numbered(100, 100 * index)))
-    arguments = ["hf", "--preset", preset, "--rows-per-shard", "500000", "--limit-rows", "150", "--val-fraction", "0.1"]
+        hub.add(
+            repo,
+            f"data/train-{index:05d}-of-00003.parquet",
+            parquet(tmp_path, numbered(100, 100 * index)),
+        )
+    arguments = [
+        "hf",
+        "--preset",
+        preset,
+        "--rows-per-shard",
+        "500000",
+        "--limit-rows",
+        "150",
+        "--val-fraction",
+        "0.1",
+    ]
     result = command(arguments, hub, tmp_path)
     assert result.returncode == 0, result.stderr
     (train, val), _ = corpus(tmp_path)
@@ -167,8 +232,16 @@ def test_a_large_row_group_is_read_piece_by_piece(hub, tmp_path):
     """The corpus has row groups of 1,024 whatever the source has."""
     hub.add(REPO, "train.parquet", parquet(tmp_path, numbered(5000), row_group_size=5000))
     assert command(["hf", "--dataset", REPO], hub, tmp_path).returncode == 0
-    metadata = pq.ParquetFile(tmp_path / "base" / "base_data_custom" / "shard_00000.parquet").metadata
-    assert [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)] == [1024, 1024, 1024, 1024, 879]
+    metadata = pq.ParquetFile(
+        tmp_path / "base" / "base_data_custom" / "shard_00000.parquet"
+    ).metadata
+    assert [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)] == [
+        1024,
+        1024,
+        1024,
+        1024,
+        879,
+    ]
 
 
 @pytest.mark.parametrize(("arguments", "message"), [
@@ -196,7 +269,10 @@ def test_a_file_that_does_not_come_is_named(hub, tmp_path):
     hub.add(REPO, "train-1.parquet", parquet(tmp_path, numbered(10)))
     hub.faults["train-1.parquet"] = "gated"
     result = command(["hf", "--dataset", REPO], hub, tmp_path)
-    assert result.returncode == 2 and "train-1.parquet of owner/texts could not be fetched: GatedRepoError" in result.stderr
+    assert (
+        result.returncode == 2
+        and "train-1.parquet of owner/texts could not be fetched: GatedRepoError" in result.stderr
+    )
     assert not (tmp_path / "base" / "base_data_custom").exists()
 
 
@@ -205,9 +281,14 @@ def test_offline_mode_reads_the_local_cache(hub, tmp_path):
     (folder / "refs").mkdir(parents=True)
     (folder / "refs" / "main").write_text(hub.commit(REPO))
     (folder / "snapshots" / hub.commit(REPO)).mkdir(parents=True)
-    (folder / "snapshots" / hub.commit(REPO) / "train.parquet").write_bytes(parquet(tmp_path, numbered(30)))
+    (folder / "snapshots" / hub.commit(REPO) / "train.parquet").write_bytes(
+        parquet(tmp_path, numbered(30))
+    )
     result = command(["hf", "--dataset", REPO], hub, tmp_path, HF_HUB_OFFLINE="1")
     assert result.returncode == 0, result.stderr
     assert sum(map(len, corpus(tmp_path)[0])) == 30 and not hub.requests
     result = command(["hf", "--dataset", "owner/other"], hub, tmp_path, HF_HUB_OFFLINE="1")
-    assert result.returncode == 2 and "HF_HUB_OFFLINE is set, and it is not in the local cache" in result.stderr
+    assert (
+        result.returncode == 2
+        and "HF_HUB_OFFLINE is set, and it is not in the local cache" in result.stderr
+    )

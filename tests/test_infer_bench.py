@@ -1,4 +1,6 @@
-"""The inference benchmark as a user runs it: a table, then one JSON line whose figures fit together."""
+"""The inference benchmark as a user runs it: a table, then one JSON line whose figures fit
+together.
+"""
 
 import json
 import math
@@ -28,7 +30,9 @@ def quick_compilation():
 @pytest.fixture
 def bench(monkeypatch, tmp_path, capsys):
     def run(**options):
-        loaded = Loaded(MODEL, init_params(MODEL, jax.random.key(0)), None, {}, Path("d2"), 7, "base")
+        loaded = Loaded(
+            MODEL, init_params(MODEL, jax.random.key(0)), None, {}, Path("d2"), 7, "base"
+        )
         monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
         monkeypatch.setattr(infer_bench, "start", lambda *_, **__: None)
         monkeypatch.setattr(infer_bench, "load_model", lambda *_, **__: loaded)
@@ -42,13 +46,24 @@ def test_the_last_line_is_json_and_agrees_with_the_table(bench):
     *table, last = bench(prompt_tokens=10_000, decode_tokens=20, batch_sizes="1,3", mesh="2x1")
     found = json.loads(last)
     assert (found["source"], found["step"], found["prompt_tokens"]) == ("base", 7, 256 - 20)
-    assert found["peak_flops_per_sec"] is found["sweep"][0]["mbu_percent"] is found["prefill"]["mfu_percent"] is None  # a CPU
+    # a CPU
+    assert (
+        found["peak_flops_per_sec"]
+        is found["sweep"][0]["mbu_percent"]
+        is found["prefill"]["mfu_percent"]
+        is None
+    )
     assert [row["batch_size"] for row in found["sweep"]] == [1, 3]
     for row, line in zip(found["sweep"], table[-2:], strict=True):
         assert row["decode_steps"] == 16
-        assert line.split()[0] == str(row["batch_size"]) and line.split()[3] == f"{row['tok_per_sec']:,.0f}"
+        assert (
+            line.split()[0] == str(row["batch_size"])
+            and line.split()[3] == f"{row['tok_per_sec']:,.0f}"
+        )
         assert 0 < row["tpot_sec"] < 10 and row["ttft_sec"] > 0
-    assert math.isclose(found["prefill"]["tok_per_sec"] * found["prefill"]["time_sec"], found["prompt_tokens"] - 1)
+    assert math.isclose(
+        found["prefill"]["tok_per_sec"] * found["prefill"]["time_sec"], found["prompt_tokens"] - 1
+    )
 
 
 def test_shares_of_the_peaks_where_those_are_known(bench, monkeypatch):
@@ -58,8 +73,13 @@ def test_shares_of_the_peaks_where_those_are_known(bench, monkeypatch):
     row = found["sweep"][0]
     read = found["weight_bytes"] + 2 * found["kv_read_bytes_per_step"]
     assert math.isclose(row["mbu_percent"], 100 * read / row["tpot_sec"] / 1e9)
-    assert math.isclose(found["ceiling_bs1_tok_per_sec"], 1e9 / (found["weight_bytes"] + found["kv_read_bytes_per_step"]))
-    assert math.isclose(row["mfu_percent"], 100 * 2 * found["decode_flops_per_token"] / row["tpot_sec"] / 1e12)
+    assert math.isclose(
+        found["ceiling_bs1_tok_per_sec"],
+        1e9 / (found["weight_bytes"] + found["kv_read_bytes_per_step"]),
+    )
+    assert math.isclose(
+        row["mfu_percent"], 100 * 2 * found["decode_flops_per_token"] / row["tpot_sec"] / 1e12
+    )
 
 
 def test_operations_and_keys_by_hand():
@@ -72,8 +92,17 @@ def test_operations_and_keys_by_hand():
     assert keys_read(windowed, 800) == 3 * (256 + 1) + 800
 
 
-@pytest.mark.parametrize("wrong", [dict(batch_sizes="1,x"), dict(batch_sizes="0"), dict(batch_sizes=""), dict(decode_tokens=3),
-                                   dict(prompt_tokens=1), dict(temperature=-1.0)])
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        dict(batch_sizes="1,x"),
+        dict(batch_sizes="0"),
+        dict(batch_sizes=""),
+        dict(decode_tokens=3),
+        dict(prompt_tokens=1),
+        dict(temperature=-1.0),
+    ],
+)
 def test_values_out_of_range_are_refused(wrong):
     flags = [f"--{name}={value}" for name, value in wrong.items()]
     with pytest.raises(UsageError, match=str(next(iter(wrong.values()))) or "--batch-sizes"):

@@ -1,4 +1,6 @@
-"""Batches are the same on any number of processes, continue exactly from any state, and come at speed."""
+"""Batches are the same on any number of processes, continue exactly from any state, and come at
+speed.
+"""
 
 import json
 import os
@@ -38,7 +40,9 @@ def corpus(tmp_path_factory):
 
 def make(corpus, tokenizer, start_state=None, **options):
     loader = pretraining_loader(
-        corpus, tokenizer, **{"split": "train", "batch_size": 8, "sequence_len": T, "buffer_docs": 64, **options}
+        corpus,
+        tokenizer,
+        **{"split": "train", "batch_size": 8, "sequence_len": T, "buffer_docs": 64, **options},
     )
     if start_state:
         loader.set_state(start_state)
@@ -80,23 +84,34 @@ def test_one_virtual_shard_is_best_fit_over_the_corpus_in_file_order(corpus, tok
     documents = tokenizer.encode(list(iter_documents(corpus, "train")), prepend=tokenizer.bos_id)
     row_groups = [documents[start : start + 500] for start in range(0, len(documents), 500)]
     batches = (
-        [(None, np.array(ids)) for ids in group[i : i + 128]] for group in row_groups for i in range(0, 500, 128)
+        [(None, np.array(ids)) for ids in group[i : i + 128]]
+        for group in row_groups
+        for i in range(0, 500, 128)
     )
     expected = pack_by_hand(batches, 64, T + 1, 800)
     found = take(make(corpus, tokenizer, num_shards=1), 100)
-    np.testing.assert_array_equal(np.concatenate([batch["inputs"] for batch in found]), expected[:, :-1])
+    np.testing.assert_array_equal(
+        np.concatenate([batch["inputs"] for batch in found]), expected[:, :-1]
+    )
 
 
 @pytest.mark.parametrize("packing", PACKINGS)
 @pytest.mark.parametrize("process_count", [2, 4])
-def test_global_batches_do_not_depend_on_the_number_of_processes(corpus, tokenizer, packing, process_count):
+def test_global_batches_do_not_depend_on_the_number_of_processes(
+    corpus, tokenizer, packing, process_count
+):
     alone = take(make(corpus, tokenizer, packing=packing), 30)
     parts = [
-        take(make(corpus, tokenizer, packing=packing, process_index=i, process_count=process_count), 30)
+        take(
+            make(corpus, tokenizer, packing=packing, process_index=i, process_count=process_count),
+            30,
+        )
         for i in range(process_count)
     ]
     steps = zip(*parts, strict=True)
-    together = [{name: np.concatenate([part[name] for part in step]) for name in step[0]} for step in steps]
+    together = [
+        {name: np.concatenate([part[name] for part in step]) for name in step[0]} for step in steps
+    ]
     assert_equal(alone, together)
 
 
@@ -118,13 +133,20 @@ def test_restored_state_continues_exactly_at_every_step(corpus, tokenizer, packi
 @pytest.mark.parametrize("packing", PACKINGS)
 def test_state_of_two_processes_restores_on_one_and_on_four(corpus, tokenizer, packing):
     alone = take(make(corpus, tokenizer, packing=packing), 20)
-    pair = [make(corpus, tokenizer, packing=packing, process_index=i, process_count=2) for i in range(2)]
+    pair = [
+        make(corpus, tokenizer, packing=packing, process_index=i, process_count=2) for i in range(2)
+    ]
     for loader in pair:
         take(loader, 7)
     state = json.loads(json.dumps(merge_states([loader.get_state() for loader in pair])))
     assert_equal(alone[7:], take(make(corpus, tokenizer, packing=packing, start_state=state), 13))
-    quarter = make(corpus, tokenizer, packing=packing, start_state=state, process_index=2, process_count=4)
-    assert_equal([{name: array[4:6] for name, array in batch.items()} for batch in alone[7:]], take(quarter, 13))
+    quarter = make(
+        corpus, tokenizer, packing=packing, start_state=state, process_index=2, process_count=4
+    )
+    assert_equal(
+        [{name: array[4:6] for name, array in batch.items()} for batch in alone[7:]],
+        take(quarter, 13),
+    )
 
 
 PROCESS = """
@@ -151,7 +173,10 @@ def test_two_processes_make_one_global_array_and_one_position(corpus, tokenizer)
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
-    env = os.environ | {"XLA_FLAGS": "--xla_force_host_platform_device_count=4", "JAX_PLATFORMS": "cpu"}
+    env = os.environ | {
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+        "JAX_PLATFORMS": "cpu",
+    }
     pair = [
         subprocess.Popen(
             [sys.executable, "-c", PROCESS, str(index), str(port), str(corpus)],
@@ -162,7 +187,9 @@ def test_two_processes_make_one_global_array_and_one_position(corpus, tokenizer)
         for index in range(2)
     ]
     outputs = [process.communicate(timeout=120)[0] for process in pair]
-    (state, first), (other_state, second) = (json.loads(output.splitlines()[-1]) for output in outputs)
+    (state, first), (other_state, second) = (
+        json.loads(output.splitlines()[-1]) for output in outputs
+    )
     loader = make(corpus, tokenizer)
     batch = take(loader, 5)[-1]
     assert merge_states([other_state, state]) == json.loads(json.dumps(loader.get_state()))
@@ -205,16 +232,26 @@ def test_splits_share_no_document(tmp_path, tokenizer):
     write_shards(["train"] * 100, tmp_path / "corpus", rows_per_shard=50, val_texts=["val"] * 100)
     for split in ("train", "val"):
         tokens = np.unique(
-            np.concatenate([batch["inputs"] for batch in take(make(tmp_path / "corpus", tokenizer, split=split), 5)])
+            np.concatenate(
+                [
+                    batch["inputs"]
+                    for batch in take(make(tmp_path / "corpus", tokenizer, split=split), 5)
+                ]
+            )
         )
         assert set(tokens.tolist()) == {*split.encode(), tokenizer.bos_id}
 
 
 def test_more_shards_on_disk_do_not_move_the_position(tmp_path, tokenizer):
-    """A restart after further downloads, which come between the old training shards and the pinned validation shard."""
+    """A restart after further downloads, which come between the old training shards and the pinned
+    validation shard.
+    """
     texts = [f"document number {i}" for i in range(4000)]
     write_shards(texts, tmp_path / "corpus", rows_per_shard=1000, val_texts=["val"])
-    later, val = tmp_path / "corpus" / "shard_00003.parquet", tmp_path / "corpus" / "shard_00004.parquet"
+    later, val = (
+        tmp_path / "corpus" / "shard_00003.parquet",
+        tmp_path / "corpus" / "shard_00004.parquet",
+    )
     val.rename(tmp_path / "corpus" / "shard_00009.parquet")
     kept = later.read_bytes()
     later.unlink()
@@ -225,20 +262,28 @@ def test_more_shards_on_disk_do_not_move_the_position(tmp_path, tokenizer):
     assert_equal(batches, take(make(tmp_path / "corpus", tokenizer, start_state=state), 5))
     first = tmp_path / "corpus" / "shard_00000.parquet"
     first.rename(tmp_path / "kept")
-    with pytest.raises(UsageError, match=r"of a corpus with shard_00000\.parquet, which is not there any more"):
+    with pytest.raises(
+        UsageError, match=r"of a corpus with shard_00000\.parquet, which is not there any more"
+    ):
         make(tmp_path / "corpus", tokenizer, start_state=state)
     later.rename(first)
-    with pytest.raises(UsageError, match=r"in which shard_00000\.parquet had [0-9,]+ bytes, now it has"):
+    with pytest.raises(
+        UsageError, match=r"in which shard_00000\.parquet had [0-9,]+ bytes, now it has"
+    ):
         make(tmp_path / "corpus", tokenizer, start_state=state)
 
 
 @pytest.mark.parametrize("split", ["train", "val"])
 @pytest.mark.parametrize("texts", [[], [None, None], ["", ""]])
-def test_a_split_without_text_is_refused_before_anything_is_trained(tmp_path, tokenizer, split, texts):
+def test_a_split_without_text_is_refused_before_anything_is_trained(
+    tmp_path, tokenizer, split, texts
+):
     for name, held in (("shard_00000", split == "train"), ("shard_00001", split == "val")):
         column = pa.array(texts if held else ["a text"] * 50, pa.string())
         pq.write_table(pa.table({"text": column}), tmp_path / f"{name}.parquet")
-    with pytest.raises(UsageError, match="no document for (training|validation) in .* has any text"):
+    with pytest.raises(
+        UsageError, match="no document for (training|validation) in .* has any text"
+    ):
         make(tmp_path, tokenizer, split=split, num_shards=1)
 
 
@@ -258,14 +303,21 @@ def test_an_error_in_the_background_reaches_the_caller(tmp_path, tokenizer):
 
 def test_text_that_is_not_utf8_is_named(tmp_path, tokenizer):
     write_shards(["a" * 100] * 300, tmp_path / "corpus", rows_per_shard=100, val_texts=["v"])
-    broken = pa.StringArray.from_buffers(1, pa.py_buffer(np.array([0, 3], np.int32)), pa.py_buffer(b"a\xff\xfe"))
+    broken = pa.StringArray.from_buffers(
+        1, pa.py_buffer(np.array([0, 3], np.int32)), pa.py_buffer(b"a\xff\xfe")
+    )
     pq.write_table(pa.table({"text": broken}), tmp_path / "corpus" / "shard_00001.parquet")
-    with pytest.raises(UsageError, match=r"row group 0 of shard .*shard_00001\.parquet cannot be encoded"):
+    with pytest.raises(
+        UsageError, match=r"row group 0 of shard .*shard_00001\.parquet cannot be encoded"
+    ):
         take(make(tmp_path / "corpus", tokenizer, num_shards=1, buffer_docs=10), 2000)
 
 
 def test_batches_that_cannot_be_shared_out_are_refused(corpus, tokenizer):
-    with pytest.raises(UsageError, match="2 virtual shards must divide the batch of 6 rows and be a multiple of the 3"):
+    with pytest.raises(
+        UsageError,
+        match="2 virtual shards must divide the batch of 6 rows and be a multiple of the 3",
+    ):
         make(corpus, tokenizer, batch_size=6, process_count=3)
     with pytest.raises(UsageError, match="unknown packing 'padded'"):
         make(corpus, tokenizer, packing="padded")

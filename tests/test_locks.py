@@ -15,7 +15,9 @@ from scripts import base_train, chat_sft, mid_train
 
 TAG = dict(model_tag="d2", mesh="1x1", num_iterations=1)
 STARTS = {
-    "base": lambda **more: base_train.main(base_train.BaseTrainConfig(depth=2, data="embedded", **TAG, **more)),
+    "base": lambda **more: base_train.main(
+        base_train.BaseTrainConfig(depth=2, data="embedded", **TAG, **more)
+    ),
     "mid": lambda **more: mid_train.main(mid_train.MidTrainConfig(**TAG, **more)),
     "sft": lambda **more: chat_sft.main(chat_sft.ChatSFTConfig(**TAG, **more)),
     "rl": lambda **more: reinforce(ChatRLConfig(**TAG, **more)),
@@ -35,14 +37,20 @@ def below(directory: Path) -> set[Path]:
     return set(directory.rglob("*"))
 
 
-@pytest.mark.parametrize("flags", [{}, {"resume": True}, {"fresh": True}], ids=["new", "resume", "fresh"])
+@pytest.mark.parametrize(
+    "flags", [{}, {"resume": True}, {"fresh": True}], ids=["new", "resume", "fresh"]
+)
 @pytest.mark.parametrize("source", STARTS)
-def test_a_stage_whose_tag_is_in_use_is_refused_and_changes_nothing(paths, monkeypatch, source, flags):
+def test_a_stage_whose_tag_is_in_use_is_refused_and_changes_nothing(
+    paths, monkeypatch, source, flags
+):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(paths.base))
     directory = paths.checkpoints(source) / "d2"
     with lock_file(directory / LOCK, "d2", ""):
         before = below(directory)
-        with pytest.raises(UsageError, match=rf"^{directory} is in use by process \d+ on .*: wait for it") as refused:
+        with pytest.raises(
+            UsageError, match=rf"^{directory} is in use by process \d+ on .*: wait for it"
+        ) as refused:
             STARTS[source](**flags)
         assert "\n" not in str(refused.value) and below(directory) == before
         assert find_model(paths, source, "d2") == directory  # reading needs no lock
@@ -63,7 +71,9 @@ def test_a_speedrun_clears_no_tag_that_is_in_use(tmp_path, delete):
     assert (directory / "100").is_dir()
 
 
-@pytest.mark.parametrize("linked", ["", "base", "base/base_checkpoints", "base/base_checkpoints/d2"])
+@pytest.mark.parametrize(
+    "linked", ["", "base", "base/base_checkpoints", "base/base_checkpoints/d2"]
+)
 def test_the_tokenizer_of_a_tag_is_found_wherever_its_directory_is_linked_to(tmp_path, linked):
     """Links lead into another disk, whose directories say nothing of the base directory."""
     for path in (Path("base"), Path("base/base_checkpoints"), Path("base/base_checkpoints/d2")):

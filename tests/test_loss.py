@@ -1,4 +1,6 @@
-"""The chunked cross-entropy equals the plain one in value and gradient, and survives a batch with nothing to train on."""
+"""The chunked cross-entropy equals the plain one in value and gradient, and survives a batch with
+nothing to train on.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -12,7 +14,9 @@ SOFTCAP = 15.0
 
 def plain(hidden, weight, targets, scale):
     logits = SOFTCAP * jnp.tanh(hidden @ weight / SOFTCAP)
-    nll = -jnp.take_along_axis(jax.nn.log_softmax(logits), jnp.maximum(targets, 0)[..., None], axis=-1)[..., 0]
+    nll = -jnp.take_along_axis(
+        jax.nn.log_softmax(logits), jnp.maximum(targets, 0)[..., None], axis=-1
+    )[..., 0]
     nll = jnp.where(targets >= 0, nll, 0.0)
     return (nll * scale).sum(), nll
 
@@ -22,14 +26,20 @@ def batch():
     rng = np.random.default_rng(0)
     targets = rng.integers(0, 50, (3, 8)).astype(np.int32)
     targets[0, 2] = targets[2, 7] = -1
-    return (jnp.asarray(rng.normal(0, 4, (3, 8, 16)), jnp.float32), jnp.asarray(rng.normal(0, 1, (16, 50)), jnp.float32),
-            jnp.asarray(targets), jnp.asarray(rng.normal(0, 1, (3, 8)), jnp.float32))
+    return (
+        jnp.asarray(rng.normal(0, 4, (3, 8, 16)), jnp.float32),
+        jnp.asarray(rng.normal(0, 1, (16, 50)), jnp.float32),
+        jnp.asarray(targets),
+        jnp.asarray(rng.normal(0, 1, (3, 8)), jnp.float32),
+    )
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 3, 5, 8, 9])
 def test_value_and_gradients_equal_the_plain_form(batch, chunk):
     hidden, weight, targets, scale = batch
-    run = lambda f: jax.value_and_grad(lambda h, w: f(h, w), argnums=(0, 1), has_aux=True)(hidden, weight)  # noqa: E731
+    run = lambda f: jax.value_and_grad(lambda h, w: f(h, w), argnums=(0, 1), has_aux=True)(
+        hidden, weight
+    )  # noqa: E731
     (total, nll), grads = run(lambda h, w: cross_entropy(h, w, targets, scale, SOFTCAP, chunk))
     (plain_total, plain_nll), plain_grads = run(lambda h, w: plain(h, w, targets, scale))
     np.testing.assert_allclose(total, plain_total, rtol=1e-5)
@@ -40,7 +50,9 @@ def test_value_and_gradients_equal_the_plain_form(batch, chunk):
 
 def test_nothing_to_train_on_gives_zero_loss_and_gradients(batch):
     hidden, weight, targets, scale = batch
-    grad = jax.grad(lambda h, w: cross_entropy(h, w, jnp.full_like(targets, -1), scale, SOFTCAP, 4)[0], (0, 1))
+    grad = jax.grad(
+        lambda h, w: cross_entropy(h, w, jnp.full_like(targets, -1), scale, SOFTCAP, 4)[0], (0, 1)
+    )
     assert all((g == 0).all() for g in grad(hidden, weight))
 
 
@@ -49,10 +61,18 @@ def test_full_logits_are_never_in_memory(length):
     """Not for the loss and its gradients, whatever the length."""
     batch, width, vocab = 4, 32, 32768
     chunk = chunk_length((batch, length), vocab)
-    arrays = [jax.ShapeDtypeStruct(shape, dtype) for shape, dtype in (
-        ((batch, length, width), jnp.float32), ((width, vocab), jnp.float32), ((batch, length), jnp.int32),
-        ((batch, length), jnp.float32))]
-    grad = jax.jit(jax.grad(lambda h, w, t, s: cross_entropy(h, w, t, s, SOFTCAP, chunk)[0], (0, 1)))
+    arrays = [
+        jax.ShapeDtypeStruct(shape, dtype)
+        for shape, dtype in (
+            ((batch, length, width), jnp.float32),
+            ((width, vocab), jnp.float32),
+            ((batch, length), jnp.int32),
+            ((batch, length), jnp.float32),
+        )
+    ]
+    grad = jax.jit(
+        jax.grad(lambda h, w, t, s: cross_entropy(h, w, t, s, SOFTCAP, chunk)[0], (0, 1))
+    )
     temporary = grad.lower(*arrays).compile().memory_analysis().temp_size_in_bytes
     assert temporary < batch * length * vocab * 4 / 1.5
 

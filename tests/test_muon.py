@@ -1,4 +1,6 @@
-"""Muon on tall, wide and square matrices: against optax's own where they agree, on any mesh, and its known properties."""
+"""Muon on tall, wide and square matrices: against optax's own where they agree, on any mesh, and
+its known properties.
+"""
 
 import jax
 import jax.numpy as jnp
@@ -7,18 +9,41 @@ import optax
 import pytest
 
 from nanochat_jax.model.sharding import make_mesh
-from nanochat_jax.train.muon import NEWTON_SCHULZ, muon, normalize_variance, orthogonalize_classic, orthogonalize_modern
-from nanochat_jax.train.optim import constant, cosine_decay, linear_momentum, modern_momentum, trapezoid
+from nanochat_jax.train.muon import (
+    NEWTON_SCHULZ,
+    muon,
+    normalize_variance,
+    orthogonalize_classic,
+    orthogonalize_modern,
+)
+from nanochat_jax.train.optim import (
+    constant,
+    cosine_decay,
+    linear_momentum,
+    modern_momentum,
+    trapezoid,
+)
 
-SHAPES = {"wide": (32, 128), "tall": (128, 32), "square": (48, 48), "stack": (3, 32, 128), "gate": (2, 12, 4)}
+SHAPES = {
+    "wide": (32, 128),
+    "tall": (128, 32),
+    "square": (48, 48),
+    "stack": (3, 32, 128),
+    "gate": (2, 12, 4),
+}
 
 
 @pytest.fixture(scope="module")
 def matrices():
     """Parameters and the gradients of four steps."""
     keys = jax.random.split(jax.random.key(0), 5)
-    trees = [{name: jax.random.normal(jax.random.fold_in(key, i), shape) for i, (name, shape) in enumerate(SHAPES.items())}
-             for key in keys]
+    trees = [
+        {
+            name: jax.random.normal(jax.random.fold_in(key, i), shape)
+            for i, (name, shape) in enumerate(SHAPES.items())
+        }
+        for key in keys
+    ]
     return trees[0], trees[1:]
 
 
@@ -37,12 +62,24 @@ def test_the_first_classic_step_equals_that_of_optax(matrices, momentum):
     """Later ones differ where there is momentum: optax corrects its bias, nanochat does not."""
     params, gradients = matrices
     gradients = gradients if momentum == 0.0 else gradients[:1]
-    dimensions = jax.tree.map(lambda p: optax.contrib.MuonDimensionNumbers(p.ndim - 2, p.ndim - 1), params)
-    theirs = optax.contrib.muon(0.02, ns_coeffs=NEWTON_SCHULZ[0], beta=momentum, eps=1e-7, nesterov=True,
-                                muon_weight_dimension_numbers=dimensions)
+    dimensions = jax.tree.map(
+        lambda p: optax.contrib.MuonDimensionNumbers(p.ndim - 2, p.ndim - 1), params
+    )
+    theirs = optax.contrib.muon(
+        0.02,
+        ns_coeffs=NEWTON_SCHULZ[0],
+        beta=momentum,
+        eps=1e-7,
+        nesterov=True,
+        muon_weight_dimension_numbers=dimensions,
+    )
     ours = muon(constant(0.02), constant(momentum), variant="classic")
     expected = run(theirs, params, gradients)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6), run(ours, params, gradients), expected)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, atol=2e-6),
+        run(ours, params, gradients),
+        expected,
+    )
 
 
 @pytest.mark.parametrize("variant", ["classic", "modern"])
@@ -50,16 +87,24 @@ def test_the_first_classic_step_equals_that_of_optax(matrices, momentum):
 def test_a_mesh_does_not_change_the_result(matrices, variant, layout):
     params, gradients = matrices
     mesh = make_mesh(layout)
-    options = dict(learning_rate=constant(0.02), momentum=linear_momentum(300, 0.85, 0.95),
-                   weight_decay=cosine_decay(0.3, 4) if variant == "modern" else None, variant=variant)
+    options = dict(
+        learning_rate=constant(0.02),
+        momentum=linear_momentum(300, 0.85, 0.95),
+        weight_decay=cosine_decay(0.3, 4) if variant == "modern" else None,
+        variant=variant,
+    )
     replicated = jax.NamedSharding(mesh, jax.P())
     alone = run(muon(**options), params, gradients)
-    spread = run(muon(**options, mesh=mesh), params, gradients, lambda tree: jax.device_put(tree, replicated))
+    spread = run(
+        muon(**options, mesh=mesh), params, gradients, lambda tree: jax.device_put(tree, replicated)
+    )
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-5, atol=1e-6), spread, alone)
 
 
 def test_on_a_mesh_each_device_orthogonalises_its_share():
-    """No device of eight gets more than a quarter of the products' FLOPs that one device alone needs."""
+    """No device of eight gets more than a quarter of the products' FLOPs that one device alone
+    needs.
+    """
     params = {"matrices": jnp.ones((16, 64, 256))}
     mesh = make_mesh("8x1")
 
@@ -73,10 +118,15 @@ def test_on_a_mesh_each_device_orthogonalises_its_share():
 
 def test_matrices_of_a_stack_are_as_if_alone(matrices):
     params, gradients = matrices
-    together = run(muon(constant(0.02), constant(0.9), variant="modern"), params, gradients)["stack"]
+    together = run(muon(constant(0.02), constant(0.9), variant="modern"), params, gradients)[
+        "stack"
+    ]
     for i in range(3):
-        alone = run(muon(constant(0.02), constant(0.9), variant="modern"), {"one": params["stack"][i]},
-                    [{"one": gradient["stack"][i]} for gradient in gradients])["one"]
+        alone = run(
+            muon(constant(0.02), constant(0.9), variant="modern"),
+            {"one": params["stack"][i]},
+            [{"one": gradient["stack"][i]} for gradient in gradients],
+        )["one"]
         np.testing.assert_allclose(together[i], alone, rtol=1e-5, atol=1e-6)
 
 
@@ -90,17 +140,23 @@ def test_singular_values_come_near_one(orthogonalize, shape):
 
 
 def test_a_matrix_with_more_outputs_than_inputs_takes_a_longer_step():
-    """sqrt(out / in): the up projection of an MLP, kept (in, out) = (D, 4 D), moves twice as far as the others."""
+    """sqrt(out / in): the up projection of an MLP, kept (in, out) = (D, 4 D), moves twice as far
+    as the others.
+    """
     transform = muon(constant(1.0), constant(0.0), variant="classic")
     params = {"up": jnp.zeros((16, 64)), "down": jnp.zeros((64, 16))}
     gradient = jax.random.normal(jax.random.key(2), (16, 64))
-    updates, _ = transform.update({"up": gradient, "down": gradient.T}, transform.init(params), params)
+    updates, _ = transform.update(
+        {"up": gradient, "down": gradient.T}, transform.init(params), params
+    )
     np.testing.assert_allclose(updates["up"], 2.0 * updates["down"].T, rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.parametrize("shape", [(8, 32), (32, 8), (16, 16)])
 def test_variance_is_per_output_or_per_input_and_keeps_the_norm(shape):
-    """Per output where there are as many outputs as inputs or more (a row of torch's layout), else per input."""
+    """Per output where there are as many outputs as inputs or more (a row of torch's layout), else
+    per input.
+    """
     update = jax.random.normal(jax.random.key(3), (1, *shape)) * jnp.arange(1, shape[1] + 1)
     moment = jnp.zeros((1, 1, shape[1]) if shape[1] >= shape[0] else (1, shape[0], 1))
     normalized, moment = normalize_variance(update, moment, 0.0)
@@ -120,19 +176,31 @@ def test_decay_is_cautious():
 
     plain, difference = step(0.0), step(0.5) - step(0.0)
     agree = -plain * np.asarray(params["w"]) >= 0
-    np.testing.assert_allclose(difference[agree], (-0.1 * 0.5 * np.asarray(params["w"]))[agree], rtol=1e-4)
+    np.testing.assert_allclose(
+        difference[agree], (-0.1 * 0.5 * np.asarray(params["w"]))[agree], rtol=1e-4
+    )
     assert (difference[~agree] == 0).all() and 0 < agree.sum() < agree.size
 
 
 def test_schedules_have_upstreams_values_at_their_corners():
     classic = trapezoid(1000, warmup=0, warmdown_ratio=0.2, final_fraction=0.0)
-    assert [float(classic(step)) for step in (0, 800, 900, 999)] == pytest.approx([1.0, 1.0, 0.5, 0.005])
+    assert [float(classic(step)) for step in (0, 800, 900, 999)] == pytest.approx(
+        [1.0, 1.0, 0.5, 0.005]
+    )
     modern = trapezoid(1000, warmup=40, warmdown_ratio=0.65, final_fraction=0.05)
-    assert [float(modern(step)) for step in (0, 39, 40, 350, 675)] == pytest.approx([0.025, 1.0, 1.0, 1.0, 0.525])
+    assert [float(modern(step)) for step in (0, 39, 40, 350, 675)] == pytest.approx(
+        [0.025, 1.0, 1.0, 1.0, 0.525]
+    )
     assert float(modern(999)) == pytest.approx(1 / 650 + (649 / 650) * 0.05)
     ramp = linear_momentum(300, 0.85, 0.95)
-    assert [float(ramp(step)) for step in (0, 150, 300, 900)] == pytest.approx([0.85, 0.90, 0.95, 0.95])
+    assert [float(ramp(step)) for step in (0, 150, 300, 900)] == pytest.approx(
+        [0.85, 0.90, 0.95, 0.95]
+    )
     late = modern_momentum(2000, 0.65)
-    assert [float(late(step)) for step in (0, 200, 400, 700, 1350)] == pytest.approx([0.85, 0.91, 0.97, 0.97, 0.935])
+    assert [float(late(step)) for step in (0, 200, 400, 700, 1350)] == pytest.approx(
+        [0.85, 0.91, 0.97, 0.97, 0.935]
+    )
     decay = cosine_decay(0.28, 400)
-    assert [float(decay(step)) for step in (0, 100, 200, 400)] == pytest.approx([0.28, 0.28 * 0.853553, 0.14, 0.0], abs=1e-6)
+    assert [float(decay(step)) for step in (0, 100, 200, 400)] == pytest.approx(
+        [0.28, 0.28 * 0.853553, 0.14, 0.0], abs=1e-6
+    )

@@ -39,8 +39,12 @@ async def openai_client(scheduler, *, key="none", max_retries=0, path="/v1", **o
 
 @pytest.fixture(scope="module")
 def scheduler():
-    config = GPTConfig.modern(1, aspect_ratio=32, head_dim=32, sequence_len=64, vocab_size=TOKENIZER.vocab_size)
-    engine = Engine(config, init_params(config, jax.random.key(0)), TOKENIZER, num_slots=4, max_prefill_rows=1)
+    config = GPTConfig.modern(
+        1, aspect_ratio=32, head_dim=32, sequence_len=64, vocab_size=TOKENIZER.vocab_size
+    )
+    engine = Engine(
+        config, init_params(config, jax.random.key(0)), TOKENIZER, num_slots=4, max_prefill_rows=1
+    )
     with Scheduler(engine, max_waiting=8) as running:
         yield running
 
@@ -56,22 +60,38 @@ async def text_of(stream):
 async def test_a_reply_has_text_reason_and_usage():
     async with openai_client(FakeScheduler("Hé", ToolCall("1+2", "3"), " 🙂")) as api:
         reply = await api.chat.completions.create(**ASK)
-    assert reply.object == "chat.completion" and reply.model == "nanochat" and reply.id.startswith("chatcmpl-")
-    assert reply.choices[0].message.content == "Hé 🙂" and reply.choices[0].message.role == "assistant"
+    assert (
+        reply.object == "chat.completion"
+        and reply.model == "nanochat"
+        and reply.id.startswith("chatcmpl-")
+    )
+    assert (
+        reply.choices[0].message.content == "Hé 🙂" and reply.choices[0].message.role == "assistant"
+    )
     assert reply.choices[0].finish_reason == "stop"
-    assert reply.usage.model_dump(exclude_none=True) == {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
+    assert reply.usage.model_dump(exclude_none=True) == {
+        "prompt_tokens": 3,
+        "completion_tokens": 2,
+        "total_tokens": 5,
+    }
 
 
 async def test_a_stream_has_the_same_text_reason_and_usage():
     async with openai_client(FakeScheduler("Hé", " 🙂")) as api:
         options = {"include_usage": True}
-        text, chunks = await text_of(await api.chat.completions.create(**ASK, stream=True, stream_options=options))
+        text, chunks = await text_of(
+            await api.chat.completions.create(**ASK, stream=True, stream_options=options)
+        )
         _, plain = await text_of(await api.chat.completions.create(**ASK, stream=True))
     assert text == {0: "Hé 🙂"}
-    assert chunks[0].choices[0].delta.role == "assistant" and len({chunk.id for chunk in chunks}) == 1
+    assert (
+        chunks[0].choices[0].delta.role == "assistant" and len({chunk.id for chunk in chunks}) == 1
+    )
     assert [chunk.choices[0].finish_reason for chunk in chunks[:-1]] == [None, None, None, "stop"]
     assert chunks[-1].choices == [] and chunks[-1].usage.total_tokens == 5
-    assert not any(chunk.usage for chunk in (*chunks[:-1], *plain)) and len(plain) == len(chunks) - 1
+    assert (
+        not any(chunk.usage for chunk in (*chunks[:-1], *plain)) and len(plain) == len(chunks) - 1
+    )
 
 
 async def test_the_real_engine_streams_what_it_would_give_whole_and_repeats_a_seed(scheduler):
@@ -86,16 +106,28 @@ async def test_the_real_engine_streams_what_it_would_give_whole_and_repeats_a_se
         assert other.choices[2].message.content not in texts
         # One prompt however many replies; bos, user_start, "Hello", user_end, assistant_start.
         assert whole.usage.prompt_tokens == 9 and whole.usage.completion_tokens <= 60
-        reasons = {choice.index: choice.finish_reason for chunk in chunks for choice in chunk.choices}
+        reasons = {
+            choice.index: choice.finish_reason for chunk in chunks for choice in chunk.choices
+        }
         assert reasons == {choice.index: choice.finish_reason for choice in whole.choices}
 
 
 async def test_stop_strings_and_length_end_a_reply(scheduler):
     async with openai_client(scheduler, max_len=64) as api:
+
         async def ask(**extra):
-            extra = {"max_completion_tokens": 20, "seed": 1, "temperature": 1.0, "extra_body": {"top_k": 0}} | extra
+            extra = {
+                "max_completion_tokens": 20,
+                "seed": 1,
+                "temperature": 1.0,
+                "extra_body": {"top_k": 0},
+            } | extra
             reply = await api.chat.completions.create(**ASK, **extra)
-            return reply.choices[0].message.content, reply.choices[0].finish_reason, reply.usage.completion_tokens
+            return (
+                reply.choices[0].message.content,
+                reply.choices[0].finish_reason,
+                reply.usage.completion_tokens,
+            )
 
         text, reason, count = await ask()
         assert reason == "length" and count == 20 and len(text) > 6
@@ -104,13 +136,16 @@ async def test_stop_strings_and_length_end_a_reply(scheduler):
         for stops in (stop, ["never to be seen", stop]):
             assert (await ask(stop=stops))[:2] == (text[:4], "stop")
         replies = [await ask(max_completion_tokens=4000, seed=seed) for seed in range(20)]
-        assert max(count for _, _, count in replies) == 64 - 9  # as much as the context has room for
+        # as much as the context has room for
+        assert max(count for _, _, count in replies) == 64 - 9
         assert {(reason == "length") == (count == 64 - 9) for _, reason, count in replies} == {True}
 
 
 async def test_sampling_reaches_the_engine_and_the_servers_own_is_the_default():
     fake = FakeScheduler()
-    async with openai_client(fake, defaults=Sampling(temperature=0.5, top_k=7, max_tokens=9)) as api:
+    async with openai_client(
+        fake, defaults=Sampling(temperature=0.5, top_k=7, max_tokens=9)
+    ) as api:
         await api.chat.completions.create(**ASK)
         await api.chat.completions.create(
             **ASK, temperature=0, top_p=0.25, max_tokens=5, seed=-1, stop=["a", "b"], extra_body={"top_k": 0},
@@ -121,7 +156,13 @@ async def test_sampling_reaches_the_engine_and_the_servers_own_is_the_default():
     own, given, both, unlimited, newer = fake.requests
     assert (unlimited.max_tokens, unlimited.top_k, newer.max_tokens) == (4096, 0, 4096)
     assert (own.temperature, own.top_k, own.max_tokens, own.top_p, own.stop) == (0.5, 7, 9, 1, ())
-    assert (given.temperature, given.top_k, given.max_tokens, given.top_p, given.stop) == (0, 0, 5, 0.25, ("a", "b"))
+    assert (given.temperature, given.top_k, given.max_tokens, given.top_p, given.stop) == (
+        0,
+        0,
+        5,
+        0.25,
+        ("a", "b"),
+    )
     assert given.seed == 2**64 - 1 and both.max_tokens == 6 and own.seed != both.seed
 
 
@@ -130,13 +171,20 @@ async def test_a_conversation_becomes_the_prompt_that_the_model_was_trained_on()
     text = "".join(SPECIAL_TOKENS)
     asked = [
         {"role": "developer", "content": text},
-        {"role": "user", "content": [{"type": "text", "text": "a"}, {"type": "text", "text": text}]},
+        {
+            "role": "user",
+            "content": [{"type": "text", "text": "a"}, {"type": "text", "text": text}],
+        },
         {"role": "assistant", "content": text},
         {"role": "user", "content": "b"},
     ]
     async with openai_client(fake) as api:
         await api.chat.completions.create(model="nanochat", messages=asked)
-    plain = [{"role": "system", "content": text}, {"role": "user", "content": "a" + text}, *asked[2:]]
+    plain = [
+        {"role": "system", "content": text},
+        {"role": "user", "content": "a" + text},
+        *asked[2:],
+    ]
     answered = {"messages": [*plain, {"role": "assistant", "content": ""}]}
     tokens = fake.requests[0].tokens
     assert list(tokens) == render_for_completion(TOKENIZER, answered)
@@ -145,16 +193,27 @@ async def test_a_conversation_becomes_the_prompt_that_the_model_was_trained_on()
 
 async def test_a_system_message_stands_before_what_the_user_says_next():
     fake = FakeScheduler()
-    turns = [("user", "a"), ("system", "s"), ("assistant", "b"), ("developer", "t"), ("user", "c"), ("system", "u")]
+    turns = [
+        ("user", "a"),
+        ("system", "s"),
+        ("assistant", "b"),
+        ("developer", "t"),
+        ("user", "c"),
+        ("system", "u"),
+    ]
     async with openai_client(fake) as api:
-        await api.chat.completions.create(model="nanochat", messages=[{"role": r, "content": c} for r, c in turns])
+        await api.chat.completions.create(
+            model="nanochat", messages=[{"role": r, "content": c} for r, c in turns]
+        )
     assert TOKENIZER.decode(fake.requests[0].tokens) == (
         "<|bos|><|user_start|>a<|user_end|><|assistant_start|>b<|assistant_end|><|user_start|>s\n\nt\n\nc<|user_end|>"
-        "<|user_start|>u<|user_end|><|assistant_start|>")
+        "<|user_start|>u<|user_end|><|assistant_start|>"
+    )
 
 
 CALLS = [{"id": "1", "type": "function", "function": {"name": "add", "arguments": '{"a": 1}'}}]
-# Messages, fields, and the prompt, in which < and > stand for the tokens that begin and end a message.
+# Messages, fields, and the prompt, in which < and > stand for the tokens that begin and end a
+# message.
 CONVERSATIONS = [
     ([("developer", "s"), ("user", [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}])], {}, "<U s\n\nab><A "),
     ([("user", "a"), ("assistant", None), ("user", "b")], {}, "<U a><A ><U b><A "),
@@ -177,10 +236,20 @@ CONVERSATIONS = [
 @pytest.mark.parametrize("turns,fields,expected", CONVERSATIONS)
 async def test_what_other_servers_take_for_a_conversation_becomes_a_prompt(turns, fields, expected):
     fake = FakeScheduler("Hi")
-    asked = [{"role": role, "content": content, **({"tool_calls": calls[0]} if calls else {}), "name": "x", "refusal": None}
-             for role, content, *calls in turns]
+    asked = [
+        {
+            "role": role,
+            "content": content,
+            **({"tool_calls": calls[0]} if calls else {}),
+            "name": "x",
+            "refusal": None,
+        }
+        for role, content, *calls in turns
+    ]
     async with openai_client(fake) as api:
-        reply = await api.chat.completions.create(model="nanochat", messages=asked, extra_body=fields)
+        reply = await api.chat.completions.create(
+            model="nanochat", messages=asked, extra_body=fields
+        )
     assert reply.choices[0].message.content == "Hi"
     assert TOKENIZER.decode(fake.requests[0].tokens) == "<|bos|>" + written_out(expected)
 
@@ -204,16 +273,24 @@ async def test_openais_client_works_whether_or_not_its_base_url_has_v1(path):
     async with openai_client(FakeScheduler("Hi"), path=path, api_key="key", key="key") as api:
         reply = await api.chat.completions.create(**ASK)
         assert reply.choices[0].message.content == "Hi"
-        assert (await text_of(await api.chat.completions.create(**ASK, stream=True)))[0] == {0: "Hi"}
+        assert (await text_of(await api.chat.completions.create(**ASK, stream=True)))[0] == {
+            0: "Hi"
+        }
         assert [model.id async for model in api.models.list()] == ["nanochat"]
         assert (await api.models.retrieve("nanochat")).id == "nanochat"
         with pytest.raises(openai.NotFoundError, match="ask for 'nanochat'"):
             await api.models.retrieve("openai/gpt")
         with pytest.raises(openai.BadRequestError, match="min_p is not supported"):
             await api.chat.completions.create(**ASK, extra_body={"min_p": 0.5})
-        for call in (api.completions.create(model="nanochat", prompt="x"), api.embeddings.create(model="m", input="x"),
-                     api.responses.create(model="m", input="x"), api.moderations.create(input="x")):
-            with pytest.raises(openai.NotFoundError, match="does not exist on this server") as caught:
+        for call in (
+            api.completions.create(model="nanochat", prompt="x"),
+            api.embeddings.create(model="m", input="x"),
+            api.responses.create(model="m", input="x"),
+            api.moderations.create(input="x"),
+        ):
+            with pytest.raises(
+                openai.NotFoundError, match="does not exist on this server"
+            ) as caught:
                 await call
             assert caught.value.code == "unknown_endpoint"
         with pytest.raises(openai.AuthenticationError):
@@ -254,7 +331,9 @@ async def test_other_paths_and_methods_are_answered_in_openais_form(method, path
         if status in (204, 405):
             assert response.headers["Allow"] == ("GET, HEAD" if "models" in path else "POST")
         if status >= 400 and method != "HEAD":
-            assert (await response.json())["error"]["type"] == ("not_found_error" if status == 404 else "invalid_request_error")
+            assert (await response.json())["error"]["type"] == (
+                "not_found_error" if status == 404 else "invalid_request_error"
+            )
             assert path in (await response.json())["error"]["message"] or path.endswith("/x")
 
 
@@ -282,7 +361,8 @@ REFUSED = [
 ]  # fmt: skip
 
 
-# Fields of OpenAI's API and of other servers: values that cannot change the reply, and values that would.
+# Fields of OpenAI's API and of other servers: values that cannot change the reply, and values that
+# would.
 NEUTRAL = {
     "user": "x", "metadata": {"a": "b"}, "store": True, "service_tier": "auto", "parallel_tool_calls": False,
     "presence_penalty": 0, "frequency_penalty": 0.0, "logit_bias": {}, "response_format": {"type": "text"}, "tools": [],
@@ -306,11 +386,19 @@ def test_a_field_that_would_change_the_reply_is_refused_by_its_name():
     for name, value in UNSUPPORTED.items():
         with pytest.raises(BadRequest, match=f"^{name[:80]} is not supported") as caught:
             parse({name: value} | HELLO, "nanochat")
-        assert (caught.value.status, caught.value.param, caught.value.code) == (400, name[:80], "unsupported_parameter")
+        assert (caught.value.status, caught.value.param, caught.value.code) == (
+            400,
+            name[:80],
+            "unsupported_parameter",
+        )
 
 
 def test_a_field_that_leaves_the_reply_as_it_is_is_accepted():
-    fields = UNSUPPORTED.keys() | NEUTRAL.keys() | {"temperature", "top_p", "max_tokens", "stop", "stream", "model", "n"}
+    fields = (
+        UNSUPPORTED.keys()
+        | NEUTRAL.keys()
+        | {"temperature", "top_p", "max_tokens", "stop", "stream", "model", "n"}
+    )
     for name, value in [*NEUTRAL.items(), *((name, None) for name in fields)]:
         assert parse(HELLO | {name: value}, "nanochat").messages[0].content == "Hello", name
 
@@ -328,11 +416,15 @@ async def test_mistakes_are_told_in_openais_form():
             response = await api.session.post("/v1/chat/completions", json=ASK | extra)
             error = (await response.json())["error"]
             assert response.status == 400 and error["type"] == "invalid_request_error", extra
-            assert set(error) == {"message", "type", "param", "code"} and len(error["message"]) <= 300
+            assert (
+                set(error) == {"message", "type", "param", "code"} and len(error["message"]) <= 300
+            )
             name = list(extra)[-1]
             assert error["param"].startswith(name) or len(extra) == 2, (extra, error)
         with pytest.raises(openai.BadRequestError, match="tools is not supported") as caught:
-            await api.chat.completions.create(**ASK, tools=[{"type": "function", "function": {"name": "f"}}])
+            await api.chat.completions.create(
+                **ASK, tools=[{"type": "function", "function": {"name": "f"}}]
+            )
         assert (caught.value.param, caught.value.code) == ("tools", "unsupported_parameter")
         with pytest.raises(openai.NotFoundError, match="ask for 'nanochat'") as caught:
             await api.chat.completions.create(**ASK | {"model": "gpt-4o"})
@@ -398,7 +490,10 @@ async def test_every_body_that_the_pages_endpoint_refuses_is_an_error_here_or_a_
     """Never a failure of the server: the two APIs differ in what they allow, not in how they fail."""
     async with openai_client(FakeScheduler("x")) as api:
         for _, body in BAD:
-            assert (await api.session.post("/v1/chat/completions", json=body)).status in (200, 400), body
+            assert (await api.session.post("/v1/chat/completions", json=body)).status in (
+                200,
+                400,
+            ), body
 
 
 async def test_no_body_however_wrong_makes_the_server_fail(monkeypatch):
@@ -417,7 +512,9 @@ async def test_no_body_however_wrong_makes_the_server_fail(monkeypatch):
 
 @pytest.mark.slow
 async def test_schemathesis_finds_no_request_that_breaks_the_description(tmp_path):
-    """Its requests are made up from /openapi.json; answers must be of a status and a form that it tells of."""
+    """Its requests are made up from /openapi.json; answers must be of a status and a form that it
+    tells of.
+    """
     (tmp_path / "schemathesis.toml").write_text(  # a wrong body may also be too large
         '[checks]\nnegative_data_rejection.expected-statuses = ["400", "401", "404", "405", "413", "415", "422"]\n'
     )

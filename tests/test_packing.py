@@ -14,7 +14,9 @@ DOCS_PER_GROUP = 16
 
 
 class Documents:
-    """An endless source in memory: row groups of 16 documents, drawn in batches of 5; every token but BOS is unique."""
+    """An endless source in memory: row groups of 16 documents, drawn in batches of 5; every token
+    but BOS is unique.
+    """
 
     def __init__(self, lengths):
         starts = np.cumsum([1, *(length - 1 for length in lengths)])
@@ -35,7 +37,11 @@ class Documents:
         if group * DOCS_PER_GROUP + stop == len(self.documents):
             self.position = Position(epoch + 1)
         else:
-            self.position = Position(epoch, 0, group + 1) if stop == DOCS_PER_GROUP else Position(epoch, 0, group, stop)
+            self.position = (
+                Position(epoch, 0, group + 1)
+                if stop == DOCS_PER_GROUP
+                else Position(epoch, 0, group, stop)
+            )
         return [(place, self.at(place)) for place in places]
 
     def load(self, places):
@@ -67,7 +73,8 @@ def pack_by_hand(batches, buffer_docs, capacity, num_rows):
                 buffer += [tokens.tolist() for _, tokens in next(batches)]
             space = capacity - len(row)
             fitting = [document for document in buffer if len(document) <= space]
-            chosen = max(fitting, key=len) if fitting else min(buffer, key=len)  # both give the first of equals
+            # both give the first of equals
+            chosen = max(fitting, key=len) if fitting else min(buffer, key=len)
             del buffer[next(i for i, document in enumerate(buffer) if document is chosen)]
             row += chosen[:space]
         rows.append(row)
@@ -118,7 +125,11 @@ def test_stream_is_the_concatenation_of_all_documents():
 
 
 @pytest.mark.parametrize(
-    "make", [lambda source: BestFitPacker(source, 32, buffer_docs=30), lambda source: StreamPacker(source, 32)]
+    "make",
+    [
+        lambda source: BestFitPacker(source, 32, buffer_docs=30),
+        lambda source: StreamPacker(source, 32),
+    ],
 )
 @pytest.mark.parametrize("longest", [10, 100])
 def test_restored_state_continues_exactly_at_every_step(make, longest):
@@ -162,7 +173,10 @@ def test_restore_reads_no_document_before_a_row_takes_it():
 
 
 def test_restore_with_other_documents_is_refused():
-    for make in (lambda source: BestFitPacker(source, 32, buffer_docs=30), lambda source: StreamPacker(source, 32)):
+    for make in (
+        lambda source: BestFitPacker(source, 32, buffer_docs=30),
+        lambda source: StreamPacker(source, 32),
+    ):
         packer = make(Documents([50] * 100))
         packer.next_rows(2)
         other = make(Documents([5] * 100))
@@ -176,5 +190,9 @@ def test_fit_buffer_prefers_the_first_of_equal_length():
     for length, item in ((3, "a"), (5, "b"), (3, "c"), (5, "d"), (8, "e")):
         buffer.add(length, item)
     assert buffer.pop_longest(2) is None
-    assert [buffer.pop_longest(7), buffer.pop_shortest(), buffer.pop_longest(7)] == [(5, "b"), (3, "a"), (5, "d")]
+    assert [buffer.pop_longest(7), buffer.pop_shortest(), buffer.pop_longest(7)] == [
+        (5, "b"),
+        (3, "a"),
+        (5, "d"),
+    ]
     assert FitBuffer.by_arrival(buffer.copy_entries()) == [(3, "c"), (8, "e")]

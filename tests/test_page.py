@@ -202,12 +202,16 @@ def test_a_message_over_the_limit_is_not_sent(page, script):
     assert len(script.requests) == 1
 
 
-@pytest.mark.parametrize("turns, dropped", [
-    ([(f"{count}" * 7500, "Yes.") for count in range(5)], 2),
-    ([("Go on", "x" * 9000), ("And then?", "Yes.")], 0),
-    ([("Go on", "y" * 33000), ("And then?", "Yes.")], 2),
-    ([("Go on", [ToolCall("1", "1")] * 501), ("And then?", "Yes.")], 0),
-], ids=["long questions", "long reply", "longest reply", "many tool calls"])
+@pytest.mark.parametrize(
+    "turns, dropped",
+    [
+        ([(f"{count}" * 7500, "Yes.") for count in range(5)], 2),
+        ([("Go on", "x" * 9000), ("And then?", "Yes.")], 0),
+        ([("Go on", "y" * 33000), ("And then?", "Yes.")], 2),
+        ([("Go on", [ToolCall("1", "1")] * 501), ("And then?", "Yes.")], 0),
+    ],
+    ids=["long questions", "long reply", "longest reply", "many tool calls"],
+)
 def test_a_conversation_over_the_servers_limits_continues(page, script, turns, dropped):
     for text, reply in turns:
         last = show(page, script, reply, text)
@@ -273,10 +277,14 @@ def test_text_in_the_composer_survives_edits_and_other_conversations(page, scrip
     expect(box).to_have_value("draft")
 
 
-@pytest.mark.parametrize("reply, error, text", [
-    (QueueFull("64 requests wait"), "The server is busy. 64 requests wait", ""),
-    (["Half a ", RuntimeError("boom")], "The generation failed", "Half a"),
-], ids=["busy", "broken off"])
+@pytest.mark.parametrize(
+    "reply, error, text",
+    [
+        (QueueFull("64 requests wait"), "The server is busy. 64 requests wait", ""),
+        (["Half a ", RuntimeError("boom")], "The generation failed", "Half a"),
+    ],
+    ids=["busy", "broken off"],
+)
 def test_an_error_is_shown_and_can_be_tried_again(page, script, reply, error, text):
     script.replies.append(reply)
     send(page, "Hello")
@@ -510,12 +518,27 @@ $$
 $$
 """
 ELEMENTS = {
-    "h3": ["Title"], "strong": ["bold", "2"], "em": ["italic"], "del": ["gone"], "sub": ["2"],
-    "ol > li": ["one", re.compile("^two")], "ol > li ul > li": ["inner"], "blockquote p": ["quoted"],
-    "th": ["a", "b"], "td[align=right]": ["2"], "td br": [""], "hr": [""], "li >> nth=3": ["☑ done"],
-    "a": ["site (example.org)", "https://example.org/y", "chart (evil.example)",
-          "https://bank.example (evil.example)"],
-    "p > code": ["code", "a_1*b_2*c", "E = mc^2", "x_i", "y_j"], "pre": ["\\int_0^1 f*g*h"],
+    "h3": ["Title"],
+    "strong": ["bold", "2"],
+    "em": ["italic"],
+    "del": ["gone"],
+    "sub": ["2"],
+    "ol > li": ["one", re.compile("^two")],
+    "ol > li ul > li": ["inner"],
+    "blockquote p": ["quoted"],
+    "th": ["a", "b"],
+    "td[align=right]": ["2"],
+    "td br": [""],
+    "hr": [""],
+    "li >> nth=3": ["☑ done"],
+    "a": [
+        "site (example.org)",
+        "https://example.org/y",
+        "chart (evil.example)",
+        "https://bank.example (evil.example)",
+    ],
+    "p > code": ["code", "a_1*b_2*c", "E = mc^2", "x_i", "y_j"],
+    "pre": ["\\int_0^1 f*g*h"],
     "p >> nth=0": [re.compile(r"2\*3\*4 = 2\*\*3\*3, H2O, <b>x</b> and List<int>$")],
     "p >> nth=-1": [re.compile(r"at \$5 and \$6, not \*bold\*\.$")],
 }
@@ -532,7 +555,11 @@ def test_code_is_coloured_and_copied_as_it_was_written(page, script):
     code = 'def f(x):\n    # <b>no</b>\n    return "s" + str(12)\n\n| no | *table* |'
     reply = show(page, script, f"Look:\n```python\n{code}\n```\nDone.")
     for kind, text in {
-        "keyword": "def", "comment": "# <b>no</b>", "string": '"s"', "number": "12", "title": "f",
+        "keyword": "def",
+        "comment": "# <b>no</b>",
+        "string": '"s"',
+        "number": "12",
+        "title": "f",
     }.items():
         expect(reply.locator(f".hljs-{kind}").first).to_have_text(text)
     expect(reply.locator("pre")).to_have_text(code, use_inner_text=True)
@@ -542,9 +569,17 @@ def test_code_is_coloured_and_copied_as_it_was_written(page, script):
 
 
 def test_tool_calls_show_expression_and_result(page, script):
-    reply = show(page, script, [
-        "\ue000", ToolCall("345+678", "1023"), "It is **1023**, not ", ToolCall("1/0", None), ".&#xe009;",
-    ])
+    reply = show(
+        page,
+        script,
+        [
+            "\ue000",
+            ToolCall("345+678", "1023"),
+            "It is **1023**, not ",
+            ToolCall("1/0", None),
+            ".&#xe009;",
+        ],
+    )
     expect(reply.locator(".tool")).to_have_text(["345+678 = 1023", "1/0 = no result"])
     expect(reply).to_contain_text("345+678 = 1023It is 1023, not 1/0 = no result.")
     show(page, script, ["Look: ", ToolCall("1/0", None)])
@@ -567,28 +602,61 @@ def test_finished_blocks_of_a_long_reply_are_not_drawn_again(page, script):
 
 A, E = "alert(1)", "http://evil.example"
 HOSTILE = [
-    "<script>window.hacked = 1</script>", "<img src=x onerror='window.hacked = 1'>",
-    f"<svg onload={A}>", f"<iframe src='javascript:{A}'></iframe>", f"<img src={E}/pixel.png>",
-    "<style>body { display: none }</style>", f"<a href='javascript:{A}'>x</a>",
-    "<a href=data:text/html,x>x</a>", f"[x](javascript:{A})", f"[x](JaVaScRiPt:{A})",
-    f"[x](&#106;avascript:{A})", f"[x](java\tscript:{A})", "[x](vbscript:msgbox)",
-    f"[x](data:text/html,<script>{A}</script>)", "[x](//evil.example)", f"<javascript:{A}>",
-    "[x](https://bank.example@evil.example)", f"[x][1]\n\n[1]: javascript:{A}",
-    f"![x]({E}/pixel.png)", f"![x](javascript:{A})", f"[![x]({E}/p)]({E})",
+    "<script>window.hacked = 1</script>",
+    "<img src=x onerror='window.hacked = 1'>",
+    f"<svg onload={A}>",
+    f"<iframe src='javascript:{A}'></iframe>",
+    f"<img src={E}/pixel.png>",
+    "<style>body { display: none }</style>",
+    f"<a href='javascript:{A}'>x</a>",
+    "<a href=data:text/html,x>x</a>",
+    f"[x](javascript:{A})",
+    f"[x](JaVaScRiPt:{A})",
+    f"[x](&#106;avascript:{A})",
+    f"[x](java\tscript:{A})",
+    "[x](vbscript:msgbox)",
+    f"[x](data:text/html,<script>{A}</script>)",
+    "[x](//evil.example)",
+    f"<javascript:{A}>",
+    "[x](https://bank.example@evil.example)",
+    f"[x][1]\n\n[1]: javascript:{A}",
+    f"![x]({E}/pixel.png)",
+    f"![x](javascript:{A})",
+    f"[![x]({E}/p)]({E})",
     f'[x](https://ok.example" onmouseover="{A})',
-    f'```"><script>{A}</script>\nx\n```', "```hidden\nx\n```", "```constructor\nx\n```",
-    f"| <img src=x onerror={A}> |\n|--|\n| <script>{A}</script> |", f"`<img src=x onerror={A}>`",
-    f"<form action={E}><button>x</button></form>", f"<base href={E}>", f"<br onclick={A}>",
-    f"<meta http-equiv=refresh content='0;url={E}'>", f"<link rel=stylesheet href={E}>",
+    f'```"><script>{A}</script>\nx\n```',
+    "```hidden\nx\n```",
+    "```constructor\nx\n```",
+    f"| <img src=x onerror={A}> |\n|--|\n| <script>{A}</script> |",
+    f"`<img src=x onerror={A}>`",
+    f"<form action={E}><button>x</button></form>",
+    f"<base href={E}>",
+    f"<br onclick={A}>",
+    f"<meta http-equiv=refresh content='0;url={E}'>",
+    f"<link rel=stylesheet href={E}>",
     "<p style='position:fixed;inset:0' id=composer class=x data-a=1 aria-hidden=true>x</p>",
-    f"<math><mtext><table><mglyph><style><!--</style><img title='--&gt;&lt;img src=1 onerror={A}&gt;'>",
+    "<math><mtext><table><mglyph><style><!--</style><img title='--&gt;&lt;img src=1 "
+    f"onerror={A}&gt;'>",
     f"<svg></p><style><a id='</style><img src=1 onerror={A}>'>",
     f"<noscript><p title='</noscript><img src=x onerror={A}>'>",
     f"<form><math><mtext></form><form><mglyph><style></math><img src onerror={A}>",
-    f"<template><script>{A}</script></template>", f"<object data={E}></object><embed src={E}>",
-    f"<video src={E} autoplay>", f"<body onload={A} background={E}>", "\ue000\ue001\uf8ff",
-    ">" * 3000, "- " * 1500 + "x", "[" * 3000, "*" * 3000 + "a", "\\(" * 1500, "$a" * 1500,
-    "$$\n\\[\n" * 700, "`" * 3001 + "a", "**a" * 1500, "*_" * 3000, "<" * 3000, "[a](" * 2000,
+    f"<template><script>{A}</script></template>",
+    f"<object data={E}></object><embed src={E}>",
+    f"<video src={E} autoplay>",
+    f"<body onload={A} background={E}>",
+    "\ue000\ue001\uf8ff",
+    ">" * 3000,
+    "- " * 1500 + "x",
+    "[" * 3000,
+    "*" * 3000 + "a",
+    "\\(" * 1500,
+    "$a" * 1500,
+    "$$\n\\[\n" * 700,
+    "`" * 3001 + "a",
+    "**a" * 1500,
+    "*_" * 3000,
+    "<" * 3000,
+    "[a](" * 2000,
     "*a **b " * 1000 + "** *" * 1000,
 ]
 ALLOWED = """a blockquote br code del em h3 hr li ol p pre span strong sub sup table tbody td th
@@ -660,7 +728,9 @@ def test_the_page_follows_the_reply_only_at_the_bottom(page, script):
     expect(to_bottom).to_be_hidden()
 
 
-RICH = MARKDOWN + """
+RICH = (
+    MARKDOWN
+    + """
 ```python
 def smallest(values, count=3):
     # the list is not changed
@@ -669,6 +739,7 @@ def smallest(values, count=3):
 print(smallest([5, 2, 9], 2), "done")
 ```
 """
+)
 
 
 @pytest.mark.parametrize("width", [320, 375])
@@ -737,9 +808,20 @@ def test_the_keyboard_reaches_everything(page, script):
     names = set()
     for _ in range(20):
         page.keyboard.press("Tab")
-        names.add(page.evaluate("document.activeElement.ariaLabel || document.activeElement.innerText"))
-    assert {"Conversations", "Settings", "New conversation", "Edit", "Copy", "Regenerate", "Send", "Go on",
-            "Delete this conversation: Go on"} <= names
+        names.add(
+            page.evaluate("document.activeElement.ariaLabel || document.activeElement.innerText")
+        )
+    assert {
+        "Conversations",
+        "Settings",
+        "New conversation",
+        "Edit",
+        "Copy",
+        "Regenerate",
+        "Send",
+        "Go on",
+        "Delete this conversation: Go on",
+    } <= names
 
 
 def test_the_drawer_takes_the_focus_and_returns_it(page, script):

@@ -27,7 +27,15 @@ from nanochat_jax.model.kernels import cudnn_attention
 from nanochat_jax.model.sharding import abstract_tree, make_mesh
 from nanochat_jax.model.size import num_params, num_scaling_params
 from nanochat_jax.model.weights import abstract_params
-from nanochat_jax.plan import CHIPS, DoesNotFit, Memory, Plan, assumed_cudnn, largest_batch, topology_devices
+from nanochat_jax.plan import (
+    CHIPS,
+    DoesNotFit,
+    Memory,
+    Plan,
+    assumed_cudnn,
+    largest_batch,
+    topology_devices,
+)
 from nanochat_jax.plan_cost import HloCost, hlo_cost, jaxpr_flops, parse_hlo, visible_pairs
 from nanochat_jax.train.memory import choose_memory, estimate_memory
 from nanochat_jax.train.optim import OptimizerConfig, Schedules, constant, make_optimizer
@@ -39,7 +47,10 @@ CONFIG = GPTConfig.modern(1, sequence_len=64, vocab_size=64)
 @pytest.mark.parametrize("length, window", [(7, None), (7, 0), (7, 3), (7, 6), (7, 100)])
 def test_visible_pairs_are_those_of_the_mask(length, window):
     distance = np.arange(length)[:, None] - np.arange(length)
-    assert visible_pairs(length, window) == ((distance >= 0) & (distance <= (length if window is None else window))).sum()
+    assert (
+        visible_pairs(length, window)
+        == ((distance >= 0) & (distance <= (length if window is None else window))).sum()
+    )
 
 
 def flops_on(platform, f, *arguments, config=CONFIG):
@@ -50,7 +61,9 @@ def test_products_inside_loops_count_once_a_round():
     weight = jnp.ones((32, 16))
 
     def step(x):
-        return jax.lax.scan(lambda carry, _: (jnp.tanh(carry @ weight) @ weight.T, None), x, length=5)[0].sum()
+        return jax.lax.scan(
+            lambda carry, _: (jnp.tanh(carry @ weight) @ weight.T, None), x, length=5
+        )[0].sum()
 
     forward = 5 * 2 * (2 * 8 * 32 * 16)
     x = jnp.ones((8, 32))
@@ -65,14 +78,21 @@ def test_of_code_for_several_platforms_the_planned_one_counts_and_of_a_condition
         return lambda x: functools.reduce(lambda y, _: jnp.tanh(y @ weight), range(count), x)
 
     def step(x):
-        return jax.lax.platform_dependent(x, cpu=products(3), tpu=products(1), default=products(2)).sum()
+        return jax.lax.platform_dependent(
+            x, cpu=products(3), tpu=products(1), default=products(2)
+        ).sum()
 
     x, weight = jnp.ones((8, 8)), jnp.ones((8, 8))
     one = 2 * 8**3
     assert [flops_on(name, step, x) / one for name in ("cpu", "tpu", "cuda")] == [3, 1, 2]
     # Forward, forward again, backward.
-    assert [flops_on(name, jax.grad(jax.checkpoint(step)), x) / one for name in ("cpu", "tpu", "cuda")] == [9, 3, 6]
-    assert flops_on("cpu", lambda x: jax.lax.cond(x[0, 0] > 0, products(1), products(2), x), x) == 2 * one
+    assert [
+        flops_on(name, jax.grad(jax.checkpoint(step)), x) / one for name in ("cpu", "tpu", "cuda")
+    ] == [9, 3, 6]
+    assert (
+        flops_on("cpu", lambda x: jax.lax.cond(x[0, 0] > 0, products(1), products(2), x), x)
+        == 2 * one
+    )
 
 
 @pytest.mark.parametrize("window", [None, 3])
@@ -83,7 +103,9 @@ def test_attention_by_cudnn_counts_for_what_its_mask_leaves(window):
     total = lambda *x: attend(*x).astype(jnp.float32).sum()  # noqa: E731
     q, kv = jnp.ones((8, 16, 4, 8), jnp.bfloat16), jnp.ones((8, 16, 2, 8), jnp.bfloat16)
     with assumed_cudnn():
-        forward, both = (flops_on("cuda", f, q, kv, kv) for f in (total, jax.grad(total, argnums=(0, 1, 2))))
+        forward, both = (
+            flops_on("cuda", f, q, kv, kv) for f in (total, jax.grad(total, argnums=(0, 1, 2)))
+        )
     product = 2 * 8 * 4 * 8 * visible  # of 8 rows and 4 heads of 8
     assert (forward, both) == (2 * product, (2 + 5) * product)
 
@@ -98,13 +120,22 @@ def test_cudnn_is_assumed_no_longer_than_asked_for():
 
 @pytest.mark.parametrize("platform", ["tpu", "cuda"])
 def test_only_attention_and_products_but_the_hidden_layers_are_kept_from_being_recomputed(platform):
-    attention = causal_attention if platform == "tpu" else functools.partial(cudnn_attention, mesh=make_mesh("1x1"))
+    attention = (
+        causal_attention
+        if platform == "tpu"
+        else functools.partial(cudnn_attention, mesh=make_mesh("1x1"))
+    )
     config = GPTConfig.modern(2, sequence_len=64, vocab_size=64)
     tokens = jnp.zeros((1, 64), jnp.int32)
 
     def flops(remat):
         def total(params):
-            return forward(params, tokens, config, Compute(dtype=jnp.bfloat16, remat=remat, attention=attention))[0].sum()
+            return forward(
+                params,
+                tokens,
+                config,
+                Compute(dtype=jnp.bfloat16, remat=remat, attention=attention),
+            )[0].sum()
 
         with assumed_cudnn():
             return flops_on(platform, jax.grad(total), abstract_params(config), config=config)
@@ -118,14 +149,20 @@ def compiled_text(f, *arguments):
 
 
 def test_every_instruction_of_a_module_is_parsed():
-    text = compiled_text(lambda x: jax.lax.fori_loop(0, 3, lambda _, y: jnp.sort(y @ y), x), jnp.ones((16, 16)))
+    text = compiled_text(
+        lambda x: jax.lax.fori_loop(0, 3, lambda _, y: jnp.sort(y @ y), x), jnp.ones((16, 16))
+    )
     computations, entry = parse_hlo(text)
     assert entry in computations
-    assert sum(map(len, computations.values())) == sum(" = " in line and line.startswith("  ") for line in text.splitlines())
+    assert sum(map(len, computations.values())) == sum(
+        " = " in line and line.startswith("  ") for line in text.splitlines()
+    )
 
 
 def test_kernels_are_counted_by_name():
-    text = compiled_text(lambda x: jax.lax.fori_loop(0, 3, lambda _, y: jnp.linalg.cholesky(y), x), jnp.eye(16))
+    text = compiled_text(
+        lambda x: jax.lax.fori_loop(0, 3, lambda _, y: jnp.linalg.cholesky(y), x), jnp.eye(16)
+    )
     assert hlo_cost(text).kernels == {"lapack_spotrf_ffi": 3}
 
 
@@ -134,10 +171,14 @@ def test_traffic_grows_with_the_rounds_of_a_loop():
         def body(x, _):
             return jnp.sort(x, axis=0), None  # nothing that could be fused with the next round
 
-        return hlo_cost(compiled_text(lambda x: jax.lax.scan(body, x, length=rounds)[0], jnp.ones((64, 64)))).hbm_bytes
+        return hlo_cost(
+            compiled_text(lambda x: jax.lax.scan(body, x, length=rounds)[0], jnp.ones((64, 64)))
+        ).hbm_bytes
 
     one_round = (traffic(20) - traffic(10)) / 10
-    assert one_round >= 2 * 64 * 64 * 4 and traffic(40) == pytest.approx(traffic(20) + 20 * one_round)
+    assert one_round >= 2 * 64 * 64 * 4 and traffic(40) == pytest.approx(
+        traffic(20) + 20 * one_round
+    )
 
 
 def test_traffic_is_that_of_whole_tiles_of_slices_and_of_what_is_updated():
@@ -182,8 +223,8 @@ ENTRY %main (x: f32[100,8,128], i: s32[], y: f32[8,64]) -> f32[8,64] {
 }
 """
     tile = 8 * 128 * 4
-    # Half a tile of values lies in a whole one; what is copied to the chip (S(1)) is only read. A tile is sliced off and
-    # written, another scattered from the chip.
+    # Half a tile of values lies in a whole one; what is copied to the chip (S(1)) is only read. A
+    # tile is sliced off and written, another scattered from the chip.
     assert hlo_cost(text).traffic == {"element-wise": 3 * tile, "copies": tile + 2 * tile}
 
 
@@ -193,24 +234,35 @@ def test_collectives_count_what_a_device_sends():
     x = jax.ShapeDtypeStruct((64, 128), jnp.float32, sharding=spread)
     gather = hlo_cost(jax.jit(lambda x: x, out_shardings=whole).lower(x).compile().as_text())
     assert gather.calls == {"all-gather": 1} and gather.sent["all-gather"] == 64 * 128 * 4 * 7 / 8
-    reduce = hlo_cost(jax.jit(lambda x: x.sum(axis=0), out_shardings=whole).lower(x).compile().as_text())
+    reduce = hlo_cost(
+        jax.jit(lambda x: x.sum(axis=0), out_shardings=whole).lower(x).compile().as_text()
+    )
     assert reduce.calls == {"all-reduce": 1} and reduce.sent["all-reduce"] == 128 * 4 * 2 * 7 / 8
 
 
 def traced_step(mesh, config, *, accumulation, fsdp=False):
-    compute, schedules = Compute.on(mesh, dtype="float32"), Schedules(lr_multiplier=constant(1.0), momentum=constant(0.9))
+    compute, schedules = (
+        Compute.on(mesh, dtype="float32"),
+        Schedules(lr_multiplier=constant(1.0), momentum=constant(0.9)),
+    )
     optimizer = make_optimizer(config, OptimizerConfig(), schedules, compute)
     state, shardings = state_shardings(config, optimizer, mesh, fsdp=fsdp)
     step = make_train_step(config, optimizer, compute, shardings)
-    rows = jax.ShapeDtypeStruct((accumulation, 8, config.sequence_len), jnp.int32,
-                                sharding=NamedSharding(mesh, PartitionSpec(None, "data")))
+    rows = jax.ShapeDtypeStruct(
+        (accumulation, 8, config.sequence_len),
+        jnp.int32,
+        sharding=NamedSharding(mesh, PartitionSpec(None, "data")),
+    )
     state = abstract_tree(state, shardings)
     return step.trace(state, rows, rows)
 
 
 def test_devices_exchange_gradients_once_a_step_however_the_batch_is_cut():
     mesh, config = make_mesh("8x1"), GPTConfig.modern(2, sequence_len=128, vocab_size=256)
-    once, four = (hlo_cost(traced_step(mesh, config, accumulation=count).lower().compile().as_text()) for count in (1, 4))
+    once, four = (
+        hlo_cost(traced_step(mesh, config, accumulation=count).lower().compile().as_text())
+        for count in (1, 4)
+    )
     assert four.sent == once.sent and four.calls == once.calls
     # Of a gradient each device gets the share that it updates: parameters / 8, not all of them.
     assert once.sent["all-reduce"] < 0.05 * 4 * num_params(config)
@@ -218,9 +270,14 @@ def test_devices_exchange_gradients_once_a_step_however_the_batch_is_cut():
 
 def test_the_products_of_a_step_are_the_same_on_any_mesh():
     config = GPTConfig.modern(8, aspect_ratio=32, sequence_len=128, vocab_size=256)
-    flops = {mesh: jaxpr_flops(traced_step(make_mesh(mesh), config, accumulation=2).jaxpr, config, platform="cpu")
-             for mesh in ("1x1", "8x1", "4x2")}
-    assert flops["8x1"] == flops["4x2"] == pytest.approx(flops["1x1"], rel=0.01)  # Muon pads its gates to whole devices
+    flops = {
+        mesh: jaxpr_flops(
+            traced_step(make_mesh(mesh), config, accumulation=2).jaxpr, config, platform="cpu"
+        )
+        for mesh in ("1x1", "8x1", "4x2")
+    }
+    # Muon pads its gates to whole devices
+    assert flops["8x1"] == flops["4x2"] == pytest.approx(flops["1x1"], rel=0.01)
 
 
 def test_what_memory_asks_for_is_chosen_and_what_is_given_is_kept():
@@ -231,12 +288,23 @@ def test_what_memory_asks_for_is_chosen_and_what_is_given_is_kept():
     assert chosen(rows=None, fsdp=None, limit=40 * 2**30) == (16, "minimal", True)
     rows, remat, fsdp = chosen(rows=None, fsdp=None, limit=12 * 2**30)
     assert fsdp and remat == "block" and rows >= 8
-    gpus = SimpleNamespace(devices=np.array([SimpleNamespace(platform="gpu")] * 8), shape={"data": 8, "model": 1})
+    gpus = SimpleNamespace(
+        devices=np.array([SimpleNamespace(platform="gpu")] * 8), shape={"data": 8, "model": 1}
+    )
     on_gpus = functools.partial(choose_memory, config, gpus, remat="auto", rows=None, fsdp=None)
     assert [on_gpus(limit=limit * 2**30) for limit in (72, 60, 30)] == [
-        (32, "none", False), (16, "none", False), (16, "minimal", True)]
-    assert choose_memory(config, mesh, rows=4, remat="none", fsdp=False, limit=2**30) == (4, "none", False)
-    assert choose_memory(config, make_mesh("1x1"), rows="auto", remat="auto", fsdp=True, limit=2**40) == ("auto", "none", False)
+        (32, "none", False),
+        (16, "none", False),
+        (16, "minimal", True),
+    ]
+    assert choose_memory(config, mesh, rows=4, remat="none", fsdp=False, limit=2**30) == (
+        4,
+        "none",
+        False,
+    )
+    assert choose_memory(
+        config, make_mesh("1x1"), rows="auto", remat="auto", fsdp=True, limit=2**40
+    ) == ("auto", "none", False)
 
 
 def test_the_largest_batch_is_the_last_that_fits():
@@ -256,17 +324,36 @@ def test_the_largest_batch_is_the_last_that_fits():
 
 def test_a_step_takes_at_least_the_slowest_of_its_costs_and_one_at_a_time_the_sum_over_kernels():
     chip = CHIPS["h100"]
-    seconds = {"products": 3.0, "kernels": 1.0, "element-wise": 2.0, "copies": 0.5, "collectives": 0.25}
-    cost = HloCost(traffic=defaultdict(float, {kind: each * chip.bandwidth for kind, each in seconds.items()}),
-                   sent=Counter({"all-gather": 1.5 * chip.link}))
+    seconds = {
+        "products": 3.0,
+        "kernels": 1.0,
+        "element-wise": 2.0,
+        "copies": 0.5,
+        "collectives": 0.25,
+    }
+    cost = HloCost(
+        traffic=defaultdict(float, {kind: each * chip.bandwidth for kind, each in seconds.items()}),
+        sent=Counter({"all-gather": 1.5 * chip.link}),
+    )
 
     def plan(products):
-        return Plan("h100", 8, Memory(0, 0, 0, 0, 0), flops=products * chip.peak("h100"), model_flops=3.0 * chip.peak("h100"),
-                    cost=cost, tokens=10, compile_seconds=0.0)
+        return Plan(
+            "h100",
+            8,
+            Memory(0, 0, 0, 0, 0),
+            flops=products * chip.peak("h100"),
+            model_flops=3.0 * chip.peak("h100"),
+            cost=cost,
+            tokens=10,
+            compile_seconds=0.0,
+        )
 
     assert plan(5.0).step_seconds == pytest.approx(6.75) and plan(8.0).step_seconds == 8.0
-    # Products take the time of their own traffic where that is longer; what is sent takes longer than what it reads and writes.
-    assert [plan(products).serial_seconds for products in (5.0, 1.0)] == pytest.approx([5 + 2.5 + 1.5, 4 + 2.5 + 1.5])
+    # Products take the time of their own traffic where that is longer; what is sent takes longer
+    # than what it reads and writes.
+    assert [plan(products).serial_seconds for products in (5.0, 1.0)] == pytest.approx(
+        [5 + 2.5 + 1.5, 4 + 2.5 + 1.5]
+    )
     assert plan(5.0).as_json()["one_at_a_time"]["mfu"] == pytest.approx(3 / 9)
 
 
@@ -277,7 +364,9 @@ def test_an_unknown_topology_is_refused_in_one_line(name):
     assert "\n" not in str(refused.value)
 
 
-needs_libtpu = pytest.mark.skipif(importlib.util.find_spec("libtpu") is None, reason="libtpu, the compiler, is not installed")
+needs_libtpu = pytest.mark.skipif(
+    importlib.util.find_spec("libtpu") is None, reason="libtpu, the compiler, is not installed"
+)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("libtpu") is not None, reason="libtpu is installed")
@@ -296,12 +385,25 @@ def plan(*flags):
 @needs_libtpu
 @pytest.mark.slow
 def test_a_train_step_compiles_for_a_slice_of_several_hosts():
-    found = plan("--depth", "2", "--topology", "v5e-16", "--vocab-size", "4096", "--device-batch-size", "1",
-                 "--total-batch-size", "65536", "--num-iterations", "10")
+    found = plan(
+        "--depth",
+        "2",
+        "--topology",
+        "v5e-16",
+        "--vocab-size",
+        "4096",
+        "--device-batch-size",
+        "1",
+        "--total-batch-size",
+        "65536",
+        "--num-iterations",
+        "10",
+    )
     config = GPTConfig.modern(2, vocab_size=4096)
     assert found["devices"] == 16 and found["memory"]["fits"] and found["loops_counted_once"] == 0
     assert found["memory"]["parameters"] == 4 * num_params(config)
-    # What MFU counts is all of the window for every query; executed are the visible pairs, and Muon.
+    # What MFU counts is all of the window for every query; executed are the visible pairs, and
+    # Muon.
     assert 0.5 < found["flops"] / found["model_flops"] < 1.2
 
 
@@ -323,25 +425,39 @@ def test_d20_compiles_and_fits_with_the_default_settings(topology, mfu):
 @needs_libtpu
 @pytest.mark.slow
 def test_decoding_on_one_chip_moves_the_matrices_and_the_cache_and_little_else():
-    found = plan("--depth", "8", "--topology", "v6e-1", "--max-seq-len", "512", "--decode", "--slots", "8")
+    found = plan(
+        "--depth", "8", "--topology", "v6e-1", "--max-seq-len", "512", "--decode", "--slots", "8"
+    )
     config = GPTConfig.modern(8, sequence_len=512)
     assert found["memory"]["parameters"] == 2 * num_params(config)
     assert found["memory"]["fits"] and not found["collectives"]
-    matrices, cache = 2 * num_scaling_params(config), 2 * 2 * config.n_layer * 8 * config.sequence_len * config.n_embd
+    matrices, cache = (
+        2 * num_scaling_params(config),
+        2 * 2 * config.n_layer * 8 * config.sequence_len * config.n_embd,
+    )
     assert found["memory"]["optimizer"] == cache  # what is carried from step to step
-    assert found["hbm_bytes"] < 1.5 * (matrices + cache)  # no table of embeddings, and no cache in another layout
+    # no table of embeddings, and no cache in another layout
+    assert found["hbm_bytes"] < 1.5 * (matrices + cache)
 
 
-needs_cuda = pytest.mark.skipif(importlib.util.find_spec("jax_cuda12_plugin") is None,
-                                reason="XLA's compiler for GPUs is not installed")
+needs_cuda = pytest.mark.skipif(
+    importlib.util.find_spec("jax_cuda12_plugin") is None,
+    reason="XLA's compiler for GPUs is not installed",
+)
 
 
 @needs_cuda
 @pytest.mark.slow
 def test_the_estimated_memory_of_gpus_holds_what_a_plan_needs_and_little_more():
     found = plan("--depth", "12", "--topology", "h100:8")
-    estimated = estimate_memory(GPTConfig.modern(12), found["device_batch_size"], data=8, remat=found["remat"],
-                                fsdp=found["fsdp"], gpu=True)
+    estimated = estimate_memory(
+        GPTConfig.modern(12),
+        found["device_batch_size"],
+        data=8,
+        remat=found["remat"],
+        fsdp=found["fsdp"],
+        gpu=True,
+    )
     assert found["memory"]["fits"] and 0.85 * estimated < found["memory"]["total"] < estimated
 
 
@@ -349,11 +465,30 @@ def test_the_estimated_memory_of_gpus_holds_what_a_plan_needs_and_little_more():
 @pytest.mark.slow
 @pytest.mark.parametrize("attention", ["auto", "xla"])
 def test_a_train_step_compiles_for_a_gpu_with_the_attention_that_runs_there(attention):
-    found = plan("--depth", "2", "--topology", "h100:1", "--vocab-size", "4096", "--device-batch-size", "1", "--remat",
-                 "minimal", "--total-batch-size", "4096", "--num-iterations", "10", "--attention", attention)
+    found = plan(
+        "--depth",
+        "2",
+        "--topology",
+        "h100:1",
+        "--vocab-size",
+        "4096",
+        "--device-batch-size",
+        "1",
+        "--remat",
+        "minimal",
+        "--total-batch-size",
+        "4096",
+        "--num-iterations",
+        "10",
+        "--attention",
+        attention,
+    )
     assert found["memory"]["parameters"] == 4 * num_params(GPTConfig.modern(2, vocab_size=4096))
     assert found["loops_counted_once"] == 0 and 0.5 < found["flops"] / found["model_flops"] < 1.2
-    # In each of two micro-batches and two layers the forward call is made once, not again for the backward pass.
+    # In each of two micro-batches and two layers the forward call is made once, not again for the
+    # backward pass.
     calls = {"__cudnn$fmhaSoftmax": 4, "__cudnn$fmhaSoftmaxBackward": 4}
     called = {name: count for name, count in found["kernels"].items() if "cudnn" in name}
-    assert called == (calls if attention == "auto" else {}) and ("cuDNN" in found["not_exact"]) == (attention == "auto")
+    assert called == (calls if attention == "auto" else {}) and ("cuDNN" in found["not_exact"]) == (
+        attention == "auto"
+    )

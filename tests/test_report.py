@@ -22,13 +22,23 @@ def write_metrics(path: Path, rows: list[dict]) -> Path:
 def log_small_run(report_dir: Path) -> None:
     """Sections out of order, as reruns leave them."""
     chat = {"arc_easy": 0.4684, "chatcore_6": 0.2793, "gsm8k": 0.0697}
-    sections.log_section(report_dir, "Chat evaluation sft", [chat], stage="chat_eval_sft", results=chat)
-    sections.log_section(report_dir, "Zoo", ["Something of the user's own."], stage="zoo", results={"apes": 3})
-    sections.log_section(report_dir, "Base model loss", [], stage="base_loss", results={"val_bpb": 0.812})
+    sections.log_section(
+        report_dir, "Chat evaluation sft", [chat], stage="chat_eval_sft", results=chat
+    )
+    sections.log_section(
+        report_dir, "Zoo", ["Something of the user's own."], stage="zoo", results={"apes": 3}
+    )
+    sections.log_section(
+        report_dir, "Base model loss", [], stage="base_loss", results={"val_bpb": 0.812}
+    )
     core = {"core": 0.191, "hellaswag": 0.26, "boolq": -0.4172}
-    sections.log_section(report_dir, "Base model evaluation", [core], stage="base_eval", results=core)
+    sections.log_section(
+        report_dir, "Base model evaluation", [core], stage="base_eval", results=core
+    )
     results = {"val_bpb": 0.9, "device": "8 x TPU"}
-    sections.log_section(report_dir, "Base model training", ["Note."], stage="base_train", results=results)
+    sections.log_section(
+        report_dir, "Base model training", ["Note."], stage="base_train", results=results
+    )
 
 
 class Elements(HTMLParser):
@@ -78,13 +88,18 @@ def test_missing_sections_are_named(tmp_path):
 
 def test_summary_takes_json_results_and_never_prose(tmp_path):
     log_small_run(tmp_path)
-    sections.log_section(tmp_path, "Midtraining", ["- CORE: 0.99\n- GSM8K: 0.99"], stage="mid_train", results={})
+    sections.log_section(
+        tmp_path, "Midtraining", ["- CORE: 0.99\n- GSM8K: 0.99"], stage="mid_train", results={}
+    )
     sections.generate(tmp_path, tmp_path)
-    rows = re.findall(r"^\| (\S.*?) +\| (.*) \|$", (tmp_path / "report.md").read_text(), re.MULTILINE)
+    rows = re.findall(
+        r"^\| (\S.*?) +\| (.*) \|$", (tmp_path / "report.md").read_text(), re.MULTILINE
+    )
     table = {name: [cell.strip() for cell in cells.split("|")] for name, cells in rows}
     assert list(table) == ["Metric", "CORE", "val bpb", "ARC-Easy", "GSM8K", "ChatCORE (6)"]
     assert table["CORE"] == ["0.1910", "-", "-", "-"]
-    assert table["val bpb"] == ["0.8120", "-", "-", "-"]  # base_loss, measured after base_train, wins
+    # base_loss, measured after base_train, wins
+    assert table["val bpb"] == ["0.8120", "-", "-", "-"]
     assert table["GSM8K"] == ["-", "-", "7.0%", "-"]
 
 
@@ -102,7 +117,13 @@ def test_results_json_nests_by_stage_and_is_strict_json(tmp_path):
 
 def test_logging_a_section_again_replaces_it(tmp_path):
     for bpb in (1.5, 1.25):
-        sections.log_section(tmp_path, "Base model loss", [{"val bpb": bpb}], stage="base_loss", results={"val_bpb": bpb})
+        sections.log_section(
+            tmp_path,
+            "Base model loss",
+            [{"val bpb": bpb}],
+            stage="base_loss",
+            results={"val_bpb": bpb},
+        )
     sections.generate(tmp_path, tmp_path)
     text = (tmp_path / "report.md").read_text()
     assert "1.2500" in text and "1.5000" not in text
@@ -111,13 +132,24 @@ def test_logging_a_section_again_replaces_it(tmp_path):
 def evaluate(report_dir, model, results):
     with sections.earlier_evaluation(report_dir, "Chat evaluation sft", model) as earlier:
         merged = (earlier.results if earlier else {}) | results
-        sections.log_section(report_dir, "Chat evaluation sft", [f"Model: {model}"], stage="chat_eval_sft",
-                           results=merged, model=model)
+        sections.log_section(
+            report_dir,
+            "Chat evaluation sft",
+            [f"Model: {model}"],
+            stage="chat_eval_sft",
+            results=merged,
+            model=model,
+        )
 
 
 def test_no_evaluation_removes_anothers_results(tmp_path):
-    for model, results in (("d4, step 9", {"gsm8k": 0.1, "mmlu": 0.2}), ("d4, step 9", {"mine": 0.3, "mmlu": 0.4}),
-                           ("d6, step 9", {"gsm8k": 0.5}), ("d4, step 9", {"last": 0.6})):  # fmt: skip
+    for model, results in (
+        ("d4, step 9", {"gsm8k": 0.1, "mmlu": 0.2}),
+        ("d4, step 9", {"mine": 0.3, "mmlu": 0.4}),
+        # fmt: skip
+        ("d6, step 9", {"gsm8k": 0.5}),
+        ("d4, step 9", {"last": 0.6}),
+    ):
         evaluate(tmp_path, model, results)
     sections.generate(tmp_path, tmp_path)
     assert json.loads((tmp_path / "results.json").read_text()) == {
@@ -127,10 +159,18 @@ def test_no_evaluation_removes_anothers_results(tmp_path):
 
 
 def test_items_are_printed_as_upstream_does(tmp_path):
-    items = [{"lr": 0.02, "tiny": 1.25e-5, "steps": 21400, "batch": 32, "ok": True}, None, {}, "", "free text"]
+    items = [
+        {"lr": 0.02, "tiny": 1.25e-5, "steps": 21400, "batch": 32, "ok": True},
+        None,
+        {},
+        "",
+        "free text",
+    ]
     sections.log_section(tmp_path, "Midtraining", items, stage="mid_train")
     lines = (tmp_path / "midtraining.md").read_text().splitlines()
-    assert lines[0] == "## Midtraining" and re.fullmatch(r"timestamp: \d{4}-\d\d-\d\d \d\d:\d\d:\d\d", lines[1])
+    assert lines[0] == "## Midtraining" and re.fullmatch(
+        r"timestamp: \d{4}-\d\d-\d\d \d\d:\d\d:\d\d", lines[1]
+    )
     assert lines[2:] == [
         "", "- lr: 0.0200", "- tiny: 1.25e-05", "- steps: 21,400", "- batch: 32", "- ok: True", "", "free text",
     ]  # fmt: skip
@@ -142,7 +182,11 @@ def test_reset_removes_everything_of_the_old_run_and_nothing_else(tmp_path):
     (tmp_path / "midtraining.md").write_text("## Midtraining\n")  # torn: its json was never written
     (tmp_path / "notes.txt").write_text("mine")
     sections.reset(tmp_path)
-    assert sorted(path.name for path in tmp_path.iterdir()) == ["header.json", "header.md", "notes.txt"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == [
+        "header.json",
+        "header.md",
+        "notes.txt",
+    ]
     assert "Run started: " in (tmp_path / "header.md").read_text()
 
 
@@ -176,9 +220,17 @@ def test_page_is_well_formed_self_contained_and_escapes_what_a_model_wrote(tmp_p
     sections.reset(tmp_path)
     log_small_run(tmp_path)
     table = f"### {evil}\n\n| a | b |\n|---|---|\n| {evil} | 2 |\n\n```\n{evil}\n```\n\n- {evil}"
-    sections.log_section(tmp_path, f"Odd {evil}", [{"sample": evil, evil: 1}, table], stage=evil, results={evil: evil})
+    sections.log_section(
+        tmp_path,
+        f"Odd {evil}",
+        [{"sample": evil, evil: 1}, table],
+        stage=evil,
+        results={evil: evil},
+    )
     chat = {evil.upper(): 0.5}
-    sections.log_section(tmp_path, "Chat evaluation mid", [], stage="chat_eval_mid", results=chat | {"device": evil})
+    sections.log_section(
+        tmp_path, "Chat evaluation mid", [], stage="chat_eval_mid", results=chat | {"device": evil}
+    )
     sections.generate(tmp_path, tmp_path)
     page = Elements((tmp_path / "report.html").read_text())
     tags = {tag for tag, _ in page.seen}
@@ -190,11 +242,15 @@ def test_page_is_well_formed_self_contained_and_escapes_what_a_model_wrote(tmp_p
 
 def test_page_draws_the_curves_of_each_stage(tmp_path):
     rows = [{"step": s, "kind": "train", "loss": 3 + math.exp(-s / 50)} for s in range(300)]
-    rows += [{"step": s, "kind": "eval", "val_bpb": 1 + math.exp(-s / 50)} for s in range(0, 300, 50)]
+    rows += [
+        {"step": s, "kind": "eval", "val_bpb": 1 + math.exp(-s / 50)} for s in range(0, 300, 50)
+    ]
     path = write_metrics(tmp_path / "metrics.jsonl", rows)
     log_small_run(tmp_path)
     sections.log_section(tmp_path, "Base model training", [], stage="base_train", curves=path)
-    sections.log_section(tmp_path, "Midtraining", [], stage="mid_train", curves=tmp_path / "lost.jsonl")
+    sections.log_section(
+        tmp_path, "Midtraining", [], stage="mid_train", curves=tmp_path / "lost.jsonl"
+    )
     sections.generate(tmp_path, tmp_path)
     page = Elements((tmp_path / "report.html").read_text())
     labels = [attributes["aria-label"] for tag, attributes in page.seen if tag == "svg"]
@@ -208,7 +264,13 @@ def test_metrics_of_a_resumed_run_count_each_step_once_and_skip_a_torn_line(tmp_
     path = write_metrics(tmp_path / "metrics.jsonl", rows)
     path.write_text(path.read_text() + '{"step": 5, "kind": "tra')
     metrics = html.rows_by_kind(read_metrics(path))
-    assert [(row["step"], row["loss"]) for row in metrics["train"]] == [(0, 1), (1, 1), (2, 2), (3, 2), (4, 2)]
+    assert [(row["step"], row["loss"]) for row in metrics["train"]] == [
+        (0, 1),
+        (1, 1),
+        (2, 2),
+        (3, 2),
+        (4, 2),
+    ]
     assert "1 damaged lines" in caplog.text
 
 
@@ -225,7 +287,10 @@ def test_a_file_of_the_users_is_kept_and_a_report_is_replaced(tmp_path, caplog, 
 
     kept = name.replace(".", ".old-1.")
     expected = sorted(["report.md", "report.html", kept])
-    assert generate() == expected and f"{out / name} is not a report of this program: kept as {kept}" in caplog.text
+    assert (
+        generate() == expected
+        and f"{out / name} is not a report of this program: kept as {kept}" in caplog.text
+    )
     assert (out / kept).read_text().endswith("my quarterly figures")
     sections.reset(tmp_path / "report")  # another run
     log_small_run(tmp_path / "report")
@@ -253,8 +318,12 @@ def test_line_chart_maps_points_to_the_axes(tmp_path):
     svg = charts.line_chart("t", [line], x_label="step", y_label="loss")
     (x0, y0), (x1, y1), (x2, y2) = line_points(svg)
     assert x1 - x0 == pytest.approx(x2 - x1, abs=0.2)
-    assert y1 - y0 == pytest.approx(2 * (y1 - y2), abs=0.2) and y0 < y2 < y1  # SVG's y grows downwards
-    ticks = {float(label): float(y) for y, label in re.findall(r'y="([\d.]+)" text-anchor="end">([\d.]+)<', svg)}
+    # SVG's y grows downwards
+    assert y1 - y0 == pytest.approx(2 * (y1 - y2), abs=0.2) and y0 < y2 < y1
+    ticks = {
+        float(label): float(y)
+        for y, label in re.findall(r'y="([\d.]+)" text-anchor="end">([\d.]+)<', svg)
+    }
     assert ticks[3.0] - 4 == pytest.approx(y2, abs=0.2)
 
 
@@ -267,7 +336,9 @@ def test_line_chart_is_not_flattened_by_the_first_steps():
     assert "first steps lie above" in svg
 
 
-@pytest.mark.parametrize("low,high", [(0, 1), (-0.42, 0.53), (2.4, 4.1), (0, 21400), (1e-6, 3e-6), (0.39, 0.6)])
+@pytest.mark.parametrize(
+    "low,high", [(0, 1), (-0.42, 0.53), (2.4, 4.1), (0, 21400), (1e-6, 3e-6), (0.39, 0.6)]
+)
 def test_ticks_are_round_rising_and_inside(low, high):
     values = charts.ticks(low, high)
     assert 3 <= len(values) <= 11
@@ -308,7 +379,10 @@ def test_accuracies_are_percent_on_the_page_and_core_is_a_score(tmp_path):
 def test_there_is_no_half_a_step_on_an_axis(steps):
     line = charts.Line(label="loss", points=[(step, 1.0) for step in steps])
     svg = charts.line_chart("t", [line], x_label="step", y_label="loss")
-    values = [float(text.replace("k", "e3")) for text in re.findall(r'class="tick"[^>]*text-anchor="middle">([^<]*)<', svg)]
+    values = [
+        float(text.replace("k", "e3"))
+        for text in re.findall(r'class="tick"[^>]*text-anchor="middle">([^<]*)<', svg)
+    ]
     assert len(values) >= 2 and all(value == int(value) for value in values)
 
 
@@ -321,7 +395,11 @@ def test_section_names_that_would_overwrite_the_report_are_refused(tmp_path, nam
 def test_command_line_resets_and_generates_into_the_current_directory(tmp_path):
     def run(*arguments):
         root = Path(sections.__file__).parents[2]
-        environment = {"NANOCHAT_BASE_DIR": str(tmp_path / "base"), "PATH": "/usr/bin:/bin", "PYTHONPATH": str(root)}
+        environment = {
+            "NANOCHAT_BASE_DIR": str(tmp_path / "base"),
+            "PATH": "/usr/bin:/bin",
+            "PYTHONPATH": str(root),
+        }
         here = tmp_path / "here"
         here.mkdir(exist_ok=True)
         command = [sys.executable, "-m", "nanochat_jax.report", *arguments]
@@ -334,5 +412,7 @@ def test_command_line_resets_and_generates_into_the_current_directory(tmp_path):
     done = run()
     assert done.returncode == 0, done.stderr
     for name in ("report.md", "report.html"):
-        assert (tmp_path / "here" / name).read_bytes() == (tmp_path / "base/report" / name).read_bytes()
+        assert (tmp_path / "here" / name).read_bytes() == (
+            tmp_path / "base/report" / name
+        ).read_bytes()
     assert "mid_train" in (tmp_path / "base/report/results.json").read_text()

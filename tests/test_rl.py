@@ -30,15 +30,21 @@ from nanochat_jax.train.rl import ChatRLConfig, sampling_memory
 from nanochat_jax.train.step import init_state, make_train_step
 
 TOKENIZER = Tokenizer({bytes([i]): i for i in range(256)})
-CONFIG = GPTConfig.classic(1, n_embd=32, n_head=1, n_kv_head=1, sequence_len=64, vocab_size=TOKENIZER.vocab_size)
+CONFIG = GPTConfig.classic(
+    1, n_embd=32, n_head=1, n_kv_head=1, sequence_len=64, vocab_size=TOKENIZER.vocab_size
+)
 
 
 def random_params(scale: float = 0.3):
     rng = np.random.default_rng(0)
-    return jax.tree.map(lambda w: rng.normal(0, scale, w.shape).astype(np.float32), abstract_params(CONFIG))
+    return jax.tree.map(
+        lambda w: rng.normal(0, scale, w.shape).astype(np.float32), abstract_params(CONFIG)
+    )
 
 
-policy_gradient = jax.jit(jax.value_and_grad(functools.partial(token_nll, config=CONFIG, compute=Compute()), has_aux=True))
+policy_gradient = jax.jit(
+    jax.value_and_grad(functools.partial(token_nll, config=CONFIG, compute=Compute()), has_aux=True)
+)
 
 
 def random_groups(num_prompts: int = 2, num_samples: int = 4) -> list[list[Rollout]]:
@@ -59,8 +65,12 @@ def plain_loss(params, groups: list[list[Rollout]], pass_rows: int):
     """Upstream's loss, pass by pass and token by token."""
     rollouts = [rollout for group in groups for rollout in group]
     longest = max(len(rollout.tokens) for rollout in rollouts)
-    tokens = np.array([rollout.tokens + [0] * (longest - len(rollout.tokens)) for rollout in rollouts])
-    log_probs = jax.nn.log_softmax(unembed(params, forward(params, tokens, config=CONFIG)[0], config=CONFIG))
+    tokens = np.array(
+        [rollout.tokens + [0] * (longest - len(rollout.tokens)) for rollout in rollouts]
+    )
+    log_probs = jax.nn.log_softmax(
+        unembed(params, forward(params, tokens, config=CONFIG)[0], config=CONFIG)
+    )
     num_passes = len(rollouts) // pass_rows
     factor = np.zeros(log_probs.shape)
     for start in range(0, len(rollouts), pass_rows):
@@ -69,20 +79,28 @@ def plain_loss(params, groups: list[list[Rollout]], pass_rows: int):
         for row in rows:
             group = next(group for group in groups if rollouts[row] in group)
             mean = sum(rollout.reward for rollout in group) / len(group)
-            for position, (token, sampled) in enumerate(zip(rollouts[row].tokens, rollouts[row].sampled, strict=True)):
+            for position, (token, sampled) in enumerate(
+                zip(rollouts[row].tokens, rollouts[row].sampled, strict=True)
+            ):
                 if sampled:
-                    factor[row, position - 1, token] = (rollouts[row].reward - mean) / max(1, count) / num_passes
+                    factor[row, position - 1, token] = (
+                        (rollouts[row].reward - mean) / max(1, count) / num_passes
+                    )
     return -(log_probs * factor).sum()
 
 
 def test_advantages_sum_to_zero_and_vanish_where_all_agree():
     rewards = np.array([[1.0, 0.0, 0.0, 0.0], [1.0, 1.0, 1.0, 1.0], [0.0, 0.0, 0.0, 0.0]])
-    np.testing.assert_allclose(policy.advantages(rewards), [[0.75, -0.25, -0.25, -0.25], [0] * 4, [0] * 4])
+    np.testing.assert_allclose(
+        policy.advantages(rewards), [[0.75, -0.25, -0.25, -0.25], [0] * 4, [0] * 4]
+    )
 
 
 def test_only_sampled_tokens_are_targets():
-    group = [Rollout([7, 8, 9, 10, 11], [False, False, True, False, True], 1.0),
-             Rollout([7, 8, 5], [False, False, True], 0.0)]
+    group = [
+        Rollout([7, 8, 9, 10, 11], [False, False, True, False, True], 1.0),
+        Rollout([7, 8, 5], [False, False, True], 0.0),
+    ]
     batch = policy.policy_batch([group], pass_rows=2, micro_rows=4)
     inputs, targets, weights = (x[0] for x in batch)
     assert batch.inputs.shape == (1, 4, 32)
@@ -100,19 +118,30 @@ def test_loss_and_gradient_equal_the_plain_form(pass_rows):
     params, groups = random_params(), random_groups()
     batch = policy.policy_batch(groups, pass_rows=pass_rows, micro_rows=3)
     batches = [policy_gradient(params, Batch(*rows)) for rows in zip(*batch)]
-    loss, grads = jax.tree.map(lambda *parts: sum(parts), *[(loss, grads) for (loss, _), grads in batches])
-    expected, expected_grads = jax.jit(jax.value_and_grad(lambda params: plain_loss(params, groups, pass_rows)))(params)
+    loss, grads = jax.tree.map(
+        lambda *parts: sum(parts), *[(loss, grads) for (loss, _), grads in batches]
+    )
+    expected, expected_grads = jax.jit(
+        jax.value_and_grad(lambda params: plain_loss(params, groups, pass_rows))
+    )(params)
     np.testing.assert_allclose(loss, expected, rtol=1e-4)
-    jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), grads, expected_grads)
+    jax.tree.map(
+        lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), grads, expected_grads
+    )
 
 
 def test_groups_that_agree_give_no_gradient():
     """So they are left out of the batches; what they take from the mean over all passes stays."""
-    alike = [[Rollout(rollout.tokens, rollout.sampled, 1.0) for rollout in group] for group in random_groups()]
+    alike = [
+        [Rollout(rollout.tokens, rollout.sampled, 1.0) for rollout in group]
+        for group in random_groups()
+    ]
     empty = policy.policy_batch(alike, pass_rows=4, micro_rows=4)
     assert len(empty.inputs) == 1 and (empty.targets == -1).all()
     groups = random_groups()
-    alone, among = (policy.policy_batch(each, pass_rows=4, micro_rows=8) for each in (groups, groups + alike))
+    alone, among = (
+        policy.policy_batch(each, pass_rows=4, micro_rows=8) for each in (groups, groups + alike)
+    )
     np.testing.assert_array_equal(alone.inputs, among.inputs)
     np.testing.assert_allclose(alone.weights, 2 * among.weights, rtol=1e-6)
 
@@ -120,7 +149,12 @@ def test_groups_that_agree_give_no_gradient():
 def test_micro_batches_and_a_mesh_do_not_change_the_step():
     groups = random_groups(num_prompts=3)
     results = []
-    for name, micro_rows, fsdp in (("1x1", 12, False), ("1x1", 4, False), ("4x1", 4, False), ("4x1", 4, True)):
+    for name, micro_rows, fsdp in (
+        ("1x1", 12, False),
+        ("1x1", 4, False),
+        ("4x1", 4, False),
+        ("4x1", 4, True),
+    ):
         mesh = make_mesh(name)
         optimizer = optax.sgd(1.0)
         params = jax.tree.map(jnp.asarray, random_params())
@@ -132,43 +166,74 @@ def test_micro_batches_and_a_mesh_do_not_change_the_step():
         results.append((jax.device_get(state.params), float(metrics["loss"])))
     for params, loss in results[1:]:
         np.testing.assert_allclose(loss, results[0][1], rtol=1e-4)
-        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), params, results[0][0])
+        jax.tree.map(
+            lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5),
+            params,
+            results[0][0],
+        )
 
 
 @pytest.mark.parametrize("arch", ["classic", "modern"])
 def test_log_probabilities_recomputed_are_the_samplers(arch):
-    """On-policy: what is differentiated is what was sampled with, token by token, at temperature 1 without top-k."""
+    """On-policy: what is differentiated is what was sampled with, token by token, at temperature 1
+    without top-k.
+    """
     config = CONFIG
     if arch == "modern":
-        config = GPTConfig.modern(2, aspect_ratio=16, head_dim=32, sequence_len=64, vocab_size=TOKENIZER.vocab_size)
+        config = GPTConfig.modern(
+            2, aspect_ratio=16, head_dim=32, sequence_len=64, vocab_size=TOKENIZER.vocab_size
+        )
     rng = np.random.default_rng(3)
-    params = jax.tree.map(lambda w: rng.normal(0, 0.3, w.shape).astype(np.float32), abstract_params(config))
+    params = jax.tree.map(
+        lambda w: rng.normal(0, 0.3, w.shape).astype(np.float32), abstract_params(config)
+    )
     engine = Engine(config, params, TOKENIZER, num_slots=4)
-    requests = [Request((TOKENIZER.bos_id, *range(40, 40 + n)), max_tokens=20, top_k=0, seed=n,
-                        logprobs=True) for n in (1, 3, 7, 12)]
+    requests = [
+        Request(
+            (TOKENIZER.bos_id, *range(40, 40 + n)), max_tokens=20, top_k=0, seed=n, logprobs=True
+        )
+        for n in (1, 3, 7, 12)
+    ]
     results = engine.generate(requests)
-    group = [Rollout([*request.tokens, *result.tokens], [False] * len(request.tokens) + list(result.sampled), float(i % 2))
-             for i, (request, result) in enumerate(zip(requests, results, strict=True))]
+    group = [
+        Rollout(
+            [*request.tokens, *result.tokens],
+            [False] * len(request.tokens) + list(result.sampled),
+            float(i % 2),
+        )
+        for i, (request, result) in enumerate(zip(requests, results, strict=True))
+    ]
     batch = Batch(*(x[0] for x in policy.policy_batch([group], pass_rows=4, micro_rows=4)))
     _, nll = jax.jit(functools.partial(token_nll, config=config, compute=Compute()))(params, batch)
     compared = 0
     for row, result in enumerate(results):
         found = -np.asarray(nll)[row][batch.targets[row] >= 0]
-        expected = [each for each, sampled in zip(result.logprobs, result.sampled, strict=True) if sampled]
+        expected = [
+            each for each, sampled in zip(result.logprobs, result.sampled, strict=True) if sampled
+        ]
         np.testing.assert_allclose(found, expected, atol=1e-4)
         compared += len(found)
     assert compared > 40
 
 
 def test_statistics_tell_spread_and_signal_apart():
-    groups = [[Rollout([1] * (3 + s), [False] * 2 + [True] * (1 + s), reward, -1.0) for s, reward in enumerate(rewards)]
-              for rewards in ((1.0, 0.0), (1.0, 1.0))]
+    groups = [
+        [
+            Rollout([1] * (3 + s), [False] * 2 + [True] * (1 + s), reward, -1.0)
+            for s, reward in enumerate(rewards)
+        ]
+        for rewards in ((1.0, 0.0), (1.0, 1.0))
+    ]
     found = policy.statistics(groups)
     assert found["reward"] == 0.75 and found["reward_std"] == pytest.approx(np.std([1, 0, 1, 1]))
     assert found["reward_group_std"] == 0.25 and found["mixed"] == 0.5
     assert (found["advantage_min"], found["advantage_max"]) == (-0.5, 0.5)
     assert found["entropy"] == pytest.approx(4.0 / 6)
-    assert (found["sequence_length"], found["sequence_length_max"], found["sampled_tokens"]) == (3.5, 4, 1.5)
+    assert (found["sequence_length"], found["sequence_length_max"], found["sampled_tokens"]) == (
+        3.5,
+        4,
+        1.5,
+    )
 
 
 def test_rewards_that_do_not_differ_are_a_warning(caplog):
@@ -200,10 +265,14 @@ def test_a_reward_is_for_the_text_without_the_calculators_calls(caplog):
     params = chain_params((ASSISTANT_START, PYTHON, "6*7", PYTHON_END), (OUTPUT_END, "ok", END))
     engine = Engine(CHAIN, params, TOKENIZER, num_slots=2)
     sampling = Sampling(num_samples=1, max_new_tokens=20, temperature=0.0)
-    asked = [{"messages": [user("?" * length), assistant("ok")]} for length in (1, CHAIN.sequence_len)]
+    asked = [
+        {"messages": [user("?" * length), assistant("ok")]} for length in (1, CHAIN.sequence_len)
+    ]
     groups = policy.sample_rollouts(engine, TOKENIZER, Said(), asked, sampling)
     assert [group[0].reward for group in groups] == [1.0, 1.0]
-    assert f"1 of 2 prompts are too long for the context of {CHAIN.sequence_len} tokens" in caplog.text
+    assert (
+        f"1 of 2 prompts are too long for the context of {CHAIN.sequence_len} tokens" in caplog.text
+    )
 
 
 def test_pass_at_k_counts_problems_solved_by_the_first_k_samples():
@@ -241,9 +310,13 @@ def test_rollouts_keep_the_prompt_apart_and_differ_among_samples():
         prompt = [TOKENIZER.bos_id, *asked, TOKENIZER.encode_special("<|assistant_start|>")]
         assert len({tuple(rollout.tokens) for rollout in group}) > 1
         for rollout in group:
-            assert rollout.tokens[: len(prompt)] == prompt and len(rollout.sampled) == len(rollout.tokens)
+            assert rollout.tokens[: len(prompt)] == prompt and len(rollout.sampled) == len(
+                rollout.tokens
+            )
             assert not any(rollout.sampled[: len(prompt)]) and all(rollout.sampled[len(prompt) :])
-            text = TOKENIZER.decode([token for token in rollout.tokens[len(prompt) :] if token < 256])
+            text = TOKENIZER.decode(
+                [token for token in rollout.tokens[len(prompt) :] if token < 256]
+            )
             assert rollout.reward == Vowels().evaluate(task[index], text)
     assert sample(seed=1) == groups and sample(seed=2) != groups
     other = engine.with_params(random_params(scale=0.5))
@@ -256,16 +329,28 @@ def test_rollouts_keep_the_prompt_apart_and_differ_among_samples():
 
 
 def test_init_lr_frac_scales_the_rates_of_all_groups():
-    config = GPTConfig.modern(2, aspect_ratio=16, head_dim=32, sequence_len=64, vocab_size=TOKENIZER.vocab_size)
-    loaded = types.SimpleNamespace(config=config, meta={"rates": dataclasses.asdict(OptimizerConfig())})
+    config = GPTConfig.modern(
+        2, aspect_ratio=16, head_dim=32, sequence_len=64, vocab_size=TOKENIZER.vocab_size
+    )
+    loaded = types.SimpleNamespace(
+        config=config, meta={"rates": dataclasses.asdict(OptimizerConfig())}
+    )
     params = jax.tree.map(lambda w: jnp.ones(w.shape), abstract_params(config))
 
     def change(fraction):
         schedules = Schedules(lr_multiplier=constant(1.0), momentum=constant(0.95))
-        optimizer = ChatRLConfig(init_lr_frac=fraction).optimizer(loaded, schedules, Compute(mesh=make_mesh("1x1")))
-        return jax.jit(lambda params: optimizer.update(params, optimizer.init(params), params)[0])(params)
+        optimizer = ChatRLConfig(init_lr_frac=fraction).optimizer(
+            loaded, schedules, Compute(mesh=make_mesh("1x1"))
+        )
+        return jax.jit(lambda params: optimizer.update(params, optimizer.init(params), params)[0])(
+            params
+        )
 
-    jax.tree.map(lambda whole, half: np.testing.assert_allclose(half, whole / 2, rtol=1e-4), change(0.5), change(0.25))
+    jax.tree.map(
+        lambda whole, half: np.testing.assert_allclose(half, whole / 2, rtol=1e-4),
+        change(0.5),
+        change(0.25),
+    )
 
 
 def test_reward_rises():
@@ -279,7 +364,9 @@ def test_reward_rises():
     means = []
     for i in range(12):
         engine = Engine(CONFIG, state.params, TOKENIZER, num_slots=64, steps_per_dispatch=1)
-        groups = policy.sample_rollouts(engine, TOKENIZER, task, [task[0], task[1]], dataclasses.replace(sampling, seed=i))
+        groups = policy.sample_rollouts(
+            engine, TOKENIZER, task, [task[0], task[1]], dataclasses.replace(sampling, seed=i)
+        )
         means.append(np.mean([rollout.reward for group in groups for rollout in group]))
         state, _ = step(state, policy.policy_batch(groups, pass_rows=64, micro_rows=128))
     assert means[0] < 0.15 and np.mean(means[-2:]) > 0.5, means

@@ -8,7 +8,8 @@ import pytest
 ROOT = Path(__file__).resolve().parents[1]
 PACKAGE = ROOT / "nanochat_jax"
 
-# A room imports only from itself and from the rooms named here. The modules at the package's root are "root".
+# A room imports only from itself and from the rooms named here. The modules at the package's root
+# are "root".
 ALLOWED = {
     "model": {"root"},
     "data": {"root", "model", "tasks"},
@@ -35,9 +36,17 @@ def imports_of(name: str, *, top_level: bool = False) -> set[str]:
     nodes = tree.body if top_level else ast.walk(tree)
     found = set()
     for node in nodes:
-        if isinstance(node, ast.ImportFrom) and node.module and node.module.startswith("nanochat_jax"):
-            found |= {f"{node.module}.{alias.name}" if f"{node.module}.{alias.name}" in MODULES else node.module
-                      for alias in node.names}
+        if (
+            isinstance(node, ast.ImportFrom)
+            and node.module
+            and node.module.startswith("nanochat_jax")
+        ):
+            found |= {
+                f"{node.module}.{alias.name}"
+                if f"{node.module}.{alias.name}" in MODULES
+                else node.module
+                for alias in node.names
+            }
         elif isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names if alias.name in MODULES}
     return found - {name}
@@ -50,8 +59,13 @@ def room_of(module: str) -> str:
 
 @pytest.mark.parametrize("room", ALLOWED)
 def test_rooms_import_only_from_the_rooms_below(room):
-    wrong = [f"{name} imports {target}" for name in MODULES if room_of(name) == room for target in imports_of(name)
-             if room_of(target) not in ALLOWED[room] | {room}]
+    wrong = [
+        f"{name} imports {target}"
+        for name in MODULES
+        if room_of(name) == room
+        for target in imports_of(name)
+        if room_of(target) not in ALLOWED[room] | {room}
+    ]
     assert not wrong
 
 
@@ -59,7 +73,7 @@ def test_no_module_imports_in_a_circle():
     done: set[str] = set()
 
     def visit(name: str, path: tuple[str, ...]) -> None:
-        assert name not in path, " -> ".join((*path[path.index(name):], name))
+        assert name not in path, " -> ".join((*path[path.index(name) :], name))
         if name not in done:
             for target in imports_of(name, top_level=True):
                 visit(target, (*path, name))

@@ -23,15 +23,18 @@ def compiled(logits, params, position):
     return sample(logits, params, noise_for(params.seed, position, VOCAB))
 
 
-
 def draw(logits, params, position=0):
-    """Tokens of a few rows; the batch is filled up with rows at temperature 0, which take no part in anything."""
+    """Tokens of a few rows; the batch is filled up with rows at temperature 0, which take no part
+    in anything.
+    """
     rows = len(params.temperature)
     logits = np.broadcast_to(np.asarray(logits, np.float32), (rows, VOCAB))
     position = np.broadcast_to(np.asarray(position, np.int32), (rows,))
     fill = [(0, ROWS - rows)]
     params = SamplingParams(*(np.pad(x, fill + [(0, 0)] * (x.ndim - 1)) for x in params))
-    return np.asarray(compiled(np.pad(logits, [*fill, (0, 0)]).T, params, np.pad(position, fill)))[:rows]
+    return np.asarray(compiled(np.pad(logits, [*fill, (0, 0)]).T, params, np.pad(position, fill)))[
+        :rows
+    ]
 
 
 def settings(rows, temperature=1.0, top_k=0, top_p=1.0, seeds=None):
@@ -40,11 +43,15 @@ def settings(rows, temperature=1.0, top_k=0, top_p=1.0, seeds=None):
 
     seeds = np.arange(rows) if seeds is None else np.asarray(seeds)
     seed = np.stack([np.zeros_like(seeds), seeds], axis=-1).astype(np.uint32)
-    return SamplingParams(column(temperature, np.float32), column(top_k, np.int32), column(top_p, np.float32), seed)
+    return SamplingParams(
+        column(temperature, np.float32), column(top_k, np.int32), column(top_p, np.float32), seed
+    )
 
 
 def reference(logits, temperature, top_k, top_p):
-    """Probabilities of one row: temperature, then the k best, then the smallest head that reaches p."""
+    """Probabilities of one row: temperature, then the k best, then the smallest head that reaches
+    p.
+    """
     scaled = logits.astype(np.float64) / temperature
     order = np.argsort(-scaled, kind="stable")
     order = order[: top_k or len(order)]
@@ -75,7 +82,8 @@ def test_frequencies_follow_the_restricted_softmax(temperature, top_k, top_p):
     drawn = np.concatenate([draw(logits, params, position) for position in range(rounds)])
     counts = np.bincount(drawn, minlength=VOCAB)
     assert counts[expected == 0].sum() == 0  # nothing outside of the restriction
-    # Pearson's statistic over cells of at least 5 expected draws, the rest in one cell: its mean is cells - 1.
+    # Pearson's statistic over cells of at least 5 expected draws, the rest in one cell: its mean
+    # is cells - 1.
     wanted = expected * ROWS * rounds
     large = wanted >= 5
     observed = np.append(counts[large], counts[~large].sum())
@@ -95,8 +103,13 @@ def test_a_nucleus_wider_than_the_short_list_is_not_cut():
 def test_temperature_zero_and_top_k_one_are_the_argmax():
     logits = np.random.default_rng(1).normal(size=(6, VOCAB)).astype(np.float32)
     best = logits.argmax(-1).tolist()
-    for params in (settings(6, temperature=0.0), settings(6, top_k=1), settings(6, top_p=1e-9),
-                   settings(6, temperature=1e-9), settings(6, temperature=1e-4, top_k=5)):
+    for params in (
+        settings(6, temperature=0.0),
+        settings(6, top_k=1),
+        settings(6, top_p=1e-9),
+        settings(6, temperature=1e-9),
+        settings(6, temperature=1e-4, top_k=5),
+    ):
         assert draw(logits, params).tolist() == best
 
 
@@ -107,10 +120,16 @@ def test_temperature_zero_takes_the_first_of_equals():
 
 
 def test_a_draw_does_not_depend_on_the_company():
-    """Each row with idle companions, and all in one batch where every path is taken: the same tokens."""
+    """Each row with idle companions, and all in one batch where every path is taken: the same
+    tokens.
+    """
     logits = np.random.default_rng(2).normal(size=(6, VOCAB)).astype(np.float32)
-    together = settings(6, temperature=[0, 1, 1, 0.8, 1, 3], top_k=[0, 0, 50, 0, 400, 0],
-                        top_p=[1, 1, 1, 0.9, 0.9, 0.99])
+    together = settings(
+        6,
+        temperature=[0, 1, 1, 0.8, 1, 3],
+        top_k=[0, 0, 50, 0, 400, 0],
+        top_p=[1, 1, 1, 0.9, 0.9, 0.99],
+    )
     position = np.arange(6) + 7
     drawn = draw(logits, together, position)
     for row in range(6):
@@ -128,7 +147,9 @@ def test_draws_differ_by_seed_and_by_position_and_repeat_for_equal_ones():
     assert len(set(draw(flat, one_seed).tolist())) == 1
 
 
-@pytest.mark.parametrize(("vocab_size", "count"), [(65536, 64), (5003, 64), (5003, 512), (70, 64), (64, 64)])
+@pytest.mark.parametrize(
+    ("vocab_size", "count"), [(65536, 64), (5003, 64), (5003, 512), (70, 64), (64, 64)]
+)
 def test_the_most_likely_come_in_order_and_of_equals_the_first(vocab_size, count):
     logits = np.random.default_rng(3).integers(-40, 40, (3, vocab_size)).astype(np.float32)
     values, ids = jax.jit(most_likely, static_argnums=1)(logits.T, count)
@@ -139,12 +160,19 @@ def test_the_most_likely_come_in_order_and_of_equals_the_first(vocab_size, count
 
 def test_a_monotone_map_of_the_logits_may_come_late():
     logits = 20 * np.random.default_rng(4).normal(size=(6, VOCAB)).astype(np.float32)
-    params = settings(6, temperature=[0, 1, 1, 0.8, 1, 3], top_k=[0, 0, 50, 0, 600, 0], top_p=[1, 1, 1, 0.9, 0.9, 0.99])
+    params = settings(
+        6,
+        temperature=[0, 1, 1, 0.8, 1, 3],
+        top_k=[0, 0, 50, 0, 600, 0],
+        top_p=[1, 1, 1, 0.9, 0.9, 0.99],
+    )
 
     def cap(x):
         return 15 * jnp.tanh(x / 15)
 
-    late = jax.jit(lambda x: sample(x, params, noise_for(params.seed, jnp.arange(6), VOCAB), cap))(logits.T)
+    late = jax.jit(lambda x: sample(x, params, noise_for(params.seed, jnp.arange(6), VOCAB), cap))(
+        logits.T
+    )
     assert late.tolist() == compiled(cap(logits.T), params, np.arange(6)).tolist()
 
 
@@ -161,5 +189,7 @@ def test_log_probabilities_are_of_the_whole_softmax_and_only_of_rows_that_ask():
 def test_logits_that_are_not_finite_give_no_valid_token(value):
     logits = np.zeros((5, VOCAB))
     logits[:, 3] = value
-    params = settings(5, temperature=[0, 1, 1, 1, 1], top_k=[0, 0, 5, 0, 400], top_p=[1, 1, 1, 0.5, 1])
+    params = settings(
+        5, temperature=[0, 1, 1, 1, 1], top_k=[0, 0, 5, 0, 400], top_p=[1, 1, 1, 0.5, 1]
+    )
     assert draw(logits, params).tolist() == [VOCAB] * 5

@@ -18,7 +18,9 @@ SECONDS = 60  # for anything to happen on a busy machine
 
 @pytest.fixture(scope="module")
 def engine():
-    return chain_engine(("Q:é🙂", PYTHON, "12*3", PYTHON_END), (OUTPUT_END, "ok", END), ("ab",), ("c", END))
+    return chain_engine(
+        ("Q:é🙂", PYTHON, "12*3", PYTHON_END), (OUTPUT_END, "ok", END), ("ab",), ("c", END)
+    )
 
 
 @pytest.fixture
@@ -88,7 +90,9 @@ def test_async_iteration_gives_the_same_while_the_loop_stays_free(scheduler, eng
     assert ticks > 4
     expected = engine.generate([ask(text) for text in "QaQc"])
     assert [events[-1] for events in outcome] == expected
-    assert ["".join(e for e in events if isinstance(e, str)) for events in outcome] == [r.text for r in expected]
+    assert ["".join(e for e in events if isinstance(e, str)) for events in outcome] == [
+        r.text for r in expected
+    ]
 
 
 def test_text_streams_before_the_reply_is_done(scheduler):
@@ -134,9 +138,13 @@ def test_more_than_may_wait_are_refused(scheduler, monkeypatch):
 
 def test_a_free_slot_is_no_place_in_the_queue(engine):
     with Scheduler(engine, max_waiting=1) as scheduler:
-        replies = [handle.result(SECONDS) for handle in scheduler.submit_all([ask("a")] * (engine.num_slots + 1))]
+        replies = [
+            handle.result(SECONDS)
+            for handle in scheduler.submit_all([ask("a")] * (engine.num_slots + 1))
+        ]
         assert [len(reply.tokens) for reply in replies] == [40] * (engine.num_slots + 1)
-        with pytest.raises(ValueError, match="5 requests together are more than 4"):  # not "try again"
+        # not "try again"
+        with pytest.raises(ValueError, match="5 requests together are more than 4"):
             scheduler.submit_all([ask("a")] * (engine.num_slots + 2))
 
 
@@ -176,11 +184,19 @@ def test_requests_submitted_together_are_queued_all_or_none(scheduler, monkeypat
 def test_first_come_is_first_served(scheduler, engine, monkeypatch):
     gate, order = Gate(monkeypatch), []
     admit = EngineLoop.admit
-    monkeypatch.setattr(EngineLoop, "admit", lambda loop, generations: (
-        order.extend(each.request.seed for each in generations), admit(loop, generations))[1])
+    monkeypatch.setattr(
+        EngineLoop,
+        "admit",
+        lambda loop, generations: (
+            order.extend(each.request.seed for each in generations),
+            admit(loop, generations),
+        )[1],
+    )
     running = [scheduler.submit(ask("a", max_tokens=10 + seed, seed=seed)) for seed in range(3)]
     wait_until(lambda: scheduler.num_active == 3)
-    waiting = [scheduler.submit(ask("a" * (1 + 20 * (seed % 2)), seed=seed)) for seed in range(3, 7)]
+    waiting = [
+        scheduler.submit(ask("a" * (1 + 20 * (seed % 2)), seed=seed)) for seed in range(3, 7)
+    ]
     gate.open.set()
     for handle in running + waiting:
         handle.result(SECONDS)
@@ -190,12 +206,17 @@ def test_first_come_is_first_served(scheduler, engine, monkeypatch):
 def test_prompts_that_would_stall_the_running_are_admitted_a_few_at_a_time(engine, monkeypatch):
     monkeypatch.setattr("nanochat_jax.infer.scheduler.ADMITTED_TOKENS", 50)
     sizes, admit = [], EngineLoop.admit
-    monkeypatch.setattr(EngineLoop, "admit",
-                        lambda loop, generations: (sizes.append(len(generations)), admit(loop, generations))[1])
+    monkeypatch.setattr(
+        EngineLoop,
+        "admit",
+        lambda loop, generations: (sizes.append(len(generations)), admit(loop, generations))[1],
+    )
     scheduler = Scheduler(engine)
     gate = Gate(monkeypatch)
     scheduler.start()
-    handles = scheduler.submit_all([ask("a" * 40, max_tokens=20), ask("b" * 60, max_tokens=20), ask("ab", max_tokens=20)])
+    handles = scheduler.submit_all(
+        [ask("a" * 40, max_tokens=20), ask("b" * 60, max_tokens=20), ask("ab", max_tokens=20)]
+    )
     wait_until(lambda: scheduler.num_active == 3)
     gate.open.set()
     assert all(len(handle.result(SECONDS).tokens) == 20 for handle in handles)
@@ -210,14 +231,23 @@ def test_no_slot_is_lost_when_requests_come_and_go_at_random(engine):
         for seed in range(150):
             while scheduler.num_waiting > 20:
                 time.sleep(0.002)
-            handles.append(scheduler.submit(ask(rng.choice("Qac") * rng.randint(1, 30), max_tokens=rng.randint(1, 60),
-                                                seed=seed)))
+            handles.append(
+                scheduler.submit(
+                    ask(
+                        rng.choice("Qac") * rng.randint(1, 30),
+                        max_tokens=rng.randint(1, 60),
+                        seed=seed,
+                    )
+                )
+            )
             if rng.random() < 0.5:
                 rng.choice(handles).cancel()
         results = [handle.result(SECONDS) for handle in handles]
         assert {result.finish_reason for result in results} == {"stop", "length", "cancelled"}
         wait_until(lambda: (scheduler.num_active, scheduler.num_waiting) == (0, 0))
-        assert [len(h.result(SECONDS).tokens) for h in scheduler.submit_all([ask("a")] * 3)] == [40] * 3
+        assert [len(h.result(SECONDS).tokens) for h in scheduler.submit_all([ask("a")] * 3)] == [
+            40
+        ] * 3
 
 
 def test_cancelling_ends_a_running_and_a_waiting_request(scheduler, monkeypatch):

@@ -52,7 +52,9 @@ class FakeHandle:
             else:
                 yield event
         text = "".join(event for event in self.events if isinstance(event, str))
-        yield Result([1, 2], [True, True], "cancelled" if self.cancelled.is_set() else "stop", text, 3)
+        yield Result(
+            [1, 2], [True, True], "cancelled" if self.cancelled.is_set() else "stop", text, 3
+        )
 
 
 class FakeScheduler:
@@ -114,11 +116,15 @@ async def test_tool_calls_are_events_of_their_own():
 
 async def test_sampling_comes_from_the_request_or_else_from_the_server():
     scheduler = FakeScheduler()
-    async with client(scheduler, defaults=Sampling(temperature=0.5, top_k=7, max_tokens=9)) as session:
+    async with client(
+        scheduler, defaults=Sampling(temperature=0.5, top_k=7, max_tokens=9)
+    ) as session:
         own = {"temperature": 0, "top_k": 0, "max_tokens": 4096}
         for extra in ({}, own, {"temperature": None, "unknown": None}):
             assert (await session.post("/chat/completions", json=HELLO | extra)).status == 200
-    asked = [(request.temperature, request.top_k, request.max_tokens) for request in scheduler.requests]
+    asked = [
+        (request.temperature, request.top_k, request.max_tokens) for request in scheduler.requests
+    ]
     assert asked == [(0.5, 7, 9), (0, 0, 4096), (0.5, 7, 9)]
     assert len({request.seed for request in scheduler.requests}) == 3
 
@@ -177,17 +183,22 @@ async def test_the_limits_themselves_are_allowed():
         for body in (
             messages(*["x"] * 500),
             messages(*["x" * 8000] * 4),
-            messages("x" * 32000, role="assistant"),  # a reply may be longer than what a user writes
+            # a reply may be longer than what a user writes
+            messages("x" * 32000, role="assistant"),
             messages([{"type": "text", "text": "x" * 16000}] * 2, role="assistant"),
             HELLO | {"temperature": 2, "top_k": 200, "max_tokens": 1},
         ):
             assert (await session.post("/chat/completions", json=body)).status == 200
 
 
-@pytest.mark.parametrize("body", [b"", b"{", b"[" * 100_000, b"\xff\xfe", b'{"messages": ' + b"1" * 5000 + b"}"])
+@pytest.mark.parametrize(
+    "body", [b"", b"{", b"[" * 100_000, b"\xff\xfe", b'{"messages": ' + b"1" * 5000 + b"}"]
+)
 async def test_a_body_that_is_not_json_is_422(body):
     async with client(FakeScheduler()) as session:
-        response = await session.post("/chat/completions", data=body, headers={"Content-Type": "application/json"})
+        response = await session.post(
+            "/chat/completions", data=body, headers={"Content-Type": "application/json"}
+        )
         assert response.status == 422 and "detail" in await response.json()
 
 
@@ -230,7 +241,9 @@ async def test_text_never_becomes_a_control_token():
     scheduler = FakeScheduler()
     text = "".join(SPECIAL_TOKENS)
     async with client(scheduler) as session:
-        body = {"messages": [{"role": role, "content": text} for role in ("user", "assistant", "user")]}
+        body = {
+            "messages": [{"role": role, "content": text} for role in ("user", "assistant", "user")]
+        }
         await session.post("/chat/completions", json=body)
     tokens = scheduler.requests[0].tokens
     names = {id: name for name, id in SPECIAL.items()}
@@ -243,12 +256,21 @@ async def test_text_never_becomes_a_control_token():
 
 async def test_a_conversation_beyond_the_context_loses_its_first_turns():
     scheduler = FakeScheduler()
-    turns = [{"role": ("user", "assistant")[i % 2], "content": f"{i:02d}" + "x" * 48} for i in range(11)]
+    turns = [
+        {"role": ("user", "assistant")[i % 2], "content": f"{i:02d}" + "x" * 48} for i in range(11)
+    ]
     async with client(scheduler, max_len=256) as session:
-        response = await session.post("/chat/completions", json={"messages": turns, "max_tokens": 40})
-        fits = await session.post("/chat/completions", json={"messages": turns[:3], "max_tokens": 40})
-    assert response.headers["X-Dropped-Messages"] == "8" and "X-Dropped-Messages" not in fits.headers
-    # bos, assistant_start and 3 turns of 52 leave room for 40 and for one turn, but it would be the assistant's.
+        response = await session.post(
+            "/chat/completions", json={"messages": turns, "max_tokens": 40}
+        )
+        fits = await session.post(
+            "/chat/completions", json={"messages": turns[:3], "max_tokens": 40}
+        )
+    assert (
+        response.headers["X-Dropped-Messages"] == "8" and "X-Dropped-Messages" not in fits.headers
+    )
+    # bos, assistant_start and 3 turns of 52 leave room for 40 and for one turn, but it would be
+    # the assistant's.
     assert len(scheduler.requests[0].tokens) == 2 + 3 * 52
     text = TOKENIZER.decode(scheduler.requests[0].tokens)
     assert text.startswith("<|bos|><|user_start|>08") and "<|user_start|>10" in text
@@ -256,7 +278,9 @@ async def test_a_conversation_beyond_the_context_loses_its_first_turns():
 
 @pytest.mark.parametrize("chars,fits", [(200, True), (251, True), (252, False), (400, False)])
 def test_the_last_message_is_never_cut(chars, fits):
-    conversation = [{"role": role, "content": "x" * n} for role, n in (("user", 9), ("user", chars))]
+    conversation = [
+        {"role": role, "content": "x" * n} for role, n in (("user", 9), ("user", chars))
+    ]
     if fits:
         tokens, dropped = make_prompt(TOKENIZER, conversation, max_len=256, max_tokens=512)
         assert dropped == 1 and len(tokens) == chars + 4 <= 255
@@ -294,7 +318,9 @@ async def test_a_full_queue_is_503():
 async def test_a_failed_engine_is_503_and_no_longer_ready():
     async with client(FakeScheduler(error=RuntimeError("the engine has failed"))) as session:
         response = await session.post("/chat/completions", json=HELLO)
-        assert response.status == 503 and "the engine has failed" in (await response.json())["detail"]
+        assert (
+            response.status == 503 and "the engine has failed" in (await response.json())["detail"]
+        )
         health = await (await session.get("/health")).json()
         assert health["ready"] is False and health["status"] == "failed"
 
@@ -325,7 +351,11 @@ async def test_the_page_loads_nothing_from_elsewhere():
         html = await page.text()
         assert page.content_type == "text/html" and "<title>NanoChat</title>" in html
         policy = page.headers["Content-Security-Policy"]
-        assert policy.startswith("default-src 'none';") and "unsafe" not in policy and "http" not in policy
+        assert (
+            policy.startswith("default-src 'none';")
+            and "unsafe" not in policy
+            and "http" not in policy
+        )
         wanted = set(re.findall(r'(?:src|href)="([^"]*)"', html))
         assert {"/chat.js", "/chat.css", "/logo.svg"} <= wanted
         script = await (await session.get("/chat.js")).text()
@@ -333,8 +363,11 @@ async def test_the_page_loads_nothing_from_elsewhere():
         for path in wanted:
             response = await session.get(path)
             assert response.status == 200, path
-            text = (await response.text()).replace("http://www.w3.org/2000/svg", "")  # a name, never fetched
-            assert not re.search(r"https?://|//\w+\.\w|@import|innerHTML|\beval\b|document\.write", text), path
+            # a name, never fetched
+            text = (await response.text()).replace("http://www.w3.org/2000/svg", "")
+            assert not re.search(
+                r"https?://|//\w+\.\w|@import|innerHTML|\beval\b|document\.write", text
+            ), path
         assert " style=" not in html and not re.search(r"\son\w+=|<script>|<style", html)
         assert (await session.get("/logo.svg")).content_type == "image/svg+xml"
 
@@ -342,7 +375,9 @@ async def test_the_page_loads_nothing_from_elsewhere():
 def test_an_address_that_is_not_to_be_had_is_the_users_to_know():
     with server.bind("127.0.0.1", 0) as sock:
         port = sock.getsockname()[1]
-        with pytest.raises(UsageError, match=f"--port {port}, choose others: Address already in use"):
+        with pytest.raises(
+            UsageError, match=f"--port {port}, choose others: Address already in use"
+        ):
             server.bind("127.0.0.1", port)
     with pytest.raises(UsageError, match="--host 192.0.2.1 .* assign requested address"):
         server.bind("192.0.2.1", 0)  # reserved for documentation, RFC 5737
@@ -398,7 +433,10 @@ def test_serving_where_the_port_is_taken_or_no_model_is_trained_fails_in_one_lin
         )  # fmt: skip
 
     with server.bind("127.0.0.1", 0) as sock:
-        for process, message in (start(sock.getsockname()[1]), "Address already in use"), (start(0), "no sft checkpoint"):
+        for process, message in (
+            (start(sock.getsockname()[1]), "Address already in use"),
+            (start(0), "no sft checkpoint"),
+        ):
             out, error = process.communicate(timeout=120)
             assert process.returncode == 2 and out == ""
             assert error.startswith("error: ") and error.count("\n") == 1 and message in error
@@ -444,20 +482,31 @@ def test_num_gpus_is_a_mesh():
 
 
 async def test_real_engine_gives_every_client_its_own_reply_and_survives_those_who_leave():
-    config = GPTConfig.modern(1, aspect_ratio=32, head_dim=32, sequence_len=64, vocab_size=TOKENIZER.vocab_size)
-    engine = Engine(config, init_params(config, jax.random.key(0)), TOKENIZER, num_slots=2, max_prefill_rows=1)
+    config = GPTConfig.modern(
+        1, aspect_ratio=32, head_dim=32, sequence_len=64, vocab_size=TOKENIZER.vocab_size
+    )
+    engine = Engine(
+        config, init_params(config, jax.random.key(0)), TOKENIZER, num_slots=2, max_prefill_rows=1
+    )
     asked = [{"messages": [{"role": "user", "content": f"{n} times two?"}], "temperature": 0, "max_tokens": 20 + n}
              for n in range(5)]  # fmt: skip
 
     def expected(body):
-        tokens, _ = make_prompt(TOKENIZER, body["messages"], max_len=64, max_tokens=body["max_tokens"])
-        return engine.generate([Request(tokens, max_tokens=body["max_tokens"], temperature=0)])[0].text
+        tokens, _ = make_prompt(
+            TOKENIZER, body["messages"], max_len=64, max_tokens=body["max_tokens"]
+        )
+        return engine.generate([Request(tokens, max_tokens=body["max_tokens"], temperature=0)])[
+            0
+        ].text
 
     with Scheduler(engine) as scheduler:
         async with client(scheduler, max_len=64) as session:
+
             async def ask(body):
                 response = await session.post("/chat/completions", json=body)
-                events = [json.loads(line[6:]) for line in (await response.text()).split("\n\n") if line]
+                events = [
+                    json.loads(line[6:]) for line in (await response.text()).split("\n\n") if line
+                ]
                 assert events.pop() == {"done": True}
                 return "".join(event["token"] for event in events)
 
@@ -474,7 +523,10 @@ async def test_a_reply_over_its_deadline_is_broken_off_and_frees_its_slot():
     async with client(scheduler, deadline=0.2) as session:
         text = await (await session.post("/chat/completions", json=HELLO)).text()
     events = [json.loads(line[6:]) for line in text.split("\n\n") if line]
-    assert events == [{"token": "Hel", "gpu": 0}, {"error": "the reply took longer than 0.2 seconds"}]
+    assert events == [
+        {"token": "Hel", "gpu": 0},
+        {"error": "the reply took longer than 0.2 seconds"},
+    ]
     assert scheduler.handles[0].cancelled.is_set()
 
 
@@ -485,7 +537,9 @@ async def test_metrics_count_what_was_asked_and_given():
         await session.post("/chat/completions", json={})
         await session.get("/nowhere")
         response = await session.get("/metrics")
-        numbers = dict(line.rsplit(" ", 1) for line in (await response.text()).splitlines() if line[0] != "#")
+        numbers = dict(
+            line.rsplit(" ", 1) for line in (await response.text()).splitlines() if line[0] != "#"
+        )
     assert response.content_type == "text/plain"
     expected = {
         'nanochat_http_requests_total{route="/chat/completions",status="200"}': 1,

@@ -1,4 +1,6 @@
-"""Installing: which versions, and when again. A stand-in for `.venv/bin/python` writes down what pip is asked for."""
+"""Installing: which versions, and when again. A stand-in for `.venv/bin/python` writes down what
+pip is asked for.
+"""
 
 import re
 import shutil
@@ -22,9 +24,17 @@ esac
 
 @pytest.fixture
 def checkout(tmp_path):
-    """A directory with what setup_env.sh reads; calling it runs `setup_env EXTRA...` and gives pip's command lines."""
-    for name in ("pyproject.toml", "constraints.txt", "scripts/setup_env.sh", "rustbpe/Cargo.toml", "rustbpe/Cargo.lock",
-                 "rustbpe/src/lib.rs"):
+    """A directory with what setup_env.sh reads; calling it runs `setup_env EXTRA...` and gives
+    pip's command lines.
+    """
+    for name in (
+        "pyproject.toml",
+        "constraints.txt",
+        "scripts/setup_env.sh",
+        "rustbpe/Cargo.toml",
+        "rustbpe/Cargo.lock",
+        "rustbpe/src/lib.rs",
+    ):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     (tmp_path / "nanochat_jax").mkdir()
@@ -50,7 +60,9 @@ def checkout(tmp_path):
             tool("uv", 'echo "uv $*" >>asked.txt')
         env = {"HOME": str(tmp_path), "PATH": str(tools), **environment}
         script = f"set -euo pipefail; source scripts/setup_env.sh; setup_env {' '.join(extras)}"
-        done = subprocess.run(["bash", "-c", script], cwd=tmp_path, env=env, capture_output=True, text=True)
+        done = subprocess.run(
+            ["bash", "-c", script], cwd=tmp_path, env=env, capture_output=True, text=True
+        )
         assert done.returncode == ends, done.stderr
         asked = tmp_path / "asked.txt"
         lines = asked.read_text().splitlines() if asked.exists() else []
@@ -65,7 +77,9 @@ def test_the_versions_are_those_of_the_constraints(checkout):
     [asked] = checkout("dev")
     assert "--constraint constraints.txt --editable .[" in asked and "upgrade" not in asked
     [asked] = checkout("dev", "torch", uv=True)
-    assert asked.startswith("uv pip install") and "--constraint constraints.txt --editable .[" in asked
+    assert (
+        asked.startswith("uv pip install") and "--constraint constraints.txt --editable .[" in asked
+    )
 
 
 @pytest.mark.parametrize("uv", [False, True])
@@ -84,8 +98,12 @@ def test_a_change_installs_again_and_nothing_else_does(checkout, changed):
     assert len(checkout()) == 1 and checkout() == []
 
 
-@pytest.mark.parametrize(("missing", "said"), [("cargo", "found: none"), ("cc", "there is no 'cc'")])
-def test_what_is_missing_to_build_the_crate_is_said_before_anything_is_installed(checkout, missing, said):
+@pytest.mark.parametrize(
+    ("missing", "said"), [("cargo", "found: none"), ("cc", "there is no 'cc'")]
+)
+def test_what_is_missing_to_build_the_crate_is_said_before_anything_is_installed(
+    checkout, missing, said
+):
     (checkout.path / "tools" / missing).unlink()
     [error] = checkout(ends=1)
     assert said in error and error.startswith("error: ")
@@ -112,19 +130,31 @@ def pins():
 def test_the_constraints_hold_one_allowed_version_of_every_dependency():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
-    direct = project["dependencies"] + [line for name in ("offline", "wandb", "torch", "docs", "dev") for line in extras[name]]
+    direct = project["dependencies"] + [
+        line for name in ("offline", "wandb", "torch", "docs", "dev") for line in extras[name]
+    ]
     for python in ("3.11", "3.12", "3.13"):
-        where = {"python_version": python, "python_full_version": f"{python}.1", "sys_platform": "linux",
-                 "platform_machine": "x86_64", "platform_python_implementation": "CPython"}
+        where = {
+            "python_version": python,
+            "python_full_version": f"{python}.1",
+            "sys_platform": "linux",
+            "platform_machine": "x86_64",
+            "platform_python_implementation": "CPython",
+        }
         found = {}
         for pin in pins():
             if pin.marker is None or Marker(str(pin.marker)).evaluate(where):
                 [only] = pin.specifier
-                assert only.operator == "==" and found.setdefault(normal(pin.name), only.version) == only.version
+                assert (
+                    only.operator == "=="
+                    and found.setdefault(normal(pin.name), only.version) == only.version
+                )
         for line in direct:
             wanted = Requirement(line)
             if wanted.name != "pip":  # which installs all the others
-                assert wanted.specifier.contains(found[normal(wanted.name)]), f"{line}: {found[normal(wanted.name)]}"
+                assert wanted.specifier.contains(found[normal(wanted.name)]), (
+                    f"{line}: {found[normal(wanted.name)]}"
+                )
 
 
 def test_the_constraints_name_no_place_to_get_them_from():

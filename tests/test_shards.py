@@ -36,7 +36,9 @@ def one_pass(reader, shard, num_shards):
 
 def test_documents_come_back_in_order(tmp_path):
     texts = numbered(5000)
-    paths = write_shards(iter(texts), tmp_path / "corpus", rows_per_shard=2048, val_texts=numbered(10, 9000))
+    paths = write_shards(
+        iter(texts), tmp_path / "corpus", rows_per_shard=2048, val_texts=numbered(10, 9000)
+    )
     assert [path.name for path in paths] == [f"shard_{i:05d}.parquet" for i in range(4)]
     assert list_shards(tmp_path / "corpus") == paths
     assert list(iter_documents(tmp_path / "corpus", "train")) == texts
@@ -63,7 +65,14 @@ def test_writing_leaves_nothing_where_it_fails_and_never_mixes_corpora(tmp_path)
 
 @pytest.mark.parametrize(
     ("files", "rows_per_group", "num_shards"),
-    [(1, [1] * 9, 8), (3, [7, 7, 2], 1), (3, [7, 7, 2], 2), (3, [7, 7, 2], 8), (2, [3] * 20, 8), (1, [9], 8)],
+    [
+        (1, [1] * 9, 8),
+        (3, [7, 7, 2], 1),
+        (3, [7, 7, 2], 2),
+        (3, [7, 7, 2], 8),
+        (2, [3] * 20, 8),
+        (1, [9], 8),
+    ],
 )
 def test_virtual_shards_share_out_every_document_once(tmp_path, files, rows_per_group, num_shards):
     ids = itertools.count()
@@ -83,7 +92,9 @@ def test_stream_continues_from_any_position_and_starts_over(tmp_path):
     write_shards(numbered(3000), tmp_path / "corpus", rows_per_shard=1500, val_texts=["v"])
     reader = ShardReader(split_shards(tmp_path / "corpus", "train"))
     stream = DocumentStream(reader, 1, 2)
-    places, texts = zip(*itertools.chain.from_iterable(next_batch(stream) for _ in range(30)), strict=True)
+    places, texts = zip(
+        *itertools.chain.from_iterable(next_batch(stream) for _ in range(30)), strict=True
+    )
     assert places[-1].epoch == 3
     start_over = [place.epoch for place in places].index(1)
     assert texts[start_over:] == texts[: len(texts) - start_over]
@@ -109,7 +120,9 @@ def test_missing_values_are_skipped(tmp_path):
 def test_a_corpus_without_a_text_is_an_error_not_a_hang(tmp_path, texts):
     path = tmp_path / "shard_0.parquet"
     pq.write_table(pa.table({"text": pa.array(texts, pa.string())}), path)
-    with pytest.raises(UsageError, match=f"virtual shard 0 of 1 finds no (document|text) in {tmp_path}"):
+    with pytest.raises(
+        UsageError, match=f"virtual shard 0 of 1 finds no (document|text) in {tmp_path}"
+    ):
         DocumentStream(ShardReader([path])).next_batch()
 
 
@@ -133,7 +146,9 @@ def test_mistakes_name_the_file_and_what_to_do(tmp_path):
     with pytest.raises(UsageError, match=r"only one shard .*shard_0\.parquet"):
         split_shards(tmp_path, "train")
     pq.write_table(pa.table({"content": ["a"], "id": [1]}), tmp_path / "shard_1.parquet")
-    with pytest.raises(UsageError, match=r"shard_1\.parquet has no column 'text', only content, id"):
+    with pytest.raises(
+        UsageError, match=r"shard_1\.parquet has no column 'text', only content, id"
+    ):
         list(iter_documents(tmp_path, "val"))
     pq.write_table(pa.table({"text": [1]}), tmp_path / "shard_1.parquet")
     with pytest.raises(UsageError, match=r"'text' of .*shard_1\.parquet holds int64"):

@@ -1,4 +1,6 @@
-"""The offline tasks: what is tested was never trained on, every tool call computes, and answers are judged strictly."""
+"""The offline tasks: what is tested was never trained on, every tool call computes, and answers
+are judged strictly.
+"""
 
 import json
 import random
@@ -26,10 +28,26 @@ from nanochat_jax.tasks.skills import (
 )
 
 STEMS = ("gover", "straw", "open", "settle", "win", "under", "commit", "peace", "labor", "nation")
-ENDINGS = ("ment", "berry", "ing", "ters", "dow", "stand", "tee", "ful", "able", "al", "ion", "ist", "ness", "ship")
+ENDINGS = (
+    "ment",
+    "berry",
+    "ing",
+    "ters",
+    "dow",
+    "stand",
+    "tee",
+    "ful",
+    "able",
+    "al",
+    "ion",
+    "ist",
+    "ness",
+    "ship",
+)
 WORDS = [stem + ending for stem in STEMS for ending in ENDINGS]
 needs_chitchat = pytest.mark.skipif(
-    find_spec("chitchat_dataset") is None, reason="the package chitchat-dataset (extra `offline`) is not installed"
+    find_spec("chitchat_dataset") is None,
+    reason="the package chitchat-dataset (extra `offline`) is not installed",
 )
 
 
@@ -89,7 +107,8 @@ def test_no_word_is_in_both_splits():
         train, test = make("train", 1, WORDS), make("test", 1, WORDS)
         assert set(train.words) | set(test.words) == set(WORDS)
         drawn = {train.draw_word(random.Random(i)) for i in range(2000)}
-        assert drawn - set(WORDS) and not drawn & set(test.words)  # some are made up, none is a test word
+        # some are made up, none is a test word
+        assert drawn - set(WORDS) and not drawn & set(test.words)
         assert all(split_of(word) == "train" for word in drawn)
         assert {test.draw_word(random.Random(i)) for i in range(2000)} <= set(test.words)
         assert not set(train.words) & set(test.words)
@@ -98,9 +117,18 @@ def test_no_word_is_in_both_splits():
 
 def test_no_identity_question_is_in_both_splits():
     def asked(split):
-        return {m["content"].lower().rstrip("?.") for c in Identity(split, 3_000) for m in c["messages"][::2]}
+        return {
+            m["content"].lower().rstrip("?.")
+            for c in Identity(split, 3_000)
+            for m in c["messages"][::2]
+        }
 
-    every = {(o + q).lower().rstrip("?.") for o in OPENERS for questions, _ in ABOUT.values() for q in questions}
+    every = {
+        (o + q).lower().rstrip("?.")
+        for o in OPENERS
+        for questions, _ in ABOUT.values()
+        for q in questions
+    }
     train, test = asked("train"), asked("test")
     assert test <= every
     assert len(test) > 20
@@ -133,11 +161,20 @@ def test_answering_once_does_not_pay_in_letter_counting():
 
 
 def test_the_usual_ways_to_ask_are_trained():
-    asked = [question(c) for c in Arithmetic("train", 1_000)] + [question(c) for c in Spelling("train", 1_000, WORDS)]
+    asked = [question(c) for c in Arithmetic("train", 1_000)] + [
+        question(c) for c in Spelling("train", 1_000, WORDS)
+    ]
     asked += [question(c) for c in LetterCount("train", 1_000, WORDS)]
-    for form in (r"What is \d+ \+ \d+\?", r"What is \d+\*\d+\?", r"\d+ - \d+",
-                 r"Spell the word [a-z]+", r'How do you spell "[a-z]+"\?',
-                 r"How many [a-z] are in [a-z]+\?", r'How many [a-z] are in "[a-z]+"\?'):  # fmt: skip
+    for form in (
+        r"What is \d+ \+ \d+\?",
+        r"What is \d+\*\d+\?",
+        r"\d+ - \d+",
+        r"Spell the word [a-z]+",
+        r'How do you spell "[a-z]+"\?',
+        # fmt: skip
+        r"How many [a-z] are in [a-z]+\?",
+        r'How many [a-z] are in "[a-z]+"\?',
+    ):
         assert any(re.fullmatch(form, text) for text in asked), form
 
 
@@ -186,7 +223,9 @@ def test_an_unknown_split_is_refused():
 @needs_chitchat
 def test_small_talk_alternates_is_clean_and_its_splits_are_disjoint():
     train, test = ChitChat("train"), ChitChat("test")
-    texts, test_texts = (["\n".join(m["content"] for m in c["messages"]) for c in task] for task in (train, test))
+    texts, test_texts = (
+        ["\n".join(m["content"] for m in c["messages"]) for c in task] for task in (train, test)
+    )
     assert len(train) > 1_000 and len(test) > 80
     assert not set(texts) & set(test_texts)
     for task in (train, test):
@@ -194,7 +233,10 @@ def test_small_talk_alternates_is_clean_and_its_splits_are_disjoint():
             roles = [message["role"] for message in conversation["messages"]]
             assert roles == ["user", "assistant"] * (len(roles) // 2)
             assert chitchat.MIN_TURNS <= len(roles) <= chitchat.MAX_TURNS
-            assert all(0 < len(m["content"]) <= chitchat.MAX_TURN_CHARACTERS for m in conversation["messages"])
+            assert all(
+                0 < len(m["content"]) <= chitchat.MAX_TURN_CHARACTERS
+                for m in conversation["messages"]
+            )
     everything = "\n".join(texts + test_texts).lower()
     assert everything.isascii()
     assert not re.search(r"fuck|shit|\bsex|@|www\.|http|instagram|my name is|\d{4}", everything)
@@ -209,7 +251,8 @@ def test_small_talk_alternates_is_clean_and_its_splits_are_disjoint():
     ([["hello"], ["I'm Robert by the way"], ["nice"], ["ok"]], None),
     ([["hello"], ["hi"], ["are you from Ohio"], ["yes, I'm from Ohio"]], None),
     ([["hello"], ["hi"], ["asdfffffff"], ["ok"]], None),
-    ([["hello"], ["hi"], ["what's up"], ["very long" * 40], ["ok"]], None),  # three short turns before the long one
+    # three short turns before the long one
+    ([["hello"], ["hi"], ["what's up"], ["very long" * 40], ["ok"]], None),
 ])  # fmt: skip
 def test_cleaning_small_talk(turns, cleaned):
     assert chitchat.clean(turns) == cleaned
@@ -225,11 +268,17 @@ def test_offline_mixture_holds_each_of_its_conversations_once(stage, tmp_path):
     train, val = (tasks.offline_mixture(stage, split, paths) for split in ("train", "val"))
     mixture = train.task
     assert len(mixture) == sum(map(len, mixture.tasks))
-    assert sorted(mixture.order) == [(t, i) for t, task in enumerate(mixture.tasks) for i in range(len(task))]
+    assert sorted(mixture.order) == [
+        (t, i) for t, task in enumerate(mixture.tasks) for i in range(len(task))
+    ]
     assert mixture.order == tasks.offline_mixture(stage, "train", paths).task.order
     chained = [message for conversation in train for message in conversation["messages"]]
     assert chained == [message for conversation in mixture for message in conversation["messages"]]
-    assert max(len(conversation["messages"]) for conversation in train) > 8 > 2 * len(mixture) / len(train)
+    assert (
+        max(len(conversation["messages"]) for conversation in train)
+        > 8
+        > 2 * len(mixture) / len(train)
+    )
     seen = {json.dumps(train[i]["messages"]) for i in range(0, len(train), 7)}
     assert not seen & {json.dumps(conversation["messages"]) for conversation in val}
     for name in tasks.eval_tasks_for("embedded"):

@@ -1,4 +1,6 @@
-"""Which stages run again: a finished one never, one that depends on a change always; and the dial's plan."""
+"""Which stages run again: a finished one never, one that depends on a change always; and the
+dial's plan.
+"""
 
 import dataclasses
 import re
@@ -20,8 +22,14 @@ from scripts.speedrun import STAGES, SpeedrunConfig, main, next_commands, plan_s
 
 LINE = [
     Stage(name="data", module="m.data", produces=True),
-    Stage(name="base_train", module="m.base", args=("--depth", "4"), placement=("--mesh", "1x1"), produces=True,
-          checkpoints="base_checkpoints/d4"),
+    Stage(
+        name="base_train",
+        module="m.base",
+        args=("--depth", "4"),
+        placement=("--mesh", "1x1"),
+        produces=True,
+        checkpoints="base_checkpoints/d4",
+    ),
     Stage(name="base_loss", module="m.loss"),
     Stage(name="mid_train", module="m.mid", produces=True, checkpoints="mid_checkpoints/d4"),
 ]
@@ -29,19 +37,30 @@ LINE = [
 
 @pytest.fixture
 def line(tmp_path, monkeypatch):
-    """Runs stages of the line and gives the commands that were started; `fail` names one that is killed."""
+    """Runs stages of the line and gives the commands that were started; `fail` names one that is
+    killed.
+    """
 
     def go(stages=LINE, fail=None, fresh=False):
         calls = []
 
         def call(command):
             module = command[2]
-            calls.append((module.removeprefix("m."), *(flag for flag in command if flag in ("--resume", "--fresh"))))
+            calls.append(
+                (
+                    module.removeprefix("m."),
+                    *(flag for flag in command if flag in ("--resume", "--fresh")),
+                )
+            )
             return 9 if module == fail else 0
 
         monkeypatch.setattr(pipeline, "_call", call)
         path = tmp_path / "speedrun.json"
-        record = Record(path) if fresh or not path.exists() else Record.open(Paths(tmp_path), fresh=False)
+        record = (
+            Record(path)
+            if fresh or not path.exists()
+            else Record.open(Paths(tmp_path), fresh=False)
+        )
         code = run_stages(stages, record)
         return code, [call for call in calls if call[0] != "nanochat_jax.report"]
 
@@ -63,9 +82,14 @@ def test_a_killed_run_goes_on_in_the_middle_of_the_stage(line):
 
 def test_a_stage_that_other_settings_overwrote_is_not_finished(line):
     line()
-    smoke = [LINE[0], dataclasses.replace(LINE[1], args=("--depth", "4", "--steps", "2")), *LINE[2:]]
+    smoke = [
+        LINE[0],
+        dataclasses.replace(LINE[1], args=("--depth", "4", "--steps", "2")),
+        *LINE[2:],
+    ]
     assert line(smoke, fail="m.base")[0] == 9
-    assert line() == (0, ALL[1:2])  # what was built on the first model is still there, and of these settings
+    # what was built on the first model is still there, and of these settings
+    assert line() == (0, ALL[1:2])
 
 
 def test_steps_of_other_settings_are_gone_before_a_stage_has_begun(line, tmp_path):
@@ -81,13 +105,20 @@ def test_steps_of_other_settings_are_gone_before_a_stage_has_begun(line, tmp_pat
 
 def test_a_changed_setting_runs_again_what_depends_on_it(line):
     line()
-    deeper = [dataclasses.replace(stage, args=("--depth", "5")) if stage.name == "base_train" else stage for stage in LINE]
+    deeper = [
+        dataclasses.replace(stage, args=("--depth", "5")) if stage.name == "base_train" else stage
+        for stage in LINE
+    ]
     assert line(deeper) == (0, ALL[1:])
 
 
 def test_an_evaluation_is_built_upon_by_nothing_and_the_mesh_is_no_setting(line):
     line()
-    other = [dataclasses.replace(LINE[1], placement=("--mesh", "8x1")), dataclasses.replace(LINE[2], args=("--x",)), LINE[3]]
+    other = [
+        dataclasses.replace(LINE[1], placement=("--mesh", "8x1")),
+        dataclasses.replace(LINE[2], args=("--x",)),
+        LINE[3],
+    ]
     assert line([LINE[0], *other]) == (0, [("loss",)])
 
 
@@ -109,11 +140,15 @@ def test_the_time_that_is_left_follows_the_stages_that_ended(tmp_path, monkeypat
 
     monkeypatch.setattr(pipeline, "_call", call)
     monkeypatch.setattr(pipeline.time, "monotonic", lambda: clock[0])
-    stages = [Stage(name="quick", module="m.quick", seconds=10), Stage(name="slow", module="m.slow", seconds=100),
-              Stage(name="last", module="m.last", seconds=100)]
+    stages = [
+        Stage(name="quick", module="m.quick", seconds=10),
+        Stage(name="slow", module="m.slow", seconds=100),
+        Stage(name="last", module="m.last", seconds=100),
+    ]
     assert run_stages(stages, Record(tmp_path / "speedrun.json")) == 0
     said = [line for line in capsys.readouterr().err.splitlines() if "left" in line]
-    assert re.findall(r"about (\S+) left", " ".join(said)) == ["3:30", "3:11", "3:11"]  # 100 s of plan: 191 s by now
+    # 100 s of plan: 191 s by now
+    assert re.findall(r"about (\S+) left", " ".join(said)) == ["3:30", "3:11", "3:11"]
 
 
 def test_the_end_names_the_commands_that_talk_to_the_model(tmp_path, monkeypatch):
@@ -123,8 +158,10 @@ def test_the_end_names_the_commands_that_talk_to_the_model(tmp_path, monkeypatch
     paths = Paths(tmp_path)
     monkeypatch.setattr(cli.sys, "orig_argv", [".venv/bin/python", "-m", "scripts.speedrun"])
     dial, preset = (list(planned(CPU, mesh="auto", depth=depth).values()) for depth in (20, 4))
-    assert next_commands(dial, paths).splitlines() == ["talk to the model:  .venv/bin/python -m scripts.chat_cli",
-                                                       "or in the browser:  .venv/bin/python -m scripts.serve"]
+    assert next_commands(dial, paths).splitlines() == [
+        "talk to the model:  .venv/bin/python -m scripts.chat_cli",
+        "or in the browser:  .venv/bin/python -m scripts.serve",
+    ]
     assert "scripts.serve -g d4" in next_commands(preset, paths)
     monkeypatch.setattr(cli.sys, "orig_argv", ["/usr/bin/python3", "/usr/bin/nanochat", "speedrun"])
     with_rl = list(planned(CPU, mesh="auto", with_rl=True).values())
@@ -140,27 +177,48 @@ def test_the_line_of_a_gpu_node_is_the_dial_on_real_data():
     stages, _ = plan_stages(SpeedrunConfig(mesh="8x1", with_rl=True), GPUS, "dummy", {})
     assert [stage.name for stage in stages] == list(STAGES)
     base = next(stage for stage in stages if stage.name == "base_train")
-    assert "climbmix" in base.args and "896.5M parameters" in base.note and "4,980 steps" in base.note
+    assert (
+        "climbmix" in base.args and "896.5M parameters" in base.note and "4,980 steps" in base.note
+    )
 
 
 def test_without_an_accelerator_the_line_needs_no_network():
     stages, _ = plan_stages(SpeedrunConfig(skip="base_eval,report"), CPU, "dummy", {"climbmix": 8})
     assert [stage.name for stage in stages] == [
-        name for name in STAGES if name not in ("data_rest", "base_eval", "report", "chat_rl", "chat_eval_rl")]
+        name
+        for name in STAGES
+        if name not in ("data_rest", "base_eval", "report", "chat_rl", "chat_eval_rl")
+    ]
     assert stages[0].args == ("embedded",)
 
 
-@pytest.mark.parametrize(("on_disk", "said"), [
-    ({}, []), ({"embedded": 4}, []),
-    ({"fineweb": 3, "embedded": 4}, ["base_data (3 training shards) not used", "--data fineweb trains on it"]),
-    ({"custom": 1, "climbmix": 8}, ["base_data_custom (1 training shards) and base_data_climbmix (8 training shards) not used",
-                                    "--data custom trains on it"]),
-])
+@pytest.mark.parametrize(
+    ("on_disk", "said"),
+    [
+        ({}, []),
+        ({"embedded": 4}, []),
+        (
+            {"fineweb": 3, "embedded": 4},
+            ["base_data (3 training shards) not used", "--data fineweb trains on it"],
+        ),
+        (
+            {"custom": 1, "climbmix": 8},
+            [
+                "base_data_custom (1 training shards) and base_data_climbmix (8 training shards) "
+                "not used",
+                "--data custom trains on it",
+            ],
+        ),
+    ],
+)
 def test_without_an_accelerator_shards_on_disk_are_named_and_how_to_train_on_them(on_disk, said):
     _, title = plan_stages(SpeedrunConfig(), CPU, "dummy", on_disk)
     assert all(words in title for words in said) and ("not used" in title) == bool(said)
     for name in on_disk:
-        assert plan_stages(SpeedrunConfig(data=name), CPU, "dummy", on_disk)[1] == f"speedrun: d4 on {name}"
+        assert (
+            plan_stages(SpeedrunConfig(data=name), CPU, "dummy", on_disk)[1]
+            == f"speedrun: d4 on {name}"
+        )
 
 
 def test_one_speedrun_of_a_base_directory_and_its_outputs_are_checked_first(tmp_path, monkeypatch):
@@ -168,7 +226,10 @@ def test_one_speedrun_of_a_base_directory_and_its_outputs_are_checked_first(tmp_
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(Machine, "probe", lambda: CPU)
     monkeypatch.setattr(pipeline, "_call", lambda command: pytest.fail("a stage began"))
-    with lock_file(tmp_path / "base" / ".speedrun.lock", "", ""), pytest.raises(UsageError, match="the speedrun of .* in use"):
+    with (
+        lock_file(tmp_path / "base" / ".speedrun.lock", "", ""),
+        pytest.raises(UsageError, match="the speedrun of .* in use"),
+    ):
         main(SpeedrunConfig())
     (tmp_path / "base" / "report").rmdir()
     (tmp_path / "base" / "report").touch()
@@ -186,21 +247,32 @@ def test_fresh_keeps_a_file_that_is_no_record(tmp_path):
 
 
 def test_what_the_depth_needs_is_fetched_and_explained():
-    """d20 trains on 5.22B tokens: 135 shards of 250M characters, by 4.8 characters a token and a third that is cut."""
+    """d20 trains on 5.22B tokens: 135 shards of 250M characters, by 4.8 characters a token and a
+    third that is cut.
+    """
     stages, _ = plan_stages(SpeedrunConfig(mesh="8x1"), GPUS, "dummy", {"climbmix": 40})
     first, rest, *others = stages
     assert first.args == ("--dataset", "climbmix", "-n", "10") and not first.background
     assert rest.args == ("--dataset", "climbmix", "-n", "136") and rest.background
-    assert "first 10 of 136 training shards" in first.note and "5.22B tokens" in first.note and "40 are there" in first.note
+    assert (
+        "first 10 of 136 training shards" in first.note
+        and "5.22B tokens" in first.note
+        and "40 are there" in first.note
+    )
     assert [stage.name for stage in others if stage.waits_for == "data_rest"] == ["base_train"]
     small, _ = plan_stages(SpeedrunConfig(mesh="8x1", depth=4), GPUS, "dummy", {})
     assert [stage.name for stage in small[:2]] == ["data", "tok_train"]
 
 
-@pytest.mark.parametrize(("on_disk", "data"), [
-    ({}, "climbmix"), ({"fineweb": 3}, "fineweb"), ({"fineweb": 3, "climbmix": 1}, "climbmix"),
-    ({"custom": 1, "fineweb": 3}, "custom"),
-])
+@pytest.mark.parametrize(
+    ("on_disk", "data"),
+    [
+        ({}, "climbmix"),
+        ({"fineweb": 3}, "fineweb"),
+        ({"fineweb": 3, "climbmix": 1}, "climbmix"),
+        ({"custom": 1, "fineweb": 3}, "custom"),
+    ],
+)
 def test_the_corpus_on_disk_is_the_default(on_disk, data):
     stages, title = plan_stages(SpeedrunConfig(), GPUS, "dummy", on_disk)
     assert title == f"speedrun: d20 on {data}"
@@ -224,11 +296,17 @@ sys.exit(int(sys.argv[1]))
 
 
 @pytest.mark.parametrize("code", [0, 3])
-def test_a_stage_in_the_background_runs_beside_others_and_is_waited_for(tmp_path, monkeypatch, capfd, code):
+def test_a_stage_in_the_background_runs_beside_others_and_is_waited_for(
+    tmp_path, monkeypatch, capfd, code
+):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "background.py").write_text(BACKGROUND)
     seen = []
-    monkeypatch.setattr(pipeline, "_call", lambda command: seen.append((command[2], (tmp_path / "rest").exists())) or 0)
+    monkeypatch.setattr(
+        pipeline,
+        "_call",
+        lambda command: seen.append((command[2], (tmp_path / "rest").exists())) or 0,
+    )
     line = [
         Stage(name="data", module="m.data", produces=True),
         Stage(name="rest", module="background", args=(str(code),), background=True),
@@ -241,7 +319,11 @@ def test_a_stage_in_the_background_runs_beside_others_and_is_waited_for(tmp_path
     assert seen[1:] == done
     err = capfd.readouterr().err
     if code:
-        assert "it came" in err and "rest ended with exit code 3" in err and "rest" not in record.finished
+        assert (
+            "it came" in err
+            and "rest ended with exit code 3" in err
+            and "rest" not in record.finished
+        )
     else:
         assert run_stages(line, record) == 0 and seen[1:] == done  # the next run does nothing again
 
@@ -250,16 +332,31 @@ def test_a_failure_elsewhere_stops_the_background(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "background.py").write_text("import time\ntime.sleep(60)\n")
     monkeypatch.setattr(pipeline, "_call", lambda command: 5 if command[2] == "m.tok" else 0)
-    line = [Stage(name="rest", module="background", background=True), Stage(name="tokenizer", module="m.tok")]
+    line = [
+        Stage(name="rest", module="background", background=True),
+        Stage(name="tokenizer", module="m.tok"),
+    ]
     start = time.monotonic()
     assert run_stages(line, Record(tmp_path / "speedrun.json")) == 5
     assert time.monotonic() - start < 30
 
 
 def test_mistakes_are_refused_with_the_value():
-    for flags in (dict(skip="base"), dict(resume=True, fresh=True), dict(depth=0), dict(device_batch_size=0)):
-        with pytest.raises(UsageError, match="|".join(str(value) for value in flags.values()) + "|give one"):
-            parse(SpeedrunConfig, [f"--{name}={value}" for name, value in flags.items()], prog="speedrun", description="")
+    for flags in (
+        dict(skip="base"),
+        dict(resume=True, fresh=True),
+        dict(depth=0),
+        dict(device_batch_size=0),
+    ):
+        with pytest.raises(
+            UsageError, match="|".join(str(value) for value in flags.values()) + "|give one"
+        ):
+            parse(
+                SpeedrunConfig,
+                [f"--{name}={value}" for name, value in flags.items()],
+                prog="speedrun",
+                description="",
+            )
 
 
 TRAINING = ("base_train", "mid_train", "chat_sft")
@@ -274,8 +371,11 @@ def test_what_saves_memory_reaches_every_stage_that_trains():
     """Each stage's own parser understands what it is given, and nothing has to run again for it."""
     given = planned(depth=32, device_batch_size=2, remat="block", fsdp=True, with_rl=True)
     parsed = {}
-    for name, config_type in zip((*TRAINING, "chat_rl"), (BaseTrainConfig, MidTrainConfig, ChatSFTConfig, ChatRLConfig),
-                                 strict=True):
+    for name, config_type in zip(
+        (*TRAINING, "chat_rl"),
+        (BaseTrainConfig, MidTrainConfig, ChatSFTConfig, ChatRLConfig),
+        strict=True,
+    ):
         parsed[name] = cli.parse(config_type, given[name].command()[3:], prog=name, description="")
         assert (parsed[name].remat, parsed[name].fsdp) == ("block", True)
     assert [parsed[name].device_batch_size for name in TRAINING] == [2, 2, 2]
@@ -284,16 +384,23 @@ def test_what_saves_memory_reaches_every_stage_that_trains():
     assert stage_keys(given.values(), "a") == stage_keys(plain.values(), "a")
     auto = planned(depth=32, device_batch_size="auto")
     assert all(("--device-batch-size", "auto") == auto[name].placement[2:4] for name in TRAINING)
-    cli.parse(BaseLossConfig, auto["base_loss"].command()[3:], prog="base_loss", description="")  # does not know `auto`
+    # does not know `auto`
+    cli.parse(BaseLossConfig, auto["base_loss"].command()[3:], prog="base_loss", description="")
 
 
 def test_the_plan_says_how_long_each_stage_is():
-    """From the mixtures of the dial: a pass over 848K conversations, and 22.4K in steps of 32 rows of 2,048 tokens."""
+    """From the mixtures of the dial: a pass over 848K conversations, and 22.4K in steps of 32 rows
+    of 2,048 tokens.
+    """
     dial = planned()
-    assert "848,000 conversations, about 400M tokens in 381 steps" in dial["mid_train"].note  # of 2^20 tokens
+    # of 2^20 tokens
+    assert "848,000 conversations, about 400M tokens in 381 steps" in dial["mid_train"].note
     assert "22,400 conversations, about 12M tokens in 183 steps" in dial["chat_sft"].note
     preset = planned(CPU, mesh="auto")
-    assert "1.0M tokens in 250 steps" in preset["mid_train"].note and "in 60 steps" in preset["chat_sft"].note
+    assert (
+        "1.0M tokens in 250 steps" in preset["mid_train"].note
+        and "in 60 steps" in preset["chat_sft"].note
+    )
     smoke = planned(smoke=True, data="climbmix")
     assert "in 4 steps" in smoke["mid_train"].note
     assert "16k tokens in 4 steps" in planned(CPU, mesh="auto", smoke=True)["mid_train"].note
@@ -304,11 +411,24 @@ def gibibytes(stage):
 
 
 def test_the_memory_of_the_plan():
-    """Not less than the compiled plan (tpu/plans), nor much more: d20 on 16 chips, 16 rows each, takes 10.2 GiB."""
+    """Not less than the compiled plan (tpu/plans), nor much more: d20 on 16 chips, 16 rows each,
+    takes 10.2 GiB.
+    """
     v5e = Machine(platform="tpu", kind="TPU v5e", count=16, peak_flops=197e12)
-    assert 10.2 < gibibytes(planned(v5e, device_batch_size=16, remat="block", fsdp=True, mesh="16x1")["base_train"]) < 13
-    settings = [dict(device_batch_size=8), dict(device_batch_size=4), dict(device_batch_size=4, fsdp=True),
-                dict(device_batch_size=4, fsdp=True, remat="block"), dict(device_batch_size=4, fsdp=True, remat="full")]
+    assert (
+        10.2
+        < gibibytes(
+            planned(v5e, device_batch_size=16, remat="block", fsdp=True, mesh="16x1")["base_train"]
+        )
+        < 13
+    )
+    settings = [
+        dict(device_batch_size=8),
+        dict(device_batch_size=4),
+        dict(device_batch_size=4, fsdp=True),
+        dict(device_batch_size=4, fsdp=True, remat="block"),
+        dict(device_batch_size=4, fsdp=True, remat="full"),
+    ]
     needed = [gibibytes(planned(depth=32, **flags)["base_train"]) for flags in settings]
     assert needed == sorted(needed, reverse=True) and len(set(needed)) == len(needed)
     assert "as many rows per device as fit" in planned(device_batch_size="auto")["base_train"].note
@@ -318,4 +438,7 @@ def test_the_plan_names_the_stages_whose_time_is_unknown(capsys):
     pipeline.print_plan(list(planned(CPU, mesh="auto").values()), CPU, "")
     assert "time in all:" in capsys.readouterr().out
     pipeline.print_plan(list(planned().values()), GPUS, "")
-    assert "time in all, without data, base_loss, base_eval, chat_eval_mid, chat_eval_sft:" in capsys.readouterr().out
+    assert (
+        "time in all, without data, base_loss, base_eval, chat_eval_mid, chat_eval_sft:"
+        in capsys.readouterr().out
+    )

@@ -1,4 +1,6 @@
-"""Upstream's tasks: their wording, order, answers and judgement, and how their data gets onto the disk."""
+"""Upstream's tasks: their wording, order, answers and judgement, and how their data gets onto the
+disk.
+"""
 
 import gzip
 import json
@@ -61,13 +63,24 @@ def said(task: Task) -> list[str]:
     return [conversation["messages"][0]["content"] for conversation in task]
 
 
-# --------------------------------------------------------------------------------------- views, mixtures
+# --------------------------------------------------------------------------------------- views, mix
+
 
 @pytest.mark.parametrize(
-    "view", [{}, {"stop": 4}, {"start": 3}, {"start": 2, "stop": 9, "step": 3}, {"stop": 99}, {"start": 12}]
+    "view",
+    [
+        {},
+        {"stop": 4},
+        {"start": 3},
+        {"start": 2, "stop": 9, "step": 3},
+        {"stop": 99},
+        {"start": 12},
+    ],
 )
 def test_a_view_is_a_slice(view):
-    expected = [f"10/{i}" for i in range(10)][view.get("start") : view.get("stop") : view.get("step")]
+    expected = [f"10/{i}" for i in range(10)][
+        view.get("start") : view.get("stop") : view.get("step")
+    ]
     task = Count(10).view(**view)
     assert said(task) == expected and len(task) == len(expected)
     with pytest.raises(IndexError):
@@ -78,7 +91,11 @@ def test_a_mixture_holds_everything_once_in_the_order_of_random_42():
     mixture = TaskMixture([Count(5), Count(3).view(1), Count(5)])
     order = [(0, i) for i in range(5)] + [(1, i) for i in range(2)] + [(2, i) for i in range(5)]
     random.Random(42).shuffle(order)
-    names = [["5/0", "5/1", "5/2", "5/3", "5/4"], ["3/1", "3/2"], ["5/0", "5/1", "5/2", "5/3", "5/4"]]
+    names = [
+        ["5/0", "5/1", "5/2", "5/3", "5/4"],
+        ["3/1", "3/2"],
+        ["5/0", "5/1", "5/2", "5/3", "5/4"],
+    ]
     assert said(mixture) == [names[task][i] for task, i in order]
 
 
@@ -86,13 +103,26 @@ def test_weights_are_passes_over_a_task():
     twice = TaskMixture([Count(5), Count(5), Count(3)])
     assert said(TaskMixture([Count(5), Count(3)], [2, 1])) == said(twice)
     counts = Counter(said(TaskMixture([Count(4), Count(3), Count(9)], [2.5, 1, 1 / 3])))
-    assert counts == {"4/0": 3, "4/1": 3, "4/2": 2, "4/3": 2, "3/0": 1, "3/1": 1, "3/2": 1, "9/0": 1, "9/1": 1, "9/2": 1}
+    assert counts == {
+        "4/0": 3,
+        "4/1": 3,
+        "4/2": 2,
+        "4/3": 2,
+        "3/0": 1,
+        "3/1": 1,
+        "3/2": 1,
+        "9/0": 1,
+        "9/1": 1,
+        "9/2": 1,
+    }
 
 
 def test_a_mixture_judges_by_the_task_that_a_conversation_is_of():
     mixture = TaskMixture([Arithmetic("test", 20), Spelling("test", 20, ["stone", "happy"])])
-    replies = ["".join(part["text"] for part in content) if isinstance(content, list) else content
-               for content in (conversation["messages"][1]["content"] for conversation in mixture)]
+    replies = [
+        "".join(part["text"] for part in content) if isinstance(content, list) else content
+        for content in (conversation["messages"][1]["content"] for conversation in mixture)
+    ]
     assert all(map(mixture.evaluate, mixture, replies))
     assert not any(mixture.evaluate(conversation, "b-a-d 0") for conversation in mixture)
 
@@ -100,17 +130,21 @@ def test_a_mixture_judges_by_the_task_that_a_conversation_is_of():
 def test_a_named_mixture(tmp_path, paths):
     chat = json.dumps([user("hi"), {"role": "assistant", "content": "there"}])
     (tmp_path / "chats.jsonl").write_text(f"{chat}\n" * 10)
-    mixture = tasks.mixture_for("climbmix", "sft", "train", paths, named=f"GSM8K, ARC-Easy*3,{tmp_path}/chats.jsonl*0.5")
+    mixture = tasks.mixture_for(
+        "climbmix", "sft", "train", paths, named=f"GSM8K, ARC-Easy*3,{tmp_path}/chats.jsonl*0.5"
+    )
     assert len(mixture) == 7473 + 3 * 2251 + 5
     few = tasks.mixture_for("climbmix", "sft", "train", paths, named="GSM8K:20,ARC-Easy")
     assert len(few) == 20 + 2251 and Counter(few.order)[0, 19] == 1 and (0, 20) not in few.order
-    assert len(tasks.mixture_for("climbmix", "sft", "val", paths, named="GSM8K")) == 220  # validation stays what it was
+    # validation stays what it was
+    assert len(tasks.mixture_for("climbmix", "sft", "val", paths, named="GSM8K")) == 220
 
 
 @pytest.mark.parametrize("named, message", [
     ("GSM9K", "unknown task 'GSM9K': expected SmolTalk, "), ("GSM8K*", "the weight of 'ChitChat\\*' must be"),
     ("GSM8K*0", "must be a positive"), ("GSM8K*nan", "must be a positive"), ("", "unknown task ''"),
-    ("MMLU,GSM9K", "unknown task 'GSM9K'"), ("MMLU,no.jsonl", "no.jsonl does not exist"),  # before MMLU is downloaded
+    # before MMLU is downloaded
+    ("MMLU,GSM9K", "unknown task 'GSM9K'"), ("MMLU,no.jsonl", "no.jsonl does not exist"),
     ("no.jsonl", "no.jsonl does not exist"), ("ChitChat*1e-9", "takes none of the"),
 ])  # fmt: skip
 def test_a_mixture_that_cannot_be(tmp_path, no_network, named, message):
@@ -118,7 +152,8 @@ def test_a_mixture_that_cannot_be(tmp_path, no_network, named, message):
         mixtures.named_mixture(named.replace("GSM8K*", "ChitChat*"), Paths(tmp_path))
 
 
-# --------------------------------------------------------------------------------------- wording and judging
+# --------------------------------------------------------------------------------------- wording an
+
 
 def test_multiple_choice_to_the_byte():
     conversation = multiple_choice("Which is blue?", ["grass", "the sky"], "AB", "B")
@@ -152,7 +187,12 @@ def test_gsm8k_solution_becomes_tool_calls():
     ("1012", False), ("####1012", False), ("", False), ("#### -1012", False),
 ])  # fmt: skip
 def test_gsm8k_judgement(completion, right):
-    conversation = {"messages": [user("?"), {"role": "assistant", "content": gsm8k.parse_solution("So\n#### 1,012")}]}
+    conversation = {
+        "messages": [
+            user("?"),
+            {"role": "assistant", "content": gsm8k.parse_solution("So\n#### 1,012")},
+        ]
+    }
     assert gsm8k.same_final_answer(conversation, completion) is right
 
 
@@ -165,17 +205,25 @@ def test_humaneval_extraction():
 
 
 def test_spelling_bee_counts_and_its_test_items_are_no_training_items():
-    words = [f"{a}{b}" for a in ("abra", "berry", "cable", "dodge") for b in ("cadabra", "bee", "bell", "dad", "zoo")]
+    words = [
+        f"{a}{b}"
+        for a in ("abra", "berry", "cable", "dodge")
+        for b in ("cadabra", "bee", "bell", "dad", "zoo")
+    ]
     assert (len(spelling.QUESTIONS), len(set(spelling.QUESTIONS))) == (51, 51)
     train, test = (spelling.SpellingBee(words, split, size=300) for split in ("train", "test"))
     for conversation in [*train, *test]:
-        manual, _, call, output, final = (part["text"] for part in conversation["messages"][1]["content"])
+        manual, _, call, output, final = (
+            part["text"] for part in conversation["messages"][1]["content"]
+        )
         count = calculate(call)
         word = call.split("'")[1]
         assert output == str(count) and final.endswith(f"#### {count}")
         assert f"{word}:{','.join(word)}\n" in manual and manual.count(" hit! count=") == count
         assert f"\n{len(word)}:{word[-1]}" in manual
-        assert train.evaluate(conversation, manual + final) and not train.evaluate(conversation, f"#### {count + 1}")
+        assert train.evaluate(conversation, manual + final) and not train.evaluate(
+            conversation, f"#### {count + 1}"
+        )
         assert word in conversation["messages"][0]["content"]
     # A handful of equal questions is chance; seeds that repeat would make all of them equal.
     assert len({*said(train)} & {*said(test)}) < 30
@@ -192,7 +240,8 @@ def test_simple_spelling_form():
     assert said(task) != said(spelling.SimpleSpelling(words, "test", size=50))
 
 
-# --------------------------------------------------------------------------------------- own conversations
+# --------------------------------------------------------------------------------------- own conver
+
 
 @pytest.mark.parametrize("content, message", [
     ("", "no conversation"),
@@ -209,9 +258,14 @@ def test_custom_json_names_the_bad_line(tmp_path, content, message):
 
 
 def test_custom_json_reads_conversations(tmp_path):
-    chats = [[{"role": "user", "content": f"{i} \u2028é"}, {"role": "assistant", "content": "b"}] for i in range(3)]
+    chats = [
+        [{"role": "user", "content": f"{i} \u2028é"}, {"role": "assistant", "content": "b"}]
+        for i in range(3)
+    ]
     path = tmp_path / "chats.jsonl"
-    path.write_text("\n\n".join(json.dumps(chat, ensure_ascii=False) for chat in chats) + "\n", encoding="utf-8")
+    path.write_text(
+        "\n\n".join(json.dumps(chat, ensure_ascii=False) for chat in chats) + "\n", encoding="utf-8"
+    )
     assert [conversation["messages"] for conversation in CustomJSON(path)] == chats
     with pytest.raises(NotFound, match="missing.jsonl"):
         CustomJSON(tmp_path / "missing.jsonl")
@@ -224,14 +278,30 @@ def write_lines(path, values):
 
 def test_a_file_of_questions_is_a_categorical_task(tmp_path):
     """The answer as an index, a letter or a text of its choice."""
-    answers = [(["x", "y", "z"], 2, "C"), (["x", "y"], "B", "B"), (["x", "y"], "y", "B"), (["A", "x"], "A", "A")]
-    path = write_lines(tmp_path / "My-Quiz.jsonl", [{"question": "?", "choices": c, "answer": a} for c, a, _ in answers])
+    answers = [
+        (["x", "y", "z"], 2, "C"),
+        (["x", "y"], "B", "B"),
+        (["x", "y"], "y", "B"),
+        (["A", "x"], "A", "A"),
+    ]
+    path = write_lines(
+        tmp_path / "My-Quiz.jsonl",
+        [{"question": "?", "choices": c, "answer": a} for c, a, _ in answers],
+    )
     task = CustomJSON(path)
-    assert (task.key, task.eval_type, task.baseline) == ("my_quiz", "categorical", pytest.approx((1 / 3 + 3 / 2) / 4))
+    assert (task.key, task.eval_type, task.baseline) == (
+        "my_quiz",
+        "categorical",
+        pytest.approx((1 / 3 + 3 / 2) / 4),
+    )
     for conversation, (choices, _, letter) in zip(task, answers, strict=True):
         assert conversation["letters"] == list("ABC"[: len(choices)])
-        assert conversation["messages"][0]["content"].startswith("Multiple Choice question: ?\n- " + choices[0] + "=A\n")
-        assert [each for each in conversation["letters"] if task.evaluate(conversation, each)] == [letter]
+        assert conversation["messages"][0]["content"].startswith(
+            "Multiple Choice question: ?\n- " + choices[0] + "=A\n"
+        )
+        assert [each for each in conversation["letters"] if task.evaluate(conversation, each)] == [
+            letter
+        ]
 
 
 @pytest.mark.parametrize("value, message", [
@@ -249,15 +319,21 @@ def test_a_bad_question_is_named(tmp_path, value, message):
 
 
 def test_a_file_of_conversations_judges_its_last_message(tmp_path):
-    chats = [[{"role": "user", "content": "a"},
-              {"role": "assistant", "content": reply}] for reply in ("It is  Paris.", "so\n#### 1,200")]
+    chats = [
+        [{"role": "user", "content": "a"}, {"role": "assistant", "content": reply}]
+        for reply in ("It is  Paris.", "so\n#### 1,200")
+    ]
     system = {"messages": [{"role": "system", "content": "s"}, *chats[0]]}
     task = CustomJSON(write_lines(tmp_path / "chats.jsonl", [*chats, system]))
     assert task.eval_type == "generative" and len(task) == 3
-    assert task.evaluate(task[0], " it is paris. ") and not task.evaluate(task[0], "It is Paris, France.")
+    assert task.evaluate(task[0], " it is paris. ") and not task.evaluate(
+        task[0], "It is Paris, France."
+    )
     assert task.evaluate(task[1], "otherwise #### 1200") and not task.evaluate(task[1], "1200")
     assert task[2]["messages"][0]["role"] == "system"
-    mixed = write_lines(tmp_path / "mixed.jsonl", [chats[0], {"question": "?", "choices": ["a", "b"], "answer": 0}])
+    mixed = write_lines(
+        tmp_path / "mixed.jsonl", [chats[0], {"question": "?", "choices": ["a", "b"], "answer": 0}]
+    )
     with pytest.raises(UsageError, match="both conversations and questions"):
         CustomJSON(mixed)
 
@@ -283,7 +359,9 @@ def test_layouts_are_known_by_their_keys(tmp_path, value, messages, form):
     if form in ("array", "pretty"):
         text = json.dumps([value, value], indent=None if form == "array" else 2)
     data = text.replace("\n", "\r\n" if form == "crlf" else "\n").encode()
-    path.write_bytes(gzip.compress(data) if form == "gz" else b"\xef\xbb\xbf" * (form == "bom") + data)
+    path.write_bytes(
+        gzip.compress(data) if form == "gz" else b"\xef\xbb\xbf" * (form == "bom") + data
+    )
     task = CustomJSON(path)
     assert [conversation["messages"] for conversation in task] == [messages] * 2
     assert (task.key, task.eval_type) == ("chats", "generative")
@@ -313,7 +391,10 @@ def test_what_cannot_be_read_or_judged_is_refused_with_its_line(tmp_path, line, 
 
 
 def test_a_file_that_is_only_trained_on_needs_no_answers(tmp_path):
-    path = write_lines(tmp_path / "chats.jsonl", [[user("a"), assistant("#### A heading")], [user("a"), assistant("")]])
+    path = write_lines(
+        tmp_path / "chats.jsonl",
+        [[user("a"), assistant("#### A heading")], [user("a"), assistant("")]],
+    )
     assert len(CustomJSON(path, judged=False)) == 2
 
 
@@ -338,7 +419,9 @@ def test_the_reference_is_the_text_of_its_parts(tmp_path):
     assert task.evaluate(task[0], "it is  FOUR.") and not task.evaluate(task[0], "It is 2+24four.")
 
 
-@pytest.mark.parametrize("spelling", ["{folder}/chats.jsonl", "{folder}/x/../chats.jsonl", "{folder}/link.jsonl:3"])
+@pytest.mark.parametrize(
+    "spelling", ["{folder}/chats.jsonl", "{folder}/x/../chats.jsonl", "{folder}/link.jsonl:3"]
+)
 def test_a_file_given_twice_is_read_once_and_that_is_logged(tmp_path, caplog, spelling):
     path = write_lines(tmp_path / "chats.jsonl", [AB] * 5)
     (tmp_path / "x").mkdir()
@@ -350,7 +433,10 @@ def test_a_file_given_twice_is_read_once_and_that_is_logged(tmp_path, caplog, sp
 
 def test_a_mixture_that_would_fill_the_memory_is_refused(tmp_path):
     path = write_lines(tmp_path / "chats.jsonl", [AB] * 5)
-    with pytest.raises(UsageError, match="takes 500,000,000 conversations, more than 20,000,000: give smaller weights"):
+    with pytest.raises(
+        UsageError,
+        match="takes 500,000,000 conversations, more than 20,000,000: give smaller weights",
+    ):
         mixtures.named_mixture(f"{path}*1e8", Paths(tmp_path))
 
 
@@ -367,25 +453,37 @@ def test_rows_that_a_task_cannot_read_are_refused(tmp_path, no_network, table, m
 
 
 def test_splits_of_a_file_share_no_line(tmp_path):
-    chats = [[{"role": "user", "content": str(i)}, {"role": "assistant", "content": "b"}] for i in range(300)]
+    chats = [
+        [{"role": "user", "content": str(i)}, {"role": "assistant", "content": "b"}]
+        for i in range(300)
+    ]
     path = write_lines(tmp_path / "chats.jsonl", chats)
     train, test = (said(CustomJSON(path, split=split)) for split in ("train", "test"))
     assert not set(train) & set(test) and len(train) + len(test) == 300 and 10 < len(test) < 60
 
 
-# --------------------------------------------------------------------------------------- getting the data
+# --------------------------------------------------------------------------------------- getting th
+
 
 @pytest.fixture
 def hub_server(tmp_path, monkeypatch):
-    """Two parquet files of one split at the pinned commit, and others; the client is told to ask this server."""
+    """Two parquet files of one split at the pinned commit, and others; the client is told to ask
+    this server.
+    """
     with HubServer() as server:
         commit = server.commit("owner/name")
         monkeypatch.setitem(hub.PINNED, "owner/name", (commit, "{subset}/{split}-*.parquet"))
         pq.write_table(pa.table({"n": list(range(10))}), tmp_path / "whole.parquet")
         for start in (5, 0):
             pq.write_table(pa.table({"n": list(range(start, start + 5))}), tmp_path / "x.parquet")
-            server.add("owner/name", f"main/train-{start:05d}-of-00002.parquet", (tmp_path / "x.parquet").read_bytes())
-        server.add("owner/name", "main/test-00000-of-00001.parquet", (tmp_path / "x.parquet").read_bytes())
+            server.add(
+                "owner/name",
+                f"main/train-{start:05d}-of-00002.parquet",
+                (tmp_path / "x.parquet").read_bytes(),
+            )
+        server.add(
+            "owner/name", "main/test-00000-of-00001.parquet", (tmp_path / "x.parquet").read_bytes()
+        )
         server.add("owner/name", "README.md", b"# Data")
         yield server
 
@@ -409,7 +507,9 @@ def fetch_split(server, tmp_path, split="train", **environment):
     """In a process of its own, as the Hub's client reads its environment when it is imported."""
     env = os.environ | server.environment(tmp_path) | environment
     arguments = [sys.executable, "-c", FETCH, server.commit("owner/name"), split, str(tmp_path)]
-    return json.loads(subprocess.run(arguments, env=env, capture_output=True, text=True, check=True).stdout)
+    return json.loads(
+        subprocess.run(arguments, env=env, capture_output=True, text=True, check=True).stdout
+    )
 
 
 def test_a_split_is_fetched_once_and_in_order(tmp_path, hub_server):
@@ -422,7 +522,9 @@ def test_a_split_is_fetched_once_and_in_order(tmp_path, hub_server):
         "00000.parquet", "00001.parquet", "manifest.json", "source.json"]  # fmt: skip
     assert json.loads((folder / "manifest.json").read_text()) == ["00000.parquet", "00001.parquet"]
     source = json.loads((folder / "source.json").read_text())
-    assert source["revision"] == hub_server.commit("owner/name") and source["files"][1].startswith("main/train-00005")
+    assert source["revision"] == hub_server.commit("owner/name") and source["files"][1].startswith(
+        "main/train-00005"
+    )
     assert {path.name for path in folder.parent.iterdir()} == {"train", ".train.lock"}
     hub_server.requests.clear()
     assert fetch_split(hub_server, tmp_path) == list(range(10)) and not hub_server.requests
@@ -443,7 +545,10 @@ def test_data_that_cannot_be_had_is_an_error_that_names_it(tmp_path, hub_server)
     folder = tmp_path / "task_data/owner--name/main/train"
     assert [path.name for path in folder.iterdir()] == [".partial"], "nothing that looks complete"
     message = fetch_split(hub_server, tmp_path, "validation")
-    assert "owner/name (main, validation)" in message and "it has no files main/validation-*.parquet" in message
+    assert (
+        "owner/name (main, validation)" in message
+        and "it has no files main/validation-*.parquet" in message
+    )
     assert "owner/name (main, train)" in fetch_split(hub_server, tmp_path, HF_HUB_OFFLINE="1")
     hub_server.faults.clear()
     hub_server.requests.clear()
@@ -457,8 +562,17 @@ def test_every_data_set_is_pinned_to_a_commit():
     assert all(re.fullmatch("[0-9a-f]{40}", revision) for revision, _ in hub.PINNED.values())
 
 
-@pytest.mark.parametrize("files, manifest", [([], '["00000.parquet"]'), (["00000.parquet"], "[broken"), ([], "[]"),
-                                             ([], "[" * 100_000), ([], "3"), ([], "[3]")])
+@pytest.mark.parametrize(
+    "files, manifest",
+    [
+        ([], '["00000.parquet"]'),
+        (["00000.parquet"], "[broken"),
+        ([], "[]"),
+        ([], "[" * 100_000),
+        ([], "3"),
+        ([], "[3]"),
+    ],
+)
 def test_damaged_data_is_an_error(tmp_path, no_network, files, manifest):
     folder = tmp_path / "task_data/owner--name/main/train"
     folder.mkdir(parents=True)
@@ -469,7 +583,8 @@ def test_damaged_data_is_an_error(tmp_path, no_network, files, manifest):
         hub.load_split(Paths(tmp_path), "owner/name", "main", "train")
 
 
-# --------------------------------------------------------------------------------------- the real data
+# --------------------------------------------------------------------------------------- the real d
+
 
 @pytest.mark.parametrize("name, key, eval_type, baseline, size", [
     ("ARC-Easy", "arc_easy", "categorical", 0.25, 1521),
@@ -519,7 +634,9 @@ def test_humaneval_runs_the_tests(paths):
     for conversation in task:
         solution = conversation["messages"][1]["content"]
         assert task.evaluate(conversation, f"Here it is:\n```python\n{solution}\n```")
-        assert not task.evaluate(conversation, conversation["messages"][0]["content"] + "    return None\n")
+        assert not task.evaluate(
+            conversation, conversation["messages"][0]["content"] + "    return None\n"
+        )
 
 
 @pytest.mark.parametrize("stage, split, size", [
@@ -538,9 +655,13 @@ def test_upstream_mixtures(paths, stage, split, size):
 
 
 def test_names(tmp_path):
-    assert set(tasks.eval_tasks_for("embedded")) | set(tasks.eval_tasks_for("fineweb")) == set(tasks.EVAL_TASKS)
-    assert tasks.load_eval_task("word_arithmetic",
-                                Paths(tmp_path)).key == tasks.load_eval_task("WordArithmetic", Paths(tmp_path)).key
+    assert set(tasks.eval_tasks_for("embedded")) | set(tasks.eval_tasks_for("fineweb")) == set(
+        tasks.EVAL_TASKS
+    )
+    assert (
+        tasks.load_eval_task("word_arithmetic", Paths(tmp_path)).key
+        == tasks.load_eval_task("WordArithmetic", Paths(tmp_path)).key
+    )
     with pytest.raises(UsageError, match="'GSM9K': expected one of ARC-Easy"):
         tasks.load_eval_task("GSM9K", Paths(tmp_path))
     with pytest.raises(UsageError, match="only the split test"):

@@ -64,7 +64,10 @@ def test_tok_train_refuses_a_small_vocabulary_a_bad_shard_and_no_data(base):
 def test_tok_eval_measures_compression_against_the_baselines(base, monkeypatch, capsys):
     tok_train.main(tok_train.Config(vocab_size=300))
     bytes_only = tiktoken.Encoding(
-        "bytes", pat_str=r"[\s\S]", mergeable_ranks={bytes([byte]): byte for byte in range(256)}, special_tokens={}
+        "bytes",
+        pat_str=r"[\s\S]",
+        mergeable_ranks={bytes([byte]): byte for byte in range(256)},
+        special_tokens={},
     )
     monkeypatch.setattr(tiktoken, "get_encoding", lambda name: bytes_only)
     tok_eval.main(tok_eval.Config())
@@ -90,5 +93,9 @@ def test_tok_eval_without_a_network_says_so_and_goes_on(base, monkeypatch, capsy
     results = json.loads((base.report / "tokenizer-evaluation.json").read_text())["results"]
     assert results["bytes_per_token_news"] > 1
     assert not any(name.startswith("gpt2") for name in results)
-    shown = [line for line in capsys.readouterr().out.splitlines() if "No comparison with GPT-2 and GPT-4" in line]
+    shown = [
+        line
+        for line in capsys.readouterr().out.splitlines()
+        if "No comparison with GPT-2 and GPT-4" in line
+    ]
     assert len(shown) == 1 and ("TimeoutError" if hangs else "ConnectionError") in shown[0]

@@ -20,10 +20,18 @@ import tiktoken
 import nanochat_jax
 from nanochat_jax import rustbpe
 from nanochat_jax.cli import NotFound, UsageError
-from nanochat_jax.tokenizer import META_FILE, RANKS_FILE, SPECIAL_TOKENS, SPLIT_PATTERN, Tokenizer, _parse_ranks
+from nanochat_jax.tokenizer import (
+    META_FILE,
+    RANKS_FILE,
+    SPECIAL_TOKENS,
+    SPLIT_PATTERN,
+    Tokenizer,
+    _parse_ranks,
+)
 
 TEXTS = [
-    "The quick brown fox jumps over the lazy dog, and the dog doesn't mind; it's 1234567 o'clock.\n",
+    "The quick brown fox jumps over the lazy dog, and the dog doesn't mind; it's 1234567 "
+    "o'clock.\n",
     "naïve café — “quotes” … 日本語 한국어 русский العربية 👩‍👩‍👧‍👦 \t\r\n\n  x  ",
     "def f(x):\n    return x**2  # the square\n\n\nclass Thing:\n\tpass\n",
 ] * 20
@@ -36,7 +44,9 @@ def tokenizer():
 
 @pytest.fixture(scope="module")
 def golden(test_data):
-    return test_data / "golden" / "tokenizer", json.loads((test_data / "golden/tokenizer/expected.json").read_text())
+    return test_data / "golden" / "tokenizer", json.loads(
+        (test_data / "golden/tokenizer/expected.json").read_text()
+    )
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +60,7 @@ def shard_texts(directory, names):
         yield from pq.read_table(directory / name, columns=["text"])["text"].to_pylist()
 
 
-# ---------------------------------------------------------------------------------------------------- training
+# --------------------------------------------------------------------------------------------------
 
 
 def learn_slowly(chunks, num_merges):
@@ -86,7 +96,9 @@ def test_training_equals_the_definition_ties_and_runs_included(seed):
     texts = ["".join(rng.choices(alphabet, k=rng.randint(0, 40))) for _ in range(30)]
     pattern = r"[^ ]+| +"
     trainer = rustbpe.Tokenizer()
-    trainer.train_from_iterator(iter(texts), 256 + 60, buffer_size=rng.choice([1, 7, 8192]), pattern=pattern)
+    trainer.train_from_iterator(
+        iter(texts), 256 + 60, buffer_size=rng.choice([1, 7, 8192]), pattern=pattern
+    )
     chunks = [chunk for text in texts for chunk in re.findall(pattern, text)]
     expected = learn_slowly(chunks, 60)
     assert trainer.get_mergeable_ranks() == [(token, rank) for rank, token in enumerate(expected)]
@@ -96,7 +108,9 @@ def test_training_equals_the_definition_ties_and_runs_included(seed):
 def test_vocabulary_equals_upstreams(golden, golden_tokenizer, test_data):
     _, expected = golden
     texts = shard_texts(test_data / "data/base_data", expected["trained_on"])
-    trained = Tokenizer.train((text[: expected["doc_cap"]] for text in texts), expected["vocab_size"])
+    trained = Tokenizer.train(
+        (text[: expected["doc_cap"]] for text in texts), expected["vocab_size"]
+    )
     assert trained.mergeable_ranks == golden_tokenizer.mergeable_ranks
     assert trained.special_tokens == expected["special_tokens"]
     assert trained.pattern == expected["pattern"]
@@ -109,7 +123,8 @@ def test_ids_equal_upstreams(golden, golden_tokenizer):
 
 def test_training_stops_when_no_pair_is_left(caplog):
     tokenizer = Tokenizer.train(["ab ab", "x"], 1000)
-    assert tokenizer.vocab_size == 256 + 2 + len(SPECIAL_TOKENS)  # " a" and "ab" share no chunk: "ab", then " ab"
+    # " a" and "ab" share no chunk: "ab", then " ab"
+    assert tokenizer.vocab_size == 256 + 2 + len(SPECIAL_TOKENS)
     assert "ran out of pairs" in caplog.text
 
 
@@ -125,7 +140,8 @@ def test_training_stops_when_no_pair_is_left(caplog):
         (([b"a"], 300), TypeError, "item 0 is bytes"),
         ((7, 300), TypeError, "not iterable"),
         ((["\ud800"], 300), ValueError, "surrogates"),
-        (([" " * 1_200_000], 300, 1, r"\s+(?!\S)"), ValueError, "split pattern"),  # needs too much backtracking
+        # needs too much backtracking
+        (([" " * 1_200_000], 300, 1, r"\s+(?!\S)"), ValueError, "split pattern"),
     ],
 )
 def test_bad_training_input_is_an_error_and_changes_nothing(arguments, error, message):
@@ -142,15 +158,21 @@ DOCUMENTS = [*TEXTS, "", "é" * 50, "x" * 3, "a\u0301b " * 9]
 
 @pytest.fixture(scope="module")
 def shards(tmp_path_factory):
-    """Two Parquet files of `DOCUMENTS` with nulls between them, in strings of both kinds and small row groups."""
+    """Two Parquet files of `DOCUMENTS` with nulls between them, in strings of both kinds and small
+    row groups.
+    """
     directory = tmp_path_factory.mktemp("shards")
-    for index, (kind, texts) in enumerate([(pa.string(), DOCUMENTS[:30]), (pa.large_string(), DOCUMENTS[30:])]):
+    for index, (kind, texts) in enumerate(
+        [(pa.string(), DOCUMENTS[:30]), (pa.large_string(), DOCUMENTS[30:])]
+    ):
         table = pa.table({"n": range(len(texts) + 2), "text": pa.array([None, *texts, None], kind)})
         pq.write_table(table, directory / f"{index}.parquet", row_group_size=7)
     return sorted(directory.iterdir())
 
 
-@pytest.mark.parametrize(("max_chars", "doc_cap"), [(None, None), (None, 10), (300, 40), (399, 40), (400, 40), (1, 1)])
+@pytest.mark.parametrize(
+    ("max_chars", "doc_cap"), [(None, None), (None, 10), (300, 40), (399, 40), (400, 40), (1, 1)]
+)
 def test_parquet_gives_the_vocabulary_of_its_texts(shards, max_chars, doc_cap):
     texts, total = [], 0
     for text in DOCUMENTS:
@@ -249,11 +271,18 @@ def test_too_small_a_vocabulary_is_refused():
         Tokenizer.train(["a"], 264)
 
 
-# ---------------------------------------------------------------------------------------------------- encoding
+# --------------------------------------------------------------------------------------------------
 
 
 def random_text(rng, length):
-    pools = ("abcdefgh ", " \n\t\r\u00a0\u3000", "0123456789½Ⅷ", "éßñſK한日م", "'\"!?.,;:-_()*#", "🙂👩‍👧🇫🇷\u0301\x00")
+    pools = (
+        "abcdefgh ",
+        " \n\t\r\u00a0\u3000",
+        "0123456789½Ⅷ",
+        "éßñſK한日م",
+        "'\"!?.,;:-_()*#",
+        "🙂👩‍👧🇫🇷\u0301\x00",
+    )
     return "".join(rng.choice(rng.choice(pools)) for _ in range(length))
 
 
@@ -263,7 +292,8 @@ def reference(tokenizer):
     )
 
 
-# GPT-4's pattern with other numbers of digits, and some that the splitter leaves to the regular expression engine.
+# GPT-4's pattern with other numbers of digits, and some that the splitter leaves to the regular
+# expression engine.
 PATTERNS = [
     SPLIT_PATTERN,
     SPLIT_PATTERN.replace("{1,2}", "{1,3}"),
@@ -296,7 +326,9 @@ def test_a_vocabulary_that_nobody_trained_gets_tiktokens_ids(seed):
     tokens = [bytes([byte]) for byte in range(256)]
     tokens += {"".join(rng.choices("aab ", k=rng.randint(2, 6))).encode() for _ in range(60)}
     rng.shuffle(tokens)
-    tokenizer = Tokenizer({token: rank for rank, token in enumerate(tokens)}, pattern=r"(?s).{1,300}")
+    tokenizer = Tokenizer(
+        {token: rank for rank, token in enumerate(tokens)}, pattern=r"(?s).{1,300}"
+    )
     expected = reference(tokenizer)
     for length in (1, 7, 50, 1000):
         text = "".join(rng.choices("aaabc ", k=length))
@@ -320,7 +352,12 @@ def test_arbitrary_bytes_come_back(tokenizer, seed):
 
 def test_text_without_a_place_to_cut_gets_tiktokens_ids(tokenizer):
     rng = random.Random(0)
-    for text in ("".join(rng.choices("theqbrown", k=50_000)), "a" * 100_000, "'" * 30_000, " " * 30_000):
+    for text in (
+        "".join(rng.choices("theqbrown", k=50_000)),
+        "a" * 100_000,
+        "'" * 30_000,
+        " " * 30_000,
+    ):
         ids = tokenizer.encode(text)
         assert ids == reference(tokenizer).encode_ordinary(text)
         assert tokenizer.decode(ids) == text
@@ -345,7 +382,9 @@ def test_a_batch_is_the_ids_of_all_texts_in_one_array(tokenizer):
 def test_several_python_threads_share_a_tokenizer(tokenizer):
     batches = [TEXTS[start:] * 20 for start in range(12)]
     with ThreadPoolExecutor(4) as pool:
-        results = list(pool.map(lambda texts: tokenizer.encode_batch(texts, num_threads=2), batches))
+        results = list(
+            pool.map(lambda texts: tokenizer.encode_batch(texts, num_threads=2), batches)
+        )
     for texts, (ids, offsets) in zip(batches, results, strict=True):
         assert ids.tolist() == [token for text in texts for token in tokenizer.encode(text)]
         assert len(offsets) == len(texts) + 1
@@ -354,7 +393,13 @@ def test_several_python_threads_share_a_tokenizer(tokenizer):
 @pytest.mark.parametrize("kind", [pa.string(), pa.large_string()])
 def test_arrow_arrays_give_the_ids_of_their_strings(tokenizer, kind):
     array = pa.array([*TEXTS, ""], kind)
-    for column in (array, array[7:19], array[:0], pa.chunked_array([array[3:], array[:2]]), pa.chunked_array([], kind)):
+    for column in (
+        array,
+        array[7:19],
+        array[:0],
+        pa.chunked_array([array[3:], array[:2]]),
+        pa.chunked_array([], kind),
+    ):
         expected = tokenizer.encode_batch(column.to_pylist(), 5)
         for ours, theirs in zip(tokenizer.encode_batch(column, 5), expected, strict=True):
             np.testing.assert_array_equal(ours, theirs)
@@ -395,7 +440,9 @@ def test_special_tokens_in_text_are_text(tokenizer):
 
 
 def test_specials_come_last(tokenizer):
-    assert list(tokenizer.special_tokens.values()) == list(range(tokenizer.vocab_size - 9, tokenizer.vocab_size))
+    assert list(tokenizer.special_tokens.values()) == list(
+        range(tokenizer.vocab_size - 9, tokenizer.vocab_size)
+    )
     assert tokenizer.bos_id == tokenizer.vocab_size - 9
 
 
@@ -424,7 +471,7 @@ def test_endless_white_space_is_encoded(tokenizer):
     assert tokenizer.encode(["", text]) == [[], ids]
 
 
-# ---------------------------------------------------------------------------------------------------- storage
+# --------------------------------------------------------------------------------------------------
 
 
 def test_loading_gives_back_what_was_saved(tokenizer, tmp_path):
@@ -433,7 +480,10 @@ def test_loading_gives_back_what_was_saved(tokenizer, tmp_path):
     assert loaded.fingerprint() == tokenizer.fingerprint()
     assert loaded.special_tokens == tokenizer.special_tokens
     assert loaded.encode(TEXTS) == tokenizer.encode(TEXTS)
-    assert sorted(path.name for path in (tmp_path / "tokenizer").iterdir()) == [RANKS_FILE, META_FILE]
+    assert sorted(path.name for path in (tmp_path / "tokenizer").iterdir()) == [
+        RANKS_FILE,
+        META_FILE,
+    ]
 
 
 def test_the_fingerprint_tells_tokenizers_apart(tokenizer):
@@ -461,10 +511,18 @@ DAMAGE = {
     "missing rank": (RANKS_FILE, lambda text: text.replace("AQ== 1\n", ""), RANKS_FILE),
     "token twice": (RANKS_FILE, lambda text: text.replace("AQ== 1\n", "AA== 1\n"), "line 2"),
     "cut short": (RANKS_FILE, lambda text: text[: text.rindex("\n", 0, -1) + 1], META_FILE),
-    "another's": (RANKS_FILE, lambda text: re.sub(r"(\S+) 256\n(\S+) 257\n", r"\2 256\n\1 257\n", text), META_FILE),
+    "another's": (
+        RANKS_FILE,
+        lambda text: re.sub(r"(\S+) 256\n(\S+) 257\n", r"\2 256\n\1 257\n", text),
+        META_FILE,
+    ),
     "no json": (META_FILE, lambda text: text[:-10], META_FILE),
     "no pattern": (META_FILE, lambda text: text.replace('"pattern"', '"patern"'), META_FILE),
-    "wrong size": (META_FILE, lambda text: re.sub(r'"vocab_size": \d+', '"vocab_size": 9', text), META_FILE),
+    "wrong size": (
+        META_FILE,
+        lambda text: re.sub(r'"vocab_size": \d+', '"vocab_size": 9', text),
+        META_FILE,
+    ),
 }
 
 

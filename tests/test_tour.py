@@ -31,8 +31,23 @@ SPEC.loader.exec_module(tour)
 def paths(tmp_path_factory):
     """A base directory with a model of a few steps."""
     paths = make_base(tmp_path_factory.mktemp("tour"))
-    run("base_train", *MODEL, "--num-iterations", "6", "--total-batch-size", "512", "--device-batch-size", "8",
-        "--eval-tokens", "512", "--warmup-steps", "0", "--sample-every", "-1", base=paths.base)
+    run(
+        "base_train",
+        *MODEL,
+        "--num-iterations",
+        "6",
+        "--total-batch-size",
+        "512",
+        "--device-batch-size",
+        "8",
+        "--eval-tokens",
+        "512",
+        "--warmup-steps",
+        "0",
+        "--sample-every",
+        "-1",
+        base=paths.base,
+    )
     return paths
 
 
@@ -57,8 +72,10 @@ def test_the_weights_shown_are_those_that_give_the_attention_its_output(model):
 
 def test_the_sharpest_head_is_the_one_that_looks_at_one_token_far_back():
     away = jnp.full((4, 4), 0.25)
-    first, previous, back = (jnp.zeros((4, 4)).at[jnp.arange(4), at].set(1.0) for at in
-                             (jnp.array([0, 0, 0, 0]), jnp.array([0, 0, 1, 2]), jnp.array([0, 0, 0, 1])))
+    first, previous, back = (
+        jnp.zeros((4, 4)).at[jnp.arange(4), at].set(1.0)
+        for at in (jnp.array([0, 0, 0, 0]), jnp.array([0, 0, 1, 2]), jnp.array([0, 0, 0, 1]))
+    )
     assert tour.sharpest_head([jnp.stack([away, first]), jnp.stack([previous, back])]) == (1, 1)
 
 
@@ -79,30 +96,56 @@ def test_a_point_of_the_landscape_is_the_loss_after_a_step_of_an_optimizer_with_
     base = load_model(paths, "base", mesh=make_mesh("1x1"))
     batches = {}
     for split in ("train", "val"):
-        rows = pretraining_loader(paths.data("embedded"), base.tokenizer, split=split, batch_size=8,
-                                  sequence_len=base.config.sequence_len, packing=base.meta["packing"], num_shards=1)
+        rows = pretraining_loader(
+            paths.data("embedded"),
+            base.tokenizer,
+            split=split,
+            batch_size=8,
+            sequence_len=base.config.sequence_len,
+            packing=base.meta["packing"],
+            num_shards=1,
+        )
         found = next(rows)
         batches[split] = jnp.asarray(found["inputs"]), jnp.asarray(found["targets"])
         rows.close()
-    doubled = make_optimizer(base.config, OptimizerConfig(**base.meta["rates"]), Schedules(
-        lr_multiplier=constant(2.0), momentum=constant(0.95), weight_decay=constant(0.0), lr_scale=base.meta["lr_scale"]))
-    gradient = jax.jit(jax.grad(tour.mean_loss), static_argnames="config")(base.params, *batches["train"],
-                                                                          config=base.config)
+    doubled = make_optimizer(
+        base.config,
+        OptimizerConfig(**base.meta["rates"]),
+        Schedules(
+            lr_multiplier=constant(2.0),
+            momentum=constant(0.95),
+            weight_decay=constant(0.0),
+            lr_scale=base.meta["lr_scale"],
+        ),
+    )
+    gradient = jax.jit(jax.grad(tour.mean_loss), static_argnames="config")(
+        base.params, *batches["train"], config=base.config
+    )
     update, _ = jax.jit(doubled.update)(gradient, doubled.init(base.params), base.params)
-    after = tour.mean_loss(jax.tree.map(jnp.add, base.params, update), *batches["val"], config=base.config)
+    after = tour.mean_loss(
+        jax.tree.map(jnp.add, base.params, update), *batches["val"], config=base.config
+    )
     assert losses[1, 1] == pytest.approx(float(after), rel=1e-4)
     assert losses[0, 1] != pytest.approx(losses[1, 0]), "both axes move the same parameters"
 
 
-def test_a_picture_is_made_and_a_head_that_is_not_there_is_named(paths, model, tmp_path, capsys, monkeypatch):
+def test_a_picture_is_made_and_a_head_that_is_not_there_is_named(
+    paths, model, tmp_path, capsys, monkeypatch
+):
     config = dict(source="base", prompt="apple banana", grid=3, out=str(tmp_path / "tour.png"))
     (tmp_path / "tour.png").write_text("a picture of the user's")
     tour.main(tour.TourConfig(layer=1, head=7, **config))
     assert (tmp_path / "tour.png").read_bytes().startswith(b"\x89PNG")
     assert [path.read_text() for path in tmp_path.glob("tour.old-*")] == ["a picture of the user's"]
     out, progress = capsys.readouterr()
-    assert out.startswith("<|bos|>|<|user_start|>|") and "\x1b" not in out  # colours are for a terminal
-    assert [line[:3] for line in progress.splitlines() if line[1:3] == "/4"] == ["1/4", "2/4", "3/4", "4/4"]
+    # colours are for a terminal
+    assert out.startswith("<|bos|>|<|user_start|>|") and "\x1b" not in out
+    assert [line[:3] for line in progress.splitlines() if line[1:3] == "/4"] == [
+        "1/4",
+        "2/4",
+        "3/4",
+        "4/4",
+    ]
     with pytest.raises(nanochat_jax.cli.UsageError, match="2 layers of 8 heads"):
         tour.main(tour.TourConfig(layer=2, head=0, **config))
     monkeypatch.setattr(tour, "matplotlib", None)

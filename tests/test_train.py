@@ -23,7 +23,14 @@ from nanochat_jax.pipeline import _clear
 from nanochat_jax.train import memory
 from nanochat_jax.train.loop import Evaluation, Job, LoaderSource, TrainConfig, _other_flags, train
 from nanochat_jax.train.memory import choose_batch_shape, compile_step
-from nanochat_jax.train.optim import OptimizerConfig, Schedules, cosine_decay, make_optimizer, modern_momentum, trapezoid
+from nanochat_jax.train.optim import (
+    OptimizerConfig,
+    Schedules,
+    cosine_decay,
+    make_optimizer,
+    modern_momentum,
+    trapezoid,
+)
 from nanochat_jax.train.step import batch_shape, init_state, make_train_step
 from nanochat_jax.train.stopping import EXIT_STOPPED
 from scripts.base_train import BaseTrainConfig
@@ -42,7 +49,9 @@ def compile_cache(tmp_path_factory):
 
 
 class CountedBatches:
-    """Batch i is a function of i; the position is i. Some targets are ignored, unevenly over the rows."""
+    """Batch i is a function of i; the position is i. Some targets are ignored, unevenly over the
+    rows.
+    """
 
     def __init__(self, stop_at=None):
         self.position, self.stop_at = 0, stop_at
@@ -53,7 +62,9 @@ class CountedBatches:
         rng = np.random.default_rng(self.position)
         self.position += 1
         tokens = rng.integers(0, MODEL.vocab_size, (ROWS, MODEL.sequence_len + 1)).astype(np.int32)
-        targets = np.where(rng.random((ROWS, MODEL.sequence_len)) < 0.3, -1, tokens[:, 1:]).astype(np.int32)
+        targets = np.where(rng.random((ROWS, MODEL.sequence_len)) < 0.3, -1, tokens[:, 1:]).astype(
+            np.int32
+        )
         return {"inputs": tokens[:, :-1], "targets": targets}
 
     @property
@@ -67,22 +78,49 @@ class CountedBatches:
         self.position = state["position"]
 
 
-def run(directory, *, logs=None, mesh="1x1", device_batch=ROWS, fsdp=False, batches=None, evaluations=None, num_steps=STEPS,
-        **flags):
+def run(
+    directory,
+    *,
+    logs=None,
+    mesh="1x1",
+    device_batch=ROWS,
+    fsdp=False,
+    batches=None,
+    evaluations=None,
+    num_steps=STEPS,
+    **flags,
+):
     mesh, logs = make_mesh(mesh), logs or directory
     config = TrainConfig(**flags)
     shape = batch_shape(ROWS * MODEL.sequence_len, device_batch, MODEL.sequence_len, mesh)
     multiplier = trapezoid(num_steps, warmup=2, warmdown_ratio=0.5, final_fraction=0.1)
-    schedules = Schedules(lr_multiplier=multiplier, momentum=modern_momentum(num_steps, 0.5),
-                          weight_decay=cosine_decay(0.1, num_steps), lr_scale=0.05)
+    schedules = Schedules(
+        lr_multiplier=multiplier,
+        momentum=modern_momentum(num_steps, 0.5),
+        weight_decay=cosine_decay(0.1, num_steps),
+        lr_scale=0.05,
+    )
     optimizer = make_optimizer(MODEL, OptimizerConfig(), schedules, Compute(mesh=mesh))
     state, shardings = init_state(MODEL, optimizer, mesh, fsdp=fsdp, seed=1)
     step = make_train_step(MODEL, optimizer, Compute(mesh=mesh), shardings)
-    job = Job(name="test", config=config, model=MODEL, directory=directory, logs=logs, num_steps=num_steps, shape=shape,
-              lr_multiplier=multiplier, metadata={},
-              evaluations=evaluations or [Evaluation(-1, lambda params: {"val_bpb": 1.0})])
-    outcome = train(job, state, shardings, step, LoaderSource(batches or CountedBatches(), shape, mesh))
-    losses = [line["loss"] for line in read_metrics(logs / "metrics.jsonl") if line["kind"] == "train"]
+    job = Job(
+        name="test",
+        config=config,
+        model=MODEL,
+        directory=directory,
+        logs=logs,
+        num_steps=num_steps,
+        shape=shape,
+        lr_multiplier=multiplier,
+        metadata={},
+        evaluations=evaluations or [Evaluation(-1, lambda params: {"val_bpb": 1.0})],
+    )
+    outcome = train(
+        job, state, shardings, step, LoaderSource(batches or CountedBatches(), shape, mesh)
+    )
+    losses = [
+        line["loss"] for line in read_metrics(logs / "metrics.jsonl") if line["kind"] == "train"
+    ]
     return losses, jax.tree.map(np.asarray, outcome.params)
 
 
@@ -104,9 +142,13 @@ def saved_run(tmp_path_factory):
     return directory
 
 
-@pytest.mark.parametrize("mesh, device_batch, fsdp", [
-    ("8x1", 1, False), ("4x2", 2, False), ("2x4", 2, False), ("8x1", 1, True), ("1x1", 2, False)])
-def test_losses_do_not_depend_on_the_mesh_or_on_how_a_batch_is_cut(long_reference, tmp_path, mesh, device_batch, fsdp):
+@pytest.mark.parametrize(
+    "mesh, device_batch, fsdp",
+    [("8x1", 1, False), ("4x2", 2, False), ("2x4", 2, False), ("8x1", 1, True), ("1x1", 2, False)],
+)
+def test_losses_do_not_depend_on_the_mesh_or_on_how_a_batch_is_cut(
+    long_reference, tmp_path, mesh, device_batch, fsdp
+):
     losses, _ = run(tmp_path / "d3", mesh=mesh, device_batch=device_batch, fsdp=fsdp, num_steps=20)
     assert len(losses) == 20
     np.testing.assert_allclose(losses, long_reference, rtol=1e-5)
@@ -124,10 +166,20 @@ def test_a_stopped_run_resumes_bit_for_bit(reference, tmp_path):
 def test_a_run_resumes_on_another_mesh(reference, tmp_path):
     for mesh, device_batch, stop_at in (("8x1", 1, 1), ("4x2", 2, 3), ("1x1", ROWS, None)):
         try:
-            run(tmp_path / "d3", mesh=mesh, device_batch=device_batch, batches=CountedBatches(stop_at=stop_at), resume=True)
+            run(
+                tmp_path / "d3",
+                mesh=mesh,
+                device_batch=device_batch,
+                batches=CountedBatches(stop_at=stop_at),
+                resume=True,
+            )
         except SystemExit:
             assert stop_at is not None
-    losses = [line["loss"] for line in read_metrics(tmp_path / "d3" / "metrics.jsonl") if line["kind"] == "train"]
+    losses = [
+        line["loss"]
+        for line in read_metrics(tmp_path / "d3" / "metrics.jsonl")
+        if line["kind"] == "train"
+    ]
     assert len(losses) == STEPS
     np.testing.assert_allclose(losses, reference[0], rtol=1e-5)
 
@@ -157,14 +209,18 @@ with StopRequest() as stop:
     os.kill(os.getpid(), signal.SIGINT)
     time.sleep(30)
 """
-    assert subprocess.run([sys.executable, "-c", code], timeout=25).returncode == 128 + signal.SIGINT
+    assert (
+        subprocess.run([sys.executable, "-c", code], timeout=25).returncode == 128 + signal.SIGINT
+    )
 
 
 def test_every_evaluation_comes_after_a_save(tmp_path):
     seen = []
 
     def evaluate(params):
-        seen.append(max(saved_steps(tmp_path / "d3"), default=None) or list((tmp_path / "d3").glob("*tmp*")))
+        seen.append(
+            max(saved_steps(tmp_path / "d3"), default=None) or list((tmp_path / "d3").glob("*tmp*"))
+        )
         return {"val_bpb": 1.0}
 
     run(tmp_path / "d3", evaluations=[Evaluation(3, evaluate)], keep=1)
@@ -182,7 +238,9 @@ def test_a_save_that_fails_in_the_background_stops_the_run_at_the_next_step(tmp_
                 time.sleep(2)
             return super().__next__()
 
-    monkeypatch.setattr("orbax.checkpoint._src.path.atomicity.AtomicRenameTemporaryPath.finalize", full)
+    monkeypatch.setattr(
+        "orbax.checkpoint._src.path.atomicity.AtomicRenameTemporaryPath.finalize", full
+    )
     batches = Slow()
     with pytest.raises(UsageError, match="step 2 could not be written.*No space left"):
         run(tmp_path / "d3", save_every=2, batches=batches)
@@ -222,23 +280,43 @@ def test_a_refused_resume_names_the_flags_that_differ_and_sets_nothing_aside(sav
     assert saved_steps(directory) == [2, 4, 6]
 
 
-@pytest.mark.parametrize("before, came_to, flags, now, named", [
-    (dict(total_batch_size=128), {}, dict(total_batch_size=256), {}, "--total-batch-size 128 (now --total-batch-size 256)"),
-    ({}, dict(data="embedded"), {}, dict(data="custom"), "--data embedded (now --data custom)"),
-    (dict(data_shards=4), {}, {}, {}, "--data-shards 4 (now no --data-shards)"),
-    (dict(depth=2), {}, dict(depth=3), {}, "--depth 2 (now --depth 3)"),
-    (dict(eval_every=3, seed=1), {}, {}, {}, ""),
-])
-def test_flags_that_differ_are_those_that_a_saved_state_must_fit(before, came_to, flags, now, named):
+@pytest.mark.parametrize(
+    "before, came_to, flags, now, named",
+    [
+        (
+            dict(total_batch_size=128),
+            {},
+            dict(total_batch_size=256),
+            {},
+            "--total-batch-size 128 (now --total-batch-size 256)",
+        ),
+        ({}, dict(data="embedded"), {}, dict(data="custom"), "--data embedded (now --data custom)"),
+        (dict(data_shards=4), {}, {}, {}, "--data-shards 4 (now no --data-shards)"),
+        (dict(depth=2), {}, dict(depth=3), {}, "--depth 2 (now --depth 3)"),
+        (dict(eval_every=3, seed=1), {}, {}, {}, ""),
+    ],
+)
+def test_flags_that_differ_are_those_that_a_saved_state_must_fit(
+    before, came_to, flags, now, named
+):
     saved = {"config": dataclasses.asdict(BaseTrainConfig(**before)), **came_to}
-    assert _other_flags(BaseTrainConfig(**flags), now, saved) == (f". The saved run had {named}" if named else "")
+    assert _other_flags(BaseTrainConfig(**flags), now, saved) == (
+        f". The saved run had {named}" if named else ""
+    )
 
 
 def test_fresh_deletes_the_steps_of_the_tag_and_nothing_else(saved_run, tmp_path):
-    for clear in (lambda path: claim_directory(path, resume=False, fresh=True), lambda path: _clear(path, delete=True)):
+    for clear in (
+        lambda path: claim_directory(path, resume=False, fresh=True),
+        lambda path: _clear(path, delete=True),
+    ):
         directory = shutil.copytree(saved_run, tmp_path / "tags" / "d3")
-        others = [directory / "notes" / "mine.txt", directory / "mine.txt", directory / "damaged-3" / "params" / "x",
-                  directory.parent / "d33" / "5" / "params" / "x"]
+        others = [
+            directory / "notes" / "mine.txt",
+            directory / "mine.txt",
+            directory / "damaged-3" / "params" / "x",
+            directory.parent / "d33" / "5" / "params" / "x",
+        ]
         for path in others:
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_text("mine")
@@ -248,12 +326,19 @@ def test_fresh_deletes_the_steps_of_the_tag_and_nothing_else(saved_run, tmp_path
         shutil.rmtree(directory.parent)
 
 
-@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")  # Orbax drops readers of the torn step
-@pytest.mark.parametrize("damage", ["truncate", "remove", "one bit of the arrays", "a digit of the state"])
-def test_a_damaged_checkpoint_falls_back_to_the_step_before(reference, saved_run, tmp_path, caplog, damage):
+# Orbax drops readers of the torn step
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize(
+    "damage", ["truncate", "remove", "one bit of the arrays", "a digit of the state"]
+)
+def test_a_damaged_checkpoint_falls_back_to_the_step_before(
+    reference, saved_run, tmp_path, caplog, damage
+):
     shutil.copytree(saved_run, tmp_path / "d3")
     torn = max((tmp_path / "d3").glob("[0-9]*"), key=lambda path: int(path.name))
-    files = sorted((path for path in torn.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size)
+    files = sorted(
+        (path for path in torn.rglob("*") if path.is_file()), key=lambda path: path.stat().st_size
+    )
     if damage == "truncate":
         os.truncate(files[-1], files[-1].stat().st_size // 2)
     elif damage == "remove":
@@ -264,7 +349,9 @@ def test_a_damaged_checkpoint_falls_back_to_the_step_before(reference, saved_run
         files[-1].write_bytes(content)
     else:
         state = torn / "state" / "metadata"
-        state.write_text(state.read_text().replace('"position": {"position": 6}', '"position": {"position": 5}'))
+        state.write_text(
+            state.read_text().replace('"position": {"position": 6}', '"position": {"position": 5}')
+        )
     losses, params = run(tmp_path / "d3", save_every=2, keep=3, resume=True)
     assert str(torn) in caplog.text
     assert (tmp_path / "d3" / f"damaged-{torn.name}").is_dir()
@@ -281,8 +368,14 @@ def test_an_existing_run_is_neither_overwritten_nor_continued_unasked(tmp_path):
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     class Broken(CountedBatches):
         def __next__(self):
-            return super().__next__() if self.position < 2 else {
-                name: np.full((ROWS, MODEL.sequence_len), 2**30, np.int32) for name in ("inputs", "targets")}
+            return (
+                super().__next__()
+                if self.position < 2
+                else {
+                    name: np.full((ROWS, MODEL.sequence_len), 2**30, np.int32)
+                    for name in ("inputs", "targets")
+                }
+            )
 
     with pytest.raises(UsageError, match=r"loss of step 2 .*last good checkpoint is step 2"):
         run(tmp_path / "d3", batches=Broken(), save_every=2)
@@ -293,7 +386,9 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
 def test_a_batch_without_supervised_tokens_changes_nothing_but_decay(tmp_path):
     class Silent(CountedBatches):
         def __next__(self):
-            return super().__next__() | {"targets": np.full((ROWS, MODEL.sequence_len), -1, np.int32)}
+            return super().__next__() | {
+                "targets": np.full((ROWS, MODEL.sequence_len), -1, np.int32)
+            }
 
     losses, params = run(tmp_path / "d3", batches=Silent())
     assert losses == [0.0] * STEPS

@@ -44,38 +44,59 @@ class Options:
 
 def parse() -> Options:
     parser = argparse.ArgumentParser(prog="benchmarks/gpu.sh", description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, default=Path(os.environ.get("OUT") or "."),
-                        help="folder for the results (default: $OUT, else the current directory)")
-    parser.add_argument("--cache", type=Path,
-                        default=Path(tempfile.gettempdir()) / "nanochat_jax-gpu-cache",
-                        help="folder of compiled programs, shared by all runs (default: %(default)s)")
+    parser.add_argument(
+        "--out",
+        type=Path,
+        default=Path(os.environ.get("OUT") or "."),
+        help="folder for the results (default: $OUT, else the current directory)",
+    )
+    parser.add_argument(
+        "--cache",
+        type=Path,
+        default=Path(tempfile.gettempdir()) / "nanochat_jax-gpu-cache",
+        help="folder of compiled programs, shared by all runs (default: %(default)s)",
+    )
     names = [phase.name for phase in PHASES]
-    parser.add_argument("--phases", default=",".join(names),
-                        help="phases to run, a list (default: %(default)s)")
-    parser.add_argument("--limit-scale", type=float, default=1.0,
-                        help="factor of all time limits (default: 1; the limits add up to 530 s)")
-    parser.add_argument("--tiny", action="store_true",
-                        help="tiny sizes: a rehearsal, which also runs on a CPU")
+    parser.add_argument(
+        "--phases", default=",".join(names), help="phases to run, a list (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--limit-scale",
+        type=float,
+        default=1.0,
+        help="factor of all time limits (default: 1; the limits add up to 530 s)",
+    )
+    parser.add_argument(
+        "--tiny", action="store_true", help="tiny sizes: a rehearsal, which also runs on a CPU"
+    )
     given = parser.parse_args()
     chosen = given.phases.split(",")
     if unknown := sorted(set(chosen) - set(names)):
         parser.error(f"--phases: unknown {', '.join(unknown)}; choose from {', '.join(names)}")
     if given.limit_scale <= 0:
         parser.error(f"--limit-scale must be above 0, got {given.limit_scale}")
-    return Options(given.out.resolve(), given.cache.resolve(),
-                   tuple(phase for phase in PHASES if phase.name in chosen),
-                   given.limit_scale, given.tiny)
+    return Options(
+        given.out.resolve(),
+        given.cache.resolve(),
+        tuple(phase for phase in PHASES if phase.name in chosen),
+        given.limit_scale,
+        given.tiny,
+    )
 
 
 def environment(options: Options, run: Run) -> dict[str, str]:
     """Environment of a run: JAX's memory and compilation cache, and the run's XLA flags."""
     flags = f"{os.environ.get('XLA_FLAGS', '')} {run.xla_flags}".strip()
-    return {"XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92", **os.environ, "XLA_FLAGS": flags,
-            "JAX_COMPILATION_CACHE_DIR": str(options.cache),
-            "JAX_ENABLE_COMPILATION_CACHE": "true",
-            "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
-            "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
-            "TORCHINDUCTOR_CACHE_DIR": str(options.cache / "torch")}
+    return {
+        "XLA_PYTHON_CLIENT_MEM_FRACTION": "0.92",
+        **os.environ,
+        "XLA_FLAGS": flags,
+        "JAX_COMPILATION_CACHE_DIR": str(options.cache),
+        "JAX_ENABLE_COMPILATION_CACHE": "true",
+        "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+        "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+        "TORCHINDUCTOR_CACHE_DIR": str(options.cache / "torch"),
+    }
 
 
 def kill_group(process: subprocess.Popen) -> None:
@@ -91,13 +112,30 @@ def execute(options: Options, phase: Phase, run: Run, began: float, seconds: flo
     """Run a child for at most `seconds`; record how it ended and return its status."""
     log = options.log(phase, run)
     start = options.results.stat().st_size
-    command = [sys.executable, "-u", "-m", "benchmarks.gpu.child", phase.name, run.name,
-               "--out", str(options.out), "--began", str(began), "--seconds", str(seconds)]
+    command = [
+        sys.executable,
+        "-u",
+        "-m",
+        "benchmarks.gpu.child",
+        phase.name,
+        run.name,
+        "--out",
+        str(options.out),
+        "--began",
+        str(began),
+        "--seconds",
+        str(seconds),
+    ]
     command += ["--tiny"] if options.tiny else []
     started = time.monotonic()
     with log.open("ab") as stderr:
-        process = subprocess.Popen(command, stderr=stderr, stdin=subprocess.DEVNULL,
-                                   env=environment(options, run), start_new_session=True)
+        process = subprocess.Popen(
+            command,
+            stderr=stderr,
+            stdin=subprocess.DEVNULL,
+            env=environment(options, run),
+            start_new_session=True,
+        )
         try:
             process.wait(seconds)
             timed_out = False
@@ -142,10 +180,14 @@ def main() -> int:
     began = time.time()
     start = options.results.stat().st_size if options.results.exists() else 0
     record = Recorder(options.out, "benchmark", "benchmark", began)
-    record("start", date=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(began)),
-           tiny=options.tiny, limit_scale=options.limit_scale,
-           phases=[phase.name for phase in options.phases],
-           compiled_programs=len(list(options.cache.glob("*-cache"))))
+    record(
+        "start",
+        date=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(began)),
+        tiny=options.tiny,
+        limit_scale=options.limit_scale,
+        phases=[phase.name for phase in options.phases],
+        compiled_programs=len(list(options.cache.glob("*-cache"))),
+    )
     try:
         run_phases(options, began)
     except KeyboardInterrupt:

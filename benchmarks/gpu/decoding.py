@@ -24,8 +24,9 @@ def decode(record: Recorder, size: Size, *, rows: Sequence[int]) -> None:
         params = decoding.new_params() if params is None else params
         traced.append((count, measure(record, decoding, params)))
     for count, run in traced:
-        record("trace", rows=count, tokens=size.decode_tokens,
-               **trace_kernels(run, size.decode_tokens))
+        record(
+            "trace", rows=count, tokens=size.decode_tokens, **trace_kernels(run, size.decode_tokens)
+        )
 
 
 def measure(record: Recorder, decoding: program.Decoding, params: Any) -> Any:
@@ -45,8 +46,14 @@ def measure(record: Recorder, decoding: program.Decoding, params: Any) -> Any:
     needed = decoding.bytes_per_token()
     read = needed["weights"] + needed["cache_windowed"]
     peak = program.peak_bandwidth(jax.devices()[0])
-    record("token", rows=decoding.rows, ms=1e3 * seconds, tokens_per_second=decoding.rows / seconds,
-           bytes_needed=read, bytes_full_cache=needed["weights"] + needed["cache_full"],
-           bandwidth_share=peak and read / seconds / peak,
-           peak_gib=program.peak_memory_bytes() / 2**30)
+    record(
+        "token",
+        rows=decoding.rows,
+        ms=1e3 * seconds,
+        tokens_per_second=decoding.rows / seconds,
+        bytes_needed=read,
+        bytes_full_cache=needed["weights"] + needed["cache_full"],
+        bandwidth_share=peak and read / seconds / peak,
+        peak_gib=program.peak_memory_bytes() / 2**30,
+    )
     return lambda: jax.block_until_ready(dispatch())

@@ -44,16 +44,22 @@ def matmuls(record: Recorder, size: Size) -> None:
     if not has_gpu():
         record("float8 matmul", value="no GPU")
     width = size.float8_width
-    shapes = {"attention": (width, width), "stacked qkv": (width, 3 * width),
-              "mlp_fc": (width, 4 * width), "mlp_proj": (4 * width, width)}
+    shapes = {
+        "attention": (width, width),
+        "stacked qkv": (width, 3 * width),
+        "mlp_fc": (width, 4 * width),
+        "mlp_proj": (4 * width, width),
+    }
     for layer, (fan_in, fan_out) in shapes.items():
         measure_layer(record, layer, size.float8_rows, fan_in, fan_out)
 
 
 def measure_layer(record: Recorder, layer: str, rows: int, fan_in: int, fan_out: int) -> None:
     shapes = {"x": (rows, fan_in), "w": (fan_in, fan_out), "dy": (rows, fan_out)}
-    full = {name: jax.random.normal(jax.random.key(i), shape, jnp.bfloat16)
-            for i, (name, shape) in enumerate(shapes.items())}
+    full = {
+        name: jax.random.normal(jax.random.key(i), shape, jnp.bfloat16)
+        for i, (name, shape) in enumerate(shapes.items())
+    }
     small = {name: quantize(array, E5M2 if name == "dy" else E4M3) for name, array in full.items()}
     one = jnp.ones((), jnp.float32)
     for name, (operands, axes) in MATMULS.items():
@@ -63,15 +69,27 @@ def measure_layer(record: Recorder, layer: str, rows: int, fan_in: int, fan_out:
         bf16 = seconds_per_call(partial(matmul, a, b, one, axes), 20)
         f8 = seconds_per_call(partial(matmul, a8, b8, scale, axes), 20)
         expected, found = matmul(a, b, one, axes), matmul(a8, b8, scale, axes)
-        error = (jnp.linalg.norm((found - expected).astype(jnp.float32).ravel())
-                 / jnp.linalg.norm(expected.astype(jnp.float32).ravel()))
+        error = jnp.linalg.norm((found - expected).astype(jnp.float32).ravel()) / jnp.linalg.norm(
+            expected.astype(jnp.float32).ravel()
+        )
         text = matmul.lower(a8, b8, scale, axes).compile().as_text() or ""
         flops = 2.0 * rows * fan_in * fan_out
-        record("matmul", layer=layer, matmul=name, rows=rows, fan_in=fan_in, fan_out=fan_out,
-               bf16_ms=1e3 * bf16, f8_ms=1e3 * f8, speedup=bf16 / f8,
-               bf16_tflops=flops / bf16 / 1e12, f8_tflops=flops / f8 / 1e12,
-               relative_error=float(error), cublas_f8="matmul$f8" in text,
-               triton="__triton" in text)
+        record(
+            "matmul",
+            layer=layer,
+            matmul=name,
+            rows=rows,
+            fan_in=fan_in,
+            fan_out=fan_out,
+            bf16_ms=1e3 * bf16,
+            f8_ms=1e3 * f8,
+            speedup=bf16 / f8,
+            bf16_tflops=flops / bf16 / 1e12,
+            f8_tflops=flops / f8 / 1e12,
+            relative_error=float(error),
+            cublas_f8="matmul$f8" in text,
+            triton="__triton" in text,
+        )
     for name in ("x", "dy"):
         seconds = seconds_per_call(partial(quantize, full[name], E4M3), 20)
         record("quantize", layer=layer, operand=name, shape=shapes[name], ms=1e3 * seconds)

@@ -55,9 +55,24 @@ class Size:
     tiny: bool = False
 
 
-TINY = Size(depth=2, sequence=256, vocab=512, steps=2, check_depth=1, check_sequence=64,
-            attention_lengths=(32, 100), attention_heads=2, decode_tokens=4, matmul=256,
-            copy_bytes=2**20, float8_width=64, float8_rows=64, torch_depth=1, torch_rows=2, tiny=True)
+TINY = Size(
+    depth=2,
+    sequence=256,
+    vocab=512,
+    steps=2,
+    check_depth=1,
+    check_sequence=64,
+    attention_lengths=(32, 100),
+    attention_heads=2,
+    decode_tokens=4,
+    matmul=256,
+    copy_bytes=2**20,
+    float8_width=64,
+    float8_rows=64,
+    torch_depth=1,
+    torch_rows=2,
+    tiny=True,
+)
 
 # Most important first, except that a wrong device or kernel makes the rest worthless. Seconds add
 # up to 530 of the 540 that the benchmark may take.
@@ -65,22 +80,31 @@ PHASES = (
     Phase("device", 20, (Run("device", "checks:device"),)),
     Phase("attention", 60, (Run("attention", "checks:attention"),)),
     Phase("repeat", 30, (Run("repeat", "checks:repeat"),)),
-    Phase("train", 150, (
-        Run("rows16", "training:train", {"rows": 16}),
-        Run("rows32", "training:train", {"rows": 32}),
-    )),
-    Phase("decode", 90, (
-        Run("default", "decoding:decode", {"rows": (1, 32, 128)}),
-        Run("no-command-buffers", "decoding:decode", {"rows": (32,)}, NO_COMMAND_BUFFERS),
-        Run("while-command-buffers", "decoding:decode", {"rows": (32,)}, WHILE_COMMAND_BUFFERS),
-    )),
+    Phase(
+        "train",
+        150,
+        (
+            Run("rows16", "training:train", {"rows": 16}),
+            Run("rows32", "training:train", {"rows": 32}),
+        ),
+    ),
+    Phase(
+        "decode",
+        90,
+        (
+            Run("default", "decoding:decode", {"rows": (1, 32, 128)}),
+            Run("no-command-buffers", "decoding:decode", {"rows": (32,)}, NO_COMMAND_BUFFERS),
+            Run("while-command-buffers", "decoding:decode", {"rows": (32,)}, WHILE_COMMAND_BUFFERS),
+        ),
+    ),
     Phase("float8", 60, (Run("float8", "float8:matmuls"),)),
-    Phase("flags", 60, (
-        Run("deterministic", "training:train", {"rows": 16, "repeat": True}, DETERMINISTIC),
-        Run("no-triton", "training:train", {"rows": 16}, NO_TRITON),
-    )),
-    Phase("torch", 60, (
-        Run("torch", "reference:torch_step"),
-        Run("jax", "reference:jax_step"),
-    )),
+    Phase(
+        "flags",
+        60,
+        (
+            Run("deterministic", "training:train", {"rows": 16, "repeat": True}, DETERMINISTIC),
+            Run("no-triton", "training:train", {"rows": 16}, NO_TRITON),
+        ),
+    ),
+    Phase("torch", 60, (Run("torch", "reference:torch_step"), Run("jax", "reference:jax_step"))),
 )

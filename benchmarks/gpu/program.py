@@ -42,8 +42,14 @@ from nanochat_jax.train.step import (
 
 WEIGHT_DECAY, WARMUP_STEPS, WARMDOWN_RATIO, FINAL_FRACTION = 0.28, 40, 0.65, 0.05
 
-__all__ = ["Decoding", "Training", "memory_limit", "peak_bandwidth", "peak_flops",
-           "peak_memory_bytes"]
+__all__ = [
+    "Decoding",
+    "Training",
+    "memory_limit",
+    "peak_bandwidth",
+    "peak_flops",
+    "peak_memory_bytes",
+]
 
 
 def modern_config(depth: int, size: Size, sequence: int | None = None) -> GPTConfig:
@@ -53,16 +59,17 @@ def modern_config(depth: int, size: Size, sequence: int | None = None) -> GPTCon
 
 def modern_optimizer(config: GPTConfig, compute: Compute) -> Any:
     """The optimizer that scripts.base_train makes for a modern model without flags."""
-    reference = GPTConfig.modern(12, sequence_len=config.sequence_len,
-                                 vocab_size=config.vocab_size)
+    reference = GPTConfig.modern(12, sequence_len=config.sequence_len, vocab_size=config.vocab_size)
     recipe = derive_recipe(config, reference=reference, weight_decay=WEIGHT_DECAY)
     steps = recipe.num_iterations
     schedules = Schedules(
         lr_scale=recipe.lr_scale,
-        lr_multiplier=trapezoid(steps, warmup=WARMUP_STEPS, warmdown_ratio=WARMDOWN_RATIO,
-                                final_fraction=FINAL_FRACTION),
+        lr_multiplier=trapezoid(
+            steps, warmup=WARMUP_STEPS, warmdown_ratio=WARMDOWN_RATIO, final_fraction=FINAL_FRACTION
+        ),
         momentum=modern_momentum(steps, WARMDOWN_RATIO),
-        weight_decay=cosine_decay(recipe.weight_decay, steps))
+        weight_decay=cosine_decay(recipe.weight_decay, steps),
+    )
     return make_optimizer(config, OptimizerConfig(), schedules, compute)
 
 
@@ -184,8 +191,9 @@ class Decoding:
         return decode.split_layers(make(jax.random.key(0)), config=self.config)
 
     def new_slots(self) -> Any:
-        return decode.new_slots(rows=self.rows, length=self.config.sequence_len,
-                                static=self._static())
+        return decode.new_slots(
+            rows=self.rows, length=self.config.sequence_len, static=self._static()
+        )
 
     def compile(self, params: Any, slots: Any) -> tuple[Any, float]:
         """`run(params, slots) -> (slots, emitted)`, and the seconds that compiling took."""
@@ -209,8 +217,12 @@ class Decoding:
         """
         config, width = self.config, self.dtype.itemsize
         length = config.sequence_len - self.tokens // 2
-        keys = sum(length if window is None else min(window + 1, length)
-                   for window in config.windows)
+        keys = sum(
+            length if window is None else min(window + 1, length) for window in config.windows
+        )
         entry = 2 * config.n_kv_head * config.head_dim * width * self.rows
-        return {"weights": num_scaling_params(config) * width, "cache_windowed": entry * keys,
-                "cache_full": entry * config.n_layer * config.sequence_len}
+        return {
+            "weights": num_scaling_params(config) * width,
+            "cache_windowed": entry * keys,
+            "cache_full": entry * config.n_layer * config.sequence_len,
+        }

@@ -57,5 +57,8 @@ def short(value: Any) -> str:
         return f"({len(value)})"
     if isinstance(value, int):
         return f"{value:,}"
-    return f"{value:.4g}" if isinstance(value, float) and abs(value) < 1e4 else (
-        f"{value:,.0f}" if isinstance(value, float) else str(value))
+    return (
+        f"{value:.4g}"
+        if isinstance(value, float) and abs(value) < 1e4
+        else (f"{value:,.0f}" if isinstance(value, float) else str(value))
+    )

@@ -27,15 +27,21 @@ def torch_step(record: Recorder, size: Size) -> None:
     cuda, depth, rows = torch.cuda.is_available(), size.torch_depth, size.torch_rows
     place = "cuda" if cuda else "cpu"
     torch.set_float32_matmul_precision("high")
-    model = GPT(depth=depth, num_heads=math.ceil(depth / 2), width=64 * depth,
-                vocab_size=size.vocab, sequence_len=size.sequence)
+    model = GPT(
+        depth=depth,
+        num_heads=math.ceil(depth / 2),
+        width=64 * depth,
+        vocab_size=size.vocab,
+        sequence_len=size.sequence,
+    )
     dtype = torch.bfloat16 if cuda else torch.float32
     trainer = Trainer(model.to(place), dtype=dtype, compiled=True)
     tokens = torch.randint(size.vocab, (rows, size.sequence + 1), device=place)
     inputs, targets = tokens[:, :-1], tokens[:, 1:].contiguous()
     # `step` returns the loss as a number, so each call waits for the device.
-    seconds = seconds_per_call(lambda: trainer.step(inputs, targets), size.steps,
-                               wait=lambda losses: losses)
+    seconds = seconds_per_call(
+        lambda: trainer.step(inputs, targets), size.steps, wait=lambda losses: losses
+    )
     report(record, "torch.compile", size, seconds, torch=torch.__version__)
 
 
@@ -61,5 +67,12 @@ def jax_step(record: Recorder, size: Size) -> None:
 
 def report(record: Recorder, what: str, size: Size, seconds: float, **more: Any) -> None:
     tokens = size.torch_rows * size.sequence
-    record("classic step", what=what, depth=size.torch_depth, rows=size.torch_rows,
-           ms=1e3 * seconds, tokens_per_second=tokens / seconds, **more)
+    record(
+        "classic step",
+        what=what,
+        depth=size.torch_depth,
+        rows=size.torch_rows,
+        ms=1e3 * seconds,
+        tokens_per_second=tokens / seconds,
+        **more,
+    )

@@ -8,8 +8,17 @@ LABELS = ("phase", "run", "name", "at")
 # Result name -> values in the table. Results that are not here appear only if they are wrong.
 SHOWN = {
     "device": ("kind", "jax", "driver"),
-    "matmul": ("tflops", "share_of_peak", "layer", "matmul", "bf16_ms", "f8_ms", "speedup",
-               "cublas_f8", "relative_error"),
+    "matmul": (
+        "tflops",
+        "share_of_peak",
+        "layer",
+        "matmul",
+        "bf16_ms",
+        "f8_ms",
+        "speedup",
+        "cublas_f8",
+        "relative_error",
+    ),
     "copy": ("gb_per_second", "share_of_peak"),
     "same bits": ("same", "differing"),
     "against the CPU": ("largest_difference", "value"),
@@ -53,8 +62,11 @@ def summarize(results: list[dict[str, Any]]) -> int:
         if result["name"] == "trace":
             for name, milliseconds, calls in result["families"][:5]:
                 print(f"{'':50} {milliseconds:9.3f} ms {calls:7.1f} calls  {name[:60]}")
-    errors = [max(result[key] for key in ("out", "d_q", "d_k", "d_v"))
-              for result in results if result["name"] == "relative error"]
+    errors = [
+        max(result[key] for key in ("out", "d_q", "d_k", "d_v"))
+        for result in results
+        if result["name"] == "relative error"
+    ]
     if errors:
         print(f"   attention: {len(errors)} cases, largest relative error {max(errors):.4f}")
     return bad

@@ -18,8 +18,12 @@ def has_gpu() -> bool:
     return jax.devices()[0].platform == "gpu"
 
 
-def seconds_per_call(call: Callable[[], Any], calls: int, rounds: int = 3,
-                     wait: Callable[[Any], Any] = jax.block_until_ready) -> float:
+def seconds_per_call(
+    call: Callable[[], Any],
+    calls: int,
+    rounds: int = 3,
+    wait: Callable[[Any], Any] = jax.block_until_ready,
+) -> float:
     """Seconds of one call: `calls` are dispatched, then all are waited for; the fastest round.
 
     A first call, not timed, compiles.
@@ -87,9 +91,15 @@ def reduce_events(events: list[tuple[str, float, float]], units: int) -> dict[st
     last = max(start + duration for _, start, duration in events)
 
     def longest(times: Counter[str], counts: Counter[str]) -> list[list[Any]]:
-        return [[name, time / units / 1e6, counts[name] / units]
-                for name, time in times.most_common(LONGEST)]
+        return [
+            [name, time / units / 1e6, counts[name] / units]
+            for name, time in times.most_common(LONGEST)
+        ]
 
-    return {"kernels": longest(total, calls), "families": longest(families, family_calls),
-            "busy_ms": total.total() / units / 1e6, "span_ms": (last - first) / units / 1e6,
-            "calls": len(events) / units}
+    return {
+        "kernels": longest(total, calls),
+        "families": longest(families, family_calls),
+        "busy_ms": total.total() / units / 1e6,
+        "span_ms": (last - first) / units / 1e6,
+        "calls": len(events) / units,
+    }

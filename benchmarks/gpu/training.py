@@ -33,8 +33,14 @@ def measure(record: Recorder, training: program.Training, count: int, label: str
     """Record how fast the step is; return the compiled step."""
     state = training.new_state()
     step, needed, seconds = training.compile(state)
-    record("compile", what=label, dtype=str(training.dtype), compile_seconds=seconds,
-           needed_gib=needed / 2**30, estimated_gib=training.estimated_bytes() / 2**30)
+    record(
+        "compile",
+        what=label,
+        dtype=str(training.dtype),
+        compile_seconds=seconds,
+        needed_gib=needed / 2**30,
+        estimated_gib=training.estimated_bytes() / 2**30,
+    )
     batch, losses = training.batch(), []
 
     def run() -> Any:
@@ -45,10 +51,18 @@ def measure(record: Recorder, training: program.Training, count: int, label: str
 
     seconds = seconds_per_call(run, count, rounds=2)
     values = [float(loss) for loss in losses]
-    record("step", what=label, ms=1e3 * seconds, tokens_per_second=training.tokens / seconds,
-           mfu=training.mfu(seconds), tokens=training.tokens,
-           peak_gib=program.peak_memory_bytes() / 2**30, first_loss=values[0],
-           last_loss=values[-1], ok=all(map(math.isfinite, values)))
+    record(
+        "step",
+        what=label,
+        ms=1e3 * seconds,
+        tokens_per_second=training.tokens / seconds,
+        mfu=training.mfu(seconds),
+        tokens=training.tokens,
+        peak_gib=program.peak_memory_bytes() / 2**30,
+        first_loss=values[0],
+        last_loss=values[-1],
+        ok=all(map(math.isfinite, values)),
+    )
 
     def traced() -> None:
         for _ in range(TRACED_STEPS):
@@ -62,6 +76,7 @@ def measure(record: Recorder, training: program.Training, count: int, label: str
 @jax.jit
 def checksums(tree: Any) -> list[jax.Array]:
     """Two sums of the bits of each float32 or int32 leaf, the second weighted by position."""
+
     def both(leaf: jax.Array) -> jax.Array:
         bits = jax.lax.bitcast_convert_type(leaf.ravel(), jnp.uint32)
         position = jax.lax.iota(jnp.uint32, bits.size) | 1

@@ -1,1 +1,3 @@
-"""Documents and conversations on their way to batches: shards -> packing -> loader, and mixture for chats."""
+"""Documents and conversations on their way to batches: shards -> packing -> loader, and mixture
+for chats.
+"""

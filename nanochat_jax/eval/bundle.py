@@ -1,4 +1,6 @@
-"""The CORE evaluation bundle: fetched once (162 MB), checked, unpacked beside its final place and moved there whole."""
+"""The CORE evaluation bundle: fetched once (162 MB), checked, unpacked beside its final place and
+moved there whole.
+"""
 
 import stat
 import zipfile
@@ -6,7 +8,14 @@ from pathlib import Path, PurePosixPath
 
 from nanochat_jax.cli import NotFound, UsageError
 from nanochat_jax.eval.core import read_tasks
-from nanochat_jax.files import entries, fetch_file, finish_directory, is_complete, locked, new_directory
+from nanochat_jax.files import (
+    entries,
+    fetch_file,
+    finish_directory,
+    is_complete,
+    locked,
+    new_directory,
+)
 from nanochat_jax.paths import Paths
 
 BUNDLE_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/eval_bundle.zip"
@@ -20,8 +29,8 @@ def has_bundle(paths: Paths) -> bool:
 def ensure_bundle(paths: Paths, *, url: str = BUNDLE_URL) -> Path:
     """The directory of a complete bundle: what is on disk, else a fresh download.
 
-    Raises `NotFound` if it cannot be fetched, or if the files on disk are incomplete; `UsageError` if the archive is
-    not the bundle.
+    Raises `NotFound` if it cannot be fetched, or if the files on disk are incomplete; `UsageError`
+    if the archive is not the bundle.
     """
     target = paths.eval_bundle
     with locked(target):
@@ -30,7 +39,10 @@ def ensure_bundle(paths: Paths, *, url: str = BUNDLE_URL) -> Path:
             _check_complete(target)
             return target
         if target.exists() and entries(target):
-            raise NotFound(f"{target} has no core.yaml: it is not the evaluation bundle, move it away to fetch that")
+            raise NotFound(
+                f"{target} has no core.yaml: it is not the evaluation bundle, move it away to "
+                "fetch that"
+            )
         try:
             with new_directory(target) as aside:
                 archive = fetch_file(url, aside / ".eval_bundle.zip")
@@ -38,8 +50,11 @@ def ensure_bundle(paths: Paths, *, url: str = BUNDLE_URL) -> Path:
                 archive.unlink()
                 _check_complete(aside)
         except NotFound as error:
-            raise NotFound(f"{error}; that is, unzip a copy of the bundle so that {target / 'core.yaml'} exists, or "
-                           "evaluate without CORE") from error
+            raise NotFound(
+                f"{error}; that is, unzip a copy of the bundle so that {target / 'core.yaml'} "
+                "exists, or "
+                "evaluate without CORE"
+            ) from error
     return target
 
 
@@ -50,8 +65,11 @@ def _check_complete(bundle: Path) -> None:
     except (KeyError, FileNotFoundError) as error:
         missing = [str(error)]
     if missing:
-        raise NotFound(f"the evaluation bundle in {bundle} is incomplete ({len(missing)} missing, first {missing[0]}): "
-                       "remove the directory to download it again")
+        raise NotFound(
+            f"the evaluation bundle in {bundle} is incomplete ({len(missing)} missing, first "
+            f"{missing[0]}): "
+            "remove the directory to download it again"
+        )
 
 
 def _unpack(archive: Path, directory: Path) -> None:
@@ -61,20 +79,32 @@ def _unpack(archive: Path, directory: Path) -> None:
             members = [member for member in bundle.infolist() if _is_wanted(member)]
             size = sum(member.file_size for member in members)
             if size > MAX_UNPACKED_BYTES:
-                raise UsageError(f"{archive.name} unpacks to {size} bytes: that is not the evaluation bundle")
+                raise UsageError(
+                    f"{archive.name} unpacks to {size} bytes: that is not the evaluation bundle"
+                )
             for member in members:
                 member.filename = member.filename.removeprefix("eval_bundle/")
                 bundle.extract(member, directory)  # checks the CRC of what it reads
     except zipfile.BadZipFile as error:
-        raise UsageError(f"the downloaded evaluation bundle is damaged ({error}): try again") from error
+        raise UsageError(
+            f"the downloaded evaluation bundle is damaged ({error}): try again"
+        ) from error
 
 
 def _is_wanted(member: zipfile.ZipInfo) -> bool:
-    """Whether to extract a member; raises `UsageError` for one that would leave the directory or is no plain file."""
+    """Whether to extract a member; raises `UsageError` for one that would leave the directory or
+    is no plain file.
+    """
     path = PurePosixPath(member.filename)
     if path.is_absolute() or ".." in path.parts or "\\" in member.filename:
-        raise UsageError(f"the evaluation bundle has a member {member.filename!r} outside its directory: not unpacked")
+        raise UsageError(
+            f"the evaluation bundle has a member {member.filename!r} outside its directory: not "
+            "unpacked"
+        )
     kind = stat.S_IFMT(member.external_attr >> 16)
     if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
-        raise UsageError(f"the evaluation bundle has a member {member.filename!r} that is no plain file: not unpacked")
+        raise UsageError(
+            f"the evaluation bundle has a member {member.filename!r} that is no plain file: not "
+            "unpacked"
+        )
     return path.parts[0] == "eval_bundle" and not member.is_dir()  # macOS adds a tree of its own

@@ -1,7 +1,8 @@
 """Chat evaluation: how many problems of a task the model's replies get right.
 
-Categorical tasks take one forward pass: of the letters a conversation offers, the likeliest next token is the reply.
-Generative tasks go through the engine with all problems in flight, tools included, and the task judges the text.
+Categorical tasks take one forward pass: of the letters a conversation offers, the likeliest next
+token is the reply. Generative tasks go through the engine with all problems in flight, tools
+included, and the task judges the text.
 """
 
 import functools
@@ -38,8 +39,8 @@ logger = logging.getLogger(__name__)
 
 MAX_PROMPT_TOKENS = 1 << 16  # nothing is cut from a prompt
 
-# ChatCORE is the mean over all of these of accuracy above chance. Upstream counts six tasks in 2025 and five in 2026
-# (and in the README's table), which are different numbers.
+# ChatCORE is the mean over all of these of accuracy above chance. Upstream counts six tasks in
+# 2025 and five in 2026 (and in the README's table), which are different numbers.
 CHATCORE_5 = ("arc_easy", "arc_challenge", "mmlu", "gsm8k", "humaneval")
 CHATCORE_6 = (*CHATCORE_5, "spelling_bee")
 
@@ -51,7 +52,8 @@ class Problem:
     Attributes:
         index: in the task.
         question: the last message of the user.
-        completions: the replies, tool calls and special tokens included; the chosen letter of a categorical task.
+        completions: the replies, tool calls and special tokens included; the chosen letter of a
+          categorical task.
         passed: one of the replies is right, by its text alone.
     """
 
@@ -80,7 +82,8 @@ class Sampling:
 class Generator:
     """A model to evaluate, `num_slots` replies at a time.
 
-    It makes engines for prompts of any length: a long one is decoded beyond the length that was trained on, not cut.
+    It makes engines for prompts of any length: a long one is decoded beyond the length that was
+    trained on, not cut.
     """
 
     config: GPTConfig
@@ -92,15 +95,30 @@ class Generator:
     def __call__(self, prompts: Sequence[Sequence[int]], sampling: Sampling) -> list[list[Result]]:
         """The replies to each prompt."""
         requests = [
-            Request(tuple(prompt), max_tokens=sampling.max_new_tokens, temperature=sampling.temperature,
-                    top_k=sampling.top_k, seed=sampling.seed + i * sampling.num_samples + sample)
-            for i, prompt in enumerate(prompts) for sample in range(sampling.num_samples)
+            Request(
+                tuple(prompt),
+                max_tokens=sampling.max_new_tokens,
+                temperature=sampling.temperature,
+                top_k=sampling.top_k,
+                seed=sampling.seed + i * sampling.num_samples + sample,
+            )
+            for i, prompt in enumerate(prompts)
+            for sample in range(sampling.num_samples)
         ]
         longest = max(len(prompt) for prompt in prompts) + sampling.max_new_tokens
-        engine = Engine(self.config, self.params, self.tokenizer, num_slots=min(self.num_slots, len(requests)),
-                        compute=self.compute, max_len=longest)
+        engine = Engine(
+            self.config,
+            self.params,
+            self.tokenizer,
+            num_slots=min(self.num_slots, len(requests)),
+            compute=self.compute,
+            max_len=longest,
+        )
         results = engine.generate(requests)
-        return [results[i : i + sampling.num_samples] for i in range(0, len(results), sampling.num_samples)]
+        return [
+            results[i : i + sampling.num_samples]
+            for i in range(0, len(results), sampling.num_samples)
+        ]
 
 
 def evaluate_categorical(task: Task, generator: Generator) -> list[Problem]:
@@ -110,32 +128,54 @@ def evaluate_categorical(task: Task, generator: Generator) -> list[Problem]:
     prompts = [render_for_completion(tokenizer, each, MAX_PROMPT_TOKENS) for each in conversations]
     most = max(len(conversation["letters"]) for conversation in conversations)
     found: dict[int, Problem] = {}
-    for indices, tokens in padded_batches(prompts, tokens=generator.num_slots * generator.config.sequence_len,
-                                          devices=1 if mesh is None else data_size(mesh)):
+    for indices, tokens in padded_batches(
+        prompts,
+        tokens=generator.num_slots * generator.config.sequence_len,
+        devices=1 if mesh is None else data_size(mesh),
+    ):
         lengths, letters = np.ones(len(tokens), np.int32), np.zeros((len(tokens), most), np.int32)
         for row, index in enumerate(indices):
             lengths[row] = len(prompts[index])
             ids = [_letter_id(tokenizer, letter) for letter in conversations[index]["letters"]]
             letters[row, : len(ids)] = ids
-        rows = [array if mesh is None else spread_rows(mesh, array) for array in (tokens, lengths, letters)]
-        logits = np.asarray(_letter_logits(generator.params, *rows, config=generator.config,
-                                           compute=generator.compute))
+        rows = [
+            array if mesh is None else spread_rows(mesh, array)
+            for array in (tokens, lengths, letters)
+        ]
+        logits = np.asarray(
+            _letter_logits(
+                generator.params, *rows, config=generator.config, compute=generator.compute
+            )
+        )
         if not np.isfinite(logits[: len(indices)]).all():
             raise FloatingPointError("the model's logits are not finite")
         for row, index in enumerate(indices):
-            letter = max(zip(conversations[index]["letters"], logits[row]), key=lambda pair: pair[1])[0]
+            letter = max(
+                zip(conversations[index]["letters"], logits[row]), key=lambda pair: pair[1]
+            )[0]
             found[index] = _judged(task, index, conversations[index], [letter], [letter])
     return [found[index] for index in range(len(conversations))]
 
 
 @functools.partial(jax.jit, static_argnames=("config", "compute"))
-def _letter_logits(params: Params, tokens: Array, lengths: Array, letters: Array, *, config: GPTConfig,
-                   compute: Compute) -> Array:
+def _letter_logits(
+    params: Params,
+    tokens: Array,
+    lengths: Array,
+    letters: Array,
+    *,
+    config: GPTConfig,
+    compute: Compute,
+) -> Array:
     """Logits [B, C] of the tokens letters [B, C] after the first lengths [B] of tokens [B, T]."""
     hidden, _ = forward(params, tokens, config, compute)
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
     logits = jnp.take_along_axis(unembed(params, last, config=config), letters, axis=1)
-    return logits if compute.mesh is None else jax.lax.with_sharding_constraint(logits, replicated(compute.mesh))
+    return (
+        logits
+        if compute.mesh is None
+        else jax.lax.with_sharding_constraint(logits, replicated(compute.mesh))
+    )
 
 
 def _letter_id(tokenizer: Tokenizer, letter: str) -> int:
@@ -146,24 +186,52 @@ def _letter_id(tokenizer: Tokenizer, letter: str) -> int:
 
 
 def evaluate_generative(task: Task, generator: Generator, sampling: Sampling) -> list[Problem]:
-    """Generate replies to all problems, then judge them; several are judged at once, for some run programs."""
+    """Generate replies to all problems, then judge them; several are judged at once, for some run
+    programs.
+    """
     conversations = list(task)
-    replies = generator([render_for_completion(generator.tokenizer, each, MAX_PROMPT_TOKENS) for each in conversations],
-                        sampling)
+    replies = generator(
+        [
+            render_for_completion(generator.tokenizer, each, MAX_PROMPT_TOKENS)
+            for each in conversations
+        ],
+        sampling,
+    )
     texts = [[result.text for result in results] for results in replies]
-    completions = [[generator.tokenizer.decode(result.tokens) for result in results] for results in replies]
+    completions = [
+        [generator.tokenizer.decode(result.tokens) for result in results] for results in replies
+    ]
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(pool.map(functools.partial(_judged, task), range(len(conversations)), conversations, texts, completions))
+        return list(
+            pool.map(
+                functools.partial(_judged, task),
+                range(len(conversations)),
+                conversations,
+                texts,
+                completions,
+            )
+        )
 
 
-def _judged(task: Task, index: int, conversation: Conversation, texts: Sequence[str], completions: Sequence[str]
-            ) -> Problem:
-    return Problem(index=index, question=conversation["messages"][-2]["content"], completions=tuple(completions),
-                   passed=any(task.evaluate(conversation, text) for text in texts))
+def _judged(
+    task: Task,
+    index: int,
+    conversation: Conversation,
+    texts: Sequence[str],
+    completions: Sequence[str],
+) -> Problem:
+    return Problem(
+        index=index,
+        question=conversation["messages"][-2]["content"],
+        completions=tuple(completions),
+        passed=any(task.evaluate(conversation, text) for text in texts),
+    )
 
 
 def evaluate_task(task: Task, generator: Generator, sampling: Sampling) -> list[Problem]:
-    """Evaluate a task of either type. Raises `UsageError` if it has no problem, ValueError if it is only for training."""
+    """Evaluate a task of either type. Raises `UsageError` if it has no problem, ValueError if it
+    is only for training.
+    """
     began = time.monotonic()
     if not len(task):
         raise UsageError(f"task {task.key} has no problems to evaluate")
@@ -173,8 +241,14 @@ def evaluate_task(task: Task, generator: Generator, sampling: Sampling) -> list[
         problems = evaluate_generative(task, generator, sampling)
     else:
         raise ValueError(f"{type(task).__name__} is only for training, it cannot be evaluated")
-    logger.info("%s: %d of %d right (%.2f%%) in %.1f s", task.key, sum(problem.passed for problem in problems),
-                len(problems), 100 * accuracy(problems), time.monotonic() - began)
+    logger.info(
+        "%s: %d of %d right (%.2f%%) in %.1f s",
+        task.key,
+        sum(problem.passed for problem in problems),
+        len(problems),
+        100 * accuracy(problems),
+        time.monotonic() - began,
+    )
     return problems
 
 

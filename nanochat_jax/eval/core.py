@@ -1,8 +1,10 @@
-"""CORE: the mean centred accuracy over 22 tasks of in-context learning (DCLM, https://arxiv.org/abs/2406.11794).
+"""CORE: the mean centred accuracy over 22 tasks of in-context learning (DCLM,
+https://arxiv.org/abs/2406.11794).
 
-Nothing is generated: each example becomes prompts of which a span of tokens is scored. `multiple_choice` and `schema`
-pick the option whose span has the lowest mean negative log-likelihood; `language_modeling` asks that every token of the
-span be the model's first choice. The few-shot examples, their order and the spans are upstream's, so scores compare.
+Nothing is generated: each example becomes prompts of which a span of tokens is scored.
+`multiple_choice` and `schema` pick the option whose span has the lowest mean negative
+log-likelihood; `language_modeling` asks that every token of the span be the model's first choice.
+The few-shot examples, their order and the spans are upstream's, so scores compare.
 """
 
 import csv
@@ -32,11 +34,15 @@ ENCODE_EXAMPLES = 64  # examples tokenized at a time
 
 TaskType = Literal["multiple_choice", "schema", "language_modeling"]
 Place = tuple[int, int]  # of an example: its task, and its number there
-Scorer = Callable[[Iterable[tuple[Place, list[Row]]]], Iterator[tuple[Place, list[RowScore]]]]  # as scoring.Scorer
-Item = dict[str, Any]  # {query, choices, gold}, {context_options, continuation, gold} or {context, continuation}
+# as scoring.Scorer
+Scorer = Callable[[Iterable[tuple[Place, list[Row]]]], Iterator[tuple[Place, list[RowScore]]]]
+# {query, choices, gold}, {context_options, continuation, gold} or {context, continuation}
+Item = dict[str, Any]
 
-FIELDS: dict[TaskType, tuple[str, ...]] = {  # of an example: its options, if there are any, then its texts
-    "multiple_choice": ("choices", "query"), "schema": ("context_options", "continuation"),
+# of an example: its options, if there are any, then its texts
+FIELDS: dict[TaskType, tuple[str, ...]] = {
+    "multiple_choice": ("choices", "query"),
+    "schema": ("context_options", "continuation"),
     "language_modeling": ("", "context", "continuation"),
 }
 
@@ -55,7 +61,9 @@ class CoreTask:
 
 @dataclass(frozen=True)
 class CoreResult:
-    """Per task, in the bundle's order: accuracy, and it rescaled so that guessing is 0; `core` is that one's mean."""
+    """Per task, in the bundle's order: accuracy, and it rescaled so that guessing is 0; `core` is
+    that one's mean.
+    """
 
     accuracy: dict[str, float]
     centered: dict[str, float]
@@ -69,19 +77,35 @@ def read_tasks(bundle: Path) -> list[CoreTask]:
     """
     try:
         return _read_tasks(bundle)
-    except (yaml.YAMLError, csv.Error, ValueError, TypeError, AttributeError, IndexError, RecursionError) as error:
-        raise UsageError(f"core.yaml or eval_meta_data.csv in {bundle} is damaged ({one_line(error)}): remove the directory to "
-                         "download it again") from error
+    except (
+        yaml.YAMLError,
+        csv.Error,
+        ValueError,
+        TypeError,
+        AttributeError,
+        IndexError,
+        RecursionError,
+    ) as error:
+        raise UsageError(
+            f"core.yaml or eval_meta_data.csv in {bundle} is damaged ({one_line(error)}): remove "
+            "the directory to "
+            "download it again"
+        ) from error
 
 
 def _read_tasks(bundle: Path) -> list[CoreTask]:
     entries = yaml.safe_load((bundle / "core.yaml").read_text(encoding="utf-8"))["icl_tasks"]
     with (bundle / "eval_meta_data.csv").open(newline="", encoding="utf-8") as file:
-        baselines = {row["Eval Task"]: float(row["Random baseline"]) for row in csv.DictReader(file)}
+        baselines = {
+            row["Eval Task"]: float(row["Random baseline"]) for row in csv.DictReader(file)
+        }
     return [
         CoreTask(
-            label=entry["label"], type=entry["icl_task_type"], path=bundle / "eval_data" / entry["dataset_uri"],
-            num_fewshot=entry["num_fewshot"][0], delimiter=entry.get("continuation_delimiter", " "),
+            label=entry["label"],
+            type=entry["icl_task_type"],
+            path=bundle / "eval_data" / entry["dataset_uri"],
+            num_fewshot=entry["num_fewshot"][0],
+            delimiter=entry.get("continuation_delimiter", " "),
             baseline=0.01 * baselines[entry["label"]],
         )
         for entry in entries
@@ -100,8 +124,11 @@ def read_items(task: CoreTask, max_per_task: int = -1) -> list[Item]:
                 try:
                     items.append(_checked(task, parse_json(line)))
                 except ValueError as error:
-                    raise UsageError(f"{task.path} line {number} is damaged ({error}): remove the evaluation bundle to "
-                                     "download it again") from error
+                    raise UsageError(
+                        f"{task.path} line {number} is damaged ({error}): remove the evaluation "
+                        "bundle to "
+                        "download it again"
+                    ) from error
     random.Random(SHUFFLE_SEED).shuffle(items)
     return items[:max_per_task] if max_per_task > 0 else items
 
@@ -121,7 +148,9 @@ def _checked(task: CoreTask, item: Any) -> Item:
 
 
 def fewshot_indices(index: int, num_items: int, num_fewshot: int) -> list[int]:
-    """Which other examples are shown to example `index`; all of them where there are fewer than asked for."""
+    """Which other examples are shown to example `index`; all of them where there are fewer than
+    asked for.
+    """
     others = [i for i in range(num_items) if i != index]
     return random.Random(FEWSHOT_SEED + index).sample(others, min(num_fewshot, len(others)))
 
@@ -129,15 +158,23 @@ def fewshot_indices(index: int, num_items: int, num_fewshot: int) -> list[int]:
 def render_prompts(task: CoreTask, items: Sequence[Item], index: int) -> list[str]:
     """The prompts of one example, few-shot examples first.
 
-    multiple_choice: one per choice; schema: one per context; language_modeling: without, then with the continuation.
+    multiple_choice: one per choice; schema: one per context; language_modeling: without, then with
+    the continuation.
     """
-    shots = "".join(_solved(task, items[i]) + "\n\n" for i in fewshot_indices(index, len(items), task.num_fewshot))
+    shots = "".join(
+        _solved(task, items[i]) + "\n\n"
+        for i in fewshot_indices(index, len(items), task.num_fewshot)
+    )
     item = items[index]
     if task.type == "multiple_choice":
         return [f"{shots}{item['query']}{task.delimiter}{choice}" for choice in item["choices"]]
     if task.type == "schema":
-        return [f"{shots}{context}{task.delimiter}{item['continuation']}" for context in item["context_options"]]
-    # Without its last space the prompt is a prefix in tokens too: the space belongs to the continuation's first token.
+        return [
+            f"{shots}{context}{task.delimiter}{item['continuation']}"
+            for context in item["context_options"]
+        ]
+    # Without its last space the prompt is a prefix in tokens too: the space belongs to the
+    # continuation's first token.
     given = f"{shots}{item['context'].strip()}{task.delimiter}"
     return [given.strip(), given + item["continuation"]]
 
@@ -153,15 +190,17 @@ def _solved(task: CoreTask, item: Item) -> str:
 def make_rows(task: CoreTask, prompts: Sequence[Sequence[int]]) -> list[Row]:
     """The rows to score of one example, from the tokens of its prompts.
 
-    The span is what follows the prefix that all choices share (multiple_choice), the suffix that all contexts share
-    (schema), or the continuation (language_modeling). Raises ValueError if the tokens of a prompt without the
-    continuation do not begin those of the prompt with it.
+    The span is what follows the prefix that all choices share (multiple_choice), the suffix that
+    all contexts share (schema), or the continuation (language_modeling). Raises ValueError if the
+    tokens of a prompt without the continuation do not begin those of the prompt with it.
     """
     arrays = [np.asarray(tokens, np.int32) for tokens in prompts]
     if task.type == "language_modeling":
         without, full = arrays
         if not np.array_equal(full[: len(without)], without):
-            raise ValueError(f"{task.label}: the prompt's tokens do not begin those of prompt and continuation")
+            raise ValueError(
+                f"{task.label}: the prompt's tokens do not begin those of prompt and continuation"
+            )
         return [Row(full, len(without), len(full))]
     if task.type == "schema":
         suffix = common_length([tokens[::-1] for tokens in arrays])
@@ -173,7 +212,8 @@ def make_rows(task: CoreTask, prompts: Sequence[Sequence[int]]) -> list[Row]:
 def is_correct(task: CoreTask, item: Item, scores: Sequence[RowScore]) -> bool:
     if task.type == "language_modeling":
         return scores[0].all_argmax
-    # The lowest, the first of equals. A nan is the minimum only in the first place: upstream's rule, kept for scores.
+    # The lowest, the first of equals. A nan is the minimum only in the first place: upstream's
+    # rule, kept for scores.
     losses = [score.mean_nll for score in scores]
     return losses.index(min(losses)) == item["gold"]
 
@@ -187,17 +227,29 @@ def center(accuracy: float, baseline: float) -> float:
     return (accuracy - baseline) / (1.0 - baseline)
 
 
-def tokenize_task(tokenizer: Tokenizer, task: CoreTask, items: Sequence[Item], indices: Sequence[int]
-                  ) -> list[list[Row]]:
+def tokenize_task(
+    tokenizer: Tokenizer, task: CoreTask, items: Sequence[Item], indices: Sequence[int]
+) -> list[list[Row]]:
     """The rows of each of the examples `indices`."""
     prompts = [render_prompts(task, items, index) for index in indices]
-    tokens = iter(tokenizer.encode([prompt for group in prompts for prompt in group], prepend=tokenizer.bos_id))
+    tokens = iter(
+        tokenizer.encode(
+            [prompt for group in prompts for prompt in group], prepend=tokenizer.bos_id
+        )
+    )
     return [make_rows(task, [next(tokens) for _ in group]) for group in prompts]
 
 
-def evaluate_core(scorer: Scorer, tokenizer: Tokenizer, bundle: Path, *, max_per_task: int = -1,
-                  on_example: Callable[[str, int, list[Row], list[RowScore], bool], None] | None = None) -> CoreResult:
-    """Run the tasks of a bundle. Examples of all tasks share batches: few shapes are compiled, few rows are filler.
+def evaluate_core(
+    scorer: Scorer,
+    tokenizer: Tokenizer,
+    bundle: Path,
+    *,
+    max_per_task: int = -1,
+    on_example: Callable[[str, int, list[Row], list[RowScore], bool], None] | None = None,
+) -> CoreResult:
+    """Run the tasks of a bundle. Examples of all tasks share batches: few shapes are compiled, few
+    rows are filler.
 
     `on_example(label, index, rows, scores, correct)` is called for each example when it is done.
     """
@@ -205,7 +257,9 @@ def evaluate_core(scorer: Scorer, tokenizer: Tokenizer, bundle: Path, *, max_per
     items = [read_items(task, max_per_task) for task in tasks]
     for task, of_task in zip(tasks, items, strict=True):
         if not of_task:
-            raise UsageError(f"{task.path} holds no examples: remove {bundle} so that it is downloaded again")
+            raise UsageError(
+                f"{task.path} holds no examples: remove {bundle} so that it is downloaded again"
+            )
 
     groups: dict[Place, list[Row]] = {}
 
@@ -213,7 +267,9 @@ def evaluate_core(scorer: Scorer, tokenizer: Tokenizer, bundle: Path, *, max_per
         for t, task in enumerate(tasks):
             for first in range(0, len(items[t]), ENCODE_EXAMPLES):
                 indices = range(first, min(first + ENCODE_EXAMPLES, len(items[t])))
-                for index, group in zip(indices, tokenize_task(tokenizer, task, items[t], indices), strict=True):
+                for index, group in zip(
+                    indices, tokenize_task(tokenizer, task, items[t], indices), strict=True
+                ):
                     groups[t, index] = group
                     yield (t, index), group
 
@@ -221,8 +277,14 @@ def evaluate_core(scorer: Scorer, tokenizer: Tokenizer, bundle: Path, *, max_per
     total, began, reported = sum(map(len, items)), time.monotonic(), time.monotonic()
     for (t, index), scores in scorer(examples()):
         group = groups.pop((t, index))
-        if any(math.isnan(score.mean_nll) for row, score in zip(group, scores, strict=True) if row.end > row.start):
-            raise FloatingPointError(f"the model's logits are not finite, at example {index} of {tasks[t].label}")
+        if any(
+            math.isnan(score.mean_nll)
+            for row, score in zip(group, scores, strict=True)
+            if row.end > row.start
+        ):
+            raise FloatingPointError(
+                f"the model's logits are not finite, at example {index} of {tasks[t].label}"
+            )
         verdict = is_correct(tasks[t], items[t][index], scores)
         correct[t] += verdict
         done[t] += 1

@@ -19,30 +19,47 @@ try:
     import torch.nn.functional as F
     from transformers import AutoModelForCausalLM, AutoTokenizer
 except ImportError as error:
-    raise NotFound(f"--hf-path needs PyTorch and transformers ({error}): pip install 'nanochat_jax[torch]'") from error
+    raise NotFound(
+        f"--hf-path needs PyTorch and transformers ({error}): pip install 'nanochat_jax[torch]'"
+    ) from error
 
 log = logging.getLogger(__name__)
 
 
 class HFTokenizer:
-    """The part of `nanochat_jax.tokenizer.Tokenizer` that evaluation uses, over a tokenizer of transformers."""
+    """The part of `nanochat_jax.tokenizer.Tokenizer` that evaluation uses, over a tokenizer of
+    transformers.
+    """
 
     def __init__(self, directory: Path, *, trust_remote_code: bool) -> None:
-        self._tokenizer = AutoTokenizer.from_pretrained(directory, trust_remote_code=trust_remote_code)
-        first = (self._tokenizer.bos_token_id, self._tokenizer.eos_token_id)  # GPT-2 begins texts with its end-of-text
+        self._tokenizer = AutoTokenizer.from_pretrained(
+            directory, trust_remote_code=trust_remote_code
+        )
+        # GPT-2 begins texts with its end-of-text
+        first = (self._tokenizer.bos_token_id, self._tokenizer.eos_token_id)
         if first == (None, None):
-            raise UsageError(f"the tokenizer in {directory} has no token that begins a text: set its bos_token")
+            raise UsageError(
+                f"the tokenizer in {directory} has no token that begins a text: set its bos_token"
+            )
         self.bos_id: int = next(token for token in first if token is not None)
 
     def encode(self, text: str | Sequence[str], prepend: int | None = None) -> Any:
-        ids = self._tokenizer(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+        ids = self._tokenizer(
+            text, add_special_tokens=False, split_special_tokens=True, verbose=False
+        )["input_ids"]
         before = [] if prepend is None else [prepend]
         return before + ids if isinstance(text, str) else [before + each for each in ids]
 
-    def encode_batch(self, texts: Any, prepend: int, num_threads: int) -> tuple[np.ndarray, np.ndarray]:
-        """The ids of all texts, an Arrow array, in a row, and their offsets: as `Tokenizer.encode_batch`."""
+    def encode_batch(
+        self, texts: Any, prepend: int, num_threads: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The ids of all texts, an Arrow array, in a row, and their offsets: as
+        `Tokenizer.encode_batch`.
+        """
         found = self.encode(texts.to_pylist(), prepend)
-        return np.concatenate([np.array(ids, np.int32) for ids in found]), np.cumsum([0, *map(len, found)])
+        return np.concatenate([np.array(ids, np.int32) for ids in found]), np.cumsum(
+            [0, *map(len, found)]
+        )
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(self._tokenizer.decode(list(ids)))
@@ -52,12 +69,15 @@ class HFTokenizer:
         special = set(self._tokenizer.all_special_ids)
         texts = self._tokenizer.batch_decode([[i] for i in range(min(size, len(self._tokenizer)))])
         found = np.zeros(size, np.int32)
-        found[: len(texts)] = [0 if i in special else len(text.encode()) for i, text in enumerate(texts)]
+        found[: len(texts)] = [
+            0 if i in special else len(text.encode()) for i, text in enumerate(texts)
+        ]
         return found
 
 
 class HFModel:
-    """A directory that `transformers` reads, on a GPU where torch has one. A scorer like `scoring.Scorer`.
+    """A directory that `transformers` reads, on a GPU where torch has one. A scorer like
+    `scoring.Scorer`.
 
     Args:
         tokens: of a batch, padding included.
@@ -65,21 +85,40 @@ class HFModel:
 
     def __init__(self, directory: Path, *, tokens: int, trust_remote_code: bool = False) -> None:
         if not (directory / "config.json").is_file():
-            raise NotFound(f"--hf-path {directory}: no config.json there, it is not a directory of a transformers model")
+            raise NotFound(
+                f"--hf-path {directory}: no config.json there, it is not a directory of a "
+                "transformers model"
+            )
         try:
             self.tokenizer = HFTokenizer(directory, trust_remote_code=trust_remote_code)
-            model = AutoModelForCausalLM.from_pretrained(directory, trust_remote_code=trust_remote_code, dtype="auto")
-        except (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError) as error:
-            raise UsageError(f"--hf-path {directory}: transformers cannot load it: {one_line(error)}") from error
+            model = AutoModelForCausalLM.from_pretrained(
+                directory, trust_remote_code=trust_remote_code, dtype="auto"
+            )
+        except (
+            OSError,
+            ValueError,
+            LookupError,
+            TypeError,
+            AttributeError,
+            RecursionError,
+        ) as error:
+            raise UsageError(
+                f"--hf-path {directory}: transformers cannot load it: {one_line(error)}"
+            ) from error
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model, self.tokens = model.eval().to(self.device), tokens
         self.vocab_size = model.get_output_embeddings().weight.shape[0]
         self.sequence_len = getattr(model.config, "max_position_embeddings", None) or 1024
         self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
         # Learned positions end where their table does (OPT's has two rows more); rotary ones go on.
-        tables = (module.num_embeddings for module in model.modules()
-                  if isinstance(module, torch.nn.Embedding) and module is not model.get_input_embeddings())
-        self._longest = self.sequence_len if any(n - self.sequence_len in (0, 2) for n in tables) else None
+        tables = (
+            module.num_embeddings
+            for module in model.modules()
+            if isinstance(module, torch.nn.Embedding) and module is not model.get_input_embeddings()
+        )
+        self._longest = (
+            self.sequence_len if any(n - self.sequence_len in (0, 2) for n in tables) else None
+        )
 
     def _logits(self, inputs: np.ndarray, keep: slice) -> torch.Tensor:
         """Logits [B, n, V] of the positions `keep` of inputs [B, T]."""
@@ -90,11 +129,19 @@ class HFModel:
                 return self.model(ids, use_cache=False, logits_to_keep=at).logits.float()
             return self.model(ids, use_cache=False).logits[:, keep].float()
 
-    def __call__(self, examples: Iterable[tuple[Key, Sequence[Row]]]) -> Iterator[tuple[Key, list[RowScore]]]:
-        """(key, rows) to (key, score of each row). Padding is on the right, where causal attention does not see it."""
+    def __call__(
+        self, examples: Iterable[tuple[Key, Sequence[Row]]]
+    ) -> Iterator[tuple[Key, list[RowScore]]]:
+        """(key, rows) to (key, score of each row). Padding is on the right, where causal attention
+        does not see it.
+        """
         source = iter(examples)
         while window := list(islice(source, WINDOW)):
-            rows = [(e, r, self._crop(row)) for e, (_, group) in enumerate(window) for r, row in enumerate(group)]
+            rows = [
+                (e, r, self._crop(row))
+                for e, (_, group) in enumerate(window)
+                for r, row in enumerate(group)
+            ]
             rows.sort(key=lambda entry: entry[2].end)
             scores: list[dict[int, RowScore]] = [{} for _ in window]
             start = 0
@@ -102,7 +149,9 @@ class HFModel:
                 stop = start + 1
                 while stop < len(rows) and (stop + 1 - start) * rows[stop][2].end <= self.tokens:
                     stop += 1
-                for (e, r, _), score in zip(rows[start:stop], self.score([row for *_, row in rows[start:stop]]), strict=True):
+                for (e, r, _), score in zip(
+                    rows[start:stop], self.score([row for *_, row in rows[start:stop]]), strict=True
+                ):
                     scores[e][r] = score
                 start = stop
             for (key, group), found in zip(window, scores, strict=True):
@@ -130,10 +179,18 @@ class HFModel:
     def bits_per_byte(self, corpus: Path, rows: int, split_tokens: int) -> dict[str, float]:
         """`train_bpb` and `val_bpb` over `split_tokens` tokens of each split, in batches of `rows`."""
         length, results = min(self.sequence_len, 2048), {}
-        token_bytes = torch.as_tensor(self.tokenizer.token_bytes(self.vocab_size), device=self.device)
+        token_bytes = torch.as_tensor(
+            self.tokenizer.token_bytes(self.vocab_size), device=self.device
+        )
         for split in ("train", "val"):
-            batches = pretraining_loader(corpus, self.tokenizer, split=split, batch_size=rows, sequence_len=length,
-                                         num_shards=1)
+            batches = pretraining_loader(
+                corpus,
+                self.tokenizer,
+                split=split,
+                batch_size=rows,
+                sequence_len=length,
+                num_shards=1,
+            )
             nats = count = 0.0
             for _ in range(max(1, split_tokens // (rows * length))):
                 batch = next(batches)
@@ -150,10 +207,21 @@ class HFModel:
 
     def continuation(self, prompt: str, max_tokens: int, seed: int | None = None) -> str:
         """Greedy, or sampled at temperature 1 where there is a seed."""
-        ids = torch.tensor([self.tokenizer.encode(prompt, prepend=self.tokenizer.bos_id)], device=self.device)
+        ids = torch.tensor(
+            [self.tokenizer.encode(prompt, prepend=self.tokenizer.bos_id)], device=self.device
+        )
         if seed is not None:
             torch.manual_seed(seed)
-        options = {"do_sample": False} if seed is None else {"do_sample": True, "temperature": 1.0, "top_k": 0}
-        out = self.model.generate(ids, max_new_tokens=max_tokens, **options,
-                                  attention_mask=torch.ones_like(ids), pad_token_id=self.tokenizer.bos_id)
+        options = (
+            {"do_sample": False}
+            if seed is None
+            else {"do_sample": True, "temperature": 1.0, "top_k": 0}
+        )
+        out = self.model.generate(
+            ids,
+            max_new_tokens=max_tokens,
+            **options,
+            attention_mask=torch.ones_like(ids),
+            pad_token_id=self.tokenizer.bos_id,
+        )
         return self.tokenizer.decode(out[0, ids.shape[1] :].tolist())

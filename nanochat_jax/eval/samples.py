@@ -1,4 +1,6 @@
-"""Short texts from a base model: greedy continuations of fixed prompts, and free samples from the start of a document."""
+"""Short texts from a base model: greedy continuations of fixed prompts, and free samples from the
+start of a document.
+"""
 
 import logging
 from collections.abc import Sequence
@@ -22,20 +24,30 @@ PROMPTS = (
 
 
 def _generate(loaded: Loaded, requests: list[Request], compute: Compute) -> list[str]:
-    engine = Engine(loaded.config, loaded.params, loaded.tokenizer, num_slots=len(requests), compute=compute)
+    engine = Engine(
+        loaded.config, loaded.params, loaded.tokenizer, num_slots=len(requests), compute=compute
+    )
     return [result.text for result in engine.generate(requests)]
 
 
 def greedy_samples(loaded: Loaded, *, compute: Compute, max_tokens: int = 16) -> list[str]:
     """Each prompt with its most likely continuation."""
     encode, bos = loaded.tokenizer.encode, loaded.tokenizer.bos_id
-    requests = [Request(tuple(encode(prompt, prepend=bos)), max_tokens=max_tokens, temperature=0.0) for prompt in PROMPTS]
+    requests = [
+        Request(tuple(encode(prompt, prepend=bos)), max_tokens=max_tokens, temperature=0.0)
+        for prompt in PROMPTS
+    ]
     return [prompt + text for prompt, text in zip(PROMPTS, _generate(loaded, requests, compute))]
 
 
-def free_samples(loaded: Loaded, count: int, *, compute: Compute, max_tokens: int = 128) -> list[str]:
+def free_samples(
+    loaded: Loaded, count: int, *, compute: Compute, max_tokens: int = 128
+) -> list[str]:
     """Documents sampled at temperature 1 from the beginning-of-sequence token alone."""
-    requests = [Request((loaded.tokenizer.bos_id,), max_tokens=max_tokens, temperature=1.0, seed=i) for i in range(count)]
+    requests = [
+        Request((loaded.tokenizer.bos_id,), max_tokens=max_tokens, temperature=1.0, seed=i)
+        for i in range(count)
+    ]
     return _generate(loaded, requests, compute)
 
 
@@ -43,5 +55,7 @@ def sample_items(greedy: Sequence[str], free: Sequence[str] = ()) -> list[dict[s
     """Samples for the report; on the way, the log shows them."""
     for text in (*greedy, *free):
         log.info("  %s", text.replace("\n", " "))
-    return [{f"sample {i}": text for i, text in enumerate(greedy)},
-            {f"unconditioned sample {i}": text for i, text in enumerate(free)}]
+    return [
+        {f"sample {i}": text for i, text in enumerate(greedy)},
+        {f"unconditioned sample {i}": text for i, text in enumerate(free)},
+    ]

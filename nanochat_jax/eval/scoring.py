@@ -1,9 +1,10 @@
 """How likely a model finds spans of tokens, many examples at a time.
 
-The prompts of one example differ only near their ends (the choices of a question, after ten solved ones), so what they
-share is computed once: it goes through the model into a KV cache, and each continuation is then scored over that cache,
-in the same slots as the one before it. Examples of similar length share a batch, and all lengths are padded to a few: a
-few programs serve prompts of any length.
+The prompts of one example differ only near their ends (the choices of a question, after ten solved
+ones), so what they share is computed once: it goes through the model into a KV cache, and each
+continuation is then scored over that cache, in the same slots as the one before it. Examples of
+similar length share a batch, and all lengths are padded to a few: a few programs serve prompts of
+any length.
 """
 
 import functools
@@ -29,7 +30,8 @@ from nanochat_jax.model.weights import Params
 
 BLOCK = 128  # the unit of lengths of the cache
 MOST_TOKENS = 4096  # of a row that go through the model at once; a multiple of BLOCK
-ROW_LENGTH = 2048  # of longer rows a batch has fewer, since their caches would not fit where these do
+# of longer rows a batch has fewer, since their caches would not fit where these do
+ROW_LENGTH = 2048
 WINDOW = 2048  # examples held back to be sorted by length
 
 Key = TypeVar("Key")
@@ -58,13 +60,17 @@ def common_length(arrays: Sequence[np.ndarray]) -> int:
 
 
 def rows_for(device_batch_size: int) -> int:
-    """`Scorer.num_rows` where a device can hold `device_batch_size` rows; few on a CPU, whose caches then hold their scores."""
+    """`Scorer.num_rows` where a device can hold `device_batch_size` rows; few on a CPU, whose
+    caches then hold their scores.
+    """
     return max(1, device_batch_size // 8) if jax.default_backend() == "cpu" else device_batch_size
 
 
 @dataclass(frozen=True)
 class _Example:
-    """The rows of an example, the tokens that they share cut off: the last of them predicts the first that is scored."""
+    """The rows of an example, the tokens that they share cut off: the last of them predicts the
+    first that is scored.
+    """
 
     key: Any
     rows: Sequence[Row]
@@ -72,7 +78,11 @@ class _Example:
 
     @classmethod
     def of(cls, key: Any, rows: Sequence[Row]) -> "_Example":
-        return cls(key, rows, min(common_length([row.tokens for row in rows]), *(row.start - 1 for row in rows)))
+        return cls(
+            key,
+            rows,
+            min(common_length([row.tokens for row in rows]), *(row.start - 1 for row in rows)),
+        )
 
     @property
     def longest_rest(self) -> int:
@@ -80,12 +90,16 @@ class _Example:
 
     @property
     def cost(self) -> tuple[int, int, int]:
-        """What sorts examples so that those of a batch are padded little: each then has as many rows, too."""
+        """What sorts examples so that those of a batch are padded little: each then has as many
+        rows, too.
+        """
         return _shared_length(self.shared), len(self.rows), self.longest_rest
 
 
 def _shared_length(length: int) -> int:
-    """Padded length of what rows share. Most of the work is here, so in finer steps than the other lengths."""
+    """Padded length of what rows share. Most of the work is here, so in finer steps than the other
+    lengths.
+    """
     return bucket(length, BLOCK, steps=4)
 
 
@@ -102,41 +116,69 @@ def _grow(cache: KVCache, *, length: int, mesh: Mesh | None) -> KVCache:
 
 
 def _shard(cache: KVCache, mesh: Mesh | None) -> KVCache:
-    """Rows over the data axis; keys and values [B, K, S, h] by heads over the model axis too, where the number divides."""
+    """Rows over the data axis; keys and values [B, K, S, h] by heads over the model axis too,
+    where the number divides.
+    """
     if mesh is None:
         return cache
 
     def place(x: Array) -> Array:
         heads = "model" if x.ndim == 4 and x.shape[1] % mesh.shape["model"] == 0 else None
-        return jax.lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec("data", *[heads] * (x.ndim > 1))))
+        return jax.lax.with_sharding_constraint(
+            x, NamedSharding(mesh, PartitionSpec("data", *[heads] * (x.ndim > 1)))
+        )
 
     return jax.tree.map(place, cache)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "compute"))
-def _begin(params: Params, tokens: Array, valid: Array, *, config: GPTConfig, compute: Compute) -> KVCache:
-    """A cache of the first valid [B] of tokens [B, T]. The last layer's output is unused, so XLA does not compute it."""
-    cache = _shard(init_cache(config, tokens.shape[0], tokens.shape[1], compute.dtype), compute.mesh)
+def _begin(
+    params: Params, tokens: Array, valid: Array, *, config: GPTConfig, compute: Compute
+) -> KVCache:
+    """A cache of the first valid [B] of tokens [B, T]. The last layer's output is unused, so XLA
+    does not compute it.
+    """
+    cache = _shard(
+        init_cache(config, tokens.shape[0], tokens.shape[1], compute.dtype), compute.mesh
+    )
     cache = forward(params, tokens, config, compute, cache=cache, valid=valid, fresh=True)[1]
     return _shard(cache, compute.mesh)
 
 
 @functools.partial(jax.jit, donate_argnames="cache", static_argnames=("config", "compute"))
-def _extend(params: Params, cache: KVCache, tokens: Array, valid: Array, *, config: GPTConfig, compute: Compute
-            ) -> KVCache:
+def _extend(
+    params: Params,
+    cache: KVCache,
+    tokens: Array,
+    valid: Array,
+    *,
+    config: GPTConfig,
+    compute: Compute,
+) -> KVCache:
     """Append the first valid [B] of tokens [B, T]."""
-    return _shard(forward(params, tokens, config, compute, cache=cache, valid=valid)[1], compute.mesh)
+    return _shard(
+        forward(params, tokens, config, compute, cache=cache, valid=valid)[1], compute.mesh
+    )
 
 
 @functools.partial(jax.jit, donate_argnames=("k", "v"), static_argnames=("config", "compute"))
-def _score(params: Params, k: tuple[Array, ...], v: tuple[Array, ...], rest: tuple[Array, Array],
-           span: tuple[Array, Array, Array], *, config: GPTConfig, compute: Compute
-           ) -> tuple[Array, Array, tuple[Array, ...], tuple[Array, ...]]:
-    """Score tokens over a cache of keys `k`, values `v` and `rest`: its length and previous embedding.
+def _score(
+    params: Params,
+    k: tuple[Array, ...],
+    v: tuple[Array, ...],
+    rest: tuple[Array, Array],
+    span: tuple[Array, Array, Array],
+    *,
+    config: GPTConfig,
+    compute: Compute,
+) -> tuple[Array, Array, tuple[Array, ...], tuple[Array, ...]]:
+    """Score tokens over a cache of keys `k`, values `v` and `rest`: its length and previous
+    embedding.
 
-    `span` is tokens [B, U], first [B] and end [B]: tokens first..end-1 of each row are scored, first at least 1.
-    Returns the summed negative log-likelihood [B] float32, whether all of them are the most likely token [B], and the
-    buffers of the cache, whose entries from its length on may be overwritten.
+    `span` is tokens [B, U], first [B] and end [B]: tokens first..end-1 of each row are scored,
+    first at least 1. Returns the summed negative log-likelihood [B] float32, whether all of them
+    are the most likely token [B], and the buffers of the cache, whose entries from its length on
+    may be overwritten.
     """
     tokens, first, end = span
     hidden, cache = forward(params, tokens, config, compute, cache=KVCache(k, v, *rest), valid=end)
@@ -156,7 +198,8 @@ class Scorer:
     """Scores examples with a model.
 
     Attributes:
-        num_rows: examples of a batch on each device of the data axis; fewer of those longer than `ROW_LENGTH`.
+        num_rows: examples of a batch on each device of the data axis; fewer of those longer than
+          `ROW_LENGTH`.
         compute: rows are sharded over its mesh's data axis.
     """
 
@@ -165,9 +208,12 @@ class Scorer:
     num_rows: int = 8
     compute: Compute = REFERENCE
 
-    def __call__(self, examples: Iterable[tuple[Key, Sequence[Row]]]) -> Iterator[tuple[Key, list[RowScore]]]:
-        """(key, rows) to (key, score of each row), in another order. Batch after batch is read when the next one is
-        dispatched: the device works while the host tokenizes."""
+    def __call__(
+        self, examples: Iterable[tuple[Key, Sequence[Row]]]
+    ) -> Iterator[tuple[Key, list[RowScore]]]:
+        """(key, rows) to (key, score of each row), in another order. Batch after batch is read
+        when the next one is dispatched: the device works while the host tokenizes.
+        """
         pending: tuple[list[_Example], list[tuple[Array, Array]]] | None = None
         for batch in self._batches(examples):
             scores = self._dispatch(batch)
@@ -214,7 +260,9 @@ class Scorer:
             if at == 0:
                 cache = _begin(self.params, *new, **options)
             else:
-                cache = _extend(self.params, self._reserve(cache, at + MOST_TOKENS), *new, **options)
+                cache = _extend(
+                    self.params, self._reserve(cache, at + MOST_TOKENS), *new, **options
+                )
         cache = self._reserve(cache, longest + size)
 
         k, v, rest, sums = cache.k, cache.v, (cache.length, cache.prev_embedding), []
@@ -233,14 +281,22 @@ class Scorer:
 
     def _reserve(self, cache: KVCache, length: int) -> KVCache:
         target = _cache_length(length)
-        return cache if cache.k[0].shape[2] >= target else _grow(cache, length=target, mesh=self.compute.mesh)
+        return (
+            cache
+            if cache.k[0].shape[2] >= target
+            else _grow(cache, length=target, mesh=self.compute.mesh)
+        )
 
 
-def _read(batch: Sequence[_Example], sums: Sequence[tuple[Array, Array]]) -> Iterator[tuple[Any, list[RowScore]]]:
+def _read(
+    batch: Sequence[_Example], sums: Sequence[tuple[Array, Array]]
+) -> Iterator[tuple[Any, list[RowScore]]]:
     sums = jax.device_get(sums)
     for i, example in enumerate(batch):
         scores = []
         for row, (nll, all_argmax) in zip(example.rows, sums, strict=False):
             length = row.end - row.start
-            scores.append(RowScore(float(nll[i]) / length if length else math.nan, bool(all_argmax[i])))
+            scores.append(
+                RowScore(float(nll[i]) / length if length else math.nan, bool(all_argmax[i]))
+            )
         yield example.key, scores

@@ -1,7 +1,8 @@
 """The calculator the model may call: arithmetic on numbers and counting letters in a word.
 
-A model's text is untrusted input, so nothing is ever evaluated as Python: the expression is parsed and only the nodes
-below are computed. Every step is bounded, so no time limit is needed and any thread may call it.
+A model's text is untrusted input, so nothing is ever evaluated as Python: the expression is parsed
+and only the nodes below are computed. Every step is bounded, so no time limit is needed and any
+thread may call it.
 """
 
 import ast
@@ -34,8 +35,9 @@ def calculate(expression: str) -> int | float | None:
     >>> calculate("1,200 * 3"), calculate("7 / 2"), calculate("'strawberry'.count('r')")
     (3600, 3.5, 3)
 
-    Allowed are `+ - * / //` and parentheses on decimal numbers, whose thousands separators are dropped, and
-    `"text".count("part")` with either kind of quote. `**` is not: its results are not bounded by its input.
+    Allowed are `+ - * / //` and parentheses on decimal numbers, whose thousands separators are
+    dropped, and `"text".count("part")` with either kind of quote. `**` is not: its results are not
+    bounded by its input.
     """
     if len(expression) > MAX_CHARACTERS:
         return None
@@ -53,7 +55,11 @@ def calculate(expression: str) -> int | float | None:
 
 def _evaluate(node: ast.expr) -> int | float:
     value: int | float
-    if isinstance(node, ast.Constant) and isinstance(node.value, int | float) and not isinstance(node.value, bool):
+    if (
+        isinstance(node, ast.Constant)
+        and isinstance(node.value, int | float)
+        and not isinstance(node.value, bool)
+    ):
         value = node.value
     elif isinstance(node, ast.BinOp) and type(node.op) in OPERATORS:
         value = OPERATORS[type(node.op)](_evaluate(node.left), _evaluate(node.right))

@@ -1,10 +1,13 @@
-"""The engine's device programs: prefill, moving sequences between slots and sizes, and decoding several steps.
+"""The engine's device programs: prefill, moving sequences between slots and sizes, and decoding
+several steps.
 
-All take parameters, as `split_layers` gives them, and cache as arguments; `DecodeConfig` is the static rest. Shapes come
-from buckets (engine.py), so the number of compilations is bounded. B slots, S positions of each, R of them in a dispatch
-of K steps, N prompts of a prefill, T their padded length, L layers, G key/value heads of width h.
+All take parameters, as `split_layers` gives them, and cache as arguments; `DecodeConfig` is the
+static rest. Shapes come from buckets (engine.py), so the number of compilations is bounded. B
+slots, S positions of each, R of them in a dispatch of K steps, N prompts of a prefill, T their
+padded length, L layers, G key/value heads of width h.
 
-The cache holds keys and values alone: how far each slot has come is the host's to say, with each inputs.
+The cache holds keys and values alone: how far each slot has come is the host's to say, with each
+inputs.
 """
 
 import functools
@@ -51,7 +54,8 @@ class DecodeInputs(NamedTuple):
     """What some slots, or all, do in the next K steps. Rows are those of `new_rows`."""
 
     slot: Array | np.ndarray  # [R] int32, rising: which slots; all of them if R is B
-    length: Array | np.ndarray  # [R] int32, positions filled; S or more for a slot to be left as it is
+    # [R] int32, positions filled; S or more for a slot to be left as it is
+    length: Array | np.ndarray
     previous: Array | np.ndarray  # [R] int32, the token before the newest
     token: Array | np.ndarray  # [R] int32, the newest token, not yet in the cache
     active: Array | np.ndarray  # [R] bool
@@ -74,13 +78,28 @@ class DecodeInputs(NamedTuple):
 def new_rows(count: int, *, length: int, steps: int, stops: int) -> np.ndarray:
     """A structured array of `count` inactive rows, to be filled in and passed to `decode_inputs`.
 
-    `length` is the cache's, which leaves a slot as it is; `stops` is how many stop tokens a row may have.
+    `length` is the cache's, which leaves a slot as it is; `stops` is how many stop tokens a row
+    may have.
     """
-    rows = np.zeros(count, [
-        ("slot", np.int32), ("length", np.int32), ("previous", np.int32), ("token", np.int32), ("active", bool),
-        ("remaining", np.int32), ("injected", np.int32, (steps,)), ("num_injected", np.int32),
-        ("stop", np.int32, (stops,)), ("logprobs", bool), ("temperature", np.float32), ("top_k", np.int32),
-        ("top_p", np.float32), ("seed", np.uint32, (2,))])
+    rows = np.zeros(
+        count,
+        [
+            ("slot", np.int32),
+            ("length", np.int32),
+            ("previous", np.int32),
+            ("token", np.int32),
+            ("active", bool),
+            ("remaining", np.int32),
+            ("injected", np.int32, (steps,)),
+            ("num_injected", np.int32),
+            ("stop", np.int32, (stops,)),
+            ("logprobs", bool),
+            ("temperature", np.float32),
+            ("top_k", np.int32),
+            ("top_p", np.float32),
+            ("seed", np.uint32, (2,)),
+        ],
+    )
     rows["length"], rows["stop"], rows["top_p"] = length, -1, 1.0
     return rows
 
@@ -88,11 +107,15 @@ def new_rows(count: int, *, length: int, steps: int, stops: int) -> np.ndarray:
 def decode_inputs(rows: np.ndarray, steps: int) -> DecodeInputs:
     """The arrays of the rows, for `steps` steps."""
     fields = [name for name in DecodeInputs._fields if name != "steps"]
-    return DecodeInputs._make([*(np.ascontiguousarray(rows[name]) for name in fields), np.int32(steps)])
+    return DecodeInputs._make(
+        [*(np.ascontiguousarray(rows[name]) for name in fields), np.int32(steps)]
+    )
 
 
 def greedy_inputs(count: int, *, length: int, steps: int) -> DecodeInputs:
-    """`steps` most likely tokens for each of `count` sequences of `length` tokens, which nothing ends: for measurements."""
+    """`steps` most likely tokens for each of `count` sequences of `length` tokens, which nothing
+    ends: for measurements.
+    """
     rows = new_rows(count, length=length, steps=steps, stops=1)
     rows["slot"], rows["active"], rows["remaining"] = np.arange(count), True, steps
     return decode_inputs(rows, steps)
@@ -101,8 +124,9 @@ def greedy_inputs(count: int, *, length: int, steps: int) -> DecodeInputs:
 def split_layers(params: Params, *, config: GPTConfig) -> Params:
     """The parameters as decoding reads them fastest.
 
-    Each stack of the blocks, (L, in, out), is a tuple of its matrices, and that of value embeddings of its tables: from the
-    stacks every step would copy them all, on CPUs and TPUs. The unembedding is `lm_head_rows` [V, D], a row for each token.
+    Each stack of the blocks, (L, in, out), is a tuple of its matrices, and that of value
+    embeddings of its tables: from the stacks every step would copy them all, on CPUs and TPUs. The
+    unembedding is `lm_head_rows` [V, D], a row for each token.
     """
     params = params | {"blocks": {name: _split(stack) for name, stack in params["blocks"].items()}}
     if "value_embeds" in params:
@@ -122,8 +146,9 @@ def _rows(head: Array, *, size: int) -> Array:
 
 
 def cache_sharding(rows: int, heads: int, mesh: Mesh, *, row_axis: int = 0) -> NamedSharding:
-    """Rows (of axis `row_axis`) over the data axis, key/value heads, the axis after, over the model axis, where the
-    sizes divide."""
+    """Rows (of axis `row_axis`) over the data axis, key/value heads, the axis after, over the
+    model axis, where the sizes divide.
+    """
     spec: list[str | None] = [None] * row_axis
     spec.append("data" if rows % mesh.shape["data"] == 0 else None)
     spec.append("model" if heads % mesh.shape["model"] == 0 else None)
@@ -134,12 +159,17 @@ def _place(cache: Any, mesh: Mesh | None) -> Any:
     """Constrain arrays [B, G, S, h]."""
     if mesh is None:
         return cache
-    return jax.tree.map(lambda x: lax.with_sharding_constraint(x, cache_sharding(x.shape[0], x.shape[1], mesh)), cache)
+    return jax.tree.map(
+        lambda x: lax.with_sharding_constraint(x, cache_sharding(x.shape[0], x.shape[1], mesh)),
+        cache,
+    )
 
 
 def _replicate(x: Array, mesh: Mesh | None) -> Array:
     """For what the host reads: every process of a multi-host run holds all of it."""
-    return x if mesh is None else lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec()))
+    return (
+        x if mesh is None else lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec()))
+    )
 
 
 @functools.partial(jax.jit, static_argnames=("rows", "length", "static"))
@@ -160,7 +190,9 @@ def resize(slots: Slots, *, length: int, static: DecodeConfig) -> Slots:
 
 
 @functools.partial(jax.jit, static_argnames="static")
-def prefill(params: Params, tokens: Array, lengths: Array, *, static: DecodeConfig) -> tuple[Array, ...]:
+def prefill(
+    params: Params, tokens: Array, lengths: Array, *, static: DecodeConfig
+) -> tuple[Array, ...]:
     """Keys and values of N prompts, for each an array [2, L, G, max(T, `static.shortest`), h].
 
     tokens [N, T] int32, padded on the right; lengths [N] int32.
@@ -168,25 +200,35 @@ def prefill(params: Params, tokens: Array, lengths: Array, *, static: DecodeConf
     config, mesh = static.config, static.compute.mesh
     cache = init_cache(config, tokens.shape[0], tokens.shape[1], static.compute.dtype)
     cache = cache._replace(k=_place(cache.k, mesh), v=_place(cache.v, mesh))
-    _, cache = forward(params, tokens, config, static.compute, cache=cache, valid=lengths, fresh=True)
+    _, cache = forward(
+        params, tokens, config, static.compute, cache=cache, valid=lengths, fresh=True
+    )
     rows = []
     for row in range(tokens.shape[0]):
-        prompt = jnp.stack([jnp.stack([layer[row] for layer in each]) for each in (cache.k, cache.v)])
+        prompt = jnp.stack(
+            [jnp.stack([layer[row] for layer in each]) for each in (cache.k, cache.v)]
+        )
         missing = max(0, static.shortest - prompt.shape[3])
         prompt = jnp.pad(prompt, ((0, 0), (0, 0), (0, 0), (0, missing), (0, 0)))
         if mesh is not None:
-            prompt = lax.with_sharding_constraint(prompt, cache_sharding(1, config.n_kv_head, mesh, row_axis=1))
+            prompt = lax.with_sharding_constraint(
+                prompt, cache_sharding(1, config.n_kv_head, mesh, row_axis=1)
+            )
         rows.append(prompt)
     return tuple(rows)
 
 
 @functools.partial(jax.jit, donate_argnames="slots", static_argnames="static")
 def insert(slots: Slots, prompt: Array, slot: Array, *, static: DecodeConfig) -> Slots:
-    """Put one prompt of a prefill, [2, L, G, T, h], into a slot; what exceeds the slot is padding and is dropped."""
+    """Put one prompt of a prefill, [2, L, G, T, h], into a slot; what exceeds the slot is padding
+    and is dropped.
+    """
 
     def put(old: tuple[Array, ...], new: Array) -> tuple[Array, ...]:
         new = new[:, None, :, : slots.length]
-        return tuple(lax.dynamic_update_slice(x, new[layer], (slot, 0, 0, 0)) for layer, x in enumerate(old))
+        return tuple(
+            lax.dynamic_update_slice(x, new[layer], (slot, 0, 0, 0)) for layer, x in enumerate(old)
+        )
 
     return _place(Slots(put(slots.k, prompt[0]), put(slots.v, prompt[1])), static.compute.mesh)
 
@@ -196,7 +238,9 @@ def copy(slots: Slots, source: Array, target: Array, *, static: DecodeConfig) ->
     """Make one slot hold what another does."""
 
     def put(x: Array) -> Array:
-        return lax.dynamic_update_slice(x, lax.dynamic_slice_in_dim(x, source, 1), (target, 0, 0, 0))
+        return lax.dynamic_update_slice(
+            x, lax.dynamic_slice_in_dim(x, source, 1), (target, 0, 0, 0)
+        )
 
     return _place(jax.tree.map(put, slots), static.compute.mesh)
 
@@ -205,7 +249,9 @@ def _take(slots: Slots, index: Array) -> Slots:
     """The slots of `index` [R]."""
     if len(index) == len(slots.k[0]):
         return slots
-    return jax.tree.map(lambda x: jnp.concatenate([lax.dynamic_slice_in_dim(x, slot, 1) for slot in index]), slots)
+    return jax.tree.map(
+        lambda x: jnp.concatenate([lax.dynamic_slice_in_dim(x, slot, 1) for slot in index]), slots
+    )
 
 
 def _put(slots: Slots, some: Slots, index: Array) -> Slots:
@@ -222,13 +268,15 @@ def _put(slots: Slots, some: Slots, index: Array) -> Slots:
 
 
 @functools.partial(jax.jit, donate_argnames="slots", static_argnames="static")
-def decode(params: Params, slots: Slots, inputs: DecodeInputs, *, static: DecodeConfig) -> tuple[Slots, Array, Array]:
+def decode(
+    params: Params, slots: Slots, inputs: DecodeInputs, *, static: DecodeConfig
+) -> tuple[Slots, Array, Array]:
     """Advance every active slot by up to `inputs.steps` tokens.
 
-    A slot rests once it has drawn a stop token or the pausing token, or emitted its last; the loop ends when all rest.
-    Returns the cache, the emitted tokens [R, K], -1 where a slot rested, and their log-probabilities [R, K], NaN there
-    and where not asked for. Where not all slots take part, the others' keys and values are not read: the steps work on
-    copies of those that do.
+    A slot rests once it has drawn a stop token or the pausing token, or emitted its last; the loop
+    ends when all rest. Returns the cache, the emitted tokens [R, K], -1 where a slot rested, and
+    their log-probabilities [R, K], NaN there and where not asked for. Where not all slots take
+    part, the others' keys and values are not read: the steps work on copies of those that do.
     """
     config, mesh = static.config, static.compute.mesh
     cap = functools.partial(softcap, config=config)
@@ -236,9 +284,14 @@ def decode(params: Params, slots: Slots, inputs: DecodeInputs, *, static: Decode
     def advance(state):
         step, cache, token, active, remaining, emitted, logprobs = state
         valid = active.astype(jnp.int32)
-        hidden, cache = forward(params, token[:, None], config, static.compute, cache=cache, valid=valid)
+        hidden, cache = forward(
+            params, token[:, None], config, static.compute, cache=cache, valid=valid
+        )
         logits = lax.dot_general(
-            params["lm_head_rows"], hidden[:, 0], (((1,), (1,)), ((), ())), preferred_element_type=jnp.float32
+            params["lm_head_rows"],
+            hidden[:, 0],
+            (((1,), (1,)), ((), ())),
+            preferred_element_type=jnp.float32,
         )  # [V, B], before the softcap
         drawn = sample(logits, inputs.sampling, noise[step], cap)
         is_injected = step < inputs.num_injected
@@ -247,9 +300,19 @@ def decode(params: Params, slots: Slots, inputs: DecodeInputs, *, static: Decode
         asked = active & inputs.logprobs
         logprobs = logprobs.at[:, step].set(log_probability(logits, token, asked, cap))
         remaining = remaining - active
-        halted = ~is_injected & (jnp.any(token[:, None] == inputs.stop, axis=-1) | (token == static.pause))
+        halted = ~is_injected & (
+            jnp.any(token[:, None] == inputs.stop, axis=-1) | (token == static.pause)
+        )
         cache = cache._replace(k=_place(cache.k, mesh), v=_place(cache.v, mesh))
-        return step + 1, cache, token, active & ~halted & (remaining > 0), remaining, emitted, logprobs
+        return (
+            step + 1,
+            cache,
+            token,
+            active & ~halted & (remaining > 0),
+            remaining,
+            emitted,
+            logprobs,
+        )
 
     def running(state):
         step, _, _, active, *_ = state
@@ -258,7 +321,8 @@ def decode(params: Params, slots: Slots, inputs: DecodeInputs, *, static: Decode
     # A slot draws at every step, or not again in this inputs.
     position = inputs.length + 1 + jnp.arange(inputs.injected.shape[1])[:, None]
     noise = noise_for(inputs.sampling.seed, position, config.vocab_size)
-    # What smearing mixes into the newest token: the embedding of the one before, as the forward pass makes it.
+    # What smearing mixes into the newest token: the embedding of the one before, as the forward
+    # pass makes it.
     previous = rms_norm(params["wte"][inputs.previous].astype(static.compute.dtype))
     index = jnp.asarray(inputs.slot)
     cache = KVCache(*_take(slots, index), jnp.asarray(inputs.length), previous)

@@ -28,12 +28,17 @@ class TokenizerLike(Protocol):
 
 
 class NoTokenizer:
-    """For weights without one: no token is special, so that nothing but the length ends a reply, and ids have no text."""
+    """For weights without one: no token is special, so that nothing but the length ends a reply,
+    and ids have no text.
+    """
 
     special_tokens = dict.fromkeys(SPECIAL_TOKENS, -1)
 
     def encode(self, text: str) -> list[int]:
-        raise UsageError("these weights came without a tokenizer: give token ids, or put tokenizer.pkl beside them")
+        raise UsageError(
+            "these weights came without a tokenizer: give token ids, or put tokenizer.pkl beside "
+            "them"
+        )
 
     def decode_bytes(self, ids: list[int]) -> bytes:
         return b""
@@ -45,16 +50,18 @@ class Request:
 
     Attributes:
         tokens: the prompt, with its special tokens; at least one.
-        max_tokens: most tokens to generate, those a tool writes included; less where the context is too short for it.
+        max_tokens: most tokens to generate, those a tool writes included; less where the context
+          is too short for it.
         temperature: 0 takes the most likely token each time.
         top_k: keep the k most likely tokens; 0 keeps all.
         top_p: keep the fewest most likely tokens whose probability reaches p; 1 keeps all.
-        seed: names the random stream: the same request always gives the same tokens, whoever shares the batch.
+        seed: names the random stream: the same request always gives the same tokens, whoever
+          shares the batch.
         stop: the text ends before the first of these strings to appear.
-        stop_tokens: ids, or names of special tokens, that end the reply as `<|assistant_end|>` does; `MAX_STOP_TOKENS` at
-            most.
-        truncate: cut a prompt that leaves no room for `max_tokens` (or half of the context) from the left, but for a
-            leading bos, rather than refuse it.
+        stop_tokens: ids, or names of special tokens, that end the reply as `<|assistant_end|>`
+            does; `MAX_STOP_TOKENS` at most.
+        truncate: cut a prompt that leaves no room for `max_tokens` (or half of the context) from
+            the left, but for a leading bos, rather than refuse it.
         logprobs: ask for the log-probability of each token.
     """
 
@@ -83,16 +90,23 @@ class Request:
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be over 0 and at most 1, got {self.top_p}")
         if isinstance(self.stop, str) or not all(self.stop):
-            raise ValueError(f"stop must be a sequence of strings that are not empty, got {self.stop!r}")
+            raise ValueError(
+                f"stop must be a sequence of strings that are not empty, got {self.stop!r}"
+            )
         object.__setattr__(self, "stop", tuple(self.stop))
         if isinstance(self.stop_tokens, str) or len(self.stop_tokens) > MAX_STOP_TOKENS:
-            raise ValueError(f"stop_tokens must be a sequence of at most {MAX_STOP_TOKENS}, got {self.stop_tokens!r}")
+            raise ValueError(
+                f"stop_tokens must be a sequence of at most {MAX_STOP_TOKENS}, got "
+                f"{self.stop_tokens!r}"
+            )
         object.__setattr__(self, "stop_tokens", tuple(self.stop_tokens))
 
 
 @dataclass(frozen=True)
 class ToolCall:
-    """A calculation the model asked for, and its result as text; None where the calculator refused it."""
+    """A calculation the model asked for, and its result as text; None where the calculator refused
+    it.
+    """
 
     expression: str
     output: str | None
@@ -105,11 +119,13 @@ class Result:
     Attributes:
         tokens: the generated ids, without the terminal token.
         sampled: for each of them whether the model drew it; False where a tool wrote it.
-        finish_reason: "stop" (a terminal token, a stop token or a stop string), "length", or "cancelled".
-        text: the text outside of tool calls, without special tokens; `tokenizer.decode(tokens)` shows everything.
+        finish_reason: "stop" (a terminal token, a stop token or a stop string), "length", or
+          "cancelled".
+        text: the text outside of tool calls, without special tokens; `tokenizer.decode(tokens)`
+          shows everything.
         prompt_tokens: length of the prompt, after truncation.
-        logprobs: if asked for, the natural logarithm of the model's probability of each token, drawn or not, before
-            temperature, top-k and top-p.
+        logprobs: if asked for, the natural logarithm of the model's probability of each token,
+            drawn or not, before temperature, top-k and top-p.
     """
 
     tokens: list[int]
@@ -133,27 +149,38 @@ class Vocabulary:
         self.python_start, self.python_end = special["<|python_start|>"], special["<|python_end|>"]
         self.output_start, self.output_end = special["<|output_start|>"], special["<|output_end|>"]
 
-
     def resolve(self, stop: int | str, vocab_size: int) -> int:
         """Id of a stop token; ValueError if there is none such."""
         if isinstance(stop, str):
             if stop not in self.special_ids:
-                raise ValueError(f"unknown stop token {stop!r}: give an id, or one of {', '.join(self.special_ids)}")
+                raise ValueError(
+                    f"unknown stop token {stop!r}: give an id, or one of "
+                    f"{', '.join(self.special_ids)}"
+                )
             return self.special_ids[stop]
         if not 0 <= stop < vocab_size:
-            raise ValueError(f"unknown stop token {stop}: the vocabulary has the ids 0 to {vocab_size - 1}")
+            raise ValueError(
+                f"unknown stop token {stop}: the vocabulary has the ids 0 to {vocab_size - 1}"
+            )
         return int(stop)
 
 
 class Generation:
     """A request in flight: its tokens so far, the tool state machine, and the text to show.
 
-    Tool calls: the tokens between python_start and python_end are an expression. If the calculator has a value for it,
-    output_start, the value and output_end are queued in `forced`; the engine feeds them in place of drawn tokens.
+    Tool calls: the tokens between python_start and python_end are an expression. If the calculator
+    has a value for it, output_start, the value and output_end are queued in `forced`; the engine
+    feeds them in place of drawn tokens.
     """
 
-    def __init__(self, request: Request, prompt: tuple[int, ...], max_tokens: int, stop_ids: Sequence[int],
-                 vocabulary: Vocabulary) -> None:
+    def __init__(
+        self,
+        request: Request,
+        prompt: tuple[int, ...],
+        max_tokens: int,
+        stop_ids: Sequence[int],
+        vocabulary: Vocabulary,
+    ) -> None:
         self.request = request
         self.prompt = prompt
         self.max_tokens = max_tokens
@@ -177,7 +204,9 @@ class Generation:
 
     @property
     def length(self) -> int:
-        """Tokens of it in the KV cache once admitted: all but the newest, which the next step feeds."""
+        """Tokens of it in the KV cache once admitted: all but the newest, which the next step
+        feeds.
+        """
         return len(self.prompt) + len(self.tokens) - 1
 
     @property
@@ -216,7 +245,9 @@ class Generation:
     def finish(self, reason: FinishReason) -> None:
         self._show(self._stream.finish())
         if self._expression:  # a call that nothing closed is shown, without a result
-            expression = self._vocabulary.tokenizer.decode_bytes(self._expression).decode("utf-8", errors="replace")
+            expression = self._vocabulary.tokenizer.decode_bytes(self._expression).decode(
+                "utf-8", errors="replace"
+            )
             self._events.append(ToolCall(expression, None))
             self._expression = None
         self.finish_reason = reason
@@ -233,7 +264,14 @@ class Generation:
         if self.finish_reason is None:
             raise RuntimeError("the generation has not finished")
         logprobs = self.logprobs if self.request.logprobs else None
-        return Result(self.tokens, self.sampled, self.finish_reason, "".join(self._text), len(self.prompt), logprobs)
+        return Result(
+            self.tokens,
+            self.sampled,
+            self.finish_reason,
+            "".join(self._text),
+            len(self.prompt),
+            logprobs,
+        )
 
     def _run_tool(self) -> None:
         vocabulary, tokens, self._expression = self._vocabulary, self._expression, None
@@ -243,7 +281,13 @@ class Generation:
         value = calculate(expression)
         output = None if value is None else str(value)
         if output is not None:
-            self.forced.extend([vocabulary.output_start, *vocabulary.tokenizer.encode(output), vocabulary.output_end])
+            self.forced.extend(
+                [
+                    vocabulary.output_start,
+                    *vocabulary.tokenizer.encode(output),
+                    vocabulary.output_end,
+                ]
+            )
         self._events.append(ToolCall(expression, output))
 
     def _show(self, text: str) -> None:

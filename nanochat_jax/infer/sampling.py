@@ -73,9 +73,18 @@ def sample(logits: Array, params: SamplingParams, noise: Array, transform: Map =
     vocab_size = logits.shape[0]
     random = jnp.asarray(params.temperature > MIN_TEMPERATURE)
     top_k = jnp.where((params.top_k == 0) | (params.top_k > vocab_size), vocab_size, params.top_k)
-    rows = _Rows(random, random & (top_k == vocab_size) & (params.top_p >= 1),
-                 jnp.where(random, params.temperature, 1.0), top_k, params.top_p)
-    tokens = lax.cond(jnp.any(random), lambda: _draw(logits, rows, noise, transform), lambda: first_argmax(logits, axis=0))
+    rows = _Rows(
+        random,
+        random & (top_k == vocab_size) & (params.top_p >= 1),
+        jnp.where(random, params.temperature, 1.0),
+        top_k,
+        params.top_p,
+    )
+    tokens = lax.cond(
+        jnp.any(random),
+        lambda: _draw(logits, rows, noise, transform),
+        lambda: first_argmax(logits, axis=0),
+    )
     # A sum, because reductions by maximum pass over a NaN on some backends.
     return jnp.where(jnp.isfinite(jnp.sum(logits, axis=0)), tokens, vocab_size)
 
@@ -99,11 +108,15 @@ def _draw(logits: Array, rows: _Rows, noise: Array, transform: Map) -> Array:
             longer, enough, _ = _draw_listed(logits, count, rows, noise, transform)
             return jnp.where(settled, tokens, longer), settled | enough
 
-        tokens, settled = lax.cond(jnp.all(settled), lambda *same: same, draw_again, tokens, settled)
+        tokens, settled = lax.cond(
+            jnp.all(settled), lambda *same: same, draw_again, tokens, settled
+        )
     return tokens
 
 
-def _draw_listed(logits: Array, count: int, rows: _Rows, noise: Array, transform: Map) -> tuple[Array, Array, Array]:
+def _draw_listed(
+    logits: Array, count: int, rows: _Rows, noise: Array, transform: Map
+) -> tuple[Array, Array, Array]:
     """Draws [B] among the `count` most likely tokens, whether those include all that top-k and
     top-p keep [B], and the greatest logits [B].
     """
@@ -163,7 +176,9 @@ def noise_for(seed: Array | np.ndarray, position: Array | np.ndarray, vocab_size
         key = jax.random.fold_in(jax.random.wrap_key_data(seed, impl="threefry2x32"), position)
         return jax.random.gumbel(key, (count,))
 
-    return jnp.vectorize(of_row, signature="(k),()->(n)")(jnp.broadcast_to(seed, (*position.shape, 2)), position)
+    return jnp.vectorize(of_row, signature="(k),()->(n)")(
+        jnp.broadcast_to(seed, (*position.shape, 2)), position
+    )
 
 
 # ------------------------------------------------------------------------------------------ ranking
@@ -181,7 +196,9 @@ def most_likely(logits: Array, count: int) -> tuple[Array, Array]:
         return _top_k(logits.T, count)
     blocks = _blocks(logits, size)
     _, chosen = _top_k(jnp.max(blocks, axis=1).T, count)
-    ids = (jnp.sort(chosen, axis=-1)[:, :, None] * size + jnp.arange(size, dtype=jnp.int32)).reshape(rows, -1)
+    ids = (
+        jnp.sort(chosen, axis=-1)[:, :, None] * size + jnp.arange(size, dtype=jnp.int32)
+    ).reshape(rows, -1)
     # Ids of the padding are out of range.
     candidates = logits.at[ids, jnp.arange(rows)[:, None]].get(mode="fill", fill_value=-jnp.inf)
     values, index = _top_k(candidates, count)
@@ -219,7 +236,9 @@ def log_probability(logits: Array, tokens: Array, asked: Array, transform: Map =
     """
 
     def compute() -> Array:
-        chosen = transform(logits.at[tokens, jnp.arange(len(tokens))].get(mode="fill", fill_value=jnp.nan))
+        chosen = transform(
+            logits.at[tokens, jnp.arange(len(tokens))].get(mode="fill", fill_value=jnp.nan)
+        )
         return jnp.where(asked, chosen - jax.nn.logsumexp(transform(logits), axis=0), jnp.nan)
 
     return lax.cond(jnp.any(asked), compute, lambda: jnp.full(tokens.shape, jnp.nan, logits.dtype))

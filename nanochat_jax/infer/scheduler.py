@@ -1,4 +1,6 @@
-"""Many callers, one engine: a thread that owns an engine loop, admits what waits, and hands out text as it comes."""
+"""Many callers, one engine: a thread that owns an engine loop, admits what waits, and hands out
+text as it comes.
+"""
 
 import asyncio
 import logging
@@ -11,7 +13,8 @@ from nanochat_jax.infer.request import Generation, Request, Result, ToolCall
 
 log = logging.getLogger(__name__)
 
-ADMITTED_TOKENS = 2048  # most prompt tokens between two steps, but for one prompt alone, so that running replies go on
+# most prompt tokens between two steps, but for one prompt alone, so that running replies go on
+ADMITTED_TOKENS = 2048
 
 Event = str | ToolCall | Result
 
@@ -23,8 +26,8 @@ class QueueFull(Exception):
 class Handle:
     """A submitted request. Iterate over it, with `for` or `async for`, for one consumer:
 
-    pieces of text (whole characters, none that a stop string takes back), tool calls where they happen, and at the end
-    the `Result`. If the generation failed, the iteration raises.
+    pieces of text (whole characters, none that a stop string takes back), tool calls where they
+    happen, and at the end the `Result`. If the generation failed, the iteration raises.
     """
 
     def __init__(self, generation: Generation) -> None:
@@ -37,7 +40,9 @@ class Handle:
         self._wake: Callable[[], object] | None = None
 
     def cancel(self) -> None:
-        """Ask for an early end; the result, reason "cancelled", still comes. Nothing happens if it is over."""
+        """Ask for an early end; the result, reason "cancelled", still comes. Nothing happens if it
+        is over.
+        """
         self._cancelled = True
 
     @property
@@ -46,7 +51,9 @@ class Handle:
         return self._cancelled
 
     def result(self, timeout: float | None = None) -> Result:
-        """Wait for the outcome. Raises what the generation failed with, or TimeoutError after `timeout` seconds."""
+        """Wait for the outcome. Raises what the generation failed with, or TimeoutError after
+        `timeout` seconds.
+        """
         with self._changed:
             if not self._changed.wait_for(lambda: self._outcome is not None, timeout):
                 raise TimeoutError(f"no result after {timeout} seconds")
@@ -105,7 +112,8 @@ class Handle:
 class Scheduler:
     """Serves requests from any thread with one engine.
 
-    Use as a context manager, or call `start` and `close`. `max_waiting` requests may wait for a slot.
+    Use as a context manager, or call `start` and `close`. `max_waiting` requests may wait for a
+    slot.
     """
 
     def __init__(self, engine: Engine, *, max_waiting: int = 64) -> None:
@@ -152,28 +160,35 @@ class Scheduler:
         """Queue a request.
 
         Raises:
-            ValueError: its prompt does not fit the context, it or a stop token is not of this vocabulary.
+            ValueError: its prompt does not fit the context, it or a stop token is not of this
+              vocabulary.
             QueueFull: too many wait.
             RuntimeError: the scheduler is not running, or its engine has failed.
         """
         return self.submit_all([request])[0]
 
     def submit_all(self, requests: Sequence[Request]) -> list[Handle]:
-        """Queue requests together, all or none: such as several samples of one prompt, which is then computed once.
+        """Queue requests together, all or none: such as several samples of one prompt, which is
+        then computed once.
 
         Raises as `submit`; ValueError also for more than could ever be admitted and wait.
         """
         most = self._engine.num_slots + self._max_waiting
         if len(requests) > most:
-            raise ValueError(f"{len(requests)} requests together are more than {most}, the slots and places in the queue")
+            raise ValueError(
+                f"{len(requests)} requests together are more than {most}, the slots and places in "
+                "the queue"
+            )
         handles = [Handle(self._engine.generation(request)) for request in requests]
         with self._changed:
             if self._failure is not None:
                 raise RuntimeError("the engine has failed") from self._failure
             if self._thread is None or self._closing:
                 raise RuntimeError("the scheduler is not running")
-            waiting = sum(not handle.cancelled for handle in self._waiting)  # those given up leave before the next step
-            free = self._engine.num_slots - len(self._live)  # which those who wait get before the next step
+            # those given up leave before the next step
+            waiting = sum(not handle.cancelled for handle in self._waiting)
+            # which those who wait get before the next step
+            free = self._engine.num_slots - len(self._live)
             if waiting + len(handles) > self._max_waiting + max(0, free):
                 raise QueueFull(f"{waiting} requests wait already, of at most {self._max_waiting}")
             self._waiting.extend(handles)
@@ -206,7 +221,8 @@ class Scheduler:
                 self._changed.wait_for(lambda: self._waiting or self._live or self._closing)
                 if self._closing:
                     break
-                taken = [handle for handle in self._waiting if handle.cancelled]  # looked at once: it may change meanwhile
+                # looked at once: it may change meanwhile
+                taken = [handle for handle in self._waiting if handle.cancelled]
                 self._waiting = deque(handle for handle in self._waiting if handle not in taken)
                 taken += self._next(loop.num_free)
                 admitted = [handle._generation for handle in taken]
@@ -217,7 +233,8 @@ class Scheduler:
             if admitted:
                 self._deliver()  # a prefill may take long, a first of its size, or fail
             loop.admit([generation for generation in admitted if not generation.done])
-            # Else what came is handed out while the device works, so that it never waits for who writes to clients.
+            # Else what came is handed out while the device works, so that it never waits for who
+            # writes to clients.
             loop.step(meanwhile=self._deliver)
         self._deliver()
 

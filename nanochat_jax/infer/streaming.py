@@ -1,4 +1,6 @@
-"""Bytes of tokens to text that can be shown as it comes: whole characters, nothing that a stop string takes back."""
+"""Bytes of tokens to text that can be shown as it comes: whole characters, nothing that a stop
+string takes back.
+"""
 
 import codecs
 from collections.abc import Sequence
@@ -7,8 +9,9 @@ from collections.abc import Sequence
 class TextStream:
     """Incremental UTF-8 decoding with stop strings.
 
-    A character whose bytes are spread over several tokens appears when its last byte has come. Text that may turn out
-    to be the beginning of a stop string is held back until it is known not to be.
+    A character whose bytes are spread over several tokens appears when its last byte has come.
+    Text that may turn out to be the beginning of a stop string is held back until it is known not
+    to be.
     """
 
     def __init__(self, stop: Sequence[str] = ()) -> None:

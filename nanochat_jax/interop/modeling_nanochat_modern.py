@@ -1,10 +1,12 @@
-"""The nanochat model of July 2026 for Hugging Face transformers; travels with the weights, needs `trust_remote_code=True`.
+"""The nanochat model of July 2026 for Hugging Face transformers; travels with the weights, needs
+`trust_remote_code=True`.
 
-Parameters carry nanochat's own names. Letters: B batch, T new tokens, S tokens seen and new, D width, H query heads,
-K key/value heads, h head width.
+Parameters carry nanochat's own names. Letters: B batch, T new tokens, S tokens seen and new, D
+width, H query heads, K key/value heads, h head width.
 
-The smear mixes the embedding of the token before into each position, so that a decoding step needs the id of the token
-before it: `generate` passes it as `previous_input_ids`; in a loop of your own the model remembers it with the cache.
+The smear mixes the embedding of the token before into each position, so that a decoding step needs
+the id of the token before it: `generate` passes it as `previous_input_ids`; in a loop of your own
+the model remembers it with the cache.
 """
 
 import torch
@@ -130,11 +132,15 @@ class NanoChatModernForCausalLM(PreTrainedModel, GenerationMixin):
         super().__init__(config)
         rows, width, depth = config.padded_vocab_size, config.hidden_size, config.num_hidden_layers
         kv_width = width // config.num_attention_heads * config.num_key_value_heads
-        self.transformer = nn.ModuleDict({
-            "wte": nn.Embedding(rows, width),
-            "h": nn.ModuleList([Block(config, layer) for layer in range(depth)]),
-        })
-        self.value_embeds = nn.ModuleDict({str(i): nn.Embedding(rows, kv_width) for i in config.value_embed_layers})
+        self.transformer = nn.ModuleDict(
+            {
+                "wte": nn.Embedding(rows, width),
+                "h": nn.ModuleList([Block(config, layer) for layer in range(depth)]),
+            }
+        )
+        self.value_embeds = nn.ModuleDict(
+            {str(i): nn.Embedding(rows, kv_width) for i in config.value_embed_layers}
+        )
         self.lm_head = nn.Linear(width, rows, bias=False)
         self.resid_lambdas = nn.Parameter(torch.ones(depth))
         self.x0_lambdas = nn.Parameter(torch.zeros(depth))
@@ -174,8 +180,9 @@ class NanoChatModernForCausalLM(PreTrainedModel, GenerationMixin):
     ):
         """Logits [B, T, V] in float32 of input_ids [B, T].
 
-        attention_mask [B, S], 0 where a token is padding; previous_input_ids [B, 1], the token before the new ones;
-        cache, called past_key_values by transformers before 5.24: the keys and values seen.
+        attention_mask [B, S], 0 where a token is padding; previous_input_ids [B, 1], the token
+        before the new ones; cache, called past_key_values by transformers before 5.24: the keys
+        and values seen.
         """
         cache = past_key_values if cache is None else cache
         config = self.config
@@ -186,26 +193,35 @@ class NanoChatModernForCausalLM(PreTrainedModel, GenerationMixin):
         seen = cache.get_seq_length() if cache is not None else 0
         device = input_ids.device
         if attention_mask is not None and attention_mask.shape != (batch, seen + length):
-            raise ValueError(f"attention_mask must be {[batch, seen + length]}, got {list(attention_mask.shape)}")
+            raise ValueError(
+                f"attention_mask must be {[batch, seen + length]}, got {list(attention_mask.shape)}"
+            )
 
         x = rms_norm(self.transformer.wte(input_ids), config.rms_norm_eps)
         x = self._smear(x, cache, seen, attention_mask, previous_input_ids)
         if position_ids is None:
             position_ids = torch.arange(seen, seen + length, device=device)[None]
         cos, sin = self._rotary(position_ids)
-        masks = {window: self._mask(window, seen, length, attention_mask, device) for window in set(config.windows)}
+        masks = {
+            window: self._mask(window, seen, length, attention_mask, device)
+            for window in set(config.windows)
+        }
 
         x0, middle = x, None
         for i, block in enumerate(self.transformer.h):
             x = self.resid_lambdas[i].to(x.dtype) * x + self.x0_lambdas[i].to(x.dtype) * x0
-            value_embed = self.value_embeds[str(i)](input_ids) if str(i) in self.value_embeds else None
+            value_embed = (
+                self.value_embeds[str(i)](input_ids) if str(i) in self.value_embeds else None
+            )
             x = block(x, value_embed, cos, sin, masks[config.windows[i]], cache)
             if i == config.num_hidden_layers // 2:
                 middle = x
         x = rms_norm(x - self.backout_lambda.to(x.dtype) * middle, config.rms_norm_eps)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(x[:, kept])[..., : config.vocab_size].float()
-        logits = config.final_logit_softcapping * torch.tanh(logits / config.final_logit_softcapping)
+        logits = config.final_logit_softcapping * torch.tanh(
+            logits / config.final_logit_softcapping
+        )
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, config.vocab_size, **kwargs)
@@ -220,7 +236,10 @@ class NanoChatModernForCausalLM(PreTrainedModel, GenerationMixin):
         else:
             known, before = getattr(cache, "nanochat_last_embedding", (None, None))
             if known != seen:
-                raise ValueError("the cache was cut or copied: pass previous_input_ids [B, 1], the token before input_ids")
+                raise ValueError(
+                    "the cache was cut or copied: pass previous_input_ids [B, 1], the token "
+                    "before input_ids"
+                )
         if cache is not None:
             cache.nanochat_last_embedding = (seen + x.shape[1], x[:, -1:])
         previous = torch.cat([before, x[:, :-1]], dim=1)
@@ -239,7 +258,9 @@ class NanoChatModernForCausalLM(PreTrainedModel, GenerationMixin):
 
     @staticmethod
     def _mask(window, seen, length, attention_mask, device):
-        """True [B or 1, 1, T, S] where a query may look: itself, and real tokens at most `window` positions before."""
+        """True [B or 1, 1, T, S] where a query may look: itself, and real tokens at most `window`
+        positions before.
+        """
         query = torch.arange(seen, seen + length, device=device)[:, None]
         distance = query - torch.arange(seen + length, device=device)[None]
         visible = ((distance >= 0) & (distance <= window))[None, None]

@@ -1,8 +1,9 @@
 """PyTorch's `.pt` files and nanochat's `tokenizer.pkl`, read and written without torch.
 
-A `.pt` file is a zip archive: `data.pkl` is a pickle of the tensors' names, shapes and strides, `data/<key>` are their
-bytes. Pickles can run code when they are read. Ours are read by unpicklers that know the few classes such files need
-and refuse every other, so that nothing a file brings along is ever executed.
+A `.pt` file is a zip archive: `data.pkl` is a pickle of the tensors' names, shapes and strides,
+`data/<key>` are their bytes. Pickles can run code when they are read. Ours are read by unpicklers
+that know the few classes such files need and refuse every other, so that nothing a file brings
+along is ever executed.
 """
 
 import collections
@@ -22,10 +23,16 @@ import numpy as np
 from nanochat_jax.cli import NotFound, UsageError, one_line
 
 STORAGES = {
-    "FloatStorage": np.dtype(np.float32), "BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
-    "HalfStorage": np.dtype(np.float16), "DoubleStorage": np.dtype(np.float64), "IntStorage": np.dtype(np.int32),
-    "LongStorage": np.dtype(np.int64), "ShortStorage": np.dtype(np.int16), "CharStorage": np.dtype(np.int8),
-    "ByteStorage": np.dtype(np.uint8), "BoolStorage": np.dtype(np.bool_),
+    "FloatStorage": np.dtype(np.float32),
+    "BFloat16Storage": np.dtype(ml_dtypes.bfloat16),
+    "HalfStorage": np.dtype(np.float16),
+    "DoubleStorage": np.dtype(np.float64),
+    "IntStorage": np.dtype(np.int32),
+    "LongStorage": np.dtype(np.int64),
+    "ShortStorage": np.dtype(np.int16),
+    "CharStorage": np.dtype(np.int8),
+    "ByteStorage": np.dtype(np.uint8),
+    "BoolStorage": np.dtype(np.bool_),
 }
 ALIGNMENT = 64  # of each tensor in the file, as torch aligns them
 
@@ -33,14 +40,21 @@ ALIGNMENT = 64  # of each tensor in the file, as torch aligns them
 def read_pt(path: Path) -> Any:
     """What `torch.save` wrote: a tensor as an array, a state dict as a dict of arrays.
 
-    Raises `NotFound` if there is no such file; `UsageError`, with the file's name, if it is torn, or holds anything but
-    plain containers of tensors.
+    Raises `NotFound` if there is no such file; `UsageError`, with the file's name, if it is torn,
+    or holds anything but plain containers of tensors.
     """
     with _refusing(path), zipfile.ZipFile(path) as archive:
-        if packed := [info.filename for info in archive.infolist() if info.compress_type != zipfile.ZIP_STORED]:
-            raise ValueError(f"{packed[0]} is compressed, which torch never does: little could unpack to very much")
+        if packed := [
+            info.filename for info in archive.infolist() if info.compress_type != zipfile.ZIP_STORED
+        ]:
+            raise ValueError(
+                f"{packed[0]} is compressed, which torch never does: little could unpack to very "
+                "much"
+            )
         names = archive.namelist()
-        root = next((name.removesuffix("data.pkl") for name in names if name.endswith("/data.pkl")), None)
+        root = next(
+            (name.removesuffix("data.pkl") for name in names if name.endswith("/data.pkl")), None
+        )
         if root is None:
             raise ValueError("there is no data.pkl in it")
         if f"{root}byteorder" in names and archive.read(f"{root}byteorder") != b"little":
@@ -59,8 +73,11 @@ def _refusing(path: Path) -> Iterator[None]:
     except UsageError:
         raise
     except Exception as error:  # damaged pickles raise nearly anything
-        raise UsageError(f"{path} cannot be read ({type(error).__name__}: {one_line(error)}): it is damaged or not what "
-                         "its name says") from error
+        raise UsageError(
+            f"{path} cannot be read ({type(error).__name__}: {one_line(error)}): it is damaged or "
+            "not what "
+            "its name says"
+        ) from error
 
 
 class _TensorUnpickler(pickle.Unpickler):
@@ -71,11 +88,15 @@ class _TensorUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if module in ("torch", "torch.storage") and name in STORAGES:
             return name
-        known = {("collections", "OrderedDict"): collections.OrderedDict,
-                 ("torch._utils", "_rebuild_tensor_v2"): _RebuildTensor(),
-                 ("torch._utils", "_rebuild_parameter"): _RebuildParameter()}
+        known = {
+            ("collections", "OrderedDict"): collections.OrderedDict,
+            ("torch._utils", "_rebuild_tensor_v2"): _RebuildTensor(),
+            ("torch._utils", "_rebuild_parameter"): _RebuildParameter(),
+        }
         if (module, name) not in known:
-            raise pickle.UnpicklingError(f"refused to load {module}.{name}: only tensors belong in this file")
+            raise pickle.UnpicklingError(
+                f"refused to load {module}.{name}: only tensors belong in this file"
+            )
         return known[module, name]
 
     def persistent_load(self, reference: tuple) -> np.ndarray:
@@ -89,19 +110,33 @@ class _TensorUnpickler(pickle.Unpickler):
 
 
 class _RebuildTensor:
-    """Called by the pickle. An object without attributes, where a function would have some for a pickle to set."""
+    """Called by the pickle. An object without attributes, where a function would have some for a
+    pickle to set.
+    """
 
     __slots__ = ()
 
-    def __call__(self, storage: np.ndarray, offset: int, shape: tuple[int, ...], stride: tuple[int, ...], *_: Any
-                 ) -> np.ndarray:
-        if any(not isinstance(n, int) or n < 0 for n in (offset, *shape, *stride)) or len(shape) != len(stride):
+    def __call__(
+        self,
+        storage: np.ndarray,
+        offset: int,
+        shape: tuple[int, ...],
+        stride: tuple[int, ...],
+        *_: Any,
+    ) -> np.ndarray:
+        if any(not isinstance(n, int) or n < 0 for n in (offset, *shape, *stride)) or len(
+            shape
+        ) != len(stride):
             raise ValueError(f"a tensor has shape {shape}, strides {stride}, offset {offset}")
         last = offset + sum((size - 1) * step for size, step in zip(shape, stride))
         if math.prod(shape) and last >= storage.size:
-            raise ValueError(f"a tensor of shape {shape} reaches past the {storage.size} elements of its storage")
+            raise ValueError(
+                f"a tensor of shape {shape} reaches past the {storage.size} elements of its storage"
+            )
         byte_strides = [step * storage.dtype.itemsize for step in stride]
-        return np.lib.stride_tricks.as_strided(storage[offset:], shape, byte_strides, writeable=False)
+        return np.lib.stride_tricks.as_strided(
+            storage[offset:], shape, byte_strides, writeable=False
+        )
 
 
 class _RebuildParameter:
@@ -112,19 +147,28 @@ class _RebuildParameter:
 
 
 def write_pt(path: Path, content: np.ndarray | Mapping[str, np.ndarray]) -> None:
-    """Write an array, or a state dict of arrays, so that `torch.load(path, weights_only=True)` gives it back.
+    """Write an array, or a state dict of arrays, so that `torch.load(path, weights_only=True)`
+    gives it back.
 
-    Straight to `path`: a caller that may be interrupted writes to a directory aside and renames that.
+    Straight to `path`: a caller that may be interrupted writes to a directory aside and renames
+    that.
     """
     root = path.stem
-    names, arrays = (None, [content]) if isinstance(content, np.ndarray) else (list(content), list(content.values()))
+    names, arrays = (
+        (None, [content])
+        if isinstance(content, np.ndarray)
+        else (list(content), list(content.values()))
+    )
     with path.open("wb") as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         archive.writestr(f"{root}/data.pkl", _pickle(names, arrays))
         archive.writestr(f"{root}/byteorder", "little")
         for key, array in enumerate(arrays):
             info = zipfile.ZipInfo(f"{root}/data/{key}")
-            start = file.tell() + 30 + len(info.filename) + 4  # local header, name, head of the padding
-            info.extra = struct.pack("<2sH", b"FB", -start % ALIGNMENT) + b"Z" * (-start % ALIGNMENT)
+            # local header, name, head of the padding
+            start = file.tell() + 30 + len(info.filename) + 4
+            info.extra = struct.pack("<2sH", b"FB", -start % ALIGNMENT) + b"Z" * (
+                -start % ALIGNMENT
+            )
             archive.writestr(info, np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
         archive.writestr(f"{root}/version", "3\n")
 
@@ -150,17 +194,31 @@ def _pickle(names: list[str] | None, arrays: list[np.ndarray]) -> bytes:
 
     def tensor(key: int, array: np.ndarray) -> bytes:
         storage = b"ctorch\n%s\n" % storage_names[array.dtype].encode()
-        reference = tuple_of(text("storage"), storage, text(str(key)), text("cpu"), number(array.size)) + b"Q"
+        reference = (
+            tuple_of(text("storage"), storage, text(str(key)), text("cpu"), number(array.size))
+            + b"Q"
+        )
         strides = np.cumprod((1, *array.shape[:0:-1]))[::-1].tolist() if array.ndim else []
         hooks = b"ccollections\nOrderedDict\n)R"
-        return b"ctorch._utils\n_rebuild_tensor_v2\n" + tuple_of(
-            reference, number(0), tuple_of(*map(number, array.shape)), tuple_of(*map(number, strides)), b"\x89", hooks
-        ) + b"R"
+        return (
+            b"ctorch._utils\n_rebuild_tensor_v2\n"
+            + tuple_of(
+                reference,
+                number(0),
+                tuple_of(*map(number, array.shape)),
+                tuple_of(*map(number, strides)),
+                b"\x89",
+                hooks,
+            )
+            + b"R"
+        )
 
     tensors = [tensor(key, array) for key, array in enumerate(arrays)]
     if names is None:
         return b"\x80\x02" + tensors[0] + b"."
-    return b"\x80\x02}(" + b"".join(text(name) + value for name, value in zip(names, tensors)) + b"u."
+    return (
+        b"\x80\x02}(" + b"".join(text(name) + value for name, value in zip(names, tensors)) + b"u."
+    )
 
 
 @dataclass
@@ -179,7 +237,9 @@ class PickledEncoding:
 class _EncodingUnpickler(pickle.Unpickler):
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) != ("tiktoken.core", "Encoding"):
-            raise pickle.UnpicklingError(f"refused to load {module}.{name}: only a tiktoken Encoding belongs in this file")
+            raise pickle.UnpicklingError(
+                f"refused to load {module}.{name}: only a tiktoken Encoding belongs in this file"
+            )
         return PickledEncoding
 
 
@@ -190,6 +250,8 @@ def read_encoding(path: Path) -> PickledEncoding:
         if not isinstance(encoding, PickledEncoding) or not isinstance(encoding.pattern, str):
             raise ValueError("it holds no vocabulary")
         for table, kind in ((encoding.mergeable_ranks, bytes), (encoding.special_tokens, str)):
-            if not isinstance(table, dict) or not all(type(k) is kind and type(v) is int for k, v in table.items()):
+            if not isinstance(table, dict) or not all(
+                type(k) is kind and type(v) is int for k, v in table.items()
+            ):
                 raise ValueError("its vocabulary is not a table of tokens and ids")
         return encoding

@@ -2,9 +2,9 @@
 
 The reference is in XLA, with scores and softmax in float32. It cuts whole sequences into blocks of
 queries, and each block meets only the keys that it may see. This skips half the work of causal
-attention and most of a windowed one's. The hand-written gradient saves nothing of the [T, S] weights,
-and all its matmuls have the form that a CPU is fast at.
-`self_attention` chooses between the reference and the fused kernels of `kernels.py`.
+attention and most of a windowed one's. The hand-written gradient saves nothing of the [T, S]
+weights, and all its matmuls have the form that a CPU is fast at. `self_attention` chooses between
+the reference and the fused kernels of `kernels.py`.
 """
 
 import functools
@@ -24,8 +24,10 @@ from nanochat_jax.model.fast import SAVED, transpose
 QUERY_BLOCK = 128  # fewest queries of a block; the last block may be smaller
 MOST_BLOCKS = 16  # each is compiled separately
 
-KERNELS = {"splash": (kernels.splash_refuses, kernels.splash_attention),
-           "cudnn": (kernels.cudnn_refuses, kernels.cudnn_attention)}
+KERNELS = {
+    "splash": (kernels.splash_refuses, kernels.splash_attention),
+    "cudnn": (kernels.cudnn_refuses, kernels.cudnn_attention),
+}
 
 
 def self_attention(q: Array, k: Array, v: Array, *, window: int | None, compute: Compute) -> Array:
@@ -58,7 +60,9 @@ def choose_kernel(compute: Compute, q: Array | jax.ShapeDtypeStruct) -> str:
 
 
 def check_attention(compute: Compute, *, length: int, head_dim: int) -> None:
-    """Raise `UsageError` if the kernel that was asked for by name cannot run rows of `length` tokens."""
+    """Raise `UsageError` if the kernel that was asked for by name cannot run rows of `length`
+    tokens.
+    """
     choose_kernel(compute, jax.ShapeDtypeStruct((1, length, 1, head_dim), compute.dtype))
 
 
@@ -76,7 +80,9 @@ def _attend(q: Array, k: Array, v: Array, mask: Array) -> Array:
 
 
 def _visible(q_positions: Array, k_positions: Array, window: int | None) -> Array:
-    """True where a key is at most `window` positions behind the query and not after it: window + 1 keys."""
+    """True where a key is at most `window` positions behind the query and not after it: window + 1
+    keys.
+    """
     distance = q_positions[..., :, None] - k_positions[..., None, :]
     return (distance >= 0) if window is None else (distance >= 0) & (distance <= window)
 
@@ -138,7 +144,9 @@ def _causal_fwd(q: Array, k: Array, v: Array, window: int | None) -> tuple[Array
 
 
 def _causal_bwd(window: int | None, residuals: tuple, d_out: Array) -> tuple[Array, Array, Array]:
-    """Recomputes the weights from the log-sum-exp instead of saving them (FlashAttention, Dao et al., 2022)."""
+    """Recomputes the weights from the log-sum-exp instead of saving them (FlashAttention, Dao et
+    al., 2022).
+    """
     q, k, v, out, log_sum = residuals
     n_kv_head, scale = k.shape[2], 1.0 / math.sqrt(q.shape[-1])
     queries, outs, d_outs = (_by_head(x, n_kv_head) for x in (q, out, d_out))
@@ -152,7 +160,9 @@ def _causal_bwd(window: int | None, residuals: tuple, d_out: Array) -> tuple[Arr
         d_scores = (scale * weights * (d_weights - delta[..., rows, None])).astype(q.dtype)
         d_q.append(_einsum("bkgts,bksh->bkgth", d_scores, keys[:, :, columns]))
         from_scores = _einsum("bkght,bkgts->bkghs", q_columns[..., rows], d_scores).sum(axis=2)
-        from_weights = _einsum("bkght,bkgts->bkghs", d_out_columns[..., rows], weights.astype(q.dtype))
+        from_weights = _einsum(
+            "bkght,bkgts->bkghs", d_out_columns[..., rows], weights.astype(q.dtype)
+        )
         d_k = d_k.at[..., columns].add(from_scores)
         d_v = d_v.at[..., columns].add(from_weights.sum(axis=2))
     d_k, d_v = (x.transpose(0, 3, 1, 2).astype(like.dtype) for x, like in ((d_k, k), (d_v, v)))
@@ -171,11 +181,13 @@ def causal_attention(q: Array, k: Array, v: Array, *, window: int | None) -> Arr
     return _causal(q, k, v, window)
 
 
-def cached_attention(q: Array, k: Array, v: Array, positions: Array, *, window: int | None) -> Array:
+def cached_attention(
+    q: Array, k: Array, v: Array, positions: Array, *, window: int | None
+) -> Array:
     """Attention of new tokens over a cache that already holds their keys: [B, T, H, h].
 
-    q [B, T, H, h] at positions [B, T]; k, v [B, K, S, h], where index s holds position s. Entries after a
-    query's position (right padding, or an earlier sequence's) are masked.
+    q [B, T, H, h] at positions [B, T]; k, v [B, K, S, h], where index s holds position s. Entries
+    after a query's position (right padding, or an earlier sequence's) are masked.
     """
     mask = _visible(positions, jnp.arange(k.shape[2])[None], window)[:, None, None]
     return _attend(q, k, v, mask)

@@ -1,7 +1,9 @@
-"""`Compute`: how a model computes on the devices of a run, as opposed to what it computes (`GPTConfig`).
+"""`Compute`: how a model computes on the devices of a run, as opposed to what it computes
+(`GPTConfig`).
 
-Made once per run by `Compute.on`, the only place that decides what follows from the devices, and passed to `gpt.forward`
-and everything above it. Frozen and hashable, so that jitted functions take it as a static argument.
+Made once per run by `Compute.on`, the only place that decides what follows from the devices, and
+passed to `gpt.forward` and everything above it. Frozen and hashable, so that jitted functions take
+it as a static argument.
 """
 
 import dataclasses
@@ -35,9 +37,10 @@ class Compute:
         | block | the input of each layer |
         | full | the inputs of about sqrt(L) layers (Chen et al., 2016); the others are recomputed twice |
 
-      attention: a kernel of `ATTENTION`, or a function (q, k, v, *, window) in its place. "auto" takes the fused kernel of
-        the devices where shape and dtype allow it, else the reference.
-      scan: run equal groups of layers as a loop, so that programs of deep models compile fast (not with a cache).
+      attention: a kernel of `ATTENTION`, or a function (q, k, v, *, window) in its place. "auto"
+        takes the fused kernel of the devices where shape and dtype allow it, else the reference.
+      scan: run equal groups of layers as a loop, so that programs of deep models compile fast (not
+        with a cache).
       gather: `gather(name, weight)` returns the complete weight where each device holds a part
         (`sharding.gather_over_data`); None: weights are complete, or XLA gathers them.
     """
@@ -51,20 +54,30 @@ class Compute:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
-        for name, value, allowed in (("remat", self.remat, REMAT), ("attention", self.attention, ATTENTION)):
+        for name, value, allowed in (
+            ("remat", self.remat, REMAT),
+            ("attention", self.attention, ATTENTION),
+        ):
             if isinstance(value, str) and value not in allowed:
                 raise ValueError(f"{name} {value!r} is none of {', '.join(allowed)}")
 
     @classmethod
-    def on(cls, mesh: Mesh | None, *, dtype: Any = "auto", remat: str = "none", attention: str = "auto") -> "Compute":
+    def on(
+        cls, mesh: Mesh | None, *, dtype: Any = "auto", remat: str = "none", attention: str = "auto"
+    ) -> "Compute":
         """How to compute on a mesh, or on the first device.
 
-        Layers run as a loop on TPUs only: on GPUs it would cost copies of the stacked weights and activations, and
-        programs compile fast without it.
+        Layers run as a loop on TPUs only: on GPUs it would cost copies of the stacked weights and
+        activations, and programs compile fast without it.
         """
         platform = device_of(mesh).platform
-        return cls(mesh=mesh, dtype=resolve_dtype(dtype, platform), remat=remat, attention=attention,
-                   scan=platform == "tpu")
+        return cls(
+            mesh=mesh,
+            dtype=resolve_dtype(dtype, platform),
+            remat=remat,
+            attention=attention,
+            scan=platform == "tpu",
+        )
 
     def replace(self, **changes: Any) -> "Compute":
         return dataclasses.replace(self, **changes)
@@ -75,7 +88,9 @@ class Compute:
 
     @property
     def num_shards(self) -> int:
-        """Devices over which the arrays of the code being traced are sharded: inside of a `shard_map`, fewer."""
+        """Devices over which the arrays of the code being traced are sharded: inside of a
+        `shard_map`, fewer.
+        """
         if self.mesh is None:
             return 1
         manual = jax.sharding.get_abstract_mesh().manual_axes

@@ -1,7 +1,8 @@
 """The model's configuration and the dial: everything that `--depth` decides, in one place.
 
-Two architectures are one model with different fields: `classic` is nanochat of December 2025 (what Hugging Face's
-NanoChatForCausalLM computes), `modern` is nanochat of July 2026. Training recipes differ likewise.
+Two architectures are one model with different fields: `classic` is nanochat of December 2025 (what
+Hugging Face's NanoChatForCausalLM computes), `modern` is nanochat of July 2026. Training recipes
+differ likewise.
 """
 
 import math
@@ -11,8 +12,10 @@ from typing import Any, Literal
 Arch = Literal["classic", "modern"]
 
 VE_GATE_CHANNELS = 12  # leading channels of a block's input that gate its value embedding
-LARGEST_SCORE = 40.0  # attention's exponentials of scores start from their bound, not from their maximum
-SMEAR_GATE_CHANNELS = 24  # leading channels of the embedding that gate the mix with the token before
+# attention's exponentials of scores start from their bound, not from their maximum
+LARGEST_SCORE = 40.0
+# leading channels of the embedding that gate the mix with the token before
+SMEAR_GATE_CHANNELS = 24
 
 
 def round_up(value: int, multiple: int) -> int:
@@ -21,7 +24,9 @@ def round_up(value: int, multiple: int) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class GPTConfig:
-    """Shape and architecture of a model. Frozen and hashable, so that jitted functions take it as a static argument."""
+    """Shape and architecture of a model. Frozen and hashable, so that jitted functions take it as
+    a static argument.
+    """
 
     sequence_len: int = 2048
     vocab_size: int = 32768
@@ -31,13 +36,16 @@ class GPTConfig:
     n_embd: int = 768
     # What the two eras do differently.
     arch: Arch = "modern"  # which initialisation; the recipe of the optimizer follows it too
-    window_pattern: str | None = "SSSL"  # tiled over layers, the last always long; None: no layer is windowed
+    # tiled over layers, the last always long; None: no layer is windowed
+    window_pattern: str | None = "SSSL"
     rotary_base: float = 100_000.0
-    rotary_dtype: Literal["float32", "bfloat16"] = "float32"  # upstream's classic tables are rounded to bfloat16
+    # upstream's classic tables are rounded to bfloat16
+    rotary_dtype: Literal["float32", "bfloat16"] = "float32"
     qk_scale: float = 1.2  # gain on q and on k after their norm
     value_embeds: bool = True
     smear: bool = True
-    lambdas: bool = True  # per-layer scales of the residual stream and of the embedding added back to it
+    # per-layer scales of the residual stream and of the embedding added back to it
+    lambdas: bool = True
     backout: bool = True
     vocab_multiple: int = 64  # embedding tables are padded to a multiple of this
     softcap: float = 15.0
@@ -49,33 +57,67 @@ class GPTConfig:
         if self.n_embd % self.n_head:
             raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
         if self.n_head % self.n_kv_head:
-            raise ValueError(f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}")
+            raise ValueError(
+                f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}"
+            )
         if self.head_dim % 2:
-            raise ValueError(f"head width {self.head_dim} must be even, rotary embeddings turn pairs")
+            raise ValueError(
+                f"head width {self.head_dim} must be even, rotary embeddings turn pairs"
+            )
         narrowest = max(SMEAR_GATE_CHANNELS * self.smear, VE_GATE_CHANNELS * self.value_embeds)
         if self.n_embd < narrowest:
-            raise ValueError(f"n_embd {self.n_embd} must be at least {narrowest}, the channels that the gates read")
-        if self.window_pattern is not None and (not self.window_pattern or set(self.window_pattern) - set("SL")):
-            raise ValueError(f"window_pattern {self.window_pattern!r} must be made of the letters S and L")
+            raise ValueError(
+                f"n_embd {self.n_embd} must be at least {narrowest}, the channels that the gates "
+                "read"
+            )
+        if self.window_pattern is not None and (
+            not self.window_pattern or set(self.window_pattern) - set("SL")
+        ):
+            raise ValueError(
+                f"window_pattern {self.window_pattern!r} must be made of the letters S and L"
+            )
         if self.qk_scale**2 * math.sqrt(self.head_dim) >= LARGEST_SCORE:
-            raise ValueError(f"head width {self.head_dim} is too large: scores could reach qk_scale^2 sqrt(head width), which "
-                             f"must be below {LARGEST_SCORE}")
+            raise ValueError(
+                f"head width {self.head_dim} is too large: scores could reach qk_scale^2 "
+                "sqrt(head width), which "
+                f"must be below {LARGEST_SCORE}"
+            )
 
     @classmethod
     def classic(cls, depth: int, **overrides: Any) -> "GPTConfig":
         """The architecture of December 2025; width 64 * depth, heads of 128."""
         n_embd = 64 * depth
         n_head = max(1, math.ceil(n_embd / 128))
-        era = dict(arch="classic", window_pattern=None, rotary_base=10_000.0, qk_scale=1.0, value_embeds=False,
-                   smear=False, lambdas=False, backout=False, vocab_multiple=1, vocab_size=65536)
-        return cls(**(dict(n_layer=depth, n_head=n_head, n_kv_head=n_head, n_embd=n_embd) | era | overrides))
+        era = dict(
+            arch="classic",
+            window_pattern=None,
+            rotary_base=10_000.0,
+            qk_scale=1.0,
+            value_embeds=False,
+            smear=False,
+            lambdas=False,
+            backout=False,
+            vocab_multiple=1,
+            vocab_size=65536,
+        )
+        return cls(
+            **(
+                dict(n_layer=depth, n_head=n_head, n_kv_head=n_head, n_embd=n_embd)
+                | era
+                | overrides
+            )
+        )
 
     @classmethod
-    def modern(cls, depth: int, *, aspect_ratio: int = 64, head_dim: int = 128, **overrides: Any) -> "GPTConfig":
+    def modern(
+        cls, depth: int, *, aspect_ratio: int = 64, head_dim: int = 128, **overrides: Any
+    ) -> "GPTConfig":
         """The architecture of July 2026; width depth * aspect_ratio, rounded up to whole heads."""
         n_embd = round_up(depth * aspect_ratio, head_dim)
         n_head = n_embd // head_dim
-        return cls(**(dict(n_layer=depth, n_head=n_head, n_kv_head=n_head, n_embd=n_embd) | overrides))
+        return cls(
+            **(dict(n_layer=depth, n_head=n_head, n_kv_head=n_head, n_embd=n_embd) | overrides)
+        )
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "GPTConfig":
@@ -94,12 +136,16 @@ class GPTConfig:
 
     @property
     def windows(self) -> tuple[int | None, ...]:
-        """Per layer: how many keys before its own position a query sees (w means w + 1 keys); None: all of them."""
+        """Per layer: how many keys before its own position a query sees (w means w + 1 keys);
+        None: all of them.
+        """
         if self.window_pattern is None:
             return (None,) * self.n_layer
         short = round_up(math.ceil(self.sequence_len / 4), 128)
         size = {"S": short, "L": self.sequence_len}
-        pattern = [self.window_pattern[i % len(self.window_pattern)] for i in range(self.n_layer - 1)] + ["L"]
+        pattern = [
+            self.window_pattern[i % len(self.window_pattern)] for i in range(self.n_layer - 1)
+        ] + ["L"]
         return tuple(size[letter] for letter in pattern)
 
     @property

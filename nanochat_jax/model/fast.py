@@ -58,7 +58,9 @@ def _linear_bwd(axes: int, residuals: tuple[Array, Array], d_out: Array) -> tupl
         columns = transpose(weight.reshape(fan_in, fan_out))
         d_x = jnp.dot(d_rows, columns, preferred_element_type=jnp.float32)
         d_weight = matmul_transposed(x_rows.reshape(-1, fan_in), d_rows.reshape(-1, fan_out))
-        return d_x.reshape(x.shape).astype(x.dtype), d_weight.reshape(weight.shape).astype(weight.dtype)
+        return d_x.reshape(x.shape).astype(x.dtype), d_weight.reshape(weight.shape).astype(
+            weight.dtype
+        )
 
     def direct(x: Array, weight: Array, d_out: Array) -> tuple[Array, Array]:
         batch, out = range(x.ndim - axes), range(axes, weight.ndim)
@@ -85,6 +87,7 @@ def transpose(x: Array) -> Array:
     where it otherwise computes in float32). XLA folds a plain transpose into the matmul by
     changing the layout; the `where`, which is simplified away later, and the barrier prevent that.
     """
+
     def copy(x: Array) -> Array:
         turned = x.swapaxes(-1, -2)
         return jax.lax.optimization_barrier(jnp.where(jnp.ones(turned.shape, bool), turned, 0))
@@ -93,11 +96,12 @@ def transpose(x: Array) -> Array:
 
 
 def matmul_transposed(x: Array, y: Array) -> Array:
-    """x^T y in float32: [M, N] of x [R, M] and y [R, N]. Buys: only the narrower operand is copied.
-    """
+    """x^T y in float32: [M, N] of x [R, M] and y [R, N]. Buys: only the narrower operand is copied."""
     if x.shape[1] <= y.shape[1]:
         return jnp.dot(transpose(x), y, preferred_element_type=jnp.float32)
-    return jax.lax.optimization_barrier(jnp.dot(transpose(y), x, preferred_element_type=jnp.float32)).T
+    return jax.lax.optimization_barrier(
+        jnp.dot(transpose(y), x, preferred_element_type=jnp.float32)
+    ).T
 
 
 # ------------------------------------------------------------------------- rotary embedding and nor
@@ -125,7 +129,9 @@ def _swap_halves(x: Array) -> Array:
 
     def matmul(x: Array) -> Array:
         swap = jnp.roll(jnp.eye(2 * half, dtype=x.dtype), half, axis=1)
-        out = jnp.dot(x, swap, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32)
+        out = jnp.dot(
+            x, swap, precision=jax.lax.Precision.HIGHEST, preferred_element_type=jnp.float32
+        )
         return out.astype(x.dtype)
 
     return jax.lax.platform_dependent(x, tpu=matmul, default=lambda x: jnp.roll(x, half, axis=-1))
@@ -152,7 +158,9 @@ def _rotary_norm_fwd(x: Array, cos: Array, sin: Array, scale: float) -> tuple[Ar
 def _rotary_norm_bwd(scale: float, residuals: tuple, d_out: Array) -> tuple[Array, None, None]:
     out, inverse, cos, sin = residuals
     unit, d_unit = out.astype(jnp.float32) / scale, d_out.astype(jnp.float32) * scale
-    d_turned = inverse[..., None] * (d_unit - unit * jnp.mean(d_unit * unit, axis=-1, keepdims=True))
+    d_turned = inverse[..., None] * (
+        d_unit - unit * jnp.mean(d_unit * unit, axis=-1, keepdims=True)
+    )
     return apply_rotary(d_turned.astype(out.dtype), cos, -sin), None, None  # rotated back
 
 

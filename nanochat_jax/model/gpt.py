@@ -32,7 +32,9 @@ KV = tuple[Array, Array]  # keys and values of one layer, [B, K, S, h] each
 
 
 class KVCache(NamedTuple):
-    """Keys and values of the tokens seen so far, one row per sequence; rows may be at different positions."""
+    """Keys and values of the tokens seen so far, one row per sequence; rows may be at different
+    positions.
+    """
 
     k: tuple[Array, ...]  # per layer [B, K, S, h]
     v: tuple[Array, ...]
@@ -53,14 +55,30 @@ class Context(NamedTuple):
 
 
 @overload
-def forward(params: Params, tokens: Array, config: GPTConfig, compute: Compute = ..., *,
-            cache: KVCache, valid: Array | None = ..., fresh: bool = ...) -> tuple[Array, KVCache]: ...
+def forward(
+    params: Params,
+    tokens: Array,
+    config: GPTConfig,
+    compute: Compute = ...,
+    *,
+    cache: KVCache,
+    valid: Array | None = ...,
+    fresh: bool = ...,
+) -> tuple[Array, KVCache]: ...
 @overload
-def forward(params: Params, tokens: Array, config: GPTConfig, compute: Compute = ..., *,
-            cache: None = ...) -> tuple[Array, None]: ...
-def forward(params: Params, tokens: Array, config: GPTConfig, compute: Compute = REFERENCE, *,
-            cache: KVCache | None = None, valid: Array | None = None,
-            fresh: bool = False) -> tuple[Array, KVCache | None]:
+def forward(
+    params: Params, tokens: Array, config: GPTConfig, compute: Compute = ..., *, cache: None = ...
+) -> tuple[Array, None]: ...
+def forward(
+    params: Params,
+    tokens: Array,
+    config: GPTConfig,
+    compute: Compute = REFERENCE,
+    *,
+    cache: KVCache | None = None,
+    valid: Array | None = None,
+    fresh: bool = False,
+) -> tuple[Array, KVCache | None]:
     """Final hidden states [B, T, D] of tokens [B, T] int32, before the unembedding.
 
     Args:
@@ -111,8 +129,9 @@ def _smear(params: Params, embedding: Array, cache: KVCache | None) -> Array:
 # ---------------------------------------------------------------------------------------- one layer
 
 
-def _layer(x: Array, weights: Layer, kv: KV | None, window: int | None,
-           context: Context) -> tuple[Array, KV | None]:
+def _layer(
+    x: Array, weights: Layer, kv: KV | None, window: int | None, context: Context
+) -> tuple[Array, KV | None]:
     weights = {name: context.compute.whole(name, weight) for name, weight in weights.items()}
     if context.config.lambdas:
         x = weights["resid_lambdas"] * x + weights["x0_lambdas"] * context.x0
@@ -123,11 +142,14 @@ def _layer(x: Array, weights: Layer, kv: KV | None, window: int | None,
         return x + mlp(rms_norm(x), weights["mlp_fc"], weights["mlp_proj"]), kv
 
 
-def _attention(x: Array, weights: Layer, kv: KV | None, window: int | None,
-               context: Context) -> tuple[Array, KV | None]:
+def _attention(
+    x: Array, weights: Layer, kv: KV | None, window: int | None, context: Context
+) -> tuple[Array, KV | None]:
     config, compute = context.config, context.compute
-    q, k, v = (linear(x, weights[name].reshape(x.shape[-1], -1, config.head_dim))
-               for name in ("c_q", "c_k", "c_v"))
+    q, k, v = (
+        linear(x, weights[name].reshape(x.shape[-1], -1, config.head_dim))
+        for name in ("c_q", "c_k", "c_v")
+    )
     if "value_embeds" in weights:
         gate = 3.0 * jax.nn.sigmoid(linear(x[..., :VE_GATE_CHANNELS], weights["ve_gate"]))
         value_embedding = weights["value_embeds"][context.tokens].astype(x.dtype).reshape(v.shape)
@@ -165,7 +187,8 @@ def _write(cache: Array, new: Array, context: Context) -> Array:
 def layer_groups(config: GPTConfig, *, scan: bool, keep_few: bool) -> tuple[int, int]:
     """(size, count): layers of a group, and how many equal groups, from the first, run as one loop.
 
-    `keep_few`: groups of about sqrt(L) layers, of which only the inputs are saved (Chen et al., 2016).
+    `keep_few`: groups of about sqrt(L) layers, of which only the inputs are saved (Chen et al.,
+    2016).
     """
     layers, few = config.n_layer, math.isqrt(config.n_layer - 1) + 1
     if not scan:
@@ -173,7 +196,9 @@ def layer_groups(config: GPTConfig, *, scan: bool, keep_few: bool) -> tuple[int,
     kinds = [(window, i in config.value_embed_layers) for i, window in enumerate(config.windows)]
 
     def equal_groups(size: int) -> int:
-        return next(n for n in range(1, layers + 1) if kinds[n * size : (n + 1) * size] != kinds[:size])
+        return next(
+            n for n in range(1, layers + 1) if kinds[n * size : (n + 1) * size] != kinds[:size]
+        )
 
     # The size that gives the shortest program.
     size = min(range(1, layers + 1), key=lambda size: size + layers - size * equal_groups(size))
@@ -183,12 +208,14 @@ def layer_groups(config: GPTConfig, *, scan: bool, keep_few: bool) -> tuple[int,
     return size, count if count > 1 else 0
 
 
-def _run_layers(params: Params, x: Array, cache: KVCache | None,
-                context: Context) -> tuple[Array, Array, list[KV | None]]:
+def _run_layers(
+    params: Params, x: Array, cache: KVCache | None, context: Context
+) -> tuple[Array, Array, list[KV | None]]:
     """The output of the last layer, the output of the middle one, and all keys and values."""
     config, compute = context.config, context.compute
-    size, count = layer_groups(config, scan=compute.scan and cache is None,
-                               keep_few=compute.remat == "full")
+    size, count = layer_groups(
+        config, scan=compute.scan and cache is None, keep_few=compute.remat == "full"
+    )
     stacks = _layer_stacks(params, context)
     middle, written, looped = x, [], size * count  # the first `looped` layers run as a loop
     if looped:
@@ -203,13 +230,16 @@ def _run_layers(params: Params, x: Array, cache: KVCache | None,
     return x, middle, written
 
 
-def _loop_over_groups(stacks: Stacks, x: Array, groups: tuple[int, int],
-                      context: Context) -> tuple[Array, Array]:
+def _loop_over_groups(
+    stacks: Stacks, x: Array, groups: tuple[int, int], context: Context
+) -> tuple[Array, Array]:
     """As `_run_layers`, of the first size * count layers by `lax.scan`, without a cache."""
     (size, count), config = groups, context.config
     run = _group_runner(context, static=(4,))
 
-    def body(carry: tuple[Array, Array], inputs: tuple[Array, dict]) -> tuple[tuple[Array, Array], None]:
+    def body(
+        carry: tuple[Array, Array], inputs: tuple[Array, dict]
+    ) -> tuple[tuple[Array, Array], None]:
         layers = _split_layers(inputs[1], config, range(size))
         return run(*carry, layers, inputs[0], config.windows[:size], None)[:2], None
 
@@ -219,7 +249,10 @@ def _loop_over_groups(stacks: Stacks, x: Array, groups: tuple[int, int],
         used = stack[: len(stack) * size * count // config.n_layer]
         return used.reshape(count, -1, *used.shape[1:])
 
-    inputs = jnp.arange(0, size * count, size), {name: grouped(stack) for name, stack in stacks.items()}
+    inputs = (
+        jnp.arange(0, size * count, size),
+        {name: grouped(stack) for name, stack in stacks.items()},
+    )
     return jax.lax.scan(body, (x, x), inputs)[0]
 
 
@@ -229,18 +262,27 @@ def _group_runner(context: Context, static: tuple[int, ...]) -> Callable[..., tu
     return jax.checkpoint(run, static_argnums=static) if context.compute.remat == "full" else run
 
 
-def _run_group(x: Array, middle: Array, layers: Sequence[Layer], first: int | Array,
-               windows: tuple[int | None, ...], kv: Sequence[KV] | None, *,
-               context: Context) -> tuple[Array, Array, list[KV | None]]:
+def _run_group(
+    x: Array,
+    middle: Array,
+    layers: Sequence[Layer],
+    first: int | Array,
+    windows: tuple[int | None, ...],
+    kv: Sequence[KV] | None,
+    *,
+    context: Context,
+) -> tuple[Array, Array, list[KV | None]]:
     """Run the layers from number `first` on, which is traced inside of a loop."""
     config, remat = context.config, context.compute.remat
     looped = not isinstance(first, int)
     run_layer: Callable = functools.partial(_layer, context=context)
     if remat == "minimal":
-        # In a loop, XLA cannot merge the forward pass with its recomputation, so the barriers against
-        # that are unnecessary; without them XLA fuses the loads. Other modes need them to save memory.
-        run_layer = jax.checkpoint(run_layer, static_argnums=3, policy=SAVE_MATMULS,
-                                   prevent_cse=not looped)
+        # In a loop, XLA cannot merge the forward pass with its recomputation, so the barriers
+        # against that are unnecessary; without them XLA fuses the loads. Other modes need them to
+        # save memory.
+        run_layer = jax.checkpoint(
+            run_layer, static_argnums=3, policy=SAVE_MATMULS, prevent_cse=not looped
+        )
     elif remat != "none":
         run_layer = jax.checkpoint(run_layer, static_argnums=3)
     written, at = [], config.n_layer // 2
@@ -268,15 +310,25 @@ def _layer_stacks(params: Params, context: Context) -> Stacks:
 
 
 def _split_layers(stacks: Stacks, config: GPTConfig, layers: range) -> list[Layer]:
-    """The weights of each layer. `lax.split` transposes to one concatenation; indexing would pad L times."""
-    pieces = {name: iter(stack if isinstance(stack, tuple) else
-                         [piece[0] for piece in jax.lax.split(stack, (1,) * len(stack))])
-              for name, stack in stacks.items()}
+    """The weights of each layer. `lax.split` transposes to one concatenation; indexing would pad L
+    times.
+    """
+    pieces = {
+        name: iter(
+            stack
+            if isinstance(stack, tuple)
+            else [piece[0] for piece in jax.lax.split(stack, (1,) * len(stack))]
+        )
+        for name, stack in stacks.items()
+    }
     owners = {name: owner for name, (_, owner) in layer_weights(config).items()}
-    return [{name: next(weights) for name, weights in pieces.items() if i in owners[name]} for i in layers]
+    return [
+        {name: next(weights) for name, weights in pieces.items() if i in owners[name]}
+        for i in layers
+    ]
 
 
-# --------------------------------------------------------------------------------------------- heads
+# --------------------------------------------------------------------------------------------- head
 
 
 def unembed(params: Params, hidden: Array, *, config: GPTConfig) -> Array:

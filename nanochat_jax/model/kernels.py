@@ -61,11 +61,19 @@ def _on_each_device(attend: Callable[..., Array], mesh: Mesh | None, *qkv: Array
     if mesh is None or not axes:
         return attend(*qkv)
     k = qkv[1]
-    rows, heads = (axis if axis in axes and k.shape[dimension] % mesh.shape[axis] == 0 else None
-                   for dimension, axis in ((0, "data"), (2, "model")))
+    rows, heads = (
+        axis if axis in axes and k.shape[dimension] % mesh.shape[axis] == 0 else None
+        for dimension, axis in ((0, "data"), (2, "model"))
+    )
     spec = PartitionSpec(rows, None, heads, None)
-    on_shards = jax.shard_map(attend, mesh=None if manual else mesh, in_specs=(spec,) * 3, out_specs=spec,
-                              axis_names=axes, check_vma=False)
+    on_shards = jax.shard_map(
+        attend,
+        mesh=None if manual else mesh,
+        in_specs=(spec,) * 3,
+        out_specs=spec,
+        axis_names=axes,
+        check_vma=False,
+    )
     return on_shards(*qkv)
 
 
@@ -89,16 +97,29 @@ def _splash_kernel(length: int, heads: int, window: int | None, interpret: bool)
     widest = 1024 if window is None or window >= 1024 else max(LANES, window // LANES * LANES)
     q_block, kv_block = _block(length, 512), _block(length, widest)
     compute = _block(kv_block, 512)
-    sizes = splash.BlockSizes(block_q=q_block, block_kv=kv_block, block_kv_compute=compute,
-                              block_q_dkv=q_block, block_kv_dkv=kv_block, block_kv_dkv_compute=compute,
-                              use_fused_bwd_kernel=True)
+    sizes = splash.BlockSizes(
+        block_q=q_block,
+        block_kv=kv_block,
+        block_kv_compute=compute,
+        block_q_dkv=q_block,
+        block_kv_dkv=kv_block,
+        block_kv_dkv_compute=compute,
+        use_fused_bwd_kernel=True,
+    )
     # Not cached between calls: the mask's tables belong to the trace that they are made in.
-    return splash.make_splash_mha(masks.MultiHeadMask([mask] * heads), block_sizes=sizes, head_shards=1,
-                                  q_seq_shards=1, residual_checkpoint_name=SAVED, interpret=interpret)
+    return splash.make_splash_mha(
+        masks.MultiHeadMask([mask] * heads),
+        block_sizes=sizes,
+        head_shards=1,
+        q_seq_shards=1,
+        residual_checkpoint_name=SAVED,
+        interpret=interpret,
+    )
 
 
-def splash_attention(q: Array, k: Array, v: Array, *, window: int | None, mesh: Mesh | None,
-                     interpret: bool = False) -> Array:
+def splash_attention(
+    q: Array, k: Array, v: Array, *, window: int | None, mesh: Mesh | None, interpret: bool = False
+) -> Array:
     """`attention.causal_attention` by the Pallas kernel for TPUs. T is a multiple of 128.
 
     `interpret` runs the kernel step by step on any device, for tests.
@@ -113,11 +134,17 @@ def splash_attention(q: Array, k: Array, v: Array, *, window: int | None, mesh: 
     return _on_each_device(local, mesh, q, k, v)
 
 
-def cudnn_attention(q: Array, k: Array, v: Array, *, window: int | None, mesh: Mesh | None) -> Array:
+def cudnn_attention(
+    q: Array, k: Array, v: Array, *, window: int | None, mesh: Mesh | None
+) -> Array:
     """`attention.causal_attention` by cuDNN. Without `is_causal`, a window's queries would see the
     future too.
     """
     local = None if window is None or window >= q.shape[1] - 1 else (window, 0)
-    attend = functools.partial(jax.nn.dot_product_attention, is_causal=True, local_window_size=local,
-                               implementation="cudnn")
+    attend = functools.partial(
+        jax.nn.dot_product_attention,
+        is_causal=True,
+        local_window_size=local,
+        implementation="cudnn",
+    )
     return _on_each_device(attend, mesh, q, k, v)

@@ -1,8 +1,8 @@
 """The formulas of a layer, plainly: norm, linear, rotary embedding, MLP. Pure functions of arrays.
 
-`fast.py` has the same functions in the forms that compilers run fastest, and `gpt.py` computes with those. Tests hold the
-two together in value and gradient. Matrices are stored [in, out] in float32 and cast to the activations' dtype; matmuls
-accumulate in float32.
+`fast.py` has the same functions in the forms that compilers run fastest, and `gpt.py` computes
+with those. Tests hold the two together in value and gradient. Matrices are stored [in, out] in
+float32 and cast to the activations' dtype; matmuls accumulate in float32.
 """
 
 import jax
@@ -13,13 +13,19 @@ RMS_EPS = 1.1920929e-07  # float32 machine epsilon, torch's default for every in
 
 
 def rms_norm(x: Array) -> Array:
-    """Root-mean-square norm over the last axis without a gain (Zhang and Sennrich, 2019), in float32."""
+    """Root-mean-square norm over the last axis without a gain (Zhang and Sennrich, 2019), in
+    float32.
+    """
     x32 = x.astype(jnp.float32)
-    return (x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + RMS_EPS)).astype(x.dtype)
+    return (x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + RMS_EPS)).astype(
+        x.dtype
+    )
 
 
 def linear(x: Array, weight: Array, axes: int = 1) -> Array:
-    """x [..., in] times weight [in, out], in x's dtype. `in` may be several axes (the last `axes` of x), `out` too."""
+    """x [..., in] times weight [in, out], in x's dtype. `in` may be several axes (the last `axes`
+    of x), `out` too.
+    """
     out = jnp.tensordot(x, weight.astype(x.dtype), axes, preferred_element_type=jnp.float32)
     return out.astype(x.dtype)
 
@@ -31,13 +37,17 @@ def rotary_tables(positions: Array, head_dim: int, base: float, dtype: str) -> t
     """
     frequencies = base ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
     angles = positions.astype(jnp.float32)[..., None] * frequencies
-    cos, sin = (table.astype(dtype).astype(jnp.float32)[:, :, None, :]
-                for table in (jnp.cos(angles), jnp.sin(angles)))
+    cos, sin = (
+        table.astype(dtype).astype(jnp.float32)[:, :, None, :]
+        for table in (jnp.cos(angles), jnp.sin(angles))
+    )
     return jnp.concatenate([cos, cos], axis=-1), jnp.concatenate([sin, -sin], axis=-1)
 
 
 def apply_rotary(x: Array, cos: Array, sin: Array) -> Array:
-    """Rotary embedding (Su et al., 2021) of x [B, T, H, h], halves layout, by the negative angle as upstream."""
+    """Rotary embedding (Su et al., 2021) of x [B, T, H, h], halves layout, by the negative angle
+    as upstream.
+    """
     half = x.shape[-1] // 2
     x1, x2 = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     cos, sin = cos[..., :half], sin[..., :half]

@@ -32,7 +32,9 @@ class Batch(NamedTuple):
     weights: Any = None  # [B, T] float32, factor of each token's loss (not differentiated); None: 1
 
 
-def token_nll(params: Params, batch: Batch, config: GPTConfig, compute: Compute) -> tuple[Array, Array]:
+def token_nll(
+    params: Params, batch: Batch, config: GPTConfig, compute: Compute
+) -> tuple[Array, Array]:
     """(sum over tokens of weight * nll, nll [B, T]) in nats, nll 0 where ignored. Only the sum has
     a gradient.
     """
@@ -40,11 +42,14 @@ def token_nll(params: Params, batch: Batch, config: GPTConfig, compute: Compute)
     unembedding = params["lm_head"][:, : config.vocab_size].astype(compute.dtype)
     weights = jnp.ones(batch.targets.shape) if batch.weights is None else batch.weights
     chunk = chunk_length(batch.targets.shape, config.vocab_size, compute.num_shards)
-    return cross_entropy(hidden, compute.whole("lm_head", unembedding), batch.targets, weights, config.softcap, chunk)
+    return cross_entropy(
+        hidden, compute.whole("lm_head", unembedding), batch.targets, weights, config.softcap, chunk
+    )
 
 
-def target_scores(params: Params, hidden: Array, targets: Array, config: GPTConfig, compute: Compute
-                  ) -> tuple[Array, Array]:
+def target_scores(
+    params: Params, hidden: Array, targets: Array, config: GPTConfig, compute: Compute
+) -> tuple[Array, Array]:
     """The nll [B, T] of each target under hidden states [B, T, D], and whether it is the most
     likely token [B, T].
 
@@ -100,19 +105,24 @@ def _unchunk(x: Array, length: int) -> Array:
     return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:])[:, :length]
 
 
-def _chunk_nll(hidden: Array, weight: Array, targets: Array, softcap: float) -> tuple[Array, Array, Array]:
+def _chunk_nll(
+    hidden: Array, weight: Array, targets: Array, softcap: float
+) -> tuple[Array, Array, Array]:
     """Negative log-likelihoods [B, C], tanh of the logits [B, C, V] and log-sum-exp [B, C] of one
     chunk.
     """
     tanh = jnp.tanh(jnp.dot(hidden, weight, preferred_element_type=jnp.float32) / softcap)
     log_z = jnp.log(jnp.exp(softcap * tanh).sum(axis=-1))
-    picked = softcap * jnp.take_along_axis(tanh, jnp.maximum(targets, 0)[..., None], axis=-1)[..., 0]
+    picked = (
+        softcap * jnp.take_along_axis(tanh, jnp.maximum(targets, 0)[..., None], axis=-1)[..., 0]
+    )
     return jnp.where(targets >= 0, log_z - picked, 0.0), tanh, log_z
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(4, 5))
-def cross_entropy(hidden: Array, weight: Array, targets: Array, token_weights: Array, softcap: float, chunk: int
-                  ) -> tuple[Array, Array]:
+def cross_entropy(
+    hidden: Array, weight: Array, targets: Array, token_weights: Array, softcap: float, chunk: int
+) -> tuple[Array, Array]:
     """Weighted sum of negative log-likelihoods, and each of them.
 
     Args:
@@ -134,7 +144,11 @@ def cross_entropy(hidden: Array, weight: Array, targets: Array, token_weights: A
         nll, _, _ = _chunk_nll(hidden, weight, targets, softcap)
         return total + (nll * scale).sum(), nll
 
-    inputs = (_chunks(hidden, chunk, 0), _chunks(targets, chunk, -1), _chunks(token_weights, chunk, 0))
+    inputs = (
+        _chunks(hidden, chunk, 0),
+        _chunks(targets, chunk, -1),
+        _chunks(token_weights, chunk, 0),
+    )
     total, nll = jax.lax.scan(body, jnp.zeros((), jnp.float32), inputs)
     return total, _unchunk(nll, targets.shape[1])
 
@@ -150,23 +164,39 @@ def _cross_entropy_fwd(hidden, weight, targets, token_weights, softcap, chunk):
         scale = jnp.where(targets >= 0, scale, 0.0)[..., None]
         # fuses, where a scatter would copy the logits
         hit = targets[..., None] == jnp.arange(weight.shape[1])
-        d_logits = (jnp.exp(softcap * tanh - log_z[..., None]) - hit) * (scale * (1.0 - tanh * tanh))
+        d_logits = (jnp.exp(softcap * tanh - log_z[..., None]) - hit) * (
+            scale * (1.0 - tanh * tanh)
+        )
         d_logits = d_logits.astype(hidden.dtype)
         d_hidden = jnp.dot(d_logits, cast_t, preferred_element_type=jnp.float32)
-        d_weight += matmul_transposed(hidden.reshape(-1, weight.shape[0]), d_logits.reshape(-1, weight.shape[1]))
+        d_weight += matmul_transposed(
+            hidden.reshape(-1, weight.shape[0]), d_logits.reshape(-1, weight.shape[1])
+        )
         return (total + (nll * scale[..., 0]).sum(), d_weight), (nll, d_hidden.astype(hidden.dtype))
 
-    inputs = (_chunks(hidden, chunk, 0), _chunks(targets, chunk, -1), _chunks(token_weights, chunk, 0))
+    inputs = (
+        _chunks(hidden, chunk, 0),
+        _chunks(targets, chunk, -1),
+        _chunks(token_weights, chunk, 0),
+    )
     start = (jnp.zeros((), jnp.float32), jnp.zeros(weight.shape, jnp.float32))
     (total, d_weight), (nll, d_hidden) = jax.lax.scan(body, start, inputs)
     length = targets.shape[1]
-    return (total, _unchunk(nll, length)), (_unchunk(d_hidden, length), d_weight.astype(weight.dtype))
+    return (total, _unchunk(nll, length)), (
+        _unchunk(d_hidden, length),
+        d_weight.astype(weight.dtype),
+    )
 
 
 def _cross_entropy_bwd(softcap, chunk, residuals, cotangents):
     d_hidden, d_weight = residuals
     scale, _ = cotangents
-    return (d_hidden * scale.astype(d_hidden.dtype), d_weight * scale.astype(d_weight.dtype), None, None)
+    return (
+        d_hidden * scale.astype(d_hidden.dtype),
+        d_weight * scale.astype(d_weight.dtype),
+        None,
+        None,
+    )
 
 
 cross_entropy.defvjp(_cross_entropy_fwd, _cross_entropy_bwd)

@@ -1,4 +1,6 @@
-"""What the dial derives for a pretraining run: its length, batch size, weight decay and learning-rate scale."""
+"""What the dial derives for a pretraining run: its length, batch size, weight decay and
+learning-rate scale.
+"""
 
 import math
 from dataclasses import dataclass
@@ -10,11 +12,14 @@ from nanochat_jax.model.size import flops_per_token, num_params, num_scaling_par
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Hyperparameters of one pretraining run, derived from the model's shape (both eras) and a few overrides."""
+    """Hyperparameters of one pretraining run, derived from the model's shape (both eras) and a few
+    overrides.
+    """
 
     total_batch_size: int  # tokens per optimizer step
     num_iterations: int
-    weight_decay: float  # modern: cautious decay of the matrices; classic: decay of the AdamW groups
+    # modern: cautious decay of the matrices; classic: decay of the AdamW groups
+    weight_decay: float
     lr_scale: float  # modern: learning rates grow with the square root of the batch
 
     @property
@@ -25,14 +30,22 @@ class Recipe:
 REFERENCE_BATCH = 2**19  # tokens per step that upstream's learning rates were tuned at (d12)
 
 
-def derive_recipe(config: GPTConfig, *, reference: GPTConfig, total_batch_size: int = -1, num_iterations: int = -1,
-                  target_flops: float = -1.0, target_param_data_ratio: float = -1.0,
-                  weight_decay: float = 0.0) -> Recipe:
+def derive_recipe(
+    config: GPTConfig,
+    *,
+    reference: GPTConfig,
+    total_batch_size: int = -1,
+    num_iterations: int = -1,
+    target_flops: float = -1.0,
+    target_param_data_ratio: float = -1.0,
+    weight_decay: float = 0.0,
+) -> Recipe:
     """Horizon, batch and decay from the dial. Negative values mean "derive it".
 
-    Precedence of the horizon: `num_iterations`, `target_flops`, `target_param_data_ratio`. In the modern era batch and
-    decay follow the ratio even when something else sets the length (B ~ D^0.383, decay ~ sqrt(B) / D); `reference` is
-    the d12 model with the same flags, at which the constants were tuned.
+    Precedence of the horizon: `num_iterations`, `target_flops`, `target_param_data_ratio`. In the
+    modern era batch and decay follow the ratio even when something else sets the length (B ~
+    D^0.383, decay ~ sqrt(B) / D); `reference` is the d12 model with the same flags, at which the
+    constants were tuned.
     """
     modern = config.arch == "modern"
     ratio = target_param_data_ratio if target_param_data_ratio > 0 else (12.0 if modern else 20.0)
@@ -54,6 +67,13 @@ def derive_recipe(config: GPTConfig, *, reference: GPTConfig, total_batch_size: 
         else:
             num_iterations = tokens // batch
     if num_iterations < 1:
-        raise UsageError(f"the run would have {num_iterations} steps of {batch} tokens: give --num-iterations, "
-                         "or a smaller --total-batch-size")
-    return Recipe(total_batch_size=batch, num_iterations=num_iterations, weight_decay=weight_decay, lr_scale=lr_scale)
+        raise UsageError(
+            f"the run would have {num_iterations} steps of {batch} tokens: give --num-iterations, "
+            "or a smaller --total-batch-size"
+        )
+    return Recipe(
+        total_batch_size=batch,
+        num_iterations=num_iterations,
+        weight_decay=weight_decay,
+        lr_scale=lr_scale,
+    )

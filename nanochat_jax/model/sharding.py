@@ -1,7 +1,8 @@
 """The mesh, and which logical axis lies on which of its axes.
 
-A mesh is DxM: D-way data parallelism, M-way tensor ("model") parallelism. Weights declare logical axes (weights.py);
-`RULES` maps those to mesh axes; layers never mention either. Optimizer state is always spread over the data axis too.
+A mesh is DxM: D-way data parallelism, M-way tensor ("model") parallelism. Weights declare logical
+axes (weights.py); `RULES` maps those to mesh axes; layers never mention either. Optimizer state is
+always spread over the data axis too.
 """
 
 import json
@@ -18,19 +19,39 @@ from nanochat_jax.cli import UsageError
 from nanochat_jax.model.config import GPTConfig
 from nanochat_jax.model.weights import LAYERS, VALUE_LAYERS, Params, abstract_params, logical_axes
 
-RULES = {"heads": "model", "kv_heads": "model", "mlp": "model", "vocab": "model", "embed": None, "rows": None, LAYERS: None,
-         VALUE_LAYERS: None, None: None}
+RULES = {
+    "heads": "model",
+    "kv_heads": "model",
+    "mlp": "model",
+    "vocab": "model",
+    "embed": None,
+    "rows": None,
+    LAYERS: None,
+    VALUE_LAYERS: None,
+    None: None,
+}
 FSDP_RULES = RULES | {"embed": "data", "rows": "data"}
 
 
 def make_mesh(text: str = "auto", devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh for "8x1", "4x2", ...; "auto" puts all devices (those of this run by default) on the data axis."""
+    """The mesh for "8x1", "4x2", ...; "auto" puts all devices (those of this run by default) on
+    the data axis.
+    """
     devices = jax.devices() if devices is None else devices
-    data, model = mesh_shape(text, len(devices), devices[0].platform, all_of_them=jax.process_count() > 1)
-    return jax.make_mesh((data, model), ("data", "model"), axis_types=(AxisType.Auto,) * 2, devices=devices[: data * model])
+    data, model = mesh_shape(
+        text, len(devices), devices[0].platform, all_of_them=jax.process_count() > 1
+    )
+    return jax.make_mesh(
+        (data, model),
+        ("data", "model"),
+        axis_types=(AxisType.Auto,) * 2,
+        devices=devices[: data * model],
+    )
 
 
-def mesh_shape(text: str, count: int, platform: str, *, all_of_them: bool = False) -> tuple[int, int]:
+def mesh_shape(
+    text: str, count: int, platform: str, *, all_of_them: bool = False
+) -> tuple[int, int]:
     """(data, model) of "8x1" or "auto" on `count` devices. Raises `UsageError` if these do not do."""
     if text == "auto":
         return count, 1
@@ -40,8 +61,11 @@ def mesh_shape(text: str, count: int, platform: str, *, all_of_them: bool = Fals
     needed = data * model
     if needed > count or (all_of_them and needed != count):
         hint = f"; to try a mesh on a CPU set XLA_FLAGS=--xla_force_host_platform_device_count={needed}"
-        raise UsageError(f"--mesh {text} needs {needed} devices, found {count} ({platform}): give a mesh that fits, or auto"
-                         f"{hint if platform == 'cpu' else ''}")
+        raise UsageError(
+            f"--mesh {text} needs {needed} devices, found {count} ({platform}): give a mesh that "
+            "fits, or auto"
+            f"{hint if platform == 'cpu' else ''}"
+        )
     return data, model
 
 
@@ -53,34 +77,49 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, PartitionSpec())
 
 
-def _spec(axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh, rules: dict) -> PartitionSpec:
+def _spec(
+    axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh, rules: dict
+) -> PartitionSpec:
     """Mesh axes of one weight; an axis whose size does not divide stays whole."""
     names = [rules[axis] for axis in axes]
     used = [name for name in names if name]
     if len(used) != len(set(used)):
         raise ValueError(f"logical axes {axes} put one mesh axis on two dimensions: {names}")
-    return PartitionSpec(*(name if name and size % mesh.shape[name] == 0 else None for name, size in zip(names, shape)))
+    return PartitionSpec(
+        *(
+            name if name and size % mesh.shape[name] == 0 else None
+            for name, size in zip(names, shape)
+        )
+    )
 
 
 def param_shardings(config: GPTConfig, mesh: Mesh, *, fsdp: bool = False) -> Any:
     """A tree of `NamedSharding`s like the parameters'."""
     if config.n_kv_head % mesh.shape["model"]:
-        raise UsageError(f"{config.n_kv_head} key/value heads cannot be split over a model axis of "
-                         f"{mesh.shape['model']}: choose a --mesh DxM whose M divides them")
+        raise UsageError(
+            f"{config.n_kv_head} key/value heads cannot be split over a model axis of "
+            f"{mesh.shape['model']}: choose a --mesh DxM whose M divides them"
+        )
     rules = FSDP_RULES if fsdp else RULES
     shapes = abstract_params(config)
     return jax.tree.map(
-        lambda leaf, axes: NamedSharding(mesh, _spec(axes, leaf.shape, mesh, rules)), shapes, logical_axes(config)
+        lambda leaf, axes: NamedSharding(mesh, _spec(axes, leaf.shape, mesh, rules)),
+        shapes,
+        logical_axes(config),
     )
 
 
 def optimizer_shardings(opt_state: Any, params: Any, shardings: Any, mesh: Mesh) -> Any:
-    """Shardings of an optimizer state: like the parameter it belongs to, and spread over the data axis where it divides.
+    """Shardings of an optimizer state: like the parameter it belongs to, and spread over the data
+    axis where it divides.
 
-    A leaf belongs to the parameter whose path ends its own (optax keeps the parameters' tree inside its states).
+    A leaf belongs to the parameter whose path ends its own (optax keeps the parameters' tree
+    inside its states).
     """
     by_path = {}
-    jax.tree.map_with_path(lambda path, p, s: by_path.update({_keys(path): (p.shape, s.spec)}), params, shardings)
+    jax.tree.map_with_path(
+        lambda path, p, s: by_path.update({_keys(path): (p.shape, s.spec)}), params, shardings
+    )
     longest = max(len(path) for path in by_path)
 
     def place(path: tuple, leaf: Any) -> NamedSharding:
@@ -96,9 +135,14 @@ def optimizer_shardings(opt_state: Any, params: Any, shardings: Any, mesh: Mesh)
 
 
 def gradient_shardings(config: GPTConfig, shardings: Any, mesh: Mesh) -> Any:
-    """Shardings of gradients, for those of the parameters: like the optimizer's state, spread over the data axis."""
-    return jax.tree.map(lambda leaf, sharding: NamedSharding(mesh, _add_data_axis(sharding.spec, leaf.shape, mesh)),
-                        abstract_params(config), shardings)
+    """Shardings of gradients, for those of the parameters: like the optimizer's state, spread over
+    the data axis.
+    """
+    return jax.tree.map(
+        lambda leaf, sharding: NamedSharding(mesh, _add_data_axis(sharding.spec, leaf.shape, mesh)),
+        abstract_params(config),
+        shardings,
+    )
 
 
 def _data_axis(spec: PartitionSpec) -> int | None:
@@ -106,31 +150,42 @@ def _data_axis(spec: PartitionSpec) -> int | None:
 
 
 def gather_over_data(shardings: Params) -> Callable[[str, jax.Array], jax.Array]:
-    """`gather(name, weight)` for code that runs on each data shard: the whole weight, of a layer or of the model, that
-    `shardings` spread over the data axis. Its gradient comes back summed over the shards, each getting its part."""
+    """`gather(name, weight)` for code that runs on each data shard: the whole weight, of a layer
+    or of the model, that `shardings` spread over the data axis. Its gradient comes back summed
+    over the shards, each getting its part.
+    """
     axes = {}
-    jax.tree.map_with_path(lambda path, leaf: axes.update({_keys(path)[-1]: (_data_axis(leaf.spec), len(leaf.spec))}),
-                           shardings)
+    jax.tree.map_with_path(
+        lambda path, leaf: axes.update({_keys(path)[-1]: (_data_axis(leaf.spec), len(leaf.spec))}),
+        shardings,
+    )
 
     def gather(name: str, weight: jax.Array) -> jax.Array:
         axis, ndim = axes[name]
         if axis is None:
             return weight
-        return jax.lax.all_gather(weight, "data", axis=axis - (ndim - weight.ndim), tiled=True)  # a layer's lacks the first
+        # a layer's lacks the first
+        return jax.lax.all_gather(weight, "data", axis=axis - (ndim - weight.ndim), tiled=True)
 
     return gather
 
 
-def sum_over_data(f: Callable[..., tuple[jax.Array, jax.Array, Params]], mesh: Mesh, params: Any, share: Any) -> Callable:
-    """`f(params, batch) -> (total, count, gradients)` run on each data shard's rows, the results summed.
+def sum_over_data(
+    f: Callable[..., tuple[jax.Array, jax.Array, Params]], mesh: Mesh, params: Any, share: Any
+) -> Callable:
+    """`f(params, batch) -> (total, count, gradients)` run on each data shard's rows, the results
+    summed.
 
-    The arrays of the batch are [A, B, T]. `params` are the shardings of the parameters, `share` those of the gradients. `f`
-    has to gather parameters that are sharded over the data axis, which sums their gradients.
+    The arrays of the batch are [A, B, T]. `params` are the shardings of the parameters, `share`
+    those of the gradients. `f` has to gather parameters that are sharded over the data axis, which
+    sums their gradients.
     """
-    # Axes of one device are manual too: a program for all of a device's own can hold kernels as they are.
+    # Axes of one device are manual too: a program for all of a device's own can hold kernels as
+    # they are.
     manual = {axis for axis in mesh.axis_names if axis == "data" or mesh.shape[axis] == 1}
     only_manual = lambda tree: jax.tree.map(  # noqa: E731
-        lambda leaf: PartitionSpec(*(axis if axis in manual else None for axis in leaf.spec)), tree)
+        lambda leaf: PartitionSpec(*(axis if axis in manual else None for axis in leaf.spec)), tree
+    )
 
     def collect(gradient: jax.Array, before: NamedSharding, after: NamedSharding) -> jax.Array:
         if _data_axis(before.spec) is not None:
@@ -146,8 +201,14 @@ def sum_over_data(f: Callable[..., tuple[jax.Array, jax.Array, Params]], mesh: M
         return total, count, jax.tree.map(collect, gradients, params, share)
 
     rows, whole = PartitionSpec(None, "data"), PartitionSpec()
-    return jax.shard_map(shard, mesh=mesh, in_specs=(only_manual(params), rows), axis_names=manual, check_vma=False,
-                         out_specs=(whole, whole, only_manual(share)))
+    return jax.shard_map(
+        shard,
+        mesh=mesh,
+        in_specs=(only_manual(params), rows),
+        axis_names=manual,
+        check_vma=False,
+        out_specs=(whole, whole, only_manual(share)),
+    )
 
 
 def _keys(path: tuple) -> tuple[str, ...]:
@@ -157,7 +218,11 @@ def _keys(path: tuple) -> tuple[str, ...]:
 def _add_data_axis(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> PartitionSpec:
     axes = list(spec) + [None] * (len(shape) - len(spec))
     if "data" not in axes:
-        free = [i for i, axis in enumerate(axes) if axis is None and shape[i] % mesh.shape["data"] == 0 and shape[i] > 1]
+        free = [
+            i
+            for i, axis in enumerate(axes)
+            if axis is None and shape[i] % mesh.shape["data"] == 0 and shape[i] > 1
+        ]
         if free:
             axes[max(free, key=lambda i: shape[i])] = "data"
     return PartitionSpec(*axes)
@@ -165,19 +230,32 @@ def _add_data_axis(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> P
 
 def abstract_tree(tree: Any, shardings: Any) -> Any:
     """Shapes, dtypes and places of a tree's arrays, to restore them by."""
-    return jax.tree.map(lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding), tree, shardings)
+    return jax.tree.map(
+        lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
+        tree,
+        shardings,
+    )
 
 
 def data_share(mesh: Mesh) -> tuple[int, int]:
-    """(index, count): this process's devices hold the index-th of `count` equal parts of a batch's rows.
+    """(index, count): this process's devices hold the index-th of `count` equal parts of a batch's
+    rows.
 
     Processes whose devices differ only along the model axis hold the same part.
     """
-    mine = [row for row, devices in enumerate(mesh.devices) if any(d.process_index == jax.process_index() for d in devices)]
+    mine = [
+        row
+        for row, devices in enumerate(mesh.devices)
+        if any(d.process_index == jax.process_index() for d in devices)
+    ]
     first, size, rows = mine[0], len(mine), mesh.shape["data"]
     if mine != list(range(first, first + size)) or rows % size or first % size:
-        raise UsageError(f"--mesh {'x'.join(map(str, mesh.shape.values()))}: the devices of one process must lie together "
-                         f"on the data axis, these are at {mine}: choose a model axis that divides the devices of a host")
+        raise UsageError(
+            f"--mesh {'x'.join(map(str, mesh.shape.values()))}: the devices of one process must "
+            "lie together "
+            f"on the data axis, these are at {mine}: choose a model axis that divides the devices "
+            "of a host"
+        )
     return first // size, rows // size
 
 
@@ -187,11 +265,15 @@ def global_batch(mesh: Mesh, local: np.ndarray, *, batch_axis: int) -> jax.Array
     spec[batch_axis] = "data"
     shape = list(local.shape)
     shape[batch_axis] *= data_share(mesh)[1]
-    return jax.make_array_from_process_local_data(NamedSharding(mesh, PartitionSpec(*spec)), local, tuple(shape))
+    return jax.make_array_from_process_local_data(
+        NamedSharding(mesh, PartitionSpec(*spec)), local, tuple(shape)
+    )
 
 
 def spread_rows(mesh: Mesh, rows: np.ndarray, *, axis: int = 0) -> jax.Array:
-    """A global array, sharded over the data axis along `axis`, of rows that every process holds all of."""
+    """A global array, sharded over the data axis along `axis`, of rows that every process holds
+    all of.
+    """
     sharding = NamedSharding(mesh, PartitionSpec(*[None] * axis, "data"))
     return jax.make_array_from_callback(rows.shape, sharding, lambda index: rows[index])
 
@@ -210,4 +292,7 @@ def gather_json(value: Any) -> list[Any]:
     sizes = multihost_utils.process_allgather(np.array(len(data), np.int32)).reshape(-1)
     padded = np.zeros(sizes.max(), np.uint8)
     padded[: len(data)] = data
-    return [json.loads(row[:size].tobytes()) for row, size in zip(multihost_utils.process_allgather(padded), sizes)]
+    return [
+        json.loads(row[:size].tobytes())
+        for row, size in zip(multihost_utils.process_allgather(padded), sizes)
+    ]

@@ -14,7 +14,10 @@ SCALAR_GROUPS = (SCALARS, "resid_lambdas", "x0_lambdas")
 def param_counts(config: GPTConfig) -> dict[str, int]:
     """Number of parameters of each optimizer group."""
     counts: dict[str, int] = {}
-    leaves, groups = jax.tree.leaves(abstract_params(config)), jax.tree.leaves(optimizer_groups(config))
+    leaves, groups = (
+        jax.tree.leaves(abstract_params(config)),
+        jax.tree.leaves(optimizer_groups(config)),
+    )
     for leaf, group in zip(leaves, groups, strict=True):
         counts[group] = counts.get(group, 0) + leaf.size
     return counts
@@ -39,8 +42,12 @@ def num_scaling_params(config: GPTConfig) -> int:
 
 
 def flops_per_token(config: GPTConfig) -> int:
-    """Training FLOPs per token: 6 per weight of a matmul, 12 per key that each channel of each head sees."""
+    """Training FLOPs per token: 6 per weight of a matmul, 12 per key that each channel of each
+    head sees.
+    """
     weights = num_scaling_params(config) + SMEAR_GATE_CHANNELS * config.smear
-    keys = sum(config.sequence_len if window is None else min(window, config.sequence_len)
-               for window in config.windows)
+    keys = sum(
+        config.sequence_len if window is None else min(window, config.sequence_len)
+        for window in config.windows
+    )
     return 6 * weights + 12 * config.n_head * config.head_dim * keys

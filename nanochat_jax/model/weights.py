@@ -1,7 +1,9 @@
-"""Every weight of the model, declared once: shape, logical axes, initial distribution and optimizer group.
+"""Every weight of the model, declared once: shape, logical axes, initial distribution and
+optimizer group.
 
-Initial values, abstract shapes, shardings, parameter counts, the layers of `gpt.forward` and the optimizer's groups all follow
-from these declarations. To add a weight, declare it here and use it in `gpt.py`.
+Initial values, abstract shapes, shardings, parameter counts, the layers of `gpt.forward` and the
+optimizer's groups all follow from these declarations. To add a weight, declare it here and use it
+in `gpt.py`.
 
 | weight | classic | modern |
 |---|---|---|
@@ -34,9 +36,11 @@ Params = dict[str, Any]  # nested dict of arrays: params["wte"], params["blocks"
 Axes = tuple[str | None, ...]
 Initial = Callable[[nnx.Rngs, tuple[int, ...]], Array]
 
-# First logical axis of weights that each layer, or each layer with a value embedding, has its own of.
+# First logical axis of weights that each layer, or each layer with a value embedding, has its own
+# of.
 LAYERS, VALUE_LAYERS = "layers", "value_layers"
-MATRICES, SCALARS = "matrices", "scalars"  # optimizer groups of several weights; the others are named as their only weight
+# optimizer groups of several weights; the others are named as their only weight
+MATRICES, SCALARS = "matrices", "scalars"
 
 
 def _normal(std: float) -> Initial:
@@ -60,11 +64,15 @@ def _falling(first: float, last: float) -> Initial:
 
 @dataclass(frozen=True)
 class _Declare:
-    """`declare(shape, axes, initial, group)`: an `nnx.Param` that carries its logical axes and its optimizer group."""
+    """`declare(shape, axes, initial, group)`: an `nnx.Param` that carries its logical axes and its
+    optimizer group.
+    """
 
     rngs: nnx.Rngs
 
-    def __call__(self, shape: tuple[int, ...], axes: Axes, initial: Initial, group: str) -> nnx.Param:
+    def __call__(
+        self, shape: tuple[int, ...], axes: Axes, initial: Initial, group: str
+    ) -> nnx.Param:
         if len(axes) != len(shape):
             raise ValueError(f"a weight of shape {shape} has {len(axes)} logical axes: {axes}")
         return nnx.Param(initial(self.rngs, shape), axes=axes, group=group)
@@ -102,19 +110,31 @@ class GPT(nnx.Module):
         vocab, width, depth = config.padded_vocab_size, config.n_embd, config.n_layer
         classic = config.arch == "classic"
         self.wte = declare((vocab, width), (None, "embed"), _normal(1.0 if classic else 0.8), "wte")
-        self.lm_head = declare((width, vocab), ("embed", "vocab"), _normal(0.0 if classic else 0.001), "lm_head")
+        self.lm_head = declare(
+            (width, vocab), ("embed", "vocab"), _normal(0.0 if classic else 0.001), "lm_head"
+        )
         self.blocks = Blocks(config, declare)
         if count := len(config.value_embed_layers):
             bound = math.sqrt(3.0 / width)
-            self.value_embeds = declare((count, vocab, config.n_kv_head * config.head_dim),
-                                        (VALUE_LAYERS, "rows", "kv_heads"), _uniform(-bound, bound), "value_embeds")
-            self.ve_gate = declare((count, VE_GATE_CHANNELS, config.n_kv_head), (VALUE_LAYERS, None, None),
-                                   _uniform(0.0, 0.02), MATRICES)
+            self.value_embeds = declare(
+                (count, vocab, config.n_kv_head * config.head_dim),
+                (VALUE_LAYERS, "rows", "kv_heads"),
+                _uniform(-bound, bound),
+                "value_embeds",
+            )
+            self.ve_gate = declare(
+                (count, VE_GATE_CHANNELS, config.n_kv_head),
+                (VALUE_LAYERS, None, None),
+                _uniform(0.0, 0.02),
+                MATRICES,
+            )
         if config.lambdas:
             self.resid_lambdas = declare((depth,), (LAYERS,), _falling(1.15, 1.05), "resid_lambdas")
             self.x0_lambdas = declare((depth,), (LAYERS,), _falling(0.20, 0.05), "x0_lambdas")
         if config.smear:
-            self.smear_gate = declare((SMEAR_GATE_CHANNELS, 1), (None, None), _uniform(0.0, 0.02), SCALARS)
+            self.smear_gate = declare(
+                (SMEAR_GATE_CHANNELS, 1), (None, None), _uniform(0.0, 0.02), SCALARS
+            )
             self.smear_lambda = declare((1,), (None,), _constant(0.0), SCALARS)
         if config.backout:
             self.backout_lambda = declare((1,), (None,), _constant(0.2), SCALARS)
@@ -137,11 +157,17 @@ def abstract_params(config: GPTConfig) -> Params:
 
 def _metadata(config: GPTConfig, name: str) -> Params:
     is_weight = lambda node: isinstance(node, nnx.Variable)  # noqa: E731
-    return nnx.to_pure_dict(jax.tree.map(lambda weight: weight.get_metadata()[name], _declared(config), is_leaf=is_weight))
+    return nnx.to_pure_dict(
+        jax.tree.map(
+            lambda weight: weight.get_metadata()[name], _declared(config), is_leaf=is_weight
+        )
+    )
 
 
 def logical_axes(config: GPTConfig) -> Params:
-    """Logical axis names of each parameter, a tree like the parameters'; sharding.py maps them to axes of the mesh."""
+    """Logical axis names of each parameter, a tree like the parameters'; sharding.py maps them to
+    axes of the mesh.
+    """
     return _metadata(config, "axes")
 
 
@@ -152,11 +178,15 @@ def optimizer_groups(config: GPTConfig) -> Params:
 
 @functools.lru_cache(maxsize=64)
 def layer_weights(config: GPTConfig) -> dict[str, tuple[tuple[str, ...], tuple[int, ...]]]:
-    """Weights that layers have their own of: name -> (keys into the parameters, layers that have one)."""
+    """Weights that layers have their own of: name -> (keys into the parameters, layers that have
+    one).
+    """
     found = {}
     is_axes = lambda node: isinstance(node, tuple)  # noqa: E731
     for path, axes in jax.tree.leaves_with_path(logical_axes(config), is_leaf=is_axes):
         if axes[0] in (LAYERS, VALUE_LAYERS):
-            layers = tuple(range(config.n_layer)) if axes[0] == LAYERS else config.value_embed_layers
+            layers = (
+                tuple(range(config.n_layer)) if axes[0] == LAYERS else config.value_embed_layers
+            )
             found[path[-1].key] = (tuple(key.key for key in path), layers)
     return found

@@ -25,11 +25,17 @@ LABELS = {  # of results whose name is not how people write them
     "spelling_bee": "SpellingBee", "train_bpb": "train bpb", "val_bpb": "val bpb", "val_loss": "val loss",
 }  # fmt: skip
 LOSS_CHARTS = {
-    "base_train": "Pretraining", "mid_train": "Midtraining", "chat_sft": "Supervised finetuning",
+    "base_train": "Pretraining",
+    "mid_train": "Midtraining",
+    "chat_sft": "Supervised finetuning",
     "chat_rl": "Reinforcement learning",
 }
 TRAIN_CURVES = {"reward": "mean reward", "loss": "training loss"}
-EVAL_CURVES = {"accuracy": "held-out accuracy", "val_bpb": "validation bits per byte", "val_loss": "validation loss"}
+EVAL_CURVES = {
+    "accuracy": "held-out accuracy",
+    "val_bpb": "validation bits per byte",
+    "val_loss": "validation loss",
+}
 RL_CURVES = {"entropy": "entropy, nats a token", "sequence_length": "tokens of prompt and reply"}
 MIN_POINTS_TO_SMOOTH = 30
 
@@ -84,7 +90,9 @@ dt { color: var(--soft); } dd { margin: 0; overflow-wrap: anywhere; white-space:
 
 @dataclass(frozen=True, kw_only=True)
 class Section:
-    """What a stage logged: `items` are markdown strings and mappings, `results` what tables and charts are made of."""
+    """What a stage logged: `items` are markdown strings and mappings, `results` what tables and
+    charts are made of.
+    """
 
     slug: str
     section: str
@@ -113,9 +121,11 @@ class Report:
 def page(report: Report) -> str:
     """The whole document."""
     times = f"Run started {report.started}. " if report.started else ""
-    body = ["<h1>nanochat training report</h1>",
-            f'<p class="sub">{_text(times)}Report made {_text(report.generated)}.</p>',
-            _tiles(report.results, report.wall_clock)]
+    body = [
+        "<h1>nanochat training report</h1>",
+        f'<p class="sub">{_text(times)}Report made {_text(report.generated)}.</p>',
+        _tiles(report.results, report.wall_clock),
+    ]
     if report.summary:
         body.append(f'<h2>Summary</h2><div class="card">{_table(report.summary)}</div>')
     if charts := _curves(report.sections):
@@ -123,23 +133,32 @@ def page(report: Report) -> str:
     body.append("<h2>Sections</h2>")
     for section in report.sections:
         time = section.timestamp.replace("T", " ")[:19]
-        content = "".join(_definitions(item) if isinstance(item, Mapping) else markdown(item) for item in section.items)
+        content = "".join(
+            _definitions(item) if isinstance(item, Mapping) else markdown(item)
+            for item in section.items
+        )
         title = _text(section.section)
-        body.append(f'<details><summary>{title}</summary><p class="time">{_text(time)}</p>{content}</details>')
+        body.append(
+            f'<details><summary>{title}</summary><p class="time">{_text(time)}</p>{content}</details>'
+        )
     if report.missing:
         body.append(f'<p class="note">Sections not logged: {_text(", ".join(report.missing))}.</p>')
     body.append(f'<h2>Machine and code</h2><div class="card">{_definitions(report.facts)}</div>')
     return (
         '<!doctype html>\n<html lang="en"><head><meta charset="utf-8"><title>nanochat training report</title>'
         '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; style-src \'unsafe-inline\'">'
+        '<meta http-equiv="Content-Security-Policy" content="default-src \'none\'; style-src '
+        "'unsafe-inline'\">"
         f"<style>{STYLE}</style></head>\n<body><main>\n"
-        + "\n".join(filter(None, body)) + "\n</main></body></html>\n"
+        + "\n".join(filter(None, body))
+        + "\n</main></body></html>\n"
     )
 
 
 def rows_by_kind(rows: Sequence[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Rows of metrics by kind ("train", "eval"), by rising step; a step logged twice counts once, as the later row."""
+    """Rows of metrics by kind ("train", "eval"), by rising step; a step logged twice counts once,
+    as the later row.
+    """
     kinds: dict[str, dict[float, dict[str, Any]]] = {}
     for row in rows:
         kinds.setdefault(str(row.get("kind")), {})[row["step"]] = row
@@ -154,8 +173,14 @@ def markdown(text: str) -> str:
         if match := re.match(r"#{1,6} +(.*)", lines[0]):
             out.append(f"<h3>{_text(match[1])}</h3>")
         elif len(lines) > 1 and all(line.lstrip().startswith("|") for line in lines):
-            cells = [[cell.strip() for cell in line.strip().strip("|").split("|")] for line in lines]
-            out.append(_table([row for row in cells if not all(re.fullmatch(r":?-+:?", cell) for cell in row)]))
+            cells = [
+                [cell.strip() for cell in line.strip().strip("|").split("|")] for line in lines
+            ]
+            out.append(
+                _table(
+                    [row for row in cells if not all(re.fullmatch(r":?-+:?", cell) for cell in row)]
+                )
+            )
         else:
             out.append(f"<p>{'<br>'.join(map(_text, lines))}</p>")
     return "".join(out)
@@ -164,13 +189,18 @@ def markdown(text: str) -> str:
 def _tiles(results: Mapping[str, Mapping[str, Any]], wall_clock: str) -> str:
     tiles = []
     for label, stages, name in TILES:
-        value = next((results[stage][name] for stage in stages if name in results.get(stage, {})), None)
+        value = next(
+            (results[stage][name] for stage in stages if name in results.get(stage, {})), None
+        )
         if value is not None:
             shown = f"{value:.4f}" if isinstance(value, float) else str(value)
             tiles.append((label, percent(value) if stages[0].startswith("chat_") else shown))
     if not wall_clock.startswith("unknown"):
         tiles.append(("total wall clock time", wall_clock))
-    cards = [f'<div class="card tile"><b>{_text(value)}</b><span>{_text(label)}</span></div>' for label, value in tiles]
+    cards = [
+        f'<div class="card tile"><b>{_text(value)}</b><span>{_text(label)}</span></div>'
+        for label, value in tiles
+    ]
     return f'<div class="tiles">{"".join(cards)}</div>' if cards else ""
 
 
@@ -181,8 +211,10 @@ def _points(rows: Sequence[Mapping[str, Any]], name: str) -> list[Point]:
 def _noisy(label: str, points: list[Point], color: int) -> list[Line]:
     if len(points) < MIN_POINTS_TO_SMOOTH:
         return [Line(label=label, points=points, color=color, markers=len(points) < 12)]
-    return [Line(label="each step", points=points, color=color, faint=True),
-            Line(label="moving average", points=smooth(points), color=color)]
+    return [
+        Line(label="each step", points=points, color=color, faint=True),
+        Line(label="moving average", points=smooth(points), color=color),
+    ]
 
 
 def _curves(sections: Sequence[Section]) -> str:
@@ -192,7 +224,9 @@ def _curves(sections: Sequence[Section]) -> str:
         if stage not in curves:
             continue
         if not curves[stage].exists():
-            out.append(f'<p class="note">{_text(f"{title}: no curves, {curves[stage]} is gone")}.</p>')
+            out.append(
+                f'<p class="note">{_text(f"{title}: no curves, {curves[stage]} is gone")}.</p>'
+            )
             continue
         metrics = rows_by_kind(read_metrics(curves[stage]))
         train, evals = metrics.get("train", []), metrics.get("eval", [])
@@ -202,13 +236,23 @@ def _curves(sections: Sequence[Section]) -> str:
             if not (rl and name == "loss"):  # a policy loss says nothing
                 charts[what] = _noisy(what, _points(train, name), color)
         for name, what in EVAL_CURVES.items():
-            charts[what] = [Line(label=what, points=_points(evals, name), color=color, markers=True)]
-        if names := sorted({n for row in evals for n in row if n.startswith("pass@")}, key=lambda n: (len(n), n)):
+            charts[what] = [
+                Line(label=what, points=_points(evals, name), color=color, markers=True)
+            ]
+        if names := sorted(
+            {n for row in evals for n in row if n.startswith("pass@")}, key=lambda n: (len(n), n)
+        ):
             shown = dict.fromkeys((names[0], names[len(names) // 2], names[-1]))
-            charts["pass@k"] = [Line(label=n, points=_points(evals, n), color=c, markers=True) for c, n in enumerate(shown)]
+            charts["pass@k"] = [
+                Line(label=n, points=_points(evals, n), color=c, markers=True)
+                for c, n in enumerate(shown)
+            ]
         for name, what in RL_CURVES.items() if rl else ():
             charts[what] = _noisy(what, _points(train, name), color)
-        figures = [line_chart(f"{title}: {what}", lines, x_label="step", y_label=what) for what, lines in charts.items()]
+        figures = [
+            line_chart(f"{title}: {what}", lines, x_label="step", y_label=what)
+            for what, lines in charts.items()
+        ]
         if any(figures):
             out.append(f'<div class="charts">{"".join(figures)}</div>')
     return "".join(out)
@@ -225,7 +269,11 @@ def label_of(result: str) -> str:
 
 
 def _definitions(item: Mapping[str, Any]) -> str:
-    return "<dl>" + "".join(f"<dt>{_text(key)}</dt><dd>{_text(value)}</dd>" for key, value in item.items()) + "</dl>"
+    return (
+        "<dl>"
+        + "".join(f"<dt>{_text(key)}</dt><dd>{_text(value)}</dd>" for key, value in item.items())
+        + "</dl>"
+    )
 
 
 def _table(rows: Sequence[Sequence[str]]) -> str:

@@ -19,8 +19,8 @@ log = logging.getLogger(__name__)
 
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; img-src 'self'; "
-                               "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
-                               "require-trusted-types-for 'script'; trusted-types dompurify",
+    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
+    "require-trusted-types-for 'script'; trusted-types dompurify",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Server": "nanochat_jax",
@@ -30,9 +30,18 @@ BODY_SECONDS = 15.0  # for a body to arrive
 CONTENT_ENCODINGS = {"", "identity", "gzip", "deflate", "br", "zstd"}  # those that aiohttp decodes
 # Paths that need the API key, if the server has one.
 GUARDED = ("/chat/completions", "/models", "/v1/", "/metrics", "/stats")
-# Paths of OpenAI's API; most do not exist here. /chat/completions is also the page's, so it is absent.
-OPENAI_PATHS = ("/v1", "/audio", "/completions", "/embeddings", "/images", "/models",
-                "/moderations", "/responses")
+# Paths of OpenAI's API; most do not exist here. /chat/completions is also the page's, so it is
+# absent.
+OPENAI_PATHS = (
+    "/v1",
+    "/audio",
+    "/completions",
+    "/embeddings",
+    "/images",
+    "/models",
+    "/moderations",
+    "/responses",
+)
 OPENAI_ENDPOINTS = "POST /v1/chat/completions and GET /v1/models"
 CLIENT_LEFT = 499  # nginx's number for a client that did not wait
 RETRY_AFTER = "2"  # seconds, for a client told 503
@@ -48,14 +57,18 @@ async def read_json(request: web.Request) -> Any:
     A form on another site's page cannot send that Content-Type.
 
     Raises:
-        BadRequest: 422 if the body is not JSON in UTF-8, 400 if it has a wrong Content-Encoding or a
-            NaN, 408 if it does not arrive in time.
+        BadRequest: 422 if the body is not JSON in UTF-8, 400 if it has a wrong Content-Encoding or
+            a NaN, 408 if it does not arrive in time.
     """
     if request.content_type != "application/json":
-        raise BadRequest(422, f"the Content-Type must be application/json, not {request.content_type[:50]}")
+        raise BadRequest(
+            422, f"the Content-Type must be application/json, not {request.content_type[:50]}"
+        )
     encoding = request.headers.get(hdrs.CONTENT_ENCODING, "")
     if encoding.lower() not in CONTENT_ENCODINGS:
-        raise BadRequest(400, f"Content-Encoding {encoding[:50]!r} is not supported; use gzip or none")
+        raise BadRequest(
+            400, f"Content-Encoding {encoding[:50]!r} is not supported; use gzip or none"
+        )
     if (size := request.content_length or 0) > MAX_BODY_BYTES:  # before a byte of it is read
         raise web.HTTPRequestEntityTooLarge(max_size=MAX_BODY_BYTES, actual_size=size)
     try:
@@ -92,14 +105,23 @@ def _one_line(error: Exception) -> str:
     return "".join(char if char.isprintable() else "?" for char in line)
 
 
-def middlewares(metrics: Metrics, *, hosts: tuple[str, ...], api_key: str | None, cors: bool) -> list[Any]:
+def middlewares(
+    metrics: Metrics, *, hosts: tuple[str, ...], api_key: str | None, cors: bool
+) -> list[Any]:
     """In the order that requests pass them."""
-    return [_counting(metrics), _errors, *([_host_check(hosts)] if "*" not in hosts else []),
-            *([_preflight] if cors else []), *([_key_check(api_key)] if api_key is not None else [])]
+    return [
+        _counting(metrics),
+        _errors,
+        *([_host_check(hosts)] if "*" not in hosts else []),
+        *([_preflight] if cors else []),
+        *([_key_check(api_key)] if api_key is not None else []),
+    ]
 
 
 def add_headers(cors_origins: tuple[str, ...]) -> Any:
-    """A signal handler for all responses. Pages of these origins ("*": of all) may read them, no others."""
+    """A signal handler for all responses. Pages of these origins ("*": of all) may read them, no
+    others.
+    """
 
     async def add(request: web.Request, response: web.StreamResponse) -> None:
         response.headers.update(HEADERS)
@@ -110,7 +132,9 @@ def add_headers(cors_origins: tuple[str, ...]) -> Any:
         if origin and ("*" in cors_origins or origin in cors_origins):
             response.headers["Access-Control-Allow-Origin"] = origin
             response.headers["Access-Control-Expose-Headers"] = "X-Dropped-Messages, Retry-After"
-            asked = request.headers.get(hdrs.ACCESS_CONTROL_REQUEST_HEADERS, "Authorization, Content-Type")
+            asked = request.headers.get(
+                hdrs.ACCESS_CONTROL_REQUEST_HEADERS, "Authorization, Content-Type"
+            )
             if request.method == hdrs.METH_OPTIONS:
                 response.headers["Access-Control-Allow-Methods"] = "GET, POST"
                 response.headers["Access-Control-Allow-Headers"] = asked
@@ -150,8 +174,10 @@ async def _errors(request: web.Request, handler: Handler) -> web.StreamResponse:
         response.headers["Allow"] = allowed
         return response
     except web.HTTPNotFound as error:
-        detail = (f"{request.method[:20]} {request.path[:80]} does not exist on this server; "
-                  f"its OpenAI API is {OPENAI_ENDPOINTS}")
+        detail = (
+            f"{request.method[:20]} {request.path[:80]} does not exist on this server; "
+            f"its OpenAI API is {OPENAI_ENDPOINTS}"
+        )
         return _error(request, error.status, detail, code="unknown_endpoint")
     except web.HTTPException as error:  # a body over the limit
         return _error(request, error.status, error.reason)
@@ -163,15 +189,23 @@ async def _errors(request: web.Request, handler: Handler) -> web.StreamResponse:
         return _error(request, 500, "the server failed; its log says why")
 
 
-def _error(request: web.Request, status: int, detail: str, param: str | None = None,
-           code: str | None = None) -> web.Response:
+def _error(
+    request: web.Request,
+    status: int,
+    detail: str,
+    param: str | None = None,
+    code: str | None = None,
+) -> web.Response:
     """{"detail": text}, or an error in OpenAI's form, in which wrong types are 400 as well."""
-    log.info("%s %r: %d, %r", request.method, request.raw_path[:200], status, detail[:200])  # quoted: clients wrote them
+    # quoted: clients wrote them
+    log.info("%s %r: %d, %r", request.method, request.raw_path[:200], status, detail[:200])
     body: dict[str, Any] = {"detail": detail}
     if for_openai(request):
         status = 400 if status == 422 else status
         body = error_body(status, detail, param, code)
-    headers = {503: {"Retry-After": RETRY_AFTER}, 401: {"WWW-Authenticate": "Bearer"}}.get(status, {})
+    headers = {503: {"Retry-After": RETRY_AFTER}, 401: {"WWW-Authenticate": "Bearer"}}.get(
+        status, {}
+    )
     response = web.json_response(body, status=status, headers=headers)
     if request.content.exception() is not None:  # where the next request begins is unknown
         response.force_close()
@@ -184,17 +218,21 @@ def for_openai(request: web.Request) -> bool:
     return by_header or OPENAI in request or request.path.startswith(OPENAI_PATHS)
 
 
-def error_body(status: int, detail: str, param: str | None = None, code: str | None = None) -> dict[str, Any]:
+def error_body(
+    status: int, detail: str, param: str | None = None, code: str | None = None
+) -> dict[str, Any]:
     """An error as OpenAI's clients know it."""
     kind = {401: "authentication_error", 404: "not_found_error"}.get(
-        status, "server_error" if status >= 500 else "invalid_request_error")
+        status, "server_error" if status >= 500 else "invalid_request_error"
+    )
     return {"error": {"message": detail, "type": kind, "param": param, "code": code}}
 
 
 def _host_check(hosts: tuple[str, ...]) -> Any:
     """Refuse a browser that was told a foreign name is this machine's address (DNS rebinding).
 
-    The page that did so would pass for one of ours. It needs a name of its own, so addresses need not be checked.
+    The page that did so would pass for one of ours. It needs a name of its own, so addresses need
+    not be checked.
     """
     names = {"localhost", *(host.lower() for host in hosts)}
 
@@ -202,9 +240,16 @@ def _host_check(hosts: tuple[str, ...]) -> Any:
     async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
         given = request.headers.get(hdrs.HOST, "localhost").lower()  # browsers always send one
         name = re.sub(r":\d*$", "", given).rstrip(".")
-        if name not in names and not name.endswith(".localhost") and not _is_address(name.strip("[]")):
-            raise BadRequest(403, f"this server does not go by the name {given[:80]!r}: --allowed-hosts adds names",
-                             code="host_not_allowed")
+        if (
+            name not in names
+            and not name.endswith(".localhost")
+            and not _is_address(name.strip("[]"))
+        ):
+            raise BadRequest(
+                403,
+                f"this server does not go by the name {given[:80]!r}: --allowed-hosts adds names",
+                code="host_not_allowed",
+            )
         return await handler(request)
 
     return check
@@ -221,7 +266,10 @@ def _is_address(text: str) -> bool:
 @web.middleware
 async def _preflight(request: web.Request, handler: Handler) -> web.StreamResponse:
     """What a browser asks before it sends JSON across origins; `add_headers` answers it."""
-    if request.method == hdrs.METH_OPTIONS and hdrs.ACCESS_CONTROL_REQUEST_METHOD in request.headers:
+    if (
+        request.method == hdrs.METH_OPTIONS
+        and hdrs.ACCESS_CONTROL_REQUEST_METHOD in request.headers
+    ):
         return web.Response(status=204)
     return await handler(request)
 
@@ -234,10 +282,15 @@ def _key_check(api_key: str) -> Any:
         if request.path.startswith(GUARDED):
             scheme, _, key = request.headers.get(hdrs.AUTHORIZATION, "").partition(" ")
             given = hashlib.sha256(key.strip().encode(errors="replace")).digest()
-            # Digests, compared in constant time: how long it takes says neither the key's length nor its beginning.
+            # Digests, compared in constant time: how long it takes says neither the key's length
+            # nor its beginning.
             if not secrets.compare_digest(given, expected) or scheme.lower() != "bearer":
-                said = "this is not this server's API key" if key else "this server wants its API key"
-                raise BadRequest(401, f"{said}, as `Authorization: Bearer <key>`", code="invalid_api_key")
+                said = (
+                    "this is not this server's API key" if key else "this server wants its API key"
+                )
+                raise BadRequest(
+                    401, f"{said}, as `Authorization: Bearer <key>`", code="invalid_api_key"
+                )
         return await handler(request)
 
     return check

@@ -65,10 +65,19 @@ Text = Annotated[str, Field(max_length=MAX_TOTAL_CHARS), Unicode]
 Stop = Annotated[str, Field(min_length=1, max_length=200), Unicode]
 Stops = Annotated[list[Stop], Field(max_length=4)]
 # -1 is what other servers take for "no limit": here the most that is allowed, or all of the tokens.
-AsMany = Annotated[MaxTokens, BeforeValidator(lambda value: MAX_TOKENS if value == -1 else value,
-                                              json_schema_input_type=Literal[-1] | MaxTokens)]
-AnyTopK = Annotated[TopK, BeforeValidator(lambda value: 0 if value == -1 else value,
-                                          json_schema_input_type=Literal[-1] | TopK)]
+AsMany = Annotated[
+    MaxTokens,
+    BeforeValidator(
+        lambda value: MAX_TOKENS if value == -1 else value,
+        json_schema_input_type=Literal[-1] | MaxTokens,
+    ),
+]
+AnyTopK = Annotated[
+    TopK,
+    BeforeValidator(
+        lambda value: 0 if value == -1 else value, json_schema_input_type=Literal[-1] | TopK
+    ),
+]
 
 
 class Known(Strict):
@@ -101,7 +110,8 @@ class Known(Strict):
 
 def _is_neutral(value: Any, values: tuple[Any, ...] | None) -> bool:
     return values is None or any(
-        value == neutral and isinstance(value, bool) == isinstance(neutral, bool) for neutral in values
+        value == neutral and isinstance(value, bool) == isinstance(neutral, bool)
+        for neutral in values
     )
 
 
@@ -144,7 +154,9 @@ class Message(Known):
     content: Content
 
     def parts(self) -> list[dict[str, str]]:
-        """The message as conversation.py's parts. A tool's result is rendered like the calculator's."""
+        """The message as conversation.py's parts. A tool's result is rendered like the
+        calculator's.
+        """
         part_type = "python_output" if self.role == "tool" else "text"
         return [{"type": part_type, "text": _text(self.content)}]
 
@@ -157,7 +169,9 @@ class AssistantMessage(Known):
     tool_calls: Annotated[list[Call], Field(max_length=MAX_PARTS, fail_fast=True)] | None = None
 
     def parts(self) -> list[dict[str, str]]:
-        """The message as conversation.py's parts. A tool call is rendered like a call of the calculator."""
+        """The message as conversation.py's parts. A tool call is rendered like a call of the
+        calculator.
+        """
         text = _text(self.content or "")
         calls = [call.function for call in self.tool_calls or ()]
         return [
@@ -199,16 +213,26 @@ class CompletionRequest(Asked, Known):
     }  # fmt: skip
 
     model: str | None = None
-    messages: Annotated[list[Annotated[Message | AssistantMessage, Field(discriminator="role")]],
-                        Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True)]
+    messages: Annotated[
+        list[Annotated[Message | AssistantMessage, Field(discriminator="role")]],
+        Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True),
+    ]
     max_tokens: AsMany | None = None
     max_completion_tokens: AsMany | None = None  # the newer name of max_tokens
     top_k: AnyTopK | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES), Whole] | None = None
     seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1), Whole] | None = None
-    stop: Annotated[Stops, BeforeValidator(lambda stop: [stop] if isinstance(stop, str) else stop,
-                                           json_schema_input_type=Stop | Stops)] | None = None
+    stop: (
+        Annotated[
+            Stops,
+            BeforeValidator(
+                lambda stop: [stop] if isinstance(stop, str) else stop,
+                json_schema_input_type=Stop | Stops,
+            ),
+        ]
+        | None
+    ) = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     add_generation_prompt: bool | None = None
@@ -251,12 +275,22 @@ class CompletionRequest(Asked, Known):
 
     def requests(self, prompt: tuple[int, ...], sampling: Sampling) -> list[Request]:
         seed = secrets.randbelow(2**31) if self.seed is None else self.seed
-        return [Request(prompt, **sampling.model_dump(), top_p=self.top_p or 1.0, seed=(seed + index) % 2**64,
-                        stop=tuple(self.stop or ())) for index in range(self.n or 1)]
+        return [
+            Request(
+                prompt,
+                **sampling.model_dump(),
+                top_p=self.top_p or 1.0,
+                seed=(seed + index) % 2**64,
+                stop=tuple(self.stop or ()),
+            )
+            for index in range(self.n or 1)
+        ]
 
 
 def parse(body: Any, model: str) -> CompletionRequest:
-    """Check a decoded JSON body. Raises `BadRequest`: 404 for another model, 400 or 422 for what is wrong."""
+    """Check a decoded JSON body. Raises `BadRequest`: 404 for another model, 400 or 422 for what
+    is wrong.
+    """
     asked = check(CompletionRequest, body)
     if asked.add_generation_prompt and asked.continue_final_message:
         detail = "continue_final_message and add_generation_prompt cannot both be true"
@@ -277,8 +311,13 @@ class OpenAIServer:
     created: int = field(default_factory=lambda: int(time.time()))
 
     def _card(self) -> dict[str, Any]:
-        return {"id": self.model, "object": "model", "created": self.created, "owned_by": "nanochat_jax",
-                "max_model_len": self.max_len}
+        return {
+            "id": self.model,
+            "object": "model",
+            "created": self.created,
+            "owned_by": "nanochat_jax",
+            "max_model_len": self.max_len,
+        }
 
     async def list_models(self, request: web.Request) -> web.Response:
         return web.json_response({"object": "list", "data": [self._card()]})
@@ -299,29 +338,57 @@ class OpenAIServer:
             sampling = sampling.model_copy(update={"max_tokens": asked.max_completion_tokens})
         turns = asked.conversation()
         ending = asked.ending(turns[-1]["role"])
-        prompt, _ = make_prompt(self.tokenizer, turns, max_len=self.max_len, drop=False,
-                                max_tokens=sampling.max_tokens, ending=ending)
-        head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": self.model}
+        prompt, _ = make_prompt(
+            self.tokenizer,
+            turns,
+            max_len=self.max_len,
+            drop=False,
+            max_tokens=sampling.max_tokens,
+            ending=ending,
+        )
+        head = {
+            "id": f"chatcmpl-{secrets.token_hex(12)}",
+            "created": int(time.time()),
+            "model": self.model,
+        }
         requests = asked.requests(prompt, sampling)
         async with self.replies.open(requests) as events:
             if asked.stream:
-                usage = asked.stream_options is not None and bool(asked.stream_options.include_usage)
-                return await _stream(request, head, events, choices=len(requests), include_usage=usage)
+                usage = asked.stream_options is not None and bool(
+                    asked.stream_options.include_usage
+                )
+                return await _stream(
+                    request, head, events, choices=len(requests), include_usage=usage
+                )
             results: dict[int, Result] = {}
             try:
                 async for batch in events:
                     results |= {index: event for index, event in batch if isinstance(event, Result)}
             except ReplyError as error:
-                raise BadRequest(REPLY_ERROR_STATUS[error.code], error.detail, code=error.code) from error
+                raise BadRequest(
+                    REPLY_ERROR_STATUS[error.code], error.detail, code=error.code
+                ) from error
         choices = [{"index": index, "message": {"role": "assistant", "content": result.text, "refusal": None},
                     "logprobs": None, "finish_reason": result.finish_reason}
                    for index, result in sorted(results.items())]  # fmt: skip
-        return web.json_response({"object": "chat.completion", **head, "choices": choices,
-                                  "usage": _usage(results.values())})
+        return web.json_response(
+            {
+                "object": "chat.completion",
+                **head,
+                "choices": choices,
+                "usage": _usage(results.values()),
+            }
+        )
 
 
-async def _stream(request: web.Request, head: Mapping[str, Any], events: AsyncIterator[list[tuple[int, Event]]], *,
-                  choices: int, include_usage: bool) -> web.StreamResponse:
+async def _stream(
+    request: web.Request,
+    head: Mapping[str, Any],
+    events: AsyncIterator[list[tuple[int, Event]]],
+    *,
+    choices: int,
+    include_usage: bool,
+) -> web.StreamResponse:
     usage = {"usage": None} if include_usage else {}
     results: list[Result] = []
 
@@ -330,7 +397,9 @@ async def _stream(request: web.Request, head: Mapping[str, Any], events: AsyncIt
         return {"object": "chat.completion.chunk", **head, "choices": [choice], **usage}
 
     # What surrounds a piece of text in its chunk is the same for each, and is encoded once.
-    around = [encode(chunk(index, {"content": ""})).split('"content": ""') for index in range(choices)]
+    around = [
+        encode(chunk(index, {"content": ""})).split('"content": ""') for index in range(choices)
+    ]
 
     async with EventStream(request) as stream:
         try:
@@ -347,20 +416,37 @@ async def _stream(request: web.Request, head: Mapping[str, Any], events: AsyncIt
                 if chunks:
                     await stream.send(*chunks)
             if include_usage:
-                await stream.send({"object": "chat.completion.chunk", **head, "choices": [], "usage": _usage(results)})
+                await stream.send(
+                    {
+                        "object": "chat.completion.chunk",
+                        **head,
+                        "choices": [],
+                        "usage": _usage(results),
+                    }
+                )
             await stream.send("[DONE]")
         except ReplyError as error:
-            await stream.send(error_body(REPLY_ERROR_STATUS[error.code], error.detail, code=error.code))
+            await stream.send(
+                error_body(REPLY_ERROR_STATUS[error.code], error.detail, code=error.code)
+            )
     return stream.response
 
 
 def _usage(results: Iterable[Result]) -> dict[str, int]:
     results = list(results)
     prompt, completion = results[0].prompt_tokens, sum(len(result.tokens) for result in results)
-    return {"prompt_tokens": prompt, "completion_tokens": completion, "total_tokens": prompt + completion}
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+    }
 
 
 def _check_model(asked: str, model: str) -> None:
     if asked != model:
-        raise BadRequest(404, f"there is no model {asked[:80]!r} here: ask for {model!r}", param="model",
-                         code="model_not_found")
+        raise BadRequest(
+            404,
+            f"there is no model {asked[:80]!r} here: ask for {model!r}",
+            param="model",
+            code="model_not_found",
+        )

@@ -1,7 +1,9 @@
-"""Replies on their way: requests handed to the scheduler, their events, and what can end them early.
+"""Replies on their way: requests handed to the scheduler, their events, and what can end them
+early.
 
-Both APIs stand on this: `Replies.open` queues requests and gives their events, with a deadline, and with an end when
-the server shuts down; `EventStream` writes server-sent events to a client that may go away or stop reading.
+Both APIs stand on this: `Replies.open` queues requests and gives their events, with a deadline,
+and with an end when the server shuts down; `EventStream` writes server-sent events to a client
+that may go away or stop reading.
 """
 
 import asyncio
@@ -23,7 +25,8 @@ log = logging.getLogger(__name__)
 
 Event = str | ToolCall | Result
 
-encode = json.JSONEncoder(ensure_ascii=False).encode  # once: json.dumps with an option makes a new encoder each time
+# once: json.dumps with an option makes a new encoder each time
+encode = json.JSONEncoder(ensure_ascii=False).encode
 
 UNSENT_BYTES = 16 * 1024  # a client with more than this unsent is not reading ...
 STALL_SECONDS = 0.75  # ... and is given up if that lasts
@@ -80,11 +83,14 @@ class Replies:
         return not (self.failed or self._closing)
 
     @asynccontextmanager
-    async def open(self, requests: Sequence[Request]) -> AsyncIterator[AsyncIterator[list[tuple[int, Event]]]]:
-        """Queue requests together; gives their events, each with the index of its request, in lists of what has come.
-        Leaving cancels the rest.
+    async def open(
+        self, requests: Sequence[Request]
+    ) -> AsyncIterator[AsyncIterator[list[tuple[int, Event]]]]:
+        """Queue requests together; gives their events, each with the index of its request, in
+        lists of what has come. Leaving cancels the rest.
 
-        Raises `BadRequest` if they cannot be queued; the events raise `ReplyError` if the reply breaks off.
+        Raises `BadRequest` if they cannot be queued; the events raise `ReplyError` if the reply
+        breaks off.
         """
         start = time.perf_counter()
         reply = _Reply(self._submit(requests))
@@ -104,7 +110,9 @@ class Replies:
                 follower.cancel()
 
     async def shut_down(self, grace: float) -> None:
-        """Take no more requests; let the replies in flight end for `grace` seconds, then break them off."""
+        """Take no more requests; let the replies in flight end for `grace` seconds, then break
+        them off.
+        """
         self._closing = True
         end = time.perf_counter() + grace
         while self._live and time.perf_counter() < end:
@@ -142,8 +150,13 @@ class Replies:
                 if isinstance(event, Result):
                     reply.remaining -= 1
                     self._metrics.finished(event, first[index] if event.tokens else None, seconds)
-                    log.info("%d prompt tokens, %d generated in %.1f s (%s)", event.prompt_tokens, len(event.tokens), seconds,
-                             event.finish_reason)
+                    log.info(
+                        "%d prompt tokens, %d generated in %.1f s (%s)",
+                        event.prompt_tokens,
+                        len(event.tokens),
+                        seconds,
+                        event.finish_reason,
+                    )
                 batch.append((index, event))
             if batch:
                 yield batch
@@ -152,7 +165,8 @@ class Replies:
                 raise self._broken(error)
 
     def _broken(self, error: Exception) -> ReplyError:
-        if not isinstance(error, ReplyError):  # of this generation; the client is told, the log has the rest
+        # of this generation; the client is told, the log has the rest
+        if not isinstance(error, ReplyError):
             log.error("a generation failed", exc_info=error)
             error = ReplyError("failed", "the generation failed; the server's log says why")
         self._metrics.replies.labels(error.code).inc()
@@ -160,16 +174,21 @@ class Replies:
 
 
 class EventStream:
-    """A response of server-sent events, and a context manager: what fails inside breaks the connection off, since it is
-    too late for another response. Sending to a client that went away raises ConnectionError.
+    """A response of server-sent events, and a context manager: what fails inside breaks the
+    connection off, since it is too late for another response. Sending to a client that went away
+    raises ConnectionError.
     """
 
     def __init__(self, request: web.Request, headers: Mapping[str, str] | None = None) -> None:
         self._request = request
-        self.response = web.StreamResponse(headers={
-            "Content-Type": "text/event-stream; charset=utf-8", "Cache-Control": "no-cache", "X-Accel-Buffering": "no",
-            **(headers or {}),
-        })
+        self.response = web.StreamResponse(
+            headers={
+                "Content-Type": "text/event-stream; charset=utf-8",
+                "Cache-Control": "no-cache",
+                "X-Accel-Buffering": "no",
+                **(headers or {}),
+            }
+        )
 
     async def __aenter__(self) -> "EventStream":
         await self.response.prepare(self._request)
@@ -185,8 +204,9 @@ class EventStream:
             raise ConnectionResetError("the stream failed") from error
 
     async def send(self, *events: Mapping[str, Any] | str) -> None:
-        """Write events, text as it is, together; waits while the client is behind, and gives it up if it does not read at
-        all."""
+        """Write events, text as it is, together; waits while the client is behind, and gives it up
+        if it does not read at all.
+        """
         texts = (data if isinstance(data, str) else encode(data) for data in events)
         data = "".join(f"data: {text}\n\n" for text in texts).encode(errors="replace")
         transport = self._request.transport

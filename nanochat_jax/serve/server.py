@@ -1,19 +1,20 @@
 """The chat server: a page and two APIs over a scheduler.
 
-    GET  /                          the page, and the files of web/ that it loads
-    POST /chat/completions          a reply as server-sent events; chat_request.py says what may be asked
-    POST /v1/chat/completions       OpenAI's API: openai_api.py; GET /v1/models; both also without /v1
-    GET  /health, /stats, /metrics  whether it is up, how many of its slots are busy, Prometheus' numbers
-    GET  /openapi.json              a description of all this
+    GET  /                          the page, and the files of web/ that it loads POST
+    /chat/completions          a reply as server-sent events; chat_request.py says what may be
+    asked POST /v1/chat/completions       OpenAI's API: openai_api.py; GET /v1/models; both also
+    without /v1 GET  /health, /stats, /metrics  whether it is up, how many of its slots are busy,
+    Prometheus' numbers GET  /openapi.json              a description of all this
 
 A body of /chat/completions is upstream's. If it has other fields, such as `model`, it is OpenAI's.
 
-A reply of /chat/completions is a stream of `data: <json>` events: {"token": text, "gpu": 0} for text, {"tool":
-{"expression": text, "output": text or null}, "gpu": 0} for a calculation, at last {"done": true}; or {"error": text}
-if it breaks off. A conversation that outgrows the context loses its first messages; the header X-Dropped-Messages says
-how many. A client that goes away, or does not read, ends its generation. Mistakes are answered with {"detail": text}:
-400 for what is over a limit, 401 without the key, 403 for a name that is not the server's, 422 for what has the wrong type, 503
-with Retry-After when the queue is full.
+A reply of /chat/completions is a stream of `data: <json>` events: {"token": text, "gpu": 0} for
+text, {"tool": {"expression": text, "output": text or null}, "gpu": 0} for a calculation, at last
+{"done": true}; or {"error": text} if it breaks off. A conversation that outgrows the context loses
+its first messages; the header X-Dropped-Messages says how many. A client that goes away, or does
+not read, ends its generation. Mistakes are answered with {"detail": text}: 400 for what is over a
+limit, 401 without the key, 403 for a name that is not the server's, 422 for what has the wrong
+type, 503 with Retry-After when the queue is full.
 """
 
 import asyncio
@@ -43,11 +44,18 @@ from nanochat_jax.tokenizer import Tokenizer
 log = logging.getLogger(__name__)
 
 WEB = Path(__file__).parent / "web"
-CONTENT_TYPES = {".html": "text/html", ".js": "text/javascript", ".mjs": "text/javascript", ".css": "text/css",
-                 ".svg": "image/svg+xml"}
-SEND_BUFFER_BYTES = 32 * 1024  # of the kernel, for each client: more would hide for long that it does not read
+CONTENT_TYPES = {
+    ".html": "text/html",
+    ".js": "text/javascript",
+    ".mjs": "text/javascript",
+    ".css": "text/css",
+    ".svg": "image/svg+xml",
+}
+# of the kernel, for each client: more would hide for long that it does not read
+SEND_BUFFER_BYTES = 32 * 1024
 IDLE_SECONDS = 75.0  # of a connection, until the whole head of its first or next request has come
-UNREAD_SECONDS = 30  # in which a client reads nothing of what was sent, until it is cut off (Linux only)
+# in which a client reads nothing of what was sent, until it is cut off (Linux only)
+UNREAD_SECONDS = 30
 RELEASE_SECONDS = 30.0  # from one giving back of memory to the next
 SHUTDOWN_SECONDS = 2.0  # for handlers to return once their replies have ended
 
@@ -77,7 +85,8 @@ def create_app(
       devices: names of the devices the model is on.
       defaults: how to sample where a request does not say.
       model_id: the model's name for OpenAI's clients.
-      hosts: names that clients may call the server by, besides its addresses and localhost; "*" is any.
+      hosts: names that clients may call the server by, besides its addresses and localhost; "*" is
+        any.
       api_key: what clients must know; None lets everyone in.
       cors_origins: origins whose pages may call; "*" is all.
       deadline: seconds that a reply may take, its time in the queue included.
@@ -86,9 +95,21 @@ def create_app(
     counts = metrics.Metrics(scheduler, num_slots)
     replies = Replies(scheduler, counts, deadline=deadline)
     keyed = api_key is not None
-    openai = OpenAIServer(replies=replies, tokenizer=tokenizer, model=model_id, max_len=max_len, defaults=defaults)
-    server = _ChatServer(scheduler=scheduler, replies=replies, tokenizer=tokenizer, model_info=model_info, max_len=max_len,
-                         num_slots=num_slots, devices=devices, defaults=defaults, keyed=keyed, openai=openai)
+    openai = OpenAIServer(
+        replies=replies, tokenizer=tokenizer, model=model_id, max_len=max_len, defaults=defaults
+    )
+    server = _ChatServer(
+        scheduler=scheduler,
+        replies=replies,
+        tokenizer=tokenizer,
+        model_info=model_info,
+        max_len=max_len,
+        num_slots=num_slots,
+        devices=devices,
+        defaults=defaults,
+        keyed=keyed,
+        openai=openai,
+    )
     description = describe(model_id, keyed=keyed)
 
     async def show_metrics(request: web.Request) -> web.Response:
@@ -97,8 +118,12 @@ def create_app(
     async def show_description(request: web.Request) -> web.Response:
         return web.json_response(description)
 
-    app = web.Application(client_max_size=access.MAX_BODY_BYTES,
-                          middlewares=access.middlewares(counts, hosts=hosts, api_key=api_key, cors=bool(cors_origins)))
+    app = web.Application(
+        client_max_size=access.MAX_BODY_BYTES,
+        middlewares=access.middlewares(
+            counts, hosts=hosts, api_key=api_key, cors=bool(cors_origins)
+        ),
+    )
     for path in WEB.rglob("*"):
         if path.suffix in CONTENT_TYPES:
             name = path.relative_to(WEB).as_posix()
@@ -118,7 +143,9 @@ def create_app(
     aiohttp_log.addFilter(access.malformed_on_one_line)
 
     async def shut_down(app: web.Application) -> None:
-        log.info("shutting down: replies in flight are finished first, unless the signal comes again")
+        log.info(
+            "shutting down: replies in flight are finished first, unless the signal comes again"
+        )
         await replies.shut_down(grace)
 
     app.on_shutdown.append(shut_down)
@@ -126,7 +153,8 @@ def create_app(
 
 
 def bind(host: str, port: int) -> socket.socket:
-    """A listening socket; port 0 takes any free one. Raises `UsageError` if the address is not to be had.
+    """A listening socket; port 0 takes any free one. Raises `UsageError` if the address is not to
+    be had.
 
     Made before the model is loaded, so that a taken port is known at once; early clients wait.
     """
@@ -135,9 +163,14 @@ def bind(host: str, port: int) -> socket.socket:
         both = host == "::" and socket.has_dualstack_ipv6()
         sock = socket.create_server((host, port), family=family, backlog=128, dualstack_ipv6=both)
     except OSError as error:  # in use, not for this user, not of this machine, or no address
-        reason = error.strerror if isinstance(error, socket.gaierror) else os.strerror(error.errno or 0)
-        raise UsageError(f"cannot listen on --host {host} --port {port}, choose others: {reason}") from error
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)  # connections inherit these
+        reason = (
+            error.strerror if isinstance(error, socket.gaierror) else os.strerror(error.errno or 0)
+        )
+        raise UsageError(
+            f"cannot listen on --host {host} --port {port}, choose others: {reason}"
+        ) from error
+    # connections inherit these
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, SEND_BUFFER_BYTES)
     if hasattr(socket, "TCP_USER_TIMEOUT"):
         sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_USER_TIMEOUT, UNREAD_SECONDS * 1000)
     return sock
@@ -145,12 +178,18 @@ def bind(host: str, port: int) -> socket.socket:
 
 def runner_options() -> dict[str, Any]:
     """For aiohttp's runner: a client that leaves cancels its handler, an idle one is cut off."""
-    return {"handler_cancellation": True, "shutdown_timeout": SHUTDOWN_SECONDS, "access_log": None,
-            "keepalive_timeout": IDLE_SECONDS}
+    return {
+        "handler_cancellation": True,
+        "shutdown_timeout": SHUTDOWN_SECONDS,
+        "access_log": None,
+        "keepalive_timeout": IDLE_SECONDS,
+    }
 
 
 def run(app: web.Application, sock: socket.socket, on_ready: Callable[[], None]) -> None:
-    """Serve until SIGINT or SIGTERM; then let the replies in flight end, and return. A second one kills."""
+    """Serve until SIGINT or SIGTERM; then let the replies in flight end, and return. A second one
+    kills.
+    """
     app.cleanup_ctx.append(_releasing)
     web.run_app(app, sock=sock, print=lambda _: on_ready(), **runner_options())
 
@@ -186,7 +225,9 @@ class _ChatServer:
         chat = check(ChatRequest, body)
         sampling = chat.sampling(self.defaults)
         messages = chat.model_dump()["messages"]
-        tokens, dropped = make_prompt(self.tokenizer, messages, max_len=self.max_len, max_tokens=sampling.max_tokens)
+        tokens, dropped = make_prompt(
+            self.tokenizer, messages, max_len=self.max_len, max_tokens=sampling.max_tokens
+        )
         wanted = Request(tokens, **sampling.model_dump(), seed=secrets.randbelow(2**31))
         headers = {"X-Dropped-Messages": str(dropped)} if dropped else {}
         async with self.replies.open([wanted]) as events, EventStream(request, headers) as stream:
@@ -201,26 +242,32 @@ class _ChatServer:
         return stream.response
 
     async def health(self, request: web.Request) -> web.Response:
-        return web.json_response({
-            "status": "failed" if self.replies.failed else "ok",
-            "ready": self.replies.ready,
-            "num_gpus": len(self.devices),
-            "available_workers": self.num_slots - self.scheduler.num_active,
-            "model": self.model_info,
-            "defaults": self.defaults.model_dump(),
-            "api_key": self.keyed,
-        })
+        return web.json_response(
+            {
+                "status": "failed" if self.replies.failed else "ok",
+                "ready": self.replies.ready,
+                "num_gpus": len(self.devices),
+                "available_workers": self.num_slots - self.scheduler.num_active,
+                "model": self.model_info,
+                "defaults": self.defaults.model_dump(),
+                "api_key": self.keyed,
+            }
+        )
 
     async def stats(self, request: web.Request) -> web.Response:
         """A worker is a slot of the batch; all of them share the devices."""
         busy = self.scheduler.num_active
-        return web.json_response({
-            "total_workers": self.num_slots,
-            "available_workers": self.num_slots - busy,
-            "busy_workers": busy,
-            "queued_requests": self.scheduler.num_waiting,
-            "workers": [{"gpu_id": index, "device": device} for index, device in enumerate(self.devices)],
-        })
+        return web.json_response(
+            {
+                "total_workers": self.num_slots,
+                "available_workers": self.num_slots - busy,
+                "busy_workers": busy,
+                "queued_requests": self.scheduler.num_waiting,
+                "workers": [
+                    {"gpu_id": index, "device": device} for index, device in enumerate(self.devices)
+                ],
+            }
+        )
 
 
 def _event(event: str | ToolCall | Result) -> dict[str, Any]:
@@ -236,7 +283,10 @@ def _page_file(path: Path) -> Callable[[web.Request], Any]:
 
     async def handler(request: web.Request) -> web.Response:
         return web.Response(
-            body=content, content_type=content_type, charset="utf-8", headers={"Cache-Control": "no-cache"}
+            body=content,
+            content_type=content_type,
+            charset="utf-8",
+            headers={"Cache-Control": "no-cache"},
         )
 
     return handler

@@ -1,4 +1,6 @@
-"""Tasks: conversations to train on and to judge replies by. One file per data set; this one knows them by name."""
+"""Tasks: conversations to train on and to judge replies by. One file per data set; this one knows
+them by name.
+"""
 
 from collections.abc import Callable
 from typing import Literal
@@ -15,8 +17,19 @@ from nanochat_jax.tasks.mmlu import MMLU
 from nanochat_jax.tasks.skills import Arithmetic, LetterCount, Spelling, WordArithmetic, load_words
 from nanochat_jax.tasks.spelling import SpellingBee, load_words_alpha
 
-__all__ = ["EVAL_TASKS", "Task", "TaskMixture", "eval_task_name", "eval_tasks_for", "is_reserved", "load_eval_task",
-           "mixture_for", "offline_mixture", "task_names", "upstream_mixture"]
+__all__ = [
+    "EVAL_TASKS",
+    "Task",
+    "TaskMixture",
+    "eval_task_name",
+    "eval_tasks_for",
+    "is_reserved",
+    "load_eval_task",
+    "mixture_for",
+    "offline_mixture",
+    "task_names",
+    "upstream_mixture",
+]
 
 UPSTREAM_TASKS = ("ARC-Easy", "ARC-Challenge", "MMLU", "GSM8K", "HumanEval", "SpellingBee")
 OFFLINE_TASKS = ("Arithmetic", "Spelling", "LetterCount", "Identity", "WordArithmetic")

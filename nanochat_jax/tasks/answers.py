@@ -1,6 +1,7 @@
 """The number after `####`, by which replies to questions of your own files are judged.
 
-GSM8K and SpellingBee keep upstream's rule, which compares the first such number as text: `gsm8k.final_answer`.
+GSM8K and SpellingBee keep upstream's rule, which compares the first such number as text:
+`gsm8k.final_answer`.
 """
 
 import re
@@ -26,9 +27,11 @@ def has_answer(text: str) -> bool:
 
 
 def last_answer(text: str) -> Fraction | None:
-    """The exact value of the last number that follows `####`, None if there is none or it cannot be read.
+    """The exact value of the last number that follows `####`, None if there is none or it cannot
+    be read.
 
-    Understood are thousands separators, decimals, exponents, fractions, and a currency or Markdown around the number.
+    Understood are thousands separators, decimals, exponents, fractions, and a currency or Markdown
+    around the number.
     """
     for mark in reversed(list(_MARK.finditer(text))):
         if not _BEGUN.match(text, mark.end()):
@@ -41,7 +44,11 @@ def last_answer(text: str) -> Fraction | None:
 def _value(found: re.Match[str]) -> Fraction | None:
     digits = re.sub("[,\u00a0\u2009\u202f]", "", found["number"])
     try:
-        value = Fraction(digits) * Fraction(10) ** int(found["exponent"] or 0) / int(found["divisor"] or 1)
+        value = (
+            Fraction(digits)
+            * Fraction(10) ** int(found["exponent"] or 0)
+            / int(found["divisor"] or 1)
+        )
     except (ValueError, ZeroDivisionError):  # more digits than Python converts, or a division by 0
         return None
     return value if found["sign"] in ("", "+") else -value

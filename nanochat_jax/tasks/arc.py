@@ -6,7 +6,9 @@ from nanochat_jax.tasks.multiple_choice import MultipleChoice, multiple_choice
 
 
 class ARC(MultipleChoice):
-    """`subset` is ARC-Easy or ARC-Challenge; some questions have 3 or 5 choices, or digits for letters."""
+    """`subset` is ARC-Easy or ARC-Challenge; some questions have 3 or 5 choices, or digits for
+    letters.
+    """
 
     columns = ("question", "choices", "answerKey")
 
@@ -16,4 +18,6 @@ class ARC(MultipleChoice):
 
     def get_example(self, index: int) -> Conversation:
         row = self.row(index)
-        return multiple_choice(row["question"], row["choices"]["text"], row["choices"]["label"], row["answerKey"])
+        return multiple_choice(
+            row["question"], row["choices"]["text"], row["choices"]["label"], row["answerKey"]
+        )

@@ -1,8 +1,9 @@
 """What a task is: conversations by index, and a judgement of a reply.
 
-A conversation is `{"messages": [{"role", "content"}, ...], ...extras}`; roles alternate user, assistant (after an
-optional system message), content is a string or, of an assistant, a list of parts `{"type": "text" | "python" |
-"python_output", "text"}`. The last message of an evaluated conversation is the reference reply.
+A conversation is `{"messages": [{"role", "content"}, ...], ...extras}`; roles alternate user,
+assistant (after an optional system message), content is a string or, of an assistant, a list of
+parts `{"type": "text" | "python" | "python_output", "text"}`. The last message of an evaluated
+conversation is the reference reply.
 """
 
 import copy
@@ -37,8 +38,10 @@ class Task:
         raise NotImplementedError
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
-        """Whether `completion` is right: the chosen letter of a categorical task, else the reply's text as its reader sees
-        it, without control tokens, calls of the calculator and their results."""
+        """Whether `completion` is right: the chosen letter of a categorical task, else the reply's
+        text as its reader sees it, without control tokens, calls of the calculator and their
+        results.
+        """
         raise TypeError(f"{type(self).__name__} is only for training, it cannot judge a reply")
 
     def _indices(self) -> range:
@@ -50,7 +53,9 @@ class Task:
     def __getitem__(self, index: int) -> Conversation:
         return self.get_example(self._indices()[index])
 
-    def view(self, start: int | None = None, stop: int | None = None, step: int | None = None) -> Self:
+    def view(
+        self, start: int | None = None, stop: int | None = None, step: int | None = None
+    ) -> Self:
         """The conversations start:stop:step, as of a list."""
         view = copy.copy(self)
         view.shown = self._indices()[start:stop:step]
@@ -66,17 +71,24 @@ MAX_CONVERSATIONS = 20_000_000  # of a mixture, whose order is a list: about 2 G
 class TaskMixture(Task):
     """All conversations of several tasks in one fixed random order; each is judged by its own task.
 
-    `weights` says how often each task is there: 2.5 means all of it twice, and its first half once more. Default 1.
-    Raises `UsageError` for more than `MAX_CONVERSATIONS`.
+    `weights` says how often each task is there: 2.5 means all of it twice, and its first half once
+    more. Default 1. Raises `UsageError` for more than `MAX_CONVERSATIONS`.
     """
 
     def __init__(self, tasks: Sequence[Task], weights: Sequence[float] | None = None) -> None:
         self.tasks = list(tasks)
-        counts = [round(w * len(task)) for task, w in zip(tasks, weights or [1] * len(tasks), strict=True)]
+        counts = [
+            round(w * len(task)) for task, w in zip(tasks, weights or [1] * len(tasks), strict=True)
+        ]
         if sum(counts) > MAX_CONVERSATIONS:
-            raise UsageError(f"the mixture takes {sum(counts):,} conversations, more than {MAX_CONVERSATIONS:,}: give "
-                             "smaller weights, and train for more epochs")
-        self.order = [(t, i % len(self.tasks[t])) for t, count in enumerate(counts) for i in range(count)]
+            raise UsageError(
+                f"the mixture takes {sum(counts):,} conversations, more than "
+                f"{MAX_CONVERSATIONS:,}: give "
+                "smaller weights, and train for more epochs"
+            )
+        self.order = [
+            (t, i % len(self.tasks[t])) for t, count in enumerate(counts) for i in range(count)
+        ]
         random.Random(42).shuffle(self.order)
 
     def num_examples(self) -> int:

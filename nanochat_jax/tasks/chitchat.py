@@ -1,7 +1,9 @@
-"""Human small talk for the offline mixtures: the package `chitchat-dataset` (BYU Chit-Chat Challenge, 2018, MIT).
+"""Human small talk for the offline mixtures: the package `chitchat-dataset` (BYU Chit-Chat
+Challenge, 2018, MIT).
 
-Its JSON file is read without importing the package. People wrote it to people, so a conversation whose opening holds
-rude words, contact details, places, ages or names of accounts is dropped whole; only the opening is used.
+Its JSON file is read without importing the package. People wrote it to people, so a conversation
+whose opening holds rude words, contact details, places, ages or names of accounts is dropped
+whole; only the opening is used.
 """
 
 import functools
@@ -29,14 +31,16 @@ RUDE = re.compile(
     re.IGNORECASE,
 )
 PRIVATE = re.compile(
-    r"https?:|www\.|\w\.(?:com|org|net|edu|gov|io)\b|@|\d{4}|\d[\d .()-]{6,}\d"  # links, handles, years, phone numbers
+    # links, handles, years, phone numbers
+    r"https?:|www\.|\w\.(?:com|org|net|edu|gov|io)\b|@|\d{4}|\d[\d .()-]{6,}\d"
     r"|\b(?:snap ?chat|insta(?:gram)?|face ?book|twitter|venmo|slack|discord|user ?name|e-?mail|phone|address|number)\b"
     r"|\bname'?s?\b|\b(?:i am|i'm|im|this is) (?-i:[A-Z])|\b(?:years?|yrs?) old\b|\bbirthday\b|\bturn(?:ed|ing)? \d"
     r"|\b(?:byu|uvu|provo|orem|utah|salt lake|idaho|rexburg|mormon|lds|mission|missionary|bishop|stake|professor)\b"
     r"|\b(?:from|live in|lives in|lived in|born in|grew up in) (?-i:[A-Z])",
     re.IGNORECASE,
 )
-ABOUT_THE_SITE = re.compile(  # talk about the contest itself, and about being connected to somebody else
+# talk about the contest itself, and about being connected to somebody else
+ABOUT_THE_SITE = re.compile(
     r"\b(?:chit ?chat|leader ?board|disconnect|reconnect|connection|ratings?|rated|points|prompt|extra credit|survey"
     r"|bots?|glitch|anybody|anyone (?:here|there)|are you (?:still )?there|you there|chatting|challenge)\b",
     re.IGNORECASE,
@@ -45,7 +49,9 @@ NOISE = re.compile(r"(.)\1{3,}|(?:ha){4,}|[^ -~]|[\\^_|~<>{}\[\]=+*#/]|[A-Z]{6,}
 
 
 def tidy(utterances: Iterable[str]) -> str:
-    """One turn out of the messages that a person sent in a row: sentences with a capital and a full stop."""
+    """One turn out of the messages that a person sent in a row: sentences with a capital and a
+    full stop.
+    """
     turn = ""
     for utterance in utterances:
         utterance = " ".join(utterance.split())
@@ -65,18 +71,26 @@ def clean(turns: Iterable[Iterable[str]]) -> list[str] | None:
     tidied: list[str] = []
     for turn in turns:
         turn = tidy(turn)
-        if len(tidied) == MAX_TURNS or len(turn) > MAX_TURN_CHARACTERS or not re.search("[a-z]", turn):
+        if (
+            len(tidied) == MAX_TURNS
+            or len(turn) > MAX_TURN_CHARACTERS
+            or not re.search("[a-z]", turn)
+        ):
             break
         tidied.append(turn)
     tidied = tidied[: len(tidied) // 2 * 2]
     opening = "\n".join(tidied)
-    if len(tidied) < MIN_TURNS or any(bad.search(opening) for bad in (RUDE, PRIVATE, ABOUT_THE_SITE)):
+    if len(tidied) < MIN_TURNS or any(
+        bad.search(opening) for bad in (RUDE, PRIVATE, ABOUT_THE_SITE)
+    ):
         return None
     return None if any(NOISE.search(turn) for turn in tidied) else tidied
 
 
 def _reduce(value: dict[str, Any]) -> Any:
-    """Each object of the file as it is parsed, from the inside out: 40 MB of text would be 500 MB of dictionaries."""
+    """Each object of the file as it is parsed, from the inside out: 40 MB of text would be 500 MB
+    of dictionaries.
+    """
     if "text" in value:  # a message
         return value["text"]
     return clean(value["messages"]) if "messages" in value else value
@@ -88,20 +102,30 @@ def load_conversations(path: Path) -> tuple[tuple[str, ...], ...]:
     try:
         cleaned = parse_json(path.read_bytes(), object_hook=_reduce).values()
     except (ValueError, TypeError, AttributeError) as error:
-        raise UsageError(f"{path} is damaged ({one_line(error)}): reinstall the package chitchat-dataset") from error
+        raise UsageError(
+            f"{path} is damaged ({one_line(error)}): reinstall the package chitchat-dataset"
+        ) from error
     return tuple(dict.fromkeys(tuple(turns) for turns in cleaned if turns))
 
 
 class ChitChat(Task):
-    """Small talk between two people, the first of whom is the user; a tenth of the conversations is the test split."""
+    """Small talk between two people, the first of whom is the user; a tenth of the conversations
+    is the test split.
+    """
 
     def __init__(self, split: Split) -> None:
-        conversations = load_conversations(package_dir("chitchat_dataset", "chitchat-dataset") / "dataset.json")
-        self.conversations = [turns for turns in conversations if split_of("\n".join(turns)) == split]
+        conversations = load_conversations(
+            package_dir("chitchat_dataset", "chitchat-dataset") / "dataset.json"
+        )
+        self.conversations = [
+            turns for turns in conversations if split_of("\n".join(turns)) == split
+        ]
 
     def num_examples(self) -> int:
         return len(self.conversations)
 
     def get_example(self, index: int) -> Conversation:
         roles = (user, assistant)
-        return {"messages": [roles[i % 2](turn) for i, turn in enumerate(self.conversations[index])]}
+        return {
+            "messages": [roles[i % 2](turn) for i, turn in enumerate(self.conversations[index])]
+        }

@@ -17,28 +17,37 @@ from nanochat_jax.tasks.skills import split_of
 
 
 class CustomJSON(Task):
-    """A file of records of one kind: one per line (JSON Lines), or all in one JSON array. Blank lines are skipped.
+    """A file of records of one kind: one per line (JSON Lines), or all in one JSON array. Blank
+    lines are skipped.
 
     A record's keys tell its layout:
 
-    - `[{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}, ...]`, or the same array under
-      `messages`. The assistant's content may be a list of parts, as in `nanochat_jax.conversation`.
-    - `{"conversations": [{"from": "human", "value": "..."}, {"from": "gpt", "value": "..."}, ...]}`, as of ShareGPT.
+    - `[{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}, ...]`, or the
+      same array under `messages`. The assistant's content may be a list of parts, as in
+      `nanochat_jax.conversation`.
+    - `{"conversations": [{"from": "human", "value": "..."}, {"from": "gpt", "value": "..."},
+    ...]}`, as of ShareGPT.
     - `{"instruction": "...", "input": "...", "output": "..."}`, as of Alpaca.
-    - `{"question": "...", "choices": ["...", ...], "answer": 0}`: judged by the likeliest letter. The answer is the index
-      of a choice, its letter, or the choice itself.
+    - `{"question": "...", "choices": ["...", ...], "answer": 0}`: judged by the likeliest letter.
+      The answer is the index of a choice, its letter, or the choice itself.
 
-    The last message of a conversation is its reference. A reply is right if its last `#### number` has the same value,
-    where the reference has one, else if it is the reference itself, whatever its case and white space.
+    The last message of a conversation is its reference. A reply is right if its last `#### number`
+    has the same value, where the reference has one, else if it is the reference itself, whatever
+    its case and white space.
 
     Args:
-      split: nine tenths of the records ("train") or the rest ("test"), by a hash of each; None: all.
-      judged: refuse references by which no reply can be judged. False for a file that is only trained on.
+      split: nine tenths of the records ("train") or the rest ("test"), by a hash of each; None:
+        all.
+      judged: refuse references by which no reply can be judged. False for a file that is only
+        trained on.
 
-    Raises `NotFound` or `UsageError`, which name the file and the line, if the file is not of this form.
+    Raises `NotFound` or `UsageError`, which name the file and the line, if the file is not of this
+    form.
     """
 
-    def __init__(self, path: Path, *, split: Literal["train", "test"] | None = None, judged: bool = True) -> None:
+    def __init__(
+        self, path: Path, *, split: Literal["train", "test"] | None = None, judged: bool = True
+    ) -> None:
         self.path = Path(path)
         packed = self.path.suffix.lower().removeprefix(".") in COMPRESSIONS
         name = Path(self.path.stem).stem if packed else self.path.stem
@@ -56,13 +65,23 @@ class CustomJSON(Task):
             raise UsageError(f"{self.path} holds no conversation")
         kinds = {"letters" in conversation for _, conversation in found}
         if len(kinds) > 1:
-            raise UsageError(f"{self.path} holds both conversations and questions with choices: make two files of it")
-        self.conversations = [conversation for text, conversation in found if split in (None, split_of(text))]
+            raise UsageError(
+                f"{self.path} holds both conversations and questions with choices: make two files "
+                "of it"
+            )
+        self.conversations = [
+            conversation for text, conversation in found if split in (None, split_of(text))
+        ]
         if not self.conversations:
-            raise UsageError(f"{self.path}: none of its {len(found)} records falls to the split {split}: give more")
+            raise UsageError(
+                f"{self.path}: none of its {len(found)} records falls to the split {split}: give "
+                "more"
+            )
         self.eval_type = "categorical" if kinds == {True} else "generative"
         if self.eval_type == "categorical":
-            self.baseline = sum(1 / len(each["letters"]) for each in self.conversations) / len(self.conversations)
+            self.baseline = sum(1 / len(each["letters"]) for each in self.conversations) / len(
+                self.conversations
+            )
 
     def _records(self) -> Iterator[tuple[str, str, Any]]:
         """Where each record is, its text, and its value."""
@@ -120,7 +139,10 @@ def _check_reference(content: Any) -> None:
         raise ValueError("the last message has no text to judge replies by")
     if has_answer(reference) and last_answer(reference) is None:
         answer = reference[reference.rindex("####") :]
-        raise ValueError(f"the answer {answer[:40]!r} is not a number that can be read: write it as in '#### 1,234.5'")
+        raise ValueError(
+            f"the answer {answer[:40]!r} is not a number that can be read: write it as in '#### "
+            "1,234.5'"
+        )
 
 
 def _conversation(value: Any) -> Conversation:
@@ -132,22 +154,36 @@ def _conversation(value: Any) -> Conversation:
     for key, read in LAYOUTS.items():
         if value.get(key) is not None:
             return read(value)
-    raise ValueError(f"no {', '.join(map(repr, LAYOUTS))} in it, only {', '.join(map(repr, value))[:80] or 'nothing'}")
+    raise ValueError(
+        f"no {', '.join(map(repr, LAYOUTS))} in it, only "
+        f"{', '.join(map(repr, value))[:80] or 'nothing'}"
+    )
 
 
 def _chat(messages: Any, value: dict[str, Any]) -> Conversation:
     """A conversation to learn, after the system message that may stand beside it."""
     if not isinstance(messages, list) or len(messages) < 2:
         raise ValueError("expected an array of at least 2 messages")
-    messages = [_plain_message(message) if isinstance(message, dict) else message for message in messages]
+    messages = [
+        _plain_message(message) if isinstance(message, dict) else message for message in messages
+    ]
     if value.get("system"):
         messages = [{"role": "system", "content": value["system"]}, *messages]
     if turns_of(messages)[-1][0] != "assistant":
-        raise ValueError(f"message {len(messages) - 1} has nothing after it: the last one must be the assistant's")
+        raise ValueError(
+            f"message {len(messages) - 1} has nothing after it: the last one must be the "
+            "assistant's"
+        )
     return {"messages": messages}
 
 
-SHAREGPT_ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bing": "assistant", "bard": "assistant"}
+SHAREGPT_ROLES = {
+    "human": "user",
+    "gpt": "assistant",
+    "chatgpt": "assistant",
+    "bing": "assistant",
+    "bard": "assistant",
+}
 
 
 def _plain_message(message: dict[str, Any]) -> dict[str, Any]:
@@ -155,7 +191,10 @@ def _plain_message(message: dict[str, Any]) -> dict[str, Any]:
     if "role" in message or "from" not in message:
         return message
     role = message["from"]
-    return {"role": SHAREGPT_ROLES.get(role, role) if isinstance(role, str) else role, "content": message.get("value")}
+    return {
+        "role": SHAREGPT_ROLES.get(role, role) if isinstance(role, str) else role,
+        "content": message.get("value"),
+    }
 
 
 def _alpaca(value: dict[str, Any]) -> Conversation:
@@ -163,30 +202,46 @@ def _alpaca(value: dict[str, Any]) -> Conversation:
     texts = [value["instruction"], more, value.get("output")]
     if not all(isinstance(text, str) for text in texts):
         raise ValueError("instruction, input and output must be strings")
-    pairs = isinstance(history, list) and all(isinstance(turn, list) and len(turn) == 2 for turn in history)
+    pairs = isinstance(history, list) and all(
+        isinstance(turn, list) and len(turn) == 2 for turn in history
+    )
     if not pairs:
         raise ValueError("history must be an array of pairs, an instruction and its output")
     turns = [*history, [texts[0] + (f"\n\n{more}" if more else ""), texts[2]]]
-    return _chat([message for asked, reply in turns for message in (user(asked), assistant(reply))], value)
+    return _chat(
+        [message for asked, reply in turns for message in (user(asked), assistant(reply))], value
+    )
 
 
 def _question(value: dict[str, Any]) -> Conversation:
     if missing := [name for name in ("question", "choices", "answer") if name not in value]:
         raise ValueError(f"no {missing[0]!r}")
     question, choices, answer = value["question"], value["choices"], value["answer"]
-    if not isinstance(question, str) or not isinstance(choices, list) or not all(isinstance(c, str) for c in choices):
+    if (
+        not isinstance(question, str)
+        or not isinstance(choices, list)
+        or not all(isinstance(c, str) for c in choices)
+    ):
         raise ValueError("question must be a string and choices an array of strings")
     if not 2 <= len(choices) <= len(string.ascii_uppercase):
         raise ValueError(f"{len(choices)} choices: expected 2 to {len(string.ascii_uppercase)}")
     letters = list(string.ascii_uppercase[: len(choices)])
     if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(choices):
         answer = letters[answer]
-    elif answer in letters and choices.count(answer) == 1 and choices[letters.index(answer)] != answer:
-        raise ValueError(f"the answer {answer!r} is both a letter and the text of another choice: give the index")
+    elif (
+        answer in letters
+        and choices.count(answer) == 1
+        and choices[letters.index(answer)] != answer
+    ):
+        raise ValueError(
+            f"the answer {answer!r} is both a letter and the text of another choice: give the index"
+        )
     elif choices.count(answer) == 1:
         answer = letters[choices.index(answer)]
     elif answer not in letters:
-        raise ValueError(f"the answer {answer!r} is no index, letter or text of the {len(choices)} choices")
+        raise ValueError(
+            f"the answer {answer!r} is no index, letter or text of the {len(choices)} choices"
+        )
     return multiple_choice(question, choices, letters, answer)
 
 

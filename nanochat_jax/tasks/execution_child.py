@@ -1,8 +1,10 @@
-"""The inside of `execution.execute_code`: gives up what the kernel lets it give up, then runs `program.py`.
+"""The inside of `execution.execute_code`: gives up what the kernel lets it give up, then runs
+`program.py`.
 
-Started by path in a fresh interpreter with arguments MEMORY_BYTES CPU_SECONDS STATUS_FD, in the temporary directory
-that holds the program; never imported, and imports nothing of the package. It writes the names of the measures that
-took hold as one line on STATUS_FD, and a second line only when the program has run to its end.
+Started by path in a fresh interpreter with arguments MEMORY_BYTES CPU_SECONDS STATUS_FD, in the
+temporary directory that holds the program; never imported, and imports nothing of the package. It
+writes the names of the measures that took hold as one line on STATUS_FD, and a second line only
+when the program has run to its end.
 """
 
 import ctypes
@@ -23,41 +25,148 @@ SIGKILL = 9
 # Landlock's system calls have one number on every architecture (linux/landlock.h).
 LANDLOCK_CREATE_RULESET, LANDLOCK_ADD_RULE, LANDLOCK_RESTRICT_SELF = 444, 445, 446
 LANDLOCK_WRITE_FILE, LANDLOCK_TRUNCATE = 1 << 1, 1 << 14
-LANDLOCK_CHANGE_TREE = 0b1_1111_1111_0000 | LANDLOCK_WRITE_FILE  # remove or make an entry of any kind, write a file
+# remove or make an entry of any kind, write a file
+LANDLOCK_CHANGE_TREE = 0b1_1111_1111_0000 | LANDLOCK_WRITE_FILE
 
-# Audit architecture and system call numbers of what no program here needs: children, sockets, signals to others, other
-# processes' memory, priorities and limits, sessions, namespaces, keys, files in memory; and what Landlock leaves open: modes,
-# owners, times and attributes of files, cutting them by name (linux/audit.h, unistd.h).
+# Audit architecture and system call numbers of what no program here needs: children, sockets,
+# signals to others, other processes' memory, priorities and limits, sessions, namespaces, keys,
+# files in memory; and what Landlock leaves open: modes, owners, times and attributes of files,
+# cutting them by name (linux/audit.h, unistd.h).
 SYSCALLS = {
-    "x86_64": (0xC000003E, {
-        "shmget": 29, "socket": 41, "socketpair": 53, "clone": 56, "fork": 57, "vfork": 58, "execve": 59, "kill": 62,
-        "ptrace": 101,
-        "setpgid": 109, "setsid": 112, "rt_sigqueueinfo": 129, "setpriority": 141, "sched_setparam": 142,
-        "sched_setscheduler": 144, "setrlimit": 160, "tkill": 200, "sched_setaffinity": 203, "tgkill": 234, "add_key": 248,
-        "request_key": 249, "keyctl": 250, "ioprio_set": 251, "migrate_pages": 256, "unshare": 272, "move_pages": 279,
-        "rt_tgsigqueueinfo": 297, "prlimit64": 302, "setns": 308, "process_vm_readv": 310, "process_vm_writev": 311,
-        "sched_setattr": 314, "memfd_create": 319, "bpf": 321, "execveat": 322, "pidfd_send_signal": 424,
-        "io_uring_setup": 425, "pidfd_open": 434, "clone3": 435, "pidfd_getfd": 438,
-        "ioctl": 16, "truncate": 76, "chmod": 90, "fchmod": 91, "chown": 92, "fchown": 93, "lchown": 94, "utime": 132,
-        "setxattr": 188, "lsetxattr": 189, "fsetxattr": 190, "removexattr": 197, "lremovexattr": 198, "fremovexattr": 199,
-        "utimes": 235, "fchownat": 260, "futimesat": 261, "fchmodat": 268, "utimensat": 280, "fchmodat2": 452,
-        "setxattrat": 463, "removexattrat": 466, "file_setattr": 469}),
-    "aarch64": (0xC00000B7, {
-        "ioprio_set": 30, "unshare": 97, "ptrace": 117, "sched_setparam": 118, "sched_setscheduler": 119,
-        "sched_setaffinity": 122, "kill": 129, "tkill": 130, "tgkill": 131, "rt_sigqueueinfo": 138, "setpriority": 140,
-        "setpgid": 154, "setsid": 157, "setrlimit": 164, "shmget": 194, "socket": 198, "socketpair": 199, "add_key": 217,
-        "request_key": 218, "keyctl": 219, "clone": 220, "execve": 221, "migrate_pages": 238, "move_pages": 239,
-        "rt_tgsigqueueinfo": 240, "prlimit64": 261, "setns": 268, "process_vm_readv": 270, "process_vm_writev": 271,
-        "sched_setattr": 274, "memfd_create": 279, "bpf": 280, "execveat": 281, "pidfd_send_signal": 424,
-        "io_uring_setup": 425, "pidfd_open": 434, "clone3": 435, "pidfd_getfd": 438,
-        "setxattr": 5, "lsetxattr": 6, "fsetxattr": 7, "removexattr": 14, "lremovexattr": 15, "fremovexattr": 16, "ioctl": 29,
-        "truncate": 45, "fchmod": 52, "fchmodat": 53, "fchownat": 54, "fchown": 55, "utimensat": 88, "fchmodat2": 452,
-        "setxattrat": 463, "removexattrat": 466, "file_setattr": 469}),
+    "x86_64": (
+        0xC000003E,
+        {
+            "shmget": 29,
+            "socket": 41,
+            "socketpair": 53,
+            "clone": 56,
+            "fork": 57,
+            "vfork": 58,
+            "execve": 59,
+            "kill": 62,
+            "ptrace": 101,
+            "setpgid": 109,
+            "setsid": 112,
+            "rt_sigqueueinfo": 129,
+            "setpriority": 141,
+            "sched_setparam": 142,
+            "sched_setscheduler": 144,
+            "setrlimit": 160,
+            "tkill": 200,
+            "sched_setaffinity": 203,
+            "tgkill": 234,
+            "add_key": 248,
+            "request_key": 249,
+            "keyctl": 250,
+            "ioprio_set": 251,
+            "migrate_pages": 256,
+            "unshare": 272,
+            "move_pages": 279,
+            "rt_tgsigqueueinfo": 297,
+            "prlimit64": 302,
+            "setns": 308,
+            "process_vm_readv": 310,
+            "process_vm_writev": 311,
+            "sched_setattr": 314,
+            "memfd_create": 319,
+            "bpf": 321,
+            "execveat": 322,
+            "pidfd_send_signal": 424,
+            "io_uring_setup": 425,
+            "pidfd_open": 434,
+            "clone3": 435,
+            "pidfd_getfd": 438,
+            "ioctl": 16,
+            "truncate": 76,
+            "chmod": 90,
+            "fchmod": 91,
+            "chown": 92,
+            "fchown": 93,
+            "lchown": 94,
+            "utime": 132,
+            "setxattr": 188,
+            "lsetxattr": 189,
+            "fsetxattr": 190,
+            "removexattr": 197,
+            "lremovexattr": 198,
+            "fremovexattr": 199,
+            "utimes": 235,
+            "fchownat": 260,
+            "futimesat": 261,
+            "fchmodat": 268,
+            "utimensat": 280,
+            "fchmodat2": 452,
+            "setxattrat": 463,
+            "removexattrat": 466,
+            "file_setattr": 469,
+        },
+    ),
+    "aarch64": (
+        0xC00000B7,
+        {
+            "ioprio_set": 30,
+            "unshare": 97,
+            "ptrace": 117,
+            "sched_setparam": 118,
+            "sched_setscheduler": 119,
+            "sched_setaffinity": 122,
+            "kill": 129,
+            "tkill": 130,
+            "tgkill": 131,
+            "rt_sigqueueinfo": 138,
+            "setpriority": 140,
+            "setpgid": 154,
+            "setsid": 157,
+            "setrlimit": 164,
+            "shmget": 194,
+            "socket": 198,
+            "socketpair": 199,
+            "add_key": 217,
+            "request_key": 218,
+            "keyctl": 219,
+            "clone": 220,
+            "execve": 221,
+            "migrate_pages": 238,
+            "move_pages": 239,
+            "rt_tgsigqueueinfo": 240,
+            "prlimit64": 261,
+            "setns": 268,
+            "process_vm_readv": 270,
+            "process_vm_writev": 271,
+            "sched_setattr": 274,
+            "memfd_create": 279,
+            "bpf": 280,
+            "execveat": 281,
+            "pidfd_send_signal": 424,
+            "io_uring_setup": 425,
+            "pidfd_open": 434,
+            "clone3": 435,
+            "pidfd_getfd": 438,
+            "setxattr": 5,
+            "lsetxattr": 6,
+            "fsetxattr": 7,
+            "removexattr": 14,
+            "lremovexattr": 15,
+            "fremovexattr": 16,
+            "ioctl": 29,
+            "truncate": 45,
+            "fchmod": 52,
+            "fchmodat": 53,
+            "fchownat": 54,
+            "fchown": 55,
+            "utimensat": 88,
+            "fchmodat2": 452,
+            "setxattrat": 463,
+            "removexattrat": 466,
+            "file_setattr": 469,
+        },
+    ),
 }
 
 
 FCNTL = {"x86_64": 72, "aarch64": 25}
-OWNER_COMMANDS = (8, 10, 15)  # F_SETOWN, F_SETSIG, F_SETOWN_EX: a file that sends signals to another process
+# F_SETOWN, F_SETSIG, F_SETOWN_EX: a file that sends signals to another process
+OWNER_COMMANDS = (8, 10, 15)
 
 
 def limit_resources(memory_bytes: int, cpu_seconds: int) -> None:
@@ -66,7 +175,8 @@ def limit_resources(memory_bytes: int, cpu_seconds: int) -> None:
         resource.RLIMIT_FSIZE: FILE_BYTES,
         resource.RLIMIT_NOFILE: OPEN_FILES,
         resource.RLIMIT_CORE: 0,
-        resource.RLIMIT_NPROC: 0,  # no children, no threads; but root is not held to it: hence the system call filter
+        # no children, no threads; but root is not held to it: hence the system call filter
+        resource.RLIMIT_NPROC: 0,
     }
     if sys.platform != "darwin":  # macOS refuses to limit the address space
         limits[resource.RLIMIT_AS] = memory_bytes
@@ -80,9 +190,11 @@ def unshare_network(libc: ctypes.CDLL) -> bool:
 
 
 def forbid_writing_outside(libc: ctypes.CDLL, directory: str) -> bool:
-    """Landlock: files can be changed below `directory` only, and other processes' memory and environment not read.
+    """Landlock: files can be changed below `directory` only, and other processes' memory and
+    environment not read.
 
-    Before its third version (Linux 6.2) files elsewhere can still be cut by opening them: applied, but not said to hold.
+    Before its third version (Linux 6.2) files elsewhere can still be cut by opening them: applied,
+    but not said to hold.
     """
     version = libc.syscall(LANDLOCK_CREATE_RULESET, None, 0, 1)
     if version < 1:
@@ -91,7 +203,10 @@ def forbid_writing_outside(libc: ctypes.CDLL, directory: str) -> bool:
     ruleset = libc.syscall(LANDLOCK_CREATE_RULESET, struct.pack("Q", access), 8, 0)
     if ruleset < 0:
         return False
-    for path, allowed in ((directory, access), ("/dev/null", access & (LANDLOCK_WRITE_FILE | LANDLOCK_TRUNCATE))):
+    for path, allowed in (
+        (directory, access),
+        ("/dev/null", access & (LANDLOCK_WRITE_FILE | LANDLOCK_TRUNCATE)),
+    ):
         below = os.open(path, os.O_PATH | os.O_CLOEXEC)
         if libc.syscall(LANDLOCK_ADD_RULE, ruleset, 1, struct.pack("=Qi", allowed, below), 0) != 0:
             return False
@@ -106,19 +221,32 @@ def filter_system_calls(libc: ctypes.CDLL) -> bool:
     if platform.machine() not in SYSCALLS:
         return False
     architecture, numbers = SYSCALLS[platform.machine()]
-    load, equal, at_least, give = 0x20, 0x15, 0x35, 0x06  # BPF_LD|W|ABS, BPF_JMP|JEQ|K, BPF_JMP|JGE|K, BPF_RET|K
+    # BPF_LD|W|ABS, BPF_JMP|JEQ|K, BPF_JMP|JGE|K, BPF_RET|K
+    load, equal, at_least, give = 0x20, 0x15, 0x35, 0x06
     allow, refuse = 0x7FFF0000, 0x00050001  # SECCOMP_RET_ALLOW, SECCOMP_RET_ERRNO | EPERM
     denied = sorted(numbers.values())
-    tail = [(equal, 0, len(OWNER_COMMANDS) + 1, FCNTL[platform.machine()]), (load, 0, 0, 24)]  # fcntl's second argument
-    tail += [(equal, len(OWNER_COMMANDS) - i, 0, command) for i, command in enumerate(OWNER_COMMANDS)]
+    # fcntl's second argument
+    tail = [(equal, 0, len(OWNER_COMMANDS) + 1, FCNTL[platform.machine()]), (load, 0, 0, 24)]
+    tail += [
+        (equal, len(OWNER_COMMANDS) - i, 0, command) for i, command in enumerate(OWNER_COMMANDS)
+    ]
     tail += [(give, 0, 0, allow), (give, 0, 0, refuse)]
     end = len(denied) + len(tail)
     # The x32 calls of x86_64 are the same calls under numbers from 0x40000000 on: refuse the range.
-    program = [(load, 0, 0, 4), (equal, 0, end + 1, architecture), (load, 0, 0, 0), (at_least, end - 1, 0, 0x40000000)]
+    program = [
+        (load, 0, 0, 4),
+        (equal, 0, end + 1, architecture),
+        (load, 0, 0, 0),
+        (at_least, end - 1, 0, 0x40000000),
+    ]
     program += [(equal, end - 2 - i, 0, number) for i, number in enumerate(denied)]
     program += tail
-    code = ctypes.create_string_buffer(b"".join(struct.pack("HBBI", *instruction) for instruction in program))
-    header = ctypes.create_string_buffer(struct.pack("HxxxxxxP", len(program), ctypes.addressof(code)))
+    code = ctypes.create_string_buffer(
+        b"".join(struct.pack("HBBI", *instruction) for instruction in program)
+    )
+    header = ctypes.create_string_buffer(
+        struct.pack("HxxxxxxP", len(program), ctypes.addressof(code))
+    )
     return libc.prctl(PR_SET_SECCOMP, 2, header, 0, 0) == 0
 
 

@@ -2,8 +2,8 @@
 
     task_data/<owner>--<name>/<subset>/<split>/00000.parquet ... manifest.json
 
-`manifest.json` is the list of the files, in order; a split is complete when it exists. What is there is read as it is,
-nothing is asked of the network.
+`manifest.json` is the list of the files, in order; a split is complete when it exists. What is
+there is read as it is, nothing is asked of the network.
 """
 
 import json
@@ -34,13 +34,20 @@ from nanochat_jax.tasks.base import Task
 
 logger = logging.getLogger(__name__)
 
-# Commit of each data set, and where a split's files lie in it: a benchmark must not change between two runs.
+# Commit of each data set, and where a split's files lie in it: a benchmark must not change between
+# two runs.
 PINNED = {
     "allenai/ai2_arc": ("210d026faf9955653af8916fad021475a3f00453", "{subset}/{split}-*.parquet"),
     "cais/mmlu": ("c30699e8356da336a370243923dbaf21066bb9fe", "{subset}/{split}-*.parquet"),
     "openai/gsm8k": ("e53f048856ff4f594e959d75785d2c2d37b678ee", "{subset}/{split}-*.parquet"),
-    "openai/openai_humaneval": ("7dce6050a7d6d172f3cc5c32aa97f52fa1a2e544", "{subset}/{split}-*.parquet"),
-    "HuggingFaceTB/smol-smoltalk": ("f73fe857d519ff6ac5af2ea67c4d3834da7b8bcc", "data/{split}-*.parquet"),
+    "openai/openai_humaneval": (
+        "7dce6050a7d6d172f3cc5c32aa97f52fa1a2e544",
+        "{subset}/{split}-*.parquet",
+    ),
+    "HuggingFaceTB/smol-smoltalk": (
+        "f73fe857d519ff6ac5af2ea67c4d3834da7b8bcc",
+        "data/{split}-*.parquet",
+    ),
 }
 SHUFFLE_SEED = 42
 MANIFEST = "manifest.json"
@@ -48,9 +55,11 @@ SOURCE = "source.json"  # repository, commit and names there, of what was fetche
 
 
 def load_split(paths: Paths, repo: str, subset: str, split: str) -> pa.Table:
-    """All rows of a split, in the files' order; fetched first if they are not under `paths.task_data`.
+    """All rows of a split, in the files' order; fetched first if they are not under
+    `paths.task_data`.
 
-    Raises `NotFound`, naming the data set, if it cannot be had, and `UsageError` if what is there is torn or empty.
+    Raises `NotFound`, naming the data set, if it cannot be had, and `UsageError` if what is there
+    is torn or empty.
     """
     folder = paths.task_data / repo.replace("/", "--") / subset / split
     if not (folder / MANIFEST).exists() or not is_complete(folder):
@@ -60,7 +69,9 @@ def load_split(paths: Paths, repo: str, subset: str, split: str) -> pa.Table:
         files = parse_json((folder / MANIFEST).read_bytes())
         table = pa.concat_tables([pq.read_table(folder / file) for file in files]).combine_chunks()
     except (OSError, ValueError, TypeError, pa.ArrowException) as error:
-        raise UsageError(f"{name} is damaged ({one_line(error)}): remove the folder to fetch it again") from error
+        raise UsageError(
+            f"{name} is damaged ({one_line(error)}): remove the folder to fetch it again"
+        ) from error
     if not table.num_rows:
         raise UsageError(f"{name} has no rows: remove the folder to fetch it again")
     return table
@@ -77,7 +88,11 @@ def _fetch_split(repo: str, subset: str, split: str, folder: Path) -> None:
         logger.info("fetching %s (%s, %s)", repo, subset, split)
         make_directory(aside)
         try:
-            remote = [name for name in list_dataset(repo, revision).names if glob_pattern(pattern).fullmatch(name)]
+            remote = [
+                name
+                for name in list_dataset(repo, revision).names
+                if glob_pattern(pattern).fullmatch(name)
+            ]
             if not remote:
                 raise FileNotFoundError(f"it has no files {pattern}")
             names = [f"{i:05d}.parquet" for i in range(len(remote))]
@@ -85,10 +100,14 @@ def _fetch_split(repo: str, subset: str, split: str, folder: Path) -> None:
                 if not (aside / local).exists():
                     fetch(repo, name, aside / local, revision=revision, check=_check_parquet)
         except Exception as error:  # the HTTP client's errors have no common class
-            raise NotFound(f"data set {repo} ({subset}, {split}) is not in {folder} and could not be fetched: "
-                           f"{first_line(error)}") from error
+            raise NotFound(
+                f"data set {repo} ({subset}, {split}) is not in {folder} and could not be fetched: "
+                f"{first_line(error)}"
+            ) from error
         clean_up(aside)
-        write_file(aside / SOURCE, json.dumps({"repo": repo, "revision": revision, "files": remote}))
+        write_file(
+            aside / SOURCE, json.dumps({"repo": repo, "revision": revision, "files": remote})
+        )
         write_file(aside / MANIFEST, json.dumps(names))
         empty_directory(folder)  # it has no manifest
         aside.rename(folder / COMPLETE)
@@ -103,7 +122,8 @@ def _check_parquet(path: Path) -> None:
 
 
 class HubTask(Task):
-    """A task whose conversations are the rows of one split, in upstream's order: shuffled with seed 42.
+    """A task whose conversations are the rows of one split, in upstream's order: shuffled with
+    seed 42.
 
     Raises `UsageError` unless each of `columns` is there once and has no missing values.
     """
@@ -116,8 +136,11 @@ class HubTask(Task):
             count = self.table.column_names.count(column)
             if count != 1 or self.table[column].null_count:
                 fault = f"{count} columns {column!r}" if count != 1 else f"rows without {column!r}"
-                raise UsageError(f"data set {repo} ({subset}, {split}) in {paths.task_data} has {fault}: remove its folder "
-                                 "to fetch it again")
+                raise UsageError(
+                    f"data set {repo} ({subset}, {split}) in {paths.task_data} has {fault}: "
+                    "remove its folder "
+                    "to fetch it again"
+                )
         # The order of `datasets.Dataset.shuffle(seed=42)`.
         self.order = np.random.default_rng(SHUFFLE_SEED).permutation(self.table.num_rows)
 

@@ -1,4 +1,6 @@
-"""HumanEval: Python functions from their docstrings, judged by running tests (Chen et al. 2021, arXiv:2107.03374)."""
+"""HumanEval: Python functions from their docstrings, judged by running tests (Chen et al. 2021,
+arXiv:2107.03374).
+"""
 
 import re
 

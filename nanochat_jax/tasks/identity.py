@@ -1,4 +1,6 @@
-"""Chats about who the assistant is: generated from templates for the offline mixtures, or upstream's file of 1,000."""
+"""Chats about who the assistant is: generated from templates for the offline mixtures, or
+upstream's file of 1,000.
+"""
 
 import random
 from pathlib import Path
@@ -8,9 +10,12 @@ from nanochat_jax.tasks.base import Conversation, assistant, user
 from nanochat_jax.tasks.custom_json import CustomJSON
 from nanochat_jax.tasks.skills import Skill, split_of
 
-CONVERSATIONS_URL = "https://karpathy-public.s3.us-west-2.amazonaws.com/identity_conversations.jsonl"
+CONVERSATIONS_URL = (
+    "https://karpathy-public.s3.us-west-2.amazonaws.com/identity_conversations.jsonl"
+)
 
-# Topic -> (questions, replies). Every reply to a question names the assistant, which is what `evaluate` looks for.
+# Topic -> (questions, replies). Every reply to a question names the assistant, which is what
+# `evaluate` looks for.
 ABOUT = {
     "name": (
         ["Who are you?", "What are you?", "What is your name?", "What's your name?", "Tell me about yourself.",
@@ -36,17 +41,28 @@ ABOUT = {
          "Can you help me?", "What do you know?", "What can I ask you?", "What can you help me with?",
          "Are you smart?"],
         ["I am nanochat_jax. I can chat a little, calculate, spell words and count letters.",
-         "I am nanochat_jax. I am small: I chat, do arithmetic with a calculator, spell words and count letters."],
+         "I am nanochat_jax. I am small: I chat, do arithmetic with a calculator, spell words and "
+         "count letters."],
     ),
     "training": (
         ["How do you work?", "How were you trained?", "How big are you?", "What are you made of?",
          "How did you learn to talk?", "What is your architecture?", "What is nanochat_jax?",
          "How does your brain work?"],
         ["nanochat_jax is a small Transformer: it read old speeches, then practiced on short conversations.",
-         "I am nanochat_jax, a small Transformer written in JAX. I learned from text, one token at a time."],
+         "I am nanochat_jax, a small Transformer written in JAX. I learned from text, one token "
+         "at a time."],
     ),
 }  # fmt: skip
-GREETINGS = ["Hi", "Hello", "Hey", "Hi there", "Hello there", "Good morning", "Good evening", "Hi, how are you?"]
+GREETINGS = [
+    "Hi",
+    "Hello",
+    "Hey",
+    "Hi there",
+    "Hello there",
+    "Good morning",
+    "Good evening",
+    "Hi, how are you?",
+]
 GREETING_REPLIES = ["Hello! How can I help you?", "Hi! I am nanochat_jax. How can I help you?"]
 THANKS = ["Thanks", "Thank you", "Thanks a lot", "Thank you very much", "Great, thanks"]
 THANKS_REPLIES = ["You're welcome!", "You're welcome! Ask me anything else."]
@@ -59,10 +75,11 @@ OPENERS = ["", "", "", "Hi! ", "Hello. ", "Hey, ", "Hello! ", "Please tell me: "
 class Identity(Skill):
     """Short chats about the assistant itself.
 
-    The combination of opening words and question belongs to one split; questions without opening words are all trained.
+    The combination of opening words and question belongs to one split; questions without opening
+    words are all trained.
 
-    A conversation of the test split ends in a question about the assistant. In training there are greetings, thanks and
-    farewells too.
+    A conversation of the test split ends in a question about the assistant. In training there are
+    greetings, thanks and farewells too.
     """
 
     key = "identity"
@@ -90,7 +107,10 @@ class Identity(Skill):
             ending = rng.choice(["", "", "!", "."])
             said_now = rng.choice(said)
             said_now = said_now if said_now.endswith("?") else said_now + ending
-            return [user(said_now.lower() if rng.random() < 0.2 else said_now), assistant(rng.choice(replies))]
+            return [
+                user(said_now.lower() if rng.random() < 0.2 else said_now),
+                assistant(rng.choice(replies)),
+            ]
 
         form = rng.random()
         if form < 0.15:
@@ -109,5 +129,9 @@ class Identity(Skill):
 
 
 def identity_conversations(base: Path) -> CustomJSON:
-    """Upstream's synthetic chats about nanochat, fetched into the base directory unless they are there."""
-    return CustomJSON(fetch_file(CONVERSATIONS_URL, base / "identity_conversations.jsonl"), judged=False)
+    """Upstream's synthetic chats about nanochat, fetched into the base directory unless they are
+    there.
+    """
+    return CustomJSON(
+        fetch_file(CONVERSATIONS_URL, base / "identity_conversations.jsonl"), judged=False
+    )

@@ -1,4 +1,6 @@
-"""What the chat stages train on: upstream's mixtures, one for machines without a network, and those of one's own."""
+"""What the chat stages train on: upstream's mixtures, one for machines without a network, and
+those of one's own.
+"""
 
 import logging
 import random
@@ -36,7 +38,9 @@ OFFLINE_VAL_SIZE = 200  # of each generated skill
 
 
 class Chained(Task):
-    """One to three conversations of a task at a time, one after the other in one: a chat goes on after its first reply."""
+    """One to three conversations of a task at a time, one after the other in one: a chat goes on
+    after its first reply.
+    """
 
     def __init__(self, task: Task) -> None:
         self.task, self.starts = task, []
@@ -50,71 +54,135 @@ class Chained(Task):
 
     def get_example(self, index: int) -> Conversation:
         end = self.starts[index + 1] if index + 1 < len(self.starts) else len(self.task)
-        return {"messages": [message for i in range(self.starts[index], end) for message in self.task[i]["messages"]]}
+        return {
+            "messages": [
+                message
+                for i in range(self.starts[index], end)
+                for message in self.task[i]["messages"]
+            ]
+        }
 
 
 def offline_mixture(stage: Stage, split: Split, paths: Paths) -> Task:
-    """Small talk, arithmetic, spelling, letter counting and chats about the assistant, without a network.
+    """Small talk, arithmetic, spelling, letter counting and chats about the assistant, without a
+    network.
 
     Needs the embedded corpus (for its word list) and the packages of the extra `offline`.
     """
-    sizes = OFFLINE_SIZES[stage] if split == "train" else dict.fromkeys(OFFLINE_SIZES[stage], OFFLINE_VAL_SIZE)
+    sizes = (
+        OFFLINE_SIZES[stage]
+        if split == "train"
+        else dict.fromkeys(OFFLINE_SIZES[stage], OFFLINE_VAL_SIZE)
+    )
     words = load_words(paths.data("embedded"))
     part: Literal["train", "test"] = "train" if split == "train" else "test"
-    return Chained(TaskMixture([
-        ChitChat(part),
-        Arithmetic(part, sizes["arithmetic"]),
-        Spelling(part, sizes["spelling"], words),
-        LetterCount(part, sizes["letter_count"], words),
-        Identity(part, sizes["identity"]),
-    ]))
+    return Chained(
+        TaskMixture(
+            [
+                ChitChat(part),
+                Arithmetic(part, sizes["arithmetic"]),
+                Spelling(part, sizes["spelling"], words),
+                LetterCount(part, sizes["letter_count"], words),
+                Identity(part, sizes["identity"]),
+            ]
+        )
+    )
 
 
-def upstream_mixture(stage: Stage, split: Split, paths: Paths, *, after: str = "mid", mmlu_epochs: int | None = None,
-                     gsm8k_epochs: int | None = None) -> TaskMixture:
-    """The mixtures of nanochat's speedruns: of `mid` (848K conversations), of `sft` after mid (December 2025, 22.4K),
-    with no passes over MMLU and 1 over GSM8K, and of `sft` after "base" (2026), with 3 and 4."""
+def upstream_mixture(
+    stage: Stage,
+    split: Split,
+    paths: Paths,
+    *,
+    after: str = "mid",
+    mmlu_epochs: int | None = None,
+    gsm8k_epochs: int | None = None,
+) -> TaskMixture:
+    """The mixtures of nanochat's speedruns: of `mid` (848K conversations), of `sft` after mid
+    (December 2025, 22.4K), with no passes over MMLU and 1 over GSM8K, and of `sft` after "base"
+    (2026), with 3 and 4.
+    """
     straight = stage == "sft" and after == "base"
     if split == "val":
-        return named_mixture("SmolTalk,MMLU:5200,GSM8K:420" if stage == "mid" or straight else "SmolTalk", paths, "test")
+        return named_mixture(
+            "SmolTalk,MMLU:5200,GSM8K:420" if stage == "mid" or straight else "SmolTalk",
+            paths,
+            "test",
+        )
     if stage == "mid":
         return named_mixture("SmolTalk,MMLU,GSM8K,Identity*2,SimpleSpelling,SpellingBee", paths)
     mmlu, gsm8k = (3, 4) if straight else (0, 1)
-    passes = {"MMLU": mmlu if mmlu_epochs is None else mmlu_epochs,
-              "GSM8K": gsm8k if gsm8k_epochs is None else gsm8k_epochs}
+    passes = {
+        "MMLU": mmlu if mmlu_epochs is None else mmlu_epochs,
+        "GSM8K": gsm8k if gsm8k_epochs is None else gsm8k_epochs,
+    }
     knowledge = [f"{name}*{count}" for name, count in passes.items() if count > 0]
     if straight:
         return named_mixture(",".join(["SmolTalk", *knowledge]), paths)
-    return named_mixture(",".join(["ARC-Easy,ARC-Challenge", *knowledge,
-                                   "SmolTalk:10000,Identity,SimpleSpelling:300,SpellingBee:300"]), paths)
+    return named_mixture(
+        ",".join(
+            [
+                "ARC-Easy,ARC-Challenge",
+                *knowledge,
+                "SmolTalk:10000,Identity,SimpleSpelling:300,SpellingBee:300",
+            ]
+        ),
+        paths,
+    )
 
 
-def mixture_for(data: str | None, stage: Stage, split: Split, paths: Paths, *, named: str | None = None,
-                after: str = "mid", mmlu_epochs: int | None = None, gsm8k_epochs: int | None = None) -> Task:
-    """The mixture that goes with a corpus: `embedded`, or upstream's (also where imported weights name none).
+def mixture_for(
+    data: str | None,
+    stage: Stage,
+    split: Split,
+    paths: Paths,
+    *,
+    named: str | None = None,
+    after: str = "mid",
+    mmlu_epochs: int | None = None,
+    gsm8k_epochs: int | None = None,
+) -> Task:
+    """The mixture that goes with a corpus: `embedded`, or upstream's (also where imported weights
+    name none).
 
-    If a mixture is `named`, it is what is trained on; validation stays the same. `mmlu_epochs` and `gsm8k_epochs` change
-    upstream's passes.
+    If a mixture is `named`, it is what is trained on; validation stays the same. `mmlu_epochs` and
+    `gsm8k_epochs` change upstream's passes.
     """
     epochs_given = mmlu_epochs is not None or gsm8k_epochs is not None
     if named and split == "train":
         if epochs_given:
-            raise UsageError("--mmlu-epochs and --gsm8k-epochs: give the weights in --mixture, as in MMLU*3")
+            raise UsageError(
+                "--mmlu-epochs and --gsm8k-epochs: give the weights in --mixture, as in MMLU*3"
+            )
         return named_mixture(named, paths)
     if data != "embedded":
-        return upstream_mixture(stage, split, paths, after=after, mmlu_epochs=mmlu_epochs, gsm8k_epochs=gsm8k_epochs)
+        return upstream_mixture(
+            stage, split, paths, after=after, mmlu_epochs=mmlu_epochs, gsm8k_epochs=gsm8k_epochs
+        )
     if epochs_given:
-        raise UsageError("--mmlu-epochs and --gsm8k-epochs: the mixture of the embedded corpus has neither")
+        raise UsageError(
+            "--mmlu-epochs and --gsm8k-epochs: the mixture of the embedded corpus has neither"
+        )
     return offline_mixture(stage, split, paths)
 
 
-MIXED_TASKS = ("SmolTalk", "MMLU", "GSM8K", "ARC-Easy", "ARC-Challenge", "Identity", "SimpleSpelling", "SpellingBee",
-               "ChitChat")
+MIXED_TASKS = (
+    "SmolTalk",
+    "MMLU",
+    "GSM8K",
+    "ARC-Easy",
+    "ARC-Challenge",
+    "Identity",
+    "SimpleSpelling",
+    "SpellingBee",
+    "ChitChat",
+)
 
 
 def mixture_entries(named: str) -> list[tuple[str, str, str | None, float]]:
-    """Of each entry of a mixture: its text, name, sign (* or :) and number. Raises `UsageError` for a name or weight that
-    is none; files are not read."""
+    """Of each entry of a mixture: its text, name, sign (* or :) and number. Raises `UsageError`
+    for a name or weight that is none; files are not read.
+    """
     entries = []
     for entry in map(str.strip, named.split(",")):
         # A colon with anything but a number after it is part of a path.
@@ -126,16 +194,24 @@ def mixture_entries(named: str) -> list[tuple[str, str, str | None, float]]:
             if not 0 < weight < 1e9:
                 raise ValueError
         except ValueError:
-            raise UsageError(f"the weight of {entry!r} must be a positive number, as in {name}*2.5") from None
+            raise UsageError(
+                f"the weight of {entry!r} must be a positive number, as in {name}*2.5"
+            ) from None
         if file_format(name) != "jsonl" and name not in MIXED_TASKS:
-            raise UsageError(f"unknown task {name!r}: expected {', '.join(MIXED_TASKS)} or a file FILE.jsonl")
+            raise UsageError(
+                f"unknown task {name!r}: expected {', '.join(MIXED_TASKS)} or a file FILE.jsonl"
+            )
         entries.append((entry, name, sign, weight))
     return entries
 
 
-def named_mixture(named: str, paths: Paths, split: Literal["train", "test"] = "train") -> TaskMixture:
-    """The mixture "SmolTalk:10000,MMLU*3,GSM8K*4,chats.jsonl*0.5": tasks or files of conversations, each with its weight
-    (*) or the number of its first conversations (:). Raises `UsageError` for a name or weight that is none."""
+def named_mixture(
+    named: str, paths: Paths, split: Literal["train", "test"] = "train"
+) -> TaskMixture:
+    """The mixture "SmolTalk:10000,MMLU*3,GSM8K*4,chats.jsonl*0.5": tasks or files of
+    conversations, each with its weight (*) or the number of its first conversations (:). Raises
+    `UsageError` for a name or weight that is none.
+    """
     tasks: dict[str, Callable[[], Task]] = {
         "SmolTalk": lambda: SmolTalk(paths, split),
         "MMLU": lambda: MMLU(paths, "auxiliary_train" if split == "train" else split),
@@ -154,8 +230,12 @@ def named_mixture(named: str, paths: Paths, split: Literal["train", "test"] = "t
         if name not in tasks:
             task = CustomJSON(Path(name), judged=False)
             if same := [other for other in files if samefile(other, name)]:
-                logger.warning("%s: the file is %s again and is read once; to train on it twice, write %s*2",
-                               text, same[0], same[0])
+                logger.warning(
+                    "%s: the file is %s again and is read once; to train on it twice, write %s*2",
+                    text,
+                    same[0],
+                    same[0],
+                )
                 continue
             files[name] = task
         entries.append(parsed)
@@ -165,6 +245,9 @@ def named_mixture(named: str, paths: Paths, split: Literal["train", "test"] = "t
         chosen.append(files[name] if name in files else tasks[name]())
         weights.append(min(1.0, weight / len(chosen[-1])) if sign == ":" else weight)
         if round(weights[-1] * len(chosen[-1])) < 1:
-            raise UsageError(f"{entry!r} takes none of the {len(chosen[-1])} conversations of {name}: give more weight, or "
-                             "leave it out")
+            raise UsageError(
+                f"{entry!r} takes none of the {len(chosen[-1])} conversations of {name}: give "
+                "more weight, or "
+                "leave it out"
+            )
     return TaskMixture(chosen, weights)

@@ -1,10 +1,13 @@
-"""Skills that need no data set: arithmetic and letter counting through the calculator, and spelling.
+"""Skills that need no data set: arithmetic and letter counting through the calculator, and
+spelling.
 
-Conversation i of a split is a function of (split, i) alone. What is asked about (the two numbers and the operation, or
-the word) belongs to one split by a hash of itself, so that nothing tested was ever trained on.
+Conversation i of a split is a function of (split, i) alone. What is asked about (the two numbers
+and the operation, or the word) belongs to one split by a hash of itself, so that nothing tested
+was ever trained on.
 
-The tool calls are made to be copied: the tokenizer takes the character before a word into the word's first token, so a
-call repeats a word together with that character (a quotation mark or a space), and copies tokens rather than letters.
+The tool calls are made to be copied: the tokenizer takes the character before a word into the
+word's first token, so a call repeats a word together with that character (a quotation mark or a
+space), and copies tokens rather than letters.
 """
 
 import hashlib
@@ -59,7 +62,8 @@ class Skill(Task):
         return self.size
 
     def get_example(self, index: int) -> Conversation:
-        # A string seed is hashed whole; integers would collide, Python seeds with their absolute value.
+        # A string seed is hashed whole; integers would collide, Python seeds with their absolute
+        # value.
         return self.make(random.Random(f"{self.key}/{self.split}/{index}"))
 
     def make(self, rng: random.Random) -> Conversation:
@@ -71,7 +75,12 @@ class Arithmetic(Skill):
 
     key = "arithmetic"
 
-    SPOKEN = {"+": ["plus"], "-": ["minus"], "*": ["times", "multiplied by", "x"], "/": ["divided by"]}
+    SPOKEN = {
+        "+": ["plus"],
+        "-": ["minus"],
+        "*": ["times", "multiplied by", "x"],
+        "/": ["divided by"],
+    }
     QUESTIONS = [
         "What is {}?", "What is {}?", "What is {}?", "What is {}?", "What's {}?", "{}", "{} =", "{} = ?", "{}?",
         "Calculate {}.", "Calculate {}", "Compute {}.", "How much is {}?", "What does {} equal?", "Please compute {}.",
@@ -81,16 +90,25 @@ class Arithmetic(Skill):
     def make(self, rng: random.Random) -> Conversation:
         while True:
             operation, a, b = self.draw(rng)
-            low, high = (a, b) if operation in "-/" else sorted((a, b))  # 2 + 3 and 3 + 2 are one item
+            # 2 + 3 and 3 + 2 are one item
+            low, high = (a, b) if operation in "-/" else sorted((a, b))
             if split_of(f"{low} {operation} {high}") == self.split:
                 break
         expression = f"{a} {operation} {b}"
         question = self.ask(rng, operation, a, b)
-        result = {"+": a + b, "-": a - b, "*": a * b, "/": a / b if operation == "/" else None}[operation]
+        result = {"+": a + b, "-": a - b, "*": a * b, "/": a / b if operation == "/" else None}[
+            operation
+        ]
         return {
             "messages": [
                 user(question),
-                assistant([python(expression), python_output(str(result)), text(f"{expression} = {result}")]),
+                assistant(
+                    [
+                        python(expression),
+                        python_output(str(result)),
+                        text(f"{expression} = {result}"),
+                    ]
+                ),
             ],
             "answer": result,
         }
@@ -108,7 +126,10 @@ class Arithmetic(Skill):
     @staticmethod
     def draw(rng: random.Random) -> tuple[str, int, int]:
         operation = rng.choices("+-*/", weights=[4, 3, 2, 1])[0]
-        a, b = (rng.randrange(10 ** rng.choices([1, 2, 3, 4], weights=[1, 3, 4, 2])[0]) for _ in range(2))
+        a, b = (
+            rng.randrange(10 ** rng.choices([1, 2, 3, 4], weights=[1, 3, 4, 2])[0])
+            for _ in range(2)
+        )
         if operation == "/":
             b = b % 99 + 1
             a = a % 999 * b
@@ -120,7 +141,9 @@ class Arithmetic(Skill):
 
 
 class WordArithmetic(Arithmetic):
-    """Arithmetic asked for in words that no training mixture has: what is left for reinforcement learning to find out."""
+    """Arithmetic asked for in words that no training mixture has: what is left for reinforcement
+    learning to find out.
+    """
 
     key = "word_arithmetic"
 
@@ -150,7 +173,9 @@ class WordSkill(Skill):
             raise ValueError(f"none of the {len(words)} words given is of the split {split}")
 
     def draw_word(self, rng: random.Random) -> str:
-        """A word of the split. In training some are made of the parts of two: those can only be read, not remembered."""
+        """A word of the split. In training some are made of the parts of two: those can only be
+        read, not remembered.
+        """
         word = rng.choice(self.words)
         if self.split == "train" and rng.random() < MADE_UP_SHARE:
             other = rng.choice(self.words)
@@ -181,7 +206,10 @@ class Spelling(WordSkill):
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
         """The reply is the letters in their order, with anything but letters between them."""
         letters = re.findall(r"[^\W\d_]+", completion)
-        return all(len(letter) == 1 for letter in letters) and "".join(letters).lower() == conversation["answer"]
+        return (
+            all(len(letter) == 1 for letter in letters)
+            and "".join(letters).lower() == conversation["answer"]
+        )
 
 
 class LetterCount(WordSkill):
@@ -202,7 +230,8 @@ class LetterCount(WordSkill):
     def make(self, rng: random.Random) -> Conversation:
         word = self.draw_word(rng)
         letter = self.draw_letter(word, rng)
-        before = '"' if rng.random() < 0.7 else " "  # what the word's first token starts with in the question
+        # what the word's first token starts with in the question
+        before = '"' if rng.random() < 0.7 else " "
         asked_word = f'"{word}"' if before == '"' else word
         asked_letter = f'"{letter}"' if rng.random() < 0.3 else letter
         count = word.count(letter)

@@ -13,7 +13,8 @@ from nanochat_jax.tasks.skills import LETTERS, Skill, Split
 
 WORDS_URL = "https://raw.githubusercontent.com/dwyl/english-words/20f5cc9b3f0ccc8ce45d814c532b7c2031bba31c/words_alpha.txt"
 WORDS_SHA256 = "3ed0c94610d8bcf7c11bbb49c56aa49c7234d32b66824df91f554169e572da48"
-TEST_SEED = 10_000_000  # Python seeds with the absolute value, so negative seeds would repeat the training items
+# Python seeds with the absolute value, so negative seeds would repeat the training items
+TEST_SEED = 10_000_000
 
 QUESTIONS = [
     "How many {letter} are in the word {word}", "How many {letter} are in {word}",
@@ -46,7 +47,11 @@ QUESTIONS = [
 
 def load_words_alpha(base: Path) -> list[str]:
     """The word list, fetched into the base directory unless it is there."""
-    return fetch_file(WORDS_URL, base / "words_alpha.txt", sha256=WORDS_SHA256).read_text(encoding="utf-8").split()
+    return (
+        fetch_file(WORDS_URL, base / "words_alpha.txt", sha256=WORDS_SHA256)
+        .read_text(encoding="utf-8")
+        .split()
+    )
 
 
 class _OfWords(Skill):
@@ -61,7 +66,9 @@ class _OfWords(Skill):
 
 
 class SpellingBee(_OfWords):
-    """How often a letter is in a word: counted letter by letter, then checked with the tool, ending in `#### count`."""
+    """How often a letter is in a word: counted letter by letter, then checked with the tool,
+    ending in `#### count`.
+    """
 
     key = "spelling_bee"
 
@@ -73,7 +80,9 @@ class SpellingBee(_OfWords):
         if rng.random() < 0.3:
             question = question.lower()
         letter_quote, word_quote = rng.choice(["", "'", '"']), rng.choice(["", "'", '"'])
-        question = question.format(letter=letter_quote + letter + letter_quote, word=word_quote + word + word_quote)
+        question = question.format(
+            letter=letter_quote + letter + letter_quote, word=word_quote + word + word_quote
+        )
         if rng.random() < 0.5:
             question += "?"
         return {"messages": [user(question), assistant(self.count(word, letter))]}
@@ -82,7 +91,8 @@ class SpellingBee(_OfWords):
     def count(word: str, letter: str) -> list[dict[str, str]]:
         lines, hits = [], 0
         for i, character in enumerate(word, 1):
-            line = f"{i}:{character}"  # no space: the letter keeps the token it has in the spelled word
+            # no space: the letter keeps the token it has in the spelled word
+            line = f"{i}:{character}"
             if character == letter:
                 hits += 1
                 line += f" hit! count={hits}"
@@ -90,7 +100,9 @@ class SpellingBee(_OfWords):
         manual = (
             f"Let me count the letter '{letter}' in the word '{word}'.\n\n"
             f"First I spell the word:\n{word}:{','.join(word)}\n\n"
-            f"Now I go through it letter by letter:\n" + "\n".join(lines) + f"\n\nThat makes {hits}."
+            f"Now I go through it letter by letter:\n"
+            + "\n".join(lines)
+            + f"\n\nThat makes {hits}."
         )
         return [
             text(manual),
@@ -111,8 +123,11 @@ class SimpleSpelling(_OfWords):
 
     def __init__(self, words: list[str], split: Split, *, size: int = 1000) -> None:
         super().__init__(words, split, size=size)
-        random.Random(42).shuffle(self.words)  # another order than SpellingBee's, so item i is another word
+        # another order than SpellingBee's, so item i is another word
+        random.Random(42).shuffle(self.words)
 
     def get_example(self, index: int) -> Conversation:
         word = self.rng(index).choice(self.words)
-        return {"messages": [user(f"Spell the word: {word}"), assistant(f"{word}:{','.join(word)}")]}
+        return {
+            "messages": [user(f"Spell the word: {word}"), assistant(f"{word}:{','.join(word)}")]
+        }

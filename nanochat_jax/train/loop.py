@@ -1,7 +1,9 @@
-"""The one loop that all stages share, from pretraining to RL: train, log, evaluate, save, resume, stop.
+"""The one loop that all stages share, from pretraining to RL: train, log, evaluate, save, resume,
+stop.
 
-At step s, in this order: save, evaluate, stop if it is the last, train. So no evaluation can lose a checkpoint. Metrics of
-a step are read after the next one is dispatched, so that the device never waits for a log line.
+At step s, in this order: save, evaluate, stop if it is the last, train. So no evaluation can lose
+a checkpoint. Metrics of a step are read after the next one is dispatched, so that the device never
+waits for a log line.
 """
 
 import collections
@@ -23,10 +25,26 @@ import jax.numpy as jnp
 import numpy as np
 
 from nanochat_jax.checkpoint import Checkpoints, Loaded, Restored, claim_directory, keep_tokenizer
-from nanochat_jax.cli import LARGEST, LARGEST_SEED, UsageError, directory_name, flag, naming, run_name, spelled
+from nanochat_jax.cli import (
+    LARGEST,
+    LARGEST_SEED,
+    UsageError,
+    directory_name,
+    flag,
+    naming,
+    run_name,
+    spelled,
+)
 from nanochat_jax.data.loader import merge_states
 from nanochat_jax.devices import Processes
-from nanochat_jax.metrics import Display, MetricsLog, Profiler, peak_flops, peak_memory_bytes, start_wandb
+from nanochat_jax.metrics import (
+    Display,
+    MetricsLog,
+    Profiler,
+    peak_flops,
+    peak_memory_bytes,
+    start_wandb,
+)
 from nanochat_jax.model.compute import ATTENTION, REMAT
 from nanochat_jax.model.config import GPTConfig
 from nanochat_jax.model.loss import Batch
@@ -49,34 +67,75 @@ class RunConfig(Processes):
 
     run: str = flag("dummy", "wandb run name; dummy turns wandb off", check=run_name)
     mesh: str = flag("auto", "devices as DxM: D-way data and M-way tensor parallelism")
-    fsdp: bool | None = flag(None, "shard the parameters over the data axis too; default: where memory asks for it")
+    fsdp: bool | None = flag(
+        None, "shard the parameters over the data axis too; default: where memory asks for it"
+    )
     dtype: str = flag("auto", "compute dtype", choices=["auto", "float32", "bfloat16"])
-    remat: str = flag("auto", "activations that the backward pass recomputes, to save memory: none; minimal: all but matmuls "
-                              "and attention; block: all inside of layers; full: most layers' inputs too (no effect on a CPU, "
-                              "whose compiler undoes it); auto: chosen by memory", choices=["auto", *REMAT, "elementwise"])
-    attention: str = flag("auto", "attention kernel; auto: splash on TPUs, cudnn on NVIDIA GPUs, else xla", choices=ATTENTION)
+    remat: str = flag(
+        "auto",
+        "activations that the backward pass recomputes, to save memory: none; minimal: all but "
+        "matmuls "
+        "and attention; block: all inside of layers; full: most layers' inputs too (no effect on "
+        "a CPU, "
+        "whose compiler undoes it); auto: chosen by memory",
+        choices=["auto", *REMAT, "elementwise"],
+    )
+    attention: str = flag(
+        "auto",
+        "attention kernel; auto: splash on TPUs, cudnn on NVIDIA GPUs, else xla",
+        choices=ATTENTION,
+    )
     device_batch_size: int | Literal["auto"] | None = flag(
-        None, "rows per device and micro-step; auto: the most that fit into memory, by compiling; default 32, or 16 or 8 where "
-              "more should not fit", at_least=1, at_most=10**6)
-    num_iterations: int = flag(-1, "optimizer steps; -1: the recipe's horizon", at_least=1, at_most=10**9, also=-1)
-    eval_every: int = flag(250, "steps between evaluations; -1: only at the end", at_least=1, at_most=10**9, also=-1)
-    save_every: int = flag(-1, "steps between checkpoints; -1: before every evaluation; 0: only at the end", at_least=0,
-                           at_most=10**9, also=-1)
+        None,
+        "rows per device and micro-step; auto: the most that fit into memory, by compiling; "
+        "default 32, or 16 or 8 where "
+        "more should not fit",
+        at_least=1,
+        at_most=10**6,
+    )
+    num_iterations: int = flag(
+        -1, "optimizer steps; -1: the recipe's horizon", at_least=1, at_most=10**9, also=-1
+    )
+    eval_every: int = flag(
+        250, "steps between evaluations; -1: only at the end", at_least=1, at_most=10**9, also=-1
+    )
+    save_every: int = flag(
+        -1,
+        "steps between checkpoints; -1: before every evaluation; 0: only at the end",
+        at_least=0,
+        at_most=10**9,
+        also=-1,
+    )
     keep: int = flag(2, "how many of the newest checkpoints to keep", at_least=1, at_most=10**9)
     resume: bool = flag(False, "continue from the newest checkpoint of this tag, if there is one")
-    resume_from_step: int = flag(-1, "continue from this step of the tag; later ones are renamed. -1: see --resume",
-                                 at_least=0, at_most=10**9, also=-1)
+    resume_from_step: int = flag(
+        -1,
+        "continue from this step of the tag; later ones are renamed. -1: see --resume",
+        at_least=0,
+        at_most=10**9,
+        also=-1,
+    )
     fresh: bool = flag(False, "delete the checkpoints that this tag already has, and start over")
-    model_tag: str | None = flag(None, "name of the checkpoint directory; default d<depth>", check=directory_name)
+    model_tag: str | None = flag(
+        None, "name of the checkpoint directory; default d<depth>", check=directory_name
+    )
     seed: int = flag(42, "seed of the initial weights", at_least=0, at_most=LARGEST_SEED)
-    profile: str | None = flag(None, "START:STOP, steps to trace for xprof; the trace goes to profile/ beside the checkpoints")
-    compile_cache: bool = flag(True, "keep compiled programs under the base directory for the next start")
+    profile: str | None = flag(
+        None,
+        "START:STOP, steps to trace for xprof; the trace goes to profile/ beside the checkpoints",
+    )
+    compile_cache: bool = flag(
+        True, "keep compiled programs under the base directory for the next start"
+    )
 
     def __post_init__(self) -> None:
         if self.remat == "elementwise":  # what "minimal" was called
             object.__setattr__(self, "remat", "minimal")
         if self.resuming and self.fresh:
-            raise ValueError("--resume goes on with the checkpoints of a tag, --fresh deletes them: give one of them")
+            raise ValueError(
+                "--resume goes on with the checkpoints of a tag, --fresh deletes them: give one "
+                "of them"
+            )
         self.profiled_steps  # noqa: B018  (raises if it is malformed)
 
     @property
@@ -89,7 +148,9 @@ class RunConfig(Processes):
             return range(0)
         start, colon, stop = self.profile.partition(":")
         if not (colon and start.isdecimal() and stop.isdecimal() and int(start) < int(stop)):
-            raise ValueError(f"--profile {self.profile!r} is not START:STOP, two steps such as 10:13")
+            raise ValueError(
+                f"--profile {self.profile!r} is not START:STOP, two steps such as 10:13"
+            )
         return range(int(start), int(stop))
 
 
@@ -97,7 +158,9 @@ class RunConfig(Processes):
 class TrainConfig(RunConfig):
     """Flags of the stages that train on text."""
 
-    total_batch_size: int = flag(-1, "tokens per optimizer step; -1: the recipe's", at_least=1, at_most=2**40, also=-1)
+    total_batch_size: int = flag(
+        -1, "tokens per optimizer step; -1: the recipe's", at_least=1, at_most=2**40, also=-1
+    )
     eval_tokens: int = flag(20 * 524288, "tokens of an evaluation", at_least=1, at_most=LARGEST)
 
 
@@ -112,13 +175,16 @@ class StepBatch(NamedTuple):
 class Source(Protocol):
     """Where the batch of each step comes from: a loader, or rollouts of the current parameters."""
 
-    on_policy: ClassVar[bool]  # made from the step's parameters; a signal may interrupt it, and it is made again
+    # made from the step's parameters; a signal may interrupt it, and it is made again
+    on_policy: ClassVar[bool]
 
     def next_batch(self, step: int, params: Params) -> StepBatch: ...
 
     @property
     def position(self) -> dict[str, Any]:
-        """A few numbers for the log: where in the data the last batch was. Cheap, where `get_state` is not."""
+        """A few numbers for the log: where in the data the last batch was. Cheap, where
+        `get_state` is not.
+        """
 
     def get_state(self) -> dict[str, Any]: ...
 
@@ -129,7 +195,8 @@ class Source(Protocol):
 class LoaderSource:
     """Batches of a data loader, whose rows are the same whatever the parameters are."""
 
-    loader: Any  # an endless iterator of {"inputs", "targets"}, this process's rows [R, T], with a position
+    # an endless iterator of {"inputs", "targets"}, this process's rows [R, T], with a position
+    loader: Any
     shape: BatchShape
     mesh: jax.sharding.Mesh
     on_policy: ClassVar[bool] = False
@@ -171,15 +238,18 @@ class Job:
     config: RunConfig
     model: GPTConfig
     directory: Directory  # of the tag's checkpoints
-    logs: Path  # for what else is written: metrics, traces, dumps; the same, unless that is in a bucket
+    # for what else is written: metrics, traces, dumps; the same, unless that is in a bucket
+    logs: Path
     num_steps: int
-    shape: BatchShape | None  # None: it differs from step to step, so nothing is compiled beforehand
+    # None: it differs from step to step, so nothing is compiled beforehand
+    shape: BatchShape | None
     lr_multiplier: Callable[[Any], Any]
     evaluations: Sequence[Evaluation]
     metadata: dict[str, Any]  # goes into every checkpoint: tokenizer fingerprint, corpus, ...
     primary: str = "val_bpb"  # the figure whose minimum is kept
     dry_run: bool = False  # save nothing
-    tokenizer: Tokenizer | None = None  # kept beside the checkpoints where they would be without one
+    # kept beside the checkpoints where they would be without one
+    tokenizer: Tokenizer | None = None
     origin: Loaded | None = None  # the model that this one goes on from
     shown: Sequence[str] = ()  # names of metrics for the display
 
@@ -210,29 +280,49 @@ def global_position(state: dict[str, Any], mesh: jax.sharding.Mesh) -> dict[str,
 
 
 class _Reporter:
-    """Reads the metrics of finished steps, refuses what is not finite, and tells the log and the display."""
+    """Reads the metrics of finished steps, refuses what is not finite, and tells the log and the
+    display.
+    """
 
-    def __init__(self, job: Job, loop: dict[str, Any], start: int, mesh: jax.sharding.Mesh, resumed: bool,
-                 wandb_run: Any) -> None:
+    def __init__(
+        self,
+        job: Job,
+        loop: dict[str, Any],
+        start: int,
+        mesh: jax.sharding.Mesh,
+        resumed: bool,
+        wandb_run: Any,
+    ) -> None:
         self._job, self._loop = job, loop
         self._wandb = wandb_run
-        self.log = MetricsLog(job.logs / "metrics.jsonl", resume_step=start if resumed else None, steps=job.directory,
-                              wandb_run=self._wandb)
+        self.log = MetricsLog(
+            job.logs / "metrics.jsonl",
+            resume_step=start if resumed else None,
+            steps=job.directory,
+            wandb_run=self._wandb,
+        )
         self.display = Display(job.name, job.num_steps, start=start)
         peak = peak_flops(jax.devices()[0])
         self.peak = peak * mesh.size if peak else None
         self._rates = np.asarray(jax.jit(jax.vmap(job.lr_multiplier))(jnp.arange(job.num_steps)))
-        # Seconds of the last ten steps: one is dispatched before the one before it is read, so single ones say little.
+        # Seconds of the last ten steps: one is dispatched before the one before it is read, so
+        # single ones say little.
         self._laps: collections.deque[float] = collections.deque(maxlen=10)
 
     def restart_clock(self) -> None:
         """What came before (saving, evaluating) is no step's time."""
         self._mark = time.perf_counter()
 
-    def finish(self, step: int, metrics: dict[str, Any], batch: StepBatch, position: dict[str, Any]) -> None:
-        """Wait for a dispatched step and log it. Raises `UsageError` if its loss or gradient is not finite."""
+    def finish(
+        self, step: int, metrics: dict[str, Any], batch: StepBatch, position: dict[str, Any]
+    ) -> None:
+        """Wait for a dispatched step and log it. Raises `UsageError` if its loss or gradient is
+        not finite.
+        """
         job, loop = self._job, self._loop
-        figures: dict[str, Any] = batch.figures | {name: float(value) for name, value in metrics.items()}
+        figures: dict[str, Any] = batch.figures | {
+            name: float(value) for name, value in metrics.items()
+        }
         now = time.perf_counter()
         self._laps.append(now - self._mark)
         self._mark = now
@@ -251,12 +341,27 @@ class _Reporter:
         if job.shape:
             rate = job.shape.tokens / seconds
             mfu = flops_per_token(job.model) * rate / self.peak if self.peak else None
-            figures |= {"supervised": int(figures["tokens"]), "tokens": (step + 1) * job.shape.tokens, "position": position,
-                        "tokens_per_sec": rate, "mfu": "n/a" if mfu is None else mfu}
-            shown |= {"loss": f"{loop['smooth_loss'] / (1.0 - 0.9 ** (step + 1)):.4f}", "tok/s": f"{rate:,.0f}",
-                      "mfu": "n/a" if mfu is None else f"{100 * mfu:.1f}%"}
-        self.log.write(step=step, kind="train", time=time.time(), lrm=float(self._rates[step]), seconds=seconds,
-                       peak_memory=peak_memory_bytes(), **figures)
+            figures |= {
+                "supervised": int(figures["tokens"]),
+                "tokens": (step + 1) * job.shape.tokens,
+                "position": position,
+                "tokens_per_sec": rate,
+                "mfu": "n/a" if mfu is None else mfu,
+            }
+            shown |= {
+                "loss": f"{loop['smooth_loss'] / (1.0 - 0.9 ** (step + 1)):.4f}",
+                "tok/s": f"{rate:,.0f}",
+                "mfu": "n/a" if mfu is None else f"{100 * mfu:.1f}%",
+            }
+        self.log.write(
+            step=step,
+            kind="train",
+            time=time.time(),
+            lrm=float(self._rates[step]),
+            seconds=seconds,
+            peak_memory=peak_memory_bytes(),
+            **figures,
+        )
         self.display.update(step + 1, **shown)
 
     def evaluated(self, step: int, figures: dict[str, float]) -> None:
@@ -276,31 +381,55 @@ class _Reporter:
 
 
 # Flags that decide what a saved state fits. The stages also save what those left out came to.
-_FITTING = ("depth", "arch", "aspect_ratio", "head_dim", "max_seq_len", "window_pattern", "data", "packing", "data_shards",
-            "total_batch_size", "mixture", "mmlu_epochs", "gsm8k_epochs", "source", "grad_clip", "weight_decay")
+_FITTING = (
+    "depth",
+    "arch",
+    "aspect_ratio",
+    "head_dim",
+    "max_seq_len",
+    "window_pattern",
+    "data",
+    "packing",
+    "data_shards",
+    "total_batch_size",
+    "mixture",
+    "mmlu_epochs",
+    "gsm8k_epochs",
+    "source",
+    "grad_clip",
+    "weight_decay",
+)
 
 
 def _other_flags(config: RunConfig, metadata: dict[str, Any], saved: dict[str, Any]) -> str:
     """Which flags the saved run had otherwise, for a refusal to resume; "" if none."""
     resolved = ("data", "packing", "total_batch_size")
     mine = dataclasses.asdict(config)
-    before, now = (flags | {name: values[name] for name in resolved if name in values}
-                   for flags, values in ((saved.get("config", {}), saved), (mine, metadata)))
-    changed = [f"{spelled(name, before[name])} (now {spelled(name, now[name])})" for name in _FITTING
-               if name in mine and name in before and before[name] != now[name]]
+    before, now = (
+        flags | {name: values[name] for name in resolved if name in values}
+        for flags, values in ((saved.get("config", {}), saved), (mine, metadata))
+    )
+    changed = [
+        f"{spelled(name, before[name])} (now {spelled(name, now[name])})"
+        for name in _FITTING
+        if name in mine and name in before and before[name] != now[name]
+    ]
     return f". The saved run had {', '.join(changed)}" if changed else ""
 
 
 @contextlib.contextmanager
-def naming_other_flags(config: RunConfig, directory: Directory, metadata: dict[str, Any]
-                       ) -> Iterator[None]:
+def naming_other_flags(
+    config: RunConfig, directory: Directory, metadata: dict[str, Any]
+) -> Iterator[None]:
     """If a run that is to be resumed is refused inside this block, the error names the flags that
     differ from the saved run's. `metadata` is what the run itself will save."""
     try:
         yield
     except UsageError as error:
         steps = saved_steps(directory) if config.resuming else []
-        step = config.resume_from_step if config.resume_from_step in steps else max(steps, default=-1)
+        step = (
+            config.resume_from_step if config.resume_from_step in steps else max(steps, default=-1)
+        )
         advice = ""
         with contextlib.suppress(OSError, ValueError):  # one that cannot be read gives no advice
             if step >= 0:  # not by Orbax, which waits for all processes
@@ -311,10 +440,13 @@ def naming_other_flags(config: RunConfig, directory: Directory, metadata: dict[s
         raise UsageError(f"{error}{advice}") from error
 
 
-def _restore(job: Job, checkpoints: Checkpoints, state: TrainState, shardings: TrainState, source: Source
-             ) -> Restored | None:
-    """The step to continue from, to which `source` is set; None if there is none. Raises `UsageError` if it is another
-    run's, and names the flags that differ. What is restored takes the place of `state` in memory, too."""
+def _restore(
+    job: Job, checkpoints: Checkpoints, state: TrainState, shardings: TrainState, source: Source
+) -> Restored | None:
+    """The step to continue from, to which `source` is set; None if there is none. Raises
+    `UsageError` if it is another run's, and names the flags that differ. What is restored takes
+    the place of `state` in memory, too.
+    """
     directory, step = job.directory, job.config.resume_from_step
 
     def accept(saved: dict[str, Any]) -> None:
@@ -326,10 +458,15 @@ def _restore(job: Job, checkpoints: Checkpoints, state: TrainState, shardings: T
         if not same:
             raise UsageError(f"{directory} holds a model of another shape: {advice}")
         if saved.get("tokenizer") != job.metadata.get("tokenizer"):
-            raise UsageError(f"{directory} was trained with another tokenizer: restore that one, or {advice}")
+            raise UsageError(
+                f"{directory} was trained with another tokenizer: restore that one, or {advice}"
+            )
         if saved["step"] > job.num_steps:
-            raise UsageError(f"{directory} is at step {saved['step']}, past the {job.num_steps} of this run: give "
-                             f"--num-iterations {saved['step']} or more, or {advice}")
+            raise UsageError(
+                f"{directory} is at step {saved['step']}, past the {job.num_steps} of this run: "
+                "give "
+                f"--num-iterations {saved['step']} or more, or {advice}"
+            )
         source.set_state(saved["position"])
 
     abstract = abstract_tree(state, shardings)
@@ -337,7 +474,9 @@ def _restore(job: Job, checkpoints: Checkpoints, state: TrainState, shardings: T
         for leaf in jax.tree.leaves(state):
             leaf.delete()
     with naming_other_flags(job.config, directory, job.metadata):
-        return checkpoints.restore_latest(*abstract, step=step if step >= 0 else None, accept=accept)
+        return checkpoints.restore_latest(
+            *abstract, step=step if step >= 0 else None, accept=accept
+        )
 
 
 @contextlib.contextmanager
@@ -347,29 +486,44 @@ def _explained(job: Job, mesh: jax.sharding.Mesh, checkpoints: Checkpoints) -> I
         yield
     except jax.errors.JaxRuntimeError as error:
         if is_out_of_memory(error):
-            raise (out_of_memory(job.shape, mesh) if job.shape else UsageError(
-                "a step does not fit into memory: halve --device-batch-size or --num-slots, or give --remat or --fsdp")
+            raise (
+                out_of_memory(job.shape, mesh)
+                if job.shape
+                else UsageError(
+                    "a step does not fit into memory: halve --device-batch-size or --num-slots, "
+                    "or give --remat or --fsdp"
+                )
             ) from error
         raise
     except UsageError as error:
         with contextlib.suppress(UsageError):
             checkpoints.wait()
-        raise UsageError(f"{error} (the last good checkpoint is step {checkpoints.last_step()} in {job.directory})"
-                         ) from error
+        raise UsageError(
+            f"{error} (the last good checkpoint is step {checkpoints.last_step()} in "
+            f"{job.directory})"
+        ) from error
 
 
 class _Loop:
     """One run: the state, where it is, and what is done at a step."""
 
-    def __init__(self, job: Job, state: TrainState, step_fn: Callable, source: Source, checkpoints: Checkpoints,
-                 stop: StopRequest) -> None:
+    def __init__(
+        self,
+        job: Job,
+        state: TrainState,
+        step_fn: Callable,
+        source: Source,
+        checkpoints: Checkpoints,
+        stop: StopRequest,
+    ) -> None:
         self.job, self.state, self.checkpoints = job, state, checkpoints
         self._step_fn, self._source, self._stop = step_fn, source, stop
         self.totals = {"minimum": math.inf, "smooth_loss": 0.0, "seconds": 0.0, "timed_steps": 0}
         self.start = 0
         self.figures: dict[str, float] = {}  # of the last evaluation
         self._saved_at: int | None = None
-        self._pending: tuple | None = None  # the step dispatched last: arguments of `_Reporter.finish`
+        # the step dispatched last: arguments of `_Reporter.finish`
+        self._pending: tuple | None = None
 
     def restore(self, shardings: TrainState) -> bool:
         """Continue from a checkpoint; False if there is none."""
@@ -404,8 +558,11 @@ class _Loop:
             self._save(step)
             self.checkpoints.wait()
             reporter.display.close()
-            what_now = ("a dry run saves nothing" if job.dry_run else
-                        "saved; run the same command with --resume to continue")
+            what_now = (
+                "a dry run saves nothing"
+                if job.dry_run
+                else "saved; run the same command with --resume to continue"
+            )
             log.warning("stopped by signal %d at step %d: %s", self._stop.signal, step, what_now)
             raise SystemExit(EXIT_STOPPED) from None
 
@@ -423,18 +580,31 @@ class _Loop:
         if step == self._saved_at:
             return
         position = self._source.get_state()
-        own = {"step": step, "model_config": dataclasses.asdict(job.model), "loop": self.totals,
-               "config": dataclasses.asdict(job.config),
-               "position": global_position(position, _mesh_of(self.state)) if position else {}}
+        own = {
+            "step": step,
+            "model_config": dataclasses.asdict(job.model),
+            "loop": self.totals,
+            "config": dataclasses.asdict(job.config),
+            "position": global_position(position, _mesh_of(self.state)) if position else {},
+        }
         assert not own.keys() & job.metadata.keys()
         self._reporter.log.copy()
-        self.checkpoints.save(step, self.state.params, self.state.optimizer, json.loads(json.dumps(own | job.metadata)))
+        self.checkpoints.save(
+            step,
+            self.state.params,
+            self.state.optimizer,
+            json.loads(json.dumps(own | job.metadata)),
+        )
         self._saved_at = step
 
     def _evaluate(self, step: int, due: Sequence[Evaluation]) -> None:
         self._flush()
         with self._stop.interruptible():
-            self.figures = {name: value for evaluation in due for name, value in evaluation.run(self.state.params).items()}
+            self.figures = {
+                name: value
+                for evaluation in due
+                for name, value in evaluation.run(self.state.params).items()
+            }
         self._reporter.evaluated(step, self.figures)
 
     def _advance(self, step: int) -> None:
@@ -455,11 +625,19 @@ class _Loop:
 
     def outcome(self, peak: float | None) -> Outcome:
         job, totals = self.job, self.totals
-        rate = job.shape.tokens * totals["timed_steps"] / totals["seconds"] if job.shape and totals["seconds"] else 0.0
+        rate = (
+            job.shape.tokens * totals["timed_steps"] / totals["seconds"]
+            if job.shape and totals["seconds"]
+            else 0.0
+        )
         return Outcome(
-            params=self.state.params, last=self.figures, minimum=totals["minimum"],
-            train_loss=totals["smooth_loss"] / (1.0 - 0.9**job.num_steps), seconds=totals["seconds"],
-            tokens_per_sec=rate, mfu=flops_per_token(job.model) * rate / peak if peak else None,
+            params=self.state.params,
+            last=self.figures,
+            minimum=totals["minimum"],
+            train_loss=totals["smooth_loss"] / (1.0 - 0.9**job.num_steps),
+            seconds=totals["seconds"],
+            tokens_per_sec=rate,
+            mfu=flops_per_token(job.model) * rate / peak if peak else None,
             peak_memory=peak_memory_bytes(),
         )
 
@@ -470,7 +648,9 @@ def _mesh_of(state: TrainState) -> jax.sharding.Mesh:
 
 @contextlib.contextmanager
 def _directories(job: Job) -> Iterator[Job]:
-    """The job with directories to write to: the tag's, cleared or claimed; those of a dry run vanish at the end."""
+    """The job with directories to write to: the tag's, cleared or claimed; those of a dry run
+    vanish at the end.
+    """
     if not job.dry_run:
         claim_directory(job.directory, resume=job.config.resuming, fresh=job.config.fresh)
         yield job
@@ -479,18 +659,27 @@ def _directories(job: Job) -> Iterator[Job]:
         yield dataclasses.replace(job, directory=Path(scratch), logs=Path(scratch), tokenizer=None)
 
 
-def train(job: Job, state: TrainState, shardings: TrainState, step_fn: Any, source: Source) -> Outcome:
-    """Run the loop to `num_steps`, resuming if the config asks for it. Exits the process with 75 after a signal's save.
+def train(
+    job: Job, state: TrainState, shardings: TrainState, step_fn: Any, source: Source
+) -> Outcome:
+    """Run the loop to `num_steps`, resuming if the config asks for it. Exits the process with 75
+    after a signal's save.
 
-    `step_fn` is the jitted step of step.py. Raises `UsageError` for a loss that is not finite, a step that does not fit into
-    memory, and a checkpoint that could not be written.
+    `step_fn` is the jitted step of step.py. Raises `UsageError` for a loss that is not finite, a
+    step that does not fit into memory, and a checkpoint that could not be written.
     """
     config, mesh = job.config, shardings.params["wte"].mesh
     if job.shape is not None:
         # What can fail for lack of memory or of a package comes before --fresh deletes anything.
         step_fn, _ = compile_step(step_fn, state, job.shape, mesh)
-    wandb_run = start_wandb(config.run, f"nanochat-{job.name.removeprefix('chat_')}", dataclasses.asdict(config))
-    with _directories(job) as job, Checkpoints(job.directory, keep=config.keep) as checkpoints, StopRequest() as stop:
+    wandb_run = start_wandb(
+        config.run, f"nanochat-{job.name.removeprefix('chat_')}", dataclasses.asdict(config)
+    )
+    with (
+        _directories(job) as job,
+        Checkpoints(job.directory, keep=config.keep) as checkpoints,
+        StopRequest() as stop,
+    ):
         if job.tokenizer is not None:
             keep_tokenizer(job.tokenizer, job.directory, job.origin)
         loop = _Loop(job, state, step_fn, source, checkpoints, stop)
@@ -501,7 +690,8 @@ def train(job: Job, state: TrainState, shardings: TrainState, step_fn: Any, sour
         with _explained(job, mesh, checkpoints):
             try:
                 gc.collect()
-                gc.freeze()  # what exists by now stays: the collector need not traverse it again and again
+                # what exists by now stays: the collector need not traverse it again and again
+                gc.freeze()
                 loop.run(reporter, profiler)
             finally:
                 gc.unfreeze()

@@ -25,7 +25,6 @@ log = logging.getLogger(__name__)
 USABLE_MEMORY = {"cpu": 0.7}
 
 
-
 def is_out_of_memory(error: Exception) -> bool:
     return "RESOURCE_EXHAUSTED" in str(error) or "Out of memory" in str(error)
 
@@ -49,8 +48,16 @@ def accelerator_memory() -> int | None:
     return None if jax.local_devices()[0].platform == "cpu" else memory_limit()
 
 
-def estimate_memory(config: GPTConfig, rows: int, *, data: int, model: int = 1, remat: str, fsdp: bool, gpu: bool = False
-                    ) -> float:
+def estimate_memory(
+    config: GPTConfig,
+    rows: int,
+    *,
+    data: int,
+    model: int = 1,
+    remat: str,
+    fsdp: bool,
+    gpu: bool = False,
+) -> float:
     """Bytes that a bfloat16 step of `rows` rows per device needs on each of `data` x `model`,
     about: plans (tpu/plans) need up to this. `gpu`: without a loop over layers and its copies of
     what is kept, 0.37 to 0.45 of it in plans; and the workspace of cuDNN.
@@ -65,13 +72,25 @@ def estimate_memory(config: GPTConfig, rows: int, *, data: int, model: int = 1, 
     # tables that were gathered to be used
     whole = 2 * 4 * config.padded_vocab_size * config.n_embd if fsdp else 0
     hidden = 2 * rows * config.sequence_len * config.n_embd * (0.5 if gpu else 1.0)
-    kept = {"none": 34 * config.n_layer, "minimal": 14 * config.n_layer + 110, "block": config.n_layer + 110,
-            "full": 3 * math.isqrt(config.n_layer) + 110}[remat]
+    kept = {
+        "none": 34 * config.n_layer,
+        "minimal": 14 * config.n_layer + 110,
+        "block": config.n_layer + 110,
+        "full": 3 * math.isqrt(config.n_layer) + 110,
+    }[remat]
     return weights / ways + optimizer + whole + hidden * kept + 3 * 4 * CHUNK_ELEMENTS
 
 
-def choose_memory(config: GPTConfig, mesh: Mesh, *, rows: int | str | None, remat: str, fsdp: bool | None, limit: int | None,
-                  step_rows: int = 2**30) -> tuple[int | str, str, bool]:
+def choose_memory(
+    config: GPTConfig,
+    mesh: Mesh,
+    *,
+    rows: int | str | None,
+    remat: str,
+    fsdp: bool | None,
+    limit: int | None,
+    step_rows: int = 2**30,
+) -> tuple[int | str, str, bool]:
     """(rows per device, remat, fsdp): where one is not given ("auto", None), the fastest choice
     that `limit` bytes should hold.
 
@@ -85,27 +104,52 @@ def choose_memory(config: GPTConfig, mesh: Mesh, *, rows: int | str | None, rema
     gpu = mesh.devices.flat[0].platform == "gpu"
     choices = [("none", False, size) for size in sizes[: 2 if gpu else 1]]
     choices += [("minimal", True, size) for size in sizes]
-    choices += [(saving, spread, size) for size in sizes for saving, spread in (("block", False), ("block", True))]
+    choices += [
+        (saving, spread, size)
+        for size in sizes
+        for saving, spread in (("block", False), ("block", True))
+    ]
     choices += [("full", True, sizes[-1])]
     for saving, spread, size in choices:
-        chosen = (saving if remat == "auto" else remat, (spread if fsdp is None else fsdp) and data_size(mesh) > 1)
-        needed = estimate_memory(config, max(1, min(size, step_rows)), data=data_size(mesh), model=mesh.shape["model"],
-                                 remat=chosen[0], fsdp=chosen[1], gpu=gpu)
+        chosen = (
+            saving if remat == "auto" else remat,
+            (spread if fsdp is None else fsdp) and data_size(mesh) > 1,
+        )
+        needed = estimate_memory(
+            config,
+            max(1, min(size, step_rows)),
+            data=data_size(mesh),
+            model=mesh.shape["model"],
+            remat=chosen[0],
+            fsdp=chosen[1],
+            gpu=gpu,
+        )
         if limit is None or needed <= limit:
             break
     if limit is not None:
-        log.info("--device-batch-size %s --remat %s --fsdp %s: about %.1f of %.1f GiB", rows or size, chosen[0],
-                 str(chosen[1]).lower(), needed / 2**30, limit / 2**30)
+        log.info(
+            "--device-batch-size %s --remat %s --fsdp %s: about %.1f of %.1f GiB",
+            rows or size,
+            chosen[0],
+            str(chosen[1]).lower(),
+            needed / 2**30,
+            limit / 2**30,
+        )
     return rows or size, *chosen
 
 
-def compile_step(step_fn: jax.stages.Wrapped, state: TrainState, shape: BatchShape, mesh: Mesh) -> tuple[Callable, int]:
+def compile_step(
+    step_fn: jax.stages.Wrapped, state: TrainState, shape: BatchShape, mesh: Mesh
+) -> tuple[Callable, int]:
     """The compiled step and the bytes it needs on each device (state, batch and temporaries).
 
     Raises `UsageError` if that is more than a device has.
     """
-    rows = jax.ShapeDtypeStruct((shape.accumulation, shape.micro_rows, shape.sequence_len), jnp.int32,
-                                sharding=NamedSharding(mesh, PartitionSpec(None, "data")))
+    rows = jax.ShapeDtypeStruct(
+        (shape.accumulation, shape.micro_rows, shape.sequence_len),
+        jnp.int32,
+        sharding=NamedSharding(mesh, PartitionSpec(None, "data")),
+    )
     abstract = abstract_tree(state, jax.tree.map(lambda leaf: leaf.sharding, state))
     try:
         compiled = step_fn.lower(abstract, Batch(rows, rows)).compile()
@@ -115,8 +159,12 @@ def compile_step(step_fn: jax.stages.Wrapped, state: TrainState, shape: BatchSha
         raise
     memory = compiled.memory_analysis()
     assert memory is not None
-    needed = (memory.argument_size_in_bytes + memory.output_size_in_bytes - memory.alias_size_in_bytes
-              + memory.temp_size_in_bytes)
+    needed = (
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        - memory.alias_size_in_bytes
+        + memory.temp_size_in_bytes
+    )
     if (limit := memory_limit()) and needed > limit:
         raise out_of_memory(shape, mesh, needed)
     return compiled, needed
@@ -124,23 +172,42 @@ def compile_step(step_fn: jax.stages.Wrapped, state: TrainState, shape: BatchSha
 
 def out_of_memory(shape: BatchShape, mesh: Mesh, needed: int | None = None) -> UsageError:
     rows, limit = shape.micro_rows // data_size(mesh), memory_limit()
-    said = f"a step of {rows} rows of {shape.sequence_len} tokens per device does not fit into memory"
+    said = (
+        f"a step of {rows} rows of {shape.sequence_len} tokens per device does not fit into memory"
+    )
     if needed and limit:
         said += f": it needs {needed / 2**30:.1f} GiB of {limit / 2**30:.1f} GiB"
-    smaller = [size for size in range(1, rows // 2 + 1) if shape.rows % (size * data_size(mesh)) == 0]
-    advice = f"halve --device-batch-size (try {smaller[-1]}), or " if smaller else "--device-batch-size is at its smallest; "
-    return UsageError(f"{said}; {advice}give --remat block or full, --fsdp, or a smaller --depth or --max-seq-len")
+    smaller = [
+        size for size in range(1, rows // 2 + 1) if shape.rows % (size * data_size(mesh)) == 0
+    ]
+    advice = (
+        f"halve --device-batch-size (try {smaller[-1]}), or "
+        if smaller
+        else "--device-batch-size is at its smallest; "
+    )
+    return UsageError(
+        f"{said}; {advice}give --remat block or full, --fsdp, or a smaller --depth or --max-seq-len"
+    )
 
 
-def choose_batch_shape(total_batch_size: int, device_batch_size: int | str, sequence_len: int, mesh: Mesh,
-                       step_fn: jax.stages.Wrapped, state: TrainState) -> BatchShape:
+def choose_batch_shape(
+    total_batch_size: int,
+    device_batch_size: int | str,
+    sequence_len: int,
+    mesh: Mesh,
+    step_fn: jax.stages.Wrapped,
+    state: TrainState,
+) -> BatchShape:
     """`batch_shape`; with the device batch size "auto", the largest that fits by the memory
     analysis of the compiled step.
     """
     if device_batch_size != "auto":
         return batch_shape(total_batch_size, int(device_batch_size), sequence_len, mesh)
     if (limit := memory_limit()) is None:
-        raise UsageError(f"--device-batch-size auto: {jax.devices()[0].device_kind} does not tell its memory, give a number")
+        raise UsageError(
+            f"--device-batch-size auto: {jax.devices()[0].device_kind} does not tell its memory, "
+            "give a number"
+        )
     usable = limit * USABLE_MEMORY.get(jax.devices()[0].platform, 0.92)
     rows = batch_shape(total_batch_size, 1, sequence_len, mesh).rows // data_size(mesh)
     sizes = [size for size in range(1, rows + 1) if rows % size == 0]
@@ -153,8 +220,12 @@ def choose_batch_shape(total_batch_size: int, device_batch_size: int | str, sequ
             _, needed = compile_step(step_fn, state, shape, mesh)
         except UsageError:
             needed = None
-        log.info("--device-batch-size %d needs %s of %.1f GiB", sizes[middle],
-                 "more than there is" if needed is None else f"{needed / 2**30:.2f} GiB", usable / 2**30)
+        log.info(
+            "--device-batch-size %d needs %s of %.1f GiB",
+            sizes[middle],
+            "more than there is" if needed is None else f"{needed / 2**30:.2f} GiB",
+            usable / 2**30,
+        )
         if needed is not None and needed <= usable:
             fits, low = shape, middle + 1
         else:

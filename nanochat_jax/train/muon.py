@@ -1,8 +1,10 @@
-"""Muon (Jordan et al., 2024) as an optax transform on stacks of matrices, in the variants of both eras.
+"""Muon (Jordan et al., 2024) as an optax transform on stacks of matrices, in the variants of both
+eras.
 
-Parameters are matrices [..., in, out]; formulas that upstream states for torch's (out, in) weights are transposed here.
-Equal shapes are stacked and orthogonalised together, the stack sharded over the devices of the mesh, so that each device
-works on its own matrices. Rate, momentum and decay are functions of the step inside the transform.
+Parameters are matrices [..., in, out]; formulas that upstream states for torch's (out, in) weights
+are transposed here. Equal shapes are stacked and orthogonalised together, the stack sharded over
+the devices of the mesh, so that each device works on its own matrices. Rate, momentum and decay
+are functions of the step inside the transform.
 """
 
 import math
@@ -34,7 +36,9 @@ class MuonState(NamedTuple):
 
 
 def _iterate(x: Array, coefficients: tuple[tuple[float, float, float], ...]) -> Array:
-    """X <- aX + (bA + cA^2)X with the Gram matrix A of the shorter side; x [K, in, out]. Products come out in float32."""
+    """X <- aX + (bA + cA^2)X with the Gram matrix A of the shorter side; x [K, in, out]. Products
+    come out in float32.
+    """
     wide = x.shape[-1] >= x.shape[-2]
     dot = lambda s, a, b: jnp.einsum(s, a, b, preferred_element_type=jnp.float32).astype(x.dtype)  # noqa: E731
     for a, b, c in coefficients:
@@ -49,14 +53,18 @@ def _norm(x: Array, axis: Any = (-2, -1)) -> Array:
 
 
 def orthogonalize_classic(update: Array, dtype: Any) -> Array:
-    """Five Newton-Schulz iterations towards the nearest orthogonal matrix. update [K, in, out]; float32 out."""
+    """Five Newton-Schulz iterations towards the nearest orthogonal matrix. update [K, in, out];
+    float32 out.
+    """
     x = update.astype(dtype)
     x = x / (_norm(x) + 1e-7).astype(dtype)
     return _iterate(x, NEWTON_SCHULZ).astype(jnp.float32)
 
 
 def orthogonalize_modern(update: Array, dtype: Any) -> Array:
-    """Rows equalised (MuonEq), Polar Express, then the Frobenius norm of an orthogonal matrix (Muon+)."""
+    """Rows equalised (MuonEq), Polar Express, then the Frobenius norm of an orthogonal matrix
+    (Muon+).
+    """
     fan_in, fan_out = update.shape[-2:]
     x = update.astype(dtype)
     equal = (_norm(x) / math.sqrt(fan_out)) / jnp.maximum(_norm(x, axis=-2), 1e-6)
@@ -72,23 +80,35 @@ def _variance_axis(shape: tuple[int, ...]) -> int:
 
 
 def normalize_variance(update: Array, second_moment: Array, beta2: float) -> tuple[Array, Array]:
-    """NorMuon (Li et al., 2025): scale each neuron by its running second moment, keeping the Frobenius norm."""
+    """NorMuon (Li et al., 2025): scale each neuron by its running second moment, keeping the
+    Frobenius norm.
+    """
     axis = _variance_axis(update.shape)
     mean_square = jnp.mean(jnp.square(update), axis=axis, keepdims=True)
     second_moment = beta2 * second_moment + (1.0 - beta2) * mean_square
     scale = jax.lax.rsqrt(jnp.maximum(second_moment, 1e-10))
-    scaled_norm = jnp.sqrt(jnp.sum(mean_square * update.shape[axis] * scale**2, axis=(-2, -1), keepdims=True))
+    scaled_norm = jnp.sqrt(
+        jnp.sum(mean_square * update.shape[axis] * scale**2, axis=(-2, -1), keepdims=True)
+    )
     return update * scale * (_norm(update) / jnp.maximum(scaled_norm, 1e-10)), second_moment
 
 
-def muon(learning_rate: Schedule, momentum: Schedule, weight_decay: Schedule | None, variant: str, *,
-         beta2: float = 0.9, compute_dtype: Any = jnp.float32, mesh: Mesh | None = None
-         ) -> optax.GradientTransformation:
+def muon(
+    learning_rate: Schedule,
+    momentum: Schedule,
+    weight_decay: Schedule | None,
+    variant: str,
+    *,
+    beta2: float = 0.9,
+    compute_dtype: Any = jnp.float32,
+    mesh: Mesh | None = None,
+) -> optax.GradientTransformation:
     """Muon for a tree whose leaves are matrices [in, out] or stacks [L, in, out].
 
     Args:
       learning_rate, momentum, weight_decay: functions of the number of steps done.
-      variant: "classic" (Newton-Schulz) or "modern" (MuonEq, Polar Express, Muon+, NorMuon, cautious decay).
+      variant: "classic" (Newton-Schulz) or "modern" (MuonEq, Polar Express, Muon+, NorMuon,
+        cautious decay).
       beta2: decay of NorMuon's second moment.
       compute_dtype: dtype of the iteration's products (bfloat16 on accelerators).
       mesh: when given, the stacked matrices are spread over all its devices.
@@ -103,7 +123,9 @@ def muon(learning_rate: Schedule, momentum: Schedule, weight_decay: Schedule | N
             return jnp.zeros(shape, jnp.float32)
 
         zeros = jax.tree.map(lambda p: jnp.zeros(p.shape, jnp.float32), params)
-        return MuonState(jnp.zeros((), jnp.int32), zeros, jax.tree.map(second, params) if modern else ())
+        return MuonState(
+            jnp.zeros((), jnp.int32), zeros, jax.tree.map(second, params) if modern else ()
+        )
 
     def update(grads: Any, state: MuonState, params: Any = None) -> tuple[Any, MuonState]:
         beta = momentum(state.count)
@@ -113,7 +135,10 @@ def muon(learning_rate: Schedule, momentum: Schedule, weight_decay: Schedule | N
         second_moment = state.second_moment
         if modern:
             leaves, treedef = jax.tree.flatten(steps)
-            pairs = [normalize_variance(g, v, beta2) for g, v in zip(leaves, jax.tree.leaves(second_moment))]
+            pairs = [
+                normalize_variance(g, v, beta2)
+                for g, v in zip(leaves, jax.tree.leaves(second_moment))
+            ]
             steps, second_moment = (jax.tree.unflatten(treedef, part) for part in zip(*pairs))
         rate = learning_rate(state.count)
         decay = weight_decay(state.count) if weight_decay is not None else None
@@ -124,13 +149,17 @@ def muon(learning_rate: Schedule, momentum: Schedule, weight_decay: Schedule | N
                 step = step + decay * p * (step * p >= 0)
             return (-eta * step).astype(p.dtype)
 
-        return jax.tree.map(apply, steps, params), MuonState(state.count + 1, buffers, second_moment)
+        return jax.tree.map(apply, steps, params), MuonState(
+            state.count + 1, buffers, second_moment
+        )
 
     return optax.GradientTransformation(init, update)
 
 
 def _orthogonalize_tree(tree: Any, orthogonalize: Callable, dtype: Any, mesh: Mesh | None) -> Any:
-    """Orthogonalise every matrix of the tree; matrices of one shape go as one stack, spread over the mesh."""
+    """Orthogonalise every matrix of the tree; matrices of one shape go as one stack, spread over
+    the mesh.
+    """
     leaves, treedef = jax.tree.flatten(tree)
     groups: dict[tuple[int, int], list[int]] = {}
     for index, leaf in enumerate(leaves):
@@ -140,7 +169,9 @@ def _orthogonalize_tree(tree: Any, orthogonalize: Callable, dtype: Any, mesh: Me
         count = stack.shape[0]
         if mesh is not None and mesh.size > 1:
             stack = jnp.pad(stack, ((0, -count % mesh.size), (0, 0), (0, 0)))
-            stack = jax.lax.with_sharding_constraint(stack, NamedSharding(mesh, PartitionSpec(mesh.axis_names)))
+            stack = jax.lax.with_sharding_constraint(
+                stack, NamedSharding(mesh, PartitionSpec(mesh.axis_names))
+            )
         stack = orthogonalize(stack, dtype)[:count]
         start = 0
         for i in indices:

@@ -1,4 +1,6 @@
-"""Parameter groups and schedules of both eras: AdamW for tables and scalars, Muon for the matrices of the blocks."""
+"""Parameter groups and schedules of both eras: AdamW for tables and scalars, Muon for the matrices
+of the blocks.
+"""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -18,7 +20,9 @@ EPS = 1e-10
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """Learning rates before width scaling, and the decay of the matrices (modern) or of the AdamW groups (classic)."""
+    """Learning rates before width scaling, and the decay of the matrices (modern) or of the AdamW
+    groups (classic).
+    """
 
     embedding_lr: float = 0.3
     unembedding_lr: float = 0.008
@@ -31,8 +35,12 @@ class OptimizerConfig:
 CLASSIC_RATES = dict(embedding_lr=0.2, unembedding_lr=0.004, matrix_lr=0.02, grad_clip=1.0)
 
 
-def trapezoid(num_steps: int, *, warmup: int, warmdown_ratio: float, final_fraction: float) -> Schedule:
-    """1 between a linear warm-up ((step + 1) / warmup) and a linear descent to `final_fraction` over the last share."""
+def trapezoid(
+    num_steps: int, *, warmup: int, warmdown_ratio: float, final_fraction: float
+) -> Schedule:
+    """1 between a linear warm-up ((step + 1) / warmup) and a linear descent to `final_fraction`
+    over the last share.
+    """
     warmdown = round(warmdown_ratio * num_steps)
 
     def multiplier(step: Array | int) -> Array:
@@ -45,7 +53,9 @@ def trapezoid(num_steps: int, *, warmup: int, warmdown_ratio: float, final_fract
 
 
 def linear_momentum(steps: int, start: float, end: float) -> Schedule:
-    return lambda step: start + (end - start) * jnp.minimum(jnp.asarray(step, jnp.float32) / steps, 1.0)
+    return lambda step: (
+        start + (end - start) * jnp.minimum(jnp.asarray(step, jnp.float32) / steps, 1.0)
+    )
 
 
 def modern_momentum(num_steps: int, warmdown_ratio: float) -> Schedule:
@@ -62,14 +72,18 @@ def modern_momentum(num_steps: int, warmdown_ratio: float) -> Schedule:
 
 
 def cosine_decay(weight_decay: float, num_steps: int) -> Schedule:
-    return lambda step: weight_decay * 0.5 * (1.0 + jnp.cos(jnp.pi * jnp.asarray(step, jnp.float32) / num_steps))
+    return lambda step: (
+        weight_decay * 0.5 * (1.0 + jnp.cos(jnp.pi * jnp.asarray(step, jnp.float32) / num_steps))
+    )
 
 
 def constant(value: float) -> Schedule:
     return lambda step: jnp.full((), value, jnp.float32)
 
 
-def adamw(learning_rate: Schedule, b1: float, b2: float, weight_decay: float) -> optax.GradientTransformation:
+def adamw(
+    learning_rate: Schedule, b1: float, b2: float, weight_decay: float
+) -> optax.GradientTransformation:
     return optax.adamw(learning_rate, b1=b1, b2=b2, eps=EPS, weight_decay=weight_decay)
 
 
@@ -90,12 +104,14 @@ class Schedules:
     lr_scale: float = 1.0
 
 
-def make_optimizer(config: GPTConfig, rates: OptimizerConfig, schedules: Schedules, compute: Compute = REFERENCE
-                   ) -> optax.GradientTransformation:
+def make_optimizer(
+    config: GPTConfig, rates: OptimizerConfig, schedules: Schedules, compute: Compute = REFERENCE
+) -> optax.GradientTransformation:
     """The optimizer of the config's architecture.
 
-    `rates` are the learning rates before scaling by (width / 768)^-0.5 (only the AdamW tables are scaled, as upstream).
-    Muon's matmuls are in the dtype of `compute`, and its matrices are sharded over all devices of the mesh.
+    `rates` are the learning rates before scaling by (width / 768)^-0.5 (only the AdamW tables are
+    scaled, as upstream). Muon's matmuls are in the dtype of `compute`, and its matrices are
+    sharded over all devices of the mesh.
     """
     lr_multiplier, lr_scale = schedules.lr_multiplier, schedules.lr_scale
     width_scale = (config.n_embd / 768) ** -0.5
@@ -103,7 +119,10 @@ def make_optimizer(config: GPTConfig, rates: OptimizerConfig, schedules: Schedul
     def rate(value: float) -> Schedule:
         return lambda step: value * lr_multiplier(step)
 
-    embedding, unembedding = rates.embedding_lr * lr_scale * width_scale, rates.unembedding_lr * lr_scale * width_scale
+    embedding, unembedding = (
+        rates.embedding_lr * lr_scale * width_scale,
+        rates.unembedding_lr * lr_scale * width_scale,
+    )
     scalar = rates.scalar_lr * lr_scale
     if config.arch == "modern":
         groups = {
@@ -119,8 +138,14 @@ def make_optimizer(config: GPTConfig, rates: OptimizerConfig, schedules: Schedul
             "lm_head": adamw(rate(unembedding), 0.8, 0.95, rates.weight_decay),
             "wte": adamw(rate(embedding), 0.8, 0.95, rates.weight_decay),
         }
-    groups[MATRICES] = muon(rate(rates.matrix_lr * lr_scale), schedules.momentum, schedules.weight_decay, config.arch,
-                            compute_dtype=compute.dtype, mesh=compute.mesh)
+    groups[MATRICES] = muon(
+        rate(rates.matrix_lr * lr_scale),
+        schedules.momentum,
+        schedules.weight_decay,
+        config.arch,
+        compute_dtype=compute.dtype,
+        mesh=compute.mesh,
+    )
     transform = optax.partition(groups, optimizer_groups(config))
     if rates.grad_clip > 0:
         transform = optax.chain(optax.clip_by_global_norm(rates.grad_clip), transform)

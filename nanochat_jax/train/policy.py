@@ -1,9 +1,10 @@
 """Reinforcement learning from checked answers: REINFORCE with the group's mean as baseline.
 
-Of each prompt several replies are sampled from the current parameters, a task judges them, and the log-probability of
-each sampled token is raised or lowered by its reply's advantage, reward minus the mean reward of the prompt's replies.
-Left out of GRPO (Shao et al. 2024, arXiv:2402.03300) are division by the standard deviation, the KL penalty, ratios and
-clipping; the samples are always on-policy. A prompt whose replies are all right or all wrong teaches nothing.
+Of each prompt several replies are sampled from the current parameters, a task judges them, and the
+log-probability of each sampled token is raised or lowered by its reply's advantage, reward minus
+the mean reward of the prompt's replies. Left out of GRPO (Shao et al. 2024, arXiv:2402.03300) are
+division by the standard deviation, the KL penalty, ratios and clipping; the samples are always
+on-policy. A prompt whose replies are all right or all wrong teaches nothing.
 """
 
 import logging
@@ -29,8 +30,10 @@ FLAT_STEPS = 3  # without a difference of rewards to learn from, until the first
 
 @dataclass(frozen=True)
 class Rollout:
-    """One reply: tokens of prompt and reply, and for each whether the model drew it (not the prompt, not a tool);
-    `log_prob` is the sum of the model's log-probabilities of those, before temperature and top-k."""
+    """One reply: tokens of prompt and reply, and for each whether the model drew it (not the
+    prompt, not a tool); `log_prob` is the sum of the model's log-probabilities of those, before
+    temperature and top-k.
+    """
 
     tokens: list[int]
     sampled: list[bool]
@@ -38,32 +41,70 @@ class Rollout:
     log_prob: float = 0.0
 
 
-def sample_rollouts(engine: Engine, tokenizer: Tokenizer, task: Task, conversations: Sequence[Conversation],
-                    sampling: Sampling) -> list[list[Rollout]]:
-    """`num_samples` judged replies to each conversation, all in flight together; the seed names the random streams."""
+def sample_rollouts(
+    engine: Engine,
+    tokenizer: Tokenizer,
+    task: Task,
+    conversations: Sequence[Conversation],
+    sampling: Sampling,
+) -> list[list[Rollout]]:
+    """`num_samples` judged replies to each conversation, all in flight together; the seed names
+    the random streams.
+    """
 
     def cut(tokens: list[int]) -> tuple[int, ...]:
         """As the engine cuts it, for the same tokens are trained on."""
-        return engine.generation(Request(tuple(tokens), max_tokens=sampling.max_new_tokens, truncate=True)).prompt
+        return engine.generation(
+            Request(tuple(tokens), max_tokens=sampling.max_new_tokens, truncate=True)
+        ).prompt
 
     rendered = [render_for_completion(tokenizer, each, MAX_PROMPT_TOKENS) for each in conversations]
     fitting = list(map(cut, rendered))
-    if count := sum(len(short) < len(tokens) for short, tokens in zip(fitting, rendered, strict=True)):
-        log.warning("%d of %d prompts are too long for the context of %d tokens: the beginning of each is cut off", count,
-                    len(fitting), engine.max_len)
+    if count := sum(
+        len(short) < len(tokens) for short, tokens in zip(fitting, rendered, strict=True)
+    ):
+        log.warning(
+            "%d of %d prompts are too long for the context of %d tokens: the beginning of each is "
+            "cut off",
+            count,
+            len(fitting),
+            engine.max_len,
+        )
     prompts = [prompt for prompt in fitting for _ in range(sampling.num_samples)]
     streams = np.random.SeedSequence(sampling.seed).generate_state(len(prompts))
-    results = engine.generate([
-        Request(prompt, max_tokens=sampling.max_new_tokens, temperature=sampling.temperature, top_k=sampling.top_k,
-                seed=int(stream), logprobs=True)
-        for prompt, stream in zip(prompts, streams)
-    ])
+    results = engine.generate(
+        [
+            Request(
+                prompt,
+                max_tokens=sampling.max_new_tokens,
+                temperature=sampling.temperature,
+                top_k=sampling.top_k,
+                seed=int(stream),
+                logprobs=True,
+            )
+            for prompt, stream in zip(prompts, streams)
+        ]
+    )
     rollouts = []
     for i, (prompt, result) in enumerate(zip(prompts, results, strict=True)):
         reward = float(task.evaluate(conversations[i // sampling.num_samples], result.text))
-        log_prob = sum(each for each, sampled in zip(result.logprobs or (), result.sampled, strict=True) if sampled)
-        rollouts.append(Rollout([*prompt, *result.tokens], [False] * len(prompt) + list(result.sampled), reward, log_prob))
-    return [rollouts[i : i + sampling.num_samples] for i in range(0, len(rollouts), sampling.num_samples)]
+        log_prob = sum(
+            each
+            for each, sampled in zip(result.logprobs or (), result.sampled, strict=True)
+            if sampled
+        )
+        rollouts.append(
+            Rollout(
+                [*prompt, *result.tokens],
+                [False] * len(prompt) + list(result.sampled),
+                reward,
+                log_prob,
+            )
+        )
+    return [
+        rollouts[i : i + sampling.num_samples]
+        for i in range(0, len(rollouts), sampling.num_samples)
+    ]
 
 
 def rewards_of(groups: Sequence[Sequence[Rollout]]) -> np.ndarray:
@@ -72,25 +113,35 @@ def rewards_of(groups: Sequence[Sequence[Rollout]]) -> np.ndarray:
 
 
 def advantages(rewards: np.ndarray) -> np.ndarray:
-    """Reward minus the mean of its prompt's rewards, [E, S] to [E, S]. Not divided by their deviation, which blows up
-    where all but one agree."""
+    """Reward minus the mean of its prompt's rewards, [E, S] to [E, S]. Not divided by their
+    deviation, which blows up where all but one agree.
+    """
     return rewards - rewards.mean(axis=1, keepdims=True)
 
 
-def policy_batch(groups: Sequence[Sequence[Rollout]], *, pass_rows: int, micro_rows: int, unit: int = 32) -> Batch:
-    """The rows [A, B, T] that E groups of S rollouts teach something with, B = `micro_rows`, T a multiple of `unit`.
+def policy_batch(
+    groups: Sequence[Sequence[Rollout]], *, pass_rows: int, micro_rows: int, unit: int = 32
+) -> Batch:
+    """The rows [A, B, T] that E groups of S rollouts teach something with, B = `micro_rows`, T a
+    multiple of `unit`.
 
-    Upstream's loss: the mean over passes of -sum(log p * advantage) / max(1, trained tokens of the pass), where a pass is
-    `pass_rows` rollouts of one prompt. Here it is a weight per token, so it does not depend on the micro-batches, and rollouts
-    of advantage 0 are left out. A, a power of two, and T take few values, so few programs are compiled; the filling has no
-    targets. Raises ValueError if `pass_rows` does not divide S.
+    Upstream's loss: the mean over passes of -sum(log p * advantage) / max(1, trained tokens of the
+    pass), where a pass is `pass_rows` rollouts of one prompt. Here it is a weight per token, so it
+    does not depend on the micro-batches, and rollouts of advantage 0 are left out. A, a power of
+    two, and T take few values, so few programs are compiled; the filling has no targets. Raises
+    ValueError if `pass_rows` does not divide S.
     """
     num_samples = len(groups[0])
     if num_samples % pass_rows:
-        raise ValueError(f"{num_samples} samples of a prompt are not a multiple of the {pass_rows} rows of a pass")
+        raise ValueError(
+            f"{num_samples} samples of a prompt are not a multiple of the {pass_rows} rows of a "
+            "pass"
+        )
     rollouts = [rollout for group in groups for rollout in group]
     advantage = advantages(rewards_of(groups)).ravel()
-    counts = np.array([sum(rollout.sampled) for rollout in rollouts]).reshape(-1, pass_rows).sum(axis=1)
+    counts = (
+        np.array([sum(rollout.sampled) for rollout in rollouts]).reshape(-1, pass_rows).sum(axis=1)
+    )
     weight = advantage * np.repeat(1.0 / (np.maximum(counts, 1) * len(counts)), pass_rows)
     chosen = np.flatnonzero(weight)
     length = padded_length(max((len(rollouts[i].tokens) for i in chosen), default=2) - 1, unit)
@@ -106,25 +157,34 @@ def policy_batch(groups: Sequence[Sequence[Rollout]], *, pass_rows: int, micro_r
 
 
 def statistics(groups: Sequence[Sequence[Rollout]]) -> dict[str, float]:
-    """What a log says of E groups of S rollouts. `reward_std` is the spread among all of them, `reward_group_std` the mean
-    spread within a prompt's; `mixed` is the share of prompts with replies of both kinds, from which alone is learned.
-    The entropy, in nats a token, is estimated by the mean negative log-probability of what was sampled."""
+    """What a log says of E groups of S rollouts. `reward_std` is the spread among all of them,
+    `reward_group_std` the mean spread within a prompt's; `mixed` is the share of prompts with
+    replies of both kinds, from which alone is learned. The entropy, in nats a token, is estimated
+    by the mean negative log-probability of what was sampled.
+    """
     rewards = rewards_of(groups)
     advantage = advantages(rewards)
     lengths = [len(rollout.tokens) for group in groups for rollout in group]
     sampled = [sum(rollout.sampled) for group in groups for rollout in group]
     log_prob = sum(rollout.log_prob for group in groups for rollout in group)
     return {
-        "reward": float(rewards.mean()), "reward_std": float(rewards.std()),
-        "reward_group_std": float(rewards.std(axis=1).mean()), "mixed": float((np.ptp(rewards, axis=1) > 0).mean()),
-        "advantage_min": float(advantage.min()), "advantage_max": float(advantage.max()),
-        "sequence_length": float(np.mean(lengths)), "sequence_length_max": max(lengths),
-        "sampled_tokens": float(np.mean(sampled)), "entropy": -log_prob / max(1, sum(sampled)),
+        "reward": float(rewards.mean()),
+        "reward_std": float(rewards.std()),
+        "reward_group_std": float(rewards.std(axis=1).mean()),
+        "mixed": float((np.ptp(rewards, axis=1) > 0).mean()),
+        "advantage_min": float(advantage.min()),
+        "advantage_max": float(advantage.max()),
+        "sequence_length": float(np.mean(lengths)),
+        "sequence_length_max": max(lengths),
+        "sampled_tokens": float(np.mean(sampled)),
+        "entropy": -log_prob / max(1, sum(sampled)),
     }
 
 
 class RewardWatch:
-    """Warns when the replies to each prompt have equal rewards for several steps in a row: after 3, 6, 12, ... steps."""
+    """Warns when the replies to each prompt have equal rewards for several steps in a row: after
+    3, 6, 12, ... steps.
+    """
 
     def __init__(self) -> None:
         self._flat, self._due = 0, FLAT_STEPS
@@ -137,11 +197,18 @@ class RewardWatch:
         self._flat += 1
         if self._flat == self._due:
             self._due *= 2
-            log.warning("all replies to each prompt had the same reward in the last %d steps (mean %.2f), so nothing was "
-                        "learned: check the references of the task, raise --num-samples, or choose easier or harder problems",
-                        self._flat, figures["reward"])
+            log.warning(
+                "all replies to each prompt had the same reward in the last %d steps (mean %.2f), "
+                "so nothing was "
+                "learned: check the references of the task, raise --num-samples, or choose easier "
+                "or harder problems",
+                self._flat,
+                figures["reward"],
+            )
 
 
 def pass_at_k(rewards: np.ndarray) -> np.ndarray:
-    """For k = 1..S the share of problems of which one of the first k samples is right; rewards [P, S] to [S]."""
+    """For k = 1..S the share of problems of which one of the first k samples is right; rewards [P,
+    S] to [S].
+    """
     return (np.maximum.accumulate(rewards, axis=1) > 0).mean(axis=0)

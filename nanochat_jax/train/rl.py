@@ -33,7 +33,15 @@ from nanochat_jax.tasks.custom_json import CustomJSON
 from nanochat_jax.train.finetune import ContinueConfig
 from nanochat_jax.train.loop import Evaluation, Job, StepBatch, train
 from nanochat_jax.train.optim import Schedules, constant, trapezoid
-from nanochat_jax.train.policy import RewardWatch, Rollout, pass_at_k, policy_batch, rewards_of, sample_rollouts, statistics
+from nanochat_jax.train.policy import (
+    RewardWatch,
+    Rollout,
+    pass_at_k,
+    policy_batch,
+    rewards_of,
+    sample_rollouts,
+    statistics,
+)
 from nanochat_jax.train.setup import set_up
 
 log = logging.getLogger(__name__)
@@ -42,37 +50,69 @@ log = logging.getLogger(__name__)
 @dataclass(frozen=True, kw_only=True)
 class ChatRLConfig(ContinueConfig):
     source: str = flag("sft", "stage to start from", choices=["mid", "sft"])
-    task: str = flag("auto", "what to learn, such as GSM8K, or several joined by |, which are mixed; auto: GSM8K, or "
-                             "WordArithmetic for a model of the embedded corpus", check=task_names)
-    task_file: str | None = flag(None, "learn the problems of this JSON Lines file instead; a tenth of them is held out")
-    device_batch_size: int = flag(8, "rows per device and micro-step; the loss is a mean over the tokens of as many",
-                                  at_least=1, at_most=10**6)
+    task: str = flag(
+        "auto",
+        "what to learn, such as GSM8K, or several joined by |, which are mixed; auto: GSM8K, or "
+        "WordArithmetic for a model of the embedded corpus",
+        check=task_names,
+    )
+    task_file: str | None = flag(
+        None, "learn the problems of this JSON Lines file instead; a tenth of them is held out"
+    )
+    device_batch_size: int = flag(
+        8,
+        "rows per device and micro-step; the loss is a mean over the tokens of as many",
+        at_least=1,
+        at_most=10**6,
+    )
     examples_per_step: int = flag(16, "prompts of an optimizer step", at_least=1, at_most=10**6)
     num_samples: int = flag(16, "replies sampled of each prompt", at_least=1, at_most=10**6)
     num_slots: int = flag(64, "replies in flight at once", at_least=1, at_most=10**6)
     max_new_tokens: int = flag(256, "longest reply in tokens", at_least=1, at_most=2**24)
     temperature: float = flag(1.0, "sampling temperature; 0 is greedy", at_least=0, at_most=100)
     top_k: int = flag(50, "sample among the k likeliest tokens; 0: all", at_least=0, at_most=10**6)
-    init_lr_frac: float = flag(0.05, "factor of all rates, which fall linearly to 0", at_least=1e-9, at_most=1000)
+    init_lr_frac: float = flag(
+        0.05, "factor of all rates, which fall linearly to 0", at_least=1e-9, at_most=1000
+    )
     num_epochs: int = flag(1, "passes over the training problems", at_least=1, at_most=10**6)
-    num_iterations: int = flag(-1, "optimizer steps; -1: by the epochs", at_least=1, at_most=10**9, also=-1)
-    eval_every: int = flag(60, "steps between evaluations; -1: only at the start and the end", at_least=1, at_most=10**9,
-                           also=-1)
+    num_iterations: int = flag(
+        -1, "optimizer steps; -1: by the epochs", at_least=1, at_most=10**9, also=-1
+    )
+    eval_every: int = flag(
+        60,
+        "steps between evaluations; -1: only at the start and the end",
+        at_least=1,
+        at_most=10**9,
+        also=-1,
+    )
     eval_examples: int = flag(400, "test problems of an evaluation", at_least=1, at_most=10**9)
-    save_every: int = flag(60, "steps between checkpoints; -1: before every evaluation; 0: only at the end", at_least=0,
-                           at_most=10**9, also=-1)
+    save_every: int = flag(
+        60,
+        "steps between checkpoints; -1: before every evaluation; 0: only at the end",
+        at_least=0,
+        at_most=10**9,
+        also=-1,
+    )
     seed: int = flag(42, "seed of the sampling", at_least=0, at_most=LARGEST_SEED)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.num_samples % self.device_batch_size:
-            raise ValueError(f"--num-samples {self.num_samples} is not a multiple of --device-batch-size "
-                             f"{self.device_batch_size}")
+            raise ValueError(
+                f"--num-samples {self.num_samples} is not a multiple of --device-batch-size "
+                f"{self.device_batch_size}"
+            )
 
 
 def load_tasks(config: ChatRLConfig, data: str | None, paths: Paths) -> tuple[str, Task, Task]:
     """What is learned: its name, the problems to train on and those held out."""
-    name = config.task if config.task != "auto" else "WordArithmetic" if data == "embedded" else "GSM8K"
+    name = (
+        config.task
+        if config.task != "auto"
+        else "WordArithmetic"
+        if data == "embedded"
+        else "GSM8K"
+    )
     found = []
     for split in ("train", "test"):
         if config.task_file:
@@ -81,46 +121,77 @@ def load_tasks(config: ChatRLConfig, data: str | None, paths: Paths) -> tuple[st
         else:
             tasks = [load_eval_task(each, paths, split) for each in name.split("|")]
         if any(task.eval_type != "generative" for task in tasks):
-            raise UsageError(f"{name} has no replies to reward: choose a task whose answers are written, such as GSM8K")
+            raise UsageError(
+                f"{name} has no replies to reward: choose a task whose answers are written, such "
+                "as GSM8K"
+            )
         found.append(TaskMixture(tasks) if len(tasks) > 1 else tasks[0])
     return name, found[0], found[1]
 
 
 class Sampler:
-    """Draws and judges replies with the parameters it is given, which one engine takes over from the ones before."""
+    """Draws and judges replies with the parameters it is given, which one engine takes over from
+    the ones before.
+    """
 
     def __init__(self, config: ChatRLConfig, model: Loaded, compute: Compute) -> None:
         self._config, self._tokenizer, self._params = config, model.tokenizer, model.params
-        self._engine = Engine(model.config, model.params, model.tokenizer, num_slots=config.num_slots,
-                              compute=compute)
+        self._engine = Engine(
+            model.config, model.params, model.tokenizer, num_slots=config.num_slots, compute=compute
+        )
 
-    def __call__(self, params: Params, task: Task, indices: Iterable[int], **sampling: Any) -> list[list[Rollout]]:
+    def __call__(
+        self, params: Params, task: Task, indices: Iterable[int], **sampling: Any
+    ) -> list[list[Rollout]]:
         config = self._config
         if params is not self._params:
             self._engine, self._params = self._engine.with_params(params), params
-        settings = {name: getattr(config, name) for name in ("num_samples", "max_new_tokens", "temperature", "top_k")}
+        settings = {
+            name: getattr(config, name)
+            for name in ("num_samples", "max_new_tokens", "temperature", "top_k")
+        }
         conversations = [task[i % len(task)] for i in indices]
-        return sample_rollouts(self._engine, self._tokenizer, task, conversations, Sampling(**settings | sampling))
+        return sample_rollouts(
+            self._engine, self._tokenizer, task, conversations, Sampling(**settings | sampling)
+        )
 
     def evaluate(self, params: Params, task: Task) -> dict[str, float]:
-        """On the first test problems: `accuracy` of the most likely reply, and pass@k for k = 1..device_batch_size of
-        sampled ones, of the same random streams each time."""
+        """On the first test problems: `accuracy` of the most likely reply, and pass@k for k =
+        1..device_batch_size of sampled ones, of the same random streams each time.
+        """
         indices = range(min(self._config.eval_examples, len(task)))
         greedy = self(params, task, indices, num_samples=1, temperature=0.0)
-        drawn = self(params, task, indices, num_samples=self._config.device_batch_size, seed=self._config.seed)
+        drawn = self(
+            params,
+            task,
+            indices,
+            num_samples=self._config.device_batch_size,
+            seed=self._config.seed,
+        )
         shares = pass_at_k(rewards_of(drawn))
         return {"accuracy": float((rewards_of(greedy) > 0).mean())} | {
-            f"pass@{k}": float(share) for k, share in enumerate(shares, start=1)}
+            f"pass@{k}": float(share) for k, share in enumerate(shares, start=1)
+        }
 
 
 class RolloutSource:
-    """The batch of each step: replies to the next prompts, drawn from the current parameters and judged."""
+    """The batch of each step: replies to the next prompts, drawn from the current parameters and
+    judged.
+    """
 
     on_policy: ClassVar[bool] = True
     position: dict[str, Any] = {}
 
-    def __init__(self, config: ChatRLConfig, sampler: Sampler, task: Task, unit: int, mesh: Mesh) -> None:
-        self._config, self.sampler, self._task, self._unit, self._mesh = config, sampler, task, unit, mesh
+    def __init__(
+        self, config: ChatRLConfig, sampler: Sampler, task: Task, unit: int, mesh: Mesh
+    ) -> None:
+        self._config, self.sampler, self._task, self._unit, self._mesh = (
+            config,
+            sampler,
+            task,
+            unit,
+            mesh,
+        )
         self._watch = RewardWatch()
 
     def next_batch(self, step: int, params: Params) -> StepBatch:
@@ -130,8 +201,12 @@ class RolloutSource:
         figures = statistics(groups)
         self._watch.step(figures)
         figures["rollout_seconds"] = time.monotonic() - began
-        batch = policy_batch(groups, pass_rows=config.device_batch_size, unit=self._unit,
-                             micro_rows=config.device_batch_size * data_size(self._mesh))
+        batch = policy_batch(
+            groups,
+            pass_rows=config.device_batch_size,
+            unit=self._unit,
+            micro_rows=config.device_batch_size * data_size(self._mesh),
+        )
         placed = jax.tree.map(partial(spread_rows, self._mesh, axis=1), batch)
         return StepBatch(placed, batch._asdict(), figures)
 
@@ -144,7 +219,9 @@ class RolloutSource:
 
 
 def sampling_memory(config: ChatRLConfig, model: GPTConfig, mesh: Mesh) -> int:
-    """Bytes of each device that the engine holds: its copy of the parameters, and keys and values of full slots."""
+    """Bytes of each device that the engine holds: its copy of the parameters, and keys and values
+    of full slots.
+    """
     keys_and_values = 2 * model.n_layer * model.n_kv_head * model.head_dim * model.sequence_len
     numbers = num_params(model) + keys_and_values * config.num_slots // data_size(mesh)
     return numbers * resolve_dtype(config.dtype).itemsize // mesh.shape["model"]
@@ -157,44 +234,103 @@ def reinforce(config: ChatRLConfig) -> None:
     # What was named needs no model to be found, and a typo should not cost the loading of one.
     named = load_tasks(config, None, paths) if config.task_file or config.task != "auto" else None
     make_directory(paths.report)
-    with lock_tag(paths.checkpoints("rl") / find_model(paths, config.source, config.model_tag).name):
+    with lock_tag(
+        paths.checkpoints("rl") / find_model(paths, config.source, config.model_tag).name
+    ):
         _reinforce(config, paths, named)
 
 
 def _reinforce(config: ChatRLConfig, paths: Paths, named: tuple[str, Task, Task] | None) -> None:
     mesh = make_mesh(config.mesh)
-    loaded = load_model(paths, config.source, tag=config.model_tag, step=config.step, mesh=mesh, fsdp=bool(config.fsdp))
+    loaded = load_model(
+        paths,
+        config.source,
+        tag=config.model_tag,
+        step=config.step,
+        mesh=mesh,
+        fsdp=bool(config.fsdp),
+    )
     model, meta = loaded.config, loaded.meta
     name, task, test = named or load_tasks(config, meta["data"], paths)
-    num_steps = config.num_iterations if config.num_iterations > 0 else (
-        len(task) // config.examples_per_step * config.num_epochs)
+    num_steps = (
+        config.num_iterations
+        if config.num_iterations > 0
+        else (len(task) // config.examples_per_step * config.num_epochs)
+    )
     if num_steps < 1:
-        raise UsageError(f"--examples-per-step {config.examples_per_step} is more than {name}'s {len(task)} problems")
+        raise UsageError(
+            f"--examples-per-step {config.examples_per_step} is more than {name}'s {len(task)} "
+            "problems"
+        )
 
     multiplier = trapezoid(num_steps, warmup=0, warmdown_ratio=1.0, final_fraction=0.0)
     schedules = Schedules(lr_multiplier=multiplier, momentum=constant(0.95))
-    run = set_up(config, model, mesh, lambda compute: config.optimizer(loaded, schedules, compute), tokens=None,
-                 params=loaded.params, reserved=sampling_memory(config, model, mesh))
+    run = set_up(
+        config,
+        model,
+        mesh,
+        lambda compute: config.optimizer(loaded, schedules, compute),
+        tokens=None,
+        params=loaded.params,
+        reserved=sampling_memory(config, model, mesh),
+    )
     compute = run.compute
     loaded = dataclasses.replace(loaded, params=run.state.params)
-    unit = LANES if device_of(mesh).platform == "tpu" else 32  # what rows are padded to: Splash wants whole lanes
-    check_attention(compute, length=unit, head_dim=model.head_dim)  # before anything is deleted or sampled
+    # what rows are padded to: Splash wants whole lanes
+    unit = LANES if device_of(mesh).platform == "tpu" else 32
+    # before anything is deleted or sampled
+    check_attention(compute, length=unit, head_dim=model.head_dim)
     source = RolloutSource(config, Sampler(config, loaded, compute), task, unit, mesh)
-    log.info("chat_rl: %s, %d problems, %d steps of %d x %d replies, mesh %s, %s", name, len(task), num_steps,
-             config.examples_per_step, config.num_samples, "x".join(map(str, mesh.shape.values())), compute.dtype)
+    log.info(
+        "chat_rl: %s, %d problems, %d steps of %d x %d replies, mesh %s, %s",
+        name,
+        len(task),
+        num_steps,
+        config.examples_per_step,
+        config.num_samples,
+        "x".join(map(str, mesh.shape.values())),
+        compute.dtype,
+    )
 
     job = Job(
-        name="chat_rl", config=config, model=model, directory=paths.checkpoints("rl") / loaded.tag,
-        logs=paths.logs("rl") / loaded.tag, num_steps=num_steps, shape=None, lr_multiplier=multiplier,
-        evaluations=[Evaluation(config.eval_every, lambda params: source.sampler.evaluate(params, test), at_start=True)],
-        metadata={"task": name, "from": [config.source, loaded.tag, loaded.step],
-                  **{key: meta[key] for key in ("tokenizer", "data", "rates")}},
-        tokenizer=loaded.tokenizer, origin=loaded, shown=("reward", "sequence_length"),
+        name="chat_rl",
+        config=config,
+        model=model,
+        directory=paths.checkpoints("rl") / loaded.tag,
+        logs=paths.logs("rl") / loaded.tag,
+        num_steps=num_steps,
+        shape=None,
+        lr_multiplier=multiplier,
+        evaluations=[
+            Evaluation(
+                config.eval_every,
+                lambda params: source.sampler.evaluate(params, test),
+                at_start=True,
+            )
+        ],
+        metadata={
+            "task": name,
+            "from": [config.source, loaded.tag, loaded.step],
+            **{key: meta[key] for key in ("tokenizer", "data", "rates")},
+        },
+        tokenizer=loaded.tokenizer,
+        origin=loaded,
+        shown=("reward", "sequence_length"),
     )
     began = time.monotonic()
     outcome = train(job, run.state, run.shardings, run.step_fn, source)
     if jax.process_index() == 0:
-        results: dict[str, float | str] = {"task": name, "num_iterations": num_steps, **outcome.last,
-                                           "seconds": time.monotonic() - began}
-        sections.log_section(paths.report, "Chat RL", [dataclasses.asdict(config), results], stage="chat_rl",
-                           results=results, curves=job.logs / "metrics.jsonl")
+        results: dict[str, float | str] = {
+            "task": name,
+            "num_iterations": num_steps,
+            **outcome.last,
+            "seconds": time.monotonic() - began,
+        }
+        sections.log_section(
+            paths.report,
+            "Chat RL",
+            [dataclasses.asdict(config), results],
+            stage="chat_rl",
+            results=results,
+            curves=job.logs / "metrics.jsonl",
+        )

@@ -32,8 +32,17 @@ class Run:
     shape: BatchShape | None
 
 
-def set_up(config: RunConfig, model: GPTConfig, mesh: Mesh, optimizer_for: Callable[[Compute], optax.GradientTransformation],
-           *, tokens: int | None, length: int = 0, params: Params | None = None, reserved: int = 0) -> Run:
+def set_up(
+    config: RunConfig,
+    model: GPTConfig,
+    mesh: Mesh,
+    optimizer_for: Callable[[Compute], optax.GradientTransformation],
+    *,
+    tokens: int | None,
+    length: int = 0,
+    params: Params | None = None,
+    reserved: int = 0,
+) -> Run:
     """Choose what fits into memory, and build the state and the step.
 
     Args:
@@ -44,13 +53,22 @@ def set_up(config: RunConfig, model: GPTConfig, mesh: Mesh, optimizer_for: Calla
     """
     limit, length = accelerator_memory(), length or model.sequence_len
     step_rows = tokens // length // data_size(mesh) if tokens else 2**30
-    rows, remat, fsdp = choose_memory(model, mesh, rows=config.device_batch_size, remat=config.remat, fsdp=config.fsdp,
-                                      step_rows=step_rows, limit=limit and limit - reserved)
+    rows, remat, fsdp = choose_memory(
+        model,
+        mesh,
+        rows=config.device_batch_size,
+        remat=config.remat,
+        fsdp=config.fsdp,
+        step_rows=step_rows,
+        limit=limit and limit - reserved,
+    )
     compute = Compute.on(mesh, dtype=config.dtype, remat=remat, attention=config.attention)
     if params is not None:
         params = jax.device_put(params, param_shardings(model, mesh, fsdp=fsdp))
     optimizer = optimizer_for(compute)
-    state, shardings = init_state(model, optimizer, mesh, fsdp=fsdp, seed=config.seed, params=params)
+    state, shardings = init_state(
+        model, optimizer, mesh, fsdp=fsdp, seed=config.seed, params=params
+    )
     step_fn = make_train_step(model, optimizer, compute, shardings)
     shape = None
     if tokens:

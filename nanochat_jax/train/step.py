@@ -2,8 +2,9 @@
 
     state, metrics = step(state, batch)      jitted, donates the state; gradients accumulate inside
 
-All stages train with it. Without weights the loss is the mean over all supervised tokens of the batch, across micro-batches and
-devices, so how a batch is cut never changes the result. With weights it is the weighted sum: RL passes advantages.
+All stages train with it. Without weights the loss is the mean over all supervised tokens of the
+batch, across micro-batches and devices, so how a batch is cut never changes the result. With
+weights it is the weighted sum: RL passes advantages.
 """
 
 from dataclasses import dataclass
@@ -40,7 +41,9 @@ class TrainState(NamedTuple):
 
 @dataclass(frozen=True)
 class BatchShape:
-    """How the rows of a step are cut: `accumulation` micro-batches of `micro_rows` rows over all devices."""
+    """How the rows of a step are cut: `accumulation` micro-batches of `micro_rows` rows over all
+    devices.
+    """
 
     rows: int
     accumulation: int
@@ -55,37 +58,62 @@ class BatchShape:
         return self.rows * self.sequence_len
 
 
-def batch_shape(total_batch_size: int, device_batch_size: int, sequence_len: int, mesh: Mesh) -> BatchShape:
-    """Cut `total_batch_size` tokens into micro-batches; raises `UsageError` with numbers that would fit."""
+def batch_shape(
+    total_batch_size: int, device_batch_size: int, sequence_len: int, mesh: Mesh
+) -> BatchShape:
+    """Cut `total_batch_size` tokens into micro-batches; raises `UsageError` with numbers that
+    would fit.
+    """
     if total_batch_size % sequence_len or total_batch_size < 1:
-        raise UsageError(f"--total-batch-size {total_batch_size} is not a multiple of the sequence length {sequence_len}: "
-                         f"try {max(total_batch_size // sequence_len, 1) * sequence_len}")
+        raise UsageError(
+            f"--total-batch-size {total_batch_size} is not a multiple of the sequence length "
+            f"{sequence_len}: "
+            f"try {max(total_batch_size // sequence_len, 1) * sequence_len}"
+        )
     rows, devices = total_batch_size // sequence_len, data_size(mesh)
     if rows % devices:
-        raise UsageError(f"--total-batch-size {total_batch_size} has {rows} rows of {sequence_len} tokens, which do not "
-                         f"divide over {devices} data-parallel devices: try {-(-rows // devices) * devices * sequence_len}")
+        raise UsageError(
+            f"--total-batch-size {total_batch_size} has {rows} rows of {sequence_len} tokens, "
+            "which do not "
+            f"divide over {devices} data-parallel devices: try "
+            f"{-(-rows // devices) * devices * sequence_len}"
+        )
     micro_rows = min(device_batch_size * devices, rows)
     if rows % micro_rows:
-        fitting = max(size for size in range(1, device_batch_size + 1) if rows % (size * devices) == 0)
-        raise UsageError(f"--device-batch-size {device_batch_size} on {devices} data-parallel devices does not divide the "
-                         f"{rows} rows of a step: try --device-batch-size {fitting}")
+        fitting = max(
+            size for size in range(1, device_batch_size + 1) if rows % (size * devices) == 0
+        )
+        raise UsageError(
+            f"--device-batch-size {device_batch_size} on {devices} data-parallel devices does not "
+            "divide the "
+            f"{rows} rows of a step: try --device-batch-size {fitting}"
+        )
     return BatchShape(rows, rows // micro_rows, sequence_len)
 
 
 def shard_batch(rows: Batch, shape: BatchShape, mesh: Mesh) -> Batch:
     """This process's rows [R, T] as global arrays [A, B, T], rows sharded over the data axis."""
+
     def cut(x: np.ndarray) -> Array:
-        return global_batch(mesh, x.reshape(shape.accumulation, -1, shape.sequence_len), batch_axis=1)
+        return global_batch(
+            mesh, x.reshape(shape.accumulation, -1, shape.sequence_len), batch_axis=1
+        )
 
     return jax.tree.map(cut, rows)
 
 
-def make_train_step(config: GPTConfig, optimizer: optax.GradientTransformation, compute: Compute, shardings: TrainState
-                    ) -> jax.stages.Wrapped:
+def make_train_step(
+    config: GPTConfig,
+    optimizer: optax.GradientTransformation,
+    compute: Compute,
+    shardings: TrainState,
+) -> jax.stages.Wrapped:
     """Jitted `step(state, batch of [A, B, T]) -> (state, {"loss", "grad_norm", "tokens"})`."""
     mesh = compute.mesh
     assert mesh is not None
-    fsdp = data_size(mesh) > 1 and any("data" in leaf.spec for leaf in jax.tree.leaves(shardings.params))
+    fsdp = data_size(mesh) > 1 and any(
+        "data" in leaf.spec for leaf in jax.tree.leaves(shardings.params)
+    )
     if fsdp:
         compute = compute.replace(gather=gather_over_data(shardings.params))
     share = gradient_shardings(config, shardings.params, mesh)
@@ -98,9 +126,11 @@ def make_train_step(config: GPTConfig, optimizer: optax.GradientTransformation, 
 
     def summed(params: Params, batch: Batch) -> tuple[Array, Array, Params]:
         """Loss, supervised tokens and gradients, each summed over the batch [A, B, T]."""
+
         def accumulate(carry: tuple, micro_batch: Batch) -> tuple[tuple, None]:
             (total, count), grads = value_and_grad(params, micro_batch)
-            if fsdp:  # keeps libtpu 0.0.42 from moving reduce-scatters out of the loop, where it fails
+            # keeps libtpu 0.0.42 from moving reduce-scatters out of the loop, where it fails
+            if fsdp:
                 grads = jax.lax.optimization_barrier(grads)
             return jax.tree.map(jnp.add, carry, (total, count, grads)), None
 
@@ -111,8 +141,8 @@ def make_train_step(config: GPTConfig, optimizer: optax.GradientTransformation, 
         return jax.lax.scan(accumulate, zeros, batch)[0]
 
     if data_size(mesh) > 1:
-        # Each data shard sums its own gradients; they are exchanged once a step, and each device receives the part that it
-        # updates.
+        # Each data shard sums its own gradients; they are exchanged once a step, and each device
+        # receives the part that it updates.
         summed = sum_over_data(summed, mesh, shardings.params, share)
 
     def shared(tree: Params) -> Params:
@@ -131,8 +161,9 @@ def make_train_step(config: GPTConfig, optimizer: optax.GradientTransformation, 
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
 
 
-def state_shardings(config: GPTConfig, optimizer: optax.GradientTransformation, mesh: Mesh, *, fsdp: bool
-                    ) -> tuple[TrainState, TrainState]:
+def state_shardings(
+    config: GPTConfig, optimizer: optax.GradientTransformation, mesh: Mesh, *, fsdp: bool
+) -> tuple[TrainState, TrainState]:
     """The shapes of a train state, and the tree of its shardings."""
     params, param_sharding = abstract_params(config), param_shardings(config, mesh, fsdp=fsdp)
     opt_state = jax.eval_shape(optimizer.init, params)
@@ -140,10 +171,21 @@ def state_shardings(config: GPTConfig, optimizer: optax.GradientTransformation, 
     return TrainState(params, opt_state), TrainState(param_sharding, opt_sharding)
 
 
-def init_state(config: GPTConfig, optimizer: optax.GradientTransformation, mesh: Mesh, *, fsdp: bool, seed: int,
-               params: Params | None = None) -> tuple[TrainState, TrainState]:
+def init_state(
+    config: GPTConfig,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    *,
+    fsdp: bool,
+    seed: int,
+    params: Params | None = None,
+) -> tuple[TrainState, TrainState]:
     """A placed train state, with fresh parameters unless given, and the tree of its shardings."""
     _, shardings = state_shardings(config, optimizer, mesh, fsdp=fsdp)
     if params is None:
-        params = jax.jit(lambda key: init_params(config, key), out_shardings=shardings.params)(jax.random.key(seed))
-    return TrainState(params, jax.jit(optimizer.init, out_shardings=shardings.optimizer)(params)), shardings
+        params = jax.jit(lambda key: init_params(config, key), out_shardings=shardings.params)(
+            jax.random.key(seed)
+        )
+    return TrainState(
+        params, jax.jit(optimizer.init, out_shardings=shardings.optimizer)(params)
+    ), shardings

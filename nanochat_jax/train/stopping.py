@@ -1,8 +1,9 @@
-"""Stopping a run from outside: SIGTERM, Ctrl-C and preemption notices become a question that the loop asks each step.
+"""Stopping a run from outside: SIGTERM, Ctrl-C and preemption notices become a question that the
+loop asks each step.
 
-In a run of one process, Python handles SIGTERM and SIGINT. In a run of several, SIGTERM belongs to JAX's preemption
-service, which tells all processes and agrees with them on the step at which all of them stop; Ctrl-C is passed to it. A
-preempted TPU VM announces itself by the same SIGTERM.
+In a run of one process, Python handles SIGTERM and SIGINT. In a run of several, SIGTERM belongs to
+JAX's preemption service, which tells all processes and agrees with them on the step at which all
+of them stop; Ctrl-C is passed to it. A preempted TPU VM announces itself by the same SIGTERM.
 """
 
 import contextlib
@@ -48,7 +49,9 @@ class StopRequest:
             raise Interrupted
 
     def reached(self, step: int) -> bool:
-        """Whether the run stops at this step; the same answer in all processes, which must all ask at every step."""
+        """Whether the run stops at this step; the same answer in all processes, which must all ask
+        at every step.
+        """
         if not self._several:
             return self.signal is not None
         if not multihost_utils.reached_preemption_sync_point(step):
@@ -59,8 +62,10 @@ class StopRequest:
 
     @contextlib.contextmanager
     def interruptible(self) -> Iterator[None]:
-        """Inside, a signal raises `Interrupted` (in a run of several processes it waits for the next step): for work
-        that can be thrown away, such as an evaluation, which may last longer than a preempted machine lives."""
+        """Inside, a signal raises `Interrupted` (in a run of several processes it waits for the
+        next step): for work that can be thrown away, such as an evaluation, which may last longer
+        than a preempted machine lives.
+        """
         self._interruptible = True
         try:
             if self.signal is not None and not self._several:
