@@ -451,8 +451,13 @@ def fuzzed(rng: random.Random) -> tuple[str, bytes, str]:
         names = rng.choices([*fields, "role", "content", "text", "type"], k=rng.randint(0, 4))
         return {name: value(depth + 1) for name in names}
 
-    body: Any = {"messages": [{"role": rng.choice(["user", "assistant", "system"]), "content": "hello"}
-                              for _ in range(rng.randint(1, 3))], "max_tokens": 2}  # fmt: skip
+    body: Any = {
+        "messages": [
+            {"role": rng.choice(["user", "assistant", "system"]), "content": "hello"}
+            for _ in range(rng.randint(1, 3))
+        ],
+        "max_tokens": 2,
+    }
     for _ in range(rng.randint(0, 3)):
         target = (
             rng.choice([body, *(each for each in body["messages"] if isinstance(each, dict))])

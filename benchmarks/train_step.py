@@ -165,7 +165,9 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure_loop(options: argparse.Namespace) -> dict[str, Any]:
-    """Time of a step in the loop (batches, logging, display) over that of the bare step, in turns."""
+    """Time of a step in the loop (batches, logging, display) over that of the bare step, in
+    turns.
+    """
     import jax
     import jax.numpy as jnp
     import numpy as np

@@ -81,7 +81,9 @@ def naming(path: Path | str) -> Iterator[None]:
 
 
 def user_path(text: str) -> Path:
-    """`text` as a path with `~` expanded. Raises `UsageError` if there is no such home directory."""
+    """`text` as a path with `~` expanded. Raises `UsageError` if there is no such home
+    directory.
+    """
     if text.split("/")[0] == "~" and os.environ.get("HOME") == "":
         raise UsageError(f"{text}: HOME is empty: set HOME, or give a path without ~")
     try:

@@ -49,7 +49,9 @@ class HubCorpus:
     num_shards: int
 
     def names(self, num_train: int) -> list[str]:
-        """File names of the first `num_train` training shards (-1: all) and the validation shard."""
+        """File names of the first `num_train` training shards (-1: all) and the validation
+        shard.
+        """
         available = self.num_shards - 1
         if num_train != -1 and not 1 <= num_train <= available:
             raise UsageError(

@@ -192,7 +192,9 @@ def set_aside(directory: Path, name: str) -> Path | None:
 
 
 def empty_directory(directory: Path) -> None:
-    """Delete what a directory holds. What is deleted has another name before its first file goes."""
+    """Delete what a directory holds. What is deleted has another name before its first file
+    goes.
+    """
     set_aside(directory, ".deleted")
     for path in directory.glob(".deleted-*"):
         shutil.rmtree(path)

@@ -212,7 +212,9 @@ def refuse_foreign(directory: Directory) -> None:
 
 
 def remove_directory(directory: Directory) -> None:
-    """Delete what is in a directory. On a disk it stays itself: it may be a link or a mount point."""
+    """Delete what is in a directory. On a disk it stays itself: it may be a link or a mount
+    point.
+    """
     if is_remote(directory):
         delete(directory)
     else:

@@ -62,7 +62,9 @@ class Stage:
 
 
 def describe_devices(device_type: str | None) -> None:
-    """Print platform, kind, number and peak FLOP/s of this process's devices as one line of JSON."""
+    """Print platform, kind, number and peak FLOP/s of this process's devices as one line of
+    JSON.
+    """
     if device_type:
         jax.config.update("jax_platforms", device_type)
     devices = find_devices(device_type)
@@ -86,7 +88,7 @@ class Machine:
 
     @classmethod
     def probe(cls, device_type: str | None = None) -> "Machine":
-        code = f"from nanochat_jax import cli, pipeline; cli.guard(lambda: speedrun.describe_devices({device_type!r}))"
+        code = f"from nanochat_jax import cli, pipeline; cli.guard(lambda: pipeline.describe_devices({device_type!r}))"
         found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
         if found.returncode:
             raise UsageError(

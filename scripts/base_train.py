@@ -160,7 +160,9 @@ class BaseTrainConfig(TrainConfig):
 
 
 def model_config(config: BaseTrainConfig, vocab_size: int) -> tuple[GPTConfig, GPTConfig]:
-    """The model of the dial, and the d12 model with the same flags that the scaling laws refer to."""
+    """The model of the dial, and the d12 model with the same flags that the scaling laws refer
+    to.
+    """
     shape: dict[str, Any] = dict(sequence_len=config.max_seq_len, vocab_size=vocab_size)
     if config.arch == "classic":
         return GPTConfig.classic(config.depth, **shape), GPTConfig.classic(12, **shape)

@@ -95,7 +95,9 @@ def choose_tokenizer(
 def checkpoint_state(
     imported: Imported, fingerprint: str | None, config: ImportConfig
 ) -> dict[str, Any]:
-    """What training would have written beside the weights, as far as upstream's metadata tell it."""
+    """What training would have written beside the weights, as far as upstream's metadata tell
+    it.
+    """
     modern = imported.config.arch == "modern"
     given = imported.meta.get("user_config") or {}
     defaults = OptimizerConfig(**({} if modern else CLASSIC_RATES))

@@ -184,11 +184,20 @@ def main(config: Config) -> None:
             engine.warmup()
         with Scheduler(engine, max_waiting=config.max_queue) as scheduler:
             app = server.create_app(
-                scheduler, model.tokenizer, info, max_len=engine.max_len, num_slots=config.slots,
-                devices=tuple(map(str, mesh.devices.flat)), defaults=config.sampling, model_id=model_id,
-                hosts=config.hosts(sock), api_key=config.key,
-                cors_origins=config.cors_origins, deadline=config.timeout, grace=config.grace,
-            )  # fmt: skip
+                scheduler,
+                model.tokenizer,
+                info,
+                max_len=engine.max_len,
+                num_slots=config.slots,
+                devices=tuple(map(str, mesh.devices.flat)),
+                defaults=config.sampling,
+                model_id=model_id,
+                hosts=config.hosts(sock),
+                api_key=config.key,
+                cors_origins=config.cors_origins,
+                deadline=config.timeout,
+                grace=config.grace,
+            )
             server.run(app, sock, lambda: print(greeting(config, sock, model_id), flush=True))
 
 

@@ -62,9 +62,13 @@ class HubServer(ThreadingHTTPServer):
 
     def environment(self, base_dir):
         return {
-            "NANOCHAT_BASE_DIR": str(base_dir / "base"), "HF_HOME": str(base_dir / "hf"), "HF_ENDPOINT": self.url,
-            "HF_HUB_OFFLINE": "0", "HF_TOKEN": "hf_secret", "NO_PROXY": "127.0.0.1,localhost",
-        }  # fmt: skip
+            "NANOCHAT_BASE_DIR": str(base_dir / "base"),
+            "HF_HOME": str(base_dir / "hf"),
+            "HF_ENDPOINT": self.url,
+            "HF_HUB_OFFLINE": "0",
+            "HF_TOKEN": "hf_secret",
+            "NO_PROXY": "127.0.0.1,localhost",
+        }
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -108,11 +112,16 @@ class _Handler(BaseHTTPRequestHandler):
                 403, {"X-Error-Code": "GatedRepo", "X-Error-Message": "Ask for access first."}
             )
         digest = hashlib.sha256(content).hexdigest()
-        self.reply(302, {
-            "X-Repo-Commit": self.server.commit(repo, revision), "X-Linked-Etag": f'"{digest}"',
-            "X-Linked-Size": str(len(content)), "ETag": f'"{digest}"',
-            "Location": f"http://localhost:{self.server.server_port}/cdn/{repo}/{revision.replace('/', '%2F')}/{file}",
-        })  # fmt: skip
+        self.reply(
+            302,
+            {
+                "X-Repo-Commit": self.server.commit(repo, revision),
+                "X-Linked-Etag": f'"{digest}"',
+                "X-Linked-Size": str(len(content)),
+                "ETag": f'"{digest}"',
+                "Location": f"http://localhost:{self.server.server_port}/cdn/{repo}/{revision.replace('/', '%2F')}/{file}",
+            },
+        )
 
     def describe(self, repo, revision):
         files = self.server.repos.get((repo, revision))
@@ -153,7 +162,6 @@ class _Handler(BaseHTTPRequestHandler):
         self.reply(
             206 if start else 200,
             headers | {"Content-Length": str(len(content) - start)},
-            # fmt: skip
             content[start : max(start, stop)],
             torn=torn,
             slow=fault == "slow" and count == 1,

@@ -28,10 +28,21 @@ async def connection(session):
 
 
 HOSTS = {
-    "127.0.0.1:8000": True, "[::1]:8000": True, "192.168.1.7": True, "localhost:8000": True, "LocalHost.": True,
-    "chat.localhost": True, "mine.example:8000": True, "": False, "evil.example": False, "localhost.evil.example": False,
-    "127.0.0.1.evil.example:8000": False, "notlocalhost": False, "evil.example:80:8000": False, "[::1].evil": False,
-}  # fmt: skip
+    "127.0.0.1:8000": True,
+    "[::1]:8000": True,
+    "192.168.1.7": True,
+    "localhost:8000": True,
+    "LocalHost.": True,
+    "chat.localhost": True,
+    "mine.example:8000": True,
+    "": False,
+    "evil.example": False,
+    "localhost.evil.example": False,
+    "127.0.0.1.evil.example:8000": False,
+    "notlocalhost": False,
+    "evil.example:80:8000": False,
+    "[::1].evil": False,
+}
 
 
 async def test_a_page_that_calls_us_by_a_name_of_its_own_is_refused():
@@ -63,9 +74,10 @@ def test_only_a_server_of_this_machine_alone_checks_its_name_unless_told_to():
     assert "*" in hosts("127.0.0.1", allowed_hosts="*")
 
 
-@pytest.mark.parametrize("head", [
-    b"", b"GET / HTTP/1.1\r\nHost: x\r\nX-Slow: ", b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "head",
+    [b"", b"GET / HTTP/1.1\r\nHost: x\r\nX-Slow: ", b"GET /health HTTP/1.1\r\nHost: x\r\n\r\n"],
+)
 async def test_a_connection_that_sends_no_whole_request_is_closed(monkeypatch, head):
     """It says nothing, or a head that never ends, a byte now and then, or nothing more after an
     answer.
@@ -212,16 +224,25 @@ def test_a_failure_of_the_servers_own_keeps_its_traceback(caplog):
 BODY = json.dumps(HELLO).encode()
 DEEP = b"[" * 100_000
 UNREADABLE = {
-    "UTF-16": (BODY.decode().encode("utf-16"), ""), "UTF-16 without a mark": (BODY.decode().encode("utf-16-le"), ""),
-    "UTF-32": (BODY.decode().encode("utf-32"), ""), "Latin-1": (BODY.replace(b"Hello", b"caf\xe9"), ""),
-    "not gzip": (BODY, "gzip"), "not deflate": (BODY, "deflate"), "half of it": (gzip.compress(BODY)[:-12], "gzip"),
-    "gzip undeclared": (gzip.compress(BODY), ""), "unknown": (BODY, "x-foo"), "unknown gzip": (gzip.compress(BODY), "x-foo"),
-    "NaN": (BODY[:-1] + b', "user": NaN}', ""), "infinity": (BODY[:-1] + b', "metadata": {"a": -Infinity}}', ""),
-    "over a float": (BODY[:-1] + b', "temperature": 1e999}', ""), "deep": (DEEP, ""), "empty": (b"", ""),
+    "UTF-16": (BODY.decode().encode("utf-16"), ""),
+    "UTF-16 without a mark": (BODY.decode().encode("utf-16-le"), ""),
+    "UTF-32": (BODY.decode().encode("utf-32"), ""),
+    "Latin-1": (BODY.replace(b"Hello", b"caf\xe9"), ""),
+    "not gzip": (BODY, "gzip"),
+    "not deflate": (BODY, "deflate"),
+    "half of it": (gzip.compress(BODY)[:-12], "gzip"),
+    "gzip undeclared": (gzip.compress(BODY), ""),
+    "unknown": (BODY, "x-foo"),
+    "unknown gzip": (gzip.compress(BODY), "x-foo"),
+    "NaN": (BODY[:-1] + b', "user": NaN}', ""),
+    "infinity": (BODY[:-1] + b', "metadata": {"a": -Infinity}}', ""),
+    "over a float": (BODY[:-1] + b', "temperature": 1e999}', ""),
+    "deep": (DEEP, ""),
+    "empty": (b"", ""),
     "deep, ignored": (BODY[:-1] + b', "metadata": ' + DEEP + b"}", ""),
     "digits": (BODY[:-1] + b', "n": ' + b"1" * 9999 + b"}", ""),
     "surrogate": (BODY[:-1] + b', "\\ud800": 1}', ""),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", UNREADABLE)

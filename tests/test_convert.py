@@ -35,11 +35,24 @@ def as_csv(texts, delimiter=","):
     ).encode()
 
 
-@pytest.mark.parametrize(("name", "content"), [
-    ("a.jsonl", as_jsonl(TEXTS)), ("a.jsonl.gz", gzip.compress(as_jsonl(TEXTS))),
-    ("a.json.bz2", bz2.compress(as_jsonl(TEXTS))), ("a.csv", as_csv(TEXTS)), ("a.TSV", as_csv(TEXTS, "\t")),
-    ("b.csv", b"\xef\xbb\xbf" + as_csv(TEXTS).replace(b"\n", b"\r\n").replace(b"two\r\n", b"two\n").replace(b'" \r', b'" ')),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("a.jsonl", as_jsonl(TEXTS)),
+        ("a.jsonl.gz", gzip.compress(as_jsonl(TEXTS))),
+        ("a.json.bz2", bz2.compress(as_jsonl(TEXTS))),
+        ("a.csv", as_csv(TEXTS)),
+        ("a.TSV", as_csv(TEXTS, "\t")),
+        (
+            "b.csv",
+            b"\xef\xbb\xbf"
+            + as_csv(TEXTS)
+            .replace(b"\n", b"\r\n")
+            .replace(b"two\r\n", b"two\n")
+            .replace(b'" \r', b'" '),
+        ),
+    ],
+)
 def test_every_format_gives_the_same_documents(tmp_path, name, content):
     (tmp_path / name).write_bytes(content)
     found = list(read_documents(tmp_path / name, "text", 0))
@@ -85,21 +98,40 @@ def test_text_is_cut_where_a_paragraph_ends():
     assert list(cut_text(text, 0)) == [text.strip()]
 
 
-@pytest.mark.parametrize(("name", "content", "message"), [
-    ("a.jsonl", b'{"text": "a"}\n{"text": \n', r"a\.jsonl line 2 is not JSON"),
-    ("a.json", b'[{"text": "a"}]', r"a\.json line 1 is a JSON list: expected one object"),
-    ("a.jsonl", b'{"content": "a", "id": 1}', r"a\.jsonl has no key 'text', only content, id: name the text with"),
-    ("a.jsonl", b'{"text": "a"}\n{"text": 3}', r"'text' in .*a\.jsonl line 2 is int, expected a string"),
-    ("a.jsonl", b'{"text": "a"}\n' + b"[" * 100_000, r"a\.jsonl line 2 is not JSON \(it is nested too deeply\)"),
-    ("a.jsonl", b'{"text": "a", "n": ' + b"1" * 5000 + b"}", r"a\.jsonl line 1 is not JSON \(Exceeds the limit"),
-    ("a.csv", b"text,text\n1,a", r"a\.csv has 2 columns 'text'"),
-    ("a.csv", b"id,content\n1,a", r"a\.csv has no column 'text', only id, content"),
-    ("a.csv", b'text\n"open', r"a\.csv line [12] is not CSV"),
-    ("a.txt", b"caf\xe9", r"a\.txt is not UTF-8 text"),
-    ("a.jsonl.gz", gzip.compress(as_jsonl(["a"] * 1000))[:-30], r"a\.jsonl\.gz cannot be read"),
-    ("a.parquet", b"PAR1 torn", r"a\.parquet is not a readable parquet file"),
-    ("a.docx", b"", r"a\.docx is of no known kind: expected an ending of parquet, jsonl"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "content", "message"),
+    [
+        ("a.jsonl", b'{"text": "a"}\n{"text": \n', r"a\.jsonl line 2 is not JSON"),
+        ("a.json", b'[{"text": "a"}]', r"a\.json line 1 is a JSON list: expected one object"),
+        (
+            "a.jsonl",
+            b'{"content": "a", "id": 1}',
+            r"a\.jsonl has no key 'text', only content, id: name the text with",
+        ),
+        (
+            "a.jsonl",
+            b'{"text": "a"}\n{"text": 3}',
+            r"'text' in .*a\.jsonl line 2 is int, expected a string",
+        ),
+        (
+            "a.jsonl",
+            b'{"text": "a"}\n' + b"[" * 100_000,
+            r"a\.jsonl line 2 is not JSON \(it is nested too deeply\)",
+        ),
+        (
+            "a.jsonl",
+            b'{"text": "a", "n": ' + b"1" * 5000 + b"}",
+            r"a\.jsonl line 1 is not JSON \(Exceeds the limit",
+        ),
+        ("a.csv", b"text,text\n1,a", r"a\.csv has 2 columns 'text'"),
+        ("a.csv", b"id,content\n1,a", r"a\.csv has no column 'text', only id, content"),
+        ("a.csv", b'text\n"open', r"a\.csv line [12] is not CSV"),
+        ("a.txt", b"caf\xe9", r"a\.txt is not UTF-8 text"),
+        ("a.jsonl.gz", gzip.compress(as_jsonl(["a"] * 1000))[:-30], r"a\.jsonl\.gz cannot be read"),
+        ("a.parquet", b"PAR1 torn", r"a\.parquet is not a readable parquet file"),
+        ("a.docx", b"", r"a\.docx is of no known kind: expected an ending of parquet, jsonl"),
+    ],
+)
 def test_faults_name_the_file_and_the_line(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
     with pytest.raises(UsageError, match=message):
@@ -394,14 +426,19 @@ def test_a_damaged_manifest_is_refused(tmp_path, command, manifest):
     assert code == 2 and "manifest.json is damaged" in err
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (["local"], "required: FILES"), (["local", "missing.txt"], "missing.txt cannot be read: No such file"),
-    (["local", "x.txt", "--val-fraction", "1"], "--val-fraction must be at most 0.99, got 1.0"),
-    (["local", "x.txt", "--rows-per-shard", "0"], "--rows-per-shard must be at least 1"),
-    (["hf"], "name a data set: --preset k12|opc or --dataset OWNER/NAME"),
-    (["hf", "--dataset", "name"], "'name' is not of the form OWNER/NAME"), (["hf", "--preset", "k13"], "invalid choice"),
-    (["hf", "--preset", "k12", "--limit-rows", "1"], "--limit-rows must be at least 2, got 1"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["local"], "required: FILES"),
+        (["local", "missing.txt"], "missing.txt cannot be read: No such file"),
+        (["local", "x.txt", "--val-fraction", "1"], "--val-fraction must be at most 0.99, got 1.0"),
+        (["local", "x.txt", "--rows-per-shard", "0"], "--rows-per-shard must be at least 1"),
+        (["hf"], "name a data set: --preset k12|opc or --dataset OWNER/NAME"),
+        (["hf", "--dataset", "name"], "'name' is not of the form OWNER/NAME"),
+        (["hf", "--preset", "k13"], "invalid choice"),
+        (["hf", "--preset", "k12", "--limit-rows", "1"], "--limit-rows must be at least 2, got 1"),
+    ],
+)
 def test_mistakes_are_one_line_and_exit_code_two(command, arguments, message):
     code, _, err = command(*arguments)
     assert code == 2 and len(err.splitlines()) == 1 and message in err

@@ -56,13 +56,29 @@ def random_rows(count: int, lengths: tuple[int, ...]) -> list[Row]:
     return rows
 
 
-@pytest.mark.parametrize("kind, line, message", [
-    ("multiple_choice", "[" * 100_000, "nested too deeply"), ("multiple_choice", "3", "strings query"),
-    ("multiple_choice", '{"query": "a", "choices": ["b"], "gold": 1}', "gold must be the index of one of the 1 choices"),
-    ("multiple_choice", '{"query": "a", "choices": [3], "gold": 0}', "choices must be an array of strings"),
-    ("schema", '{"context_options": ["b"], "gold": 0}', "strings continuation"),
-    ("language_modeling", '{"context": "b", "continuation": null}', "strings context, continuation"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "kind, line, message",
+    [
+        ("multiple_choice", "[" * 100_000, "nested too deeply"),
+        ("multiple_choice", "3", "strings query"),
+        (
+            "multiple_choice",
+            '{"query": "a", "choices": ["b"], "gold": 1}',
+            "gold must be the index of one of the 1 choices",
+        ),
+        (
+            "multiple_choice",
+            '{"query": "a", "choices": [3], "gold": 0}',
+            "choices must be an array of strings",
+        ),
+        ("schema", '{"context_options": ["b"], "gold": 0}', "strings continuation"),
+        (
+            "language_modeling",
+            '{"context": "b", "continuation": null}',
+            "strings context, continuation",
+        ),
+    ],
+)
 def test_a_damaged_example_is_refused_with_file_and_line(tmp_path, kind, line, message):
     path = tmp_path / "task.jsonl"
     path.write_text(f"\n{line}\n")
@@ -399,7 +415,9 @@ def zip_of(files: dict[str, str], *links: str) -> bytes:
 
 @pytest.fixture
 def serve(tmp_path):
-    """A function from bytes to the loopback URL that gives them, and the number of requests so far."""
+    """A function from bytes to the loopback URL that gives them, and the number of requests so
+    far.
+    """
     root, requests = tmp_path / "www", []
     root.mkdir()
 

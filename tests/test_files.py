@@ -118,7 +118,9 @@ def test_files_that_came_meanwhile_are_not_replaced(tmp_path):
 def test_a_directory_whose_process_was_killed_is_not_taken_for_complete(
     tmp_path, monkeypatch, moves
 ):
-    """`moves` of three files have their place when the process is killed: the largest comes last."""
+    """`moves` of three files have their place when the process is killed: the largest comes
+    last.
+    """
     directory, replace = tmp_path / "a", Path.replace
     left = iter(range(moves))
 

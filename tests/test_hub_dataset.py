@@ -23,37 +23,66 @@ def listing(*names, configs=()):
     return Listing(REPO, "commit", tuple(sorted(names)), tuple(configs))
 
 
-@pytest.mark.parametrize(("names", "subset", "split", "expected"), [
-    (["README.md", "b.parquet", "a.parquet"], None, "train", ["a.parquet", "b.parquet"]),
-    (["b.parquet"], None, "test", []),
-    (["data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet", "data/test-00000-of-00001.parquet"], None,
-     "train", ["data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet"]),
-    (["train/x.jsonl", "dev/x.jsonl", "strain.jsonl"], None, "validation", ["dev/x.jsonl"]),
-    (["train/x.jsonl", "dev/x.jsonl", "strain.jsonl"], None, "train", ["train/x.jsonl"]),
-    (["en/train.csv", "de/train.csv", "en/test.csv"], "de", "train", ["de/train.csv"]),
-    (["en/train.csv"], "fr", "train", []),
-    (["train.parquet", "train.jsonl.gz", "train.csv"], None, "train", ["train.parquet"]),
-    (["train.arrow", "train.zip"], None, "train", []),
-    (["books/part.jsonl.zst"], None, "books", ["books/part.jsonl.zst"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("names", "subset", "split", "expected"),
+    [
+        (["README.md", "b.parquet", "a.parquet"], None, "train", ["a.parquet", "b.parquet"]),
+        (["b.parquet"], None, "test", []),
+        (
+            [
+                "data/train-00000-of-00002.parquet",
+                "data/train-00001-of-00002.parquet",
+                "data/test-00000-of-00001.parquet",
+            ],
+            None,
+            "train",
+            ["data/train-00000-of-00002.parquet", "data/train-00001-of-00002.parquet"],
+        ),
+        (["train/x.jsonl", "dev/x.jsonl", "strain.jsonl"], None, "validation", ["dev/x.jsonl"]),
+        (["train/x.jsonl", "dev/x.jsonl", "strain.jsonl"], None, "train", ["train/x.jsonl"]),
+        (["en/train.csv", "de/train.csv", "en/test.csv"], "de", "train", ["de/train.csv"]),
+        (["en/train.csv"], "fr", "train", []),
+        (["train.parquet", "train.jsonl.gz", "train.csv"], None, "train", ["train.parquet"]),
+        (["train.arrow", "train.zip"], None, "train", []),
+        (["books/part.jsonl.zst"], None, "books", ["books/part.jsonl.zst"]),
+    ],
+)
 def test_names_decide_where_the_card_says_nothing(names, subset, split, expected):
     assert select_files(listing(*names), subset, split) == expected
 
 
 CONFIGS = (
-    {"config_name": "en", "data_files": [{"split": "train", "path": "english/*.parquet"},
-                                         {"split": "test", "path": ["held/one.parquet", "held/**/two.parquet"]}]},
+    {
+        "config_name": "en",
+        "data_files": [
+            {"split": "train", "path": "english/*.parquet"},
+            {"split": "test", "path": ["held/one.parquet", "held/**/two.parquet"]},
+        ],
+    },
     {"config_name": "de", "default": True, "data_files": "german/**"},
     {"config_name": "fr", "data_dir": "french"},
-)  # fmt: skip
-NAMES = ("english/a.parquet", "english/deep/b.parquet", "held/one.parquet", "held/x/y/two.parquet", "german/x/c.parquet",
-         "french/train.parquet", "french/test.parquet")  # fmt: skip
+)
+NAMES = (
+    "english/a.parquet",
+    "english/deep/b.parquet",
+    "held/one.parquet",
+    "held/x/y/two.parquet",
+    "german/x/c.parquet",
+    "french/train.parquet",
+    "french/test.parquet",
+)
 
 
-@pytest.mark.parametrize(("subset", "split", "expected"), [
-    ("en", "train", ["english/a.parquet"]), ("en", "test", ["held/one.parquet", "held/x/y/two.parquet"]),
-    (None, "train", ["german/x/c.parquet"]), ("de", "test", []), ("fr", "train", ["french/train.parquet"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("subset", "split", "expected"),
+    [
+        ("en", "train", ["english/a.parquet"]),
+        ("en", "test", ["held/one.parquet", "held/x/y/two.parquet"]),
+        (None, "train", ["german/x/c.parquet"]),
+        ("de", "test", []),
+        ("fr", "train", ["french/train.parquet"]),
+    ],
+)
 def test_the_card_decides(subset, split, expected):
     assert select_files(listing(*NAMES, configs=CONFIGS), subset, split) == expected
 
@@ -65,10 +94,18 @@ def test_an_unclear_subset_is_asked_for():
         select_files(listing(*NAMES, configs=CONFIGS), "es", "train")
 
 
-@pytest.mark.parametrize(("pattern", "name", "matches"), [
-    ("data/train-*", "data/train-00000.parquet", True), ("data/*", "data/x/y", False), ("**/*.csv", "a.csv", True),
-    ("**/*.csv", "x/y/a.csv", True), ("a?.csv", "ab.csv", True), ("a.csv", "aXcsv", False), ("./a.csv", "a.csv", True),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("pattern", "name", "matches"),
+    [
+        ("data/train-*", "data/train-00000.parquet", True),
+        ("data/*", "data/x/y", False),
+        ("**/*.csv", "a.csv", True),
+        ("**/*.csv", "x/y/a.csv", True),
+        ("a?.csv", "ab.csv", True),
+        ("a.csv", "aXcsv", False),
+        ("./a.csv", "a.csv", True),
+    ],
+)
 def test_patterns_are_those_of_paths(pattern, name, matches):
     assert bool(glob_pattern(pattern).fullmatch(name)) is matches
 
@@ -97,8 +134,13 @@ def numbered(count, start=0):
 
 def command(arguments, hub, tmp_path, **environment):
     env = os.environ | hub.environment(tmp_path) | environment
-    return subprocess.run([sys.executable, "-m", "nanochat_jax.dataset", *arguments], env=env, capture_output=True,
-                          text=True, timeout=120)  # fmt: skip
+    return subprocess.run(
+        [sys.executable, "-m", "nanochat_jax.dataset", *arguments],
+        env=env,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
 
 
 def corpus(tmp_path):
@@ -197,11 +239,7 @@ def test_other_formats(hub, tmp_path, kind):
 
 @pytest.mark.parametrize(
     ("preset", "repo"),
-    [
-        # fmt: skip
-        ("k12", "CrowdMind/K-12Corpus"),
-        ("opc", "CrowdMind/opc-annealing-corpus-synthetic"),
-    ],
+    [("k12", "CrowdMind/K-12Corpus"), ("opc", "CrowdMind/opc-annealing-corpus-synthetic")],
 )
 def test_presets_and_limits(hub, tmp_path, preset, repo):
     for index in range(3):
@@ -244,14 +282,26 @@ def test_a_large_row_group_is_read_piece_by_piece(hub, tmp_path):
     ]
 
 
-@pytest.mark.parametrize(("arguments", "message"), [
-    (["--dataset", "owner/other"], "data set owner/other is not to be had: RepositoryNotFoundError"),
-    (["--dataset", REPO, "--split", "validation"], "data set owner/texts has no split 'validation'; it has train.parquet"),
-    (["--dataset", REPO, "--text-field", "body"], "has no column 'body', only id, text: name the text with --text-field"),
-    (["--dataset", REPO, "--text-field", "id"], "column 'id' of"),
-    (["--dataset", "owner/torn"], "is not a readable parquet file"),
-    (["--dataset", "owner/empty"], "a corpus needs two"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (
+            ["--dataset", "owner/other"],
+            "data set owner/other is not to be had: RepositoryNotFoundError",
+        ),
+        (
+            ["--dataset", REPO, "--split", "validation"],
+            "data set owner/texts has no split 'validation'; it has train.parquet",
+        ),
+        (
+            ["--dataset", REPO, "--text-field", "body"],
+            "has no column 'body', only id, text: name the text with --text-field",
+        ),
+        (["--dataset", REPO, "--text-field", "id"], "column 'id' of"),
+        (["--dataset", "owner/torn"], "is not a readable parquet file"),
+        (["--dataset", "owner/empty"], "a corpus needs two"),
+    ],
+)
 def test_mistakes_leave_nothing_and_are_one_line(hub, tmp_path, arguments, message):
     content = parquet(tmp_path, numbered(10))
     hub.add(REPO, "train.parquet", content)

@@ -21,7 +21,9 @@ MODEL = GPTConfig.modern(2, vocab_size=320, sequence_len=256, n_embd=64, n_head=
 
 @pytest.fixture(scope="module", autouse=True)
 def quick_compilation():
-    """These tests spend their time in the compiler; how fast its programs run does not matter here."""
+    """These tests spend their time in the compiler; how fast its programs run does not matter
+    here.
+    """
     jax.config.update("jax_disable_most_optimizations", True)
     yield
     jax.config.update("jax_disable_most_optimizations", False)

@@ -148,8 +148,14 @@ async def test_sampling_reaches_the_engine_and_the_servers_own_is_the_default():
     ) as api:
         await api.chat.completions.create(**ASK)
         await api.chat.completions.create(
-            **ASK, temperature=0, top_p=0.25, max_tokens=5, seed=-1, stop=["a", "b"], extra_body={"top_k": 0},
-        )  # fmt: skip
+            **ASK,
+            temperature=0,
+            top_p=0.25,
+            max_tokens=5,
+            seed=-1,
+            stop=["a", "b"],
+            extra_body={"top_k": 0},
+        )
         await api.chat.completions.create(**ASK, max_tokens=5, max_completion_tokens=6)
         await api.chat.completions.create(**ASK, max_tokens=-1, extra_body={"top_k": -1})
         await api.chat.completions.create(**ASK, max_completion_tokens=-1)
@@ -215,22 +221,49 @@ CALLS = [{"id": "1", "type": "function", "function": {"name": "add", "arguments"
 # Messages, fields, and the prompt, in which < and > stand for the tokens that begin and end a
 # message.
 CONVERSATIONS = [
-    ([("developer", "s"), ("user", [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}])], {}, "<U s\n\nab><A "),
+    (
+        [
+            ("developer", "s"),
+            ("user", [{"type": "text", "text": "a"}, {"type": "text", "text": "b"}]),
+        ],
+        {},
+        "<U s\n\nab><A ",
+    ),
     ([("user", "a"), ("assistant", None), ("user", "b")], {}, "<U a><A ><U b><A "),
     ([("user", "a"), ("assistant", "It is")], {}, "<U a><A It is"),
-    ([("user", "a"), ("assistant", "It is")], {"continue_final_message": True, "add_generation_prompt": False},
-     "<U a><A It is"),
+    (
+        [("user", "a"), ("assistant", "It is")],
+        {"continue_final_message": True, "add_generation_prompt": False},
+        "<U a><A It is",
+    ),
     ([("user", "a"), ("assistant", "It is")], {"add_generation_prompt": False}, "<U a><A It is"),
     ([("user", "a"), ("assistant", "It is")], {"add_generation_prompt": True}, "<U a><A It is><A "),
-    ([("user", "a"), ("assistant", "It is")], {"continue_final_message": False}, "<U a><A It is><A "),
+    (
+        [("user", "a"), ("assistant", "It is")],
+        {"continue_final_message": False},
+        "<U a><A It is><A ",
+    ),
     ([("user", "a")], {"continue_final_message": True}, "<U a"),
     ([("user", "a")], {"add_generation_prompt": False}, "<U a>"),
     ([("user", "a"), ("assistant", "b"), ("system", "s")], {}, "<U a><A b><U s><A "),
-    ([("user", "a"), ("assistant", None, CALLS), ("tool", "3")], {}, '<U a><A <P add({"a": 1})><O 3>'),
-    ([("user", "a"), ("assistant", "Now", CALLS), ("tool", [{"type": "text", "text": "3"}]), ("assistant", "It is 3."),
-      ("user", "b")], {}, '<U a><A Now<P add({"a": 1})><O 3>It is 3.><U b><A '),
+    (
+        [("user", "a"), ("assistant", None, CALLS), ("tool", "3")],
+        {},
+        '<U a><A <P add({"a": 1})><O 3>',
+    ),
+    (
+        [
+            ("user", "a"),
+            ("assistant", "Now", CALLS),
+            ("tool", [{"type": "text", "text": "3"}]),
+            ("assistant", "It is 3."),
+            ("user", "b"),
+        ],
+        {},
+        '<U a><A Now<P add({"a": 1})><O 3>It is 3.><U b><A ',
+    ),
     ([("user", "a"), ("tool", "3"), ("user", "b")], {}, "<U a><A <O 3>><U b><A "),
-]  # fmt: skip
+]
 
 
 @pytest.mark.parametrize("turns,fields,expected", CONVERSATIONS)
@@ -302,10 +335,12 @@ async def test_what_is_posted_without_v1_is_upstreams_unless_it_has_other_fields
         for body, headers, kind in (
             (HELLO, {}, "text/event-stream"),
             (HELLO | {"temperature": 1, "top_k": 5, "max_tokens": 9}, {}, "text/event-stream"),
-            (HELLO | {"model": None}, {}, "text/event-stream"), (ASK, {}, "application/json"),
-            (HELLO | {"stream": False}, {}, "application/json"), (HELLO | {"n": 2}, {}, "application/json"),
+            (HELLO | {"model": None}, {}, "text/event-stream"),
+            (ASK, {}, "application/json"),
+            (HELLO | {"stream": False}, {}, "application/json"),
+            (HELLO | {"n": 2}, {}, "application/json"),
             (HELLO, {"X-Stainless-Lang": "python"}, "application/json"),
-        ):  # fmt: skip
+        ):
             response = await session.post("/chat/completions", json=body, headers=headers)
             assert (response.status, response.content_type) == (200, kind), body
             assert ('{"token": "Hi"' in await response.text()) == (kind == "text/event-stream")
@@ -314,13 +349,27 @@ async def test_what_is_posted_without_v1_is_upstreams_unless_it_has_other_fields
 
 
 ENDPOINTS = [
-    ("GET", "/v1/models/", 200), ("HEAD", "/v1/models", 200), ("OPTIONS", "/v1/models", 204), ("GET", "/v1/models/x", 404),
-    ("OPTIONS", "/v1/chat/completions", 204), ("OPTIONS", "/chat/completions", 204), ("GET", "/v1/chat/completions", 405),
-    ("HEAD", "/v1/chat/completions", 405), ("PUT", "/v1/models", 405), ("DELETE", "/v1/models/nanochat", 405),
-    ("GET", "/v1", 404), ("GET", "/v1/", 404), ("POST", "/v1/completions", 404), ("POST", "/completions", 404),
-    ("POST", "/v1/embeddings", 404), ("POST", "/v1/responses", 404), ("POST", "/v1/audio/speech", 404),
-    ("POST", "/v1/chat/completions/chat/completions", 404), ("OPTIONS", "/v1/embeddings", 404), ("GET", "/v1/\0", 404),
-]  # fmt: skip
+    ("GET", "/v1/models/", 200),
+    ("HEAD", "/v1/models", 200),
+    ("OPTIONS", "/v1/models", 204),
+    ("GET", "/v1/models/x", 404),
+    ("OPTIONS", "/v1/chat/completions", 204),
+    ("OPTIONS", "/chat/completions", 204),
+    ("GET", "/v1/chat/completions", 405),
+    ("HEAD", "/v1/chat/completions", 405),
+    ("PUT", "/v1/models", 405),
+    ("DELETE", "/v1/models/nanochat", 405),
+    ("GET", "/v1", 404),
+    ("GET", "/v1/", 404),
+    ("POST", "/v1/completions", 404),
+    ("POST", "/completions", 404),
+    ("POST", "/v1/embeddings", 404),
+    ("POST", "/v1/responses", 404),
+    ("POST", "/v1/audio/speech", 404),
+    ("POST", "/v1/chat/completions/chat/completions", 404),
+    ("OPTIONS", "/v1/embeddings", 404),
+    ("GET", "/v1/\0", 404),
+]
 
 
 @pytest.mark.parametrize("method,path,status", ENDPOINTS)
@@ -347,39 +396,109 @@ async def test_models_are_listed():
 
 
 REFUSED = [
-    {"model": 1}, {"max_tokens": 0, "max_completion_tokens": 1},
-    {"temperature": 3}, {"top_p": 0}, {"top_p": 10**400}, {"top_k": 201}, {"n": 0}, {"n": 9},
-    {"n": True}, {"max_tokens": 0}, {"max_completion_tokens": "1"}, {"seed": 2**63}, {"seed": 0.5}, {"stop": ["a"] * 5},
-    {"stop": [""]}, {"stop": [1]}, {"stop": {}}, {"stream": "yes"}, {"stream_options": []},
-    {"stream": True, "stream_options": {"include_usage": 1}}, {"messages": []}, {"messages": [{"role": "user"}]},
-    messages([]), messages(None), messages("\ud800"), {"stop": "\ud800"}, {"max_tokens": -2}, {"top_k": -2},
+    {"model": 1},
+    {"max_tokens": 0, "max_completion_tokens": 1},
+    {"temperature": 3},
+    {"top_p": 0},
+    {"top_p": 10**400},
+    {"top_k": 201},
+    {"n": 0},
+    {"n": 9},
+    {"n": True},
+    {"max_tokens": 0},
+    {"max_completion_tokens": "1"},
+    {"seed": 2**63},
+    {"seed": 0.5},
+    {"stop": ["a"] * 5},
+    {"stop": [""]},
+    {"stop": [1]},
+    {"stop": {}},
+    {"stream": "yes"},
+    {"stream_options": []},
+    {"stream": True, "stream_options": {"include_usage": 1}},
+    {"messages": []},
+    {"messages": [{"role": "user"}]},
+    messages([]),
+    messages(None),
+    messages("\ud800"),
+    {"stop": "\ud800"},
+    {"max_tokens": -2},
+    {"top_k": -2},
     messages("x", role="function"),
     messages([{"type": "image_url", "image_url": {"url": "http://x"}}]),
     {"messages": [{"role": "assistant", "content": "x", "tool_calls": [{}]}]},
     {"messages": [{"role": "user", "content": "x", "weight": 0}]},
     {"add_generation_prompt": True, "continue_final_message": True},
-]  # fmt: skip
+]
 
 
 # Fields of OpenAI's API and of other servers: values that cannot change the reply, and values that
 # would.
 NEUTRAL = {
-    "user": "x", "metadata": {"a": "b"}, "store": True, "service_tier": "auto", "parallel_tool_calls": False,
-    "presence_penalty": 0, "frequency_penalty": 0.0, "logit_bias": {}, "response_format": {"type": "text"}, "tools": [],
-    "tool_choice": "auto", "functions": [], "logprobs": False, "top_logprobs": 0, "modalities": ["text"], "n": 1, "seed": 3,
-    "stream_options": {"include_usage": True, "include_obfuscation": False}, "safety_identifier": "x",
-    "prompt_cache_key": "x", "prediction": {"type": "content", "content": "x"}, "repetition_penalty": 1.0, "min_p": 0,
-    "ignore_eos": False, "min_tokens": 0, "bad_words": [], "skip_special_tokens": True, "cache_prompt": True,
-}  # fmt: skip
+    "user": "x",
+    "metadata": {"a": "b"},
+    "store": True,
+    "service_tier": "auto",
+    "parallel_tool_calls": False,
+    "presence_penalty": 0,
+    "frequency_penalty": 0.0,
+    "logit_bias": {},
+    "response_format": {"type": "text"},
+    "tools": [],
+    "tool_choice": "auto",
+    "functions": [],
+    "logprobs": False,
+    "top_logprobs": 0,
+    "modalities": ["text"],
+    "n": 1,
+    "seed": 3,
+    "stream_options": {"include_usage": True, "include_obfuscation": False},
+    "safety_identifier": "x",
+    "prompt_cache_key": "x",
+    "prediction": {"type": "content", "content": "x"},
+    "repetition_penalty": 1.0,
+    "min_p": 0,
+    "ignore_eos": False,
+    "min_tokens": 0,
+    "bad_words": [],
+    "skip_special_tokens": True,
+    "cache_prompt": True,
+}
 UNSUPPORTED = {
-    "presence_penalty": 0.5, "frequency_penalty": -1, "logit_bias": {"5": 1}, "response_format": {"type": "json_object"},
-    "tools": [{"type": "function"}], "tool_choice": "required", "logprobs": True, "top_logprobs": 2,
-    "modalities": ["text", "audio"], "audio": {"voice": "x"}, "reasoning_effort": "high", "verbosity": "low",
-    "web_search_options": {}, "repetition_penalty": 1.5, "min_p": 0.2, "ignore_eos": True, "min_tokens": 5,
-    "bad_words": ["x"], "stop_token_ids": [5], "guided_json": {"type": "object"}, "guided_regex": "x", "typical_p": 0.5,
-    "use_beam_search": True, "best_of": 2, "length_penalty": 2, "echo": True, "skip_special_tokens": False,
-    "mirostat": 2, "grammar": "x", "system": "Be brief.", "user_": 1, "unknown": 0, "x" * 1000: 1,
-}  # fmt: skip
+    "presence_penalty": 0.5,
+    "frequency_penalty": -1,
+    "logit_bias": {"5": 1},
+    "response_format": {"type": "json_object"},
+    "tools": [{"type": "function"}],
+    "tool_choice": "required",
+    "logprobs": True,
+    "top_logprobs": 2,
+    "modalities": ["text", "audio"],
+    "audio": {"voice": "x"},
+    "reasoning_effort": "high",
+    "verbosity": "low",
+    "web_search_options": {},
+    "repetition_penalty": 1.5,
+    "min_p": 0.2,
+    "ignore_eos": True,
+    "min_tokens": 5,
+    "bad_words": ["x"],
+    "stop_token_ids": [5],
+    "guided_json": {"type": "object"},
+    "guided_regex": "x",
+    "typical_p": 0.5,
+    "use_beam_search": True,
+    "best_of": 2,
+    "length_penalty": 2,
+    "echo": True,
+    "skip_special_tokens": False,
+    "mirostat": 2,
+    "grammar": "x",
+    "system": "Be brief.",
+    "user_": 1,
+    "unknown": 0,
+    "x" * 1000: 1,
+}
 
 
 def test_a_field_that_would_change_the_reply_is_refused_by_its_name():
@@ -487,7 +606,9 @@ async def test_a_client_that_goes_away_ends_all_its_replies(stream):
 
 
 async def test_every_body_that_the_pages_endpoint_refuses_is_an_error_here_or_a_reply():
-    """Never a failure of the server: the two APIs differ in what they allow, not in how they fail."""
+    """Never a failure of the server: the two APIs differ in what they allow, not in how they
+    fail.
+    """
     async with openai_client(FakeScheduler("x")) as api:
         for _, body in BAD:
             assert (await api.session.post("/v1/chat/completions", json=body)).status in (
@@ -506,8 +627,13 @@ async def test_no_body_however_wrong_makes_the_server_fail(monkeypatch):
             response = await session.post(path, data=body, headers={"Content-Type": kind})
             assert response.status in (200, 400, 404, 413, 422), (number, await response.text())
             statuses.add((path, response.status))
-    assert statuses >= {("/chat/completions", 200), ("/chat/completions", 400), ("/chat/completions", 422),
-                        ("/v1/chat/completions", 200), ("/v1/chat/completions", 400)}  # fmt: skip
+    assert statuses >= {
+        ("/chat/completions", 200),
+        ("/chat/completions", 400),
+        ("/chat/completions", 422),
+        ("/v1/chat/completions", 200),
+        ("/v1/chat/completions", 400),
+    }
 
 
 @pytest.mark.slow
@@ -520,10 +646,25 @@ async def test_schemathesis_finds_no_request_that_breaks_the_description(tmp_pat
     )
     async with client(FakeScheduler("Hi"), api_key="secret", max_len=10**6) as session:
         process = await asyncio.create_subprocess_exec(
-            sys.executable, "-m", "schemathesis.cli", "run", str(session._base_url / "openapi.json"), "--checks", "all",
-            "--max-examples", "20", "--phases", "examples,coverage,fuzzing", "--seed", "1", "--no-color",
-            "--header", "Authorization: Bearer secret",
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, cwd=tmp_path,
-        )  # fmt: skip
+            sys.executable,
+            "-m",
+            "schemathesis.cli",
+            "run",
+            str(session._base_url / "openapi.json"),
+            "--checks",
+            "all",
+            "--max-examples",
+            "20",
+            "--phases",
+            "examples,coverage,fuzzing",
+            "--seed",
+            "1",
+            "--no-color",
+            "--header",
+            "Authorization: Bearer secret",
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            cwd=tmp_path,
+        )
         output = (await process.communicate())[0].decode()
     assert process.returncode == 0, output

@@ -1,4 +1,6 @@
-"""Packing follows the rules of best fit and of the token stream, and its state continues exactly."""
+"""Packing follows the rules of best fit and of the token stream, and its state continues
+exactly.
+"""
 
 import json
 

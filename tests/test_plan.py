@@ -1,4 +1,6 @@
-"""Plans: what is counted is what programs do, and real steps compile for TPUs that are not there."""
+"""Plans: what is counted is what programs do, and real steps compile for TPUs that are not
+there.
+"""
 
 import functools
 import importlib.util

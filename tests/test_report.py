@@ -73,8 +73,13 @@ def test_sections_come_in_the_fixed_order_with_unknown_ones_last(tmp_path):
     sections.generate(tmp_path, tmp_path)
     titles = re.findall(r"^## (.*)", (tmp_path / "report.md").read_text(), re.MULTILINE)
     assert titles == [
-        "Base model training", "Base model loss", "Base model evaluation", "Chat evaluation sft", "Zoo", "Summary",
-    ]  # fmt: skip
+        "Base model training",
+        "Base model loss",
+        "Base model evaluation",
+        "Chat evaluation sft",
+        "Zoo",
+        "Summary",
+    ]
 
 
 def test_missing_sections_are_named(tmp_path):
@@ -82,8 +87,11 @@ def test_missing_sections_are_named(tmp_path):
     sections.generate(tmp_path, tmp_path)
     line = re.search(r"Sections not logged: (.*)", (tmp_path / "report.md").read_text())[1]
     assert set(line.split(", ")) == set(sections.SECTION_ORDER) - {
-        "base-model-training", "base-model-loss", "base-model-evaluation", "chat-evaluation-sft",
-    }  # fmt: skip
+        "base-model-training",
+        "base-model-loss",
+        "base-model-evaluation",
+        "chat-evaluation-sft",
+    }
 
 
 def test_summary_takes_json_results_and_never_prose(tmp_path):
@@ -146,7 +154,6 @@ def test_no_evaluation_removes_anothers_results(tmp_path):
     for model, results in (
         ("d4, step 9", {"gsm8k": 0.1, "mmlu": 0.2}),
         ("d4, step 9", {"mine": 0.3, "mmlu": 0.4}),
-        # fmt: skip
         ("d6, step 9", {"gsm8k": 0.5}),
         ("d4, step 9", {"last": 0.6}),
     ):
@@ -154,7 +161,8 @@ def test_no_evaluation_removes_anothers_results(tmp_path):
     sections.generate(tmp_path, tmp_path)
     assert json.loads((tmp_path / "results.json").read_text()) == {
         "chat_eval_sft": {"gsm8k": 0.1, "mmlu": 0.4, "mine": 0.3, "last": 0.6},
-        "chat_eval_sft d6, step 9": {"gsm8k": 0.5}}  # fmt: skip
+        "chat_eval_sft d6, step 9": {"gsm8k": 0.5},
+    }
     assert "## Chat evaluation sft d6, step 9" in (tmp_path / "report.md").read_text()
 
 
@@ -172,8 +180,15 @@ def test_items_are_printed_as_upstream_does(tmp_path):
         r"timestamp: \d{4}-\d\d-\d\d \d\d:\d\d:\d\d", lines[1]
     )
     assert lines[2:] == [
-        "", "- lr: 0.0200", "- tiny: 1.25e-05", "- steps: 21,400", "- batch: 32", "- ok: True", "", "free text",
-    ]  # fmt: skip
+        "",
+        "- lr: 0.0200",
+        "- tiny: 1.25e-05",
+        "- steps: 21,400",
+        "- batch: 32",
+        "- ok: True",
+        "",
+        "free text",
+    ]
 
 
 def test_reset_removes_everything_of_the_old_run_and_nothing_else(tmp_path):

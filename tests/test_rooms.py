@@ -1,4 +1,6 @@
-"""The layout of the code: which room may import from which, and that no module imports in a circle."""
+"""The layout of the code: which room may import from which, and that no module imports in a
+circle.
+"""
 
 import ast
 from pathlib import Path

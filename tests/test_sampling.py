@@ -71,9 +71,19 @@ def test_first_argmax_takes_the_first_of_equals():
 
 @pytest.mark.parametrize(
     ("temperature", "top_k", "top_p"),
-    [(1.0, 0, 1.0), (0.5, 0, 1.0), (2.0, 7, 1.0), (1.0, 0, 0.6), (0.7, 20, 0.8), (1.0, 300, 1.0), (1.5, 300, 0.95),
-     (8.0, 0, 0.97), (1.0, 1, 1.0), (1.0, 0, 1e-6)],
-)  # fmt: skip
+    [
+        (1.0, 0, 1.0),
+        (0.5, 0, 1.0),
+        (2.0, 7, 1.0),
+        (1.0, 0, 0.6),
+        (0.7, 20, 0.8),
+        (1.0, 300, 1.0),
+        (1.5, 300, 0.95),
+        (8.0, 0, 0.97),
+        (1.0, 1, 1.0),
+        (1.0, 0, 1e-6),
+    ],
+)
 def test_frequencies_follow_the_restricted_softmax(temperature, top_k, top_p):
     rounds = 8
     logits = np.random.default_rng(0).normal(size=VOCAB).astype(np.float32) * 2

@@ -110,8 +110,10 @@ async def test_tool_calls_are_events_of_their_own():
         text = await (await session.post("/chat/completions", json=HELLO)).text()
     events = [json.loads(line[6:]) for line in text.split("\n\n") if line]
     assert [event.get("tool") for event in events] == [
-        {"expression": "1+2", "output": "3"}, {"expression": "1/0", "output": None}, None,
-    ]  # fmt: skip
+        {"expression": "1+2", "output": "3"},
+        {"expression": "1/0", "output": None},
+        None,
+    ]
 
 
 async def test_sampling_comes_from_the_request_or_else_from_the_server():
@@ -248,9 +250,15 @@ async def test_text_never_becomes_a_control_token():
     tokens = scheduler.requests[0].tokens
     names = {id: name for name, id in SPECIAL.items()}
     assert [names[token][2:-2] for token in tokens if token in names] == [
-        "bos", "user_start", "user_end", "assistant_start", "assistant_end", "user_start", "user_end",
+        "bos",
+        "user_start",
+        "user_end",
         "assistant_start",
-    ]  # fmt: skip
+        "assistant_end",
+        "user_start",
+        "user_end",
+        "assistant_start",
+    ]
     assert TOKENIZER.decode(tokens).count(text) == 3
 
 
@@ -340,9 +348,12 @@ async def test_health_and_stats_count_slots():
         assert health["status"] == "ok" and health["ready"] is True and health["num_gpus"] == 2
         assert health["available_workers"] == 3 and health["model"] == {"name": "test"}
         assert await (await session.get("/stats")).json() == {
-            "total_workers": 5, "available_workers": 3, "busy_workers": 2, "queued_requests": 1,
+            "total_workers": 5,
+            "available_workers": 3,
+            "busy_workers": 2,
+            "queued_requests": 1,
             "workers": [{"gpu_id": 0, "device": "cuda:0"}, {"gpu_id": 1, "device": "cuda:1"}],
-        }  # fmt: skip
+        }
 
 
 async def test_the_page_loads_nothing_from_elsewhere():
@@ -399,15 +410,23 @@ print("clean")
 """
 
 
-@pytest.mark.parametrize("reply,rest", [
-    ("ends", b'data: {"token": " you", "gpu": 0}\n\ndata: {"done": true}\n\n'),
-    ("hangs", b'data: {"error": "the server is shutting down"}\n\n'),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "reply,rest",
+    [
+        ("ends", b'data: {"token": " you", "gpu": 0}\n\ndata: {"done": true}\n\n'),
+        ("hangs", b'data: {"error": "the server is shutting down"}\n\n'),
+    ],
+)
 async def test_a_signal_lets_replies_end_within_the_grace_and_then_breaks_them_off(reply, rest):
     process = await asyncio.create_subprocess_exec(
-        sys.executable, "-c", STOPPABLE, reply, cwd=ROOT, stdout=subprocess.PIPE,
+        sys.executable,
+        "-c",
+        STOPPABLE,
+        reply,
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
         env=os.environ | {"PYTHONPATH": str(ROOT)},
-    )  # fmt: skip
+    )
     try:
         port = int(await process.stdout.readline())
         async with aiohttp.ClientSession() as session:
@@ -428,9 +447,13 @@ async def test_a_signal_lets_replies_end_within_the_grace_and_then_breaks_them_o
 def test_serving_where_the_port_is_taken_or_no_model_is_trained_fails_in_one_line(tmp_path):
     def start(port):
         return subprocess.Popen(
-            [sys.executable, "-m", "scripts.serve", "-p", str(port)], cwd=ROOT, text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {"NANOCHAT_BASE_DIR": str(tmp_path)},
-        )  # fmt: skip
+            [sys.executable, "-m", "scripts.serve", "-p", str(port)],
+            cwd=ROOT,
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            env=os.environ | {"NANOCHAT_BASE_DIR": str(tmp_path)},
+        )
 
     with server.bind("127.0.0.1", 0) as sock:
         for process, message in (
@@ -442,11 +465,26 @@ def test_serving_where_the_port_is_taken_or_no_model_is_trained_fails_in_one_lin
             assert error.startswith("error: ") and error.count("\n") == 1 and message in error
 
 
-@pytest.mark.parametrize("flags", [
-    "--temperature 3", "--top-k 201", "--max-tokens 0", "--max-tokens 99999", "-p 65536", "--slots 0", "-i x",
-    "--max-queue 0", "--timeout 0", "--grace -1", "-n 0",
-    "--device-type x", "--api-key= ", "--cors-origin example.com", "--cors-origin https://example.com/path",
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags",
+    [
+        "--temperature 3",
+        "--top-k 201",
+        "--max-tokens 0",
+        "--max-tokens 99999",
+        "-p 65536",
+        "--slots 0",
+        "-i x",
+        "--max-queue 0",
+        "--timeout 0",
+        "--grace -1",
+        "-n 0",
+        "--device-type x",
+        "--api-key= ",
+        "--cors-origin example.com",
+        "--cors-origin https://example.com/path",
+    ],
+)
 def test_flags_are_checked_before_anything_is_loaded(flags):
     with pytest.raises(UsageError, match=re.split("[ =]", flags)[1] or "expected a value"):
         parse(serve.Config, flags.split(), prog="serve", description="")
@@ -488,8 +526,14 @@ async def test_real_engine_gives_every_client_its_own_reply_and_survives_those_w
     engine = Engine(
         config, init_params(config, jax.random.key(0)), TOKENIZER, num_slots=2, max_prefill_rows=1
     )
-    asked = [{"messages": [{"role": "user", "content": f"{n} times two?"}], "temperature": 0, "max_tokens": 20 + n}
-             for n in range(5)]  # fmt: skip
+    asked = [
+        {
+            "messages": [{"role": "user", "content": f"{n} times two?"}],
+            "temperature": 0,
+            "max_tokens": 20 + n,
+        }
+        for n in range(5)
+    ]
 
     def expected(body):
         tokens, _ = make_prompt(
@@ -547,9 +591,13 @@ async def test_metrics_count_what_was_asked_and_given():
         'nanochat_http_requests_total{route="/v1/chat/completions",status="200"}': 1,
         'nanochat_http_requests_total{route="unknown",status="404"}': 1,
         'nanochat_replies_total{reason="stop"}': 3,
-        "nanochat_prompt_tokens_total": 9, "nanochat_generated_tokens_total": 6,
-        "nanochat_time_to_first_token_seconds_count": 3, "nanochat_inter_token_seconds_count": 3,
-        "nanochat_reply_seconds_count": 3, "nanochat_slots": 2, "nanochat_active_requests": 2,
+        "nanochat_prompt_tokens_total": 9,
+        "nanochat_generated_tokens_total": 6,
+        "nanochat_time_to_first_token_seconds_count": 3,
+        "nanochat_inter_token_seconds_count": 3,
+        "nanochat_reply_seconds_count": 3,
+        "nanochat_slots": 2,
+        "nanochat_active_requests": 2,
         "nanochat_waiting_requests": 1,
-    }  # fmt: skip
+    }
     assert {name: float(numbers[name]) for name in expected} == expected

@@ -1,4 +1,6 @@
-"""Shards: what is written is read back in order, virtual shards share it out, and damage is named."""
+"""Shards: what is written is read back in order, virtual shards share it out, and damage is
+named.
+"""
 
 import itertools
 

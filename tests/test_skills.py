@@ -171,7 +171,6 @@ def test_the_usual_ways_to_ask_are_trained():
         r"\d+ - \d+",
         r"Spell the word [a-z]+",
         r'How do you spell "[a-z]+"\?',
-        # fmt: skip
         r"How many [a-z] are in [a-z]+\?",
         r'How many [a-z] are in "[a-z]+"\?',
     ):
@@ -189,22 +188,34 @@ def test_tool_calls_repeat_the_question():
         assert re.search(rf"\b{quoted[3]}\b", question(conversation))
 
 
-@pytest.mark.parametrize("completion, number", [
-    ("1 + 1 = 2", 2),
-    ("", None),
-    ("The answer is -1,234.", -1234),
-    ("345 - 678 = -333", -333),
-    ("7 / 2 = 3.5", 3.5),
-    ("none", None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "completion, number",
+    [
+        ("1 + 1 = 2", 2),
+        ("", None),
+        ("The answer is -1,234.", -1234),
+        ("345 - 678 = -333", -333),
+        ("7 / 2 = 3.5", 3.5),
+        ("none", None),
+    ],
+)
 def test_final_number(completion, number):
     assert final_number(completion) == number
 
 
-@pytest.mark.parametrize("completion, right", [
-    ("c-a-t", True), ("c, a, t.", True), ("C A T", True), ("c-a-t-s", False), ("c-at", False), ("cat", False),
-    ("", False), ("The word is c-a-t", False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "completion, right",
+    [
+        ("c-a-t", True),
+        ("c, a, t.", True),
+        ("C A T", True),
+        ("c-a-t-s", False),
+        ("c-at", False),
+        ("cat", False),
+        ("", False),
+        ("The word is c-a-t", False),
+    ],
+)
 def test_spelling_is_judged_strictly(completion, right):
     assert Spelling("train", 1, WORDS).evaluate({"answer": "cat"}, completion) is right
 
@@ -242,18 +253,29 @@ def test_small_talk_alternates_is_clean_and_its_splits_are_disjoint():
     assert not re.search(r"fuck|shit|\bsex|@|www\.|http|instagram|my name is|\d{4}", everything)
 
 
-@pytest.mark.parametrize("turns, cleaned", [
-    ([["hello", "how are you"], ["im fine", "?"], ["i see"], ["ok!", "bye"], ["odd one out"]],
-     ["Hello. How are you.", "I'm fine?", "I see.", "Ok! Bye."]),
-    ([["hello"], ["hi"], ["bye"]], None),  # too short
-    ([["hello"], ["hi"], ["my email is a@b.com"], ["ok"]], None),
-    ([["hello"], ["hi"], ["this is such bullshit"], ["ok"]], None),
-    ([["hello"], ["I'm Robert by the way"], ["nice"], ["ok"]], None),
-    ([["hello"], ["hi"], ["are you from Ohio"], ["yes, I'm from Ohio"]], None),
-    ([["hello"], ["hi"], ["asdfffffff"], ["ok"]], None),
-    # three short turns before the long one
-    ([["hello"], ["hi"], ["what's up"], ["very long" * 40], ["ok"]], None),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "turns, cleaned",
+    [
+        (
+            [
+                ["hello", "how are you"],
+                ["im fine", "?"],
+                ["i see"],
+                ["ok!", "bye"],
+                ["odd one out"],
+            ],
+            ["Hello. How are you.", "I'm fine?", "I see.", "Ok! Bye."],
+        ),
+        ([["hello"], ["hi"], ["bye"]], None),  # too short
+        ([["hello"], ["hi"], ["my email is a@b.com"], ["ok"]], None),
+        ([["hello"], ["hi"], ["this is such bullshit"], ["ok"]], None),
+        ([["hello"], ["I'm Robert by the way"], ["nice"], ["ok"]], None),
+        ([["hello"], ["hi"], ["are you from Ohio"], ["yes, I'm from Ohio"]], None),
+        ([["hello"], ["hi"], ["asdfffffff"], ["ok"]], None),
+        # three short turns before the long one
+        ([["hello"], ["hi"], ["what's up"], ["very long" * 40], ["ok"]], None),
+    ],
+)
 def test_cleaning_small_talk(turns, cleaned):
     assert chitchat.clean(turns) == cleaned
 

@@ -140,13 +140,21 @@ def test_a_named_mixture(tmp_path, paths):
     assert len(tasks.mixture_for("climbmix", "sft", "val", paths, named="GSM8K")) == 220
 
 
-@pytest.mark.parametrize("named, message", [
-    ("GSM9K", "unknown task 'GSM9K': expected SmolTalk, "), ("GSM8K*", "the weight of 'ChitChat\\*' must be"),
-    ("GSM8K*0", "must be a positive"), ("GSM8K*nan", "must be a positive"), ("", "unknown task ''"),
-    # before MMLU is downloaded
-    ("MMLU,GSM9K", "unknown task 'GSM9K'"), ("MMLU,no.jsonl", "no.jsonl does not exist"),
-    ("no.jsonl", "no.jsonl does not exist"), ("ChitChat*1e-9", "takes none of the"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "named, message",
+    [
+        ("GSM9K", "unknown task 'GSM9K': expected SmolTalk, "),
+        ("GSM8K*", "the weight of 'ChitChat\\*' must be"),
+        ("GSM8K*0", "must be a positive"),
+        ("GSM8K*nan", "must be a positive"),
+        ("", "unknown task ''"),
+        # before MMLU is downloaded
+        ("MMLU,GSM9K", "unknown task 'GSM9K'"),
+        ("MMLU,no.jsonl", "no.jsonl does not exist"),
+        ("no.jsonl", "no.jsonl does not exist"),
+        ("ChitChat*1e-9", "takes none of the"),
+    ],
+)
 def test_a_mixture_that_cannot_be(tmp_path, no_network, named, message):
     with pytest.raises(UsageError, match=message):
         mixtures.named_mixture(named.replace("GSM8K*", "ChitChat*"), Paths(tmp_path))
@@ -158,10 +166,12 @@ def test_a_mixture_that_cannot_be(tmp_path, no_network, named, message):
 def test_multiple_choice_to_the_byte():
     conversation = multiple_choice("Which is blue?", ["grass", "the sky"], "AB", "B")
     assert conversation["messages"] == [
-        user("Multiple Choice question: Which is blue?\n- grass=A\n- the sky=B\n\n"
-             "Respond only with the letter of the correct answer."),
+        user(
+            "Multiple Choice question: Which is blue?\n- grass=A\n- the sky=B\n\n"
+            "Respond only with the letter of the correct answer."
+        ),
         {"role": "assistant", "content": "B"},
-    ]  # fmt: skip
+    ]
     assert conversation["letters"] == ["A", "B"]
     with pytest.raises(ValueError, match="'C'"):
         multiple_choice("Which?", ["a", "b"], "AB", "C")
@@ -182,10 +192,19 @@ def test_gsm8k_solution_becomes_tool_calls():
     ]
 
 
-@pytest.mark.parametrize("completion, right", [
-    ("So #### 1012", True), ("#### 1,012 apples", True), ("#### 1012\n#### 7", True), ("#### 1012.0", False),
-    ("1012", False), ("####1012", False), ("", False), ("#### -1012", False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "completion, right",
+    [
+        ("So #### 1012", True),
+        ("#### 1,012 apples", True),
+        ("#### 1012\n#### 7", True),
+        ("#### 1012.0", False),
+        ("1012", False),
+        ("####1012", False),
+        ("", False),
+        ("#### -1012", False),
+    ],
+)
 def test_gsm8k_judgement(completion, right):
     conversation = {
         "messages": [
@@ -243,13 +262,22 @@ def test_simple_spelling_form():
 # --------------------------------------------------------------------------------------- own conver
 
 
-@pytest.mark.parametrize("content, message", [
-    ("", "no conversation"),
-    ("[{]", "line 1 is not JSON"),
-    ('[{"role": "user", "content": "a"}]', "line 1: expected an array of at least 2"),
-    ('[{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]', "line 1: message 1: the role should be assistant"),
-    ('\n[{"role": "user", "content": "a"}, {"role": "assistant", "content": 3}]', "line 2: message 1"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        ("", "no conversation"),
+        ("[{]", "line 1 is not JSON"),
+        ('[{"role": "user", "content": "a"}]', "line 1: expected an array of at least 2"),
+        (
+            '[{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]',
+            "line 1: message 1: the role should be assistant",
+        ),
+        (
+            '\n[{"role": "user", "content": "a"}, {"role": "assistant", "content": 3}]',
+            "line 2: message 1",
+        ),
+    ],
+)
 def test_custom_json_names_the_bad_line(tmp_path, content, message):
     path = tmp_path / "chats.jsonl"
     path.write_text(content)
@@ -304,15 +332,21 @@ def test_a_file_of_questions_is_a_categorical_task(tmp_path):
         ]
 
 
-@pytest.mark.parametrize("value, message", [
-    ({"question": "?", "choices": ["a", "b"], "answer": 2}, "the answer 2 is no index"),
-    ({"question": "?", "choices": ["B", "A"], "answer": "B"}, "both a letter and the text of another choice"),
-    ({"question": "?", "choices": ["a", "b"], "answer": True}, "the answer True is no index"),
-    ({"question": "?", "choices": ["a"], "answer": 0}, "1 choices: expected 2 to 26"),
-    ({"question": "?", "choices": ["a", 3], "answer": 0}, "array of strings"),
-    ({"choices": ["a", "b"], "answer": 0}, "no 'question'"),
-    ({"text": "a"}, "no 'messages'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "value, message",
+    [
+        ({"question": "?", "choices": ["a", "b"], "answer": 2}, "the answer 2 is no index"),
+        (
+            {"question": "?", "choices": ["B", "A"], "answer": "B"},
+            "both a letter and the text of another choice",
+        ),
+        ({"question": "?", "choices": ["a", "b"], "answer": True}, "the answer True is no index"),
+        ({"question": "?", "choices": ["a"], "answer": 0}, "1 choices: expected 2 to 26"),
+        ({"question": "?", "choices": ["a", 3], "answer": 0}, "array of strings"),
+        ({"choices": ["a", "b"], "answer": 0}, "no 'question'"),
+        ({"text": "a"}, "no 'messages'"),
+    ],
+)
 def test_a_bad_question_is_named(tmp_path, value, message):
     with pytest.raises(UsageError, match=f"quiz.jsonl line 1: .*{message}"):
         CustomJSON(write_lines(tmp_path / "quiz.jsonl", [value]))
@@ -339,19 +373,32 @@ def test_a_file_of_conversations_judges_its_last_message(tmp_path):
 
 
 HUMAN, GPT = {"from": "human", "value": "a"}, {"from": "gpt", "value": "b"}
-PARTS = [{"type": "text", "text": "It is "}, {"type": "python", "text": "2+2"},
-         {"type": "python_output", "text": "4"}, {"type": "text", "text": "four."}]  # fmt: skip
+PARTS = [
+    {"type": "text", "text": "It is "},
+    {"type": "python", "text": "2+2"},
+    {"type": "python_output", "text": "4"},
+    {"type": "text", "text": "four."},
+]
 AB = [user("a"), {"role": "assistant", "content": "b"}]
 
 
-@pytest.mark.parametrize("value, messages", [
-    ({"messages": [user("a"), {"role": "assistant", "content": PARTS}]}, [user("a"), assistant(PARTS)]),
-    ({"conversations": [HUMAN, GPT]}, AB), ({"conversations": AB}, AB), ([HUMAN, GPT], AB),
-    ({"system": "s", "conversations": [HUMAN, GPT]}, [{"role": "system", "content": "s"}, *AB]),
-    ({"instruction": "a", "input": "", "output": "b"}, AB), ({"instruction": "a", "output": "b"}, AB),
-    ({"instruction": "a", "input": "x", "output": "b"}, [user("a\n\nx"), AB[1]]),
-    ({"instruction": "a", "output": "b", "history": [["a", "b"]], "messages": None}, AB * 2),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "value, messages",
+    [
+        (
+            {"messages": [user("a"), {"role": "assistant", "content": PARTS}]},
+            [user("a"), assistant(PARTS)],
+        ),
+        ({"conversations": [HUMAN, GPT]}, AB),
+        ({"conversations": AB}, AB),
+        ([HUMAN, GPT], AB),
+        ({"system": "s", "conversations": [HUMAN, GPT]}, [{"role": "system", "content": "s"}, *AB]),
+        ({"instruction": "a", "input": "", "output": "b"}, AB),
+        ({"instruction": "a", "output": "b"}, AB),
+        ({"instruction": "a", "input": "x", "output": "b"}, [user("a\n\nx"), AB[1]]),
+        ({"instruction": "a", "output": "b", "history": [["a", "b"]], "messages": None}, AB * 2),
+    ],
+)
 @pytest.mark.parametrize("form", ["lines", "bom", "crlf", "gz", "array", "pretty"])
 def test_layouts_are_known_by_their_keys(tmp_path, value, messages, form):
     path = tmp_path / ("chats.jsonl" + ".gz" * (form == "gz"))
@@ -368,21 +415,53 @@ def test_layouts_are_known_by_their_keys(tmp_path, value, messages, form):
     assert len(mixtures.named_mixture(f"{path}*2", Paths(tmp_path))) == 4
 
 
-@pytest.mark.parametrize("line, message", [
-    ("[" * 100_000, "line 2 is not JSON: it is nested too deeply"),
-    ('{"messages": [], "n": %s}' % ("1" * 5000), "line 2 is not JSON: Exceeds the limit"),
-    ('{"messages": {}}', "line 2: expected an array of at least 2 messages"),
-    ('[{"role": ["user"], "content": "a"}, 3]', "line 2: message 1 needs a role and a content"),
-    (json.dumps([user("a"), assistant(["b"])]), "line 2: message 1: a part is a text of type"),
-    (json.dumps([user("a"), assistant([{"type": [], "text": "b"}])]), "line 2: message 1: a part is a text of"),
-    (json.dumps({"conversations": [HUMAN, GPT | {"from": "tool"}]}), "line 2: message 1: the role should be"),
-    (json.dumps({"instruction": "a", "output": 3}), "line 2: instruction, input and output must be strings"),
-    (json.dumps({"instruction": "a", "output": "b", "history": 3}), "line 2: history must be an array of pairs"),
-    ("3", "line 2: expected an object or an array"), ("null", "line 2: expected an object or an array"),
-    (json.dumps([user("a"), assistant(PARTS[1:3])]), "line 2: the last message has no text"),
-    *[(json.dumps([user("a"), assistant(f"so #### {answer}")]), "line 2: the answer .* is not a number")
-      for answer in ("", "forty", "1,2", "10:30", "5-3", "1 000", "2024-01-02", "1" * 5000, "5/0", "1e9999")],
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "line, message",
+    [
+        ("[" * 100_000, "line 2 is not JSON: it is nested too deeply"),
+        ('{"messages": [], "n": %s}' % ("1" * 5000), "line 2 is not JSON: Exceeds the limit"),
+        ('{"messages": {}}', "line 2: expected an array of at least 2 messages"),
+        ('[{"role": ["user"], "content": "a"}, 3]', "line 2: message 1 needs a role and a content"),
+        (json.dumps([user("a"), assistant(["b"])]), "line 2: message 1: a part is a text of type"),
+        (
+            json.dumps([user("a"), assistant([{"type": [], "text": "b"}])]),
+            "line 2: message 1: a part is a text of",
+        ),
+        (
+            json.dumps({"conversations": [HUMAN, GPT | {"from": "tool"}]}),
+            "line 2: message 1: the role should be",
+        ),
+        (
+            json.dumps({"instruction": "a", "output": 3}),
+            "line 2: instruction, input and output must be strings",
+        ),
+        (
+            json.dumps({"instruction": "a", "output": "b", "history": 3}),
+            "line 2: history must be an array of pairs",
+        ),
+        ("3", "line 2: expected an object or an array"),
+        ("null", "line 2: expected an object or an array"),
+        (json.dumps([user("a"), assistant(PARTS[1:3])]), "line 2: the last message has no text"),
+        *[
+            (
+                json.dumps([user("a"), assistant(f"so #### {answer}")]),
+                "line 2: the answer .* is not a number",
+            )
+            for answer in (
+                "",
+                "forty",
+                "1,2",
+                "10:30",
+                "5-3",
+                "1 000",
+                "2024-01-02",
+                "1" * 5000,
+                "5/0",
+                "1e9999",
+            )
+        ],
+    ],
+)
 def test_what_cannot_be_read_or_judged_is_refused_with_its_line(tmp_path, line, message):
     path = tmp_path / "chats.jsonl"
     path.write_text(json.dumps(AB) + "\n" + line + "\n")
@@ -398,17 +477,35 @@ def test_a_file_that_is_only_trained_on_needs_no_answers(tmp_path):
     assert len(CustomJSON(path, judged=False)) == 2
 
 
-@pytest.mark.parametrize("reference, reply, right", [
-    ("#### 42", "so #### 42.", True), ("#### 42", "#### $42", True), ("#### 42", "#### 42.0", True),
-    ("#### 42", "#### **42**", True), ("#### 42", r"#### \boxed{42}", True), ("#### 42", "####42 apples", True),
-    ("#### -5", "#### \u22125", True), ("#### -5", "#### -$5.00", True), ("#### -5", "#### 5", False),
-    ("#### $1,234", "#### 1234", True), ("#### 1234", "#### 1\u202f234", True), ("#### 0.5", "#### 1/2", True),
-    ("#### 1000", "#### 1e3", True), ("#### 1000", "#### 1 000", False), ("#### 1", "#### 1e9999", False),
-    ("#### 7", "first #### 5, no, #### 7", True), ("#### 7", "#### 7 or rather #### 9", False),
-    ("#### 7", "#### 7\n#### 7:30", False), ("#### 7", "#### 7\n#### That is all", True),
-    ("#### 7", "7", False), ("#### 7", "", False), ("#### 7", "##### 7", False),
-    ("#### 5\nno, #### 7", "#### 7", True), ("#### 1", "#### " + "1" * 5000, False),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "reference, reply, right",
+    [
+        ("#### 42", "so #### 42.", True),
+        ("#### 42", "#### $42", True),
+        ("#### 42", "#### 42.0", True),
+        ("#### 42", "#### **42**", True),
+        ("#### 42", r"#### \boxed{42}", True),
+        ("#### 42", "####42 apples", True),
+        ("#### -5", "#### \u22125", True),
+        ("#### -5", "#### -$5.00", True),
+        ("#### -5", "#### 5", False),
+        ("#### $1,234", "#### 1234", True),
+        ("#### 1234", "#### 1\u202f234", True),
+        ("#### 0.5", "#### 1/2", True),
+        ("#### 1000", "#### 1e3", True),
+        ("#### 1000", "#### 1 000", False),
+        ("#### 1", "#### 1e9999", False),
+        ("#### 7", "first #### 5, no, #### 7", True),
+        ("#### 7", "#### 7 or rather #### 9", False),
+        ("#### 7", "#### 7\n#### 7:30", False),
+        ("#### 7", "#### 7\n#### That is all", True),
+        ("#### 7", "7", False),
+        ("#### 7", "", False),
+        ("#### 7", "##### 7", False),
+        ("#### 5\nno, #### 7", "#### 7", True),
+        ("#### 1", "#### " + "1" * 5000, False),
+    ],
+)
 def test_answers_after_the_hashes_are_compared_as_numbers(tmp_path, reference, reply, right):
     task = CustomJSON(write_lines(tmp_path / "q.jsonl", [[user("?"), assistant(reference)]]))
     assert task.evaluate(task[0], reply) is right
@@ -440,9 +537,13 @@ def test_a_mixture_that_would_fill_the_memory_is_refused(tmp_path):
         mixtures.named_mixture(f"{path}*1e8", Paths(tmp_path))
 
 
-@pytest.mark.parametrize("table, message", [
-    ({"question": ["a"]}, "has 0 columns 'answer'"), ({"question": ["a"], "answer": [None]}, "has rows without 'answer'"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "table, message",
+    [
+        ({"question": ["a"]}, "has 0 columns 'answer'"),
+        ({"question": ["a"], "answer": [None]}, "has rows without 'answer'"),
+    ],
+)
 def test_rows_that_a_task_cannot_read_are_refused(tmp_path, no_network, table, message):
     folder = tmp_path / "task_data/openai--gsm8k/main/train"
     folder.mkdir(parents=True)
@@ -519,7 +620,11 @@ def test_a_split_is_fetched_once_and_in_order(tmp_path, hub_server):
     hub_server.faults["main/train-00005-of-00002.parquet"] = "torn"
     assert fetch_split(hub_server, tmp_path) == list(range(10))
     assert sorted(path.name for path in folder.iterdir()) == [
-        "00000.parquet", "00001.parquet", "manifest.json", "source.json"]  # fmt: skip
+        "00000.parquet",
+        "00001.parquet",
+        "manifest.json",
+        "source.json",
+    ]
     assert json.loads((folder / "manifest.json").read_text()) == ["00000.parquet", "00001.parquet"]
     source = json.loads((folder / "source.json").read_text())
     assert source["revision"] == hub_server.commit("owner/name") and source["files"][1].startswith(
@@ -557,8 +662,13 @@ def test_data_that_cannot_be_had_is_an_error_that_names_it(tmp_path, hub_server)
 
 
 def test_every_data_set_is_pinned_to_a_commit():
-    assert set(hub.PINNED) >= {"allenai/ai2_arc", "cais/mmlu", "openai/gsm8k", "openai/openai_humaneval",
-                               "HuggingFaceTB/smol-smoltalk"}  # fmt: skip
+    assert set(hub.PINNED) >= {
+        "allenai/ai2_arc",
+        "cais/mmlu",
+        "openai/gsm8k",
+        "openai/openai_humaneval",
+        "HuggingFaceTB/smol-smoltalk",
+    }
     assert all(re.fullmatch("[0-9a-f]{40}", revision) for revision, _ in hub.PINNED.values())
 
 
@@ -586,14 +696,17 @@ def test_damaged_data_is_an_error(tmp_path, no_network, files, manifest):
 # --------------------------------------------------------------------------------------- the real d
 
 
-@pytest.mark.parametrize("name, key, eval_type, baseline, size", [
-    ("ARC-Easy", "arc_easy", "categorical", 0.25, 1521),
-    ("ARC-Challenge", "arc_challenge", "categorical", 0.25, 779),
-    ("MMLU", "mmlu", "categorical", 0.25, 9214),
-    ("GSM8K", "gsm8k", "generative", 0.0, 862),
-    ("HumanEval", "humaneval", "generative", 0.0, 94),
-    ("SpellingBee", "spelling_bee", "generative", 0.0, 256),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, key, eval_type, baseline, size",
+    [
+        ("ARC-Easy", "arc_easy", "categorical", 0.25, 1521),
+        ("ARC-Challenge", "arc_challenge", "categorical", 0.25, 779),
+        ("MMLU", "mmlu", "categorical", 0.25, 9214),
+        ("GSM8K", "gsm8k", "generative", 0.0, 862),
+        ("HumanEval", "humaneval", "generative", 0.0, 94),
+        ("SpellingBee", "spelling_bee", "generative", 0.0, 256),
+    ],
+)
 def test_evaluation_tasks_on_real_rows(paths, name, key, eval_type, baseline, size):
     task = tasks.load_eval_task(name, paths)
     assert (task.key, task.eval_type, task.baseline, len(task)) == (key, eval_type, baseline, size)
@@ -639,12 +752,15 @@ def test_humaneval_runs_the_tests(paths):
         )
 
 
-@pytest.mark.parametrize("stage, split, size", [
-    ("mid", "train", 4197 + 8315 + 7473 + 2 * 1000 + 280_000),
-    ("mid", "val", 220 + 5200 + 420),
-    ("sft", "train", 2251 + 1119 + 7473 + 4197 + 1000 + 600),
-    ("sft", "val", 220),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "stage, split, size",
+    [
+        ("mid", "train", 4197 + 8315 + 7473 + 2 * 1000 + 280_000),
+        ("mid", "val", 220 + 5200 + 420),
+        ("sft", "train", 2251 + 1119 + 7473 + 4197 + 1000 + 600),
+        ("sft", "val", 220),
+    ],
+)
 def test_upstream_mixtures(paths, stage, split, size):
     mixture = tasks.upstream_mixture(stage, split, paths)
     assert len(mixture) == size

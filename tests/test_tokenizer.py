@@ -1,4 +1,6 @@
-"""The tokenizer: training against the definition and upstream's vocabulary, encoding, and storage."""
+"""The tokenizer: training against the definition and upstream's vocabulary, encoding, and
+storage.
+"""
 
 import itertools
 import json
@@ -229,8 +231,10 @@ def test_an_exception_of_the_callback_ends_training(shards, stage):
             raise RuntimeError("enough")
 
     trainer = rustbpe.Tokenizer()
-    for train in (lambda: trainer.train_from_parquet(shards, 300, progress=progress),
-                  lambda: trainer.train_from_iterator(TEXTS, 300, progress=progress)):  # fmt: skip
+    for train in (
+        lambda: trainer.train_from_parquet(shards, 300, progress=progress),
+        lambda: trainer.train_from_iterator(TEXTS, 300, progress=progress),
+    ):
         with pytest.raises(RuntimeError, match="enough"):
             train()
     assert len(trainer.get_mergeable_ranks()) == 256

@@ -1,4 +1,6 @@
-"""Whether the device and its kernels compute what they should, and the rates that bound the rest."""
+"""Whether the device and its kernels compute what they should, and the rates that bound the
+rest.
+"""
 
 import functools
 import importlib.metadata
@@ -103,7 +105,9 @@ def nvidia_smi() -> str | None:
 
 
 def dense_attention(q: Array, k: Array, v: Array, window: int | None) -> Array:
-    """Causal attention with all scores in memory: the reference. q [B, T, H, h]; k, v [B, T, K, h]."""
+    """Causal attention with all scores in memory: the reference. q [B, T, H, h]; k, v [B, T, K,
+    h].
+    """
     length, groups = q.shape[1], q.shape[2] // k.shape[2]
     k, v = (jnp.repeat(x, groups, axis=2) for x in (k, v))
     distance = jnp.arange(length)[:, None] - jnp.arange(length)

@@ -1,4 +1,6 @@
-"""What the benchmark runs: phases in order, their time limits, and the sizes of what they measure."""
+"""What the benchmark runs: phases in order, their time limits, and the sizes of what they
+measure.
+"""
 
 from dataclasses import dataclass, field
 

@@ -164,7 +164,9 @@ def rank_words(texts: Iterable[str]) -> list[str]:
 
 
 def make_corpus(speeches: Mapping[str, list[str]]) -> tuple[list[str], list[str]]:
-    """(training documents, validation documents), each shuffled, with no run of 13 words in both."""
+    """(training documents, validation documents), each shuffled, with no run of 13 words in
+    both.
+    """
     held_out = split_speeches(
         {name: sum(map(len, paragraphs)) for name, paragraphs in speeches.items()}
     )

@@ -253,7 +253,9 @@ def evaluate_task(task: Task, generator: Generator, sampling: Sampling) -> list[
 
 
 def chatcore(accuracies: Mapping[str, float], baselines: Mapping[str, float]) -> dict[str, float]:
-    """`chatcore_6` and `chatcore_5`, each if all of its tasks are among `accuracies` (by task key)."""
+    """`chatcore_6` and `chatcore_5`, each if all of its tasks are among `accuracies` (by task
+    key).
+    """
     found = {}
     for name, keys in (("chatcore_6", CHATCORE_6), ("chatcore_5", CHATCORE_5)):
         if all(key in accuracies for key in keys):

@@ -177,7 +177,9 @@ class HFModel:
         return scores
 
     def bits_per_byte(self, corpus: Path, rows: int, split_tokens: int) -> dict[str, float]:
-        """`train_bpb` and `val_bpb` over `split_tokens` tokens of each split, in batches of `rows`."""
+        """`train_bpb` and `val_bpb` over `split_tokens` tokens of each split, in batches of
+        `rows`.
+        """
         length, results = min(self.sequence_len, 2048), {}
         token_bytes = torch.as_tensor(
             self.tokenizer.token_bytes(self.vocab_size), device=self.device

@@ -211,7 +211,9 @@ class Generation:
 
     @property
     def newest(self) -> tuple[int, int]:
-        """The last two tokens, prompt included, oldest first; 0 stands for one that is not there."""
+        """The last two tokens, prompt included, oldest first; 0 stands for one that is not
+        there.
+        """
         before, last = (0, *self.prompt[-2:], *self.tokens[-2:])[-2:]
         return before, last
 

@@ -39,7 +39,9 @@ class TextStream:
         self._decoder.reset()
 
     def finish(self) -> str:
-        """The text still held back; an unfinished character at the end has no text and is left out."""
+        """The text still held back; an unfinished character at the end has no text and is left
+        out.
+        """
         self.break_character()
         ready, self._held = self._held, ""
         return ready

@@ -67,7 +67,9 @@ def check_attention(compute: Compute, *, length: int, head_dim: int) -> None:
 
 
 def _attend(q: Array, k: Array, v: Array, mask: Array) -> Array:
-    """[B, T, H, h] of q [B, T, H, h], k and v [B, K, S, h]; the mask broadcasts to [B, 1, 1, T, S]."""
+    """[B, T, H, h] of q [B, T, H, h], k and v [B, K, S, h]; the mask broadcasts to [B, 1, 1, T,
+    S].
+    """
     batch, q_len, n_head, head_dim = q.shape
     n_kv_head = k.shape[1]
     grouped = q.reshape(batch, q_len, n_kv_head, n_head // n_kv_head, head_dim)

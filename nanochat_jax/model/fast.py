@@ -96,7 +96,9 @@ def transpose(x: Array) -> Array:
 
 
 def matmul_transposed(x: Array, y: Array) -> Array:
-    """x^T y in float32: [M, N] of x [R, M] and y [R, N]. Buys: only the narrower operand is copied."""
+    """x^T y in float32: [M, N] of x [R, M] and y [R, N]. Buys: only the narrower operand is
+    copied.
+    """
     if x.shape[1] <= y.shape[1]:
         return jnp.dot(transpose(x), y, preferred_element_type=jnp.float32)
     return jax.lax.optimization_barrier(

@@ -52,7 +52,9 @@ def make_mesh(text: str = "auto", devices: Sequence[jax.Device] | None = None) -
 def mesh_shape(
     text: str, count: int, platform: str, *, all_of_them: bool = False
 ) -> tuple[int, int]:
-    """(data, model) of "8x1" or "auto" on `count` devices. Raises `UsageError` if these do not do."""
+    """(data, model) of "8x1" or "auto" on `count` devices. Raises `UsageError` if these do not
+    do.
+    """
     if text == "auto":
         return count, 1
     match = re.fullmatch(r"(\d+)x(\d+)", text)

@@ -103,7 +103,9 @@ class Blocks(nnx.Module):
 
 
 class GPT(nnx.Module):
-    """All weights. `gpt.forward` computes with them as the plain dict that `init_params` returns."""
+    """All weights. `gpt.forward` computes with them as the plain dict that `init_params`
+    returns.
+    """
 
     def __init__(self, config: GPTConfig, *, rngs: nnx.Rngs) -> None:
         declare = _Declare(rngs)

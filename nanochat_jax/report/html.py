@@ -20,10 +20,19 @@ TILES = (  # label, stages to look in (the first that has it), result
     ("held-out accuracy after RL", ("chat_rl",), "accuracy"),
 )
 LABELS = {  # of results whose name is not how people write them
-    "core": "CORE", "chatcore_5": "ChatCORE (5)", "chatcore_6": "ChatCORE (6)", "arc_easy": "ARC-Easy",
-    "arc_challenge": "ARC-Challenge", "mmlu": "MMLU", "gsm8k": "GSM8K", "humaneval": "HumanEval",
-    "spelling_bee": "SpellingBee", "train_bpb": "train bpb", "val_bpb": "val bpb", "val_loss": "val loss",
-}  # fmt: skip
+    "core": "CORE",
+    "chatcore_5": "ChatCORE (5)",
+    "chatcore_6": "ChatCORE (6)",
+    "arc_easy": "ARC-Easy",
+    "arc_challenge": "ARC-Challenge",
+    "mmlu": "MMLU",
+    "gsm8k": "GSM8K",
+    "humaneval": "HumanEval",
+    "spelling_bee": "SpellingBee",
+    "train_bpb": "train bpb",
+    "val_bpb": "val bpb",
+    "val_loss": "val loss",
+}
 LOSS_CHARTS = {
     "base_train": "Pretraining",
     "mid_train": "Midtraining",

@@ -372,7 +372,9 @@ def _wall_clock(started: str | None, sections: Sequence[Section]) -> str:
 
 
 def _machine_facts() -> dict[str, str]:
-    """Code version and machine, without touching an accelerator (stages log the devices they used)."""
+    """Code version and machine, without touching an accelerator (stages log the devices they
+    used).
+    """
     facts = {}
     if root := _checkout():
         branch, commit = (

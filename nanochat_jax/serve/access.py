@@ -213,7 +213,9 @@ def _error(
 
 
 def for_openai(request: web.Request) -> bool:
-    """Whether a request is for OpenAI's API, by its path, its body or a header of OpenAI's clients."""
+    """Whether a request is for OpenAI's API, by its path, its body or a header of OpenAI's
+    clients.
+    """
     by_header = "X-Stainless-Lang" in request.headers
     return by_header or OPENAI in request or request.path.startswith(OPENAI_PATHS)
 

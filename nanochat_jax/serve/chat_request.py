@@ -216,9 +216,14 @@ def check(model: type[M], body: Any) -> M:
 
 
 def make_prompt(
-    tokenizer: Tokenizer, messages: Sequence[dict[str, Any]], *, max_len: int, max_tokens: int,
-    drop: bool = True, ending: Ending = "reply",
-) -> tuple[tuple[int, ...], int]:  # fmt: skip
+    tokenizer: Tokenizer,
+    messages: Sequence[dict[str, Any]],
+    *,
+    max_len: int,
+    max_tokens: int,
+    drop: bool = True,
+    ending: Ending = "reply",
+) -> tuple[tuple[int, ...], int]:
     """Prompt of a conversation, and how many of its first messages were left out to make it fit in
     `max_len` tokens.
 

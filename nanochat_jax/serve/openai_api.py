@@ -196,21 +196,50 @@ class StreamOptions(Known):
 
 class CompletionRequest(Asked, Known):
     NEUTRAL = {
-        **dict.fromkeys((
-            "cache_prompt", "metadata", "parallel_tool_calls", "prediction", "priority",
-            "prompt_cache_key", "prompt_cache_retention", "request_id", "safety_identifier",
-            "service_tier", "store", "user",
-        )),
-        "bad_words": ([],), "best_of": (1,), "chat_template_kwargs": ({},), "echo": (False,),
-        "frequency_penalty": (0,), "function_call": ("none", "auto"), "functions": ([],),
-        "ignore_eos": (False,), "include_stop_str_in_output": (False,), "length_penalty": (1,),
-        "logit_bias": ({},), "logprobs": (False,), "min_p": (0,), "min_tokens": (0,),
-        "modalities": (["text"],), "presence_penalty": (0,), "reasoning_effort": ("none",),
-        "repetition_penalty": (1,), "response_format": ({"type": "text"},),
-        "skip_special_tokens": (True,), "stop_token_ids": ([],), "tool_choice": ("none", "auto"),
-        "tools": ([],), "top_logprobs": (0,), "typical_p": (1,), "use_beam_search": (False,),
+        **dict.fromkeys(
+            (
+                "cache_prompt",
+                "metadata",
+                "parallel_tool_calls",
+                "prediction",
+                "priority",
+                "prompt_cache_key",
+                "prompt_cache_retention",
+                "request_id",
+                "safety_identifier",
+                "service_tier",
+                "store",
+                "user",
+            )
+        ),
+        "bad_words": ([],),
+        "best_of": (1,),
+        "chat_template_kwargs": ({},),
+        "echo": (False,),
+        "frequency_penalty": (0,),
+        "function_call": ("none", "auto"),
+        "functions": ([],),
+        "ignore_eos": (False,),
+        "include_stop_str_in_output": (False,),
+        "length_penalty": (1,),
+        "logit_bias": ({},),
+        "logprobs": (False,),
+        "min_p": (0,),
+        "min_tokens": (0,),
+        "modalities": (["text"],),
+        "presence_penalty": (0,),
+        "reasoning_effort": ("none",),
+        "repetition_penalty": (1,),
+        "response_format": ({"type": "text"},),
+        "skip_special_tokens": (True,),
+        "stop_token_ids": ([],),
+        "tool_choice": ("none", "auto"),
+        "tools": ([],),
+        "top_logprobs": (0,),
+        "typical_p": (1,),
+        "use_beam_search": (False,),
         "verbosity": ("medium",),
-    }  # fmt: skip
+    }
 
     model: str | None = None
     messages: Annotated[
@@ -368,9 +397,15 @@ class OpenAIServer:
                 raise BadRequest(
                     REPLY_ERROR_STATUS[error.code], error.detail, code=error.code
                 ) from error
-        choices = [{"index": index, "message": {"role": "assistant", "content": result.text, "refusal": None},
-                    "logprobs": None, "finish_reason": result.finish_reason}
-                   for index, result in sorted(results.items())]  # fmt: skip
+        choices = [
+            {
+                "index": index,
+                "message": {"role": "assistant", "content": result.text, "refusal": None},
+                "logprobs": None,
+                "finish_reason": result.finish_reason,
+            }
+            for index, result in sorted(results.items())
+        ]
         return web.json_response(
             {
                 "object": "chat.completion",

@@ -12,12 +12,17 @@ from nanochat_jax.serve.openai_api import CompletionRequest
 Schema = dict[str, Any]
 
 ERRORS = {
-    "400": "over a limit, not supported, or not decodable", "401": "the key is wrong",
+    "400": "over a limit, not supported, or not decodable",
+    "401": "the key is wrong",
     "403": "the server has another name: --allowed-hosts",
-    "404": "there is no such model", "408": "the body did not arrive in time", "413": "the body is too large",
-    "422": "a wrong type", "500": "the server failed", "503": "the queue is full: see Retry-After",
+    "404": "there is no such model",
+    "408": "the body did not arrive in time",
+    "413": "the body is too large",
+    "422": "a wrong type",
+    "500": "the server failed",
+    "503": "the queue is full: see Retry-After",
     "504": "the reply took too long",
-}  # fmt: skip
+}
 TEXT, WHOLE, TRUTH = {"type": "string"}, {"type": "integer"}, {"type": "boolean"}
 
 

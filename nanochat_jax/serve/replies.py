@@ -33,7 +33,9 @@ STALL_SECONDS = 0.75  # ... and is given up if that lasts
 
 
 class ReplyError(Exception):
-    """A reply that broke off, in words for the client. `code` is "timeout", "shutdown" or "failed"."""
+    """A reply that broke off, in words for the client. `code` is "timeout", "shutdown" or
+    "failed".
+    """
 
     def __init__(self, code: str, detail: str) -> None:
         super().__init__(detail)
@@ -57,7 +59,9 @@ class _Reply:
             self.queue.put_nowait((index, error))
 
     def break_off(self, error: ReplyError) -> None:
-        """Free the slots now; whoever reads the events sees the error after those that came before."""
+        """Free the slots now; whoever reads the events sees the error after those that came
+        before.
+        """
         for handle in self.handles:
             handle.cancel()
         self.queue.put_nowait((0, error))

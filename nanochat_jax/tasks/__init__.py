@@ -52,7 +52,9 @@ def eval_task_name(name: str) -> str:
 
 
 def task_names(text: str) -> list[str]:
-    """The tasks in "GSM8K|SpellingBee", or none for "auto". Raises `UsageError` for an unknown one."""
+    """The tasks in "GSM8K|SpellingBee", or none for "auto". Raises `UsageError` for an unknown
+    one.
+    """
     return [] if text == "auto" else [eval_task_name(name) for name in text.split("|")]
 
 

@@ -67,7 +67,9 @@ def tidy(utterances: Iterable[str]) -> str:
 
 
 def clean(turns: Iterable[Iterable[str]]) -> list[str] | None:
-    """The opening of a conversation: an even number of turns, 4 to 8; None if there is none to use."""
+    """The opening of a conversation: an even number of turns, 4 to 8; None if there is none to
+    use.
+    """
     tidied: list[str] = []
     for turn in turns:
         turn = tidy(turn)

@@ -1,4 +1,6 @@
-"""Tasks of one's own, without code: a file of conversations, or of questions with choices, in JSON."""
+"""Tasks of one's own, without code: a file of conversations, or of questions with choices, in
+JSON.
+"""
 
 import json
 import string

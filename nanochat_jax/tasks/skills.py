@@ -82,10 +82,27 @@ class Arithmetic(Skill):
         "/": ["divided by"],
     }
     QUESTIONS = [
-        "What is {}?", "What is {}?", "What is {}?", "What is {}?", "What's {}?", "{}", "{} =", "{} = ?", "{}?",
-        "Calculate {}.", "Calculate {}", "Compute {}.", "How much is {}?", "What does {} equal?", "Please compute {}.",
-        "Can you calculate {}?", "Work out {}.", "what is {}", "Tell me what {} is.", "Solve {}.",
-    ]  # fmt: skip
+        "What is {}?",
+        "What is {}?",
+        "What is {}?",
+        "What is {}?",
+        "What's {}?",
+        "{}",
+        "{} =",
+        "{} = ?",
+        "{}?",
+        "Calculate {}.",
+        "Calculate {}",
+        "Compute {}.",
+        "How much is {}?",
+        "What does {} equal?",
+        "Please compute {}.",
+        "Can you calculate {}?",
+        "Work out {}.",
+        "what is {}",
+        "Tell me what {} is.",
+        "Solve {}.",
+    ]
 
     def make(self, rng: random.Random) -> Conversation:
         while True:
@@ -148,16 +165,38 @@ class WordArithmetic(Arithmetic):
     key = "word_arithmetic"
 
     ASKED = {
-        "+": ["What is the sum of {a} and {b}?", "Add {a} and {b}.", "Add {b} to {a}.", "Find the sum of {a} and {b}.",
-              "What do you get if you add {b} to {a}?", "Increase {a} by {b}.", "How much are {a} and {b} together?",
-              "I have {a} apples and get {b} more. How many are there?"],
-        "-": ["What is the difference between {a} and {b}?", "Subtract {b} from {a}.", "Take {b} away from {a}.",
-              "How much more is {a} than {b}?", "Decrease {a} by {b}.", "What is left of {a} without {b}?",
-              "I have {a} apples and eat {b} of them. How many are left?"],
-        "*": ["What is the product of {a} and {b}?", "Multiply {a} by {b}.", "Find the product of {a} and {b}.",
-              "What do you get if you multiply {a} by {b}?", "There are {a} boxes of {b} apples. How many are there?"],
-        "/": ["Divide {a} by {b}.", "What do you get if you divide {a} by {b}?", "Share {a} among {b}."],
-    }  # fmt: skip
+        "+": [
+            "What is the sum of {a} and {b}?",
+            "Add {a} and {b}.",
+            "Add {b} to {a}.",
+            "Find the sum of {a} and {b}.",
+            "What do you get if you add {b} to {a}?",
+            "Increase {a} by {b}.",
+            "How much are {a} and {b} together?",
+            "I have {a} apples and get {b} more. How many are there?",
+        ],
+        "-": [
+            "What is the difference between {a} and {b}?",
+            "Subtract {b} from {a}.",
+            "Take {b} away from {a}.",
+            "How much more is {a} than {b}?",
+            "Decrease {a} by {b}.",
+            "What is left of {a} without {b}?",
+            "I have {a} apples and eat {b} of them. How many are left?",
+        ],
+        "*": [
+            "What is the product of {a} and {b}?",
+            "Multiply {a} by {b}.",
+            "Find the product of {a} and {b}.",
+            "What do you get if you multiply {a} by {b}?",
+            "There are {a} boxes of {b} apples. How many are there?",
+        ],
+        "/": [
+            "Divide {a} by {b}.",
+            "What do you get if you divide {a} by {b}?",
+            "Share {a} among {b}.",
+        ],
+    }
 
     def ask(self, rng: random.Random, operation: str, a: int, b: int) -> str:
         return rng.choice(self.ASKED[operation]).format(a=a, b=b)
@@ -191,11 +230,22 @@ class Spelling(WordSkill):
     key = "spelling"
 
     QUESTIONS = [
-        "Spell the word {}", "Spell the word {}.", "Spell the word {}.", "Spell {}", "Spell {}.",
-        "How do you spell {}?", "How do you spell {}?", "How is {} spelled?", "Can you spell {}?",
-        "Please spell {}.", "Please spell the word {}.", "What are the letters of {}?",
-        "how do you spell {}", "spell {}", "Spell out the word {}.",
-    ]  # fmt: skip
+        "Spell the word {}",
+        "Spell the word {}.",
+        "Spell the word {}.",
+        "Spell {}",
+        "Spell {}.",
+        "How do you spell {}?",
+        "How do you spell {}?",
+        "How is {} spelled?",
+        "Can you spell {}?",
+        "Please spell {}.",
+        "Please spell the word {}.",
+        "What are the letters of {}?",
+        "how do you spell {}",
+        "spell {}",
+        "Spell out the word {}.",
+    ]
 
     def make(self, rng: random.Random) -> Conversation:
         word = self.draw_word(rng)
@@ -218,14 +268,22 @@ class LetterCount(WordSkill):
     key = "letter_count"
 
     QUESTIONS = [
-        "How many {letter} are in {word}?", "How many {letter} are in {word}?", "How many {letter} in {word}?",
-        "How many {letter} are there in {word}?", "How many {letter}'s are in {word}?",
-        "How many letters {letter} are in {word}?", "How many times does {letter} appear in {word}?",
-        "How many times does the letter {letter} appear in {word}?", "How often does {letter} occur in {word}?",
-        "Count the {letter} in {word}.", "Count the letter {letter} in {word}.",
-        "How many {letter} are in the word {word}?", "How many {letter}'s are there in the word {word}?",
-        "how many {letter} are in {word}", "How many {letter} does {word} have?",
-    ]  # fmt: skip
+        "How many {letter} are in {word}?",
+        "How many {letter} are in {word}?",
+        "How many {letter} in {word}?",
+        "How many {letter} are there in {word}?",
+        "How many {letter}'s are in {word}?",
+        "How many letters {letter} are in {word}?",
+        "How many times does {letter} appear in {word}?",
+        "How many times does the letter {letter} appear in {word}?",
+        "How often does {letter} occur in {word}?",
+        "Count the {letter} in {word}.",
+        "Count the letter {letter} in {word}.",
+        "How many {letter} are in the word {word}?",
+        "How many {letter}'s are there in the word {word}?",
+        "how many {letter} are in {word}",
+        "How many {letter} does {word} have?",
+    ]
 
     def make(self, rng: random.Random) -> Conversation:
         word = self.draw_word(rng)

@@ -6,7 +6,9 @@ from nanochat_jax.tasks.hub import HubTask
 
 
 class SmolTalk(HubTask):
-    """The version for small models: 460K conversations of the train split, 24K of the test split."""
+    """The version for small models: 460K conversations of the train split, 24K of the test
+    split.
+    """
 
     columns = ("messages",)
 

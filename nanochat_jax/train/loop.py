@@ -273,7 +273,9 @@ def is_due(step: int, every: int) -> bool:
 
 
 def global_position(state: dict[str, Any], mesh: jax.sharding.Mesh) -> dict[str, Any]:
-    """The data position of the whole run from that of each process, which must be at the same step."""
+    """The data position of the whole run from that of each process, which must be at the same
+    step.
+    """
     shares = dict(gather_json([data_share(mesh)[0], state]))
     states = [shares[index] for index in sorted(shares)]
     return merge_states(states) if "shards" in state else states[0]

@@ -59,7 +59,9 @@ def linear_momentum(steps: int, start: float, end: float) -> Schedule:
 
 
 def modern_momentum(num_steps: int, warmdown_ratio: float) -> Schedule:
-    """0.85 -> 0.97 over the first 400 steps; 0.97 -> 0.90 during the descent of the learning rate."""
+    """0.85 -> 0.97 over the first 400 steps; 0.97 -> 0.90 during the descent of the learning
+    rate.
+    """
     warmdown = round(warmdown_ratio * num_steps)
 
     def momentum(step: Array | int) -> Array:

@@ -228,7 +228,9 @@ def sampling_memory(config: ChatRLConfig, model: GPTConfig, mesh: Mesh) -> int:
 
 
 def reinforce(config: ChatRLConfig) -> None:
-    """The whole stage: from a finetuned model to checkpoints, metrics and a section of the report."""
+    """The whole stage: from a finetuned model to checkpoints, metrics and a section of the
+    report.
+    """
     paths = Paths.from_env()
     start(paths, config, compile_cache=config.compile_cache)
     # What was named needs no model to be found, and a typo should not cost the loading of one.
