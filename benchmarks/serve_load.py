@@ -44,7 +44,10 @@ from contender import Contender
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 CONTEXT = 512
 TOKEN = re.compile(rb'"delta": ?\{"content": ?"')  # one for each event that has text
-WORDS = "the of and model that learns to speak in small steps from text it reads all day long until words come".split()
+WORDS = (
+    "the of and model that learns to speak in small steps from text it reads all day long until "
+    "words come"
+).split()
 
 
 def make_model(options: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:

@@ -189,7 +189,8 @@ def how_to_get(source: str, foreign: Directory | None = None) -> str:
     """Where a model of a stage comes from; `foreign` is a directory of `foreign_checkpoints`."""
     if foreign is None:
         return f"run `python -m {HOW_TO_MAKE[source]}` first"
-    return f"those of nanochat's PyTorch code in {foreign} are read by `python -m scripts.import_weights --from {foreign}`"
+    command = f"python -m scripts.import_weights --from {foreign}"
+    return f"those of nanochat's PyTorch code in {foreign} are read by `{command}`"
 
 
 def foreign_checkpoints(directory: Directory) -> list[str]:

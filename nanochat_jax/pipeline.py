@@ -88,7 +88,10 @@ class Machine:
 
     @classmethod
     def probe(cls, device_type: str | None = None) -> "Machine":
-        code = f"from nanochat_jax import cli, pipeline; cli.guard(lambda: pipeline.describe_devices({device_type!r}))"
+        code = (
+            "from nanochat_jax import cli, pipeline; "
+            f"cli.guard(lambda: pipeline.describe_devices({device_type!r}))"
+        )
         found = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
         if found.returncode:
             raise UsageError(

@@ -81,13 +81,15 @@ class Gpu:
     def target_config(self, bandwidth: float) -> str:
         """The text of a `GpuTargetConfigProto`."""
         return f"""gpu_device_info {{ threads_per_block_limit: 1024 threads_per_warp: 32
-  shared_memory_per_block: 49152 shared_memory_per_core: 233472 threads_per_core_limit: 2048 core_count: {self.cores}
+  shared_memory_per_block: 49152 shared_memory_per_core: 233472 threads_per_core_limit: 2048
+  core_count: {self.cores}
   fpus_per_core: 128 block_dim_limit_x: 2147483647 block_dim_limit_y: 65535 block_dim_limit_z: 65535
   memory_bandwidth: {bandwidth:.0f} l2_cache_size: {self.l2_bytes} clock_rate_ghz: {self.clock_ghz}
   device_memory_size: {self.memory_bytes} shared_memory_per_block_optin: 232448
   cuda_compute_capability {{ major: {self.capability} minor: 0 }} registers_per_core_limit: 65536
   registers_per_block_limit: 65536 }}
-platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 8 patch: 0 }} device_description_str: "{self.name}"
+platform_name: "CUDA" dnn_version_info {{ major: 9 minor: 8 patch: 0 }}
+device_description_str: "{self.name}"
 """
 
 
@@ -323,8 +325,10 @@ def compile_plan(
         if is_out_of_memory(error):
             raise DoesNotFit(str(error).splitlines()[0]) from error
         if "No PTX compilation provider" in str(error):
-            said = "ptxas, the assembler for GPUs, is missing: pip install --no-deps nvidia-cuda-nvcc-cu12"
-            raise UsageError(said) from error
+            raise UsageError(
+                "ptxas, the assembler for GPUs, is missing: "
+                "pip install --no-deps nvidia-cuda-nvcc-cu12"
+            ) from error
         raise
     stats, text = compiled.memory_analysis(), compiled.as_text()
     assert stats is not None and text is not None

@@ -208,7 +208,10 @@ def greeting(config: Config, sock: socket.socket, model_id: str) -> str:
     if ip.is_loopback:
         note = "Only this machine can reach it; --host 0.0.0.0 opens it to the network."
     elif config.key is not None:
-        note = "Everyone who can reach this machine and knows the key can use it; nothing is encrypted on the way."
+        note = (
+            "Everyone who can reach this machine and knows the key can use it; "
+            "nothing is encrypted on the way."
+        )
     else:
         note = (
             "WARNING: everyone who can reach this machine can use it. Give it a key: "

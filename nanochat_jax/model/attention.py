@@ -177,8 +177,8 @@ _causal.defvjp(_causal_fwd, _causal_bwd)
 def causal_attention(q: Array, k: Array, v: Array, *, window: int | None) -> Array:
     """The reference: [B, T, H, h] of q [B, T, H, h], k and v [B, T, K, h], H a multiple of K.
 
-    |q| |k| / sqrt(h) must be below 40 (`config.LARGEST_SCORE`) for all queries and keys, as it is after
-    QK norm; beyond that the weights underflow.
+    |q| |k| / sqrt(h) must be below 40 (`config.LARGEST_SCORE`) for all queries and keys, as it is
+    after QK norm. Beyond that the weights underflow.
     """
     return _causal(q, k, v, window)
 

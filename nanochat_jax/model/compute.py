@@ -35,7 +35,7 @@ class Compute:
         | none | everything |
         | minimal | results of matmuls and attention, but not the MLP's hidden layer |
         | block | the input of each layer |
-        | full | the inputs of about sqrt(L) layers (Chen et al., 2016); the others are recomputed twice |
+        | full | the inputs of about sqrt(L) layers (Chen et al., 2016); recomputes others twice |
 
       attention: a kernel of `ATTENTION`, or a function (q, k, v, *, window) in its place. "auto"
         takes the fused kernel of the devices where shape and dtype allow it, else the reference.

@@ -62,7 +62,8 @@ def mesh_shape(
         raise UsageError(f"--mesh {text!r} is not of the form DxM, such as 8x1 (or auto)")
     needed = data * model
     if needed > count or (all_of_them and needed != count):
-        hint = f"; to try a mesh on a CPU set XLA_FLAGS=--xla_force_host_platform_device_count={needed}"
+        flags = f"XLA_FLAGS=--xla_force_host_platform_device_count={needed}"
+        hint = f"; to try a mesh on a CPU set {flags}"
         raise UsageError(
             f"--mesh {text} needs {needed} devices, found {count} ({platform}): give a mesh that "
             "fits, or auto"

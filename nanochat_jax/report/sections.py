@@ -384,7 +384,8 @@ def _machine_facts() -> dict[str, str]:
         if branch and commit:
             state = "modified" if _git(root, "status", "--porcelain") else "clean"
             facts["Git"] = (
-                f"{branch} {commit} ({state}) {(_git(root, 'log', '-1', '--format=%s') or '')[:80]}".rstrip()
+                f"{branch} {commit} ({state}) "
+                f"{(_git(root, 'log', '-1', '--format=%s') or '')[:80]}".rstrip()
             )
     facts["Platform"] = f"{platform.system()} {platform.release()} {platform.machine()}"
     facts["CPU cores"] = str(os.cpu_count())

@@ -125,7 +125,8 @@ def _run(directory: str, timeout: float, memory_bytes: int) -> ExecutionResult:
         error = f"TimeoutError: no end within {timeout:g} s"
     elif process.returncode < 0:
         number = -process.returncode
-        error = f"killed by {signal.Signals(number).name if number in set(signal.Signals) else f'signal {number}'}"
+        known = number in set(signal.Signals)
+        error = f"killed by {signal.Signals(number).name if known else f'signal {number}'}"
     elif process.returncode == 0:
         error = "SystemExit: left before its last line"
     else:

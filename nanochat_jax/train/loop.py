@@ -329,7 +329,10 @@ class _Reporter:
         self._laps.append(now - self._mark)
         self._mark = now
         if not (math.isfinite(figures["loss"]) and math.isfinite(figures["grad_norm"])):
-            said = f"the loss of step {step} is {figures['loss']}, the gradient's norm {figures['grad_norm']}"
+            said = (
+                f"the loss of step {step} is {figures['loss']}, "
+                f"the gradient's norm {figures['grad_norm']}"
+            )
             dump = job.logs / f"bad-batch-{step}-{jax.process_index()}.npz"
             dump.parent.mkdir(parents=True, exist_ok=True)
             with naming(dump):
