@@ -146,7 +146,7 @@ def main() -> int:
            tiny=options.tiny, limit_scale=options.limit_scale,
            phases=[phase.name for phase in options.phases],
            compiled_programs=len(list(options.cache.glob("*-cache"))))
-    signal.signal(signal.SIGTERM, signal.getsignal(signal.SIGINT))  # KeyboardInterrupt
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # raises KeyboardInterrupt
     try:
         run_phases(options, began)
     except KeyboardInterrupt:
