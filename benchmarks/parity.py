@@ -51,9 +51,10 @@ def train(era: str, reference: Path, corpus: Path) -> dict[str, float]:
     meta = json.loads(next(reference.glob("meta_*.json")).read_text())
     with tempfile.TemporaryDirectory() as base:
         environment = os.environ | {"NANOCHAT_BASE_DIR": base}
-        run = lambda module, *args: subprocess.run(
-            [sys.executable, "-m", module, *args], env=environment, check=True
-        )  # noqa: E731
+
+        def run(module: str, *args: str) -> None:
+            subprocess.run([sys.executable, "-m", module, *args], env=environment, check=True)
+
         shutil.copytree(corpus, Path(base) / "base_data")
         # brings the tokenizer
         run("scripts.import_weights", "--from", str(reference), "--model-tag", "upstream")

@@ -188,6 +188,7 @@ def main() -> int:
         phases=[phase.name for phase in options.phases],
         compiled_programs=len(list(options.cache.glob("*-cache"))),
     )
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # raises KeyboardInterrupt
     try:
         run_phases(options, began)
     except KeyboardInterrupt:

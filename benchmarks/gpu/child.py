@@ -9,6 +9,7 @@ crash and one second before the time limit.
 import argparse
 import faulthandler
 import importlib
+import signal
 import sys
 import traceback
 from pathlib import Path
@@ -35,6 +36,7 @@ def main() -> int:
 
     faulthandler.enable()
     faulthandler.dump_traceback_later(max(0.1, options.seconds - 1.0))
+    signal.alarm(int(options.seconds) + 2)  # ends this process if its parent was killed
     run = find_run(options.phase, options.run)
     record = Recorder(options.out, options.phase, run.name, options.began)
     try:

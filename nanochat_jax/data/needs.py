@@ -87,8 +87,8 @@ def enough_for(name: str, train: Size) -> list[str]:
         + (
             "all it takes, 2 billion characters"
             if train.text_bytes >= TOKENIZER_CHARS
-            else f"{_share(train.text_bytes / TOKENIZER_CHARS)} of the 2 billion characters it takes "
-            "at most"
+            else f"{_share(train.text_bytes / TOKENIZER_CHARS)} of the 2 billion characters it "
+            "takes at most"
         )
     ]
     reference = GPTConfig.modern(12)
