@@ -19,7 +19,7 @@ from test_train import run as train_run
 
 pytest.importorskip("gcsfs")
 
-from nanochat_jax import bucket, checkpoint  # noqa: E402
+from nanochat_jax import checkpoint, storage  # noqa: E402
 from nanochat_jax.checkpoint import lock_tag, saved_steps  # noqa: E402
 from nanochat_jax.cli import UsageError  # noqa: E402
 from nanochat_jax.metrics import read_metrics  # noqa: E402
@@ -39,7 +39,7 @@ def server():
 def place(server, request):
     """A directory of a tag in the bucket, of this test alone."""
     yield (
-        bucket.open_bucket("gs://bucket/run")
+        storage.open_bucket("gs://bucket/run")
         / "base_checkpoints"
         / request.node.name.replace("[", "-").strip("]")
     )
@@ -55,7 +55,7 @@ def reference(tmp_path_factory):
 @pytest.fixture(scope="module")
 def saved(server, tmp_path_factory):
     """The objects of a finished run with the steps 2, 4 and 6, by their names under the tag."""
-    directory = bucket.open_bucket("gs://bucket/saved") / "d3"
+    directory = storage.open_bucket("gs://bucket/saved") / "d3"
     train_run(directory, logs=tmp_path_factory.mktemp("saved"), save_every=2, keep=3)
     return {
         name.removeprefix("bucket/saved/d3"): server.objects[name]
@@ -117,7 +117,7 @@ def test_a_damaged_step_falls_back_to_the_one_before(
     assert f"{place}/6 cannot be read" in caplog.text
     assert found == reference[0]
     jax.tree.map(np.testing.assert_array_equal, params, reference[1])
-    assert (place / "damaged-6" / bucket.COMMITTED).exists() and saved_steps(place) == [2, 4, 6]
+    assert (place / "damaged-6" / storage.COMMITTED).exists() and saved_steps(place) == [2, 4, 6]
 
 
 def test_wherever_a_move_breaks_off_one_of_both_is_whole(server, saved, place):
@@ -136,7 +136,7 @@ def test_wherever_a_move_breaks_off_one_of_both_is_whole(server, saved, place):
 
     for changes in itertools.count():
         server.before_change = lambda name: None
-        bucket.delete(place)
+        storage.delete(place)
         copy_to(server, {f"/2/{name}": content for name, content in step.items()}, place)
         left = iter(range(changes))
 
@@ -146,10 +146,10 @@ def test_wherever_a_move_breaks_off_one_of_both_is_whole(server, saved, place):
 
         server.before_change = refuse_after
         try:
-            bucket.move(place / "2", place / "replaced-2")
+            storage.move(place / "2", place / "replaced-2")
         except OSError:
             marked = [
-                found for found in (there("2"), there("replaced-2")) if bucket.COMMITTED in found
+                found for found in (there("2"), there("replaced-2")) if storage.COMMITTED in found
             ]
             assert marked and all(found == step for found in marked)
         else:
@@ -180,7 +180,7 @@ def test_a_bucket_out_of_reach_is_one_line(server, monkeypatch, url, said):
             free.bind(("127.0.0.1", 0))
             monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{free.getsockname()[1]}")
     with pytest.raises(UsageError, match=rf"{url} cannot be reached .*{said}") as error:
-        bucket.open_bucket.__wrapped__(url)
+        storage.open_bucket.__wrapped__(url)
     assert "\n" not in str(error.value)
 
 
@@ -212,7 +212,7 @@ def hold(server, place, *, pid=1, machine=None, expires=60.0):
         "process": "process 1 on host",
         "pid": pid,
         "expires": time.time() + expires,
-        "machine": bucket._machine() if machine is None else machine,
+        "machine": storage._machine() if machine is None else machine,
     }
     server.store(lock_object(place), json.dumps(holder).encode())
 
@@ -266,7 +266,7 @@ def test_a_lock_whose_answer_was_lost_is_still_ones_own(server, place, monkeypat
         upload(self, *args, **options)
         raise PreconditionFailed("the client tried again")
 
-    monkeypatch.setattr(bucket, "HEARTBEAT_S", 0.05)
+    monkeypatch.setattr(storage, "HEARTBEAT_S", 0.05)
     monkeypatch.setattr(Blob, "upload_from_string", lose)
     with lock_tag(place):
         first = server.generations[lock_object(place)]
@@ -281,7 +281,7 @@ def test_a_lock_whose_answer_was_lost_is_still_ones_own(server, place, monkeypat
 def test_a_lock_in_the_bucket_is_renewed_until_another_run_takes_it(
     server, place, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(bucket, "HEARTBEAT_S", 0.05)
+    monkeypatch.setattr(storage, "HEARTBEAT_S", 0.05)
 
     def wait_for(what):
         deadline = time.monotonic() + 60
@@ -336,7 +336,7 @@ def test_a_run_killed_in_the_middle_of_saves_loses_nothing(server, tmp_path):
     run("base_train", *FLAGS, "--model-tag", "alone", base=paths.base)  # on the disk
     whole, victims = [], []
     # At the first object of a step; among its arrays; at the object that would make it whole.
-    for last in ("/2/", "/4/optimizer/manifest.ocdbt", f"/6/{bucket.COMMITTED}"):
+    for last in ("/2/", "/4/optimizer/manifest.ocdbt", f"/6/{storage.COMMITTED}"):
 
         def kill(name, last=last):
             if last in name:
@@ -352,7 +352,7 @@ def test_a_run_killed_in_the_middle_of_saves_loses_nothing(server, tmp_path):
         server.before_change = kill
         assert process.wait(timeout=300) == -9, process.stderr.read()
         process.stderr.close()
-        place = bucket.open_bucket("gs://bucket/killed") / "base_checkpoints" / "killed"
+        place = storage.open_bucket("gs://bucket/killed") / "base_checkpoints" / "killed"
         whole.append(max(saved_steps(place), default=0))
     server.before_change = lambda name: None
     assert whole == [0, 2, 4]
@@ -387,14 +387,14 @@ def test_two_processes_without_a_disk_in_common_train_as_one_and_go_on_as_one(se
         "NANOCHAT_CHECKPOINT_DIR" in text for text in said
     ), said
     run("base_train", *flags, "--keep", "3", base=bases, devices=4, processes=2, env=env)
-    place = bucket.open_bucket("gs://bucket/pod") / "base_checkpoints" / "pod"
+    place = storage.open_bucket("gs://bucket/pod") / "base_checkpoints" / "pod"
     assert saved_steps(place) == [4, 6, 8]
     np.testing.assert_allclose(
         losses(bases[0] / "base_checkpoints" / "pod"),
         losses(bases[0] / "base_checkpoints" / "d2"),
         rtol=1e-5,
     )
-    bucket.delete(place / "8")
+    storage.delete(place / "8")
     run("base_train", *flags, "--resume", base=bases[1], devices=8, env=env)
     np.testing.assert_allclose(
         losses(bases[1] / "base_checkpoints" / "pod"),

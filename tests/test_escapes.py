@@ -205,7 +205,7 @@ def test_no_way_out(name, tmp_path, other, server):
     before = victim.stat()
     own, on_interrupt = standing(), signal.getsignal(signal.SIGINT)
     temporary = set(os.listdir(execution.tempfile.gettempdir()))
-    root = str(Path(execution.__file__).parents[1])
+    root = str(Path(execution.__file__).parents[2])
     code = ATTEMPTS[name].format(
         victim=str(victim),
         home=str(home),
