@@ -24,7 +24,7 @@ from nanochat_jax.serve.chat_request import BadRequest, Sampling
 from nanochat_jax.serve.openai_api import parse
 from nanochat_jax.tokenizer import SPECIAL_TOKENS
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 ASK = HELLO | {"model": "nanochat"}
 
 

@@ -10,7 +10,7 @@ from nanochat_jax.__main__ import MODULES, commands
 
 
 def python(*argv, cwd, **environment):
-    root = str(Path(__file__).parents[1])
+    root = str(Path(__file__).parents[2])
     return subprocess.run(
         [sys.executable, *argv],
         capture_output=True,
@@ -30,7 +30,7 @@ def nanochat(*argv, cwd, **environment):
 
 
 def test_every_script_is_a_command():
-    scripts = {path.stem for path in (Path(__file__).parents[1] / "scripts").glob("*.py")} - {
+    scripts = {path.stem for path in (Path(__file__).parents[2] / "scripts").glob("*.py")} - {
         "__init__"
     }
     assert set(commands()) == scripts | {"dataset", "report"}

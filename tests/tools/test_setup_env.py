@@ -12,7 +12,7 @@ import pytest
 from packaging.markers import Marker
 from packaging.requirements import Requirement
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 PYTHON = """#!/bin/sh
 case "$*" in
 *"pip install"*) echo "$*" >>asked.txt ;;

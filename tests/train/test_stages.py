@@ -164,7 +164,7 @@ def test_a_warm_optimizer_has_the_moments_of_the_stage_before_and_schedules_that
 @pytest.mark.slow
 def test_killed_runs_end_as_if_they_had_been_left_alone():
     killed = subprocess.run(
-        [sys.executable, Path(__file__).with_name("kill_runs.py"), "--kills", "3"],
+        [sys.executable, Path(__file__).parents[1] / "kill_runs.py", "--kills", "3"],
         capture_output=True,
         text=True,
     )

@@ -33,7 +33,7 @@ from scripts.tpu_plan import PlanConfig
 
 def flag_types():
     """The flag dataclasses of all commands, by module and name."""
-    sys.path.append(str(Path(__file__).parents[1] / "docs"))
+    sys.path.append(str(Path(__file__).parents[2] / "docs"))
     found = {}
     for name in (*commands().values(), "tpu.plan", "tour"):
         for kind in vars(importlib.import_module(name)).values():

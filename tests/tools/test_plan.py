@@ -379,7 +379,7 @@ def test_without_the_compiler_the_plan_says_how_to_get_it():
 
 def plan(*flags):
     command = [sys.executable, "-m", "tpu.plan", *flags]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout.splitlines()[-1])
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-TPU = Path(__file__).parents[1] / "tpu"
+TPU = Path(__file__).parents[2] / "tpu"
 SCRIPTS = sorted(path.name for path in TPU.glob("*.sh") if path.name != "common.sh")
 
 

@@ -22,7 +22,7 @@ from nanochat_jax.model.sharding import make_mesh  # noqa: E402
 from nanochat_jax.train.optim import OptimizerConfig, Schedules, constant, make_optimizer  # noqa: E402
 
 pytestmark = pytest.mark.slow
-SPEC = importlib.util.spec_from_file_location("tour", Path(__file__).parents[1] / "docs/tour.py")
+SPEC = importlib.util.spec_from_file_location("tour", Path(__file__).parents[2] / "docs/tour.py")
 tour = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(tour)
 

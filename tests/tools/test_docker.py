@@ -21,7 +21,7 @@ from nanochat_jax.dataset import HfConfig
 from scripts.serve import Config as ServeConfig
 from scripts.speedrun import SpeedrunConfig
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 DOCKER = ROOT / "docker"
 COMPOSE = sorted(DOCKER.glob("docker-compose.*.yml"))
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())

@@ -23,7 +23,7 @@ from nanochat_jax.model.config import GPTConfig
 from nanochat_jax.model.recipe import derive_recipe
 from scripts.base_train import BaseTrainConfig, optimizer_parts
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 
 # Of what is installed, only these packages can be imported: the image's, and what they need.
 SITECUSTOMIZE = """
