@@ -114,7 +114,7 @@ mod tests {
 
     fn encoder() -> Encoder {
         let vocabulary = Vocabulary::from_merges(&[(97, 98), (256, 97)]);
-        Encoder { vocabulary, splitter: Splitter::new(DEFAULT_PATTERN).unwrap() }
+        Encoder::new(vocabulary, Splitter::new(DEFAULT_PATTERN).unwrap())
     }
 
     #[test]

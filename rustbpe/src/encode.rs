@@ -9,6 +9,7 @@ use std::hash::BuildHasher;
 
 use hashbrown::{DefaultHashBuilder, HashTable};
 
+use crate::gpt4::BATCH;
 use crate::key;
 use crate::split::Splitter;
 use crate::train::Pair;
@@ -213,7 +214,59 @@ impl Vocabulary {
     }
 }
 
-/// How many chunks a thread remembers, as a power of two, and of how many ids at most.
+/// The tokens that are short enough for a key, by their keys' hashes. A token whose bucket is full of tokens with lower
+/// ids is left out.
+struct Words {
+    buckets: Vec<Bucket>,
+    shift: u32,
+}
+
+/// One cache line.
+#[derive(Clone, Copy, Default)]
+#[repr(align(64))]
+struct Bucket {
+    keys: [u128; 2],
+    ids: [i32; 2],
+}
+
+impl Words {
+    fn new(tokens: &[Vec<u8>]) -> Self {
+        let bits = tokens.len().max(4).ilog2();
+        let mut words = Self { buckets: vec![Bucket::default(); 1 << bits], shift: 64 - bits };
+        for (id, token) in (0..).zip(tokens) {
+            let Some(key) = key::of(token, 0, token.len()) else { continue };
+            let bucket = &mut words.buckets[(key::hash(key) >> words.shift) as usize];
+            if let Some(free) = bucket.keys.iter().position(|&key| key == 0) {
+                (bucket.keys[free], bucket.ids[free]) = (key, id);
+            }
+        }
+        words
+    }
+
+    /// Fetches what `get` will read for the hash, so that it need not wait.
+    #[inline(always)]
+    fn prefetch(&self, hash: u64) {
+        let bucket = &self.buckets[(hash >> self.shift) as usize];
+        #[cfg(target_arch = "x86_64")]
+        {
+            use std::arch::x86_64::{_mm_prefetch, _MM_HINT_T0};
+            // SAFETY: fetching changes no memory, and the address is that of a live reference.
+            unsafe { _mm_prefetch::<_MM_HINT_T0>(std::ptr::from_ref(bucket).cast()) };
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        std::hint::black_box(bucket);
+    }
+
+    #[inline(always)]
+    fn get(&self, key: u128, hash: u64) -> Option<i32> {
+        let bucket = &self.buckets[(hash >> self.shift) as usize];
+        let second = bucket.keys[1] == key;
+        let id = bucket.ids[usize::from(second)];
+        (second | (bucket.keys[0] == key)).then_some(id)
+    }
+}
+
+/// How many pairs of short chunks a thread remembers, as a power of two, and of how many ids each at most: 2 MiB.
 const CACHE_BITS: u32 = 15;
 const CACHED_IDS: usize = 4;
 
@@ -226,8 +279,10 @@ struct Cached {
 /// What one thread remembers and reuses from chunk to chunk.
 pub struct Scratch {
     splitter: Splitter,
-    /// The chunk that last fell on each place, with its ids. Most text consists of few words.
-    cache: Box<[Cached]>,
+    /// The keys of the chunks at work, 0 for long ones, and their hashes.
+    keys: [(u128, u64); BATCH],
+    /// Chunks that are no tokens, with their ids: the two that last fell on each place, the latest first.
+    cache: Vec<[Cached; 2]>,
     buffers: Buffers,
 }
 
@@ -235,46 +290,98 @@ pub struct Scratch {
 pub struct Encoder {
     pub vocabulary: Vocabulary,
     pub splitter: Splitter,
+    words: Words,
 }
 
 impl Encoder {
+    pub fn new(vocabulary: Vocabulary, splitter: Splitter) -> Self {
+        let words = Words::new(vocabulary.tokens());
+        Self { vocabulary, splitter, words }
+    }
+
     pub fn scratch(&self) -> Scratch {
         let empty = Cached { key: 0, ids: [-1; CACHED_IDS] };
-        let cache = vec![empty; 1 << CACHE_BITS].into_boxed_slice();
-        Scratch { splitter: self.splitter.clone(), cache, buffers: Buffers::default() }
+        let cache = vec![[empty; 2]; 1 << CACHE_BITS];
+        Scratch { splitter: self.splitter.clone(), keys: [(0, 0); BATCH], cache, buffers: Buffers::default() }
     }
 
     /// Appends the ids of `text` to `out`.
     pub fn encode(&self, text: &str, scratch: &mut Scratch, out: &mut Vec<i32>) -> Result<(), String> {
-        let Scratch { splitter, cache, buffers } = scratch;
+        let Scratch { splitter, keys, cache, buffers } = scratch;
         let bytes = text.as_bytes();
         if u32::try_from(bytes.len()).is_err() {
             return Err(format!("a text of {} bytes is too long: cut it below 4 GiB", bytes.len()));
         }
-        splitter.for_each(text, |chunk| {
-            let Some(key) = key::of(bytes, &chunk) else { return self.encode_chunk(&bytes[chunk], buffers, out) };
-            let cached = &mut cache[key::index(key, CACHE_BITS)];
-            if cached.key == key {
-                out.push(cached.ids[0]);
-                out.extend(cached.ids[1..].iter().take_while(|&&id| id >= 0));
-                return;
+        splitter.for_each_run(text, &mut |start, ends| {
+            let mut next = start;
+            for (&end, (key, hash)) in ends.iter().zip(keys.iter_mut()) {
+                *key = key::of(bytes, std::mem::replace(&mut next, end), end).unwrap_or(0);
+                *hash = key::hash(*key);
+                self.words.prefetch(*hash);
             }
-            let start = out.len();
-            self.encode_chunk(&bytes[chunk], buffers, out);
-            let fresh = &out[start..];
-            if fresh.len() <= CACHED_IDS {
-                *cached = Cached { key, ids: [-1; CACHED_IDS] };
-                cached.ids[..fresh.len()].copy_from_slice(fresh);
-            }
+            self.encode_run(bytes, start, ends, keys, cache, buffers, out);
         })
     }
 
-    fn encode_chunk(&self, chunk: &[u8], buffers: &mut Buffers, out: &mut Vec<i32>) {
-        if let Some(id) = self.vocabulary.id(chunk) {
-            return out.push(id as i32);
+    /// Appends the ids of the adjacent chunks that begin at `start`.
+    fn encode_run(
+        &self,
+        text: &[u8],
+        mut start: usize,
+        ends: &[usize],
+        keys: &[(u128, u64)],
+        cache: &mut [[Cached; 2]],
+        buffers: &mut Buffers,
+        out: &mut Vec<i32>,
+    ) {
+        let mut len = out.len();
+        out.resize(len + CACHED_IDS * ends.len(), 0);
+        for (index, (&end, &(key, hash))) in ends.iter().zip(keys).enumerate() {
+            'known: {
+                if key != 0 {
+                    if let Some(id) = self.words.get(key, hash) {
+                        out[len] = id;
+                        len += 1;
+                        break 'known;
+                    }
+                    let set = &cache[(hash >> (64 - CACHE_BITS)) as usize];
+                    if let Some(cached) = set.iter().find(|cached| cached.key == key) {
+                        out[len..len + CACHED_IDS].copy_from_slice(&cached.ids);
+                        len += cached.ids.iter().filter(|&&id| id >= 0).count();
+                        break 'known;
+                    }
+                }
+                let ids = self.encode_chunk(&text[start..end], cache, buffers);
+                let needed = len + ids.len() + CACHED_IDS * (ends.len() - index);
+                if needed > out.len() {
+                    out.resize(needed, 0);
+                }
+                for (place, &id) in out[len..].iter_mut().zip(ids) {
+                    *place = id as i32;
+                }
+                len += ids.len();
+            }
+            start = end;
         }
-        self.vocabulary.merge(chunk, buffers);
-        out.extend(buffers.ids.iter().map(|&id| id as i32));
+        out.truncate(len);
+    }
+
+    /// The ids of a chunk, which are remembered if it is short and they are few.
+    #[cold]
+    fn encode_chunk<'b>(&self, chunk: &[u8], cache: &mut [[Cached; 2]], buffers: &'b mut Buffers) -> &'b [u32] {
+        match self.vocabulary.id(chunk) {
+            Some(id) => buffers.ids.splice(.., [id]).for_each(drop),
+            None => self.vocabulary.merge(chunk, buffers),
+        }
+        if let (Some(key), true) = (key::of(chunk, 0, chunk.len()), buffers.ids.len() <= CACHED_IDS) {
+            let set = &mut cache[(key::hash(key) >> (64 - CACHE_BITS)) as usize];
+            set[1] = set[0];
+            set[0] = Cached { key, ids: [-1; CACHED_IDS] };
+            for (cached, &id) in set[0].ids.iter_mut().zip(&buffers.ids) {
+                *cached = id as i32;
+            }
+        }
+        &buffers.ids
     }
 }
 
@@ -289,7 +396,7 @@ mod tests {
     }
 
     fn encoder(merges: &[Pair], pattern: &str) -> Encoder {
-        Encoder { vocabulary: Vocabulary::from_merges(merges), splitter: Splitter::new(pattern).unwrap() }
+        Encoder::new(Vocabulary::from_merges(merges), Splitter::new(pattern).unwrap())
     }
 
     #[test]

@@ -193,7 +193,7 @@ impl Tokenizer {
 
 impl Tokenizer {
     fn of(vocabulary: Vocabulary, splitter: Splitter) -> Self {
-        Self { encoder: Encoder { vocabulary, splitter }, pool: Pool::default() }
+        Self { encoder: Encoder::new(vocabulary, splitter), pool: Pool::default() }
     }
 
     /// Counts what `feed` sends and learns from it.
