@@ -26,6 +26,9 @@ pub struct Vocabulary {
     /// Ids by the hash of the pair that makes the token. More than one pair may spell a token, but merging arrives at
     /// no more than one of them: what happens within the token's bytes does not depend on what is around them.
     merges: HashTable<(Pair, u32)>,
+    /// Bits by the hash of a pair: if its bit is not set, the pair makes no token. Most pairs are told apart by this,
+    /// which is a fraction of the table's size.
+    filter: Vec<u64>,
     byte_ids: [u32; 256],
     /// What two bytes make, by the number that they are.
     byte_merges: Vec<u32>,
@@ -49,6 +52,7 @@ impl Vocabulary {
             hasher: DefaultHashBuilder::default(),
             ids: HashTable::with_capacity(size),
             merges: HashTable::with_capacity(size),
+            filter: table(size.next_power_of_two() / 4, 0),
             byte_ids: [NONE; 256],
             byte_merges: vec![NONE; 1 << 16],
         };
@@ -78,6 +82,8 @@ impl Vocabulary {
             if token.len() > 1 {
                 self.merge(token, &mut buffers);
                 if let [left, right] = buffers.ids[..] {
+                    let (word, bit) = self.filter_bit(hash_pair((left, right)));
+                    self.filter[word] |= bit;
                     self.merges
                         .insert_unique(hash_pair((left, right)), ((left, right), id), |entry| hash_pair(entry.0));
                     if let [first, second] = token[..] {
@@ -101,7 +107,17 @@ impl Vocabulary {
     /// The id of the token that two tokens make together, or NONE.
     #[inline]
     fn product(&self, left: u32, right: u32) -> u32 {
-        self.merges.find(hash_pair((left, right)), |entry| entry.0 == (left, right)).map_or(NONE, |entry| entry.1)
+        let hash = hash_pair((left, right));
+        let (word, bit) = self.filter_bit(hash);
+        if self.filter[word] & bit == 0 {
+            return NONE;
+        }
+        self.merges.find(hash, |entry| entry.0 == (left, right)).map_or(NONE, |entry| entry.1)
+    }
+
+    #[inline]
+    fn filter_bit(&self, hash: u64) -> (usize, u64) {
+        ((hash >> 6) as usize & (self.filter.len() - 1), 1 << (hash & 63))
     }
 
     /// The bytes of `ids` joined, or the first id that is not in the vocabulary.
@@ -141,36 +157,48 @@ impl Vocabulary {
         products.clear();
         let pairs = chunk.windows(2).map(|pair| usize::from(pair[0]) << 8 | usize::from(pair[1]));
         products.extend(pairs.map(|pair| self.byte_merges[pair]));
+        products.push(NONE); // nothing follows the last
         if ids.len() <= SHORT_CHUNK {
             self.merge_short(ids, products);
         } else {
             self.merge_long(ids, products);
-            ids.retain(|&id| id != NONE);
         }
+        ids.retain(|&id| id != NONE);
     }
 
-    fn merge_short(&self, ids: &mut Vec<u32>, products: &mut Vec<u32>) {
-        while let Some((at, &best)) = products.iter().enumerate().min_by_key(|&(_, &product)| product) {
+    /// Merged-away ids become NONE.
+    fn merge_short(&self, ids: &mut [u32], products: &mut [u32]) {
+        let len = ids.len();
+        let (mut next, mut previous) = ([0; SHORT_CHUNK], [0; SHORT_CHUNK]);
+        for (at, (next, previous)) in next.iter_mut().zip(&mut previous).take(len).enumerate() {
+            (*next, *previous) = (at + 1, at.wrapping_sub(1));
+        }
+        loop {
+            let places = products.iter().zip(0..).map(|(&product, at)| u64::from(product) << 32 | at);
+            let lowest = places.min().unwrap_or(u64::MAX);
+            let (best, at) = ((lowest >> 32) as u32, lowest as u32 as usize);
             if best == NONE {
                 return;
             }
-            ids[at] = best;
-            ids.remove(at + 1);
-            products.remove(at);
-            if at > 0 {
-                products[at - 1] = self.product(ids[at - 1], best);
+            let right = next[at];
+            let (before, after) = (previous[at], next[right]);
+            (ids[at], ids[right]) = (best, NONE);
+            (products[at], products[right]) = (NONE, NONE);
+            next[at] = after;
+            if after < len {
+                previous[after] = at;
+                products[at] = self.product(best, ids[after]);
             }
-            if at < products.len() {
-                products[at] = self.product(best, ids[at + 1]);
+            if before < len {
+                products[before] = self.product(ids[before], best);
             }
         }
     }
 
     /// The same in near-linear time: places wait in a list for each product, and a whole list is merged at once, left to
-    /// right. Ids that are merged away become NONE.
-    fn merge_long(&self, ids: &mut [u32], products: &mut Vec<u32>) {
+    /// right.
+    fn merge_long(&self, ids: &mut [u32], products: &mut [u32]) {
         let len = ids.len() as u32;
-        products.push(NONE); // nothing follows the last
         let mut next: Vec<u32> = (1..=len).collect();
         let mut previous: Vec<u32> = (0..len).map(|at| at.wrapping_sub(1)).collect();
         let mut waiting = BTreeMap::<u32, Vec<u32>>::new();
@@ -214,7 +242,10 @@ impl Vocabulary {
     }
 }
 
-/// The tokens that are short enough for a key, by their keys' hashes. A token whose bucket is full of tokens with lower
+/// The key of no chunk, where a place in a table is free.
+const NO_KEY: u128 = u128::MAX;
+
+/// Tokens that are short enough for a key, by the hashes of their keys. A token whose bucket is full of tokens of lower
 /// ids is left out.
 struct Words {
     buckets: Vec<Bucket>,
@@ -222,68 +253,142 @@ struct Words {
 }
 
 /// One cache line.
-#[derive(Clone, Copy, Default)]
+#[derive(Clone, Copy)]
 #[repr(align(64))]
 struct Bucket {
-    keys: [u128; 2],
-    ids: [i32; 2],
+    keys: [u128; 3],
+    ids: [i32; 4], // the last is not used
 }
 
 impl Words {
     fn new(tokens: &[Vec<u8>]) -> Self {
-        let bits = tokens.len().max(4).ilog2();
-        let mut words = Self { buckets: vec![Bucket::default(); 1 << bits], shift: 64 - bits };
+        let bits = tokens.len().max(2).ilog2();
+        let empty = Bucket { keys: [NO_KEY; 3], ids: [0; 4] };
+        let mut words = Self { buckets: table(1 << bits, empty), shift: 64 - bits };
         for (id, token) in (0..).zip(tokens) {
             let Some(key) = key::of(token, 0, token.len()) else { continue };
             let bucket = &mut words.buckets[(key::hash(key) >> words.shift) as usize];
-            if let Some(free) = bucket.keys.iter().position(|&key| key == 0) {
+            if let Some(free) = bucket.keys.iter().position(|&key| key == NO_KEY) {
                 (bucket.keys[free], bucket.ids[free]) = (key, id);
             }
         }
         words
     }
 
-    /// Fetches what `get` will read for the hash, so that it need not wait.
     #[inline(always)]
-    fn prefetch(&self, hash: u64) {
-        let bucket = &self.buckets[(hash >> self.shift) as usize];
-        #[cfg(target_arch = "x86_64")]
-        {
-            use std::arch::x86_64::{_mm_prefetch, _MM_HINT_T0};
-            // SAFETY: fetching changes no memory, and the address is that of a live reference.
-            unsafe { _mm_prefetch::<_MM_HINT_T0>(std::ptr::from_ref(bucket).cast()) };
-        }
-        #[cfg(not(target_arch = "x86_64"))]
-        std::hint::black_box(bucket);
+    fn bucket(&self, hash: u64) -> &Bucket {
+        &self.buckets[(hash >> self.shift) as usize]
     }
 
+    /// Whether the key is here, and its id if it is.
     #[inline(always)]
-    fn get(&self, key: u128, hash: u64) -> Option<i32> {
-        let bucket = &self.buckets[(hash >> self.shift) as usize];
-        let second = bucket.keys[1] == key;
-        let id = bucket.ids[usize::from(second)];
-        (second | (bucket.keys[0] == key)).then_some(id)
+    fn get(&self, key: u128, hash: u64) -> (bool, i32) {
+        let bucket = self.bucket(hash);
+        let [first, second, third] = bucket.keys.map(|other| other == key);
+        (first | second | third, bucket.ids[usize::from(second) | usize::from(third) << 1])
     }
 }
 
-/// How many pairs of short chunks a thread remembers, as a power of two, and of how many ids each at most: 2 MiB.
-const CACHE_BITS: u32 = 15;
+/// A table of `len` equal entries on huge pages where the system has them: with small ones, most of the time of a lookup
+/// goes into finding where the page is.
+fn table<T: Copy>(len: usize, entry: T) -> Vec<T> {
+    let mut table: Vec<T> = Vec::with_capacity(len);
+    #[cfg(target_os = "linux")]
+    {
+        const PAGE: usize = 4096; // where the kernel's are larger it refuses, which does no harm
+        let skip = table.as_ptr().cast::<u8>().align_offset(PAGE).min(len * size_of::<T>());
+        let bytes = len * size_of::<T>() - skip;
+        // SAFETY: the range is within the vector's memory, and the advice does not change what is in it.
+        unsafe { libc::madvise(table.as_mut_ptr().cast::<u8>().add(skip).cast(), bytes, libc::MADV_HUGEPAGE) };
+    }
+    table.resize(len, entry);
+    table
+}
+
+/// Starts to load a cache line that will be needed soon.
+#[inline(always)]
+fn prefetch<T>(line: &T) {
+    #[cfg(target_arch = "x86_64")]
+    {
+        use std::arch::x86_64::{_mm_prefetch, _MM_HINT_T0};
+        // SAFETY: a prefetch reads nothing that the program sees, and the address is that of a live reference.
+        unsafe { _mm_prefetch::<_MM_HINT_T0>(std::ptr::from_ref(line).cast()) };
+    }
+    #[cfg(not(target_arch = "x86_64"))]
+    let _ = line;
+}
+
+/// What a thread remembers of chunks that are no tokens: 4 MiB of short ones, in pairs, and 512 KiB of others.
+struct Cache {
+    /// The two chunks that last fell on each place, the latest first.
+    short: Vec<[Short; 2]>,
+    long: Vec<Long>,
+}
+
+const SHORT_BITS: u32 = 16;
+const LONG_BITS: u32 = 12;
+
 const CACHED_IDS: usize = 4;
+const LONG_IDS: usize = 16;
+const LONG_BYTES: usize = 62;
 
 #[derive(Clone, Copy)]
-struct Cached {
+struct Short {
     key: u128,
     ids: [i32; CACHED_IDS], // -1 after the last
+}
+
+/// A chunk that has no key or more ids. It is not empty, so `len` is 0 where there is none.
+#[derive(Clone, Copy)]
+#[repr(align(64))]
+struct Long {
+    len: u8,
+    count: u8,
+    bytes: [u8; LONG_BYTES],
+    ids: [i32; LONG_IDS],
+}
+
+impl Cache {
+    fn new() -> Self {
+        let long = Long { len: 0, count: 0, bytes: [0; LONG_BYTES], ids: [0; LONG_IDS] };
+        Self { short: table(1 << SHORT_BITS, [Short::new(NO_KEY, &[]); 2]), long: table(1 << LONG_BITS, long) }
+    }
+
+    #[inline]
+    fn place(hash: u64) -> usize {
+        (hash >> (64 - SHORT_BITS)) as usize
+    }
+
+    #[inline]
+    fn get(&self, key: u128, hash: u64) -> Option<&Short> {
+        self.short[Self::place(hash)].iter().find(|short| short.key == key)
+    }
+}
+
+impl Short {
+    /// `ids` are no more than fit.
+    fn new(key: u128, ids: &[i32]) -> Self {
+        let mut short = Self { key, ids: [-1; CACHED_IDS] };
+        short.ids[..ids.len()].copy_from_slice(ids);
+        short
+    }
 }
 
 /// What one thread remembers and reuses from chunk to chunk.
 pub struct Scratch {
     splitter: Splitter,
-    /// The keys of the chunks at work, 0 for long ones, and their hashes.
-    keys: [(u128, u64); BATCH],
-    /// Chunks that are no tokens, with their ids: the two that last fell on each place, the latest first.
-    cache: Vec<[Cached; 2]>,
+    run: Run,
+    cache: Cache,
     buffers: Buffers,
+}
+
+/// Adjacent chunks.
+struct Run {
+    keys: [u128; BATCH], // 0 for a chunk that is too long
+    hashes: [u64; BATCH],
+    ids: [i32; BATCH],
+    /// The chunks that `Words` does not have.
+    others: [usize; BATCH],
 }
 
 /// Splits and encodes text.
@@ -300,88 +405,90 @@ impl Encoder {
     }
 
     pub fn scratch(&self) -> Scratch {
-        let empty = Cached { key: 0, ids: [-1; CACHED_IDS] };
-        let cache = vec![[empty; 2]; 1 << CACHE_BITS];
-        Scratch { splitter: self.splitter.clone(), keys: [(0, 0); BATCH], cache, buffers: Buffers::default() }
+        let run = Run { keys: [0; BATCH], hashes: [0; BATCH], ids: [0; BATCH], others: [0; BATCH] };
+        Scratch { splitter: self.splitter.clone(), run, cache: Cache::new(), buffers: Buffers::default() }
     }
 
     /// Appends the ids of `text` to `out`.
     pub fn encode(&self, text: &str, scratch: &mut Scratch, out: &mut Vec<i32>) -> Result<(), String> {
-        let Scratch { splitter, keys, cache, buffers } = scratch;
-        let bytes = text.as_bytes();
-        if u32::try_from(bytes.len()).is_err() {
-            return Err(format!("a text of {} bytes is too long: cut it below 4 GiB", bytes.len()));
+        let Scratch { splitter, run, cache, buffers } = scratch;
+        if u32::try_from(text.len()).is_err() {
+            return Err(format!("a text of {} bytes is too long: cut it below 4 GiB", text.len()));
         }
-        splitter.for_each_run(text, &mut |start, ends| {
-            let mut next = start;
-            for (&end, (key, hash)) in ends.iter().zip(keys.iter_mut()) {
-                *key = key::of(bytes, std::mem::replace(&mut next, end), end).unwrap_or(0);
-                *hash = key::hash(*key);
-                self.words.prefetch(*hash);
+        splitter.for_each_run(text, &mut |first, ends| {
+            let others = self.find_words(text.as_bytes(), first, ends, run);
+            let others = &run.others[..others];
+            others.iter().for_each(|&at| prefetch(&cache.short[Cache::place(run.hashes[at])]));
+            let mut done = 0;
+            for &at in others {
+                out.extend_from_slice(&run.ids[done..at]);
+                done = at + 1;
+                match cache.get(run.keys[at], run.hashes[at]) {
+                    Some(short) => out.extend(short.ids.iter().take_while(|&&id| id >= 0)),
+                    None => {
+                        let start = if at == 0 { first } else { ends[at - 1] };
+                        let chunk = &text.as_bytes()[start..ends[at]];
+                        self.encode_other(chunk, run.keys[at], run.hashes[at], cache, buffers, out);
+                    }
+                }
             }
-            self.encode_run(bytes, start, ends, keys, cache, buffers, out);
+            out.extend_from_slice(&run.ids[done..ends.len()]);
         })
     }
 
-    /// Appends the ids of the adjacent chunks that begin at `start`.
-    fn encode_run(
+    /// Looks all chunks up in `Words`, and returns how many of them are `others`. Has no branch that depends on the text.
+    fn find_words(&self, text: &[u8], first: usize, ends: &[usize], run: &mut Run) -> usize {
+        let Run { keys, hashes, ids, others } = run;
+        let mut start = first;
+        for (&end, (key, hash)) in ends.iter().zip(keys.iter_mut().zip(hashes.iter_mut())) {
+            *key = key::of(text, start, end).unwrap_or(0);
+            *hash = key::hash(*key);
+            prefetch(self.words.bucket(*hash));
+            start = end;
+        }
+        let mut count = 0;
+        for (at, (&key, (&hash, id))) in keys.iter().zip(hashes.iter().zip(ids)).enumerate().take(ends.len()) {
+            let found;
+            (found, *id) = self.words.get(key, hash);
+            others[count] = at;
+            count += usize::from(!found);
+        }
+        count
+    }
+
+    /// Appends the ids of a chunk that is neither in `Words` nor among the short ones of the cache.
+    #[cold]
+    fn encode_other(
         &self,
-        text: &[u8],
-        mut start: usize,
-        ends: &[usize],
-        keys: &[(u128, u64)],
-        cache: &mut [[Cached; 2]],
+        chunk: &[u8],
+        key: u128,
+        hash: u64,
+        cache: &mut Cache,
         buffers: &mut Buffers,
         out: &mut Vec<i32>,
     ) {
-        let mut len = out.len();
-        out.resize(len + CACHED_IDS * ends.len(), 0);
-        for (index, (&end, &(key, hash))) in ends.iter().zip(keys).enumerate() {
-            'known: {
-                if key != 0 {
-                    if let Some(id) = self.words.get(key, hash) {
-                        out[len] = id;
-                        len += 1;
-                        break 'known;
-                    }
-                    let set = &cache[(hash >> (64 - CACHE_BITS)) as usize];
-                    if let Some(cached) = set.iter().find(|cached| cached.key == key) {
-                        out[len..len + CACHED_IDS].copy_from_slice(&cached.ids);
-                        len += cached.ids.iter().filter(|&&id| id >= 0).count();
-                        break 'known;
-                    }
-                }
-                let ids = self.encode_chunk(&text[start..end], cache, buffers);
-                let needed = len + ids.len() + CACHED_IDS * (ends.len() - index);
-                if needed > out.len() {
-                    out.resize(needed, 0);
-                }
-                for (place, &id) in out[len..].iter_mut().zip(ids) {
-                    *place = id as i32;
-                }
-                len += ids.len();
-            }
-            start = end;
+        let long_hash = self.vocabulary.hasher.hash_one(chunk);
+        let long = &mut cache.long[(long_hash >> (64 - LONG_BITS)) as usize];
+        if long.bytes.get(..usize::from(long.len)) == Some(chunk) {
+            return out.extend(&long.ids[..usize::from(long.count)]);
         }
-        out.truncate(len);
-    }
-
-    /// The ids of a chunk, which are remembered if it is short and they are few.
-    #[cold]
-    fn encode_chunk<'b>(&self, chunk: &[u8], cache: &mut [[Cached; 2]], buffers: &'b mut Buffers) -> &'b [u32] {
-        match self.vocabulary.id(chunk) {
+        // A bucket has no free place if a token had to be left out.
+        let may_be_token = key == 0 || !self.words.bucket(hash).keys.contains(&NO_KEY);
+        match may_be_token.then(|| self.vocabulary.id(chunk)).flatten() {
             Some(id) => buffers.ids.splice(.., [id]).for_each(drop),
             None => self.vocabulary.merge(chunk, buffers),
         }
-        if let (Some(key), true) = (key::of(chunk, 0, chunk.len()), buffers.ids.len() <= CACHED_IDS) {
-            let set = &mut cache[(key::hash(key) >> (64 - CACHE_BITS)) as usize];
-            set[1] = set[0];
-            set[0] = Cached { key, ids: [-1; CACHED_IDS] };
-            for (cached, &id) in set[0].ids.iter_mut().zip(&buffers.ids) {
-                *cached = id as i32;
-            }
+        let start = out.len();
+        out.extend(buffers.ids.iter().map(|&id| id as i32));
+        let ids = &out[start..];
+        if key != 0 && ids.len() <= CACHED_IDS {
+            let places = &mut cache.short[Cache::place(hash)];
+            *places = [Short::new(key, ids), places[0]];
+        } else if chunk.len() <= LONG_BYTES && ids.len() <= LONG_IDS {
+            (long.len, long.count) = (chunk.len() as u8, ids.len() as u8);
+            long.bytes[..chunk.len()].copy_from_slice(chunk);
+            long.ids[..ids.len()].copy_from_slice(ids);
         }
-        &buffers.ids
     }
 }
 
