@@ -23,9 +23,10 @@ pub struct Vocabulary {
     hasher: DefaultHashBuilder,
     /// Ids by the hash of the token's bytes.
     ids: HashTable<u32>,
-    /// Ids by the hash of the pair that makes the token. More than one pair may spell a token, but merging arrives at
+    /// The ids of the tokens that pairs make, NONE where a place is free: a pair is at the first free place from its hash
+    /// on when it comes. More than one pair may spell a token, but merging arrives at
     /// no more than one of them: what happens within the token's bytes does not depend on what is around them.
-    merges: HashTable<(Pair, u32)>,
+    merges: Vec<(Pair, u32)>,
     /// Bits by the hash of a pair: if its bit is not set, the pair makes no token. Most pairs are told apart by this,
     /// which is a fraction of the table's size.
     filter: Vec<u64>,
@@ -51,7 +52,7 @@ impl Vocabulary {
             tokens,
             hasher: DefaultHashBuilder::default(),
             ids: HashTable::with_capacity(size),
-            merges: HashTable::with_capacity(size),
+            merges: table((size + size / 4).next_power_of_two(), ((NONE, NONE), NONE)),
             filter: table(size.next_power_of_two() / 4, 0),
             byte_ids: [NONE; 256],
             byte_merges: vec![NONE; 1 << 16],
@@ -82,10 +83,11 @@ impl Vocabulary {
             if token.len() > 1 {
                 self.merge(token, &mut buffers);
                 if let [left, right] = buffers.ids[..] {
-                    let (word, bit) = self.filter_bit(hash_pair((left, right)));
+                    let hash = hash_pair((left, right));
+                    let (word, bit) = self.filter_bit(hash);
                     self.filter[word] |= bit;
-                    self.merges
-                        .insert_unique(hash_pair((left, right)), ((left, right), id), |entry| hash_pair(entry.0));
+                    let place = self.place((left, right), hash);
+                    self.merges[place] = ((left, right), id);
                     if let [first, second] = token[..] {
                         self.byte_merges[usize::from(first) << 8 | usize::from(second)] = id;
                     }
@@ -112,7 +114,31 @@ impl Vocabulary {
         if self.filter[word] & bit == 0 {
             return NONE;
         }
-        self.merges.find(hash, |entry| entry.0 == (left, right)).map_or(NONE, |entry| entry.1)
+        self.merges[self.place((left, right), hash)].1
+    }
+
+    /// What `id` makes with the one before it and the one after it.
+    #[inline]
+    fn two_products(&self, left: u32, id: u32, right: u32) -> (u32, u32) {
+        let pairs = [(left, id), (id, right)];
+        let hashes = pairs.map(hash_pair);
+        let may_be = hashes.map(|hash| {
+            let (word, bit) = self.filter_bit(hash);
+            prefetch(&self.merges[(hash >> 32) as usize & (self.merges.len() - 1)]);
+            self.filter[word] & bit != 0
+        });
+        let product = |at: usize| if may_be[at] { self.merges[self.place(pairs[at], hashes[at])].1 } else { NONE };
+        (product(0), product(1))
+    }
+
+    /// Where the pair is, or would be.
+    fn place(&self, pair: Pair, hash: u64) -> usize {
+        let mask = self.merges.len() - 1;
+        let mut place = (hash >> 32) as usize & mask;
+        while self.merges[place].0 != pair && self.merges[place].1 != NONE {
+            place = (place + 1) & mask;
+        }
+        place
     }
 
     #[inline]
@@ -185,12 +211,15 @@ impl Vocabulary {
             (ids[at], ids[right]) = (best, NONE);
             (products[at], products[right]) = (NONE, NONE);
             next[at] = after;
+            // Both at once, so that their loads do not wait for each other. There is no token NONE.
+            let id = |at: usize| ids.get(at).copied().unwrap_or(NONE);
+            let (with_left, with_right) = self.two_products(id(before), best, id(after));
+            products[at] = with_right;
             if after < len {
                 previous[after] = at;
-                products[at] = self.product(best, ids[after]);
             }
             if before < len {
-                products[before] = self.product(ids[before], best);
+                products[before] = with_left;
             }
         }
     }
@@ -277,7 +306,8 @@ impl Words {
 
     #[inline(always)]
     fn bucket(&self, hash: u64) -> &Bucket {
-        &self.buckets[(hash >> self.shift) as usize]
+        // SAFETY: `new` made two to the power of `64 - shift` buckets, and no more bits of the hash are left.
+        unsafe { self.buckets.get_unchecked((hash >> self.shift) as usize) }
     }
 
     /// Whether the key is here, and its id if it is.
@@ -416,8 +446,9 @@ impl Encoder {
             return Err(format!("a text of {} bytes is too long: cut it below 4 GiB", text.len()));
         }
         splitter.for_each_run(text, &mut |first, ends| {
-            let others = self.find_words(text.as_bytes(), first, ends, run);
-            let others = &run.others[..others];
+            self.make_keys(text.as_bytes(), first, ends, run);
+            let missing = self.find_words(ends.len(), run);
+            let others = &run.others[..missing];
             others.iter().for_each(|&at| prefetch(&cache.short[Cache::place(run.hashes[at])]));
             let mut done = 0;
             for &at in others {
@@ -436,24 +467,29 @@ impl Encoder {
         })
     }
 
-    /// Looks all chunks up in `Words`, and returns how many of them are `others`. Has no branch that depends on the text.
-    fn find_words(&self, text: &[u8], first: usize, ends: &[usize], run: &mut Run) -> usize {
-        let Run { keys, hashes, ids, others } = run;
-        let mut start = first;
-        for (&end, (key, hash)) in ends.iter().zip(keys.iter_mut().zip(hashes.iter_mut())) {
+    /// Gives the chunks keys and starts to load where `find_words` will look.
+    #[inline(never)] // so that it has the processor's registers for itself; it runs once for many chunks
+    fn make_keys(&self, text: &[u8], mut start: usize, ends: &[usize], run: &mut Run) {
+        for (&end, (key, hash)) in ends.iter().zip(run.keys.iter_mut().zip(&mut run.hashes)) {
             *key = key::of(text, start, end).unwrap_or(0);
             *hash = key::hash(*key);
             prefetch(self.words.bucket(*hash));
             start = end;
         }
-        let mut count = 0;
-        for (at, (&key, (&hash, id))) in keys.iter().zip(hashes.iter().zip(ids)).enumerate().take(ends.len()) {
+    }
+
+    /// Looks the first `count` chunks up in `Words`. Returns how many are not there. No branch depends on the text.
+    #[inline(never)]
+    fn find_words(&self, count: usize, run: &mut Run) -> usize {
+        let Run { keys, hashes, ids, others } = run;
+        let mut missing = 0;
+        for at in 0..count.min(BATCH) {
             let found;
-            (found, *id) = self.words.get(key, hash);
-            others[count] = at;
-            count += usize::from(!found);
+            (found, ids[at]) = self.words.get(keys[at], hashes[at]);
+            others[missing % BATCH] = at;
+            missing += usize::from(!found);
         }
-        count
+        missing
     }
 
     /// Appends the ids of a chunk that is neither in `Words` nor among the short ones of the cache.

@@ -18,9 +18,9 @@ static MASKS: [u128; MAX_LEN + 1] = {
 pub fn of(text: &[u8], start: usize, end: usize) -> Option<u128> {
     let len = end - start;
     let mask = MASKS.get(len)?;
-    let window = match text.get(start..).and_then(|rest| rest.first_chunk()) {
-        Some(window) => *window,
-        None => window_at_end(&text[start..end]),
+    let window = match text.get(start..start + MAX_LEN + 1).map(TryFrom::try_from) {
+        Some(Ok(window)) => window,
+        _ => window_at_end(&text[start..end]),
     };
     Some(u128::from_le_bytes(window) & mask | (len as u128) << (8 * MAX_LEN))
 }
