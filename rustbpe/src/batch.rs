@@ -1,11 +1,11 @@
 //! Many texts encoded by several threads into one flat array.
 
-use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
 use std::sync::mpsc::Sender;
 use std::sync::Mutex;
 use std::thread;
 
-use crate::encode::{Encoder, Scratch};
+use crate::encode::{huge, Encoder, Scratch};
 
 /// Threads take the texts in runs of about this many bytes: enough to make the taking cheap, and so few that all
 /// threads finish at about the same time.
@@ -56,10 +56,11 @@ pub fn encode_batch<'t, E: From<String> + Send>(
     mut check: impl FnMut() -> Result<(), E> + Send,
 ) -> Result<Encoded, E> {
     let (sender, receiver) = std::sync::mpsc::channel::<Job>();
-    let (receiver, stop) = (Mutex::new(receiver), AtomicBool::new(false));
+    let (receiver, stop, text_bytes) = (Mutex::new(receiver), AtomicBool::new(false), AtomicUsize::new(0));
     let work = |check: &mut (dyn FnMut() -> Result<(), E> + Send)| {
         let share = pool.with(encoder, |scratch| {
-            let mut share = Share::default();
+            let ids = huge(text_bytes.load(Ordering::Relaxed) / 4 / num_threads.max(1)); // a guess
+            let mut share = Share { ids, ..Share::default() };
             while !stop.load(Ordering::Relaxed) {
                 let received = receiver.lock().unwrap().recv();
                 let Ok((number, texts)) = received else { break };
@@ -74,7 +75,8 @@ pub fn encode_batch<'t, E: From<String> + Send>(
     };
     thread::scope(|scope| {
         let mut workers = Vec::new();
-        let sent = send_jobs(texts, sender, |number| {
+        let sent = send_jobs(texts, sender, |number, bytes| {
+            text_bytes.fetch_add(bytes, Ordering::Relaxed);
             if number > 0 && workers.len() + 1 < num_threads {
                 workers.push(scope.spawn(|| work(&mut || Ok(()))));
             }
@@ -95,11 +97,11 @@ pub fn encode_batch<'t, E: From<String> + Send>(
     })
 }
 
-/// Sends the texts in jobs of about `JOB_BYTES`, and calls `after` with the number of each.
+/// Sends the texts in jobs of about `JOB_BYTES`, and calls `after` with the number and the bytes of each.
 fn send_jobs<'t, E>(
     texts: impl Iterator<Item = Result<&'t str, E>>,
     sender: Sender<Job<'t>>,
-    mut after: impl FnMut(usize),
+    mut after: impl FnMut(usize, usize),
 ) -> Result<(), E> {
     let (mut texts, mut number) = (texts.peekable(), 0);
     while texts.peek().is_some() {
@@ -109,7 +111,7 @@ fn send_jobs<'t, E>(
             size += job[job.len() - 1].len();
         }
         let _ = sender.send((number, job)); // the receiver lives as long as the caller
-        after(number);
+        after(number, size);
         number += 1;
     }
     Ok(())
@@ -157,7 +159,7 @@ fn join(mut shares: Vec<Share>) -> Encoded {
 /// The parts one after the other, copied by several threads, because most of the time goes into getting the memory.
 fn concat(parts: &[&[i32]], num_threads: usize) -> Vec<i32> {
     let total = parts.iter().map(|part| part.len()).sum();
-    let mut joined: Vec<i32> = Vec::with_capacity(total);
+    let mut joined: Vec<i32> = huge(total);
     let mut rest = &mut joined.spare_capacity_mut()[..total];
     thread::scope(|scope| {
         for parts in parts.chunks(parts.len().div_ceil(num_threads.max(1)).max(1)) {

@@ -319,18 +319,24 @@ impl Words {
     }
 }
 
-/// A table of `len` equal entries on huge pages where the system has them: with small ones, most of the time of a lookup
-/// goes into finding where the page is.
-fn table<T: Copy>(len: usize, entry: T) -> Vec<T> {
-    let mut table: Vec<T> = Vec::with_capacity(len);
+/// An empty vector for `len` entries, on huge pages where the system has them: with small ones, much of the time of a
+/// look-up goes into finding where the page is, and much of that of writing into getting it.
+pub fn huge<T>(len: usize) -> Vec<T> {
+    let vector: Vec<T> = Vec::with_capacity(len);
     #[cfg(target_os = "linux")]
     {
         const PAGE: usize = 4096; // where the kernel's are larger it refuses, which does no harm
-        let skip = table.as_ptr().cast::<u8>().align_offset(PAGE).min(len * size_of::<T>());
-        let bytes = len * size_of::<T>() - skip;
+        let start = vector.as_ptr().cast::<u8>().cast_mut();
+        let size = len * size_of::<T>();
+        let skip = start.align_offset(PAGE).min(size);
         // SAFETY: the range is within the vector's memory, and the advice does not change what is in it.
-        unsafe { libc::madvise(table.as_mut_ptr().cast::<u8>().add(skip).cast(), bytes, libc::MADV_HUGEPAGE) };
+        unsafe { libc::madvise(start.add(skip).cast(), size - skip, libc::MADV_HUGEPAGE) };
     }
+    vector
+}
+
+fn table<T: Copy>(len: usize, entry: T) -> Vec<T> {
+    let mut table = huge(len);
     table.resize(len, entry);
     table
 }
@@ -348,7 +354,7 @@ fn prefetch<T>(line: &T) {
     let _ = line;
 }
 
-/// What a thread remembers of chunks that are no tokens: 4 MiB of short ones, in pairs, and 512 KiB of others.
+/// What a thread remembers of chunks that are no tokens: 4 MiB of short ones, in pairs, and 1 MiB of others.
 struct Cache {
     /// The two chunks that last fell on each place, the latest first.
     short: Vec<[Short; 2]>,
@@ -356,7 +362,7 @@ struct Cache {
 }
 
 const SHORT_BITS: u32 = 16;
-const LONG_BITS: u32 = 12;
+const LONG_BITS: u32 = 13;
 
 const CACHED_IDS: usize = 4;
 const LONG_IDS: usize = 16;
