@@ -45,6 +45,7 @@ from nanochat_jax.tokenizer import RANKS_FILE, SPECIAL_TOKENS, SPLIT_PATTERN, To
 
 PROSE, CODE = (".txt", ".md", ".rst", ".html"), (".py",)
 DOCUMENT_CHARS = 10_000
+ARROW = "ours, from Arrow"
 TRAINERS = ("ours", "ours, Parquet", "rustbpe 0.1.0", "tokenizers")
 
 # ---------------------------------------------------------------------------------------------------- text
@@ -162,12 +163,8 @@ def encoders(tokenizer: Tokenizer, directory: Path, threads: int) -> Iterator[tu
     """Name and factory of each encoder. A factory returns the encoder and a function from its result to rows of ids."""
     ranks, pattern = directory / RANKS_FILE, tokenizer.pattern
 
-    def ours(as_arrow: bool = False) -> tuple[Callable, Callable]:
-        fresh = Tokenizer(tokenizer.mergeable_ranks, pattern=pattern)
-
-        def encode(texts: list[str]) -> tuple[np.ndarray, np.ndarray]:
-            return fresh.encode_batch(pa.array(texts) if as_arrow else texts, num_threads=threads)
-
+    def ours() -> tuple[Callable, Callable]:
+        encode = partial(Tokenizer(tokenizer.mergeable_ranks, pattern=pattern).encode_batch, num_threads=threads)
         return encode, lambda result: np.split(result[0], result[1][1:-1])
 
     def gigatoken() -> tuple[Callable, Callable]:
@@ -197,7 +194,7 @@ def encoders(tokenizer: Tokenizer, directory: Path, threads: int) -> Iterator[tu
         return encode, lambda result: [row.ids for row in result]
 
     yield "ours", ours
-    yield "ours, from Arrow", partial(ours, True)
+    yield ARROW, ours
     if "{1,3}" in pattern:
         yield "gigatoken", gigatoken
     yield "splintr", splintr
@@ -218,7 +215,7 @@ def measure_encoding(directory: Path, threads: int, repeats: int) -> dict:
             missing.append(name)
             continue
         found[name] = make
-        ids = [np.asarray(row, np.int64) for row in rows(encode(texts))]
+        ids = [np.asarray(row, np.int64) for row in rows(encode(pa.array(texts) if name == ARROW else texts))]
         if name == "ours":
             expected = ids
         elif not all(map(np.array_equal, ids, expected)) or len(ids) != len(expected):
@@ -229,8 +226,9 @@ def measure_encoding(directory: Path, threads: int, repeats: int) -> dict:
         for name, make in found.items():
             encode, _ = make()
             encode(seen)
+            given = pa.array(unseen) if name == ARROW else unseen
             for number in range(2):
-                seconds, _ = quickest(lambda encode=encode: encode(unseen), 1)
+                seconds, _ = quickest(partial(encode, given), 1)
                 best[name][number] = min(best[name][number], seconds)
     megabytes = sum(len(text.encode()) for text in unseen) / 1e6
     speeds = {name: {"unseen": megabytes / first, "again": megabytes / second} for name, (first, second) in best.items()}
@@ -326,7 +324,7 @@ def main() -> None:
                 table.add_row(trainer, f"{result['seconds']:.2f}", f"{ratio:.2f}", f"{result['peak_mib']:.0f}")
             console.print(table)
         tokenizer = Tokenizer.train(read_text(path), 32_768 + len(SPECIAL_TOKENS))
-        texts = list(itertools.islice(read_text(path), 0, None, max(1, options.megabytes // 20)))  # about 20 MB
+        texts = list(itertools.islice(read_text(path), 0, None, max(1, options.megabytes // 5)))  # about 5 MB
     figures["encoding"] = compare_encoding(console, texts, options.threads, max(3, options.repeats))
     figures["hard_texts"] = measure_hard_texts(tokenizer)
     table = Table("10 million characters of", "seconds", "times that of 1 million", title="Ours, one thread")

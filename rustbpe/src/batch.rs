@@ -198,7 +198,8 @@ mod tests {
         let texts: Vec<&str> = texts.iter().map(String::as_str).collect();
         let encode = |threads| {
             let texts = texts.iter().map(|&text| Ok(text));
-            encode_batch(&encoder, &Pool::default(), texts, Some(9), threads, |work| work(), || Ok::<(), String>(())).unwrap()
+            encode_batch(&encoder, &Pool::default(), texts, Some(9), threads, |work| work(), || Ok::<(), String>(()))
+                .unwrap()
         };
         let one = encode(1);
         for (text, bounds) in texts.iter().zip(one.offsets.windows(2)) {

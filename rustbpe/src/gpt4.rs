@@ -141,7 +141,11 @@ impl<'a> Chunks<'a> {
         let indent = blank & newline << 1;
         let blank_lines = blank.wrapping_add(indent) & newline;
         let to_know = if white >> 63 == 1 { !0 << (BLOCK as u32 - white.leading_ones()) } else { 0 };
-        let inside = if blank_lines == 0 { first_bytes(last, inner) | indent } else { first_bytes(last, inner) | with_text_after(indent, blank, newline) };
+        let inside = if blank_lines == 0 {
+            first_bytes(last, inner) | indent
+        } else {
+            first_bytes(last, inner) | with_text_after(indent, blank, newline)
+        };
         starts |= white_start | inside & !to_know;
 
         if number != 0 {
@@ -201,9 +205,8 @@ fn ascii_masks(block: &[u8; BLOCK]) -> Masks {
             let all = |byte: u8| _mm_set1_epi8(byte as i8);
             let equal = |byte| _mm_cmpeq_epi8(bytes, all(byte));
             // Bytes compare as signed numbers, so the range is moved to where these begin.
-            let range = |bytes, first: u8, count: u8| {
-                _mm_cmplt_epi8(_mm_add_epi8(bytes, all(128 - first)), all(128 + count))
-            };
+            let range =
+                |bytes, first: u8, count: u8| _mm_cmplt_epi8(_mm_add_epi8(bytes, all(128 - first)), all(128 + count));
             let add = |mask: &mut u64, found| *mask |= u64::from(_mm_movemask_epi8(found) as u32) << shift;
             let newline = _mm_or_si128(equal(b'\n'), equal(b'\r'));
             let space = equal(b' ');
@@ -419,7 +422,8 @@ mod tests {
             let regex = Regex::new(&pattern).unwrap();
             for _ in 0..5000 {
                 let pool = if random(3) == 0 { samples.len() } else { 50 };
-                let text: String = (0..random(if pool == 50 { 300 } else { 24 })).map(|_| samples[random(pool)]).collect();
+                let text: String =
+                    (0..random(if pool == 50 { 300 } else { 24 })).map(|_| samples[random(pool)]).collect();
                 let chunks = split(&text, digits);
                 let expected: Vec<_> = regex.find_iter(&text).map(|found| found.unwrap().as_str().to_owned()).collect();
                 assert_eq!(chunks, expected, "{text:?}");
@@ -435,6 +439,18 @@ mod tests {
             let chunks = split(&text, 3);
             let expected: Vec<_> = regex.find_iter(&text).map(|found| found.unwrap().as_str().to_owned()).collect();
             assert_eq!(chunks, expected, "{text:?}");
+        }
+    }
+
+    #[test]
+    fn every_byte_has_the_same_class_without_simd() {
+        let fields = |masks: Masks| {
+            let Masks { letter, number, newline, blank, space, quote, wide, inner } = masks;
+            [letter, number, newline, blank, space, quote, wide, inner]
+        };
+        for byte in 0..=u8::MAX {
+            let block = std::array::from_fn(|at| byte.wrapping_add(at as u8));
+            assert_eq!(fields(ascii_masks(&block)), fields(portable_ascii_masks(&block)), "{byte}");
         }
     }
 
