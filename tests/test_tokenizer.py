@@ -324,6 +324,30 @@ def test_random_unicode_gets_tiktokens_ids_and_comes_back(pattern):
             assert trainer.decode(ids) == text.encode()
 
 
+@pytest.mark.parametrize("digits", [1, 2, 3])
+def test_fuzzed_texts_get_tiktokens_ids(digits):
+    """20,000 random texts per pattern. Runs of every class of characters cross the 64-byte blocks of the scanner."""
+    rng, pattern = random.Random(digits), SPLIT_PATTERN.replace("{1,2}", f"{{1,{digits}}}")
+    pools = ["abc ", " \n\t\r\u00a0\u3000\x85", "0123456789½Ⅷ٣", "éßſK한日م", "'\"!?.-#", "🙂\u0301\x00\U0010ffff",
+             "'sdmtlvreSDMTLVREſ ", " \n", "\r\n"]  # fmt: skip
+
+    def fuzzed():
+        pieces = []
+        for _ in range(rng.randrange(40)):
+            pool = rng.choice(pools)
+            pieces.append("".join(rng.choices(pool, k=rng.choice([1, 1, 2, 3, 5, 60, 130]))))
+        return "".join(pieces)[: rng.choice([20, 63, 64, 65, 200, 1000])]
+
+    texts = [fuzzed() for _ in range(20_000)]
+    trainer = rustbpe.Tokenizer()
+    trainer.train_from_iterator(texts[:300], 600, pattern=pattern)
+    tokenizer = Tokenizer(dict(trainer.get_mergeable_ranks()), pattern=pattern)
+    rows = zip(texts, tokenizer.encode(texts, num_threads=2), reference(tokenizer).encode_ordinary_batch(texts), strict=True)
+    for text, ids, expected in rows:
+        assert ids == expected, text
+        assert tokenizer.decode(ids) == text
+
+
 @pytest.mark.parametrize("seed", range(20))
 def test_a_vocabulary_that_nobody_trained_gets_tiktokens_ids(seed):
     rng = random.Random(seed)

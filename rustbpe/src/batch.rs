@@ -1,10 +1,11 @@
 //! Many texts encoded by several threads into one flat array.
 
 use std::sync::atomic::{AtomicBool, AtomicUsize, Ordering};
-use std::sync::{Mutex, OnceLock};
+use std::sync::mpsc::Sender;
+use std::sync::Mutex;
 use std::thread;
 
-use crate::encode::{Encoder, Scratch};
+use crate::encode::{huge, Encoder, Scratch};
 
 /// Threads take the texts in runs of about this many bytes: enough to make the taking cheap, and so few that all
 /// threads finish at about the same time.
@@ -30,51 +31,90 @@ pub struct Encoded {
     pub offsets: Vec<i64>,
 }
 
-/// The ids of all `texts`, each after `prepend` if that is given. The calling thread works too and runs `check`
-/// between its jobs; an error ends all of them.
-pub fn encode_batch<E: From<String> + Send>(
-    encoder: &Encoder,
-    pool: &Pool,
-    texts: &[&str],
-    prepend: Option<i32>,
-    num_threads: usize,
-    mut check: impl FnMut() -> Result<(), E>,
-) -> Result<Encoded, E> {
-    let jobs = make_jobs(texts);
-    let results: Vec<OnceLock<Encoded>> = jobs.iter().map(|_| OnceLock::new()).collect();
-    let (next, stop) = (AtomicUsize::new(0), AtomicBool::new(false));
-    let work = |check: &mut dyn FnMut() -> Result<(), E>| -> Result<(), E> {
-        let result = pool.with(encoder, |scratch| {
-            while !stop.load(Ordering::Relaxed) {
-                let job = next.fetch_add(1, Ordering::Relaxed);
-                let Some(texts) = jobs.get(job) else { break };
-                let _ = results[job].set(encode_job(encoder, scratch, texts, prepend)?); // nobody else has this job
-                check()?;
-            }
-            Ok(())
-        });
-        stop.fetch_or(result.is_err(), Ordering::Relaxed);
-        result
-    };
-    thread::scope(|scope| {
-        let others = num_threads.min(jobs.len()).saturating_sub(1);
-        let workers: Vec<_> = (0..others).map(|_| scope.spawn(|| work(&mut || Ok(())))).collect();
-        let mine = work(&mut check);
-        workers.into_iter().map(|worker| worker.join().unwrap()).fold(mine, Result::and)
-    })?;
-    Ok(join(results.into_iter().filter_map(OnceLock::into_inner), texts.len()))
+/// The number of a job, and its texts.
+type Job<'t> = (usize, Vec<&'t str>);
+
+/// What one thread has encoded: the ids of its jobs, and how many ids each text has.
+#[derive(Default)]
+struct Share {
+    ids: Vec<i32>,
+    lens: Vec<usize>,
+    /// The number of each job, and where its part of `ids` and of `lens` ends.
+    jobs: Vec<(usize, usize, usize)>,
 }
 
-fn make_jobs<'a>(texts: &'a [&'a str]) -> Vec<&'a [&'a str]> {
-    let (mut jobs, mut start, mut size) = (Vec::new(), 0, 0);
-    for (index, text) in texts.iter().enumerate() {
-        size += text.len();
-        if size >= JOB_BYTES || index + 1 == texts.len() {
-            jobs.push(&texts[start..=index]);
-            (start, size) = (index + 1, 0);
+/// The ids of all `texts`, each after `prepend` if that is given. Other threads start to encode while this one still
+/// takes texts from the iterator, which may need the GIL. What needs no GIL runs in `without_gil`: this thread encodes
+/// too, with `check` after each job, and at last all threads copy the ids together. An error ends all work.
+pub fn encode_batch<'t, E: From<String> + Send>(
+    encoder: &Encoder,
+    pool: &Pool,
+    texts: impl Iterator<Item = Result<&'t str, E>>,
+    prepend: Option<i32>,
+    num_threads: usize,
+    without_gil: impl FnOnce(&mut (dyn FnMut() + Send)),
+    mut check: impl FnMut() -> Result<(), E> + Send,
+) -> Result<Encoded, E> {
+    let (sender, receiver) = std::sync::mpsc::channel::<Job>();
+    let (receiver, stop, text_bytes) = (Mutex::new(receiver), AtomicBool::new(false), AtomicUsize::new(0));
+    let work = |check: &mut (dyn FnMut() -> Result<(), E> + Send)| {
+        let share = pool.with(encoder, |scratch| {
+            let ids = huge(text_bytes.load(Ordering::Relaxed) / 4 / num_threads.max(1)); // a guess
+            let mut share = Share { ids, ..Share::default() };
+            while !stop.load(Ordering::Relaxed) {
+                let received = receiver.lock().unwrap().recv();
+                let Ok((number, texts)) = received else { break };
+                encode_job(encoder, scratch, &texts, prepend, &mut share)?;
+                share.jobs.push((number, share.ids.len(), share.lens.len()));
+                check()?;
+            }
+            Ok(share)
+        });
+        stop.fetch_or(share.is_err(), Ordering::Relaxed);
+        share
+    };
+    thread::scope(|scope| {
+        let mut workers = Vec::new();
+        let sent = send_jobs(texts, sender, |number, bytes| {
+            text_bytes.fetch_add(bytes, Ordering::Relaxed);
+            if number > 0 && workers.len() + 1 < num_threads {
+                workers.push(scope.spawn(|| work(&mut || Ok(()))));
+            }
+        });
+        stop.fetch_or(sent.is_err(), Ordering::Relaxed);
+        let mut result = sent.map(|()| Encoded { ids: Vec::new(), offsets: Vec::new() });
+        without_gil(&mut || {
+            let mine = work(&mut check);
+            let others = workers.drain(..).map(|worker| worker.join().unwrap());
+            let shares = std::iter::once(mine).chain(others).collect::<Vec<_>>().into_iter().collect::<Result<_, E>>();
+            match (&result, shares) {
+                (Ok(_), Ok(shares)) => result = Ok(join(shares)),
+                (Ok(_), Err(error)) => result = Err(error),
+                (Err(_), _) => {}
+            }
+        });
+        result
+    })
+}
+
+/// Sends the texts in jobs of about `JOB_BYTES`, and calls `after` with the number and the bytes of each.
+fn send_jobs<'t, E>(
+    texts: impl Iterator<Item = Result<&'t str, E>>,
+    sender: Sender<Job<'t>>,
+    mut after: impl FnMut(usize, usize),
+) -> Result<(), E> {
+    let (mut texts, mut number) = (texts.peekable(), 0);
+    while texts.peek().is_some() {
+        let (mut job, mut size) = (Vec::new(), 0);
+        while let Some(text) = texts.next_if(|_| size < JOB_BYTES) {
+            job.push(text?);
+            size += job[job.len() - 1].len();
         }
+        let _ = sender.send((number, job)); // the receiver lives as long as the caller
+        after(number, size);
+        number += 1;
     }
-    jobs
+    Ok(())
 }
 
 fn encode_job(
@@ -82,27 +122,61 @@ fn encode_job(
     scratch: &mut Scratch,
     texts: &[&str],
     prepend: Option<i32>,
-) -> Result<Encoded, String> {
-    let size: usize = texts.iter().map(|text| text.len()).sum();
-    let mut encoded = Encoded { ids: Vec::with_capacity(size / 3), offsets: vec![0] };
+    share: &mut Share,
+) -> Result<(), String> {
     for text in texts {
-        encoded.ids.extend(prepend);
-        encoder.encode(text, scratch, &mut encoded.ids)?;
-        encoded.offsets.push(encoded.ids.len() as i64);
+        let start = share.ids.len();
+        share.ids.extend(prepend);
+        encoder.encode(text, scratch, &mut share.ids)?;
+        share.lens.push(share.ids.len() - start);
     }
-    Ok(encoded)
+    Ok(())
 }
 
-fn join(mut parts: impl Iterator<Item = Encoded>, num_texts: usize) -> Encoded {
-    let Some(mut joined) = parts.next() else { return Encoded { ids: Vec::new(), offsets: vec![0] } };
-    let parts: Vec<Encoded> = parts.collect();
-    joined.ids.reserve_exact(parts.iter().map(|part| part.ids.len()).sum());
-    joined.offsets.reserve_exact(num_texts + 1 - joined.offsets.len());
-    for part in parts {
-        let start = joined.ids.len() as i64;
-        joined.ids.extend(part.ids);
-        joined.offsets.extend(part.offsets[1..].iter().map(|offset| start + offset));
+/// All shares in the order of the jobs. What a single thread has encoded is not copied.
+fn join(mut shares: Vec<Share>) -> Encoded {
+    shares.retain(|share| !share.jobs.is_empty());
+    let mut parts = Vec::new();
+    for share in &shares {
+        let (mut ids, mut lens) = (0, 0);
+        for &(number, ids_end, lens_end) in &share.jobs {
+            parts.push((number, &share.ids[ids..ids_end], &share.lens[lens..lens_end]));
+            (ids, lens) = (ids_end, lens_end);
+        }
     }
+    parts.sort_unstable_by_key(|part| part.0);
+    let mut offsets = vec![0];
+    for &len in parts.iter().flat_map(|part| part.2) {
+        offsets.push(offsets[offsets.len() - 1] + len as i64);
+    }
+    if shares.len() == 1 {
+        return Encoded { ids: shares.remove(0).ids, offsets };
+    }
+    let parts: Vec<&[i32]> = parts.iter().map(|part| part.1).collect();
+    Encoded { ids: concat(&parts, shares.len()), offsets }
+}
+
+/// The parts one after the other, copied by several threads, because most of the time goes into getting the memory.
+fn concat(parts: &[&[i32]], num_threads: usize) -> Vec<i32> {
+    let total = parts.iter().map(|part| part.len()).sum();
+    let mut joined: Vec<i32> = huge(total);
+    let mut rest = &mut joined.spare_capacity_mut()[..total];
+    thread::scope(|scope| {
+        for parts in parts.chunks(parts.len().div_ceil(num_threads.max(1)).max(1)) {
+            let (places, after) = std::mem::take(&mut rest).split_at_mut(parts.iter().map(|part| part.len()).sum());
+            rest = after;
+            scope.spawn(move || {
+                let mut places = places;
+                for part in parts {
+                    let (here, after) = std::mem::take(&mut places).split_at_mut(part.len());
+                    here.iter_mut().zip(*part).for_each(|(place, &id)| _ = place.write(id));
+                    places = after;
+                }
+            });
+        }
+    });
+    // SAFETY: the parts have `total` ids together, and each was written to a place of its own.
+    unsafe { joined.set_len(total) };
     joined
 }
 
@@ -114,7 +188,7 @@ mod tests {
 
     fn encoder() -> Encoder {
         let vocabulary = Vocabulary::from_merges(&[(97, 98), (256, 97)]);
-        Encoder { vocabulary, splitter: Splitter::new(DEFAULT_PATTERN).unwrap() }
+        Encoder::new(vocabulary, Splitter::new(DEFAULT_PATTERN).unwrap())
     }
 
     #[test]
@@ -123,7 +197,9 @@ mod tests {
         let texts: Vec<String> = (0..200).map(|index| format!("abab {index} ").repeat(index * 7 % 300)).collect();
         let texts: Vec<&str> = texts.iter().map(String::as_str).collect();
         let encode = |threads| {
-            encode_batch(&encoder, &Pool::default(), &texts, Some(9), threads, || Ok::<(), String>(())).unwrap()
+            let texts = texts.iter().map(|&text| Ok(text));
+            encode_batch(&encoder, &Pool::default(), texts, Some(9), threads, |work| work(), || Ok::<(), String>(()))
+                .unwrap()
         };
         let one = encode(1);
         for (text, bounds) in texts.iter().zip(one.offsets.windows(2)) {
@@ -140,8 +216,12 @@ mod tests {
     #[test]
     fn an_error_of_the_check_ends_the_work() {
         let text = "ab ".repeat(JOB_BYTES);
-        let texts = [text.as_str(); 9];
-        let stopped = encode_batch(&encoder(), &Pool::default(), &texts, None, 2, || Err("stop".to_owned()));
+        let texts = || [text.as_str(); 9].into_iter().map(Ok);
+        let (encoder, pool) = (encoder(), Pool::default());
+        let stopped = encode_batch(&encoder, &pool, texts(), None, 2, |work| work(), || Err("stop".to_owned()));
         assert_eq!(stopped.err().unwrap(), "stop");
+        let broken = texts().chain([Err("broken".to_owned())]);
+        let stopped = encode_batch(&encoder, &pool, broken, None, 2, |work| work(), || Ok(()));
+        assert_eq!(stopped.err().unwrap(), "broken");
     }
 }

@@ -147,7 +147,7 @@ impl<'a> Worker<'a> {
             let Ok(texts) = received else { break };
             let Self { splitter, local, .. } = &mut self;
             for text in texts.iter() {
-                splitter.for_each(text, |chunk| match key::of(text.as_bytes(), &chunk) {
+                splitter.for_each(text, |chunk| match key::of(text.as_bytes(), chunk.start, chunk.end) {
                     Some(key) => local.add_short(key),
                     None => local.add(&text.as_bytes()[chunk], 1),
                 })?;
@@ -172,7 +172,7 @@ impl<'a> Worker<'a> {
 impl Local {
     #[inline]
     fn add_short(&mut self, key: u128) {
-        let place = &mut self.recent[key::index(key, RECENT_BITS)];
+        let place = &mut self.recent[(key::hash(key) >> (64 - RECENT_BITS)) as usize];
         if place.0 == key {
             place.1 += 1;
             return;

@@ -1,38 +1,49 @@
 //! Short chunks as numbers, which are compared and hashed in a few instructions.
 
-use std::ops::Range;
-
 /// Longer chunks have no key.
 pub const MAX_LEN: usize = 15;
 
-/// The bytes of a chunk, 1 to 15, and its length in one number, which is never 0.
-#[inline]
-pub fn of(text: &[u8], chunk: &Range<usize>) -> Option<u128> {
-    let len = chunk.len();
-    if len > MAX_LEN {
-        return None;
+/// Keeps the bytes of a chunk by its length, from 0 to 15.
+static MASKS: [u128; MAX_LEN + 1] = {
+    let (mut masks, mut len) = ([0; MAX_LEN + 1], 1);
+    while len <= MAX_LEN {
+        masks[len] = u128::MAX >> (128 - 8 * len);
+        len += 1;
     }
-    let mut window = [0; 16];
-    match text.get(chunk.start..chunk.start + 16) {
-        Some(bytes) => window.copy_from_slice(bytes), // a copy of fixed size is a single load
-        None => window[..len].copy_from_slice(&text[chunk.clone()]),
-    }
-    Some(u128::from_le_bytes(window) << (128 - 8 * len) | len as u128)
+    masks
+};
+
+/// The key of the chunk `text[start..end]`: its bytes, with its length above them. It is 0 for an empty chunk only.
+#[inline(always)]
+pub fn of(text: &[u8], start: usize, end: usize) -> Option<u128> {
+    let len = end - start;
+    let mask = MASKS.get(len)?;
+    let window = match text.get(start..start + MAX_LEN + 1).map(TryFrom::try_from) {
+        Some(Ok(window)) => window,
+        _ => window_at_end(&text[start..end]),
+    };
+    Some(u128::from_le_bytes(window) & mask | (len as u128) << (8 * MAX_LEN))
+}
+
+#[cold]
+fn window_at_end(chunk: &[u8]) -> [u8; MAX_LEN + 1] {
+    let mut window = [0; MAX_LEN + 1];
+    window[..chunk.len()].copy_from_slice(chunk);
+    window
 }
 
 /// The chunk of a key, in an array and with its length.
-pub fn bytes(key: u128) -> ([u8; 16], usize) {
-    let len = (key & 15) as usize;
-    ((key >> (128 - 8 * len)).to_le_bytes(), len)
+pub fn bytes(key: u128) -> ([u8; MAX_LEN + 1], usize) {
+    (key.to_le_bytes(), (key >> (8 * MAX_LEN)) as usize)
 }
 
-/// A place for the key in a table of `1 << bits` places.
-#[inline]
-pub fn index(key: u128, bits: u32) -> usize {
+/// A hash of the key. The upper bits are the better ones.
+#[inline(always)]
+pub fn hash(key: u128) -> u64 {
     // Half the key times the other half, folded, after XOR with two arbitrary constants so that neither factor is 0.
     let (low, high) = (key as u64 ^ 0x9e37_79b9_7f4a_7c15, (key >> 64) as u64 ^ 0xd1b5_4a32_d192_ed03);
     let product = u128::from(low) * u128::from(high);
-    ((product as u64 ^ (product >> 64) as u64) >> (64 - bits)) as usize
+    product as u64 ^ (product >> 64) as u64
 }
 
 #[cfg(test)]
@@ -44,13 +55,13 @@ mod tests {
         let text = b"abcdefghijklmnopq\0\0\0";
         let mut seen = std::collections::HashSet::new();
         for start in 0..text.len() {
-            for len in 1..=MAX_LEN.min(text.len() - start) {
-                let key = of(text, &(start..start + len)).unwrap();
+            for end in start + 1..=text.len().min(start + MAX_LEN) {
+                let key = of(text, start, end).unwrap();
                 let (bytes, length) = bytes(key);
-                assert_eq!(&bytes[..length], &text[start..start + len]);
+                assert_eq!(&bytes[..length], &text[start..end]);
                 assert!(seen.insert(key) || text[start] == 0);
             }
         }
-        assert_eq!(of(text, &(0..16)), None);
+        assert_eq!(of(text, 0, 16), None);
     }
 }

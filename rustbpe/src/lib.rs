@@ -163,8 +163,8 @@ impl Tokenizer {
         }
         let strings = texts.try_iter()?.enumerate().map(|(index, item)| as_string(item?, index));
         let strings = strings.collect::<PyResult<Vec<_>>>()?;
-        let strings = strings.iter().map(|string| string.to_str()).collect::<PyResult<Vec<_>>>()?;
-        self.encode_texts(texts.py(), &strings, prepend, num_threads)
+        let strings = strings.iter().map(|string| Ok(string.to_str()?));
+        self.encode_texts(texts.py(), strings, prepend, num_threads)
     }
 
     /// The same for the strings of a pyarrow Array or ChunkedArray, without its nulls.
@@ -176,7 +176,7 @@ impl Tokenizer {
         num_threads: usize,
     ) -> PyResult<Arrays<'py>> {
         let texts = Texts::from_arrow(array)?;
-        self.encode_texts(array.py(), &texts.iter().collect::<Vec<_>>(), prepend, num_threads)
+        self.encode_texts(array.py(), texts.iter().map(Ok), prepend, num_threads)
     }
 
     /// The bytes that `ids` stand for, which need not be whole UTF-8 characters.
@@ -193,7 +193,7 @@ impl Tokenizer {
 
 impl Tokenizer {
     fn of(vocabulary: Vocabulary, splitter: Splitter) -> Self {
-        Self { encoder: Encoder { vocabulary, splitter }, pool: Pool::default() }
+        Self { encoder: Encoder::new(vocabulary, splitter), pool: Pool::default() }
     }
 
     /// Counts what `feed` sends and learns from it.
@@ -229,19 +229,17 @@ impl Tokenizer {
         Ok(())
     }
 
-    fn encode_texts<'py>(
+    fn encode_texts<'py, 't>(
         &self,
         py: Python<'py>,
-        texts: &[&str],
+        texts: impl Iterator<Item = Result<&'t str, Failure>>,
         prepend: Option<i32>,
         num_threads: usize,
     ) -> PyResult<Arrays<'py>> {
-        let mut signals = Progress::new(None);
-        let encoded = py.detach(|| {
-            encode_batch(&self.encoder, &self.pool, texts, prepend, num_threads.min(MAX_THREADS), || {
-                signals.update("", 0, None).map_err(Failure::from)
-            })
-        })?;
+        let (mut signals, threads) = (Progress::new(None), num_threads.min(MAX_THREADS));
+        let check = || signals.update("", 0, None).map_err(Failure::from);
+        let without_gil = |work: &mut (dyn FnMut() + Send)| py.detach(work);
+        let encoded = encode_batch(&self.encoder, &self.pool, texts, prepend, threads, without_gil, check)?;
         Ok((encoded.ids.into_pyarray(py), encoded.offsets.into_pyarray(py)))
     }
 }

@@ -67,7 +67,11 @@ impl Texts {
             return Err(bad_text(&format!("bytes {} to {} are not whole characters", pair[0], pair[1])));
         }
         let shift = self.text.len();
-        self.text.push_str(&text);
+        if shift == 0 {
+            self.text = text;
+        } else {
+            self.text.push_str(&text);
+        }
         self.ends.extend(offsets[1..].iter().map(|offset| offset - start + shift));
         Ok(())
     }
