@@ -396,7 +396,7 @@ def test_an_address_that_is_not_to_be_had_is_the_users_to_know():
 
 STOPPABLE = """
 import asyncio, sys
-sys.path.insert(0, "tests")
+sys.path.insert(0, "tests/serve")
 from test_server import FakeScheduler, Sampling, TOKENIZER, server
 class Ends(asyncio.Event):
     async def wait(self):  # while the server is told to stop
