@@ -1,16 +1,15 @@
-"""Put a pretraining corpus on disk.
+"""Download or build a pretraining corpus.
 
-    python -m nanochat_jax.dataset -n 8                      8 training shards of ClimbMix and its
-    validation shard python -m nanochat_jax.dataset -n 8 --dataset fineweb    of FineWeb-Edu python
-    -m nanochat_jax.dataset hf --dataset OWNER/NAME   any data set of the Hub python -m
-    nanochat_jax.dataset local FILES...            txt, md, jsonl, csv or parquet files of yours
-    python -m nanochat_jax.dataset embedded                  the offline corpus, which needs no
-    network python -m nanochat_jax.dataset info                      what is on disk, and what it
-    is enough for
+    python -m nanochat_jax.dataset -n 8                      8 training shards of ClimbMix
+    python -m nanochat_jax.dataset -n 8 --dataset fineweb    8 training shards of FineWeb-Edu
+    python -m nanochat_jax.dataset hf --dataset OWNER/NAME   any data set of the Hub
+    python -m nanochat_jax.dataset local FILES...            your own text files
+    python -m nanochat_jax.dataset embedded                  the offline corpus
+    python -m nanochat_jax.dataset info                      corpora on disk
 
-Downloads go through huggingface_hub, which reads HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE. A shard
-gets its name in the data directory only when it is whole: size and checksum as the Hub announced,
-a readable footer, a `text` column.
+Downloads use huggingface_hub, which reads HF_ENDPOINT, HF_TOKEN and HF_HUB_OFFLINE. A shard gets
+its final name only when it is complete: size and checksum as announced by the Hub, a readable
+footer, a `text` column.
 """
 
 import contextlib
@@ -43,15 +42,13 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class HubCorpus:
-    """A corpus of shards `shard_00000.parquet` ... on the Hub, the last of which is validation."""
+    """A corpus of shards `shard_00000.parquet` ... on the Hub. The last one is validation."""
 
     repo: str
     num_shards: int
 
     def names(self, num_train: int) -> list[str]:
-        """File names of the first `num_train` training shards (-1: all) and the validation
-        shard.
-        """
+        """File names of the first `num_train` training shards (-1: all) and of validation."""
         available = self.num_shards - 1
         if num_train != -1 and not 1 <= num_train <= available:
             raise UsageError(
@@ -81,12 +78,11 @@ def is_whole(path: Path) -> bool:
 def download(
     repo: str, names: Sequence[str], directory: Path, *, num_workers: int = 4, wait_s: float = 1.0
 ) -> dict[str, str]:
-    """Download the shards of `names` that are not in `directory` yet; returns the reason for each
-    that failed.
+    """Download the missing shards of `names` to `directory`; returns the failed ones with their
+    errors.
 
-    The last name is the validation shard. It comes first, and alone: without it, an interrupted
-    download would leave a training shard as the last file, which a loader would take for
-    validation.
+    The last name is the validation shard, which is downloaded first. Without it, after an
+    interrupted download, loaders would take the last training shard for validation.
     """
     make_directory(directory)
     missing = [name for name in names if not is_whole(directory / name)]
@@ -96,7 +92,7 @@ def download(
         )
     failed: dict[str, str] = {}
     ended: list[str] = []
-    came: dict[str, int] = {}  # bytes, by shard
+    came: dict[str, int] = {}  # shard -> bytes
     began = time.monotonic()
     with contextlib.closing(Display("shards", len(missing))) as display:
 
@@ -121,7 +117,7 @@ def download(
                 )
                 ended.append(name)
                 show(name, (directory / name).stat().st_size, None)
-            # of the HTTP client or the disk; reported to the caller, by name
+            # from the HTTP client or the disk
             except Exception as error:
                 failed[name] = first_line(error)
                 display.note(f"{name} failed: {failed[name]}")
@@ -136,7 +132,7 @@ def download(
             for job in [pool.submit(get, name) for name in missing]:
                 job.result()
         finally:
-            # on Ctrl-C, wait for what is under way, not for the whole list
+            # on Ctrl-C, wait only for running downloads
             pool.shutdown(cancel_futures=True)
     if not failed:
         clean_up(directory)
@@ -174,7 +170,7 @@ PRESETS = {"k12": "CrowdMind/K-12Corpus", "opc": "CrowdMind/opc-annealing-corpus
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusConfig:
-    """What making a corpus of one's own has in common, wherever the text comes from."""
+    """Flags common to `hf` and `local`."""
 
     text_field: str = flag(
         "text", "column of parquet and csv files, or key of JSON Lines, that holds the text"
@@ -225,7 +221,7 @@ class HfConfig(CorpusConfig):
 def hf_main(config: HfConfig) -> int:
     directory = Paths.from_env().data("custom")
     subset, split, field = config.subset, config.split, config.text_field
-    # the known data sets have one subset, the split train and the column text
+    # presets have one subset, the split train and the column text
     if config.preset is not None:
         subset, split, field = None, "train", "text"
     files = find_files(config.name, subset, split, config.revision)
@@ -240,7 +236,7 @@ def hf_main(config: HfConfig) -> int:
         "limit_rows": config.limit_rows,
     }
     logger.info("%s: %d files", describe(source), len(files.names))
-    # on the disk of the corpus, which may be another than the base's
+    # on the corpus's disk, which may differ from the base directory's
     staging = directory / ".source"
     documents = hub_dataset.iter_documents(
         files, field, staging, cut_chars=config.cut_chars, limit_rows=config.limit_rows
@@ -287,8 +283,9 @@ def local_main(config: LocalConfig) -> int:
 
 
 def _expand(names: Sequence[str]) -> Iterator[Path]:
-    """The files that are named, and those of known kinds in directories that are named; logs what
-    is left out of these.
+    """The given files, and files of supported formats in given directories.
+
+    Logs the entries of directories that are skipped.
     """
     for path in map(Path, names):
         if not path.is_dir():
@@ -327,10 +324,10 @@ def _raise(error: OSError) -> NoReturn:
 
 
 def _once(paths: Iterable[Path]) -> Iterator[Path]:
-    """Each file once, however often and by whichever name it is given; logs which are left out."""
+    """Each file once, even if given repeatedly or under other names. Logs repetitions."""
     seen: dict[Any, Path] = {}
     for path in paths:
-        status = path.stat() if path.exists() else None  # of a link's target
+        status = path.stat() if path.exists() else None  # follows links
         if (
             other := seen.setdefault(status and (status.st_dev, status.st_ino), path)
         ) is not path and status:
@@ -378,7 +375,7 @@ def embedded_main(config: NoFlags) -> int:
 
 def info_main(config: NoFlags) -> int:
     paths = Paths.from_env()
-    paths.find_data()  # says what to do if there is none
+    paths.find_data()  # raises if there is no corpus
     for name in DATA_DIRS:
         if (directory := paths.data(name)).is_dir() and any(directory.glob("*.parquet")):
             print(summary(name, directory))

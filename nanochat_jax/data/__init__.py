@@ -1,3 +1,1 @@
-"""Documents and conversations on their way to batches: shards -> packing -> loader, and mixture
-for chats.
-"""
+"""Training data: shards -> packing -> loader for documents, mixture for conversations."""

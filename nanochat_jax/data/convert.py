@@ -1,8 +1,8 @@
-"""Documents of any origin into a corpus of our shards, one at a time, however many there are.
+"""Conversion of documents in any supported format to a corpus of parquet shards.
 
-A corpus made here is a directory of `shard_00000.parquet, ...`, the validation shard
-`shard_99999.parquet` (so that more training shards can come before it) and `manifest.json`, which
-names the sources and counts their documents.
+A converted corpus is a directory of `shard_00000.parquet, ...`, the validation shard
+`shard_99999.parquet` (numbered last, so that training shards can be appended) and `manifest.json`,
+which lists each source and its document counts.
 """
 
 import contextlib
@@ -44,16 +44,14 @@ logger = logging.getLogger(__name__)
 VAL_SHARD = shard_name(99_999)
 REPORT_EVERY_S = 10.0
 
-# --------------------------------------------------------------------------------------------------
-
 
 def read_documents(path: Path, field: str, cut_chars: int) -> Iterator[str | None]:
-    """The documents of one file, by its ending; None where a row has no text.
+    """The documents of one file, read by its extension; None for a row without text.
 
-    `field` names the column of parquet, csv and tsv files, and the key of JSON Lines. A text file
-    (txt, md) is cut where a paragraph ends into documents of about `cut_chars` characters (0: it
-    is one document). Endings .gz, .bz2, .zst and .lz4 are unpacked. Raises `UsageError` naming the
-    file, and the line if there are lines.
+    `field` is the column of parquet, CSV and TSV files, and the key of JSON Lines. Text files (txt,
+    md) are split at paragraph ends into documents of about `cut_chars` characters (0: one
+    document). Files ending in .gz, .bz2, .zst or .lz4 are decompressed. Raises `UsageError` with
+    the file, and the line number where available.
     """
     if not path.exists():
         raise NotFound(f"{path} does not exist")
@@ -61,7 +59,7 @@ def read_documents(path: Path, field: str, cut_chars: int) -> Iterator[str | Non
     if kind is None:
         raise UsageError(f"{path} is of no known kind: expected an ending of {', '.join(FORMATS)}")
     try:
-        if kind == "parquet":  # in pieces: a row group may be the whole file, of any size
+        if kind == "parquet":  # in batches: one row group may hold the whole file
             with open_parquet(
                 path, field, foreign=True, buffer_size=1 << 20, pre_buffer=False
             ) as file:
@@ -75,7 +73,7 @@ def read_documents(path: Path, field: str, cut_chars: int) -> Iterator[str | Non
                 yield from _read_jsonl(text, path, field)
             else:
                 yield from _read_csv(text, path, field, "\t" if kind == "tsv" else ",")
-    except UnicodeDecodeError as error:  # of a column of parquet
+    except UnicodeDecodeError as error:  # from a parquet column
         raise UsageError(f"{path} is not UTF-8 text ({error})") from error
     except UsageError:
         raise
@@ -85,10 +83,10 @@ def read_documents(path: Path, field: str, cut_chars: int) -> Iterator[str | Non
 
 @contextlib.contextmanager
 def open_text(path: Path, newline: str | None = None) -> Iterator[io.TextIOWrapper]:
-    """A UTF-8 file, unpacked if its ending says that it is compressed, without a byte order mark.
+    """Open a UTF-8 file, decompressed by its extension, without a byte order mark.
 
-    Raises `NotFound` or `UsageError`, which name the file, for what cannot be read, also inside of
-    the block.
+    Read errors, also inside the `with` block, are raised as `NotFound` or `UsageError` with the
+    file.
     """
     try:
         compression = COMPRESSIONS.get(path.suffix.lower().removeprefix("."))
@@ -120,7 +118,7 @@ COMPRESSIONS = {"gz": "gzip", "bz2": "bz2", "zst": "zstd", "lz4": "lz4"}
 
 
 def file_format(name: str) -> str | None:
-    """The kind of a file by its ending, None if there is no reader for it."""
+    """The format of a file by its extension; None if it is not supported."""
     endings = name.lower().split(".")[1:]
     if endings and endings[-1] in COMPRESSIONS:
         endings.pop()
@@ -128,9 +126,7 @@ def file_format(name: str) -> str | None:
 
 
 def cut_text(text: str, cut_chars: int) -> Iterator[str]:
-    """Pieces of `cut_chars` characters or as little as half of it, to end where a paragraph, a
-    line or a word does.
-    """
+    """Pieces of `cut_chars` characters, or as few as half, cut at paragraph, line or word ends."""
     start = 0
     while cut_chars and len(text) - start > cut_chars:
         for border in ("\n\n", "\n", " "):
@@ -171,7 +167,7 @@ def _read_jsonl(lines: Iterable[str], path: Path, field: str) -> Iterator[str | 
 
 
 def _read_csv(lines: Iterable[str], path: Path, field: str, delimiter: str) -> Iterator[str | None]:
-    # a document is longer than 128 KB at times
+    # Documents can exceed the default limit of 128 KB.
     csv.field_size_limit(sys.maxsize if sys.maxsize < 2**31 else 2**31 - 1)
     rows = csv.DictReader(lines, delimiter=delimiter, strict=True)
     try:
@@ -196,9 +192,6 @@ def _no_field(path: Path, kind: str, field: str, names: Sequence[str]) -> UsageE
     )
 
 
-# --------------------------------------------------------------------------------------------------
-
-
 def write_corpus(
     directory: Path,
     source: dict[str, Any],
@@ -208,21 +201,20 @@ def write_corpus(
     val_fraction: float,
     append: bool = False,
 ) -> dict[str, Any] | None:
-    """Make `directory` a corpus of `documents`, or add them to the corpus that is there.
+    """Create a corpus of `documents` in `directory`, or add them to the existing corpus.
 
-    Each training shard has `rows_per_shard` documents, the last what is left. Evenly spread,
-    `val_fraction` of the documents go to the validation shard, the first one always. Those without
-    a text (missing, empty, or white space alone) are skipped. The corpus, together with what it
-    holds already, is written aside and then takes its place.
+    Each training shard has `rows_per_shard` documents, except the last. `val_fraction` of the
+    documents, evenly spaced and including the first, go to the validation shard. Documents that are
+    missing, empty or only white space are skipped. The new corpus, including existing documents, is
+    written to a temporary directory and then moved.
 
-    Returns the manifest's entry of the source, or None if the corpus holds this very source
-    already. Raises `UsageError` if another corpus is there and `append` is not given, or if there
-    are not two documents.
+    Returns the manifest entry of the source, or None if the corpus already contains it. Raises
+    `UsageError` if there is another corpus and `append` is False, or fewer than two documents.
     """
     counts: Counter[str] = Counter()
 
     def to_train_on(val: ShardWriter) -> Iterator[str]:
-        """The training documents; on the way, the others go to `val`, and all are counted."""
+        """The training documents. Adds the others to `val` and counts all of them."""
         last_report = time.monotonic()
         for text in documents:
             counts["rows"] += 1
@@ -284,7 +276,7 @@ def write_corpus(
 
 
 def describe(source: dict[str, Any]) -> str:
-    """A source in a few words."""
+    """One-line description of a source."""
     if "dataset" not in source:
         names = [file["name"] for file in source["files"]]
         return names[0] if len(names) == 1 else f"{names[0]} and {len(names) - 1} more files"

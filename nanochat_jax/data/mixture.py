@@ -1,8 +1,7 @@
-"""Conversations into batches, for midtraining (a token stream) and for SFT (whole conversations,
-several or one a row).
+"""Batches of conversations: a token stream for midtraining, rows of complete conversations for SFT.
 
-One packer runs over the whole mixture, in its order, on every process; a process keeps its part of
-the rows. So the global batches and the state are the same on any number of processes.
+Every process runs the same packer over the whole mixture and keeps its part of the rows. So the
+global batches and the state do not depend on the number of processes.
 """
 
 import contextlib
@@ -22,7 +21,7 @@ from nanochat_jax.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
-STREAM_MAX_TOKENS = 2048  # where a conversation is cut that goes into a stream
+STREAM_MAX_TOKENS = 2048  # longer conversations are truncated
 SAMPLED_CONVERSATIONS = 16
 IGNORE = -1
 
@@ -34,9 +33,7 @@ class ConversationTask(Protocol):
 
 
 class ConversationSource:
-    """What all modes share: rendering, and a cursor that passes over the task `num_epochs` times
-    (None: for ever).
-    """
+    """Base of all modes: renders conversations and makes `num_epochs` passes (None: endless)."""
 
     mode: str
 
@@ -61,9 +58,9 @@ class ConversationSource:
             local_rows,
         )
         self._num_epochs = num_epochs
-        self._epoch = self._cursor = 0  # completed passes, and the next conversation to render
-        self.num_cut = 0  # conversations longer than max_tokens, which were cut
-        self.num_skipped = 0  # conversations that have no token to train on (any more)
+        self._epoch = self._cursor = 0  # completed passes; next conversation to render
+        self.num_cut = 0  # conversations truncated to max_tokens
+        self.num_skipped = 0  # conversations without a token to train on, also by truncation
         self._fingerprint = self._sample()
 
     def next_batch(self) -> Batch:
@@ -78,16 +75,14 @@ class ConversationSource:
             ids, mask = render_conversation(
                 self._tokenizer, self._task[index], max_tokens=self._max_tokens + 1
             )
-        # also of a damaged data set
+        # also raised for a damaged data set
         except (ValueError, LookupError, TypeError, AttributeError) as error:
             raise UsageError(f"conversation {index} of the mixture: {one_line(error)}") from error
         self.num_cut += len(ids) > self._max_tokens
         return np.array(ids[: self._max_tokens], np.int32), np.array(mask[: self._max_tokens], bool)
 
     def _sample(self) -> str:
-        """A checksum of some rendered conversations: another tokenizer, text or template hardly
-        has the same.
-        """
+        """Checksum of some rendered conversations: detects another tokenizer, text or template."""
         digest = hashlib.sha256()
         for index in range(0, self.size, -(-self.size // SAMPLED_CONVERSATIONS)):
             digest.update(self._render(index)[0].tobytes())
@@ -95,7 +90,7 @@ class ConversationSource:
         return digest.hexdigest()[:16]
 
     def _start_epoch(self) -> None:
-        """The next pass; StopIteration if there is none."""
+        """Start the next pass. Raises StopIteration after the last one."""
         if self._epoch + 1 == self._num_epochs:
             raise StopIteration
         self._epoch, self._cursor = self._epoch + 1, 0
@@ -126,14 +121,12 @@ class ConversationSource:
         self.num_cut, self.num_skipped = state["num_cut"], state["num_skipped"]
 
     def _restore(self, state: dict[str, Any]) -> None:
-        """What a mode has beside the cursor."""
+        """Restore the mode's state other than the cursor."""
         raise NotImplementedError
 
 
 class StreamSource(ConversationSource):
-    """Rendered conversations end to end, every token trained (upstream's midtraining): a batch is
-    one `TokenRun`.
-    """
+    """Concatenated conversations, every token trained (upstream's midtraining), as a `TokenRun`."""
 
     mode = "stream"
 
@@ -166,22 +159,21 @@ class StreamSource(ConversationSource):
 
 
 class RowsSource(ConversationSource):
-    """Rows of whole conversations (upstream's SFT since January 2026).
+    """Rows of complete conversations (upstream's SFT since January 2026).
 
-    A row of T+1 tokens takes the longest buffered conversation that fits as long as there is one;
-    the rest is BOS, with targets that are not trained, as are all tokens that the assistant did
-    not write. A conversation longer than a row is cut to it; one that leaves nothing to train on
-    is skipped. An epoch has each conversation once: its last rows come from a buffer that runs
-    empty.
+    A row of T+1 tokens takes the longest buffered conversation that fits until none fits, then
+    padding with BOS. Targets are trained only where the assistant wrote the token. A conversation
+    longer than a row is truncated. A conversation without a token to train on is skipped. An epoch
+    has each conversation once: its last rows are packed from a buffer that is no longer refilled.
     """
 
     mode = "rows"
-    buffered = 100  # conversations to choose from
+    buffered = 100  # maximum conversations in the buffer
     fills = True
 
     def __init__(self, task: ConversationTask, tokenizer: Tokenizer, **options: Any):
         super().__init__(task, tokenizer, max_tokens=options["sequence_len"] + 1, **options)
-        self._buffer = FitBuffer()  # of (index, ids, mask)
+        self._buffer = FitBuffer()  # items: (index, ids, mask)
 
     def next_batch(self) -> Batch:
         shape = (self._batch_size, self._sequence_len + 1)
@@ -207,7 +199,7 @@ class RowsSource(ConversationSource):
             self._buffer.add(len(ids), (index, ids, mask))
 
     def _plan_row(self) -> list[tuple[int, np.ndarray, np.ndarray]]:
-        """The conversations of the next row, at least one: index, ids and mask of each."""
+        """(index, ids, mask) of each conversation in the next row; at least one."""
         row = []
         space = self._sequence_len + 1
         self._refill()
@@ -240,7 +232,7 @@ class RowsSource(ConversationSource):
 
 
 class SingleSource(RowsSource):
-    """One conversation a row, in the mixture's order (upstream's SFT until January 2026)."""
+    """One conversation per row, in the mixture's order (upstream's SFT until January 2026)."""
 
     mode = "single"
     buffered = 1
@@ -251,18 +243,17 @@ SOURCES = {source.mode: source for source in (StreamSource, RowsSource, SingleSo
 
 
 class ConversationLoader(Loader):
-    """Batches of the conversations of `task`, in its order, from the first; it can tell how long
-    an epoch is.
+    """Batches of the conversations of `task`, in its order, from the first.
 
     Args:
-      batch_size: rows of the global batch of one micro-step; this process yields its contiguous
-        part of them.
+      batch_size: rows of the global batch of one micro-step. This process yields its contiguous
+        part.
       mode: "stream" (`StreamSource`), "rows" (`RowsSource`) or "single" (`SingleSource`).
-      num_epochs: the loader ends with the last full batch of that many epochs; None: never.
-      name: what the mixture is for, as the log names it.
+      num_epochs: the loader ends with the last full batch of this many epochs (None: endless).
+      name: purpose of the mixture, for logs.
 
     Yields dicts of inputs and targets, int32 [batch_size / process_count, sequence_len]; target -1
-    = not trained.
+    is not trained.
     """
 
     def __init__(
@@ -298,10 +289,10 @@ class ConversationLoader(Loader):
         super().__init__(self._make_source(num_epochs=num_epochs))
 
     def count_batches(self, num_epochs: int = 1, *, at_most: int | None = None) -> int:
-        """Full batches in that many epochs, found by making them; `at_most` (of one epoch) if
-        there are more.
+        """Number of full batches in `num_epochs` epochs, counted by making them.
 
-        Logs how many of the conversations that are read for them are cut or skipped.
+        Stops at `at_most`, which is meant for one epoch. Logs how many conversations are truncated
+        or skipped.
         """
         source, count = self._make_source(num_epochs=num_epochs), 0
         with contextlib.suppress(StopIteration):

@@ -1,4 +1,4 @@
-"""How much text a run needs, how much a corpus has, and what that is enough for."""
+"""How much text a run needs, how much a corpus has, and which runs that is enough for."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -10,24 +10,22 @@ from nanochat_jax.metrics import format_count
 from nanochat_jax.model.config import GPTConfig
 from nanochat_jax.model.recipe import Recipe, derive_recipe
 
-CHARS_PER_SHARD = 250_000_000  # of FineWeb-Edu and ClimbMix as upstream shuffled them
-CHARS_PER_TOKEN = 4.8  # of English web text in a vocabulary of 32,768 to 65,536
-CROPPED_SHARE = 1.35  # best-fit packing throws about a third of the tokens it reads away
+CHARS_PER_SHARD = 250_000_000  # FineWeb-Edu and ClimbMix as shuffled by upstream
+CHARS_PER_TOKEN = 4.8  # English web text, vocabulary of 32,768 to 65,536
+CROPPED_SHARE = 1.35  # tokens read per token trained on: best-fit packing crops documents
 TOKENIZER_CHARS = 2_000_000_000
-TOKENIZER_SHARDS = 10  # hold that many characters, also when each document is cut to 10,000 of them
-FEW_TIMES = 10  # that a corpus can be read; text that is read more often teaches little more
-DIAL = range(4, 33, 2)  # depths that people train
+TOKENIZER_SHARDS = 10  # enough for TOKENIZER_CHARS with documents cut to 10,000 characters
+FEW_TIMES = 10  # maximum useful passes over a corpus
+DIAL = range(4, 33, 2)  # depths to report
 
 
 def chars_needed(recipe: Recipe) -> float:
-    """Characters that pretraining reads without seeing one twice."""
+    """Characters that pretraining reads without repeating a document."""
     return recipe.total_tokens * CROPPED_SHARE * CHARS_PER_TOKEN
 
 
 def shards_needed(recipe: Recipe) -> int:
-    """Training shards of 250 million characters for the tokenizer and for pretraining, whichever
-    wants more.
-    """
+    """Training shards of 250M characters that the tokenizer and pretraining need."""
     return max(TOKENIZER_SHARDS, int(chars_needed(recipe) / CHARS_PER_SHARD) + 1)
 
 
@@ -46,7 +44,7 @@ class Size(NamedTuple):
 
 
 def measure(paths: Sequence[Path]) -> Size:
-    """Documents and UTF-8 bytes of shards, from their footers alone."""
+    """Documents and approximate UTF-8 bytes of shards, from their footers."""
     documents = text_bytes = 0
     for path in paths:
         with open_shard(path) as file:
@@ -56,7 +54,7 @@ def measure(paths: Sequence[Path]) -> Size:
 
 
 def summary(name: str, directory: Path) -> str:
-    """What a corpus holds, and which stages it is enough for, in a few lines."""
+    """A few lines: what a corpus holds, and which stages it is enough for."""
     shards = list_shards(directory)
     lines = [f"{name}, in {directory}"]
     lines += [

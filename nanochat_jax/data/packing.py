@@ -1,9 +1,7 @@
-"""Documents into rows of tokens: BOS-aligned best fit, and the plain token stream.
+"""Packing of documents into rows of tokens: BOS-aligned best fit, and a plain token stream.
 
-A packer draws documents from a stream and remembers where each came from. Its state is therefore a
-few numbers per buffered document and never the tokens themselves: a restored packer knows every
-document's length, which is all that packing decides by, and reads and tokenizes a document when a
-row takes it.
+A packer's state has the position and length of each buffered document, not its tokens. Packing
+depends on lengths only, so a restored packer reads and tokenizes a document when a row takes it.
 """
 
 from bisect import bisect_left, insort
@@ -18,9 +16,9 @@ import pyarrow as pa
 from nanochat_jax.cli import UsageError
 from nanochat_jax.data.shards import DocumentStream, Position
 
-# Makes the JSON-able state when called. A function, because a pipeline takes the state of every
-# batch and uses almost none: taking one costs a copy of a list, and Grain's deep copy of it costs
-# nothing.
+# Makes the JSON-serializable state when called. Deferred, because a snapshot is taken for every
+# batch and almost none is used. A snapshot copies one list; Grain's deep copy of a function is
+# free.
 Snapshot = Callable[[], dict[str, Any]]
 Rows = tuple[np.ndarray, np.ndarray]  # inputs, targets: int32 [rows, T]
 
@@ -30,21 +28,19 @@ STATE_CHANGED = (
 
 
 class TokenizedStream:
-    """A `DocumentStream` of int32 arrays that start with BOS."""
+    """A `DocumentStream` of int32 token arrays that start with BOS."""
 
     def __init__(
         self,
         documents: DocumentStream,
         encode: Callable[[pa.ChunkedArray], tuple[np.ndarray, np.ndarray]],
     ):
-        """encode: texts -> ids int32 [N] with BOS in front of each text, and where each begins,
-        int64 [texts + 1].
-        """
+        """encode: texts -> (ids int32 [N] with BOS before each text, offsets int64 [texts + 1])."""
         self._documents, self._encode, self.seek = documents, encode, documents.seek
 
     @property
     def position(self) -> Position:
-        """Of what comes next."""
+        """Position of the next document."""
         return self._documents.position
 
     def next_batch(self) -> list[tuple[Position, np.ndarray]]:
@@ -52,7 +48,7 @@ class TokenizedStream:
         return list(zip(places, self._tokens(texts, places[0]), strict=True))
 
     def load(self, places: list[Position]) -> list[np.ndarray]:
-        """Documents that lie in one row group."""
+        """Tokens of documents in one row group."""
         return self._tokens(self._documents.load(places), places[0])
 
     def file_name(self, file: int) -> str:
@@ -80,10 +76,10 @@ class TokenizedStream:
 
 
 class FitBuffer:
-    """Items with lengths, taken by length: the longest that fits, or the shortest; the first to
-    arrive on ties.
+    """Buffer of items, removed by length: the longest that fits, or the shortest.
 
-    Entries lie sorted by (length, -arrival), so both choices are a bisection.
+    On ties, the first added is removed. Entries are sorted by (length, -arrival), so both choices
+    are bisections.
     """
 
     def __init__(self) -> None:
@@ -98,7 +94,7 @@ class FitBuffer:
         self._arrivals += 1
 
     def pop_longest(self, limit: int) -> tuple[int, Any] | None:
-        """(length, item) of the longest item of at most `limit`, None if there is none."""
+        """(length, item) of the longest item of length <= `limit`; None if there is none."""
         index = bisect_left(self._entries, (limit + 1,)) - 1
         if index < 0:
             return None
@@ -115,22 +111,22 @@ class FitBuffer:
 
     @staticmethod
     def by_arrival(entries: list[tuple[int, int, Any]]) -> list[tuple[int, Any]]:
-        """(length, item) of copied entries in the order of their arrival."""
+        """(length, item) of `entries` from `copy_entries`, in the order added."""
         return [(length, item) for length, _, item in sorted(entries, key=lambda entry: -entry[1])]
 
 
 class TokenRun:
-    """Arrays of tokens end to end, cut into rows anywhere."""
+    """Concatenated token arrays, cut into rows at any position."""
 
     def __init__(self, next_piece: Callable[[], np.ndarray]):
         self._next_piece = next_piece
-        # the array at hand, and its tokens that are used up
+        # the current array, and the number of its tokens already used
         self.piece, self.offset = np.empty(0, np.int32), 0
 
     def next_rows(self, count: int, length: int) -> Rows:
-        """Of the next count * length + 1 tokens the inputs are all but the last and the targets
-        all but the first, row after row: so a row's last target is the next row's first input, and
-        the last token is a target only.
+        """(inputs, targets), each [count, length], from the next count * length + 1 tokens.
+
+        Targets are the inputs shifted by one, also across rows. The last token is only a target.
         """
         flat = np.empty(count * length + 1, np.int32)
         filled = 0
@@ -145,7 +141,7 @@ class TokenRun:
 
 
 class Packer:
-    """What both packers share. `set_state` continues after the rows at which a state was taken."""
+    """Base of both packers. `set_state` continues after the rows at which a state was taken."""
 
     def __init__(self, source: TokenizedStream, sequence_len: int):
         self._source, self._sequence_len = source, sequence_len
@@ -167,7 +163,7 @@ class Packer:
         return self.snapshot()()
 
     def place(self) -> dict[str, Any]:
-        """Where the source reads next."""
+        """The position that the source reads next."""
         return self._to_json(self._source.position)
 
     def _to_json(self, position: Position) -> dict[str, Any]:
@@ -175,15 +171,14 @@ class Packer:
 
 
 class BestFitPacker(Packer):
-    """Rows that all start with BOS and have no padding, at the price of cut documents (upstream
-    since January 2026).
+    """Rows that start with BOS, without padding; crops documents (upstream since January 2026).
 
-    A row has T+1 tokens. As long as it has room, it takes the longest buffered document that fits;
-    if none does, the shortest one, of which it keeps what fills the row and throws the rest away.
-    Attention is not blocked where documents meet. At least `buffer_docs` documents are in the
-    buffer at every choice, except where that would take documents of a third pass over the corpus:
-    documents longer than a row are rarely chosen, and in a small corpus they would pile up in the
-    buffer, pass after pass, never to be trained on.
+    A row has T+1 tokens. While it has space, it takes the longest buffered document that fits. If
+    none fits, it takes the shortest, cropped to the space. Attention crosses document boundaries.
+
+    The buffer has at least `buffer_docs` documents at every choice, unless that would read a third
+    pass of the corpus. Documents longer than a row are rarely chosen; in a small corpus, they would
+    fill the buffer pass after pass and never be trained on.
     """
 
     def __init__(self, source: TokenizedStream, sequence_len: int, *, buffer_docs: int = 1000):
@@ -232,12 +227,11 @@ class BestFitPacker(Packer):
             self._add(length, place)
 
     def _clear(self) -> None:
-        self._buffer = FitBuffer()  # of (number, place)
-        self._documents = 0  # put into the buffer so far; a document's number is its key below
+        self._buffer = FitBuffer()  # items: (number, position)
+        self._documents = 0  # documents added so far; each one's number is its key below
         self._per_epoch: Counter[int] = Counter()  # buffered documents of each pass
         self._tokens: dict[int, np.ndarray] = {}
-        # Documents that are in the buffer since a restore but not read yet: (number, length,
-        # place) by row group.
+        # Restored documents that are not read yet, by row group: (number, length, position).
         self._unread: dict[tuple[int, ...], list[tuple[int, int, Position]]] = {}
 
     def _add(self, length: int, place: Position) -> None:
@@ -246,8 +240,7 @@ class BestFitPacker(Packer):
         self._per_epoch[place.epoch] += 1
 
     def _keep(self, number: int, tokens: np.ndarray) -> None:
-        # A copy, as a document can stay for long and would keep all that was encoded together with
-        # it.
+        # A copy: a view would keep everything that was encoded with it in memory.
         self._tokens[number] = tokens[: self._capacity].copy()
 
     def _refill(self) -> None:
@@ -263,8 +256,7 @@ class BestFitPacker(Packer):
         if not self._per_epoch[place.epoch]:
             del self._per_epoch[place.epoch]
         if number not in self._tokens:
-            # What lies together was read together, and is likely to be taken soon: one read serves
-            # all of it.
+            # Load all unread documents of the row group: they are likely to be taken soon.
             group = self._unread.pop(place[:3])
             loaded = self._source.load([member for _, _, member in group])
             for (other, length, _), tokens in zip(group, loaded, strict=True):
@@ -275,12 +267,12 @@ class BestFitPacker(Packer):
 
 
 class StreamPacker(Packer):
-    """Documents end to end, cut anywhere (upstream until January 2026), as a `TokenRun`."""
+    """Concatenated documents, cut anywhere (upstream until January 2026), as a `TokenRun`."""
 
     def __init__(self, source: TokenizedStream, sequence_len: int):
         super().__init__(source, sequence_len)
         self._waiting: deque[tuple[Position, np.ndarray]] = deque()
-        self._at = source.position  # of the document that is the run's piece
+        self._at = source.position  # position of the run's current document
         self._run = TokenRun(self._next_document)
 
     def next_rows(self, count: int) -> Rows:

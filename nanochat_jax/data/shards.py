@@ -1,5 +1,4 @@
-"""Parquet shards of pretraining text: writing them, listing them, and reading documents in a
-resumable order.
+"""Parquet shards of pretraining text: writing, listing, and reading in a resumable order.
 
 A corpus is a directory of `shard_00000.parquet, shard_00001.parquet, ...` with one string column
 `text` in row groups of 1024 documents. The last shard by name is the validation split, the others
@@ -25,12 +24,10 @@ MANIFEST = "manifest.json"
 SPLITS = ("train", "val")
 _SCHEMA = pa.schema([(TEXT_COLUMN, pa.string())])
 
-# --------------------------------------------------------------------------------------------------
-
 
 def list_shards(directory: Path | str) -> list[Path]:
-    """All shards of a corpus by name; raises `NotFound` where there are none, `UsageError` where
-    some are missing.
+    """All shards of a corpus by name. Raises `NotFound` if there are none, `UsageError` if some are
+    missing.
     """
     if not is_complete(Path(directory)):
         raise UsageError(
@@ -48,11 +45,11 @@ def list_shards(directory: Path | str) -> list[Path]:
 
 
 def read_manifest(directory: Path) -> dict[str, Any]:
-    """What `dataset hf` and `dataset local` note down of a corpus; empty for other corpora."""
+    """The manifest that `dataset hf` and `dataset local` write; empty for other corpora."""
     path = directory / MANIFEST
     try:
         manifest = parse_json(path.read_text(encoding="utf-8"))
-        for entry in manifest.get("sources", ()):  # what readers take for granted
+        for entry in manifest.get("sources", ()):  # fields that callers use unchecked
             if (
                 not isinstance(entry["documents"] + entry["skipped"], int)
                 or "files" not in entry["source"]
@@ -82,16 +79,12 @@ def split_shards(directory: Path | str, split: str) -> list[Path]:
     return paths[:-1] if split == "train" else paths[-1:]
 
 
-# --------------------------------------------------------------------------------------------------
-
-
 def open_parquet(
     path: Path, column: str, *, foreign: bool = False, **options: Any
 ) -> pq.ParquetFile:
-    """Open a file and check its footer and that `column` holds strings; `foreign`: as other tools
-    encode them, too.
+    """Open a file and check its footer and that `column` holds strings.
 
-    Raises `UsageError` naming the file.
+    `foreign` also accepts dictionary-encoded and null columns. Raises `UsageError` with the file.
     """
     try:
         file = pq.ParquetFile(path, **options)
@@ -125,10 +118,10 @@ def open_shard(path: Path) -> pq.ParquetFile:
 
 
 def text_size(file: pq.ParquetFile) -> int:
-    """About how many bytes of text a shard holds, from its footer alone."""
+    """Approximate bytes of text in a shard, from its footer."""
     column = file.schema_arrow.names.index(TEXT_COLUMN)
     groups = [file.metadata.row_group(group).column(column) for group in range(file.num_row_groups)]
-    # Each text is stored with its length.
+    # Each text is stored with a length of 4 bytes.
     return max(
         0, sum(group.total_uncompressed_size for group in groups) - 4 * file.metadata.num_rows
     )
@@ -146,7 +139,7 @@ def read_row_group(file: pq.ParquetFile, path: Path, row_group: int) -> pa.Chunk
 
 
 def iter_documents(directory: Path | str, split: str) -> Iterator[str]:
-    """Every document of a split once, in file order, holding one row group in memory."""
+    """Every document of a split once, in file order. Holds one row group in memory."""
     for path in split_shards(directory, split):
         yield from iter_shard(path)
 
@@ -162,20 +155,16 @@ def iter_shard(path: Path) -> Iterator[str]:
 
 
 def require_text(paths: Sequence[Path], split: str) -> None:
-    """Raise `UsageError` unless a document of the shards has a character; stops at the first that
-    has.
-    """
+    """Raise `UsageError` unless a document of the shards has text. Stops at the first that has."""
     if not any(text for path in paths for text in iter_shard(path)):
         held = paths[0] if len(paths) == 1 else paths[0].parent
         raise UsageError(f"no document for {split} in {held} has any text: make the corpus again")
 
 
 class ShardReader:
-    """Row groups of a list of shards by (file, row group), the most recently used ones kept
-    decoded.
+    """Row groups of a list of shards by (file, row group), with an LRU cache of decoded ones.
 
-    A shard that vanishes or changes its size while this object lives is an error at the next
-    access.
+    Raises `UsageError` at the next access if a shard's size has changed.
     """
 
     def __init__(self, paths: Sequence[Path], *, cached_row_groups: int = 8):
@@ -195,7 +184,7 @@ class ShardReader:
         return self._rows[file]
 
     def texts(self, file: int, row_group: int, rows: Sequence[int]) -> pa.ChunkedArray:
-        """The documents `rows` of a row group, not copied if `rows` is a range without gaps."""
+        """The documents `rows` of a row group. Not copied if `rows` is a range with step 1."""
         key = (file, row_group)
         if key not in self._cache:
             with self._open(file) as parquet:
@@ -219,8 +208,9 @@ class ShardReader:
 
 
 class Position(NamedTuple):
-    """A document's place, or where to look for the next: completed passes, file of the split, row
-    group, row in it.
+    """Position of a document, or where to look for the next one.
+
+    Completed passes, file of the split, row group of the file, row of the group.
     """
 
     epoch: int = 0
@@ -230,14 +220,13 @@ class Position(NamedTuple):
 
 
 class DocumentStream:
-    """The endless sequence of documents of one virtual shard, in file order, starting over at the
-    end of the split.
+    """The endless sequence of documents of one virtual shard, in file order.
 
-    Virtual shard s of N reads the row groups s, s+N, ... of each file. A file with fewer row
-    groups than virtual shards is dealt out document by document instead, so that every virtual
-    shard has something to read.
+    Virtual shard s of N reads the row groups s, s+N, ... of each file. If a file has fewer row
+    groups than N, its documents are divided among the virtual shards one by one, so that each has
+    some.
 
-    `position.epoch` is the pass of the document that comes next.
+    `position.epoch` is the pass of the next document.
     """
 
     def __init__(self, reader: ShardReader, shard: int = 0, num_shards: int = 1):
@@ -246,7 +235,7 @@ class DocumentStream:
         self._skip_exhausted()
 
     def next_batch(self, limit: int = 128) -> tuple[list[Position], pa.ChunkedArray]:
-        """Up to `limit` documents, all of one row group: where they are, and their texts."""
+        """Positions and texts of up to `limit` documents, all of one row group."""
         first_epoch = self.position.epoch
         while True:
             at = self.position
@@ -269,7 +258,7 @@ class DocumentStream:
                 return [Position(at.epoch, at.file, at.row_group, row) for row in rows], texts
 
     def load(self, places: Sequence[Position]) -> pa.ChunkedArray:
-        """The texts of documents that lie in one row group."""
+        """The texts of documents in one row group."""
         return self.reader.texts(
             places[0].file, places[0].row_group, [place.row for place in places]
         )
@@ -291,7 +280,7 @@ class DocumentStream:
         )
 
     def _skip_exhausted(self) -> None:
-        """Move on to a row group that has rows left for this virtual shard."""
+        """Advance to a row group with rows left for this virtual shard."""
         starts = 0
         while not self._rows_left():
             at = self.position
@@ -308,13 +297,10 @@ class DocumentStream:
                 )
 
 
-# --------------------------------------------------------------------------------------------------
-
-
 class ShardWriter:
-    """One shard: texts go in, row groups of 1,024 come out; it is whole when `close` returns.
+    """Writer of one shard, in row groups of 1,024 texts. The file is complete after `close`.
 
-    Raises `UsageError`, naming the file, where the disk does not take it.
+    Raises `UsageError` with the file if writing fails.
     """
 
     def __init__(self, path: Path):
@@ -345,7 +331,7 @@ class ShardWriter:
     def _flush(self) -> None:
         try:
             column = pa.array(self._group, pa.string())
-        # half a surrogate pair, as JSON can hold it: no Unicode text has that
+        # JSON can hold unpaired surrogates, which UTF-8 cannot encode.
         except UnicodeEncodeError:
             column = pa.array(map(without_surrogates, self._group), pa.string())
         with self._named():
@@ -365,8 +351,9 @@ class ShardWriter:
 def write_series(
     texts: Iterable[str], directory: Path, *, first: int = 0, rows_per_shard: int | None = None
 ) -> list[str]:
-    """Write texts to shards numbered from `first`, of `rows_per_shard` documents each (None: to
-    one); their names.
+    """Write texts to shards numbered from `first`; returns the shards' file names.
+
+    Each has `rows_per_shard` documents, except the last (None: one shard).
     """
     names: list[str] = []
     shard = None
@@ -391,9 +378,10 @@ def write_shards(
     rows_per_shard: int,
     more: Mapping[str, str] | None = None,
 ) -> list[Path]:
-    """Write a corpus: training shards from `texts`, one validation shard from `val_texts`, and
-    files with the contents `more`; returns the shards' paths. It is there as a whole or not at
-    all. Refuses a directory that holds files.
+    """Write a corpus atomically; returns the shards' paths.
+
+    Training shards come from `texts`, one validation shard from `val_texts`. `more` maps additional
+    file names to contents. Fails if the directory holds files.
     """
     directory = Path(directory)
     with new_directory(directory) as aside:

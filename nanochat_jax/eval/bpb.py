@@ -1,5 +1,6 @@
-"""Held-out loss: nats per supervised token, and bits per byte, which do not depend on the
-vocabulary.
+"""Held-out loss in nats per target token and in bits per byte.
+
+Bits per byte does not depend on the vocabulary.
 """
 
 import functools
@@ -27,8 +28,8 @@ log = logging.getLogger(__name__)
 
 
 class HeldOut(NamedTuple):
-    bpb: float  # bits per byte; infinite without any byte
-    loss: float  # nats per supervised token
+    bpb: float  # bits per byte; infinite if there are no bytes
+    loss: float  # nats per target token
 
 
 @functools.partial(jax.jit, static_argnames=("config", "compute"))
@@ -50,11 +51,11 @@ def held_out_loss(
     token_bytes: np.ndarray,
     compute: Compute,
 ) -> HeldOut:
-    """Loss over `steps` batches: inputs and targets [B, T], negative targets ignored. Every
-    process reads all the rows, so that the figure does not depend on how many there are.
+    """Loss over `steps` batches of inputs and targets [B, T]; negative targets are ignored.
 
-    Bits per byte: nats of the targets that stand for text over ln 2 times the bytes they stand
-    for; special tokens (0 bytes) count for nothing.
+    Every process reads all rows, so the result does not depend on the number of processes. Bits per
+    byte is the nats of text targets over ln 2 times their bytes; special tokens (0 bytes) do not
+    count.
     """
     sums, mesh = [], compute.mesh
     assert mesh is not None
@@ -71,9 +72,7 @@ def held_out_loss(
 def corpus_bits_per_byte(
     loaded: Loaded, paths: Paths, *, device_batch_size: int, split_tokens: int, compute: Compute
 ) -> dict[str, float]:
-    """`train_bpb` and `val_bpb` of a base model over the first `split_tokens` tokens of each split
-    of its corpus.
-    """
+    """`train_bpb` and `val_bpb` of a base model over the first `split_tokens` tokens per split."""
     model, tokenizer = loaded.config, loaded.tokenizer
     assert compute.mesh is not None
     rows = device_batch_size * data_size(compute.mesh)
@@ -84,7 +83,7 @@ def corpus_bits_per_byte(
             "tokens: "
             "give more, or a smaller --device-batch-size"
         )
-    # imported weights do not say what they were trained on
+    # imported weights do not record their corpus
     corpus = loaded.meta["data"] or paths.find_data()
     token_bytes = tokenizer.token_bytes(loaded.meta.get("byte_rule", "raw"))
     results = {}

@@ -1,6 +1,4 @@
-"""The CORE evaluation bundle: fetched once (162 MB), checked, unpacked beside its final place and
-moved there whole.
-"""
+"""Download of the CORE evaluation bundle (162 MB), verified before it is moved to its directory."""
 
 import stat
 import zipfile
@@ -27,10 +25,10 @@ def has_bundle(paths: Paths) -> bool:
 
 
 def ensure_bundle(paths: Paths, *, url: str = BUNDLE_URL) -> Path:
-    """The directory of a complete bundle: what is on disk, else a fresh download.
+    """The directory of a complete bundle, downloaded if missing.
 
-    Raises `NotFound` if it cannot be fetched, or if the files on disk are incomplete; `UsageError`
-    if the archive is not the bundle.
+    Raises `NotFound` if it cannot be downloaded or the files on disk are incomplete, and
+    `UsageError` if the archive is not the bundle.
     """
     target = paths.eval_bundle
     with locked(target):
@@ -59,7 +57,7 @@ def ensure_bundle(paths: Paths, *, url: str = BUNDLE_URL) -> Path:
 
 
 def _check_complete(bundle: Path) -> None:
-    """Every task has its rows and its baseline."""
+    """Raise `NotFound` unless every task has its examples and its baseline."""
     try:
         missing = [str(task.path) for task in read_tasks(bundle) if not task.path.is_file()]
     except (KeyError, FileNotFoundError) as error:
@@ -73,7 +71,7 @@ def _check_complete(bundle: Path) -> None:
 
 
 def _unpack(archive: Path, directory: Path) -> None:
-    """What is below `eval_bundle/`, plain files only."""
+    """Extract the plain files below `eval_bundle/`."""
     try:
         with zipfile.ZipFile(archive) as bundle:
             members = [member for member in bundle.infolist() if _is_wanted(member)]
@@ -84,7 +82,7 @@ def _unpack(archive: Path, directory: Path) -> None:
                 )
             for member in members:
                 member.filename = member.filename.removeprefix("eval_bundle/")
-                bundle.extract(member, directory)  # checks the CRC of what it reads
+                bundle.extract(member, directory)  # checks the CRC
     except zipfile.BadZipFile as error:
         raise UsageError(
             f"the downloaded evaluation bundle is damaged ({error}): try again"
@@ -92,8 +90,9 @@ def _unpack(archive: Path, directory: Path) -> None:
 
 
 def _is_wanted(member: zipfile.ZipInfo) -> bool:
-    """Whether to extract a member; raises `UsageError` for one that would leave the directory or
-    is no plain file.
+    """Whether to extract a member. Raises `UsageError` if it is unsafe.
+
+    Paths outside the directory, links and special files are unsafe.
     """
     path = PurePosixPath(member.filename)
     if path.is_absolute() or ".." in path.parts or "\\" in member.filename:
@@ -107,4 +106,4 @@ def _is_wanted(member: zipfile.ZipInfo) -> bool:
             f"the evaluation bundle has a member {member.filename!r} that is no plain file: not "
             "unpacked"
         )
-    return path.parts[0] == "eval_bundle" and not member.is_dir()  # macOS adds a tree of its own
+    return path.parts[0] == "eval_bundle" and not member.is_dir()  # macOS adds another directory

@@ -1,8 +1,8 @@
-"""Chat evaluation: how many problems of a task the model's replies get right.
+"""Chat evaluation: accuracy of a model's replies on tasks.
 
-Categorical tasks take one forward pass: of the letters a conversation offers, the likeliest next
-token is the reply. Generative tasks go through the engine with all problems in flight, tools
-included, and the task judges the text.
+Categorical tasks use one forward pass: the reply is the letter with the highest next-token logit.
+Generative tasks use the engine, with all problems in flight and tools enabled; the task evaluates
+the text.
 """
 
 import functools
@@ -37,24 +37,24 @@ from nanochat_jax.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
-MAX_PROMPT_TOKENS = 1 << 16  # nothing is cut from a prompt
+MAX_PROMPT_TOKENS = 1 << 16  # prompts are not truncated
 
-# ChatCORE is the mean over all of these of accuracy above chance. Upstream counts six tasks in
-# 2025 and five in 2026 (and in the README's table), which are different numbers.
+# ChatCORE is the mean accuracy above chance over all of these tasks. Upstream uses six tasks in
+# 2025 and five in 2026 (and in its README's table); the two numbers are not comparable.
 CHATCORE_5 = ("arc_easy", "arc_challenge", "mmlu", "gsm8k", "humaneval")
 CHATCORE_6 = (*CHATCORE_5, "spelling_bee")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """One problem and what became of it.
+    """One problem and its result.
 
     Attributes:
-        index: in the task.
-        question: the last message of the user.
-        completions: the replies, tool calls and special tokens included; the chosen letter of a
-          categorical task.
-        passed: one of the replies is right, by its text alone.
+      index: index in the task.
+      question: the last user message.
+      completions: the replies with tool calls and special tokens; the chosen letter of a
+        categorical task.
+      passed: the visible text of one of the replies is correct.
     """
 
     index: int
@@ -69,7 +69,7 @@ def accuracy(problems: Sequence[Problem]) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How replies are drawn: `num_samples` of each problem, each of at most `max_new_tokens`."""
+    """Sampling parameters: `num_samples` replies per problem, of at most `max_new_tokens` each."""
 
     num_samples: int = 1
     max_new_tokens: int = 512
@@ -80,10 +80,10 @@ class Sampling:
 
 @dataclass(frozen=True, kw_only=True)
 class Generator:
-    """A model to evaluate, `num_slots` replies at a time.
+    """A model to evaluate, with up to `num_slots` replies in parallel.
 
-    It makes engines for prompts of any length: a long one is decoded beyond the length that was
-    trained on, not cut.
+    Prompts can have any length: a long one is decoded beyond the trained sequence length, not
+    truncated.
     """
 
     config: GPTConfig
@@ -122,7 +122,7 @@ class Generator:
 
 
 def evaluate_categorical(task: Task, generator: Generator) -> list[Problem]:
-    """Every problem's likeliest letter, the first of equals."""
+    """The likeliest letter of every problem; the first one on ties."""
     conversations = list(task)
     tokenizer, mesh = generator.tokenizer, generator.compute.mesh
     prompts = [render_for_completion(tokenizer, each, MAX_PROMPT_TOKENS) for each in conversations]
@@ -167,7 +167,7 @@ def _letter_logits(
     config: GPTConfig,
     compute: Compute,
 ) -> Array:
-    """Logits [B, C] of the tokens letters [B, C] after the first lengths [B] of tokens [B, T]."""
+    """Logits [B, C] of letters [B, C] after the first lengths [B] of tokens [B, T]."""
     hidden, _ = forward(params, tokens, config, compute)
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
     logits = jnp.take_along_axis(unembed(params, last, config=config), letters, axis=1)
@@ -186,9 +186,7 @@ def _letter_id(tokenizer: Tokenizer, letter: str) -> int:
 
 
 def evaluate_generative(task: Task, generator: Generator, sampling: Sampling) -> list[Problem]:
-    """Generate replies to all problems, then judge them; several are judged at once, for some run
-    programs.
-    """
+    """Generate replies to all problems, then evaluate them in threads: some run programs."""
     conversations = list(task)
     replies = generator(
         [
@@ -229,8 +227,9 @@ def _judged(
 
 
 def evaluate_task(task: Task, generator: Generator, sampling: Sampling) -> list[Problem]:
-    """Evaluate a task of either type. Raises `UsageError` if it has no problem, ValueError if it
-    is only for training.
+    """Evaluate a task of either type.
+
+    Raises `UsageError` if it has no problems, and ValueError if it is only for training.
     """
     began = time.monotonic()
     if not len(task):
@@ -253,9 +252,7 @@ def evaluate_task(task: Task, generator: Generator, sampling: Sampling) -> list[
 
 
 def chatcore(accuracies: Mapping[str, float], baselines: Mapping[str, float]) -> dict[str, float]:
-    """`chatcore_6` and `chatcore_5`, each if all of its tasks are among `accuracies` (by task
-    key).
-    """
+    """`chatcore_6` and `chatcore_5`, each if `accuracies` (by task key) has all of its tasks."""
     found = {}
     for name, keys in (("chatcore_6", CHATCORE_6), ("chatcore_5", CHATCORE_5)):
         if all(key in accuracies for key in keys):
@@ -265,9 +262,9 @@ def chatcore(accuracies: Mapping[str, float], baselines: Mapping[str, float]) ->
 
 
 def own_key(key: str, file: Path, directory: Path, *, reserved: bool) -> str:
-    """The key of a question file's results: `key`, unless it is `reserved` or another file's.
+    """Key of a question file's results: `key`, plus a hash if `reserved` or another file's.
 
-    `chat_eval_files.json` in `directory` records which file has which key.
+    `chat_eval_files.json` in `directory` maps keys to files.
     """
     record, path = directory / "chat_eval_files.json", str(file.resolve())
     try:
@@ -281,5 +278,5 @@ def own_key(key: str, file: Path, directory: Path, *, reserved: bool) -> str:
 
 
 def write_problems(path: Path, problems: Sequence[Problem]) -> None:
-    """One JSON object per line, in the order of the task; replaces the file whole."""
+    """Write one JSON object per line, in task order; replaces the file atomically."""
     write_file(path, "".join(json.dumps(asdict(problem)) + "\n" for problem in problems))

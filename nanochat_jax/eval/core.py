@@ -1,10 +1,9 @@
-"""CORE: the mean centred accuracy over 22 tasks of in-context learning (DCLM,
-https://arxiv.org/abs/2406.11794).
+"""CORE: mean centered accuracy over 22 in-context learning tasks (DCLM, arXiv:2406.11794).
 
-Nothing is generated: each example becomes prompts of which a span of tokens is scored.
-`multiple_choice` and `schema` pick the option whose span has the lowest mean negative
-log-likelihood; `language_modeling` asks that every token of the span be the model's first choice.
-The few-shot examples, their order and the spans are upstream's, so scores compare.
+Nothing is generated: a span of tokens is scored in each prompt of an example. `multiple_choice` and
+`schema` choose the option whose span has the lowest mean negative log-likelihood.
+`language_modeling` is correct if every token of the span is the most likely one. Few-shot examples,
+their order and the spans are upstream's, so scores are comparable.
 """
 
 import csv
@@ -28,18 +27,18 @@ from nanochat_jax.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
-SHUFFLE_SEED = 1337  # order of a task's examples, before it is cut to `max_per_task`
-FEWSHOT_SEED = 1234  # plus the example's index: which examples are shown to it
-ENCODE_EXAMPLES = 64  # examples tokenized at a time
+SHUFFLE_SEED = 1337  # order of a task's examples, before truncation to `max_per_task`
+FEWSHOT_SEED = 1234  # plus the example's index: selects its few-shot examples
+ENCODE_EXAMPLES = 64  # examples tokenized together
 
 TaskType = Literal["multiple_choice", "schema", "language_modeling"]
-Place = tuple[int, int]  # of an example: its task, and its number there
-# as scoring.Scorer
+Place = tuple[int, int]  # (task index, example index)
+# implemented by scoring.Scorer
 Scorer = Callable[[Iterable[tuple[Place, list[Row]]]], Iterator[tuple[Place, list[RowScore]]]]
 # {query, choices, gold}, {context_options, continuation, gold} or {context, continuation}
 Item = dict[str, Any]
 
-# of an example: its options, if there are any, then its texts
+# the field of the options, if any, then the text fields
 FIELDS: dict[TaskType, tuple[str, ...]] = {
     "multiple_choice": ("choices", "query"),
     "schema": ("context_options", "continuation"),
@@ -53,16 +52,17 @@ class CoreTask:
 
     label: str
     type: TaskType
-    path: Path  # JSON lines
+    path: Path  # JSON Lines
     num_fewshot: int
-    delimiter: str  # between what is given and what is scored
-    baseline: float  # accuracy of guessing, 0..1
+    delimiter: str  # between the context and the scored text
+    baseline: float  # accuracy of random guessing, 0..1
 
 
 @dataclass(frozen=True)
 class CoreResult:
-    """Per task, in the bundle's order: accuracy, and it rescaled so that guessing is 0; `core` is
-    that one's mean.
+    """Accuracy by task, in the bundle's order, also centered so that guessing is 0.
+
+    `core` is the mean of the centered accuracies.
     """
 
     accuracy: dict[str, float]
@@ -71,9 +71,10 @@ class CoreResult:
 
 
 def read_tasks(bundle: Path) -> list[CoreTask]:
-    """The tasks that `core.yaml` and `eval_meta_data.csv` of a bundle describe.
+    """The tasks in `core.yaml` and `eval_meta_data.csv` of a bundle.
 
-    Raises `UsageError` if they are damaged, and KeyError or FileNotFoundError for what is missing.
+    Raises `UsageError` if they are damaged, and KeyError or FileNotFoundError if something is
+    missing.
     """
     try:
         return _read_tasks(bundle)
@@ -113,9 +114,9 @@ def _read_tasks(bundle: Path) -> list[CoreTask]:
 
 
 def read_items(task: CoreTask, max_per_task: int = -1) -> list[Item]:
-    """A task's examples in evaluation order; the first `max_per_task` of them if that is positive.
+    """A task's examples in evaluation order; only the first `max_per_task` if that is positive.
 
-    Raises `UsageError`, naming file and line, for a line that is no example of the task.
+    Raises `UsageError` with file and line for a line that is not an example of the task.
     """
     items = []
     with open_text(task.path) as file:
@@ -134,7 +135,7 @@ def read_items(task: CoreTask, max_per_task: int = -1) -> list[Item]:
 
 
 def _checked(task: CoreTask, item: Any) -> Item:
-    """The example, if it has the fields of its type; else ValueError."""
+    """The example, if it has the fields of its type. Otherwise raises ValueError."""
     options, *texts = FIELDS[task.type]
     if not isinstance(item, dict) or not all(isinstance(item.get(name), str) for name in texts):
         raise ValueError(f"expected an object with the strings {', '.join(texts)}")
@@ -148,9 +149,7 @@ def _checked(task: CoreTask, item: Any) -> Item:
 
 
 def fewshot_indices(index: int, num_items: int, num_fewshot: int) -> list[int]:
-    """Which other examples are shown to example `index`; all of them where there are fewer than
-    asked for.
-    """
+    """Indices of `num_fewshot` examples other than `index`, or of all others if there are fewer."""
     others = [i for i in range(num_items) if i != index]
     return random.Random(FEWSHOT_SEED + index).sample(others, min(num_fewshot, len(others)))
 
@@ -158,7 +157,7 @@ def fewshot_indices(index: int, num_items: int, num_fewshot: int) -> list[int]:
 def render_prompts(task: CoreTask, items: Sequence[Item], index: int) -> list[str]:
     """The prompts of one example, few-shot examples first.
 
-    multiple_choice: one per choice; schema: one per context; language_modeling: without, then with
+    multiple_choice: one per choice. schema: one per context. language_modeling: without, then with
     the continuation.
     """
     shots = "".join(
@@ -173,8 +172,8 @@ def render_prompts(task: CoreTask, items: Sequence[Item], index: int) -> list[st
             f"{shots}{context}{task.delimiter}{item['continuation']}"
             for context in item["context_options"]
         ]
-    # Without its last space the prompt is a prefix in tokens too: the space belongs to the
-    # continuation's first token.
+    # Stripped, so that the prompt's tokens are a prefix of the full ones: a trailing space would
+    # belong to the continuation's first token.
     given = f"{shots}{item['context'].strip()}{task.delimiter}"
     return [given.strip(), given + item["continuation"]]
 
@@ -188,11 +187,11 @@ def _solved(task: CoreTask, item: Item) -> str:
 
 
 def make_rows(task: CoreTask, prompts: Sequence[Sequence[int]]) -> list[Row]:
-    """The rows to score of one example, from the tokens of its prompts.
+    """The rows to score for one example, from the tokens of its prompts.
 
-    The span is what follows the prefix that all choices share (multiple_choice), the suffix that
-    all contexts share (schema), or the continuation (language_modeling). Raises ValueError if the
-    tokens of a prompt without the continuation do not begin those of the prompt with it.
+    The span is what follows the common prefix of the choices (multiple_choice), the common suffix
+    of the contexts (schema), or the continuation (language_modeling). Raises ValueError if the
+    tokens of the prompt without the continuation are not a prefix of the tokens with it.
     """
     arrays = [np.asarray(tokens, np.int32) for tokens in prompts]
     if task.type == "language_modeling":
@@ -212,14 +211,14 @@ def make_rows(task: CoreTask, prompts: Sequence[Sequence[int]]) -> list[Row]:
 def is_correct(task: CoreTask, item: Item, scores: Sequence[RowScore]) -> bool:
     if task.type == "language_modeling":
         return scores[0].all_argmax
-    # The lowest, the first of equals. A nan is the minimum only in the first place: upstream's
-    # rule, kept for scores.
+    # The lowest, the first on ties. nan is the minimum only in the first position: upstream's rule,
+    # for comparable scores.
     losses = [score.mean_nll for score in scores]
     return losses.index(min(losses)) == item["gold"]
 
 
 def mean_of(correct: int, total: int) -> float:
-    """Accuracy, rounded to float32 as upstream's, so that tables agree to the last digit."""
+    """Accuracy rounded to float32, as upstream's, so that tables agree to the last digit."""
     return float(np.float32(correct) / np.float32(total))
 
 
@@ -248,10 +247,10 @@ def evaluate_core(
     max_per_task: int = -1,
     on_example: Callable[[str, int, list[Row], list[RowScore], bool], None] | None = None,
 ) -> CoreResult:
-    """Run the tasks of a bundle. Examples of all tasks share batches: few shapes are compiled, few
-    rows are filler.
+    """Evaluate the tasks of a bundle.
 
-    `on_example(label, index, rows, scores, correct)` is called for each example when it is done.
+    Examples of all tasks share batches, so few shapes are compiled and few rows are padding.
+    `on_example(label, index, rows, scores, correct)` is called after each example.
     """
     tasks = read_tasks(bundle)
     items = [read_items(task, max_per_task) for task in tasks]
@@ -301,7 +300,7 @@ def evaluate_core(
 
 
 def format_csv(result: CoreResult) -> str:
-    """The table in upstream's format: columns Task, Accuracy, Centered, padded to 35, 10 and 10."""
+    """Table in upstream's format: columns Task, Accuracy, Centered, padded to 35, 10 and 10."""
     lines = [f"{'Task':<35}, {'Accuracy':<10}, {'Centered':<10}"]
     for label, accuracy in result.accuracy.items():
         lines.append(f"{label:<35}, {accuracy:<10.6f}, {result.centered[label]:<10.6f}")

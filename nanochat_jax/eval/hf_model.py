@@ -1,4 +1,4 @@
-"""Any causal language model of transformers, evaluated as ours are. Needs the extra `torch`."""
+"""Evaluation of causal language models of transformers. Needs the extra `torch`."""
 
 import inspect
 import logging
@@ -27,15 +27,13 @@ log = logging.getLogger(__name__)
 
 
 class HFTokenizer:
-    """The part of `nanochat_jax.tokenizer.Tokenizer` that evaluation uses, over a tokenizer of
-    transformers.
-    """
+    """The part of `Tokenizer` that evaluation needs, for a tokenizer of transformers."""
 
     def __init__(self, directory: Path, *, trust_remote_code: bool) -> None:
         self._tokenizer = AutoTokenizer.from_pretrained(
             directory, trust_remote_code=trust_remote_code
         )
-        # GPT-2 begins texts with its end-of-text
+        # GPT-2 starts texts with its end-of-text token
         first = (self._tokenizer.bos_token_id, self._tokenizer.eos_token_id)
         if first == (None, None):
             raise UsageError(
@@ -53,9 +51,7 @@ class HFTokenizer:
     def encode_batch(
         self, texts: Any, prepend: int, num_threads: int
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The ids of all texts, an Arrow array, in a row, and their offsets: as
-        `Tokenizer.encode_batch`.
-        """
+        """Ids and offsets of an Arrow array of texts, as `Tokenizer.encode_batch`."""
         found = self.encode(texts.to_pylist(), prepend)
         return np.concatenate([np.array(ids, np.int32) for ids in found]), np.cumsum(
             [0, *map(len, found)]
@@ -65,7 +61,7 @@ class HFTokenizer:
         return str(self._tokenizer.decode(list(ids)))
 
     def token_bytes(self, size: int) -> np.ndarray:
-        """UTF-8 bytes of each of `size` ids decoded alone, 0 for special ones: [size] int32."""
+        """UTF-8 bytes of each id decoded separately, 0 for special ones: [size] int32."""
         special = set(self._tokenizer.all_special_ids)
         texts = self._tokenizer.batch_decode([[i] for i in range(min(size, len(self._tokenizer)))])
         found = np.zeros(size, np.int32)
@@ -76,11 +72,10 @@ class HFTokenizer:
 
 
 class HFModel:
-    """A directory that `transformers` reads, on a GPU where torch has one. A scorer like
-    `scoring.Scorer`.
+    """A model directory of transformers, on a GPU if torch has one. Called like `scoring.Scorer`.
 
     Args:
-        tokens: of a batch, padding included.
+      tokens: tokens per batch, including padding.
     """
 
     def __init__(self, directory: Path, *, tokens: int, trust_remote_code: bool = False) -> None:
@@ -110,7 +105,7 @@ class HFModel:
         self.vocab_size = model.get_output_embeddings().weight.shape[0]
         self.sequence_len = getattr(model.config, "max_position_embeddings", None) or 1024
         self._keeps = "logits_to_keep" in inspect.signature(model.forward).parameters
-        # Learned positions end where their table does (OPT's has two rows more); rotary ones go on.
+        # Learned positions limit the length (OPT's table has two more rows); rotary ones do not.
         tables = (
             module.num_embeddings
             for module in model.modules()
@@ -132,8 +127,9 @@ class HFModel:
     def __call__(
         self, examples: Iterable[tuple[Key, Sequence[Row]]]
     ) -> Iterator[tuple[Key, list[RowScore]]]:
-        """(key, rows) to (key, score of each row). Padding is on the right, where causal attention
-        does not see it.
+        """(key, rows) to (key, score of each row), in the same order.
+
+        Padding is on the right, where causal attention ignores it.
         """
         source = iter(examples)
         while window := list(islice(source, WINDOW)):
@@ -177,9 +173,7 @@ class HFModel:
         return scores
 
     def bits_per_byte(self, corpus: Path, rows: int, split_tokens: int) -> dict[str, float]:
-        """`train_bpb` and `val_bpb` over `split_tokens` tokens of each split, in batches of
-        `rows`.
-        """
+        """`train_bpb` and `val_bpb` over `split_tokens` tokens per split, in batches of `rows`."""
         length, results = min(self.sequence_len, 2048), {}
         token_bytes = torch.as_tensor(
             self.tokenizer.token_bytes(self.vocab_size), device=self.device
@@ -208,7 +202,7 @@ class HFModel:
         return results
 
     def continuation(self, prompt: str, max_tokens: int, seed: int | None = None) -> str:
-        """Greedy, or sampled at temperature 1 where there is a seed."""
+        """Greedy continuation, or sampled at temperature 1 if `seed` is given."""
         ids = torch.tensor(
             [self.tokenizer.encode(prompt, prepend=self.tokenizer.bos_id)], device=self.device
         )

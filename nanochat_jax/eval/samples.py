@@ -1,6 +1,4 @@
-"""Short texts from a base model: greedy continuations of fixed prompts, and free samples from the
-start of a document.
-"""
+"""Samples of a base model: greedy continuations of fixed prompts, and unconditioned texts."""
 
 import logging
 from collections.abc import Sequence
@@ -31,7 +29,7 @@ def _generate(loaded: Loaded, requests: list[Request], compute: Compute) -> list
 
 
 def greedy_samples(loaded: Loaded, *, compute: Compute, max_tokens: int = 16) -> list[str]:
-    """Each prompt with its most likely continuation."""
+    """Each prompt with its greedy continuation."""
     encode, bos = loaded.tokenizer.encode, loaded.tokenizer.bos_id
     requests = [
         Request(tuple(encode(prompt, prepend=bos)), max_tokens=max_tokens, temperature=0.0)
@@ -43,7 +41,7 @@ def greedy_samples(loaded: Loaded, *, compute: Compute, max_tokens: int = 16) ->
 def free_samples(
     loaded: Loaded, count: int, *, compute: Compute, max_tokens: int = 128
 ) -> list[str]:
-    """Documents sampled at temperature 1 from the beginning-of-sequence token alone."""
+    """Texts sampled at temperature 1 from only the beginning-of-sequence token."""
     requests = [
         Request((loaded.tokenizer.bos_id,), max_tokens=max_tokens, temperature=1.0, seed=i)
         for i in range(count)
@@ -52,7 +50,7 @@ def free_samples(
 
 
 def sample_items(greedy: Sequence[str], free: Sequence[str] = ()) -> list[dict[str, str]]:
-    """Samples for the report; on the way, the log shows them."""
+    """Samples for the report. Also logs them."""
     for text in (*greedy, *free):
         log.info("  %s", text.replace("\n", " "))
     return [

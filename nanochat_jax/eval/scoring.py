@@ -1,10 +1,9 @@
-"""How likely a model finds spans of tokens, many examples at a time.
+"""Log-likelihoods of token spans, for many examples at a time.
 
-The prompts of one example differ only near their ends (the choices of a question, after ten solved
-ones), so what they share is computed once: it goes through the model into a KV cache, and each
-continuation is then scored over that cache, in the same slots as the one before it. Examples of
-similar length share a batch, and all lengths are padded to a few: a few programs serve prompts of
-any length.
+The prompts of one example differ only near their ends (a question's choices, after ten solved
+questions). So the shared prefix is computed once into a KV cache, and the continuations are scored
+over it in order, each overwriting the one before. Examples of similar length share a batch, and
+lengths are padded to a few values, so few programs are compiled.
 """
 
 import functools
@@ -28,18 +27,18 @@ from nanochat_jax.model.loss import target_scores
 from nanochat_jax.model.sharding import data_size, replicated, spread_rows
 from nanochat_jax.model.weights import Params
 
-BLOCK = 128  # the unit of lengths of the cache
-MOST_TOKENS = 4096  # of a row that go through the model at once; a multiple of BLOCK
-# of longer rows a batch has fewer, since their caches would not fit where these do
+BLOCK = 128  # unit of cache lengths
+MOST_TOKENS = 4096  # maximum tokens of a row per forward pass; a multiple of BLOCK
+# Batches of longer rows have fewer rows, so that their caches fit in memory.
 ROW_LENGTH = 2048
-WINDOW = 2048  # examples held back to be sorted by length
+WINDOW = 2048  # examples buffered to sort by length
 
 Key = TypeVar("Key")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One prompt: `tokens[start:end]` is what is scored, 1 <= start."""
+    """One prompt: `tokens[start:end]` is scored, 1 <= start."""
 
     tokens: np.ndarray  # [n] int32
     start: int
@@ -48,28 +47,30 @@ class Row:
 
 @dataclass(frozen=True)
 class RowScore:
-    mean_nll: float  # of the span, in nats; nan when it is empty (one choice begins another)
-    all_argmax: bool  # every token of the span is the model's first choice
+    mean_nll: float  # of the span, in nats; nan if it is empty (one choice begins another)
+    all_argmax: bool  # every token of the span is the most likely one
 
 
 def common_length(arrays: Sequence[np.ndarray]) -> int:
-    """How many tokens all of `arrays` begin with alike."""
+    """Length of the common prefix of `arrays`."""
     shortest = min(map(len, arrays))
     differs = np.any([tokens[:shortest] != arrays[0][:shortest] for tokens in arrays[1:]], axis=0)
     return int(differs.argmax()) if np.any(differs) else shortest
 
 
 def rows_for(device_batch_size: int) -> int:
-    """`Scorer.num_rows` where a device can hold `device_batch_size` rows; few on a CPU, whose
-    caches then hold their scores.
+    """`Scorer.num_rows` if a device can hold `device_batch_size` rows.
+
+    An eighth of it on a CPU, so that the scores fit in its caches.
     """
     return max(1, device_batch_size // 8) if jax.default_backend() == "cpu" else device_batch_size
 
 
 @dataclass(frozen=True)
 class _Example:
-    """The rows of an example, the tokens that they share cut off: the last of them predicts the
-    first that is scored.
+    """The rows of an example and the length of their shared prefix.
+
+    The prefix ends before the token that predicts the first scored one.
     """
 
     key: Any
@@ -90,16 +91,12 @@ class _Example:
 
     @property
     def cost(self) -> tuple[int, int, int]:
-        """What sorts examples so that those of a batch are padded little: each then has as many
-        rows, too.
-        """
+        """Sort key that groups examples with similar padded lengths and equal numbers of rows."""
         return _shared_length(self.shared), len(self.rows), self.longest_rest
 
 
 def _shared_length(length: int) -> int:
-    """Padded length of what rows share. Most of the work is here, so in finer steps than the other
-    lengths.
-    """
+    """Padded length of a shared prefix. Finer than other lengths, as most of the work is here."""
     return bucket(length, BLOCK, steps=4)
 
 
@@ -116,8 +113,9 @@ def _grow(cache: KVCache, *, length: int, mesh: Mesh | None) -> KVCache:
 
 
 def _shard(cache: KVCache, mesh: Mesh | None) -> KVCache:
-    """Rows over the data axis; keys and values [B, K, S, h] by heads over the model axis too,
-    where the number divides.
+    """Shard rows over the data axis, and heads over the model axis if it divides their number.
+
+    Keys and values are [B, K, S, h].
     """
     if mesh is None:
         return cache
@@ -135,8 +133,9 @@ def _shard(cache: KVCache, mesh: Mesh | None) -> KVCache:
 def _begin(
     params: Params, tokens: Array, valid: Array, *, config: GPTConfig, compute: Compute
 ) -> KVCache:
-    """A cache of the first valid [B] of tokens [B, T]. The last layer's output is unused, so XLA
-    does not compute it.
+    """A cache of the first valid [B] of tokens [B, T].
+
+    The last layer's output is unused, so XLA does not compute it.
     """
     cache = _shard(
         init_cache(config, tokens.shape[0], tokens.shape[1], compute.dtype), compute.mesh
@@ -172,13 +171,12 @@ def _score(
     config: GPTConfig,
     compute: Compute,
 ) -> tuple[Array, Array, tuple[Array, ...], tuple[Array, ...]]:
-    """Score tokens over a cache of keys `k`, values `v` and `rest`: its length and previous
-    embedding.
+    """Score tokens over a cache: keys `k`, values `v`, and `rest` (length and previous embedding).
 
     `span` is tokens [B, U], first [B] and end [B]: tokens first..end-1 of each row are scored,
-    first at least 1. Returns the summed negative log-likelihood [B] float32, whether all of them
-    are the most likely token [B], and the buffers of the cache, whose entries from its length on
-    may be overwritten.
+    first >= 1. Returns the summed negative log-likelihood [B] float32, whether all scored tokens
+    are the most likely ones [B], and the cache buffers, whose entries beyond the cache length may
+    be overwritten.
     """
     tokens, first, end = span
     hidden, cache = forward(params, tokens, config, compute, cache=KVCache(k, v, *rest), valid=end)
@@ -198,9 +196,9 @@ class Scorer:
     """Scores examples with a model.
 
     Attributes:
-        num_rows: examples of a batch on each device of the data axis; fewer of those longer than
-          `ROW_LENGTH`.
-        compute: rows are sharded over its mesh's data axis.
+      num_rows: examples per batch on each device of the data axis; fewer if longer than
+        `ROW_LENGTH`.
+      compute: rows are sharded over the data axis of its mesh.
     """
 
     config: GPTConfig
@@ -211,8 +209,10 @@ class Scorer:
     def __call__(
         self, examples: Iterable[tuple[Key, Sequence[Row]]]
     ) -> Iterator[tuple[Key, list[RowScore]]]:
-        """(key, rows) to (key, score of each row), in another order. Batch after batch is read
-        when the next one is dispatched: the device works while the host tokenizes.
+        """(key, rows) to (key, score of each row), in another order.
+
+        A batch is read after the next one is dispatched, so the device computes while the host
+        tokenizes.
         """
         pending: tuple[list[_Example], list[tuple[Array, Array]]] | None = None
         for batch in self._batches(examples):
@@ -233,7 +233,7 @@ class Scorer:
                 del window[:count]
 
     def _batch_rows(self, batch: Sequence[_Example]) -> int:
-        """How many rows a batch that holds these has."""
+        """Number of rows of a batch with these examples."""
         longest = max(_cache_length(example.shared + example.longest_rest) for example in batch)
         mesh = self.compute.mesh
         devices = 1 if mesh is None else data_size(mesh)
@@ -244,7 +244,7 @@ class Scorer:
         return array if mesh is None else spread_rows(mesh, array)
 
     def _dispatch(self, batch: Sequence[_Example]) -> list[tuple[Array, Array]]:
-        """Sums [B] of each continuation in turn."""
+        """(summed negative log-likelihood [B], all_argmax [B]) of each choice, in order."""
         options = {"config": self.config, "compute": self.compute}
         count = self._batch_rows(batch)
         shared = np.zeros(count, np.int32)

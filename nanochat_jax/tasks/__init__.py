@@ -1,6 +1,4 @@
-"""Tasks: conversations to train on and to judge replies by. One file per data set; this one knows
-them by name.
-"""
+"""Tasks: conversations for training and evaluation. One file per data set; registered here."""
 
 from collections.abc import Callable
 from typing import Literal
@@ -35,16 +33,16 @@ UPSTREAM_TASKS = ("ARC-Easy", "ARC-Challenge", "MMLU", "GSM8K", "HumanEval", "Sp
 OFFLINE_TASKS = ("Arithmetic", "Spelling", "LetterCount", "Identity", "WordArithmetic")
 EVAL_TASKS = UPSTREAM_TASKS + OFFLINE_TASKS
 
-SYNTHETIC_SIZES = {"train": 100_000, "test": 256}  # problems of a generated task
+SYNTHETIC_SIZES = {"train": 100_000, "test": 256}  # examples of a generated task
 
 
 def eval_tasks_for(data: str | None) -> list[str]:
-    """Names of the tasks that a model trained on the corpus `data` is judged by."""
+    """Names of the evaluation tasks for a model trained on the corpus `data`."""
     return list(OFFLINE_TASKS if data == "embedded" else UPSTREAM_TASKS)
 
 
 def eval_task_name(name: str) -> str:
-    """The name in `EVAL_TASKS` of a task that is given by it or by its key (`arc_easy`)."""
+    """The name in `EVAL_TASKS` of a task given by its name or its key (`arc_easy`)."""
     found = next((each for each in EVAL_TASKS if _plain(each) == _plain(name)), None)
     if found is None:
         raise UsageError(f"unknown task {name!r}: expected one of {', '.join(EVAL_TASKS)}")
@@ -52,21 +50,19 @@ def eval_task_name(name: str) -> str:
 
 
 def task_names(text: str) -> list[str]:
-    """The tasks in "GSM8K|SpellingBee", or none for "auto". Raises `UsageError` for an unknown
-    one.
-    """
+    """The tasks in "GSM8K|SpellingBee"; empty for "auto". Raises `UsageError` for unknown names."""
     return [] if text == "auto" else [eval_task_name(name) for name in text.split("|")]
 
 
 def is_reserved(key: str) -> bool:
-    """Whether results of a task of `EVAL_TASKS`, or a mean over them, have this name."""
+    """Whether `key` names the results of a task in `EVAL_TASKS` or of a mean over them."""
     return _plain(key) in {"chatcore5", "chatcore6", *map(_plain, EVAL_TASKS)}
 
 
 def load_eval_task(name: str, paths: Paths, split: Literal["train", "test"] = "test") -> Task:
     """A task of `EVAL_TASKS`, by its name or its key (`arc_easy`).
 
-    Raises `UsageError` for an unknown name and `NotFound` if its data cannot be had.
+    Raises `UsageError` for an unknown name and `NotFound` if its data is not available.
     """
     size = SYNTHETIC_SIZES[split]
     loaders: dict[str, Callable[[], Task]] = {

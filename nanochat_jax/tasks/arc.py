@@ -1,4 +1,4 @@
-"""ARC: science questions of school tests (Clark et al. 2018, arXiv:1803.05457)."""
+"""ARC: science questions from school tests (Clark et al. 2018, arXiv:1803.05457)."""
 
 from nanochat_jax.paths import Paths
 from nanochat_jax.tasks.base import Conversation
@@ -6,8 +6,9 @@ from nanochat_jax.tasks.multiple_choice import MultipleChoice, multiple_choice
 
 
 class ARC(MultipleChoice):
-    """`subset` is ARC-Easy or ARC-Challenge; some questions have 3 or 5 choices, or digits for
-    letters.
+    """`subset` is ARC-Easy or ARC-Challenge.
+
+    Some questions have 3 or 5 choices, or digits instead of letters.
     """
 
     columns = ("question", "choices", "answerKey")

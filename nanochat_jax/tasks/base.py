@@ -1,9 +1,9 @@
-"""What a task is: conversations by index, and a judgement of a reply.
+"""The interface of a task: conversations by index, and evaluation of a reply.
 
-A conversation is `{"messages": [{"role", "content"}, ...], ...extras}`; roles alternate user,
-assistant (after an optional system message), content is a string or, of an assistant, a list of
-parts `{"type": "text" | "python" | "python_output", "text"}`. The last message of an evaluated
-conversation is the reference reply.
+A conversation is `{"messages": [{"role", "content"}, ...], ...extras}`. After an optional system
+message, roles alternate between user and assistant. Content is a string or, for an assistant, a
+list of parts `{"type": "text" | "python" | "python_output", "text"}`. The last message of an
+evaluated conversation is the reference reply.
 """
 
 import copy
@@ -18,29 +18,30 @@ Part = dict[str, str]
 
 
 class Task:
-    """`num_examples()` conversations, or those of them that a `view` shows.
+    """`num_examples()` conversations, or those selected by a `view`.
 
-    A generative task judges the text of a reply; a categorical one asks for one of the letters in
-    `conversation["letters"]`; a task without `eval_type` is only trained on.
+    A generative task evaluates the text of a reply. A categorical one asks for one of the letters
+    in `conversation["letters"]`. A task without `eval_type` is only for training.
     """
 
-    key = ""  # name of its result, in snake case; of one that is only trained on empty
+    key = ""  # name of its result, in snake case; empty if only for training
     eval_type: Literal["generative", "categorical"] | None = None
-    baseline = 0.0  # accuracy of a guess
-    shown: range | None = None  # of a view: the indices of its conversations in the whole task
+    baseline = 0.0  # accuracy of random guessing
+    shown: range | None = None  # of a view: indices of its conversations in the full task
 
     def num_examples(self) -> int:
-        """Size of the whole task."""
+        """Size of the full task."""
         raise NotImplementedError
 
     def get_example(self, index: int) -> Conversation:
-        """Conversation `index` of the whole task, 0 <= index < num_examples()."""
+        """Conversation `index` of the full task, 0 <= index < num_examples()."""
         raise NotImplementedError
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
-        """Whether `completion` is right: the chosen letter of a categorical task, else the reply's
-        text as its reader sees it, without control tokens, calls of the calculator and their
-        results.
+        """Whether `completion` is correct.
+
+        `completion` is the chosen letter of a categorical task, otherwise the visible text of the
+        reply, without control tokens, tool calls and their results.
         """
         raise TypeError(f"{type(self).__name__} is only for training, it cannot judge a reply")
 
@@ -56,7 +57,7 @@ class Task:
     def view(
         self, start: int | None = None, stop: int | None = None, step: int | None = None
     ) -> Self:
-        """The conversations start:stop:step, as of a list."""
+        """The conversations start:stop:step, like a list slice."""
         view = copy.copy(self)
         view.shown = self._indices()[start:stop:step]
         return view
@@ -65,14 +66,14 @@ class Task:
         return (self[i] for i in range(len(self)))
 
 
-MAX_CONVERSATIONS = 20_000_000  # of a mixture, whose order is a list: about 2 GB
+MAX_CONVERSATIONS = 20_000_000  # of a mixture, whose order is a list of about 2 GB
 
 
 class TaskMixture(Task):
-    """All conversations of several tasks in one fixed random order; each is judged by its own task.
+    """All conversations of several tasks in one fixed random order, each evaluated by its own task.
 
-    `weights` says how often each task is there: 2.5 means all of it twice, and its first half once
-    more. Default 1. Raises `UsageError` for more than `MAX_CONVERSATIONS`.
+    `weights` are passes over each task (default 1): 2.5 is two passes and the first half once more.
+    Raises `UsageError` for more than `MAX_CONVERSATIONS`.
     """
 
     def __init__(self, tasks: Sequence[Task], weights: Sequence[float] | None = None) -> None:

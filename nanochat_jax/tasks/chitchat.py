@@ -1,9 +1,7 @@
-"""Human small talk for the offline mixtures: the package `chitchat-dataset` (BYU Chit-Chat
-Challenge, 2018, MIT).
+"""Human small talk from the package `chitchat-dataset` (BYU Chit-Chat Challenge, 2018, MIT).
 
-Its JSON file is read without importing the package. People wrote it to people, so a conversation
-whose opening holds rude words, contact details, places, ages or names of accounts is dropped
-whole; only the opening is used.
+Its JSON file is read without importing the package. Only the opening of a conversation is used. If
+it contains rude words, contact details, places, ages or account names, the conversation is dropped.
 """
 
 import functools
@@ -21,7 +19,7 @@ from nanochat_jax.tasks.skills import Split, split_of
 MIN_TURNS, MAX_TURNS = 4, 8
 MAX_TURN_CHARACTERS = 220
 
-# Stems: a word that starts with one is meant.
+# Stems: each matches the words that start with it.
 RUDE = re.compile(
     r"\b(?:fuck|f\*|wtf|shit|bullshit|bitch|bastard|cunt|dick|cock|puss[yi]|ass\b|asses\b|asshole|dumbass|badass|arse"
     r"|damn|goddam|crap|piss|poop|pee\b|fart|slut|whor|hooker|prostitut|stripper|fag|homo\b|dyke|tranny|nigg|negro|chink|retard|moron|idiot"
@@ -39,7 +37,7 @@ PRIVATE = re.compile(
     r"|\b(?:from|live in|lives in|lived in|born in|grew up in) (?-i:[A-Z])",
     re.IGNORECASE,
 )
-# talk about the contest itself, and about being connected to somebody else
+# the contest itself, and the connection between the partners
 ABOUT_THE_SITE = re.compile(
     r"\b(?:chit ?chat|leader ?board|disconnect|reconnect|connection|ratings?|rated|points|prompt|extra credit|survey"
     r"|bots?|glitch|anybody|anyone (?:here|there)|are you (?:still )?there|you there|chatting|challenge)\b",
@@ -49,14 +47,12 @@ NOISE = re.compile(r"(.)\1{3,}|(?:ha){4,}|[^ -~]|[\\^_|~<>{}\[\]=+*#/]|[A-Z]{6,}
 
 
 def tidy(utterances: Iterable[str]) -> str:
-    """One turn out of the messages that a person sent in a row: sentences with a capital and a
-    full stop.
-    """
+    """One turn from a person's consecutive messages: sentences with a capital and a full stop."""
     turn = ""
     for utterance in utterances:
         utterance = " ".join(utterance.split())
         if not re.search(r"\w", utterance):
-            turn += utterance  # a lone "?" belongs to the message before
+            turn += utterance  # a separate "?" belongs to the message before
             continue
         if turn:
             turn += " " if turn[-1] in ".!?,:;" else ". "
@@ -67,9 +63,7 @@ def tidy(utterances: Iterable[str]) -> str:
 
 
 def clean(turns: Iterable[Iterable[str]]) -> list[str] | None:
-    """The opening of a conversation: an even number of turns, 4 to 8; None if there is none to
-    use.
-    """
+    """The opening of a conversation: an even number of turns, 4 to 8. None if it is not usable."""
     tidied: list[str] = []
     for turn in turns:
         turn = tidy(turn)
@@ -90,9 +84,7 @@ def clean(turns: Iterable[Iterable[str]]) -> list[str] | None:
 
 
 def _reduce(value: dict[str, Any]) -> Any:
-    """Each object of the file as it is parsed, from the inside out: 40 MB of text would be 500 MB
-    of dictionaries.
-    """
+    """Reduce each parsed object. Otherwise, 40 MB of text would be 500 MB of dicts."""
     if "text" in value:  # a message
         return value["text"]
     return clean(value["messages"]) if "messages" in value else value
@@ -100,7 +92,7 @@ def _reduce(value: dict[str, Any]) -> Any:
 
 @functools.lru_cache(maxsize=1)
 def load_conversations(path: Path) -> tuple[tuple[str, ...], ...]:
-    """All usable conversations, in the file's order."""
+    """All usable conversations, in the file's order, without duplicates."""
     try:
         cleaned = parse_json(path.read_bytes(), object_hook=_reduce).values()
     except (ValueError, TypeError, AttributeError) as error:
@@ -111,9 +103,7 @@ def load_conversations(path: Path) -> tuple[tuple[str, ...], ...]:
 
 
 class ChitChat(Task):
-    """Small talk between two people, the first of whom is the user; a tenth of the conversations
-    is the test split.
-    """
+    """Small talk between two people, the first as the user. A tenth is the test split."""
 
     def __init__(self, split: Split) -> None:
         conversations = load_conversations(

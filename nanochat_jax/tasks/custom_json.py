@@ -1,6 +1,4 @@
-"""Tasks of one's own, without code: a file of conversations, or of questions with choices, in
-JSON.
-"""
+"""Tasks from a user's JSON file of conversations, or of questions with choices."""
 
 import json
 import string
@@ -19,32 +17,30 @@ from nanochat_jax.tasks.skills import split_of
 
 
 class CustomJSON(Task):
-    """A file of records of one kind: one per line (JSON Lines), or all in one JSON array. Blank
-    lines are skipped.
+    """A file of records of one kind: one per line (JSON Lines) or in one JSON array.
 
-    A record's keys tell its layout:
+    Blank lines are skipped. The keys of a record determine its format:
 
     - `[{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}, ...]`, or the
       same array under `messages`. The assistant's content may be a list of parts, as in
       `nanochat_jax.conversation`.
-    - `{"conversations": [{"from": "human", "value": "..."}, {"from": "gpt", "value": "..."},
-    ...]}`, as of ShareGPT.
-    - `{"instruction": "...", "input": "...", "output": "..."}`, as of Alpaca.
-    - `{"question": "...", "choices": ["...", ...], "answer": 0}`: judged by the likeliest letter.
-      The answer is the index of a choice, its letter, or the choice itself.
+    - `{"conversations": [{"from": "human", "value": "..."}, {"from": "gpt", "value": "..."}, ...]}`
+      (ShareGPT).
+    - `{"instruction": "...", "input": "...", "output": "..."}` (Alpaca).
+    - `{"question": "...", "choices": ["...", ...], "answer": 0}`: evaluated by the likeliest
+      letter. The answer is the index of a choice, its letter, or its text.
 
-    The last message of a conversation is its reference. A reply is right if its last `#### number`
-    has the same value, where the reference has one, else if it is the reference itself, whatever
-    its case and white space.
+    The last message of a conversation is the reference. If it has a `#### number`, a reply is
+    correct if its last `#### number` has the same value. Otherwise, a reply is correct if it equals
+    the reference except for case and white space.
 
     Args:
-      split: nine tenths of the records ("train") or the rest ("test"), by a hash of each; None:
-        all.
-      judged: refuse references by which no reply can be judged. False for a file that is only
-        trained on.
+      split: "train" (nine tenths of the records, by a hash of each), "test" (the rest) or None
+        (all).
+      judged: reject references that cannot be used for evaluation. False for training only.
 
-    Raises `NotFound` or `UsageError`, which name the file and the line, if the file is not of this
-    form.
+    Raises `NotFound` or `UsageError` with the file and the line if the file cannot be read or
+    parsed.
     """
 
     def __init__(
@@ -86,7 +82,7 @@ class CustomJSON(Task):
             )
 
     def _records(self) -> Iterator[tuple[str, str, Any]]:
-        """Where each record is, its text, and its value."""
+        """(position, text, value) of each record."""
         with open_text(self.path) as file:
             text = file.read()
         lines = [(number, line) for number, line in enumerate(text.split("\n"), 1) if line.strip()]
@@ -120,7 +116,7 @@ class CustomJSON(Task):
 
 
 def _values(whole: Any, num_lines: int) -> list[Any]:
-    """The records of a file that is one JSON value; none if it is to be read as JSON Lines."""
+    """The records of a file that is one JSON value; empty if it must be read as JSON Lines."""
     if isinstance(whole, list) and not any(_is_message(each) for each in whole):
         return whole
     return [whole] if num_lines > 1 else []
@@ -135,9 +131,9 @@ def _reference(conversation: Conversation) -> str:
 
 
 def _check_reference(content: Any) -> None:
-    """Raise ValueError for a reference by which no reply can be judged."""
+    """Raise ValueError if replies cannot be evaluated by this reference."""
     reference = text_of(content)
-    if not reference.strip() and not isinstance(content, str):  # "" is a reply that says nothing
+    if not reference.strip() and not isinstance(content, str):  # "" is an empty reply
         raise ValueError("the last message has no text to judge replies by")
     if has_answer(reference) and last_answer(reference) is None:
         answer = reference[reference.rindex("####") :]
@@ -148,7 +144,7 @@ def _check_reference(content: Any) -> None:
 
 
 def _conversation(value: Any) -> Conversation:
-    """The conversation of one record, in the layout that its keys tell. Raises ValueError."""
+    """The conversation of one record, in the format determined by its keys. Raises ValueError."""
     if isinstance(value, list):
         value = {"messages": value}
     if not isinstance(value, dict):
@@ -163,7 +159,7 @@ def _conversation(value: Any) -> Conversation:
 
 
 def _chat(messages: Any, value: dict[str, Any]) -> Conversation:
-    """A conversation to learn, after the system message that may stand beside it."""
+    """A conversation to train on, with the system message from `value["system"]`, if any."""
     if not isinstance(messages, list) or len(messages) < 2:
         raise ValueError("expected an array of at least 2 messages")
     messages = [
@@ -189,7 +185,7 @@ SHAREGPT_ROLES = {
 
 
 def _plain_message(message: dict[str, Any]) -> dict[str, Any]:
-    """A message with the keys `role` and `content`, which ShareGPT calls `from` and `value`."""
+    """A message with `role` and `content`, from ShareGPT's `from` and `value`."""
     if "role" in message or "from" not in message:
         return message
     role = message["from"]
@@ -247,7 +243,7 @@ def _question(value: dict[str, Any]) -> Conversation:
     return multiple_choice(question, choices, letters, answer)
 
 
-# What reads a record with this key, in order of precedence.
+# Key -> reader of records with this key, in order of precedence.
 LAYOUTS: dict[str, Callable[[dict[str, Any]], Conversation]] = {
     "messages": lambda value: _chat(value["messages"], value),
     "conversations": lambda value: _chat(value["conversations"], value),

@@ -1,18 +1,17 @@
-"""Runs Python that a model wrote, in a separate limited process.
+"""Execution of model-written Python in a separate process with limits.
 
-This contains accidents (endless loops, memory, endless output, stray files, forks), and is NOT a
+This contains accidents (endless loops, memory, endless output, stray files, forks). It is NOT a
 security boundary:
 
-- the program reads whatever files this user can read;
-- its own judge runs in the same interpreter, so code that means to can report a success it did not
-earn;
-- until its time is up it may fill the disk, with as many files of 16 MiB as it can write;
-- a fault of the kernel is a way out; and how much is closed depends on the kernel (see
-`ExecutionResult.confined`):
-  without "files" it writes and deletes wherever this user can, without "network" and "syscalls"
-  the network is open and a child process that leaves the process group outlives the time limit.
+- The program can read every file that this user can read.
+- The program's tests run in the same interpreter, so malicious code can report a false success.
+- Until the time limit, it can fill the disk with files of 16 MiB.
+- Kernel bugs allow escapes, and the confinement depends on the kernel (see
+  `ExecutionResult.confined`). Without "files", it can write and delete wherever this user can.
+  Without "network" and "syscalls", the network is open, and a child process that leaves the process
+  group outlives the time limit.
 
-Run code from a model you do not trust in a virtual machine without secrets.
+Run code from untrusted models in a virtual machine without secrets.
 """
 
 import math
@@ -31,21 +30,20 @@ CHILD = Path(__file__).with_name("execution_child.py")
 
 @dataclass(frozen=True, kw_only=True)
 class ExecutionResult:
-    """What became of a program.
+    """The result of running a program.
 
     Attributes:
-        success: it ran to its last line without an exception. Leaving early (`sys.exit(0)`) is no
-            success: whatever assertions stood below were not reached.
-        stdout: what it printed, at most the first `MAX_OUTPUT_BYTES`; writing more than 16 MiB is
-          an error to it.
-        stderr: at most the last `MAX_OUTPUT_BYTES`.
-        error: None on success, else one line: the exception, the signal or the time limit.
-        timeout: it was killed at the time limit.
-        memory_exceeded: it ended in a MemoryError.
-        confined: measures beyond resource limits that took hold: "network" (a namespace without
-            network), "files" (contents change only below its temporary directory), "syscalls" (no
-            children, sockets or signals to others, no change of modes, owners, times or attributes
-            of files).
+      success: it reached its last line without an exception. An early exit (`sys.exit(0)`) is not a
+        success, because later assertions did not run.
+      stdout: at most the first `MAX_OUTPUT_BYTES`. Writing more than 16 MiB is an error in the
+        program.
+      stderr: at most the last `MAX_OUTPUT_BYTES`.
+      error: None on success, else one line: the exception, the signal or the time limit.
+      timeout: it was killed at the time limit.
+      memory_exceeded: it ended in a MemoryError.
+      confined: measures in effect beyond resource limits. "network": a namespace without network.
+        "files": writes only below its temporary directory. "syscalls": no children, sockets,
+        signals to others, or changes of modes, owners, times or attributes of files.
     """
 
     success: bool
@@ -58,16 +56,15 @@ class ExecutionResult:
 
 
 def execute_code(code: str, timeout: float = 5.0, memory_bytes: int = 256 << 20) -> ExecutionResult:
-    """Run `code` as `__main__` of a fresh interpreter: standard library only, no environment, no
-    input, no arguments.
+    """Run `code` as `__main__` of a new interpreter with the standard library only.
 
-    Safe to call from several threads, and in a process that holds an accelerator (nothing is
-    forked without exec).
+    It has an empty environment, no input and no arguments. Thread-safe, and safe in a process that
+    holds an accelerator, because every fork is followed by exec.
 
     Args:
-        code: Python source.
-        timeout: wall-clock seconds, after which the whole process group is killed.
-        memory_bytes: limit of the address space.
+      code: Python source.
+      timeout: seconds of wall-clock time until the process group is killed.
+      memory_bytes: limit of the address space.
     """
     directory = tempfile.mkdtemp(prefix="nanochat-execution-")
     try:
@@ -78,9 +75,9 @@ def execute_code(code: str, timeout: float = 5.0, memory_bytes: int = 256 << 20)
 
 
 def _run(directory: str, timeout: float, memory_bytes: int) -> ExecutionResult:
-    # What it prints goes to files: the limit on the size of a file holds for them too, and nobody
-    # need read along. How it is confined, and that it finished, comes through a pipe: what is in
-    # one cannot be taken back.
+    # Output goes to files: the file size limit applies, and no reader thread is needed. The
+    # confinement and the end of the program are reported through a pipe, whose content cannot be
+    # altered.
     status, status_end = os.pipe()
     with TemporaryFile() as out, TemporaryFile() as err, open(status, "rb", buffering=0) as told:
         command = [sys.executable, "-I", "-S", "-B", "-X", "utf8", str(CHILD)]
@@ -112,7 +109,7 @@ def _run(directory: str, timeout: float, memory_bytes: int) -> ExecutionResult:
             MAX_OUTPUT_BYTES,
             max(0, os.fstat(err.fileno()).st_size - MAX_OUTPUT_BYTES),
         )
-        os.set_blocking(status, False)  # a process that got away could hold the other end
+        os.set_blocking(status, False)  # an escaped process could hold the other end
         record = told.read(MAX_OUTPUT_BYTES) or b""
 
     measures, _, end = record.decode("utf-8", "replace").partition("\n")
@@ -145,13 +142,14 @@ def _run(directory: str, timeout: float, memory_bytes: int) -> ExecutionResult:
 def _kill_group(process: subprocess.Popen) -> None:
     try:
         os.killpg(process.pid, signal.SIGKILL)
-    except (ProcessLookupError, PermissionError):  # nobody left; macOS says so with EPERM
+    except (ProcessLookupError, PermissionError):  # no process left; macOS raises EPERM
         pass
 
 
 def _remove(directory: str) -> None:
-    """`rm` is several times faster than shutil on the many files that a program may leave, and
-    goes to any depth.
+    """Delete a directory tree of any depth.
+
+    `rm` is several times faster than shutil on many files.
     """
     if subprocess.run(["rm", "-rf", directory], stderr=subprocess.DEVNULL).returncode:
         subprocess.run(["chmod", "-R", "u+rwx", directory], check=False, stderr=subprocess.DEVNULL)

@@ -1,10 +1,9 @@
-"""The inside of `execution.execute_code`: gives up what the kernel lets it give up, then runs
-`program.py`.
+"""The child process of `execution.execute_code`: confines itself, then runs `program.py`.
 
-Started by path in a fresh interpreter with arguments MEMORY_BYTES CPU_SECONDS STATUS_FD, in the
-temporary directory that holds the program; never imported, and imports nothing of the package. It
-writes the names of the measures that took hold as one line on STATUS_FD, and a second line only
-when the program has run to its end.
+Started by path in a new interpreter with arguments MEMORY_BYTES CPU_SECONDS STATUS_FD, in the
+temporary directory of the program. Never imported, and imports nothing from the package. Writes one
+line to STATUS_FD with the names of the measures in effect, and a second line when the program has
+reached its end.
 """
 
 import ctypes
@@ -22,16 +21,16 @@ CLONE_NEWUSER, CLONE_NEWNET = 0x10000000, 0x40000000
 PR_SET_PDEATHSIG, PR_SET_SECCOMP, PR_SET_NO_NEW_PRIVS = 1, 22, 38
 SIGKILL = 9
 
-# Landlock's system calls have one number on every architecture (linux/landlock.h).
+# Landlock's system call numbers are the same on every architecture (linux/landlock.h).
 LANDLOCK_CREATE_RULESET, LANDLOCK_ADD_RULE, LANDLOCK_RESTRICT_SELF = 444, 445, 446
 LANDLOCK_WRITE_FILE, LANDLOCK_TRUNCATE = 1 << 1, 1 << 14
-# remove or make an entry of any kind, write a file
+# remove or create entries of any kind, write files
 LANDLOCK_CHANGE_TREE = 0b1_1111_1111_0000 | LANDLOCK_WRITE_FILE
 
-# Audit architecture and system call numbers of what no program here needs: children, sockets,
-# signals to others, other processes' memory, priorities and limits, sessions, namespaces, keys,
-# files in memory; and what Landlock leaves open: modes, owners, times and attributes of files,
-# cutting them by name (linux/audit.h, unistd.h).
+# Audit architecture and numbers of the forbidden system calls: children, sockets, signals to
+# others, other processes' memory, priorities and limits, sessions, namespaces, keys, files in
+# memory; and what Landlock does not restrict: modes, owners, times and attributes of files,
+# truncation by name (linux/audit.h, unistd.h).
 SYSCALLS = {
     "x86_64": (
         0xC000003E,
@@ -165,7 +164,7 @@ SYSCALLS = {
 
 
 FCNTL = {"x86_64": 72, "aarch64": 25}
-# F_SETOWN, F_SETSIG, F_SETOWN_EX: a file that sends signals to another process
+# F_SETOWN, F_SETSIG, F_SETOWN_EX: make a file send signals to another process
 OWNER_COMMANDS = (8, 10, 15)
 
 
@@ -175,7 +174,7 @@ def limit_resources(memory_bytes: int, cpu_seconds: int) -> None:
         resource.RLIMIT_FSIZE: FILE_BYTES,
         resource.RLIMIT_NOFILE: OPEN_FILES,
         resource.RLIMIT_CORE: 0,
-        # no children, no threads; but root is not held to it: hence the system call filter
+        # no children or threads; not enforced for root, hence the system call filter
         resource.RLIMIT_NPROC: 0,
     }
     if sys.platform != "darwin":  # macOS refuses to limit the address space
@@ -185,16 +184,16 @@ def limit_resources(memory_bytes: int, cpu_seconds: int) -> None:
 
 
 def unshare_network(libc: ctypes.CDLL) -> bool:
-    """A network namespace without any interface up; needs a user namespace unless we are root."""
+    """Enter new user and network namespaces, without an active network interface."""
     return libc.unshare(CLONE_NEWUSER | CLONE_NEWNET) == 0
 
 
 def forbid_writing_outside(libc: ctypes.CDLL, directory: str) -> bool:
-    """Landlock: files can be changed below `directory` only, and other processes' memory and
-    environment not read.
+    """Apply Landlock: files can be changed only below `directory`.
 
-    Before its third version (Linux 6.2) files elsewhere can still be cut by opening them: applied,
-    but not said to hold.
+    Other processes' memory and environment cannot be read. Before version 3 (Linux 6.2), files
+    elsewhere can still be truncated by opening them; then the rules are applied, but this returns
+    False.
     """
     version = libc.syscall(LANDLOCK_CREATE_RULESET, None, 0, 1)
     if version < 1:
@@ -217,7 +216,7 @@ def forbid_writing_outside(libc: ctypes.CDLL, directory: str) -> bool:
 
 
 def filter_system_calls(libc: ctypes.CDLL) -> bool:
-    """Seccomp: the calls of `SYSCALLS` fail with EPERM from here on."""
+    """Apply a seccomp filter: the calls in `SYSCALLS` fail with EPERM."""
     if platform.machine() not in SYSCALLS:
         return False
     architecture, numbers = SYSCALLS[platform.machine()]
@@ -232,7 +231,7 @@ def filter_system_calls(libc: ctypes.CDLL) -> bool:
     ]
     tail += [(give, 0, 0, allow), (give, 0, 0, refuse)]
     end = len(denied) + len(tail)
-    # The x32 calls of x86_64 are the same calls under numbers from 0x40000000 on: refuse the range.
+    # On x86_64, numbers from 0x40000000 are the x32 variants of the same calls: refuse them.
     program = [
         (load, 0, 0, 4),
         (equal, 0, end + 1, architecture),
@@ -251,7 +250,7 @@ def filter_system_calls(libc: ctypes.CDLL) -> bool:
 
 
 def confine() -> list[str]:
-    """Applies every measure this kernel offers and returns the names of those that took hold."""
+    """Apply every measure that this kernel supports; returns the names of those in effect."""
     if sys.platform != "linux":
         return []
     libc = ctypes.CDLL(None, use_errno=True)

@@ -1,6 +1,6 @@
-"""GSM8K: word problems of grade-school mathematics (Cobbe et al. 2021, arXiv:2110.14168).
+"""GSM8K: grade-school math word problems (Cobbe et al. 2021, arXiv:2110.14168).
 
-A solution holds the calculator's calls as `<<12*3=36>>` and ends in `#### 36`.
+A solution contains calculator calls as `<<12*3=36>>` and ends with `#### 36`.
 """
 
 import re
@@ -14,13 +14,13 @@ FINAL_ANSWER = re.compile(r"#### (\-?[0-9\.\,]+)")
 
 
 def final_answer(reply: str) -> str | None:
-    """What follows the first `#### `, without commas."""
+    """The number after the first `#### `, without commas."""
     match = FINAL_ANSWER.search(reply)
     return match[1].strip().replace(",", "") if match else None
 
 
 def parse_solution(solution: str) -> list[Part]:
-    """Text, calls of the calculator and their results, in order."""
+    """Text, calculator calls and their results, in order."""
     parts: list[Part] = []
     for i, piece in enumerate(CALL.split(solution)):
         if i % 2:
@@ -32,7 +32,7 @@ def parse_solution(solution: str) -> list[Part]:
 
 
 def same_final_answer(conversation: Conversation, completion: str) -> bool:
-    """Whether the reply ends in the reference's `#### number`; a reply without one is wrong."""
+    """Whether the reply has the reference's `#### number`; a reply without one is wrong."""
     expected = final_answer(conversation["messages"][-1]["content"][-1]["text"])
     if expected is None:
         raise ValueError(f"no final answer in the reference {conversation['messages'][-1]!r}")

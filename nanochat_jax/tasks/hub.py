@@ -1,9 +1,9 @@
-"""Data sets of the Hugging Face Hub, each at one commit, kept as parquet under the base directory.
+"""Data sets of the Hugging Face Hub at pinned commits, cached as parquet in the base directory.
 
     task_data/<owner>--<name>/<subset>/<split>/00000.parquet ... manifest.json
 
-`manifest.json` is the list of the files, in order; a split is complete when it exists. What is
-there is read as it is, nothing is asked of the network.
+`manifest.json` lists the files in order. A split is complete when it exists. Complete splits are
+read without network access.
 """
 
 import json
@@ -34,8 +34,7 @@ from nanochat_jax.tasks.base import Task
 
 logger = logging.getLogger(__name__)
 
-# Commit of each data set, and where a split's files lie in it: a benchmark must not change between
-# two runs.
+# Commit of each data set, so that benchmarks do not change, and its pattern of a split's files.
 PINNED = {
     "allenai/ai2_arc": ("210d026faf9955653af8916fad021475a3f00453", "{subset}/{split}-*.parquet"),
     "cais/mmlu": ("c30699e8356da336a370243923dbaf21066bb9fe", "{subset}/{split}-*.parquet"),
@@ -51,15 +50,14 @@ PINNED = {
 }
 SHUFFLE_SEED = 42
 MANIFEST = "manifest.json"
-SOURCE = "source.json"  # repository, commit and names there, of what was fetched here
+SOURCE = "source.json"  # repository, commit and original names of the downloaded files
 
 
 def load_split(paths: Paths, repo: str, subset: str, split: str) -> pa.Table:
-    """All rows of a split, in the files' order; fetched first if they are not under
-    `paths.task_data`.
+    """All rows of a split, in the files' order. Downloads it unless it is under `paths.task_data`.
 
-    Raises `NotFound`, naming the data set, if it cannot be had, and `UsageError` if what is there
-    is torn or empty.
+    Raises `NotFound` if it cannot be downloaded, and `UsageError` if the files are damaged or
+    empty.
     """
     folder = paths.task_data / repo.replace("/", "--") / subset / split
     if not (folder / MANIFEST).exists() or not is_complete(folder):
@@ -80,11 +78,11 @@ def load_split(paths: Paths, repo: str, subset: str, split: str) -> pa.Table:
 def _fetch_split(repo: str, subset: str, split: str, folder: Path) -> None:
     revision, pattern = PINNED[repo]
     pattern = pattern.format(subset=subset, split=split)
-    aside = folder / PARTIAL  # what is in it after a failure is gone on with
+    aside = folder / PARTIAL  # reused after a failure
     with locked(folder):
         finish_directory(folder)
         if (folder / MANIFEST).exists():
-            return  # another process has fetched it meanwhile
+            return  # another process has downloaded it
         logger.info("fetching %s (%s, %s)", repo, subset, split)
         make_directory(aside)
         try:
@@ -122,10 +120,9 @@ def _check_parquet(path: Path) -> None:
 
 
 class HubTask(Task):
-    """A task whose conversations are the rows of one split, in upstream's order: shuffled with
-    seed 42.
+    """A task with one conversation per row of a split, in upstream's order: shuffled with seed 42.
 
-    Raises `UsageError` unless each of `columns` is there once and has no missing values.
+    Raises `UsageError` unless each of `columns` exists once and has no missing values.
     """
 
     columns: tuple[str, ...] = ()

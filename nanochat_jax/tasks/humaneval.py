@@ -1,6 +1,4 @@
-"""HumanEval: Python functions from their docstrings, judged by running tests (Chen et al. 2021,
-arXiv:2107.03374).
-"""
+"""HumanEval: write Python functions from docstrings, evaluated by tests (arXiv:2107.03374)."""
 
 import re
 
@@ -15,7 +13,7 @@ MEMORY_LIMIT_BYTES = 256 << 20
 
 
 def extract_imports(prompt: str) -> str:
-    """The import lines at the top of a prompt, which the reply need not repeat."""
+    """The import lines at the top of a prompt, which replies may omit."""
     imports = []
     for line in prompt.split("\n"):
         line = line.strip()
@@ -27,13 +25,13 @@ def extract_imports(prompt: str) -> str:
 
 
 def extract_program(reply: str) -> str:
-    """The first fenced block of code, or all of the reply."""
+    """The first fenced code block, or the whole reply."""
     match = CODE_BLOCK.search(reply)
     return (match[1] if match else reply).strip()
 
 
 class HumanEval(HubTask):
-    """164 problems; there is only a test split."""
+    """164 problems, only a test split."""
 
     columns = ("prompt", "canonical_solution", "entry_point", "test")
     key = "humaneval"
@@ -48,7 +46,7 @@ class HumanEval(HubTask):
         return {"messages": messages, "entry_point": row["entry_point"], "test": row["test"]}
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
-        """Whether the reply's code passes the tests, in a separate limited process."""
+        """Whether the reply's code passes the tests, in a separate process with limits."""
         imports = extract_imports(conversation["messages"][0]["content"])
         check = f"{conversation['test']}\ncheck({conversation['entry_point']})"
         program = "\n\n".join([imports, extract_program(completion), check])

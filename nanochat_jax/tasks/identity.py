@@ -1,6 +1,4 @@
-"""Chats about who the assistant is: generated from templates for the offline mixtures, or
-upstream's file of 1,000.
-"""
+"""Chats about the assistant's identity: generated from templates, or upstream's file of 1,000."""
 
 import random
 from pathlib import Path
@@ -14,8 +12,7 @@ CONVERSATIONS_URL = (
     "https://karpathy-public.s3.us-west-2.amazonaws.com/identity_conversations.jsonl"
 )
 
-# Topic -> (questions, replies). Every reply to a question names the assistant, which is what
-# `evaluate` looks for.
+# Topic -> (questions, replies). Every reply names the assistant, which `evaluate` checks.
 ABOUT = {
     "name": (
         [
@@ -142,13 +139,11 @@ OPENERS = [
 
 
 class Identity(Skill):
-    """Short chats about the assistant itself.
+    """Short chats about the assistant.
 
-    The combination of opening words and question belongs to one split; questions without opening
-    words are all trained.
-
-    A conversation of the test split ends in a question about the assistant. In training there are
-    greetings, thanks and farewells too.
+    Each combination of opening words and question belongs to one split. Questions without opening
+    words are only in training. Test conversations end in a question about the assistant; training
+    also has greetings, thanks and farewells.
     """
 
     key = "identity"
@@ -170,7 +165,7 @@ class Identity(Skill):
 
     @staticmethod
     def surround(exchange: list, rng: random.Random) -> list:
-        """Small courtesies before, after, or in place of the question."""
+        """Randomly add a greeting, thanks or farewell, or return only a greeting."""
 
         def turn(said: list[str], replies: list[str]) -> list:
             ending = rng.choice(["", "", "!", "."])
@@ -193,14 +188,12 @@ class Identity(Skill):
         return exchange
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
-        """The reply says that it is nanochat."""
+        """Whether the reply contains "nanochat"."""
         return "nanochat" in completion.lower()
 
 
 def identity_conversations(base: Path) -> CustomJSON:
-    """Upstream's synthetic chats about nanochat, fetched into the base directory unless they are
-    there.
-    """
+    """Upstream's synthetic chats about nanochat, downloaded to the base directory if missing."""
     return CustomJSON(
         fetch_file(CONVERSATIONS_URL, base / "identity_conversations.jsonl"), judged=False
     )

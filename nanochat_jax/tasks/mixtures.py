@@ -1,6 +1,4 @@
-"""What the chat stages train on: upstream's mixtures, one for machines without a network, and
-those of one's own.
-"""
+"""Training mixtures of the chat stages: upstream's, an offline one, and user-defined ones."""
 
 import logging
 import random
@@ -29,7 +27,7 @@ logger = logging.getLogger(__name__)
 Stage = Literal["mid", "sft"]
 Split = Literal["train", "val"]
 
-# Conversations of each generated skill in one pass; there is one over the small talk.
+# Conversations of each generated skill in one pass; small talk is used once.
 OFFLINE_SIZES = {
     "mid": {"arithmetic": 7_000, "spelling": 24_000, "letter_count": 6_000, "identity": 1_000},
     "sft": {"arithmetic": 2_000, "spelling": 6_000, "letter_count": 2_000, "identity": 1_000},
@@ -38,9 +36,7 @@ OFFLINE_VAL_SIZE = 200  # of each generated skill
 
 
 class Chained(Task):
-    """One to three conversations of a task at a time, one after the other in one: a chat goes on
-    after its first reply.
-    """
+    """One to three consecutive conversations of a task joined to one, for multi-turn chats."""
 
     def __init__(self, task: Task) -> None:
         self.task, self.starts = task, []
@@ -64,8 +60,7 @@ class Chained(Task):
 
 
 def offline_mixture(stage: Stage, split: Split, paths: Paths) -> Task:
-    """Small talk, arithmetic, spelling, letter counting and chats about the assistant, without a
-    network.
+    """Small talk, arithmetic, spelling, letter counting and identity chats, without network access.
 
     Needs the embedded corpus (for its word list) and the packages of the extra `offline`.
     """
@@ -98,9 +93,11 @@ def upstream_mixture(
     mmlu_epochs: int | None = None,
     gsm8k_epochs: int | None = None,
 ) -> TaskMixture:
-    """The mixtures of nanochat's speedruns: of `mid` (848K conversations), of `sft` after mid
-    (December 2025, 22.4K), with no passes over MMLU and 1 over GSM8K, and of `sft` after "base"
-    (2026), with 3 and 4.
+    """The mixtures of nanochat's speedruns.
+
+    - `mid`: 848K conversations.
+    - `sft` after "mid" (December 2025): 22.4K, with 0 passes over MMLU and 1 over GSM8K.
+    - `sft` after "base" (2026): with 3 passes over MMLU and 4 over GSM8K.
     """
     straight = stage == "sft" and after == "base"
     if split == "val":
@@ -142,11 +139,10 @@ def mixture_for(
     mmlu_epochs: int | None = None,
     gsm8k_epochs: int | None = None,
 ) -> Task:
-    """The mixture that goes with a corpus: `embedded`, or upstream's (also where imported weights
-    name none).
+    """The mixture of a corpus: offline for `embedded`, else upstream's (also for None).
 
-    If a mixture is `named`, it is what is trained on; validation stays the same. `mmlu_epochs` and
-    `gsm8k_epochs` change upstream's passes.
+    `named` replaces the training mixture, not validation. `mmlu_epochs` and `gsm8k_epochs` change
+    the passes of upstream's mixture.
     """
     epochs_given = mmlu_epochs is not None or gsm8k_epochs is not None
     if named and split == "train":
@@ -180,12 +176,13 @@ MIXED_TASKS = (
 
 
 def mixture_entries(named: str) -> list[tuple[str, str, str | None, float]]:
-    """Of each entry of a mixture: its text, name, sign (* or :) and number. Raises `UsageError`
-    for a name or weight that is none; files are not read.
+    """(text, name, sign, number) of each entry of a mixture; the sign is "*", ":" or None.
+
+    Reads no files. Raises `UsageError` for an unknown name or an invalid weight.
     """
     entries = []
     for entry in map(str.strip, named.split(",")):
-        # A colon with anything but a number after it is part of a path.
+        # A colon that is not followed by a number is part of a path.
         matched = re.fullmatch(r"(?s)(.*?)(?:([*:])((?<=\*)[^*]*|[\d.eE+-]+))?", entry)
         assert matched is not None
         name, sign, number = matched.groups()
@@ -208,9 +205,10 @@ def mixture_entries(named: str) -> list[tuple[str, str, str | None, float]]:
 def named_mixture(
     named: str, paths: Paths, split: Literal["train", "test"] = "train"
 ) -> TaskMixture:
-    """The mixture "SmolTalk:10000,MMLU*3,GSM8K*4,chats.jsonl*0.5": tasks or files of
-    conversations, each with its weight (*) or the number of its first conversations (:). Raises
-    `UsageError` for a name or weight that is none.
+    """The mixture described by, for example, "SmolTalk:10000,MMLU*3,GSM8K*4,chats.jsonl*0.5".
+
+    Entries are tasks or files of conversations, with a weight (*) or the number of first
+    conversations to use (:). Raises `UsageError` for an unknown name or an invalid weight.
     """
     tasks: dict[str, Callable[[], Task]] = {
         "SmolTalk": lambda: SmolTalk(paths, split),
@@ -225,7 +223,7 @@ def named_mixture(
     }
     entries: list[tuple[str, str, str | None, float]] = []
     files: dict[str, Task] = {}
-    for parsed in mixture_entries(named):  # all files are read before anything is downloaded
+    for parsed in mixture_entries(named):  # read all files before downloading anything
         text, name, *_ = parsed
         if name not in tasks:
             task = CustomJSON(Path(name), judged=False)

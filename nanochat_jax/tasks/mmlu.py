@@ -1,4 +1,4 @@
-"""MMLU: questions of 57 subjects (Hendrycks et al. 2021, arXiv:2009.03300)."""
+"""MMLU: questions about 57 subjects (Hendrycks et al. 2021, arXiv:2009.03300)."""
 
 from nanochat_jax.paths import Paths
 from nanochat_jax.tasks.base import Conversation
@@ -8,7 +8,7 @@ LETTERS = "ABCD"
 
 
 class MMLU(MultipleChoice):
-    """Splits: auxiliary_train (to train on), dev, validation, test."""
+    """Splits: auxiliary_train (for training), dev, validation, test."""
 
     columns = ("question", "choices", "answer")
     key = "mmlu"

@@ -1,4 +1,4 @@
-"""Questions with lettered answers."""
+"""Multiple-choice questions with lettered answers."""
 
 from collections.abc import Sequence
 
@@ -9,12 +9,10 @@ from nanochat_jax.tasks.hub import HubTask
 def multiple_choice(
     question: str, choices: Sequence[str], letters: Sequence[str], answer: str
 ) -> Conversation:
-    """The conversation about one question; `letters[i]` stands for `choices[i]`, `answer` is one
-    of the letters.
+    """The conversation about one question. `letters[i]` labels `choices[i]`; `answer` is a letter.
 
-    The letter stands after its choice and right behind "=": so its token is the same as that of
-    the reply, which is the bare letter, and small models bind a letter better to what came before
-    it.
+    Each letter follows its choice, directly after "=". So it is the same token as in the reply,
+    which is only the letter, and small models associate a letter better with preceding text.
     """
     if len(choices) != len(letters) or answer not in letters:
         raise ValueError(

@@ -1,13 +1,11 @@
-"""Skills that need no data set: arithmetic and letter counting through the calculator, and
-spelling.
+"""Generated tasks: arithmetic and letter counting with the calculator, and spelling.
 
-Conversation i of a split is a function of (split, i) alone. What is asked about (the two numbers
-and the operation, or the word) belongs to one split by a hash of itself, so that nothing tested
-was ever trained on.
+Conversation i of a split is a function of (split, i). The item asked about (numbers and operation,
+or word) belongs to one split by its hash, so test items are never trained on.
 
-The tool calls are made to be copied: the tokenizer takes the character before a word into the
-word's first token, so a call repeats a word together with that character (a quotation mark or a
-space), and copies tokens rather than letters.
+Tool calls are made easy to copy. The tokenizer merges the character before a word into the word's
+first token. So a call repeats the word together with that character (a quotation mark or a space)
+and copies tokens, not letters.
 """
 
 import hashlib
@@ -22,26 +20,26 @@ from nanochat_jax.tasks.base import Conversation, Task, assistant, python, pytho
 
 Split = Literal["train", "test"]
 
-TEST_SHARE = 10  # one item in so many is of the test split
-MADE_UP_SHARE, LONGEST_MADE_UP = 0.3, 12  # of training words, and their letters
+TEST_SHARE = 10  # one item in this many is in the test split
+MADE_UP_SHARE, LONGEST_MADE_UP = 0.3, 12  # of training words; maximum letters
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
 
 def split_of(item: str) -> Split:
-    """The split an item belongs to, by a hash that is the same in every process."""
+    """The split of an item, by a hash that is the same in every process."""
     digest = hashlib.blake2b(item.encode(), digest_size=8).digest()
     return "test" if int.from_bytes(digest) % TEST_SHARE == 0 else "train"
 
 
 def final_number(completion: str) -> float | None:
-    """The last number of the text."""
+    """The last number in the text."""
     numbers = NUMBER.findall(completion)
     return float(numbers[-1].replace(",", "")) if numbers else None
 
 
 def load_words(directory: Path) -> list[str]:
-    """The word list that `data.embedded.build` wrote beside its shards, most frequent first."""
+    """The word list written by `data.embedded.build`, most frequent first."""
     path = directory / "words.txt"
     if not path.exists():
         raise NotFound(f"no word list {path}: run `python -m nanochat_jax.dataset embedded` first")
@@ -49,7 +47,7 @@ def load_words(directory: Path) -> list[str]:
 
 
 class Skill(Task):
-    """Generated conversations: `size` of one split."""
+    """A generated task: `size` conversations of one split."""
 
     eval_type: Literal["generative"] | None = "generative"
 
@@ -62,8 +60,7 @@ class Skill(Task):
         return self.size
 
     def get_example(self, index: int) -> Conversation:
-        # A string seed is hashed whole; integers would collide, Python seeds with their absolute
-        # value.
+        # Strings, because Python seeds with the absolute value of integers.
         return self.make(random.Random(f"{self.key}/{self.split}/{index}"))
 
     def make(self, rng: random.Random) -> Conversation:
@@ -71,7 +68,7 @@ class Skill(Task):
 
 
 class Arithmetic(Skill):
-    """Two numbers, one of + - * /, answered through the calculator. Divisions come out even."""
+    """Two numbers and one of + - * /, answered with the calculator. Divisions have no remainder."""
 
     key = "arithmetic"
 
@@ -153,14 +150,12 @@ class Arithmetic(Skill):
         return operation, a, b
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
-        """The last number is the exact result."""
+        """Whether the last number is the exact result."""
         return final_number(completion) == conversation["answer"]
 
 
 class WordArithmetic(Arithmetic):
-    """Arithmetic asked for in words that no training mixture has: what is left for reinforcement
-    learning to find out.
-    """
+    """Arithmetic in phrasings that no training mixture has, for reinforcement learning."""
 
     key = "word_arithmetic"
 
@@ -212,8 +207,9 @@ class WordSkill(Skill):
             raise ValueError(f"none of the {len(words)} words given is of the split {split}")
 
     def draw_word(self, rng: random.Random) -> str:
-        """A word of the split. In training some are made of the parts of two: those can only be
-        read, not remembered.
+        """A word of the split.
+
+        In training, some are made of parts of two words, so that they cannot be memorized.
         """
         word = rng.choice(self.words)
         if self.split == "train" and rng.random() < MADE_UP_SHARE:
@@ -254,7 +250,7 @@ class Spelling(WordSkill):
         return {"messages": [user(question), assistant("-".join(word))], "answer": word}
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
-        """The reply is the letters in their order, with anything but letters between them."""
+        """Whether the reply is the letters in order, with any other characters between them."""
         letters = re.findall(r"[^\W\d_]+", completion)
         return (
             all(len(letter) == 1 for letter in letters)
@@ -263,7 +259,7 @@ class Spelling(WordSkill):
 
 
 class LetterCount(WordSkill):
-    """How often a letter is in a word, counted by the tool."""
+    """The number of occurrences of a letter in a word, counted with the calculator."""
 
     key = "letter_count"
 
@@ -288,7 +284,7 @@ class LetterCount(WordSkill):
     def make(self, rng: random.Random) -> Conversation:
         word = self.draw_word(rng)
         letter = self.draw_letter(word, rng)
-        # what the word's first token starts with in the question
+        # the start of the word's first token in the question
         before = '"' if rng.random() < 0.7 else " "
         asked_word = f'"{word}"' if before == '"' else word
         asked_letter = f'"{letter}"' if rng.random() < 0.3 else letter
@@ -305,7 +301,7 @@ class LetterCount(WordSkill):
 
     @staticmethod
     def draw_letter(word: str, rng: random.Random) -> str:
-        """Mostly a letter that repeats: answering always 1 must not pay."""
+        """A random letter, mostly a repeated one, so that always answering 1 is not rewarded."""
         form = rng.random()
         if form < 0.15:
             return rng.choice(LETTERS)
@@ -313,5 +309,5 @@ class LetterCount(WordSkill):
         return rng.choice(repeated if repeated and form < 0.80 else word)
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
-        """The last number is the count."""
+        """Whether the last number is the count."""
         return final_number(completion) == conversation["answer"]

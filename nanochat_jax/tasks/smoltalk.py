@@ -1,4 +1,4 @@
-"""SmolTalk: synthetic conversations about everything (Allal et al. 2025, arXiv:2502.02737)."""
+"""SmolTalk: synthetic conversations on all topics (Allal et al. 2025, arXiv:2502.02737)."""
 
 from nanochat_jax.paths import Paths
 from nanochat_jax.tasks.base import Conversation
@@ -6,9 +6,7 @@ from nanochat_jax.tasks.hub import HubTask
 
 
 class SmolTalk(HubTask):
-    """The version for small models: 460K conversations of the train split, 24K of the test
-    split.
-    """
+    """The version for small models: 460K training and 24K test conversations."""
 
     columns = ("messages",)
 

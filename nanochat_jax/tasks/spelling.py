@@ -1,6 +1,6 @@
-"""Upstream's spelling tasks: counting a letter in a word by hand and by tool, and spelling alone.
+"""Upstream's spelling tasks: counting a letter in a word by hand and with Python, and spelling.
 
-Both draw from a list of 370,000 English words. Item i is a function of (split, i).
+Both use a list of 370,000 English words. Item i is a function of (split, i).
 """
 
 import random
@@ -13,7 +13,7 @@ from nanochat_jax.tasks.skills import LETTERS, Skill, Split
 
 WORDS_URL = "https://raw.githubusercontent.com/dwyl/english-words/20f5cc9b3f0ccc8ce45d814c532b7c2031bba31c/words_alpha.txt"
 WORDS_SHA256 = "3ed0c94610d8bcf7c11bbb49c56aa49c7234d32b66824df91f554169e572da48"
-# Python seeds with the absolute value, so negative seeds would repeat the training items
+# Python seeds with the absolute value: negative seeds would repeat training items.
 TEST_SEED = 10_000_000
 
 QUESTIONS = [
@@ -72,7 +72,7 @@ QUESTIONS = [
 
 
 def load_words_alpha(base: Path) -> list[str]:
-    """The word list, fetched into the base directory unless it is there."""
+    """The word list, downloaded to the base directory if missing."""
     return (
         fetch_file(WORDS_URL, base / "words_alpha.txt", sha256=WORDS_SHA256)
         .read_text(encoding="utf-8")
@@ -81,7 +81,7 @@ def load_words_alpha(base: Path) -> list[str]:
 
 
 class _OfWords(Skill):
-    """A task about words of a list; items by number, for upstream's are."""
+    """A task about words of a list. Items are seeded by number, as upstream's."""
 
     def __init__(self, words: list[str], split: Split, *, size: int = 1000) -> None:
         super().__init__(split, size)
@@ -92,9 +92,7 @@ class _OfWords(Skill):
 
 
 class SpellingBee(_OfWords):
-    """How often a letter is in a word: counted letter by letter, then checked with the tool,
-    ending in `#### count`.
-    """
+    """Counting a letter in a word: by hand, then with Python, then `#### count`."""
 
     key = "spelling_bee"
 
@@ -117,7 +115,7 @@ class SpellingBee(_OfWords):
     def count(word: str, letter: str) -> list[dict[str, str]]:
         lines, hits = [], 0
         for i, character in enumerate(word, 1):
-            # no space: the letter keeps the token it has in the spelled word
+            # no space, so the letter has the same token as in the spelled word
             line = f"{i}:{character}"
             if character == letter:
                 hits += 1
@@ -143,7 +141,7 @@ class SpellingBee(_OfWords):
 
 
 class SimpleSpelling(_OfWords):
-    """Spelling alone, which is what the counting needs most. Only for training."""
+    """Spelling a word, which letter counting depends on most. Only for training."""
 
     eval_type = None
 
