@@ -229,7 +229,7 @@ def _is_gone(holder: dict[str, Any]) -> bool:
         return True
     except PermissionError:  # it exists, and is another user's
         return False
-    return holder["pid"] == os.getpid()  # else an earlier process with the same id
+    return holder["pid"] == os.getpid()  # if equal, an earlier process with this id left it
 
 
 def _machine() -> str:
