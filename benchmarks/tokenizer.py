@@ -1,14 +1,15 @@
-"""Tokenizer training and encoding, side by side with what one would use instead.
+"""Tokenizer training and encoding, compared to the alternatives.
 
-    pip install rustbpe==0.1.0 tokenizers      # the others in the comparison python
-    benchmarks/tokenizer.py [--megabytes 100] [--vocab-sizes 32768,65536] [--text DIRECTORY,...]
+    pip install rustbpe==0.1.0 tokenizers      # the others in the comparison
+    python benchmarks/tokenizer.py [--megabytes 100] [--vocab-sizes 32768,65536] \\
+        [--text DIRECTORY,...]
 
-Trains on text of this machine (documentation first, then Python sources; no file twice) with this
+Trains on text of this machine (documentation first, then Python sources, no file twice) with this
 crate, from an iterator and from Parquet, with rustbpe 0.1.0 and with Hugging Face's tokenizers,
-each in a process of its own, and compares wall time and peak memory. Ours and rustbpe must learn
-the same vocabulary. Then encodes part of the text with our tokenizer, tiktoken and tokenizers,
-whose ids must be equal, and at last texts made to be hard, at two lengths: linear time is a ratio
-of 10. The last line is JSON.
+each in a separate process, and compares wall time and peak memory. Ours and rustbpe must learn the
+same vocabulary. Then encodes part of the text with our tokenizer, tiktoken and tokenizers, whose
+ids must be equal. Last, encodes adversarial texts at two lengths: linear time is a ratio of 10. The
+last line is JSON.
 """
 
 import argparse
@@ -45,7 +46,7 @@ TRAINERS = ("ours", "ours, Parquet", "rustbpe 0.1.0", "tokenizers")
 
 
 def files_under(roots: list[Path], suffixes: tuple[str, ...]) -> list[Path]:
-    """In an order that mixes the sources and is the same every time."""
+    """Files in a fixed order that mixes the sources."""
     found = [path for root in roots for suffix in suffixes for path in root.rglob(f"*{suffix}")]
     return sorted(found, key=lambda path: hashlib.sha256(str(path).encode()).digest())
 
@@ -88,7 +89,9 @@ def read_text(path: Path) -> Iterator[str]:
 
 
 def train(trainer: str, vocab_size: int, path: Path) -> dict:
-    """One training, in a process that does nothing else."""
+    """One training run, in its own process; returns seconds, peak memory and the vocabulary's
+    digest.
+    """
     if trainer == "tokenizers":
         from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
         from tokenizers import Tokenizer as HuggingFace
@@ -111,7 +114,7 @@ def train(trainer: str, vocab_size: int, path: Path) -> dict:
         if trainer == "ours":
             module = rustbpe
         else:
-            import rustbpe as module  # the package of that name, not ours
+            import rustbpe as module  # the package of that name
         model = module.Tokenizer()
         run = lambda: model.train_from_iterator(read_text(path), vocab_size, pattern=SPLIT_PATTERN)  # noqa: E731
     start = time.perf_counter()
@@ -134,7 +137,7 @@ def peak_mib() -> float:
 def measure_training(
     trainers: list[str], vocab_size: int, path: Path, repeats: int
 ) -> dict[str, dict]:
-    """The quickest of the runs of each trainer, which take turns."""
+    """The fastest run of each trainer; they alternate."""
     best: dict[str, dict] = {}
     for _ in range(repeats):
         for trainer in trainers:
@@ -163,7 +166,7 @@ def quickest(work: Callable[[], object], repeats: int) -> tuple[float, object]:
 def measure_encoding(
     tokenizer: Tokenizer, texts: list[str], threads: int, repeats: int
 ) -> dict[str, float]:
-    """MB/s by encoder and number of threads; every encoder must give the same ids."""
+    """MB/s by encoder and number of threads; all encoders must give the same ids."""
     from tokenizers import Tokenizer as HuggingFace
 
     reference = tiktoken.Encoding(
@@ -175,7 +178,7 @@ def measure_encoding(
     with tempfile.TemporaryDirectory() as directory:
         write_hf_tokenizer(tokenizer, Path(directory), model_max_length=2048)
         other = HuggingFace.from_file(str(Path(directory) / "tokenizer.json"))
-        other.encode_special_tokens = True  # names of specials in the text are text
+        other.encode_special_tokens = True  # names of special tokens in the text are text
     megabytes = sum(len(text.encode()) for text in texts) / 1e6
     column = pa.array(texts)
     results, ids = {}, tokenizer.encode(texts)
@@ -187,7 +190,7 @@ def measure_encoding(
                 texts, num_threads=count
             ),
         }
-        if count == (os.cpu_count() or 1):  # it always takes all of the machine
+        if count == (os.cpu_count() or 1):  # it always uses all cores
             works["tokenizers"] = lambda: other.encode_batch_fast(texts, add_special_tokens=False)
         for name, work in works.items():
             seconds, encoded = quickest(work, repeats)

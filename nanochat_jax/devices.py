@@ -118,9 +118,10 @@ def find_devices(device_type: str | None = None) -> list[jax.Device]:
 def join_processes(flags: Processes) -> None:
     """Start `jax.distributed` if this is one process of several.
 
-    Its place comes from the flags or from `JAX_COORDINATOR_ADDRESS` (host:port of process 0),
-    `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`. JAX finds it itself under Slurm, Open MPI, on TPU
-    slices that name their workers in the environment, and with `NANOCHAT_DISTRIBUTED=1` (TPU VMs).
+    Coordinator, number of processes and process id come from the flags or from
+    `JAX_COORDINATOR_ADDRESS` (host:port of process 0), `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`.
+    JAX finds them itself under Slurm, Open MPI, on TPU slices that name their workers in the
+    environment, and with `NANOCHAT_DISTRIBUTED=1` (TPU VMs).
     """
     env = os.environ
     named = (flags.coordinator, flags.num_processes, flags.process_id)

@@ -246,7 +246,7 @@ def _loop_over_groups(
         return run(*carry, layers, inputs[0], config.windows[:size], None)[:2], None
 
     def grouped(stack: Array | tuple[Array, ...]) -> Array:
-        # Weights of every other layer have half as many entries; groups are then even.
+        # Weights of every other layer have half the entries; groups are even then.
         stack = jnp.stack(stack) if isinstance(stack, tuple) else stack
         used = stack[: len(stack) * size * count // config.n_layer]
         return used.reshape(count, -1, *used.shape[1:])

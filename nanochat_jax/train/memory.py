@@ -95,7 +95,7 @@ def choose_memory(
     """(rows per device, remat, fsdp): given values, or else the fastest that fit into `limit`
     bytes.
 
-    Tried in this order, where "auto" and None are not given:
+    Candidates for values that are "auto" or None, in this order:
 
       1. "none" with 32 rows, on GPUs also 16.
       2. "minimal" (a tenth more matmul work), sharded, with 32, 16 or 8 rows. Summing complete
