@@ -89,9 +89,7 @@ def read_text(path: Path) -> Iterator[str]:
 
 
 def train(trainer: str, vocab_size: int, path: Path) -> dict:
-    """One training run, in its own process; returns seconds, peak memory and the vocabulary's
-    digest.
-    """
+    """One training run, in its own process: seconds, peak memory and digest of the vocabulary."""
     if trainer == "tokenizers":
         from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
         from tokenizers import Tokenizer as HuggingFace

@@ -230,9 +230,7 @@ def measure_loop(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure_first_step(options: argparse.Namespace) -> dict[str, Any]:
-    """Seconds from Python's start to the end of the first step, with a cold and a warm compile
-    cache.
-    """
+    """Seconds from Python's start to the end of the first step, with a cold and a warm cache."""
     command = [
         sys.executable,
         __file__,

@@ -261,9 +261,7 @@ def draw_next(
     probabilities: np.ndarray,
     title: str,
 ) -> None:
-    """A column per token of the answer: its most likely candidates, from the top, darker if
-    likelier.
-    """
+    """A column per token of the answer: its most likely candidates, from the top."""
     axes.imshow(probabilities.T, cmap="GnBu", norm=PowerNorm(0.5, 0, 1), aspect="auto")
     for column, (texts, row) in enumerate(zip(candidates, probabilities, strict=True)):
         for rank, (text, probability) in enumerate(zip(texts, row, strict=True)):

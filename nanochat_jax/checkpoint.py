@@ -122,12 +122,11 @@ def _array_checksum(array: Array) -> Array:
 
 
 def _checksum(tree: Any) -> int:
-    """A 32-bit checksum of every bit and position of the tree's arrays, independent of their
-    sharding.
+    """A 32-bit checksum of the tree's arrays, independent of their sharding.
 
-    Words times odd numbers, added modulo 2^32: the order of additions does not matter, and every
-    changed word changes the sum. One array at a time, because on a CPU each needs its size in
-    temporaries.
+    Words times odd numbers that depend on the position, added modulo 2^32: the order of additions
+    does not matter, and every changed word changes the sum. One array at a time, because on a CPU
+    each needs its size in temporaries.
     """
     return (
         sum(

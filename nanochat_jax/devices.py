@@ -202,8 +202,7 @@ def _keep_memory() -> None:
 
 
 def release_memory() -> None:
-    """Return unused memory to the kernel: for a server, whose caches of changing lengths leave
-    gaps.
+    """Return unused memory to the kernel: a server's caches of changing lengths leave gaps.
 
     Takes 20 to 150 ms in which no other thread can allocate.
     """

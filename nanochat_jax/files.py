@@ -283,8 +283,7 @@ def locked(path: Path) -> contextlib.AbstractContextManager:
 
 
 def fetch_file(url: str, path: Path, *, sha256: str | None = None) -> Path:
-    """Download `url` to `path`, unless it exists; complete, and with the checksum `sha256` if
-    given.
+    """`path`, downloaded from `url` if missing: complete, and with the checksum `sha256` if given.
 
     Raises `NotFound`, with both, if the download fails.
     """

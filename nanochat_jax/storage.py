@@ -164,9 +164,7 @@ class ObjectLock:
         )
 
     def _write(self, generation: int) -> bool:
-        """Write the object if its generation is this (0: none); returns whether this process owns
-        it.
-        """
+        """Write the object if its generation is this (0: none); whether this process owns it."""
         from google.api_core.exceptions import PreconditionFailed
 
         blob = self._bucket.blob(self._key)

@@ -142,8 +142,9 @@ def _causal_fwd(q: Array, k: Array, v: Array, window: int | None) -> tuple[Array
 
 
 def _causal_bwd(window: int | None, residuals: tuple, d_out: Array) -> tuple[Array, Array, Array]:
-    """The gradient; recomputes the weights from the log-sum-exp (FlashAttention, Dao et al.,
-    2022).
+    """The gradient.
+
+    Recomputes the weights from the log-sum-exp (FlashAttention, Dao et al., 2022).
     """
     q, k, v, out, log_sum = residuals
     n_kv_head, scale = k.shape[2], 1.0 / math.sqrt(q.shape[-1])

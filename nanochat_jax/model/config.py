@@ -136,9 +136,7 @@ class GPTConfig:
 
     @property
     def windows(self) -> tuple[int | None, ...]:
-        """Per layer, the number of earlier keys a query sees (w: w + 1 keys with its own); None:
-        all.
-        """
+        """Per layer, the number of earlier keys a query sees besides its own; None: all."""
         if self.window_pattern is None:
             return (None,) * self.n_layer
         short = round_up(math.ceil(self.sequence_len / 4), 128)

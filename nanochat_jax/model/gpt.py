@@ -77,8 +77,7 @@ def forward(
     valid: Array | None = None,
     fresh: bool = False,
 ) -> tuple[Array, KVCache | None]:
-    """Final hidden states [B, T, D] of tokens [B, T] int32, before the unembedding, and the new
-    cache.
+    """(final hidden states [B, T, D] before the unembedding, the new cache) of tokens [B, T] int32.
 
     Args:
       params: the weights of the layers are stacked, [L, ...], or tuples of L arrays.
@@ -233,9 +232,7 @@ def _run_layers(
 def _loop_over_groups(
     stacks: Stacks, x: Array, groups: tuple[int, int], context: Context
 ) -> tuple[Array, Array]:
-    """The last and the middle output of the first size * count layers, by `lax.scan` without a
-    cache.
-    """
+    """(last output, middle output) of the first size * count layers, by `lax.scan`, cacheless."""
     (size, count), config = groups, context.config
     run = _group_runner(context, static=(4,))
 

@@ -13,8 +13,9 @@ RMS_EPS = 1.1920929e-07  # float32 machine epsilon, torch's default for every in
 
 
 def rms_norm(x: Array) -> Array:
-    """Root-mean-square norm over the last axis, without gain (Zhang and Sennrich, 2019), in
-    float32.
+    """Root-mean-square norm over the last axis, without gain, in float32.
+
+    Zhang and Sennrich, 2019.
     """
     x32 = x.astype(jnp.float32)
     return (x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + RMS_EPS)).astype(
@@ -32,10 +33,9 @@ def linear(x: Array, weight: Array, axes: int = 1) -> Array:
 
 
 def rotary_tables(positions: Array, head_dim: int, base: float, dtype: str) -> tuple[Array, Array]:
-    """Cosines and sines [B, T, 1, h] for positions [B, T]; the second half of the sines is
-    negative.
+    """Cosines and sines [B, T, 1, h] for positions [B, T].
 
-    Rounded to `dtype`, returned as float32.
+    The second half of the sines is negative. Rounded to `dtype`, returned as float32.
     """
     frequencies = base ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
     angles = positions.astype(jnp.float32)[..., None] * frequencies
@@ -47,8 +47,9 @@ def rotary_tables(positions: Array, head_dim: int, base: float, dtype: str) -> t
 
 
 def apply_rotary(x: Array, cos: Array, sin: Array) -> Array:
-    """Rotary embedding (Su et al., 2021) of x [B, T, H, h], halves layout, negative angle as
-    upstream.
+    """Rotary embedding (Su et al., 2021) of x [B, T, H, h], halves layout.
+
+    Rotates by the negative angle, as upstream.
     """
     half = x.shape[-1] // 2
     x1, x2 = jnp.split(x.astype(jnp.float32), 2, axis=-1)

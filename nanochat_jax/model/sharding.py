@@ -268,9 +268,7 @@ def global_batch(mesh: Mesh, local: np.ndarray, *, batch_axis: int) -> jax.Array
 
 
 def spread_rows(mesh: Mesh, rows: np.ndarray, *, axis: int = 0) -> jax.Array:
-    """A global array sharded over the data axis along `axis`, of rows that every process has in
-    full.
-    """
+    """A global array, sharded over the data axis along `axis`, of rows that all processes have."""
     sharding = NamedSharding(mesh, PartitionSpec(*[None] * axis, "data"))
     return jax.make_array_from_callback(rows.shape, sharding, lambda index: rows[index])
 

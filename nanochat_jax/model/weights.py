@@ -63,7 +63,7 @@ def _falling(first: float, last: float) -> Initial:
 
 @dataclass(frozen=True)
 class _Declare:
-    """`declare(shape, axes, initial, group)`: an `nnx.Param` with its logical axes and optimizer
+    """`declare(shape, axes, initial, group)`: an `nnx.Param` with logical axes and optimizer
     group.
     """
 

@@ -181,9 +181,7 @@ def warm_optimizer(
 
 
 def finetune(config: FinetuneConfig, stage: Stage) -> None:
-    """Train the newest model of `stage.source` on the stage's mixture; save it under
-    `stage.target`.
-    """
+    """Train the newest model of `stage.source` on the stage's mixture and save the result."""
     paths = Paths.from_env()
     start(paths, config, compile_cache=config.compile_cache)
     # A mixture named by flag needs no model: report typos in it before loading one.

@@ -652,9 +652,7 @@ def _mesh_of(state: TrainState) -> jax.sharding.Mesh:
 
 @contextlib.contextmanager
 def _directories(job: Job) -> Iterator[Job]:
-    """The job with writable directories: the tag's, cleared or claimed; temporary ones for a dry
-    run.
-    """
+    """The job with writable directories: the tag's, or temporary ones for a dry run."""
     if not job.dry_run:
         claim_directory(job.directory, resume=job.config.resuming, fresh=job.config.fresh)
         yield job
@@ -666,11 +664,11 @@ def _directories(job: Job) -> Iterator[Job]:
 def train(
     job: Job, state: TrainState, shardings: TrainState, step_fn: Any, source: Source
 ) -> Outcome:
-    """Run the loop to `num_steps`, resuming if configured. Exits with code 75 after a signal's
-    save.
+    """Run the loop to `num_steps`, resuming if configured.
 
-    `step_fn` is the jitted step of step.py. Raises `UsageError` if the loss is not finite, a step
-    does not fit into memory, or a checkpoint cannot be written.
+    `step_fn` is the jitted step of step.py. Exits with code 75 after a signal and a save. Raises
+    `UsageError` if the loss is not finite, a step does not fit into memory, or a checkpoint cannot
+    be written.
     """
     config, mesh = job.config, shardings.params["wte"].mesh
     if job.shape is not None:

@@ -57,8 +57,7 @@ def estimate_memory(
     fsdp: bool,
     gpu: bool = False,
 ) -> float:
-    """Approximate bytes per device of a bfloat16 step on `data` x `model` devices, `rows` rows
-    each.
+    """Approximate bytes per device of a bfloat16 step, `rows` rows on each of `data` x `model`.
 
     An upper bound of what plans (tpu/plans) need. `gpu`: without the copies of saved arrays that a
     loop over layers makes (0.37 to 0.45 of the saved bytes in plans), but with cuDNN's workspace.
@@ -92,8 +91,7 @@ def choose_memory(
     limit: int | None,
     step_rows: int = 2**30,
 ) -> tuple[int | str, str, bool]:
-    """(rows per device, remat, fsdp): given values, or else the fastest that fit into `limit`
-    bytes.
+    """(rows per device, remat, fsdp): the given values, else the fastest within `limit` bytes.
 
     Candidates for values that are "auto" or None, in this order:
 

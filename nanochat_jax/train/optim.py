@@ -18,8 +18,9 @@ EPS = 1e-10
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """Learning rates before width scaling; decay of the matrices (modern) or AdamW groups
-    (classic).
+    """Learning rates before width scaling; `weight_decay` of the matrices (modern).
+
+    For `classic`, `weight_decay` is that of the AdamW groups.
     """
 
     embedding_lr: float = 0.3
