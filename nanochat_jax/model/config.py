@@ -11,7 +11,7 @@ from typing import Any, Literal
 Arch = Literal["classic", "modern"]
 
 VE_GATE_CHANNELS = 12  # leading channels of a block's input that gate its value embedding
-# limit of |q| |k| / sqrt(h): attention subtracts this bound, not the maximum, from the scores
+# largest |q| |k| / sqrt(h); the scores are shifted by their bound, not their maximum
 LARGEST_SCORE = 40.0
 # leading channels of the embedding that gate the mix with the previous token
 SMEAR_GATE_CHANNELS = 24

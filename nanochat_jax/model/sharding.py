@@ -179,7 +179,7 @@ def sum_over_data(
     those of the gradients. `f` must gather parameters that are sharded over the data axis, which
     sums their gradients.
     """
-    # Axes of size 1 are manual too: kernels need a program in which all axes are.
+    # Axes of size 1 are manual too: if all axes are manual, kernels run unchanged.
     manual = {axis for axis in mesh.axis_names if axis == "data" or mesh.shape[axis] == 1}
     only_manual = lambda tree: jax.tree.map(  # noqa: E731
         lambda leaf: PartitionSpec(*(axis if axis in manual else None for axis in leaf.spec)), tree

@@ -63,9 +63,7 @@ def _falling(first: float, last: float) -> Initial:
 
 @dataclass(frozen=True)
 class _Declare:
-    """`declare(shape, axes, initial, group)`: an `nnx.Param` with logical axes and optimizer
-    group.
-    """
+    """`declare(shape, axes, initial, group)`: an `nnx.Param` with its axes and optimizer group."""
 
     rngs: nnx.Rngs
 
