@@ -96,9 +96,9 @@ def normalize_variance(update: Array, second_moment: Array, beta2: float) -> tup
 def muon(
     learning_rate: Schedule,
     momentum: Schedule,
-    weight_decay: Schedule | None,
-    variant: str,
+    weight_decay: Schedule | None = None,
     *,
+    variant: str,
     beta2: float = 0.9,
     compute_dtype: Any = jnp.float32,
     mesh: Mesh | None = None,

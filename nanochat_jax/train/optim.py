@@ -142,7 +142,7 @@ def make_optimizer(
         rate(rates.matrix_lr * lr_scale),
         schedules.momentum,
         schedules.weight_decay,
-        config.arch,
+        variant=config.arch,
         compute_dtype=compute.dtype,
         mesh=compute.mesh,
     )

@@ -165,9 +165,9 @@ def echo(tmp_path):
         # what compose passes by default
         ({"MODEL_SOURCE": "sft", "MODEL_TAG": "", "MODEL_STEP": ""}, "sft", None, None),
         (
-            {"MODEL_SOURCE": "rl", "MODEL_TAG": "my model", "MODEL_STEP": "210"},
+            {"MODEL_SOURCE": "rl", "MODEL_TAG": "my-model", "MODEL_STEP": "210"},
             "rl",
-            "my model",
+            "my-model",
             210,
         ),
     ],
