@@ -1,4 +1,4 @@
-"""A side of a comparison: a process of its own that measures whenever it is its turn."""
+"""One side of a comparison: a worker process that measures on request."""
 
 import json
 import subprocess
@@ -7,8 +7,9 @@ from typing import Any
 
 
 class Contender:
-    """Runs this benchmark again with `--worker NAME`: a worker answers each line of its input with
-    a line of JSON.
+    """Runs this benchmark again with `--worker NAME`.
+
+    The worker answers each line of its input with a line of JSON.
     """
 
     def __init__(self, name: str) -> None:

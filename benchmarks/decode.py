@@ -1,19 +1,17 @@
-"""Decoding tokens/s on this machine's CPU: the engine beside an ordinary PyTorch loop, and beside
-itself one at a time.
+"""Decoding tokens/s on this machine's CPU: the engine compared to PyTorch and to single requests.
 
-    python benchmarks/decode.py                              d4, batches of 1, 8 and 32 python
-    benchmarks/decode.py --depth 12 --rounds 3 python benchmarks/decode.py --mixed
-    32 mixed requests, batched against one after another
+    python benchmarks/decode.py                              d4, batches of 1, 8 and 32
+    python benchmarks/decode.py --depth 12 --rounds 3
+    python benchmarks/decode.py --mixed                      32 mixed requests, batched and not
 
-The same model (classic, random weights), vocabulary and settings: prompts of 256 tokens, room for
-512, float32, top-k 50 at temperature 1. The PyTorch loop is what one writes by hand: preallocated
-keys and values of which the filled part is read, one step per token, sampling with torch.topk and
-torch.multinomial. Its greedy tokens must equal the engine's, but for one row in eight: random
-weights come to near ties, which rounding decides. Contenders are processes of their own and take
-turns; the fastest of each one's rounds counts. Prefill is left out, but not in --mixed, where the
-requests also go one at a time through the same engine, and through one of a single slot, whose
-program is the faster for that. Prints a table, then one JSON line. Needs the extra `torch`, except
-for --mixed.
+Both have the same model (classic, random weights), vocabulary and settings: prompts of 256 tokens,
+a cache of 512, float32, top-k 50 at temperature 1. The PyTorch loop is the usual one: preallocated
+keys and values of which the filled part is read, one step per token, torch.topk and
+torch.multinomial. Its greedy tokens must equal the engine's, except for one row in eight: random
+weights give near ties, which rounding decides. Contenders are separate processes and take turns;
+the fastest round of each counts. Prefill is excluded, except with --mixed. There the requests also
+run one at a time, through the same engine and through a faster one with a single slot. Prints a
+table, then one JSON line. Needs the extra `torch`, except for --mixed.
 """
 
 import argparse
@@ -27,10 +25,10 @@ from typing import Any
 import numpy as np
 from contender import Contender
 
-# else torch's idle threads take the cores from everyone else
+# otherwise torch's idle threads use the cores
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 CONTEXT, ROOM, TOP_K = 256, 512, 50
-CHECKED = 8  # greedy tokens that must agree
+CHECKED = 8  # number of greedy tokens that are compared
 
 
 def make_config(options: argparse.Namespace) -> Any:
@@ -40,7 +38,7 @@ def make_config(options: argparse.Namespace) -> Any:
 
 
 def make_params(config: Any) -> dict[str, Any]:
-    """Random weights [in, out], about as large as trained ones are."""
+    """Random weights [in, out], of about the size of trained ones."""
     import jax
 
     from nanochat_jax.model.weights import abstract_params
@@ -74,7 +72,7 @@ def make_engine(options: argparse.Namespace, num_slots: int) -> Any:
     return Engine(config, make_params(config), NoTokenizer(), num_slots=num_slots)
 
 
-# (steps, greedy) to (seconds, tokens by row)
+# (steps, greedy) -> (seconds, tokens by row)
 Round = Callable[[int, bool], tuple[float, list[list[int]]]]
 
 
@@ -119,23 +117,21 @@ def torch_contender(options: argparse.Namespace, batch: int) -> Round:
     @torch.inference_mode()
     def run(steps: int, greedy: bool) -> tuple[float, list[list[int]]]:
         cache = model.empty_cache(batch)
-        for first in range(0, batch, 8):  # as much memory as eight rows take
+        for first in range(0, batch, 8):  # limits the memory to that of eight rows
             rows = slice(first, first + 8)
             model.extend(prompts[rows, :-1], [(k[rows], v[rows]) for k, v in cache], 0)
         tokens, columns = prompts[:, -1:], []
         began = time.perf_counter()
         for position in range(CONTEXT - 1, CONTEXT - 1 + steps):
             tokens = choose(model.extend(tokens, cache, position), 0.0 if greedy else 1.0, TOP_K)
-            columns.append(tokens[:, 0].tolist())  # for the caller, who streams them
+            columns.append(tokens[:, 0].tolist())  # for streaming
         return time.perf_counter() - began, [list(row) for row in zip(*columns, strict=True)]
 
     return run
 
 
 def worker(name: str, options: argparse.Namespace) -> None:
-    """Answers lines "batch steps greedy" of standard input with the seconds and tokens of such a
-    round.
-    """
+    """Answer lines "batch steps greedy" of standard input with the round's seconds and tokens."""
     made: dict[int, Round] = {}
     for line in sys.stdin:
         batch, steps, greedy = map(int, line.split())
@@ -154,7 +150,7 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
     )
     rows = []
     for batch in map(int, options.batches.split(",")):
-        # compiles too
+        # also compiles
         greedy = {name: each.ask(batch, CHECKED, 1)[1] for name, each in contenders.items()}
         apart = sum(a != b for a, b in zip(greedy["jax"], greedy["torch"], strict=True))
         if apart > batch // 8:
@@ -163,7 +159,7 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
             )
         best = dict.fromkeys(contenders, float("inf"))
         for each in contenders.values():
-            each.ask(batch, options.steps, 0)  # warm
+            each.ask(batch, options.steps, 0)  # warm-up
         for _ in range(options.rounds):
             for name, each in contenders.items():
                 best[name] = min(best[name], each.ask(batch, options.steps, 0)[0] / options.steps)
@@ -184,9 +180,7 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure_mixed(options: argparse.Namespace) -> dict[str, Any]:
-    """Total tokens/s of 32 requests of mixed lengths: all submitted at once, and each after the
-    one before.
-    """
+    """Total tokens/s of 32 requests of mixed lengths, submitted together and one at a time."""
     from nanochat_jax.infer.request import Request
 
     rng = np.random.default_rng(2)
@@ -214,7 +208,7 @@ def measure_mixed(options: argparse.Namespace) -> dict[str, Any]:
     for _ in range(options.rounds):
         mixed = measure("together", together, [requests])
         alone = measure("one at a time, one slot", single, [[request] for request in requests])
-        # the rest is alike
+        # the first 8 represent the rest
         measure("one at a time, same engine", together, [[request] for request in requests[:8]])
     equal = sum(a == b for a, b in zip(mixed, alone, strict=True))
     print(

@@ -1,19 +1,19 @@
-"""How fast are evaluations? CORE, and generated answers, against one at a time.
+"""Speed of evaluations: CORE and generated answers, compared to one at a time.
 
     NANOCHAT_TEST_DATA=DIR python benchmarks/eval.py [--max-per-task 60] [--every 12]
 
 The model is upstream's reference checkpoint of 2025 (4 layers, width 256, vocabulary 2,048),
 float32.
 
-CORE, on the reference bundle, in examples a second. Ours: all examples, with and without the time
-to compile. Against it, on every n-th example of each task (all have as many solved examples before
-them): the same model one example at a time, its choices as one batch of a power-of-two length,
-compiled beforehand; and transformers' PyTorch on the same weights, eager, in the same way, on all
-threads and on one.
+CORE, on the reference bundle, in examples per second. Ours: all examples, with and without
+compilation. Baselines, on every n-th example of each task with the same number of shots: the same
+model one example at a time, its choices as one batch of a power-of-two length, compiled in advance;
+and transformers' PyTorch with the same weights, eager, one example at a time, on all threads and on
+one.
 
-Generation, in answers a second: answers of 48 tokens to arithmetic problems, all of them in
-flight, against one at a time through the same engine and through transformers' `generate` with its
-cache. Needs the extra `torch`. Prints a table, then one JSON line.
+Generation, in answers per second: answers of 48 tokens to arithmetic problems, all in one batch.
+Baselines, one at a time: the same engine, and transformers' `generate` with its cache. Needs the
+extra `torch`. Prints a table, then one JSON line.
 """
 
 import argparse
@@ -46,7 +46,7 @@ NEW_TOKENS = 48
 
 
 def rate(run: Callable, items: list) -> float:
-    """Items a second of `run`, one at a time."""
+    """Items per second of `run`, one at a time."""
     began = time.perf_counter()
     for item in items:
         run(item)

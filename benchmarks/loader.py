@@ -1,15 +1,12 @@
-"""How fast text becomes rows for training: this loader beside upstream's algorithm, written
-plainly with tiktoken.
+"""Speed of the data loader, compared to upstream's algorithm with tiktoken.
 
-    python benchmarks/loader.py                     rates of both packings, 2,048 tokens a row,
-    vocabulary of 32,768 python benchmarks/loader.py --train             does a train step on this
-    CPU wait for the loader? python benchmarks/loader.py --corpus DIRECTORY  shards of your own
-    instead of the offline corpus
+    python benchmarks/loader.py                      both packings, rows of 2,048, vocabulary 32,768
+    python benchmarks/loader.py --train              does a CPU train step wait for the loader?
+    python benchmarks/loader.py --corpus DIRECTORY   your own shards, not the offline corpus
 
-From parquet files to numpy batches on the host, tokenized as they are read, BOS before every
-document. Passes are repeated in turns, and the best of each is shown. The vocabulary is trained on
-the corpus first. The peer's tokenizer uses all cores too. Both make the same rows of best fit,
-which is checked.
+From parquet files to numpy batches on the host, tokenized while reading, BOS before every document.
+Passes alternate, and the best of each is printed. The vocabulary is trained on the corpus first.
+Upstream's tokenizer also uses all cores. Both must make the same best-fit rows.
 """
 
 import argparse
@@ -32,13 +29,13 @@ from nanochat_jax.data.shards import iter_documents, split_shards
 from nanochat_jax.tokenizer import Tokenizer
 
 VOCAB = 32_768
-BLOCK = 10  # steps
+BLOCK = 10  # steps per turn
 
 
 def peer_documents(
     paths: list[Path], encoding: tiktoken.Encoding, bos: int, threads: int
 ) -> Iterator[list[list[int]]]:
-    """Row group by row group, up to 128 documents at a time, for ever."""
+    """Up to 128 tokenized documents at a time, by row group, endlessly."""
     while True:
         for path in paths:
             file = pq.ParquetFile(path)
@@ -55,7 +52,7 @@ def peer_documents(
 def peer_bestfit(
     documents: Iterator[list[list[int]]], rows: int, length: int, buffer_docs: int
 ) -> Iterator[np.ndarray]:
-    """A buffer of documents; each row takes the longest that fits, else a part of the shortest."""
+    """Rows of the longest buffered document that fits, else a part of the shortest."""
     buffer: list[list[int]] = []
     while True:
         batch = np.empty((rows, length + 1), np.int32)
@@ -80,7 +77,7 @@ def peer_bestfit(
 def peer_stream(
     documents: Iterator[list[list[int]]], rows: int, length: int
 ) -> Iterator[np.ndarray]:
-    """Documents end to end."""
+    """Rows of concatenated documents."""
     tokens: list[int] = []
     needed = rows * length + 1
     while True:
@@ -148,10 +145,9 @@ def measure_rates(
 
 
 def measure_steps(corpus: Path, tokenizer: Tokenizer, args: argparse.Namespace) -> dict[str, float]:
-    """Seconds of a train step of a d4 model, on one batch again and again, and on batches from the
-    loader.
+    """Seconds of a train step of a d4 model, on a fixed batch and on batches from the loader.
 
-    By turns, in blocks that are longer than what the loader makes in advance.
+    They alternate in blocks longer than the loader's prefetch.
     """
     import jax
 

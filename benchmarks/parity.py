@@ -1,12 +1,11 @@
-"""Does our training reach what upstream's reaches? The same text, vocabulary, shape, batch and
-schedule, both eras.
+"""Compare final bits per byte with upstream's, for both architectures.
 
     NANOCHAT_TEST_DATA=DIR python benchmarks/parity.py [classic modern]
 
-Upstream's d4 runs come with the reference data: their settings and their bits per byte at the last
-step. The batches are the same, the initial weights are our own, so the figures agree to about the
-spread between seeds. Prints a table, then one JSON line; exit code 1 if an era ends more than 0.03
-bits per byte from upstream's.
+Upstream's d4 runs come with the reference data: their settings, and their bits per byte at the last
+step. Text, vocabulary, shape, batches and schedule are the same; initial weights differ, so the
+figures agree to about the spread between seeds. Prints a table, then one JSON line; exit code 1 if
+the difference exceeds 0.03 bits per byte.
 """
 
 import argparse
@@ -21,8 +20,7 @@ from pathlib import Path
 
 TOLERANCE = 0.03
 ERAS = ("classic", "modern")
-# Settings of upstream's that decide the result; the others say where and how often to log,
-# evaluate and save.
+# Upstream's settings that affect the result; the others are about logging, evaluating and saving.
 SETTINGS = (
     "depth",
     "aspect_ratio",
@@ -47,7 +45,7 @@ SETTINGS = (
 
 
 def train(era: str, reference: Path, corpus: Path) -> dict[str, float]:
-    """Train as upstream's checkpoint in `reference` was; its figures and ours."""
+    """Train like upstream's checkpoint in `reference`; returns figures of both."""
     meta = json.loads(next(reference.glob("meta_*.json")).read_text())
     with tempfile.TemporaryDirectory() as base:
         environment = os.environ | {"NANOCHAT_BASE_DIR": base}
@@ -56,7 +54,7 @@ def train(era: str, reference: Path, corpus: Path) -> dict[str, float]:
             subprocess.run([sys.executable, "-m", module, *args], env=environment, check=True)
 
         shutil.copytree(corpus, Path(base) / "base_data")
-        # brings the tokenizer
+        # imports the tokenizer
         run("scripts.import_weights", "--from", str(reference), "--model-tag", "upstream")
         settings = meta["user_config"]
         flags = [

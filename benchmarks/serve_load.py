@@ -1,19 +1,18 @@
-"""The server under load: tokens/s, TTFT and gaps between tokens with 1, 8, 32 and 128 clients, and
-what it survives.
+"""The server under load: tokens/s, TTFT and gaps between tokens with 1 to 128 clients; robustness.
 
-    python benchmarks/serve_load.py                     d4, 32 slots; beside a server of one slot,
-    and beside PyTorch python benchmarks/serve_load.py --url http://127.0.0.1:8000        a server
-    that runs already (no comparison) python benchmarks/serve_load.py --soak 300
-    saturation, clients that leave or do not read: memory and slots python benchmarks/serve_load.py
-    --fuzz 10000        bodies that are wrong in every way: no 500, no hang
+    python benchmarks/serve_load.py                 d4, 32 slots, compared to one slot and PyTorch
+    python benchmarks/serve_load.py --url http://127.0.0.1:8000     a running server only
+    python benchmarks/serve_load.py --soak 300      saturation, clients that leave or do not read:
+                                                    memory and slots
+    python benchmarks/serve_load.py --fuzz 10000    malformed bodies: no 500, no hang
 
-The server is a process of its own, with random weights and a vocabulary of 18,500 tokens that are
-mostly text, so that a token is an event. Clients send mixed prompts (5 to 60 words, 16 to 160
-tokens asked for) through OpenAI's streaming API, each the next as soon as the last has ended.
-Tokens count that arrive in the window after a warm-up; TTFT is from the request to the first text,
-its time in the queue included; a gap is from a token to the next of the same reply, as the client
-sees them: they come in bursts of one dispatch. Clients share the machine's cores with the server.
-Prints a table, then one JSON line. Exits with 1 if --soak or --fuzz found a fault.
+The server is a separate process, with random weights and a vocabulary of 18,500 tokens that are
+mostly text, so that one token is one event. Clients send mixed prompts (5 to 60 words, 16 to 160
+requested tokens) through OpenAI's streaming API, one after another. Tokens count if they arrive in
+the window after a warm-up. TTFT is from the request to the first text, queueing included. A gap is
+the time between tokens of a reply at the client; they arrive in bursts of one dispatch. Clients
+share the machine's cores with the server. Prints a table, then one JSON line. Exits with 1 if
+--soak or --fuzz found a fault.
 """
 
 import argparse
@@ -40,10 +39,10 @@ import aiohttp
 import numpy as np
 from contender import Contender
 
-# else torch's idle threads take the cores from everyone else
+# otherwise torch's idle threads use the cores
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 CONTEXT = 512
-TOKEN = re.compile(rb'"delta": ?\{"content": ?"')  # one for each event that has text
+TOKEN = re.compile(rb'"delta": ?\{"content": ?"')  # one per event with text
 WORDS = (
     "the of and model that learns to speak in small steps from text it reads all day long until "
     "words come"
@@ -51,7 +50,7 @@ WORDS = (
 
 
 def make_model(options: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
-    """(tokenizer, config, random parameters)"""
+    """(tokenizer, config, random parameters)."""
     from tempfile import gettempdir
 
     import jax
@@ -84,7 +83,7 @@ def make_model(options: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
 
 
 def serve(options: argparse.Namespace, slots: int) -> None:
-    """The server; says its port when it is ready."""
+    """Run the server; prints its port when it is ready."""
     from nanochat_jax.infer.engine import Engine
     from nanochat_jax.infer.scheduler import Scheduler
     from nanochat_jax.serve import server
@@ -110,9 +109,10 @@ def serve(options: argparse.Namespace, slots: int) -> None:
 
 
 def torch_worker(options: argparse.Namespace) -> None:
-    """The same requests one after another in a plain PyTorch loop, with neither HTTP nor text:
-    what a server that takes one request at a time can do at best. Answers each line of standard
-    input, seconds, with its tokens/s over them and how many requests those were.
+    """The same requests one at a time in a plain PyTorch loop, without HTTP and text.
+
+    The upper bound of a server without batching. Answers each line of standard input (seconds) with
+    tokens/s in that time and the number of requests.
     """
     import torch
     from torch_reference import GPT, choose
@@ -131,7 +131,7 @@ def torch_worker(options: argparse.Namespace) -> None:
         for _ in range(body["max_tokens"]):
             logits = model.extend(tokens, cache, position)
             position, tokens = position + tokens.shape[1], choose(logits, 0.8, 50)
-            yield int(tokens)  # as one who streams them must
+            yield int(tokens)  # for streaming
 
     for line in sys.stdin:
         began, lengths = time.perf_counter(), []
@@ -142,7 +142,7 @@ def torch_worker(options: argparse.Namespace) -> None:
 
 @contextmanager
 def server_process(options: argparse.Namespace, slots: int) -> Any:
-    """(URL, process id) of a server that is ended afterwards; of the running one with --url."""
+    """(URL, process id) of a server that is stopped afterwards; of the running one with --url."""
     if options.url:
         yield options.url.rstrip("/"), None
         return
@@ -170,11 +170,11 @@ def make_body(rng: random.Random) -> dict[str, Any]:
 
 
 class Tally:
-    """What clients saw: times of tokens, and of first tokens."""
+    """Times of tokens and of first tokens at the clients."""
 
     def __init__(self) -> None:
-        self.tokens: list[float] = []  # when each came
-        self.ttft: list[tuple[float, float]] = []  # (when it came, seconds)
+        self.tokens: list[float] = []  # arrival times
+        self.ttft: list[tuple[float, float]] = []  # (arrival time, seconds)
         self.gaps: list[tuple[float, float]] = []
         self.answers: Counter[str] = Counter()
 
@@ -202,7 +202,7 @@ async def ask(session: aiohttp.ClientSession, body: dict[str, Any], tally: Tally
 async def load(
     url: str, clients: int, options: argparse.Namespace, tally: Tally
 ) -> tuple[float, float]:
-    """Ask for the time of one window; when it began and ended."""
+    """Send requests for one window; returns its start and end."""
     stop = asyncio.Event()
 
     async def client(session: aiohttp.ClientSession, number: int) -> None:
@@ -230,7 +230,7 @@ class Row:
     def __init__(self, name: str, url: str, clients: int) -> None:
         self.name, self.url, self.clients = name, url, clients
         self.tally, self.windows = Tally(), []
-        self.rates: list[float] = []  # tokens/s of each round
+        self.rates: list[float] = []  # tokens/s per round
 
     def measure(self, options: argparse.Namespace) -> None:
         start, end = asyncio.run(load(self.url, self.clients, options, self.tally))
@@ -262,7 +262,7 @@ class Row:
 
 
 class TorchRow(Row):
-    """PyTorch, a request at a time."""
+    """PyTorch, one request at a time."""
 
     def __init__(self) -> None:
         super().__init__("in PyTorch", "", 1)
@@ -285,7 +285,7 @@ def bench(options: argparse.Namespace) -> dict[str, Any]:
                 Row("of one slot", single, 1),
                 *([TorchRow()] if importlib.util.find_spec("torch") else []),
             ]
-        # in turns, so that a machine that is busy at times is so for all of them
+        # alternating, so that other load on the machine affects all of them
         for _ in range(options.rounds):
             for row in rows:
                 row.measure(options)
@@ -332,7 +332,7 @@ def rss_mib(pid: int) -> float:
 
 
 async def soak(url: str, pid: int, options: argparse.Namespace) -> dict[str, Any]:
-    """Twice as many clients as slots; half of them leave, at any moment, and some stop reading."""
+    """Twice as many clients as slots; half of them leave at random, and some stop reading."""
     tally, stop, left = Tally(), asyncio.Event(), Counter()
 
     async def client(session: aiohttp.ClientSession, number: int) -> None:
@@ -377,7 +377,7 @@ async def soak(url: str, pid: int, options: argparse.Namespace) -> dict[str, Any
     after = [size for now, size in samples if now >= settled]
     quarter = max(1, len(after) // 4)
     growth = float(np.mean(after[-quarter:]) / np.mean(after[:quarter]) - 1)
-    # which those cancelled are not
+    # cancelled clients are not errors
     failed = [repr(each) for each in outcome if isinstance(each, Exception)]
     first, then, last = rss = [round(each) for each in (samples[0][1], after[0], after[-1])]
     print(
@@ -402,7 +402,7 @@ async def soak(url: str, pid: int, options: argparse.Namespace) -> dict[str, Any
 
 
 def fuzzed(rng: random.Random) -> tuple[str, bytes, str]:
-    """(path, body, content type) of a request that is mostly wrong."""
+    """(path, body, content type) of a request that is mostly malformed."""
     odd: list[Any] = [
         None,
         True,
@@ -471,7 +471,7 @@ def fuzzed(rng: random.Random) -> tuple[str, bytes, str]:
             value()
         )
     data = json.dumps(body if rng.random() < 0.95 else value()).encode()
-    if rng.random() < 0.2:  # as bytes: cut, overwritten, or deep
+    if rng.random() < 0.2:  # truncated, overwritten or deeply nested
         place = rng.randrange(len(data))
         overwritten = data[:place] + rng.randbytes(3) + data[place:]
         data = rng.choice([data[:place], overwritten, b"[" * 50_000, b"{" * 900 + data])

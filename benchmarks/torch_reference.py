@@ -1,7 +1,6 @@
-"""The classic model and its optimizer in plain PyTorch, as a user would write them: what
-train_step.py, decode.py and serve_load.py are measured against.
+"""The classic model and its optimizer in plain PyTorch, the baseline of the benchmarks.
 
-Weights are [out, in], as torch has them. Needs the extra `torch`.
+Weights are [out, in], as in torch. Needs the extra `torch`.
 """
 
 import math
@@ -40,8 +39,9 @@ class Block(nn.Module):
 
 
 def choose(logits: Tensor, temperature: float, top_k: int) -> Tensor:
-    """A token [B, 1] for each row of logits [B, V]: drawn from the `top_k` likeliest, or at
-    temperature 0 the likeliest.
+    """A token [B, 1] per row of logits [B, V].
+
+    Sampled from the `top_k` most likely, or at temperature 0 the most likely.
     """
     if temperature == 0.0:
         return logits.argmax(-1, keepdim=True)
@@ -74,7 +74,7 @@ class GPT(nn.Module):
 
     @classmethod
     def of(cls, config: Any, params: dict[str, Any]) -> "GPT":
-        """One of our classic models, a `GPTConfig` and its parameters as numpy arrays."""
+        """The model of a `classic` `GPTConfig` and its parameters as numpy arrays."""
         model = cls(
             depth=config.n_layer,
             num_heads=config.n_head,
@@ -87,7 +87,7 @@ class GPT(nn.Module):
 
     @torch.no_grad()
     def load(self, params: dict[str, Any]) -> None:
-        """Take the weights of one of our models, as numpy arrays; those are [in, out]."""
+        """Set the weights from numpy arrays [in, out]."""
         self.wte.weight.copy_(torch.from_numpy(params["wte"]))
         self.lm_head.weight.copy_(torch.from_numpy(params["lm_head"].T))
         for i, block in enumerate(self.blocks):
@@ -111,8 +111,9 @@ class GPT(nn.Module):
         return [(torch.empty(shape), torch.empty(shape)) for _ in self.blocks]
 
     def extend(self, tokens: Tensor, cache: list[tuple[Tensor, Tensor]], start: int) -> Tensor:
-        """Logits [B, V] after tokens [B, T] at positions from `start`; their keys and values go
-        into the cache.
+        """Logits [B, V] after tokens [B, T] at positions from `start`.
+
+        Writes their keys and values to the cache.
         """
         rows, length = tokens.shape
         end, width = start + length, self.wte.embedding_dim
@@ -158,7 +159,7 @@ def muon_update(
     rate: float,
     dtype: torch.dtype,
 ) -> None:
-    """Muon on matrices of one shape, orthogonalised as one stack."""
+    """Muon on matrices of one shape, orthogonalized as one stack."""
     for buffer, grad in zip(buffers, grads, strict=True):
         buffer.lerp_(grad, 1.0 - momentum)
     steps = orthogonalize(
@@ -173,9 +174,7 @@ def muon_update(
 
 
 class Trainer:
-    """`step(inputs, targets)` trains once and returns the loss. Rates are those of the classic
-    recipe.
-    """
+    """`step(inputs, targets)` trains once and returns the loss, with the classic recipe's rates."""
 
     def __init__(self, model: GPT, *, dtype: torch.dtype, compiled: bool) -> None:
         self.model, self.dtype = model, dtype

@@ -1,15 +1,13 @@
-"""Training tokens/s on this machine's CPU, side by side with PyTorch: the same model, weights,
-batch and optimizer.
+"""Training tokens/s on this machine's CPU, compared to PyTorch.
 
-    python benchmarks/train_step.py                                        one point: d4, 512
-    tokens, vocabulary 8,192 python benchmarks/train_step.py --depth 8 --sequence 2048 --vocab
-    65536 --dtype bfloat16 python benchmarks/train_step.py --loop
-    what the loop adds to the bare step python benchmarks/train_step.py --first-step
-    seconds to the first step of d12, twice
+    python benchmarks/train_step.py                 d4, 512 tokens, vocabulary 8,192
+    python benchmarks/train_step.py --depth 8 --sequence 2048 --vocab 65536 --dtype bfloat16
+    python benchmarks/train_step.py --loop          overhead of the loop over the step
+    python benchmarks/train_step.py --first-step    seconds to the first step of d12, twice
 
-Each contender is a process of its own; they take turns, and the fastest of each one's rounds
-counts. The losses of the first steps must agree, so that both do compute the same. Prints a table,
-then one JSON line. Needs the extra `torch`.
+Model, weights, batch and optimizer are the same. Contenders are separate processes and take turns;
+the fastest round of each counts. The losses of the first steps must agree. Prints a table, then one
+JSON line. Needs the extra `torch`.
 """
 
 import argparse
@@ -24,7 +22,7 @@ from typing import Any
 
 from contender import Contender
 
-# else torch's idle threads take the cores from everyone else
+# otherwise torch's idle threads use the cores
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 CHECKED_STEPS = 3
 TOLERANCE = {"float32": 2e-4, "bfloat16": 2e-2}
@@ -39,7 +37,7 @@ def make_batch(options: argparse.Namespace) -> Any:
 
 
 def jax_parts(options: argparse.Namespace) -> tuple:
-    """The product's own step, its state and its batch shape, on one device."""
+    """The package's step, its state and its batch shape, on one device."""
 
     from nanochat_jax.devices import start
     from nanochat_jax.model.compute import Compute
@@ -117,9 +115,7 @@ def torch_worker(options: argparse.Namespace, compiled: bool) -> Any:
 
 
 def worker(name: str, options: argparse.Namespace) -> None:
-    """Takes numbers of steps from standard input; answers each with the seconds and losses of
-    those steps.
-    """
+    """Answer numbers of steps on standard input with the seconds and losses of those steps."""
     run = (
         jax_worker(options)
         if name == "jax"
@@ -133,7 +129,7 @@ def worker(name: str, options: argparse.Namespace) -> None:
 
 def compare(options: argparse.Namespace) -> dict[str, Any]:
     contenders = {name: Contender(name) for name in options.against.split(",")}
-    # compiles
+    # also compiles
     first = {name: each.ask(CHECKED_STEPS)["losses"] for name, each in contenders.items()}
     for losses in first.values():
         for mine, theirs in zip(first["jax"], losses, strict=True):
@@ -165,8 +161,9 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure_loop(options: argparse.Namespace) -> dict[str, Any]:
-    """Time of a step in the loop (batches, logging, display) over that of the bare step, in
-    turns.
+    """Time of a step in the loop (batches, logging, display) relative to the step itself.
+
+    The two alternate.
     """
     import jax
     import jax.numpy as jnp
@@ -200,7 +197,7 @@ def measure_loop(options: argparse.Namespace) -> dict[str, Any]:
     best = {"bare": float("inf"), "loop": float("inf")}
     for _ in range(options.rounds):
         batch = shard_batch(Batch(**host), shape, mesh)
-        # each way uses its state up
+        # both donate their state
         mine, given = (jax.tree.map(jnp.copy, state) for _ in range(2))
         began = time.perf_counter()
         for _ in range(options.steps):
@@ -233,9 +230,7 @@ def measure_loop(options: argparse.Namespace) -> dict[str, Any]:
 
 
 def measure_first_step(options: argparse.Namespace) -> dict[str, Any]:
-    """Seconds from the start of Python to the end of the first step, with an empty compile cache
-    and with a warm one.
-    """
+    """Seconds from Python's start to the end of the first step, with a cold and a warm cache."""
     command = [
         sys.executable,
         __file__,

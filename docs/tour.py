@@ -1,9 +1,8 @@
-"""A look inside a trained model, in one picture: what it learns of a chat, what a head looks at,
-what it would say next, and how steep the way down is.
+"""Pictures of a trained model: chat masks, attention, next tokens, and its loss landscape.
 
-    pip install matplotlib                           # or the package with its extra `docs`
-    python docs/tour.py                              the newest finetuned model; writes tour.png
-    python docs/tour.py --prompt "Who are you?" --layer 2 --head 1
+pip install matplotlib                           # or the package with its extra `docs`
+python docs/tour.py                              the newest finetuned model; writes tour.png
+python docs/tour.py --prompt "Who are you?" --layer 2 --head 1
 """
 
 import re
@@ -47,10 +46,10 @@ try:
     from matplotlib.colors import PowerNorm
 
     matplotlib.use("Agg")
-except ModuleNotFoundError:  # `main` says so; the flags can be read without it
+except ModuleNotFoundError:  # `main` reports it; the flags must work without it
     matplotlib = Axes = None
 
-SIGNATURE = "nanochat_jax docs/tour.py"  # in the picture: tells it from one of the user's
+SIGNATURE = "nanochat_jax docs/tour.py"  # metadata that marks the picture as this program's
 INK, PALE, GREEN, RED = "#1f2937", "#e5e7eb", "#a7e3c5", "#e4572e"
 EXAMPLE = {
     "messages": [
@@ -92,7 +91,7 @@ class TourConfig(DeviceFlags):
 
 
 def pieces(model: Model, ids: list[int]) -> list[str]:
-    """Each token as a reader can see it: spaces as dots, control tokens without their bars."""
+    """Each token as readable text: spaces as dots, special tokens without their bars."""
     texts = [model.tokenizer.decode([token]).replace(" ", "·").replace("\n", "⏎") for token in ids]
     return [
         f"‹{text[2:-2]}›" if text.startswith("<|") and text.endswith("|>") else text
@@ -122,8 +121,9 @@ def attention_weights(model: Model, ids: list[int]) -> list[Array]:
 
 
 def sharpest_head(weights: list[Array]) -> tuple[int, int]:
-    """(layer, head) that puts most of its weight on one token far back: neither on the last two,
-    as many heads do, nor on the first, where heads rest.
+    """The (layer, head) with the largest weights on a distant token, averaged over queries.
+
+    The last two tokens, which many heads attend to, and the first, the usual default, do not count.
     """
 
     def sharpness(head: Array) -> float:
@@ -137,10 +137,9 @@ def sharpest_head(weights: list[Array]) -> tuple[int, int]:
 def next_tokens(
     model: Model, prompt: list[int], most: int, top: int
 ) -> tuple[list[int], np.ndarray, np.ndarray]:
-    """The greedy answer to a prompt, and before each of its tokens the `top` likeliest ones and
-    their probabilities.
+    """The greedy answer to a prompt, and the `top` most likely tokens at each position.
 
-    Returns (answer [N], ids [N, top], probabilities [N, top]), N up to `most`.
+    Returns (answer [N], ids [N, top], probabilities [N, top]), N at most `most`.
     """
     answer = model.generate(prompt, max_tokens=most, temperature=0.0)
     if not answer:
@@ -153,12 +152,11 @@ def next_tokens(
 
 
 def landscape(paths: Paths, tag: str | None, multipliers: np.ndarray) -> tuple[np.ndarray, float]:
-    """Held-out loss after one step of the optimizer from the base model, with its learning rates
-    multiplied.
+    """Held-out loss after one optimizer step from the base model, for a grid of learning rates.
 
-    A step is linear in the learning rates, so one gradient serves the whole grid: the matrices'
-    (Muon) part of the update times one multiplier, the rest (AdamW: tables and scalars) times the
-    other. The optimizer starts without memory.
+    A step is linear in the learning rates, so one gradient serves the whole grid. One multiplier
+    scales the matrices' part of the update (Muon), the other the rest (AdamW: tables and scalars).
+    The optimizer state is new.
 
     Returns (losses [rows: tables, columns: matrices] in nats per token, the loss before the step).
     """
@@ -210,13 +208,13 @@ def landscape(paths: Paths, tag: str | None, multipliers: np.ndarray) -> tuple[n
 
 
 def mean_loss(params: Params, inputs: Array, targets: Array, *, config: GPTConfig) -> Array:
-    """Nats per token of targets [B, T] after inputs [B, T]; negative targets do not count."""
+    """Nats per token of targets [B, T] after inputs [B, T]; negative targets are ignored."""
     total, _ = token_nll(params, Batch(inputs, targets), config, Compute())
     return total / (targets >= 0).sum()
 
 
 def draw_masks(axes: Axes, tokens: list[str], mask: list[int], per_line: int = 96) -> None:
-    """Tokens in boxes, line by line: green are learned."""
+    """Tokens in boxes, line by line; trained ones are green."""
     column, line = 0.0, 0
     for text, learned in zip(tokens, mask, strict=True):
         if column + len(text) + 1.2 > per_line:
@@ -263,9 +261,7 @@ def draw_next(
     probabilities: np.ndarray,
     title: str,
 ) -> None:
-    """A column for each token of the answer, its likeliest candidates from the top, the darker the
-    likelier.
-    """
+    """A column per token of the answer: its most likely candidates, from the top."""
     axes.imshow(probabilities.T, cmap="GnBu", norm=PowerNorm(0.5, 0, 1), aspect="auto")
     for column, (texts, row) in enumerate(zip(candidates, probabilities, strict=True)):
         for rank, (text, probability) in enumerate(zip(texts, row, strict=True)):
@@ -289,7 +285,7 @@ def draw_next(
 
 
 def draw_landscape(axes: Axes, multipliers: np.ndarray, losses: np.ndarray, before: float) -> None:
-    # what is far up would hide the valley
+    # limit the range: large losses would hide the minimum
     change = np.clip(losses - before, None, 3 * (before - losses.min()) + 1e-9)
     levels = np.linspace(change.min(), change.max(), 25)
     image = axes.contourf(multipliers, multipliers, change, levels=levels, cmap="viridis")
@@ -423,7 +419,7 @@ def main(config: TourConfig) -> None:
             f"What it would say next: {config.prompt!r}",
         )
         out = Path(config.out)
-        if out.exists() and SIGNATURE.encode() not in out.read_bytes():  # a picture of the user's
+        if out.exists() and SIGNATURE.encode() not in out.read_bytes():  # the user's picture
             print(f"{out} is not a picture of this program: kept as {keep_old(out)}")
         figure.savefig(out, dpi=110, metadata={"Title": SIGNATURE})
         plt.close(figure)

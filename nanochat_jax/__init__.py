@@ -1,7 +1,7 @@
-"""nanochat in JAX: everything between raw text and a chat model you can talk to.
+"""nanochat in JAX: from raw text to a chat model.
 
 import nanochat_jax
-model = nanochat_jax.load("sft")            # or a directory; see nanochat_jax/pretrained.py
+model = nanochat_jax.load("sft")       # or a directory; see nanochat_jax/pretrained.py
 model.generate("The capital of France is", max_tokens=16, temperature=0.0)
 """
 
@@ -15,9 +15,7 @@ __all__ = ["load"]
 
 
 def __getattr__(name: str) -> object:
-    """`load` brings JAX with it, so it is imported when it is asked for and not by `import
-    nanochat_jax`.
-    """
+    """Import `load` on first use, because it imports JAX."""
     if name == "load":
         from nanochat_jax.pretrained import load
 

@@ -1,7 +1,7 @@
-"""Every command of the project under one name, also where only the wheel is installed.
+"""All commands of the project under one name, also for an installed wheel.
 
 nanochat serve --port 8080              the same as `python -m scripts.serve --port 8080`
-python -m nanochat_jax speedrun         likewise, where the console script is not on PATH
+python -m nanochat_jax speedrun         if the console script is not on PATH
 """
 
 import pkgutil
@@ -11,12 +11,12 @@ import sys
 import scripts
 from nanochat_jax import cli
 
-# commands that are no scripts
+# commands that are not scripts
 MODULES = {"dataset": "nanochat_jax.dataset", "report": "nanochat_jax.report"}
 
 
 def commands() -> dict[str, str]:
-    """Module of each command, by its name; `_` and `-` are the same."""
+    """Module of each command, by name."""
     found = {
         module.name: f"scripts.{module.name}" for module in pkgutil.iter_modules(scripts.__path__)
     }
@@ -28,7 +28,7 @@ def main() -> None:
 
 
 def run_command() -> None:
-    """Run the command that the first argument names."""
+    """Run the command named by the first argument; `_` and `-` are the same."""
     names = commands()
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("-h", "--help"):

@@ -1,13 +1,10 @@
-"""Checkpoints with Orbax: parameters, optimizer state, data position and metadata in one atomic
-step directory.
+"""Checkpoints with Orbax: parameters, optimizer, data position and metadata in one atomic step.
 
-    <source>_checkpoints/<tag>/<step>/{params,optimizer,state}      metrics.jsonl beside the steps;
-                                                                    `optimizer` is absent where
-                                                                    weights were imported
+    <source>_checkpoints/<tag>/<step>/{params,optimizer,state}    metrics.jsonl is next to the steps
+                                                                  imported weights: no `optimizer`
 
-Each step carries checksums of its content. One that is torn or damaged is passed over, with a
-warning that names it, for the one before; a resumed run renames it to `damaged-<step>`. Nothing
-here deletes a step but `keep` and `--fresh`.
+Each step has checksums of its content. If a step is damaged, a warning is logged and the previous
+one is loaded; a resumed run renames it to `damaged-<step>`. Only `keep` and `--fresh` delete steps.
 """
 
 import contextlib
@@ -57,23 +54,24 @@ from nanochat_jax.storage import Directory, ObjectLock, copy_files, is_remote
 from nanochat_jax.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
-# Orbax warns of every directory that it is told to read only, in a notebook too.
+# Orbax warns about every read-only directory.
 logging.getLogger("absl").addFilter(lambda record: "is read only" not in record.getMessage())
 
-CHECKSUMS = "checksums"  # its key in the state
+CHECKSUMS = "checksums"  # key of the checksums in the JSON state
 IN_USE = "wait for it or stop it, or name another --model-tag"
 
 
 class Damaged(Exception):
-    """A step cannot be read, or its content is not what was saved."""
+    """A step cannot be read, or its content differs from what was saved."""
 
 
 def _read(directory: Directory, step: int, **items: Any) -> dict[str, Any]:
-    """Items of a step (names of Orbax's arguments). Raises `Damaged` in all processes if it cannot
-    be read in one.
+    """Items of a step (names of Orbax's arguments).
+
+    Raises `Damaged` in all processes if one of them cannot read it.
     """
-    # Each process reads its share alone, in a group of its own: else one that fails would leave
-    # the others waiting.
+    # Each process reads its share in a group of its own. Otherwise the others would wait for a
+    # process that fails.
     own = ocp.options.MultiprocessingOptions(
         primary_host=jax.process_index(),
         active_processes={jax.process_index()},
@@ -86,8 +84,8 @@ def _read(directory: Directory, step: int, **items: Any) -> dict[str, Any]:
     try:
         with ocp.CheckpointManager(directory, options=options) as manager:
             found = dict(manager.restore(step, args=ocp.args.Composite(**items)).items())
-    except Exception as error:  # Orbax raises many kinds for torn data
-        if "RESOURCE_EXHAUSTED" in str(error):  # memory ran out: nothing is wrong with the step
+    except Exception as error:  # Orbax raises many types for damaged data
+        if "RESOURCE_EXHAUSTED" in str(error):  # memory ran out: the step is not damaged
             raise
         said = one_line(error).partition(" See full TensorStore details")[0]
     if said:
@@ -99,8 +97,9 @@ def _read(directory: Directory, step: int, **items: Any) -> dict[str, Any]:
 
 
 def _drop_readers() -> None:
-    """Orbax's other readers of a damaged step hold errors that nobody waits for: Python would
-    print pages about each, the next time that it collects garbage.
+    """Collect Orbax's failed readers silently.
+
+    They hold unretrieved errors, which Python would print at the next garbage collection.
     """
     hook, sys.unraisablehook = sys.unraisablehook, lambda _: None
     try:
@@ -123,10 +122,11 @@ def _array_checksum(array: Array) -> Array:
 
 
 def _checksum(tree: Any) -> int:
-    """A number of 32 bits that depends on every bit of the tree's arrays and on its place, and not
-    on how they are sharded: words times odd numbers, added modulo 2^32, so that no order of
-    additions matters and no changed word goes unseen. One array after the other, for on a CPU each
-    takes as much memory again.
+    """A 32-bit checksum of the tree's arrays, independent of their sharding.
+
+    Words times odd numbers that depend on the position, added modulo 2^32: the order of additions
+    does not matter, and every changed word changes the sum. One array at a time, because on a CPU
+    each needs its size in temporaries.
     """
     return (
         sum(
@@ -144,7 +144,7 @@ def _state_checksum(state: dict[str, Any]) -> int:
 
 
 def _structure(tree: Any) -> int:
-    """Of the names, shapes and dtypes of a tree."""
+    """CRC-32 of the names, shapes and dtypes of a tree."""
     described = [
         (jax.tree_util.keystr(path), leaf.shape, str(leaf.dtype))
         for path, leaf in jax.tree_util.tree_leaves_with_path(tree)
@@ -155,8 +155,9 @@ def _structure(tree: Any) -> int:
 def _read_trees(
     directory: Directory, step: int, state: dict[str, Any], **abstract: Any
 ) -> dict[str, Any]:
-    """Trees of a step whose JSON state is `state`. Raises `Damaged` if one is not as it was saved;
-    steps without checksums are taken as they are.
+    """Trees of a step whose JSON state is `state`.
+
+    Raises `Damaged` if a checksum differs; steps without checksums are not verified.
     """
     found = _read(
         directory, step, **{name: ocp.args.StandardRestore(tree) for name, tree in abstract.items()}
@@ -168,8 +169,9 @@ def _read_trees(
 
 
 def _newest(directory: Directory, steps: list[int], read: Callable[[int], Any]) -> Any:
-    """What `read` makes of the greatest of `steps` that is not damaged. Raises `UsageError` if all
-    are.
+    """`read(step)` for the greatest of `steps` that is not damaged.
+
+    Raises `UsageError` if all are damaged.
     """
     for step in reversed(steps):
         try:
@@ -184,9 +186,7 @@ def _newest(directory: Directory, steps: list[int], read: Callable[[int], Any]) 
 
 @dataclass(frozen=True)
 class Restored:
-    """One step: `state` is the JSON written with it (step, model_config, config, position, loop,
-    ...).
-    """
+    """One step. `state` is its JSON (step, model_config, config, position, loop, ...)."""
 
     step: int
     params: Params
@@ -195,8 +195,9 @@ class Restored:
 
 
 class Checkpoints:
-    """The steps of one run. Saves are asynchronous; use as a context manager, so that none is left
-    half-written.
+    """The steps of one run, saved asynchronously.
+
+    Use as a context manager, so that no step is left incomplete.
     """
 
     def __init__(self, directory: Directory, *, keep: int | None = None) -> None:
@@ -208,7 +209,7 @@ class Checkpoints:
             create=True,
         )
         self._manager = ocp.CheckpointManager(directory, options=options)
-        self._saving: int | None = None  # the step whose save has not been seen to end
+        self._saving: int | None = None  # the step whose save is not known to be finished
 
     def __enter__(self) -> "Checkpoints":
         return self
@@ -219,11 +220,11 @@ class Checkpoints:
         except Exception as error:
             if kind is None:
                 raise
-            # beside the error that is on its way already
+            # another exception is being raised already
             log.warning("closing %s: %s", self.directory, one_line(error))
 
     def save(self, step: int, params: Params, optimizer: Any, state: dict[str, Any]) -> None:
-        """Start writing a step; raises here if an earlier save failed in the background."""
+        """Start to write a step. Raises `UsageError` if an earlier save failed."""
         self.wait()
         if (lock := _bucket_locks.get(str(self.directory))) and lock.lost:
             raise UsageError(
@@ -241,25 +242,23 @@ class Checkpoints:
         self._saving = step
         try:
             self._manager.save(step, args=ocp.args.Composite(**items), force=True)
-        except Exception as error:  # the part of a save that is not in the background
+        except Exception as error:  # the synchronous part of a save
             raise self._failed(step, error) from error
 
     def check(self) -> None:
-        """Raises `UsageError` if a save has failed in the background. Costs nothing while none is
-        on its way.
-        """
+        """Raise `UsageError` if a save has failed in the background. Does not wait."""
         if self._saving is not None and not self._manager.is_saving_in_progress():
             self.wait()
 
     def wait(self) -> None:
-        """Until the save on its way, if any, is on disk; raises `UsageError` if it failed."""
+        """Wait until the current save, if any, is on disk. Raises `UsageError` if it failed."""
         if self._saving is None:
             return
         step, self._saving = self._saving, None
         try:
             self._manager.wait_until_finished()
             self._manager.check_for_errors()
-        except Exception as error:  # whatever the disk or the network says
+        except Exception as error:  # any error of the disk or the network
             raise self._failed(step, error) from error
 
     def _failed(self, step: int, error: Exception) -> UsageError:
@@ -278,9 +277,7 @@ class Checkpoints:
         return max(self.steps(), default="none")
 
     def set_aside(self, steps: list[int], prefix: str) -> None:
-        """Rename steps, out of the way of the saves that will come to them again; nothing is
-        deleted.
-        """
+        """Rename steps to `<prefix>-<step>`, so that they can be saved again; deletes nothing."""
         if jax.process_index() == 0:
             for step in steps:
                 names = (f"{prefix}-{step}" + (f"-{n}" if n else "") for n in itertools.count())
@@ -296,10 +293,10 @@ class Checkpoints:
         abstract_optimizer: Any = None,
         accept: Callable[[dict[str, Any]], None] = lambda state: None,
     ) -> Restored:
-        """One step, whole; the optimizer only if asked for. `accept` may refuse its state before
-        the arrays are read.
+        """One complete step; the optimizer only if `abstract_optimizer` is given.
 
-        Raises `UsageError` if it is another kind of checkpoint, and `Damaged`.
+        `accept` may raise on its state before the arrays are read. Raises `UsageError` if it is
+        another kind of checkpoint, and `Damaged`.
         """
         state = read_meta(self.directory, step)
         sums = state.pop(CHECKSUMS, {})
@@ -333,10 +330,9 @@ class Checkpoints:
         step: int | None = None,
         accept: Callable[[dict[str, Any]], None] = lambda state: None,
     ) -> Restored | None:
-        """The newest step that can be read whole, or None if there is no step at all; or `step`,
-        which must be there.
+        """The newest readable step, None if there are no steps; or the existing step `step`.
 
-        Newer steps, damaged or not wanted, are renamed, never deleted.
+        Newer steps are renamed, never deleted.
         """
         steps = self.steps()
         if step is not None and step not in steps:
@@ -362,7 +358,7 @@ class Loaded:
 
     config: GPTConfig
     params: Params
-    own_tokenizer: Tokenizer | None  # None if it was imported without one
+    own_tokenizer: Tokenizer | None  # None if imported without one
     meta: dict[str, Any]
     directory: Directory
     step: int
@@ -387,7 +383,7 @@ _bucket_locks: dict[str, ObjectLock] = {}  # of this process, by directory
 
 @contextlib.contextmanager
 def lock_tag(directory: Directory) -> Iterator[None]:
-    """Keep other runs from writing to a tag while the block runs. Reading it needs no lock.
+    """Lock a tag's directory against other writers while the block runs. Reading needs no lock.
 
     Process 0 holds the lock for all processes of the run. Raises `UsageError` in all of them if
     another run holds it.
@@ -411,11 +407,10 @@ def lock_tag(directory: Directory) -> Iterator[None]:
 
 
 def claim_directory(directory: Directory, *, resume: bool | None, fresh: bool) -> None:
-    """Before a run writes to a tag: steps that are there are continued or deleted only if the user
-    said which.
+    """Check a tag's directory before a run writes to it: existing steps need `resume` or `fresh`.
 
-    `resume` is None where nothing can go on. Raises `UsageError`, too, if the directory holds
-    another program's checkpoints, or the processes of the run do not see the same one.
+    `fresh` deletes them. `resume` is None if the run cannot resume. Raises `UsageError` also if the
+    directory holds another program's checkpoints, or if processes see different directories.
     """
     refuse_foreign(directory)
     if jax.process_count() > 1 and not is_remote(directory):
@@ -424,7 +419,7 @@ def claim_directory(directory: Directory, *, resume: bool | None, fresh: bool) -
             directory.mkdir(parents=True, exist_ok=True)
             ours.touch()
         barrier("touched")
-        deadline = time.monotonic() + 5  # a network's file system may show it late
+        deadline = time.monotonic() + 5  # network file systems may show it late
         while not ours.exists() and time.monotonic() < deadline:
             time.sleep(0.1)
         seen = gather_json(ours.exists())
@@ -467,19 +462,16 @@ def load_model(
     mesh: Mesh | None = None,
     fsdp: bool = False,
 ) -> Loaded:
-    """Load the parameters of a stage ("base", "mid", "sft" or "rl") as `load_directory` does, from
-    `find_model`.
-    """
+    """The parameters of a stage ("base", "mid", "sft" or "rl"), from `find_model`'s directory."""
     return load_directory(
         find_model(paths, source, tag), source=source, step=step, mesh=mesh, fsdp=fsdp
     )
 
 
 def find_model(paths: Paths, source: str, tag: str | None) -> Directory:
-    """The directory of a stage's tag, which has a step. Without a tag: the largest `d<depth>`,
-    else the newest.
+    """The directory of a stage's tag. Without a tag: the largest `d<depth>`, else the newest.
 
-    Raises `NotFound` when there is none.
+    Raises `NotFound` if it has no step.
     """
     directory = paths.checkpoints(source) / (tag or paths.find_tag(source))
     if not saved_steps(directory):
@@ -500,12 +492,10 @@ def load_directory(
     mesh: Mesh | None = None,
     fsdp: bool = False,
 ) -> Loaded:
-    """Load the parameters of a tag's directory, float32, placed on the mesh; without a step, the
-    greatest that can be read.
+    """The model in a tag's directory, float32, sharded; without a step, the greatest readable one.
 
-    Its tokenizer is in `tokenizer/` under it (where an imported model brought one that is not the
-    base directory's), else in that of the base directory. Raises `NotFound` when there is no such
-    step and `UsageError` when the checkpoint was trained with another tokenizer.
+    Its tokenizer is in `tokenizer/` under it (an imported model's own) or in the base directory.
+    Raises `NotFound` if the step is missing, `UsageError` if the tokenizer is not the checkpoint's.
     """
     steps = saved_steps(directory)
     if not steps or step is not None and step not in steps:
@@ -528,9 +518,7 @@ def load_directory(
 
 
 def _load_tokenizer(directory: Directory, fingerprint: str | None) -> Tokenizer | None:
-    """The tokenizer that a checkpoint was trained with; its fingerprint is None if it was imported
-    without one.
-    """
+    """The tokenizer that a checkpoint was trained with; None if it was imported without one."""
     if fingerprint is None:
         return None
     place = directory / "tokenizer"
@@ -547,7 +535,7 @@ def _load_tokenizer(directory: Directory, fingerprint: str | None) -> Tokenizer 
                 ) from error
     else:
         own, shared = place, base_tokenizer(directory)
-        # The tag's own may belong to steps that were deleted since.
+        # The tag's own may belong to deleted steps.
         for place in [each for each in (own, shared) if each.is_dir()] or [shared]:
             tokenizer = Tokenizer.load(place)
             if tokenizer.fingerprint() == fingerprint:
@@ -561,8 +549,9 @@ def _load_tokenizer(directory: Directory, fingerprint: str | None) -> Tokenizer 
 
 
 def _remote_tokenizer(directory: Directory, fingerprint: str) -> Directory:
-    """In a bucket tokenizers lie by fingerprint; under the tag Orbax would take one for half of a
-    step and delete it.
+    """A bucket's tokenizer directory, by fingerprint.
+
+    Under the tag, Orbax would delete it as an incomplete step.
     """
     return directory.parent.parent / "tokenizers" / fingerprint
 
@@ -570,8 +559,9 @@ def _remote_tokenizer(directory: Directory, fingerprint: str) -> Directory:
 def keep_tokenizer(
     tokenizer: Tokenizer, directory: Directory, origin: Loaded | None = None
 ) -> None:
-    """Put the tokenizer where those who load a run's steps look for it: with a bucket, and if the
-    model that the run goes on from has one of its own.
+    """Save the tokenizer for those who load the run's steps.
+
+    Needed in a bucket, and if the model that the run continues has its own.
     """
     if jax.process_index() != 0:
         return
@@ -584,9 +574,7 @@ def keep_tokenizer(
 
 
 def load_optimizer(loaded: Loaded, abstract: Any) -> Any:
-    """The optimizer state that was saved with a loaded model; `abstract` says its shapes and where
-    it shall lie.
-    """
+    """The optimizer state saved with a loaded model; `abstract`: its shapes and shardings."""
     directory = loaded.directory
     if not (directory / str(loaded.step) / "optimizer").is_dir():
         raise NotFound(

@@ -1,11 +1,11 @@
 """Command lines generated from frozen dataclasses.
 
-A stage's flags are the fields of one frozen, keyword-only dataclass: the field gives the name, the
-type and the default, `flag(...)` adds help, range, choices and upstream's short form.
-`--max_chars` and `--max-chars` are the same flag.
+A script's flags are the fields of one frozen, keyword-only dataclass: the field gives the name, the
+type and the default; `flag(...)` adds help, range, choices and upstream's short form. `--max_chars`
+and `--max-chars` are the same flag.
 
-Whatever a user can get wrong raises `UsageError`. `run` prints it, and every error of a disk or a
-pipe, as one line and exits with code 2.
+User errors raise `UsageError`. `run` prints them, and errors of disks and pipes, as one line and
+exits with code 2.
 """
 
 import argparse
@@ -30,24 +30,26 @@ from typing import Any, TypeVar
 C = TypeVar("C")
 
 EXIT_USAGE = 2
-EXIT_INTERRUPTED = 130  # Ctrl-C, as shells say it
-EXIT_NO_READER = 141  # the reader of a pipe has gone: what a shell reports for SIGPIPE
-LARGEST = 2**62  # bound of counts that nothing else limits
+EXIT_INTERRUPTED = 130  # Ctrl-C, as in shells
+EXIT_NO_READER = 141  # the reader of a pipe is gone: a shell's code for SIGPIPE
+LARGEST = 2**62  # bound of counts without another limit
 LARGEST_SEED = 2**32 - 1  # JAX uses 32 bits of a seed
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
 
 
 class UsageError(Exception):
-    """A mistake of the user's: what was wrong, the value, and what to do, in one line."""
+    """A user error: what failed, the value, and what to do, in one line."""
 
 
 class NotFound(UsageError, FileNotFoundError):
-    """A file, checkpoint or tokenizer that should exist does not."""
+    """A required file, checkpoint or tokenizer is missing."""
 
 
 def one_line(error: BaseException) -> str:
-    """The text of an error on one line, for a `UsageError` to pass on. Long text loses its middle,
-    never its end, where the cause is."""
+    """The text of an error on one line, for a `UsageError`.
+
+    Long text loses its middle, not its end, where the cause is.
+    """
     text = re.sub(r" \[(source locations|tensorstore_spec)=.*", "", " ".join(str(error).split()))
     if len(text) > 500:
         text = f"{text[:200]} ... {text[-295:]}"
@@ -55,8 +57,9 @@ def one_line(error: BaseException) -> str:
 
 
 def write_failure(error: BaseException) -> str:
-    """Why a write failed, on one line. A full disk is named as such, also where a library has
-    wrapped the system's error in an exception of its own.
+    """The cause of a failed write, on one line.
+
+    A full disk is named, even if a library wrapped the system's error in its own exception.
     """
     text = one_line(error)
     chain, full = error, False
@@ -71,7 +74,7 @@ def write_failure(error: BaseException) -> str:
 
 @contextlib.contextmanager
 def naming(path: Path | str) -> Iterator[None]:
-    """Errors of reading and writing an open file do not name it; inside this block they do."""
+    """Add the file's name to errors of reading and writing it inside this block."""
     try:
         yield
     except OSError as error:
@@ -81,9 +84,7 @@ def naming(path: Path | str) -> Iterator[None]:
 
 
 def user_path(text: str) -> Path:
-    """`text` as a path with `~` expanded. Raises `UsageError` if there is no such home
-    directory.
-    """
+    """`text` as a path with `~` expanded. Raises `UsageError` if the home directory is unknown."""
     if text.split("/")[0] == "~" and os.environ.get("HOME") == "":
         raise UsageError(f"{text}: HOME is empty: set HOME, or give a path without ~")
     try:
@@ -95,7 +96,7 @@ def user_path(text: str) -> Path:
 
 
 def directory_name(text: str) -> str:
-    """`text` if it can name a directory beside others, such as a model tag; else ValueError."""
+    """`text` if it is a valid directory name, such as a model tag; else ValueError."""
     if not re.fullmatch(r"\w[\w.+=@-]{0,99}", text):
         raise ValueError(
             f"{text!r} is not a name: use at most 100 letters, digits and . _ - + = @, "
@@ -105,7 +106,7 @@ def directory_name(text: str) -> str:
 
 
 def run_name(text: str) -> str:
-    """`text` if it can name a run on Weights & Biases; else ValueError."""
+    """`text` if it is a valid run name for Weights & Biases; else ValueError."""
     if not text.isprintable() or len(text) > 128:
         raise ValueError(f"{text!r} is not a name of at most 128 printable characters")
     return text
@@ -126,11 +127,11 @@ def flag(
     """A dataclass field that is also a command-line flag.
 
     Args:
-      default: None where leaving the flag out has a meaning of its own; never "".
+      default: None if omitting the flag has its own meaning; never "".
       aliases: other names of the flag.
       at_least, at_most: the range of a number; every numeric flag has both.
-      also: the one number outside of the range that has a meaning (-1), which `help` explains.
-      check: raises ValueError or `UsageError` for text that the flag cannot take.
+      also: the only valid number outside of the range (-1); `help` explains it.
+      check: raises ValueError or `UsageError` for invalid text.
     """
     metadata = {
         "help": help,
@@ -144,31 +145,29 @@ def flag(
 
 
 def spelled(name: str, value: Any) -> str:
-    """The flag `name` with a value, as one types it."""
+    """The flag `name` with a value, as on a command line."""
     flag_name = f"--{name.replace('_', '-')}"
     return f"no {flag_name}" if value is None else f"{flag_name} {value}"
 
 
 def same_flag(config_type: type, name: str) -> Any:
-    """A field like the one of another dataclass: its default, help and range."""
+    """A copy of another dataclass's field: its default, help and range."""
     field = next(field for field in dataclasses.fields(config_type) if field.name == name)
     return dataclasses.field(default=field.default, metadata=field.metadata)
 
 
 def arguments(help: str) -> Any:
-    """A dataclass field, a list, that takes the arguments of the command line that are no flags:
-    one at least.
-    """
+    """A dataclass field, a list, for the positional arguments, at least one."""
     return dataclasses.field(metadata={"help": help, "arguments": True})
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class NoFlags:
-    """The flags of a command that has none."""
+    """The flags of a command without flags."""
 
 
 class Parser(argparse.ArgumentParser):
-    """Raises what argparse would print in two lines."""
+    """Raises `UsageError` where argparse would print two lines."""
 
     def error(self, message: str) -> typing.NoReturn:
         raise UsageError(f"{message} (see `{self.prog} --help`)")
@@ -184,7 +183,7 @@ def _parse_bool(text: str) -> bool:
 
 def _parse_int(text: str) -> int:
     try:
-        value = float(text)  # `2e9` reads better than 2000000000
+        value = float(text)  # `2e9` is easier to read than 2000000000
         if value == int(value):
             return int(text) if "e" not in text.lower() and "." not in text else int(value)
     except (ValueError, OverflowError):
@@ -200,8 +199,7 @@ def _parse_text(text: str) -> str:
 
 def _converter(kind: Any) -> Callable[[str], Any]:
     if typing.get_origin(kind) in (types.UnionType, typing.Union):
-        # `int | None`: the flag, when given, has the type that is not None; `int |
-        # Literal["auto"]`: either of them.
+        # `int | None` takes the type that is not None; `int | Literal["auto"]` takes both.
         plain = [arg for arg in typing.get_args(kind) if arg is not type(None)]
         words = [
             word
@@ -267,8 +265,10 @@ def make_parser(config_type: type, *, prog: str, description: str) -> argparse.A
 
 
 def _leave_arguments(config_type: type, argv: Sequence[str]) -> list[str]:
-    """`argv` with `--append` as `--append=true`: where a command takes arguments, a yes/no flag
-    takes its value only after `=`, and so never one of them."""
+    """`argv` with `--append` as `--append=true`.
+
+    Of a command with positional arguments, yes/no flags take a value only after `=`.
+    """
     hints = typing.get_type_hints(config_type)
     names = {
         f"--{spelled}"
@@ -287,7 +287,7 @@ def _check_range(field: dataclasses.Field, value: Any) -> None:
     wrong = (
         f"at least {least}"
         if least is not None and not value >= least
-        # not: of nan too
+        # `not`: true for nan as well
         else f"at most {most}"
         if most is not None and not value <= most
         else ""
@@ -300,14 +300,16 @@ def _check_range(field: dataclasses.Field, value: Any) -> None:
 def parse(
     config_type: type[C], argv: Sequence[str] | None = None, *, prog: str, description: str | None
 ) -> C:
-    """Build `config_type` from a command line. Raises `UsageError` on a flag or value that does
-    not fit. Only the first line of `description` is shown; it is None under `python -OO`.
+    """Build `config_type` from a command line.
+
+    Raises `UsageError` for an invalid flag or value. The help shows the first line of
+    `description`, which is None under `python -OO`.
     """
     argv = list(sys.argv[1:] if argv is None else argv)
-    fields = dataclasses.fields(config_type)  # type: ignore[arg-type]  # of a dataclass, which C does not say
+    fields = dataclasses.fields(config_type)  # type: ignore[arg-type]  # C is a dataclass
     if any(field.metadata.get("arguments") for field in fields):
         argv = _leave_arguments(config_type, argv)
-    elif argv[:1] == ["--"]:  # as `torchrun -m scripts.NAME -- --depth=4` is typed
+    elif argv[:1] == ["--"]:  # `torchrun -m scripts.NAME -- --depth=4`
         del argv[0]
     parser = make_parser(config_type, prog=prog, description=(description or "").partition("\n")[0])
     namespace = parser.parse_args(argv)
@@ -333,8 +335,9 @@ def setup_logging() -> None:
 
 
 def invocation(module: str) -> str:
-    """How the user started `module`, for usage lines: by `nanochat COMMAND`
-    (nanochat_jax/__main__.py), or itself.
+    """The command with which the user started `module`, for usage lines.
+
+    `nanochat COMMAND` (nanochat_jax/__main__.py) or `python -m ...`.
     """
     command = module.partition(".")[2]
     for word, after in itertools.pairwise([*sys.orig_argv[1:], ""]):
@@ -350,10 +353,10 @@ def invocation(module: str) -> str:
 
 
 def catch_errors() -> None:
-    """Report Ctrl-C and disk errors without a traceback while a program imports, too.
+    """Report Ctrl-C and disk errors without a traceback, also while a program imports.
 
-    In a callback of the garbage collector (JAX has one), Python only reports what is raised. So
-    that Ctrl-C is not lost there, the signal is sent again.
+    In callbacks of the garbage collector (JAX has one), Python does not raise exceptions, only
+    reports them. The signal is then sent again, so that Ctrl-C is not lost.
     """
     report = sys.unraisablehook
 
@@ -379,7 +382,7 @@ def catch_errors() -> None:
 
 
 def _disk_error(error: OSError) -> str:
-    """File and cause of an error of the operating system."""
+    """File and cause of an operating system error."""
     names = " -> ".join(
         os.fsdecode(name) if isinstance(name, bytes) else str(name)
         for name in (error.filename, error.filename2)
@@ -396,7 +399,7 @@ def _disk_error(error: OSError) -> str:
 
 
 def _readers_gone() -> bool:
-    """Whether standard output or standard error is a pipe that nobody reads any more."""
+    """Whether standard output or standard error is a pipe without a reader."""
     poll = select.poll()
     for descriptor in (1, 2):
         poll.register(descriptor, 0)
@@ -404,7 +407,7 @@ def _readers_gone() -> bool:
 
 
 def _report(error: UsageError | OSError) -> int:
-    """Print what went wrong on one line; returns the exit code. A closed pipe is not reported."""
+    """Print an error on one line, except for a closed pipe; returns the exit code."""
     if isinstance(error, BrokenPipeError) and error.filename is None and _readers_gone():
         return EXIT_NO_READER
     logging.getLogger(__name__).debug("where it happened", exc_info=error)
@@ -415,8 +418,7 @@ def _report(error: UsageError | OSError) -> int:
 
 
 def _flush() -> None:
-    """Write buffered output. Output that cannot be written is dropped, or Python would report it
-    at exit."""
+    """Write buffered output. Discard what cannot be written, or Python reports it at exit."""
     for stream in (sys.stdout, sys.stderr):
         try:
             if stream is not None:
@@ -428,8 +430,8 @@ def _flush() -> None:
 def guard(work: Callable[[], int | None]) -> typing.NoReturn:
     """Run a command and exit with its code.
 
-    A `UsageError` and every error of the operating system become one line and exit code 2. A closed
-    pipe ends the command quietly with 141, Ctrl-C with 130.
+    A `UsageError` or an operating system error becomes one line and exit code 2. A closed pipe
+    exits with 141 without a message, Ctrl-C with 130.
     """
     catch_errors()
     code: Any = None
@@ -450,7 +452,7 @@ def guard(work: Callable[[], int | None]) -> typing.NoReturn:
         print("stopped", file=sys.stderr)
         code = EXIT_INTERRUPTED
     _flush()
-    # at once: a device may still compute, and crashes when the interpreter's end takes its memory
+    # immediately: a device that still computes crashes when the interpreter frees its memory
     if code == EXIT_INTERRUPTED:
         os._exit(code)
     sys.exit(code or 0)
@@ -464,7 +466,7 @@ def run(
     description: str | None,
     argv: Sequence[str] | None = None,
 ) -> typing.NoReturn:
-    """Entry point of every script: parse the flags and run `main` on them, as `guard` does."""
+    """Entry point of every script: parse the flags and run `main` with them in `guard`."""
 
     def work() -> int | None:
         setup_logging()
@@ -476,8 +478,10 @@ def run(
 def run_commands(
     commands: Mapping[str, tuple[Callable[..., int | None], type, str]], *, default: str, prog: str
 ) -> typing.NoReturn:
-    """Entry point of a module whose first argument may name a command. `commands` gives the
-    function, flags and description of each."""
+    """Entry point of a module whose first argument may name a command.
+
+    `commands` gives the function, flags and description of each.
+    """
     argv = sys.argv[1:]
     if argv[:1] == ["--"]:
         del argv[0]

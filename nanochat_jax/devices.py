@@ -1,6 +1,4 @@
-"""What every script that uses JAX does first: choose the platform, join the run's other processes,
-set up caches.
-"""
+"""Start-up of every script that uses JAX: platform, other processes, caches."""
 
 import ctypes
 import logging
@@ -16,9 +14,9 @@ from nanochat_jax.paths import Paths
 # Options of glibc's mallopt (malloc.h).
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
 
-PLATFORMS = ("cpu", "cuda", "rocm", "tpu")  # of --device-type
+PLATFORMS = ("cpu", "cuda", "rocm", "tpu")  # values of --device-type
 
-# A process that says nothing for so long is taken for dead, and the others end. JAX's own default
+# A process without a heartbeat for so long is considered dead, and the others exit. JAX's default
 # is 100.
 HEARTBEAT_SECONDS = 60
 
@@ -51,7 +49,7 @@ class Processes(DeviceFlags):
 
 @dataclass(frozen=True, kw_only=True)
 class ModelFlags(DeviceFlags):
-    """Flags of every script that loads a model of ours."""
+    """Flags of every script that loads a model."""
 
     model_tag: str | None = flag(
         None,
@@ -71,12 +69,11 @@ class ModelFlags(DeviceFlags):
 
 
 def start(paths: Paths, flags: DeviceFlags | None = None, *, compile_cache: bool = True) -> None:
-    """Call once, before JAX is used.
+    """Set up JAX. Call once, before JAX is used.
 
     Args:
-      flags: the platform to run on, and the run's other processes if the script can have some.
-      compile_cache: keep compiled programs under the base directory, so that the next start does
-        not compile.
+      flags: the platform, and the run's other processes if the script supports them.
+      compile_cache: cache compiled programs under the base directory.
     """
     flags = flags or DeviceFlags()
     if flags.device_type:
@@ -88,19 +85,20 @@ def start(paths: Paths, flags: DeviceFlags | None = None, *, compile_cache: bool
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     platform = find_devices(flags.device_type)[0].platform
-    if jax.process_index() > 0:  # process 0 speaks for all; what goes wrong is still said
+    if jax.process_index() > 0:  # process 0 logs for all; the others log warnings only
         logging.getLogger().setLevel(logging.WARNING)
     if platform == "cpu":
         _keep_memory()
 
 
 def find_devices(device_type: str | None = None) -> list[jax.Device]:
-    """The devices of the platform that `--device-type` (already applied) or JAX_PLATFORMS names,
-    else of the best one. Raises `UsageError`, naming the one that is wrong, if there are none.
+    """The devices of `--device-type` (already applied), JAX_PLATFORMS, or the best platform.
+
+    Raises `UsageError`, with the setting that is wrong, if there are none.
     """
     try:
         return jax.devices()
-    # the latter, without a word, where the platform's plugin is missing
+    # AssertionError, without a message, if the platform's plugin is missing
     except (RuntimeError, AssertionError) as error:
         variable = os.environ.get("JAX_PLATFORMS")
         cause = f" ({one_line(error).partition(' (set JAX_PLATFORMS')[0]})" if str(error) else ""
@@ -120,10 +118,10 @@ def find_devices(device_type: str | None = None) -> list[jax.Device]:
 def join_processes(flags: Processes) -> None:
     """Start `jax.distributed` if this is one process of several.
 
-    Either the flags or the environment say which one (`JAX_COORDINATOR_ADDRESS`, host:port of
-    process 0, `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`); or JAX finds out, under Slurm, Open MPI
-    or on TPU slices that name their workers in the environment. `NANOCHAT_DISTRIBUTED=1` makes JAX
-    look where none of these variables is set (TPU VMs).
+    Coordinator, number of processes and process id come from the flags or from
+    `JAX_COORDINATOR_ADDRESS` (host:port of process 0), `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`.
+    JAX finds them itself under Slurm, Open MPI, on TPU slices that name their workers in the
+    environment, and with `NANOCHAT_DISTRIBUTED=1` (TPU VMs).
     """
     env = os.environ
     named = (flags.coordinator, flags.num_processes, flags.process_id)
@@ -185,25 +183,26 @@ def _mallopt(option: int, value: int) -> None:
 
 
 def _one_heap() -> None:
-    """Before there are threads: those that have heaps of their own take anything large from the
-    kernel, each time anew.
+    """Use one heap for all threads. Call before there are threads.
+
+    Other heaps get large blocks from the kernel each time.
     """
     _mallopt(M_ARENA_MAX, 1)
 
 
 def _keep_memory() -> None:
-    """Let the allocator keep what a step frees. By default glibc gives XLA's large buffers back to
-    the kernel after every step and takes them again, page fault by page fault: a fifth to a third
-    of a small model's training time on a CPU. The price is memory, about twice a step's
-    temporaries, because what is kept lies in pieces.
+    """Keep freed memory in the allocator.
+
+    By default glibc returns XLA's large buffers to the kernel after every step and gets them back
+    page fault by page fault: a fifth to a third of a small model's training time on a CPU. This
+    costs about twice a step's temporaries in memory, because of fragmentation.
     """
     _mallopt(M_MMAP_MAX, 0)
     _mallopt(M_TRIM_THRESHOLD, -1)  # never
 
 
 def release_memory() -> None:
-    """Give the kernel what the allocator kept and nothing uses: for a server, whose caches of
-    changing lengths leave holes.
+    """Return unused memory to the kernel: a server's caches of changing lengths leave gaps.
 
     Takes 20 to 150 ms in which no other thread can allocate.
     """

@@ -1,4 +1,4 @@
-"""Files and directories on the disk that are there whole or not at all, and files from the web."""
+"""Atomic writes of files and directories, locks, and downloads."""
 
 import contextlib
 import fcntl
@@ -22,15 +22,13 @@ from nanochat_jax.cli import NotFound, UsageError, naming
 logger = logging.getLogger(__name__)
 
 ATTEMPTS = 3
-TIMEOUT_S = 30.0  # without a byte
-LOCK = ".lock"  # file in a directory that one run at a time writes to
-PARTIAL, COMPLETE = ".partial", ".complete"  # directories of `new_directory`
+TIMEOUT_S = 30.0  # longest wait for a byte
+LOCK = ".lock"  # in a directory that only one run at a time may write to
+PARTIAL, COMPLETE = ".partial", ".complete"  # subdirectories used by `new_directory`
 
 
 def parse_json(text: str | bytes, **options: Any) -> Any:
-    """The value of a JSON text, by `json.loads`. Raises ValueError for everything else, deep
-    nesting included.
-    """
+    """The value of a JSON text. Raises ValueError for invalid text, too deep nesting included."""
     try:
         return json.loads(text, **options)
     except RecursionError:
@@ -38,7 +36,7 @@ def parse_json(text: str | bytes, **options: Any) -> Any:
 
 
 def fsync(path: Path) -> None:
-    """Wait until a file, or the names in a directory, are on the disk."""
+    """Wait until a file, or the entries of a directory, are on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -47,9 +45,9 @@ def fsync(path: Path) -> None:
 
 
 def make_directory(directory: Path) -> Path:
-    """`directory`, which is created if missing, after a check that files can be written to it.
+    """Create `directory` if missing and check that it is writable; returns it.
 
-    A link to a directory and a mount point are used as they are. Call this before the work whose
+    Links to directories and mount points are used as they are. Call this before the work whose
     result goes there. Raises `UsageError`.
     """
     create_directory(directory)
@@ -61,7 +59,7 @@ def make_directory(directory: Path) -> Path:
 
 
 def create_directory(directory: Path) -> None:
-    """Create a directory and its parents, if missing. Raises `UsageError`."""
+    """Create a directory and its parents if missing. Raises `UsageError`."""
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -86,7 +84,7 @@ def _refused(directory: Path, error: OSError) -> UsageError:
 
 
 def write_file(path: Path, content: str | bytes) -> None:
-    """Write to a temporary file, then rename it: readers get the old content or the new.
+    """Write to a temporary file, then rename it: readers see the old content or the new.
 
     The directory is created if missing. A link to a file stays a link.
     """
@@ -106,15 +104,14 @@ def write_file(path: Path, content: str | bytes) -> None:
 def new_directory(directory: Path, *, add: bool = False) -> Iterator[Path]:
     """A temporary directory inside `directory`; at the end of the block its files move up.
 
-    `directory` is created if missing. If it exists, it is filled in place, so it may be a link, a
-    mount point or the working directory. It must be empty (see `entries`), unless `add` is given:
-    then new files are added and files of the same name are replaced.
+    `directory` is created if missing. Otherwise it is filled in place, so it may be a link, a mount
+    point or the working directory. It must be empty (see `entries`) unless `add` is given: then new
+    files are added and files of the same name are replaced.
 
-    After an exception nothing of the block is left. The block's result is complete from the rename
-    of `.partial` to `.complete` on: a process that is killed between this and the last move leaves
-    a directory that `is_complete` denies, and `finish_directory` makes the remaining moves.
-    Raises `UsageError` before the block if `directory` cannot be written or another process is
-    writing to it.
+    After an exception nothing of the block remains. The result is complete once `.partial` is
+    renamed to `.complete`. If the process is killed between this and the last move, `is_complete`
+    returns False and `finish_directory` makes the remaining moves. Raises `UsageError` before the
+    block if `directory` is not writable or another process is writing to it.
     """
     created = not directory.exists()
     make_directory(directory)
@@ -134,12 +131,12 @@ def new_directory(directory: Path, *, add: bool = False) -> Iterator[Path]:
         finally:
             shutil.rmtree(partial, ignore_errors=True)
             if created:
-                with contextlib.suppress(OSError):  # not empty: the block ended well
+                with contextlib.suppress(OSError):  # not empty: the block succeeded
                     directory.rmdir()
 
 
 def entries(directory: Path) -> list[Path]:
-    """What a directory holds, without hidden files and the `lost+found` of a new file system."""
+    """The content of a directory, without hidden files and a new file system's `lost+found`."""
     return [
         path for path in directory.iterdir() if path.name[0] != "." and path.name != "lost+found"
     ]
@@ -159,9 +156,9 @@ def is_complete(directory: Path) -> bool:
 
 
 def finish_directory(directory: Path) -> None:
-    """Make the moves that an interrupted `new_directory` left.
+    """Make the remaining moves of an interrupted `new_directory`.
 
-    The largest file comes last: without its weights no program takes a model for complete.
+    The largest file moves last: without its weights, no program loads an incomplete model.
     """
     complete = directory / COMPLETE
     if is_complete(directory):
@@ -173,9 +170,9 @@ def finish_directory(directory: Path) -> None:
 
 
 def set_aside(directory: Path, name: str) -> Path | None:
-    """Move what a directory holds (see `entries`) to `<name>-<number>` in it, and return that.
+    """Move the content of a directory (see `entries`) to `<name>-<number>` in it, and return that.
 
-    None if there is nothing. The directory itself, which may be a link or a mount point, stays.
+    None if there is nothing. The directory itself stays: it may be a link or a mount point.
     """
     found = entries(directory) if directory.is_dir() else []
     if not found:
@@ -187,21 +184,19 @@ def set_aside(directory: Path, name: str) -> Path | None:
     )
     aside.mkdir()
     for path in sorted(found, key=lambda path: not path.name.isdigit()):
-        path.rename(aside / path.name)  # steps first, then the tokenizer that they need
+        path.rename(aside / path.name)  # steps first, then the tokenizer they need
     return aside
 
 
 def empty_directory(directory: Path) -> None:
-    """Delete what a directory holds. What is deleted has another name before its first file
-    goes.
-    """
+    """Delete the content of a directory, renamed first."""
     set_aside(directory, ".deleted")
     for path in directory.glob(".deleted-*"):
         shutil.rmtree(path)
 
 
 def keep_old(path: Path) -> Path | None:
-    """Rename a file that is about to be written, if it exists; returns its new name."""
+    """Rename a file that is about to be overwritten, if it exists; returns its new name."""
     if not os.path.lexists(path):
         return None
     return path.rename(
@@ -228,7 +223,7 @@ def _only_writer(directory: Path) -> Iterator[None]:
 
 
 def try_lock(descriptor: int) -> bool | None:
-    """Lock an open file until it is closed or this process ends, however that happens.
+    """Lock an open file until it is closed or this process ends.
 
     False if another process holds the lock, None if the file system has no locks.
     """
@@ -251,7 +246,7 @@ def lock_file(path: Path, name: str, advice: str) -> Iterator[None]:
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         with contextlib.suppress(OSError):
-            os.fchmod(descriptor, 0o666)  # other users who may write here must be able to lock it
+            os.fchmod(descriptor, 0o666)  # other users with write access must be able to lock it
         locked = try_lock(descriptor)
         if locked is False:
             owner = os.pread(descriptor, 1000, 0).decode(errors="replace").strip()
@@ -273,14 +268,14 @@ def lock_file(path: Path, name: str, advice: str) -> Iterator[None]:
 
 
 def describe_process() -> str:
-    """This process, in one line: its id, host and command."""
+    """This process in one line: its id, host and command."""
     command = " ".join(" ".join(["python", *sys.orig_argv[1:]]).split())[:200]
     return f"process {os.getpid()} on {socket.gethostname()} ({command})"
 
 
 def locked(path: Path) -> contextlib.AbstractContextManager:
-    """Of all processes that want to make `path`, one at a time."""
-    # here, as few need it and it takes a while to import
+    """A lock, so that only one process at a time makes `path`; others wait."""
+    # takes a while to import
     from huggingface_hub.utils import WeakFileLock
 
     make_directory(path.parent)
@@ -288,10 +283,9 @@ def locked(path: Path) -> contextlib.AbstractContextManager:
 
 
 def fetch_file(url: str, path: Path, *, sha256: str | None = None) -> Path:
-    """`path`, unless it exists downloaded from `url`, whole, and with the checksum `sha256` if
-    that is given.
+    """`path`, downloaded from `url` if missing: complete, and with the checksum `sha256` if given.
 
-    Raises `NotFound`, naming both, if it cannot be had.
+    Raises `NotFound`, with both, if the download fails.
     """
     if path.exists():
         return path

@@ -1,6 +1,4 @@
-"""What a run tells: metrics.jsonl for programs, a progress display for people, wandb if asked, and
-the device's peak.
-"""
+"""Output of a run: metrics.jsonl, progress display, wandb; and the device's peak rates."""
 
 import contextlib
 import json
@@ -24,9 +22,9 @@ from nanochat_jax.storage import Directory, is_remote
 
 log = logging.getLogger(__name__)
 
-# Dense bfloat16 FLOP/s: the first whose words are in the lower-case device kind. From the vendors'
-# data sheets; where these give the rate with sparsity (H100, H200: 1,979e12, B200: 4.5e15), half
-# of it.
+# Dense bfloat16 FLOP/s by a name in the lower-case device kind; the first match counts. From the
+# vendors' data sheets; half of the rate if it is given with sparsity (H100, H200: 1,979e12, B200:
+# 4.5e15).
 PEAK_FLOPS = {
     "gb200": 2.5e15,
     "b200": 2.25e15,
@@ -66,7 +64,7 @@ PEAK_FLOPS = {
     "v2": 45e12,
 }
 
-# Bytes/s of the device's memory, found likewise, from the same data sheets.
+# Bytes/s of the device's memory, by the same names, from the same data sheets.
 PEAK_BANDWIDTH = {
     "gb200": 8.0e12,
     "b200": 8.0e12,
@@ -109,26 +107,22 @@ def _of_kind(table: dict[str, float], device: jax.Device) -> float | None:
     if device.platform == "cpu":
         return None
     kind = device.device_kind.lower()
-    # an A4000 is no A40
+    # whole words: an A4000 is not an A40
     return next((value for name, value in table.items() if re.search(rf"\b{name}\b", kind)), None)
 
 
 def peak_flops(device: jax.Device) -> float | None:
-    """Peak dense bfloat16 FLOP/s of one device, or None where it is not known (a CPU, an unlisted
-    chip).
-    """
+    """Peak dense bfloat16 FLOP/s of one device; None if unknown (a CPU, an unlisted chip)."""
     return _of_kind(PEAK_FLOPS, device)
 
 
 def peak_bandwidth(device: jax.Device) -> float | None:
-    """Peak bytes/s of one device's memory, or None where it is not known."""
+    """Peak bytes/s of one device's memory; None if unknown."""
     return _of_kind(PEAK_BANDWIDTH, device)
 
 
 def peak_memory_bytes() -> int:
-    """Most memory in use so far on the first local device; on a CPU, where devices share it, of
-    the process.
-    """
+    """Peak memory of the first local device; on a CPU, of the process."""
     stats = jax.local_devices()[0].memory_stats() or {}
     unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
     return (
@@ -137,11 +131,10 @@ def peak_memory_bytes() -> int:
 
 
 class MetricsLog:
-    """Appends one JSON object a line; after a resume the lines past the restored step are dropped.
-    Process 0 only.
+    """Writes one JSON object per line, in process 0.
 
-    Where the run's steps are in a bucket, `steps` is the place: a copy of the file lies beside
-    them.
+    A resume drops the lines past the restored step. If the run's steps (`steps`) are in a bucket, a
+    copy of the file is saved next to them.
     """
 
     def __init__(
@@ -159,7 +152,7 @@ class MetricsLog:
         if jax.process_index() != 0:
             return
         kept = []
-        # of a run on another machine, perhaps
+        # the run may have been on another machine
         if resume_step is not None and self._copy is not None and self._copy.exists():
             path.parent.mkdir(parents=True, exist_ok=True)
             path.write_bytes(self._copy.read_bytes())
@@ -184,14 +177,12 @@ class MetricsLog:
             self._wandb.log(figures, step=values["step"])
 
     def copy(self) -> None:
-        """Bring the copy in the bucket, if there is to be one, up to date. Raises `UsageError` if
-        it cannot be written.
-        """
+        """Update the copy in the bucket, if there is one. Raises `UsageError` if that fails."""
         if self._file is None or self._copy is None:
             return
         try:
             self._copy.write_bytes(self.path.read_bytes())
-        except Exception as error:  # whatever the network says
+        except Exception as error:  # any error of the network
             raise UsageError(
                 f"{self._copy} could not be written ({one_line(error)}): mend that and go on with "
                 "--resume"
@@ -202,7 +193,7 @@ class MetricsLog:
             self._file.close()
             try:
                 self.copy()
-            # the run ends as it ends: what its last checkpoint needs was copied with that
+            # not an error of the run: the last checkpoint came with a copy
             except UsageError as error:
                 log.warning("%s", error)
 
@@ -214,9 +205,7 @@ class Profiler:
         self._steps, self._directory, self._running = steps, directory, False
 
     def changes_at(self, step: int) -> bool:
-        """Whether tracing begins or ends before this step; the steps before it must be finished
-        then.
-        """
+        """Whether tracing starts or stops before this step; earlier steps must be finished then."""
         return len(self._steps) > 0 and step in (self._steps.start, self._steps.stop)
 
     def at(self, step: int) -> None:
@@ -241,13 +230,13 @@ class Profiler:
 
 
 def read_metrics(path: Path) -> list[dict[str, Any]]:
-    """The rows of a metrics.jsonl, in the order of writing.
+    """The rows of a metrics.jsonl, in file order.
 
-    A line that a crash damaged or cut off is left out, with a warning: a log never blocks a run.
+    Damaged or incomplete lines are skipped with a warning, so a log never blocks a run.
     """
     rows, damaged = [], 0
     for line in path.read_bytes().decode(errors="replace").split("\n"):
-        # a power cut may leave zeros before a line that was written later
+        # a power cut may leave zeros before a later line
         text = line.strip("\0 \t\r")
         if not line:
             continue
@@ -264,7 +253,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
 
 
 def start_wandb(run: str, project: str, config: dict[str, Any]) -> Any:
-    """A wandb run, or None when `run` is "dummy"."""
+    """A wandb run; None if `run` is "dummy"."""
     if run == "dummy" or jax.process_index() != 0:
         return None
     try:
@@ -279,7 +268,7 @@ def start_wandb(run: str, project: str, config: dict[str, Any]) -> Any:
 
 
 def format_count(number: float) -> str:
-    """A large number as people read it: 512, 16k, 5,221.9M."""
+    """A large number for people: 512, 16k, 5,221.9M."""
     return (
         f"{number / 1e6:,.1f}M"
         if number >= 1e6
@@ -296,7 +285,8 @@ def format_seconds(seconds: float) -> str:
 
 
 class Display:
-    """Progress of a loop: a live bar on a terminal, a plain line every few seconds elsewhere.
+    """Progress of a loop: a live bar on a terminal, else a line every few seconds.
+
     `total` may change.
     """
 
@@ -306,7 +296,7 @@ class Display:
         self._stage, self.total, self._start = stage, total, start
         self._plain_every, self._began, self._last = plain_every, time.monotonic(), float("-inf")
         self._bar: Progress | None = None
-        # of several processes the first alone: `startup.start` sees to that
+        # process 0 only: `devices.start` sets the log levels
         speaks = log.isEnabledFor(logging.INFO)
         if speaks and sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
             self._bar = Progress(
@@ -321,7 +311,7 @@ class Display:
             self._bar.start()
 
     def update(self, step: int, **shown: str) -> None:
-        """`step` steps are done; `shown` are short texts by name."""
+        """Show that `step` steps are done; `shown`: short texts by name."""
         now = time.monotonic()
         done = step - self._start
         left = format_seconds((now - self._began) / done * (self.total - step)) if done > 0 else "?"
@@ -333,7 +323,7 @@ class Display:
             log.info("%s %d/%d · %s", self._stage, step, self.total, info)
 
     def note(self, text: str) -> None:
-        """A line that stays."""
+        """Print a line that stays."""
         if self._bar is not None:
             self._bar.console.print(text, markup=False, highlight=False)
         else:

@@ -1,13 +1,13 @@
-"""The base directory: where every stage reads the one before it and writes its own.
+"""The base directory, which all stages read from and write to.
 
-    tokenizer/                        the trained vocabulary
-    base_data[_custom|_climbmix|_embedded]/   parquet shards; the last one by name is validation
-    base_checkpoints/<tag>/           likewise mid_, chatsft_ and chatrl_checkpoints; metrics.jsonl
-    lies beside the steps task_data/  eval_bundle/  report/
+    tokenizer/                                  the trained vocabulary
+    base_data[_custom|_climbmix|_embedded]/     parquet shards; the last by name is validation
+    base_checkpoints/<tag>/                     also mid_, chatsft_ and chatrl_checkpoints;
+                                                metrics.jsonl is next to the steps
+    task_data/  eval_bundle/  report/
 
 With `NANOCHAT_CHECKPOINT_DIR=gs://bucket/...` the checkpoint directories are in that bucket, for
-machines without a disk in common; metrics, traces and all else stay under the base directory of
-each.
+machines without a shared disk; all else stays under each machine's base directory.
 """
 
 import os
@@ -26,8 +26,8 @@ CHECKPOINT_DIRS = {
     "sft": "chatsft_checkpoints",
     "rl": "chatrl_checkpoints",
 }
-# Where each corpus lies, in the order of preference; `custom` is there only if somebody made it,
-# so it comes first.
+# Directory of each corpus, in order of preference. `custom` exists only if the user made it, so it
+# comes first.
 DATA_DIRS = {
     "custom": "base_data_custom",
     "climbmix": "base_data_climbmix",
@@ -47,15 +47,16 @@ class Paths:
     """The layout under one base directory."""
 
     base: Path
-    bucket: str = ""  # gs://..., where the checkpoints are, if not under the base directory
+    bucket: str = ""  # gs://...: holds the checkpoints instead of the base directory
 
     @classmethod
     def from_env(cls) -> "Paths":
-        """`$NANOCHAT_BASE_DIR`, else `~/.cache/nanochat`, created on demand, and
-        `$NANOCHAT_CHECKPOINT_DIR`. For entry points only.
+        """`Paths` from `$NANOCHAT_BASE_DIR` and `$NANOCHAT_CHECKPOINT_DIR`, for entry points.
+
+        The base directory, by default `~/.cache/nanochat`, is created if missing.
         """
         given = os.environ.get("NANOCHAT_BASE_DIR") or "~/.cache/nanochat"
-        if "://" in given:  # as a path it would be a directory of that odd name, here
+        if "://" in given:  # would be a local directory of that name
             raise UsageError(
                 f"NANOCHAT_BASE_DIR={given}: the base directory must be a path; checkpoints alone "
                 "can be in a "
@@ -93,11 +94,11 @@ class Paths:
         return self.base / "compile_cache"
 
     def data(self, name: str) -> Path:
-        """Directory of the parquet shards of one of `DATA_DIRS`."""
+        """Directory of the parquet shards of a name in `DATA_DIRS`."""
         return self.base / DATA_DIRS[name]
 
     def find_data(self) -> str:
-        """Name of the corpus that is on disk (the first of `DATA_DIRS` that has shards)."""
+        """Name of the corpus on disk: the first of `DATA_DIRS` with shards."""
         for name in DATA_DIRS:
             if any(self.data(name).glob("*.parquet")):
                 return name
@@ -107,11 +108,11 @@ class Paths:
         )
 
     def checkpoints(self, source: str) -> Directory:
-        """The tags' directories of a stage, with the steps in them."""
+        """Directory of a stage's tags, which hold the steps."""
         return (open_bucket(self.bucket) if self.bucket else self.base) / CHECKPOINT_DIRS[source]
 
     def logs(self, source: str) -> Path:
-        """The same on this machine's disk: what a run writes beside its steps."""
+        """The same on this machine's disk, for metrics and other logs."""
         return self.base / CHECKPOINT_DIRS[source]
 
     def tags(self, source: str) -> list[str]:
@@ -121,9 +122,7 @@ class Paths:
         return sorted(path.name for path in found if path.name[0] != "." and saved_steps(path))
 
     def find_tag(self, source: str) -> str:
-        """The tag a user means who names none, of those with a step: the largest `d<depth>`, else
-        the newest directory.
-        """
+        """The default tag of those with a step: the largest `d<depth>`, else the newest."""
         root = self.checkpoints(source)
         tags = [root / name for name in self.tags(source)]
         if not tags:
@@ -140,7 +139,7 @@ class Paths:
         ]
         if sized:
             return max(sized)[-1]
-        if self.bucket and len(tags) > 1:  # which has no times of directories
+        if self.bucket and len(tags) > 1:  # buckets record no times of directories
             raise UsageError(
                 f"{root} holds {', '.join(sorted(path.name for path in tags))}: name one by "
                 "--model-tag"
@@ -153,9 +152,9 @@ class Paths:
 
 
 def base_tokenizer(tag: Path) -> Path:
-    """The tokenizer directory of the base directory that a tag's directory is in.
+    """The tokenizer directory of the base directory that contains a tag's directory.
 
-    The tag may be a link into another disk: then the names decide, not where the link leads.
+    If the tag is a link to another disk, the link's own path counts, not its target.
     """
     named, real = (
         Path(path(tag)).parent.parent / "tokenizer" for path in (os.path.abspath, os.path.realpath)
@@ -164,7 +163,7 @@ def base_tokenizer(tag: Path) -> Path:
 
 
 def saved_steps(directory: Directory) -> list[int]:
-    """Steps with a complete directory under a tag, in order."""
+    """Complete steps of a tag, in order."""
     if not directory.is_dir():
         return []
     complete = COMMITTED if is_remote(directory) else "params"
@@ -176,17 +175,17 @@ def saved_steps(directory: Directory) -> list[int]:
 
 
 def delete_steps(directory: Directory) -> None:
-    """Delete the complete steps under a tag, and nothing else that is there."""
+    """Delete the complete steps of a tag, and nothing else."""
     for step in saved_steps(directory):
         if is_remote(directory):
             delete(directory / str(step))
-        else:  # renamed first: a directory that is being deleted must not look like a step
+        else:  # renamed first: a half-deleted directory must not look like a step
             (directory / str(step)).rename(aside := directory / f".deleted-{step}")
             shutil.rmtree(aside)
 
 
 def how_to_get(source: str, foreign: Directory | None = None) -> str:
-    """Where a model of a stage comes from; `foreign` is a directory of `foreign_checkpoints`."""
+    """How to get a model of a stage; `foreign`: a directory of `foreign_checkpoints`."""
     if foreign is None:
         return f"run `python -m {HOW_TO_MAKE[source]}` first"
     command = f"python -m scripts.import_weights --from {foreign}"
@@ -194,9 +193,7 @@ def how_to_get(source: str, foreign: Directory | None = None) -> str:
 
 
 def foreign_checkpoints(directory: Directory) -> list[str]:
-    """Names of what nanochat's PyTorch code saved there; its base directory is ours, unless
-    NANOCHAT_BASE_DIR says else.
-    """
+    """Checkpoints of nanochat's PyTorch code, whose default base directory is the same."""
     return (
         sorted(path.name for path in directory.glob("*_*.pt")) if not is_remote(directory) else []
     )
@@ -213,8 +210,9 @@ def refuse_foreign(directory: Directory) -> None:
 
 
 def remove_directory(directory: Directory) -> None:
-    """Delete what is in a directory. On a disk it stays itself: it may be a link or a mount
-    point.
+    """Delete the content of a directory.
+
+    On a disk the directory itself stays: it may be a link or a mount point.
     """
     if is_remote(directory):
         delete(directory)
@@ -223,7 +221,7 @@ def remove_directory(directory: Directory) -> None:
 
 
 def rename_directory(directory: Directory, target: Directory) -> None:
-    """Nothing is lost, and nothing is there twice, wherever this is interrupted."""
+    """Rename a directory. An interruption loses and duplicates nothing."""
     if is_remote(directory):
         move(directory, target)
     else:

@@ -1,10 +1,8 @@
-"""The whole line, stage by stage: what each stage's command is, which are finished, and what the
-run will cost.
+"""The pipeline of stages: the command of each, which are finished, and estimated times.
 
-Finished stages are recorded in `speedrun.json` under the base directory, each with a key made of
-its own command and of the commands of the stages it builds on. So a second run skips what is done,
-a killed run goes on in the middle of a stage, and a changed setting runs again what depends on it,
-and nothing else.
+Finished stages are recorded in `speedrun.json` under the base directory. A stage's key is a hash of
+its command and of those of the stages it builds on. So a second run skips finished stages, a killed
+run resumes within a stage, and a changed setting reruns only what depends on it.
 """
 
 import hashlib
@@ -29,18 +27,18 @@ from nanochat_jax.files import LOCK, keep_old, lock_file, parse_json, set_aside,
 from nanochat_jax.metrics import format_seconds, peak_flops
 from nanochat_jax.paths import Paths, delete_steps, refuse_foreign
 
-MODEL_FLOPS_UTILIZATION = 0.4  # assumed where the device's peak is known
-# float32 training on x86 cores of the day: 5e10 on a busy machine to 1.1e11 on a quiet one
+MODEL_FLOPS_UTILIZATION = 0.4  # assumed if the device's peak is known
+# float32 training on x86 cores: 5e10 on a busy machine to 1.1e11 on an idle one
 CPU_FLOPS_PER_CORE = 8e10
 
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """One step of the line.
+    """One step of the pipeline.
 
-    `args` decide the result and enter the key; `placement` (mesh, logging, batch per device) does
-    not. A stage with `produces` is built upon by the later ones. One in the `background` runs
-    beside those after it, up to the one that `waits_for` it.
+    `args` decide the result and are part of the key; `placement` (mesh, logging, batch per device)
+    is not. Later stages build on a stage with `produces`. A `background` stage runs beside the
+    later ones, until the one that `waits_for` it.
     """
 
     name: str
@@ -48,7 +46,7 @@ class Stage:
     args: tuple[str, ...] = ()
     placement: tuple[str, ...] = ()
     produces: bool = False
-    checkpoints: str = ""  # directory of its checkpoints under the base directory, if it has any
+    checkpoints: str = ""  # directory of its checkpoints under the base directory, if any
     background: bool = False
     waits_for: str = ""
     note: str = ""  # for the plan: model size, tokens, steps
@@ -62,9 +60,7 @@ class Stage:
 
 
 def describe_devices(device_type: str | None) -> None:
-    """Print platform, kind, number and peak FLOP/s of this process's devices as one line of
-    JSON.
-    """
+    """Print platform, kind, number and peak FLOP/s of the devices as a JSON line."""
     if device_type:
         jax.config.update("jax_platforms", device_type)
     devices = find_devices(device_type)
@@ -77,9 +73,7 @@ def describe_devices(device_type: str | None) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """The devices that the stages will see, found in a process of its own: a TPU can be held by
-    one process at a time.
-    """
+    """The devices of the stages, found in a separate process: only one process can hold a TPU."""
 
     platform: str
     kind: str
@@ -109,7 +103,7 @@ class Machine:
 
     @property
     def training_flops(self) -> float:
-        """FLOP/s to expect of all devices together."""
+        """Expected FLOP/s of all devices together."""
         if self.platform == "cpu":
             return CPU_FLOPS_PER_CORE * (os.cpu_count() or 1)
         return (self.peak_flops or 1e14) * MODEL_FLOPS_UTILIZATION * self.count
@@ -138,13 +132,13 @@ def print_plan(stages: Sequence[Stage], machine: Machine, title: str) -> None:
 
 @dataclass
 class Record:
-    """Which stages of the run are finished or begun, by key."""
+    """Keys of the finished and begun stages of a run."""
 
     path: Path
     run: str = field(default_factory=lambda: secrets.token_hex(8))
     finished: dict[str, str] = field(default_factory=dict)
     begun: dict[str, str] = field(default_factory=dict)
-    fresh: bool = False  # of this start alone: what is in the way may be deleted
+    fresh: bool = False  # of this start only: existing checkpoints may be deleted
 
     @classmethod
     def open(cls, paths: Paths, *, fresh: bool) -> "Record":
@@ -172,7 +166,7 @@ class Record:
 
 
 def stage_keys(stages: Iterable[Stage], run: str) -> dict[str, str]:
-    """A key per stage: its own arguments and those of every producing stage before it."""
+    """A key per stage, from its own arguments and those of the producing stages before it."""
     keys, chain = {}, run
     for stage in stages:
         keys[stage.name] = hashlib.sha256(
@@ -184,20 +178,18 @@ def stage_keys(stages: Iterable[Stage], run: str) -> dict[str, str]:
 
 
 def time_left(rest: float, *, planned: float, taken: float) -> float:
-    """Seconds that stages planned to take `rest` will take, after others that were planned to take
-    `planned` took `taken`.
+    """Estimated seconds of the remaining stages, planned to take `rest`.
 
-    The rest is scaled as these did, and the less so the smaller a part of the line they are.
+    The estimate is scaled by how `taken`, the seconds of finished stages, compares to `planned`;
+    less so if these are a small part of the pipeline.
     """
     return rest * (taken + rest) / (planned + rest) if rest else 0.0
 
 
 def run_stages(stages: list[Stage], record: Record) -> int:
-    """Run what is not finished, in order; returns the exit code of the first stage that fails, or
-    0.
-    """
+    """Run the unfinished stages in order; returns the exit code of the first that fails, or 0."""
     background: dict[str, Background] = {}
-    # between two stages
+    # for a signal between two stages
     old = signal.signal(signal.SIGTERM, lambda number, _: sys.exit(128 + number))
     try:
         return _run_stages(stages, record, background)
@@ -208,9 +200,7 @@ def run_stages(stages: list[Stage], record: Record) -> int:
 
 
 def _clear(directory: Path, *, delete: bool) -> None:
-    """Make room for a stage. Without `--fresh`, what a directory holds only moves: it may be days
-    of training.
-    """
+    """Make room for a stage. Unless `delete` is set, existing steps are moved, not deleted."""
     refuse_foreign(directory)
     with lock_file(directory / LOCK, str(directory), "wait for it or stop it"):
         if delete:
@@ -222,7 +212,7 @@ def _clear(directory: Path, *, delete: bool) -> None:
 def _run_stages(stages: list[Stage], record: Record, background: "dict[str, Background]") -> int:
     keys = stage_keys(stages, record.run)
     began = time.monotonic()
-    planned = taken = 0.0  # seconds of the stages that ended, of those that are in the estimate
+    planned = taken = 0.0  # seconds of finished stages that have an estimate
     if not record.begun:
         if code := _call([sys.executable, "-m", "nanochat_jax.report", "reset"]):
             return code
@@ -248,7 +238,7 @@ def _run_stages(stages: list[Stage], record: Record, background: "dict[str, Back
                 return failed(waited, code)
             record.finished[waited.name] = keys[waited.name]
         record.finished.pop(stage.name, None)
-        # what is there belongs to another run
+        # existing steps belong to another run
         if stage.checkpoints and record.begun.pop(stage.name, None) != key:
             record.write()
             _clear(record.path.parent / stage.checkpoints, delete=record.fresh)
@@ -287,8 +277,10 @@ def _headline(text: str) -> None:
 
 
 def _call(command: list[str]) -> int:
-    """Run a stage on this terminal. It gets Ctrl-C from there, and SIGTERM from here: it saves and
-    exits, and is waited for, not killed.
+    """Run a stage on this terminal; returns its exit code.
+
+    Ctrl-C reaches it through the terminal, and SIGTERM is forwarded. The stage is not killed: it
+    saves and exits.
     """
     process = subprocess.Popen(command)
     old = signal.signal(signal.SIGTERM, lambda number, _: process.send_signal(number))
@@ -303,8 +295,9 @@ def _call(command: list[str]) -> int:
 
 
 class Background:
-    """A stage beside the others. What it prints goes to a file; the end of that is shown if it
-    fails.
+    """A stage that runs beside the others.
+
+    Its output goes to a file, and the end of that is printed if it fails.
     """
 
     def __init__(self, command: list[str], log: Path) -> None:
@@ -328,7 +321,7 @@ class Background:
 
 
 def as_flags(**values: Any) -> tuple[str, ...]:
-    """Keyword arguments as command-line flags; None and False are left out."""
+    """Keyword arguments as command-line flags; None and False are omitted."""
     flags: list[str] = []
     for name, value in values.items():
         if value is not None and value is not False:

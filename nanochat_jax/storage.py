@@ -1,8 +1,8 @@
-"""Checkpoints in a bucket of Google Cloud Storage: what they need beside what Orbax does itself.
+"""Checkpoints in Google Cloud Storage: what Orbax does not do itself.
 
-A bucket knows neither directories nor renames. What makes a step whole there is an object that
-Orbax writes last; so whatever is moved or deleted has it copied last and deleted first, and an
-interruption leaves no half that looks whole.
+Cloud Storage has neither directories nor renames. A step is complete if it has a marker object,
+which Orbax writes last. So markers are copied last and deleted first, and an interrupted operation
+leaves no partial step that looks complete.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ from typing import TYPE_CHECKING, Any, TypeAlias, Union
 from nanochat_jax.cli import UsageError, one_line
 from nanochat_jax.files import describe_process
 
-if TYPE_CHECKING:  # imported where it is needed: most commands have nothing to do with a bucket
+if TYPE_CHECKING:  # imported on use: most commands need no bucket
     from etils import epath
 
-# the object; each item of a step has one too, the step's own comes after them
+# the marker; each item of a step has one too, and the step's own is written last
 COMMITTED = "commit_success.txt"
 
-HEARTBEAT_S, EXPIRY_S = 30.0, 150.0  # of `ObjectLock`
+HEARTBEAT_S, EXPIRY_S = 30.0, 150.0  # see `ObjectLock`
 
 log = logging.getLogger(__name__)
 
-Directory: TypeAlias = Union[Path, "epath.Path"]  # of a tag: on a disk, or in a bucket
+Directory: TypeAlias = Union[Path, "epath.Path"]  # a tag's: on a disk, or in a bucket
 
 
 def is_remote(directory: Directory) -> bool:
@@ -40,24 +40,24 @@ def is_remote(directory: Directory) -> bool:
 
 @functools.cache
 def open_bucket(url: str) -> epath.Path:
-    """The place `url` (gs://bucket/...). Raises `UsageError` if the bucket cannot be reached."""
+    """The path `url` (gs://bucket/...). Raises `UsageError` if the bucket cannot be reached."""
     try:
         import fsspec
-        import gcsfs  # noqa: F401  (what fsspec looks for)
+        import gcsfs  # noqa: F401  (required by fsspec)
         from google.cloud import storage
         from google.cloud.storage.retry import DEFAULT_RETRY
     except ImportError as error:
         raise UsageError(
             f"checkpoints in {url} need gcsfs ({error}): pip install 'nanochat-jax[gcs]'"
         ) from error
-    # Listings change under us, by the other processes' and TensorStore's hands.
+    # Other processes and TensorStore change the listings.
     fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
-    # etils takes TensorFlow's file system where TensorFlow is installed
+    # otherwise etils uses TensorFlow's file system if TensorFlow is installed
     os.environ.setdefault("EPATH_USE_TF", "0")
     name = url.removeprefix("gs://").split("/")[0]
     try:
         storage.Client().get_bucket(name, timeout=20, retry=DEFAULT_RETRY.with_timeout(20))
-    except Exception as error:  # whatever the network, the credentials or the bucket say
+    except Exception as error:  # any error of the network, the credentials or the bucket
         raise UsageError(
             f"{url} cannot be reached ({type(error).__name__}: {one_line(error)}): check the "
             "bucket's name, "
@@ -71,9 +71,7 @@ def open_bucket(url: str) -> epath.Path:
 
 
 def _objects(directory: epath.Path) -> tuple[list[str], list[str]]:
-    """Names of all objects under a place: those that make something whole, inner ones last; and
-    the others.
-    """
+    """(markers under a path, inner ones last; all other objects), by name."""
     import fsspec
 
     names = fsspec.filesystem("gcs").find(str(directory))
@@ -93,7 +91,7 @@ def delete(directory: epath.Path) -> None:
 
 
 def move(directory: epath.Path, target: epath.Path) -> None:
-    """Rename a directory, by copies inside of the bucket."""
+    """Rename a directory, by copies inside the bucket."""
     import fsspec
 
     marks, others = _objects(directory)
@@ -105,7 +103,7 @@ def move(directory: epath.Path, target: epath.Path) -> None:
 
 
 def copy_files(source: Directory, target: Directory) -> None:
-    """Copy the files of a directory, small ones, to or from a bucket."""
+    """Copy the small files of a directory to or from a bucket."""
     if not is_remote(target):
         target.mkdir(parents=True, exist_ok=True)
     for file in source.iterdir():
@@ -113,11 +111,11 @@ def copy_files(source: Directory, target: Directory) -> None:
 
 
 class ObjectLock:
-    """An object beside a tag's directory that names the run which writes to it.
+    """An object next to a tag's directory that names the run which writes to it.
 
-    It is created only if it does not exist, and written again every `HEARTBEAT_S` while the run
-    lives. One that a crash left is taken over if its process was on this machine and is gone, or
-    after `EXPIRY_S` without a heartbeat; `lost` tells the earlier owner, if it still lives.
+    It is created only if it does not exist, and rewritten every `HEARTBEAT_S` seconds. A crashed
+    run's lock is taken over if its process was on this machine and is gone, or `EXPIRY_S` seconds
+    after its last heartbeat. `lost` is set in an owner whose lock was taken over.
     """
 
     def __init__(self, directory: epath.Path, advice: str) -> None:
@@ -136,7 +134,7 @@ class ObjectLock:
             self._acquire()
         except UsageError:
             raise
-        except Exception as error:  # whatever the network or the bucket say
+        except Exception as error:  # any error of the network or the bucket
             raise UsageError(
                 f"{self._directory} cannot be locked ({one_line(error)}): check that this "
                 "machine's account may write objects there"
@@ -153,7 +151,7 @@ class ObjectLock:
             log.warning("the lock of %s was not deleted (%s)", self._directory, one_line(error))
 
     def _acquire(self) -> None:
-        generation, holder = 0, dict[str, Any]()  # the object must not exist
+        generation, holder = 0, dict[str, Any]()  # generation 0: the object must not exist
         for _ in range(10):
             if self._write(generation):
                 return
@@ -166,9 +164,7 @@ class ObjectLock:
         )
 
     def _write(self, generation: int) -> bool:
-        """Write the object if it is of this generation, 0 for none; whether it is this process's
-        now.
-        """
+        """Write the object if its generation is this (0: none); whether this process owns it."""
         from google.api_core.exceptions import PreconditionFailed
 
         blob = self._bucket.blob(self._key)
@@ -183,7 +179,7 @@ class ObjectLock:
             blob.upload_from_string(json.dumps(holder), if_generation_match=generation, timeout=20)
             self._generation = blob.generation
             return True
-        # also if it was written, its answer was lost and the client tried again
+        # also if the write succeeded but its response was lost and the client retried
         except PreconditionFailed:
             found, holder = self._read()
             if holder.get("id") == self._id:
@@ -191,7 +187,7 @@ class ObjectLock:
             return holder.get("id") == self._id
 
     def _read(self) -> tuple[int, dict[str, Any]]:
-        """Generation and content of the object: 0 and nothing if it does not exist."""
+        """Generation and content of the object; (0, {}) if it does not exist."""
         from google.api_core.exceptions import NotFound
 
         found = self._bucket.get_blob(self._key)
@@ -208,7 +204,7 @@ class ObjectLock:
                 if not self._write(self._generation):
                     self.lost = True
                     return
-            except Exception as error:  # of the network, which may come back
+            except Exception as error:  # a network error may be temporary
                 log.warning("the lock of %s was not renewed (%s)", self._directory, one_line(error))
 
 
@@ -216,7 +212,7 @@ def _parse_holder(content: bytes) -> dict[str, Any]:
     try:
         holder = json.loads(content)
         return holder if holder["expires"] + 0.0 else {}
-    except (ValueError, TypeError, KeyError):  # not a lock of ours: like an expired one
+    except (ValueError, TypeError, KeyError):  # not a lock of this project: like an expired one
         return {}
 
 
@@ -229,15 +225,13 @@ def _is_gone(holder: dict[str, Any]) -> bool:
         os.kill(holder["pid"], 0)
     except ProcessLookupError:
         return True
-    except PermissionError:  # it lives, and is another user's
+    except PermissionError:  # it exists, and is another user's
         return False
-    return holder["pid"] == os.getpid()  # left by an earlier process of the same number
+    return holder["pid"] == os.getpid()  # if equal, an earlier process with this id left it
 
 
 def _machine() -> str:
-    """This host and its table of processes, in which an id names one process; containers have
-    others.
-    """
+    """This host and its process namespace, in which a process id is unique."""
     try:
         return f"{socket.gethostname()} {os.readlink('/proc/self/ns/pid')}"
     except OSError:

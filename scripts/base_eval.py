@@ -96,7 +96,7 @@ def core_metric(
 
 
 def evaluate_ours(config: BaseEvalConfig, paths: Paths) -> tuple[str, dict[str, float], list]:
-    """The model's name, the results, and further items for the report."""
+    """(model name, results, other items of the report) of a nanochat_jax checkpoint."""
     mesh = make_mesh(config.mesh)
     compute = Compute.on(mesh, dtype=config.dtype)
     loaded = load_model(paths, "base", tag=config.model_tag, step=config.step, mesh=mesh)
@@ -141,7 +141,7 @@ def evaluate_ours(config: BaseEvalConfig, paths: Paths) -> tuple[str, dict[str, 
 def evaluate_hf(
     hf_path: str, config: BaseEvalConfig, paths: Paths
 ) -> tuple[str, dict[str, float], list]:
-    """The same of a model of transformers."""
+    """(model name, results, other items of the report) of a transformers model."""
     from nanochat_jax.eval.hf_model import HFModel  # an optional extra
 
     directory = Path(hf_path)

@@ -1,7 +1,8 @@
-"""Pretrain a base model. One dial, --depth, sets everything else.
+"""Pretrain a base model; all hyperparameters follow from --depth.
 
-python -m scripts.base_train --depth 20 --mesh 8x1 python -m scripts.base_train --depth 4
---max-seq-len 512 --device-batch-size 1 --total-batch-size 512 --num-iterations 20
+    python -m scripts.base_train --depth 20 --mesh 8x1
+    python -m scripts.base_train --depth 4 --max-seq-len 512 --device-batch-size 1 \\
+        --total-batch-size 512 --num-iterations 20
 """
 
 import dataclasses
@@ -156,13 +157,11 @@ class BaseTrainConfig(TrainConfig):
             raise ValueError(
                 "--warmup-steps and --warmup-ratio say the same thing: give one of them"
             )
-        model_config(self, vocab_size=1)  # raises ValueError for what is no model
+        model_config(self, vocab_size=1)  # raises ValueError for an invalid model
 
 
 def model_config(config: BaseTrainConfig, vocab_size: int) -> tuple[GPTConfig, GPTConfig]:
-    """The model of the dial, and the d12 model with the same flags that the scaling laws refer
-    to.
-    """
+    """(the model, the d12 model with the same flags, to which the scaling laws refer)."""
     shape: dict[str, Any] = dict(sequence_len=config.max_seq_len, vocab_size=vocab_size)
     if config.arch == "classic":
         return GPTConfig.classic(config.depth, **shape), GPTConfig.classic(12, **shape)
@@ -190,7 +189,7 @@ def recipe(config: BaseTrainConfig, model: GPTConfig, reference: GPTConfig) -> R
 
 
 def optimizer_parts(config: BaseTrainConfig, plan: Recipe) -> tuple[OptimizerConfig, Schedules]:
-    """Rates, and the schedules of rate, momentum and decay."""
+    """Learning rates, and the schedules of learning rate, momentum and decay."""
 
     def given(value: Any, modern: Any, classic: Any) -> Any:
         return value if value is not None else (modern if config.arch == "modern" else classic)
@@ -242,7 +241,7 @@ def main(config: BaseTrainConfig) -> None:
 def pretrain(
     config: BaseTrainConfig, paths: Paths, tokenizer: Tokenizer, directory: Directory
 ) -> None:
-    """The whole stage: from the flags to checkpoints, metrics and a section of the report."""
+    """Run the stage: from the flags to checkpoints, metrics and a section of the report."""
     data = paths.find_data() if config.data == "auto" else config.data
     model, reference = model_config(config, tokenizer.vocab_size)
     plan = recipe(config, model, reference)
@@ -340,7 +339,7 @@ def pretrain(
         Evaluation(config.sample_every, samples, at_end=False),
     ]
     if config.core_metric_every > 0:
-        # now: that it cannot be had should not be found out in the middle of the run
+        # A missing bundle must be found now, not in the middle of the run.
         bundle = ensure_bundle(paths)
         evaluations.append(Evaluation(config.core_metric_every, core))
 

@@ -4,7 +4,7 @@
     python -m scripts.chat_cli -i rl -g d20                 another stage or model
     python -m scripts.chat_cli -p "Why is the sky blue?"    one reply, then exit
 
-Calculations of the model appear as [345+678 = 1023].
+The model's calculations are printed as [345+678 = 1023].
 """
 
 import io
@@ -63,18 +63,14 @@ class Config(ModelFlags):
 
 
 class History:
-    """The tokens of a conversation, by turns, so that the oldest can be dropped when it outgrows
-    the context.
-    """
+    """The tokens of a conversation by turn; the oldest turns are dropped if the context is full."""
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
         self._turns: list[list[int]] = []
 
     def prompt(self, text: str, *, room: int) -> tuple[list[int], int]:
-        """Tokens that ask for the reply to `text`, and how many of the oldest turns were dropped
-        to fit `room`.
-        """
+        """(prompt tokens for the reply to `text`, number of turns dropped to fit into `room`)."""
         question, before = self._question(text), len(self._turns)
         while self._turns and 1 + len(question) <= room < 1 + sum(map(len, self._turns)) + len(
             question
@@ -88,7 +84,7 @@ class History:
             start in (call := reply[-1 - reply[::-1].index(start) :] if start in reply else [])
             and end not in call
         ):
-            reply = reply[: -len(call)]  # cut in the middle of a tool call
+            reply = reply[: -len(call)]  # truncated in a tool call
         self._turns.append(
             [*self._question(text), *reply, self._tokenizer.encode_special("<|assistant_end|>")]
         )
@@ -106,7 +102,7 @@ HELP = (
     "/help says this again."
 )
 
-# A terminal obeys these; what a model says is only to be read.
+# A terminal would interpret these.
 CONTROL = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
@@ -115,7 +111,7 @@ def dim(text: str) -> str:
 
 
 def answer(engine: Engine, generation: Generation) -> None:
-    """Generate and print a reply as it comes; Ctrl-C ends it early."""
+    """Generate a reply and print it as it arrives; Ctrl-C ends it early."""
 
     def show() -> None:
         for event in generation.take_events():
@@ -135,11 +131,11 @@ def answer(engine: Engine, generation: Generation) -> None:
         loop.cancel(generation)
     show()
     print(flush=True)
-    generation.result()  # raises what went wrong, if anything did
+    generation.result()  # raises the error, if there was one
 
 
 def readable_input() -> None:
-    """Read standard input as text, whatever its bytes; one that is closed is empty."""
+    """Make standard input text, whatever its bytes; empty if it is closed."""
     if sys.stdin is None:
         sys.stdin = open(os.devnull)
     elif isinstance(sys.stdin, io.TextIOWrapper):
@@ -147,7 +143,7 @@ def readable_input() -> None:
 
 
 def chat(engine: Engine, tokenizer: Tokenizer, config: Config) -> None:
-    """Read, answer, repeat, until the input ends."""
+    """Read and answer until the input ends."""
     print(HELP)
     history, turn = History(tokenizer), 0
     room = engine.max_len - min(config.max_tokens, engine.max_len // 2)
@@ -178,7 +174,7 @@ def chat(engine: Engine, tokenizer: Tokenizer, config: Config) -> None:
                 )
             try:
                 reply = engine.generation(config.request(tokens, turn=turn))
-            except ValueError as error:  # the message is too long even alone
+            except ValueError as error:  # the message alone is too long
                 print(dim(f"({error}: say it in fewer words)"))
                 continue
             print("\nAssistant: ", end="", flush=True)

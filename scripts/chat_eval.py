@@ -1,9 +1,8 @@
-"""Evaluate a chat model on tasks: multiple choice by the likeliest letter, all others by what it
-writes.
+"""Evaluate a chat model: multiple choice by the most likely letter, other tasks by the reply.
 
-    python -m scripts.chat_eval -i sft
-    python -m scripts.chat_eval -i sft -a "ARC-Easy|GSM8K" -x 100
-    python -m scripts.chat_eval -i sft --task-file questions.jsonl
+python -m scripts.chat_eval -i sft
+python -m scripts.chat_eval -i sft -a "ARC-Easy|GSM8K" -x 100
+python -m scripts.chat_eval -i sft --task-file questions.jsonl
 """
 
 import dataclasses
@@ -87,8 +86,8 @@ def main(config: ChatEvalConfig) -> None:
     paths = Paths.from_env()
     start(paths, config)
     mesh = make_mesh(config.mesh)
-    # All tasks are loaded before any is judged, and those that were named before the model: one
-    # that is missing should not be found out after an hour, and a typo not after a minute.
+    # Load all tasks first, named ones before the model, so that a missing task is reported
+    # immediately.
     tasks: list[Task] = []
     if config.task_file:
         tasks = [CustomJSON(Path(config.task_file))]
@@ -133,7 +132,7 @@ def main(config: ChatEvalConfig) -> None:
 def log_results(
     config: ChatEvalConfig, paths: Paths, model: str, results: dict[str, float]
 ) -> None:
-    """Write the section of the report, with the results of earlier evaluations of the model."""
+    """Write the section of the report, merged with earlier results of the same model."""
     section = f"Chat evaluation {config.source}"
     with sections.earlier_evaluation(paths.report, section, model) as earlier:
         before = earlier.results if earlier else {}

@@ -1,4 +1,4 @@
-"""Reinforcement learning of the finetuned model on problems whose answers can be checked.
+"""Reinforcement learning of the finetuned model on problems with checkable answers.
 
 python -m scripts.chat_rl
 python -m scripts.chat_rl --task "GSM8K|SpellingBee" --num-iterations 30

@@ -1,7 +1,7 @@
-"""Finetune the midtrained model on whole conversations; only what the assistant says trains.
+"""Finetune the midtrained model on conversations; only the assistant's tokens are trained.
 
-python -m scripts.chat_sft --mesh 8x1 python -m scripts.chat_sft --source base --load-optimizer
-without midtraining, as nanochat does since 2026
+python -m scripts.chat_sft --mesh 8x1
+python -m scripts.chat_sft --source base --load-optimizer   no midtraining, as upstream in 2026
 """
 
 from dataclasses import dataclass
@@ -88,7 +88,7 @@ class ChatSFTConfig(FinetuneConfig):
 def chat_tasks(
     config: ChatSFTConfig, model: Loaded, rows: int, compute: Compute
 ) -> list[Evaluation]:
-    """The accuracies of the corpus's chat tasks, and ChatCORE, if they are asked for."""
+    """The evaluation of the corpus's chat tasks and ChatCORE, if requested."""
     if config.chatcore_every < 1:
         return []
     paths = Paths.from_env()

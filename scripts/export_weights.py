@@ -1,4 +1,4 @@
-"""Hand a trained model on: as nanochat's PyTorch checkpoint, or as a Hugging Face directory.
+"""Export a trained model: nanochat's PyTorch checkpoint or a Hugging Face directory.
 
 python -m scripts.export_weights --source sft --format hf --out ~/my-model
 """
@@ -46,7 +46,7 @@ class ExportConfig(ModelFlags):
 
 
 def validation_bpb(loaded: Loaded) -> float | None:
-    """The bits per byte that this step's evaluation gave; None if it had none."""
+    """Bits per byte of this step's evaluation; None if there was none."""
     path = loaded.directory / "metrics.jsonl"
     rows = read_metrics(path) if path.is_file() else []
     return next(
@@ -60,7 +60,7 @@ def validation_bpb(loaded: Loaded) -> float | None:
 
 
 def upstream_meta(loaded: Loaded) -> dict[str, Any]:
-    """Upstream's metadata: its own if the model came from there, else what its loaders read."""
+    """Upstream's metadata: the original if imported from there, else what its loaders need."""
     meta = loaded.meta
     if "imported" in meta:
         return {

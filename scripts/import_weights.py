@@ -1,7 +1,6 @@
-"""Take over a trained model: nanochat's PyTorch checkpoint (either era) or a Hugging Face
-directory.
+"""Import a trained model: nanochat's PyTorch checkpoint or a Hugging Face directory.
 
-    python -m scripts.import_weights --from ~/nanochat-d32 --source sft --model-tag d32
+python -m scripts.import_weights --from ~/nanochat-d32 --source sft --model-tag d32
 """
 
 import dataclasses
@@ -62,9 +61,10 @@ class ImportConfig(DeviceFlags):
 def choose_tokenizer(
     found: Tokenizer | None, paths: Paths, directory: Path, imported: Imported
 ) -> tuple[Tokenizer | None, Path | None]:
-    """The model's tokenizer, and where it has to be saved for loading to find it, if anywhere.
+    """(the model's tokenizer, the directory to save it in), each None if there is none.
 
-    The base directory's own is never replaced: a model with another one keeps it under its tag.
+    The base directory's tokenizer is never replaced: a model with another one keeps it under its
+    tag.
     """
     try:
         shared = Tokenizer.load(paths.tokenizer)
@@ -95,9 +95,7 @@ def choose_tokenizer(
 def checkpoint_state(
     imported: Imported, fingerprint: str | None, config: ImportConfig
 ) -> dict[str, Any]:
-    """What training would have written beside the weights, as far as upstream's metadata tell
-    it.
-    """
+    """The JSON state that training would have saved, as far as upstream's metadata has it."""
     modern = imported.config.arch == "modern"
     given = imported.meta.get("user_config") or {}
     defaults = OptimizerConfig(**({} if modern else CLASSIC_RATES))
@@ -146,7 +144,7 @@ def main(config: ImportConfig) -> None:
         make_directory(place)
     fingerprint = tokenizer.fingerprint() if tokenizer else None
     with lock_tag(directory):
-        # All that can be refused has been: from here on --fresh may delete.
+        # Nothing is refused after this point: --fresh may delete.
         claim_directory(directory, resume=None, fresh=config.fresh)
         if tokenizer is not None:
             keep_tokenizer(tokenizer, directory)

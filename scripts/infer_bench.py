@@ -3,14 +3,14 @@
     python -m scripts.infer_bench                                   the newest base model
     python -m scripts.infer_bench -i sft --batch-sizes 1,16 --decode-tokens 64
 
-The engine itself is measured, on random prompts that nothing but their length ends. A first run of
-each batch size compiles and is not counted. Prints a table, and a JSON object as the last line.
-Figures:
+Measures the engine on random prompts; replies end by length only. The first run of each batch size
+compiles and is not counted. Prints a table, and a JSON object as the last line.
 
-    TTFT   seconds from submission to the first token, with as many prompts at once as the batch
-    has rows TPOT   seconds of a decoding step, the median MBU    bytes a step must read (weights
-    but for the embedding tables, and the keys and values in reach) by TPOT, as a share of the
-    devices' peak memory bandwidth; MFU likewise of the operations. Not known for a CPU.
+    TTFT   seconds from submission to the first token, with one prompt per row of the batch
+    TPOT   median seconds of a decoding step
+    MBU    bytes a step must read (weights without the embedding tables, visible keys and values)
+           by TPOT, as a fraction of the devices' peak memory bandwidth; unknown on a CPU
+    MFU    likewise, of the FLOPs
 """
 
 import json
@@ -65,7 +65,7 @@ class Config(ModelFlags):
     mesh: str = flag("1x1", "devices as DxM: slots over D, heads over M; auto uses all on D")
 
     def __post_init__(self) -> None:
-        self.batches  # noqa: B018  (its check)
+        self.batches  # noqa: B018  (validates)
 
     @property
     def batches(self) -> list[int]:
@@ -87,7 +87,7 @@ def keys_read(config: GPTConfig, context: int) -> int:
 
 
 def flops_per_token(config: GPTConfig, context: int, *, unembed: bool) -> int:
-    """Operations of a forward pass for one token that sees `context` before it."""
+    """FLOPs of a forward pass for one token with `context` tokens before it."""
     weights = num_matrix_params(config) + config.n_embd * config.vocab_size * unembed
     return 2 * weights + 4 * config.n_head * config.head_dim * keys_read(config, context)
 
@@ -95,9 +95,7 @@ def flops_per_token(config: GPTConfig, context: int, *, unembed: bool) -> int:
 def describe(
     loaded: Loaded, dtype: Any, mesh: Mesh, *, prompt_tokens: int, decode_tokens: int
 ) -> dict[str, Any]:
-    """What is known before anything runs; bytes and operations are those of the whole model, peaks
-    of all devices.
-    """
+    """Figures known before the run: bytes and FLOPs of the model, peaks of all devices."""
     config, device = loaded.config, jax.devices()[0]
     shapes, itemsize = abstract_params(config), np.dtype(dtype).itemsize
     num_params = sum(leaf.size for leaf in jax.tree.leaves(shapes))
@@ -143,13 +141,11 @@ def prompts(config: GPTConfig, rows: int, length: int, *, seed: int) -> list[tup
 
 
 def run_batch(engine: Engine, requests: list[Request]) -> tuple[float, list[float], float]:
-    """Seconds to the first tokens, seconds of each full dispatch's steps, and seconds of all of
-    decoding.
-    """
+    """(seconds to the first tokens, seconds per step of each dispatch, seconds of all decoding)."""
     loop = EngineLoop(engine)
     began = time.perf_counter()
     loop.admit([engine.generation(request) for request in requests])
-    loop.step()  # one step, for the first tokens
+    loop.step()  # the first tokens
     ttft, steps, last = time.perf_counter() - began, [], time.perf_counter()
     while loop.num_active:
         loop.step()
@@ -162,7 +158,7 @@ def run_batch(engine: Engine, requests: list[Request]) -> tuple[float, list[floa
 def measure_batch(
     engine: Engine, card: dict[str, Any], config: Config, batch: int
 ) -> dict[str, Any]:
-    """One line of the sweep. The reply is one token and then whole dispatches."""
+    """One row of the table. A reply has one token and then complete dispatches."""
     tokens = 1 + (card["decode_tokens"] - 1) // STEPS_PER_DISPATCH * STEPS_PER_DISPATCH
     requests = [
         Request(prompt, max_tokens=tokens, temperature=config.temperature, seed=row)
@@ -187,8 +183,9 @@ def measure_batch(
 
 
 def measure_prefill(engine: Engine, card: dict[str, Any]) -> dict[str, Any]:
-    """Tokens/s of one prompt's prefill, the fastest of three; only its last token is unembedded,
-    in decoding.
+    """Tokens/s of one prompt's prefill, the fastest of three.
+
+    The prompt's last token is left to decoding, so nothing is unembedded.
     """
     length, times = card["prompt_tokens"] - 1, []
     for seed in range(4):
@@ -242,7 +239,7 @@ def main(config: Config) -> None:
         f"  ceiling, batch 1  {shown(card['ceiling_bs1_tok_per_sec'], ' tokens/s', 0)}"
     )
 
-    # Only what the engines compute with takes part in the memory that is measured.
+    # Use only the engines' weights, so that peak memory is theirs.
     loaded = replace(loaded, params=jax.tree.map(lambda leaf: leaf.astype(dtype), loaded.params))
 
     def make_engine(batch: int) -> Engine:

@@ -1,7 +1,6 @@
-"""Midtrain the base model on conversations: the chat format, tools, and the skills of the mixture.
-All tokens train.
+"""Midtrain the base model on conversations: chat format, tools, skills. All tokens are trained.
 
-    python -m scripts.mid_train --mesh 8x1
+python -m scripts.mid_train --mesh 8x1
 """
 
 from dataclasses import dataclass

@@ -1,10 +1,10 @@
 """Chat with a trained model in the browser, or through OpenAI's API.
 
-    python -m scripts.serve                     the newest finetuned model, on
-    http://127.0.0.1:8000 python -m scripts.serve -i rl -g d20 -p 8080 NANOCHAT_API_KEY=... python
-    -m scripts.serve --host 0.0.0.0      open to the network, for those who know the key
+    python -m scripts.serve                     the newest finetuned model, on 127.0.0.1:8000
+    python -m scripts.serve -i rl -g d20 -p 8080
+    NANOCHAT_API_KEY=... python -m scripts.serve --host 0.0.0.0     on the network, with a key
 
-OpenAI's clients connect to http://127.0.0.1:8000/v1; the server prints the id of its model.
+OpenAI's clients connect to http://127.0.0.1:8000/v1; the server prints its model's id.
 """
 
 import ipaddress
@@ -141,20 +141,20 @@ class Config(ModelFlags):
         return tuple(self.cors_origin.split(",")) if self.cors_origin is not None else ()
 
     def hosts(self, sock: socket.socket) -> tuple[str, ...]:
-        """Names of the server listening on `sock`, "*" for any."""
+        """Host names that requests to the server on `sock` may use; "*": any."""
         if self.allowed_hosts is not None:
             return (self.host, *self.allowed_hosts.split(","))
         return (self.host,) if ipaddress.ip_address(sock.getsockname()[0]).is_loopback else ("*",)
 
     @property
     def devices(self) -> str:
-        """The mesh, as `make_mesh` wants it."""
+        """The mesh in the form of `make_mesh`."""
         return f"{self.num_gpus}x1" if self.num_gpus is not None else self.mesh or "1x1"
 
 
 def main(config: Config) -> None:
     paths = Paths.from_env()
-    # a taken port is known before the model is loaded
+    # report a taken port before loading the model
     with server.bind(config.host, config.port) as sock:
         start(paths, config)
         mesh = make_mesh(config.devices)
@@ -202,7 +202,7 @@ def main(config: Config) -> None:
 
 
 def greeting(config: Config, sock: socket.socket, model_id: str) -> str:
-    """Where the server is, and who can reach it."""
+    """The server's addresses, and who can reach it."""
     address, port = sock.getsockname()[:2]
     ip = ipaddress.ip_address(address)
     if ip.is_loopback:

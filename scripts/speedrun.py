@@ -1,11 +1,9 @@
-"""From nothing to a chat model: data, tokenizer, pretraining, midtraining, finetuning, evaluation,
-report.
+"""Train a chat model from nothing: data, tokenizer, all training stages, evaluation, report.
 
-    python -m scripts.speedrun                          without an accelerator: a small model of a
-    corpus that needs no network python -m scripts.speedrun --with-rl                the same, and
-    reinforcement learning after it python -m scripts.speedrun --mesh 8x1               on 8xH100:
-    the d20 model on FineWeb-Edu or ClimbMix python -m scripts.speedrun --dry-run
-    what would run, and what it would cost
+python -m scripts.speedrun                  no accelerator: a small model, no network needed
+python -m scripts.speedrun --with-rl        the same, then reinforcement learning
+python -m scripts.speedrun --mesh 8x1       on 8xH100: the d20 model on FineWeb-Edu or ClimbMix
+python -m scripts.speedrun --dry-run        print the commands and estimated times
 """
 
 import os
@@ -32,7 +30,7 @@ from nanochat_jax.paths import CHECKPOINT_DIRS, DATA_DIRS, Paths
 from nanochat_jax.pipeline import Machine, Record, Stage, as_flags, print_plan, run_stages
 from nanochat_jax.train.memory import estimate_memory
 
-# The model that two free cores train in 6 minutes, evaluations and all, and how.
+# Settings of the model that two idle cores train in 6 minutes, evaluations included.
 CPU_DEPTH = 4
 CPU_VOCAB = 2048
 CPU_BASE = dict(
@@ -74,8 +72,7 @@ CPU_RL = dict(
 )
 CPU_DEVICE_BATCH = 16
 
-# Of the dial. One pass over each mixture (tasks/mixtures.py); how many steps that is, the stage
-# counts when it starts.
+# Sizes of the mixtures (tasks/mixtures.py), for estimates. The stage counts its own steps.
 MID_CONVERSATIONS, MID_TOKENS = 848_000, 400e6
 SFT_CONVERSATIONS, SFT_TOKENS, SFT_ROWS, SFT_DEVICE_BATCH = 22_400, 12e6, 32, 4
 
@@ -162,15 +159,16 @@ class SpeedrunConfig(DeviceFlags):
 def plan_stages(
     config: SpeedrunConfig, machine: Machine, wandb_run: str, on_disk: Mapping[str, int]
 ) -> tuple[list[Stage], str]:
-    """The stages of this run, in order, and a title. `on_disk`: training shards that are there, by
-    corpus.
+    """(the stages of this run in order, a title).
+
+    `on_disk`: number of training shards on disk, by corpus.
     """
     cpu = machine.platform == "cpu"
     depth = config.depth or (CPU_DEPTH if cpu else 20)
     data = config.data or (
         "embedded" if cpu else next((name for name in DATA_DIRS if on_disk.get(name)), "climbmix")
     )
-    small = data == "embedded"  # too small a corpus for the dial: it has a preset of its own
+    small = data == "embedded"  # too small for the scaling laws: it has a preset
     vocab = CPU_VOCAB if small else 32768
     base: dict[str, Any] = CPU_BASE.copy() if small else {}
     mid: dict[str, Any] = CPU_MID.copy() if small else {}
@@ -224,10 +222,10 @@ def plan_stages(
         rows: int | str | None = device_batch
         memory = "as many rows per device as fit"
         if config.device_batch_size is None and not cpu:
-            rows, memory = None, "rows per device by its memory"  # chosen by the stage
+            rows, memory = None, "rows per device by its memory"  # the stage decides
         elif isinstance(device_batch, int):
             rows = most = min(device_batch, most_rows)
-            step_rows = -(-step_tokens // model.sequence_len // ways)  # of a device
+            step_rows = -(-step_tokens // model.sequence_len // ways)  # per device
             needed = estimate_memory(
                 model,
                 min(most, step_rows),
@@ -236,7 +234,7 @@ def plan_stages(
                 fsdp=config.fsdp,
                 gpu=machine.platform == "gpu",
             )
-            # by the stage, which knows the device's memory
+            # the stage decides: it can measure the device's memory
             chosen_later = not cpu and not (config.remat and config.fsdp)
             memory = (
                 f"{'at most ' if chosen_later else ''}about {needed / 2**30:.1f} GiB per device"
@@ -400,10 +398,8 @@ def _why_embedded(on_disk: Mapping[str, int]) -> str:
 
 
 def _fetch_stages(data: str, recipe: Recipe, have: int) -> list[Stage]:
-    """The shards for the tokenizer first, then the rest in the background, while the tokenizer
-    trains.
-    """
-    if data == "custom":  # made by hand: nothing to fetch
+    """Stages that fetch the tokenizer's shards first, then the rest in the background."""
+    if data == "custom":  # made by the user
         if not have:
             raise UsageError(
                 "there is no corpus of your own yet: make one with `python -m "
@@ -437,7 +433,7 @@ def _fetch_stages(data: str, recipe: Recipe, have: int) -> list[Stage]:
 
 
 def next_commands(stages: Sequence[Stage], paths: Paths) -> str:
-    """How to talk to the model that the line ended with; nothing where it ended without one."""
+    """Commands to chat with the final model; "" if the pipeline made none."""
     source = next(
         (
             source
@@ -452,7 +448,7 @@ def next_commands(stages: Sequence[Stage], paths: Paths) -> str:
     flags = (["-i", source] if source != "sft" else []) + (
         ["-g", tag] if paths.find_tag(source) != tag else []
     )
-    # `speedrun.sh` starts .venv/bin/python, which `python` is not in the shell of its user.
+    # `speedrun.sh` runs .venv/bin/python, which is not `python` in the user's shell.
     begun = [
         re.sub("^python ", f"{shlex.quote(sys.orig_argv[0])} ", cli.invocation(f"scripts.{name}"))
         for name in ("chat_cli", "serve")
@@ -471,7 +467,7 @@ def main(config: SpeedrunConfig) -> int:
         )
     machine = Machine.probe(config.device_type)
     if config.device_type:
-        os.environ["JAX_PLATFORMS"] = config.device_type  # the stages inherit it
+        os.environ["JAX_PLATFORMS"] = config.device_type  # inherited by the stages
     wandb_run = config.run or os.environ.get("WANDB_RUN") or "dummy"
     on_disk = {
         name: max(0, len(list(paths.data(name).glob("*.parquet"))) - 1) for name in DATA_DIRS
@@ -482,7 +478,7 @@ def main(config: SpeedrunConfig) -> int:
         return 0
     print(title, file=sys.stderr)
     for directory in (paths.report, *([Path.cwd()] if stages[-1].name == "report" else [])):
-        make_directory(directory)  # the last stage writes there: better refused now than then
+        make_directory(directory)  # the last stage writes there: fail now, not then
     with lock_file(
         paths.base / ".speedrun.lock", f"the speedrun of {paths.base}", "wait for it or stop it"
     ):

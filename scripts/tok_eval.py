@@ -1,9 +1,8 @@
-"""How well the tokenizer compresses, next to GPT-2's and GPT-4's.
+"""Compression of the tokenizer compared to GPT-2's and GPT-4's.
 
     python -m scripts.tok_eval
 
-Those two come through tiktoken, which downloads them once; without a network they are left out,
-and a line says so.
+tiktoken downloads those two once. Without a network they are left out, with a warning.
 """
 
 import json
@@ -52,10 +51,9 @@ def evaluation_texts(directory: Path) -> dict[str, str]:
 
 
 def load_baselines() -> tuple[dict[str, tiktoken.Encoding], dict[str, Exception]]:
-    """The encodings to compare with, from tiktoken's cache or the network, and why the others
-    cannot be had.
+    """(encodings from tiktoken's cache or the network, errors of the missing ones), by label.
 
-    tiktoken sets no timeout: threads that hang in it are left behind, and end with the process.
+    tiktoken sets no timeout: threads that hang in it are abandoned until the process exits.
     """
     pool = ThreadPool(len(BASELINES))
     jobs = {
@@ -70,7 +68,7 @@ def load_baselines() -> tuple[dict[str, tiktoken.Encoding], dict[str, Exception]
             loaded[label] = job.get(max(0.0, deadline - time.monotonic()))
         except multiprocessing.TimeoutError:
             missing[label] = TimeoutError(f"no answer in {DOWNLOAD_SECONDS:.0f} s")
-        except (OSError, ValueError) as error:  # ValueError: what came is not the file
+        except (OSError, ValueError) as error:  # ValueError: the download is corrupt
             missing[label] = error
     return loaded, missing
 
@@ -78,7 +76,7 @@ def load_baselines() -> tuple[dict[str, tiktoken.Encoding], dict[str, Exception]
 def compare(
     sizes: Mapping[str, int], theirs: Mapping[str, int], ours: Mapping[str, int]
 ) -> list[list[str]]:
-    """Rows of the table: bytes of each text, tokens of both, and by how much ours need fewer."""
+    """Rows of the table: bytes of each text, tokens of both, and the relative difference."""
     rows = []
     for name, size in sizes.items():
         difference = 100 * (theirs[name] - ours[name]) / theirs[name]
@@ -99,7 +97,7 @@ def compare(
 
 
 def show(title: str, header: Sequence[str], rows: list[list[str]]) -> str:
-    """Prints a table, and gives it in Markdown."""
+    """Print a table; returns it in Markdown."""
     table = Table(*header, title=title, title_justify="left")
     for row in rows:
         table.add_row(*row, style={"Ours": "green", "Theirs": "red"}.get(row[-1]))

@@ -2,7 +2,7 @@
 
     python -m scripts.tok_train --max_chars 2_000_000_000 --vocab_size 32768
 
-The result goes to `tokenizer/` in the base directory; every later stage reads it from there.
+The result is saved in `tokenizer/` in the base directory, where all later stages read it.
 """
 
 import contextlib
@@ -53,7 +53,7 @@ STAGES = {"count": "counting characters", "merge": "merging tokens"}
 
 @contextlib.contextmanager
 def progress_display(expected_chars: int) -> Iterator[Progress]:
-    """How far each stage is, one after the other."""
+    """Progress of each stage in order."""
     displays: dict[str, Display] = {}
 
     def close() -> None:
@@ -103,7 +103,7 @@ def main(config: Config) -> None:
     tokenizer.save(paths.tokenizer)
 
     lengths = tokenizer.token_bytes()
-    lengths = lengths[lengths > 0]  # without the specials
+    lengths = lengths[lengths > 0]  # without special tokens
     results = {
         "vocab_size": tokenizer.vocab_size,
         "train_time": train_time,

@@ -342,7 +342,12 @@ def test_fuzzed_texts_get_tiktokens_ids(digits):
     trainer = rustbpe.Tokenizer()
     trainer.train_from_iterator(texts[:300], 600, pattern=pattern)
     tokenizer = Tokenizer(dict(trainer.get_mergeable_ranks()), pattern=pattern)
-    rows = zip(texts, tokenizer.encode(texts, num_threads=2), reference(tokenizer).encode_ordinary_batch(texts), strict=True)
+    rows = zip(
+        texts,
+        tokenizer.encode(texts, num_threads=2),
+        reference(tokenizer).encode_ordinary_batch(texts),
+        strict=True,
+    )
     for text, ids, expected in rows:
         assert ids == expected, text
         assert tokenizer.decode(ids) == text

@@ -1,10 +1,10 @@
-"""Causal attention with an optional window: of whole sequences, and of new tokens over a KV cache.
+"""Causal attention with an optional window: of complete sequences, and of new tokens over a KV
+cache.
 
-The reference is in XLA, with scores and softmax in float32. It cuts whole sequences into blocks of
-queries, and each block meets only the keys that it may see. This skips half the work of causal
-attention and most of a windowed one's. The hand-written gradient saves nothing of the [T, S]
-weights, and all its matmuls have the form that a CPU is fast at. `self_attention` chooses between
-the reference and the fused kernels of `kernels.py`.
+The reference is in XLA, with scores and softmax in float32. It splits sequences into blocks of
+queries and computes only the keys that each block can see. This skips half the work of causal
+attention and most of a windowed one's. The hand-written gradient saves none of the [T, S] weights.
+`self_attention` chooses between the reference and the fused kernels of `kernels.py`.
 """
 
 import functools
@@ -31,10 +31,9 @@ KERNELS = {
 
 
 def self_attention(q: Array, k: Array, v: Array, *, window: int | None, compute: Compute) -> Array:
-    """Causal attention of whole sequences by the kernel of `compute`: [B, T, H, h].
+    """Causal attention [B, T, H, h] of complete sequences with the kernel of `compute`.
 
-    q [B, T, H, h]; k, v [B, T, K, h]. Raises `UsageError` if a kernel that was
-    asked for by name cannot run.
+    q [B, T, H, h]; k, v [B, T, K, h]. Raises `UsageError` if a kernel requested by name cannot run.
     """
     if callable(compute.attention):
         return compute.attention(q, k, v, window=window)
@@ -45,9 +44,9 @@ def self_attention(q: Array, k: Array, v: Array, *, window: int | None, compute:
 
 
 def choose_kernel(compute: Compute, q: Array | jax.ShapeDtypeStruct) -> str:
-    """The kernel, of `KERNELS` or "xla", that `compute` takes for queries like q [B, T, H, h].
+    """The kernel for queries like q [B, T, H, h]: a name in `KERNELS`, or "xla".
 
-    Raises `UsageError` if a kernel that was asked for by name cannot run.
+    Raises `UsageError` if a kernel requested by name cannot run.
     """
     device = device_of(compute.mesh)
     for name, (refuses, _) in KERNELS.items():
@@ -60,15 +59,14 @@ def choose_kernel(compute: Compute, q: Array | jax.ShapeDtypeStruct) -> str:
 
 
 def check_attention(compute: Compute, *, length: int, head_dim: int) -> None:
-    """Raise `UsageError` if the kernel that was asked for by name cannot run rows of `length`
-    tokens.
-    """
+    """Raise `UsageError` if a kernel requested by name cannot run rows of `length` tokens."""
     choose_kernel(compute, jax.ShapeDtypeStruct((1, length, 1, head_dim), compute.dtype))
 
 
 def _attend(q: Array, k: Array, v: Array, mask: Array) -> Array:
-    """[B, T, H, h] of q [B, T, H, h], k and v [B, K, S, h]; the mask broadcasts to [B, 1, 1, T,
-    S].
+    """[B, T, H, h] of q [B, T, H, h], k and v [B, K, S, h].
+
+    The mask broadcasts to [B, 1, 1, T, S].
     """
     batch, q_len, n_head, head_dim = q.shape
     n_kv_head = k.shape[1]
@@ -82,9 +80,7 @@ def _attend(q: Array, k: Array, v: Array, mask: Array) -> Array:
 
 
 def _visible(q_positions: Array, k_positions: Array, window: int | None) -> Array:
-    """True where a key is at most `window` positions behind the query and not after it: window + 1
-    keys.
-    """
+    """True where a key is 0 to `window` positions behind the query: window + 1 keys."""
     distance = q_positions[..., :, None] - k_positions[..., None, :]
     return (distance >= 0) if window is None else (distance >= 0) & (distance <= window)
 
@@ -95,7 +91,7 @@ def _causal(q: Array, k: Array, v: Array, window: int | None) -> Array:
 
 
 def _blocks(length: int, window: int | None) -> Iterator[tuple[slice, slice, Array]]:
-    """Blocks of queries, the keys that each may see, and which of them each query sees."""
+    """Blocks of queries: their slice, the slice of keys they can see, and the mask [t, s]."""
     size = max(QUERY_BLOCK, length // MOST_BLOCKS)
     for start in range(0, length, size):
         stop = min(start + size, length)
@@ -105,7 +101,7 @@ def _blocks(length: int, window: int | None) -> Iterator[tuple[slice, slice, Arr
 
 
 def _by_head(x: Array, n_kv_head: int) -> Array:
-    """[B, T, H, h] -> [B, K, G, T, h], the G query heads of each key/value head together."""
+    """[B, T, H, h] -> [B, K, G, T, h]: G query heads per key/value head."""
     batch, length, n_head, head_dim = x.shape
     grouped = x.reshape(batch, length, n_kv_head, n_head // n_kv_head, head_dim)
     return grouped.transpose(0, 2, 3, 1, 4)
@@ -132,7 +128,7 @@ def _causal_fwd(q: Array, k: Array, v: Array, window: int | None) -> tuple[Array
     queries, keys, values = (_by_head(x, k.shape[2]) for x in (q, k, v))
     k_columns, values = transpose(keys[:, :, 0]), values[:, :, 0]
     norm = [jnp.linalg.norm(x.astype(jnp.float32), axis=-1) for x in (queries, keys)]
-    # By Cauchy-Schwarz no score exceeds it.
+    # By Cauchy-Schwarz, no score exceeds it.
     shift = norm[0] * norm[1].max(axis=-1, keepdims=True) / math.sqrt(q.shape[-1])
     parts, log_sum = [], []
     for rows, columns, mask in _blocks(q.shape[1], window):
@@ -146,8 +142,9 @@ def _causal_fwd(q: Array, k: Array, v: Array, window: int | None) -> tuple[Array
 
 
 def _causal_bwd(window: int | None, residuals: tuple, d_out: Array) -> tuple[Array, Array, Array]:
-    """Recomputes the weights from the log-sum-exp instead of saving them (FlashAttention, Dao et
-    al., 2022).
+    """The gradient.
+
+    Recomputes the weights from the log-sum-exp (FlashAttention, Dao et al., 2022).
     """
     q, k, v, out, log_sum = residuals
     n_kv_head, scale = k.shape[2], 1.0 / math.sqrt(q.shape[-1])

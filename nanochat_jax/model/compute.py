@@ -1,9 +1,7 @@
-"""`Compute`: how a model computes on the devices of a run, as opposed to what it computes
-(`GPTConfig`).
+"""`Compute`: how a model runs on devices, as opposed to what it computes (`GPTConfig`).
 
-Made once per run by `Compute.on`, the only place that decides what follows from the devices, and
-passed to `gpt.forward` and everything above it. Frozen and hashable, so that jitted functions take
-it as a static argument.
+Made once per run by `Compute.on`, the only place that decides what depends on the devices. Frozen
+and hashable, so jitted functions take it as a static argument.
 """
 
 import dataclasses
@@ -23,7 +21,7 @@ ATTENTION = ("auto", "xla", "splash", "cudnn")
 
 @dataclass(frozen=True, kw_only=True)
 class Compute:
-    """The default computes in float32 with the reference attention: what tests compare with.
+    """How to compute. The default, float32 and the reference attention, is the tests' reference.
 
     Attributes:
       mesh: axes ("data", "model"): rows are sharded over data, heads over model; None: one device.
@@ -37,10 +35,10 @@ class Compute:
         | block | the input of each layer |
         | full | the inputs of about sqrt(L) layers (Chen et al., 2016); recomputes others twice |
 
-      attention: a kernel of `ATTENTION`, or a function (q, k, v, *, window) in its place. "auto"
-        takes the fused kernel of the devices where shape and dtype allow it, else the reference.
-      scan: run equal groups of layers as a loop, so that programs of deep models compile fast (not
-        with a cache).
+      attention: a name in `ATTENTION`, or a function (q, k, v, *, window). "auto" is the devices'
+        fused kernel if it supports shape and dtype, else the reference.
+      scan: run equal groups of layers as a loop, so that deep models compile fast (not with a
+        cache).
       gather: `gather(name, weight)` returns the complete weight where each device holds a part
         (`sharding.gather_over_data`); None: weights are complete, or XLA gathers them.
     """
@@ -65,9 +63,9 @@ class Compute:
     def on(
         cls, mesh: Mesh | None, *, dtype: Any = "auto", remat: str = "none", attention: str = "auto"
     ) -> "Compute":
-        """How to compute on a mesh, or on the first device.
+        """The `Compute` for a mesh, or for the first device.
 
-        Layers run as a loop on TPUs only: on GPUs it would cost copies of the stacked weights and
+        Layers run as a loop on TPUs only. On GPUs a loop would copy the stacked weights and
         activations, and programs compile fast without it.
         """
         platform = device_of(mesh).platform
@@ -88,9 +86,7 @@ class Compute:
 
     @property
     def num_shards(self) -> int:
-        """Devices over which the arrays of the code being traced are sharded: inside of a
-        `shard_map`, fewer.
-        """
+        """Number of devices that traced arrays are sharded over; fewer inside a `shard_map`."""
         if self.mesh is None:
             return 1
         manual = jax.sharding.get_abstract_mesh().manual_axes
@@ -101,7 +97,7 @@ REFERENCE = Compute()
 
 
 def device_of(mesh: Mesh | None) -> jax.Device:
-    """A device of the mesh, which stands for all; the first one without a mesh."""
+    """The mesh's first device, or the first device without a mesh."""
     return jax.devices()[0] if mesh is None else mesh.devices.flat[0]
 
 

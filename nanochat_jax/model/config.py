@@ -1,8 +1,7 @@
-"""The model's configuration and the dial: everything that `--depth` decides, in one place.
+"""The model's configuration: everything that `--depth` decides.
 
-Two architectures are one model with different fields: `classic` is nanochat of December 2025 (what
-Hugging Face's NanoChatForCausalLM computes), `modern` is nanochat of July 2026. Training recipes
-differ likewise.
+Two architectures are one model with different fields: `classic` is nanochat of December 2025
+(Hugging Face's NanoChatForCausalLM), `modern` is nanochat of July 2026.
 """
 
 import math
@@ -12,9 +11,9 @@ from typing import Any, Literal
 Arch = Literal["classic", "modern"]
 
 VE_GATE_CHANNELS = 12  # leading channels of a block's input that gate its value embedding
-# attention's exponentials of scores start from their bound, not from their maximum
+# largest |q| |k| / sqrt(h); the scores are shifted by their bound, not their maximum
 LARGEST_SCORE = 40.0
-# leading channels of the embedding that gate the mix with the token before
+# leading channels of the embedding that gate the mix with the previous token
 SMEAR_GATE_CHANNELS = 24
 
 
@@ -24,8 +23,9 @@ def round_up(value: int, multiple: int) -> int:
 
 @dataclass(frozen=True, kw_only=True)
 class GPTConfig:
-    """Shape and architecture of a model. Frozen and hashable, so that jitted functions take it as
-    a static argument.
+    """Shape and architecture of a model.
+
+    Frozen and hashable, so jitted functions take it as a static argument.
     """
 
     sequence_len: int = 2048
@@ -34,8 +34,8 @@ class GPTConfig:
     n_head: int = 6
     n_kv_head: int = 6
     n_embd: int = 768
-    # What the two eras do differently.
-    arch: Arch = "modern"  # which initialisation; the recipe of the optimizer follows it too
+    # What differs between the architectures.
+    arch: Arch = "modern"  # selects the initial values and the optimizer
     # tiled over layers, the last always long; None: no layer is windowed
     window_pattern: str | None = "SSSL"
     rotary_base: float = 100_000.0
@@ -85,7 +85,7 @@ class GPTConfig:
 
     @classmethod
     def classic(cls, depth: int, **overrides: Any) -> "GPTConfig":
-        """The architecture of December 2025; width 64 * depth, heads of 128."""
+        """The `classic` architecture: width 64 * depth, heads of 128."""
         n_embd = 64 * depth
         n_head = max(1, math.ceil(n_embd / 128))
         era = dict(
@@ -112,7 +112,7 @@ class GPTConfig:
     def modern(
         cls, depth: int, *, aspect_ratio: int = 64, head_dim: int = 128, **overrides: Any
     ) -> "GPTConfig":
-        """The architecture of July 2026; width depth * aspect_ratio, rounded up to whole heads."""
+        """The `modern` architecture: width depth * aspect_ratio, rounded up to whole heads."""
         n_embd = round_up(depth * aspect_ratio, head_dim)
         n_head = n_embd // head_dim
         return cls(
@@ -136,9 +136,7 @@ class GPTConfig:
 
     @property
     def windows(self) -> tuple[int | None, ...]:
-        """Per layer: how many keys before its own position a query sees (w means w + 1 keys);
-        None: all of them.
-        """
+        """Per layer, the number of earlier keys a query sees besides its own; None: all."""
         if self.window_pattern is None:
             return (None,) * self.n_layer
         short = round_up(math.ceil(self.sequence_len / 4), 128)
@@ -150,7 +148,7 @@ class GPTConfig:
 
     @property
     def value_embed_layers(self) -> tuple[int, ...]:
-        """Every other layer has a value embedding, the last one included."""
+        """Layers with a value embedding: every other one, counted back from the last."""
         if not self.value_embeds:
             return ()
         return tuple(i for i in range(self.n_layer) if i % 2 == (self.n_layer - 1) % 2)

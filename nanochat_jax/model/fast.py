@@ -1,8 +1,7 @@
 """The functions of `layers.py` in the forms that XLA runs fastest: same values, hand-written
 gradients.
 
-Each says what it buys. `checkpoint_name(x, SAVED)` marks what the backward pass keeps under
-`--remat minimal`.
+Results marked `checkpoint_name(x, SAVED)` are saved for the backward pass under `--remat minimal`.
 """
 
 import functools
@@ -16,17 +15,17 @@ from jax.ad_checkpoint import checkpoint_name
 from nanochat_jax.model.layers import RMS_EPS, rms_norm
 from nanochat_jax.model.layers import apply_rotary as plain_rotary
 
-SAVED = "saved"  # name, for `jax.checkpoint`, of results that are expensive to recompute
+SAVED = "saved"  # `jax.checkpoint`'s name for results that are expensive to recompute
 
 
 # ------------------------------------------------------------------------------------------- matmul
 
 
 def linear(x: Array, weight: Array, axes: int = 1) -> Array:
-    """`layers.linear`, whose result is saved for the backward pass.
+    """`layers.linear`; the result is saved for the backward pass.
 
-    Buys: on a CPU, a backward pass whose operands are row-major (2x in float32, 4x in bfloat16).
-    On a TPU, heads that are an axis of the result, which attention then reads without a copy.
+    Why: on a CPU, the operands of the backward pass are row-major (2x in float32, 4x in bfloat16).
+    On a TPU, heads are an axis of the result, and attention reads them without a copy.
     """
     return checkpoint_name(_linear(x, weight.astype(x.dtype), axes), SAVED)
 
@@ -83,9 +82,9 @@ def _flatten(x: Array, axes: int) -> Array:
 def transpose(x: Array) -> Array:
     """x [..., R, C] -> [..., C, R], on a CPU as a copy.
 
-    Buys: XLA's CPU matmul is twice as fast if both operands are row-major (four times in bfloat16,
-    where it otherwise computes in float32). XLA folds a plain transpose into the matmul by
-    changing the layout; the `where`, which is simplified away later, and the barrier prevent that.
+    Why: XLA's CPU matmul is twice as fast if both operands are row-major (four times in bfloat16,
+    where it otherwise computes in float32). XLA folds a plain transpose into the matmul by changing
+    the layout. The `where`, which XLA simplifies away later, and the barrier prevent that.
     """
 
     def copy(x: Array) -> Array:
@@ -96,8 +95,9 @@ def transpose(x: Array) -> Array:
 
 
 def matmul_transposed(x: Array, y: Array) -> Array:
-    """x^T y in float32: [M, N] of x [R, M] and y [R, N]. Buys: only the narrower operand is
-    copied.
+    """x^T y in float32: [M, N] of x [R, M] and y [R, N].
+
+    Why: only the narrower operand is copied.
     """
     if x.shape[1] <= y.shape[1]:
         return jnp.dot(transpose(x), y, preferred_element_type=jnp.float32)
@@ -112,9 +112,8 @@ def matmul_transposed(x: Array, y: Array) -> Array:
 def apply_rotary(x: Array, cos: Array, sin: Array) -> Array:
     """`layers.apply_rotary`.
 
-    Buys: for whole sequences one multiply-add over full rows instead of slices and a
-    concatenation. While decoding (T = 1) the number of kernels matters and not the bytes, so the
-    plain form is kept.
+    Why: one multiply-add over full rows replaces slices and a concatenation. When decoding (T = 1),
+    the number of kernels matters more than the bytes, so the plain form is faster.
     """
     if x.shape[1] == 1:
         return plain_rotary(x, cos, sin)
@@ -124,7 +123,7 @@ def apply_rotary(x: Array, cos: Array, sin: Array) -> Array:
 def _swap_halves(x: Array) -> Array:
     """[a, b] -> [b, a] along the last axis; on a TPU an exact matmul with a permutation.
 
-    Buys: XLA writes slices of half a row of lanes to memory, each padded to a full row. A matmul
+    Why: XLA writes slices of half a row of lanes to memory, each padded to a full row. A matmul
     fuses with its neighbours.
     """
     half = x.shape[-1] // 2
@@ -143,7 +142,7 @@ def _swap_halves(x: Array) -> Array:
 def rotary_norm(x: Array, cos: Array, sin: Array, scale: float) -> Array:
     """`layers.rotary_norm`.
 
-    Buys: the gradient needs only the result and the norms, so a backward pass that recomputes
+    Why: the gradient needs only the result and the norms, so a backward pass that recomputes
     activations neither rotates nor normalizes again.
     """
     return rms_norm(apply_rotary(x, cos, sin)) * scale
@@ -174,8 +173,9 @@ rotary_norm.defvjp(_rotary_norm_fwd, _rotary_norm_bwd)
 
 @jax.custom_jvp
 def squared_relu(x: Array) -> Array:
-    """`layers.squared_relu`. Buys: the derivative needs no mask of x > 0, which XLA would write to
-    memory.
+    """`layers.squared_relu`.
+
+    Why: the derivative needs no mask of x > 0, which XLA would write to memory.
     """
     return jnp.square(jnp.maximum(x, 0))
 
@@ -187,7 +187,9 @@ def _squared_relu_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Ar
 
 
 def mlp(x: Array, mlp_fc: Array, mlp_proj: Array) -> Array:
-    """`layers.mlp`. Buys: the hidden layer [B, T, F] is not saved; on a TPU recomputing it is
-    cheaper than an HBM round trip.
+    """`layers.mlp`.
+
+    Why: the hidden layer [B, T, F] is not saved; on a TPU, recomputing it is cheaper than an HBM
+    round trip.
     """
     return linear(squared_relu(unsaved_linear(x, mlp_fc)), mlp_proj)

@@ -1,12 +1,12 @@
-"""The forward pass: one for training, scoring, prefill and decoding, of both architectures.
+"""The forward pass of both architectures, for training, scoring, prefill and decoding.
 
     hidden, cache = forward(params, tokens, config, compute)
     logits = unembed(params, hidden, config=config)
 
-`params` is the dict of `weights.init_params`, `config` says what is computed, `compute` how.
+`params` is the dict of `weights.init_params`; `config` says what is computed, `compute` how.
 
-Letters: B batch, T new tokens, S cache length, D width, H query heads, K key/value heads,
-h head width, F MLP width, L layers, V vocabulary.
+Letters: B batch, T new tokens, S cache length, D width, H query heads, K key/value heads, h head
+width, F MLP width, L layers, V vocabulary.
 """
 
 import functools
@@ -32,9 +32,7 @@ KV = tuple[Array, Array]  # keys and values of one layer, [B, K, S, h] each
 
 
 class KVCache(NamedTuple):
-    """Keys and values of the tokens seen so far, one row per sequence; rows may be at different
-    positions.
-    """
+    """Keys and values of the tokens so far, one row per sequence. Rows can differ in length."""
 
     k: tuple[Array, ...]  # per layer [B, K, S, h]
     v: tuple[Array, ...]
@@ -51,7 +49,7 @@ class Context(NamedTuple):
     positions: Array  # [B, T] int32
     rotary: tuple[Array, Array]  # cosines and sines [B, T, 1, h]
     x0: Array  # [B, T, D], the input of the first layer
-    fresh: bool  # the cache was empty: the new tokens attend to one another alone
+    fresh: bool  # the cache was empty: new tokens attend only to one another
 
 
 @overload
@@ -79,15 +77,15 @@ def forward(
     valid: Array | None = None,
     fresh: bool = False,
 ) -> tuple[Array, KVCache | None]:
-    """Final hidden states [B, T, D] of tokens [B, T] int32, before the unembedding.
+    """(final hidden states [B, T, D] before the unembedding, the new cache) of tokens [B, T] int32.
 
     Args:
       params: the weights of the layers are stacked, [L, ...], or tuples of L arrays.
       cache: None: tokens start at position 0. Otherwise row b's tokens take positions
         `cache.length[b]` onward and attend to all before them. The returned cache has
         `length + valid`.
-      valid: [B], how many tokens of each row count (default T). Padding to their right is masked
-        and later overwritten; 0 leaves a row as it is.
+      valid: [B], number of real tokens per row (default T). Padding to their right is masked
+        and later overwritten; 0 leaves a row unchanged.
       fresh: the cache is empty and has room for all T: the tokens attend only to one another, which
         halves the work.
     """
@@ -115,7 +113,7 @@ def forward(
 
 
 def _smear(params: Params, embedding: Array, cache: KVCache | None) -> Array:
-    """Add a gated share of the previous token's embedding to each; the first token has none."""
+    """Add a gated share of the previous token's embedding to each but the first token."""
     if cache is None:
         first = jnp.zeros_like(embedding[:, :1])
     else:
@@ -165,7 +163,7 @@ def _attention(
 
 
 def _write(cache: Array, new: Array, context: Context) -> Array:
-    """Write new [B, T, K, h] at their positions of a layer's cache [B, K, S, h].
+    """Write new keys or values [B, T, K, h] at their positions of a layer's cache [B, K, S, h].
 
     Positions past the end are dropped.
     """
@@ -174,8 +172,9 @@ def _write(cache: Array, new: Array, context: Context) -> Array:
     if context.fresh:
         return jax.lax.dynamic_update_slice(cache, new.transpose(0, 2, 1, 3), (0, 0, 0, 0))
     if positions.shape[1] == 1:
-        # Indexed by head. With one index a CPU makes slice updates and copies the cache four times,
-        # and a TPU, which wants whole tokens contiguous, lays out the cache again, padded.
+        # Indexed by head as well. With one index, a CPU makes slice updates and copies the cache
+        # four times; a TPU, which needs whole tokens contiguous, copies the cache to another
+        # layout, padded.
         heads = jnp.arange(new.shape[2])
         return cache.at[rows[..., None], heads, positions[..., None]].set(new, mode="drop")
     return cache.at[rows, :, positions].set(new, mode="drop")
@@ -185,9 +184,9 @@ def _write(cache: Array, new: Array, context: Context) -> Array:
 
 
 def layer_groups(config: GPTConfig, *, scan: bool, keep_few: bool) -> tuple[int, int]:
-    """(size, count): layers of a group, and how many equal groups, from the first, run as one loop.
+    """(layers per group, number of groups that run as one loop, from the first layer).
 
-    `keep_few`: groups of about sqrt(L) layers, of which only the inputs are saved (Chen et al.,
+    `keep_few`: groups have about sqrt(L) layers, and only their inputs are saved (Chen et al.,
     2016).
     """
     layers, few = config.n_layer, math.isqrt(config.n_layer - 1) + 1
@@ -233,7 +232,7 @@ def _run_layers(
 def _loop_over_groups(
     stacks: Stacks, x: Array, groups: tuple[int, int], context: Context
 ) -> tuple[Array, Array]:
-    """As `_run_layers`, of the first size * count layers by `lax.scan`, without a cache."""
+    """(last output, middle output) of the first size * count layers, by `lax.scan`, cacheless."""
     (size, count), config = groups, context.config
     run = _group_runner(context, static=(4,))
 
@@ -244,7 +243,7 @@ def _loop_over_groups(
         return run(*carry, layers, inputs[0], config.windows[:size], None)[:2], None
 
     def grouped(stack: Array | tuple[Array, ...]) -> Array:
-        # Of weights that every other layer has, half as many; groups are even then.
+        # Weights of every other layer have half the entries; groups are even then.
         stack = jnp.stack(stack) if isinstance(stack, tuple) else stack
         used = stack[: len(stack) * size * count // config.n_layer]
         return used.reshape(count, -1, *used.shape[1:])
@@ -257,7 +256,7 @@ def _loop_over_groups(
 
 
 def _group_runner(context: Context, static: tuple[int, ...]) -> Callable[..., tuple]:
-    """`_run_group` in this context; `static` are the positions of its static arguments."""
+    """`_run_group` with this context; `static`: positions of its static arguments."""
     run = functools.partial(_run_group, context=context)
     return jax.checkpoint(run, static_argnums=static) if context.compute.remat == "full" else run
 
@@ -272,14 +271,13 @@ def _run_group(
     *,
     context: Context,
 ) -> tuple[Array, Array, list[KV | None]]:
-    """Run the layers from number `first` on, which is traced inside of a loop."""
+    """Run `layers`, of which the first has number `first`, traced inside a loop."""
     config, remat = context.config, context.compute.remat
     looped = not isinstance(first, int)
     run_layer: Callable = functools.partial(_layer, context=context)
     if remat == "minimal":
-        # In a loop, XLA cannot merge the forward pass with its recomputation, so the barriers
-        # against that are unnecessary; without them XLA fuses the loads. Other modes need them to
-        # save memory.
+        # In a loop, XLA cannot merge the forward pass with its recomputation, so the CSE barriers
+        # are unnecessary; without them XLA fuses the loads. Other modes need them to save memory.
         run_layer = jax.checkpoint(
             run_layer, static_argnums=3, policy=SAVE_MATMULS, prevent_cse=not looped
         )
@@ -297,21 +295,22 @@ def _run_group(
 
 
 def _layer_stacks(params: Params, context: Context) -> Stacks:
-    """The weights that layers have their own of, in the compute dtype, by name."""
+    """The per-layer weights by name, in the compute dtype."""
     stacks: Stacks = {}
     for name, (path, _) in layer_weights(context.config).items():
         stack: Any = params
         for key in path:
             stack = stack[key]
-        if name != "value_embeds":  # a table, of which only the rows that are looked up are cast
+        if name != "value_embeds":  # a table: only the rows looked up are cast
             stack = jax.tree.map(lambda weight: weight.astype(context.compute.dtype), stack)
         stacks[name] = stack
     return stacks
 
 
 def _split_layers(stacks: Stacks, config: GPTConfig, layers: range) -> list[Layer]:
-    """The weights of each layer. `lax.split` transposes to one concatenation; indexing would pad L
-    times.
+    """The weights of each layer.
+
+    The transpose of `lax.split` is one concatenation; that of indexing would pad L times.
     """
     pieces = {
         name: iter(

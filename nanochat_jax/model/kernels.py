@@ -1,8 +1,7 @@
-"""Fused causal attention of whole sequences on accelerators: Splash on TPU, cuDNN on GPU, both
-with sliding windows.
+"""Fused causal attention of complete sequences: Splash on TPU, cuDNN on GPU, both with windows.
 
-Both compute what `attention.causal_attention`, the reference, does, without its [T, T] scores in
-memory. Rows are sharded over the mesh's data axis, heads over its model axis.
+Both compute `attention.causal_attention` without its [T, T] scores in memory. Rows are sharded over
+the mesh's data axis, heads over its model axis.
 """
 
 import functools
@@ -20,8 +19,8 @@ CUDNN_FORWARD = "dot_product_attention_fwd_wrapper"  # JAX's primitives of cuDNN
 CUDNN_BACKWARD = "dot_product_attention_bwd_wrapper"
 LANES = 128  # Splash's blocks are multiples of this
 
-# What `remat` "minimal" saves. The outputs of cuDNN's forward call, whose statistics its backward
-# call needs, cannot be named; the primitive can.
+# What `remat` "minimal" saves. The outputs of cuDNN's forward call cannot be named, so the
+# primitive is; its backward call needs the statistics among them.
 SAVE_MATMULS = jax.checkpoint_policies.save_from_both_policies(
     jax.checkpoint_policies.save_only_these_names(SAVED),
     lambda primitive, *_, **__: primitive.name == CUDNN_FORWARD,
@@ -29,7 +28,7 @@ SAVE_MATMULS = jax.checkpoint_policies.save_from_both_policies(
 
 
 def splash_refuses(q: Array | jax.ShapeDtypeStruct, device: jax.Device) -> str | None:
-    """Why Splash cannot take q [B, T, H, h]; None if it can."""
+    """Why Splash cannot compute q [B, T, H, h]; None if it can."""
     if device.platform != "tpu":
         return "it runs on TPUs only"
     if q.shape[1] % LANES:
@@ -38,7 +37,7 @@ def splash_refuses(q: Array | jax.ShapeDtypeStruct, device: jax.Device) -> str |
 
 
 def cudnn_refuses(q: Array | jax.ShapeDtypeStruct, device: jax.Device) -> str | None:
-    """Why cuDNN cannot take q [B, T, H, h]; None if it can."""
+    """Why cuDNN cannot compute q [B, T, H, h]; None if it can."""
     if device.platform not in ("gpu", "cuda") or "rocm" in device.client.platform_version.lower():
         return "it runs on NVIDIA GPUs only"
     if float(getattr(device, "compute_capability", 8.0)) < 8.0:
@@ -51,10 +50,9 @@ def cudnn_refuses(q: Array | jax.ShapeDtypeStruct, device: jax.Device) -> str | 
 
 
 def _on_each_device(attend: Callable[..., Array], mesh: Mesh | None, *qkv: Array) -> Array:
-    """`attend(q, k, v)` on each device's rows and heads, over the mesh axes that the caller is not
-    sharded over already.
+    """`attend(q, k, v)` per device, over the mesh axes that are not manual already.
 
-    Rows and heads that an axis does not divide are computed by all of its devices.
+    If an axis does not divide rows or heads, all of its devices compute them.
     """
     manual = jax.sharding.get_abstract_mesh().manual_axes
     axes = {axis for axis in mesh.axis_names if axis not in manual} if mesh is not None else set()
@@ -83,8 +81,8 @@ def _block(length: int, most: int) -> int:
 
 
 def _splash_kernel(length: int, heads: int, window: int | None, interpret: bool) -> Callable:
-    """A kernel of one row: q [H, T, h], k and v [K, T, h] -> [H, T, h]."""
-    # Imported here because Pallas takes long to import.
+    """A kernel for one row: q [H, T, h], k and v [K, T, h] -> [H, T, h]."""
+    # Pallas takes long to import.
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_kernel as splash
     from jax.experimental.pallas.ops.tpu.splash_attention import splash_attention_mask as masks
 
@@ -106,7 +104,7 @@ def _splash_kernel(length: int, heads: int, window: int | None, interpret: bool)
         block_kv_dkv_compute=compute,
         use_fused_bwd_kernel=True,
     )
-    # Not cached between calls: the mask's tables belong to the trace that they are made in.
+    # Not cached: the mask's tables belong to the current trace.
     return splash.make_splash_mha(
         masks.MultiHeadMask([mask] * heads),
         block_sizes=sizes,
@@ -120,7 +118,7 @@ def _splash_kernel(length: int, heads: int, window: int | None, interpret: bool)
 def splash_attention(
     q: Array, k: Array, v: Array, *, window: int | None, mesh: Mesh | None, interpret: bool = False
 ) -> Array:
-    """`attention.causal_attention` by the Pallas kernel for TPUs. T is a multiple of 128.
+    """`attention.causal_attention` by Pallas's Splash kernel for TPUs. T is a multiple of 128.
 
     `interpret` runs the kernel step by step on any device, for tests.
     """
@@ -137,8 +135,9 @@ def splash_attention(
 def cudnn_attention(
     q: Array, k: Array, v: Array, *, window: int | None, mesh: Mesh | None
 ) -> Array:
-    """`attention.causal_attention` by cuDNN. Without `is_causal`, a window's queries would see the
-    future too.
+    """`attention.causal_attention` by cuDNN.
+
+    A window also needs `is_causal`: without it, queries would see the future.
     """
     local = None if window is None or window >= q.shape[1] - 1 else (window, 0)
     attend = functools.partial(

@@ -1,8 +1,8 @@
-"""The formulas of a layer, plainly: norm, linear, rotary embedding, MLP. Pure functions of arrays.
+"""The plain formulas of a layer: norm, linear, rotary embedding, MLP. Pure functions of arrays.
 
-`fast.py` has the same functions in the forms that compilers run fastest, and `gpt.py` computes
-with those. Tests hold the two together in value and gradient. Matrices are stored [in, out] in
-float32 and cast to the activations' dtype; matmuls accumulate in float32.
+`gpt.py` uses the faster equivalents in `fast.py`; tests compare values and gradients of both.
+Matrices are stored [in, out] in float32 and cast to the activations' dtype. Matmuls accumulate in
+float32.
 """
 
 import jax
@@ -13,8 +13,9 @@ RMS_EPS = 1.1920929e-07  # float32 machine epsilon, torch's default for every in
 
 
 def rms_norm(x: Array) -> Array:
-    """Root-mean-square norm over the last axis without a gain (Zhang and Sennrich, 2019), in
-    float32.
+    """Root-mean-square norm over the last axis, without gain, in float32.
+
+    Zhang and Sennrich, 2019.
     """
     x32 = x.astype(jnp.float32)
     return (x32 * jax.lax.rsqrt(jnp.mean(x32 * x32, axis=-1, keepdims=True) + RMS_EPS)).astype(
@@ -23,17 +24,18 @@ def rms_norm(x: Array) -> Array:
 
 
 def linear(x: Array, weight: Array, axes: int = 1) -> Array:
-    """x [..., in] times weight [in, out], in x's dtype. `in` may be several axes (the last `axes`
-    of x), `out` too.
+    """x [..., in] times weight [in, out], in x's dtype.
+
+    `in` may be several axes (the last `axes` of x), and so may `out`.
     """
     out = jnp.tensordot(x, weight.astype(x.dtype), axes, preferred_element_type=jnp.float32)
     return out.astype(x.dtype)
 
 
 def rotary_tables(positions: Array, head_dim: int, base: float, dtype: str) -> tuple[Array, Array]:
-    """Cosines and sines [B, T, 1, h] for positions [B, T], the sines of the second half negative.
+    """Cosines and sines [B, T, 1, h] for positions [B, T].
 
-    Rounded to `dtype`, returned as float32.
+    The second half of the sines is negative. Rounded to `dtype`, returned as float32.
     """
     frequencies = base ** (-jnp.arange(0, head_dim, 2, dtype=jnp.float32) / head_dim)
     angles = positions.astype(jnp.float32)[..., None] * frequencies
@@ -45,8 +47,9 @@ def rotary_tables(positions: Array, head_dim: int, base: float, dtype: str) -> t
 
 
 def apply_rotary(x: Array, cos: Array, sin: Array) -> Array:
-    """Rotary embedding (Su et al., 2021) of x [B, T, H, h], halves layout, by the negative angle
-    as upstream.
+    """Rotary embedding (Su et al., 2021) of x [B, T, H, h], halves layout.
+
+    Rotates by the negative angle, as upstream.
     """
     half = x.shape[-1] // 2
     x1, x2 = jnp.split(x.astype(jnp.float32), 2, axis=-1)
@@ -55,7 +58,7 @@ def apply_rotary(x: Array, cos: Array, sin: Array) -> Array:
 
 
 def rotary_norm(x: Array, cos: Array, sin: Array, scale: float) -> Array:
-    """Queries or keys [B, T, H, h] as attention takes them: rotated, normalized, times `scale`."""
+    """Queries or keys [B, T, H, h] for attention: rotated, normalized, times `scale`."""
     return rms_norm(apply_rotary(x, cos, sin)) * scale
 
 

@@ -1,9 +1,8 @@
-"""The negative log-likelihood of each token: what training, RL, bits per byte and scoring are
-weighted sums of.
+"""The negative log-likelihood of each token, for training, RL, bits per byte and scoring.
 
-The [B, T, V] logits are never in memory. Each chunk of the sequence has its logits computed, used
-for the loss and, when differentiated, immediately for the gradients, and dropped. The softcap
-bounds the logits to +-15, so the log-sum-exp needs no pass for the maximum.
+The [B, T, V] logits are never in memory at once. The logits of a chunk of positions are computed,
+used for the loss and, if differentiated, for the gradients, then dropped. The softcap bounds the
+logits to +-15, so the log-sum-exp needs no pass for the maximum.
 """
 
 import functools
@@ -23,8 +22,9 @@ CHUNK_ELEMENTS = 2**25  # float32 logits alive at once, per device: 128 MiB
 
 
 class Batch(NamedTuple):
-    """Rows of tokens to predict, arrays of NumPy or JAX. A batch of a training step has a leading
-    axis of micro-batches, [A, B, T].
+    """Rows of tokens to predict, as NumPy or JAX arrays.
+
+    Batches of a training step have a leading axis of micro-batches, [A, B, T].
     """
 
     inputs: Any  # [B, T] int32
@@ -35,8 +35,9 @@ class Batch(NamedTuple):
 def token_nll(
     params: Params, batch: Batch, config: GPTConfig, compute: Compute
 ) -> tuple[Array, Array]:
-    """(sum over tokens of weight * nll, nll [B, T]) in nats, nll 0 where ignored. Only the sum has
-    a gradient.
+    """(sum over tokens of weight * nll, nll [B, T]) in nats; nll is 0 where ignored.
+
+    Only the sum has a gradient.
     """
     hidden, _ = forward(params, batch.inputs, config, compute)
     unembedding = params["lm_head"][:, : config.vocab_size].astype(compute.dtype)
@@ -50,11 +51,10 @@ def token_nll(
 def target_scores(
     params: Params, hidden: Array, targets: Array, config: GPTConfig, compute: Compute
 ) -> tuple[Array, Array]:
-    """The nll [B, T] of each target under hidden states [B, T, D], and whether it is the most
-    likely token [B, T].
+    """The nll [B, T] of each target, and whether it is the most likely token [B, T].
 
-    Of tokens with equal logits the first counts as the most likely. Targets [B, T] int32;
-    negative: nll 0 and False.
+    Hidden states [B, T, D]; targets [B, T] int32; negative: nll 0 and False. Of equal logits the
+    first counts as the most likely.
     """
     unembedding = params["lm_head"][:, : config.vocab_size].astype(hidden.dtype)
     chunk = chunk_length(targets.shape, config.vocab_size, compute.num_shards)
@@ -69,8 +69,7 @@ def target_scores(
 
 
 def first_argmax(values: Array, axis: int = -1) -> Array:
-    """Index of the greatest of `values` along an axis, the first of equals. With a NaN the result
-    is undefined.
+    """Index of the first maximum of `values` along an axis; undefined if there is a NaN.
 
     Two plain reductions: XLA's argmax, which reduces values and indices together, is several times
     slower on a CPU.
@@ -81,8 +80,9 @@ def first_argmax(values: Array, axis: int = -1) -> Array:
 
 
 def chunk_length(shape: tuple[int, ...], vocab: int, num_shards: int = 1) -> int:
-    """Positions of rows [B, T] whose logits stay within the budget of each device: a divisor of T
-    if a good one is near.
+    """Positions per chunk of rows [B, T] within each device's logits budget.
+
+    Divides T if a divisor is near.
     """
     batch, length = shape
     fewest = min(length, -(-batch * length * vocab // (CHUNK_ELEMENTS * num_shards)))
@@ -91,10 +91,9 @@ def chunk_length(shape: tuple[int, ...], vocab: int, num_shards: int = 1) -> int
 
 
 def _chunks(x: Array, chunk: int, fill: float) -> Array:
-    """[B, T, ...] -> [T / chunk, B, chunk, ...]: chunks of the sequence, so that the batch axis
-    stays sharded.
+    """[B, T, ...] -> [T / chunk, B, chunk, ...]. The batch axis stays sharded.
 
-    Where `chunk` does not divide T, the last one is filled up.
+    If `chunk` does not divide T, the last chunk is padded with `fill`.
     """
     if missing := -x.shape[1] % chunk:
         x = jnp.pad(x, ((0, 0), (0, missing)) + ((0, 0),) * (x.ndim - 2), constant_values=fill)
@@ -108,9 +107,7 @@ def _unchunk(x: Array, length: int) -> Array:
 def _chunk_nll(
     hidden: Array, weight: Array, targets: Array, softcap: float
 ) -> tuple[Array, Array, Array]:
-    """Negative log-likelihoods [B, C], tanh of the logits [B, C, V] and log-sum-exp [B, C] of one
-    chunk.
-    """
+    """(nll [B, C], tanh of the scaled logits [B, C, V], log-sum-exp [B, C]) of one chunk."""
     tanh = jnp.tanh(jnp.dot(hidden, weight, preferred_element_type=jnp.float32) / softcap)
     log_z = jnp.log(jnp.exp(softcap * tanh).sum(axis=-1))
     picked = (

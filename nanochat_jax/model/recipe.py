@@ -1,5 +1,5 @@
-"""What the dial derives for a pretraining run: its length, batch size, weight decay and
-learning-rate scale.
+"""Hyperparameters that the model's shape decides: steps, batch size, weight decay, learning-rate
+scale.
 """
 
 import math
@@ -12,15 +12,13 @@ from nanochat_jax.model.size import flops_per_token, num_params, num_scaling_par
 
 @dataclass(frozen=True, kw_only=True)
 class Recipe:
-    """Hyperparameters of one pretraining run, derived from the model's shape (both eras) and a few
-    overrides.
-    """
+    """Hyperparameters of one pretraining run, from the model's shape and overrides."""
 
     total_batch_size: int  # tokens per optimizer step
     num_iterations: int
     # modern: cautious decay of the matrices; classic: decay of the AdamW groups
     weight_decay: float
-    lr_scale: float  # modern: learning rates grow with the square root of the batch
+    lr_scale: float  # modern: learning rates grow with the square root of the batch size
 
     @property
     def total_tokens(self) -> int:
@@ -40,11 +38,11 @@ def derive_recipe(
     target_param_data_ratio: float = -1.0,
     weight_decay: float = 0.0,
 ) -> Recipe:
-    """Horizon, batch and decay from the dial. Negative values mean "derive it".
+    """The recipe of a model. Negative values mean "derive it".
 
-    Precedence of the horizon: `num_iterations`, `target_flops`, `target_param_data_ratio`. In the
-    modern era batch and decay follow the ratio even when something else sets the length (B ~
-    D^0.383, decay ~ sqrt(B) / D); `reference` is the d12 model with the same flags, at which the
+    Precedence for the number of steps: `num_iterations`, `target_flops`, `target_param_data_ratio`.
+    For `modern`, batch and decay follow the ratio even if another argument sets the steps (B ~
+    D^0.383, decay ~ sqrt(B) / D). `reference` is the d12 model with the same flags, at which the
     constants were tuned.
     """
     modern = config.arch == "modern"

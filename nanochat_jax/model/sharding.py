@@ -1,8 +1,8 @@
-"""The mesh, and which logical axis lies on which of its axes.
+"""The mesh, and which logical axis is sharded over which mesh axis.
 
 A mesh is DxM: D-way data parallelism, M-way tensor ("model") parallelism. Weights declare logical
-axes (weights.py); `RULES` maps those to mesh axes; layers never mention either. Optimizer state is
-always spread over the data axis too.
+axes (weights.py), and `RULES` maps those to mesh axes. Optimizer state is always sharded over the
+data axis too.
 """
 
 import json
@@ -34,9 +34,7 @@ FSDP_RULES = RULES | {"embed": "data", "rows": "data"}
 
 
 def make_mesh(text: str = "auto", devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh for "8x1", "4x2", ...; "auto" puts all devices (those of this run by default) on
-    the data axis.
-    """
+    """The mesh for "8x1", "4x2", ...; "auto": all devices on the data axis."""
     devices = jax.devices() if devices is None else devices
     data, model = mesh_shape(
         text, len(devices), devices[0].platform, all_of_them=jax.process_count() > 1
@@ -52,8 +50,9 @@ def make_mesh(text: str = "auto", devices: Sequence[jax.Device] | None = None) -
 def mesh_shape(
     text: str, count: int, platform: str, *, all_of_them: bool = False
 ) -> tuple[int, int]:
-    """(data, model) of "8x1" or "auto" on `count` devices. Raises `UsageError` if these do not
-    do.
+    """(data, model) of "8x1" or "auto" on `count` devices.
+
+    Raises `UsageError` for a malformed `text` or an unsuitable number of devices.
     """
     if text == "auto":
         return count, 1
@@ -83,7 +82,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 def _spec(
     axes: tuple[str | None, ...], shape: tuple[int, ...], mesh: Mesh, rules: dict
 ) -> PartitionSpec:
-    """Mesh axes of one weight; an axis whose size does not divide stays whole."""
+    """Mesh axes of one weight. An axis is not sharded if the mesh axis does not divide its size."""
     names = [rules[axis] for axis in axes]
     used = [name for name in names if name]
     if len(used) != len(set(used)):
@@ -113,11 +112,10 @@ def param_shardings(config: GPTConfig, mesh: Mesh, *, fsdp: bool = False) -> Any
 
 
 def optimizer_shardings(opt_state: Any, params: Any, shardings: Any, mesh: Mesh) -> Any:
-    """Shardings of an optimizer state: like the parameter it belongs to, and spread over the data
-    axis where it divides.
+    """Shardings of an optimizer state: the parameter's, also over the data axis if that divides.
 
-    A leaf belongs to the parameter whose path ends its own (optax keeps the parameters' tree
-    inside its states).
+    A leaf belongs to the parameter whose path is the end of the leaf's path (optax keeps the
+    parameters' tree inside its states).
     """
     by_path = {}
     jax.tree.map_with_path(
@@ -138,9 +136,7 @@ def optimizer_shardings(opt_state: Any, params: Any, shardings: Any, mesh: Mesh)
 
 
 def gradient_shardings(config: GPTConfig, shardings: Any, mesh: Mesh) -> Any:
-    """Shardings of gradients, for those of the parameters: like the optimizer's state, spread over
-    the data axis.
-    """
+    """Shardings of gradients: the parameters', also over the data axis."""
     return jax.tree.map(
         lambda leaf, sharding: NamedSharding(mesh, _add_data_axis(sharding.spec, leaf.shape, mesh)),
         abstract_params(config),
@@ -153,9 +149,10 @@ def _data_axis(spec: PartitionSpec) -> int | None:
 
 
 def gather_over_data(shardings: Params) -> Callable[[str, jax.Array], jax.Array]:
-    """`gather(name, weight)` for code that runs on each data shard: the whole weight, of a layer
-    or of the model, that `shardings` spread over the data axis. Its gradient comes back summed
-    over the shards, each getting its part.
+    """`gather(name, weight)` for code that runs per data shard: the complete weight.
+
+    The weight is a layer's or the model's, sharded over the data axis by `shardings`. Its gradient
+    is summed over the shards, and each shard receives its part.
     """
     axes = {}
     jax.tree.map_with_path(
@@ -167,7 +164,7 @@ def gather_over_data(shardings: Params) -> Callable[[str, jax.Array], jax.Array]
         axis, ndim = axes[name]
         if axis is None:
             return weight
-        # a layer's lacks the first
+        # a layer's weight lacks the first axis
         return jax.lax.all_gather(weight, "data", axis=axis - (ndim - weight.ndim), tiled=True)
 
     return gather
@@ -176,15 +173,13 @@ def gather_over_data(shardings: Params) -> Callable[[str, jax.Array], jax.Array]
 def sum_over_data(
     f: Callable[..., tuple[jax.Array, jax.Array, Params]], mesh: Mesh, params: Any, share: Any
 ) -> Callable:
-    """`f(params, batch) -> (total, count, gradients)` run on each data shard's rows, the results
-    summed.
+    """`f(params, batch) -> (total, count, gradients)` run per data shard, results summed.
 
     The arrays of the batch are [A, B, T]. `params` are the shardings of the parameters, `share`
-    those of the gradients. `f` has to gather parameters that are sharded over the data axis, which
+    those of the gradients. `f` must gather parameters that are sharded over the data axis, which
     sums their gradients.
     """
-    # Axes of one device are manual too: a program for all of a device's own can hold kernels as
-    # they are.
+    # Axes of size 1 are manual too: if all axes are manual, kernels run unchanged.
     manual = {axis for axis in mesh.axis_names if axis == "data" or mesh.shape[axis] == 1}
     only_manual = lambda tree: jax.tree.map(  # noqa: E731
         lambda leaf: PartitionSpec(*(axis if axis in manual else None for axis in leaf.spec)), tree
@@ -232,7 +227,7 @@ def _add_data_axis(spec: PartitionSpec, shape: tuple[int, ...], mesh: Mesh) -> P
 
 
 def abstract_tree(tree: Any, shardings: Any) -> Any:
-    """Shapes, dtypes and places of a tree's arrays, to restore them by."""
+    """Shapes, dtypes and shardings of a tree's arrays, as `ShapeDtypeStruct`s."""
     return jax.tree.map(
         lambda leaf, sharding: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, sharding=sharding),
         tree,
@@ -241,8 +236,7 @@ def abstract_tree(tree: Any, shardings: Any) -> Any:
 
 
 def data_share(mesh: Mesh) -> tuple[int, int]:
-    """(index, count): this process's devices hold the index-th of `count` equal parts of a batch's
-    rows.
+    """(index, count): this process holds the index-th of `count` equal parts of a batch's rows.
 
     Processes whose devices differ only along the model axis hold the same part.
     """
@@ -263,7 +257,7 @@ def data_share(mesh: Mesh) -> tuple[int, int]:
 
 
 def global_batch(mesh: Mesh, local: np.ndarray, *, batch_axis: int) -> jax.Array:
-    """A global array from this process's rows, spread over the data axis along `batch_axis`."""
+    """A global array of this process's rows, sharded over the data axis along `batch_axis`."""
     spec: list[str | None] = [None] * local.ndim
     spec[batch_axis] = "data"
     shape = list(local.shape)
@@ -274,9 +268,7 @@ def global_batch(mesh: Mesh, local: np.ndarray, *, batch_axis: int) -> jax.Array
 
 
 def spread_rows(mesh: Mesh, rows: np.ndarray, *, axis: int = 0) -> jax.Array:
-    """A global array, sharded over the data axis along `axis`, of rows that every process holds
-    all of.
-    """
+    """A global array, sharded over the data axis along `axis`, of rows that all processes have."""
     sharding = NamedSharding(mesh, PartitionSpec(*[None] * axis, "data"))
     return jax.make_array_from_callback(rows.shape, sharding, lambda index: rows[index])
 
@@ -288,7 +280,7 @@ def barrier(name: str) -> None:
 
 
 def gather_json(value: Any) -> list[Any]:
-    """A JSON-able value of each process, in the order of the processes, on every process."""
+    """The JSON value of each process, in process order, on every process."""
     if jax.process_count() == 1:
         return [value]
     data = np.frombuffer(json.dumps(value).encode(), np.uint8)

@@ -1,4 +1,4 @@
-"""How large a model is: parameter counts by group, and training FLOPs per token."""
+"""Parameter counts by group, and training FLOPs per token."""
 
 import functools
 
@@ -42,9 +42,7 @@ def num_scaling_params(config: GPTConfig) -> int:
 
 
 def flops_per_token(config: GPTConfig) -> int:
-    """Training FLOPs per token: 6 per weight of a matmul, 12 per key that each channel of each
-    head sees.
-    """
+    """Training FLOPs per token: 6 per matmul weight, 12 per head channel and visible key."""
     weights = num_scaling_params(config) + SMEAR_GATE_CHANNELS * config.smear
     keys = sum(
         config.sequence_len if window is None else min(window, config.sequence_len)

@@ -1,9 +1,9 @@
-"""Every weight of the model, declared once: shape, logical axes, initial distribution and
-optimizer group.
+"""Every weight of the model, declared once: shape, logical axes, initial distribution, optimizer
+group.
 
 Initial values, abstract shapes, shardings, parameter counts, the layers of `gpt.forward` and the
-optimizer's groups all follow from these declarations. To add a weight, declare it here and use it
-in `gpt.py`.
+optimizer's groups follow from these declarations. To add a weight, declare it here and use it in
+`gpt.py`.
 
 | weight | classic | modern |
 |---|---|---|
@@ -36,10 +36,9 @@ Params = dict[str, Any]  # nested dict of arrays: params["wte"], params["blocks"
 Axes = tuple[str | None, ...]
 Initial = Callable[[nnx.Rngs, tuple[int, ...]], Array]
 
-# First logical axis of weights that each layer, or each layer with a value embedding, has its own
-# of.
+# First logical axis of weights stacked per layer, and per layer with a value embedding.
 LAYERS, VALUE_LAYERS = "layers", "value_layers"
-# optimizer groups of several weights; the others are named as their only weight
+# optimizer groups of several weights; other groups have the name of their only weight
 MATRICES, SCALARS = "matrices", "scalars"
 
 
@@ -64,9 +63,7 @@ def _falling(first: float, last: float) -> Initial:
 
 @dataclass(frozen=True)
 class _Declare:
-    """`declare(shape, axes, initial, group)`: an `nnx.Param` that carries its logical axes and its
-    optimizer group.
-    """
+    """`declare(shape, axes, initial, group)`: an `nnx.Param` with its axes and optimizer group."""
 
     rngs: nnx.Rngs
 
@@ -79,7 +76,7 @@ class _Declare:
 
 
 class Blocks(nnx.Module):
-    """The matrices of all layers, equal ones stacked on a leading axis: [L, in, out]."""
+    """The matrices of all layers, stacked on a leading axis: [L, in, out]."""
 
     def __init__(self, config: GPTConfig, declare: _Declare) -> None:
         width, hidden = config.n_embd, 4 * config.n_embd
@@ -103,9 +100,7 @@ class Blocks(nnx.Module):
 
 
 class GPT(nnx.Module):
-    """All weights. `gpt.forward` computes with them as the plain dict that `init_params`
-    returns.
-    """
+    """All weights. `gpt.forward` takes them as the plain dict of `init_params`."""
 
     def __init__(self, config: GPTConfig, *, rngs: nnx.Rngs) -> None:
         declare = _Declare(rngs)
@@ -167,22 +162,18 @@ def _metadata(config: GPTConfig, name: str) -> Params:
 
 
 def logical_axes(config: GPTConfig) -> Params:
-    """Logical axis names of each parameter, a tree like the parameters'; sharding.py maps them to
-    axes of the mesh.
-    """
+    """Logical axis names of each parameter, as a tree; sharding.py maps them to mesh axes."""
     return _metadata(config, "axes")
 
 
 def optimizer_groups(config: GPTConfig) -> Params:
-    """The optimizer group of each parameter, a tree like the parameters'."""
+    """The optimizer group of each parameter, as a tree."""
     return _metadata(config, "group")
 
 
 @functools.lru_cache(maxsize=64)
 def layer_weights(config: GPTConfig) -> dict[str, tuple[tuple[str, ...], tuple[int, ...]]]:
-    """Weights that layers have their own of: name -> (keys into the parameters, layers that have
-    one).
-    """
+    """The per-layer weights: name -> (keys into the parameters, layers that have one)."""
     found = {}
     is_axes = lambda node: isinstance(node, tuple)  # noqa: E731
     for path, axes in jax.tree.leaves_with_path(logical_axes(config), is_leaf=is_axes):

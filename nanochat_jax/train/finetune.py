@@ -1,5 +1,6 @@
-"""What midtraining and SFT share: a stage's model goes on with a mixture of conversations. RL
-shares some flags.
+"""Midtraining and SFT: continue training an earlier stage's model on conversations.
+
+RL shares some flags.
 """
 
 import dataclasses
@@ -42,7 +43,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class ContinueConfig(RunConfig):
-    """Flags of a stage that goes on with the model of another."""
+    """Flags of a stage that continues another stage's model."""
 
     model_tag: str | None = flag(
         None,
@@ -75,8 +76,9 @@ class ContinueConfig(RunConfig):
     def optimizer(
         self, loaded: Loaded, schedules: Schedules, compute: Compute
     ) -> optax.GradientTransformation:
-        """With the base run's rates, except those given; `init_lr_frac` scales the rates of all
-        groups.
+        """The optimizer, with the base run's learning rates unless flags set them.
+
+        `init_lr_frac` scales the rates of all groups.
         """
         given = {
             key: value
@@ -102,7 +104,7 @@ class ContinueConfig(RunConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class FinetuneConfig(ContinueConfig, TrainConfig):
-    """Flags of both stages."""
+    """Flags of midtraining and SFT."""
 
     load_optimizer: bool = flag(
         False, "go on with the moments of its optimizer; the rates begin anew"
@@ -130,23 +132,23 @@ class FinetuneConfig(ContinueConfig, TrainConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class Stage:
-    """What tells a stage of finetuning from another."""
+    """How one finetuning stage differs from another."""
 
     name: str  # "mid_train", "chat_sft"
-    section: str  # of the report
-    source: str  # the model it starts from, and where its own goes
+    section: str  # section of the report
+    source: str  # stage whose model is loaded; `target` is where the result is saved
     target: str
-    mode: str  # how conversations fill rows: data/mixture.py
-    primary: str  # the figure whose minimum is reported
+    mode: str  # how conversations fill rows: see data/mixture.py
+    primary: str  # metric whose minimum is reported
     num_epochs: int
-    # rows of a step where no batch size is given; None: as many tokens as the base run's steps
+    # rows per step without a batch size; None: the base run's tokens per step
     step_rows: int | None
     mixture: Callable[[str | None, Split, Paths], Task]  # (corpus, split, paths)
     lr_schedule: Callable[[int], Schedule]  # from the number of steps
-    # Muon's; the modern one's is this in all stages
+    # Muon's momentum for `classic`; `modern` has the same in all stages
     classic_momentum: Schedule = linear_momentum(300, 0.85, 0.95)
     eval_steps: int | None = None  # instead of --eval-tokens
-    # More evaluations, given the model, its micro-batch rows and how it computes.
+    # Additional evaluations, from the model, rows per micro-batch and `Compute`.
     evaluations: Callable[..., list[Evaluation]] = lambda *_: []
 
 
@@ -157,11 +159,11 @@ def warm_optimizer(
     shardings: Any,
     mesh: jax.sharding.Mesh,
 ) -> Any:
-    """The optimizer state saved with `loaded`, with the counts that schedules follow set back to 0.
+    """The optimizer state saved with `loaded`, with the schedules' step counts reset to 0.
 
-    Adam's own count stays, for its moments are of that many steps.
+    Adam's own count stays: its moments have accumulated over that many steps.
     """
-    # Where pretraining clips, that comes first in its chain; here it is left out.
+    # If pretraining clips gradients, clipping is first in its chain; it is dropped here.
     clipped = loaded.source == "base" and loaded.meta["rates"]["grad_clip"] > 0
     saved = optax.chain(optax.clip_by_global_norm(1.0), optimizer) if clipped else optimizer
     abstract = jax.eval_shape(saved.init, params)
@@ -179,12 +181,10 @@ def warm_optimizer(
 
 
 def finetune(config: FinetuneConfig, stage: Stage) -> None:
-    """Train the newest model of `stage.source` on the stage's mixture and save it under
-    `stage.target`.
-    """
+    """Train the newest model of `stage.source` on the stage's mixture and save the result."""
     paths = Paths.from_env()
     start(paths, config, compile_cache=config.compile_cache)
-    # What was named needs no model to be found, and a typo should not cost the loading of one.
+    # A mixture named by flag needs no model: report typos in it before loading one.
     named = stage.mixture(None, "train", paths) if config.mixture else None
     if config.dry_run:
         return _finetune(config, stage, paths, named)
@@ -224,7 +224,7 @@ def _finetune(config: FinetuneConfig, stage: Stage, paths: Paths, named: Task | 
     )
     if config.num_iterations > 0:
         num_steps = config.num_iterations
-        batches.count_batches(at_most=num_steps)  # logs what is cut and skipped
+        batches.count_batches(at_most=num_steps)  # logs cut and skipped conversations
     else:
         num_steps = max(1, batches.count_batches(stage.num_epochs))
     multiplier = stage.lr_schedule(num_steps)

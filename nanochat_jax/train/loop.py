@@ -1,9 +1,8 @@
-"""The one loop that all stages share, from pretraining to RL: train, log, evaluate, save, resume,
-stop.
+"""The training loop of all stages, RL included: train, log, evaluate, save, resume, stop.
 
-At step s, in this order: save, evaluate, stop if it is the last, train. So no evaluation can lose
-a checkpoint. Metrics of a step are read after the next one is dispatched, so that the device never
-waits for a log line.
+Each step does, in this order: save, evaluate, stop if it is the last, train. So no failed
+evaluation loses a checkpoint. A step's metrics are read after the next one is dispatched, so the
+device never waits for logging.
 """
 
 import collections
@@ -63,7 +62,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig(Processes):
-    """Flags that every training stage has. Stages extend it with their own."""
+    """Flags of every training stage."""
 
     run: str = flag("dummy", "wandb run name; dummy turns wandb off", check=run_name)
     mesh: str = flag("auto", "devices as DxM: D-way data and M-way tensor parallelism")
@@ -129,7 +128,7 @@ class RunConfig(Processes):
     )
 
     def __post_init__(self) -> None:
-        if self.remat == "elementwise":  # what "minimal" was called
+        if self.remat == "elementwise":  # the mode's former name
             object.__setattr__(self, "remat", "minimal")
         if self.resuming and self.fresh:
             raise ValueError(
@@ -165,25 +164,26 @@ class TrainConfig(RunConfig):
 
 
 class StepBatch(NamedTuple):
-    """What a source returns for one step."""
+    """One step's batch, as a source returns it."""
 
     batch: Batch  # global arrays [A, B, T]
-    host: dict[str, np.ndarray]  # the same of this process, to be saved if the loss is not finite
-    figures: dict[str, float]  # for the log
+    host: dict[str, np.ndarray]  # this process's part, saved if the loss is not finite
+    figures: dict[str, float]  # logged
 
 
 class Source(Protocol):
-    """Where the batch of each step comes from: a loader, or rollouts of the current parameters."""
+    """Source of each step's batch: a data loader, or rollouts of the current parameters."""
 
-    # made from the step's parameters; a signal may interrupt it, and it is made again
+    # made from the step's parameters; after a signal interrupts it, it is made again
     on_policy: ClassVar[bool]
 
     def next_batch(self, step: int, params: Params) -> StepBatch: ...
 
     @property
     def position(self) -> dict[str, Any]:
-        """A few numbers for the log: where in the data the last batch was. Cheap, where
-        `get_state` is not.
+        """Position of the last batch in the data, a few numbers for the log.
+
+        Cheap, unlike `get_state`.
         """
 
     def get_state(self) -> dict[str, Any]: ...
@@ -193,9 +193,9 @@ class Source(Protocol):
 
 @dataclass(frozen=True)
 class LoaderSource:
-    """Batches of a data loader, whose rows are the same whatever the parameters are."""
+    """Batches of a data loader; they do not depend on the parameters."""
 
-    # an endless iterator of {"inputs", "targets"}, this process's rows [R, T], with a position
+    # endless iterator of {"inputs", "targets"} with a position: this process's rows [R, T]
     loader: Any
     shape: BatchShape
     mesh: jax.sharding.Mesh
@@ -219,9 +219,9 @@ class LoaderSource:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """Figures for metrics.jsonl, made from the parameters every so many steps, and at the end."""
+    """Metrics computed from the parameters at some steps, written to metrics.jsonl."""
 
-    every: int  # below 1: only at the end
+    every: int  # in steps; below 1: only at the end
     run: Callable[[Params], dict[str, float]]
     at_end: bool = True
     at_start: bool = False
@@ -232,39 +232,39 @@ class Evaluation:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One stage's training: what the loop needs to know beside the state and the data."""
+    """One stage's training, besides the state and the data."""
 
     name: str  # "base_train", "mid_train", "chat_sft", "chat_rl"
     config: RunConfig
     model: GPTConfig
     directory: Directory  # of the tag's checkpoints
-    # for what else is written: metrics, traces, dumps; the same, unless that is in a bucket
+    # for metrics, traces, dumps; like `directory`, unless that is in a bucket
     logs: Path
     num_steps: int
-    # None: it differs from step to step, so nothing is compiled beforehand
+    # None: it differs per step, so the step is not compiled in advance
     shape: BatchShape | None
     lr_multiplier: Callable[[Any], Any]
     evaluations: Sequence[Evaluation]
-    metadata: dict[str, Any]  # goes into every checkpoint: tokenizer fingerprint, corpus, ...
-    primary: str = "val_bpb"  # the figure whose minimum is kept
-    dry_run: bool = False  # save nothing
-    # kept beside the checkpoints where they would be without one
+    metadata: dict[str, Any]  # saved in every checkpoint: tokenizer fingerprint, corpus, ...
+    primary: str = "val_bpb"  # metric whose minimum is recorded
+    dry_run: bool = False  # saves nothing
+    # saved with the checkpoints if they would lack one
     tokenizer: Tokenizer | None = None
-    origin: Loaded | None = None  # the model that this one goes on from
-    shown: Sequence[str] = ()  # names of metrics for the display
+    origin: Loaded | None = None  # the model this one continues
+    shown: Sequence[str] = ()  # metrics on the progress display
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What a finished run says of itself."""
+    """Results of a finished run."""
 
     params: Params
-    last: dict[str, float]  # figures of the last evaluation
-    minimum: float  # of the primary figure
+    last: dict[str, float]  # metrics of the last evaluation
+    minimum: float  # of the primary metric
     train_loss: float  # smoothed
-    seconds: float  # in training steps, without compilation, evaluation and saving
+    seconds: float  # in training steps, excluding compilation, evaluation and saving
     tokens_per_sec: float
-    mfu: float | None  # fraction of the devices' peak, None where that is unknown
+    mfu: float | None  # fraction of the devices' peak; None if that is unknown
     peak_memory: int
 
 
@@ -273,18 +273,14 @@ def is_due(step: int, every: int) -> bool:
 
 
 def global_position(state: dict[str, Any], mesh: jax.sharding.Mesh) -> dict[str, Any]:
-    """The data position of the whole run from that of each process, which must be at the same
-    step.
-    """
+    """The run's data position, from those of all processes at the same step."""
     shares = dict(gather_json([data_share(mesh)[0], state]))
     states = [shares[index] for index in sorted(shares)]
     return merge_states(states) if "shards" in state else states[0]
 
 
 class _Reporter:
-    """Reads the metrics of finished steps, refuses what is not finite, and tells the log and the
-    display.
-    """
+    """Logs and displays the metrics of finished steps; rejects non-finite values."""
 
     def __init__(
         self,
@@ -307,19 +303,19 @@ class _Reporter:
         peak = peak_flops(jax.devices()[0])
         self.peak = peak * mesh.size if peak else None
         self._rates = np.asarray(jax.jit(jax.vmap(job.lr_multiplier))(jnp.arange(job.num_steps)))
-        # Seconds of the last ten steps: one is dispatched before the one before it is read, so
-        # single ones say little.
+        # Seconds of the last ten steps. Steps overlap, so the average is meaningful, not one lap.
         self._laps: collections.deque[float] = collections.deque(maxlen=10)
 
     def restart_clock(self) -> None:
-        """What came before (saving, evaluating) is no step's time."""
+        """Exclude the time until now (saving, evaluating) from the next step's."""
         self._mark = time.perf_counter()
 
     def finish(
         self, step: int, metrics: dict[str, Any], batch: StepBatch, position: dict[str, Any]
     ) -> None:
-        """Wait for a dispatched step and log it. Raises `UsageError` if its loss or gradient is
-        not finite.
+        """Wait for a dispatched step and log it.
+
+        Raises `UsageError` if its loss or gradient is not finite.
         """
         job, loop = self._job, self._loop
         figures: dict[str, Any] = batch.figures | {
@@ -374,7 +370,7 @@ class _Reporter:
             self._loop["minimum"] = min(self._loop["minimum"], figures[self._job.primary])
         self.log.write(step=step, kind="eval", time=time.time(), **figures)
         told = [f"{name} {value:.4f}" for name, value in figures.items()]
-        if len(told) > 6:  # as of RL, which has a pass@k for each k: they are in the log
+        if len(told) > 6:  # such as RL's pass@k for each k; metrics.jsonl has all
             told[4:-1] = ["..."]
         self.display.note(f"{self._job.name} step {step}: " + ", ".join(told))
 
@@ -385,7 +381,7 @@ class _Reporter:
             self._wandb.finish()
 
 
-# Flags that decide what a saved state fits. The stages also save what those left out came to.
+# Flags that a saved state depends on. Their resolved values are saved as well.
 _FITTING = (
     "depth",
     "arch",
@@ -407,7 +403,7 @@ _FITTING = (
 
 
 def _other_flags(config: RunConfig, metadata: dict[str, Any], saved: dict[str, Any]) -> str:
-    """Which flags the saved run had otherwise, for a refusal to resume; "" if none."""
+    """The flags that differ from the saved run's, for an error; "" if none."""
     resolved = ("data", "packing", "total_batch_size")
     mine = dataclasses.asdict(config)
     before, now = (
@@ -426,8 +422,10 @@ def _other_flags(config: RunConfig, metadata: dict[str, Any], saved: dict[str, A
 def naming_other_flags(
     config: RunConfig, directory: Directory, metadata: dict[str, Any]
 ) -> Iterator[None]:
-    """If a run that is to be resumed is refused inside this block, the error names the flags that
-    differ from the saved run's. `metadata` is what the run itself will save."""
+    """Add the flags that differ from the saved run's to a `UsageError` when resuming.
+
+    `metadata` is what this run saves.
+    """
     try:
         yield
     except UsageError as error:
@@ -436,8 +434,8 @@ def naming_other_flags(
             config.resume_from_step if config.resume_from_step in steps else max(steps, default=-1)
         )
         advice = ""
-        with contextlib.suppress(OSError, ValueError):  # one that cannot be read gives no advice
-            if step >= 0:  # not by Orbax, which waits for all processes
+        with contextlib.suppress(OSError, ValueError):  # an unreadable step adds no advice
+            if step >= 0:  # without Orbax, which waits for all processes
                 state = directory / str(step) / "state" / "metadata"
                 advice = _other_flags(config, metadata, json.loads(state.read_text()))
         if not advice:
@@ -448,15 +446,16 @@ def naming_other_flags(
 def _restore(
     job: Job, checkpoints: Checkpoints, state: TrainState, shardings: TrainState, source: Source
 ) -> Restored | None:
-    """The step to continue from, to which `source` is set; None if there is none. Raises
-    `UsageError` if it is another run's, and names the flags that differ. What is restored takes
-    the place of `state` in memory, too.
+    """The step to continue from, or None. Sets `source` to its position.
+
+    Frees the memory of `state` for the restored arrays. Raises `UsageError`, with the flags that
+    differ, if the step belongs to another run.
     """
     directory, step = job.directory, job.config.resume_from_step
 
     def accept(saved: dict[str, Any]) -> None:
         advice = "use --fresh or another --model-tag"
-        try:  # compared as configs, so that a field added since has its default
+        try:  # compared as configs: a field added since has its default
             same = GPTConfig.from_dict(saved["model_config"]) == job.model
         except ValueError:  # a field of a later version
             same = False
@@ -486,7 +485,7 @@ def _restore(
 
 @contextlib.contextmanager
 def _explained(job: Job, mesh: jax.sharding.Mesh, checkpoints: Checkpoints) -> Iterator[None]:
-    """Errors of the loop, with what the user can do about them."""
+    """Errors of the loop, with advice."""
     try:
         yield
     except jax.errors.JaxRuntimeError as error:
@@ -510,7 +509,7 @@ def _explained(job: Job, mesh: jax.sharding.Mesh, checkpoints: Checkpoints) -> I
 
 
 class _Loop:
-    """One run: the state, where it is, and what is done at a step."""
+    """One run: its state, its current step, and the work of each step."""
 
     def __init__(
         self,
@@ -527,7 +526,7 @@ class _Loop:
         self.start = 0
         self.figures: dict[str, float] = {}  # of the last evaluation
         self._saved_at: int | None = None
-        # the step dispatched last: arguments of `_Reporter.finish`
+        # arguments of `_Reporter.finish` for the step dispatched last
         self._pending: tuple | None = None
 
     def restore(self, shardings: TrainState) -> bool:
@@ -613,7 +612,7 @@ class _Loop:
         self._reporter.evaluated(step, self.figures)
 
     def _advance(self, step: int) -> None:
-        """Dispatch a step, then log the one before it: the device never waits for the log."""
+        """Dispatch a step, then log the previous one: the device never waits for logging."""
         if self._profiler.changes_at(step):
             self._flush()
         self._profiler.at(step)
@@ -653,9 +652,7 @@ def _mesh_of(state: TrainState) -> jax.sharding.Mesh:
 
 @contextlib.contextmanager
 def _directories(job: Job) -> Iterator[Job]:
-    """The job with directories to write to: the tag's, cleared or claimed; those of a dry run
-    vanish at the end.
-    """
+    """The job with writable directories: the tag's, or temporary ones for a dry run."""
     if not job.dry_run:
         claim_directory(job.directory, resume=job.config.resuming, fresh=job.config.fresh)
         yield job
@@ -667,15 +664,15 @@ def _directories(job: Job) -> Iterator[Job]:
 def train(
     job: Job, state: TrainState, shardings: TrainState, step_fn: Any, source: Source
 ) -> Outcome:
-    """Run the loop to `num_steps`, resuming if the config asks for it. Exits the process with 75
-    after a signal's save.
+    """Run the loop to `num_steps`, resuming if configured.
 
-    `step_fn` is the jitted step of step.py. Raises `UsageError` for a loss that is not finite, a
-    step that does not fit into memory, and a checkpoint that could not be written.
+    `step_fn` is the jitted step of step.py. Exits with code 75 after a signal and a save. Raises
+    `UsageError` if the loss is not finite, a step does not fit into memory, or a checkpoint cannot
+    be written.
     """
     config, mesh = job.config, shardings.params["wte"].mesh
     if job.shape is not None:
-        # What can fail for lack of memory or of a package comes before --fresh deletes anything.
+        # What can fail for lack of memory or a package runs before --fresh deletes anything.
         step_fn, _ = compile_step(step_fn, state, job.shape, mesh)
     wandb_run = start_wandb(
         config.run, f"nanochat-{job.name.removeprefix('chat_')}", dataclasses.asdict(config)
@@ -695,7 +692,7 @@ def train(
         with _explained(job, mesh, checkpoints):
             try:
                 gc.collect()
-                # what exists by now stays: the collector need not traverse it again and again
+                # skip existing objects in later collections
                 gc.freeze()
                 loop.run(reporter, profiler)
             finally:

@@ -1,6 +1,4 @@
-"""Whether a step fits into memory: estimates, the compiled step's own figure, and the choice of
-batch and rematerialization.
-"""
+"""Memory of a training step: estimate, measurement, choice of batch size and rematerialization."""
 
 import logging
 import math
@@ -21,7 +19,7 @@ from nanochat_jax.train.step import BatchShape, TrainState, batch_shape
 
 log = logging.getLogger(__name__)
 
-# share of a device's memory that `auto` fills; elsewhere 0.92, for fragmentation
+# fraction of a device's memory that `auto` fills; other platforms 0.92, for fragmentation
 USABLE_MEMORY = {"cpu": 0.7}
 
 
@@ -30,8 +28,9 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def memory_limit() -> int | None:
-    """Bytes that one device can hold; None where the backend does not say. Devices of a CPU share
-    the machine's.
+    """Bytes of memory per device; None if the backend does not report it.
+
+    A machine's CPU devices share its memory.
     """
     device = jax.local_devices()[0]
     if device.platform != "cpu":
@@ -44,7 +43,7 @@ def memory_limit() -> int | None:
 
 
 def accelerator_memory() -> int | None:
-    """`memory_limit` of an accelerator; None on a CPU, whose memory is the machine's to share."""
+    """`memory_limit` of an accelerator; None on a CPU, where it is shared."""
     return None if jax.local_devices()[0].platform == "cpu" else memory_limit()
 
 
@@ -58,18 +57,19 @@ def estimate_memory(
     fsdp: bool,
     gpu: bool = False,
 ) -> float:
-    """Bytes that a bfloat16 step of `rows` rows per device needs on each of `data` x `model`,
-    about: plans (tpu/plans) need up to this. `gpu`: without a loop over layers and its copies of
-    what is kept, 0.37 to 0.45 of it in plans; and the workspace of cuDNN.
+    """Approximate bytes per device of a bfloat16 step, `rows` rows on each of `data` x `model`.
+
+    An upper bound of what plans (tpu/plans) need. `gpu`: without the copies of saved arrays that a
+    loop over layers makes (0.37 to 0.45 of the saved bytes in plans), but with cuDNN's workspace.
     """
     matrices = num_matrix_params(config)
     tables = num_params(config) - matrices
     ways = model * (data if fsdp else 1)
-    # and their sums of gradients, copies, new gradients
+    # with sums of gradients, copies, new gradients
     weights = 8 * (matrices + tables) + 4 * matrices + 4 * tables
-    # and what Muon works on
+    # with Muon's temporaries
     optimizer = (4 * matrices + 8 * tables + 24 * matrices) / (data * model)
-    # tables that were gathered to be used
+    # tables gathered for use
     whole = 2 * 4 * config.padded_vocab_size * config.n_embd if fsdp else 0
     hidden = 2 * rows * config.sequence_len * config.n_embd * (0.5 if gpu else 1.0)
     kept = {
@@ -91,14 +91,17 @@ def choose_memory(
     limit: int | None,
     step_rows: int = 2**30,
 ) -> tuple[int | str, str, bool]:
-    """(rows per device, remat, fsdp): where one is not given ("auto", None), the fastest choice
-    that `limit` bytes should hold.
+    """(rows per device, remat, fsdp): the given values, else the fastest within `limit` bytes.
 
-    Nothing is recomputed if 32 rows then fit, on GPUs also 16. Else "minimal", a tenth more
-    products, with 32, 16 or 8 rows; sharded, as adding up whole gradients for each such batch
-    costs more traffic than gathering. Then "block", a third more products, sharded rather than
-    with fewer rows, and "full", which recomputes twice. Without a limit: 32 rows, nothing
-    recomputed or sharded. `step_rows` is how many rows of a step a device gets in all.
+    Candidates for values that are "auto" or None, in this order:
+
+      1. "none" with 32 rows, on GPUs also 16.
+      2. "minimal" (a tenth more matmul work), sharded, with 32, 16 or 8 rows. Summing complete
+         gradients per micro-batch would cost more traffic than gathering.
+      3. "block" (a third more matmul work), sharded before fewer rows.
+      4. "full", which recomputes twice.
+
+    Without a limit: 32 rows, "none", not sharded. `step_rows`: rows per device in a complete step.
     """
     sizes = [rows if isinstance(rows, int) else 8] if rows else [32, 16, 8]
     gpu = mesh.devices.flat[0].platform == "gpu"
@@ -141,9 +144,9 @@ def choose_memory(
 def compile_step(
     step_fn: jax.stages.Wrapped, state: TrainState, shape: BatchShape, mesh: Mesh
 ) -> tuple[Callable, int]:
-    """The compiled step and the bytes it needs on each device (state, batch and temporaries).
+    """(the compiled step, bytes per device of state, batch and temporaries).
 
-    Raises `UsageError` if that is more than a device has.
+    Raises `UsageError` if a device has less memory.
     """
     rows = jax.ShapeDtypeStruct(
         (shape.accumulation, shape.micro_rows, shape.sequence_len),
@@ -154,7 +157,7 @@ def compile_step(
     try:
         compiled = step_fn.lower(abstract, Batch(rows, rows)).compile()
     except jax.errors.JaxRuntimeError as error:
-        if is_out_of_memory(error):  # compilers for TPUs know beforehand
+        if is_out_of_memory(error):  # TPU compilers detect it
             raise out_of_memory(shape, mesh) from error
         raise
     memory = compiled.memory_analysis()
@@ -198,9 +201,7 @@ def choose_batch_shape(
     step_fn: jax.stages.Wrapped,
     state: TrainState,
 ) -> BatchShape:
-    """`batch_shape`; with the device batch size "auto", the largest that fits by the memory
-    analysis of the compiled step.
-    """
+    """`batch_shape`; "auto": the largest device batch size whose compiled step fits."""
     if device_batch_size != "auto":
         return batch_shape(total_batch_size, int(device_batch_size), sequence_len, mesh)
     if (limit := memory_limit()) is None:

@@ -1,9 +1,8 @@
-"""Muon (Jordan et al., 2024) as an optax transform on stacks of matrices, in the variants of both
-eras.
+"""Muon (Jordan et al., 2024) as an optax transform on stacks of matrices, for both architectures.
 
-Parameters are matrices [..., in, out]; formulas that upstream states for torch's (out, in) weights
-are transposed here. Equal shapes are stacked and orthogonalised together, the stack sharded over
-the devices of the mesh, so that each device works on its own matrices. Rate, momentum and decay
+Parameters are matrices [..., in, out]; upstream's formulas for torch's (out, in) weights are
+transposed. Matrices of equal shape are stacked and orthogonalized together. The stack is sharded
+over the mesh's devices, so each device works on its own matrices. Learning rate, momentum and decay
 are functions of the step inside the transform.
 """
 
@@ -30,14 +29,15 @@ POLAR_EXPRESS = (  # Amsel et al., 2025: the best polynomial of each iteration
 
 
 class MuonState(NamedTuple):
-    count: Array  # type: ignore[assignment]  # () int32, steps done; optax's name for it, which is a method of tuples too
+    count: Array  # type: ignore[assignment]  # () int32, steps done; optax's name for it, also a tuple method
     momentum: Any  # like the parameters
     second_moment: Any  # modern: [..., 1, out] if out >= in else [..., in, 1]; classic: empty
 
 
 def _iterate(x: Array, coefficients: tuple[tuple[float, float, float], ...]) -> Array:
-    """X <- aX + (bA + cA^2)X with the Gram matrix A of the shorter side; x [K, in, out]. Products
-    come out in float32.
+    """X <- aX + (bA + cA^2)X with the Gram matrix A of the shorter side; x [K, in, out].
+
+    Matmuls accumulate in float32.
     """
     wide = x.shape[-1] >= x.shape[-2]
     dot = lambda s, a, b: jnp.einsum(s, a, b, preferred_element_type=jnp.float32).astype(x.dtype)  # noqa: E731
@@ -53,8 +53,9 @@ def _norm(x: Array, axis: Any = (-2, -1)) -> Array:
 
 
 def orthogonalize_classic(update: Array, dtype: Any) -> Array:
-    """Five Newton-Schulz iterations towards the nearest orthogonal matrix. update [K, in, out];
-    float32 out.
+    """Five Newton-Schulz iterations towards the nearest orthogonal matrix.
+
+    update [K, in, out]; float32 out.
     """
     x = update.astype(dtype)
     x = x / (_norm(x) + 1e-7).astype(dtype)
@@ -62,9 +63,7 @@ def orthogonalize_classic(update: Array, dtype: Any) -> Array:
 
 
 def orthogonalize_modern(update: Array, dtype: Any) -> Array:
-    """Rows equalised (MuonEq), Polar Express, then the Frobenius norm of an orthogonal matrix
-    (Muon+).
-    """
+    """MuonEq (equal row norms), Polar Express, then the norm of an orthogonal matrix (Muon+)."""
     fan_in, fan_out = update.shape[-2:]
     x = update.astype(dtype)
     equal = (_norm(x) / math.sqrt(fan_out)) / jnp.maximum(_norm(x, axis=-2), 1e-6)
@@ -80,8 +79,9 @@ def _variance_axis(shape: tuple[int, ...]) -> int:
 
 
 def normalize_variance(update: Array, second_moment: Array, beta2: float) -> tuple[Array, Array]:
-    """NorMuon (Li et al., 2025): scale each neuron by its running second moment, keeping the
-    Frobenius norm.
+    """NorMuon (Li et al., 2025): scale each neuron by its running second moment.
+
+    Returns (update, second moment); the update's Frobenius norm is unchanged.
     """
     axis = _variance_axis(update.shape)
     mean_square = jnp.mean(jnp.square(update), axis=axis, keepdims=True)
@@ -106,12 +106,12 @@ def muon(
     """Muon for a tree whose leaves are matrices [in, out] or stacks [L, in, out].
 
     Args:
-      learning_rate, momentum, weight_decay: functions of the number of steps done.
+      learning_rate, momentum, weight_decay: functions of the number of finished steps.
       variant: "classic" (Newton-Schulz) or "modern" (MuonEq, Polar Express, Muon+, NorMuon,
         cautious decay).
       beta2: decay of NorMuon's second moment.
-      compute_dtype: dtype of the iteration's products (bfloat16 on accelerators).
-      mesh: when given, the stacked matrices are spread over all its devices.
+      compute_dtype: dtype of the iteration's matmuls (bfloat16 on accelerators).
+      mesh: if given, the stacked matrices are sharded over all its devices.
     """
     modern = variant == "modern"
     orthogonalize = orthogonalize_modern if modern else orthogonalize_classic
@@ -157,8 +157,9 @@ def muon(
 
 
 def _orthogonalize_tree(tree: Any, orthogonalize: Callable, dtype: Any, mesh: Mesh | None) -> Any:
-    """Orthogonalise every matrix of the tree; matrices of one shape go as one stack, spread over
-    the mesh.
+    """Orthogonalize every matrix of the tree.
+
+    Matrices of one shape form one stack, sharded over the mesh.
     """
     leaves, treedef = jax.tree.flatten(tree)
     groups: dict[tuple[int, int], list[int]] = {}

@@ -1,6 +1,4 @@
-"""Parameter groups and schedules of both eras: AdamW for tables and scalars, Muon for the matrices
-of the blocks.
-"""
+"""Optimizers and schedules of both architectures: AdamW for tables and scalars, else Muon."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,8 +18,9 @@ EPS = 1e-10
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """Learning rates before width scaling, and the decay of the matrices (modern) or of the AdamW
-    groups (classic).
+    """Learning rates before width scaling; `weight_decay` of the matrices (modern).
+
+    For `classic`, `weight_decay` is that of the AdamW groups.
     """
 
     embedding_lr: float = 0.3
@@ -38,8 +37,9 @@ CLASSIC_RATES = dict(embedding_lr=0.2, unembedding_lr=0.004, matrix_lr=0.02, gra
 def trapezoid(
     num_steps: int, *, warmup: int, warmdown_ratio: float, final_fraction: float
 ) -> Schedule:
-    """1 between a linear warm-up ((step + 1) / warmup) and a linear descent to `final_fraction`
-    over the last share.
+    """1 between a linear warm-up ((step + 1) / warmup) and a linear descent to `final_fraction`.
+
+    The descent takes the last `warmdown_ratio` of the steps.
     """
     warmdown = round(warmdown_ratio * num_steps)
 
@@ -59,9 +59,7 @@ def linear_momentum(steps: int, start: float, end: float) -> Schedule:
 
 
 def modern_momentum(num_steps: int, warmdown_ratio: float) -> Schedule:
-    """0.85 -> 0.97 over the first 400 steps; 0.97 -> 0.90 during the descent of the learning
-    rate.
-    """
+    """0.85 -> 0.97 over the first 400 steps; 0.97 -> 0.90 while the learning rate falls."""
     warmdown = round(warmdown_ratio * num_steps)
 
     def momentum(step: Array | int) -> Array:
@@ -91,13 +89,13 @@ def adamw(
 
 @dataclass(frozen=True, kw_only=True)
 class Schedules:
-    """What changes over a run, as functions of the step.
+    """Hyperparameters as functions of the step.
 
     Attributes:
       lr_multiplier: factor of all learning rates.
       momentum: Muon's.
       weight_decay: the matrices' cautious decay (modern only).
-      lr_scale: constant factor of the rates from the batch size (modern: sqrt(B / 2^19)).
+      lr_scale: constant factor of the rates, from the batch size (modern: sqrt(B / 2^19)).
     """
 
     lr_multiplier: Schedule
@@ -111,9 +109,9 @@ def make_optimizer(
 ) -> optax.GradientTransformation:
     """The optimizer of the config's architecture.
 
-    `rates` are the learning rates before scaling by (width / 768)^-0.5 (only the AdamW tables are
-    scaled, as upstream). Muon's matmuls are in the dtype of `compute`, and its matrices are
-    sharded over all devices of the mesh.
+    `rates` are the learning rates before scaling by (width / 768)^-0.5, which affects only the
+    AdamW tables, as upstream. Muon's matmuls use the dtype of `compute`; its matrices are sharded
+    over all devices of the mesh.
     """
     lr_multiplier, lr_scale = schedules.lr_multiplier, schedules.lr_scale
     width_scale = (config.n_embd / 768) ** -0.5

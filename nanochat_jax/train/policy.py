@@ -1,10 +1,10 @@
-"""Reinforcement learning from checked answers: REINFORCE with the group's mean as baseline.
+"""Reinforcement learning from rewarded replies: REINFORCE with the group's mean as baseline.
 
-Of each prompt several replies are sampled from the current parameters, a task judges them, and the
-log-probability of each sampled token is raised or lowered by its reply's advantage, reward minus
-the mean reward of the prompt's replies. Left out of GRPO (Shao et al. 2024, arXiv:2402.03300) are
-division by the standard deviation, the KL penalty, ratios and clipping; the samples are always
-on-policy. A prompt whose replies are all right or all wrong teaches nothing.
+Several replies to each prompt are sampled from the current parameters, and a task rewards them. A
+reply's advantage is its reward minus the mean reward of the prompt's replies; it weights the
+log-probability of each sampled token. Of GRPO (Shao et al. 2024, arXiv:2402.03300), the division by
+the standard deviation, the KL penalty, ratios and clipping are left out; samples are always
+on-policy. A prompt whose replies all have the same reward contributes nothing.
 """
 
 import logging
@@ -25,14 +25,17 @@ from nanochat_jax.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
-FLAT_STEPS = 3  # without a difference of rewards to learn from, until the first warning
+FLAT_STEPS = 3  # steps without different rewards before the first warning
 
 
 @dataclass(frozen=True)
 class Rollout:
-    """One reply: tokens of prompt and reply, and for each whether the model drew it (not the
-    prompt, not a tool); `log_prob` is the sum of the model's log-probabilities of those, before
-    temperature and top-k.
+    """One reply.
+
+    Attributes:
+      tokens: of the prompt and the reply.
+      sampled: per token, whether the model sampled it (not the prompt's, not a tool's).
+      log_prob: sum over sampled tokens, before temperature and top-k.
     """
 
     tokens: list[int]
@@ -48,12 +51,13 @@ def sample_rollouts(
     conversations: Sequence[Conversation],
     sampling: Sampling,
 ) -> list[list[Rollout]]:
-    """`num_samples` judged replies to each conversation, all in flight together; the seed names
-    the random streams.
+    """`num_samples` rewarded replies to each conversation, generated together.
+
+    The seed determines the random streams.
     """
 
     def cut(tokens: list[int]) -> tuple[int, ...]:
-        """As the engine cuts it, for the same tokens are trained on."""
+        """The prompt as the engine truncates it, so that training uses the same tokens."""
         return engine.generation(
             Request(tuple(tokens), max_tokens=sampling.max_new_tokens, truncate=True)
         ).prompt
@@ -108,13 +112,14 @@ def sample_rollouts(
 
 
 def rewards_of(groups: Sequence[Sequence[Rollout]]) -> np.ndarray:
-    """[E, S]"""
+    """The rewards [E, S] of E groups of S rollouts."""
     return np.array([[rollout.reward for rollout in group] for group in groups])
 
 
 def advantages(rewards: np.ndarray) -> np.ndarray:
-    """Reward minus the mean of its prompt's rewards, [E, S] to [E, S]. Not divided by their
-    deviation, which blows up where all but one agree.
+    """Reward minus the mean of its prompt's rewards, [E, S] to [E, S].
+
+    Not divided by the standard deviation, which is tiny if all but one agree.
     """
     return rewards - rewards.mean(axis=1, keepdims=True)
 
@@ -122,14 +127,13 @@ def advantages(rewards: np.ndarray) -> np.ndarray:
 def policy_batch(
     groups: Sequence[Sequence[Rollout]], *, pass_rows: int, micro_rows: int, unit: int = 32
 ) -> Batch:
-    """The rows [A, B, T] that E groups of S rollouts teach something with, B = `micro_rows`, T a
-    multiple of `unit`.
+    """A batch [A, B, T] of the rollouts with an advantage, from E groups of S. B is `micro_rows`.
 
     Upstream's loss: the mean over passes of -sum(log p * advantage) / max(1, trained tokens of the
-    pass), where a pass is `pass_rows` rollouts of one prompt. Here it is a weight per token, so it
-    does not depend on the micro-batches, and rollouts of advantage 0 are left out. A, a power of
-    two, and T take few values, so few programs are compiled; the filling has no targets. Raises
-    ValueError if `pass_rows` does not divide S.
+    pass), where a pass is `pass_rows` rollouts of one prompt. Here it is a weight per token, so the
+    result does not depend on the micro-batches. A is a power of two and T a multiple of `unit`, so
+    few programs are compiled; padding has no targets. Raises ValueError if `pass_rows` does not
+    divide S.
     """
     num_samples = len(groups[0])
     if num_samples % pass_rows:
@@ -157,10 +161,11 @@ def policy_batch(
 
 
 def statistics(groups: Sequence[Sequence[Rollout]]) -> dict[str, float]:
-    """What a log says of E groups of S rollouts. `reward_std` is the spread among all of them,
-    `reward_group_std` the mean spread within a prompt's; `mixed` is the share of prompts with
-    replies of both kinds, from which alone is learned. The entropy, in nats a token, is estimated
-    by the mean negative log-probability of what was sampled.
+    """Metrics of E groups of S rollouts.
+
+    `reward_std` is over all rollouts, `reward_group_std` the mean over prompts. `mixed` is the
+    fraction of prompts with different rewards, the only ones to learn from. The entropy, in nats
+    per token, is the mean negative log-probability of the sampled tokens.
     """
     rewards = rewards_of(groups)
     advantage = advantages(rewards)
@@ -182,15 +187,13 @@ def statistics(groups: Sequence[Sequence[Rollout]]) -> dict[str, float]:
 
 
 class RewardWatch:
-    """Warns when the replies to each prompt have equal rewards for several steps in a row: after
-    3, 6, 12, ... steps.
-    """
+    """Warns after 3, 6, 12, ... steps in a row without different rewards for any prompt."""
 
     def __init__(self) -> None:
         self._flat, self._due = 0, FLAT_STEPS
 
     def step(self, figures: Mapping[str, float]) -> None:
-        """Take the `statistics` of the next step."""
+        """Check the `statistics` of the next step."""
         if figures["mixed"]:
             self._flat, self._due = 0, FLAT_STEPS
             return
@@ -208,7 +211,8 @@ class RewardWatch:
 
 
 def pass_at_k(rewards: np.ndarray) -> np.ndarray:
-    """For k = 1..S the share of problems of which one of the first k samples is right; rewards [P,
-    S] to [S].
+    """For k = 1..S, the fraction of problems with a correct one among the first k samples.
+
+    rewards [P, S] to [S].
     """
     return (np.maximum.accumulate(rewards, axis=1) > 0).mean(axis=0)

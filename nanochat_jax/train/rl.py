@@ -1,4 +1,4 @@
-"""The stage of reinforcement learning: rollouts, policy steps and evaluations in turn."""
+"""The reinforcement learning stage: rollouts, policy steps and evaluations."""
 
 import dataclasses
 import logging
@@ -105,7 +105,7 @@ class ChatRLConfig(ContinueConfig):
 
 
 def load_tasks(config: ChatRLConfig, data: str | None, paths: Paths) -> tuple[str, Task, Task]:
-    """What is learned: its name, the problems to train on and those held out."""
+    """(name, problems to train on, held-out problems)."""
     name = (
         config.task
         if config.task != "auto"
@@ -130,9 +130,7 @@ def load_tasks(config: ChatRLConfig, data: str | None, paths: Paths) -> tuple[st
 
 
 class Sampler:
-    """Draws and judges replies with the parameters it is given, which one engine takes over from
-    the ones before.
-    """
+    """Samples and rewards replies with the given parameters. One engine serves all of them."""
 
     def __init__(self, config: ChatRLConfig, model: Loaded, compute: Compute) -> None:
         self._config, self._tokenizer, self._params = config, model.tokenizer, model.params
@@ -156,8 +154,10 @@ class Sampler:
         )
 
     def evaluate(self, params: Params, task: Task) -> dict[str, float]:
-        """On the first test problems: `accuracy` of the most likely reply, and pass@k for k =
-        1..device_batch_size of sampled ones, of the same random streams each time.
+        """Metrics of the first test problems.
+
+        `accuracy` is of greedy replies, pass@k for k = 1..device_batch_size of sampled ones, with
+        the same random streams each time.
         """
         indices = range(min(self._config.eval_examples, len(task)))
         greedy = self(params, task, indices, num_samples=1, temperature=0.0)
@@ -175,9 +175,7 @@ class Sampler:
 
 
 class RolloutSource:
-    """The batch of each step: replies to the next prompts, drawn from the current parameters and
-    judged.
-    """
+    """The batch of each step: rewarded replies to the next prompts, sampled on-policy."""
 
     on_policy: ClassVar[bool] = True
     position: dict[str, Any] = {}
@@ -211,7 +209,7 @@ class RolloutSource:
         return StepBatch(placed, batch._asdict(), figures)
 
     def get_state(self) -> dict[str, Any]:
-        """Nothing: the step says which prompts come next, and which random streams."""
+        """Empty: the step number determines the prompts and the random streams."""
         return {}
 
     def set_state(self, state: dict[str, Any]) -> None:
@@ -219,21 +217,17 @@ class RolloutSource:
 
 
 def sampling_memory(config: ChatRLConfig, model: GPTConfig, mesh: Mesh) -> int:
-    """Bytes of each device that the engine holds: its copy of the parameters, and keys and values
-    of full slots.
-    """
+    """Bytes per device that the engine needs: a copy of the parameters, and full KV caches."""
     keys_and_values = 2 * model.n_layer * model.n_kv_head * model.head_dim * model.sequence_len
     numbers = num_params(model) + keys_and_values * config.num_slots // data_size(mesh)
     return numbers * resolve_dtype(config.dtype).itemsize // mesh.shape["model"]
 
 
 def reinforce(config: ChatRLConfig) -> None:
-    """The whole stage: from a finetuned model to checkpoints, metrics and a section of the
-    report.
-    """
+    """Run the stage: from a finetuned model to checkpoints, metrics and a section of the report."""
     paths = Paths.from_env()
     start(paths, config, compile_cache=config.compile_cache)
-    # What was named needs no model to be found, and a typo should not cost the loading of one.
+    # A task named by flag needs no model: report typos in it before loading one.
     named = load_tasks(config, None, paths) if config.task_file or config.task != "auto" else None
     make_directory(paths.report)
     with lock_tag(
@@ -278,7 +272,7 @@ def _reinforce(config: ChatRLConfig, paths: Paths, named: tuple[str, Task, Task]
     )
     compute = run.compute
     loaded = dataclasses.replace(loaded, params=run.state.params)
-    # what rows are padded to: Splash wants whole lanes
+    # row lengths are a multiple of this; Splash needs full lanes
     unit = LANES if device_of(mesh).platform == "tpu" else 32
     # before anything is deleted or sampled
     check_attention(compute, length=unit, head_dim=model.head_dim)

@@ -1,4 +1,4 @@
-"""What every training stage sets up before its loop: devices, memory, optimizer, state and step."""
+"""Setup of every training stage: devices, memory, optimizer, state and step."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -21,7 +21,7 @@ class Run:
     """A stage that is ready to train.
 
     Attributes:
-      shape: of its batches; None where it differs from step to step.
+      shape: of its batches; None if it differs per step.
       step_fn: the jitted step of step.py.
     """
 
@@ -43,13 +43,13 @@ def set_up(
     params: Params | None = None,
     reserved: int = 0,
 ) -> Run:
-    """Choose what fits into memory, and build the state and the step.
+    """Choose what fits into memory; build the state and the step.
 
     Args:
-      tokens: of a step; None if its batches differ in shape.
-      length: tokens of a row; 0: the model's.
-      params: to start from; by default they are drawn with the config's seed.
-      reserved: bytes of each device that something else needs.
+      tokens: per step; None if batches differ in shape.
+      length: tokens per row; 0: the model's.
+      params: initial parameters; by default drawn with the config's seed.
+      reserved: bytes per device needed by something else.
     """
     limit, length = accelerator_memory(), length or model.sequence_len
     step_rows = tokens // length // data_size(mesh) if tokens else 2**30

@@ -1,10 +1,10 @@
-"""The training step: a pure function of state and batch, and how a batch is cut for it.
+"""The training step: a pure function of state and batch; and the shape of its batches.
 
     state, metrics = step(state, batch)      jitted, donates the state; gradients accumulate inside
 
 All stages train with it. Without weights the loss is the mean over all supervised tokens of the
-batch, across micro-batches and devices, so how a batch is cut never changes the result. With
-weights it is the weighted sum: RL passes advantages.
+batch, across micro-batches and devices, so the split into micro-batches never changes the result.
+With weights (RL's advantages) it is the weighted sum.
 """
 
 from dataclasses import dataclass
@@ -41,9 +41,7 @@ class TrainState(NamedTuple):
 
 @dataclass(frozen=True)
 class BatchShape:
-    """How the rows of a step are cut: `accumulation` micro-batches of `micro_rows` rows over all
-    devices.
-    """
+    """How a step's rows are split: `accumulation` micro-batches of `micro_rows` rows."""
 
     rows: int
     accumulation: int
@@ -61,8 +59,9 @@ class BatchShape:
 def batch_shape(
     total_batch_size: int, device_batch_size: int, sequence_len: int, mesh: Mesh
 ) -> BatchShape:
-    """Cut `total_batch_size` tokens into micro-batches; raises `UsageError` with numbers that
-    would fit.
+    """Split `total_batch_size` tokens into micro-batches.
+
+    Raises `UsageError`, with numbers that would fit, if they do not divide.
     """
     if total_batch_size % sequence_len or total_batch_size < 1:
         raise UsageError(
@@ -141,7 +140,7 @@ def make_train_step(
         return jax.lax.scan(accumulate, zeros, batch)[0]
 
     if data_size(mesh) > 1:
-        # Each data shard sums its own gradients; they are exchanged once a step, and each device
+        # Each data shard sums its own gradients; once per step they are exchanged, and each device
         # receives the part that it updates.
         summed = sum_over_data(summed, mesh, shardings.params, share)
 
@@ -164,7 +163,7 @@ def make_train_step(
 def state_shardings(
     config: GPTConfig, optimizer: optax.GradientTransformation, mesh: Mesh, *, fsdp: bool
 ) -> tuple[TrainState, TrainState]:
-    """The shapes of a train state, and the tree of its shardings."""
+    """(shapes of a train state, its shardings)."""
     params, param_sharding = abstract_params(config), param_shardings(config, mesh, fsdp=fsdp)
     opt_state = jax.eval_shape(optimizer.init, params)
     opt_sharding = optimizer_shardings(opt_state, params, param_sharding, mesh)
@@ -180,7 +179,7 @@ def init_state(
     seed: int,
     params: Params | None = None,
 ) -> tuple[TrainState, TrainState]:
-    """A placed train state, with fresh parameters unless given, and the tree of its shardings."""
+    """(a sharded train state, its shardings); parameters are drawn with `seed` unless given."""
     _, shardings = state_shardings(config, optimizer, mesh, fsdp=fsdp)
     if params is None:
         params = jax.jit(lambda key: init_params(config, key), out_shardings=shardings.params)(

@@ -1,9 +1,8 @@
-"""Stopping a run from outside: SIGTERM, Ctrl-C and preemption notices become a question that the
-loop asks each step.
+"""Stopping a run by SIGTERM, Ctrl-C or a preemption notice, which the loop polls each step.
 
-In a run of one process, Python handles SIGTERM and SIGINT. In a run of several, SIGTERM belongs to
-JAX's preemption service, which tells all processes and agrees with them on the step at which all
-of them stop; Ctrl-C is passed to it. A preempted TPU VM announces itself by the same SIGTERM.
+With one process, Python handles SIGTERM and SIGINT. With several, JAX's preemption service handles
+SIGTERM: all processes agree on the step at which they stop. Ctrl-C is forwarded to it. A preempted
+TPU VM sends the same SIGTERM.
 """
 
 import contextlib
@@ -15,7 +14,7 @@ from typing import Any
 import jax
 from jax.experimental import multihost_utils
 
-EXIT_STOPPED = 75  # a signal stopped the run after a save: run the same command again to go on
+EXIT_STOPPED = 75  # stopped by a signal after a save; the same command with --resume continues
 
 
 class Interrupted(Exception):
@@ -23,7 +22,7 @@ class Interrupted(Exception):
 
 
 class StopRequest:
-    """The first signal asks the loop to save and stop; a second one ends the process at once."""
+    """The first signal requests a save and a stop; a second one ends the process immediately."""
 
     def __init__(self) -> None:
         self.signal: int | None = None
@@ -49,22 +48,24 @@ class StopRequest:
             raise Interrupted
 
     def reached(self, step: int) -> bool:
-        """Whether the run stops at this step; the same answer in all processes, which must all ask
-        at every step.
+        """Whether the run stops at this step.
+
+        The answer is the same in all processes, which must all ask at every step.
         """
         if not self._several:
             return self.signal is not None
         if not multihost_utils.reached_preemption_sync_point(step):
             return False
-        self.signal = self.signal or signal.SIGTERM  # perhaps another process's
+        self.signal = self.signal or signal.SIGTERM  # if another process got the signal
         self._old[signal.SIGTERM] = signal.signal(signal.SIGTERM, self._handle) or signal.SIG_DFL
         return True
 
     @contextlib.contextmanager
     def interruptible(self) -> Iterator[None]:
-        """Inside, a signal raises `Interrupted` (in a run of several processes it waits for the
-        next step): for work that can be thrown away, such as an evaluation, which may last longer
-        than a preempted machine lives.
+        """Inside this block, a signal raises `Interrupted`.
+
+        For work that can be discarded, such as an evaluation, which can outlast a preempted
+        machine. With several processes the signal waits for the next step.
         """
         self._interruptible = True
         try:
