@@ -9,10 +9,18 @@ os.environ["XLA_FLAGS"] = (
 )
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
 
+import atexit  # noqa: E402
+import shutil  # noqa: E402
 import signal  # noqa: E402
+import tempfile  # noqa: E402
 from pathlib import Path  # noqa: E402
 
 import pytest  # noqa: E402
+
+if "PYTEST_XDIST_WORKER" in os.environ:
+    # Tests look for what is left in the directory of temporary files: each worker has its own.
+    os.environ["TMPDIR"] = tempfile.tempdir = tempfile.mkdtemp(prefix="pytest-worker-")
+    atexit.register(shutil.rmtree, tempfile.tempdir, ignore_errors=True)
 
 if signal.getsignal(signal.SIGINT) == signal.SIG_IGN:
     # Started with `nohup ... &`, as some CI systems do, SIGINT is ignored here and in all

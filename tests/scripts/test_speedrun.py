@@ -224,7 +224,7 @@ def test_without_an_accelerator_shards_on_disk_are_named_and_how_to_train_on_the
 def test_one_speedrun_of_a_base_directory_and_its_outputs_are_checked_first(tmp_path, monkeypatch):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(Machine, "probe", lambda: CPU)
+    monkeypatch.setattr(Machine, "probe", lambda device_type: CPU)
     monkeypatch.setattr(pipeline, "_call", lambda command: pytest.fail("a stage began"))
     with (
         lock_file(tmp_path / "base" / ".speedrun.lock", "", ""),
@@ -242,7 +242,7 @@ def test_fresh_keeps_a_file_that_is_no_record(tmp_path):
     with pytest.raises(UsageError, match="is not a record of a run"):
         Record.open(Paths(tmp_path), fresh=False)
     Record.open(Paths(tmp_path), fresh=True).write()
-    assert (tmp_path / "pipeline.old-1.json").read_text() == "mine"
+    assert (tmp_path / "speedrun.old-1.json").read_text() == "mine"
     assert Record.open(Paths(tmp_path), fresh=False).finished == {}
 
 

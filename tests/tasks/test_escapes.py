@@ -4,6 +4,7 @@ its files survive.
 
 import os
 import resource
+import shutil
 import signal
 import socket
 import subprocess
@@ -154,6 +155,14 @@ def processes_of(name: str) -> set[int]:
         except OSError:
             pass
     return found
+
+
+@pytest.fixture(autouse=True)
+def child(tmp_path_factory, monkeypatch):
+    """A copy of the child's program, so that only this test's processes have its path."""
+    copy = tmp_path_factory.mktemp("child") / execution.CHILD.name
+    shutil.copy(execution.CHILD, copy)
+    monkeypatch.setattr(execution, "CHILD", copy)
 
 
 def standing() -> tuple:

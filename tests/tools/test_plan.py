@@ -26,6 +26,7 @@ from nanochat_jax.model.compute import Compute
 from nanochat_jax.model.config import GPTConfig
 from nanochat_jax.model.gpt import forward
 from nanochat_jax.model.kernels import cudnn_attention
+from nanochat_jax.model.loss import Batch
 from nanochat_jax.model.sharding import abstract_tree, make_mesh
 from nanochat_jax.model.size import num_params, num_scaling_params
 from nanochat_jax.model.weights import abstract_params
@@ -256,7 +257,7 @@ def traced_step(mesh, config, *, accumulation, fsdp=False):
         sharding=NamedSharding(mesh, PartitionSpec(None, "data")),
     )
     state = abstract_tree(state, shardings)
-    return step.trace(state, rows, rows)
+    return step.trace(state, Batch(rows, rows))
 
 
 def test_devices_exchange_gradients_once_a_step_however_the_batch_is_cut():
