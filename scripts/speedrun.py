@@ -118,7 +118,9 @@ class SpeedrunConfig(DeviceFlags):
         at_most=10**6,
     )
     remat: str | None = flag(
-        None, "activations that the backward pass recomputes, to save memory", choices=REMAT
+        None,
+        "activations that the backward pass recomputes, to save memory",
+        choices=[*REMAT, "elementwise"],
     )
     fsdp: bool = flag(False, "shard the parameters over the data axis too, to save memory")
     run: str | None = flag(
@@ -140,6 +142,8 @@ class SpeedrunConfig(DeviceFlags):
     dry_run: bool = flag(False, "print the plan and stop")
 
     def __post_init__(self) -> None:
+        if self.remat == "elementwise":  # the old name of "minimal"
+            object.__setattr__(self, "remat", "minimal")
         if self.resume and self.fresh:
             raise ValueError(
                 "--resume goes on with the last run, --fresh begins a new one: give one of them"
