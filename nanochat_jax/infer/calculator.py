@@ -1,8 +1,7 @@
 """The calculator the model may call: arithmetic on numbers and counting letters in a word.
 
-A model's text is untrusted input, so nothing is ever evaluated as Python: the expression is parsed
-and only the nodes below are computed. Every step is bounded, so no time limit is needed and any
-thread may call it.
+Model output is untrusted, so it is never evaluated as Python: the expression is parsed and only
+the nodes below are computed. Every step is bounded, so no time limit is needed.
 """
 
 import ast
@@ -26,18 +25,17 @@ OPERATORS: dict[type, Callable[..., int | float]] = {
 
 
 class _Rejected(Exception):
-    """The expression is not one of those the calculator computes."""
+    """The calculator does not support the expression."""
 
 
 def calculate(expression: str) -> int | float | None:
-    """Value of `expression`, or None for whatever is not a sound expression; never raises.
+    """Value of `expression`, or None if it is unsupported or invalid; never raises.
 
     >>> calculate("1,200 * 3"), calculate("7 / 2"), calculate("'strawberry'.count('r')")
     (3600, 3.5, 3)
 
-    Allowed are `+ - * / //` and parentheses on decimal numbers, whose thousands separators are
-    dropped, and `"text".count("part")` with either kind of quote. `**` is not: its results are not
-    bounded by its input.
+    Supported: `+ - * / //` and parentheses on decimal numbers (thousands separators are dropped),
+    and `"text".count("part")` with either quote. `**` is not: its result can be arbitrarily large.
     """
     if len(expression) > MAX_CHARACTERS:
         return None
@@ -45,7 +43,7 @@ def calculate(expression: str) -> int | float | None:
         expression = expression.replace(",", "")
         if not ARITHMETIC_CHARACTERS.issuperset(expression):
             return None
-    elif "\\" in expression:  # an unknown escape makes the parser warn, and no word needs one
+    elif "\\" in expression:  # the parser warns about unknown escapes
         return None
     try:
         return _evaluate(ast.parse(expression.strip(), mode="eval").body)

@@ -1,13 +1,10 @@
-"""The engine's device programs: prefill, moving sequences between slots and sizes, and decoding
-several steps.
+"""The engine's jitted functions: prefill, insert, copy, resize and multi-step decode.
 
-All take parameters, as `split_layers` gives them, and cache as arguments; `DecodeConfig` is the
-static rest. Shapes come from buckets (engine.py), so the number of compilations is bounded. B
-slots, S positions of each, R of them in a dispatch of K steps, N prompts of a prefill, T their
-padded length, L layers, G key/value heads of width h.
+Parameters are in the form of `split_layers`. Sizes are padded (engine.py), which bounds the number
+of compilations. Shapes: B slots, S positions per slot, R slots and K steps per dispatch, N prompts
+per prefill, T padded prompt length, L layers, G key/value heads, h head width.
 
-The cache holds keys and values alone: how far each slot has come is the host's to say, with each
-inputs.
+The cache holds only keys and values; `DecodeInputs` carries the length of each slot.
 """
 
 import functools
@@ -30,12 +27,12 @@ from nanochat_jax.model.weights import Params
 
 @dataclass(frozen=True)
 class DecodeConfig:
-    """What the programs are compiled for, besides shapes."""
+    """Static arguments of the jitted functions."""
 
     config: GPTConfig
     compute: Compute
-    shortest: int  # positions that a prefilled prompt has at least, so that few sizes are inserted
-    pause: int  # token id after which the host must decide how a sequence goes on
+    shortest: int  # minimum positions of a prefilled prompt; limits the shapes of `insert`
+    pause: int  # token id that ends a slot's dispatch, for a tool call
 
 
 class Slots(NamedTuple):
@@ -51,10 +48,10 @@ class Slots(NamedTuple):
 
 
 class DecodeInputs(NamedTuple):
-    """What some slots, or all, do in the next K steps. Rows are those of `new_rows`."""
+    """Inputs of up to K decode steps for R slots, from the rows of `new_rows`."""
 
-    slot: Array | np.ndarray  # [R] int32, rising: which slots; all of them if R is B
-    # [R] int32, positions filled; S or more for a slot to be left as it is
+    slot: Array | np.ndarray  # [R] int32, ascending slot indices; all slots if R is B
+    # [R] int32, positions filled; S or more leaves the slot unchanged
     length: Array | np.ndarray
     previous: Array | np.ndarray  # [R] int32, the token before the newest
     token: Array | np.ndarray  # [R] int32, the newest token, not yet in the cache
@@ -76,10 +73,10 @@ class DecodeInputs(NamedTuple):
 
 
 def new_rows(count: int, *, length: int, steps: int, stops: int) -> np.ndarray:
-    """A structured array of `count` inactive rows, to be filled in and passed to `decode_inputs`.
+    """Return a structured array of `count` inactive rows for `decode_inputs`.
 
-    `length` is the cache's, which leaves a slot as it is; `stops` is how many stop tokens a row
-    may have.
+    `length` is the cache's length, which leaves a slot unchanged; `stops` is the number of stop
+    tokens per row.
     """
     rows = np.zeros(
         count,
@@ -105,7 +102,7 @@ def new_rows(count: int, *, length: int, steps: int, stops: int) -> np.ndarray:
 
 
 def decode_inputs(rows: np.ndarray, steps: int) -> DecodeInputs:
-    """The arrays of the rows, for `steps` steps."""
+    """Convert rows to `DecodeInputs` for `steps` steps."""
     fields = [name for name in DecodeInputs._fields if name != "steps"]
     return DecodeInputs._make(
         [*(np.ascontiguousarray(rows[name]) for name in fields), np.int32(steps)]
@@ -113,20 +110,17 @@ def decode_inputs(rows: np.ndarray, steps: int) -> DecodeInputs:
 
 
 def greedy_inputs(count: int, *, length: int, steps: int) -> DecodeInputs:
-    """`steps` most likely tokens for each of `count` sequences of `length` tokens, which nothing
-    ends: for measurements.
-    """
+    """Return inputs for benchmarks: `steps` greedy tokens for `count` sequences, no stop tokens."""
     rows = new_rows(count, length=length, steps=steps, stops=1)
     rows["slot"], rows["active"], rows["remaining"] = np.arange(count), True, steps
     return decode_inputs(rows, steps)
 
 
 def split_layers(params: Params, *, config: GPTConfig) -> Params:
-    """The parameters as decoding reads them fastest.
+    """Return the parameters in the layout that decodes fastest.
 
-    Each stack of the blocks, (L, in, out), is a tuple of its matrices, and that of value
-    embeddings of its tables: from the stacks every step would copy them all, on CPUs and TPUs. The
-    unembedding is `lm_head_rows` [V, D], a row for each token.
+    Stacked block weights (L, in, out) and value embeddings become tuples with one array per layer:
+    on CPUs and TPUs, every step would copy the stacks. `lm_head` becomes `lm_head_rows` [V, D].
     """
     params = params | {"blocks": {name: _split(stack) for name, stack in params["blocks"].items()}}
     if "value_embeds" in params:
@@ -146,8 +140,9 @@ def _rows(head: Array, *, size: int) -> Array:
 
 
 def cache_sharding(rows: int, heads: int, mesh: Mesh, *, row_axis: int = 0) -> NamedSharding:
-    """Rows (of axis `row_axis`) over the data axis, key/value heads, the axis after, over the
-    model axis, where the sizes divide.
+    """Return a sharding of rows over the data axis and of key/value heads over the model axis.
+
+    Rows are axis `row_axis`, heads the next. An axis that does not divide evenly is replicated.
     """
     spec: list[str | None] = [None] * row_axis
     spec.append("data" if rows % mesh.shape["data"] == 0 else None)
@@ -156,7 +151,7 @@ def cache_sharding(rows: int, heads: int, mesh: Mesh, *, row_axis: int = 0) -> N
 
 
 def _place(cache: Any, mesh: Mesh | None) -> Any:
-    """Constrain arrays [B, G, S, h]."""
+    """Constrain the sharding of arrays [B, G, S, h]."""
     if mesh is None:
         return cache
     return jax.tree.map(
@@ -166,7 +161,7 @@ def _place(cache: Any, mesh: Mesh | None) -> Any:
 
 
 def _replicate(x: Array, mesh: Mesh | None) -> Array:
-    """For what the host reads: every process of a multi-host run holds all of it."""
+    """Replicate an array so that every process of a multi-host run can read it."""
     return (
         x if mesh is None else lax.with_sharding_constraint(x, NamedSharding(mesh, PartitionSpec()))
     )
@@ -180,7 +175,7 @@ def new_slots(*, rows: int, length: int, static: DecodeConfig) -> Slots:
 
 @functools.partial(jax.jit, static_argnames=("length", "static"))
 def resize(slots: Slots, *, length: int, static: DecodeConfig) -> Slots:
-    """The same slots with `length` positions each; those beyond are dropped."""
+    """Return the slots padded or truncated to `length` positions."""
 
     def fit(x: Array) -> Array:
         x = x[:, :, :length]
@@ -193,7 +188,7 @@ def resize(slots: Slots, *, length: int, static: DecodeConfig) -> Slots:
 def prefill(
     params: Params, tokens: Array, lengths: Array, *, static: DecodeConfig
 ) -> tuple[Array, ...]:
-    """Keys and values of N prompts, for each an array [2, L, G, max(T, `static.shortest`), h].
+    """Return keys and values per prompt: N arrays [2, L, G, max(T, `static.shortest`), h].
 
     tokens [N, T] int32, padded on the right; lengths [N] int32.
     """
@@ -220,9 +215,7 @@ def prefill(
 
 @functools.partial(jax.jit, donate_argnames="slots", static_argnames="static")
 def insert(slots: Slots, prompt: Array, slot: Array, *, static: DecodeConfig) -> Slots:
-    """Put one prompt of a prefill, [2, L, G, T, h], into a slot; what exceeds the slot is padding
-    and is dropped.
-    """
+    """Write one prefilled prompt [2, L, G, T, h] into a slot; padding beyond S is dropped."""
 
     def put(old: tuple[Array, ...], new: Array) -> tuple[Array, ...]:
         new = new[:, None, :, : slots.length]
@@ -235,7 +228,7 @@ def insert(slots: Slots, prompt: Array, slot: Array, *, static: DecodeConfig) ->
 
 @functools.partial(jax.jit, donate_argnames="slots", static_argnames="static")
 def copy(slots: Slots, source: Array, target: Array, *, static: DecodeConfig) -> Slots:
-    """Make one slot hold what another does."""
+    """Copy the keys and values of slot `source` to slot `target`."""
 
     def put(x: Array) -> Array:
         return lax.dynamic_update_slice(
@@ -246,7 +239,7 @@ def copy(slots: Slots, source: Array, target: Array, *, static: DecodeConfig) ->
 
 
 def _take(slots: Slots, index: Array) -> Slots:
-    """The slots of `index` [R]."""
+    """Return the slots in `index` [R]."""
     if len(index) == len(slots.k[0]):
         return slots
     return jax.tree.map(
@@ -255,7 +248,7 @@ def _take(slots: Slots, index: Array) -> Slots:
 
 
 def _put(slots: Slots, some: Slots, index: Array) -> Slots:
-    """All slots, those of `index` [R] replaced."""
+    """Return all slots, with those in `index` [R] replaced by `some`."""
     if len(index) == len(slots.k[0]):
         return some
 
@@ -273,10 +266,10 @@ def decode(
 ) -> tuple[Slots, Array, Array]:
     """Advance every active slot by up to `inputs.steps` tokens.
 
-    A slot rests once it has drawn a stop token or the pausing token, or emitted its last; the loop
-    ends when all rest. Returns the cache, the emitted tokens [R, K], -1 where a slot rested, and
-    their log-probabilities [R, K], NaN there and where not asked for. Where not all slots take
-    part, the others' keys and values are not read: the steps work on copies of those that do.
+    A slot becomes inactive when it emits a stop token or `static.pause` that was not injected, or
+    has no tokens remaining; the loop ends when no slot is active. Returns the cache, the emitted
+    tokens [R, K] (-1 if inactive) and their log-probabilities [R, K] (NaN if inactive or not
+    requested). If R < B, the steps run on copies of the R slots and do not read the others.
     """
     config, mesh = static.config, static.compute.mesh
     cap = functools.partial(softcap, config=config)
@@ -318,11 +311,10 @@ def decode(
         step, _, _, active, *_ = state
         return (step < inputs.steps) & jnp.any(active)
 
-    # A slot draws at every step, or not again in this inputs.
+    # An active slot emits at every step, so its positions are consecutive.
     position = inputs.length + 1 + jnp.arange(inputs.injected.shape[1])[:, None]
     noise = noise_for(inputs.sampling.seed, position, config.vocab_size)
-    # What smearing mixes into the newest token: the embedding of the one before, as the forward
-    # pass makes it.
+    # Smearing mixes the normalized embedding of the previous token into the newest.
     previous = rms_norm(params["wte"][inputs.previous].astype(static.compute.dtype))
     index = jnp.asarray(inputs.slot)
     cache = KVCache(*_take(slots, index), jnp.asarray(inputs.length), previous)

@@ -1,15 +1,14 @@
-"""The engine: a fixed number of slots over one KV cache, filled and refilled while the others keep
-decoding.
+"""The engine: continuous batching over a fixed number of slots in one KV cache.
 
-Prompts are padded to a few lengths and prefilled several at once, then each is put into a free
-slot; a prompt that a slot holds already is copied from there. One dispatch advances all slots by
-several tokens; between dispatches the host looks at what came: it ends sequences, answers tool
-calls, and admits the next requests. The cache is as long as the longest sequence present needs,
-and a dispatch takes as few slots as the sequences present need, since attention reads all of them.
+Prompts are padded, prefilled in batches and inserted into free slots; a prompt already cached in a
+slot is copied instead. One dispatch advances the active slots by several tokens. Between
+dispatches, `EngineLoop` ends sequences, answers tool calls and admits new requests. The cache
+length and the number of slots per dispatch are as small as the active sequences allow, because
+attention reads all of them.
 
-A request's tokens do not depend on who shares the batch: its random numbers are its own. Company
-does choose how many prompts are prefilled together, how many slots step together and how long the
-cache is, and so the last bits of the logits (some 1e-6 in float32).
+Each request has its own random stream, independent of the batch. Batch composition can change the
+last bits of the logits (about 1e-6 in float32), because it changes the prefill batch, the slots
+per dispatch and the cache length.
 
 `Engine` is immutable and may be shared; `EngineLoop` holds the state of one batch in flight and
 belongs to one thread.
@@ -45,13 +44,13 @@ log = logging.getLogger(__name__)
 
 SHORTEST_PROMPT = 32  # smallest padded length of a prefill
 SHORTEST_CACHE = 256
-FIRST_TOKEN_SECONDS = 0.1  # most that a first token may wait for the rest of its dispatch
-# most tokens, padding included, of several prompts in one prefill: no device needs more at once
+FIRST_TOKEN_SECONDS = 0.1  # a slower dispatch delays first tokens too much
+# tokens, padding included, of a prefill with several prompts: enough for any device
 PREFILL_TOKENS = 2048
 
 
 def buckets(smallest: int, largest: int) -> tuple[int, ...]:
-    """Doubling sizes from `smallest` below `largest`, then `largest`."""
+    """Return sizes doubling from `smallest` while below `largest`, then `largest`."""
     sizes = []
     while smallest < largest:
         sizes.append(smallest)
@@ -60,8 +59,9 @@ def buckets(smallest: int, largest: int) -> tuple[int, ...]:
 
 
 def cache_lengths(largest: int) -> tuple[int, ...]:
-    """Lengths of the cache: doubling from `SHORTEST_CACHE`, and one halfway up each time, since
-    every step reads all.
+    """Return cache lengths: doubling from `SHORTEST_CACHE`, with one halfway between.
+
+    Finer steps pay off because every decode step reads the complete cache.
     """
     sizes = buckets(min(SHORTEST_CACHE, largest), largest)
     halfway = (size + size // 2 for size in sizes)
@@ -69,8 +69,9 @@ def cache_lengths(largest: int) -> tuple[int, ...]:
 
 
 def row_counts(num_slots: int) -> tuple[int, ...]:
-    """How many slots a dispatch may take: 1, 8, 64, ... and all. Each count is a program for every
-    length of the cache.
+    """Return the numbers of slots per dispatch: 1, 8, 64, ... and `num_slots`.
+
+    Each count is compiled once per cache length.
     """
     return (
         *itertools.takewhile(
@@ -88,15 +89,14 @@ class Engine:
     """A model ready to generate.
 
     Args:
-        params: the model's; the engine keeps a copy in the compute dtype, sharded over the mesh.
-        tokenizer: of which the special tokens, `encode` and `decode_bytes` are used.
-        num_slots: sequences in flight at once.
-        steps_per_dispatch: tokens per slot between two looks of the host. More hides dispatch
-            latency, less streams more smoothly and wastes less on sequences that end.
-        max_len: longest sequence, prompt included; the model's `sequence_len` if None.
-        max_prefill_rows: most prompts prefilled at once.
-        compute: slots are sharded over its mesh's data axis, heads over its model axis, where the
-          numbers divide.
+        params: the engine stores them in the compute dtype, sharded over the mesh.
+        num_slots: maximum number of concurrent sequences.
+        steps_per_dispatch: tokens per slot and dispatch. More hides dispatch latency; fewer stream
+            more smoothly and waste less on sequences that end.
+        max_len: tokens per sequence, prompt included; the model's `sequence_len` if None.
+        max_prefill_rows: maximum number of prompts per prefill.
+        compute: slots are sharded over its mesh's data axis and heads over its model axis, if the
+          sizes divide.
     """
 
     def __init__(
@@ -130,7 +130,7 @@ class Engine:
         self.vocabulary = Vocabulary(tokenizer)
         self.prompt_buckets = buckets(min(SHORTEST_PROMPT, self.max_len), self.max_len)
         self.cache_buckets = cache_lengths(self.max_len)
-        # Slots that are spread over devices are not gathered from them.
+        # Slots sharded over devices are not gathered.
         self.row_buckets = (
             row_counts(num_slots)
             if compute.mesh is None or compute.mesh.shape["data"] == 1
@@ -140,12 +140,11 @@ class Engine:
             config, compute, self.cache_buckets[0], self.vocabulary.python_end
         )
         self._max_prefill_rows = min(max_prefill_rows, num_slots)
-        self._compiled: set[tuple[Any, ...]] = set()  # for the log alone
+        self._compiled: set[tuple[Any, ...]] = set()  # only for the log
         self._take(params)
 
     def _take(self, params: Params) -> None:
-        # Cast once: a cast inside the decoding loop would read the parameters in full precision
-        # every step.
+        # A cast inside the decoding loop would read full-precision parameters every step.
         compute = self.static.compute
         params = jax.tree.map(lambda leaf: leaf.astype(compute.dtype), params)
         if compute.mesh is not None:
@@ -153,16 +152,16 @@ class Engine:
         self.params = decode.split_layers(params, config=self.config)
 
     def with_params(self, params: Params) -> "Engine":
-        """An engine like this one for other parameters of the model; nothing is compiled again."""
+        """Return an engine with other parameters that reuses the compiled programs."""
         other = copy.copy(self)
         other._take(params)
         return other
 
     def generation(self, request: Request) -> Generation:
-        """A request ready for `EngineLoop.admit`.
+        """Return the request's `Generation` for `EngineLoop.admit`.
 
-        Raises ValueError if its prompt leaves no room in the context, or has ids outside of the
-        vocabulary, or if there is no such stop token.
+        Raises ValueError if the prompt does not fit the context or has ids outside the vocabulary,
+        or if a stop token is unknown.
         """
         prompt = request.tokens
         if not all(0 <= token < self.config.vocab_size for token in prompt):
@@ -190,10 +189,9 @@ class Engine:
         )
 
     def generate(self, requests: Sequence[Request]) -> list[Result]:
-        """Results of all requests, in their order; any number of them. Equal prompts are computed
-        once.
+        """Return the results of any number of requests, in order.
 
-        Raises ValueError before any work if a request cannot be served, and names which.
+        Raises ValueError, with the request's index, before any computation if one is invalid.
         """
         generations = []
         for index, request in enumerate(requests):
@@ -209,7 +207,7 @@ class Engine:
         return [generation.result() for generation in generations]
 
     def warmup(self) -> None:
-        """Compile all that serving can need, so that no request waits for it."""
+        """Compile every program that serving can need."""
         began = time.monotonic()
         loop = EngineLoop(self)
         for size in self.cache_buckets:
@@ -237,7 +235,7 @@ class Engine:
         )
 
     def prefill_rows(self, bucket: int) -> tuple[int, ...]:
-        """How many prompts of a padded length a prefill may hold: one, or as many as fit."""
+        """Return the batch sizes of a prefill of padded length `bucket`: 1 and the maximum."""
         return tuple(sorted({1, max(1, min(self._max_prefill_rows, PREFILL_TOKENS // bucket))}))
 
     def log_compilation(self, program: str, *shape: int) -> None:
@@ -247,26 +245,22 @@ class Engine:
 
 
 class EngineLoop:
-    """One batch in flight: `admit` while slots are free, `step` while any is active, `cancel` at
-    will.
+    """One batch in flight. Not thread-safe.
 
-    A generation that is done has left its slot. Not for several threads at once. After an
-    exception from the device the cache is lost: throw the loop away.
-
-    `streaming` looks at the first token of a reply as soon as it is there, where a whole dispatch
-    takes long.
+    Call `admit` while slots are free and `step` while any is active. Discard the loop after an
+    exception from the device: the cache is lost. With `streaming`, a first token comes from a
+    one-step dispatch if the previous full dispatch was slow.
     """
 
     def __init__(self, engine: Engine, *, streaming: bool = True) -> None:
         self._engine = engine
         self._streaming = streaming
-        # whether the last dispatch was a whole one that took long, as is feared of the first
+        # whether the last dispatch was full and slow; assumed before the first
         self._slow = streaming
         self._slots: list[Generation | None] = [None] * engine.num_slots
-        # The prompt, all but its last token, that a slot's first positions hold; also once its
-        # generation is done.
+        # Cached prefix of each slot: the prompt without its last token. Outlives the generation.
         self._held: list[tuple[int, ...]] = [()] * engine.num_slots
-        self.cache = Slots((), ())  # none before the first sequence comes
+        self.cache = Slots((), ())  # allocated for the first sequence
 
     @property
     def num_active(self) -> int:
@@ -277,11 +271,10 @@ class EngineLoop:
         return len(self._slots) - self.num_active
 
     def admit(self, generations: Sequence[Generation]) -> None:
-        """Give each a slot, at most `num_free`, and prefill their prompts; each prompt that a slot
-        holds is copied.
+        """Assign a slot to each generation and prefill its prompt, or copy it from a slot.
 
-        The last token of a prompt is left to the first step, whose logits are those of the first
-        token to draw.
+        Raises ValueError for more than `num_free`. The first decode step feeds the last prompt
+        token and samples the first new token.
         """
         if len(generations) > self.num_free:
             raise ValueError(f"{len(generations)} generations for {self.num_free} free slots")
@@ -312,8 +305,9 @@ class EngineLoop:
             self._prefill(bucket, deque(by_prompt.items()))
 
     def step(self, meanwhile: Callable[[], None] = lambda: None) -> None:
-        """Advance every active slot by up to `steps_per_dispatch` tokens; `meanwhile` is called
-        once the device has begun.
+        """Advance every active slot by up to `steps_per_dispatch` tokens.
+
+        `meanwhile` is called after the dispatch, while the device computes.
         """
         active = [
             (slot, generation)
@@ -333,22 +327,20 @@ class EngineLoop:
         tokens, logs = np.asarray(emitted).tolist(), np.asarray(logprobs).tolist()
         for row, (slot, generation) in zip(rows, active, strict=True):
             self._accept(slot, generation, tokens[row], logs[row])
-        # Never two short ones on end, or those who arrive would slow everyone down.
+        # Never two short dispatches in a row: new requests would slow down all others.
         self._slow = (
             self._streaming and not short and time.monotonic() - began > FIRST_TOKEN_SECONDS
         )
 
     def cancel(self, generation: Generation) -> None:
-        """End a generation early, keeping what it has; nothing happens to one that is done."""
+        """End a generation early with its tokens so far. No effect if it is done."""
         if not generation.done:
             generation.finish("cancelled")
         if generation in self._slots:
             self._slots[self._slots.index(generation)] = None
 
     def _make_room(self, newcomers: Sequence[Generation] = ()) -> None:
-        """Fit the cache to what the next step needs: longer, or shorter once long sequences have
-        left.
-        """
+        """Resize the cache to the length that the next step needs."""
         steps = self._engine.steps_per_dispatch
         present = [each for each in (*self._slots, *newcomers) if each is not None]
         needed = max(
@@ -357,7 +349,7 @@ class EngineLoop:
         self.resize(_bucket(needed, self._engine.cache_buckets))
 
     def resize(self, length: int) -> None:
-        """Give every slot `length` positions, one of the engine's `cache_buckets`."""
+        """Resize the cache to `length` positions, one of the engine's `cache_buckets`."""
         engine = self._engine
         if not self.cache.k:
             engine.log_compilation("new_slots", engine.num_slots, engine.cache_buckets[0])
@@ -365,7 +357,7 @@ class EngineLoop:
                 rows=engine.num_slots, length=engine.cache_buckets[0], static=engine.static
             )
         sizes = engine.cache_buckets
-        # through all sizes between, so that only neighbours are compiled
+        # one size at a time, so that only adjacent sizes are compiled
         while (old := self.cache.length) != length:
             size = sizes[sizes.index(old) + (1 if length > old else -1)]
             engine.log_compilation("resize", engine.num_slots, old, size)
@@ -373,9 +365,7 @@ class EngineLoop:
         self._held = [held if len(held) <= length else () for held in self._held]
 
     def prefill(self, prompts: Sequence[tuple[int, ...]], bucket: int) -> tuple[jax.Array, ...]:
-        """Keys and values of prompts, one of `prefill_rows` at most, padded to `bucket`; filler
-        comes last.
-        """
+        """Return keys and values of prompts padded to `bucket`, filler rows last."""
         engine = self._engine
         rows = _bucket(len(prompts), engine.prefill_rows(bucket))
         tokens = np.zeros((rows, bucket), np.int32)
@@ -387,13 +377,13 @@ class EngineLoop:
         return decode.prefill(engine.params, tokens, lengths, static=engine.static)
 
     def insert(self, prompt: jax.Array, slot: int) -> None:
-        """Put one prompt of a prefill into a slot."""
+        """Write one prefilled prompt into a slot."""
         engine = self._engine
         engine.log_compilation("insert", engine.num_slots, self.cache.length, prompt.shape[3])
         self.cache = decode.insert(self.cache, prompt, np.int32(slot), static=engine.static)
 
     def copy(self, source: int, target: int) -> None:
-        """Make a slot hold what another does."""
+        """Copy slot `source` to slot `target`."""
         engine = self._engine
         engine.log_compilation("copy", engine.num_slots, self.cache.length)
         self.cache = decode.copy(
@@ -403,10 +393,10 @@ class EngineLoop:
     def decode(
         self, active: Sequence[tuple[int, Generation]], *, steps: int = 1, rows: int = 1
     ) -> tuple[list[int], jax.Array, jax.Array]:
-        """Begin a dispatch of `rows` slots or more for these (slot, generation).
+        """Dispatch `steps` decode steps for these (slot, generation), on at least `rows` slots.
 
-        Returns the row of each in what follows: tokens [R, K], -1 where a slot rested, and their
-          log-probabilities.
+        Returns each generation's row index, the tokens [R, K] (-1 if inactive) and their
+        log-probabilities [R, K].
         """
         engine, most = self._engine, self._engine.steps_per_dispatch
         rows = _bucket(max(rows, len(active)), engine.row_buckets)
@@ -439,10 +429,10 @@ class EngineLoop:
         return row_of, emitted, logprobs
 
     def _prefill(self, bucket: int, waiting: deque[tuple[tuple[int, ...], list[int]]]) -> None:
-        """Prefill prompts of one padded length and put each into its slots."""
+        """Prefill prompts of one padded length and insert each into its slots."""
         most = self._engine.prefill_rows(bucket)[-1]
         while waiting:
-            # A batch that is hardly half full costs more than its prompts one by one.
+            # A batch at most half full costs more than separate prefills.
             size = min(most, len(waiting)) if 2 * len(waiting) > most else 1
             batch = [waiting.popleft() for _ in range(size)]
             computed = self.prefill([prompt for prompt, _ in batch], bucket)
@@ -454,9 +444,7 @@ class EngineLoop:
     def _accept(
         self, slot: int, generation: Generation, tokens: list[int], logprobs: list[float]
     ) -> None:
-        """Hand new tokens to their generation; what goes wrong in that is this generation's error,
-        not the batch's.
-        """
+        """Pass new tokens to their generation; an exception becomes its `error`."""
         try:
             for token, logprob in zip(tokens, logprobs, strict=True):
                 if token < 0 or generation.done:

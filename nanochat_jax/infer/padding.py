@@ -1,6 +1,4 @@
-"""Sequences of any length in batches of few shapes: a few padded lengths, and the rows that a
-budget of tokens allows.
-"""
+"""Padded batches with few distinct shapes, under a token budget."""
 
 from collections.abc import Iterator, Sequence
 from itertools import groupby
@@ -9,8 +7,9 @@ import numpy as np
 
 
 def bucket(length: int, unit: int = 32, *, steps: int = 2) -> int:
-    """The padded length of a sequence: `unit` times 1, 2, 3, 4, 6, 8, 12, 16, ..., `steps` of them
-    to a doubling.
+    """Return the padded length of a sequence, a multiple of `unit`.
+
+    There are `steps` padded lengths per doubling; for 2: `unit` times 1, 2, 3, 4, 6, 8, 12, ...
     """
     units = max(1, -(-length // unit))
     step = max(1, (1 << (units - 1).bit_length()) // (2 * steps))
@@ -20,11 +19,10 @@ def bucket(length: int, unit: int = 32, *, steps: int = 2) -> int:
 def padded_batches(
     sequences: Sequence[Sequence[int]], *, tokens: int, devices: int = 1
 ) -> Iterator[tuple[list[int], np.ndarray]]:
-    """Indices, and their sequences [B, T] int32 padded with 0; rows beyond the indices are filler.
-    Short ones come first.
+    """Yield sequence indices and their tokens [B, T] int32, padded with 0, shortest first.
 
-    `tokens` is the budget of one batch over all devices, of which B is a multiple; a sequence
-    longer than it has a row of its own on each of them.
+    Rows after the last index are filler. `tokens` is the budget of a batch over all devices. B is
+    a multiple of `devices`; if T exceeds the budget per device, each device gets one row.
     """
 
     def padded(index: int) -> int:

@@ -1,4 +1,4 @@
-"""What is asked of the engine, what comes back, and the host's side of one generation."""
+"""Requests, results and the state of one generation."""
 
 import math
 from collections import deque
@@ -28,9 +28,7 @@ class TokenizerLike(Protocol):
 
 
 class NoTokenizer:
-    """For weights without one: no token is special, so that nothing but the length ends a reply,
-    and ids have no text.
-    """
+    """Stand-in for weights without a tokenizer: no special tokens, and ids decode to no text."""
 
     special_tokens = dict.fromkeys(SPECIAL_TOKENS, -1)
 
@@ -50,19 +48,16 @@ class Request:
 
     Attributes:
         tokens: the prompt, with its special tokens; at least one.
-        max_tokens: most tokens to generate, those a tool writes included; less where the context
-          is too short for it.
-        temperature: 0 takes the most likely token each time.
+        max_tokens: maximum number of new tokens, injected ones included; limited by the context.
+        temperature: sampling temperature; 0 is greedy.
         top_k: keep the k most likely tokens; 0 keeps all.
         top_p: keep the fewest most likely tokens whose probability reaches p; 1 keeps all.
-        seed: names the random stream: the same request always gives the same tokens, whoever
-          shares the batch.
+        seed: seed of the random stream, which does not depend on other requests in the batch.
         stop: the text ends before the first of these strings to appear.
-        stop_tokens: ids, or names of special tokens, that end the reply as `<|assistant_end|>`
-            does; `MAX_STOP_TOKENS` at most.
+        stop_tokens: at most `MAX_STOP_TOKENS` ids or names of special tokens that end the reply.
         truncate: cut a prompt that leaves no room for `max_tokens` (or half of the context) from
-            the left, but for a leading bos, rather than refuse it.
-        logprobs: ask for the log-probability of each token.
+            the left, after a leading bos.
+        logprobs: whether to return the log-probability of each token.
     """
 
     tokens: tuple[int, ...]
@@ -104,9 +99,7 @@ class Request:
 
 @dataclass(frozen=True)
 class ToolCall:
-    """A calculation the model asked for, and its result as text; None where the calculator refused
-    it.
-    """
+    """An expression the model generated; `output` is None if there is no result."""
 
     expression: str
     output: str | None
@@ -114,18 +107,17 @@ class ToolCall:
 
 @dataclass(frozen=True)
 class Result:
-    """What became of a request.
+    """The outcome of a request.
 
     Attributes:
         tokens: the generated ids, without the terminal token.
-        sampled: for each of them whether the model drew it; False where a tool wrote it.
+        sampled: for each token, True if the model sampled it, False if it was injected.
         finish_reason: "stop" (a terminal token, a stop token or a stop string), "length", or
           "cancelled".
-        text: the text outside of tool calls, without special tokens; `tokenizer.decode(tokens)`
-          shows everything.
+        text: the text outside tool calls and their output, without special tokens.
         prompt_tokens: length of the prompt, after truncation.
-        logprobs: if asked for, the natural logarithm of the model's probability of each token,
-            drawn or not, before temperature, top-k and top-p.
+        logprobs: if requested, the natural log-probability of each token, sampled or injected,
+            before temperature, top-k and top-p.
     """
 
     tokens: list[int]
@@ -137,7 +129,7 @@ class Result:
 
 
 class Vocabulary:
-    """The special tokens that steer a generation, and the bytes of the others."""
+    """The tokenizer and the ids of its special tokens."""
 
     def __init__(self, tokenizer: TokenizerLike) -> None:
         special = tokenizer.special_tokens
@@ -150,7 +142,7 @@ class Vocabulary:
         self.output_start, self.output_end = special["<|output_start|>"], special["<|output_end|>"]
 
     def resolve(self, stop: int | str, vocab_size: int) -> int:
-        """Id of a stop token; ValueError if there is none such."""
+        """Return the id of a stop token. Raises ValueError if it is unknown."""
         if isinstance(stop, str):
             if stop not in self.special_ids:
                 raise ValueError(
@@ -166,7 +158,7 @@ class Vocabulary:
 
 
 class Generation:
-    """A request in flight: its tokens so far, the tool state machine, and the text to show.
+    """An active request: its tokens so far, the tool state machine and the text.
 
     Tool calls: the tokens between python_start and python_end are an expression. If the calculator
     has a value for it, output_start, the value and output_end are queued in `forced`; the engine
@@ -190,7 +182,7 @@ class Generation:
         self.logprobs: list[float] = []
         self.forced: deque[int] = deque()
         self.finish_reason: FinishReason | None = None
-        self.error: Exception | None = None  # what went wrong with this request alone
+        self.error: Exception | None = None  # fails only this request
         self._vocabulary = vocabulary
         self._expression: list[int] | None = None
         self._in_output = False
@@ -204,21 +196,17 @@ class Generation:
 
     @property
     def length(self) -> int:
-        """Tokens of it in the KV cache once admitted: all but the newest, which the next step
-        feeds.
-        """
+        """Number of tokens in the KV cache: all but the newest, which the next step feeds."""
         return len(self.prompt) + len(self.tokens) - 1
 
     @property
     def newest(self) -> tuple[int, int]:
-        """The last two tokens, prompt included, oldest first; 0 stands for one that is not
-        there.
-        """
+        """The last two tokens, prompt included, oldest first; 0 if there is only one."""
         before, last = (0, *self.prompt[-2:], *self.tokens[-2:])[-2:]
         return before, last
 
     def accept(self, token: int, *, sampled: bool, logprob: float = math.nan) -> None:
-        """Take the next token; sets `finish_reason` if it is the last."""
+        """Append the next token; set `finish_reason` at the end of the reply."""
         vocabulary = self._vocabulary
         if sampled and token in self.stop_ids:
             self.finish("stop")
@@ -246,7 +234,7 @@ class Generation:
 
     def finish(self, reason: FinishReason) -> None:
         self._show(self._stream.finish())
-        if self._expression:  # a call that nothing closed is shown, without a result
+        if self._expression:  # an unclosed tool call is reported without a result
             expression = self._vocabulary.tokenizer.decode_bytes(self._expression).decode(
                 "utf-8", errors="replace"
             )
@@ -255,12 +243,12 @@ class Generation:
         self.finish_reason = reason
 
     def take_events(self) -> list[str | ToolCall]:
-        """Text and tool calls that came since the last call."""
+        """Return and clear the text and tool calls since the last call."""
         events, self._events = self._events, []
         return events
 
     def result(self) -> Result:
-        """The outcome; raises what went wrong with this request, if anything did."""
+        """Return the result. Raises the request's error, or RuntimeError if it is not done."""
         if self.error is not None:
             raise self.error
         if self.finish_reason is None:

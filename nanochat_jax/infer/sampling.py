@@ -1,13 +1,12 @@
-"""Logits to token ids on the device, every row with its own temperature, top-k, top-p and random
-stream.
+"""Logits to token ids, with temperature, top-k, top-p and random stream per row.
 
 A row's draw depends only on its own logits, settings, seed and position, so other requests in the
-batch do not change it. Work that no row needs is skipped at run time by `lax.cond`, not by
-compiling another program: if all rows are greedy, nothing is ranked.
+batch do not change it. `lax.cond` skips work that no row needs: if all rows are greedy, nothing is
+ranked.
 
-Logits are [V, B] here, vocabulary first: for few rows that is the faster side of the unembedding,
-and reductions over the vocabulary run over contiguous rows. They may come before a monotone map
-such as the softcap, which keeps their order and is applied only to the values that are needed.
+Logits are [V, B]: for few rows, the unembedding matmul is faster in this layout, and reductions
+over the vocabulary read contiguous rows. A monotone map such as the softcap preserves their order,
+so it is applied later, only to the values that need it.
 """
 
 import math
@@ -21,8 +20,8 @@ from jax import Array, lax
 
 from nanochat_jax.model.loss import first_argmax
 
-SHORT_LISTS = (64, 512)  # candidates ranked first and next; after that the whole vocabulary is
-MIN_TEMPERATURE = 1e-6  # at and below it only equal logits could share the draw; treated as 0
+SHORT_LISTS = (64, 512)  # candidates ranked first and second; then the full vocabulary
+MIN_TEMPERATURE = 1e-6  # at or below: treated as 0 (greedy)
 
 Map = Callable[[Array], Array]
 
@@ -45,7 +44,7 @@ class SamplingParams(NamedTuple):
 
 
 class _Rows(NamedTuple):
-    """The same, resolved."""
+    """`SamplingParams` with defaults resolved."""
 
     random: Array  # [B] bool: not greedy
     unlimited: Array  # [B] bool: random, without top-k and top-p
@@ -64,9 +63,8 @@ def sample(logits: Array, params: SamplingParams, noise: Array, transform: Map =
     Args:
         logits: [V, B] float32.
         params: settings of each row.
-        noise: [B, N] float32, of `noise_for`. A row draws only once, so all ways of drawing share
-          it.
-        transform: elementwise monotone map that is still to be applied to the logits.
+        noise: [B, N] float32, from `noise_for`.
+        transform: elementwise monotone map to apply to the logits.
     Returns:
         [B] int32; V (no valid id) for a row whose logits are not all finite.
     """
@@ -90,9 +88,7 @@ def sample(logits: Array, params: SamplingParams, noise: Array, transform: Map =
 
 
 def _draw(logits: Array, rows: _Rows, noise: Array, transform: Map) -> Array:
-    """Token ids [B] of rows that may be random: from the shortest list of candidates that settles
-    every row.
-    """
+    """Return token ids [B], drawn from the shortest candidate list that suffices for every row."""
     vocab_size = logits.shape[0]
     counts = [count for count in SHORT_LISTS if count < vocab_size] + [vocab_size]
     tokens, settled, greatest = _draw_listed(logits, counts[0], rows, noise, transform)
@@ -117,8 +113,10 @@ def _draw(logits: Array, rows: _Rows, noise: Array, transform: Map) -> Array:
 def _draw_listed(
     logits: Array, count: int, rows: _Rows, noise: Array, transform: Map
 ) -> tuple[Array, Array, Array]:
-    """Draws [B] among the `count` most likely tokens, whether those include all that top-k and
-    top-p keep [B], and the greatest logits [B].
+    """Draw from the `count` most likely tokens.
+
+    Returns token ids [B], whether the list contains every token that top-k and top-p keep [B], and
+    the greatest logits [B].
     """
     vocab_size = logits.shape[0]
     values, ids = most_likely(logits, count)
@@ -131,15 +129,14 @@ def _draw_listed(
     listed = total = jnp.sum(weights, axis=-1)
     beyond = rows.random & ~rows.unlimited & (rows.top_k > count)
     if count < vocab_size:
-        # Exact only where top-k keeps all; for other rows a bound, which leaves them to a longer
-        # list.
+        # Exact only if top-k keeps all. Other rows are not settled and need a longer list.
         def sum_of_all() -> Array:
             every = (transform(logits) - greatest) / rows.temperature
             return jnp.where(beyond, jnp.sum(jnp.exp(every), axis=0), total)
 
         total = lax.cond(jnp.any(beyond & (rows.top_k == vocab_size)), sum_of_all, lambda: total)
     more_likely = (jnp.cumsum(weights, axis=-1) - weights) / total[:, None]
-    # The first rank stays whatever rounding does to the sums.
+    # Rank 0 is kept regardless of rounding in the sums.
     kept = jnp.where((rank == 0) | (more_likely < rows.top_p[:, None]), values, -jnp.inf)
     if count > SHORT_LISTS[-1]:
         drawn = _draw_by_block(kept.T, noise)
@@ -151,7 +148,7 @@ def _draw_listed(
 
 
 def _draw_by_block(values: Array, noise: Array) -> Array:
-    """Draws [B] by scaled logits [M, B]: a block by its probability, then a token of the block.
+    """Draw indices [B] from scaled logits [M, B]: first a block, then a token within it.
 
     Two short draws need less noise than one over all M.
     """
@@ -163,11 +160,10 @@ def _draw_by_block(values: Array, noise: Array) -> Array:
 
 
 def noise_for(seed: Array | np.ndarray, position: Array | np.ndarray, vocab_size: int) -> Array:
-    """Gumbel noise [..., B, N] for rows with `seed` [B, 2] and tokens at `position` [..., B] of
-    their sequences.
+    """Return Gumbel noise [..., B, N] for `seed` [B, 2] and token `position` [..., B].
 
-    For several steps in one call, since a CPU takes as long for a few numbers. N suffices for any
-    draw of `sample`.
+    N suffices for any draw of `sample`. One call covers several steps, because on a CPU the cost
+    hardly depends on the count.
     """
     block = _block_size(vocab_size)
     count = max(SHORT_LISTS[-1], -(-vocab_size // block) + block)
@@ -185,10 +181,10 @@ def noise_for(seed: Array | np.ndarray, position: Array | np.ndarray, vocab_size
 
 
 def most_likely(logits: Array, count: int) -> tuple[Array, Array]:
-    """The `count` greatest of logits [V, B] in descending order, and their ids: [B, count] each;
-    of equals the first ids.
+    """Return the `count` greatest of logits [V, B], descending, and their ids: [B, count] each.
 
-    They all lie in the `count` blocks with the greatest maxima, so only those are ranked.
+    Ties go to the lowest id. Only the `count` blocks with the greatest maxima are ranked, because
+    they contain all results.
     """
     vocab_size, rows = logits.shape
     size = _block_size(vocab_size, count)
@@ -199,22 +195,21 @@ def most_likely(logits: Array, count: int) -> tuple[Array, Array]:
     ids = (
         jnp.sort(chosen, axis=-1)[:, :, None] * size + jnp.arange(size, dtype=jnp.int32)
     ).reshape(rows, -1)
-    # Ids of the padding are out of range.
+    # Padding ids are out of range.
     candidates = logits.at[ids, jnp.arange(rows)[:, None]].get(mode="fill", fill_value=-jnp.inf)
     values, index = _top_k(candidates, count)
     return values, jnp.take_along_axis(ids, index, axis=-1)
 
 
 def _top_k(values: Array, count: int) -> tuple[Array, Array]:
-    # Without the barriers XLA moves code that reads only the first results into top-k, and then
-    # sorts everything instead. One barrier for both would abort its compiler (the pass
-    # TopkDecomposer).
+    # Without the barriers, XLA fuses consumers into top-k and falls back to a full sort. A single
+    # barrier for both results aborts XLA in the TopkDecomposer pass.
     values, index = lax.top_k(values, count)
     return lax.optimization_barrier(values), lax.optimization_barrier(index)
 
 
 def _blocks(logits: Array, size: int) -> Array:
-    """Logits [V, B] as [V / size, size, B], padded with -inf."""
+    """Reshape logits [V, B] to [ceil(V / size), size, B], padded with -inf."""
     missing = -logits.shape[0] % size
     if missing:
         logits = jnp.pad(logits, ((0, missing), (0, 0)), constant_values=-jnp.inf)
@@ -231,8 +226,9 @@ def _block_size(vocab_size: int, count: int = 1) -> int:
 
 
 def log_probability(logits: Array, tokens: Array, asked: Array, transform: Map = identity) -> Array:
-    """Natural log-probabilities [B] of `tokens` [B] under logits [V, B]; NaN for rows where
-    `asked` [B] is false.
+    """Return natural log-probabilities [B] of `tokens` [B] under logits [V, B].
+
+    Rows where `asked` [B] is false are NaN.
     """
 
     def compute() -> Array:

@@ -1,6 +1,4 @@
-"""Many callers, one engine: a thread that owns an engine loop, admits what waits, and hands out
-text as it comes.
-"""
+"""A scheduler thread that runs one engine loop for many callers and streams their text."""
 
 import asyncio
 import logging
@@ -13,21 +11,21 @@ from nanochat_jax.infer.request import Generation, Request, Result, ToolCall
 
 log = logging.getLogger(__name__)
 
-# most prompt tokens between two steps, but for one prompt alone, so that running replies go on
+# prompt tokens admitted between two steps; a single longer prompt is allowed
 ADMITTED_TOKENS = 2048
 
 Event = str | ToolCall | Result
 
 
 class QueueFull(Exception):
-    """As many requests wait as may; try again later."""
+    """The queue is full; try again later."""
 
 
 class Handle:
-    """A submitted request. Iterate over it, with `for` or `async for`, for one consumer:
+    """A submitted request, iterable with `for` or `async for` by one consumer.
 
-    pieces of text (whole characters, none that a stop string takes back), tool calls where they
-    happen, and at the end the `Result`. If the generation failed, the iteration raises.
+    Yields text (complete characters, never part of a stop string), tool calls in order, and
+    finally the `Result`. Raises if the generation failed.
     """
 
     def __init__(self, generation: Generation) -> None:
@@ -40,19 +38,18 @@ class Handle:
         self._wake: Callable[[], object] | None = None
 
     def cancel(self) -> None:
-        """Ask for an early end; the result, reason "cancelled", still comes. Nothing happens if it
-        is over.
-        """
+        """Request cancellation. No effect if done; else the reason is normally "cancelled"."""
         self._cancelled = True
 
     @property
     def cancelled(self) -> bool:
-        """Whether `cancel` was called."""
+        """Whether cancelled by `cancel` or because the consumer's event loop closed."""
         return self._cancelled
 
     def result(self, timeout: float | None = None) -> Result:
-        """Wait for the outcome. Raises what the generation failed with, or TimeoutError after
-        `timeout` seconds.
+        """Wait for the result.
+
+        Raises the generation's error, or TimeoutError after `timeout` seconds.
         """
         with self._changed:
             if not self._changed.wait_for(lambda: self._outcome is not None, timeout):
@@ -64,7 +61,7 @@ class Handle:
         return outcome
 
     def events(self) -> Iterator[Event]:
-        """What `for event in handle` runs over."""
+        """Yield the events of `for event in handle`."""
         while True:
             with self._changed:
                 self._changed.wait_for(lambda: self._events or self._outcome is not None)
@@ -105,7 +102,7 @@ class Handle:
             if self._wake is not None:
                 try:
                     self._wake()
-                except RuntimeError:  # the consumer's event loop is closed: nobody will read this
+                except RuntimeError:  # the consumer's event loop is closed
                     self._cancelled = True
 
 
@@ -149,7 +146,7 @@ class Scheduler:
         self._thread.start()
 
     def close(self) -> None:
-        """Stop after the current step and wait for the thread; requests not done by then fail."""
+        """Stop after the current step and join the thread. Unfinished requests fail."""
         with self._changed:
             self._closing = True
             self._changed.notify_all()
@@ -160,18 +157,18 @@ class Scheduler:
         """Queue a request.
 
         Raises:
-            ValueError: its prompt does not fit the context, it or a stop token is not of this
-              vocabulary.
-            QueueFull: too many wait.
+            ValueError: the prompt does not fit the context, or the prompt or a stop token has an id
+              outside the vocabulary.
+            QueueFull: too many requests wait.
             RuntimeError: the scheduler is not running, or its engine has failed.
         """
         return self.submit_all([request])[0]
 
     def submit_all(self, requests: Sequence[Request]) -> list[Handle]:
-        """Queue requests together, all or none: such as several samples of one prompt, which is
-        then computed once.
+        """Queue all requests or none.
 
-        Raises as `submit`; ValueError also for more than could ever be admitted and wait.
+        Raises the same errors as `submit`, and ValueError if there are more requests than slots
+        plus queue positions.
         """
         most = self._engine.num_slots + self._max_waiting
         if len(requests) > most:
@@ -185,9 +182,9 @@ class Scheduler:
                 raise RuntimeError("the engine has failed") from self._failure
             if self._thread is None or self._closing:
                 raise RuntimeError("the scheduler is not running")
-            # those given up leave before the next step
+            # cancelled requests leave before the next step
             waiting = sum(not handle.cancelled for handle in self._waiting)
-            # which those who wait get before the next step
+            # slots that waiting requests get before the next step
             free = self._engine.num_slots - len(self._live)
             if waiting + len(handles) > self._max_waiting + max(0, free):
                 raise QueueFull(f"{waiting} requests wait already, of at most {self._max_waiting}")
@@ -205,7 +202,7 @@ class Scheduler:
             message = f"the engine failed: {error!r}"
         with self._changed:  # no request can be queued from here on
             self._closing = True
-        self._deliver()  # what was done before the end came
+        self._deliver()  # events from before the stop
         with self._changed:
             unfinished = [*self._live.values(), *self._waiting]
             self._live.clear()
@@ -221,7 +218,7 @@ class Scheduler:
                 self._changed.wait_for(lambda: self._waiting or self._live or self._closing)
                 if self._closing:
                     break
-                # looked at once: it may change meanwhile
+                # read once: another thread may set it
                 taken = [handle for handle in self._waiting if handle.cancelled]
                 self._waiting = deque(handle for handle in self._waiting if handle not in taken)
                 taken += self._next(loop.num_free)
@@ -231,15 +228,14 @@ class Scheduler:
                 if handle.cancelled:
                     loop.cancel(generation)
             if admitted:
-                self._deliver()  # a prefill may take long, a first of its size, or fail
+                self._deliver()  # the prefill may be slow, compile or fail
             loop.admit([generation for generation in admitted if not generation.done])
-            # Else what came is handed out while the device works, so that it never waits for who
-            # writes to clients.
+            # Otherwise deliver events while the device computes, so that it never waits for I/O.
             loop.step(meanwhile=self._deliver)
         self._deliver()
 
     def _next(self, num_free: int) -> list[Handle]:
-        """Take from the queue, first come first served, what is admitted before the next step."""
+        """Pop the requests to admit before the next step, in FIFO order."""
         taken: list[Handle] = []
         tokens = 0
         while self._waiting and len(taken) < num_free:
@@ -250,7 +246,7 @@ class Scheduler:
         return taken
 
     def _deliver(self) -> None:
-        """Hand every caller what is new; forget those that are done."""
+        """Publish new events to every caller and drop finished requests."""
         for generation, handle in list(self._live.items()):
             events = generation.take_events()
             outcome: Result | Exception | None = None
@@ -258,7 +254,7 @@ class Scheduler:
                 del self._live[generation]
                 try:
                     outcome = generation.result()
-                except Exception as error:  # of this request alone, and so its caller's
+                except Exception as error:  # only this request failed; its caller gets the error
                     outcome = error
             if events or outcome is not None:
                 handle._publish(events, outcome)
