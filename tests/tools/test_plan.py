@@ -30,7 +30,10 @@ from nanochat_jax.model.loss import Batch
 from nanochat_jax.model.sharding import abstract_tree, make_mesh
 from nanochat_jax.model.size import num_params, num_scaling_params
 from nanochat_jax.model.weights import abstract_params
-from nanochat_jax.plan import (
+from nanochat_jax.train.memory import choose_memory, estimate_memory
+from nanochat_jax.train.optim import OptimizerConfig, Schedules, constant, make_optimizer
+from nanochat_jax.train.step import make_train_step, state_shardings
+from tpu.compile import (
     CHIPS,
     DoesNotFit,
     Memory,
@@ -39,10 +42,8 @@ from nanochat_jax.plan import (
     largest_batch,
     topology_devices,
 )
-from nanochat_jax.plan_cost import HloCost, hlo_cost, jaxpr_flops, parse_hlo, visible_pairs
-from nanochat_jax.train.memory import choose_memory, estimate_memory
-from nanochat_jax.train.optim import OptimizerConfig, Schedules, constant, make_optimizer
-from nanochat_jax.train.step import make_train_step, state_shardings
+from tpu.cost import HloCost, hlo_cost, jaxpr_flops, visible_pairs
+from tpu.hlo import parse_hlo
 
 CONFIG = GPTConfig.modern(1, sequence_len=64, vocab_size=64)
 
