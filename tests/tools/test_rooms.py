@@ -18,7 +18,8 @@ ALLOWED = {
     "tasks": {"root", "data"},
     "infer": {"root", "model"},
     "eval": {"root", "model", "data", "tasks", "infer"},
-    "train": {"root", "model", "data", "tasks", "infer", "eval"},
+    "train": {"root", "model", "data", "tasks", "infer", "eval", "report"},
+    "report": {"root"},
     "interop": {"root", "model"},
     "serve": {"root", "model", "infer"},
 }
@@ -83,3 +84,20 @@ def test_no_module_imports_in_a_circle():
 
     for name in MODULES:
         visit(name, ())
+
+
+def test_the_package_does_not_import_the_planner():
+    wrong = [
+        name
+        for name, path in MODULES.items()
+        for node in ast.walk(ast.parse(path.read_text()))
+        for imported in (
+            [node.module or ""]
+            if isinstance(node, ast.ImportFrom)
+            else [alias.name for alias in node.names]
+            if isinstance(node, ast.Import)
+            else []
+        )
+        if imported.split(".")[0] == "tpu"
+    ]
+    assert not wrong
