@@ -19,6 +19,7 @@ from nanochat_jax.eval.bpb import held_out_loss  # noqa: E402
 from nanochat_jax.eval.hf_model import HFModel  # noqa: E402
 from nanochat_jax.eval.scoring import Row, Scorer  # noqa: E402
 from nanochat_jax.interop.hf import write_hf  # noqa: E402
+from nanochat_jax.model.compute import Compute  # noqa: E402
 from nanochat_jax.model.config import GPTConfig  # noqa: E402
 from nanochat_jax.model.sharding import make_mesh  # noqa: E402
 from nanochat_jax.model.weights import abstract_params  # noqa: E402
@@ -94,8 +95,7 @@ def test_tokens_and_bits_per_byte_are_ours(directory, params, tmp_path):
             2,
             config=CONFIG,
             token_bytes=TOKENIZER.token_bytes(),
-            mesh=mesh,
-            dtype=np.float32,
+            compute=Compute(mesh=mesh),
         )
         batches.close()
         assert found[f"{split}_bpb"] == pytest.approx(ours.bpb, rel=1e-4)
