@@ -190,6 +190,21 @@ def test_the_environment_of_the_container_says_which_model_is_served(echo, env, 
     assert (config.host, config.port, config.slots) == ("0.0.0.0", 8000, 2)
 
 
+def test_a_blank_in_the_environment_of_the_container_does_not_split_an_argument(echo):
+    """Such a tag is no name; it must reach the check whole, and not as flags of its own."""
+    done = subprocess.run(
+        [DOCKER / "web.sh"],
+        capture_output=True,
+        text=True,
+        check=True,
+        env={"MODEL_TAG": "my --port 1", "PATH": f"{echo}:{os.environ['PATH']}"},
+    )
+    module, *argv = done.stdout.splitlines()[1:]
+    assert argv[argv.index("--model-tag") + 1] == "my --port 1"
+    with pytest.raises(cli.UsageError, match="'my --port 1' is not a name"):
+        cli.parse(ServeConfig, argv, prog=module, description="")
+
+
 def test_the_command_of_the_image_and_of_each_trainer_is_one_that_it_has():
     assert arguments("CMD") == ['["nanochat-web"]']
     for name in ("web", "train"):

@@ -94,7 +94,7 @@ def named(results, name, phase=None):
 
 @pytest.mark.slow
 def test_every_phase_runs_with_the_packages_of_a_bare_image(tmp_path):
-    done, results = run_benchmark(tmp_path, "--limit-scale", "12")
+    done, results = run_benchmark(tmp_path, "--limit-scale", "4")
     assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-2000:]
     ends = named(results, "end")
     assert [(end["phase"], end["run"], end["status"]) for end in ends] == [
