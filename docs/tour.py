@@ -18,7 +18,7 @@ from jax import Array
 
 from nanochat_jax import cli, load
 from nanochat_jax.checkpoint import load_model
-from nanochat_jax.cli import UsageError, directory_name, flag
+from nanochat_jax.cli import directory_name, flag
 from nanochat_jax.conversation import (
     render_conversation,
     render_for_completion,
@@ -26,6 +26,7 @@ from nanochat_jax.conversation import (
 )
 from nanochat_jax.data.loader import pretraining_loader
 from nanochat_jax.devices import DeviceFlags, start
+from nanochat_jax.errors import UsageError
 from nanochat_jax.files import keep_old, make_directory
 from nanochat_jax.model.attention import causal_attention
 from nanochat_jax.model.compute import Compute

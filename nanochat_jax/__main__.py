@@ -10,6 +10,7 @@ import sys
 
 import scripts
 from nanochat_jax import cli
+from nanochat_jax.errors import UsageError
 
 # commands that are not scripts
 MODULES = {"dataset": "nanochat_jax.dataset", "report": "nanochat_jax.report"}
@@ -39,7 +40,7 @@ def run_command() -> None:
         return
     module = names.get(name.replace("-", "_"))
     if module is None:
-        raise cli.UsageError(f"no command {name!r}; there are {', '.join(names)}")
+        raise UsageError(f"no command {name!r}; there are {', '.join(names)}")
     del sys.argv[1]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 

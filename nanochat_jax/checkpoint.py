@@ -29,7 +29,7 @@ import orbax.checkpoint as ocp
 from jax import Array
 from jax.sharding import Mesh
 
-from nanochat_jax.cli import NotFound, UsageError, one_line, write_failure
+from nanochat_jax.errors import NotFound, UsageError, one_line, write_failure
 from nanochat_jax.files import LOCK, lock_file
 from nanochat_jax.model.config import GPTConfig
 from nanochat_jax.model.sharding import (

@@ -23,9 +23,11 @@ import sys
 import threading
 import types
 import typing
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, TypeVar
+
+from nanochat_jax.errors import UsageError, naming, one_line
 
 C = TypeVar("C")
 
@@ -35,52 +37,6 @@ EXIT_NO_READER = 141  # the reader of a pipe is gone: a shell's code for SIGPIPE
 LARGEST = 2**62  # bound of counts without another limit
 LARGEST_SEED = 2**32 - 1  # JAX uses 32 bits of a seed
 LOG_LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
-
-
-class UsageError(Exception):
-    """A user error: what failed, the value, and what to do, in one line."""
-
-
-class NotFound(UsageError, FileNotFoundError):
-    """A required file, checkpoint or tokenizer is missing."""
-
-
-def one_line(error: BaseException) -> str:
-    """The text of an error on one line, for a `UsageError`.
-
-    Long text loses its middle, not its end, where the cause is.
-    """
-    text = re.sub(r" \[(source locations|tensorstore_spec)=.*", "", " ".join(str(error).split()))
-    if len(text) > 500:
-        text = f"{text[:200]} ... {text[-295:]}"
-    return text or type(error).__name__
-
-
-def write_failure(error: BaseException) -> str:
-    """The cause of a failed write, on one line.
-
-    A full disk is named, even if a library wrapped the system's error in its own exception.
-    """
-    text = one_line(error)
-    chain, full = error, False
-    while chain is not None and not full:
-        code = chain.errno if isinstance(chain, OSError) else None
-        full = code in (errno.ENOSPC, errno.EDQUOT) or bool(
-            re.search("ENOSPC|EDQUOT|[Nn]o space left|quota exceeded", str(chain))
-        )
-        chain = chain.__cause__ or chain.__context__  # type: ignore[assignment]
-    return f"the disk is full, no space is left: {text}" if full else text
-
-
-@contextlib.contextmanager
-def naming(path: Path | str) -> Iterator[None]:
-    """Add the file's name to errors of reading and writing it inside this block."""
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in (None, errno.EPIPE) and error.filename is None:
-            error.filename = str(path)
-        raise
 
 
 def user_path(text: str) -> Path:
@@ -321,13 +277,43 @@ def parse(
         raise UsageError(str(error)) from error
 
 
-def setup_logging() -> None:
+def with_flags(message: str, config_type: type) -> str:
+    """`message` with the settings of `config_type` as flags.
+
+    "halve `device_batch_size`, or set `remat=block`" becomes "halve --device-batch-size, or set
+    --remat block". Other words in backquotes stay as they are.
+    """
+    settings = {field.name for field in dataclasses.fields(config_type)}
+
+    def spell(found: re.Match) -> str:
+        name, value = found["name"], found["value"]
+        if name not in settings:
+            return found[0]
+        return f"--{name.replace('_', '-')}" + (f" {value}" if value else "")
+
+    return re.sub(r"`(?P<name>[a-z]\w*)(=(?P<value>[^`]*))?`", spell, message)
+
+
+class _FlagFormatter(logging.Formatter):
+    """Log messages with settings as flags, see `with_flags`."""
+
+    def __init__(self, config_type: type) -> None:
+        super().__init__("%(message)s")
+        self._config_type = config_type
+
+    def format(self, record: logging.LogRecord) -> str:
+        return with_flags(super().format(record), self._config_type)
+
+
+def setup_logging(config_type: type = NoFlags) -> None:
     level = os.environ.get("NANOCHAT_LOG", "INFO").upper()
     if level not in LOG_LEVELS:
         raise UsageError(
             f"NANOCHAT_LOG={os.environ['NANOCHAT_LOG']}: expected one of {', '.join(LOG_LEVELS)}"
         )
-    logging.basicConfig(level=level, format="%(message)s", stream=sys.stderr, force=True)
+    handler = logging.StreamHandler(sys.stderr)
+    handler.setFormatter(_FlagFormatter(config_type))
+    logging.basicConfig(level=level, handlers=[handler], force=True)
     for noisy in ("jax", "orbax", "urllib3", "httpx", "asyncio", "fsspec", "gcsfs"):
         logging.getLogger(noisy).setLevel(logging.ERROR)
     # Orbax logs the stack of every error that it raises
@@ -469,8 +455,12 @@ def run(
     """Entry point of every script: parse the flags and run `main` with them in `guard`."""
 
     def work() -> int | None:
-        setup_logging()
-        return main(parse(config_type, argv, prog=invocation(prog), description=description))
+        setup_logging(config_type)
+        try:
+            return main(parse(config_type, argv, prog=invocation(prog), description=description))
+        except UsageError as error:
+            error.args = (with_flags(str(error), config_type),)
+            raise
 
     guard(work)
 

@@ -26,13 +26,14 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from nanochat_jax import cli
-from nanochat_jax.cli import NoFlags, NotFound, UsageError, flag
+from nanochat_jax.cli import NoFlags, flag
 from nanochat_jax.data import embedded, hub_dataset
 from nanochat_jax.data.convert import FORMATS, describe, file_format, read_documents, write_corpus
 from nanochat_jax.data.hub import clean_up, fetch, first_line
 from nanochat_jax.data.hub_dataset import find_files
 from nanochat_jax.data.needs import summary
 from nanochat_jax.data.shards import open_shard, read_manifest
+from nanochat_jax.errors import NotFound, UsageError
 from nanochat_jax.files import make_directory
 from nanochat_jax.metrics import Display
 from nanochat_jax.paths import DATA_DIRS, Paths

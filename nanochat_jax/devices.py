@@ -8,7 +8,8 @@ from dataclasses import dataclass
 
 import jax
 
-from nanochat_jax.cli import LARGEST, UsageError, directory_name, flag, one_line
+from nanochat_jax.cli import LARGEST, directory_name, flag
+from nanochat_jax.errors import UsageError, one_line
 from nanochat_jax.paths import Paths
 
 # Options of glibc's mallopt (malloc.h).

@@ -17,7 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from nanochat_jax.cli import NotFound, UsageError, naming
+from nanochat_jax.errors import NotFound, UsageError, naming
 
 logger = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from nanochat_jax.cli import UsageError, naming, one_line
+from nanochat_jax.errors import UsageError, naming, one_line
 from nanochat_jax.files import write_file
 from nanochat_jax.storage import Directory, is_remote
 

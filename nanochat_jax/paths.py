@@ -16,7 +16,8 @@ import shutil
 from dataclasses import dataclass
 from pathlib import Path
 
-from nanochat_jax.cli import NotFound, UsageError, user_path
+from nanochat_jax.cli import user_path
+from nanochat_jax.errors import NotFound, UsageError
 from nanochat_jax.files import create_directory, empty_directory
 from nanochat_jax.storage import COMMITTED, Directory, delete, is_remote, move, open_bucket
 

@@ -21,8 +21,8 @@ from typing import Any
 
 import jax
 
-from nanochat_jax.cli import UsageError
 from nanochat_jax.devices import find_devices
+from nanochat_jax.errors import UsageError
 from nanochat_jax.files import LOCK, keep_old, lock_file, parse_json, set_aside, write_file
 from nanochat_jax.metrics import format_seconds, peak_flops
 from nanochat_jax.paths import Paths, delete_steps, refuse_foreign

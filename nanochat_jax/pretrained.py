@@ -20,8 +20,8 @@ from jax import Array
 from jax.sharding import Mesh
 
 from nanochat_jax.checkpoint import Loaded, load_directory, load_model
-from nanochat_jax.cli import NotFound
 from nanochat_jax.conversation import render_for_completion
+from nanochat_jax.errors import NotFound
 from nanochat_jax.infer.engine import Engine
 from nanochat_jax.infer.padding import bucket
 from nanochat_jax.infer.request import NoTokenizer, Request

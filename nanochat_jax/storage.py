@@ -18,7 +18,7 @@ import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, Union
 
-from nanochat_jax.cli import UsageError, one_line
+from nanochat_jax.errors import UsageError, one_line
 from nanochat_jax.files import describe_process
 
 if TYPE_CHECKING:  # imported on use: most commands need no bucket

@@ -26,7 +26,7 @@ from typing import TYPE_CHECKING, Any, Literal, overload
 
 import numpy as np
 
-from nanochat_jax.cli import NotFound, UsageError, one_line
+from nanochat_jax.errors import NotFound, UsageError, one_line
 from nanochat_jax.files import parse_json, write_file
 
 if TYPE_CHECKING:  # generation needs names of special tokens from here, and no Arrow

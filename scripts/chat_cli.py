@@ -14,9 +14,10 @@ import sys
 from dataclasses import dataclass
 
 from nanochat_jax import cli
-from nanochat_jax.cli import LARGEST_SEED, UsageError, flag
+from nanochat_jax.cli import LARGEST_SEED, flag
 from nanochat_jax.conversation import render_message
 from nanochat_jax.devices import ModelFlags, start
+from nanochat_jax.errors import UsageError
 from nanochat_jax.infer.engine import Engine, EngineLoop, Request
 from nanochat_jax.infer.request import Generation, ToolCall
 from nanochat_jax.paths import CHECKPOINT_DIRS, Paths

@@ -11,8 +11,9 @@ from typing import Any
 
 from nanochat_jax import cli
 from nanochat_jax.checkpoint import Checkpoints, claim_directory, keep_tokenizer, lock_tag
-from nanochat_jax.cli import LARGEST, NotFound, UsageError, directory_name, flag, user_path
+from nanochat_jax.cli import LARGEST, directory_name, flag, user_path
 from nanochat_jax.devices import DeviceFlags, start
+from nanochat_jax.errors import NotFound, UsageError
 from nanochat_jax.files import make_directory
 from nanochat_jax.interop.torch_checkpoint import Imported, check_vocabulary
 from nanochat_jax.model.size import num_params

@@ -25,8 +25,9 @@ from jax.sharding import Mesh
 
 from nanochat_jax import cli
 from nanochat_jax.checkpoint import Loaded, load_model
-from nanochat_jax.cli import UsageError, flag
+from nanochat_jax.cli import flag
 from nanochat_jax.devices import ModelFlags, start
+from nanochat_jax.errors import UsageError
 from nanochat_jax.infer.engine import Engine, EngineLoop
 from nanochat_jax.infer.request import NoTokenizer, Request
 from nanochat_jax.metrics import peak_bandwidth, peak_flops, peak_memory_bytes

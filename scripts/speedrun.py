@@ -16,9 +16,10 @@ from pathlib import Path
 from typing import Any, Literal
 
 from nanochat_jax import cli
-from nanochat_jax.cli import UsageError, flag, run_name
+from nanochat_jax.cli import flag, run_name
 from nanochat_jax.data.needs import TOKENIZER_SHARDS, explain_shards, shards_needed
 from nanochat_jax.devices import DeviceFlags
+from nanochat_jax.errors import UsageError
 from nanochat_jax.files import lock_file, make_directory
 from nanochat_jax.metrics import format_count
 from nanochat_jax.model.compute import REMAT

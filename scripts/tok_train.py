@@ -14,8 +14,9 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from nanochat_jax import cli
-from nanochat_jax.cli import UsageError, flag
+from nanochat_jax.cli import flag
 from nanochat_jax.data.shards import open_shard, split_shards, text_size
+from nanochat_jax.errors import UsageError
 from nanochat_jax.files import make_directory
 from nanochat_jax.metrics import Display
 from nanochat_jax.paths import DATA_DIRS, Paths

@@ -4,6 +4,7 @@ exit code 2.
 
 import errno
 import importlib.util
+import logging
 import os
 import pwd
 import signal
@@ -15,7 +16,8 @@ from pathlib import Path
 import pytest
 
 from nanochat_jax import cli
-from nanochat_jax.cli import UsageError, flag
+from nanochat_jax.cli import flag
+from nanochat_jax.errors import UsageError, naming, write_failure
 from nanochat_jax.metrics import start_wandb
 from nanochat_jax.paths import Paths
 from nanochat_jax.pipeline import Machine
@@ -161,7 +163,7 @@ def test_every_error_of_a_disk_names_the_file_and_the_cause_in_one_line(capsys, 
 
 def test_an_error_that_names_no_file_gets_its_name(capsys, tmp_path):
     def work():
-        with cli.naming(tmp_path / "full"):
+        with naming(tmp_path / "full"):
             raise OSError(errno.ENOSPC, "No space left on device")
 
     assert ended(capsys, work) == (2, f"error: {tmp_path}/full: No space left on device\n")
@@ -189,9 +191,9 @@ def test_an_error_of_a_library_without_a_number_is_one_line(capsys):
 )
 def test_a_failed_write_says_why_to_the_end(error, full):
     for wrapped in (error, wrap(error)):
-        text = cli.write_failure(wrapped)
+        text = write_failure(wrapped)
         assert text.startswith("the disk is full, no space is left") == full and len(text) < 600
-    assert cli.write_failure(error).endswith(str(error).partition(" [tensor")[0][-30:])
+    assert write_failure(error).endswith(str(error).partition(" [tensor")[0][-30:])
 
 
 def wrap(error):
@@ -448,3 +450,21 @@ def test_a_run_on_wandb_without_wandb_is_refused_in_one_line(monkeypatch):
     with pytest.raises(UsageError, match="--run x .*pip install wandb"):
         start_wandb("x", "nanochat", {})
     assert start_wandb("dummy", "nanochat", {}) is None
+
+
+def test_messages_of_the_package_name_settings_and_commands_print_flags(capsys):
+    @dataclass(frozen=True, kw_only=True)
+    class Config:
+        batch_size: int = flag(1, "rows", at_least=1, at_most=10)
+        remat: str = flag("none", "what is recomputed")
+
+    def main(config):
+        logging.getLogger("nanochat_jax").warning("`batch_size` is %d", config.batch_size)
+        raise UsageError("halve `batch_size`, or set `remat=block`; `pip install x` is no setting")
+
+    with pytest.raises(SystemExit):
+        cli.run(main, Config, prog="scripts.x", description="d", argv=["--batch-size", "2"])
+    assert capsys.readouterr().err.splitlines() == [
+        "--batch-size is 2",
+        "error: halve --batch-size, or set --remat block; `pip install x` is no setting",
+    ]

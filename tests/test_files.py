@@ -14,7 +14,7 @@ import pytest
 from hub_server import HubServer
 
 from nanochat_jax import files
-from nanochat_jax.cli import NotFound, UsageError
+from nanochat_jax.errors import NotFound, UsageError
 from nanochat_jax.files import (
     empty_directory,
     entries,

@@ -7,7 +7,7 @@ from small_line import make_base
 
 from nanochat_jax import pipeline as speedrun
 from nanochat_jax.checkpoint import find_model, lock_tag
-from nanochat_jax.cli import UsageError
+from nanochat_jax.errors import UsageError
 from nanochat_jax.files import LOCK, lock_file
 from nanochat_jax.paths import Paths, base_tokenizer
 from nanochat_jax.train.rl import ChatRLConfig, reinforce

@@ -21,7 +21,7 @@ import tiktoken
 
 import nanochat_jax
 from nanochat_jax import rustbpe
-from nanochat_jax.cli import NotFound, UsageError
+from nanochat_jax.errors import NotFound, UsageError
 from nanochat_jax.tokenizer import (
     META_FILE,
     RANKS_FILE,

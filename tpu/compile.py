@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from nanochat_jax.cli import UsageError, one_line
+from nanochat_jax.errors import UsageError, one_line
 from nanochat_jax.metrics import PEAK_FLOPS
 from nanochat_jax.model.config import GPTConfig
 from nanochat_jax.model.loss import Batch

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from benchmarks.gpu.plan import PHASES, TINY, Run, Size
 from benchmarks.gpu.record import Recorder
-from nanochat_jax.cli import one_line
+from nanochat_jax.errors import one_line
 
 
 def find_run(phase_name: str, run_name: str) -> Run:

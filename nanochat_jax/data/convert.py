@@ -19,7 +19,6 @@ from typing import Any
 
 import pyarrow as pa
 
-from nanochat_jax.cli import NotFound, UsageError, one_line
 from nanochat_jax.data.shards import (
     MANIFEST,
     ROW_GROUP_SIZE,
@@ -30,6 +29,7 @@ from nanochat_jax.data.shards import (
     shard_name,
     write_series,
 )
+from nanochat_jax.errors import NotFound, UsageError, one_line
 from nanochat_jax.files import (
     entries,
     finish_directory,

@@ -19,8 +19,8 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from importlib.util import find_spec
 from pathlib import Path
 
-from nanochat_jax.cli import NotFound
 from nanochat_jax.data.shards import write_shards
+from nanochat_jax.errors import NotFound
 from nanochat_jax.files import empty_directory, finish_directory, locked, set_aside
 
 logger = logging.getLogger(__name__)

@@ -17,9 +17,9 @@ from typing import Any
 from huggingface_hub import HfApi, constants, snapshot_download
 from huggingface_hub.errors import RevisionNotFoundError
 
-from nanochat_jax.cli import NotFound, UsageError
 from nanochat_jax.data.convert import REPORT_EVERY_S, file_format, read_documents
 from nanochat_jax.data.hub import clean_up, fetch, first_line, quiet_client
+from nanochat_jax.errors import NotFound, UsageError
 
 logger = logging.getLogger(__name__)
 

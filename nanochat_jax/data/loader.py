@@ -19,9 +19,9 @@ import numpy as np
 import pyarrow as pa
 from grain.experimental import ThreadPrefetchIterDataset
 
-from nanochat_jax.cli import UsageError
 from nanochat_jax.data.packing import BestFitPacker, Packer, Snapshot, StreamPacker, TokenizedStream
 from nanochat_jax.data.shards import DocumentStream, ShardReader, require_text, split_shards
+from nanochat_jax.errors import UsageError
 
 logger = logging.getLogger(__name__)
 

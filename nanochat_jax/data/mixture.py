@@ -13,10 +13,10 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from nanochat_jax.cli import UsageError, one_line
 from nanochat_jax.conversation import render_conversation
 from nanochat_jax.data.loader import Batch, Loader
 from nanochat_jax.data.packing import STATE_CHANGED, FitBuffer, Snapshot, TokenRun
+from nanochat_jax.errors import UsageError, one_line
 from nanochat_jax.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pyarrow as pa
 
-from nanochat_jax.cli import UsageError
 from nanochat_jax.data.shards import DocumentStream, Position
+from nanochat_jax.errors import UsageError
 
 # Makes the JSON-serializable state when called. Deferred, because a snapshot is taken for every
 # batch and almost none is used. A snapshot copies one list; Grain's deep copy of a function is

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nanochat_jax.cli import NotFound, UsageError, one_line
+from nanochat_jax.errors import NotFound, UsageError, one_line
 from nanochat_jax.files import is_complete, new_directory, parse_json, write_file
 from nanochat_jax.tokenizer import without_surrogates
 

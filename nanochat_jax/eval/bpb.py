@@ -15,8 +15,8 @@ import numpy as np
 from jax import Array
 
 from nanochat_jax.checkpoint import Loaded
-from nanochat_jax.cli import UsageError
 from nanochat_jax.data.loader import pretraining_loader
+from nanochat_jax.errors import UsageError
 from nanochat_jax.model.compute import Compute
 from nanochat_jax.model.config import GPTConfig
 from nanochat_jax.model.loss import Batch, token_nll

@@ -21,8 +21,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import Array
 
-from nanochat_jax.cli import UsageError
 from nanochat_jax.conversation import render_for_completion
+from nanochat_jax.errors import UsageError
 from nanochat_jax.files import parse_json, write_file
 from nanochat_jax.infer.engine import Engine
 from nanochat_jax.infer.padding import padded_batches

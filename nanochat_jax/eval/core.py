@@ -19,8 +19,8 @@ from typing import Any, Literal
 import numpy as np
 import yaml
 
-from nanochat_jax.cli import UsageError, one_line
 from nanochat_jax.data.convert import open_text
+from nanochat_jax.errors import UsageError, one_line
 from nanochat_jax.eval.scoring import Row, RowScore, common_length
 from nanochat_jax.files import parse_json
 from nanochat_jax.tokenizer import Tokenizer

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from nanochat_jax.cli import NotFound, UsageError, one_line
 from nanochat_jax.data.loader import pretraining_loader
+from nanochat_jax.errors import NotFound, UsageError, one_line
 from nanochat_jax.eval.scoring import WINDOW, Key, Row, RowScore
 
 try:

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
 from typing import Literal, Protocol
 
-from nanochat_jax.cli import UsageError
+from nanochat_jax.errors import UsageError
 from nanochat_jax.infer.calculator import calculate
 from nanochat_jax.infer.streaming import TextStream
 from nanochat_jax.tokenizer import SPECIAL_TOKENS

@@ -17,7 +17,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from nanochat_jax.cli import NotFound, UsageError, one_line
+from nanochat_jax.errors import NotFound, UsageError, one_line
 from nanochat_jax.files import parse_json
 from nanochat_jax.interop.hf_tokenizer import read_hf_tokenizer, write_hf_tokenizer
 from nanochat_jax.interop.torch_checkpoint import (

@@ -3,8 +3,8 @@
 import json
 from pathlib import Path
 
-from nanochat_jax.cli import UsageError
 from nanochat_jax.conversation import PARTS
+from nanochat_jax.errors import UsageError
 from nanochat_jax.files import parse_json
 from nanochat_jax.tokenizer import Tokenizer
 

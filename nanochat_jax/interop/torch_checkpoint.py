@@ -22,7 +22,7 @@ import ml_dtypes
 import numpy as np
 import tiktoken
 
-from nanochat_jax.cli import NotFound, UsageError
+from nanochat_jax.errors import NotFound, UsageError
 from nanochat_jax.files import parse_json
 from nanochat_jax.interop.torch_file import read_encoding, read_pt, write_pt
 from nanochat_jax.model.config import GPTConfig

@@ -20,7 +20,7 @@ from typing import IO, Any
 import ml_dtypes
 import numpy as np
 
-from nanochat_jax.cli import NotFound, UsageError, one_line
+from nanochat_jax.errors import NotFound, UsageError, one_line
 
 STORAGES = {
     "FloatStorage": np.dtype(np.float32),

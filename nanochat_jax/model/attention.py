@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.ad_checkpoint import checkpoint_name
 
-from nanochat_jax.cli import UsageError
+from nanochat_jax.errors import UsageError
 from nanochat_jax.model import kernels
 from nanochat_jax.model.compute import Compute, device_of
 from nanochat_jax.model.fast import SAVED, transpose

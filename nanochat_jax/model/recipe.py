@@ -5,7 +5,7 @@ scale.
 import math
 from dataclasses import dataclass
 
-from nanochat_jax.cli import UsageError
+from nanochat_jax.errors import UsageError
 from nanochat_jax.model.config import GPTConfig
 from nanochat_jax.model.size import flops_per_token, num_params, num_scaling_params
 

@@ -15,7 +15,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
-from nanochat_jax.cli import UsageError
+from nanochat_jax.errors import UsageError
 from nanochat_jax.model.config import GPTConfig
 from nanochat_jax.model.weights import LAYERS, VALUE_LAYERS, Params, abstract_params, logical_axes
 

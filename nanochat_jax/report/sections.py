@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from nanochat_jax import cli
-from nanochat_jax.cli import NoFlags, NotFound, UsageError
+from nanochat_jax.cli import NoFlags
+from nanochat_jax.errors import NotFound, UsageError
 from nanochat_jax.files import keep_old, locked, make_directory, parse_json, write_file
 from nanochat_jax.paths import Paths
 from nanochat_jax.report.html import Report, Section, label_of, page, percent

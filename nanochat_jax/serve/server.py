@@ -29,8 +29,8 @@ from typing import Any
 
 from aiohttp import web
 
-from nanochat_jax.cli import UsageError
 from nanochat_jax.devices import release_memory
+from nanochat_jax.errors import UsageError
 from nanochat_jax.infer.request import Request, Result, ToolCall
 from nanochat_jax.infer.scheduler import Scheduler
 from nanochat_jax.serve import access, metrics

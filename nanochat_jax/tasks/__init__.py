@@ -3,7 +3,7 @@
 from collections.abc import Callable
 from typing import Literal
 
-from nanochat_jax.cli import UsageError
+from nanochat_jax.errors import UsageError
 from nanochat_jax.paths import Paths
 from nanochat_jax.tasks.arc import ARC
 from nanochat_jax.tasks.base import Task, TaskMixture

@@ -11,7 +11,7 @@ import random
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal, Self
 
-from nanochat_jax.cli import UsageError
+from nanochat_jax.errors import UsageError
 
 Conversation = dict[str, Any]
 Part = dict[str, str]

@@ -10,8 +10,8 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from nanochat_jax.cli import UsageError, one_line
 from nanochat_jax.data.embedded import package_dir
+from nanochat_jax.errors import UsageError, one_line
 from nanochat_jax.files import parse_json
 from nanochat_jax.tasks.base import Conversation, Task, assistant, user
 from nanochat_jax.tasks.skills import Split, split_of

@@ -6,9 +6,9 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Literal
 
-from nanochat_jax.cli import UsageError
 from nanochat_jax.conversation import text_of, turns_of
 from nanochat_jax.data.convert import COMPRESSIONS, open_text
+from nanochat_jax.errors import UsageError
 from nanochat_jax.files import parse_json
 from nanochat_jax.tasks.answers import has_answer, last_answer, same_text
 from nanochat_jax.tasks.base import Conversation, Task, assistant, user

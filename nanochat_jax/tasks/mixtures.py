@@ -8,8 +8,8 @@ from os.path import samefile
 from pathlib import Path
 from typing import Literal
 
-from nanochat_jax.cli import UsageError
 from nanochat_jax.data.convert import file_format
+from nanochat_jax.errors import UsageError
 from nanochat_jax.paths import Paths
 from nanochat_jax.tasks.arc import ARC
 from nanochat_jax.tasks.base import Conversation, Task, TaskMixture

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from nanochat_jax.cli import NotFound
+from nanochat_jax.errors import NotFound
 from nanochat_jax.tasks.base import Conversation, Task, assistant, python, python_output, text, user
 
 Split = Literal["train", "test"]

@@ -24,18 +24,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from nanochat_jax.checkpoint import Checkpoints, Loaded, Restored, claim_directory, keep_tokenizer
-from nanochat_jax.cli import (
-    LARGEST,
-    LARGEST_SEED,
-    UsageError,
-    directory_name,
-    flag,
-    naming,
-    run_name,
-    spelled,
-)
+from nanochat_jax.cli import LARGEST, LARGEST_SEED, directory_name, flag, run_name, spelled
 from nanochat_jax.data.loader import merge_states
 from nanochat_jax.devices import Processes
+from nanochat_jax.errors import UsageError, naming
 from nanochat_jax.metrics import (
     Display,
     MetricsLog,

@@ -13,8 +13,9 @@ import jax
 from jax.sharding import Mesh
 
 from nanochat_jax.checkpoint import Loaded, find_model, load_model, lock_tag
-from nanochat_jax.cli import LARGEST_SEED, UsageError, flag
+from nanochat_jax.cli import LARGEST_SEED, flag
 from nanochat_jax.devices import start
+from nanochat_jax.errors import UsageError
 from nanochat_jax.eval.chat import Sampling
 from nanochat_jax.files import make_directory
 from nanochat_jax.infer.engine import Engine

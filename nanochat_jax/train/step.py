@@ -17,7 +17,7 @@ import optax
 from jax import Array
 from jax.sharding import Mesh
 
-from nanochat_jax.cli import UsageError
+from nanochat_jax.errors import UsageError
 from nanochat_jax.model.compute import Compute
 from nanochat_jax.model.config import GPTConfig
 from nanochat_jax.model.loss import Batch, token_nll

@@ -15,9 +15,9 @@ import pyarrow.parquet as pq
 import pytest
 
 from nanochat_jax import dataset
-from nanochat_jax.cli import NotFound, UsageError
 from nanochat_jax.data.convert import VAL_SHARD, cut_text, read_documents, write_corpus
 from nanochat_jax.data.shards import iter_documents, list_shards
+from nanochat_jax.errors import NotFound, UsageError
 
 TEXTS = ["plain", 'two\nlines, and "quotes"', None, "", " \n", "naïve 世界 🙂", "x" * 200_000]
 
@@ -311,7 +311,7 @@ FULL = """
 import resource, signal
 from pathlib import Path
 from nanochat_jax.data.convert import write_corpus
-from nanochat_jax.cli import UsageError
+from nanochat_jax.errors import UsageError
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
 try:

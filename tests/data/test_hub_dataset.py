@@ -12,9 +12,9 @@ import pyarrow.parquet as pq
 import pytest
 from hub_server import HubServer
 
-from nanochat_jax.cli import NotFound, UsageError
 from nanochat_jax.data.hub_dataset import Listing, glob_pattern, select_files
 from nanochat_jax.data.shards import iter_documents
+from nanochat_jax.errors import NotFound, UsageError
 
 REPO = "owner/texts"
 

@@ -15,9 +15,9 @@ import pyarrow.parquet as pq
 import pytest
 from test_packing import pack_by_hand
 
-from nanochat_jax.cli import UsageError
 from nanochat_jax.data.loader import Loader, merge_states, pretraining_loader
 from nanochat_jax.data.shards import iter_documents, write_shards
+from nanochat_jax.errors import UsageError
 from nanochat_jax.tokenizer import Tokenizer
 
 T = 48

@@ -9,10 +9,10 @@ import re
 import numpy as np
 import pytest
 
-from nanochat_jax.cli import UsageError
 from nanochat_jax.conversation import render_conversation
 from nanochat_jax.data.loader import merge_states
 from nanochat_jax.data.mixture import ConversationLoader
+from nanochat_jax.errors import UsageError
 from nanochat_jax.tokenizer import Tokenizer
 
 T = 96

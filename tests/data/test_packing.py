@@ -7,9 +7,9 @@ import json
 import numpy as np
 import pytest
 
-from nanochat_jax.cli import UsageError
 from nanochat_jax.data.packing import BestFitPacker, FitBuffer, StreamPacker
 from nanochat_jax.data.shards import Position
+from nanochat_jax.errors import UsageError
 
 BOS = 0
 DOCS_PER_GROUP = 16

@@ -8,7 +8,6 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from nanochat_jax.cli import NotFound, UsageError
 from nanochat_jax.data.shards import (
     DocumentStream,
     Position,
@@ -18,6 +17,7 @@ from nanochat_jax.data.shards import (
     split_shards,
     write_shards,
 )
+from nanochat_jax.errors import NotFound, UsageError
 
 
 def numbered(count, start=0):

@@ -11,8 +11,8 @@ import pytest
 from chain_model import ASSISTANT_START, CHAIN, END, OUTPUT_END, PYTHON, PYTHON_END, chain_params
 from golden_data import load_trained
 
-from nanochat_jax.cli import UsageError
 from nanochat_jax.conversation import render_for_completion
+from nanochat_jax.errors import UsageError
 from nanochat_jax.eval import chat
 from nanochat_jax.eval.chat import Generator, Sampling
 from nanochat_jax.infer.padding import bucket, padded_batches

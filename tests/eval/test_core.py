@@ -18,7 +18,7 @@ import numpy as np
 import pytest
 from golden_data import load_trained
 
-from nanochat_jax.cli import NotFound, UsageError
+from nanochat_jax.errors import NotFound, UsageError
 from nanochat_jax.eval import core, scoring
 from nanochat_jax.eval.bundle import ensure_bundle
 from nanochat_jax.eval.core import CoreTask

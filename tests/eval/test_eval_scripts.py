@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from nanochat_jax.checkpoint import Checkpoints, load_model
-from nanochat_jax.cli import NotFound, UsageError
+from nanochat_jax.errors import NotFound, UsageError
 from nanochat_jax.metrics import read_metrics
 from nanochat_jax.model.config import GPTConfig
 from nanochat_jax.model.weights import abstract_params

@@ -12,9 +12,9 @@ import pytest
 torch = pytest.importorskip("torch", reason="needs the extra `torch`")
 transformers = pytest.importorskip("transformers", reason="needs the extra `torch`")
 
-from nanochat_jax.cli import NotFound, UsageError  # noqa: E402
 from nanochat_jax.data.loader import pretraining_loader  # noqa: E402
 from nanochat_jax.data.shards import write_shards  # noqa: E402
+from nanochat_jax.errors import NotFound, UsageError  # noqa: E402
 from nanochat_jax.eval.bpb import held_out_loss  # noqa: E402
 from nanochat_jax.eval.hf_model import HFModel  # noqa: E402
 from nanochat_jax.eval.scoring import Row, Scorer  # noqa: E402

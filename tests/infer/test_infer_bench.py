@@ -10,7 +10,8 @@ import jax
 import pytest
 
 from nanochat_jax.checkpoint import Loaded
-from nanochat_jax.cli import UsageError, parse
+from nanochat_jax.cli import parse
+from nanochat_jax.errors import UsageError
 from nanochat_jax.model.config import GPTConfig
 from nanochat_jax.model.weights import init_params
 from scripts import infer_bench

@@ -18,7 +18,7 @@ from safetensors.numpy import load_file, save_file
 
 import nanochat_jax
 from nanochat_jax.checkpoint import lock_tag
-from nanochat_jax.cli import NotFound, UsageError
+from nanochat_jax.errors import NotFound, UsageError
 from nanochat_jax.interop.hf import read_hf, write_hf
 from nanochat_jax.interop.torch_checkpoint import (
     read_checkpoint,

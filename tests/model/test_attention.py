@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from jax.sharding import AxisType, PartitionSpec
 
-from nanochat_jax.cli import UsageError
+from nanochat_jax.errors import UsageError
 from nanochat_jax.model.attention import causal_attention, check_attention, choose_kernel
 from nanochat_jax.model.compute import Compute
 from nanochat_jax.model.kernels import cudnn_attention, splash_attention

@@ -5,7 +5,7 @@ overrides it does.
 import pytest
 
 from nanochat_jax import cli
-from nanochat_jax.cli import UsageError
+from nanochat_jax.errors import UsageError
 from nanochat_jax.model.config import GPTConfig
 from nanochat_jax.model.recipe import derive_recipe
 from nanochat_jax.model.size import (

@@ -24,7 +24,7 @@ from chain_model import (
 
 from nanochat_jax import pretrained
 from nanochat_jax.checkpoint import Loaded
-from nanochat_jax.cli import UsageError
+from nanochat_jax.errors import UsageError
 from nanochat_jax.infer.engine import Engine, EngineLoop
 from nanochat_jax.paths import Paths
 from scripts import chat_cli

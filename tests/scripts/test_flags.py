@@ -12,8 +12,8 @@ import pytest
 
 from nanochat_jax import cli, dataset
 from nanochat_jax.__main__ import commands
-from nanochat_jax.cli import UsageError
 from nanochat_jax.devices import DeviceFlags
+from nanochat_jax.errors import UsageError
 from nanochat_jax.serve.chat_request import BadRequest, Sampling, check
 from nanochat_jax.train.rl import ChatRLConfig
 from scripts.base_eval import BaseEvalConfig

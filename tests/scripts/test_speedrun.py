@@ -9,7 +9,8 @@ import time
 import pytest
 
 from nanochat_jax import cli, pipeline
-from nanochat_jax.cli import UsageError, parse
+from nanochat_jax.cli import parse
+from nanochat_jax.errors import UsageError
 from nanochat_jax.files import lock_file
 from nanochat_jax.paths import Paths
 from nanochat_jax.pipeline import Machine, Record, Stage, run_stages, stage_keys

@@ -9,7 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import tiktoken
 
-from nanochat_jax.cli import NotFound, UsageError
+from nanochat_jax.errors import NotFound, UsageError
 from nanochat_jax.paths import Paths
 from nanochat_jax.tokenizer import Tokenizer
 from scripts import tok_eval, tok_train

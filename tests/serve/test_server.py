@@ -14,7 +14,8 @@ import pytest
 from aiohttp import web
 
 from nanochat_jax import conversation as chat
-from nanochat_jax.cli import UsageError, parse
+from nanochat_jax.cli import parse
+from nanochat_jax.errors import UsageError
 from nanochat_jax.infer.engine import Engine
 from nanochat_jax.infer.request import Request, Result, ToolCall
 from nanochat_jax.infer.scheduler import QueueFull, Scheduler

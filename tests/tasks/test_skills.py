@@ -11,7 +11,7 @@ from importlib.util import find_spec
 import pytest
 
 from nanochat_jax import tasks
-from nanochat_jax.cli import NotFound
+from nanochat_jax.errors import NotFound
 from nanochat_jax.infer.calculator import calculate
 from nanochat_jax.paths import Paths
 from nanochat_jax.tasks import chitchat

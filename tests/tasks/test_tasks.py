@@ -18,7 +18,7 @@ import pytest
 from hub_server import HubServer
 
 from nanochat_jax import files, tasks
-from nanochat_jax.cli import NotFound, UsageError
+from nanochat_jax.errors import NotFound, UsageError
 from nanochat_jax.infer.calculator import calculate
 from nanochat_jax.paths import Paths
 from nanochat_jax.tasks import gsm8k, hub, humaneval, mixtures, spelling

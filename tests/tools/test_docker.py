@@ -18,6 +18,7 @@ import yaml
 
 from nanochat_jax import cli
 from nanochat_jax.dataset import HfConfig
+from nanochat_jax.errors import UsageError
 from scripts.serve import Config as ServeConfig
 from scripts.speedrun import SpeedrunConfig
 
@@ -201,7 +202,7 @@ def test_a_blank_in_the_environment_of_the_container_does_not_split_an_argument(
     )
     module, *argv = done.stdout.splitlines()[1:]
     assert argv[argv.index("--model-tag") + 1] == "my --port 1"
-    with pytest.raises(cli.UsageError, match="'my --port 1' is not a name"):
+    with pytest.raises(UsageError, match="'my --port 1' is not a name"):
         cli.parse(ServeConfig, argv, prog=module, description="")
 
 

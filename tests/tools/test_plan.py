@@ -20,7 +20,7 @@ import pytest
 from jax._src.cudnn import fused_attention_stablehlo
 from jax.sharding import NamedSharding, PartitionSpec
 
-from nanochat_jax.cli import UsageError
+from nanochat_jax.errors import UsageError
 from nanochat_jax.model.attention import causal_attention
 from nanochat_jax.model.compute import Compute
 from nanochat_jax.model.config import GPTConfig

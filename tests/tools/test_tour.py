@@ -15,6 +15,7 @@ from small_line import MODEL, make_base, run  # noqa: E402
 import nanochat_jax  # noqa: E402
 from nanochat_jax.checkpoint import load_model  # noqa: E402
 from nanochat_jax.data.loader import pretraining_loader  # noqa: E402
+from nanochat_jax.errors import UsageError  # noqa: E402
 from nanochat_jax.model.attention import causal_attention  # noqa: E402
 from nanochat_jax.model.compute import Compute  # noqa: E402
 from nanochat_jax.model.gpt import forward, unembed  # noqa: E402
@@ -146,8 +147,8 @@ def test_a_picture_is_made_and_a_head_that_is_not_there_is_named(
         "3/4",
         "4/4",
     ]
-    with pytest.raises(nanochat_jax.cli.UsageError, match="2 layers of 8 heads"):
+    with pytest.raises(UsageError, match="2 layers of 8 heads"):
         tour.main(tour.TourConfig(layer=2, head=0, **config))
     monkeypatch.setattr(tour, "matplotlib", None)
-    with pytest.raises(nanochat_jax.cli.UsageError, match="pip install matplotlib"):
+    with pytest.raises(UsageError, match="pip install matplotlib"):
         tour.main(tour.TourConfig(**config))

@@ -21,7 +21,7 @@ pytest.importorskip("gcsfs")
 
 from nanochat_jax import checkpoint, storage  # noqa: E402
 from nanochat_jax.checkpoint import lock_tag, saved_steps  # noqa: E402
-from nanochat_jax.cli import UsageError  # noqa: E402
+from nanochat_jax.errors import UsageError  # noqa: E402
 from nanochat_jax.metrics import read_metrics  # noqa: E402
 from nanochat_jax.paths import Paths  # noqa: E402
 

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 from nanochat_jax.checkpoint import claim_directory, load_model
-from nanochat_jax.cli import NotFound, UsageError
+from nanochat_jax.errors import NotFound, UsageError
 from nanochat_jax.metrics import read_metrics
 from nanochat_jax.model.compute import Compute
 from nanochat_jax.model.config import GPTConfig

@@ -3,7 +3,7 @@
 import pytest
 
 from nanochat_jax import cli
-from nanochat_jax.cli import UsageError
+from nanochat_jax.errors import UsageError
 from nanochat_jax.train.rl import ChatRLConfig
 from scripts.base_loss import BaseLossConfig
 from scripts.base_train import BaseTrainConfig
