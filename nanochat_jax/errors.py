@@ -1,0 +1,58 @@
+"""Errors that a user can cause, and how they are worded: one line with what failed, the value and
+what to do.
+
+A message names a setting in backquotes, as Python code does (`device_batch_size`, `remat=block`).
+Command lines print it as the flag (`--device-batch-size`, `--remat block`): see `cli.with_flags`.
+"""
+
+import contextlib
+import errno
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+
+class UsageError(Exception):
+    """A user error: what failed, the value, and what to do, in one line."""
+
+
+class NotFound(UsageError, FileNotFoundError):
+    """A required file, checkpoint or tokenizer is missing."""
+
+
+def one_line(error: BaseException) -> str:
+    """The text of an error on one line, for a `UsageError`.
+
+    Long text loses its middle, not its end, where the cause is.
+    """
+    text = re.sub(r" \[(source locations|tensorstore_spec)=.*", "", " ".join(str(error).split()))
+    if len(text) > 500:
+        text = f"{text[:200]} ... {text[-295:]}"
+    return text or type(error).__name__
+
+
+def write_failure(error: BaseException) -> str:
+    """The cause of a failed write, on one line.
+
+    A full disk is named, even if a library wrapped the system's error in its own exception.
+    """
+    text = one_line(error)
+    chain, full = error, False
+    while chain is not None and not full:
+        code = chain.errno if isinstance(chain, OSError) else None
+        full = code in (errno.ENOSPC, errno.EDQUOT) or bool(
+            re.search("ENOSPC|EDQUOT|[Nn]o space left|quota exceeded", str(chain))
+        )
+        chain = chain.__cause__ or chain.__context__  # type: ignore[assignment]
+    return f"the disk is full, no space is left: {text}" if full else text
+
+
+@contextlib.contextmanager
+def naming(path: Path | str) -> Iterator[None]:
+    """Add the file's name to errors of reading and writing it inside this block."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (None, errno.EPIPE) and error.filename is None:
+            error.filename = str(path)
+        raise
