@@ -17,6 +17,7 @@ import numpy as np
 from jax import Array, lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from nanochat_jax.infer.request import Generation
 from nanochat_jax.infer.sampling import SamplingParams, log_probability, noise_for, sample
 from nanochat_jax.model.compute import Compute
 from nanochat_jax.model.config import GPTConfig
@@ -99,6 +100,21 @@ def new_rows(count: int, *, length: int, steps: int, stops: int) -> np.ndarray:
     )
     rows["length"], rows["stop"], rows["top_p"] = length, -1, 1.0
     return rows
+
+
+def fill_row(row: np.void, generation: Generation, vocab_size: int) -> None:
+    """Fill one of `new_rows` with the next decode steps of a generation."""
+    request = generation.request
+    injected = list(generation.injected)[: len(row["injected"])]
+    row["length"], row["active"] = generation.length, True
+    row["previous"], row["token"] = generation.newest
+    row["remaining"] = generation.max_tokens - len(generation.tokens)
+    row["injected"][: len(injected)], row["num_injected"] = injected, len(injected)
+    row["stop"][: len(generation.stop_ids)] = generation.stop_ids
+    row["logprobs"] = request.logprobs
+    row["temperature"], row["top_p"] = request.temperature, request.top_p
+    row["top_k"] = min(request.top_k, vocab_size)
+    row["seed"] = request.seed >> 32 & 0xFFFFFFFF, request.seed & 0xFFFFFFFF
 
 
 def decode_inputs(rows: np.ndarray, steps: int) -> DecodeInputs:
@@ -201,7 +217,7 @@ def prefill(
     rows = []
     for row in range(tokens.shape[0]):
         prompt = jnp.stack(
-            [jnp.stack([layer[row] for layer in each]) for each in (cache.k, cache.v)]
+            [jnp.stack([layer[row] for layer in layers]) for layers in (cache.k, cache.v)]
         )
         missing = max(0, static.shortest - prompt.shape[3])
         prompt = jnp.pad(prompt, ((0, 0), (0, 0), (0, 0), (0, missing), (0, 0)))
@@ -260,6 +276,18 @@ def _put(slots: Slots, some: Slots, index: Array) -> Slots:
     return jax.tree.map(put, slots, some)
 
 
+class DecodeState(NamedTuple):
+    """State between two decode steps."""
+
+    step: Array  # []
+    cache: KVCache
+    token: Array  # [R]
+    active: Array  # [R]
+    remaining: Array  # [R]
+    emitted: Array  # [R, K]
+    logprobs: Array  # [R, K]
+
+
 @functools.partial(jax.jit, donate_argnames="slots", static_argnames="static")
 def decode(
     params: Params, slots: Slots, inputs: DecodeInputs, *, static: DecodeConfig
@@ -271,56 +299,64 @@ def decode(
     tokens [R, K] (-1 if inactive) and their log-probabilities [R, K] (NaN if inactive or not
     requested). If R < B, the steps run on copies of the R slots and do not read the others.
     """
-    config, mesh = static.config, static.compute.mesh
-    cap = functools.partial(softcap, config=config)
-
-    def advance(state):
-        step, cache, token, active, remaining, emitted, logprobs = state
-        valid = active.astype(jnp.int32)
-        hidden, cache = forward(
-            params, token[:, None], config, static.compute, cache=cache, valid=valid
-        )
-        logits = lax.dot_general(
-            params["lm_head_rows"],
-            hidden[:, 0],
-            (((1,), (1,)), ((), ())),
-            preferred_element_type=jnp.float32,
-        )  # [V, B], before the softcap
-        drawn = sample(logits, inputs.sampling, noise[step], cap)
-        is_injected = step < inputs.num_injected
-        token = jnp.where(active, jnp.where(is_injected, inputs.injected[:, step], drawn), token)
-        emitted = emitted.at[:, step].set(jnp.where(active, token, -1))
-        asked = active & inputs.logprobs
-        logprobs = logprobs.at[:, step].set(log_probability(logits, token, asked, cap))
-        remaining = remaining - active
-        halted = ~is_injected & (
-            jnp.any(token[:, None] == inputs.stop, axis=-1) | (token == static.pause)
-        )
-        cache = cache._replace(k=_place(cache.k, mesh), v=_place(cache.v, mesh))
-        return (
-            step + 1,
-            cache,
-            token,
-            active & ~halted & (remaining > 0),
-            remaining,
-            emitted,
-            logprobs,
-        )
-
-    def running(state):
-        step, _, _, active, *_ = state
-        return (step < inputs.steps) & jnp.any(active)
-
+    mesh = static.compute.mesh
     # An active slot emits at every step, so its positions are consecutive.
     position = inputs.length + 1 + jnp.arange(inputs.injected.shape[1])[:, None]
-    noise = noise_for(inputs.sampling.seed, position, config.vocab_size)
+    noise = noise_for(inputs.sampling.seed, position, static.config.vocab_size)
     # Smearing mixes the normalized embedding of the previous token into the newest.
     previous = rms_norm(params["wte"][inputs.previous].astype(static.compute.dtype))
     index = jnp.asarray(inputs.slot)
-    cache = KVCache(*_take(slots, index), jnp.asarray(inputs.length), previous)
-    emitted = jnp.full(inputs.injected.shape, -1, jnp.int32)
-    logprobs = jnp.full(inputs.injected.shape, jnp.nan, jnp.float32)
-    state = (jnp.int32(0), cache, inputs.token, inputs.active, inputs.remaining, emitted, logprobs)
-    _, cache, _, _, _, emitted, logprobs = lax.while_loop(running, advance, state)
-    slots = _put(slots, Slots(cache.k, cache.v), index)
-    return _place(slots, mesh), _replicate(emitted, mesh), _replicate(logprobs, mesh)
+    state = DecodeState(
+        jnp.int32(0),
+        KVCache(*_take(slots, index), jnp.asarray(inputs.length), previous),
+        jnp.asarray(inputs.token),
+        jnp.asarray(inputs.active),
+        jnp.asarray(inputs.remaining),
+        jnp.full(inputs.injected.shape, -1, jnp.int32),
+        jnp.full(inputs.injected.shape, jnp.nan, jnp.float32),
+    )
+    state = lax.while_loop(
+        lambda state: (state.step < inputs.steps) & jnp.any(state.active),
+        lambda state: _decode_step(params, state, inputs, noise[state.step], static),
+        state,
+    )
+    slots = _put(slots, Slots(state.cache.k, state.cache.v), index)
+    return _place(slots, mesh), _replicate(state.emitted, mesh), _replicate(state.logprobs, mesh)
+
+
+def _decode_step(
+    params: Params, state: DecodeState, inputs: DecodeInputs, noise: Array, static: DecodeConfig
+) -> DecodeState:
+    """Feed the newest token of each row and emit the next. `noise` is from `noise_for`."""
+    config, mesh, step, active = static.config, static.compute.mesh, state.step, state.active
+    cap = functools.partial(softcap, config=config)
+    hidden, cache = forward(
+        params,
+        state.token[:, None],
+        config,
+        static.compute,
+        cache=state.cache,
+        valid=active.astype(jnp.int32),
+    )
+    logits = lax.dot_general(
+        params["lm_head_rows"],
+        hidden[:, 0],
+        (((1,), (1,)), ((), ())),
+        preferred_element_type=jnp.float32,
+    )  # [V, R], before the softcap
+    drawn = sample(logits, inputs.sampling, noise, cap)
+    is_injected = step < inputs.num_injected
+    token = jnp.where(is_injected, inputs.injected[:, step], drawn)
+    token = jnp.where(active, token, state.token)
+    logprobs = log_probability(logits, token, active & inputs.logprobs, cap)
+    remaining = state.remaining - active
+    is_stop = jnp.any(token[:, None] == inputs.stop, axis=-1) | (token == static.pause)
+    return DecodeState(
+        step + 1,
+        cache._replace(k=_place(cache.k, mesh), v=_place(cache.v, mesh)),
+        token,
+        active & (is_injected | ~is_stop) & (remaining > 0),
+        remaining,
+        state.emitted.at[:, step].set(jnp.where(active, token, -1)),
+        state.logprobs.at[:, step].set(logprobs),
+    )

@@ -27,14 +27,7 @@ import numpy as np
 
 from nanochat_jax.infer import decode
 from nanochat_jax.infer.decode import DecodeConfig, Slots
-from nanochat_jax.infer.request import (
-    MAX_STOP_TOKENS,
-    Generation,
-    Request,
-    Result,
-    TokenizerLike,
-    Vocabulary,
-)
+from nanochat_jax.infer.request import Generation, Request, Result, TokenizerLike, Vocabulary
 from nanochat_jax.model.compute import REFERENCE, Compute
 from nanochat_jax.model.config import GPTConfig
 from nanochat_jax.model.sharding import param_shardings
@@ -45,7 +38,8 @@ log = logging.getLogger(__name__)
 SHORTEST_PROMPT = 32  # smallest padded length of a prefill
 SHORTEST_CACHE = 256
 FIRST_TOKEN_SECONDS = 0.1  # a slower dispatch delays first tokens too much
-# tokens, padding included, of a prefill with several prompts: enough for any device
+# Limits of a prefill with several prompts. The tokens, padding included, are enough for any device.
+PREFILL_ROWS = 8
 PREFILL_TOKENS = 2048
 
 
@@ -73,16 +67,12 @@ def row_counts(num_slots: int) -> tuple[int, ...]:
 
     Each count is compiled once per cache length.
     """
-    return (
-        *itertools.takewhile(
-            lambda count: count < num_slots, (8**power for power in itertools.count())
-        ),
-        num_slots,
-    )
+    return (*(8**power for power in range(20) if 8**power < num_slots), num_slots)
 
 
-def _bucket(size: int, sizes: Iterable[int]) -> int:
-    return next(each for each in sizes if each >= size)
+def _padded(size: int, sizes: Iterable[int]) -> int:
+    """Return the smallest of the ascending `sizes` that holds `size`."""
+    return next(padded for padded in sizes if padded >= size)
 
 
 class Engine:
@@ -94,7 +84,6 @@ class Engine:
         steps_per_dispatch: tokens per slot and dispatch. More hides dispatch latency; fewer stream
             more smoothly and waste less on sequences that end.
         max_len: tokens per sequence, prompt included; the model's `sequence_len` if None.
-        max_prefill_rows: maximum number of prompts per prefill.
         compute: slots are sharded over its mesh's data axis and heads over its model axis, if the
           sizes divide.
     """
@@ -109,24 +98,19 @@ class Engine:
         compute: Compute = REFERENCE,
         steps_per_dispatch: int = 8,
         max_len: int | None = None,
-        max_prefill_rows: int = 8,
     ) -> None:
-        for name, value in (
-            ("num_slots", num_slots),
-            ("steps_per_dispatch", steps_per_dispatch),
-            ("max_prefill_rows", max_prefill_rows),
-        ):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        if num_slots < 1 or steps_per_dispatch < 1:
+            raise ValueError(
+                "num_slots and steps_per_dispatch must be at least 1, "
+                f"got {num_slots} and {steps_per_dispatch}"
+            )
         self.config = config
         self.tokenizer = tokenizer
         self.num_slots = num_slots
         self.steps_per_dispatch = steps_per_dispatch
         self.max_len = config.sequence_len if max_len is None else max_len
         if self.max_len < 2:
-            raise ValueError(
-                f"max_len must be at least 2, a prompt and a reply, got {self.max_len}"
-            )
+            raise ValueError(f"max_len must be at least 2, for prompt and reply, got {max_len}")
         self.vocabulary = Vocabulary(tokenizer)
         self.prompt_buckets = buckets(min(SHORTEST_PROMPT, self.max_len), self.max_len)
         self.cache_buckets = cache_lengths(self.max_len)
@@ -139,11 +123,15 @@ class Engine:
         self.static = DecodeConfig(
             config, compute, self.cache_buckets[0], self.vocabulary.python_end
         )
-        self._max_prefill_rows = min(max_prefill_rows, num_slots)
         self._compiled: set[tuple[Any, ...]] = set()  # only for the log
-        self._take(params)
+        self._set_params(params)
 
-    def _take(self, params: Params) -> None:
+    @property
+    def devices(self) -> list[jax.Device]:
+        mesh = self.static.compute.mesh
+        return jax.devices()[:1] if mesh is None else list(mesh.devices.flat)
+
+    def _set_params(self, params: Params) -> None:
         # A cast inside the decoding loop would read full-precision parameters every step.
         compute = self.static.compute
         params = jax.tree.map(lambda leaf: leaf.astype(compute.dtype), params)
@@ -154,7 +142,7 @@ class Engine:
     def with_params(self, params: Params) -> "Engine":
         """Return an engine with other parameters that reuses the compiled programs."""
         other = copy.copy(self)
-        other._take(params)
+        other._set_params(params)
         return other
 
     def generation(self, request: Request) -> Generation:
@@ -178,15 +166,10 @@ class Engine:
                 f"prompt of {len(prompt)} tokens does not fit in the context of {self.max_len}"
             )
         stop = [
-            self.vocabulary.resolve(each, self.config.vocab_size) for each in request.stop_tokens
+            self.vocabulary.resolve(token, self.config.vocab_size) for token in request.stop_tokens
         ]
-        return Generation(
-            request,
-            prompt,
-            min(request.max_tokens, self.max_len - len(prompt)),
-            stop,
-            self.vocabulary,
-        )
+        max_tokens = min(request.max_tokens, self.max_len - len(prompt))
+        return Generation(request, prompt, max_tokens, stop, self.vocabulary)
 
     def generate(self, requests: Sequence[Request]) -> list[Result]:
         """Return the results of any number of requests, in order.
@@ -215,28 +198,25 @@ class Engine:
             for rows in self.row_buckets:
                 loop.decode([], rows=rows)
             loop.copy(0, 0)
-        prompts = {
-            bucket: [loop.prefill([(0,)] * rows, bucket) for rows in self.prefill_rows(bucket)][0][
-                0
-            ]
-            for bucket in self.prompt_buckets
-        }
+        prompts = {}
+        for length in self.prompt_buckets:
+            for rows in self.prefill_rows(length):
+                prompts[length] = loop.prefill([(0,)] * rows, length)[0]
         for size in reversed(self.cache_buckets):
             loop.resize(size)
-            for shorter, bucket in zip(
-                (0, *self.prompt_buckets), self.prompt_buckets, strict=False
-            ):
+            for shorter, length in itertools.pairwise((0, *self.prompt_buckets)):
                 if shorter < size:
-                    loop.insert(prompts[bucket], 0)
+                    loop.insert(prompts[length], 0)
         log.info(
             "the engine is ready: %d programs in %.1f s",
             len(self._compiled),
             time.monotonic() - began,
         )
 
-    def prefill_rows(self, bucket: int) -> tuple[int, ...]:
-        """Return the batch sizes of a prefill of padded length `bucket`: 1 and the maximum."""
-        return tuple(sorted({1, max(1, min(self._max_prefill_rows, PREFILL_TOKENS // bucket))}))
+    def prefill_rows(self, length: int) -> tuple[int, ...]:
+        """Return the batch sizes of a prefill of padded `length`: 1 and the maximum."""
+        most = min(PREFILL_ROWS, self.num_slots, PREFILL_TOKENS // length)
+        return tuple(sorted({1, max(1, most)}))
 
     def log_compilation(self, program: str, *shape: int) -> None:
         if (program, *shape) not in self._compiled:
@@ -258,51 +238,71 @@ class EngineLoop:
         # whether the last dispatch was full and slow; assumed before the first
         self._slow = streaming
         self._slots: list[Generation | None] = [None] * engine.num_slots
-        # Cached prefix of each slot: the prompt without its last token. Outlives the generation.
-        self._held: list[tuple[int, ...]] = [()] * engine.num_slots
+        # Tokens whose keys and values a slot holds: the prompt without its last token. They stay
+        # after the generation ends, until the slot is used again.
+        self._cached: list[tuple[int, ...]] = [()] * engine.num_slots
         self.cache = Slots((), ())  # allocated for the first sequence
 
     @property
     def num_active(self) -> int:
-        return sum(each is not None for each in self._slots)
+        return len(self._slots) - self.num_free
 
     @property
     def num_free(self) -> int:
-        return len(self._slots) - self.num_active
+        return self._slots.count(None)
 
     def admit(self, generations: Sequence[Generation]) -> None:
-        """Assign a slot to each generation and prefill its prompt, or copy it from a slot.
+        """Assign a slot to each generation and fill it with the keys and values of its prompt.
 
-        Raises ValueError for more than `num_free`. The first decode step feeds the last prompt
-        token and samples the first new token.
+        A prompt that a slot already holds is copied from there, or reused in place if that slot is
+        free. All others are prefilled, once each, and inserted. The last prompt token is left to
+        the first decode step, which samples the first new token.
+
+        Raises ValueError for more than `num_free`.
         """
         if len(generations) > self.num_free:
             raise ValueError(f"{len(generations)} generations for {self.num_free} free slots")
         if not generations:
             return
         self._make_room(generations)
-        wanted = {generation.prompt[:-1] for generation in generations}
-        new: dict[int, dict[tuple[int, ...], list[int]]] = {}  # slots by prompt by padded length
+        needed = {generation.prompt[:-1] for generation in generations}
+        slots_of: dict[tuple[int, ...], list[int]] = {}  # by the prompt to prefill
         for generation in generations:
-            free = [slot for slot, occupant in enumerate(self._slots) if occupant is None]
             prompt = generation.prompt[:-1]
-            sources = (
-                [slot for slot, held in enumerate(self._held) if held == prompt] if prompt else []
-            )
-            slot = next((slot for slot in free if slot in sources), None)
-            if slot is None:
-                slot = next((slot for slot in free if self._held[slot] not in wanted), free[0])
-                if sources:
-                    self.copy(sources[0], slot)
-                elif prompt:
-                    by_prompt = new.setdefault(
-                        _bucket(len(prompt), self._engine.prompt_buckets), {}
-                    )
-                    by_prompt.setdefault(prompt, []).append(slot)
-                self._held[slot] = prompt if sources else ()
+            sources = [
+                slot for slot, cached in enumerate(self._cached) if prompt and cached == prompt
+            ]
+            slot = self._choose_slot(sources, needed)
+            if sources and slot not in sources:
+                self.copy(sources[0], slot)
+            elif prompt and not sources:
+                slots_of.setdefault(prompt, []).append(slot)
+            self._cached[slot] = prompt if sources else ()
             self._slots[slot] = generation
-        for bucket, by_prompt in new.items():
-            self._prefill(bucket, deque(by_prompt.items()))
+        self._prefill(slots_of)
+
+    def _choose_slot(self, sources: list[int], needed: set[tuple[int, ...]]) -> int:
+        """Return a free slot: one of `sources`, else one without a prompt that is `needed`."""
+        free = [slot for slot, generation in enumerate(self._slots) if generation is None]
+        return min(free, key=lambda slot: (slot not in sources, self._cached[slot] in needed, slot))
+
+    def _prefill(self, slots_of: dict[tuple[int, ...], list[int]]) -> None:
+        """Prefill each prompt, in batches of one padded length, and insert it into its slots."""
+        by_length: dict[int, deque[tuple[int, ...]]] = {}
+        for prompt in slots_of:
+            length = _padded(len(prompt), self._engine.prompt_buckets)
+            by_length.setdefault(length, deque()).append(prompt)
+        for length, waiting in by_length.items():
+            most = self._engine.prefill_rows(length)[-1]
+            while waiting:
+                # A batch at most half full costs more than separate prefills.
+                size = min(most, len(waiting)) if 2 * len(waiting) > most else 1
+                batch = [waiting.popleft() for _ in range(size)]
+                computed = self.prefill(batch, length)
+                for prompt, keys_and_values in zip(batch, computed, strict=False):
+                    for slot in slots_of[prompt]:
+                        self.insert(keys_and_values, slot)
+                        self._cached[slot] = prompt
 
     def step(self, meanwhile: Callable[[], None] = lambda: None) -> None:
         """Advance every active slot by up to `steps_per_dispatch` tokens.
@@ -339,14 +339,15 @@ class EngineLoop:
         if generation in self._slots:
             self._slots[self._slots.index(generation)] = None
 
-    def _make_room(self, newcomers: Sequence[Generation] = ()) -> None:
+    def _make_room(self, admitted: Sequence[Generation] = ()) -> None:
         """Resize the cache to the length that the next step needs."""
         steps = self._engine.steps_per_dispatch
-        present = [each for each in (*self._slots, *newcomers) if each is not None]
         needed = max(
-            min(each.length + steps, len(each.prompt) + each.max_tokens) for each in present
+            min(generation.length + steps, len(generation.prompt) + generation.max_tokens)
+            for generation in (*self._slots, *admitted)
+            if generation is not None
         )
-        self.resize(_bucket(needed, self._engine.cache_buckets))
+        self.resize(_padded(needed, self._engine.cache_buckets))
 
     def resize(self, length: int) -> None:
         """Resize the cache to `length` positions, one of the engine's `cache_buckets`."""
@@ -362,18 +363,18 @@ class EngineLoop:
             size = sizes[sizes.index(old) + (1 if length > old else -1)]
             engine.log_compilation("resize", engine.num_slots, old, size)
             self.cache = decode.resize(self.cache, length=size, static=engine.static)
-        self._held = [held if len(held) <= length else () for held in self._held]
+        self._cached = [cached if len(cached) <= length else () for cached in self._cached]
 
-    def prefill(self, prompts: Sequence[tuple[int, ...]], bucket: int) -> tuple[jax.Array, ...]:
-        """Return keys and values of prompts padded to `bucket`, filler rows last."""
+    def prefill(self, prompts: Sequence[tuple[int, ...]], length: int) -> tuple[jax.Array, ...]:
+        """Return keys and values of prompts padded to `length`, filler rows last."""
         engine = self._engine
-        rows = _bucket(len(prompts), engine.prefill_rows(bucket))
-        tokens = np.zeros((rows, bucket), np.int32)
+        rows = _padded(len(prompts), engine.prefill_rows(length))
+        tokens = np.zeros((rows, length), np.int32)
         lengths = np.ones(rows, np.int32)
         for row, prompt in enumerate(prompts):
             tokens[row, : len(prompt)] = prompt
             lengths[row] = len(prompt)
-        engine.log_compilation("prefill", rows, bucket)
+        engine.log_compilation("prefill", rows, length)
         return decode.prefill(engine.params, tokens, lengths, static=engine.static)
 
     def insert(self, prompt: jax.Array, slot: int) -> None:
@@ -398,48 +399,26 @@ class EngineLoop:
         Returns each generation's row index, the tokens [R, K] (-1 if inactive) and their
         log-probabilities [R, K].
         """
-        engine, most = self._engine, self._engine.steps_per_dispatch
-        rows = _bucket(max(rows, len(active)), engine.row_buckets)
-        taken = [slot for slot, _ in active]
-        idle = [slot for slot, occupant in enumerate(self._slots) if occupant is None]
-        slots = sorted(taken + idle[: rows - len(taken)])
-        row_of = np.searchsorted(slots, taken).tolist()
-        stops = len(engine.vocabulary.terminal) + MAX_STOP_TOKENS
-        table = decode.new_rows(rows, length=self.cache.length, steps=most, stops=stops)
+        engine = self._engine
+        rows = _padded(max(rows, len(active)), engine.row_buckets)
+        used = [slot for slot, _ in active]
+        idle = [slot for slot, generation in enumerate(self._slots) if generation is None]
+        slots = sorted(used + idle[: rows - len(used)])
+        row_of = np.searchsorted(slots, used).tolist()
+        table = decode.new_rows(
+            rows,
+            length=self.cache.length,
+            steps=engine.steps_per_dispatch,
+            stops=engine.vocabulary.max_stop_ids,
+        )
         table["slot"] = slots
         for row, (_, generation) in zip(row_of, active, strict=True):
-            request, injected = generation.request, list(generation.forced)[:most]
-            at = table[row]
-            at["length"], at["active"] = generation.length, True
-            at["previous"], at["token"] = generation.newest
-            at["remaining"] = generation.max_tokens - len(generation.tokens)
-            at["injected"][: len(injected)], at["num_injected"] = injected, len(injected)
-            at["stop"][: len(generation.stop_ids)] = generation.stop_ids
-            at["logprobs"], at["temperature"], at["top_p"] = (
-                request.logprobs,
-                request.temperature,
-                request.top_p,
-            )
-            at["top_k"] = min(request.top_k, engine.config.vocab_size)
-            at["seed"] = (request.seed >> 32 & 0xFFFFFFFF, request.seed & 0xFFFFFFFF)
+            decode.fill_row(table[row], generation, engine.config.vocab_size)
         engine.log_compilation("decode", rows, self.cache.length)
         self.cache, emitted, logprobs = decode.decode(
             engine.params, self.cache, decode.decode_inputs(table, steps), static=engine.static
         )
         return row_of, emitted, logprobs
-
-    def _prefill(self, bucket: int, waiting: deque[tuple[tuple[int, ...], list[int]]]) -> None:
-        """Prefill prompts of one padded length and insert each into its slots."""
-        most = self._engine.prefill_rows(bucket)[-1]
-        while waiting:
-            # A batch at most half full costs more than separate prefills.
-            size = min(most, len(waiting)) if 2 * len(waiting) > most else 1
-            batch = [waiting.popleft() for _ in range(size)]
-            computed = self.prefill([prompt for prompt, _ in batch], bucket)
-            for (prompt, slots), keys_and_values in zip(batch, computed, strict=False):
-                for slot in slots:
-                    self.insert(keys_and_values, slot)
-                    self._held[slot] = prompt
 
     def _accept(
         self, slot: int, generation: Generation, tokens: list[int], logprobs: list[float]
@@ -451,9 +430,9 @@ class EngineLoop:
                     break
                 if token >= self._engine.config.vocab_size:
                     raise FloatingPointError("the model's logits are not finite")
-                sampled = not generation.forced
+                sampled = not generation.injected
                 if not sampled:
-                    generation.forced.popleft()
+                    generation.injected.popleft()
                 generation.accept(token, sampled=sampled, logprob=logprob)
         except Exception as error:
             generation.error = error

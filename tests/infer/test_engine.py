@@ -28,16 +28,6 @@ CONFIG = GPTConfig.modern(
 )
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """These tests spend their time in the compiler; how fast its programs run does not matter
-    here.
-    """
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture(scope="module")
 def params():
     shapes = abstract_params(CONFIG)
@@ -49,7 +39,7 @@ def params():
 
 @pytest.fixture(scope="module")
 def engine(params):
-    return Engine(CONFIG, params, TOKENIZER, num_slots=4, max_prefill_rows=2)
+    return Engine(CONFIG, params, TOKENIZER, num_slots=4)
 
 
 def prompts(*lengths, seed=0):
@@ -159,13 +149,7 @@ def test_a_mesh_changes_nothing(params, engine, layout, shard):
     """
     mesh = make_mesh(layout)
     other = Engine(
-        CONFIG,
-        params,
-        TOKENIZER,
-        num_slots=8,
-        steps_per_dispatch=3,
-        max_prefill_rows=2,
-        compute=Compute(mesh=mesh),
+        CONFIG, params, TOKENIZER, num_slots=8, steps_per_dispatch=3, compute=Compute(mesh=mesh)
     )
     brief = [request for request in MIXED if len(request.tokens) <= 32]
     brief += [
@@ -185,14 +169,7 @@ def test_a_mesh_changes_nothing(params, engine, layout, shard):
 
 def test_no_device_of_a_mesh_gathers_the_cache(params, monkeypatch):
     """The compiled step moves activations between devices, never keys and values."""
-    engine = Engine(
-        CONFIG,
-        params,
-        TOKENIZER,
-        num_slots=8,
-        max_prefill_rows=2,
-        compute=Compute(mesh=make_mesh("4x2")),
-    )
+    engine = Engine(CONFIG, params, TOKENIZER, num_slots=8, compute=Compute(mesh=make_mesh("4x2")))
     compiled = []
     for name in ("decode", "insert", "copy"):
         function = getattr(decode, name)
@@ -309,12 +286,12 @@ def test_requests_that_make_no_sense_are_refused(wrong):
 def test_shapes_come_from_buckets(engine):
     assert engine.prompt_buckets == (32, 64, 128, 256, MAX_LEN)
     assert engine.cache_buckets == (256, MAX_LEN)
-    assert [engine.prefill_rows(bucket) for bucket in (32, MAX_LEN)] == [(1, 2), (1, 2)]
+    assert [engine.prefill_rows(bucket) for bucket in (32, MAX_LEN)] == [(1, 4), (1, 4)]
 
 
 def test_a_model_gone_wrong_is_an_error_not_a_text(params):
     params = params | {"lm_head": params["lm_head"].at[3].set(jnp.nan)}
-    broken = Engine(CONFIG, params, TOKENIZER, num_slots=4, max_prefill_rows=2)
+    broken = Engine(CONFIG, params, TOKENIZER, num_slots=4)
     with pytest.raises(FloatingPointError, match="not finite"):
         broken.generate([Request((1, 2))])
 

@@ -20,16 +20,6 @@ from scripts.infer_bench import Config, flops_per_token, keys_read
 MODEL = GPTConfig.modern(2, vocab_size=320, sequence_len=256, n_embd=64, n_head=2, n_kv_head=1)
 
 
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """These tests spend their time in the compiler; how fast its programs run does not matter
-    here.
-    """
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
-
-
 @pytest.fixture
 def bench(monkeypatch, tmp_path, capsys):
     def run(**options):

@@ -8,18 +8,14 @@ import threading
 from contextlib import contextmanager
 from pathlib import Path
 
-import jax
 import pytest
 from aiohttp import web
-from test_server import TOKENIZER, FakeHandle, FakeScheduler
+from fakes import MODEL, TOKENIZER, FakeHandle, FakeScheduler, small_engine
 
-from nanochat_jax.infer.engine import Engine
 from nanochat_jax.infer.request import ToolCall
 from nanochat_jax.infer.scheduler import QueueFull, Scheduler
-from nanochat_jax.model.config import GPTConfig
-from nanochat_jax.model.weights import init_params
 from nanochat_jax.serve import server
-from nanochat_jax.serve.chat_request import Sampling
+from nanochat_jax.serve.settings import ServerConfig
 
 playwright_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 expect = playwright_api.expect
@@ -27,7 +23,7 @@ expect.set_options(timeout=20_000)
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)
-INFO = {"name": "sft d4, step 60", "source": "sft", "tag": "d4", "step": 60, "context": 2048}
+MODEL_NAME = "sft d4, step 60"
 HOLD = object()  # in a reply: wait for `script.release()`
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason=f"none of {', '.join(NAMES)} on PATH")
@@ -37,15 +33,16 @@ class Script(FakeScheduler):
     """Each request gets the next of `replies`; an exception among them is raised."""
 
     def reset(self):
-        self.__init__()
+        self.__init__(max_len=2**17)
         self.replies, self.go_on = [], asyncio.Event()
 
-    def submit_all(self, requests):
+    def submit_all(self, requests, receive):
         self.requests += requests
         reply = self.replies.pop(0) if self.replies else ["Yes."]
         if isinstance(reply, Exception):
             raise reply
-        self.handles.append(FakeHandle([self.go_on if event is HOLD else event for event in reply]))
+        events = [self.go_on if event is HOLD else event for event in reply]
+        self.handles.append(FakeHandle(events, lambda events: receive(0, events)))
         return self.handles[-1:]
 
     def release(self):
@@ -57,10 +54,9 @@ class Script(FakeScheduler):
 
 
 @contextmanager
-def serving(scheduler, max_len=2**17, defaults=None):
+def serving(scheduler, **flags):
     """The URL of a server that runs in its own thread."""
-    options = {"max_len": max_len, "num_slots": 2, "defaults": defaults or Sampling()}
-    app = server.create_app(scheduler, TOKENIZER, INFO, **options)
+    app = server.create_app(scheduler, MODEL, ServerConfig(**flags))
     runner = web.AppRunner(app, **server.runner_options() | {"shutdown_timeout": 0.1})
     sock = server.bind("127.0.0.1", 0)
     loop = scheduler.loop = asyncio.new_event_loop()
@@ -122,7 +118,7 @@ def open_page(browser, served, script):
         page.set_default_timeout(20_000)
         page.emulate_media(**emulate)
         page.goto(served[0])
-        expect(page.locator("#model")).to_have_text(INFO["name"])
+        expect(page.locator("#model")).to_have_text(MODEL_NAME)
         return page
 
     open_page.problems, open_page.confirms = [], True
@@ -466,8 +462,8 @@ def test_settings_are_sent_survive_a_reload_and_can_be_reset(page, script):
 
 
 @pytest.mark.parametrize("context, longest", [(256, "256"), (8192, "4096")])
-def test_a_reply_is_at_most_as_long_as_the_context(page, monkeypatch, context, longest):
-    monkeypatch.setitem(INFO, "context", context)
+def test_a_reply_is_at_most_as_long_as_the_context(page, script, context, longest):
+    script.engine.max_len = context
     page.reload()
     button(page, "Settings").click()
     expect(page.locator("#model-info")).to_contain_text(f"{context} tokens")
@@ -844,13 +840,8 @@ def test_the_drawer_takes_the_focus_and_returns_it(page, script):
 
 
 def test_a_model_answers_through_the_real_engine(browser):
-    shape = {"aspect_ratio": 32, "head_dim": 32, "sequence_len": 64}
-    config = GPTConfig.modern(1, vocab_size=TOKENIZER.vocab_size, **shape)
-    params = init_params(config, jax.random.key(0))
-    engine = Engine(config, params, TOKENIZER, num_slots=2)
-    with Scheduler(engine) as scheduler:
-        defaults = Sampling(max_tokens=24, temperature=1.0)
-        with serving(scheduler, engine.max_len, defaults) as url:
+    with Scheduler(small_engine()) as scheduler:
+        with serving(scheduler, max_tokens=24, temperature=1.0) as url:
             page = browser.new_page()
             page.goto(url)
             send(page, "Hello")
