@@ -50,7 +50,7 @@ class Config(ModelFlags):
             sizes = [0]
         if min(sizes) < 1 or max(sizes) > 10**6:
             raise ValueError(
-                "`batch_sizes` must be numbers from 1 to 1000000, as in 1,8,32, got "
+                "--batch-sizes must be numbers from 1 to 1000000, as in 1,8,32, got "
                 f"{self.batch_sizes!r}"
             )
         return sizes

@@ -53,7 +53,7 @@ class Config(ServerConfig, ModelFlags):
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.num_gpus is not None and self.mesh is not None:
-            raise ValueError("`num_gpus` is short for `mesh`: give only one of them")
+            raise ValueError("--num-gpus is short for --mesh: give only one of them")
 
     @property
     def devices(self) -> str:

@@ -49,55 +49,39 @@ class Slots(NamedTuple):
 
 
 class DecodeInputs(NamedTuple):
-    """Inputs of up to K decode steps for R slots, from the rows of `new_rows`."""
+    """Inputs of up to K decode steps for R slots."""
 
-    slot: Array | np.ndarray  # [R] int32, ascending slot indices; all slots if R is B
-    # [R] int32, positions filled; S or more leaves the slot unchanged
-    length: Array | np.ndarray
-    previous: Array | np.ndarray  # [R] int32, the token before the newest
-    token: Array | np.ndarray  # [R] int32, the newest token, not yet in the cache
-    active: Array | np.ndarray  # [R] bool
-    remaining: Array | np.ndarray  # [R] int32, tokens the slot may still emit
-    injected: Array | np.ndarray  # [R, K] int32, tokens to emit in place of drawn ones
-    num_injected: Array | np.ndarray  # [R] int32
-    stop: Array | np.ndarray  # [R, M] int32, drawn tokens that end the sequence; padded with -1
-    logprobs: Array | np.ndarray  # [R] bool, whether to compute them
-    temperature: Array | np.ndarray  # [R] float32, and so on: see SamplingParams
-    top_k: Array | np.ndarray  # [R] int32
-    top_p: Array | np.ndarray  # [R] float32
-    seed: Array | np.ndarray  # [R, 2] uint32
+    rows: dict[str, Array | np.ndarray]  # by the field names of `new_rows`
     steps: Array | np.integer  # [] int32, at most K
 
     @property
     def sampling(self) -> SamplingParams:
-        return SamplingParams(self.temperature, self.top_k, self.top_p, self.seed)
+        return SamplingParams(*(self.rows[name] for name in SamplingParams._fields))
 
 
 def new_rows(count: int, *, length: int, steps: int, stops: int) -> np.ndarray:
-    """Return a structured array of `count` inactive rows for `decode_inputs`.
+    """Return a structured array of `count` inactive rows.
 
-    `length` is the cache's length, which leaves a slot unchanged; `stops` is the number of stop
-    tokens per row.
+    `length` is the cache's length, which leaves a slot unchanged; `steps` is K; `stops` is the
+    number of stop tokens per row.
     """
-    rows = np.zeros(
-        count,
-        [
-            ("slot", np.int32),
-            ("length", np.int32),
-            ("previous", np.int32),
-            ("token", np.int32),
-            ("active", bool),
-            ("remaining", np.int32),
-            ("injected", np.int32, (steps,)),
-            ("num_injected", np.int32),
-            ("stop", np.int32, (stops,)),
-            ("logprobs", bool),
-            ("temperature", np.float32),
-            ("top_k", np.int32),
-            ("top_p", np.float32),
-            ("seed", np.uint32, (2,)),
-        ],
-    )
+    fields: list[Any] = [
+        ("slot", np.int32),  # ascending slot indices; all slots if R is B
+        ("length", np.int32),  # positions filled; S or more leaves the slot unchanged
+        ("previous", np.int32),  # the token before the newest
+        ("token", np.int32),  # the newest token, not yet in the cache
+        ("active", bool),
+        ("remaining", np.int32),  # tokens the slot may still emit
+        ("injected", np.int32, (steps,)),  # tokens to emit in place of drawn ones
+        ("num_injected", np.int32),
+        ("stop", np.int32, (stops,)),  # drawn tokens that end the sequence; padded with -1
+        ("logprobs", bool),  # whether to compute them
+        ("temperature", np.float32),  # and so on: see SamplingParams
+        ("top_k", np.int32),
+        ("top_p", np.float32),
+        ("seed", np.uint32, (2,)),
+    ]
+    rows = np.zeros(count, fields)
     rows["length"], rows["stop"], rows["top_p"] = length, -1, 1.0
     return rows
 
@@ -119,10 +103,8 @@ def fill_row(row: np.void, generation: Generation, vocab_size: int) -> None:
 
 def decode_inputs(rows: np.ndarray, steps: int) -> DecodeInputs:
     """Convert rows to `DecodeInputs` for `steps` steps."""
-    fields = [name for name in DecodeInputs._fields if name != "steps"]
-    return DecodeInputs._make(
-        [*(np.ascontiguousarray(rows[name]) for name in fields), np.int32(steps)]
-    )
+    columns = {name: np.ascontiguousarray(rows[name]) for name in rows.dtype.names}
+    return DecodeInputs(columns, np.int32(steps))
 
 
 def greedy_inputs(count: int, *, length: int, steps: int) -> DecodeInputs:
@@ -299,21 +281,21 @@ def decode(
     tokens [R, K] (-1 if inactive) and their log-probabilities [R, K] (NaN if inactive or not
     requested). If R < B, the steps run on copies of the R slots and do not read the others.
     """
-    mesh = static.compute.mesh
+    mesh, rows = static.compute.mesh, inputs.rows
     # An active slot emits at every step, so its positions are consecutive.
-    position = inputs.length + 1 + jnp.arange(inputs.injected.shape[1])[:, None]
+    position = rows["length"] + 1 + jnp.arange(rows["injected"].shape[1])[:, None]
     noise = noise_for(inputs.sampling.seed, position, static.config.vocab_size)
     # Smearing mixes the normalized embedding of the previous token into the newest.
-    previous = rms_norm(params["wte"][inputs.previous].astype(static.compute.dtype))
-    index = jnp.asarray(inputs.slot)
+    previous = rms_norm(params["wte"][rows["previous"]].astype(static.compute.dtype))
+    index = jnp.asarray(rows["slot"])
     state = DecodeState(
         jnp.int32(0),
-        KVCache(*_take(slots, index), jnp.asarray(inputs.length), previous),
-        jnp.asarray(inputs.token),
-        jnp.asarray(inputs.active),
-        jnp.asarray(inputs.remaining),
-        jnp.full(inputs.injected.shape, -1, jnp.int32),
-        jnp.full(inputs.injected.shape, jnp.nan, jnp.float32),
+        KVCache(*_take(slots, index), jnp.asarray(rows["length"]), previous),
+        jnp.asarray(rows["token"]),
+        jnp.asarray(rows["active"]),
+        jnp.asarray(rows["remaining"]),
+        jnp.full(rows["injected"].shape, -1, jnp.int32),
+        jnp.full(rows["injected"].shape, jnp.nan, jnp.float32),
     )
     state = lax.while_loop(
         lambda state: (state.step < inputs.steps) & jnp.any(state.active),
@@ -329,6 +311,7 @@ def _decode_step(
 ) -> DecodeState:
     """Feed the newest token of each row and emit the next. `noise` is from `noise_for`."""
     config, mesh, step, active = static.config, static.compute.mesh, state.step, state.active
+    rows = inputs.rows
     cap = functools.partial(softcap, config=config)
     hidden, cache = forward(
         params,
@@ -345,12 +328,12 @@ def _decode_step(
         preferred_element_type=jnp.float32,
     )  # [V, R], before the softcap
     drawn = sample(logits, inputs.sampling, noise, cap)
-    is_injected = step < inputs.num_injected
-    token = jnp.where(is_injected, inputs.injected[:, step], drawn)
+    is_injected = step < rows["num_injected"]
+    token = jnp.where(is_injected, rows["injected"][:, step], drawn)
     token = jnp.where(active, token, state.token)
-    logprobs = log_probability(logits, token, active & inputs.logprobs, cap)
+    logprobs = log_probability(logits, token, active & rows["logprobs"], cap)
     remaining = state.remaining - active
-    is_stop = jnp.any(token[:, None] == inputs.stop, axis=-1) | (token == static.pause)
+    is_stop = jnp.any(token[:, None] == rows["stop"], axis=-1) | (token == static.pause)
     return DecodeState(
         step + 1,
         cache._replace(k=_place(cache.k, mesh), v=_place(cache.v, mesh)),

@@ -14,7 +14,7 @@ from nanochat_jax import cli, dataset
 from nanochat_jax.__main__ import commands
 from nanochat_jax.devices import DeviceFlags
 from nanochat_jax.errors import UsageError
-from nanochat_jax.serve.chat_request import BadRequest, Sampling, check
+from nanochat_jax.serve.chat_request import BadRequest, SamplingFields, check
 from nanochat_jax.train.rl import ChatRLConfig
 from scripts.base_eval import BaseEvalConfig
 from scripts.base_train import BaseTrainConfig
@@ -240,7 +240,7 @@ def test_the_server_takes_the_defaults_that_requests_could_name(name):
     field = next(field for field in dataclasses.fields(ServeConfig) if field.name == name)
     least, most, _ = field.metadata["range"]
     for value in (least, most):
-        assert getattr(check(Sampling, {name: value}), name) == value
+        assert getattr(check(SamplingFields, {name: value}), name) == value
     for outside in (least - 1, most + 1):
         with pytest.raises(BadRequest):
-            check(Sampling, {name: outside})
+            check(SamplingFields, {name: outside})

@@ -414,8 +414,8 @@ def test_slash_commands_set_the_sampling(page, script):
         "/topk 7": "topk is now 7.",
         "/topk 201": "topk must be a whole number from 0 to 200, not 201.",
         "/topk": "topk is 7.",
-        "/length 4096": "length must be a whole number from 1 to 2048, not 4096.",
-        "/help": "most tokens of a reply, 1 to 2048",
+        "/length 5000": "length must be a whole number from 1 to 4096, not 5000.",
+        "/help": "most tokens of a reply, 1 to 4096",
         "/nothing": "There is no command /nothing.",
     }.items():
         send(page, command)
@@ -441,7 +441,7 @@ def test_settings_are_sent_survive_a_reload_and_can_be_reset(page, script):
         assert field.evaluate("(node) => node.validity.valid") == valid
 
     button(page, "Settings").click()
-    expect(page.locator("#model-info")).to_contain_text("2048 tokens")
+    expect(page.locator("#model-info")).to_contain_text(f"{2**17} tokens")
     expect(page.locator("#set-temperature")).to_have_attribute("placeholder", "0.8")
     set_field("temperature", "1.5")
     set_field("topk", "3")
