@@ -51,19 +51,12 @@ WORDS = (
 
 def make_model(options: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
     """(tokenizer, config, random parameters)."""
-    from tempfile import gettempdir
+    from decode import make_params, start_jax
 
-    import jax
-
-    from nanochat_jax.devices import start
     from nanochat_jax.model.config import GPTConfig
-    from nanochat_jax.model.weights import abstract_params
-    from nanochat_jax.paths import Paths
     from nanochat_jax.tokenizer import Tokenizer
 
-    scratch = Paths(Path(gettempdir()) / "nanochat_jax-benchmark")
-    scratch.base.mkdir(exist_ok=True)
-    start(scratch)
+    start_jax()
     texts = [
         "".join(letters)
         for size in (2, 3)
@@ -72,14 +65,7 @@ def make_model(options: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
     tokens = [*(bytes([byte]) for byte in range(256)), *(text.encode() for text in texts)]
     tokenizer = Tokenizer({token: rank for rank, token in enumerate(tokens)})
     config = GPTConfig.classic(options.depth, sequence_len=CONTEXT, vocab_size=tokenizer.vocab_size)
-    rng = np.random.default_rng(0)
-    params = jax.tree.map(
-        lambda leaf: (
-            rng.standard_normal(leaf.shape, np.float32) * np.float32(leaf.shape[-2] ** -0.5)
-        ),
-        abstract_params(config),
-    )
-    return tokenizer, config, params
+    return tokenizer, config, make_params(config)
 
 
 def serve(options: argparse.Namespace, slots: int) -> None:

@@ -229,23 +229,12 @@ def mean_loss(params: Params, inputs: Array, targets: Array, *, config: GPTConfi
 def draw_masks(axes: Axes, tokens: list[str], mask: list[int], per_line: int = 96) -> None:
     """Tokens in boxes, line by line; trained ones are green."""
     column, line = 0.0, 0
-    for text, learned in zip(tokens, mask, strict=True):
+    for text, trained in zip(tokens, mask, strict=True):
         if column + len(text) + 1.2 > per_line:
             column, line = 0.0, line + 1
-        color = GREEN if learned else PALE
-        axes.add_patch(
-            plt.Rectangle((column, -line - 0.36), len(text) + 0.7, 0.72, color=color, lw=0)
-        )
-        axes.text(
-            column + len(text) / 2 + 0.35,
-            -line - 0.02,
-            text,
-            family="monospace",
-            fontsize=9.5,
-            color=INK,
-            ha="center",
-            va="center",
-        )
+        box = dict(width=len(text) + 0.7, height=0.72, lw=0, color=GREEN if trained else PALE)
+        axes.add_patch(plt.Rectangle((column, -line - 0.36), **box))
+        axes.text(column + len(text) / 2 + 0.35, -line - 0.02, text, color=INK, **text_style(9.5))
         column += len(text) + 1.2
     axes.set(
         xlim=(0, per_line),
@@ -253,6 +242,10 @@ def draw_masks(axes: Axes, tokens: list[str], mask: list[int], per_line: int = 9
         title="The tokens of a conversation that are trained on: the green ones",
     )
     axes.axis("off")
+
+
+def text_style(size: float) -> dict[str, Any]:
+    return dict(family="monospace", fontsize=size, ha="center", va="center")
 
 
 def draw_attention(axes: Axes, tokens: list[str], weights: Array, layer: int, head: int) -> None:
@@ -274,21 +267,12 @@ def draw_next(
     axes.imshow(probabilities.T, cmap="GnBu", norm=PowerNorm(0.5, 0, 1), aspect="auto")
     for column, (texts, row) in enumerate(zip(candidates, probabilities, strict=True)):
         for rank, (text, probability) in enumerate(zip(texts, row, strict=True)):
-            shown = text if len(text) <= 14 else text[:13] + "…"
-            axes.text(
-                column,
-                rank,
-                f"{shown}\n{probability:.1%}",
-                ha="center",
-                va="center",
-                family="monospace",
-                fontsize=8,
-                color="white" if probability > 0.45 else INK,
-            )
+            text = text if len(text) <= 14 else text[:13] + "…"
+            color = "white" if probability > 0.45 else INK
+            axes.text(column, rank, f"{text}\n{probability:.1%}", color=color, **text_style(8))
+    ranks = range(probabilities.shape[1])
     axes.set_xticks(range(len(answer)), answer, family="monospace", fontsize=9)
-    axes.set_yticks(
-        range(probabilities.shape[1]), [f"{rank + 1}." for rank in range(probabilities.shape[1])]
-    )
+    axes.set_yticks(ranks, [f"{rank + 1}." for rank in ranks])
     axes.set(title=title, xlabel="the answer, token by token")
     axes.tick_params(length=0)
 
@@ -297,29 +281,15 @@ def draw_landscape(axes: Axes, multipliers: np.ndarray, losses: np.ndarray, befo
     # limit the range: large losses would hide the minimum
     change = np.clip(losses - before, None, 3 * (before - losses.min()) + 1e-9)
     levels = np.linspace(change.min(), change.max(), 25)
-    image = axes.contourf(multipliers, multipliers, change, levels=levels, cmap="viridis")
-    axes.contour(
-        multipliers,
-        multipliers,
-        change,
-        levels=[0.0],
-        colors="white",
-        linewidths=1.2,
-        linestyles="--",
-    )
+    grid = (multipliers, multipliers, change)
+    image = axes.contourf(*grid, levels=levels, cmap="viridis")
+    axes.contour(*grid, levels=[0.0], colors="white", linewidths=1.2, linestyles="--")
     row, column = np.unravel_index(losses.argmin(), losses.shape)
-    axes.plot(
-        1, 1, "o", color="white", markersize=9, markeredgecolor=INK, label="the peak learning rates"
-    )
-    axes.plot(
-        multipliers[column],
-        multipliers[row],
-        "*",
-        color=RED,
-        markersize=16,
-        markeredgecolor="white",
-        label=f"best: {losses.min() - before:+.3f} nats per token",
-    )
+    peak = dict(color="white", markersize=9, markeredgecolor=INK)
+    axes.plot(1, 1, "o", label="the peak learning rates", **peak)
+    best = dict(color=RED, markersize=16, markeredgecolor="white")
+    label = f"best: {losses.min() - before:+.3f} nats per token"
+    axes.plot(multipliers[column], multipliers[row], "*", label=label, **best)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)
     axes.set_box_aspect(1)
@@ -333,9 +303,8 @@ def draw_landscape(axes: Axes, multipliers: np.ndarray, losses: np.ndarray, befo
         ylabel="embeddings and scalars (AdamW)",
     )
     axes.legend(loc="lower left", fontsize=8, framealpha=0.9)
-    axes.figure.colorbar(
-        image, ax=axes, shrink=0.8, label="change of the loss; dashed: none", format="%+.3f"
-    )
+    label = "change of the loss; dashed: none"
+    axes.figure.colorbar(image, ax=axes, shrink=0.8, label=label, format="%+.3f")
 
 
 def progress(text: str) -> None:

@@ -13,7 +13,7 @@ counted.
 import json
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from typing import Any
 
@@ -21,6 +21,7 @@ import jax
 import numpy as np
 
 from nanochat_jax.checkpoint import Loaded
+from nanochat_jax.cli import flag
 from nanochat_jax.errors import UsageError
 from nanochat_jax.infer.engine import Engine, EngineLoop
 from nanochat_jax.infer.request import NoTokenizer, Request
@@ -35,14 +36,40 @@ STEPS_PER_DISPATCH = 8
 
 @dataclass(frozen=True, kw_only=True)
 class Workload:
-    """Prompts and replies to measure. Prompts are shortened to fit the context."""
+    """Prompts and replies to measure; the fields are flags of `scripts.infer_bench`."""
 
-    prompt_tokens: int
-    decode_tokens: int
-    batch_sizes: Sequence[int]
-    temperature: float
+    prompt_tokens: int = flag(
+        2048,
+        "length of the prompts; less if the context is too short for prompt and reply",
+        at_least=2,
+        at_most=2**24,
+    )
+    decode_tokens: int = flag(
+        256, "tokens to generate per sequence", at_least=1 + STEPS_PER_DISPATCH, at_most=2**24
+    )
+    batch_sizes: str = flag("1,8,32,128", "list of numbers of parallel sequences")
+    temperature: float = flag(
+        0.0, "sampling temperature; 0 is greedy", short="-t", at_least=0, at_most=100
+    )
+
+    def __post_init__(self) -> None:
+        self.batches  # noqa: B018  (validates)
+
+    @property
+    def batches(self) -> list[int]:
+        try:
+            sizes = [int(size) for size in self.batch_sizes.split(",")]
+        except ValueError:
+            sizes = [0]
+        if min(sizes) < 1 or max(sizes) > 10**6:
+            raise ValueError(
+                "`batch_sizes` must be numbers from 1 to 1000000, as in 1,8,32, got "
+                f"{self.batch_sizes!r}"
+            )
+        return sizes
 
     def within(self, context: int) -> "Workload":
+        """Return this workload with prompts that fit the context. Raises `UsageError`."""
         prompt_tokens = min(self.prompt_tokens, context - self.decode_tokens)
         if prompt_tokens < 2:
             raise UsageError(
@@ -109,7 +136,7 @@ def sweep(
     names = ("batch", "TTFT ms", "TPOT ms", "tokens/s", "MBU %", "MFU %", "peak GB", "steps")
     print("{:>6} {:>9} {:>9} {:>10} {:>7} {:>7} {:>8} {:>6}".format(*names))
     rows = []
-    for batch in workload.batch_sizes:
+    for batch in workload.batches:
         try:
             row = measure_batch(make_engine(batch), card, workload.temperature, batch)
         except jax.errors.JaxRuntimeError as error:

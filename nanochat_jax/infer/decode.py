@@ -103,7 +103,9 @@ def fill_row(row: np.void, generation: Generation, vocab_size: int) -> None:
 
 def decode_inputs(rows: np.ndarray, steps: int) -> DecodeInputs:
     """Convert rows to `DecodeInputs` for `steps` steps."""
-    columns = {name: np.ascontiguousarray(rows[name]) for name in rows.dtype.names}
+    columns: dict[str, Array | np.ndarray] = {
+        name: np.ascontiguousarray(rows[name]) for name in rows.dtype.names or ()
+    }
     return DecodeInputs(columns, np.int32(steps))
 
 

@@ -170,9 +170,14 @@ def _text(content: str | Sequence[TextPart]) -> str:
 
 # Fields that have no effect, with the values that are accepted; None accepts any.
 NEUTRAL_FIELDS: Mapping[str, tuple[Any, ...] | None] = {
+    **dict.fromkeys(
+        (
+            "cache_prompt metadata parallel_tool_calls prediction priority prompt_cache_key "
+            "prompt_cache_retention request_id safety_identifier service_tier store user"
+        ).split()
+    ),
     "bad_words": ([],),
     "best_of": (1,),
-    "cache_prompt": None,
     "chat_template_kwargs": ({},),
     "echo": (False,),
     "frequency_penalty": (0,),
@@ -183,31 +188,20 @@ NEUTRAL_FIELDS: Mapping[str, tuple[Any, ...] | None] = {
     "length_penalty": (1,),
     "logit_bias": ({},),
     "logprobs": (False,),
-    "metadata": None,
     "min_p": (0,),
     "min_tokens": (0,),
     "modalities": (["text"],),
-    "parallel_tool_calls": None,
-    "prediction": None,
     "presence_penalty": (0,),
-    "priority": None,
-    "prompt_cache_key": None,
-    "prompt_cache_retention": None,
     "reasoning_effort": ("none",),
     "repetition_penalty": (1,),
-    "request_id": None,
     "response_format": ({"type": "text"},),
-    "safety_identifier": None,
-    "service_tier": None,
     "skip_special_tokens": (True,),
     "stop_token_ids": ([],),
-    "store": None,
     "tool_choice": ("none", "auto"),
     "tools": ([],),
     "top_logprobs": (0,),
     "typical_p": (1,),
     "use_beam_search": (False,),
-    "user": None,
     "verbosity": ("medium",),
 }
 

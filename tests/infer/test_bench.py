@@ -98,7 +98,7 @@ def test_operations_and_keys_by_hand():
 )
 def test_values_out_of_range_are_refused(wrong):
     flags = [f"--{name}={value}" for name, value in wrong.items()]
-    with pytest.raises(UsageError, match=str(next(iter(wrong.values()))) or "--batch-sizes"):
+    with pytest.raises(UsageError, match=str(next(iter(wrong.values()))) or "batch_sizes"):
         parse(Config, flags, prog="infer_bench", description="")
 
 

@@ -1,4 +1,4 @@
-"""The scheduler: many callers, text as it comes, and failures that reach whom they concern."""
+"""The scheduler: many callers, streaming, and failures that reach only those concerned."""
 
 import asyncio
 import random
@@ -38,6 +38,12 @@ def wait_until(condition):
     while not condition():
         assert time.monotonic() < deadline
         time.sleep(0.005)
+
+
+def fill_slots(scheduler, **options):
+    handles = [scheduler.submit(ask("a", **options)) for _ in range(3)]
+    wait_until(lambda: scheduler.num_active == 3)
+    return handles
 
 
 class Gate:
@@ -125,8 +131,7 @@ def test_requests_from_many_threads_each_get_their_own_reply(engine):
 
 def test_more_than_may_wait_are_refused(scheduler, monkeypatch):
     gate = Gate(monkeypatch)
-    running = [scheduler.submit(ask("a")) for _ in range(3)]
-    wait_until(lambda: scheduler.num_active == 3)
+    running = fill_slots(scheduler)
     waiting = [scheduler.submit(ask("a")) for _ in range(4)]
     with pytest.raises(QueueFull, match="4 requests wait"):
         scheduler.submit(ask("a"))
@@ -173,8 +178,7 @@ def test_bad_input_is_its_callers_error_alone(scheduler, request_, message):
 
 def test_requests_submitted_together_are_queued_all_or_none(scheduler, monkeypatch):
     gate = Gate(monkeypatch)
-    running = [scheduler.submit(ask("a")) for _ in range(3)]
-    wait_until(lambda: scheduler.num_active == 3)
+    running = fill_slots(scheduler)
     pair = scheduler.submit_all([ask("a", seed=seed) for seed in range(2)])
     with pytest.raises(QueueFull):
         scheduler.submit_all([ask("a")] * 3)
@@ -235,29 +239,20 @@ def test_no_slot_is_lost_when_requests_come_and_go_at_random(engine):
         for seed in range(150):
             while scheduler.num_waiting > 20:
                 time.sleep(0.002)
-            handles.append(
-                scheduler.submit(
-                    ask(
-                        rng.choice("Qac") * rng.randint(1, 30),
-                        max_tokens=rng.randint(1, 60),
-                        seed=seed,
-                    )
-                )
-            )
+            text, max_tokens = rng.choice("Qac") * rng.randint(1, 30), rng.randint(1, 60)
+            handles.append(scheduler.submit(ask(text, max_tokens=max_tokens, seed=seed)))
             if rng.random() < 0.5:
                 rng.choice(handles).cancel()
         results = [handle.result(SECONDS) for handle in handles]
         assert {result.finish_reason for result in results} == {"stop", "length", "cancelled"}
         wait_until(lambda: (scheduler.num_active, scheduler.num_waiting) == (0, 0))
-        assert [len(h.result(SECONDS).tokens) for h in scheduler.submit_all([ask("a")] * 3)] == [
-            40
-        ] * 3
+        handles = scheduler.submit_all([ask("a")] * 3)
+        assert [len(handle.result(SECONDS).tokens) for handle in handles] == [40] * 3
 
 
 def test_cancelling_ends_a_running_and_a_waiting_request(scheduler, monkeypatch):
     gate = Gate(monkeypatch)
-    running = [scheduler.submit(ask("a", max_tokens=90)) for _ in range(3)]
-    wait_until(lambda: scheduler.num_active == 3)
+    running = fill_slots(scheduler, max_tokens=90)
     waiting = [scheduler.submit(ask("a")) for _ in range(2)]
     running[0].cancel()
     assert running[0].result(SECONDS) == Result([], [], "cancelled", "", 1)
@@ -272,8 +267,7 @@ def test_cancelling_ends_a_running_and_a_waiting_request(scheduler, monkeypatch)
 
 def test_a_request_cancelled_while_the_queue_is_gone_through_is_not_lost(scheduler, monkeypatch):
     gate = Gate(monkeypatch)
-    running = [scheduler.submit(ask("a", max_tokens=90)) for _ in range(3)]
-    wait_until(lambda: scheduler.num_active == 3)
+    running = fill_slots(scheduler, max_tokens=90)
     looked_at = threading.Event()
 
     def cancelled(handle):
