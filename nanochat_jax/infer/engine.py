@@ -19,7 +19,7 @@ import itertools
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -27,6 +27,7 @@ import numpy as np
 
 from nanochat_jax.infer import decode
 from nanochat_jax.infer.decode import DecodeConfig, Slots
+from nanochat_jax.infer.padding import buckets, cache_lengths, row_counts, smallest_fit
 from nanochat_jax.infer.request import Generation, Request, Result, TokenizerLike, Vocabulary
 from nanochat_jax.model.compute import REFERENCE, Compute
 from nanochat_jax.model.config import GPTConfig
@@ -36,43 +37,10 @@ from nanochat_jax.model.weights import Params
 log = logging.getLogger(__name__)
 
 SHORTEST_PROMPT = 32  # smallest padded length of a prefill
-SHORTEST_CACHE = 256
 FIRST_TOKEN_SECONDS = 0.1  # a slower dispatch delays first tokens too much
 # Limits of a prefill with several prompts. The tokens, padding included, are enough for any device.
 PREFILL_ROWS = 8
 PREFILL_TOKENS = 2048
-
-
-def buckets(smallest: int, largest: int) -> tuple[int, ...]:
-    """Return sizes doubling from `smallest` while below `largest`, then `largest`."""
-    sizes = []
-    while smallest < largest:
-        sizes.append(smallest)
-        smallest *= 2
-    return (*sizes, largest)
-
-
-def cache_lengths(largest: int) -> tuple[int, ...]:
-    """Return cache lengths: doubling from `SHORTEST_CACHE`, with one halfway between.
-
-    Finer steps pay off because every decode step reads the complete cache.
-    """
-    sizes = buckets(min(SHORTEST_CACHE, largest), largest)
-    halfway = (size + size // 2 for size in sizes)
-    return tuple(sorted({*sizes, *(size for size in halfway if size < largest)}))
-
-
-def row_counts(num_slots: int) -> tuple[int, ...]:
-    """Return the numbers of slots per dispatch: 1, 8, 64, ... and `num_slots`.
-
-    Each count is compiled once per cache length.
-    """
-    return (*(8**power for power in range(20) if 8**power < num_slots), num_slots)
-
-
-def _padded(size: int, sizes: Iterable[int]) -> int:
-    """Return the smallest of the ascending `sizes` that holds `size`."""
-    return next(padded for padded in sizes if padded >= size)
 
 
 class Engine:
@@ -290,7 +258,7 @@ class EngineLoop:
         """Prefill each prompt, in batches of one padded length, and insert it into its slots."""
         by_length: dict[int, deque[tuple[int, ...]]] = {}
         for prompt in slots_of:
-            length = _padded(len(prompt), self._engine.prompt_buckets)
+            length = smallest_fit(len(prompt), self._engine.prompt_buckets)
             by_length.setdefault(length, deque()).append(prompt)
         for length, waiting in by_length.items():
             most = self._engine.prefill_rows(length)[-1]
@@ -347,7 +315,7 @@ class EngineLoop:
             for generation in (*self._slots, *admitted)
             if generation is not None
         )
-        self.resize(_padded(needed, self._engine.cache_buckets))
+        self.resize(smallest_fit(needed, self._engine.cache_buckets))
 
     def resize(self, length: int) -> None:
         """Resize the cache to `length` positions, one of the engine's `cache_buckets`."""
@@ -368,7 +336,7 @@ class EngineLoop:
     def prefill(self, prompts: Sequence[tuple[int, ...]], length: int) -> tuple[jax.Array, ...]:
         """Return keys and values of prompts padded to `length`, filler rows last."""
         engine = self._engine
-        rows = _padded(len(prompts), engine.prefill_rows(length))
+        rows = smallest_fit(len(prompts), engine.prefill_rows(length))
         tokens = np.zeros((rows, length), np.int32)
         lengths = np.ones(rows, np.int32)
         for row, prompt in enumerate(prompts):
@@ -400,7 +368,7 @@ class EngineLoop:
         log-probabilities [R, K].
         """
         engine = self._engine
-        rows = _padded(max(rows, len(active)), engine.row_buckets)
+        rows = smallest_fit(max(rows, len(active)), engine.row_buckets)
         used = [slot for slot, _ in active]
         idle = [slot for slot, generation in enumerate(self._slots) if generation is None]
         slots = sorted(used + idle[: rows - len(used)])

@@ -12,7 +12,6 @@ from chain_model import BOS, END, OUTPUT, OUTPUT_END, PYTHON, PYTHON_END, TOKENI
 
 from nanochat_jax.infer import decode
 from nanochat_jax.infer.engine import Engine, EngineLoop, Request
-from nanochat_jax.infer.request import ToolCall
 from nanochat_jax.infer.sampling import SamplingParams, noise_for, sample
 from nanochat_jax.infer.scheduler import Scheduler
 from nanochat_jax.model.compute import Compute
@@ -100,11 +99,10 @@ MIXED = [
 
 
 def test_sampling_equals_drawing_from_the_full_forward(params, engine):
-    draw = jax.jit(
-        lambda logits, params, position: sample(
-            logits, params, noise_for(params.seed, position, len(logits))
-        )
-    )
+    @jax.jit
+    def draw(logits, settings, position):
+        return sample(logits, settings, noise_for(settings.seed, position, len(logits)))
+
     rows = 32
     for request, result in zip(MIXED, engine.generate(MIXED), strict=True):
         count = len(result.tokens)
@@ -216,34 +214,26 @@ def test_a_context_too_short_cuts_the_reply_or_refuses_the_prompt(engine):
     result = engine.generate([Request(full[:-3], temperature=0.0, max_tokens=50)])[0]
     assert (len(result.tokens), result.finish_reason) == (3, "length")
     assert result.prompt_tokens == MAX_LEN - 3
-    with pytest.raises(
-        ValueError, match="request 1: prompt of 320 tokens does not fit in the context of 320"
-    ):
+    with pytest.raises(ValueError, match="request 1: prompt of 320 .* in the context of 320"):
         engine.generate([Request((1,)), Request(full)])
-    with pytest.raises(ValueError, match="vocabulary"):
-        engine.generate([Request((TOKENIZER.vocab_size,))])
-    with pytest.raises(ValueError, match="vocabulary"):
-        engine.generate([Request((-1,))])
+    for unknown in (TOKENIZER.vocab_size, -1):
+        with pytest.raises(ValueError, match="vocabulary"):
+            engine.generate([Request((unknown,))])
 
 
 def test_a_prompt_too_long_is_cut_from_the_left_when_asked(engine):
     body = prompts(MAX_LEN)[0]
+    sampling = dict(max_tokens=20, temperature=0.0)
     for prompt, kept in (
         (body, body[-(MAX_LEN - 20) :]),
         ((BOS, *body), (BOS, *body[-(MAX_LEN - 21) :])),
         (body[:50], body[:50]),
     ):
-        cut = Request(prompt, max_tokens=20, temperature=0.0, truncate=True)
-        result = engine.generate([cut])[0]
+        result = engine.generate([Request(prompt, truncate=True, **sampling)])[0]
         assert result.prompt_tokens == len(kept) <= MAX_LEN - 20
-        assert (
-            result.tokens
-            == engine.generate([Request(kept, max_tokens=20, temperature=0.0)])[0].tokens
-        )
-    assert (
-        engine.generation(Request(body, max_tokens=10_000, truncate=True)).prompt
-        == body[MAX_LEN // 2 :]
-    )
+        assert result.tokens == engine.generate([Request(kept, **sampling)])[0].tokens
+    half = engine.generation(Request(body, max_tokens=10_000, truncate=True)).prompt
+    assert half == body[MAX_LEN // 2 :]
 
 
 def test_the_cache_is_as_long_as_the_longest_present(engine):
@@ -265,17 +255,9 @@ def test_the_cache_is_as_long_as_the_longest_present(engine):
 @pytest.mark.parametrize(
     "wrong",
     [
-        dict(tokens=()),
-        dict(max_tokens=0),
-        dict(temperature=-0.1),
-        dict(temperature=float("nan")),
-        dict(top_k=-1),
-        dict(top_p=0.0),
-        dict(top_p=1.1),
-        dict(stop="END"),
-        dict(stop=("",)),
-        dict(stop_tokens="END"),
-        dict(stop_tokens=(1,) * 5),
+        *(dict(tokens=()), dict(max_tokens=0), dict(temperature=-0.1), dict(top_k=-1)),
+        *(dict(temperature=float("nan")), dict(top_p=0.0), dict(top_p=1.1), dict(stop="END")),
+        *(dict(stop=("",)), dict(stop_tokens="END"), dict(stop_tokens=(1,) * 5)),
     ],
 )
 def test_requests_that_make_no_sense_are_refused(wrong):
@@ -339,17 +321,6 @@ def test_a_refused_expression_leaves_the_model_to_go_on():
         assert all(result.sampled) and result.text == "no" and result.finish_reason == "stop"
 
 
-def test_events_tell_tool_calls_where_they_happen():
-    engine = chain_engine(("Q:", PYTHON, "1+2", PYTHON_END), (OUTPUT_END, "ok", END))
-    loop, events = EngineLoop(engine), []
-    generation = engine.generation(Request((ord("Q"),), temperature=0.0))
-    loop.admit([generation])
-    while not generation.done:
-        loop.step()
-        events += generation.take_events()
-    assert events[0] == ":" and events[1] == ToolCall("1+2", "3") and "".join(events[2:]) == "ok"
-
-
 @pytest.mark.parametrize("end", [END, BOS])
 def test_terminal_tokens_end_a_reply_and_are_left_out(end):
     engine = chain_engine(("Qyes", end))
@@ -380,12 +351,8 @@ def test_stop_tokens_end_a_reply_by_id_and_by_name():
     assert say(engine, "Q", stop_tokens=(ord("b"), ord("c")))[0].tokens == list(b"a")
     forced = say(engine, "R", stop_tokens=(OUTPUT_END,), max_tokens=12)[0]
     assert OUTPUT_END in forced.tokens  # what a tool writes ends nothing
-    for unknown, message in (
-        (-1, "unknown stop token -1"),
-        (10**6, "unknown stop"),
-        ("<|end|>", "give an id, or one of <.bos.>"),
-    ):
-        with pytest.raises(ValueError, match=message):
+    for unknown in (-1, 10**6, "<|end|>"):
+        with pytest.raises(ValueError, match=re.escape(f"unknown stop token {unknown!r}")):
             engine.generation(Request((1,), stop_tokens=(unknown,)))
 
 
@@ -440,9 +407,11 @@ def test_after_warmup_200_requests_compile_nothing(caplog):
     known = re.search(r"(\d+) programs", caplog.text)
     assert known and int(known[1]) < 40
     rng = np.random.default_rng(0)
-    requests = [
-        Request(
-            tuple(rng.choice([ord("a"), ord("b"), ord("Q")], rng.integers(1, 90)).tolist()),
+
+    def request(seed):
+        letters = rng.choice([ord("a"), ord("b"), ord("Q")], rng.integers(1, 90))
+        return Request(
+            tuple(letters.tolist()),
             seed=seed,
             max_tokens=int(rng.integers(1, 60)),
             temperature=float(rng.integers(0, 2)),
@@ -451,21 +420,20 @@ def test_after_warmup_200_requests_compile_nothing(caplog):
             logprobs=bool(rng.integers(0, 2)),
             stop_tokens=(7,) * int(rng.integers(0, 3)),
         )
-        for seed in range(200)
-    ]
+
+    requests = [request(seed) for seed in range(200)]
     compiled = []
-    monitor = jax.monitoring.register_event_duration_secs_listener
-    monitor(
-        lambda event, *_, **__: (
-            compiled.append(event) if event.endswith("backend_compile_duration") else None
-        )
-    )
+
+    def listen(event, *_, **__):
+        if event.endswith("backend_compile_duration"):
+            compiled.append(event)
+
+    jax.monitoring.register_event_duration_secs_listener(listen)
     with Scheduler(engine, max_waiting=200) as scheduler:
         handles = scheduler.submit_all(requests)
         results = [handle.result(120) for handle in handles]
     assert not compiled
-    assert any(not all(result.sampled) for result in results) and {
-        r.finish_reason for r in results
-    } == {"stop", "length"}
+    assert any(not all(result.sampled) for result in results)
+    assert {result.finish_reason for result in results} == {"stop", "length"}
     jax.jit(lambda x: x + len(compiled))(0)
     assert compiled  # the listener hears
