@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 
 from nanochat_jax.checkpoint import Loaded, load_directory, load_model
 from nanochat_jax.conversation import render_for_completion
+from nanochat_jax.devices import ModelFlags
 from nanochat_jax.errors import NotFound
 from nanochat_jax.infer.engine import Engine
 from nanochat_jax.infer.padding import bucket
@@ -141,14 +142,13 @@ class Model:
 
 
 def load_engine(
-    paths: Paths, flags: Any, *, mesh: Mesh | None = None, **options: Any
+    paths: Paths, source: str, flags: ModelFlags, *, mesh: Mesh | None = None, **options: Any
 ) -> tuple[Engine, Loaded]:
     """Return an engine with `options` for a stage's model, and the model without its parameters.
 
-    `flags` are `devices.ModelFlags` and a `source`. Only the engine's parameters, in the compute
-    dtype, stay in memory.
+    Only the engine's parameters, in the compute dtype, stay in memory.
     """
-    model = load_model(paths, flags.source, tag=flags.model_tag, step=flags.step, mesh=mesh)
+    model = load_model(paths, source, tag=flags.model_tag, step=flags.step, mesh=mesh)
     compute = Compute.on(mesh, dtype=flags.dtype)
     engine = Engine(model.config, model.params, model.tokenizer, compute=compute, **options)
     return engine, dataclasses.replace(model, params={})

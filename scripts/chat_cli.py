@@ -47,7 +47,7 @@ def main(config: Config) -> int | None:
     make_stdin_readable()
     paths = Paths.from_env()
     start(paths, config)
-    engine, model = load_engine(paths, config, num_slots=1, steps_per_dispatch=4)
+    engine, model = load_engine(paths, config.source, config, num_slots=1, steps_per_dispatch=4)
     sampling = Sampling(
         temperature=config.temperature,
         top_k=config.top_k,

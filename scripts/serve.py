@@ -67,7 +67,7 @@ def main(config: Config) -> None:
     with server.bind(config.host, config.port) as sock:
         start(paths, config)
         engine, model = load_engine(
-            paths, config, mesh=make_mesh(config.devices), num_slots=config.slots
+            paths, config.source, config, mesh=make_mesh(config.devices), num_slots=config.slots
         )
         if config.warmup:
             log.info(

@@ -47,7 +47,7 @@ class Engine:
     """A model ready to generate.
 
     Args:
-        params: the engine stores them in the compute dtype, sharded over the mesh.
+        params: stored in the compute dtype, sharded over the mesh.
         num_slots: maximum number of concurrent sequences.
         steps_per_dispatch: tokens per slot and dispatch. More hides dispatch latency; fewer stream
             more smoothly and waste less on sequences that end.
@@ -78,7 +78,9 @@ class Engine:
         self.steps_per_dispatch = steps_per_dispatch
         self.max_len = config.sequence_len if max_len is None else max_len
         if self.max_len < 2:
-            raise ValueError(f"max_len must be at least 2, for prompt and reply, got {max_len}")
+            raise ValueError(
+                f"max_len must be at least 2, for prompt and reply, got {self.max_len}"
+            )
         self.vocabulary = Vocabulary(tokenizer)
         self.prompt_buckets = buckets(min(SHORTEST_PROMPT, self.max_len), self.max_len)
         self.cache_buckets = cache_lengths(self.max_len)

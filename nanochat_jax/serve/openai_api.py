@@ -105,26 +105,26 @@ class OpenAIServer:
     async def reply(self, request: web.Request, body: Any) -> web.StreamResponse:
         """Answer a request for chat completions whose body has been decoded."""
         request[OPENAI] = True
-        asked = parse(body, self.model)
-        sampling = asked.sampling(self.defaults)
-        turns = asked.conversation()
+        chat = parse(body, self.model)
+        sampling = chat.sampling(self.defaults)
+        turns = chat.conversation()
         prompt, _ = make_prompt(
             self.tokenizer,
             turns,
             max_len=self.max_len,
             max_tokens=sampling.max_tokens,
             drop=False,
-            ending=asked.ending(turns[-1]["role"]),
+            ending=chat.ending(turns[-1]["role"]),
         )
         head = {
             "id": f"chatcmpl-{secrets.token_hex(12)}",
             "created": int(time.time()),
             "model": self.model,
         }
-        requests = asked.requests(prompt, sampling)
+        requests = chat.requests(prompt, sampling)
         async with self.replies.open(requests) as events:
-            if asked.stream:
-                options = asked.stream_options
+            if chat.stream:
+                options = chat.stream_options
                 chunks = _Chunks(
                     head, len(requests), bool(options is not None and options.include_usage)
                 )

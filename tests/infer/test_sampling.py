@@ -15,7 +15,7 @@ from nanochat_jax.infer.sampling import (
     sample,
 )
 
-ROWS, VOCAB = 500, 2 * SHORT_LISTS[-1]  # one shape for all tests: one compilation
+ROWS, VOCAB = 250, 2 * SHORT_LISTS[-1]  # one shape for all tests: one compilation
 
 
 @jax.jit

@@ -461,15 +461,15 @@ def test_settings_are_sent_survive_a_reload_and_can_be_reset(page, script):
     assert sampling("Hello") == (0.8, 50, 512)
 
 
-@pytest.mark.parametrize("context, longest", [(256, "256"), (8192, "4096")])
-def test_a_reply_is_at_most_as_long_as_the_context(page, script, context, longest):
-    script.engine.max_len = context
-    page.reload()
-    button(page, "Settings").click()
-    expect(page.locator("#model-info")).to_contain_text(f"{context} tokens")
-    expect(page.locator("#set-length")).to_have_attribute("max", longest)
-    expect(page.locator("#set-length")).to_have_attribute("placeholder", str(min(512, context)))
-    expect(page.locator("#settings")).to_contain_text(f"Tokens of a reply, at most {longest}.")
+def test_a_reply_is_at_most_as_long_as_the_context(page, script):
+    for context, longest in (256, "256"), (8192, "4096"):
+        script.engine.max_len = context
+        page.reload()
+        button(page, "Settings").click()
+        expect(page.locator("#model-info")).to_contain_text(f"{context} tokens")
+        expect(page.locator("#set-length")).to_have_attribute("max", longest)
+        expect(page.locator("#set-length")).to_have_attribute("placeholder", str(min(512, context)))
+        expect(page.locator("#settings")).to_contain_text(f"Tokens of a reply, at most {longest}.")
 
 
 def test_an_api_key_is_requested_and_sent_as_a_bearer_token(page):
@@ -598,38 +598,19 @@ def test_finished_blocks_of_a_long_reply_are_not_drawn_again(page, script):
 
 A, E = "alert(1)", "http://evil.example"
 HOSTILE = [
-    "<script>window.hacked = 1</script>",
-    "<img src=x onerror='window.hacked = 1'>",
-    f"<svg onload={A}>",
-    f"<iframe src='javascript:{A}'></iframe>",
-    f"<img src={E}/pixel.png>",
-    "<style>body { display: none }</style>",
-    f"<a href='javascript:{A}'>x</a>",
-    "<a href=data:text/html,x>x</a>",
-    f"[x](javascript:{A})",
-    f"[x](JaVaScRiPt:{A})",
-    f"[x](&#106;avascript:{A})",
-    f"[x](java\tscript:{A})",
-    "[x](vbscript:msgbox)",
-    f"[x](data:text/html,<script>{A}</script>)",
-    "[x](//evil.example)",
-    f"<javascript:{A}>",
-    "[x](https://bank.example@evil.example)",
-    f"[x][1]\n\n[1]: javascript:{A}",
-    f"![x]({E}/pixel.png)",
-    f"![x](javascript:{A})",
-    f"[![x]({E}/p)]({E})",
-    f'[x](https://ok.example" onmouseover="{A})',
-    f'```"><script>{A}</script>\nx\n```',
-    "```hidden\nx\n```",
-    "```constructor\nx\n```",
+    *("<script>window.hacked = 1</script>", "<img src=x onerror='window.hacked = 1'>"),
+    *(f"<svg onload={A}>", f"<iframe src='javascript:{A}'></iframe>", f"<img src={E}/pixel.png>"),
+    *("<style>body { display: none }</style>", f"<a href='javascript:{A}'>x</a>"),
+    *("<a href=data:text/html,x>x</a>", f"[x](javascript:{A})", f"[x](JaVaScRiPt:{A})"),
+    *(f"[x](&#106;avascript:{A})", f"[x](java\tscript:{A})", "[x](vbscript:msgbox)"),
+    *(f"[x](data:text/html,<script>{A}</script>)", "[x](//evil.example)", f"<javascript:{A}>"),
+    *("[x](https://bank.example@evil.example)", f"[x][1]\n\n[1]: javascript:{A}"),
+    *(f"![x]({E}/pixel.png)", f"![x](javascript:{A})", f"[![x]({E}/p)]({E})"),
+    *(f'[x](https://ok.example" onmouseover="{A})', f'```"><script>{A}</script>\nx\n```'),
+    *("```hidden\nx\n```", "```constructor\nx\n```", f"`<img src=x onerror={A}>`"),
     f"| <img src=x onerror={A}> |\n|--|\n| <script>{A}</script> |",
-    f"`<img src=x onerror={A}>`",
-    f"<form action={E}><button>x</button></form>",
-    f"<base href={E}>",
-    f"<br onclick={A}>",
-    f"<meta http-equiv=refresh content='0;url={E}'>",
-    f"<link rel=stylesheet href={E}>",
+    *(f"<form action={E}><button>x</button></form>", f"<base href={E}>", f"<br onclick={A}>"),
+    *(f"<meta http-equiv=refresh content='0;url={E}'>", f"<link rel=stylesheet href={E}>"),
     "<p style='position:fixed;inset:0' id=composer class=x data-a=1 aria-hidden=true>x</p>",
     "<math><mtext><table><mglyph><style><!--</style><img title='--&gt;&lt;img src=1 "
     f"onerror={A}&gt;'>",
@@ -637,22 +618,10 @@ HOSTILE = [
     f"<noscript><p title='</noscript><img src=x onerror={A}>'>",
     f"<form><math><mtext></form><form><mglyph><style></math><img src onerror={A}>",
     f"<template><script>{A}</script></template>",
-    f"<object data={E}></object><embed src={E}>",
-    f"<video src={E} autoplay>",
-    f"<body onload={A} background={E}>",
-    "\ue000\ue001\uf8ff",
-    ">" * 3000,
-    "- " * 1500 + "x",
-    "[" * 3000,
-    "*" * 3000 + "a",
-    "\\(" * 1500,
-    "$a" * 1500,
-    "$$\n\\[\n" * 700,
-    "`" * 3001 + "a",
-    "**a" * 1500,
-    "*_" * 3000,
-    "<" * 3000,
-    "[a](" * 2000,
+    *(f"<object data={E}></object><embed src={E}>", f"<video src={E} autoplay>"),
+    *(f"<body onload={A} background={E}>", "\ue000\ue001\uf8ff", ">" * 3000, "- " * 1500 + "x"),
+    *("[" * 3000, "*" * 3000 + "a", "\\(" * 1500, "$a" * 1500, "$$\n\\[\n" * 700),
+    *("`" * 3001 + "a", "**a" * 1500, "*_" * 3000, "<" * 3000, "[a](" * 2000),
     "*a **b " * 1000 + "** *" * 1000,
 ]
 ALLOWED = """a blockquote br code del em h3 hr li ol p pre span strong sub sup table tbody td th
@@ -738,8 +707,7 @@ print(smallest([5, 2, 9], 2), "done")
 )
 
 
-@pytest.mark.parametrize("width", [320, 375])
-def test_nothing_is_cut_off_on_a_phone(page, script, tmp_path, width):
+def test_nothing_is_cut_off_on_a_phone(page, script, tmp_path, width=320):
     page.set_viewport_size({"width": width, "height": 700})
     show(page, script, [ToolCall("345+678", "1023"), RICH + "x" * 300], "How? " + "y" * 100)
     send(page, "/help")

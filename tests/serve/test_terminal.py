@@ -172,7 +172,7 @@ def test_the_parameters_are_in_memory_once(monkeypatch, tmp_path, dtype):
     loaded = [Loaded(CHAIN, chain_params(*CHAT), TOKENIZER, {}, tmp_path, 1, "sft")]
     masters = [weakref.ref(leaf) for leaf in jax.tree.leaves(loaded[0].params["blocks"])]
     monkeypatch.setattr(pretrained, "load_model", lambda *_, **__: loaded.pop())
-    engine, model = pretrained.load_engine(Paths(tmp_path), Config(dtype=dtype), num_slots=1)
+    engine, model = pretrained.load_engine(Paths(tmp_path), "sft", Config(dtype=dtype), num_slots=1)
     gc.collect()
     assert model.step == 1 and jax.tree.leaves(engine.params["blocks"])
     assert not any(master() for master in masters)
