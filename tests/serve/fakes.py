@@ -44,8 +44,10 @@ class FakeHandle:
     async def _play(self, events, receive):
         for event in events:
             if isinstance(event, asyncio.Event):
-                waits = [asyncio.create_task(each.wait()) for each in (event, self.cancelled)]
+                waits = [asyncio.create_task(end.wait()) for end in (event, self.cancelled)]
                 await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+                for wait in waits:
+                    wait.cancel()
                 if self.cancelled.is_set():
                     break
             else:
