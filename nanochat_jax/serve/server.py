@@ -252,6 +252,7 @@ def _json(answer: BaseModel) -> web.Response:
 
 
 def _constant(body: bytes, content_type: str) -> Callable[[web.Request], Any]:
+    """A handler that always returns `body`."""
     headers = {"Content-Type": f"{content_type}; charset=utf-8", "Cache-Control": "no-cache"}
 
     async def handler(request: web.Request) -> web.Response:
