@@ -96,6 +96,7 @@ def jax_contender(options: argparse.Namespace, batch: int) -> Round:
             for row, prompt in enumerate(prompts)
         ]
         loop.admit(generations)
+        loop.fill()
         loop.cache.k[0].block_until_ready()
         began = time.perf_counter()
         while loop.num_active:

@@ -218,6 +218,7 @@ def run_batch(engine: Engine, requests: list[Request]) -> tuple[float, list[floa
     loop = EngineLoop(engine)
     began = time.perf_counter()
     loop.admit([engine.generation(request) for request in requests])
+    loop.fill()
     loop.step()  # the first tokens
     ttft, steps, last = time.perf_counter() - began, [], time.perf_counter()
     while loop.num_active:
@@ -270,6 +271,7 @@ def measure_prefill(engine: Engine, card: dict[str, Any]) -> dict[str, Any]:
         jax.block_until_ready(loop.cache)
         began = time.perf_counter()
         loop.admit([generation])
+        loop.fill()
         jax.block_until_ready(loop.cache)
         times.append(time.perf_counter() - began)
     seconds = min(times[1:])

@@ -1,4 +1,4 @@
-"""The engine's jitted functions: prefill, insert, copy, resize and multi-step decode.
+"""The engine's jitted functions: prefill, copy, resize and multi-step decode.
 
 Parameters are in the form of `split_layers`. Sizes are padded (engine.py), which bounds the number
 of compilations. Shapes: B slots, S positions per slot, R slots and K steps per dispatch, N prompts
@@ -32,8 +32,10 @@ class DecodeConfig:
 
     config: GPTConfig
     compute: Compute
-    shortest: int  # minimum positions of a prefilled prompt; limits the shapes of `insert`
     pause: int  # token id that ends a slot's dispatch, for a tool call
+
+
+Index = Array | np.ndarray  # [R] int32
 
 
 class Slots(NamedTuple):
@@ -139,15 +141,18 @@ def _rows(head: Array, *, size: int) -> Array:
     return head[:, :size].T
 
 
-def cache_sharding(rows: int, heads: int, mesh: Mesh, *, row_axis: int = 0) -> NamedSharding:
+def cache_sharding(rows: int, heads: int, mesh: Mesh) -> NamedSharding:
     """Return a sharding of rows over the data axis and of key/value heads over the model axis.
 
-    Rows are axis `row_axis`, heads the next. An axis that does not divide evenly is replicated.
+    An axis that does not divide evenly is replicated.
     """
-    spec: list[str | None] = [None] * row_axis
-    spec.append("data" if rows % mesh.shape["data"] == 0 else None)
-    spec.append("model" if heads % mesh.shape["model"] == 0 else None)
-    return NamedSharding(mesh, PartitionSpec(*spec))
+    return NamedSharding(
+        mesh,
+        PartitionSpec(
+            "data" if rows % mesh.shape["data"] == 0 else None,
+            "model" if heads % mesh.shape["model"] == 0 else None,
+        ),
+    )
 
 
 def _place(cache: Any, mesh: Mesh | None) -> Any:
@@ -184,61 +189,24 @@ def resize(slots: Slots, *, length: int, static: DecodeConfig) -> Slots:
     return _place(jax.tree.map(fit, slots), static.compute.mesh)
 
 
-@functools.partial(jax.jit, static_argnames="static")
-def prefill(
-    params: Params, tokens: Array, lengths: Array, *, static: DecodeConfig
-) -> tuple[Array, ...]:
-    """Return keys and values per prompt: N arrays [2, L, G, max(T, `static.shortest`), h].
-
-    tokens [N, T] int32, padded on the right; lengths [N] int32.
-    """
-    config, mesh = static.config, static.compute.mesh
-    cache = init_cache(config, tokens.shape[0], tokens.shape[1], static.compute.dtype)
-    cache = cache._replace(k=_place(cache.k, mesh), v=_place(cache.v, mesh))
-    _, cache = forward(
-        params, tokens, config, static.compute, cache=cache, valid=lengths, fresh=True
-    )
-    rows = []
-    for row in range(tokens.shape[0]):
-        prompt = jnp.stack(
-            [jnp.stack([layer[row] for layer in layers]) for layers in (cache.k, cache.v)]
-        )
-        missing = max(0, static.shortest - prompt.shape[3])
-        prompt = jnp.pad(prompt, ((0, 0), (0, 0), (0, 0), (0, missing), (0, 0)))
-        if mesh is not None:
-            prompt = lax.with_sharding_constraint(
-                prompt, cache_sharding(1, config.n_kv_head, mesh, row_axis=1)
-            )
-        rows.append(prompt)
-    return tuple(rows)
-
-
-@functools.partial(jax.jit, donate_argnames="slots", static_argnames="static")
-def insert(slots: Slots, prompt: Array, slot: Array, *, static: DecodeConfig) -> Slots:
-    """Write one prefilled prompt [2, L, G, T, h] into a slot; padding beyond S is dropped."""
-
-    def put(old: tuple[Array, ...], new: Array) -> tuple[Array, ...]:
-        new = new[:, None, :, : slots.length]
-        return tuple(
-            lax.dynamic_update_slice(x, new[layer], (slot, 0, 0, 0)) for layer, x in enumerate(old)
-        )
-
-    return _place(Slots(put(slots.k, prompt[0]), put(slots.v, prompt[1])), static.compute.mesh)
-
-
 @functools.partial(jax.jit, donate_argnames="slots", static_argnames="static")
 def copy(slots: Slots, source: Array, target: Array, *, static: DecodeConfig) -> Slots:
     """Copy the keys and values of slot `source` to slot `target`."""
+    mesh = static.compute.mesh
+    slot = jnp.arange(len(slots.k[0]))[:, None, None, None]
 
     def put(x: Array) -> Array:
-        return lax.dynamic_update_slice(
-            x, lax.dynamic_slice_in_dim(x, source, 1), (target, 0, 0, 0)
-        )
+        if mesh is None or mesh.shape["data"] == 1:
+            row = lax.dynamic_slice_in_dim(x, source, 1)
+            return lax.dynamic_update_slice(x, row, (target, 0, 0, 0))
+        # Slicing a sharded axis would gather it; this moves one slot.
+        row = jnp.where(slot == source, x, 0).sum(axis=0, keepdims=True)
+        return jnp.where(slot == target, row, x)
 
-    return _place(jax.tree.map(put, slots), static.compute.mesh)
+    return _place(jax.tree.map(put, slots), mesh)
 
 
-def _take(slots: Slots, index: Array) -> Slots:
+def _take(slots: Slots, index: Index) -> Slots:
     """Return the slots in `index` [R]."""
     if len(index) == len(slots.k[0]):
         return slots
@@ -247,14 +215,19 @@ def _take(slots: Slots, index: Array) -> Slots:
     )
 
 
-def _put(slots: Slots, some: Slots, index: Array) -> Slots:
-    """Return all slots, with those in `index` [R] replaced by `some`."""
+def _put(slots: Slots, some: Slots, index: Index, start: Index, *, size: int) -> Slots:
+    """Return all slots; those in `index` get `size` positions from `start` [R] of `some`.
+
+    Near the end of the cache, the slice and the update begin earlier, both at the same position.
+    """
     if len(index) == len(slots.k[0]):
         return some
 
     def put(x: Array, new: Array) -> Array:
         for row, slot in enumerate(index):
-            x = lax.dynamic_update_slice_in_dim(x, new[row : row + 1], slot, 0)
+            at = (0, start[row], 0)
+            window = lax.dynamic_slice(new[row], at, (x.shape[1], size, x.shape[3]))
+            x = lax.dynamic_update_slice(x, window[None], (slot, *at))
         return x
 
     return jax.tree.map(put, slots, some)
@@ -272,6 +245,37 @@ class DecodeState(NamedTuple):
     logprobs: Array  # [R, K]
 
 
+class PrefillInputs(NamedTuple):
+    """Up to T prompt tokens for each of R slots."""
+
+    slot: np.ndarray  # [R] int32, ascending slot indices; all slots if R is B
+    start: np.ndarray  # [R] int32, positions filled; S or more leaves the slot unchanged
+    previous: np.ndarray  # [R] int32, the token before the first
+    tokens: np.ndarray  # [R, T] int32, padded on the right
+    valid: np.ndarray  # [R] int32, number of tokens that are not padding
+
+
+@functools.partial(jax.jit, donate_argnames="slots", static_argnames="static")
+def prefill(params: Params, slots: Slots, inputs: PrefillInputs, *, static: DecodeConfig) -> Slots:
+    """Append prompt tokens to slots. Padding is overwritten by what follows."""
+    cache = _rows_of(params, slots, inputs.slot, inputs.start, inputs.previous, static)
+    _, cache = forward(
+        params, inputs.tokens, static.config, static.compute, cache=cache, valid=inputs.valid
+    )
+    new = Slots(cache.k, cache.v)
+    slots = _put(slots, new, inputs.slot, inputs.start, size=inputs.tokens.shape[1])
+    return _place(slots, static.compute.mesh)
+
+
+def _rows_of(
+    params: Params, slots: Slots, index: Index, length: Index, previous: Index, static: DecodeConfig
+) -> KVCache:
+    """Return the cache of the slots in `index` [R], filled to `length` [R]."""
+    # Smearing mixes the normalized embedding of the previous token into the next.
+    embedding = rms_norm(params["wte"][previous].astype(static.compute.dtype))
+    return KVCache(*_take(slots, index), jnp.asarray(length), embedding)
+
+
 @functools.partial(jax.jit, donate_argnames="slots", static_argnames="static")
 def decode(
     params: Params, slots: Slots, inputs: DecodeInputs, *, static: DecodeConfig
@@ -287,12 +291,9 @@ def decode(
     # An active slot emits at every step, so its positions are consecutive.
     position = rows["length"] + 1 + jnp.arange(rows["injected"].shape[1])[:, None]
     noise = noise_for(inputs.sampling.seed, position, static.config.vocab_size)
-    # Smearing mixes the normalized embedding of the previous token into the newest.
-    previous = rms_norm(params["wte"][rows["previous"]].astype(static.compute.dtype))
-    index = jnp.asarray(rows["slot"])
     state = DecodeState(
         jnp.int32(0),
-        KVCache(*_take(slots, index), jnp.asarray(rows["length"]), previous),
+        _rows_of(params, slots, rows["slot"], rows["length"], rows["previous"], static),
         jnp.asarray(rows["token"]),
         jnp.asarray(rows["active"]),
         jnp.asarray(rows["remaining"]),
@@ -304,7 +305,9 @@ def decode(
         lambda state: _decode_step(params, state, inputs, noise[state.step], static),
         state,
     )
-    slots = _put(slots, Slots(state.cache.k, state.cache.v), index)
+    new = Slots(state.cache.k, state.cache.v)
+    size = rows["injected"].shape[1]
+    slots = _put(slots, new, rows["slot"], rows["length"], size=size)
     return _place(slots, mesh), _replicate(state.emitted, mesh), _replicate(state.logprobs, mesh)
 
 

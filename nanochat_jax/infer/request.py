@@ -129,6 +129,7 @@ class Result:
           "cancelled".
         text: the text outside tool calls and their output, without special tokens.
         prompt_tokens: length of the prompt, after truncation.
+        cached_tokens: number of prompt tokens whose keys and values were already in the cache.
         logprobs: if requested, the natural log-probability of each token, sampled or injected,
             before temperature, top-k and top-p.
     """
@@ -138,6 +139,7 @@ class Result:
     finish_reason: FinishReason
     text: str
     prompt_tokens: int
+    cached_tokens: int = 0
     logprobs: list[float] | None = None
 
 
@@ -204,6 +206,7 @@ class Generation:
         self.injected: deque[int] = deque()
         self.finish_reason: FinishReason | None = None
         self.error: Exception | None = None  # fails only this request
+        self.reused = 0  # prompt tokens whose keys and values were in the cache already
         self._vocabulary = vocabulary
         self._expression: list[int] | None = None
         self._in_output = False
@@ -219,6 +222,11 @@ class Generation:
     def length(self) -> int:
         """Number of tokens in the KV cache: all but the newest, which the next step feeds."""
         return len(self.prompt) + len(self.tokens) - 1
+
+    @property
+    def cached(self) -> tuple[int, ...]:
+        """The tokens in the KV cache, once the prompt is prefilled."""
+        return (*self.prompt, *self.tokens)[: self.length]
 
     @property
     def newest(self) -> tuple[int, int]:
@@ -278,6 +286,7 @@ class Generation:
             self.finish_reason,
             "".join(self._text),
             len(self.prompt),
+            self.reused,
             logprobs,
         )
 

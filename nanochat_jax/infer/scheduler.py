@@ -13,9 +13,6 @@ from nanochat_jax.infer.request import Generation, Request, Result, ToolCall
 
 log = logging.getLogger(__name__)
 
-# prompt tokens admitted between two steps; a single longer prompt is allowed
-ADMITTED_TOKENS = 2048
-
 # Text (complete characters, never part of a stop string), tool calls, and finally the result.
 Event = str | ToolCall | Result
 # Takes the index of a request and its new events. The last event is a `Result`, or the exception
@@ -197,29 +194,19 @@ class Scheduler:
                 # read once: another thread may set it
                 taken = [handle for handle in self._waiting if handle.cancelled]
                 self._waiting = deque(handle for handle in self._waiting if handle not in taken)
-                taken += self._next(loop.num_free)
+                number = min(loop.num_free, len(self._waiting))
+                taken += [self._waiting.popleft() for _ in range(number)]
                 admitted = [handle._generation for handle in taken]
                 self._live.update(zip(admitted, taken, strict=True))
             for generation, handle in self._live.items():
                 if handle.cancelled:
                     loop.cancel(generation)
             if admitted:
-                self._deliver()  # the prefill may be slow, compile or fail
+                self._deliver()  # their prefill may be slow, compile or fail
             loop.admit([generation for generation in admitted if not generation.done])
             # Otherwise deliver events while the device computes, so that it never waits for I/O.
             loop.step(meanwhile=self._deliver)
         self._deliver()
-
-    def _next(self, num_free: int) -> list[Handle]:
-        """Pop the requests to admit before the next step, in FIFO order."""
-        taken: list[Handle] = []
-        tokens = 0
-        while self._waiting and len(taken) < num_free:
-            tokens += len(self._waiting[0]._generation.prompt)
-            if taken and tokens > ADMITTED_TOKENS:
-                break
-            taken.append(self._waiting.popleft())
-        return taken
 
     def _deliver(self) -> None:
         """Publish new events to every caller and drop finished requests."""

@@ -11,6 +11,7 @@ import pytest
 from chain_model import BOS, END, OUTPUT, OUTPUT_END, PYTHON, PYTHON_END, TOKENIZER, chain_engine
 
 from nanochat_jax.infer import decode
+from nanochat_jax.infer import engine as engine_module
 from nanochat_jax.infer.engine import Engine, EngineLoop, Request
 from nanochat_jax.infer.sampling import SamplingParams, noise_for, sample
 from nanochat_jax.infer.scheduler import Scheduler
@@ -25,14 +26,6 @@ MAX_LEN = 320
 CONFIG = GPTConfig.modern(
     2, vocab_size=TOKENIZER.vocab_size, sequence_len=MAX_LEN, n_embd=64, n_head=4, n_kv_head=2
 )
-
-
-@pytest.fixture(scope="module", autouse=True)
-def few_shapes():
-    """Two padded lengths for most prompts: each is compiled."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("nanochat_jax.infer.engine.SHORTEST_PROMPT", 128)
-        yield
 
 
 @pytest.fixture(scope="module")
@@ -169,7 +162,7 @@ def test_no_device_of_a_mesh_gathers_the_cache(params, monkeypatch):
     """The compiled programs move activations between devices, never keys and values."""
     engine = Engine(CONFIG, params, TOKENIZER, num_slots=8, compute=Compute(mesh=make_mesh("4x2")))
     compiled = []
-    for name in ("decode", "insert", "copy"):
+    for name in ("decode", "prefill", "copy"):
         function = getattr(decode, name)
 
         def recorded(*args, function=function, **options):
@@ -177,7 +170,7 @@ def test_no_device_of_a_mesh_gathers_the_cache(params, monkeypatch):
             return function(*args, **options)
 
         monkeypatch.setattr(decode, name, recorded)
-    prompt = prompts(10)[0]
+    prompt = prompts(40)[0]
     engine.generate([Request(prompt, max_tokens=3, seed=seed) for seed in range(9)])
     assert len(compiled) > 3
     one_slot = CONFIG.n_kv_head * 256 * CONFIG.head_dim
@@ -192,9 +185,9 @@ def test_samples_of_one_prompt_differ_by_seed_and_share_its_prefill(engine, monk
     prefilled = []
     prefill = EngineLoop.prefill
 
-    def counted(self, rows, bucket):
-        prefilled.extend(rows)
-        return prefill(self, rows, bucket)
+    def counted(self, batch, piece, **options):
+        prefilled.extend(slot.generation.prompt for slot in batch)
+        return prefill(self, batch, piece, **options)
 
     monkeypatch.setattr(EngineLoop, "prefill", counted)
     first, second = prompts(10, 40)
@@ -204,7 +197,7 @@ def test_samples_of_one_prompt_differ_by_seed_and_share_its_prefill(engine, monk
     requests += [Request(second, max_tokens=5, temperature=2.0, seed=seed) for seed in range(8)]
     results = engine.generate(requests)
     assert len({result.tokens[0] for result in results}) > 8
-    assert prefilled == [first[:-1], second[:-1]]  # more samples than slots, and each prompt once
+    assert prefilled == [first, second, second, second]  # each once; 39 tokens are 3 pieces
     for request, result in zip(requests, results, strict=True):
         assert engine.generate([request])[0].tokens == result.tokens
 
@@ -236,13 +229,15 @@ def test_a_prompt_too_long_is_cut_from_the_left_when_asked(engine):
     assert half == body[MAX_LEN // 2 :]
 
 
-def test_the_cache_is_as_long_as_the_longest_present(engine):
+def test_the_cache_is_as_long_as_the_longest_present(engine, monkeypatch):
+    monkeypatch.setattr(engine_module, "KEEP_DISPATCHES", 0)
     loop = EngineLoop(engine)
     long, short = (
         engine.generation(Request(prompts(length)[0], temperature=0.0)) for length in (300, 10)
     )
     loop.admit([long])
     loop.admit([short])
+    loop.fill()
     assert loop.cache.length == MAX_LEN
     loop.cancel(long)
     loop.step()
@@ -266,9 +261,9 @@ def test_requests_that_make_no_sense_are_refused(wrong):
 
 
 def test_shapes_come_from_buckets(engine):
-    assert engine.prompt_buckets == (128, 256, MAX_LEN)
+    assert engine.pieces == (16, 64, 256)
     assert engine.cache_buckets == (256, MAX_LEN)
-    assert [engine.prefill_rows(bucket) for bucket in (128, MAX_LEN)] == [(1, 4), (1, 4)]
+    assert engine.prefill_rows == (1, 4)
 
 
 def test_a_model_gone_wrong_is_an_error_not_a_text(params):
