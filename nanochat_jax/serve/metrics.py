@@ -29,6 +29,9 @@ class Metrics:
             "http_requests", "Responses by route and status", ["route", "status"], **named
         )
         self.prompt_tokens = Counter("prompt_tokens", "Prompt tokens of finished replies", **named)
+        self.cached_tokens = Counter(
+            "cached_prompt_tokens", "Prompt tokens that were in the cache already", **named
+        )
         self.generated_tokens = Counter(
             "generated_tokens", "Generated tokens, tool results included", **named
         )
@@ -63,6 +66,7 @@ class Metrics:
         """Count a reply: seconds to its first token (None without tokens) and to its end."""
         self.replies.labels(result.finish_reason).inc()
         self.prompt_tokens.inc(result.prompt_tokens)
+        self.cached_tokens.inc(result.cached_tokens)
         self.generated_tokens.inc(len(result.tokens))
         self.duration.observe(seconds)
         if first is not None:

@@ -53,10 +53,15 @@ class Choice(BaseModel):
     finish_reason: Literal["stop", "length", "cancelled"]
 
 
+class PromptTokensDetails(BaseModel):
+    cached_tokens: int  # whose keys and values were in the cache already
+
+
 class Usage(BaseModel):
     prompt_tokens: int
     completion_tokens: int
     total_tokens: int
+    prompt_tokens_details: PromptTokensDetails
 
     @classmethod
     def of(cls, results: Iterable[Result]) -> "Usage":
@@ -64,7 +69,10 @@ class Usage(BaseModel):
         results = list(results)
         prompt, completion = results[0].prompt_tokens, sum(len(result.tokens) for result in results)
         return cls(
-            prompt_tokens=prompt, completion_tokens=completion, total_tokens=prompt + completion
+            prompt_tokens=prompt,
+            completion_tokens=completion,
+            total_tokens=prompt + completion,
+            prompt_tokens_details=PromptTokensDetails(cached_tokens=results[0].cached_tokens),
         )
 
 

@@ -156,8 +156,9 @@ class Replies:
     def _finished(self, result: Result, first: float, seconds: float) -> None:
         self._metrics.finished(result, first if result.tokens else None, seconds)
         log.info(
-            "%d prompt tokens, %d generated in %.1f s (%s)",
+            "%d prompt tokens, %d of them cached, %d generated in %.1f s (%s)",
             result.prompt_tokens,
+            result.cached_tokens,
             len(result.tokens),
             seconds,
             result.finish_reason,

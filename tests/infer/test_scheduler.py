@@ -211,27 +211,6 @@ def test_first_come_is_first_served(scheduler, engine, monkeypatch):
     assert order == list(range(7))
 
 
-def test_prompts_that_would_stall_the_running_are_admitted_a_few_at_a_time(engine, monkeypatch):
-    monkeypatch.setattr("nanochat_jax.infer.scheduler.ADMITTED_TOKENS", 50)
-    sizes, admit = [], EngineLoop.admit
-    monkeypatch.setattr(
-        EngineLoop,
-        "admit",
-        lambda loop, generations: (sizes.append(len(generations)), admit(loop, generations))[1],
-    )
-    scheduler = Scheduler(engine)
-    gate = Gate(monkeypatch)
-    scheduler.start()
-    handles = scheduler.submit_all(
-        [ask("a" * 40, max_tokens=20), ask("b" * 60, max_tokens=20), ask("ab", max_tokens=20)]
-    )
-    wait_until(lambda: scheduler.num_active == 3)
-    gate.open.set()
-    assert all(len(handle.result(SECONDS).tokens) == 20 for handle in handles)
-    scheduler.close()
-    assert [size for size in sizes if size] == [1, 1, 1]
-
-
 def test_no_slot_is_lost_when_requests_come_and_go_at_random(engine):
     rng = random.Random(0)
     with Scheduler(engine, max_waiting=30) as scheduler:

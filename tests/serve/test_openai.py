@@ -70,6 +70,7 @@ async def test_a_reply_and_its_stream_have_text_reason_and_usage():
     assert (choice.message.content, choice.message.role) == ("Hé 🙂", "assistant")
     assert choice.finish_reason == "stop"
     usage = {"prompt_tokens": 3, "completion_tokens": 2, "total_tokens": 5}
+    usage["prompt_tokens_details"] = {"cached_tokens": 0}
     assert reply.usage.model_dump(exclude_none=True) == usage
     assert text == {0: "Hé 🙂"}
     assert chunks[0].choices[0].delta.role == "assistant" and len({c.id for c in chunks}) == 1
@@ -77,6 +78,17 @@ async def test_a_reply_and_its_stream_have_text_reason_and_usage():
     assert chunks[-1].choices == [] and chunks[-1].usage.total_tokens == 5
     assert not any(chunk.usage for chunk in (*chunks[:-1], *plain))
     assert len(plain) == len(chunks) - 1
+
+
+async def test_the_next_turn_of_a_conversation_says_how_much_of_it_was_cached(scheduler):
+    ask = ASK | {"max_tokens": 8, "temperature": 0.0}
+    async with openai_client(scheduler) as api:
+        first = await api.chat.completions.create(**ask)
+        reply = {"role": "assistant", "content": first.choices[0].message.content}
+        messages = [*ask["messages"], reply, {"role": "user", "content": "go on"}]
+        again = await api.chat.completions.create(**ask | {"messages": messages})
+    cached = again.usage.prompt_tokens_details.cached_tokens
+    assert first.usage.prompt_tokens - 1 <= cached < again.usage.prompt_tokens
 
 
 async def test_the_real_engine_streams_what_it_would_give_whole_and_repeats_a_seed(scheduler):
