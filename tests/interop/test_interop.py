@@ -452,7 +452,7 @@ def test_fresh_deletes_nothing_before_all_that_can_be_refused_has_been(exported,
         import_from(exported, model_tag="mine", fresh=True)
     inside = base / "base_checkpoints" / "mine" / "pytorch"
     shutil.copytree(exported, inside)
-    with pytest.raises(UsageError, match="lies in the directory to write"):
+    with pytest.raises(UsageError, match="is inside the directory to write"):
         import_from(inside, model_tag="mine", fresh=True)
     assert (base / "base_checkpoints" / "mine" / "12").is_dir() and (
         inside / "model_000012.pt"
