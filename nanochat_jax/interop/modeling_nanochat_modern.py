@@ -62,7 +62,7 @@ def rms_norm(x, eps):
 
 
 def rotate(x, cos, sin):
-    """Rotary embedding of x [B, T, heads, h]: pairs are its halves, rotated by the negative angle."""
+    """Rotary embedding of x [B, T, heads, h]: rotates its halves by the negative angle."""
     x1, x2 = x.float().chunk(2, dim=-1)
     return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin], dim=-1).to(x.dtype)
 
@@ -253,7 +253,7 @@ class NanoChatModernForCausalLM(PreTrainedModel, GenerationMixin):
 
     @staticmethod
     def _mask(window, seen, length, attention_mask, device):
-        """[B or 1, 1, T, S], True for the keys of a query: itself, and real tokens in its window."""
+        """[B or 1, 1, T, S], True for a query's keys: itself, and real tokens in its window."""
         query = torch.arange(seen, seen + length, device=device)[:, None]
         distance = query - torch.arange(seen + length, device=device)[None]
         visible = ((distance >= 0) & (distance <= window))[None, None]

@@ -144,8 +144,10 @@ def write_pt(path: Path, content: np.ndarray | Mapping[str, np.ndarray]) -> None
     Not atomic: callers write to a temporary directory and rename it.
     """
     root = path.stem
-    single = isinstance(content, np.ndarray)
-    names, arrays = (None, [content]) if single else (list(content), list(content.values()))
+    if isinstance(content, np.ndarray):
+        names, arrays = None, [content]
+    else:
+        names, arrays = list(content), list(content.values())
     with path.open("wb") as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         archive.writestr(f"{root}/data.pkl", _pickle(names, arrays))
         archive.writestr(f"{root}/byteorder", "little")
