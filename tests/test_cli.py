@@ -20,7 +20,7 @@ from nanochat_jax.cli import flag
 from nanochat_jax.errors import UsageError, naming, write_failure
 from nanochat_jax.metrics import start_wandb
 from nanochat_jax.paths import Paths
-from nanochat_jax.pipeline import Machine
+from nanochat_jax.speedrun.machine import Machine
 
 
 @dataclass(frozen=True, kw_only=True)

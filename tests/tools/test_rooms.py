@@ -22,6 +22,7 @@ ALLOWED = {
     "report": {"root"},
     "interop": {"root", "model"},
     "serve": {"root", "model", "infer"},
+    "speedrun": {"root", "model", "data", "train"},
 }
 
 
