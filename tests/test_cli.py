@@ -224,7 +224,7 @@ def test_a_reader_who_leaves_ends_a_command_quietly(lines):
         text=True,
     )
     os.close(write)
-    assert (done.returncode, done.stderr) == (cli.EXIT_NO_READER, "")
+    assert (done.returncode, done.stderr) == (cli.running.EXIT_NO_READER, "")
 
 
 def test_a_broken_connection_is_no_closed_pipe(capsys):

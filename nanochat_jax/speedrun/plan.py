@@ -2,7 +2,7 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from nanochat_jax.cli import flag, run_name
 from nanochat_jax.data.needs import TOKENIZER_SHARDS, explain_shards, shards_needed
@@ -287,12 +287,12 @@ class _Plan:
 
 def _model_and_recipe(depth: int, commands: Mapping[str, list[str]]) -> tuple[GPTConfig, Recipe]:
     """The model that `base_train` makes of its flags, and its training recipe."""
-    base, default = commands["base_train"], GPTConfig.modern(depth)
-    shape = dict(
-        sequence_len=int(flag_value(base, "--max-seq-len", str(default.sequence_len))),
+    base = commands["base_train"]
+    shape: dict[str, Any] = dict(
+        sequence_len=int(flag_value(base, "--max-seq-len", "2048")),
         vocab_size=int(flag_value(commands["tok_train"], "--vocab-size", "")),
         head_dim=int(flag_value(base, "--head-dim", "128")),
-        window_pattern=flag_value(base, "--window-pattern", default.window_pattern),
+        window_pattern=flag_value(base, "--window-pattern", "SSSL"),
     )
     model = GPTConfig.modern(depth, **shape)
     recipe = derive_recipe(

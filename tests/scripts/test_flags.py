@@ -87,7 +87,7 @@ def test_each_number_has_a_range_and_each_name_a_check(name):
         if {int, float} & {hints[field.name], *typing.get_args(hints[field.name])}:
             assert least is not None and most is not None, f"--{field.name} takes any number"
             assert also is None or (also == -1 and "-1" in field.metadata["help"]), field.name
-            cli._check_range(field, field.default)
+            cli.flags.check_range(field, field.default)
         assert field.default != "", f"--{field.name} has an empty default"
         if field.name in ("model_tag", "run", "mixture", "task", "task_name"):
             assert field.metadata["check"], f"--{field.name} takes any text"

@@ -1,10 +1,10 @@
 """The commands, notes and estimates of a pipeline, by machine, corpus and flags."""
 
 import re
+import sys
 
 import pytest
 
-from nanochat_jax import cli
 from nanochat_jax.cli import parse
 from nanochat_jax.errors import UsageError
 from nanochat_jax.paths import Paths
@@ -205,7 +205,7 @@ def test_the_last_lines_name_the_commands_to_chat_with_the_model(tmp_path, monke
         (tmp_path / f"chatsft_checkpoints/{tag}/60/params").mkdir(parents=True)
     (tmp_path / "chatrl_checkpoints/d4/36/params").mkdir(parents=True)
     paths = Paths(tmp_path)
-    monkeypatch.setattr(cli.sys, "orig_argv", [".venv/bin/python", "-m", "scripts.speedrun"])
+    monkeypatch.setattr(sys, "orig_argv", [".venv/bin/python", "-m", "scripts.speedrun"])
     largest, small = (list(planned(CPU, depth=depth).values()) for depth in (20, 4))
     assert next_commands(largest, paths).splitlines() == [
         "talk to the model:  .venv/bin/python -m scripts.chat_cli",
@@ -213,6 +213,6 @@ def test_the_last_lines_name_the_commands_to_chat_with_the_model(tmp_path, monke
     ]
     assert "scripts.serve -g d4" in next_commands(small, paths)
     assert next_commands(small[:4], paths) == ""
-    monkeypatch.setattr(cli.sys, "orig_argv", ["/usr/bin/python3", "/usr/bin/nanochat", "speedrun"])
+    monkeypatch.setattr(sys, "orig_argv", ["/usr/bin/python3", "/usr/bin/nanochat", "speedrun"])
     with_rl = list(planned(CPU, with_rl=True).values())
     assert next_commands(with_rl, paths).endswith("nanochat serve -i rl")
