@@ -104,7 +104,7 @@ def find_devices(device_type: str | None = None) -> list[jax.Device]:
         variable = os.environ.get("JAX_PLATFORMS")
         cause = f" ({one_line(error).partition(' (set JAX_PLATFORMS')[0]})" if str(error) else ""
         if device_type:
-            said = f"--device-type {device_type}: JAX finds no such device here{cause}"
+            said = f"`device_type={device_type}`: JAX finds no such device here{cause}"
         elif variable:
             said = (
                 f"JAX_PLATFORMS={variable}: JAX finds no such platform here{cause}: unset the "
