@@ -385,7 +385,7 @@ def test_an_interrupt_while_a_script_imports_ends_it_without_a_traceback():
 
 def test_a_run_on_wandb_without_wandb_is_refused_in_one_line(monkeypatch):
     monkeypatch.setitem(sys.modules, "wandb", None)
-    with pytest.raises(UsageError, match="--run x .*pip install wandb"):
+    with pytest.raises(UsageError, match="`run=x` .*pip install wandb"):
         start_wandb("x", "nanochat", {})
     assert start_wandb("dummy", "nanochat", {}) is None
 

@@ -225,7 +225,7 @@ def run_commands(
     named = bool(argv) and argv[0] in commands
 
     def unknown() -> None:
-        raise UsageError(f"no command {argv[0]!r}; there are {', '.join(commands)}")
+        raise UsageError(f"no command {argv[0]!r}; the commands are {', '.join(commands)}")
 
     if argv and not named and not argv[0].startswith("-"):
         guard(unknown)
