@@ -65,7 +65,7 @@ class Tokenizer:
         """Every token with its rank, which is its id, in order."""
 
     def encode(self, text: str) -> list[int]:
-        """What tiktoken's `encode_ordinary` gives. UnicodeEncodeError if the text has surrogates."""
+        """The ids of `text`, special tokens as text. UnicodeEncodeError if it has surrogates."""
 
     def encode_batch(
         self, texts: Iterable[str], prepend: int | None = None, num_threads: int = 8
