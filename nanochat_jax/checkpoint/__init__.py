@@ -17,16 +17,3 @@ from nanochat_jax.checkpoint.load import (
 )
 from nanochat_jax.checkpoint.locking import claim_directory, lock_tag
 from nanochat_jax.checkpoint.manager import Checkpoints, Restored
-
-__all__ = [
-    "Checkpoints",
-    "Loaded",
-    "Restored",
-    "claim_directory",
-    "find_model",
-    "keep_tokenizer",
-    "load_directory",
-    "load_model",
-    "load_optimizer",
-    "lock_tag",
-]

@@ -26,24 +26,3 @@ from nanochat_jax.cli.running import (
     run_commands,
     with_flags,
 )
-
-__all__ = [
-    "EXIT_INTERRUPTED",
-    "LARGEST",
-    "LARGEST_SEED",
-    "NoFlags",
-    "arguments",
-    "catch_errors",
-    "directory_name",
-    "flag",
-    "guard",
-    "invocation",
-    "parse",
-    "run",
-    "run_commands",
-    "run_name",
-    "same_flag",
-    "spelled",
-    "user_path",
-    "with_flags",
-]

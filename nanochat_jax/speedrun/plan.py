@@ -38,10 +38,9 @@ MIXTURES = {"mid_train": (848_000, 400e6), "chat_sft": (22_400, 12e6)}
 SFT_ROWS, SFT_DEVICE_BATCH = 32, 4
 
 # Estimated seconds of the stages whose FLOPs are not counted.
-SMALL_SECONDS = {"data": 10, "tok_train": 5, "tok_eval": 5, "base_loss": 20, "base_eval": 20}
-SMALL_SECONDS |= {"chat_eval_mid": 30, "chat_eval_sft": 30, "chat_rl": 300, "chat_eval_rl": 30}
-SMALL_SECONDS |= {"report": 3}
-SCALED_SECONDS = {"tok_train": 100, "tok_eval": 5, "report": 3}
+SCALED_SECONDS = dict(tok_train=100, tok_eval=5, report=3)
+SMALL_SECONDS = SCALED_SECONDS | dict(data=10, tok_train=5, base_loss=20, base_eval=20)
+SMALL_SECONDS |= dict(chat_eval_mid=30, chat_eval_sft=30, chat_rl=300, chat_eval_rl=30)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -169,7 +168,8 @@ class _Plan:
 
     def stage(self, name: str, command: list[str]) -> Stage:
         seconds: float = (SMALL_SECONDS if self.small else SCALED_SECONDS).get(name, 0)
-        note = self._note(name)
+        note, source = self._note(name), SOURCES.get(name)
+        checkpoints = f"{CHECKPOINT_DIRS[source]}/d{self.depth}" if source else ""
         if name in ("base_train", *MIXTURES):
             tokens, step_tokens, length = self._length(name)
             rows, memory = self._rows(name, step_tokens)
@@ -183,9 +183,7 @@ class _Plan:
             args=tuple(command[1:]),
             placement=self._placement(name, rows),
             produces=name in PRODUCERS,
-            checkpoints=f"{CHECKPOINT_DIRS[SOURCES[name]]}/d{self.depth}"
-            if name in SOURCES
-            else "",
+            checkpoints=checkpoints,
             background=name == "data_rest",
             waits_for="data_rest" if name == "base_train" else "",
             note=note,
