@@ -14,7 +14,7 @@ class Tokenizer:
     def from_tokens(tokens: Sequence[bytes], pattern: str) -> Tokenizer:
         """A tokenizer of known tokens: token `i` has the id `i`.
 
-        ValueError if one of the 256 bytes is missing, a token is there twice or the pattern is bad.
+        ValueError if one of the 256 bytes is missing, a token occurs twice or the pattern is bad.
         """
 
     def train_from_iterator(
@@ -29,14 +29,16 @@ class Tokenizer:
     ) -> None:
         """Learn up to `vocab_size` tokens; `buffer_size` documents go to a thread at a time.
 
-        The most frequent pair merges first, ties go to the smallest (left id, right id), and training stops early
-        when no pair is left. `pattern` cuts text into chunks that no merge crosses; the default is GPT-4's.
-        `progress(stage, done, total)` is called several times a second: characters in the stage "count", whose total
-        is None while unknown, then merges in the stage "merge". The number of threads, by default that of the cores,
-        changes nothing about the result.
+        The most frequent pair merges first, ties go to the smallest (left id, right id), and
+        training stops early when no pair is left. `pattern` cuts text into chunks that no merge
+        crosses; the default is GPT-4's. `progress(stage, done, total)` is called several times a
+        second: characters in the stage "count", whose total is None while unknown, then merges in
+        the stage "merge". The number of threads, by default that of the cores, does not change the
+        result.
 
-        Raises ValueError for a bad pattern or a vocab_size below 256, TypeError for an item that is not a str, and
-        whatever the iterator, `progress` or a signal handler raises; the tokenizer then stays as it was.
+        Raises ValueError for a bad pattern or a vocab_size below 256, TypeError for an item that is
+        not a str, and what the iterator, `progress` or a signal handler raises; the tokenizer is
+        then unchanged.
         """
 
     def train_from_parquet(
@@ -51,10 +53,11 @@ class Tokenizer:
         progress: Callable[[str, int, int | None], object] | None = None,
         num_threads: int | None = None,
     ) -> None:
-        """The same on a column of strings of Parquet files, without its nulls, a row group in memory at a time.
+        """The same on a column of strings of Parquet files, without nulls, a row group at a time.
 
-        Of each document the first `doc_cap` characters count. The document that takes them over `max_chars` together is
-        the last, which is whole. Also raises what pyarrow raises, with a note that names the file.
+        The first `doc_cap` characters of each document count. The document with which they exceed
+        `max_chars` is the last, and is complete. Also raises what pyarrow raises, with a note that
+        names the file.
         """
 
     def get_pattern(self) -> str: ...
@@ -62,23 +65,27 @@ class Tokenizer:
         """Every token with its rank, which is its id, in order."""
 
     def encode(self, text: str) -> list[int]:
-        """What tiktoken's `encode_ordinary` gives. UnicodeEncodeError if the text has surrogates."""
+        """The ids of `text`, special tokens as text. UnicodeEncodeError if it has surrogates."""
 
     def encode_batch(
         self, texts: Iterable[str], prepend: int | None = None, num_threads: int = 8
     ) -> tuple[np.ndarray, np.ndarray]:
-        """All ids, int32 [N], and offsets, int64 [len(texts) + 1]; each text's ids start with `prepend`, if given.
+        """All ids, int32 [N], and offsets, int64 [len(texts) + 1].
 
+        Each text's ids start with `prepend`, if given.
         Up to `num_threads` threads work, without the GIL.
         """
 
     def encode_arrow(
         self, array: pa.Array | pa.ChunkedArray, prepend: int | None = None, num_threads: int = 8
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The same for the strings of an Arrow array without its nulls, which never become Python strings.
+        """The same for the strings of an Arrow array, without nulls and without Python strings.
 
         TypeError if it is no array of strings, ValueError if they are not UTF-8.
         """
 
     def decode(self, ids: Sequence[int]) -> bytes:
-        """The bytes of `ids`, not necessarily whole UTF-8 characters; ValueError for an id that is not a token's."""
+        """The bytes of `ids`, not necessarily complete UTF-8 characters.
+
+        ValueError for an id that is not a token's.
+        """

@@ -112,6 +112,7 @@ class _Handler(BaseHTTPRequestHandler):
                 403, {"X-Error-Code": "GatedRepo", "X-Error-Message": "Ask for access first."}
             )
         digest = hashlib.sha256(content).hexdigest()
+        path = f"cdn/{repo}/{revision.replace('/', '%2F')}/{file}"
         self.reply(
             302,
             {
@@ -119,7 +120,7 @@ class _Handler(BaseHTTPRequestHandler):
                 "X-Linked-Etag": f'"{digest}"',
                 "X-Linked-Size": str(len(content)),
                 "ETag": f'"{digest}"',
-                "Location": f"http://localhost:{self.server.server_port}/cdn/{repo}/{revision.replace('/', '%2F')}/{file}",
+                "Location": f"http://localhost:{self.server.server_port}/{path}",
             },
         )
 

@@ -19,23 +19,8 @@ from pathlib import Path
 from small_line import MODEL, lines, make_base, run, saved_state, start
 
 STEPS = 150
-FLAGS = [
-    *MODEL,
-    "--mesh",
-    "1x1",
-    "--total-batch-size",
-    "512",
-    "--device-batch-size",
-    "4",
-    "--num-iterations",
-    str(STEPS),
-    "--save-every",
-    "2",
-    "--eval-every",
-    "50",
-    "--eval-tokens",
-    "512",
-]
+FLAGS = [*MODEL, *"--mesh 1x1 --total-batch-size 512 --device-batch-size 4".split()]
+FLAGS += f"--num-iterations {STEPS} --save-every 2 --eval-every 50 --eval-tokens 512".split()
 
 
 def outcome(directory: Path) -> tuple:
@@ -96,33 +81,16 @@ def main() -> None:
             same = found == expected
             equal &= same
             if not same:
-                first = next(
-                    (
-                        line
-                        for line, other in zip(found[0], expected[0], strict=False)
-                        if line != other
-                    ),
-                    None,
-                )
-                print(
-                    f"the first step that differs: {first}; then {found[2:]} against {expected[2:]}"
-                )
+                pairs = zip(found[0], expected[0], strict=False)
+                first = next((line for line, other in pairs if line != other), None)
+                print(f"first step that differs: {first}; then {found[2:]}, not {expected[2:]}")
             print(
                 f"run {runs}: {len(kills)} kills so far, {sum(kills)} of them in a save; "
                 f"{'equal to' if same else 'DIFFERENT from'} the run left alone",
                 flush=True,
             )
-    print(
-        json.dumps(
-            {
-                "kills": len(kills),
-                "kills_in_a_save": sum(kills),
-                "runs": runs,
-                "steps": STEPS,
-                "equal": equal,
-            }
-        )
-    )
+    summary = dict(kills=len(kills), kills_in_a_save=sum(kills), runs=runs)
+    print(json.dumps(summary | dict(steps=STEPS, equal=equal)))
     sys.exit(not equal)
 
 

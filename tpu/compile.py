@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from nanochat_jax.errors import UsageError, one_line
-from nanochat_jax.metrics import PEAK_FLOPS
+from nanochat_jax.metrics import PEAKS
 from nanochat_jax.model.config import GPTConfig
 from nanochat_jax.model.loss import Batch
 from nanochat_jax.model.sharding import abstract_tree
@@ -41,7 +41,7 @@ class Chip:
     shapes: tuple[str, ...] = ()  # shapes of the slices that cloud providers offer
 
     def peak(self, name: str) -> float:
-        return PEAK_FLOPS[name]
+        return PEAKS[name][0]
 
 
 CHIPS = {

@@ -19,11 +19,11 @@ from test_train import run as train_run
 
 pytest.importorskip("gcsfs")
 
-from nanochat_jax import checkpoint, storage  # noqa: E402
-from nanochat_jax.checkpoint import lock_tag, saved_steps  # noqa: E402
+from nanochat_jax import storage  # noqa: E402
+from nanochat_jax.checkpoint import lock_tag, locking  # noqa: E402
 from nanochat_jax.errors import UsageError  # noqa: E402
 from nanochat_jax.metrics import read_metrics  # noqa: E402
-from nanochat_jax.paths import Paths  # noqa: E402
+from nanochat_jax.paths import Paths, saved_steps  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -274,7 +274,7 @@ def test_a_lock_whose_answer_was_lost_is_still_ones_own(server, place, monkeypat
         while server.generations[lock_object(place)] < first + 2:  # heartbeats
             assert time.monotonic() < deadline
             time.sleep(0.02)
-        assert not checkpoint._bucket_locks[str(place)].lost
+        assert not locking._bucket_locks[str(place)].lost
     assert lock_object(place) not in server.objects
 
 
@@ -293,7 +293,7 @@ def test_a_lock_in_the_bucket_is_renewed_until_another_run_takes_it(
         first = server.generations[lock_object(place)]
         wait_for(lambda: server.generations[lock_object(place)] > first + 1)
         hold(server, place, machine="another")
-        wait_for(lambda: checkpoint._bucket_locks[str(place)].lost)
+        wait_for(lambda: locking._bucket_locks[str(place)].lost)
         with pytest.raises(UsageError, match="another run has taken .* over"):
             train_run(place, logs=tmp_path)
     assert json.loads(server.objects[lock_object(place)])["id"] == "other"

@@ -19,7 +19,7 @@ from nanochat_jax.model.compute import Compute
 from nanochat_jax.model.config import GPTConfig
 from nanochat_jax.model.sharding import make_mesh
 from nanochat_jax.paths import Paths, saved_steps
-from nanochat_jax.pipeline import _clear
+from nanochat_jax.speedrun.runner import clear_tag
 from nanochat_jax.train import memory
 from nanochat_jax.train.loop import Evaluation, Job, LoaderSource, TrainConfig, _other_flags, train
 from nanochat_jax.train.memory import choose_batch_shape, compile_step
@@ -308,7 +308,7 @@ def test_flags_that_differ_are_those_that_a_saved_state_must_fit(
 def test_fresh_deletes_the_steps_of_the_tag_and_nothing_else(saved_run, tmp_path):
     for clear in (
         lambda path: claim_directory(path, resume=False, fresh=True),
-        lambda path: _clear(path, delete=True),
+        lambda path: clear_tag(path, delete=True),
     ):
         directory = shutil.copytree(saved_run, tmp_path / "tags" / "d3")
         others = [
