@@ -14,11 +14,10 @@ from nanochat_jax.errors import UsageError
 from nanochat_jax.files import lock_file
 from nanochat_jax.paths import Paths
 from nanochat_jax.pipeline import Machine, Record, Stage, run_stages, stage_keys
+from nanochat_jax.train.pretrain import BaseTrainConfig
 from nanochat_jax.train.rl import ChatRLConfig
+from nanochat_jax.train.stages import ChatSFTConfig, MidTrainConfig
 from scripts.base_loss import BaseLossConfig
-from scripts.base_train import BaseTrainConfig
-from scripts.chat_sft import ChatSFTConfig
-from scripts.mid_train import MidTrainConfig
 from scripts.speedrun import STAGES, SpeedrunConfig, main, next_commands, plan_stages
 
 LINE = [

@@ -17,7 +17,7 @@ ALLOWED = {
     "data": {"root", "model", "tasks"},
     "tasks": {"root", "data"},
     "infer": {"root", "model"},
-    "eval": {"root", "model", "data", "tasks", "infer"},
+    "eval": {"root", "model", "data", "tasks", "infer", "report"},
     "train": {"root", "model", "data", "tasks", "infer", "eval", "report"},
     "report": {"root"},
     "interop": {"root", "model"},
