@@ -1,11 +1,11 @@
-"""Kill a training run again and again, at random moments and in the middle of saves, and compare
-it with one left alone.
+"""Kill a training run repeatedly, at random moments and during saves, and compare it with one that
+is never killed.
 
     python tests/kill_runs.py --kills 30
 
-Every process is ended by SIGKILL and started again with --resume until the run is through. Then
-its losses, its data positions and every bit of its parameters and optimizer must be those of the
-run that was never killed; if not, the exit code is 1. Ends with one JSON line.
+Every process is ended by SIGKILL and started again with --resume until the run is complete. Its
+losses, data positions and all bits of its parameters and optimizer must equal those of the other
+run, else the exit code is 1. The last line is JSON.
 """
 
 import argparse
@@ -24,9 +24,7 @@ FLAGS += f"--num-iterations {STEPS} --save-every 2 --eval-every 50 --eval-tokens
 
 
 def outcome(directory: Path) -> tuple:
-    """All that must be equal: metrics of every step, and the last step's state with the checksums
-    of its arrays.
-    """
+    """What must be equal: all metrics, and the last step's state with its arrays' checksums."""
     state = saved_state(directory, STEPS)
     return (
         lines(directory, "train"),

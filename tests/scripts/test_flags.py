@@ -12,15 +12,14 @@ from nanochat_jax import cli, dataset
 from nanochat_jax.__main__ import commands
 from nanochat_jax.devices import DeviceFlags
 from nanochat_jax.errors import UsageError
+from nanochat_jax.eval.base_model import BaseEvalConfig
+from nanochat_jax.eval.chat_model import ChatEvalConfig
 from nanochat_jax.serve.chat_request import BadRequest, SamplingFields, check
+from nanochat_jax.train.pretrain import BaseTrainConfig
 from nanochat_jax.train.rl import ChatRLConfig
-from scripts.base_eval import BaseEvalConfig
-from scripts.base_train import BaseTrainConfig
+from nanochat_jax.train.stages import ChatSFTConfig, MidTrainConfig
 from scripts.chat_cli import Config as ChatConfig
-from scripts.chat_eval import ChatEvalConfig
-from scripts.chat_sft import ChatSFTConfig
 from scripts.infer_bench import Config as BenchConfig
-from scripts.mid_train import MidTrainConfig
 from scripts.serve import Config as ServeConfig
 from scripts.speedrun import SpeedrunConfig
 from scripts.tok_train import Config as TokConfig

@@ -12,11 +12,10 @@ from nanochat_jax.speedrun.machine import Machine
 from nanochat_jax.speedrun.plan import SpeedrunConfig, plan_stages, print_plan
 from nanochat_jax.speedrun.recipes import STAGE_NAMES
 from nanochat_jax.speedrun.stages import stage_keys
+from nanochat_jax.train.pretrain import BaseTrainConfig
 from nanochat_jax.train.rl import ChatRLConfig
+from nanochat_jax.train.stages import ChatSFTConfig, MidTrainConfig
 from scripts.base_loss import BaseLossConfig
-from scripts.base_train import BaseTrainConfig
-from scripts.chat_sft import ChatSFTConfig
-from scripts.mid_train import MidTrainConfig
 from scripts.speedrun import next_commands
 
 CPU = Machine(platform="cpu", kind="cpu", count=1, peak_flops=None)

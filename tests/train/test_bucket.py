@@ -315,18 +315,8 @@ def test_a_bucket_that_refuses_the_lock_is_one_line(server, place):
 
 FLAGS = [
     *MODEL,
-    "--total-batch-size",
-    "512",
-    "--device-batch-size",
-    "1",
-    "--num-iterations",
-    "8",
-    "--save-every",
-    "2",
-    "--eval-every",
-    "-1",
-    "--eval-tokens",
-    "512",
+    *"--total-batch-size 512 --device-batch-size 1 --num-iterations 8".split(),
+    *"--save-every 2 --eval-every -1 --eval-tokens 512".split(),
 ]
 
 
@@ -363,15 +353,8 @@ def test_a_run_killed_in_the_middle_of_saves_loses_nothing(server, tmp_path):
     # Another command on a machine with the bucket alone: the tokenizer comes from there, too.
     (tmp_path / "empty").mkdir()
     paths.data("embedded").rename(tmp_path / "empty" / paths.data("embedded").name)
-    said = run(
-        "base_loss",
-        "--split-tokens",
-        "512",
-        "--device-batch-size",
-        "2",
-        base=tmp_path / "empty",
-        env=env,
-    )
+    flags = "--split-tokens 512 --device-batch-size 2".split()
+    said = run("base_loss", *flags, base=tmp_path / "empty", env=env)
     assert f"{read_metrics(killed / 'metrics.jsonl')[-1]['val_bpb']:.4f}" in said
 
 
