@@ -3,10 +3,12 @@ disk.
 """
 
 import gzip
+import importlib
 import json
 import os
-import random
+import pkgutil
 import re
+import random
 import subprocess
 import sys
 from collections import Counter
@@ -21,7 +23,7 @@ from nanochat_jax import files, tasks
 from nanochat_jax.errors import NotFound, UsageError
 from nanochat_jax.infer.calculator import calculate
 from nanochat_jax.paths import Paths
-from nanochat_jax.tasks import gsm8k, hub, humaneval, mixtures, spelling
+from nanochat_jax.tasks import gsm8k, hub, humaneval, mixtures, registry, spelling
 from nanochat_jax.tasks.base import Task, TaskMixture, assistant, user
 from nanochat_jax.tasks.custom_json import CustomJSON
 from nanochat_jax.tasks.multiple_choice import multiple_choice
@@ -572,8 +574,6 @@ def hub_server(tmp_path, monkeypatch):
     this server.
     """
     with HubServer() as server:
-        commit = server.commit("owner/name")
-        monkeypatch.setitem(hub.PINNED, "owner/name", (commit, "{subset}/{split}-*.parquet"))
         pq.write_table(pa.table({"n": list(range(10))}), tmp_path / "whole.parquet")
         for start in (5, 0):
             pq.write_table(pa.table({"n": list(range(start, start + 5))}), tmp_path / "x.parquet")
@@ -592,13 +592,12 @@ def hub_server(tmp_path, monkeypatch):
 FETCH = """
 import json, sys
 from pathlib import Path
-from nanochat_jax.cli import NotFound
+from nanochat_jax.errors import NotFound
 from nanochat_jax.paths import Paths
-from nanochat_jax.tasks import hub
+from nanochat_jax.tasks.hub import HubData, load_split
 commit, split, base = sys.argv[1:]
-hub.PINNED["owner/name"] = (commit, "{subset}/{split}-*.parquet")
 try:
-    print(json.dumps(hub.load_split(Paths(Path(base)), "owner/name", "main", split)["n"].to_pylist()))
+    print(json.dumps(load_split(Paths(Path(base)), HubData("owner/name", commit), "main", split)["n"].to_pylist()))
 except NotFound as error:
     print(json.dumps(str(error)))
 """
@@ -635,10 +634,13 @@ def test_a_split_is_fetched_once_and_in_order(tmp_path, hub_server):
     assert fetch_split(hub_server, tmp_path) == list(range(10)) and not hub_server.requests
 
     class Order(hub.HubTask):
+        data = hub.HubData("owner/name", "commit")
+        columns = ("n",)
+
         def get_example(self, index):
             return self.row(index)
 
-    task = Order(Paths(tmp_path), "owner/name", "main", "train")
+    task = Order(Paths(tmp_path), "main", "train")
     assert [row["n"] for row in task] == np.random.default_rng(42).permutation(10).tolist()
 
 
@@ -661,17 +663,6 @@ def test_data_that_cannot_be_had_is_an_error_that_names_it(tmp_path, hub_server)
     assert hub_server.asked("GET /cdn/") == 1  # the first file was there already
 
 
-def test_every_data_set_is_pinned_to_a_commit():
-    assert set(hub.PINNED) >= {
-        "allenai/ai2_arc",
-        "cais/mmlu",
-        "openai/gsm8k",
-        "openai/openai_humaneval",
-        "HuggingFaceTB/smol-smoltalk",
-    }
-    assert all(re.fullmatch("[0-9a-f]{40}", revision) for revision, _ in hub.PINNED.values())
-
-
 @pytest.mark.parametrize(
     "files, manifest",
     [
@@ -690,7 +681,7 @@ def test_damaged_data_is_an_error(tmp_path, no_network, files, manifest):
         pq.write_table(pa.table({"n": [1]}), folder / file)
     (folder / "manifest.json").write_text(manifest)
     with pytest.raises(UsageError, match=r"owner/name \(main, train\)"):
-        hub.load_split(Paths(tmp_path), "owner/name", "main", "train")
+        hub.load_split(Paths(tmp_path), hub.HubData("owner/name", "commit"), "main", "train")
 
 
 # --------------------------------------------------------------------------------------- the real d
@@ -770,14 +761,33 @@ def test_upstream_mixtures(paths, stage, split, size):
         assert turns == ["user", "assistant"] * (len(turns) // 2)
 
 
-def test_names(tmp_path):
-    assert set(tasks.eval_tasks_for("embedded")) | set(tasks.eval_tasks_for("fineweb")) == set(
-        tasks.EVAL_TASKS
-    )
-    assert (
-        tasks.load_eval_task("word_arithmetic", Paths(tmp_path)).key
-        == tasks.load_eval_task("WordArithmetic", Paths(tmp_path)).key
-    )
+def leaves(task_class):
+    below = task_class.__subclasses__()
+    return [leaf for each in below for leaf in leaves(each)] if below else [task_class]
+
+
+def test_every_task_of_the_package_is_in_the_table_and_complete(paths):
+    paths.data("embedded").mkdir()
+    (paths.data("embedded") / "words.txt").write_text("stone happy river window copper")
+    evaluated = {name: load(paths, "test") for name, load in registry.EVAL_TASKS.items()}
+    mixed = [load(paths, "test") for load in registry.MIXED.values()]
+    for name, task in evaluated.items():
+        assert tasks.eval_task_name(task.key) == name and task.eval_type and len(task) > 0
+        assert type(task).evaluate is not Task.evaluate
+        assert tasks.load_eval_task(task.key, paths).key == task.key
+    for module in pkgutil.iter_modules(tasks.__path__):
+        importlib.import_module(f"nanochat_jax.tasks.{module.name}")
+    in_table = {type(task) for task in [*evaluated.values(), *mixed]}
+    for leaf in leaves(Task):
+        if leaf.__module__.startswith("nanochat_jax.tasks."):
+            assert leaf in {*in_table, TaskMixture, mixtures.Chained}, f"{leaf} has no entry"
+            if issubclass(leaf, hub.HubTask):
+                assert re.fullmatch("[0-9a-f]{40}", leaf.data.commit)
+    offline, upstream = map(tasks.eval_tasks_for, ("embedded", "fineweb"))
+    assert sorted(offline + upstream) == sorted(evaluated)
+
+
+def test_unknown_names_and_splits_are_refused(tmp_path):
     with pytest.raises(UsageError, match="'GSM9K': expected one of ARC-Easy"):
         tasks.load_eval_task("GSM9K", Paths(tmp_path))
     with pytest.raises(UsageError, match="only the split test"):
