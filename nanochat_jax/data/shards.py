@@ -30,8 +30,7 @@ def list_shards(directory: Path | str) -> list[Path]:
     """
     if not is_complete(Path(directory)):
         raise UsageError(
-            f"{directory} is being written, or its writing was interrupted: wait for it, or run "
-            "the same "
+            f"{directory} is being written, or its writing was interrupted: wait, or run the same "
             "`nanochat_jax.dataset` command again"
         )
     paths = sorted(Path(directory).glob("*.parquet"))
@@ -72,8 +71,7 @@ def split_shards(directory: Path | str, split: str) -> list[Path]:
     if len(paths) < 2:
         raise UsageError(
             f"only one shard in {directory} ({paths[0].name}): the last shard is validation, so "
-            "training "
-            "needs at least two; download or write more"
+            "training needs at least two; download or write more"
         )
     return paths[:-1] if split == "train" else paths[-1:]
 
@@ -95,20 +93,18 @@ def open_parquet(
         ) from error
     if column not in file.schema_arrow.names:
         names = ", ".join(file.schema_arrow.names) or "none"
-        raise UsageError(
-            f"{path} has no column {column!r}, only "
-            f"{names}{': name the text with --text-field' * foreign}"
-        )
+        advice = ": set `text_field`" if foreign else ""
+        raise UsageError(f"{path} has no column {column!r}, only {names}{advice}")
     if (count := file.schema_arrow.names.count(column)) > 1:
         raise UsageError(f"{path} has {count} columns {column!r}: rename or remove all but one")
-    kind = file.schema_arrow.field(column).type
-    plain = kind.value_type if foreign and pa.types.is_dictionary(kind) else kind
+    type_ = file.schema_arrow.field(column).type
+    plain = type_.value_type if foreign and pa.types.is_dictionary(type_) else type_
     if not (
         pa.types.is_string(plain)
         or pa.types.is_large_string(plain)
         or (foreign and pa.types.is_null(plain))
     ):
-        raise UsageError(f"column {column!r} of {path} holds {kind}, expected string")
+        raise UsageError(f"column {column!r} of {path} holds {type_}, expected string")
     return file
 
 
@@ -132,8 +128,7 @@ def read_row_group(file: pq.ParquetFile, path: Path, row_group: int) -> pa.Chunk
     except (pa.ArrowException, OSError) as error:
         raise UsageError(
             f"row group {row_group} of shard {path} is corrupt ({one_line(error)}): delete the "
-            "file and "
-            "get it again"
+            "file and get it again"
         ) from error
 
 

@@ -17,7 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from nanochat_jax.data.hub import clean_up, fetch, first_line
-from nanochat_jax.data.hub_dataset import list_dataset
+from nanochat_jax.data.hub_dataset import glob_pattern, list_dataset
 from nanochat_jax.errors import NotFound, UsageError, one_line
 from nanochat_jax.files import (
     COMPLETE,

@@ -7,8 +7,8 @@ import importlib
 import json
 import os
 import pkgutil
-import re
 import random
+import re
 import subprocess
 import sys
 from collections import Counter
