@@ -106,7 +106,7 @@ def test_text_is_cut_where_a_paragraph_ends():
         (
             "a.jsonl",
             b'{"content": "a", "id": 1}',
-            r"a\.jsonl has no key 'text', only content, id: name the text with",
+            r"a\.jsonl has no key 'text', only content, id: set `text_field`",
         ),
         (
             "a.jsonl",
@@ -129,7 +129,7 @@ def test_text_is_cut_where_a_paragraph_ends():
         ("a.txt", b"caf\xe9", r"a\.txt is not UTF-8 text"),
         ("a.jsonl.gz", gzip.compress(as_jsonl(["a"] * 1000))[:-30], r"a\.jsonl\.gz cannot be read"),
         ("a.parquet", b"PAR1 torn", r"a\.parquet is not a readable parquet file"),
-        ("a.docx", b"", r"a\.docx is of no known kind: expected an ending of parquet, jsonl"),
+        ("a.docx", b"", r"a\.docx is not in a supported format: expected parquet, jsonl"),
     ],
 )
 def test_faults_name_the_file_and_the_line(tmp_path, name, content, message):
@@ -200,7 +200,7 @@ def test_a_small_corpus_has_a_training_and_a_validation_shard(tmp_path, count, v
 
 
 def test_too_few_documents_leave_nothing(tmp_path):
-    for texts, held in ([], "no text"), ([None, " "], "no text"), (["one"], "one document alone"):
+    for texts, held in ([], "no text"), ([None, " "], "no text"), (["one"], "only one document"):
         with pytest.raises(UsageError, match=f"holds {held}: a corpus needs two"):
             write(tmp_path / "corpus", "a", texts)
     assert not (tmp_path / "corpus").exists()
@@ -235,7 +235,7 @@ def test_another_corpus_is_added_only_when_told_to_and_only_once(tmp_path):
     corpus = tmp_path / "corpus"
     write(corpus, "a", numbered(100))
     before = {path.name: path.read_bytes() for path in corpus.iterdir()}
-    with pytest.raises(UsageError, match="holds a already: --append adds to it"):
+    with pytest.raises(UsageError, match="already holds a: set `append` to add to it"):
         write(corpus, "b", numbered(100, 1000))
     assert write(corpus, "a", numbered(100)) is None
     assert {path.name: path.read_bytes() for path in corpus.iterdir()} == before
@@ -365,7 +365,7 @@ def test_local_files_and_directories(tmp_path, command):
     assert code == 0 and "already" in out
     (folder / "a.md").write_text("changed")
     code, _, err = command("local", folder, "--cut-chars", "2000")
-    assert code == 2 and "--append adds to it" in err
+    assert code == 2 and "set --append to add to it" in err
     code, out, _ = command("info")
     assert (
         code == 0
@@ -393,9 +393,9 @@ def test_what_is_left_out_of_directories_and_given_twice_is_logged(tmp_path, com
         tmp_path / "link.txt",
         f"{folder}/../texts/a.txt",
     )
-    assert code == 0 and err.count("read once") == 3
+    assert code == 0 and err.count("is read once") == 3
     assert (
-        f"{folder}: 4 entries are left out" in err
+        f"{folder}: 4 hidden entries, linked" in err
         and f"{folder}/.venv" in err
         and f"{folder}/b.pdf" in err
     )
@@ -406,13 +406,13 @@ def test_what_is_left_out_of_directories_and_given_twice_is_logged(tmp_path, com
     code, _, err = command(
         "local", "--append", "--cut-chars", "50", tmp_path / "link.txt", tmp_path / "new.txt"
     )
-    assert code == 0 and "link.txt is left out: it is in" in err
+    assert code == 0 and "link.txt is skipped: it is already in" in err
     code, out, _ = command("local", "--append", "--cut-chars", "50", tmp_path / "link.txt")
     assert code == 0 and "already" in out
     texts = [*iter_documents(corpus, "train"), *iter_documents(corpus, "val")]
     assert " ".join(texts).count("one") == 30 and " ".join(texts).count("three") == 30
     code, _, err = command("local", folder / ".venv")  # named by the user
-    assert code == 2 and "--append adds to it" in err
+    assert code == 2 and "set --append to add to it" in err
 
 
 @pytest.mark.parametrize(

@@ -271,7 +271,7 @@ def test_a_corpus_is_enough_for_the_depths_that_read_it_a_few_times():
     times.
     """
     tiny, some = (enough_for("custom", Size(2, int(size)))[1] for size in (5e5, 4e8))
-    assert tiny.startswith("base_train: too small a corpus; d4 wants ") and " times" not in tiny
+    assert tiny.startswith("base_train: too small a corpus; d4 needs ") and " times" not in tiny
     assert tiny.endswith(" GB of text") and some.startswith(
         "base_train: any depth, with repetitions; d4 reads it "
     )
