@@ -154,14 +154,6 @@ def test_restored_state_continues_exactly_at_every_step(make, longest):
             assert restored.snapshot()() == json.loads(states[step + 10])
 
 
-def test_snapshot_is_not_changed_by_what_follows():
-    packer = BestFitPacker(Documents(random_lengths(150, 50)), 32, buffer_docs=30)
-    packer.next_rows(4)
-    snapshot, state = packer.snapshot(), packer.snapshot()()
-    packer.next_rows(4)
-    assert snapshot() == state != packer.snapshot()()
-
-
 def test_restore_reads_no_document_before_a_row_takes_it():
     lengths = random_lengths(400, 100)
     packer = BestFitPacker(Documents(lengths), 32, buffer_docs=100)

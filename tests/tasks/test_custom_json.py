@@ -37,10 +37,7 @@ def test_custom_json_names_the_bad_line(tmp_path, content, message):
 
 
 def test_custom_json_reads_conversations(tmp_path):
-    chats = [
-        [{"role": "user", "content": f"{i} \u2028é"}, {"role": "assistant", "content": "b"}]
-        for i in range(3)
-    ]
+    chats = [[user(f"{i} \u2028é"), assistant("b")] for i in range(3)]
     path = tmp_path / "chats.jsonl"
     path.write_text(
         "\n\n".join(json.dumps(chat, ensure_ascii=False) for chat in chats) + "\n", encoding="utf-8"
@@ -99,10 +96,7 @@ def test_a_bad_question_is_named(tmp_path, value, message):
 
 
 def test_a_file_of_conversations_judges_its_last_message(tmp_path):
-    chats = [
-        [{"role": "user", "content": "a"}, {"role": "assistant", "content": reply}]
-        for reply in ("It is  Paris.", "so\n#### 1,200")
-    ]
+    chats = [[user("a"), assistant(reply)] for reply in ("It is  Paris.", "so\n#### 1,200")]
     system = {"messages": [{"role": "system", "content": "s"}, *chats[0]]}
     task = CustomJSON(write_lines(tmp_path / "chats.jsonl", [*chats, system]))
     assert task.eval_type == "generative" and len(task) == 3
@@ -125,16 +119,13 @@ PARTS = [
     {"type": "python_output", "text": "4"},
     {"type": "text", "text": "four."},
 ]
-AB = [user("a"), {"role": "assistant", "content": "b"}]
+AB = [user("a"), assistant("b")]
 
 
 @pytest.mark.parametrize(
     "value, messages",
     [
-        (
-            {"messages": [user("a"), {"role": "assistant", "content": PARTS}]},
-            [user("a"), assistant(PARTS)],
-        ),
+        ({"messages": [user("a"), assistant(PARTS)]}, [user("a"), assistant(PARTS)]),
         ({"conversations": [HUMAN, GPT]}, AB),
         ({"conversations": AB}, AB),
         ([HUMAN, GPT], AB),
@@ -263,10 +254,7 @@ def test_the_reference_is_the_text_of_its_parts(tmp_path):
 
 
 def test_splits_of_a_file_share_no_line(tmp_path):
-    chats = [
-        [{"role": "user", "content": str(i)}, {"role": "assistant", "content": "b"}]
-        for i in range(300)
-    ]
+    chats = [[user(str(i)), assistant("b")] for i in range(300)]
     path = write_lines(tmp_path / "chats.jsonl", chats)
     train, test = (questions(CustomJSON(path, split=split)) for split in ("train", "test"))
     assert not set(train) & set(test) and len(train) + len(test) == 300 and 10 < len(test) < 60
