@@ -151,14 +151,12 @@ class Identity(Skill):
     def surround(exchange: list, rng: random.Random) -> list:
         """Randomly add a greeting, thanks or farewell, or return only a greeting."""
 
-        def turn(said: list[str], replies: list[str]) -> list:
+        def turn(messages: list[str], replies: list[str]) -> list:
             ending = rng.choice(["", "", "!", "."])
-            said_now = rng.choice(said)
-            said_now = said_now if said_now.endswith("?") else said_now + ending
-            return [
-                user(said_now.lower() if rng.random() < 0.2 else said_now),
-                assistant(rng.choice(replies)),
-            ]
+            message = rng.choice(messages)
+            message += "" if message.endswith("?") else ending
+            message = message.lower() if rng.random() < 0.2 else message
+            return [user(message), assistant(rng.choice(replies))]
 
         form = rng.random()
         if form < 0.15:

@@ -11,7 +11,6 @@ import time
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hub_server import HubServer
 from huggingface_hub import constants
 
 from nanochat_jax import dataset
@@ -22,36 +21,19 @@ REPO = HUB_CORPORA["climbmix"].repo
 
 
 @pytest.fixture
-def hub(tmp_path, monkeypatch):
-    with HubServer() as server:
-        for repo, indices in (("climbmix", (*range(7), 6542)), ("fineweb", (*range(2), 1822))):
-            for index in indices:
-                path = tmp_path / "shard.parquet"
-                texts = [f"document {i} of shard {index}" for i in range(500)]
-                pq.write_table(pa.table({"text": texts}), path)
-                server.add(HUB_CORPORA[repo].repo, f"shard_{index:05d}.parquet", path.read_bytes())
-        server.connect(monkeypatch, tmp_path)
-        yield server
+def hub(hub, tmp_path):
+    for repo, indices in (("climbmix", (*range(7), 6542)), ("fineweb", (*range(2), 1822))):
+        for index in indices:
+            texts = [f"document {i} of shard {index}" for i in range(500)]
+            pq.write_table(pa.table({"text": texts}), tmp_path / "shard.parquet")
+            content = (tmp_path / "shard.parquet").read_bytes()
+            hub.add(HUB_CORPORA[repo].repo, f"shard_{index:05d}.parquet", content)
+    return hub
 
 
 @pytest.fixture
 def files(hub):
     return hub.repos[REPO, "main"]
-
-
-@pytest.fixture
-def command(tmp_path, monkeypatch, capsys):
-    """Runs `dataset` in this process: (exit code, output, errors)."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["dataset.py", *arguments])
-        monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path / "base"))
-        with pytest.raises(SystemExit) as exit:
-            dataset.main()
-        captured = capsys.readouterr()
-        return exit.value.code, captured.out, captured.err
-
-    return run
 
 
 NAMES = [f"shard_{index:05d}.parquet" for index in range(7)]

@@ -3,12 +3,10 @@ its protocol.
 """
 
 import json
-import sys
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from hub_server import HubServer
 from huggingface_hub import constants
 
 from nanochat_jax import dataset
@@ -113,27 +111,6 @@ def test_patterns_are_those_of_paths(pattern, name, matches):
 # --------------------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    with HubServer() as server:
-        server.connect(monkeypatch, tmp_path)
-        yield server
-
-
-@pytest.fixture
-def command(monkeypatch, capsys):
-    """Runs `dataset hf` in this process: (exit code, output, errors)."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["dataset", "hf", *arguments])
-        with pytest.raises(SystemExit) as exit:
-            dataset.main()
-        captured = capsys.readouterr()
-        return exit.value.code, captured.out, captured.err
-
-    return run
-
-
 def parquet(tmp_path, texts, column="text", row_group_size=None):
     pq.write_table(
         pa.table({"id": range(len(texts)), column: texts}),
@@ -163,7 +140,7 @@ def test_files_arrive_over_faults_and_become_one_corpus(hub, tmp_path, command):
             hub.faults[name] = fault
     hub.add(REPO, "data/test-00000-of-00001.parquet", parquet(tmp_path, ["of the test split"] * 5))
     options = ("--rows-per-shard", "1500", "--val-fraction", "0.01")
-    code, out, err = command("--dataset", REPO, *options)
+    code, out, err = command("hf", "--dataset", REPO, *options)
     assert code == 0, err
     assert "2,800 documents (28 for validation)" in out and "8 rows without text" in out
     (train, val), manifest = corpus(tmp_path)
@@ -176,12 +153,12 @@ def test_files_arrive_over_faults_and_become_one_corpus(hub, tmp_path, command):
     assert names == {"base_data_custom", ".base_data_custom.lock"}
 
     hub.requests.clear()
-    code, out, _ = command("--dataset", REPO)
+    code, out, _ = command("hf", "--dataset", REPO)
     assert code == 0 and "is already in" in out and not hub.asked("/cdn/")
-    code, _, err = command("--dataset", REPO, "--split", "test")
+    code, _, err = command("hf", "--dataset", REPO, "--split", "test")
     assert code == 2 and "set --append to add to it" in err and not hub.asked("/cdn/")
     assert corpus(tmp_path) == ([train, val], manifest)
-    code, _, err = command("--dataset", REPO, "--split", "test", "--append")
+    code, _, err = command("hf", "--dataset", REPO, "--split", "test", "--append")
     assert code == 0, err
     assert len(corpus(tmp_path)[0][0]) == len(train) + 4
 
@@ -205,7 +182,7 @@ def test_other_formats(hub, tmp_path, command, source):
         ):
             content = parquet(tmp_path, part, "body")
             hub.add(REPO, f"en/{name}.parquet", content, revision="refs/convert/parquet")
-    code, _, err = command("--dataset", REPO, "--subset", "en", "--text-field", "body")
+    code, _, err = command("hf", "--dataset", REPO, "--subset", "en", "--text-field", "body")
     assert code == 0, err
     (train, val), _ = corpus(tmp_path)
     assert sorted(train + val) == sorted(texts)
@@ -216,7 +193,7 @@ def test_presets_and_limits(hub, tmp_path, command, preset, repo):
     for index in range(3):
         name = f"data/train-{index:05d}-of-00003.parquet"
         hub.add(repo, name, parquet(tmp_path, numbered(100, 100 * index)))
-    code, _, err = command("--preset", preset, "--limit-rows", "150", "--val-fraction", "0.1")
+    code, _, err = command("hf", "--preset", preset, "--limit-rows", "150", "--val-fraction", "0.1")
     assert code == 0, err
     (train, val), _ = corpus(tmp_path)
     assert sorted(train + val) == sorted(numbered(150)) and len(val) == 15
@@ -226,7 +203,7 @@ def test_presets_and_limits(hub, tmp_path, command, preset, repo):
 def test_a_large_row_group_is_read_piece_by_piece(hub, tmp_path, command):
     """The corpus has row groups of 1,024 whatever the source has."""
     hub.add(REPO, "train.parquet", parquet(tmp_path, numbered(5000), row_group_size=5000))
-    assert command("--dataset", REPO)[0] == 0
+    assert command("hf", "--dataset", REPO)[0] == 0
     metadata = pq.ParquetFile(tmp_path / "base/base_data_custom/shard_00000.parquet").metadata
     rows = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
     assert rows == [1024, 1024, 1024, 1024, 879]
@@ -252,7 +229,7 @@ def test_mistakes_leave_nothing_and_are_one_line(hub, tmp_path, command, argumen
     hub.add("owner/gated", "train-0.parquet", content)
     hub.add("owner/gated", "train-1.parquet", content)
     hub.faults["train-1.parquet"] = "gated"
-    code, _, err = command("--dataset", *arguments)
+    code, _, err = command("hf", "--dataset", *arguments)
     errors = [line for line in err.splitlines() if line.startswith("error: ")]
     assert code == 2 and len(errors) == 1 and message in errors[0], err
     assert "Traceback" not in err
@@ -267,8 +244,8 @@ def test_offline_mode_reads_the_local_cache(hub, tmp_path, command, monkeypatch)
     (folder / "refs").mkdir()
     (folder / "refs" / "main").write_text(hub.commit(REPO))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    code, _, err = command("--dataset", REPO)
+    code, _, err = command("hf", "--dataset", REPO)
     assert code == 0, err
     assert sum(map(len, corpus(tmp_path)[0])) == 30 and not hub.requests
-    code, _, err = command("--dataset", "owner/other")
+    code, _, err = command("hf", "--dataset", "owner/other")
     assert code == 2 and "HF_HUB_OFFLINE is set, and it is not in the local cache" in err
