@@ -23,6 +23,8 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from types import SimpleNamespace
 from urllib.parse import unquote, urlsplit
 
+from huggingface_hub.utils import close_session
+
 
 class HubServer(ThreadingHTTPServer):
     daemon_threads = True
@@ -42,6 +44,7 @@ class HubServer(ThreadingHTTPServer):
         return self
 
     def __exit__(self, *error):
+        close_session()  # a thread waits for every connection that the client has open
         self.shutdown()
         self.server_close()
 
