@@ -74,7 +74,6 @@ class HubServer(ThreadingHTTPServer):
             "NO_PROXY": "127.0.0.1,localhost",
         }
 
-
     def connect(self, monkeypatch, base_dir):
         """Point this process's client, which read its environment at import, to this server."""
         from huggingface_hub import constants, file_download

@@ -20,7 +20,7 @@ ALLOWED = {
     "eval": {"root", "model", "data", "tasks", "infer"},
     "train": {"root", "model", "data", "tasks", "infer", "eval", "report"},
     "report": {"root"},
-    "interop": {"root", "model"},
+    "interop": {"root", "model", "train"},
     "serve": {"root", "model", "infer"},
 }
 
