@@ -190,7 +190,7 @@ def measure_loop(options: argparse.Namespace) -> dict[str, Any]:
         def __next__(self) -> dict[str, np.ndarray]:
             return host
 
-        place: dict[str, Any] = {}
+        position: dict[str, Any] = {}
 
         def get_state(self) -> dict[str, Any]:
             return {}

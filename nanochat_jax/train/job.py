@@ -60,7 +60,7 @@ class LoaderSource:
 
     @property
     def position(self) -> dict[str, Any]:
-        return self.loader.place
+        return self.loader.position
 
     def get_state(self) -> dict[str, Any]:
         return self.loader.get_state()
