@@ -259,9 +259,8 @@ class PrefillInputs(NamedTuple):
 def prefill(params: Params, slots: Slots, inputs: PrefillInputs, *, static: DecodeConfig) -> Slots:
     """Append prompt tokens to slots. Padding is overwritten by what follows."""
     cache = _rows_of(params, slots, inputs.slot, inputs.start, inputs.previous, static)
-    _, cache = forward(
-        params, inputs.tokens, static.config, static.compute, cache=cache, valid=inputs.valid
-    )
+    tokens, valid = jnp.asarray(inputs.tokens), jnp.asarray(inputs.valid)
+    _, cache = forward(params, tokens, static.config, static.compute, cache=cache, valid=valid)
     new = Slots(cache.k, cache.v)
     slots = _put(slots, new, inputs.slot, inputs.start, size=inputs.tokens.shape[1])
     return _place(slots, static.compute.mesh)

@@ -262,11 +262,11 @@ class EngineLoop:
         if not self.num_active:
             return meanwhile()
         began = time.monotonic()
-        streams = any(slot.is_ready and slot.generation.tokens for slot in self._slots)
+        streams = any(slot.is_ready and slot.active.tokens for slot in self._slots)
         budget = PREFILL_TOKENS_STREAMING if streams else PREFILL_TOKENS
         self.fill(budget if self._streaming else None)
         active = [slot for slot in self._slots if slot.is_ready]
-        short = self._slow and any(not slot.generation.tokens for slot in active)
+        short = self._slow and any(not slot.active.tokens for slot in active)
         rows, emitted, logprobs = self.decode(
             active, steps=1 if short else self._engine.steps_per_dispatch
         )
@@ -331,7 +331,7 @@ class EngineLoop:
         start, previous = np.full(rows, self.cache.length, np.int32), np.zeros(rows, np.int32)
         tokens, valid = np.zeros((rows, piece), np.int32), np.zeros(rows, np.int32)
         for row, slot in zip(row_of, batch, strict=True):
-            prompt, first = slot.generation.prompt, slot.filled
+            prompt, first = slot.active.prompt, slot.filled
             new = prompt[first : min(first + piece, len(prompt) - 1)]
             start[row], valid[row], tokens[row, : len(new)] = first, len(new), new
             previous[row] = prompt[first - 1] if first else 0
@@ -376,7 +376,7 @@ class EngineLoop:
         )
         table["slot"] = slots
         for row, slot in zip(row_of, active, strict=True):
-            decode.fill_row(table[row], slot.generation, engine.config.vocab_size)
+            decode.fill_row(table[row], slot.active, engine.config.vocab_size)
         engine.log_compilation("decode", rows, self.cache.length)
         self.cache, emitted, logprobs = decode.decode(
             engine.params, self.cache, decode.decode_inputs(table, steps), static=engine.static
@@ -385,8 +385,7 @@ class EngineLoop:
 
     def _accept(self, slot: Slot, tokens: list[int], logprobs: list[float]) -> None:
         """Pass new tokens to the slot's generation; an exception becomes its `error`."""
-        generation = slot.generation
-        assert generation is not None
+        generation = slot.active
         try:
             for token, logprob in zip(tokens, logprobs, strict=True):
                 if token < 0 or generation.done:

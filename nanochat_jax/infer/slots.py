@@ -46,6 +46,12 @@ class Slot:
     last_used: int = 0
 
     @property
+    def active(self) -> Generation:
+        """The generation of an occupied slot."""
+        assert self.generation is not None
+        return self.generation
+
+    @property
     def missing(self) -> int:
         """Prompt tokens to prefill."""
         return 0 if self.generation is None else len(self.generation.prompt) - 1 - self.filled
@@ -138,14 +144,13 @@ class SlotTable:
         for slot in self.occupied:
             if (source := slot.source) is None:
                 continue
-            assert slot.generation is not None
-            prompt = slot.generation.prompt[:-1]
+            prompt = slot.active.prompt[:-1]
             held = shared_length(prompt, source.tokens)
             if held < shared_length(prompt, source.planned):
                 continue  # it is being filled
             slot.source = None
             enough = held >= min(MIN_COPIED, len(prompt))
-            slot.generation.reused = slot.filled = held if enough else 0
+            slot.active.reused = slot.filled = held if enough else 0
             if slot.filled:
                 ready.append((source, slot))
         return ready

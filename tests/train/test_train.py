@@ -66,7 +66,7 @@ class CountedBatches:
         return {"inputs": tokens[:, :-1], "targets": targets}
 
     @property
-    def place(self):
+    def position(self):
         return {"position": self.position}
 
     def get_state(self):
