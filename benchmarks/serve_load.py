@@ -41,7 +41,6 @@ from contender import Contender
 
 # otherwise torch's idle threads use the cores
 os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-CONTEXT = 512
 TOKEN = re.compile(rb'"delta": ?\{"content": ?"')  # one per event with text
 WORDS = (
     "the of and model that learns to speak in small steps from text it reads all day long until "
@@ -64,7 +63,9 @@ def make_model(options: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
     ]
     tokens = [*(bytes([byte]) for byte in range(256)), *(text.encode() for text in texts)]
     tokenizer = Tokenizer({token: rank for rank, token in enumerate(tokens)})
-    config = GPTConfig.classic(options.depth, sequence_len=CONTEXT, vocab_size=tokenizer.vocab_size)
+    config = GPTConfig.classic(
+        options.depth, sequence_len=options.context, vocab_size=tokenizer.vocab_size
+    )
     return tokenizer, config, make_params(config)
 
 
@@ -488,6 +489,7 @@ def main() -> None:
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--depth", type=int, default=4)
+    parser.add_argument("--context", type=int, default=512)
     parser.add_argument("--slots", type=int, default=32)
     parser.add_argument("--max-queue", type=int, default=128)
     parser.add_argument("--clients", default="1,8,32,128")
