@@ -24,7 +24,7 @@ use counts::{count_chunks, ChunkCounts};
 use encode::{Encoder, Vocabulary};
 use feed::{Feed, Limits, Progress};
 use split::{Splitter, DEFAULT_PATTERN};
-use texts::{as_string, Texts};
+use texts::{as_string, ArrowStrings, Text, Texts};
 use train::{learn_merges, Words};
 
 /// More threads than any machine has cores would only cost memory, and at some number none can be started.
@@ -175,8 +175,8 @@ impl Tokenizer {
         prepend: Option<i32>,
         num_threads: usize,
     ) -> PyResult<Arrays<'py>> {
-        let texts = Texts::from_arrow(array)?;
-        self.encode_texts(array.py(), texts.iter().map(Ok), prepend, num_threads)
+        let strings = ArrowStrings::new(array)?;
+        self.encode_texts(array.py(), strings.iter().map(Ok), prepend, num_threads)
     }
 
     /// The bytes that `ids` stand for, which need not be whole UTF-8 characters.
@@ -229,10 +229,10 @@ impl Tokenizer {
         Ok(())
     }
 
-    fn encode_texts<'py, 't>(
+    fn encode_texts<'py>(
         &self,
         py: Python<'py>,
-        texts: impl Iterator<Item = Result<&'t str, Failure>>,
+        texts: impl Iterator<Item = Result<impl Text, Failure>>,
         prepend: Option<i32>,
         num_threads: usize,
     ) -> PyResult<Arrays<'py>> {
