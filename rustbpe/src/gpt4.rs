@@ -233,10 +233,9 @@ fn mask(block: &[u8; BLOCK], test: impl Fn(u8) -> bool) -> u64 {
         use std::arch::x86_64::{_mm_loadu_si128, _mm_movemask_epi8};
         let top_bits = |at: usize| {
             // SAFETY: every x86-64 processor has SSE2, and `at` is at most 16 below the length of `passed`.
-            let bits = unsafe { _mm_movemask_epi8(_mm_loadu_si128(passed.as_ptr().add(at).cast())) };
-            u64::from(bits as u32) << at
+            unsafe { _mm_movemask_epi8(_mm_loadu_si128(passed.as_ptr().add(at).cast())) as u32 }
         };
-        top_bits(0) | top_bits(16) | top_bits(32) | top_bits(48)
+        u64::from(top_bits(0) | top_bits(16) << 16) | u64::from(top_bits(32) | top_bits(48) << 16) << 32
     }
     #[cfg(not(target_arch = "x86_64"))]
     {
