@@ -69,7 +69,7 @@ class Tokenizer:
     ) -> tuple[np.ndarray, np.ndarray]:
         """All ids, int32 [N], and offsets, int64 [len(texts) + 1]; each text's ids start with `prepend`, if given.
 
-        Up to `num_threads` threads work, without the GIL.
+        Up to `num_threads` threads work, without the GIL. The tokenizer keeps 18 MiB of caches for each thread.
         """
 
     def encode_arrow(

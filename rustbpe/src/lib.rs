@@ -12,6 +12,7 @@ mod train;
 
 use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::SyncSender;
+use std::sync::LazyLock;
 use std::thread;
 
 use numpy::{IntoPyArray, PyArray1};
@@ -29,6 +30,9 @@ use train::{learn_merges, Words};
 
 /// More threads than any machine has cores would only cost memory, and at some number none can be started.
 const MAX_THREADS: usize = 1024;
+
+/// More threads than this would share cores and each need a cache.
+static CORES: LazyLock<usize> = LazyLock::new(|| thread::available_parallelism().map_or(1, |count| count.get()));
 
 /// A byte-level BPE tokenizer: ids 0..=255 are bytes, then come the learned merges.
 #[pyclass]
@@ -215,8 +219,7 @@ impl Tokenizer {
                 return Err(PyValueError::new_err(format!("vocab_size must be at most {}, got {vocab_size}", u32::MAX)))
             }
         };
-        let cores = || thread::available_parallelism().map_or(1, |count| count.get());
-        let threads = num_threads.unwrap_or_else(cores).clamp(1, MAX_THREADS);
+        let threads = num_threads.unwrap_or(*CORES).clamp(1, MAX_THREADS);
         let splitter = Splitter::new(pattern.unwrap_or(DEFAULT_PATTERN)).map_err(Failure::from)?;
         let mut progress = Progress::new(progress);
         let vocabulary = py.detach(|| -> Result<_, Failure> {
@@ -236,7 +239,7 @@ impl Tokenizer {
         prepend: Option<i32>,
         num_threads: usize,
     ) -> PyResult<Arrays<'py>> {
-        let (mut signals, threads) = (Progress::new(None), num_threads.min(MAX_THREADS));
+        let (mut signals, threads) = (Progress::new(None), num_threads.min(*CORES));
         let check = || signals.update("", 0, None).map_err(Failure::from);
         let without_gil = |work: &mut (dyn FnMut() + Send)| py.detach(work);
         let encoded = encode_batch(&self.encoder, &self.pool, texts, prepend, threads, without_gil, check)?;
