@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The whole line, from raw text to a model you can talk to, on whatever this machine has. Installs what it needs into
-# `.venv` first; a second run continues where the first one stopped. Flags: `bash speedrun.sh --help`.
+# The whole pipeline, from raw text to a model you can chat with, on the devices of this machine. Installs what it needs
+# into `.venv` first; a second run continues where the first one stopped. Flags: `bash speedrun.sh --help`.
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 source scripts/setup_env.sh

@@ -56,18 +56,23 @@ def make_prompts(options: argparse.Namespace, batch: int) -> np.ndarray:
     return np.random.default_rng(1).integers(0, options.vocab, (batch, CONTEXT))
 
 
-def make_engine(options: argparse.Namespace, num_slots: int) -> Any:
+def start_jax() -> None:
     from pathlib import Path
     from tempfile import gettempdir
 
     from nanochat_jax.devices import start
-    from nanochat_jax.infer.engine import Engine
-    from nanochat_jax.infer.request import NoTokenizer
     from nanochat_jax.paths import Paths
 
     scratch = Paths(Path(gettempdir()) / "nanochat_jax-benchmark")
     scratch.base.mkdir(exist_ok=True)
     start(scratch)
+
+
+def make_engine(options: argparse.Namespace, num_slots: int) -> Any:
+    from nanochat_jax.infer.engine import Engine
+    from nanochat_jax.infer.request import NoTokenizer
+
+    start_jax()
     config = make_config(options)
     return Engine(config, make_params(config), NoTokenizer(), num_slots=num_slots)
 
@@ -78,26 +83,20 @@ Round = Callable[[int, bool], tuple[float, list[list[int]]]]
 
 def jax_contender(options: argparse.Namespace, batch: int) -> Round:
     from nanochat_jax.infer.engine import EngineLoop
-    from nanochat_jax.infer.request import Request
+    from nanochat_jax.infer.request import Sampling
 
     engine = make_engine(options, batch)
     prompts = [tuple(row) for row in make_prompts(options, batch).tolist()]
 
     def run(steps: int, greedy: bool) -> tuple[float, list[list[int]]]:
         loop = EngineLoop(engine)
+        sampling = Sampling(max_tokens=steps, temperature=0.0 if greedy else 1.0, top_k=TOP_K)
         generations = [
-            engine.generation(
-                Request(
-                    prompt,
-                    max_tokens=steps,
-                    temperature=0.0 if greedy else 1.0,
-                    top_k=TOP_K,
-                    seed=row,
-                )
-            )
+            engine.generation(sampling.request(prompt, seed=row))
             for row, prompt in enumerate(prompts)
         ]
         loop.admit(generations)
+        loop.fill()
         loop.cache.k[0].block_until_ready()
         began = time.perf_counter()
         while loop.num_active:
@@ -145,24 +144,27 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
     contenders = {name: Contender(name) for name in ("jax", "torch")}
     print(
         f"d{options.depth}, vocabulary {options.vocab:,}, float32, {os.cpu_count()} cores; "
-        f"decoding alone, {CONTEXT} tokens "
-        f"before it, {options.steps} steps, top-k {TOP_K}; best of {options.rounds} rounds"
+        f"only decoding, after {CONTEXT} tokens: {options.steps} steps, top-k {TOP_K}; best of "
+        f"{options.rounds} rounds"
     )
     rows = []
     for batch in map(int, options.batches.split(",")):
         # also compiles
-        greedy = {name: each.ask(batch, CHECKED, 1)[1] for name, each in contenders.items()}
+        greedy = {
+            name: contender.ask(batch, CHECKED, 1)[1] for name, contender in contenders.items()
+        }
         apart = sum(a != b for a, b in zip(greedy["jax"], greedy["torch"], strict=True))
         if apart > batch // 8:
             sys.exit(
                 f"the greedy tokens differ, so the contenders do not compute the same: {greedy}"
             )
         best = dict.fromkeys(contenders, float("inf"))
-        for each in contenders.values():
-            each.ask(batch, options.steps, 0)  # warm-up
+        for contender in contenders.values():
+            contender.ask(batch, options.steps, 0)  # warm-up
         for _ in range(options.rounds):
-            for name, each in contenders.items():
-                best[name] = min(best[name], each.ask(batch, options.steps, 0)[0] / options.steps)
+            for name, contender in contenders.items():
+                seconds = contender.ask(batch, options.steps, 0)[0] / options.steps
+                best[name] = min(best[name], seconds)
         rows.append(
             {"batch": batch, "ratio": best["torch"] / best["jax"]}
             | {f"{name}_ms": 1000 * seconds for name, seconds in best.items()}
@@ -174,8 +176,8 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
             f"{rows[-1]['ratio']:.2f}",
             flush=True,
         )
-    for each in contenders.values():
-        each.close()
+    for contender in contenders.values():
+        contender.close()
     return {"rows": rows}
 
 

@@ -66,10 +66,10 @@ def jax_one_example(model: Imported) -> Callable[[list[Row]], None]:
         )
         for i, row in enumerate(rows):
             tokens[i, : row.end] = row.tokens
-        found = log_probs(model.params, tokens)
+        scores = log_probs(model.params, tokens)
         for i, row in enumerate(rows):
             at = np.arange(row.start, row.end)
-            np.asarray(found[i])[at - 1, row.tokens[at]].mean()
+            np.asarray(scores[i])[at - 1, row.tokens[at]].mean()
 
     return run
 
@@ -149,7 +149,7 @@ def main() -> int:
     parser.add_argument("--rows", type=int, default=4, help="CORE examples of a batch")
     parser.add_argument("--problems", type=int, default=128, help="answers to generate")
     parser.add_argument("--only", choices=["core", "generation"], help="one of the two tables")
-    parser.add_argument("--slots", type=int, default=64, help="answers in flight at once")
+    parser.add_argument("--slots", type=int, default=64, help="answers generated in parallel")
     given = parser.parse_args()
     if not os.environ.get("NANOCHAT_TEST_DATA"):
         print(

@@ -4,9 +4,9 @@
     python benchmarks/loader.py --train              does a CPU train step wait for the loader?
     python benchmarks/loader.py --corpus DIRECTORY   your own shards, not the offline corpus
 
-From parquet files to numpy batches on the host, tokenized while reading, BOS before every document.
-Passes alternate, and the best of each is printed. The vocabulary is trained on the corpus first.
-Upstream's tokenizer also uses all cores. Both must make the same best-fit rows.
+From parquet files to numpy batches on the host, tokenized while reading, with BOS before every
+document. Rounds alternate between the loaders; the best round counts. The vocabulary is trained on
+the corpus first. Upstream's tokenizer also uses all cores. Both must make the same best-fit rows.
 """
 
 import argparse
@@ -93,10 +93,8 @@ def rate(batches: Iterator, tokens: int, seconds: float) -> tuple[float, float]:
     wall, cpu, count = time.perf_counter(), time.process_time(), 0
     while time.perf_counter() - wall < seconds:
         next(batches)
-        count += 1
-    return count * tokens / (time.perf_counter() - wall), count * tokens / (
-        time.process_time() - cpu
-    )
+        count += tokens
+    return count / (time.perf_counter() - wall), count / (time.process_time() - cpu)
 
 
 def measure_rates(
@@ -119,12 +117,14 @@ def measure_rates(
             corpus, tokenizer, split="train", packing=packing, **shape, **options
         )
 
-    check = ours("bestfit", num_shards=1)
-    for expected in (found := peer_bestfit(documents(), args.rows, args.length, 1000), found):
-        batch = next(expected)
-        mine = next(check)
-        np.testing.assert_array_equal(mine["inputs"], batch[:, :-1])
-        np.testing.assert_array_equal(mine["targets"], batch[:, 1:])
+    check, expected = (
+        ours("bestfit", num_shards=1),
+        peer_bestfit(documents(), args.rows, args.length, 1000),
+    )
+    for _ in range(2):
+        batch, rows = next(check), next(expected)
+        np.testing.assert_array_equal(batch["inputs"], rows[:, :-1])
+        np.testing.assert_array_equal(batch["targets"], rows[:, 1:])
     check.close()
 
     makers: dict[str, Callable[[], Iterator]] = {
@@ -145,9 +145,9 @@ def measure_rates(
 
 
 def measure_steps(corpus: Path, tokenizer: Tokenizer, args: argparse.Namespace) -> dict[str, float]:
-    """Seconds of a train step of a d4 model, on a fixed batch and on batches from the loader.
+    """Seconds of a d4 model's train step, on a fixed batch and on batches from the loader.
 
-    They alternate in blocks longer than the loader's prefetch.
+    Both alternate in blocks longer than the loader's prefetch.
     """
     import jax
 
@@ -191,63 +191,67 @@ def measure_steps(corpus: Path, tokenizer: Tokenizer, args: argparse.Namespace) 
     return {source: statistics.median(values) for source, values in seconds.items()}
 
 
+def report_steps(about: dict[str, object], seconds: dict[str, float]) -> None:
+    for source, value in seconds.items():
+        print(f"train step on {source:15} {1000 * value:8.1f} ms")
+    ratio = seconds["the loader"] / seconds["a fixed batch"]
+    print(f"with the loader it takes {100 * (ratio - 1):+.1f}%")
+    print(json.dumps({"benchmark": "loader_step", **about, "ratio": ratio, "seconds": seconds}))
+
+
+def report_rates(
+    about: dict[str, object], rates: dict[str, tuple[float, float]], args: argparse.Namespace
+) -> None:
+    print(
+        f"{about['cores']} cores, vocabulary {about['vocabulary']:,}, rows of {args.length:,} "
+        f"tokens, {args.rows} a batch"
+    )
+    print(f"{'':24} {'M tokens/s':>10} {'per core':>10} {'times the peer':>15}")
+    ratios = {}
+    for name, (per_second, per_cpu_second) in rates.items():
+        packing = name.partition(",")[0]
+        ratios[packing] = per_second / rates[f"{packing}, peer"][0]
+        print(
+            f"{name:24} {per_second / 1e6:10.2f} {per_cpu_second / 1e6:10.2f} "
+            f"{ratios[packing]:15.1f}"
+        )
+    result = {
+        "benchmark": "loader",
+        **about,
+        "rows": args.rows,
+        "length": args.length,
+        "ratio": ratios,
+        "tokens_per_second": {name: value[0] for name, value in rates.items()},
+    }
+    print(json.dumps(result))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument(
-        "--corpus",
-        type=Path,
-        help="directory of shards; default: the offline corpus, made for this",
+        "--corpus", type=Path, help="directory of shards; default: the offline corpus"
     )
     parser.add_argument("--rows", type=int, default=32)
     parser.add_argument("--length", type=int, default=2048)
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--seconds", type=float, default=2.0, help="of one measurement")
+    parser.add_argument("--seconds", type=float, default=2.0, help="length of one measurement")
     parser.add_argument("--train", action="store_true", help="time train steps instead")
-    parser.add_argument("--steps", type=int, default=20, help="of each kind")
+    parser.add_argument("--steps", type=int, default=20, help="steps on each source of batches")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
         corpus = args.corpus or Path(scratch) / "corpus"
         if args.corpus is None:
             embedded.build(corpus)
         tokenizer = Tokenizer.train(iter_documents(corpus, "train"), VOCAB)
-        cores = os.cpu_count() or 1
-        about = {"cores": cores, "load": os.getloadavg()[0], "vocabulary": tokenizer.vocab_size}
+        about = {
+            "cores": os.cpu_count() or 1,
+            "load": os.getloadavg()[0],
+            "vocabulary": tokenizer.vocab_size,
+        }
         if args.train:
-            steps = measure_steps(corpus, tokenizer, args)
-            for source, value in steps.items():
-                print(f"train step on {source:15} {1000 * value:8.1f} ms")
-            ratio = steps["the loader"] / steps["a fixed batch"]
-            print(f"with the loader it takes {100 * (ratio - 1):+.1f}%")
-            print(
-                json.dumps({"benchmark": "loader_step", **about, "ratio": ratio, "seconds": steps})
-            )
-            return
-        best = measure_rates(corpus, tokenizer, args)
-        print(
-            f"{cores} cores, vocabulary {tokenizer.vocab_size:,}, rows of {args.length:,} tokens, "
-            f"{args.rows} a batch"
-        )
-        print(f"{'':24} {'M tokens/s':>10} {'per core':>10} {'times the peer':>15}")
-        ratios = {}
-        for name, (per_second, per_cpu_second) in best.items():
-            packing = name.partition(",")[0]
-            ratios[packing] = per_second / best[f"{packing}, peer"][0]
-            print(
-                f"{name:24} {per_second / 1e6:10.2f} {per_cpu_second / 1e6:10.2f} "
-                f"{ratios[packing]:15.1f}"
-            )
-        print(
-            json.dumps(
-                {
-                    "benchmark": "loader",
-                    **about,
-                    "rows": args.rows,
-                    "length": args.length,
-                    "ratio": ratios,
-                    "tokens_per_second": {name: value[0] for name, value in best.items()},
-                }
-            )
-        )
+            report_steps(about, measure_steps(corpus, tokenizer, args))
+        else:
+            report_rates(about, measure_rates(corpus, tokenizer, args), args)
 
 
 if __name__ == "__main__":

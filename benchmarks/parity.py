@@ -19,32 +19,17 @@ import time
 from pathlib import Path
 
 TOLERANCE = 0.03
-ERAS = ("classic", "modern")
+ARCHS = ("classic", "modern")
 # Upstream's settings that affect the result; the others are about logging, evaluating and saving.
 SETTINGS = (
-    "depth",
-    "aspect_ratio",
-    "head_dim",
-    "max_seq_len",
-    "window_pattern",
-    "num_iterations",
-    "device_batch_size",
-    "target_param_data_ratio",
-    "total_batch_size",
-    "embedding_lr",
-    "unembedding_lr",
-    "matrix_lr",
-    "scalar_lr",
-    "weight_decay",
-    "grad_clip",
-    "warmup_steps",
-    "warmdown_ratio",
-    "final_lr_frac",
-    "eval_tokens",
+    *("depth", "aspect_ratio", "head_dim", "max_seq_len", "window_pattern"),
+    *("num_iterations", "device_batch_size", "target_param_data_ratio", "total_batch_size"),
+    *("embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr", "weight_decay", "grad_clip"),
+    *("warmup_steps", "warmdown_ratio", "final_lr_frac", "eval_tokens"),
 )
 
 
-def train(era: str, reference: Path, corpus: Path) -> dict[str, float]:
+def train(arch: str, reference: Path, corpus: Path) -> dict[str, float]:
     """Train like upstream's checkpoint in `reference`; returns figures of both."""
     meta = json.loads(next(reference.glob("meta_*.json")).read_text())
     with tempfile.TemporaryDirectory() as base:
@@ -63,32 +48,12 @@ def train(era: str, reference: Path, corpus: Path) -> dict[str, float]:
             if settings.get(name) is not None
         ]
         start = time.perf_counter()
-        run(
-            "scripts.base_train",
-            "--arch",
-            era,
-            "--data",
-            "fineweb",
-            "--mesh",
-            "1x1",
-            "--dtype",
-            "float32",
-            "--model-tag",
-            "ours",
-            "--eval-every",
-            "-1",
-            "--data-shards",
-            "1",
-            *flags,
-        )
+        common = f"--arch {arch} --data fineweb --mesh 1x1 --dtype float32 --model-tag ours"
+        run("scripts.base_train", *common.split(), "--eval-every=-1", "--data-shards=1", *flags)
         seconds = time.perf_counter() - start
-        log = [
-            json.loads(line)
-            for line in (Path(base) / "base_checkpoints/ours/metrics.jsonl")
-            .read_text()
-            .splitlines()
-        ]
-    ours = [row["val_bpb"] for row in log if "val_bpb" in row][-1]
+        log = (Path(base) / "base_checkpoints/ours/metrics.jsonl").read_text()
+    rows = map(json.loads, log.splitlines())
+    ours = [row["val_bpb"] for row in rows if "val_bpb" in row][-1]
     return {
         "steps": meta["step"],
         "upstream_bpb": meta["val_bpb"],
@@ -102,10 +67,12 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("eras", nargs="*", metavar="ERA", help=f"{' or '.join(ERAS)}; default both")
-    eras = parser.parse_args().eras or ERAS
-    if unknown := set(eras) - set(ERAS):
-        parser.error(f"no era {', '.join(sorted(unknown))}: expected {' or '.join(ERAS)}")
+    parser.add_argument(
+        "archs", nargs="*", metavar="ARCH", help=f"{' or '.join(ARCHS)}; default both"
+    )
+    archs = parser.parse_args().archs or ARCHS
+    if unknown := set(archs) - set(ARCHS):
+        parser.error(f"no architecture {', '.join(sorted(unknown))}: expected {' or '.join(ARCHS)}")
     if not os.environ.get("NANOCHAT_TEST_DATA"):
         print(
             "error: NANOCHAT_TEST_DATA is not set: it names the folder with upstream's runs",
@@ -114,16 +81,16 @@ def main() -> int:
         return 2
     data = Path(os.environ["NANOCHAT_TEST_DATA"])
     results = {
-        era: train(era, data / "golden" / f"trained-{era}", data / "data" / "base_data")
-        for era in eras
+        arch: train(arch, data / "golden" / f"trained-{arch}", data / "data" / "base_data")
+        for arch in archs
     }
     print(
-        f"\n{'era':8}  {'steps':>5}  {'upstream':>8}  {'ours':>8}  {'difference':>10}  "
+        f"\n{'arch':8}  {'steps':>5}  {'upstream':>8}  {'ours':>8}  {'difference':>10}  "
         f"{'seconds':>7}"
     )
-    for era, row in results.items():
+    for arch, row in results.items():
         print(
-            f"{era:8}  {row['steps']:5}  {row['upstream_bpb']:8.4f}  {row['ours_bpb']:8.4f}  "
+            f"{arch:8}  {row['steps']:5}  {row['upstream_bpb']:8.4f}  {row['ours_bpb']:8.4f}  "
             f"{row['difference']:+10.4f}  "
             f"{row['seconds']:7.0f}"
         )

@@ -51,19 +51,12 @@ WORDS = (
 
 def make_model(options: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
     """(tokenizer, config, random parameters)."""
-    from tempfile import gettempdir
+    from decode import make_params, start_jax
 
-    import jax
-
-    from nanochat_jax.devices import start
     from nanochat_jax.model.config import GPTConfig
-    from nanochat_jax.model.weights import abstract_params
-    from nanochat_jax.paths import Paths
     from nanochat_jax.tokenizer import Tokenizer
 
-    scratch = Paths(Path(gettempdir()) / "nanochat_jax-benchmark")
-    scratch.base.mkdir(exist_ok=True)
-    start(scratch)
+    start_jax()
     texts = [
         "".join(letters)
         for size in (2, 3)
@@ -72,22 +65,16 @@ def make_model(options: argparse.Namespace) -> tuple[Any, Any, dict[str, Any]]:
     tokens = [*(bytes([byte]) for byte in range(256)), *(text.encode() for text in texts)]
     tokenizer = Tokenizer({token: rank for rank, token in enumerate(tokens)})
     config = GPTConfig.classic(options.depth, sequence_len=CONTEXT, vocab_size=tokenizer.vocab_size)
-    rng = np.random.default_rng(0)
-    params = jax.tree.map(
-        lambda leaf: (
-            rng.standard_normal(leaf.shape, np.float32) * np.float32(leaf.shape[-2] ** -0.5)
-        ),
-        abstract_params(config),
-    )
-    return tokenizer, config, params
+    return tokenizer, config, make_params(config)
 
 
 def serve(options: argparse.Namespace, slots: int) -> None:
     """Run the server; prints its port when it is ready."""
+    from nanochat_jax.checkpoint import Loaded
     from nanochat_jax.infer.engine import Engine
     from nanochat_jax.infer.scheduler import Scheduler
     from nanochat_jax.serve import server
-    from nanochat_jax.serve.chat_request import Sampling
+    from nanochat_jax.serve.settings import ServerConfig
 
     tokenizer, config, params = make_model(options)
     engine = Engine(config, params, tokenizer, num_slots=slots)
@@ -96,15 +83,8 @@ def serve(options: argparse.Namespace, slots: int) -> None:
         Scheduler(engine, max_waiting=options.max_queue) as scheduler,
         server.bind("127.0.0.1", 0) as sock,
     ):
-        app = server.create_app(
-            scheduler,
-            tokenizer,
-            {"name": "benchmark"},
-            max_len=CONTEXT,
-            num_slots=slots,
-            defaults=Sampling(max_tokens=16),
-            deadline=120,
-        )
+        model = Loaded(config, {}, tokenizer, {}, Path("benchmark"), 0, "base")
+        app = server.create_app(scheduler, model, ServerConfig(max_tokens=16, timeout=120))
         server.run(app, sock, lambda: print(sock.getsockname()[1], flush=True))
 
 
@@ -279,48 +259,53 @@ def bench(options: argparse.Namespace) -> dict[str, Any]:
     with ExitStack() as servers:
         url, _ = servers.enter_context(server_process(options, options.slots))
         rows = [Row(clients, url, int(clients)) for clients in options.clients.split(",")]
-        if not options.url:
+        if options.url:
+            baselines = [row for row in rows if row.clients == 1]
+        else:
             single, _ = servers.enter_context(server_process(options, 1))
-            rows[:0] = [
-                Row("of one slot", single, 1),
-                *([TorchRow()] if importlib.util.find_spec("torch") else []),
-            ]
+            baselines = [Row("of one slot", single, 1)]
+            if importlib.util.find_spec("torch"):
+                baselines.append(TorchRow())
+            rows[:0] = baselines
         # alternating, so that other load on the machine affects all of them
         for _ in range(options.rounds):
             for row in rows:
                 row.measure(options)
-    print(
-        f"{'clients':>12} {'tokens/s':>9} {'TTFT p50/p95/p99 ms':>24} {'gap p50/p95/p99 ms':>22} "
-        f"{'replies':>8} errors"
-    )
-    for row in rows:
-        shown = row.numbers()
-        ttft, gap = (
-            "/".join(f"{value:g}" for value in shown[key]) or "-" for key in ("ttft_ms", "gap_ms")
-        )
-        print(
-            f"{row.name:>12} {shown['tokens_per_s']:>9} {ttft:>24} {gap:>22} "
-            f"{shown['replies']:>8} {shown['errors'] or 0}"
-        )
-    alone = (
-        [row for row in rows if row.name == "1"]
-        if options.url
-        else [row for row in rows if not row.name.isdigit()]
-    )
-    ratios = {
-        baseline.name: {
+    print_rows(rows)
+    ratios = {}
+    for baseline in baselines:
+        ratios[baseline.name] = {
             row.clients: round(float(np.median(np.divide(row.rates, baseline.rates))), 2)
             for row in rows
-            if row.name.isdigit() and row is not baseline
+            if row not in baselines
         }
-        for baseline in alone
-    }
-    for name, beside in ratios.items():
         print(
-            f"tokens/s beside requests one at a time, {name}:",
-            ", ".join(f"{clients} clients {ratio}x" for clients, ratio in beside.items()),
+            f"tokens/s compared to requests one at a time, {baseline.name}:",
+            ", ".join(
+                f"{count} clients {ratio}x" for count, ratio in ratios[baseline.name].items()
+            ),
         )
     return {"rows": [row.numbers() | {"server": row.name} for row in rows], "ratios": ratios}
+
+
+def print_rows(rows: list[Row]) -> None:
+    columns = "{:>12} {:>9} {:>24} {:>22} {:>8} {}"
+    names = (
+        "clients",
+        "tokens/s",
+        "TTFT p50/p95/p99 ms",
+        "gap p50/p95/p99 ms",
+        "replies",
+        "errors",
+    )
+    print(columns.format(*names))
+    for row in rows:
+        numbers = row.numbers()
+        ttft, gap = (
+            "/".join(f"{value:g}" for value in numbers[key]) or "-" for key in ("ttft_ms", "gap_ms")
+        )
+        rate, replies, errors = (numbers[key] for key in ("tokens_per_s", "replies", "errors"))
+        print(columns.format(row.name, rate, ttft, gap, replies, errors or 0))
 
 
 def rss_mib(pid: int) -> float:
@@ -331,32 +316,51 @@ def rss_mib(pid: int) -> float:
     )
 
 
+async def soak_client(
+    session: aiohttp.ClientSession,
+    rng: random.Random,
+    stop: asyncio.Event,
+    tally: Tally,
+    leavers: Counter[str],
+) -> None:
+    """Send requests until `stop`; leave half of the replies early, and sometimes stop reading."""
+    while not stop.is_set():
+        body, choice = make_body(rng), rng.random()
+        try:
+            if choice < 0.5:
+                await ask(session, body, tally)
+            elif choice < 0.95:
+                leavers["left"] += 1
+                await asyncio.wait_for(ask(session, body, tally), rng.expovariate(1.0))
+            else:
+                leavers["stopped reading"] += 1
+                async with session.post("/chat/completions", json=body) as response:
+                    await asyncio.sleep(2)
+                    response.close()
+        except TimeoutError:
+            pass
+
+
+async def until_free(session: aiohttp.ClientSession) -> tuple[int, float]:
+    """Wait until no slot is in use, at most 30 s. Returns the slots still in use, and seconds."""
+    lost, start = 1, time.perf_counter()
+    while lost and time.perf_counter() - start < 30:
+        await asyncio.sleep(0.1)
+        async with session.get("/stats") as response:
+            stats = await response.json()
+        lost = stats["busy_workers"] + stats["queued_requests"]
+    return lost, time.perf_counter() - start
+
+
 async def soak(url: str, pid: int, options: argparse.Namespace) -> dict[str, Any]:
-    """Twice as many clients as slots; half of them leave at random, and some stop reading."""
-    tally, stop, left = Tally(), asyncio.Event(), Counter()
-
-    async def client(session: aiohttp.ClientSession, number: int) -> None:
-        rng = random.Random(number)
-        while not stop.is_set():
-            body, choice = make_body(rng), rng.random()
-            try:
-                if choice < 0.5:
-                    await ask(session, body, tally)
-                elif choice < 0.95:
-                    left["left"] += 1
-                    await asyncio.wait_for(ask(session, body, tally), rng.expovariate(1.0))
-                else:
-                    left["stopped reading"] += 1
-                    async with session.post("/chat/completions", json=body) as response:
-                        await asyncio.sleep(2)
-                        response.close()
-            except TimeoutError:
-                pass
-
+    """Twice as many clients as slots, which leave at random: slots and memory must be freed."""
+    tally, stop, leavers = Tally(), asyncio.Event(), Counter()
+    clients = 2 * options.slots
     samples: list[tuple[float, float]] = []
     async with aiohttp.ClientSession(url, connector=aiohttp.TCPConnector(limit=0)) as session:
         tasks = [
-            asyncio.create_task(client(session, number)) for number in range(2 * options.slots)
+            asyncio.create_task(soak_client(session, random.Random(number), stop, tally, leavers))
+            for number in range(clients)
         ]
         start = time.perf_counter()
         while (now := time.perf_counter() - start) < options.soak:
@@ -366,90 +370,51 @@ async def soak(url: str, pid: int, options: argparse.Namespace) -> dict[str, Any
         for task in tasks:
             task.cancel()
         outcome = await asyncio.gather(*tasks, return_exceptions=True)
-        lost, left_at = 1, time.perf_counter()
-        while lost and time.perf_counter() - left_at < 30:
-            await asyncio.sleep(0.1)
-            async with session.get("/stats") as response:
-                stats = await response.json()
-            lost = stats["busy_workers"] + stats["queued_requests"]
-        freed = time.perf_counter() - left_at
+        lost, freed = await until_free(session)
     settled = min(60.0, options.soak / 3)
-    after = [size for now, size in samples if now >= settled]
-    quarter = max(1, len(after) // 4)
-    growth = float(np.mean(after[-quarter:]) / np.mean(after[:quarter]) - 1)
+    sizes = [size for now, size in samples if now >= settled]
+    quarter = max(1, len(sizes) // 4)
+    growth = float(np.mean(sizes[-quarter:]) / np.mean(sizes[:quarter]) - 1)
     # cancelled clients are not errors
-    failed = [repr(each) for each in outcome if isinstance(each, Exception)]
-    first, then, last = rss = [round(each) for each in (samples[0][1], after[0], after[-1])]
+    failed = [repr(error) for error in outcome if isinstance(error, Exception)]
+    rss = [round(size) for size in (samples[0][1], sizes[0], sizes[-1])]
     print(
-        f"{options.soak:g} s, {2 * options.slots} clients on {options.slots} slots: "
-        f"{dict(tally.answers)}, "
-        f"{dict(left)}; clients failed: {failed or 0}\n"
+        f"{options.soak:g} s, {clients} clients on {options.slots} slots: {dict(tally.answers)}, "
+        f"{dict(leavers)}; clients failed: {failed or 0}\n"
         f"slots lost: {lost}, the last free {freed:.1f} s after all had left\n"
-        f"RSS {first} MiB at first, {then} after {settled:g} s, {last} at the end: "
+        f"RSS {rss[0]} MiB at first, {rss[1]} after {settled:g} s, {rss[2]} at the end: "
         f"{100 * growth:+.2f}%"
     )
-    result = {
+    return {
         "seconds": options.soak,
         "replies": dict(tally.answers),
-        "leavers": dict(left),
+        "leavers": dict(leavers),
         "slots_lost": lost,
         "all_free_after_s": round(freed, 2),
         "rss_mib": rss,
         "rss_growth": round(growth, 4),
         "clients_failed": failed,
+        "ok": not lost and not failed and growth < 0.02,
     }
-    return result | {"ok": not lost and not failed and growth < 0.02}
 
 
 def fuzzed(rng: random.Random) -> tuple[str, bytes, str]:
     """(path, body, content type) of a request that is mostly malformed."""
     odd: list[Any] = [
-        None,
-        True,
-        0,
-        -1,
-        1.5,
-        10**30,
-        -(2**63),
-        1e308,
-        float("nan"),
-        float("inf"),
-        "",
-        "x",
-        "\ud800",
-        "\0",
-        "<|assistant_end|>" * 9,
-        "🙂" * 5000,
-        "x" * 9000,
-        [],
-        {},
-        [[]],
-        {"type": "text"},
-        ["user"],
+        *(None, True, 0, -1, 1.5, 10**30, -(2**63), 1e308, float("nan"), float("inf")),
+        *("", "x", "\ud800", "\0", "<|assistant_end|>" * 9, "🙂" * 5000, "x" * 9000),
+        *([], {}, [[]], {"type": "text"}, ["user"]),
     ]
-    fields = [
-        "messages",
-        "temperature",
-        "top_k",
-        "top_p",
-        "max_tokens",
-        "max_completion_tokens",
-        "n",
-        "seed",
-        "stop",
-        "stream",
-        "stream_options",
-        "model",
-        "tools",
-        "logprobs",
-        "unknown",
-    ]
+    fields = (
+        "messages temperature top_k top_p max_tokens max_completion_tokens n seed stop stream "
+        "stream_options model tools logprobs unknown"
+    ).split()
 
     def value(depth: int = 0) -> Any:
-        kind = rng.random()
-        if depth > 3 or kind < 0.7:
+        choice = rng.random()
+        if depth > 3 or choice < 0.7:
             return copy.deepcopy(rng.choice(odd))
-        if kind < 0.85:
+        if choice < 0.85:
             return [value(depth + 1) for _ in range(rng.randint(0, 4))]
         names = rng.choices([*fields, "role", "content", "text", "type"], k=rng.randint(0, 4))
         return {name: value(depth + 1) for name in names}
@@ -462,22 +427,19 @@ def fuzzed(rng: random.Random) -> tuple[str, bytes, str]:
         "max_tokens": 2,
     }
     for _ in range(rng.randint(0, 3)):
-        target = (
-            rng.choice([body, *(each for each in body["messages"] if isinstance(each, dict))])
-            if isinstance(body.get("messages"), list)
-            else body
-        )
-        target[rng.choice(fields if target is body else ["role", "content", "tool_calls"])] = (
-            value()
-        )
+        target = body
+        if isinstance(body.get("messages"), list):
+            target = rng.choice([body, *(m for m in body["messages"] if isinstance(m, dict))])
+        names = fields if target is body else ["role", "content", "tool_calls"]
+        target[rng.choice(names)] = value()
     data = json.dumps(body if rng.random() < 0.95 else value()).encode()
     if rng.random() < 0.2:  # truncated, overwritten or deeply nested
-        place = rng.randrange(len(data))
-        overwritten = data[:place] + rng.randbytes(3) + data[place:]
-        data = rng.choice([data[:place], overwritten, b"[" * 50_000, b"{" * 900 + data])
-    odd_kinds = ["text/plain", "x", "application/json; charset=\xff"]
-    kind = "application/json" if rng.random() < 0.95 else rng.choice(odd_kinds)
-    return rng.choice(["/chat/completions", "/v1/chat/completions"]), data, kind
+        position = rng.randrange(len(data))
+        overwritten = data[:position] + rng.randbytes(3) + data[position:]
+        data = rng.choice([data[:position], overwritten, b"[" * 50_000, b"{" * 900 + data])
+    odd_types = ["text/plain", "x", "application/json; charset=\xff"]
+    content_type = "application/json" if rng.random() < 0.95 else rng.choice(odd_types)
+    return rng.choice(["/chat/completions", "/v1/chat/completions"]), data, content_type
 
 
 async def fuzz(url: str, options: argparse.Namespace) -> dict[str, Any]:
@@ -487,8 +449,8 @@ async def fuzz(url: str, options: argparse.Namespace) -> dict[str, Any]:
 
     async def client(session: aiohttp.ClientSession) -> None:
         for number in numbers:
-            path, body, kind = fuzzed(random.Random(number))
-            headers = {"Content-Type": kind}
+            path, body, content_type = fuzzed(random.Random(number))
+            headers = {"Content-Type": content_type}
             try:
                 async with (
                     asyncio.timeout(30),

@@ -27,12 +27,12 @@ class Block(nn.Module):
         batch, length, width = x.shape
         normed = F.rms_norm(x, (width,))
         q, k, v = (
-            each(normed).view(batch, length, self.num_heads, -1)
-            for each in (self.c_q, self.c_k, self.c_v)
+            projection(normed).view(batch, length, self.num_heads, -1)
+            for projection in (self.c_q, self.c_k, self.c_v)
         )
-        q, k = (F.rms_norm(rotate(each, cos, sin), (each.shape[-1],)) for each in (q, k))
+        q, k = (F.rms_norm(rotate(x, cos, sin), (x.shape[-1],)) for x in (q, k))
         out = F.scaled_dot_product_attention(
-            *(each.transpose(1, 2) for each in (q, k, v)), is_causal=True
+            *(x.transpose(1, 2) for x in (q, k, v)), is_causal=True
         )
         x = x + self.c_proj(out.transpose(1, 2).reshape(batch, length, width))
         return x + self.mlp_proj(F.relu(self.mlp_fc(F.rms_norm(x, (width,)))).square())
@@ -121,14 +121,14 @@ class GPT(nn.Module):
         for block, (keys, values) in zip(self.blocks, cache, strict=True):
             normed = F.rms_norm(x, (width,))
             q, k, v = (
-                each(normed).view(rows, length, block.num_heads, -1)
-                for each in (block.c_q, block.c_k, block.c_v)
+                projection(normed).view(rows, length, block.num_heads, -1)
+                for projection in (block.c_q, block.c_k, block.c_v)
             )
             q, k = (
                 F.rms_norm(
-                    rotate(each, self.cos[start:end], self.sin[start:end]), (each.shape[-1],)
+                    rotate(heads, self.cos[start:end], self.sin[start:end]), (heads.shape[-1],)
                 )
-                for each in (q, k)
+                for heads in (q, k)
             )
             keys[:, :, start:end], values[:, :, start:end] = k.transpose(1, 2), v.transpose(1, 2)
             out = F.scaled_dot_product_attention(

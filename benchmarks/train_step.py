@@ -130,17 +130,17 @@ def worker(name: str, options: argparse.Namespace) -> None:
 def compare(options: argparse.Namespace) -> dict[str, Any]:
     contenders = {name: Contender(name) for name in options.against.split(",")}
     # also compiles
-    first = {name: each.ask(CHECKED_STEPS)["losses"] for name, each in contenders.items()}
+    first = {name: contender.ask(CHECKED_STEPS)["losses"] for name, contender in contenders.items()}
     for losses in first.values():
         for mine, theirs in zip(first["jax"], losses, strict=True):
             if abs(mine - theirs) > TOLERANCE[options.dtype] * mine:
                 sys.exit(f"the losses differ, so the contenders do not compute the same: {first}")
     best = dict.fromkeys(contenders, float("inf"))
     for _ in range(options.rounds):
-        for name, each in contenders.items():
-            best[name] = min(best[name], each.ask(options.steps)["seconds"] / options.steps)
-    for each in contenders.values():
-        each.close()
+        for name, contender in contenders.items():
+            best[name] = min(best[name], contender.ask(options.steps)["seconds"] / options.steps)
+    for contender in contenders.values():
+        contender.close()
     tokens = options.batch * options.sequence
     rates = {name: tokens / seconds for name, seconds in best.items()}
     print(
@@ -170,7 +170,9 @@ def measure_loop(options: argparse.Namespace) -> dict[str, Any]:
     import numpy as np
 
     from nanochat_jax.model.loss import Batch
-    from nanochat_jax.train.loop import Evaluation, Job, LoaderSource, TrainConfig, train
+    from nanochat_jax.train.config import TrainConfig
+    from nanochat_jax.train.job import Evaluation, Job, LoaderSource
+    from nanochat_jax.train.loop import train
     from nanochat_jax.train.memory import compile_step
     from nanochat_jax.train.optim import constant
     from nanochat_jax.train.step import shard_batch
@@ -188,7 +190,7 @@ def measure_loop(options: argparse.Namespace) -> dict[str, Any]:
         def __next__(self) -> dict[str, np.ndarray]:
             return host
 
-        place: dict[str, Any] = {}
+        position: dict[str, Any] = {}
 
         def get_state(self) -> dict[str, Any]:
             return {}
@@ -242,7 +244,7 @@ def measure_first_step(options: argparse.Namespace) -> dict[str, Any]:
         "--worker",
         "jax",
     ]
-    found = {}
+    seconds = {}
     with tempfile.TemporaryDirectory() as scratch:
         for name in ("cold", "warm"):
             began = time.perf_counter()
@@ -254,9 +256,9 @@ def measure_first_step(options: argparse.Namespace) -> dict[str, Any]:
                 capture_output=True,
                 env=os.environ | {"TMPDIR": scratch},
             )
-            found[name] = time.perf_counter() - began
-            print(f"d12: first step after {found[name]:.1f} s with a {name} compile cache")
-    return {"seconds": found}
+            seconds[name] = time.perf_counter() - began
+            print(f"d12: first step after {seconds[name]:.1f} s with a {name} compile cache")
+    return {"seconds": seconds}
 
 
 def main() -> None:

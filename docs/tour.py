@@ -7,6 +7,7 @@ python docs/tour.py --prompt "Who are you?" --layer 2 --head 1
 
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -52,6 +53,15 @@ except ModuleNotFoundError:  # `main` reports it; the flags must work without it
 
 SIGNATURE = "nanochat_jax docs/tour.py"  # metadata that marks the picture as this program's
 INK, PALE, GREEN, RED = "#1f2937", "#e5e7eb", "#a7e3c5", "#e4572e"
+STYLE: dict[str, Any] = {
+    "axes.titleweight": "bold",
+    "axes.titlesize": 11,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.titlecolor": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
 EXAMPLE = {
     "messages": [
         {"role": "user", "content": "What is 345 + 678?"},
@@ -69,26 +79,28 @@ EXAMPLE = {
 
 @dataclass(frozen=True, kw_only=True)
 class TourConfig(DeviceFlags):
-    source: str = flag("sft", "stage whose model is shown", short="-i", choices=[*CHECKPOINT_DIRS])
+    source: str = flag("sft", "stage whose model to show", short="-i", choices=[*CHECKPOINT_DIRS])
     model_tag: str | None = flag(
         None, "model tag; the largest d<depth> if not given", short="-g", check=directory_name
     )
-    prompt: str = flag("How are you today?", "question whose answer is watched", short="-p")
+    prompt: str = flag("How are you today?", "question to answer", short="-p")
     layer: int | None = flag(
         None,
-        "layer of the head that is shown, from 0; default the one that looks back sharpest",
+        "layer of the attention head, from 0; default the head with the sharpest look back",
         at_least=0,
         at_most=1000,
     )
     head: int | None = flag(None, "the head, from 0 (with --layer)", at_least=0, at_most=10**6)
-    grid: int = flag(13, "points of each axis of the landscape, odd", at_least=3, at_most=999)
-    out: str = flag("tour.png", "where the picture goes")
+    grid: int = flag(13, "points per axis of the landscape, odd", at_least=3, at_most=999)
+    out: str = flag("tour.png", "file of the picture")
 
     def __post_init__(self) -> None:
         if (self.layer is None) != (self.head is None):
-            raise ValueError("--layer and --head name a head together: give both or neither")
+            raise ValueError("--layer and --head select a head: give both or neither")
         if self.grid % 2 == 0:
-            raise ValueError(f"--grid must be odd, so that the recipe is a point; got {self.grid}")
+            raise ValueError(
+                f"--grid must be odd, so that the schedule's rates are a point; got {self.grid}"
+            )
 
 
 def pieces(model: Model, ids: list[int]) -> list[str]:
@@ -102,14 +114,14 @@ def pieces(model: Model, ids: list[int]) -> list[str]:
 
 def attention_weights(model: Model, ids: list[int]) -> list[Array]:
     """Per layer the attention [H, T, T] of each head over the tokens `ids`."""
-    found = []
+    weights = []
 
     def record(q: Array, k: Array, v: Array, *, window: int | None) -> Array:
         keys = jnp.repeat(k, q.shape[2] // k.shape[2], axis=2)
         scores = jnp.einsum("bthd,bshd->bhts", q, keys).astype(jnp.float32) / q.shape[-1] ** 0.5
         distance = jnp.arange(q.shape[1])[:, None] - jnp.arange(q.shape[1])
         seen = (distance >= 0) & (distance <= (q.shape[1] if window is None else window))
-        found.append(jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1)[0])
+        weights.append(jax.nn.softmax(jnp.where(seen, scores, -jnp.inf), axis=-1)[0])
         return causal_attention(q, k, v, window=window)
 
     forward(
@@ -118,7 +130,7 @@ def attention_weights(model: Model, ids: list[int]) -> list[Array]:
         model.config,
         model.compute.replace(attention=record),
     )
-    return found
+    return weights
 
 
 def sharpest_head(weights: list[Array]) -> tuple[int, int]:
@@ -131,7 +143,7 @@ def sharpest_head(weights: list[Array]) -> tuple[int, int]:
         earlier = jnp.tril(head, k=-2).at[:, 0].set(0.0)
         return float(earlier.max(axis=-1).mean())
 
-    heads = [(layer, head) for layer, each in enumerate(weights) for head in range(each.shape[0])]
+    heads = [(layer, head) for layer, w in enumerate(weights) for head in range(w.shape[0])]
     return max(heads, key=lambda at: sharpness(weights[at[0]][at[1]]))
 
 
@@ -144,7 +156,7 @@ def next_tokens(
     """
     answer = model.generate(prompt, max_tokens=most, temperature=0.0)
     if not answer:
-        raise UsageError("the model ends its turn at once: ask something else with --prompt")
+        raise UsageError("the model returns an empty reply: ask something else with --prompt")
     logits = model.logits([prompt + answer])[0, len(prompt) - 1 : -1]  # [N, V]
     probabilities = np.exp(logits - logits.max(-1, keepdims=True))
     probabilities /= probabilities.sum(-1, keepdims=True)
@@ -174,9 +186,9 @@ def landscape(paths: Paths, tag: str | None, multipliers: np.ndarray) -> tuple[n
             packing=base.meta["packing"],
             num_shards=1,
         )
-        found = next(rows)
+        batch = next(rows)
         rows.close()
-        return jnp.asarray(found["inputs"]), jnp.asarray(found["targets"])
+        return jnp.asarray(batch["inputs"]), jnp.asarray(batch["targets"])
 
     rates = OptimizerConfig(**base.meta["rates"]) if "rates" in base.meta else OptimizerConfig()
     schedules = Schedules(
@@ -217,41 +229,30 @@ def mean_loss(params: Params, inputs: Array, targets: Array, *, config: GPTConfi
 def draw_masks(axes: Axes, tokens: list[str], mask: list[int], per_line: int = 96) -> None:
     """Tokens in boxes, line by line; trained ones are green."""
     column, line = 0.0, 0
-    for text, learned in zip(tokens, mask, strict=True):
+    for text, trained in zip(tokens, mask, strict=True):
         if column + len(text) + 1.2 > per_line:
             column, line = 0.0, line + 1
-        color = GREEN if learned else PALE
-        axes.add_patch(
-            plt.Rectangle((column, -line - 0.36), len(text) + 0.7, 0.72, color=color, lw=0)
-        )
-        axes.text(
-            column + len(text) / 2 + 0.35,
-            -line - 0.02,
-            text,
-            family="monospace",
-            fontsize=9.5,
-            color=INK,
-            ha="center",
-            va="center",
-        )
+        box = dict(width=len(text) + 0.7, height=0.72, lw=0, color=GREEN if trained else PALE)
+        axes.add_patch(plt.Rectangle((column, -line - 0.36), **box))
+        axes.text(column + len(text) / 2 + 0.35, -line - 0.02, text, color=INK, **text_style(9.5))
         column += len(text) + 1.2
     axes.set(
         xlim=(0, per_line),
         ylim=(-line - 0.6, 0.6),
-        title="What is learned of a conversation: the green tokens",
+        title="The tokens of a conversation that are trained on: the green ones",
     )
     axes.axis("off")
+
+
+def text_style(size: float) -> dict[str, Any]:
+    return dict(family="monospace", fontsize=size, ha="center", va="center")
 
 
 def draw_attention(axes: Axes, tokens: list[str], weights: Array, layer: int, head: int) -> None:
     image = axes.imshow(weights, cmap="magma_r", norm=PowerNorm(0.5, 0, 1))
     axes.set_xticks(range(len(tokens)), tokens, rotation=90, family="monospace", fontsize=6)
     axes.set_yticks(range(len(tokens)), tokens, family="monospace", fontsize=6)
-    axes.set(
-        title=f"Where head {head} of layer {layer} looks",
-        ylabel="from each token",
-        xlabel="back to which",
-    )
+    axes.set(title=f"Attention of head {head} in layer {layer}", ylabel="from", xlabel="to")
     axes.figure.colorbar(image, ax=axes, shrink=0.8, label="weight")
 
 
@@ -266,21 +267,12 @@ def draw_next(
     axes.imshow(probabilities.T, cmap="GnBu", norm=PowerNorm(0.5, 0, 1), aspect="auto")
     for column, (texts, row) in enumerate(zip(candidates, probabilities, strict=True)):
         for rank, (text, probability) in enumerate(zip(texts, row, strict=True)):
-            shown = text if len(text) <= 14 else text[:13] + "…"
-            axes.text(
-                column,
-                rank,
-                f"{shown}\n{probability:.1%}",
-                ha="center",
-                va="center",
-                family="monospace",
-                fontsize=8,
-                color="white" if probability > 0.45 else INK,
-            )
+            text = text if len(text) <= 14 else text[:13] + "…"
+            color = "white" if probability > 0.45 else INK
+            axes.text(column, rank, f"{text}\n{probability:.1%}", color=color, **text_style(8))
+    ranks = range(probabilities.shape[1])
     axes.set_xticks(range(len(answer)), answer, family="monospace", fontsize=9)
-    axes.set_yticks(
-        range(probabilities.shape[1]), [f"{rank + 1}." for rank in range(probabilities.shape[1])]
-    )
+    axes.set_yticks(ranks, [f"{rank + 1}." for rank in ranks])
     axes.set(title=title, xlabel="the answer, token by token")
     axes.tick_params(length=0)
 
@@ -289,35 +281,15 @@ def draw_landscape(axes: Axes, multipliers: np.ndarray, losses: np.ndarray, befo
     # limit the range: large losses would hide the minimum
     change = np.clip(losses - before, None, 3 * (before - losses.min()) + 1e-9)
     levels = np.linspace(change.min(), change.max(), 25)
-    image = axes.contourf(multipliers, multipliers, change, levels=levels, cmap="viridis")
-    axes.contour(
-        multipliers,
-        multipliers,
-        change,
-        levels=[0.0],
-        colors="white",
-        linewidths=1.2,
-        linestyles="--",
-    )
+    grid = (multipliers, multipliers, change)
+    image = axes.contourf(*grid, levels=levels, cmap="viridis")
+    axes.contour(*grid, levels=[0.0], colors="white", linewidths=1.2, linestyles="--")
     row, column = np.unravel_index(losses.argmin(), losses.shape)
-    axes.plot(
-        1,
-        1,
-        "o",
-        color="white",
-        markersize=9,
-        markeredgecolor=INK,
-        label="the rates at the peak of the schedule",
-    )
-    axes.plot(
-        multipliers[column],
-        multipliers[row],
-        "*",
-        color=RED,
-        markersize=16,
-        markeredgecolor="white",
-        label=f"best: {losses.min() - before:+.3f} nats per token",
-    )
+    peak = dict(color="white", markersize=9, markeredgecolor=INK)
+    axes.plot(1, 1, "o", label="the peak learning rates", **peak)
+    best = dict(color=RED, markersize=16, markeredgecolor="white")
+    label = f"best: {losses.min() - before:+.3f} nats per token"
+    axes.plot(multipliers[column], multipliers[row], "*", label=label, **best)
     axes.set_xscale("log", base=2)
     axes.set_yscale("log", base=2)
     axes.set_box_aspect(1)
@@ -331,31 +303,26 @@ def draw_landscape(axes: Axes, multipliers: np.ndarray, losses: np.ndarray, befo
         ylabel="embeddings and scalars (AdamW)",
     )
     axes.legend(loc="lower left", fontsize=8, framealpha=0.9)
-    axes.figure.colorbar(
-        image, ax=axes, shrink=0.8, label="change of the loss; dashed: none", format="%+.3f"
-    )
+    label = "change of the loss; dashed: none"
+    axes.figure.colorbar(image, ax=axes, shrink=0.8, label=label, format="%+.3f")
 
 
 def progress(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def main(config: TourConfig) -> None:
-    if matplotlib is None:
-        raise UsageError(
-            "the tour draws with matplotlib, which is not installed: `pip install matplotlib`"
-        )
-    make_directory(Path(config.out).absolute().parent)
-    progress("drawing four pictures into one; a d4 takes about a minute on two free cores of a CPU")
-    paths = Paths.from_env()
-    start(paths, config)
-    model = load(config.source, tag=config.model_tag)
-    progress("1/4 what is learned of a chat")
+def pictures_of_model(config: TourConfig, model: Model) -> list[tuple[Any, Callable]]:
+    """Compute what the pictures of masks, attention and next tokens show.
+
+    Returns for each picture its cell in the figure and a function that draws it on axes.
+    """
+    progress("1/4 which tokens of a chat are trained on")
     ids, mask = render_conversation(model.tokenizer, EXAMPLE)
     shown = visualize_tokenization(model.tokenizer, ids, mask)
     print(shown if sys.stdout.isatty() else re.sub(r"\x1b\[\d+m", "", shown), flush=True)
+    tokens = pieces(model, ids)
 
-    progress("2/4 what a head looks at")
+    progress("2/4 what an attention head looks at")
     weights = attention_weights(model, ids)
     layer, head = sharpest_head(weights) if config.layer is None else (config.layer, config.head)
     if not (0 <= layer < len(weights) and 0 <= head < weights[layer].shape[0]):
@@ -364,42 +331,60 @@ def main(config: TourConfig) -> None:
             f"{weights[0].shape[0]} heads"
         )
 
-    progress("3/4 what it would say next")
-    asked = {
-        "messages": [
-            {"role": "user", "content": config.prompt},
-            {"role": "assistant", "content": ""},
-        ]
-    }
-    prompt = render_for_completion(model.tokenizer, asked, sys.maxsize)
+    progress("3/4 the most likely next tokens")
+    conversation = [
+        {"role": "user", "content": config.prompt},
+        {"role": "assistant", "content": ""},
+    ]
+    prompt = render_for_completion(model.tokenizer, {"messages": conversation}, sys.maxsize)
     answer, candidates, probabilities = next_tokens(model, prompt, most=10, top=5)
     print(f"{config.prompt} {model.tokenizer.decode(answer)}", flush=True)
+    answer_texts = pieces(model, answer)
+    candidate_texts = [pieces(model, row) for row in candidates]
+    return [
+        ((0, slice(None)), lambda axes: draw_masks(axes, tokens, mask)),
+        ((1, 0), lambda axes: draw_attention(axes, tokens, weights[layer][head], layer, head)),
+        (
+            (2, slice(None)),
+            lambda axes: draw_next(
+                axes,
+                answer_texts,
+                candidate_texts,
+                probabilities,
+                f"The most likely next tokens: {config.prompt!r}",
+            ),
+        ),
+    ]
 
+
+def picture_of_landscape(config: TourConfig, paths: Paths) -> tuple[Any, Callable]:
     progress(
-        f"4/4 how steep the way down is: the held-out loss at {config.grid} x {config.grid} "
-        "learning rates"
+        f"4/4 the loss landscape: held-out loss at {config.grid} x {config.grid} learning rates"
     )
     multipliers = 2.0 ** np.linspace(-5, 5, config.grid)
     losses, before = landscape(paths, config.model_tag, multipliers)
     row, column = np.unravel_index(losses.argmin(), losses.shape)
     at_peak = losses[config.grid // 2, config.grid // 2]
     print(
-        f"held-out loss {before:.4f}; after one step at the rates of the schedule's peak "
-        f"{at_peak:.4f}, "
-        f"at best {losses.min():.4f} (matrices x{multipliers[column]:g}, tables "
-        f"x{multipliers[row]:g})"
+        f"held-out loss {before:.4f}; after one step with the peak learning rates {at_peak:.4f}, "
+        f"at best {losses.min():.4f} (matrices x{multipliers[column]:g}, "
+        f"tables x{multipliers[row]:g})"
     )
+    return (1, 1), lambda axes: draw_landscape(axes, multipliers, losses, before)
 
-    style: dict[str, Any] = {
-        "axes.titleweight": "bold",
-        "axes.titlesize": 11,
-        "text.color": INK,
-        "axes.labelcolor": INK,
-        "axes.titlecolor": INK,
-        "axes.spines.top": False,
-        "axes.spines.right": False,
-    }
-    with plt.rc_context(style):
+
+def main(config: TourConfig) -> None:
+    if matplotlib is None:
+        raise UsageError(
+            "the tour draws with matplotlib, which is not installed: `pip install matplotlib`"
+        )
+    make_directory(Path(config.out).absolute().parent)
+    progress("drawing four pictures into one; a d4 takes about a minute on two CPU cores")
+    paths = Paths.from_env()
+    start(paths, config)
+    model = load(config.source, tag=config.model_tag)
+    pictures = [*pictures_of_model(config, model), picture_of_landscape(config, paths)]
+    with plt.rc_context(STYLE):
         figure = plt.figure(figsize=(13, 11), layout="constrained")
         grid = figure.add_gridspec(3, 2, height_ratios=[0.65, 3.3, 1.7])
         figure.suptitle(
@@ -408,17 +393,8 @@ def main(config: TourConfig) -> None:
             fontsize=14,
             fontweight="bold",
         )
-        tokens = pieces(model, ids)
-        draw_masks(figure.add_subplot(grid[0, :]), tokens, mask)
-        draw_attention(figure.add_subplot(grid[1, 0]), tokens, weights[layer][head], layer, head)
-        draw_landscape(figure.add_subplot(grid[1, 1]), multipliers, losses, before)
-        draw_next(
-            figure.add_subplot(grid[2, :]),
-            pieces(model, answer),
-            [pieces(model, row) for row in candidates],
-            probabilities,
-            f"What it would say next: {config.prompt!r}",
-        )
+        for cell, draw in pictures:
+            draw(figure.add_subplot(grid[cell]))
         out = Path(config.out)
         if out.exists() and SIGNATURE.encode() not in out.read_bytes():  # the user's picture
             print(f"{out} is not a picture of this program: kept as {keep_old(out)}")

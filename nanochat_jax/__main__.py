@@ -18,10 +18,8 @@ MODULES = {"dataset": "nanochat_jax.dataset", "report": "nanochat_jax.report"}
 
 def commands() -> dict[str, str]:
     """Module of each command, by name."""
-    found = {
-        module.name: f"scripts.{module.name}" for module in pkgutil.iter_modules(scripts.__path__)
-    }
-    return dict(sorted((found | MODULES).items()))
+    names = (module.name for module in pkgutil.iter_modules(scripts.__path__))
+    return dict(sorted(({name: f"scripts.{name}" for name in names} | MODULES).items()))
 
 
 def main() -> None:
@@ -34,13 +32,13 @@ def run_command() -> None:
     name = sys.argv[1] if len(sys.argv) > 1 else "--help"
     if name in ("-h", "--help"):
         print(
-            f"usage: nanochat COMMAND [flags]; flags of each: nanochat COMMAND --help\n\n"
+            "usage: nanochat COMMAND [flags]; its flags: nanochat COMMAND --help\n\n"
             f"commands: {', '.join(names)}"
         )
         return
     module = names.get(name.replace("-", "_"))
     if module is None:
-        raise UsageError(f"no command {name!r}; there are {', '.join(names)}")
+        raise UsageError(f"no command {name!r}; the commands are {', '.join(names)}")
     del sys.argv[1]
     runpy.run_module(module, run_name="__main__", alter_sys=True)
 

@@ -1,10 +1,9 @@
-"""Conversations as tokens, and which of them are learned.
+"""Rendering of conversations as tokens, with a mask of the tokens to train on.
 
-A conversation is `{"messages": [{"role": ..., "content": ...}, ...]}` in which user and assistant
-take turns, the user first; a system message may come before. The content is a string or, for the
-assistant, a list of parts `{"type": "text" | "python" | "python_output", "text": ...}`: what it
-said, what it asked of the calculator, and what the calculator answered. Only what the assistant
-itself must produce is learned (mask 1).
+A conversation is `{"messages": [{"role": ..., "content": ...}, ...]}`. User and assistant take
+turns, the user first; a system message may come before. The content is a string or, for the
+assistant, a list of parts `{"type": "text" | "python" | "python_output", "text": ...}`: text, calls
+of the calculator, and their results. The mask is 1 for what the assistant must produce itself.
 """
 
 from collections.abc import Mapping, Sequence
@@ -14,7 +13,7 @@ from nanochat_jax.tokenizer import Tokenizer
 
 Conversation = Mapping[str, Any]
 
-# The tokens around a part of the assistant's message, and whether the part is learned.
+# Tokens around a part of an assistant's message, and its mask.
 PARTS = {
     "text": (None, None, 1),
     "python": ("<|python_start|>", "<|python_end|>", 1),
@@ -25,11 +24,9 @@ PARTS = {
 def render_conversation(
     tokenizer: Tokenizer, conversation: Conversation, max_tokens: int = 2048
 ) -> tuple[list[int], list[int]]:
-    """The ids of a conversation and their mask, both cut to `max_tokens`; mask 1 marks the tokens
-    to learn.
+    """(ids, mask) of a conversation, truncated to `max_tokens`.
 
-    Raises ValueError, with the index of the message, if roles or contents are not as described
-    above.
+    Raises ValueError, with the index of the message, for a conversation of another form.
     """
     ids, mask = [tokenizer.bos_id], [0]
     for role, content in turns_of(conversation["messages"]):
@@ -40,41 +37,39 @@ def render_conversation(
 
 
 def render_message(tokenizer: Tokenizer, role: str, content: Any) -> tuple[list[int], list[int]]:
-    """The ids of one message, with the control tokens around it, and their mask."""
+    """(ids, mask) of one message, with its control tokens."""
     if role == "user":
         ids = tokenizer.encode(content, prepend="<|user_start|>", append="<|user_end|>")
         return ids, [0] * len(ids)
     ids, mask = [tokenizer.encode_special("<|assistant_start|>")], [0]
     for part in [{"type": "text", "text": content}] if isinstance(content, str) else content:
-        start, end, learned = PARTS[part["type"]]
+        start, end, trained = PARTS[part["type"]]
         tokens = tokenizer.encode(part["text"], prepend=start, append=end)
         ids += tokens
-        mask += [learned] * len(tokens)
+        mask += [trained] * len(tokens)
     return [*ids, tokenizer.encode_special("<|assistant_end|>")], [*mask, 1]
 
 
 def render_for_completion(
     tokenizer: Tokenizer, conversation: Conversation, max_tokens: int = 2048
 ) -> list[int]:
-    """The prompt that asks for the last message: everything before it, then `<|assistant_start|>`.
+    """The prompt for the last message: the messages before it, then `<|assistant_start|>`.
 
     Raises ValueError if the last message is not the assistant's.
     """
     messages = conversation["messages"]
     if not messages or messages[-1]["role"] != "assistant":
         raise ValueError(
-            f"message {len(messages) - 1}: the last message must be the assistant's, which is "
-            "dropped"
+            f"message {len(messages) - 1}: the last message must be the assistant's; it is dropped"
         )
     ids, _ = render_conversation(tokenizer, {"messages": messages[:-1]}, max_tokens)
     return [*ids, tokenizer.encode_special("<|assistant_start|>")]
 
 
 def turns_of(messages: Any) -> list[tuple[str, Any]]:
-    """(role, content) of each turn, checked, with the system message merged into the user's first.
+    """(role, content) of each turn, with the system message merged into the first user message.
 
-    Raises ValueError, with the index of the message, for any value that is not a list of messages
-    as described above.
+    Raises ValueError, with the index of the message, unless `messages` has the form above.
     """
     if not isinstance(messages, (list, tuple)):
         raise ValueError(f"messages must be an array, got {type(messages).__name__}")
@@ -119,9 +114,7 @@ def turns_of(messages: Any) -> list[tuple[str, Any]]:
 
 
 def text_of(content: str | Sequence[Mapping[str, str]]) -> str:
-    """The text of an assistant's message as its reader sees it: without calls of the calculator
-    and their results.
-    """
+    """The visible text of an assistant's message: without calls of the calculator and results."""
     if isinstance(content, str):
         return content
     return "".join(part["text"] for part in content if part["type"] == "text")
@@ -130,10 +123,11 @@ def text_of(content: str | Sequence[Mapping[str, str]]) -> str:
 def visualize_tokenization(
     tokenizer: Tokenizer, ids: Sequence[int], mask: Sequence[int], with_token_id: bool = False
 ) -> str:
-    """The tokens between bars for a terminal: green are learned, red are not."""
+    """The tokens separated by bars, for a terminal: green if trained on, otherwise red."""
     red, green, gray, reset = "\033[91m", "\033[92m", "\033[90m", "\033[0m"
     tokens = []
-    for token, learned in zip(ids, mask, strict=True):
-        shown = f"{green if learned else red}{tokenizer.decode([token])}{reset}"
-        tokens.append(f"{shown}{gray}({token}){reset}" if with_token_id else shown)
+    for token, trained in zip(ids, mask, strict=True):
+        tokens.append(f"{green if trained else red}{tokenizer.decode([token])}{reset}")
+        if with_token_id:
+            tokens[-1] += f"{gray}({token}){reset}"
     return "|".join(tokens)

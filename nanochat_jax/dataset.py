@@ -13,13 +13,10 @@ footer, a `text` column.
 """
 
 import contextlib
-import functools
-import hashlib
 import logging
-import os
 import sys
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,9 +25,10 @@ from typing import Any, NoReturn
 from nanochat_jax import cli
 from nanochat_jax.cli import NoFlags, flag
 from nanochat_jax.data import embedded, hub_dataset
-from nanochat_jax.data.convert import FORMATS, describe, file_format, read_documents, write_corpus
+from nanochat_jax.data.convert import describe, read_documents, write_corpus
 from nanochat_jax.data.hub import clean_up, fetch, first_line
 from nanochat_jax.data.hub_dataset import find_files
+from nanochat_jax.data.local_files import expand, sha256, without_repetitions
 from nanochat_jax.data.needs import summary
 from nanochat_jax.data.shards import open_shard, read_manifest
 from nanochat_jax.errors import NotFound, UsageError
@@ -65,7 +63,7 @@ HUB_CORPORA = {
 }
 
 
-def is_whole(path: Path) -> bool:
+def is_complete_shard(path: Path) -> bool:
     try:
         open_shard(path).close()
     except NotFound:
@@ -76,81 +74,84 @@ def is_whole(path: Path) -> bool:
     return True
 
 
+class _Downloads:
+    """Downloads of shards to a directory, with a display and the errors of those that failed."""
+
+    def __init__(self, repo: str, directory: Path, display: Display):
+        self._repo, self._directory, self._display = repo, directory, display
+        self.failed: dict[str, str] = {}
+        self._num_done = 0
+        self._bytes: dict[str, int] = {}
+        self._start = time.monotonic()
+
+    def get(self, name: str) -> None:
+        target = self._directory / name
+        try:
+            fetch(
+                self._repo,
+                name,
+                target,
+                check=lambda path: open_shard(path).close(),
+                progress=lambda done, total: self._show(name, done),
+            )
+        except Exception as error:  # from the HTTP client or the disk
+            self.failed[name] = first_line(error)
+            self._display.note(f"{name} failed: {self.failed[name]}")
+        else:
+            self._num_done += 1
+            self._show(name, target.stat().st_size)
+
+    def _show(self, name: str, size: int) -> None:
+        self._bytes[name] = size
+        megabytes = sum(self._bytes.copy().values()) / 1e6
+        rate = megabytes / (time.monotonic() - self._start)
+        self._display.update(self._num_done, size=f"{megabytes:,.0f} MB", at=f"{rate:.1f} MB/s")
+
+
 def download(
-    repo: str, names: Sequence[str], directory: Path, *, num_workers: int = 4, wait_s: float = 1.0
+    repo: str, names: Sequence[str], directory: Path, *, num_workers: int = 4
 ) -> dict[str, str]:
-    """Download the missing shards of `names` to `directory`; returns the failed ones with their
-    errors.
+    """Download the missing shards of `names`; returns the errors of those that failed, by name.
 
     The last name is the validation shard, which is downloaded first. Without it, after an
     interrupted download, loaders would take the last training shard for validation.
     """
     make_directory(directory)
-    missing = [name for name in names if not is_whole(directory / name)]
+    missing = [name for name in names if not is_complete_shard(directory / name)]
     if len(missing) < len(names):
-        logger.info(
-            "%d of %d shards are in %s already", len(names) - len(missing), len(names), directory
-        )
-    failed: dict[str, str] = {}
-    ended: list[str] = []
-    came: dict[str, int] = {}  # shard -> bytes
-    began = time.monotonic()
+        existing = len(names) - len(missing)
+        logger.info("%d of %d shards are already in %s", existing, len(names), directory)
     with contextlib.closing(Display("shards", len(missing))) as display:
-
-        def show(name: str, done: int, total: int | None) -> None:
-            came[name] = done
-            megabytes = sum(came.copy().values()) / 1e6
-            display.update(
-                len(ended),
-                size=f"{megabytes:,.0f} MB",
-                at=f"{megabytes / (time.monotonic() - began):.1f} MB/s",
-            )
-
-        def get(name: str) -> None:
-            try:
-                fetch(
-                    repo,
-                    name,
-                    directory / name,
-                    check=lambda path: open_shard(path).close(),
-                    wait_s=wait_s,
-                    progress=functools.partial(show, name),
-                )
-                ended.append(name)
-                show(name, (directory / name).stat().st_size, None)
-            # from the HTTP client or the disk
-            except Exception as error:
-                failed[name] = first_line(error)
-                display.note(f"{name} failed: {failed[name]}")
-
+        downloads = _Downloads(repo, directory, display)
         if names[-1] in missing:
-            get(names[-1])
             missing.remove(names[-1])
-        if names[-1] in failed:
-            return failed | {name: "not tried, as there is no validation shard" for name in missing}
+            downloads.get(names[-1])
+            if downloads.failed:
+                skipped = "not downloaded, because the validation shard is missing"
+                return downloads.failed | dict.fromkeys(missing, skipped)
         pool = ThreadPoolExecutor(num_workers)
         try:
-            for job in [pool.submit(get, name) for name in missing]:
+            for job in [pool.submit(downloads.get, name) for name in missing]:
                 job.result()
         finally:
             # on Ctrl-C, wait only for running downloads
             pool.shutdown(cancel_futures=True)
-    if not failed:
+    if not downloads.failed:
         clean_up(directory)
-    return failed
+    return downloads.failed
 
 
 @dataclass(frozen=True, kw_only=True)
 class DownloadConfig:
     num_shards: int = flag(
         8,
-        "training shards to have on disk, -1 for all; the validation shard is added",
+        "number of training shards, -1: all; the validation shard is added",
         short="-n",
         at_least=1,
         at_most=10_000,
         also=-1,
     )
-    num_workers: int = flag(4, "shards to download at once", short="-w", at_least=1, at_most=256)
+    num_workers: int = flag(4, "parallel downloads", short="-w", at_least=1, at_most=256)
     dataset: str = flag("climbmix", "which corpus", choices=sorted(HUB_CORPORA))
 
 
@@ -171,48 +172,43 @@ PRESETS = {"k12": "CrowdMind/K-12Corpus", "opc": "CrowdMind/opc-annealing-corpus
 
 @dataclass(frozen=True, kw_only=True)
 class CorpusConfig:
-    """Flags common to `hf` and `local`."""
+    """Flags of `hf` and `local`."""
 
     text_field: str = flag(
         "text", "column of parquet and csv files, or key of JSON Lines, that holds the text"
     )
-    rows_per_shard: int = flag(500_000, "documents of a shard", at_least=1, at_most=10**9)
+    rows_per_shard: int = flag(500_000, "documents per shard", at_least=1, at_most=10**9)
     val_fraction: float = flag(
         0.005, "share of the documents that goes to the validation shard", at_least=0, at_most=0.99
     )
     cut_chars: int = flag(
         10_000,
-        "text files: length in characters of the documents they are cut into; 0: whole",
+        "length in characters of the documents that text files are split into; 0: not split",
         at_least=0,
         at_most=10**9,
     )
-    append: bool = flag(False, "add to the corpus that is there")
+    append: bool = flag(False, "add to the existing corpus")
 
 
 @dataclass(frozen=True, kw_only=True)
 class HfConfig(CorpusConfig):
     preset: str | None = flag(
         None,
-        f"a known data set, of {', '.join(PRESETS.values())}; goes before --dataset, --subset, "
-        "--split, "
-        f"--text-field",
+        f"{', '.join(PRESETS.values())}; overrides --dataset, --subset, --split and --text-field",
         choices=list(PRESETS),
     )
     dataset: str | None = flag(None, "data set OWNER/NAME")
-    subset: str | None = flag(
-        None, "subset of the data set; default the one its card calls default"
-    )
+    subset: str | None = flag(None, "subset of the data set; default: its default subset")
     split: str = flag("train", "split of the data set")
     revision: str = flag("main", "commit, branch or tag of the data set")
-    limit_rows: int | None = flag(None, "read only that many rows", at_least=2, at_most=cli.LARGEST)
+    limit_rows: int | None = flag(None, "number of rows to read", at_least=2, at_most=cli.LARGEST)
 
     def __post_init__(self) -> None:
         if not self.name:
-            raise ValueError(
-                "name a data set: --preset " + "|".join(PRESETS) + " or --dataset OWNER/NAME"
-            )
+            presets = "|".join(PRESETS)
+            raise ValueError(f"name a data set: `preset={presets}` or `dataset=OWNER/NAME`")
         if self.preset is None and self.name.count("/") != 1:
-            raise ValueError(f"--dataset {self.dataset!r} is not of the form OWNER/NAME")
+            raise ValueError(f"`dataset` {self.dataset!r} is not of the form OWNER/NAME")
 
     @property
     def name(self) -> str:
@@ -248,7 +244,7 @@ def hf_main(config: HfConfig) -> int:
 @dataclass(frozen=True, kw_only=True)
 class LocalConfig(CorpusConfig):
     files: list[str] = cli.arguments(
-        "txt, md, jsonl, csv, tsv or parquet files, or directories of such"
+        "txt, md, jsonl, csv, tsv or parquet files, or directories of them"
     )
 
 
@@ -256,23 +252,23 @@ def local_main(config: LocalConfig) -> int:
     directory = Paths.from_env().data("custom")
     settings = {"text_field": config.text_field, "cut_chars": config.cut_chars}
     files = {
-        path: {"name": str(path.resolve()), "sha256": _sha256(path)}
-        for path in _once(_expand(config.files))
+        path: {"name": str(path.resolve()), "sha256": sha256(path)}
+        for path in without_repetitions(expand(config.files))
     }
     source = {"files": list(files.values()), **settings}
     if config.append:
-        before = [entry["source"] for entry in read_manifest(directory).get("sources", ())]
-        held = [
+        sources = [entry["source"] for entry in read_manifest(directory).get("sources", ())]
+        existing = [
             file
-            for each in before
-            if "dataset" not in each and settings.items() <= each.items()
-            for file in each["files"]
+            for other in sources
+            if "dataset" not in other and settings.items() <= other.items()
+            for file in other["files"]
         ]
-        for path in [path for path, file in files.items() if file in held]:
-            logger.warning("%s is left out: it is in %s already", path, directory)
+        for path in [path for path, file in files.items() if file in existing]:
+            logger.warning("%s is skipped: it is already in %s", path, directory)
             del files[path]
         if not files:
-            print(f"{describe(source)} is in {directory} already")
+            print(f"{describe(source)} is already in {directory}")
             return 0
         source["files"] = list(files.values())
     documents = (
@@ -281,68 +277,6 @@ def local_main(config: LocalConfig) -> int:
         for document in read_documents(path, config.text_field, config.cut_chars)
     )
     return _write(directory, source, config, documents)
-
-
-def _expand(names: Sequence[str]) -> Iterator[Path]:
-    """The given files, and files of supported formats in given directories.
-
-    Logs the entries of directories that are skipped.
-    """
-    for path in map(Path, names):
-        if not path.is_dir():
-            yield path
-            continue
-        inside, left_out = list[Path](), list[str]()
-        for folder, folders, files in os.walk(path, onerror=_raise):
-            linked = [name for name in folders if Path(folder, name).is_symlink()]
-            hidden = [name for name in (*folders, *files) if name.startswith(".")]
-            folders[:] = sorted({*folders} - {*linked, *hidden})
-            known = [
-                name
-                for name in sorted({*files} - {*hidden})
-                if file_format(name) and Path(folder, name).is_file()
-            ]
-            inside += [Path(folder, name) for name in known]
-            left_out += [
-                str(Path(folder, name)) for name in sorted({*files, *linked, *hidden} - {*known})
-            ]
-        if left_out:
-            logger.warning(
-                "%s: %d entries are left out, as they are hidden, linked directories or files of "
-                "another kind: "
-                "%s",
-                path,
-                len(left_out),
-                ", ".join(left_out[:5]) + ", ..." * (len(left_out) > 5),
-            )
-        if not inside:
-            raise UsageError(f"{path} holds no file of a known kind ({', '.join(FORMATS)})")
-        yield from sorted(inside)
-
-
-def _raise(error: OSError) -> NoReturn:
-    raise error
-
-
-def _once(paths: Iterable[Path]) -> Iterator[Path]:
-    """Each file once, even if given repeatedly or under other names. Logs repetitions."""
-    seen: dict[Any, Path] = {}
-    for path in paths:
-        status = path.stat() if path.exists() else None  # follows links
-        if (
-            other := seen.setdefault(status and (status.st_dev, status.st_ino), path)
-        ) is not path and status:
-            logger.warning("%s is the file %s again: read once", path, other)
-        else:
-            yield path
-
-
-def _sha256(path: Path) -> str:
-    try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()
-    except OSError as error:
-        raise NotFound(f"{path} cannot be read: {error.strerror}") from error
 
 
 def _write(
@@ -357,12 +291,12 @@ def _write(
         append=config.append,
     )
     if entry is None:
-        print(f"{describe(source)} is in {directory} already")
+        print(f"{describe(source)} is already in {directory}")
     else:
         print(
             f"{entry['documents']:,} documents ({entry['val_documents']:,} for validation) of "
-            f"{describe(source)} "
-            f"are in {directory}; {entry['skipped']:,} rows without text were skipped"
+            f"{describe(source)} are in {directory}; {entry['skipped']:,} rows without text were "
+            "skipped"
         )
     return 0
 
@@ -389,10 +323,10 @@ COMMANDS: dict[str, tuple[Callable[..., int], type, str]] = {
         DownloadConfig,
         "Download a corpus. Also: `hf`, `local`, `embedded`, `info`.",
     ),
-    "hf": (hf_main, HfConfig, "Make a corpus of any data set of the Hugging Face Hub."),
-    "local": (local_main, LocalConfig, "Make a corpus of files on this machine."),
+    "hf": (hf_main, HfConfig, "Make a corpus from a data set of the Hugging Face Hub."),
+    "local": (local_main, LocalConfig, "Make a corpus from files on this machine."),
     "embedded": (embedded_main, NoFlags, "Build the offline corpus, which needs no network."),
-    "info": (info_main, NoFlags, "Show which corpora are on disk, and what they are enough for."),
+    "info": (info_main, NoFlags, "Print the corpora on disk and what they are enough for."),
 }
 
 

@@ -15,7 +15,7 @@ from nanochat_jax.paths import Paths
 # Options of glibc's mallopt (malloc.h).
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
 
-PLATFORMS = ("cpu", "cuda", "rocm", "tpu")  # values of --device-type
+PLATFORMS = ("cpu", "cuda", "rocm", "tpu")  # values of `device_type`
 
 # A process without a heartbeat for so long is considered dead, and the others exit. JAX's default
 # is 100.
@@ -37,14 +37,14 @@ class Processes(DeviceFlags):
 
     coordinator: str | None = flag(
         None,
-        "host:port of process 0, for a run of several processes; see devices.py for what "
-        "is found without being told",
+        "host:port of process 0, for a run of several processes; unnecessary where JAX detects "
+        "them (Slurm, Open MPI, TPU slices)",
     )
     num_processes: int | None = flag(
-        None, "how many processes the run has (with --coordinator)", at_least=1, at_most=10**6
+        None, "number of processes (with --coordinator)", at_least=1, at_most=10**6
     )
     process_id: int | None = flag(
-        None, "which of them this one is, from 0 (with --coordinator)", at_least=0, at_most=10**6
+        None, "index of this process, from 0 (with --coordinator)", at_least=0, at_most=10**6
     )
 
 
@@ -93,7 +93,7 @@ def start(paths: Paths, flags: DeviceFlags | None = None, *, compile_cache: bool
 
 
 def find_devices(device_type: str | None = None) -> list[jax.Device]:
-    """The devices of `--device-type` (already applied), JAX_PLATFORMS, or the best platform.
+    """The devices of `device_type` (already applied), JAX_PLATFORMS, or the best platform.
 
     Raises `UsageError`, with the setting that is wrong, if there are none.
     """
@@ -104,16 +104,15 @@ def find_devices(device_type: str | None = None) -> list[jax.Device]:
         variable = os.environ.get("JAX_PLATFORMS")
         cause = f" ({one_line(error).partition(' (set JAX_PLATFORMS')[0]})" if str(error) else ""
         if device_type:
-            said = f"--device-type {device_type}: JAX finds no such device here{cause}"
+            message = f"`device_type={device_type}`: JAX finds no such device here{cause}"
         elif variable:
-            said = (
+            message = (
                 f"JAX_PLATFORMS={variable}: JAX finds no such platform here{cause}: unset the "
-                "variable, or give one of "
-                f"{', '.join(PLATFORMS)}"
+                f"variable, or set it to one of {', '.join(PLATFORMS)}"
             )
         else:
-            said = f"JAX finds no device{cause}: JAX_PLATFORMS=cpu runs on the CPU"
-        raise UsageError(said) from error
+            message = f"JAX finds no device{cause}: JAX_PLATFORMS=cpu runs on the CPU"
+        raise UsageError(message) from error
 
 
 def join_processes(flags: Processes) -> None:
@@ -127,7 +126,7 @@ def join_processes(flags: Processes) -> None:
     env = os.environ
     named = (flags.coordinator, flags.num_processes, flags.process_id)
     if named != (None, None, None):
-        _join(*named, "--coordinator, --num-processes and --process-id")
+        _join(*named, "`coordinator`, `num_processes` and `process_id`")
     elif "JAX_COORDINATOR_ADDRESS" in env:
         names = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
         try:
@@ -135,8 +134,7 @@ def join_processes(flags: Processes) -> None:
         except (KeyError, ValueError) as error:
             raise UsageError(
                 "JAX_COORDINATOR_ADDRESS is set: JAX_NUM_PROCESSES and JAX_PROCESS_ID must be "
-                "numbers too, "
-                f"found {env.get('JAX_NUM_PROCESSES')!r} and {env.get('JAX_PROCESS_ID')!r}"
+                f"numbers, got {env.get('JAX_NUM_PROCESSES')!r} and {env.get('JAX_PROCESS_ID')!r}"
             ) from error
         _join(env[names[0]], count, index, ", ".join(names))
     elif (
@@ -157,14 +155,12 @@ def _count(variable: str) -> int:
     return int(text)
 
 
-def _join(coordinator: str | None, count: int | None, index: int | None, said_by: str) -> None:
+def _join(coordinator: str | None, count: int | None, index: int | None, names: str) -> None:
     host, _, port = (coordinator or "").rpartition(":")
-    if not (
-        host and port.isdigit() and count is not None and index is not None and 0 <= index < count
-    ):
+    is_address = host and port.isdigit()
+    if not is_address or count is None or index is None or not 0 <= index < count:
         raise UsageError(
-            f"{said_by} must be host:port, a number of processes and one of 0 to that less 1, "
-            "found "
+            f"{names} must be HOST:PORT, a number N of processes and an index in 0..N-1, got "
             f"{coordinator!r}, {count} and {index}"
         )
     if count > 1:

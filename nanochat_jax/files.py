@@ -63,23 +63,23 @@ def create_directory(directory: Path) -> None:
     try:
         directory.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        there = next(path for path in (directory, *directory.parents) if os.path.lexists(path))
-        if there.is_dir():
+        existing = next(path for path in (directory, *directory.parents) if os.path.lexists(path))
+        if existing.is_dir():
             raise _refused(directory, error) from error
-        if there.is_symlink():
+        if existing.is_symlink():
             raise UsageError(
-                f"{there} is a link to {os.readlink(there)}, which is not a directory: "
+                f"{existing} is a link to {os.readlink(existing)}, which is not a directory: "
                 "create or mount that, or remove the link"
             ) from error
         raise UsageError(
-            f"{there} is a file where a directory is needed: move it away, or name "
-            "another directory"
+            f"{existing} is a file where a directory is needed: move it away, or choose another "
+            "directory"
         ) from error
 
 
 def _refused(directory: Path, error: OSError) -> UsageError:
     return UsageError(
-        f"cannot write to {directory}: {error.strerror}; change that, or name another directory"
+        f"cannot write to {directory}: {error.strerror}; fix that, or choose another directory"
     )
 
 
@@ -90,14 +90,20 @@ def write_file(path: Path, content: str | bytes) -> None:
     """
     path = Path(os.path.realpath(path))
     create_directory(path.parent)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
+    with _temporary(path) as temporary, naming(path):
+        temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+
+
+@contextlib.contextmanager
+def _temporary(path: Path) -> Iterator[Path]:
+    """A path next to `path`, renamed to it if the block succeeds."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.partial")
     try:
-        with naming(path):
-            aside.write_bytes(content.encode() if isinstance(content, str) else content)
-        fsync(aside)
-        aside.replace(path)
+        yield temporary
+        fsync(temporary)
+        temporary.replace(path)
     finally:
-        aside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -143,10 +149,10 @@ def entries(directory: Path) -> list[Path]:
 
 
 def _check_empty(directory: Path, add: bool) -> None:
-    if not add and (found := entries(directory)):
+    if not add and (content := entries(directory)):
         raise UsageError(
-            f"{directory} is not an empty directory (it holds {found[0].name}): name a "
-            "new or an empty one"
+            f"{directory} is not an empty directory (it holds {content[0].name}): choose a new or "
+            "an empty one"
         )
 
 
@@ -174,18 +180,18 @@ def set_aside(directory: Path, name: str) -> Path | None:
 
     None if there is nothing. The directory itself stays: it may be a link or a mount point.
     """
-    found = entries(directory) if directory.is_dir() else []
-    if not found:
+    content = entries(directory) if directory.is_dir() else []
+    if not content:
         return None
-    aside = next(
-        path
-        for number in itertools.count()
-        if not os.path.lexists(path := directory / f"{name}-{number}")
-    )
-    aside.mkdir()
-    for path in sorted(found, key=lambda path: not path.name.isdigit()):
-        path.rename(aside / path.name)  # steps first, then the tokenizer they need
-    return aside
+    target = _first_free(directory / f"{name}-{number}" for number in itertools.count())
+    target.mkdir()
+    for path in sorted(content, key=lambda path: not path.name.isdigit()):
+        path.rename(target / path.name)  # steps first, then the tokenizer they need
+    return target
+
+
+def _first_free(paths: Iterator[Path]) -> Path:
+    return next(path for path in paths if not os.path.lexists(path))
 
 
 def empty_directory(directory: Path) -> None:
@@ -199,13 +205,8 @@ def keep_old(path: Path) -> Path | None:
     """Rename a file that is about to be overwritten, if it exists; returns its new name."""
     if not os.path.lexists(path):
         return None
-    return path.rename(
-        next(
-            old
-            for number in itertools.count(1)
-            if not os.path.lexists(old := path.with_name(f"{path.stem}.old-{number}{path.suffix}"))
-        )
-    )
+    names = (f"{path.stem}.old-{number}{path.suffix}" for number in itertools.count(1))
+    return path.rename(_first_free(path.with_name(name) for name in names))
 
 
 @contextlib.contextmanager
@@ -214,7 +215,8 @@ def _only_writer(directory: Path) -> Iterator[None]:
     try:
         if try_lock(descriptor) is False:
             raise UsageError(
-                f"another process is writing to {directory}: wait for it, or name another directory"
+                f"another process is writing to {directory}: wait for it, or choose another "
+                "directory"
             )
         with naming(directory):
             yield
@@ -291,34 +293,29 @@ def fetch_file(url: str, path: Path, *, sha256: str | None = None) -> Path:
         return path
     logger.info("fetching %s", url)
     make_directory(path.parent)
-    aside = path.with_name(f".{path.name}.{os.getpid()}.partial")
-    try:
-        for attempt in range(1, ATTEMPTS + 1):
-            try:
-                with (
-                    urllib.request.urlopen(url, timeout=TIMEOUT_S) as response,
-                    aside.open("wb") as file,
-                ):
-                    shutil.copyfileobj(response, file)
-                    size, expected = file.tell(), response.headers.get("Content-Length")
-                if expected is not None and size != int(expected):
-                    raise OSError(f"the connection ended after {size} of {expected} bytes")
-                if sha256 is not None:
-                    with aside.open("rb") as file:
-                        found = hashlib.file_digest(file, "sha256").hexdigest()
-                    if found != sha256:
-                        raise OSError(f"its checksum is {found}, expected {sha256}")
-                fsync(aside)
-                aside.replace(path)
-                return path
-            except (OSError, http.client.HTTPException) as error:  # URLError is an OSError
-                logger.warning(
-                    "attempt %d of %d to fetch %s failed: %s", attempt, ATTEMPTS, url, error
-                )
-                failure = error
-    finally:
-        aside.unlink(missing_ok=True)
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            with _temporary(path) as temporary:
+                _download(url, temporary, sha256)
+            return path
+        except (OSError, http.client.HTTPException) as error:  # URLError is an OSError
+            logger.warning("attempt %d of %d to fetch %s failed: %s", attempt, ATTEMPTS, url, error)
+            failure = error
     raise NotFound(
         f"{path} does not exist and could not be fetched from {url} ({failure}): "
         "put the file there, or run where the network can be reached"
     )
+
+
+def _download(url: str, path: Path, sha256: str | None) -> None:
+    """Download a file. Raises OSError if it is incomplete or has another checksum."""
+    with urllib.request.urlopen(url, timeout=TIMEOUT_S) as response, path.open("wb") as file:
+        shutil.copyfileobj(response, file)
+        size, expected = file.tell(), response.headers.get("Content-Length")
+    if expected is not None and size != int(expected):
+        raise OSError(f"the connection ended after {size} of {expected} bytes")
+    if sha256 is not None:
+        with path.open("rb") as file:
+            checksum = hashlib.file_digest(file, "sha256").hexdigest()
+        if checksum != sha256:
+            raise OSError(f"its checksum is {checksum}, expected {sha256}")

@@ -22,103 +22,67 @@ from nanochat_jax.storage import Directory, is_remote
 
 log = logging.getLogger(__name__)
 
-# Dense bfloat16 FLOP/s by a name in the lower-case device kind; the first match counts. From the
-# vendors' data sheets; half of the rate if it is given with sparsity (H100, H200: 1,979e12, B200:
-# 4.5e15).
-PEAK_FLOPS = {
-    "gb200": 2.5e15,
-    "b200": 2.25e15,
-    "b100": 1.8e15,
-    "h200 nvl": 836e12,
-    "h200 pcie": 836e12,
-    "h200": 989e12,
-    "h100 nvl": 835e12,
-    "h100 pcie": 756e12,
-    "h100": 989e12,
-    "h800 nvl": 989e12,
-    "h800": 756e12,
-    "a100": 312e12,
-    "a800": 312e12,
-    "a40": 149.7e12,
-    "a30": 165e12,
-    "l40s": 362e12,
-    "l40": 181e12,
-    "l4": 121e12,
-    "5090": 209.5e12,
-    "4090": 165.2e12,
-    "3090": 71e12,
-    "mi355x": 2.5e15,
-    "mi325x": 1.3074e15,
-    "mi300x": 1.3074e15,
-    "mi300a": 980.6e12,
-    "mi250x": 383e12,
-    "mi250": 362.1e12,
-    "v6 lite": 918e12,
-    "v6e": 918e12,
-    "v5 lite": 197e12,
-    "v5e": 197e12,
-    "v5p": 459e12,
-    "v5": 459e12,
-    "v4": 275e12,
-    "v3": 123e12,
-    "v2": 45e12,
-}
-
-# Bytes/s of the device's memory, by the same names, from the same data sheets.
-PEAK_BANDWIDTH = {
-    "gb200": 8.0e12,
-    "b200": 8.0e12,
-    "b100": 8.0e12,
-    "h200": 4.8e12,
-    "h100 nvl": 3.9e12,
-    "h100 pcie": 2.0e12,
-    "h100": 3.35e12,
-    "h800 pcie": 2.0e12,
-    "h800": 3.35e12,
-    "a100": 2.0e12,
-    "a800": 2.0e12,
-    "a40": 696e9,
-    "a30": 933e9,
-    "l40s": 864e9,
-    "l40": 864e9,
-    "l4": 300e9,
-    "5090": 1.79e12,
-    "4090": 1.01e12,
-    "3090": 936e9,
-    "mi355x": 8.0e12,
-    "mi325x": 6.0e12,
-    "mi300x": 5.3e12,
-    "mi300a": 5.3e12,
-    "mi250x": 3.28e12,
-    "mi250": 3.28e12,
-    "v6 lite": 1.64e12,
-    "v6e": 1.64e12,
-    "v5 lite": 819e9,
-    "v5e": 819e9,
-    "v5p": 2.765e12,
-    "v5": 2.765e12,
-    "v4": 1.2e12,
-    "v3": 900e9,
-    "v2": 700e9,
+# (dense bfloat16 FLOP/s, bytes/s of the memory) by a name in the lower-case device kind; the first
+# match counts. From the vendors' data sheets; half of the FLOP/s if they are given with sparsity
+# (H100, H200: 1,979e12, B200: 4.5e15).
+PEAKS = {
+    "gb200": (2.5e15, 8e12),
+    "b200": (2.25e15, 8e12),
+    "b100": (1.8e15, 8e12),
+    "h200 nvl": (836e12, 4.8e12),
+    "h200 pcie": (836e12, 4.8e12),
+    "h200": (989e12, 4.8e12),
+    "h100 nvl": (835e12, 3.9e12),
+    "h100 pcie": (756e12, 2e12),
+    "h100": (989e12, 3.35e12),
+    "h800 nvl": (989e12, 3.35e12),
+    "h800 pcie": (756e12, 2e12),
+    "h800": (756e12, 3.35e12),
+    "a100": (312e12, 2e12),
+    "a800": (312e12, 2e12),
+    "a40": (149.7e12, 0.696e12),
+    "a30": (165e12, 0.933e12),
+    "l40s": (362e12, 0.864e12),
+    "l40": (181e12, 0.864e12),
+    "l4": (121e12, 0.3e12),
+    "5090": (209.5e12, 1.79e12),
+    "4090": (165.2e12, 1.01e12),
+    "3090": (71e12, 0.936e12),
+    "mi355x": (2.5e15, 8e12),
+    "mi325x": (1.3074e15, 6e12),
+    "mi300x": (1.3074e15, 5.3e12),
+    "mi300a": (980.6e12, 5.3e12),
+    "mi250x": (383e12, 3.28e12),
+    "mi250": (362.1e12, 3.28e12),
+    "v6 lite": (918e12, 1.64e12),
+    "v6e": (918e12, 1.64e12),
+    "v5 lite": (197e12, 0.819e12),
+    "v5e": (197e12, 0.819e12),
+    "v5p": (459e12, 2.765e12),
+    "v5": (459e12, 2.765e12),
+    "v4": (275e12, 1.2e12),
+    "v3": (123e12, 0.9e12),
+    "v2": (45e12, 0.7e12),
 }
 
 
-def _of_kind(table: dict[str, float], device: jax.Device) -> float | None:
-    if device.platform == "cpu":
-        return None
+def _peaks(device: jax.Device) -> tuple[float | None, float | None]:
     kind = device.device_kind.lower()
-    # whole words: an A4000 is not an A40
-    return next((value for name, value in table.items() if re.search(rf"\b{name}\b", kind)), None)
+    for name, peaks in PEAKS.items():
+        # whole words: an A4000 is not an A40
+        if device.platform != "cpu" and re.search(rf"\b{name}\b", kind):
+            return peaks
+    return None, None
 
 
 def peak_flops(device: jax.Device) -> float | None:
     """Peak dense bfloat16 FLOP/s of one device; None if unknown (a CPU, an unlisted chip)."""
-    return _of_kind(PEAK_FLOPS, device)
+    return _peaks(device)[0]
 
 
 def peak_bandwidth(device: jax.Device) -> float | None:
     """Peak bytes/s of one device's memory; None if unknown."""
-    return _of_kind(PEAK_BANDWIDTH, device)
+    return _peaks(device)[1]
 
 
 def peak_memory_bytes() -> int:
@@ -133,8 +97,8 @@ def peak_memory_bytes() -> int:
 class MetricsLog:
     """Writes one JSON object per line, in process 0.
 
-    A resume drops the lines past the restored step. If the run's steps (`steps`) are in a bucket, a
-    copy of the file is saved next to them.
+    A resumed run drops the lines after the restored step. If the run's steps (`steps`) are in a
+    bucket, a copy of the file is saved next to them.
     """
 
     def __init__(
@@ -169,12 +133,12 @@ class MetricsLog:
             self._file.write(json.dumps(values) + "\n")
             self._file.flush()
         if self._wandb is not None:
-            figures = {
-                f"{values['kind']}/{key}": v
-                for key, v in values.items()
-                if isinstance(v, (int, float)) and key != "step"
+            numbers = {
+                f"{values['kind']}/{name}": value
+                for name, value in values.items()
+                if isinstance(value, (int, float)) and name != "step"
             }
-            self._wandb.log(figures, step=values["step"])
+            self._wandb.log(numbers, step=values["step"])
 
     def copy(self) -> None:
         """Update the copy in the bucket, if there is one. Raises `UsageError` if that fails."""
@@ -184,8 +148,8 @@ class MetricsLog:
             self._copy.write_bytes(self.path.read_bytes())
         except Exception as error:  # any error of the network
             raise UsageError(
-                f"{self._copy} could not be written ({one_line(error)}): mend that and go on with "
-                "--resume"
+                f"{self._copy} could not be written ({one_line(error)}): fix that, then continue "
+                "with `resume`"
             ) from error
 
     def close(self) -> None:
@@ -248,7 +212,7 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
         except (ValueError, KeyError, TypeError, RecursionError):
             damaged += 1
     if damaged:
-        log.warning("%s: %d damaged lines are left out", path, damaged)
+        log.warning("%s: skipped %d damaged lines", path, damaged)
     return rows
 
 
@@ -260,22 +224,17 @@ def start_wandb(run: str, project: str, config: dict[str, Any]) -> Any:
         import wandb
     except ImportError as error:
         raise UsageError(
-            f"--run {run} logs to Weights & Biases, which is not installed: `pip install wandb`, "
-            "or leave --run "
-            "out"
+            f"`run={run}` logs to Weights & Biases, which is not installed: `pip install wandb`, "
+            "or leave `run` out"
         ) from error
     return wandb.init(project=project, name=run, config=config)
 
 
 def format_count(number: float) -> str:
     """A large number for people: 512, 16k, 5,221.9M."""
-    return (
-        f"{number / 1e6:,.1f}M"
-        if number >= 1e6
-        else f"{number / 1e3:,.0f}k"
-        if number >= 1e3
-        else f"{number:.0f}"
-    )
+    if number >= 1e6:
+        return f"{number / 1e6:,.1f}M"
+    return f"{number / 1e3:,.0f}k" if number >= 1e3 else f"{number:.0f}"
 
 
 def format_seconds(seconds: float) -> str:
@@ -297,8 +256,8 @@ class Display:
         self._plain_every, self._began, self._last = plain_every, time.monotonic(), float("-inf")
         self._bar: Progress | None = None
         # process 0 only: `devices.start` sets the log levels
-        speaks = log.isEnabledFor(logging.INFO)
-        if speaks and sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
+        enabled = log.isEnabledFor(logging.INFO)
+        if enabled and sys.stderr.isatty() and os.environ.get("TERM") != "dumb":
             self._bar = Progress(
                 TextColumn("[bold]{task.description}"),
                 BarColumn(bar_width=None, complete_style="cyan"),
@@ -312,9 +271,9 @@ class Display:
 
     def update(self, step: int, **shown: str) -> None:
         """Show that `step` steps are done; `shown`: short texts by name."""
-        now = time.monotonic()
-        done = step - self._start
-        left = format_seconds((now - self._began) / done * (self.total - step)) if done > 0 else "?"
+        now, done, left = time.monotonic(), step - self._start, "?"
+        if done > 0:
+            left = format_seconds((now - self._began) / done * (self.total - step))
         info = " · ".join([*(f"{name} {text}" for name, text in shown.items()), f"{left} left"])
         if self._bar is not None:
             self._bar.update(self._task, completed=step, total=self.total, info=info)

@@ -35,12 +35,7 @@ DATA_DIRS = {
     "fineweb": "base_data",
     "embedded": "base_data_embedded",
 }
-HOW_TO_MAKE = {
-    "base": "scripts.base_train",
-    "mid": "scripts.mid_train",
-    "sft": "scripts.chat_sft",
-    "rl": "scripts.chat_rl",
-}
+TRAINING_SCRIPTS = {"base": "base_train", "mid": "mid_train", "sft": "chat_sft", "rl": "chat_rl"}
 
 
 @dataclass(frozen=True)
@@ -59,15 +54,13 @@ class Paths:
         given = os.environ.get("NANOCHAT_BASE_DIR") or "~/.cache/nanochat"
         if "://" in given:  # would be a local directory of that name
             raise UsageError(
-                f"NANOCHAT_BASE_DIR={given}: the base directory must be a path; checkpoints alone "
-                "can be in a "
-                "bucket: NANOCHAT_CHECKPOINT_DIR=gs://..."
+                f"NANOCHAT_BASE_DIR={given}: the base directory must be a path; only checkpoints "
+                "can be in a bucket: NANOCHAT_CHECKPOINT_DIR=gs://..."
             )
         remote = os.environ.get("NANOCHAT_CHECKPOINT_DIR", "").rstrip("/")
         if remote and not re.match("gs://[^/]", remote):
             raise UsageError(
-                f"NANOCHAT_CHECKPOINT_DIR={remote}: give a place in a bucket, gs://bucket/...; on "
-                "a disk "
+                f"NANOCHAT_CHECKPOINT_DIR={remote}: expected a bucket, gs://bucket/...; on a disk, "
                 "checkpoints are under NANOCHAT_BASE_DIR"
             )
         base = user_path(given).absolute()
@@ -119,19 +112,16 @@ class Paths:
     def tags(self, source: str) -> list[str]:
         """The tags of a stage that have a step."""
         root = self.checkpoints(source)
-        found = root.iterdir() if root.is_dir() else ()
-        return sorted(path.name for path in found if path.name[0] != "." and saved_steps(path))
+        tags = root.iterdir() if root.is_dir() else ()
+        return sorted(path.name for path in tags if path.name[0] != "." and saved_steps(path))
 
     def find_tag(self, source: str) -> str:
         """The default tag of those with a step: the largest `d<depth>`, else the newest."""
         root = self.checkpoints(source)
         tags = [root / name for name in self.tags(source)]
         if not tags:
-            foreign = (
-                [path for path in root.iterdir() if foreign_checkpoints(path)]
-                if root.is_dir()
-                else []
-            )
+            others = root.iterdir() if root.is_dir() else ()
+            foreign = [path for path in others if foreign_checkpoints(path)]
             raise NotFound(f"no {source} checkpoint in {root}: {how_to_get(source, *foreign[:1])}")
         sized = [
             (int(match[1]), match[0] == path.name, path.name)  # d20 before d20-test
@@ -142,14 +132,11 @@ class Paths:
             return max(sized)[-1]
         if self.bucket and len(tags) > 1:  # buckets record no times of directories
             raise UsageError(
-                f"{root} holds {', '.join(sorted(path.name for path in tags))}: name one by "
-                "--model-tag"
+                f"{root} holds {', '.join(path.name for path in tags)}: choose one with `model_tag`"
             )
-        return (
-            tags[0].name
-            if len(tags) == 1
-            else max(tags, key=lambda path: path.stat().st_mtime).name
-        )
+        if len(tags) == 1:
+            return tags[0].name
+        return max(tags, key=lambda path: path.stat().st_mtime).name
 
 
 def base_tokenizer(tag: Path) -> Path:
@@ -188,16 +175,16 @@ def delete_steps(directory: Directory) -> None:
 def how_to_get(source: str, foreign: Directory | None = None) -> str:
     """How to get a model of a stage; `foreign`: a directory of `foreign_checkpoints`."""
     if foreign is None:
-        return f"run `python -m {HOW_TO_MAKE[source]}` first"
+        return f"run `python -m scripts.{TRAINING_SCRIPTS[source]}` first"
     command = f"python -m scripts.import_weights --from {foreign}"
-    return f"those of nanochat's PyTorch code in {foreign} are read by `{command}`"
+    return f"`{command}` imports nanochat's PyTorch checkpoints"
 
 
 def foreign_checkpoints(directory: Directory) -> list[str]:
     """Checkpoints of nanochat's PyTorch code, whose default base directory is the same."""
-    return (
-        sorted(path.name for path in directory.glob("*_*.pt")) if not is_remote(directory) else []
-    )
+    if is_remote(directory):
+        return []
+    return sorted(path.name for path in directory.glob("*_*.pt"))
 
 
 def refuse_foreign(directory: Directory) -> None:
@@ -205,8 +192,7 @@ def refuse_foreign(directory: Directory) -> None:
     if foreign := foreign_checkpoints(directory):
         raise UsageError(
             f"{directory} holds checkpoints of nanochat's PyTorch code, such as {foreign[0]}: "
-            "name another place "
-            "by --model-tag, or another base directory by NANOCHAT_BASE_DIR"
+            "set another `model_tag`, or another base directory with NANOCHAT_BASE_DIR"
         )
 
 

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, overload
+from typing import Any, Literal, TypeVar
 
 import jax
 import jax.numpy as jnp
@@ -21,6 +21,7 @@ from jax.sharding import Mesh
 
 from nanochat_jax.checkpoint import Loaded, load_directory, load_model
 from nanochat_jax.conversation import render_for_completion
+from nanochat_jax.devices import ModelFlags
 from nanochat_jax.errors import NotFound
 from nanochat_jax.infer.engine import Engine
 from nanochat_jax.infer.padding import bucket
@@ -35,6 +36,8 @@ from nanochat_jax.model.weights import Params
 from nanochat_jax.paths import CHECKPOINT_DIRS, Paths, saved_steps
 from nanochat_jax.tokenizer import Tokenizer
 
+P = TypeVar("P", str, list[int])
+
 
 @functools.partial(jax.jit, static_argnames=("config", "compute"))
 def _logits(params: Params, tokens: Array, *, config: GPTConfig, compute: Compute) -> Array:
@@ -46,13 +49,11 @@ class Model:
     """A model in memory.
 
     Attributes:
-        config: its shape and architecture.
-        params: the parameters, a nested dict of float32 arrays; matrices [in, out], equal layers
-          stacked.
-        tokenizer: None if the weights came without one; then only token ids go in and out.
+        params: the parameters, a nested dict of float32 arrays; matrices [in, out], layers stacked.
+        tokenizer: None if the weights came without one; then prompts and replies are token ids.
         source: "base", "mid", "sft", "rl", or the directory it came from.
-        step: of the training that made it.
-        compute: the devices it is on, the dtype it computes in, and so on.
+        step: its training step.
+        compute: mesh, compute dtype, and so on.
     """
 
     config: GPTConfig
@@ -63,10 +64,9 @@ class Model:
     compute: Compute
 
     def logits(self, tokens: Sequence[Sequence[int]] | np.ndarray) -> np.ndarray:
-        """Softcapped logits, float32 [B, T, V], of tokens [B, T]: at [b, t] those of the token
-        after t.
+        """Return logits after the softcap, float32 [B, T, V], for the token after each of [B, T].
 
-        Raises ValueError for another shape or an id outside of the vocabulary.
+        Raises ValueError for another shape or an id outside the vocabulary.
         """
         tokens = np.asarray(tokens)
         if tokens.ndim != 2 or tokens.size == 0 or not np.issubdtype(tokens.dtype, np.integer):
@@ -79,7 +79,7 @@ class Model:
                 f"{tokens.min()}..{tokens.max()}"
             )
         rows, length = tokens.shape
-        # Padding to the right changes nothing before it, and few lengths mean few compilations.
+        # Few lengths mean few compilations; padding on the right does not change the rest.
         padded = np.zeros((rows, bucket(length)), np.int32)
         padded[:, :length] = tokens
         return np.asarray(
@@ -87,42 +87,28 @@ class Model:
             np.float32,
         )
 
-    @overload
     def generate(
         self,
-        prompt: str,
+        prompt: P,
         *,
         max_tokens: int = 256,
         temperature: float = 1.0,
-        top_k: int = 0,
+        top_k: int | None = 0,
         seed: int = 42,
         chat: bool = False,
-    ) -> str: ...
-    @overload
-    def generate(
-        self,
-        prompt: Sequence[int],
-        *,
-        max_tokens: int = 256,
-        temperature: float = 1.0,
-        top_k: int = 0,
-        seed: int = 42,
-        chat: bool = False,
-    ) -> list[int]: ...
-    def generate(self, prompt, *, max_tokens=256, temperature=1.0, top_k=0, seed=42, chat=False):
-        """What follows a prompt, until the model ends it: text for a text, ids for ids; without
-        the prompt.
+    ) -> P:
+        """Continue a prompt until the model ends it. Returns the continuation.
 
         Args:
-            prompt: text, after which the model goes on as in a document; or ids, taken as they are.
-            max_tokens: most tokens to generate; less where the context ends.
-            temperature: 0 takes the most likely token each time.
+            prompt: text to continue as a document, or token ids; the result is of the same type.
+            max_tokens: maximum number of new tokens; limited by the context.
+            temperature: sampling temperature; 0 is greedy.
             top_k: keep the k most likely tokens; 0 or None keeps all.
             seed: the same seed gives the same tokens.
-            chat: the text is a user's message, and the result the assistant's reply.
+            chat: the text is a user's message, the result the assistant's reply.
 
-        Raises ValueError if the prompt is empty, does not fit the context, or has ids outside of
-        the vocabulary.
+        Raises ValueError if the prompt is empty, does not fit the context, or has ids outside the
+        vocabulary.
         """
         tokens = self._prompt_ids(prompt, chat) if isinstance(prompt, str) else prompt
         request = Request(
@@ -156,28 +142,16 @@ class Model:
 
 
 def load_engine(
-    paths: Paths,
-    source: str,
-    *,
-    tag: str | None,
-    step: int | None,
-    dtype: str,
-    mesh: Mesh | None = None,
-    **options: Any,
+    paths: Paths, source: str, flags: ModelFlags, *, mesh: Mesh | None = None, **options: Any
 ) -> tuple[Engine, Loaded]:
-    """An engine (`options` are its own) of a stage's model, and what else is known of that.
+    """Return an engine with `options` for a stage's model, and the model without its parameters.
 
-    The parameters in float32 are not kept: the engine has its own, in the dtype it computes with.
+    Only the engine's parameters, in the compute dtype, stay in memory.
     """
-    loaded = load_model(paths, source, tag=tag, step=step, mesh=mesh)
-    engine = Engine(
-        loaded.config,
-        loaded.params,
-        loaded.tokenizer,
-        compute=Compute.on(mesh, dtype=dtype),
-        **options,
-    )
-    return engine, dataclasses.replace(loaded, params={})
+    model = load_model(paths, source, tag=flags.model_tag, step=flags.step, mesh=mesh)
+    compute = Compute.on(mesh, dtype=flags.dtype)
+    engine = Engine(model.config, model.params, model.tokenizer, compute=compute, **options)
+    return engine, dataclasses.replace(model, params={})
 
 
 def load(
@@ -192,39 +166,37 @@ def load(
     """Load a trained model.
 
     Args:
-        source: "base", "mid", "sft" or "rl": a stage's checkpoint under the base directory. Or a
-            directory: one of ours (with steps in it), upstream's (`model_<step>.pt`), or Hugging
-            Face's (`config.json`, `.safetensors`).
-        tag: of a stage; default the largest `d<depth>`.
+        source: "base", "mid", "sft" or "rl": a stage's checkpoint in the base directory. Or a
+            checkpoint directory: ours, upstream's (`model_<step>.pt`), or Hugging Face's
+            (`config.json`, `.safetensors`).
+        tag: a stage's model tag; default the largest `d<depth>`.
         step: default the newest.
-        dtype: of the computation: "auto" is float32 on a CPU and bfloat16 elsewhere.
+        dtype: compute dtype; "auto" is float32 on a CPU and bfloat16 elsewhere.
         mesh: devices as DxM.
-        rotary_dtype: of the rotary tables, "float32" or "bfloat16"; default as the model was
-          trained (see `read_foreign`).
+        rotary_dtype: dtype of the rotary tables; default as in training (see `read_foreign`).
 
-    Raises `NotFound` (a FileNotFoundError) or `UsageError`, which say what to do.
+    Raises `NotFound` (a FileNotFoundError) or `UsageError`.
     """
     devices = make_mesh(mesh)
     directory = Path(source).expanduser()
-    found: Loaded | Imported
+    model: Loaded | Imported
     if str(source) in CHECKPOINT_DIRS:
-        found = load_model(Paths.from_env(), str(source), tag=tag, step=step, mesh=devices)
+        model = load_model(Paths.from_env(), str(source), tag=tag, step=step, mesh=devices)
     elif not directory.is_dir():
-        raise NotFound(
-            f"{directory} is neither a directory nor one of the stages {', '.join(CHECKPOINT_DIRS)}"
-        )
+        stages = ", ".join(CHECKPOINT_DIRS)
+        raise NotFound(f"{directory} is neither a directory nor one of the stages {stages}")
     elif saved_steps(directory):
-        found = load_directory(directory, step=step, mesh=devices)
+        model = load_directory(directory, step=step, mesh=devices)
     else:
-        found = read_foreign(directory, step=step)
-    config, params = found.config, found.params
+        model = read_foreign(directory, step=step)
+    config, params = model.config, model.params
     if rotary_dtype is not None:
         config = dataclasses.replace(config, rotary_dtype=rotary_dtype)
-    tokenizer = found.own_tokenizer if isinstance(found, Loaded) else found.tokenizer
-    if isinstance(found, Imported):
+    tokenizer = model.own_tokenizer if isinstance(model, Loaded) else model.tokenizer
+    if isinstance(model, Imported):
         params = jax.device_put(jax.tree.map(jnp.asarray, params), param_shardings(config, devices))
     return Model(
-        config, params, tokenizer, str(source), found.step, Compute.on(devices, dtype=dtype)
+        config, params, tokenizer, str(source), model.step, Compute.on(devices, dtype=dtype)
     )
 
 
@@ -235,11 +207,10 @@ def read_foreign(
     tokenizer: Path | None = None,
     rotary_dtype: str | None = None,
 ) -> Imported:
-    """Read a checkpoint of another kind than ours: nanochat's PyTorch files, or a Hugging Face
-    directory.
+    """Read a checkpoint of nanochat in PyTorch, or a Hugging Face directory.
 
-    `rotary_dtype` of a classic model's tables is by default what the files' own code computes
-    with: bfloat16 for nanochat's, float32 for transformers'.
+    `rotary_dtype` applies to a classic model. The default is what the files' own code uses:
+    bfloat16 for nanochat's, float32 for transformers'.
     """
     if any(directory.glob("model_*.pt")):
         return read_checkpoint(directory, step=step, tokenizer=tokenizer, rotary_dtype=rotary_dtype)
@@ -247,6 +218,5 @@ def read_foreign(
         return read_hf(directory, tokenizer=tokenizer, rotary_dtype=rotary_dtype)
     raise NotFound(
         f"no model_<step>.pt and no config.json in {directory}: give the directory of a nanochat "
-        "checkpoint "
-        "or of a Hugging Face model"
+        "checkpoint or of a Hugging Face model"
     )

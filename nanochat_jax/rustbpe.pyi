@@ -6,15 +6,19 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 import pyarrow as pa
 
+# Called several times a second as (stage, done, total): characters in the stage "count", where
+# total may be None, then merges in the stage "merge".
+Progress = Callable[[str, int, int | None], object]
+
 class Tokenizer:
-    """A byte-level BPE tokenizer: ids 0..255 are bytes, then come the learned merges."""
+    """A byte-level BPE tokenizer. Ids 0..255 are bytes, followed by the learned merges."""
 
     def __init__(self) -> None: ...
     @staticmethod
     def from_tokens(tokens: Sequence[bytes], pattern: str) -> Tokenizer:
-        """A tokenizer of known tokens: token `i` has the id `i`.
+        """A tokenizer in which `tokens[i]` has the id i.
 
-        ValueError if one of the 256 bytes is missing, a token is there twice or the pattern is bad.
+        Raises ValueError for a missing byte, a repeated token or an invalid pattern.
         """
 
     def train_from_iterator(
@@ -24,19 +28,18 @@ class Tokenizer:
         buffer_size: int = 8192,
         pattern: str | None = None,
         *,
-        progress: Callable[[str, int, int | None], object] | None = None,
+        progress: Progress | None = None,
         num_threads: int | None = None,
     ) -> None:
-        """Learn up to `vocab_size` tokens; `buffer_size` documents go to a thread at a time.
+        """Learn up to `vocab_size` tokens, from `buffer_size` documents per thread at a time.
 
-        The most frequent pair merges first, ties go to the smallest (left id, right id), and training stops early
-        when no pair is left. `pattern` cuts text into chunks that no merge crosses; the default is GPT-4's.
-        `progress(stage, done, total)` is called several times a second: characters in the stage "count", whose total
-        is None while unknown, then merges in the stage "merge". The number of threads, by default that of the cores,
-        changes nothing about the result.
+        The most frequent pair merges first, on ties the smallest (left id, right id). Training
+        stops early if no pair is left. No merge crosses a chunk of `pattern` (default: GPT-4's).
+        The result does not depend on `num_threads` (default: the number of cores).
 
-        Raises ValueError for a bad pattern or a vocab_size below 256, TypeError for an item that is not a str, and
-        whatever the iterator, `progress` or a signal handler raises; the tokenizer then stays as it was.
+        Raises ValueError for an invalid pattern or a vocab_size below 256, TypeError for an item
+        that is not a str, and the exceptions of the iterator, `progress` and signal handlers. After
+        an exception, the tokenizer is unchanged.
         """
 
     def train_from_parquet(
@@ -48,26 +51,27 @@ class Tokenizer:
         column: str = "text",
         max_chars: int | None = None,
         doc_cap: int | None = None,
-        progress: Callable[[str, int, int | None], object] | None = None,
+        progress: Progress | None = None,
         num_threads: int | None = None,
     ) -> None:
-        """The same on a column of strings of Parquet files, without its nulls, a row group in memory at a time.
+        """Like `train_from_iterator`, on the non-null strings of a Parquet column.
 
-        Of each document the first `doc_cap` characters count. The document that takes them over `max_chars` together is
-        the last, which is whole. Also raises what pyarrow raises, with a note that names the file.
+        Holds one row group in memory. Documents are truncated to `doc_cap` characters. Reading
+        stops after the document that exceeds `max_chars` in total. Also raises pyarrow's
+        exceptions, with a note that names the file.
         """
 
     def get_pattern(self) -> str: ...
     def get_mergeable_ranks(self) -> list[tuple[bytes, int]]:
-        """Every token with its rank, which is its id, in order."""
+        """(token, id) of all tokens, in order."""
 
     def encode(self, text: str) -> list[int]:
-        """What tiktoken's `encode_ordinary` gives. UnicodeEncodeError if the text has surrogates."""
+        """Equals tiktoken's `encode_ordinary`. Raises UnicodeEncodeError for surrogates."""
 
     def encode_batch(
         self, texts: Iterable[str], prepend: int | None = None, num_threads: int = 8
     ) -> tuple[np.ndarray, np.ndarray]:
-        """All ids, int32 [N], and offsets, int64 [len(texts) + 1]; each text's ids start with `prepend`, if given.
+        """(ids int32 [N], offsets int64 [texts + 1]); each text's ids start with `prepend`, if set.
 
         Up to `num_threads` threads work, without the GIL. The tokenizer keeps 18 MiB of caches for each thread.
         """
@@ -75,10 +79,10 @@ class Tokenizer:
     def encode_arrow(
         self, array: pa.Array | pa.ChunkedArray, prepend: int | None = None, num_threads: int = 8
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The same for the strings of an Arrow array without its nulls, which never become Python strings.
+        """Like `encode_batch`, on the non-null strings of an Arrow array, without Python strings.
 
-        TypeError if it is no array of strings, ValueError if they are not UTF-8.
+        Raises TypeError for other arrays and ValueError for strings that are not UTF-8.
         """
 
     def decode(self, ids: Sequence[int]) -> bytes:
-        """The bytes of `ids`, not necessarily whole UTF-8 characters; ValueError for an id that is not a token's."""
+        """The bytes of `ids`, possibly invalid UTF-8. Raises ValueError for an unknown id."""

@@ -60,10 +60,8 @@ def open_bucket(url: str) -> epath.Path:
     except Exception as error:  # any error of the network, the credentials or the bucket
         raise UsageError(
             f"{url} cannot be reached ({type(error).__name__}: {one_line(error)}): check the "
-            "bucket's name, "
-            "the network and that this machine's account may read the bucket and write objects "
-            "(off Google's "
-            "machines: `gcloud auth application-default login`)"
+            "bucket's name, the network and that this machine's account may read the bucket and "
+            "write objects (outside of Google Cloud: `gcloud auth application-default login`)"
         ) from error
     from etils import epath
 
@@ -121,10 +119,10 @@ class ObjectLock:
     def __init__(self, directory: epath.Path, advice: str) -> None:
         from google.cloud import storage
 
-        name, _, place = str(directory.parent).removeprefix("gs://").partition("/")
+        name, _, parent = str(directory.parent).removeprefix("gs://").partition("/")
         self._directory, self._advice, self._id = directory, advice, uuid.uuid4().hex
         self._bucket = storage.Client().bucket(name)
-        self._key = f"{place}/.{directory.name}.lock"
+        self._key = f"{parent}/.{directory.name}.lock"
         self._generation, self._ended = 0, threading.Event()
         self._thread = threading.Thread(target=self._beat, daemon=True)
         self.lost = False
@@ -181,20 +179,18 @@ class ObjectLock:
             return True
         # also if the write succeeded but its response was lost and the client retried
         except PreconditionFailed:
-            found, holder = self._read()
+            generation, holder = self._read()
             if holder.get("id") == self._id:
-                self._generation = found
+                self._generation = generation
             return holder.get("id") == self._id
 
     def _read(self) -> tuple[int, dict[str, Any]]:
         """Generation and content of the object; (0, {}) if it does not exist."""
         from google.api_core.exceptions import NotFound
 
-        found = self._bucket.get_blob(self._key)
+        blob = self._bucket.get_blob(self._key)
         try:
-            return (
-                (found.generation, _parse_holder(found.download_as_bytes())) if found else (0, {})
-            )
+            return (blob.generation, _parse_holder(blob.download_as_bytes())) if blob else (0, {})
         except NotFound:  # deleted meanwhile
             return 0, {}
 

@@ -1,15 +1,13 @@
-"""The tokenizer: byte-level BPE with GPT-4's style of splitting, trained and run by our Rust crate.
+"""The tokenizer: byte-level BPE with a GPT-4 style split pattern, implemented in the crate `rustbpe`.
 
-A text gets the ids that tiktoken gives it with the same vocabulary and pattern.
+It encodes as tiktoken does with the same vocabulary and pattern. Ids are the bytes 0..255, then the
+merges in the order learned, then the special tokens. Text never becomes a special token: `<|bos|>`
+typed by a user is encoded as seven characters.
 
-Ids are the bytes 0..255, then the merges in the order they were learned, then the special tokens.
-Text is always ordinary: a user who types `<|bos|>` gets the tokens of those seven characters,
-never the control token.
+On disk it is two text files, so loading never runs code:
 
-On disk it is two text files, so that loading one never runs code:
-
-    mergeable_ranks.tiktoken    a line for each token: its bytes in base64, a space, its id
-    meta.json                   the split pattern, the special tokens, and a fingerprint of it all
+    mergeable_ranks.tiktoken    a line per token: its bytes in base64, a space, its id
+    meta.json                   split pattern, special tokens, fingerprint
 """
 
 import base64
@@ -34,8 +32,8 @@ if TYPE_CHECKING:  # generation needs names of special tokens from here, and no 
 
 logger = logging.getLogger(__name__)
 
-# GPT-4's pattern with numbers in groups of two digits, not three: a small vocabulary has better
-# uses for its tokens.
+# GPT-4's pattern, but with numbers in groups of two digits: three need too much of a small
+# vocabulary.
 SPLIT_PATTERN = r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"""
 
 SPECIAL_TOKENS = (
@@ -59,31 +57,24 @@ META_FILE = "meta.json"
 
 
 def _crate() -> ModuleType:
-    """The compiled crate. Imported when it is used, so that without it a command still shows its
-    help.
-    """
+    """The compiled crate. Imported late, so that `--help` works without it."""
     try:
         from nanochat_jax import rustbpe
     except ImportError as error:
         raise UsageError(
             f"the tokenizer's Rust crate is not built ({one_line(error)}): run `bash test.sh "
-            "--collect-only -q`, "
-            "or `maturin develop --release --manifest-path rustbpe/Cargo.toml`"
+            "--collect-only -q`, or `maturin develop --release --manifest-path rustbpe/Cargo.toml`"
         ) from error
     return rustbpe
 
 
 class Tokenizer:
-    """Text to ids and back. Immutable, and safe to use from several threads.
+    """Encodes text as ids and decodes them. Immutable and thread-safe.
 
     Args:
-        mergeable_ranks: bytes of each token -> id; the ids are 0..n-1 and the 256 single bytes are
-          among the tokens.
-        pattern: regular expression that cuts text into the chunks no merge crosses.
-        special_tokens: names of the control tokens, which take the ids n, n+1, ...
-
-    Raises:
-        ValueError: `mergeable_ranks` is not such a vocabulary.
+      mergeable_ranks: bytes of each token -> id 0..n-1. Must contain the 256 single bytes.
+      pattern: regular expression that splits text into chunks. No token crosses a chunk.
+      special_tokens: names of the special tokens, with the ids n, n+1, ...
     """
 
     def __init__(
@@ -115,12 +106,11 @@ class Tokenizer:
     def train(
         cls, texts: Iterable[str], vocab_size: int, *, progress: Progress | None = None
     ) -> "Tokenizer":
-        """Learn `vocab_size` tokens, specials included; fewer, with a warning, if the text is too
-        small.
+        """Train `vocab_size` tokens including special tokens; fewer if the text is too small.
 
-        `progress(stage, done, total)` hears several times a second how far it is: characters in
-        the stage "count", whose total is None as long as it is not known, then merges in the stage
-        "merge". What it raises ends training.
+        `progress(stage, done, total)` is called several times a second: with characters in the
+        stage "count", where total may be None, then with merges in the stage "merge". Its
+        exceptions end training.
         """
         return cls._learn(vocab_size, "train_from_iterator", texts, progress=progress)
 
@@ -134,10 +124,10 @@ class Tokenizer:
         doc_cap: int | None = None,
         progress: Progress | None = None,
     ) -> "Tokenizer":
-        """The same on the `text` columns of Parquet files, read with no Python strings between.
+        """Like `train`, on the `text` columns of Parquet files, without Python strings.
 
-        Of each document the first `doc_cap` characters count. The document that takes them over
-        `max_chars` together is the last, which is whole.
+        Documents are truncated to `doc_cap` characters. Reading stops after the document that
+        exceeds `max_chars` in total.
         """
         return cls._learn(
             vocab_size,
@@ -171,9 +161,7 @@ class Tokenizer:
 
     @classmethod
     def load(cls, directory: Path) -> "Tokenizer":
-        """Read what `save` wrote. Raises `NotFound` if it is not there, `UsageError` if it is
-        damaged.
-        """
+        """Read what `save` wrote. Raises `NotFound`, or `UsageError` if it is damaged."""
         ranks_path, meta_path = Path(directory) / RANKS_FILE, Path(directory) / META_FILE
         try:
             ranks_text, meta_text = ranks_path.read_bytes(), meta_path.read_bytes()
@@ -203,7 +191,7 @@ class Tokenizer:
         return tokenizer
 
     def save(self, directory: Path) -> None:
-        """Write the tokenizer into `directory`, which is made if need be."""
+        """Write the tokenizer to `directory`, which is created if missing."""
         directory = Path(directory)
         meta = {
             "vocab_size": self.vocab_size,
@@ -216,7 +204,7 @@ class Tokenizer:
 
     @property
     def vocab_size(self) -> int:
-        """Number of tokens, specials included: ids are 0..vocab_size-1."""
+        """Number of tokens, including special tokens."""
         return len(self.mergeable_ranks) + len(self.special_tokens)
 
     @property
@@ -224,7 +212,7 @@ class Tokenizer:
         return self.encode_special("<|bos|>")
 
     def encode_special(self, name: str) -> int:
-        """The id of a special token; KeyError if there is none of that name."""
+        """The id of a special token. Raises KeyError for an unknown name."""
         try:
             return self.special_tokens[name]
         except KeyError:
@@ -249,11 +237,9 @@ class Tokenizer:
         num_threads: int = 8,
     ) -> list[list[int]]: ...
     def encode(self, text, prepend=None, append=None, num_threads=8):
-        """The ids of a string, or a list of ids for each of a list of strings, which `num_threads`
-        threads share.
+        """The ids of a string, or a list of ids per string of a list.
 
-        `prepend` and `append` put a token, by id or by the name of a special, before and after
-        each result.
+        `prepend` and `append` are tokens (an id or a special token's name) to add to each result.
         """
         if isinstance(text, str):
             (row,) = self.encode([text], prepend, append)
@@ -271,12 +257,11 @@ class Tokenizer:
         prepend: Token | None = None,
         num_threads: int = 8,
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The ids of all texts in one array, int32 [N], and offsets, int64 [len(texts) + 1].
+        """(ids int32 [N], offsets int64 [len(texts) + 1]) of all texts.
 
-        Those of text `i` are `ids[offsets[i] : offsets[i + 1]]`, the first of them `prepend`, an
-        id or the name of a special, if given. Up to `num_threads` threads encode, without the GIL.
-        An Arrow array of strings is read in place, with no Python strings between; ValueError if
-        it has nulls.
+        Text i has the ids `ids[offsets[i] : offsets[i + 1]]`, starting with `prepend` if given.
+        Up to `num_threads` threads encode, without the GIL. An Arrow array of strings is read
+        without copies. Raises ValueError if it has nulls.
         """
         before = None if prepend is None else self._token_id(prepend)
         if hasattr(texts, "null_count"):  # an Arrow array
@@ -297,13 +282,11 @@ class Tokenizer:
         return self.encode_special(token) if isinstance(token, str) else token
 
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of `ids`; bytes that are not UTF-8 become U+FFFD. KeyError for an id outside
-        the vocabulary.
-        """
+        """The text of `ids`, with U+FFFD for invalid UTF-8. Raises KeyError for an unknown id."""
         return self.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def decode_bytes(self, ids: Iterable[int]) -> bytes:
-        """The bytes of `ids`, exactly. KeyError for an id outside the vocabulary."""
+        """The bytes of `ids`. Raises KeyError for an unknown id."""
         try:
             return b"".join([self._bytes_of[token] for token in ids])
         except KeyError as error:
@@ -312,12 +295,10 @@ class Tokenizer:
             ) from None
 
     def token_bytes(self, rule: ByteRule = "raw") -> np.ndarray:
-        """How many bytes of text each id stands for, 0 for the specials: int32 [V]. What bits per
-        byte divides by.
+        """Bytes of each token, int32 [V], 0 for special tokens: the divisor of bits per byte.
 
-        "decoded" is nanochat's rule of 2025, for models whose figures were made with it: it counts
-        the UTF-8 bytes of the decoded token, so that a part of a character counts as the three
-        bytes of U+FFFD.
+        "decoded" is upstream's rule of 2025, for comparison with its results: the UTF-8 bytes of
+        the decoded token, so that a part of a character counts as the three bytes of U+FFFD.
         """
         lengths = np.zeros(self.vocab_size, np.int32)
         for token, rank in self.mergeable_ranks.items():
@@ -327,16 +308,14 @@ class Tokenizer:
         return lengths
 
     def fingerprint(self) -> str:
-        """SHA-256 of everything that decides which ids a text gets, in hexadecimal."""
+        """SHA-256 of everything that determines the ids of a text, in hexadecimal."""
         digest = hashlib.sha256(_format_ranks(self.mergeable_ranks))
         digest.update(json.dumps([self.pattern, list(self.special_tokens)]).encode())
         return digest.hexdigest()
 
 
 def without_surrogates(text: str) -> str:
-    """Surrogates, which UTF-8 cannot hold, as UTF-16 reads them: a pair is its character, a lone
-    one is U+FFFD.
-    """
+    """Replace surrogates, which UTF-8 cannot encode: a pair by its character, others by U+FFFD."""
     return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
 
 

@@ -13,8 +13,9 @@ from nanochat_jax.checkpoint import load_model
 from nanochat_jax.cli import LARGEST, flag
 from nanochat_jax.devices import ModelFlags, Processes, start
 from nanochat_jax.eval.bpb import corpus_bits_per_byte
-from nanochat_jax.eval.samples import greedy_samples, sample_items
+from nanochat_jax.eval.samples import PROMPTS, greedy_samples, sample_items
 from nanochat_jax.files import make_directory
+from nanochat_jax.infer.engine import Engine
 from nanochat_jax.model.compute import Compute
 from nanochat_jax.model.sharding import make_mesh
 from nanochat_jax.paths import Paths
@@ -42,7 +43,10 @@ def main(config: BaseLossConfig) -> None:
         split_tokens=config.split_tokens,
         compute=compute,
     )
-    samples = sample_items(greedy_samples(loaded, compute=compute))
+    engine = Engine(
+        loaded.config, loaded.params, loaded.tokenizer, num_slots=len(PROMPTS), compute=compute
+    )
+    samples = sample_items(greedy_samples(engine, loaded.tokenizer))
     if jax.process_index() == 0:
         section, model = "Base model loss", f"{loaded.tag}, step {loaded.step}"
         with sections.earlier_evaluation(paths.report, section, model):

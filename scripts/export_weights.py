@@ -5,16 +5,15 @@ python -m scripts.export_weights --source sft --format hf --out ~/my-model
 
 import logging
 from dataclasses import dataclass
-from typing import Any
 
 from nanochat_jax import cli
-from nanochat_jax.checkpoint import Loaded, load_model
+from nanochat_jax.checkpoint import load_model
 from nanochat_jax.cli import flag, user_path
 from nanochat_jax.devices import ModelFlags, start
 from nanochat_jax.files import entries, new_directory
 from nanochat_jax.interop.hf import write_hf
 from nanochat_jax.interop.torch_checkpoint import write_checkpoint
-from nanochat_jax.metrics import read_metrics
+from nanochat_jax.interop.transfer import upstream_meta
 from nanochat_jax.model.size import num_params
 from nanochat_jax.paths import CHECKPOINT_DIRS, Paths
 
@@ -26,13 +25,13 @@ class ExportConfig(ModelFlags):
     source: str = flag("sft", "stage of the model", choices=[*CHECKPOINT_DIRS], short="-i")
     format: str = flag(
         "nanochat",
-        "nanochat: upstream's .pt files; hf: what transformers loads",
+        "nanochat: upstream's .pt files; hf: a directory for transformers",
         choices=["nanochat", "hf"],
     )
     out: str | None = flag(None, "directory to write; must be new or empty")
     dtype: str = flag(
         "float32",
-        "dtype of the weights (hf); bfloat16 rounds them",
+        "dtype of the weights (hf only); bfloat16 rounds them",
         choices=["float32", "bfloat16"],
     )
 
@@ -45,71 +44,25 @@ class ExportConfig(ModelFlags):
             )
 
 
-def validation_bpb(loaded: Loaded) -> float | None:
-    """Bits per byte of this step's evaluation; None if there was none."""
-    path = loaded.directory / "metrics.jsonl"
-    rows = read_metrics(path) if path.is_file() else []
-    return next(
-        (
-            row["val_bpb"]
-            for row in reversed(rows)
-            if row["step"] == loaded.step and "val_bpb" in row
-        ),
-        None,
-    )
-
-
-def upstream_meta(loaded: Loaded) -> dict[str, Any]:
-    """Upstream's metadata: the original if imported from there, else what its loaders need."""
-    meta = loaded.meta
-    if "imported" in meta:
-        return {
-            key: value
-            for key, value in meta["imported"]["meta"].items()
-            if key not in ("step", "model_config")
-        }
-    return {
-        "val_bpb": validation_bpb(loaded),
-        "user_config": meta.get("config", {}),
-        "max_seq_len": loaded.config.sequence_len,
-        "total_batch_size": meta.get("total_batch_size"),
-    }
-
-
 def main(config: ExportConfig) -> None:
     paths = Paths.from_env()
     start(paths, config)
     assert config.out is not None  # checked above
     out = user_path(config.out).absolute()
-    with new_directory(out) as aside:
+    with new_directory(out) as temporary:
         loaded = load_model(paths, config.source, tag=config.model_tag, step=config.step)
+        model = (temporary, loaded.config, loaded.params, loaded.tokenizer)
         if config.format == "hf":
-            write_hf(aside, loaded.config, loaded.params, loaded.tokenizer, dtype=config.dtype)
+            write_hf(*model, dtype=config.dtype)
         else:
-            write_checkpoint(
-                aside,
-                loaded.config,
-                loaded.params,
-                loaded.tokenizer,
-                step=loaded.step,
-                byte_rule=loaded.meta.get("byte_rule", "raw"),
-                meta=upstream_meta(loaded),
-            )
+            rule = loaded.meta.get("byte_rule", "raw")
+            write_checkpoint(*model, step=loaded.step, byte_rule=rule, meta=upstream_meta(loaded))
     for path in sorted(entries(out)):
         log.info("%14s  %s", f"{path.stat().st_size:,}", path.name)
-    log.info(
-        "exported %s/%s step %d, %s parameters, to %s",
-        loaded.source,
-        loaded.tag,
-        loaded.step,
-        f"{num_params(loaded.config):,}",
-        out,
-    )
+    name = f"{loaded.source}/{loaded.tag} step {loaded.step}"
+    log.info("exported %s, %s parameters, to %s", name, f"{num_params(loaded.config):,}", out)
     if config.format == "hf" and loaded.config.arch == "modern":
-        log.info(
-            "transformers loads it with trust_remote_code=True: the model's code is in the "
-            "directory"
-        )
+        log.info("load it with trust_remote_code=True: the model's code is in the directory")
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 # shellcheck shell=bash
-# Sourced by speedrun.sh and test.sh in the root of the checkout. `setup_env EXTRA...` makes `.venv` if there is none
-# and installs the package into it, editable, with the extras that fit the machine and those it is given. A stamp in
-# `.venv` remembers what it installed, so that the next run starts at once. Versions are those of constraints.txt, which
-# the tests passed with; NANOCHAT_NEWEST=1 takes the newest that pyproject.toml allows.
+# Sourced by speedrun.sh and test.sh in the root of the checkout. `setup_env EXTRA...` creates `.venv` if it is missing and
+# installs the package into it, editable, with the extras of this machine and the given ones. A stamp in `.venv` records
+# what was installed, so that the next run starts immediately. Versions are those of constraints.txt, with which the tests
+# passed; NANOCHAT_NEWEST=1 installs the newest that pyproject.toml allows.
 
 say() { echo "$*" >&2; }
 
@@ -11,7 +11,7 @@ has_gpu() { command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep
 has_tpu() {
     [[ -n "${TPU_NAME:-}${TPU_WORKER_ID:-}" ]] && return
     compgen -G '/dev/accel[0-9]*' >/dev/null && return
-    # Newer TPUs are VFIO devices. Google's vendor id alone does not tell: its network cards have it too.
+    # Newer TPUs are VFIO devices. Google's vendor id is not enough: its network cards have it too.
     local device
     for device in /sys/bus/pci/devices/*; do
         if grep -qsx 0x1ae0 "$device/vendor" && grep -qsE '^0x00(27|56|5e|62|63|6f|76)$' "$device/device"; then return; fi
@@ -27,7 +27,7 @@ make_venv() {
     local python
     if [[ -x .venv/bin/python ]] && .venv/bin/python -c '' 2>/dev/null; then return; fi
     for python in python3.13 python3.12 python3.11 python3; do
-        # A name on PATH may be a shim that does not run, and some distributions leave out ensurepip.
+        # A name on PATH may be a shim that does not run, and some distributions omit ensurepip.
         if "$python" -c 'import ensurepip, sys; exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; then
             say "making .venv with $("$python" --version)"
             "$python" -m venv --clear .venv && return
@@ -46,7 +46,7 @@ newest() { [[ -n "${NANOCHAT_NEWEST:-}" && "$NANOCHAT_NEWEST" != 0 ]]; }
 
 install_package() {
     local versions=(--constraint constraints.txt)
-    # uv is faster but does not read pip's settings; where pip was told where to look, pip is the one to ask.
+    # uv is faster but does not read pip's settings; if these name an index, pip installs.
     if command -v uv >/dev/null && ! .venv/bin/python -m pip config list 2>/dev/null | grep -qE 'index|find-links'; then
         newest && versions=(--upgrade)
         uv pip install --quiet --python .venv/bin/python "${versions[@]}" --editable ".[$1]"
@@ -57,20 +57,20 @@ install_package() {
     .venv/bin/python -m pip install --quiet --disable-pip-version-check "${versions[@]}" --editable ".[$1]"
 }
 
-# The crate is compiled here: without Rust and a C linker the installation would fail, minutes later and at length.
+# The crate is compiled here: without Rust and a C linker the installation would fail minutes later, with a long message.
 check_toolchain() {
-    local wanted found
-    wanted=$(sed -n 's/^rust-version = "\(.*\)"/\1/p' rustbpe/Cargo.toml)
-    found=$(cargo --version 2>/dev/null | cut -d' ' -f2) || true
-    if [[ -z "$found" || "$(printf '%s\n' "$wanted" "$found" | sort -V | head -n1)" != "$wanted" ]]; then
-        say "error: the tokenizer is a Rust crate and needs cargo $wanted or newer; found: ${found:-none}. To get it, either"
+    local required installed
+    required=$(sed -n 's/^rust-version = "\(.*\)"/\1/p' rustbpe/Cargo.toml)
+    installed=$(cargo --version 2>/dev/null | cut -d' ' -f2) || true
+    if [[ -z "$installed" || "$(printf '%s\n' "$required" "$installed" | sort -V | head -n1)" != "$required" ]]; then
+        say "error: the tokenizer is a Rust crate and needs cargo $required or newer; found: ${installed:-none}. Install it with"
         say "    curl --proto '=https' --tlsv1.2 -sSf https://sh.rustup.rs | sh -s -- -y"
-        say "or from the distribution, if it has it that new: 'sudo apt install cargo', 'sudo dnf install cargo'"
-        say "or 'sudo pacman -S rust'. Then run this script again."
+        say "or from the distribution, if its version is new enough: 'sudo apt install cargo', 'sudo dnf install cargo' or"
+        say "'sudo pacman -S rust'. Then run this script again."
         exit 1
     fi
     if ! command -v cc >/dev/null; then
-        say "error: Rust needs a C linker, and there is no 'cc': 'sudo apt install gcc libc6-dev' or the like, on a Mac"
+        say "error: Rust needs a C linker, and 'cc' is missing: 'sudo apt install gcc libc6-dev', or on a Mac"
         say "'xcode-select --install'. Then run this script again."
         exit 1
     fi

@@ -59,5 +59,5 @@ def chain_params(*texts):
 
 
 def chain_engine(*texts, **options):
-    options = {"num_slots": 3, "steps_per_dispatch": 5, "max_prefill_rows": 2} | options
+    options = {"num_slots": 3, "steps_per_dispatch": 5} | options
     return Engine(CHAIN, chain_params(*texts), TOKENIZER, **options)

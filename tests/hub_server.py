@@ -20,7 +20,10 @@ import threading
 import time
 from collections import Counter
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from types import SimpleNamespace
 from urllib.parse import unquote, urlsplit
+
+from huggingface_hub.utils import close_session
 
 
 class HubServer(ThreadingHTTPServer):
@@ -37,10 +40,11 @@ class HubServer(ThreadingHTTPServer):
         self.tokens: dict[str, set] = {"hub": set(), "cdn": set()}
 
     def __enter__(self):
-        threading.Thread(target=self.serve_forever, daemon=True).start()
+        threading.Thread(target=self.serve_forever, args=(0.05,), daemon=True).start()
         return self
 
     def __exit__(self, *error):
+        close_session()  # a thread waits for every connection that the client has open
         self.shutdown()
         self.server_close()
 
@@ -69,6 +73,28 @@ class HubServer(ThreadingHTTPServer):
             "HF_TOKEN": "hf_secret",
             "NO_PROXY": "127.0.0.1,localhost",
         }
+
+    def connect(self, monkeypatch, base_dir):
+        """Point this process's client, which read its environment at import, to this server."""
+        from huggingface_hub import constants, file_download
+        from huggingface_hub.utils import _http
+
+        from nanochat_jax.data import hub
+
+        for name, value in self.environment(base_dir).items():
+            monkeypatch.setenv(name, value)
+        cache = str(base_dir / "hf" / "hub")
+        template = self.url + "/{repo_id}/resolve/{revision}/{filename}"
+        for name, value in {
+            "ENDPOINT": self.url,
+            "HUGGINGFACE_CO_URL_TEMPLATE": template,
+            "HF_HUB_CACHE": cache,
+            "DOWNLOAD_CHUNK_SIZE": 500,  # bytes written together; the tests' files are small
+        }.items():
+            monkeypatch.setattr(constants, name, value)
+        patient = SimpleNamespace(**{**vars(time), "sleep": lambda seconds: None})
+        for module in (hub, file_download, _http):  # between attempts
+            monkeypatch.setattr(module, "time", patient)
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -112,6 +138,7 @@ class _Handler(BaseHTTPRequestHandler):
                 403, {"X-Error-Code": "GatedRepo", "X-Error-Message": "Ask for access first."}
             )
         digest = hashlib.sha256(content).hexdigest()
+        path = f"cdn/{repo}/{revision.replace('/', '%2F')}/{file}"
         self.reply(
             302,
             {
@@ -119,7 +146,7 @@ class _Handler(BaseHTTPRequestHandler):
                 "X-Linked-Etag": f'"{digest}"',
                 "X-Linked-Size": str(len(content)),
                 "ETag": f'"{digest}"',
-                "Location": f"http://localhost:{self.server.server_port}/cdn/{repo}/{revision.replace('/', '%2F')}/{file}",
+                "Location": f"http://localhost:{self.server.server_port}/{path}",
             },
         )
 

@@ -1,11 +1,11 @@
-"""Kill a training run again and again, at random moments and in the middle of saves, and compare
-it with one left alone.
+"""Kill a training run repeatedly, at random moments and during saves, and compare it with one that
+is never killed.
 
     python tests/kill_runs.py --kills 30
 
-Every process is ended by SIGKILL and started again with --resume until the run is through. Then
-its losses, its data positions and every bit of its parameters and optimizer must be those of the
-run that was never killed; if not, the exit code is 1. Ends with one JSON line.
+Every process is ended by SIGKILL and started again with --resume until the run is complete. Its
+losses, data positions and all bits of its parameters and optimizer must equal those of the other
+run, else the exit code is 1. The last line is JSON.
 """
 
 import argparse
@@ -19,29 +19,12 @@ from pathlib import Path
 from small_line import MODEL, lines, make_base, run, saved_state, start
 
 STEPS = 150
-FLAGS = [
-    *MODEL,
-    "--mesh",
-    "1x1",
-    "--total-batch-size",
-    "512",
-    "--device-batch-size",
-    "4",
-    "--num-iterations",
-    str(STEPS),
-    "--save-every",
-    "2",
-    "--eval-every",
-    "50",
-    "--eval-tokens",
-    "512",
-]
+FLAGS = [*MODEL, *"--mesh 1x1 --total-batch-size 512 --device-batch-size 4".split()]
+FLAGS += f"--num-iterations {STEPS} --save-every 2 --eval-every 50 --eval-tokens 512".split()
 
 
 def outcome(directory: Path) -> tuple:
-    """All that must be equal: metrics of every step, and the last step's state with the checksums
-    of its arrays.
-    """
+    """What must be equal: all metrics, and the last step's state with its arrays' checksums."""
     state = saved_state(directory, STEPS)
     return (
         lines(directory, "train"),
@@ -96,33 +79,16 @@ def main() -> None:
             same = found == expected
             equal &= same
             if not same:
-                first = next(
-                    (
-                        line
-                        for line, other in zip(found[0], expected[0], strict=False)
-                        if line != other
-                    ),
-                    None,
-                )
-                print(
-                    f"the first step that differs: {first}; then {found[2:]} against {expected[2:]}"
-                )
+                pairs = zip(found[0], expected[0], strict=False)
+                first = next((line for line, other in pairs if line != other), None)
+                print(f"first step that differs: {first}; then {found[2:]}, not {expected[2:]}")
             print(
                 f"run {runs}: {len(kills)} kills so far, {sum(kills)} of them in a save; "
                 f"{'equal to' if same else 'DIFFERENT from'} the run left alone",
                 flush=True,
             )
-    print(
-        json.dumps(
-            {
-                "kills": len(kills),
-                "kills_in_a_save": sum(kills),
-                "runs": runs,
-                "steps": STEPS,
-                "equal": equal,
-            }
-        )
-    )
+    summary = dict(kills=len(kills), kills_in_a_save=sum(kills), runs=runs)
+    print(json.dumps(summary | dict(steps=STEPS, equal=equal)))
     sys.exit(not equal)
 
 

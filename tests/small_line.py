@@ -16,21 +16,9 @@ from nanochat_jax.metrics import read_metrics
 from nanochat_jax.paths import Paths
 from nanochat_jax.tokenizer import Tokenizer
 
-WORDS = [
-    "apple",
-    "banana",
-    "river",
-    "mountain",
-    "letter",
-    "window",
-    "garden",
-    "silver",
-    "people",
-    "government",
-    "summer",
-]
+WORDS = "apple banana river mountain letter window garden silver people government summer".split()
 # A model with 8 heads, so that it can be cut into 8 along the model axis.
-MODEL = ["--depth", "2", "--aspect-ratio", "16", "--head-dim", "4", "--max-seq-len", "64"]
+MODEL = "--depth 2 --aspect-ratio 16 --head-dim 4 --max-seq-len 64".split()
 
 
 def make_base(base: Path) -> Paths:

@@ -5,21 +5,20 @@ from pathlib import Path
 import pytest
 from small_line import make_base
 
-from nanochat_jax import pipeline as speedrun
 from nanochat_jax.checkpoint import find_model, lock_tag
 from nanochat_jax.errors import UsageError
 from nanochat_jax.files import LOCK, lock_file
 from nanochat_jax.paths import Paths, base_tokenizer
+from nanochat_jax.speedrun import runner as speedrun
+from nanochat_jax.train.pretrain import BaseTrainConfig, pretrain
 from nanochat_jax.train.rl import ChatRLConfig, reinforce
-from scripts import base_train, chat_sft, mid_train
+from nanochat_jax.train.stages import ChatSFTConfig, MidTrainConfig, midtrain, supervised_finetune
 
 TAG = dict(model_tag="d2", mesh="1x1", num_iterations=1)
 STARTS = {
-    "base": lambda **more: base_train.main(
-        base_train.BaseTrainConfig(depth=2, data="embedded", **TAG, **more)
-    ),
-    "mid": lambda **more: mid_train.main(mid_train.MidTrainConfig(**TAG, **more)),
-    "sft": lambda **more: chat_sft.main(chat_sft.ChatSFTConfig(**TAG, **more)),
+    "base": lambda **more: pretrain(BaseTrainConfig(depth=2, data="embedded", **TAG, **more)),
+    "mid": lambda **more: midtrain(MidTrainConfig(**TAG, **more)),
+    "sft": lambda **more: supervised_finetune(ChatSFTConfig(**TAG, **more)),
     "rl": lambda **more: reinforce(ChatRLConfig(**TAG, **more)),
 }
 
@@ -63,11 +62,11 @@ def test_a_speedrun_clears_no_tag_that_is_in_use(tmp_path, delete):
     directory = tmp_path / "d4"
     (directory / "100").mkdir(parents=True)
     with lock_tag(directory), pytest.raises(UsageError, match=f"{directory} is in use"):
-        speedrun._clear(directory, delete=delete)
+        speedrun.clear_tag(directory, delete=delete)
     assert (directory / "100").is_dir()
     (directory / "model_000100.pt").touch()
     with pytest.raises(UsageError, match="holds checkpoints of nanochat's PyTorch code"):
-        speedrun._clear(directory, delete=delete)
+        speedrun.clear_tag(directory, delete=delete)
     assert (directory / "100").is_dir()
 
 

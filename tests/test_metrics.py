@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from nanochat_jax.metrics import PEAK_FLOPS, MetricsLog, peak_bandwidth, peak_flops, read_metrics
+from nanochat_jax.metrics import MetricsLog, peak_bandwidth, peak_flops, read_metrics
 
 
 @pytest.mark.parametrize(
@@ -58,7 +58,7 @@ def test_a_damaged_line_is_left_out_with_a_warning_wherever_it_is(tmp_path, capl
             b"\n".join([*lines[:at], damage, *lines[at:]]) + (b"\n" if at < 3 else b"")
         )
         caplog.clear()
-        assert read_metrics(path) == rows and f"{path}: 1 damaged lines are left out" in caplog.text
+        assert read_metrics(path) == rows and f"{path}: skipped 1 damaged lines" in caplog.text
         log = MetricsLog(path, resume_step=2)  # a resumed run writes what is left
         log.write(step=2, kind="train")
         log.close()
@@ -73,7 +73,5 @@ def test_zeros_before_a_line_do_not_take_it_along(tmp_path):
     assert read_metrics(path) == [{"step": 1}]
 
 
-def test_every_device_of_known_flops_has_a_known_bandwidth():
-    for name in PEAK_FLOPS:
-        assert peak_bandwidth(SimpleNamespace(platform="gpu", device_kind=name)), name
+def test_a_cpu_has_no_known_peak():
     assert peak_flops(SimpleNamespace(platform="cpu", device_kind="NVIDIA H100")) is None

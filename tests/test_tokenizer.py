@@ -326,7 +326,7 @@ def test_random_unicode_gets_tiktokens_ids_and_comes_back(pattern):
 
 @pytest.mark.parametrize("digits", [1, 2, 3])
 def test_fuzzed_texts_get_tiktokens_ids(digits):
-    """20,000 random texts per pattern. Runs of every class of characters cross the 64-byte blocks of the scanner."""
+    """Runs of every class of characters cross the 64-byte blocks of the scanner."""
     rng, pattern = random.Random(digits), SPLIT_PATTERN.replace("{1,2}", f"{{1,{digits}}}")
     pools = ["abc ", " \n\t\r\u00a0\u3000\x85", "0123456789½Ⅷ٣", "éßſK한日م", "'\"!?.-#", "🙂\u0301\x00\U0010ffff",
              "'sdmtlvreSDMTLVREſ ", " \n", "\r\n"]  # fmt: skip
@@ -338,7 +338,7 @@ def test_fuzzed_texts_get_tiktokens_ids(digits):
             pieces.append("".join(rng.choices(pool, k=rng.choice([1, 1, 2, 3, 5, 60, 130]))))
         return "".join(pieces)[: rng.choice([20, 63, 64, 65, 200, 1000])]
 
-    texts = [fuzzed() for _ in range(20_000)]
+    texts = [fuzzed() for _ in range(6000)]
     trainer = rustbpe.Tokenizer()
     trainer.train_from_iterator(texts[:300], 600, pattern=pattern)
     tokenizer = Tokenizer(dict(trainer.get_mergeable_ranks()), pattern=pattern)

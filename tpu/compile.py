@@ -19,7 +19,7 @@ import jax.numpy as jnp
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from nanochat_jax.errors import UsageError, one_line
-from nanochat_jax.metrics import PEAK_FLOPS
+from nanochat_jax.metrics import PEAKS
 from nanochat_jax.model.config import GPTConfig
 from nanochat_jax.model.loss import Batch
 from nanochat_jax.model.sharding import abstract_tree
@@ -41,7 +41,7 @@ class Chip:
     shapes: tuple[str, ...] = ()  # shapes of the slices that cloud providers offer
 
     def peak(self, name: str) -> float:
-        return PEAK_FLOPS[name]
+        return PEAKS[name][0]
 
 
 CHIPS = {
@@ -126,17 +126,17 @@ def topology_devices(name: str) -> tuple[str, list[jax.Device]]:
     chip, shape = _parse_topology(name)
     tpu = _is_tpu(chip)
     if tpu and not _has("libtpu"):
-        raise UsageError(f"--topology {name}: {INSTALL_TPU}")
+        raise UsageError(f"`topology={name}`: {INSTALL_TPU}")
     if not tpu and not (
         _has("jax_plugins") and any(_has(f"jax_plugins.{plugin}") for plugin in CUDA_PLUGINS)
     ):
-        raise UsageError(f"--topology {name}: {INSTALL_GPU.format(jax.__version__)}")
+        raise UsageError(f"`topology={name}`: {INSTALL_GPU.format(jax.__version__)}")
     for variable, value in LIBTPU_ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
     try:
         return chip, (_tpu_devices if tpu else _gpu_devices)(chip, shape)
     except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:
-        raise UsageError(f"--topology {name}: {one_line(error)}") from error
+        raise UsageError(f"`topology={name}`: {one_line(error)}") from error
 
 
 def _parse_topology(name: str) -> tuple[str, str]:
@@ -144,16 +144,16 @@ def _parse_topology(name: str) -> tuple[str, str]:
     chip, _, shape = name.replace("-", ":").partition(":")
     if chip not in CHIPS or not shape:
         raise UsageError(
-            f"--topology {name!r} is not CHIP:SHAPE; CHIP is one of {', '.join(CHIPS)}, "
+            f"`topology` {name!r} is not CHIP:SHAPE; CHIP is one of {', '.join(CHIPS)}, "
             "for example v6e:2x4, v5e-16, v5p:2x2x2 or h100:8"
         )
     shapes = CHIPS[chip].shapes
     if not shape.isdigit() or not shapes:
         return chip, shape
-    by_count = {math.prod(map(int, each.split("x"))): each for each in shapes}
+    by_count = {math.prod(map(int, shape.split("x"))): shape for shape in shapes}
     if int(shape) not in by_count:
         raise UsageError(
-            f"--topology {name}: {chip} slices have {', '.join(map(str, by_count))} chips"
+            f"`topology={name}`: {chip} slices have {', '.join(map(str, by_count))} chips"
         )
     return chip, by_count[int(shape)]
 
@@ -440,7 +440,7 @@ def largest_batch(attempt: Callable[[int], Plan], rows: int) -> tuple[int, Plan]
         best, size = (size, plan), size * 2
     if best is None:
         raise UsageError(
-            "one row per device does not fit: pass --remat block or full, --fsdp, a larger slice, "
-            "or a smaller --depth or --max-seq-len"
+            "one row per device does not fit: set `remat=block` or `remat=full`, `fsdp`, a larger "
+            "slice, or a smaller `depth` or `max_seq_len`"
         )
     return best

@@ -100,9 +100,9 @@ class _FlopCounter:
         name = str(eqn.params.get("name") or eqn.params.get("name_and_src_info"))
         backward = "dkv" in name or "dq" in name
         rows_and_heads = next(
-            each.aval.shape[:-2]
-            for each in eqn.invars
-            if each.aval.shape[-2:] == (self.config.sequence_len, self.config.head_dim)
+            operand.aval.shape[:-2]
+            for operand in eqn.invars
+            if operand.aval.shape[-2:] == (self.config.sequence_len, self.config.head_dim)
         )
         matmul = 2.0 * math.prod(rows_and_heads) * self.pairs * self.config.head_dim
         return matmul * (5 if backward else 2)
@@ -146,11 +146,11 @@ def _repeats(eqn: Any) -> int:
 
 def _inner_jaxprs(params: dict[str, Any]) -> Iterator[Any]:
     for value in params.values():
-        for each in value if isinstance(value, (tuple, list)) else (value,):
-            if hasattr(each, "eqns"):
-                yield each
-            elif hasattr(each, "jaxpr") and hasattr(each.jaxpr, "eqns"):
-                yield each.jaxpr
+        for part in value if isinstance(value, (tuple, list)) else (value,):
+            if hasattr(part, "eqns"):
+                yield part
+            elif hasattr(part, "jaxpr") and hasattr(part.jaxpr, "eqns"):
+                yield part.jaxpr
 
 
 # --------------------------------------------------------------------------------------------------
@@ -198,40 +198,40 @@ class _CostCounter:
     def count(self, name: str, times: float) -> None:
         """Add the cost of a computation."""
         scope = self.computations[name]
-        for each in scope.values():
-            for array in arrays(each.result):
+        for op in scope.values():
+            for array in arrays(op.result):
                 self.cost.largest = max(self.cost.largest, (array.elements, array.shape))
-            COUNTERS.get(each.opcode, _CostCounter._other)(self, each, scope, times)
+            COUNTERS.get(op.opcode, _CostCounter._other)(self, op, scope, times)
 
-    def _loop(self, each: Instruction, scope: Computation, times: float) -> None:
-        known = re.search(r'known_trip_count"?:\{"?n"?:"?(\d+)', each.attributes)
-        count = int(known[1]) if known else _trip_count(self.computations[each.called("condition")])
+    def _loop(self, op: Instruction, scope: Computation, times: float) -> None:
+        known = re.search(r'known_trip_count"?:\{"?n"?:"?(\d+)', op.attributes)
+        count = int(known[1]) if known else _trip_count(self.computations[op.called("condition")])
         self.cost.unknown_loops += count is None
-        self.count(each.called("body"), times * (count or 1))
+        self.count(op.called("body"), times * (count or 1))
 
-    def _call(self, each: Instruction, scope: Computation, times: float) -> None:
-        for name in re.findall(r"(?:to_apply|calls|_computation)=%?([\w.\-]+)", each.attributes):
+    def _call(self, op: Instruction, scope: Computation, times: float) -> None:
+        for name in re.findall(r"(?:to_apply|calls|_computation)=%?([\w.\-]+)", op.attributes):
             self.count(name, times)
 
-    def _collective(self, each: Instruction, scope: Computation, times: float) -> None:
-        kind = each.opcode.removesuffix("-done")
-        start = each if each.opcode == kind else scope[each.operands[0]]
-        self._send(kind, total_bytes(each.result), group_size(start.attributes), times)
-        moved = _operand_bytes(start.operands, scope) + hbm_bytes(each.result)
+    def _collective(self, op: Instruction, scope: Computation, times: float) -> None:
+        kind = op.opcode.removesuffix("-done")
+        start = op if op.opcode == kind else scope[op.operands[0]]
+        self._send(kind, total_bytes(op.result), group_size(start.attributes), times)
+        moved = _operand_bytes(start.operands, scope) + hbm_bytes(op.result)
         self.cost.traffic["collectives"] += times * moved
 
-    def _collective_start(self, each: Instruction, scope: Computation, times: float) -> None:
+    def _collective_start(self, op: Instruction, scope: Computation, times: float) -> None:
         """Nothing: the matching `-done` counts, because its result has the plain type."""
 
     def _send(self, kind: str, size: float, group: int, times: float) -> None:
         self.cost.sent[kind] += times * size * SENT[kind](group)
         self.cost.calls[kind] += int(times)
 
-    def _fusion(self, each: Instruction, scope: Computation, times: float) -> None:
-        moved = _fusion_bytes(self.computations, each, scope)
-        self.cost.traffic[_kind_of(self.computations, each)] += times * moved
-        scatter = "all-reduce-scatter" in each.attributes
-        for inner in self.computations[each.called("calls")].values():
+    def _fusion(self, op: Instruction, scope: Computation, times: float) -> None:
+        moved = _fusion_bytes(self.computations, op, scope)
+        self.cost.traffic[_kind_of(self.computations, op)] += times * moved
+        scatter = "all-reduce-scatter" in op.attributes
+        for inner in self.computations[op.called("calls")].values():
             channel = re.search(r"channel_id=\d+", inner.attributes)
             if inner.opcode not in SENT or not channel or channel[0] in self.fused_channels:
                 continue
@@ -242,31 +242,27 @@ class _CostCounter:
             else:
                 self._send(inner.opcode, size, group, times)
 
-    def _update(self, each: Instruction, scope: Computation, times: float) -> None:
-        written = total_bytes(scope[each.operands[UPDATES[each.opcode]]].result)
+    def _update(self, op: Instruction, scope: Computation, times: float) -> None:
+        written = total_bytes(scope[op.operands[UPDATES[op.opcode]]].result)
         self.cost.traffic["element-wise"] += times * 2 * written
 
-    def _slice(self, each: Instruction, scope: Computation, times: float) -> None:
-        self.cost.traffic["copies"] += times * 2 * hbm_bytes(each.result)
+    def _slice(self, op: Instruction, scope: Computation, times: float) -> None:
+        self.cost.traffic["copies"] += times * 2 * hbm_bytes(op.result)
 
-    def _slice_start(self, each: Instruction, scope: Computation, times: float) -> None:
+    def _slice_start(self, op: Instruction, scope: Computation, times: float) -> None:
         # The result holds the complete operand, the slice and a scalar counter.
-        sizes = [array.bytes for array in arrays(each.result) if array.elements > 1]
+        sizes = [array.bytes for array in arrays(op.result) if array.elements > 1]
         self.cost.traffic["copies"] += times * min(sizes, default=0)
 
-    def _other(self, each: Instruction, scope: Computation, times: float) -> None:
+    def _other(self, op: Instruction, scope: Computation, times: float) -> None:
         """An instruction that reads its operands and writes its result, or moves nothing."""
-        if (
-            each.opcode in FREE
-            or each.opcode.endswith("-done")
-            or FREE_CALLS.search(each.attributes)
-        ):
+        if op.opcode in FREE or op.opcode.endswith("-done") or FREE_CALLS.search(op.attributes):
             return
         # The result of a `-start` holds first what is written, then what is read.
-        written = (first_hbm_bytes if each.opcode.endswith("-start") else hbm_bytes)(each.result)
-        moved = _operand_bytes(set(each.operands), scope) + written
-        self.cost.traffic[_kind_of(self.computations, each)] += times * moved
-        if target := re.search(r'custom_call_target="([^"]+)"', each.attributes):
+        written = (first_hbm_bytes if op.opcode.endswith("-start") else hbm_bytes)(op.result)
+        moved = _operand_bytes(set(op.operands), scope) + written
+        self.cost.traffic[_kind_of(self.computations, op)] += times * moved
+        if target := re.search(r'custom_call_target="([^"]+)"', op.attributes):
             self.cost.kernels[target[1]] += int(times)
 
 
@@ -292,9 +288,9 @@ def _trip_count(condition: Computation) -> int | None:
     """Iterations of a counting loop: the largest integer constant in its condition."""
     return max(
         (
-            int(each.argument)
-            for each in condition.values()
-            if each.opcode == "constant" and each.argument.isdigit()
+            int(op.argument)
+            for op in condition.values()
+            if op.opcode == "constant" and op.argument.isdigit()
         ),
         default=None,
     )
@@ -304,17 +300,17 @@ def _operand_bytes(operands: Iterable[str], scope: Computation) -> int:
     return sum(hbm_bytes(scope[name].result) for name in operands if name in scope)
 
 
-def _kind_of(computations: dict[str, Computation], each: Instruction) -> str:
+def _kind_of(computations: dict[str, Computation], op: Instruction) -> str:
     """The kind of an instruction, as `HloCost.traffic` names it."""
-    if each.opcode == "fusion":
-        inner = computations[each.called("calls")].values()
+    if op.opcode == "fusion":
+        inner = computations[op.called("calls")].values()
         kinds = {_kind_of(computations, part) for part in inner}
         return "products" if "products" in kinds else "element-wise"
-    if each.opcode in ("convolution", "dot"):
+    if op.opcode in ("convolution", "dot"):
         return "products"
-    if each.opcode == "custom-call":
+    if op.opcode == "custom-call":
         return "kernels"
-    copy = each.opcode.removesuffix("-start") in ("copy", "reshape", "transpose")
+    copy = op.opcode.removesuffix("-start") in ("copy", "reshape", "transpose")
     return "copies" if copy else "element-wise"
 
 
@@ -388,7 +384,7 @@ def _use_by(
 def _parameter(computation: Computation, number: int) -> str:
     """Name of a computation's parameter."""
     return next(
-        each.name
-        for each in computation.values()
-        if each.opcode == "parameter" and each.argument == str(number)
+        op.name
+        for op in computation.values()
+        if op.opcode == "parameter" and op.argument == str(number)
     )

@@ -38,6 +38,7 @@ from nanochat_jax.model.sharding import (
     abstract_tree,
     data_size,
     make_mesh,
+    mesh_text,
     param_shardings,
     replicated,
 )
@@ -45,8 +46,8 @@ from nanochat_jax.model.size import num_params, num_scaling_params
 from nanochat_jax.model.weights import abstract_params
 from nanochat_jax.train.memory import choose_memory
 from nanochat_jax.train.optim import make_optimizer
+from nanochat_jax.train.pretrain import BaseTrainConfig, model_config, optimizer_parts, recipe
 from nanochat_jax.train.step import batch_shape, make_train_step, state_shardings
-from scripts.base_train import BaseTrainConfig, model_config, optimizer_parts, recipe
 from tpu.compile import (
     CHIPS,
     GIB,
@@ -97,7 +98,7 @@ class PlanConfig:
     def __post_init__(self) -> None:
         if not all("=" in option for option in self._options):
             raise ValueError(
-                f"--compiler-options {self.compiler_options!r} is not NAME=VALUE, "
+                f"`compiler_options` {self.compiler_options!r} is not NAME=VALUE, "
                 "separated by commas"
             )
         self.training()  # checks the flags that it shares
@@ -111,9 +112,9 @@ class PlanConfig:
         return {name: value for name, value in (option.split("=", 1) for option in self._options)}
 
     def training(self) -> BaseTrainConfig:
-        """Return the shared flags as a config of `scripts.base_train`."""
-        shared = {each.name for each in dataclasses.fields(BaseTrainConfig)} & {
-            each.name for each in dataclasses.fields(self)
+        """Return the shared flags as a config of pretraining."""
+        shared = {field.name for field in dataclasses.fields(BaseTrainConfig)} & {
+            field.name for field in dataclasses.fields(self)
         }
         return BaseTrainConfig(**{name: getattr(self, name) for name in shared})
 
@@ -166,7 +167,7 @@ def plan_decoding(config: PlanConfig, target: Target) -> Plan:
     """
     mesh = target.mesh
     model, _ = model_config(config.training(), config.vocab_size)
-    static = DecodeConfig(model, Compute.on(mesh, dtype=jnp.bfloat16), shortest=1, pause=-1)
+    static = DecodeConfig(model, Compute.on(mesh, dtype=jnp.bfloat16), pause=-1)
     params = decode_params(model, mesh)
     shape = (config.slots, model.n_kv_head, model.sequence_len, model.head_dim)
     layer: Any = jax.ShapeDtypeStruct(
@@ -240,7 +241,7 @@ def table(plan: Plan, facts: dict[str, Any]) -> Table:
         "memory traffic",
         f"{plan.cost.hbm_bytes / GIB:,.2f} GiB, {plan.times['memory'] * 1e3:,.2f} ms at peak",
     )
-    for kind, moved in sorted(plan.cost.traffic.items(), key=lambda each: -each[1]):
+    for kind, moved in sorted(plan.cost.traffic.items(), key=lambda item: -item[1]):
         shown.add_row(f"  {kind}", f"{moved / GIB:,.2f} GiB")
     for name, calls in plan.cost.kernels.most_common():
         shown.add_row(f"  {name}", f"{calls:,} calls")
@@ -266,7 +267,7 @@ def main(config: PlanConfig) -> int | None:
         "program": "decode" if config.decode else "train",
         "topology": config.topology,
         "devices": mesh.size,
-        "mesh": "x".join(map(str, mesh.shape.values())),
+        "mesh": mesh_text(mesh),
         "depth": config.depth,
         "arch": config.arch,
     }

@@ -4,8 +4,8 @@
     bash benchmarks/gpu.sh --tiny                 rehearsal at a tiny size, also on a CPU
 
 Every result is one JSON line in FOLDER/gpu.jsonl, on disk as soon as it is known. Each run is a
-process of its own with a hard time limit; a run that fails, crashes or hangs is recorded, its
-log is kept in FOLDER/gpu-logs, and the next run starts. docs/benchmarks.md explains the results.
+separate process with a hard time limit; a run that fails, crashes or hangs is recorded, its
+log is in FOLDER/gpu-logs, and the next run starts. docs/benchmarks.md explains the results.
 """
 
 import argparse

@@ -66,8 +66,8 @@ def device(record: Recorder, size: Size) -> None:
 
     side = size.matmul
     a, b = (jax.random.normal(jax.random.key(i), (side, side), jnp.bfloat16) for i in (0, 1))
-    product = jax.jit(functools.partial(jnp.matmul, preferred_element_type=jnp.bfloat16))
-    seconds = seconds_per_call(lambda: product(a, b), 20)
+    matmul = jax.jit(functools.partial(jnp.matmul, preferred_element_type=jnp.bfloat16))
+    seconds = seconds_per_call(lambda: matmul(a, b), 20)
     rate, peak = 2 * side**3 / seconds, program.peak_flops(chip)
     record(
         "matmul",
@@ -131,8 +131,8 @@ def with_gradients(attend: Callable[..., Array], arrays: list[Array]) -> list[Ar
 def relative_errors(
     attend: Callable[..., Array], window: int | None, arrays: list[Array]
 ) -> dict[str, float]:
-    """|found - expected| / |expected| of the output and the three gradients."""
-    found = with_gradients(functools.partial(attend, window=window), arrays)
+    """|actual - expected| / |expected| of the output and the three gradients."""
+    actual = with_gradients(functools.partial(attend, window=window), arrays)
     with jax.default_matmul_precision("highest"):
         expected = with_gradients(
             functools.partial(dense_attention, window=window),
@@ -143,7 +143,7 @@ def relative_errors(
         name: float(
             jnp.linalg.norm((b.astype(jnp.float32) - a).ravel()) / jnp.linalg.norm(a.ravel())
         )
-        for name, a, b in zip(names, expected, found, strict=True)
+        for name, a, b in zip(names, expected, actual, strict=True)
     }
 
 

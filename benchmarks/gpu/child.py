@@ -1,4 +1,4 @@
-"""One run in a process of its own: calls the function, records an exception in one line.
+"""One run in a separate process: calls the function, records an exception in one line.
 
     python -m benchmarks.gpu.child PHASE RUN --out FOLDER --began TIME --seconds S [--tiny]
 

@@ -68,8 +68,8 @@ def measure_layer(record: Recorder, layer: str, rows: int, fan_in: int, fan_out:
         scale = a_scale * b_scale
         bf16 = seconds_per_call(partial(matmul, a, b, one, axes), 20)
         f8 = seconds_per_call(partial(matmul, a8, b8, scale, axes), 20)
-        expected, found = matmul(a, b, one, axes), matmul(a8, b8, scale, axes)
-        error = jnp.linalg.norm((found - expected).astype(jnp.float32).ravel()) / jnp.linalg.norm(
+        expected, actual = matmul(a, b, one, axes), matmul(a8, b8, scale, axes)
+        error = jnp.linalg.norm((actual - expected).astype(jnp.float32).ravel()) / jnp.linalg.norm(
             expected.astype(jnp.float32).ravel()
         )
         text = matmul.lower(a8, b8, scale, axes).compile().as_text() or ""

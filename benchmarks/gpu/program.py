@@ -17,7 +17,7 @@ from nanochat_jax.metrics import peak_bandwidth, peak_flops, peak_memory_bytes
 from nanochat_jax.model.compute import Compute, resolve_dtype
 from nanochat_jax.model.config import GPTConfig
 from nanochat_jax.model.loss import Batch
-from nanochat_jax.model.recipe import derive_recipe
+from nanochat_jax.model.recipe import MODERN, derive_recipe
 from nanochat_jax.model.sharding import make_mesh
 from nanochat_jax.model.size import flops_per_token, num_scaling_params
 from nanochat_jax.model.weights import init_params
@@ -40,8 +40,6 @@ from nanochat_jax.train.step import (
     state_shardings,
 )
 
-WEIGHT_DECAY, WARMUP_STEPS, WARMDOWN_RATIO, FINAL_FRACTION = 0.28, 40, 0.65, 0.05
-
 __all__ = [
     "Decoding",
     "Training",
@@ -60,14 +58,17 @@ def modern_config(depth: int, size: Size, sequence: int | None = None) -> GPTCon
 def modern_optimizer(config: GPTConfig, compute: Compute) -> Any:
     """The optimizer that scripts.base_train makes for a modern model without flags."""
     reference = GPTConfig.modern(12, sequence_len=config.sequence_len, vocab_size=config.vocab_size)
-    recipe = derive_recipe(config, reference=reference, weight_decay=WEIGHT_DECAY)
+    recipe = derive_recipe(config, reference=reference, weight_decay=MODERN.weight_decay)
     steps = recipe.num_iterations
     schedules = Schedules(
         lr_scale=recipe.lr_scale,
         lr_multiplier=trapezoid(
-            steps, warmup=WARMUP_STEPS, warmdown_ratio=WARMDOWN_RATIO, final_fraction=FINAL_FRACTION
+            steps,
+            warmup=MODERN.warmup_steps,
+            warmdown_ratio=MODERN.warmdown_ratio,
+            final_fraction=MODERN.final_lr_frac,
         ),
-        momentum=modern_momentum(steps, WARMDOWN_RATIO),
+        momentum=modern_momentum(steps, MODERN.warmdown_ratio),
         weight_decay=cosine_decay(recipe.weight_decay, steps),
     )
     return make_optimizer(config, OptimizerConfig(), schedules, compute)
@@ -180,7 +181,7 @@ class Decoding:
 
     def _static(self) -> DecodeConfig:
         # No token has the id `vocab_size`, so no row pauses.
-        return DecodeConfig(self.config, Compute.on(None), shortest=1, pause=self.config.vocab_size)
+        return DecodeConfig(self.config, Compute.on(None), pause=self.config.vocab_size)
 
     def new_params(self) -> Any:
         @jax.jit

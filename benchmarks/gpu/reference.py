@@ -25,7 +25,7 @@ def torch_step(record: Recorder, size: Size) -> None:
     from benchmarks.torch_reference import GPT, Trainer
 
     cuda, depth, rows = torch.cuda.is_available(), size.torch_depth, size.torch_rows
-    place = "cuda" if cuda else "cpu"
+    device = "cuda" if cuda else "cpu"
     torch.set_float32_matmul_precision("high")
     model = GPT(
         depth=depth,
@@ -35,8 +35,8 @@ def torch_step(record: Recorder, size: Size) -> None:
         sequence_len=size.sequence,
     )
     dtype = torch.bfloat16 if cuda else torch.float32
-    trainer = Trainer(model.to(place), dtype=dtype, compiled=True)
-    tokens = torch.randint(size.vocab, (rows, size.sequence + 1), device=place)
+    trainer = Trainer(model.to(device), dtype=dtype, compiled=True)
+    tokens = torch.randint(size.vocab, (rows, size.sequence + 1), device=device)
     inputs, targets = tokens[:, :-1], tokens[:, 1:].contiguous()
     # `step` returns the loss as a number, so each call waits for the device.
     seconds = seconds_per_call(

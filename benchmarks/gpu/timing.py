@@ -63,13 +63,13 @@ def trace_kernels(run: Callable[[], Any], units: int) -> dict[str, Any]:
 def device_events(profile: Any) -> Iterable[tuple[str, float, float]]:
     """(name, start, duration) in nanoseconds of what ran on GPUs, or of XLA's threads on a CPU."""
     planes = [plane for plane in profile.planes if plane.name.startswith("/device:GPU")]
-    wanted = "Stream"
+    prefix = "Stream"
     if not planes:
         planes = [plane for plane in profile.planes if plane.name == "/host:CPU"]
-        wanted = "tf_XLA"
+        prefix = "tf_XLA"
     for plane in planes:
         for line in plane.lines:
-            if line.name.startswith(wanted):
+            if line.name.startswith(prefix):
                 for event in line.events:
                     yield event.name, event.start_ns, event.duration_ns
 

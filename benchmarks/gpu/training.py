@@ -87,11 +87,11 @@ def checksums(tree: Any) -> list[jax.Array]:
 
 def same_bits(training: program.Training, step: Any) -> bool:
     """Whether two times two steps from the same state end with the same bits."""
-    found = []
+    sums = []
     for _ in range(2):
         state = training.new_state()
         for _ in range(2):
             state, _ = step(state, training.batch())
-        found.append(jax.device_get(checksums(state)))
+        sums.append(jax.device_get(checksums(state)))
         del state
-    return all((a == b).all() for a, b in zip(*found, strict=True))
+    return all((a == b).all() for a, b in zip(*sums, strict=True))

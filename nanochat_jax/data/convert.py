@@ -55,11 +55,11 @@ def read_documents(path: Path, field: str, cut_chars: int) -> Iterator[str | Non
     """
     if not path.exists():
         raise NotFound(f"{path} does not exist")
-    kind = file_format(path.name)
-    if kind is None:
-        raise UsageError(f"{path} is of no known kind: expected an ending of {', '.join(FORMATS)}")
+    format = file_format(path.name)
+    if format is None:
+        raise UsageError(f"{path} is not in a supported format: expected {', '.join(FORMATS)}")
     try:
-        if kind == "parquet":  # in batches: one row group may hold the whole file
+        if format == "parquet":  # in batches: one row group may hold the whole file
             with open_parquet(
                 path, field, foreign=True, buffer_size=1 << 20, pre_buffer=False
             ) as file:
@@ -67,12 +67,12 @@ def read_documents(path: Path, field: str, cut_chars: int) -> Iterator[str | Non
                     yield from batch.column(0).to_pylist()
             return
         with open_text(path, newline="") as text:
-            if kind == "text":
+            if format == "text":
                 yield from cut_text(text.read(), cut_chars)
-            elif kind == "jsonl":
+            elif format == "jsonl":
                 yield from _read_jsonl(text, path, field)
             else:
-                yield from _read_csv(text, path, field, "\t" if kind == "tsv" else ",")
+                yield from _read_csv(text, path, field, "\t" if format == "tsv" else ",")
     except UnicodeDecodeError as error:  # from a parquet column
         raise UsageError(f"{path} is not UTF-8 text ({error})") from error
     except UsageError:
@@ -185,10 +185,9 @@ def _read_csv(lines: Iterable[str], path: Path, field: str, delimiter: str) -> I
         raise UsageError(f"{path} line {rows.line_num} is not CSV ({error})") from error
 
 
-def _no_field(path: Path, kind: str, field: str, names: Sequence[str]) -> UsageError:
-    found = ", ".join(names) or "none"
+def _no_field(path: Path, what: str, field: str, names: Sequence[str]) -> UsageError:
     return UsageError(
-        f"{path} has no {kind} {field!r}, only {found}: name the text with --text-field"
+        f"{path} has no {what} {field!r}, only {', '.join(names) or 'none'}: set `text_field`"
     )
 
 
@@ -211,59 +210,30 @@ def write_corpus(
     Returns the manifest entry of the source, or None if the corpus already contains it. Raises
     `UsageError` if there is another corpus and `append` is False, or fewer than two documents.
     """
-    counts: Counter[str] = Counter()
-
-    def to_train_on(val: ShardWriter) -> Iterator[str]:
-        """The training documents. Adds the others to `val` and counts all of them."""
-        last_report = time.monotonic()
-        for text in documents:
-            counts["rows"] += 1
-            if time.monotonic() - last_report > REPORT_EVERY_S:
-                last_report = time.monotonic()
-                logger.info("%s documents so far", f"{counts['documents']:,}")
-            if text is None or not text.strip():
-                continue
-            before = counts["documents"]
-            counts["documents"] += 1
-            if not before or int(before * val_fraction) > int((before - 1) * val_fraction):
-                counts["val_documents"] += 1
-                val.add(text)
-            else:
-                yield text
-
     with locked(directory):
         finish_directory(directory)
-        before = read_manifest(directory).get("sources", [])
-        if any(entry["source"] == source for entry in before):
+        existing = read_manifest(directory).get("sources", [])
+        if any(entry["source"] == source for entry in existing):
             return None
-        if before and not append:
-            held = ", ".join(describe(entry["source"]) for entry in before)
-            raise UsageError(
-                f"{directory} holds {held} already: --append adds to it; or remove the directory"
-            )
-        if not before and directory.exists() and entries(directory):
-            raise UsageError(f"{directory} holds files of another origin: move them away first")
-        shards = [name for entry in before for name in entry["shards"]]
-        if missing := [name for name in shards if not (directory / name).is_file()]:
-            raise NotFound(
-                f"{directory / missing[0]} is missing, though the manifest names it: restore it, "
-                "or make it anew"
-            )
+        _check_addition(directory, existing, append)
+        counts: Counter[str] = Counter()
         with new_directory(directory, add=True) as aside:
             val = ShardWriter(aside / VAL_SHARD)
-            for text in iter_shard(directory / VAL_SHARD) if before else ():
+            for text in iter_shard(directory / VAL_SHARD) if existing else ():
                 val.add(text)
-            first = 1 + max((int(name[6:11]) for name in shards), default=-1)
+            numbers = [int(name[6:11]) for entry in existing for name in entry["shards"]]
             names = write_series(
-                to_train_on(val), aside, first=first, rows_per_shard=rows_per_shard
+                _train_documents(documents, val, val_fraction, counts),
+                aside,
+                first=1 + max(numbers, default=-1),
+                rows_per_shard=rows_per_shard,
             )
             val.close()
             if not names:
-                held = "one document alone" if counts["documents"] else "no text"
+                content = "only one document" if counts["documents"] else "no text"
                 raise UsageError(
-                    f"{describe(source)} holds {held}: a corpus needs two documents, one to train "
-                    "on and one for "
-                    "validation"
+                    f"{describe(source)} holds {content}: a corpus needs two documents, one to "
+                    "train on and one for validation"
                 )
             entry = {
                 "source": source,
@@ -271,8 +241,47 @@ def write_corpus(
                 "skipped": counts["rows"] - counts["documents"],
                 "shards": names,
             }
-            write_file(aside / MANIFEST, json.dumps({"sources": [*before, entry]}, indent=1) + "\n")
+            sources = [*existing, entry]
+            write_file(aside / MANIFEST, json.dumps({"sources": sources}, indent=1) + "\n")
     return entry
+
+
+def _check_addition(directory: Path, existing: list[dict[str, Any]], append: bool) -> None:
+    """Raise `UsageError` unless the corpus with the sources `existing` may be added to."""
+    if existing and not append:
+        names = ", ".join(describe(entry["source"]) for entry in existing)
+        raise UsageError(
+            f"{directory} already holds {names}: set `append` to add to it, or delete the directory"
+        )
+    if not existing and directory.exists() and entries(directory):
+        raise UsageError(f"{directory} holds files of another origin: move them away first")
+    for name in (name for entry in existing for name in entry["shards"]):
+        if not (directory / name).is_file():
+            raise NotFound(
+                f"{directory / name} is missing, but the manifest lists it: restore it, or make "
+                "the corpus again"
+            )
+
+
+def _train_documents(
+    documents: Iterable[str | None], val: ShardWriter, val_fraction: float, counts: Counter[str]
+) -> Iterator[str]:
+    """The training documents. Writes the others to `val`, and counts all in `counts`."""
+    last_report = time.monotonic()
+    for text in documents:
+        counts["rows"] += 1
+        if time.monotonic() - last_report > REPORT_EVERY_S:
+            last_report = time.monotonic()
+            logger.info("%s documents so far", f"{counts['documents']:,}")
+        if text is None or not text.strip():
+            continue
+        index = counts["documents"]
+        counts["documents"] += 1
+        if index == 0 or int(index * val_fraction) > int((index - 1) * val_fraction):
+            counts["val_documents"] += 1
+            val.add(text)
+        else:
+            yield text
 
 
 def describe(source: dict[str, Any]) -> str:

@@ -39,20 +39,8 @@ OVERLAP_WORDS = 13
 MIN_WORD_COUNT = 5
 WORD_LENGTHS = range(3, 11)
 
-_PLAIN = str.maketrans(
-    {
-        "—": "--",
-        "–": "-",
-        "•": "-",
-        "“": '"',
-        "”": '"',
-        "‘": "'",
-        "’": "'",
-        "⁄": "/",
-        "Ô": "'",
-        "Õ": "'",  # Mac Roman quotation marks decoded as Latin-1
-    }
-)
+# Ô and Õ are Mac Roman quotation marks decoded as Latin-1.
+_PLAIN = str.maketrans("–•“”‘’⁄ÔÕ", "--\"\"''/''", "") | {ord("—"): "--"}
 _NOTE = re.compile(
     r"\s*\[[^\]]*(?:laughter|applause|inaudible|app note|audience|delivered|read before|correction|[0-9]{4})[^\]]*\]",
     re.IGNORECASE,
@@ -185,9 +173,7 @@ def build(directory: Path) -> None:
     marker = directory / MARKER
     with locked(directory):
         finish_directory(directory)
-        if digest.hexdigest() in (
-            marker.read_text(encoding="utf-8", errors="replace") if marker.exists() else ""
-        ):
+        if marker.exists() and digest.hexdigest().encode() in marker.read_bytes():
             logger.info("embedded corpus: already in %s", directory)
             return
         train, val = make_corpus(read_speeches(speech_dir))
@@ -203,8 +189,8 @@ def build(directory: Path) -> None:
         }
         if marker.exists():  # from another version of the package
             empty_directory(directory)
-        elif kept := set_aside(directory, ".replaced"):
-            logger.warning("%s held files of another origin: kept in %s", directory, kept)
+        elif moved := set_aside(directory, ".replaced"):
+            logger.warning("%s held files of another origin: moved to %s", directory, moved)
         write_shards(
             train,
             directory,

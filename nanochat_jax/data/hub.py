@@ -1,9 +1,10 @@
 """Downloads of files of Hugging Face data sets.
 
-huggingface_hub handles the protocol (HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE, redirects), but it
-discards partial downloads. Here they stay in `.download/` beside the target, under a name with the
-content's checksum, and later attempts and runs resume them. The target is created by one rename,
-after its size and checksum are verified.
+huggingface_hub handles the protocol (HF_ENDPOINT, HF_TOKEN, HF_HUB_OFFLINE, redirects). But its
+`hf_hub_download` deletes a partial file when the download fails, so the next run starts over
+(huggingface_hub#4196). Here, partial files stay in `.download/` beside the target, under a name
+with the content's checksum, and later attempts and runs resume them. The target is created by one
+rename, after its size and checksum are verified.
 """
 
 import errno
@@ -60,13 +61,11 @@ def fetch(
     revision: str = "main",
     check: Callable[[Path], None] = lambda path: None,
     progress: Progress = lambda done, total: None,
-    wait_s: float = 1.0,
 ) -> None:
     """Download the file `name` of a data set to `target`, replacing it.
 
-    Makes five attempts, with pauses of 2, 4, 8 and 16 times `wait_s` seconds, and raises the last
-    error. `check` receives the file's temporary path and raises `UsageError` if the content is
-    wrong.
+    Makes five attempts, with pauses of 2, 4, 8 and 16 seconds, and raises the last error. `check`
+    receives the file's temporary path and raises `UsageError` if the content is wrong.
     """
     quiet_client()
     partial_dir = target.parent / PARTIAL_DIR
@@ -93,7 +92,7 @@ def fetch(
             logger.warning(
                 "%s: attempt %d of %d failed (%s)", name, attempt, ATTEMPTS, first_line(error)
             )
-            time.sleep(wait_s * 2**attempt)
+            time.sleep(2**attempt)
 
 
 def quiet_client() -> None:
@@ -133,11 +132,8 @@ def _download(
         try:
             http_get(url, file, resume_size=have, headers=headers, expected_size=facts.size)
         except OSError as error:
-            if (
-                "Consistency check" in str(error)
-                and facts.size is not None
-                and file.tell() > facts.size
-            ):
+            wrong_size = "Consistency check" in str(error)
+            if wrong_size and facts.size is not None and file.tell() > facts.size:
                 file.truncate(0)  # the received bytes do not belong to this file
             raise
     if facts.etag and _SHA256.fullmatch(facts.etag):

@@ -5,10 +5,11 @@ A data set card may assign files to subsets and splits. Otherwise paths decide, 
 are `train`. Data sets in other formats than `READABLE` are read from the Hub's parquet branch.
 """
 
+import itertools
 import logging
 import re
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -62,18 +63,17 @@ def find_files(repo: str, subset: str | None, split: str, revision: str) -> List
     except Exception as error:  # the HTTP client's errors have no common class
         offline = "HF_HUB_OFFLINE is set, and it is not in the local cache"
         reason = offline if constants.HF_HUB_OFFLINE else first_line(error)
-        raise NotFound(f"{name} is not to be had: {reason}") from error
-    if names := [
-        file for file in converted.names if file.startswith(f"{subset or 'default'}/{split}/")
-    ]:
+        raise NotFound(f"cannot list {name}: {reason}") from error
+    prefix = f"{subset or 'default'}/{split}/"
+    if names := [file for file in converted.names if file.startswith(prefix)]:
         return replace(converted, names=tuple(names))
-    known = sorted(
-        {file.rpartition("/")[0] for file in converted.names if file.endswith(".parquet")}
+    splits = {file.rpartition("/")[0] for file in converted.names if file.endswith(".parquet")}
+    available = (
+        sorted(splits) or [file for file in listing.names if file_format(file) in READABLE][:10]
     )
-    known = known or sorted(file for file in listing.names if file_format(file) in READABLE)[:10]
     raise NotFound(
         f"{name} has no split {split!r}{f' of subset {subset!r}' if subset else ''}; "
-        f"it has {', '.join(known) or 'no file that can be read'}"
+        f"it has {', '.join(available) or 'no readable file'}"
     )
 
 
@@ -97,31 +97,24 @@ def list_dataset(repo: str, revision: str) -> Listing:
 def select_files(listing: Listing, subset: str | None, split: str) -> list[str]:
     """The readable files of a split, in order, all of one format; empty if there are none."""
     config = _choose_config(listing.configs, subset)
-    files = [
-        name
-        for name in listing.names
-        if file_format(name) in READABLE and not _is_documentation(name)
-    ]
+    files = [name for name in listing.names if file_format(name) in READABLE]
+    files = [name for name in files if not _is_documentation(name)]
     if config is not None and "data_files" in config:
-        patterns = _patterns(config["data_files"], split)
-        files = [
-            name
-            for name in files
-            if any(glob_pattern(pattern).fullmatch(name) for pattern in patterns)
-        ]
+        patterns = [glob_pattern(pattern) for pattern in _patterns(config["data_files"], split)]
+        files = [name for name in files if any(p.fullmatch(name) for p in patterns)]
     else:
         folder = config.get("data_dir") if config is not None else subset
         if folder:
             files = [name for name in files if name.startswith(folder.strip("/") + "/")]
         files = _by_split_words(files, split)
-    for kind in READABLE:
-        if chosen := [name for name in files if file_format(name) == kind]:
+    for format in READABLE:
+        if chosen := [name for name in files if file_format(name) == format]:
             if len(chosen) < len(files):
                 logger.info(
-                    "reading the %d %s files of %d that hold this split",
+                    "reading %d %s files; %d files of the split have other formats",
                     len(chosen),
-                    kind,
-                    len(files),
+                    format,
+                    len(files) - len(chosen),
                 )
             return chosen
     return []
@@ -132,30 +125,26 @@ def _choose_config(configs: Sequence[dict[str, Any]], subset: str | None) -> dic
         return None
     names = ", ".join(str(config.get("config_name")) for config in configs)
     if subset is None:
-        found = [c for c in configs if c.get("default") or c.get("config_name") == "default"]
-        if len(configs) > 1 and not found:
-            raise UsageError(
-                f"the data set has several subsets: choose one with --subset, of {names}"
-            )
-        return (found or list(configs))[0]
-    found = [config for config in configs if config.get("config_name") == subset]
-    if not found:
-        raise NotFound(f"the data set has no subset {subset!r}: there are {names}")
-    return found[0]
+        default = [c for c in configs if c.get("default") or c.get("config_name") == "default"]
+        if len(configs) > 1 and not default:
+            raise UsageError(f"the data set has several subsets: set `subset` to one of {names}")
+        return (default or list(configs))[0]
+    for config in configs:
+        if config.get("config_name") == subset:
+            return config
+    raise NotFound(f"the data set has no subset {subset!r}: there are {names}")
 
 
 def _patterns(data_files: Any, split: str) -> list[str]:
     """Patterns of a split, from a string or list of strings (train) or a list of {split, path}."""
-    found: list[str] = []
+    patterns: list[str] = []
     for entry in data_files if isinstance(data_files, list) else [data_files]:
-        of_split, path = (
-            (entry.get("split"), entry.get("path", []))
-            if isinstance(entry, dict)
-            else ("train", entry)
-        )
-        if of_split == split:
-            found += path if isinstance(path, list) else [path]
-    return found
+        if not isinstance(entry, dict):
+            entry = {"split": "train", "path": entry}
+        if entry.get("split") == split:
+            path = entry.get("path", [])
+            patterns += path if isinstance(path, list) else [path]
+    return patterns
 
 
 def glob_pattern(pattern: str) -> re.Pattern[str]:
@@ -184,67 +173,55 @@ def _is_documentation(name: str) -> bool:
 
 
 def iter_documents(
-    files: Listing,
-    field: str,
-    folder: Path,
-    *,
-    cut_chars: int,
-    limit_rows: int | None,
-    wait_s: float = 1.0,
+    files: Listing, field: str, folder: Path, *, cut_chars: int, limit_rows: int | None
 ) -> Iterator[str | None]:
     """The documents of all files, or of their first `limit_rows` rows.
 
     Each file is downloaded to `folder` and deleted after use. Without a limit, the next file is
     downloaded while the current one is read.
     """
-
-    def get(index: int) -> Path:
-        name, last = files.names[index], time.monotonic()
-
-        def progress(done: int, total: int | None) -> None:
-            nonlocal last
-            if time.monotonic() - last > REPORT_EVERY_S:
-                last = time.monotonic()
-                logger.info(
-                    "%s: %.0f of %s MB",
-                    name,
-                    done / 1e6,
-                    "?" if total is None else f"{total / 1e6:.0f}",
-                )
-
-        target = folder / f"{index:05d}-{name.replace('/', '-')}"
-        try:
-            fetch(files.repo, name, target, revision=files.commit, wait_s=wait_s, progress=progress)
-        except Exception as error:  # the HTTP client's errors have no common class
-            raise NotFound(
-                f"{name} of {files.repo} could not be fetched: {first_line(error)}"
-            ) from error
-        return target
-
-    left, arriving = limit_rows, None
+    paths = _downloaded(files, folder, ahead=limit_rows is None)
+    documents = (text for path in paths for text in read_documents(path, field, cut_chars))
     try:
-        with ThreadPoolExecutor(1) as pool:
-            for index, name in enumerate(files.names):
-                path = (arriving or pool.submit(get, index)).result()
-                # with a limit, the next file may not be needed
-                ahead = limit_rows is None and index + 1 < len(files.names)
-                arriving = pool.submit(get, index + 1) if ahead else None
-                logger.info(
-                    "[%d/%d] %s (%.1f MB)",
-                    index + 1,
-                    len(files.names),
-                    name,
-                    path.stat().st_size / 1e6,
-                )
-                for document in read_documents(path, field, cut_chars):
-                    if left == 0:
-                        return
-                    left = None if left is None else left - 1
-                    yield document
-                path.unlink()
-    finally:  # keep only partial downloads
+        yield from itertools.islice(documents, limit_rows)
+    finally:
+        documents.close()
+        paths.close()
+        # keep only partial downloads
         for file in folder.glob("?????-*"):
             file.unlink()
         clean_up(folder)
         if folder.is_dir() and not any(folder.iterdir()):
             folder.rmdir()
+
+
+def _downloaded(files: Listing, folder: Path, *, ahead: bool) -> Generator[Path, None, None]:
+    """The files one by one in `folder`; deletes each when the next is requested."""
+    count, following = len(files.names), None
+    with ThreadPoolExecutor(1) as pool:
+        for index, name in enumerate(files.names):
+            path = (following or pool.submit(_download, files, index, folder)).result()
+            more = ahead and index + 1 < count
+            following = pool.submit(_download, files, index + 1, folder) if more else None
+            megabytes = path.stat().st_size / 1e6
+            logger.info("[%d/%d] %s (%.1f MB)", index + 1, count, name, megabytes)
+            yield path
+            path.unlink()
+
+
+def _download(files: Listing, index: int, folder: Path) -> Path:
+    name, last_report = files.names[index], time.monotonic()
+
+    def progress(done: int, total: int | None) -> None:
+        nonlocal last_report
+        if time.monotonic() - last_report > REPORT_EVERY_S:
+            last_report = time.monotonic()
+            size = "?" if total is None else f"{total / 1e6:.0f}"
+            logger.info("%s: %.0f of %s MB", name, done / 1e6, size)
+
+    target = folder / f"{index:05d}-{name.replace('/', '-')}"
+    try:
+        fetch(files.repo, name, target, revision=files.commit, progress=progress)
+    except Exception as error:  # the HTTP client's errors have no common class
+        raise NotFound(f"cannot download {name} of {files.repo}: {first_line(error)}") from error
+    return target

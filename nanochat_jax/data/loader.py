@@ -11,16 +11,16 @@ import math
 import os
 import weakref
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-import grain
 import numpy as np
-import pyarrow as pa
-from grain.experimental import ThreadPrefetchIterDataset
+from grain.experimental import ThreadPrefetchDatasetIterator
 
-from nanochat_jax.data.packing import BestFitPacker, Packer, Snapshot, StreamPacker, TokenizedStream
-from nanochat_jax.data.shards import DocumentStream, ShardReader, require_text, split_shards
+from nanochat_jax.data.documents import DocumentStream, ShardReader
+from nanochat_jax.data.packing import BestFitPacker, Packer, Snapshot, State, StreamPacker
+from nanochat_jax.data.shards import require_text, split_shards
 from nanochat_jax.errors import UsageError
 
 logger = logging.getLogger(__name__)
@@ -41,58 +41,66 @@ class Encoder(Protocol):
     ) -> tuple[np.ndarray, np.ndarray]: ...
 
 
-class BatchSource(Protocol):
-    """Source of a `Loader`. `next_batch` raises StopIteration at the end, if there is one."""
+@dataclass(frozen=True, kw_only=True)
+class BatchRows:
+    """Rows of a global batch [batch_size, sequence_len], of which this process makes its
+    contiguous part.
+    """
 
-    def next_batch(self) -> Batch: ...
+    batch_size: int
+    sequence_len: int
+    process_index: int = 0
+    process_count: int = 1
 
-    def snapshot(self) -> Snapshot: ...
-
-    def place(self) -> dict[str, Any]: ...
-
-    def set_state(self, state: dict[str, Any]) -> None: ...
-
-
-class _SourceIterator(grain.DatasetIterator):
-    def __init__(self, source: BatchSource):
-        super().__init__()
-        self._source = source
-
-    def __next__(self) -> Batch:
-        return self._source.next_batch()
-
-    def get_state(self) -> dict[str, Any]:
-        return {"snapshot": self._source.snapshot(), "place": self._source.place()}
-
-    def set_state(self, state: dict[str, Any]) -> None:
-        self._source.set_state(state["snapshot"]())
+    @property
+    def local(self) -> slice:
+        count = self.batch_size // self.process_count
+        return slice(self.process_index * count, (self.process_index + 1) * count)
 
 
-class _SourceDataset(grain.IterDataset):
-    def __init__(self, source: BatchSource):
-        super().__init__()
-        self._source = source
+class Source:
+    """What a `Loader` prefetches: an iterator over (batch, position, snapshot)."""
 
-    def __iter__(self) -> grain.DatasetIterator:
-        return _SourceIterator(self._source)
+    def next_batch(self) -> Batch:
+        """Raises StopIteration at the end, if there is one."""
+        raise NotImplementedError
+
+    @property
+    def position(self) -> dict[str, Any]:
+        """Position for logs, as a small dict."""
+        raise NotImplementedError
+
+    def snapshot(self) -> Snapshot:
+        raise NotImplementedError
+
+    def set_state(self, state: State) -> None:
+        raise NotImplementedError
+
+    def __iter__(self) -> "Source":
+        return self
+
+    def __next__(self) -> tuple[Batch, dict[str, Any], Snapshot]:
+        return self.next_batch(), self.position, self.snapshot()
+
+    def get_state(self) -> State:
+        """Empty: Grain copies it for every batch, so the snapshot travels with the batch."""
+        return {}
 
 
 class Loader:
-    """Iterator over the batches of a source. `get_state` does not include prefetched batches."""
+    """Iterator over the batches of a source, with the state after the last batch returned."""
 
-    def __init__(self, source: BatchSource):
-        self._first_state = source.snapshot()()
-        dataset = ThreadPrefetchIterDataset(
-            _SourceDataset(source), prefetch_buffer_size=PREFETCHED_BATCHES
-        )
-        # `close` empties this list, so that nothing is left to shut down at exit.
-        self._open = [iter(dataset)]
+    def __init__(self, source: Source):
+        self._snapshot = source.snapshot()
+        self._first_state = self._snapshot()
+        iterator = ThreadPrefetchDatasetIterator(source, PREFETCHED_BATCHES)
+        self._open = [iterator]  # emptied by `close`, so nothing is left to shut down at exit
         # Also called when this object is garbage-collected, and at exit.
         self.close = weakref.finalize(self, _close, self._open)
         self.reset()
 
     @property
-    def _iterator(self) -> grain.DatasetIterator:
+    def _iterator(self) -> ThreadPrefetchDatasetIterator:
         if not self._open:
             raise ValueError("the loader is closed")
         return self._open[0]
@@ -101,23 +109,20 @@ class Loader:
         return self
 
     def __next__(self) -> Batch:
-        return next(self._iterator)
+        batch, self.position, self._snapshot = next(self._iterator)
+        return batch
 
-    def get_state(self) -> dict[str, Any]:
-        """JSON-serializable position after the last batch returned."""
-        return self._iterator.get_state()["snapshot"]()
+    def get_state(self) -> State:
+        """The state after the last batch returned, without the prefetched ones.
 
-    @property
-    def place(self) -> dict[str, Any]:
-        """Position of the last batch returned, as a small dict for logs. Requires a returned batch.
-
-        Cheaper than `get_state`, which serializes about a thousand buffered documents.
+        `position` is the same for logs. It costs nothing, but has a value only after a batch.
         """
-        return self._iterator.get_state()["place"]
+        return self._snapshot()
 
-    def set_state(self, state: dict[str, Any]) -> None:
+    def set_state(self, state: State) -> None:
         """Continue after the batch at which `state` was taken. Starts prefetching immediately."""
-        self._iterator.set_state({"snapshot": lambda: state, "place": {}})
+        self._iterator.set_state(state)
+        self._snapshot = lambda: state
         self._iterator.start_prefetch()
 
     def reset(self) -> None:
@@ -125,12 +130,12 @@ class Loader:
         self.set_state(self._first_state)
 
 
-def _close(open_iterators: list[grain.DatasetIterator]) -> None:
+def _close(open_iterators: list[ThreadPrefetchDatasetIterator]) -> None:
     while open_iterators:
         open_iterators.pop().close()
 
 
-class PretrainingSource:
+class PretrainingSource(Source):
     """This process's rows of each global batch, from the packers of its virtual shards."""
 
     def __init__(
@@ -138,66 +143,60 @@ class PretrainingSource:
         packers: dict[int, Packer],
         *,
         rows_per_shard: int,
-        packing: str,
-        num_shards: int,
+        settings: dict[str, Any],
         corpus: dict[str, int],
     ):
-        """corpus: size in bytes of each shard file, by name."""
+        """settings: values that a saved state must share; corpus: bytes of each shard file."""
         self._packers, self._rows_per_shard = packers, rows_per_shard
-        self._settings, self._corpus = {"packing": packing, "num_shards": num_shards}, corpus
+        self._settings, self._corpus = settings, corpus
 
     def next_batch(self) -> Batch:
         rows = [packer.next_rows(self._rows_per_shard) for packer in self._packers.values()]
-        return {
-            name: np.concatenate(parts) for name, parts in zip(("inputs", "targets"), zip(*rows))
-        }
+        inputs, targets = map(np.concatenate, zip(*rows, strict=True))
+        return {"inputs": inputs, "targets": targets}
 
-    def place(self) -> dict[str, Any]:
-        return next(iter(self._packers.values())).place()
+    @property
+    def position(self) -> dict[str, Any]:
+        return next(iter(self._packers.values())).position
 
     def snapshot(self) -> Snapshot:
         shards = {str(shard): packer.snapshot() for shard, packer in self._packers.items()}
-        return lambda: (
-            self._settings
-            | {
-                "corpus": self._corpus,
-                "shards": {shard: snapshot() for shard, snapshot in shards.items()},
-            }
-        )
+        return lambda: {
+            **self._settings,
+            "corpus": self._corpus,
+            "shards": {shard: state() for shard, state in shards.items()},
+        }
 
-    def set_state(self, state: dict[str, Any]) -> None:
-        for name, mine in self._settings.items():
-            if state[name] != mine:
+    def set_state(self, state: State) -> None:
+        for name, value in self._settings.items():
+            if state[name] != value:
                 raise UsageError(
-                    f"the saved data position has {name} {state[name]}, this run {mine}: they "
+                    f"the saved data position has {name} {state[name]}, this run {value}: they "
                     "must agree"
                 )
-        # Saved files must exist with the same size; additional files are allowed.
-        for name, size in state["corpus"].items():
-            if name not in self._corpus:
-                raise UsageError(
-                    f"the saved data position is of a corpus with {name}, which is not there any "
-                    "more"
-                )
-            if size != self._corpus[name]:
-                raise UsageError(
-                    f"the saved data position is of a corpus in which {name} had {size:,} bytes, "
-                    f"now it has {self._corpus[name]:,}: the text is not the same"
-                )
-        if more := len(self._corpus) - len(state["corpus"]):
-            logger.warning(
-                "%d shards have come since the data position was saved: they are read in their "
-                "turn",
-                more,
-            )
+        self._check_corpus(state["corpus"])
         for shard, packer in self._packers.items():
             if str(shard) not in state["shards"]:
                 raise UsageError(
                     f"the saved data position lacks virtual shard {shard} of "
-                    f"{self._settings['num_shards']}: "
-                    "merge the states of all processes first"
+                    f"{self._settings['num_shards']}: merge the states of all processes first"
                 )
             packer.set_state(state["shards"][str(shard)])
+
+    def _check_corpus(self, saved: dict[str, int]) -> None:
+        """Saved files must exist with the same size; additional files are allowed."""
+        for name, size in saved.items():
+            if name not in self._corpus:
+                raise UsageError(f"the saved data position needs {name}, which no longer exists")
+            if size != self._corpus[name]:
+                raise UsageError(
+                    f"{name} had {size:,} bytes when the data position was saved, now it has "
+                    f"{self._corpus[name]:,}: the text is not the same"
+                )
+        if more := len(self._corpus) - len(saved):
+            logger.warning(
+                "%d shards are new since the data position was saved: they are read in order", more
+            )
 
 
 def pretraining_loader(
@@ -205,72 +204,66 @@ def pretraining_loader(
     tokenizer: Encoder,
     *,
     split: str,
-    batch_size: int,
-    sequence_len: int,
     packing: str = "bestfit",
-    process_index: int = 0,
-    process_count: int = 1,
     num_shards: int | None = None,
     buffer_docs: int = 1000,
+    **rows: int,
 ) -> Loader:
     """Endless batches of `split` ("train" or "val"), from its beginning.
 
     Args:
-      batch_size: rows of the global batch of one micro-step. This process yields batch_size /
-        process_count of them, the process_index-th contiguous part.
       packing: "bestfit" (`BestFitPacker`) or "stream" (`StreamPacker`).
       num_shards: virtual shards; default gcd(batch_size, 8). One shard in one process gives
         upstream's batches for one rank.
       buffer_docs: total documents in the best-fit buffers of all virtual shards. Shared, because
         documents longer than a row stay buffered for long: with this many per shard, the buffers
         could hold all of a small corpus.
+      rows: the fields of `BatchRows`.
 
     Yields dicts of inputs and targets, int32 [batch_size / process_count, sequence_len].
     """
+    shape = BatchRows(**rows)
     if packing not in PACKERS:
         raise UsageError(f"unknown packing {packing!r}: expected one of {', '.join(PACKERS)}")
-    if num_shards is None:
-        num_shards = math.gcd(batch_size, 8)
-    if batch_size % num_shards or num_shards % process_count:
+    num_shards = math.gcd(shape.batch_size, 8) if num_shards is None else num_shards
+    if shape.batch_size % num_shards or num_shards % shape.process_count:
         raise UsageError(
-            f"{num_shards} virtual shards must divide the batch of {batch_size} rows and be a "
-            "multiple of the "
-            f"{process_count} processes: give --data-shards, a multiple of {process_count} that "
-            "divides the rows"
+            f"{num_shards} virtual shards must divide the batch of {shape.batch_size} rows and be "
+            f"a multiple of the {shape.process_count} processes: set `data_shards` to a multiple "
+            f"of {shape.process_count} that divides the rows"
         )
-    per_process = num_shards // process_count
-    shards = split_shards(directory, split)
-    require_text(shards, {"train": "training", "val": "validation"}[split])
-    reader = ShardReader(shards, cached_row_groups=2 * per_process)
+    per_process = num_shards // shape.process_count
+    paths = split_shards(directory, split)
+    require_text(paths, {"train": "training", "val": "validation"}[split])
+    reader = ShardReader(paths, cached_row_groups=2 * per_process)
     threads = min(8, os.cpu_count() or 1)
-
-    def encode(texts: pa.ChunkedArray) -> tuple[np.ndarray, np.ndarray]:
-        return tokenizer.encode_batch(texts, prepend=tokenizer.bos_id, num_threads=threads)
-
     options = {"buffer_docs": -(-buffer_docs // num_shards)} if packing == "bestfit" else {}
     packers = {}
-    for shard in range(process_index * per_process, (process_index + 1) * per_process):
-        stream = TokenizedStream(DocumentStream(reader, shard, num_shards), encode)
-        packers[shard] = PACKERS[packing](stream, sequence_len, **options)
+    for shard in range(per_process * shape.process_index, per_process * (shape.process_index + 1)):
+        documents = DocumentStream(
+            reader,
+            lambda texts: tokenizer.encode_batch(texts, tokenizer.bos_id, threads),
+            shard,
+            num_shards,
+        )
+        packers[shard] = PACKERS[packing](documents, shape.sequence_len, **options)
     return Loader(
         PretrainingSource(
             packers,
-            rows_per_shard=batch_size // num_shards,
-            packing=packing,
-            num_shards=num_shards,
+            rows_per_shard=shape.batch_size // num_shards,
+            settings={"packing": packing, "num_shards": num_shards},
             corpus=reader.sizes,
         )
     )
 
 
-def merge_states(states: Sequence[dict[str, Any]]) -> dict[str, Any]:
+def merge_states(states: Sequence[State]) -> State:
     """Merge the states that all processes took after the same batch, in any order.
 
     A conversation loader has the same state on every process; a pretraining loader has the state of
     its virtual shards. The result restores on any number of processes. Raises ValueError if the
     states are of different runs or steps, or do not cover every virtual shard exactly once.
     """
-
     merged = states[0].copy()
     for state in states:
         if unlike := [

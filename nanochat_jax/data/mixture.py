@@ -14,14 +14,14 @@ from typing import Any, Protocol
 import numpy as np
 
 from nanochat_jax.conversation import render_conversation
-from nanochat_jax.data.loader import Batch, Loader
-from nanochat_jax.data.packing import STATE_CHANGED, FitBuffer, Snapshot, TokenRun
+from nanochat_jax.data.loader import Batch, BatchRows, Loader, Source
+from nanochat_jax.data.packing import STATE_CHANGED, FitBuffer, Snapshot, State, TokenRun
 from nanochat_jax.errors import UsageError, one_line
 from nanochat_jax.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
-STREAM_MAX_TOKENS = 2048  # longer conversations are truncated
+STREAM_MAX_TOKENS = 2048
 SAMPLED_CONVERSATIONS = 16
 IGNORE = -1
 
@@ -32,7 +32,7 @@ class ConversationTask(Protocol):
     def __getitem__(self, index: int) -> Mapping[str, Any]: ...
 
 
-class ConversationSource:
+class ConversationSource(Source):
     """Base of all modes: renders conversations and makes `num_epochs` passes (None: endless)."""
 
     mode: str
@@ -41,32 +41,23 @@ class ConversationSource:
         self,
         task: ConversationTask,
         tokenizer: Tokenizer,
+        rows: BatchRows,
         *,
-        batch_size: int,
-        sequence_len: int,
-        max_tokens: int,
         num_epochs: int | None,
-        local_rows: slice = slice(None),
     ):
         self.size = len(task)
         if not self.size:
             raise UsageError("the mixture holds no conversation")
-        self._task, self._tokenizer, self._max_tokens = task, tokenizer, max_tokens
-        self._batch_size, self._sequence_len, self._local_rows = (
-            batch_size,
-            sequence_len,
-            local_rows,
-        )
+        self._task, self._tokenizer, self._rows = task, tokenizer, rows
         self._num_epochs = num_epochs
         self._epoch = self._cursor = 0  # completed passes; next conversation to render
         self.num_cut = 0  # conversations truncated to max_tokens
         self.num_skipped = 0  # conversations without a token to train on, also by truncation
+        self._clear()
         self._fingerprint = self._sample()
 
-    def next_batch(self) -> Batch:
-        raise NotImplementedError
-
-    def place(self) -> dict[str, int]:
+    @property
+    def position(self) -> dict[str, Any]:
         return {"epoch": self._epoch, "cursor": self._cursor}
 
     def _render(self, index: int) -> tuple[np.ndarray, np.ndarray]:
@@ -95,33 +86,42 @@ class ConversationSource:
             raise StopIteration
         self._epoch, self._cursor = self._epoch + 1, 0
 
-    def _state(self, **more: Any) -> dict[str, Any]:
+    def _state(self, **more: Any) -> State:
         return {
             "mode": self.mode,
             "size": self.size,
             "fingerprint": self._fingerprint,
-            **self.place(),
+            **self.position,
             "num_cut": self.num_cut,
             "num_skipped": self.num_skipped,
             **more,
         }
 
-    def set_state(self, state: dict[str, Any]) -> None:
-        for name, mine in (("mode", self.mode), ("size", self.size)):
-            if state[name] != mine:
+    def set_state(self, state: State) -> None:
+        for name, value in (("mode", self.mode), ("size", self.size)):
+            if state[name] != value:
                 raise UsageError(
                     f"the saved data position is of a mixture with {name} {state[name]}, this one "
-                    f"has {mine}: "
-                    "they must agree"
+                    f"has {value}: they must agree"
                 )
         if state["fingerprint"] != self._fingerprint:
             raise UsageError(STATE_CHANGED)
         self._epoch, self._cursor = state["epoch"], state["cursor"]
+        self._clear()
         self._restore(state)
         self.num_cut, self.num_skipped = state["num_cut"], state["num_skipped"]
 
-    def _restore(self, state: dict[str, Any]) -> None:
-        """Restore the mode's state other than the cursor."""
+    @property
+    def _max_tokens(self) -> int:
+        """Tokens of a conversation; longer ones are truncated."""
+        raise NotImplementedError
+
+    def _clear(self) -> None:
+        """Start without conversations that are rendered but not returned."""
+        raise NotImplementedError
+
+    def _restore(self, state: State) -> None:
+        """Render the conversations that the state names."""
         raise NotImplementedError
 
 
@@ -130,20 +130,22 @@ class StreamSource(ConversationSource):
 
     mode = "stream"
 
-    def __init__(self, task: ConversationTask, tokenizer: Tokenizer, **options: Any):
-        super().__init__(task, tokenizer, max_tokens=STREAM_MAX_TOKENS, **options)
+    @property
+    def _max_tokens(self) -> int:
+        return STREAM_MAX_TOKENS
+
+    def _clear(self) -> None:
         self._run = TokenRun(self._next_conversation)
 
     def next_batch(self) -> Batch:
-        inputs, targets = self._run.next_rows(self._batch_size, self._sequence_len)
-        return {"inputs": inputs[self._local_rows], "targets": targets[self._local_rows]}
+        inputs, targets = self._run.next_rows(self._rows.batch_size, self._rows.sequence_len)
+        return {"inputs": inputs[self._rows.local], "targets": targets[self._rows.local]}
 
     def snapshot(self) -> Snapshot:
         state = self._state(offset=self._run.offset, piece_len=len(self._run.piece))
         return lambda: state
 
-    def _restore(self, state: dict[str, Any]) -> None:
-        self._run = TokenRun(self._next_conversation)
+    def _restore(self, state: State) -> None:
         if state["cursor"]:
             self._run.piece, _ = self._render(self._cursor - 1)
             self._run.offset = state["offset"]
@@ -171,12 +173,15 @@ class RowsSource(ConversationSource):
     buffered = 100  # maximum conversations in the buffer
     fills = True
 
-    def __init__(self, task: ConversationTask, tokenizer: Tokenizer, **options: Any):
-        super().__init__(task, tokenizer, max_tokens=options["sequence_len"] + 1, **options)
+    @property
+    def _max_tokens(self) -> int:
+        return self._rows.sequence_len + 1
+
+    def _clear(self) -> None:
         self._buffer = FitBuffer()  # items: (index, ids, mask)
 
     def next_batch(self) -> Batch:
-        shape = (self._batch_size, self._sequence_len + 1)
+        shape = (self._rows.batch_size, self._max_tokens)
         tokens, learned = np.full(shape, self._tokenizer.bos_id, np.int32), np.zeros(shape, bool)
         for row, row_learned in zip(tokens, learned, strict=True):
             filled = 0
@@ -184,16 +189,13 @@ class RowsSource(ConversationSource):
                 row[filled : filled + len(ids)], row_learned[filled : filled + len(ids)] = ids, mask
                 filled += len(ids)
         targets = np.where(learned[:, 1:], tokens[:, 1:], IGNORE).astype(np.int32)
-        return {"inputs": tokens[self._local_rows, :-1], "targets": targets[self._local_rows]}
+        return {"inputs": tokens[self._rows.local, :-1], "targets": targets[self._rows.local]}
 
     def snapshot(self) -> Snapshot:
-        state, entries = self._state(), self._buffer.copy_entries()
-        return lambda: (
-            state | {"buffer": [index for _, (index, *_) in FitBuffer.by_arrival(entries)]}
-        )
+        state, buffered = self._state(), self._buffer.snapshot()
+        return lambda: state | {"buffer": [index for _, (index, *_) in buffered()]}
 
-    def _restore(self, state: dict[str, Any]) -> None:
-        self._buffer = FitBuffer()
+    def _restore(self, state: State) -> None:
         for index in state["buffer"]:
             ids, mask = self._render(index)
             self._buffer.add(len(ids), (index, ids, mask))
@@ -201,19 +203,18 @@ class RowsSource(ConversationSource):
     def _plan_row(self) -> list[tuple[int, np.ndarray, np.ndarray]]:
         """(index, ids, mask) of each conversation in the next row; at least one."""
         row = []
-        space = self._sequence_len + 1
+        space = self._max_tokens
         self._refill()
         while not len(self._buffer):
             if self.num_skipped and self.num_skipped == self.size * (self._epoch + 1):
                 raise UsageError(
                     f"none of the {self.size} conversations has a token to train on within a row "
-                    "of "
-                    f"{self._sequence_len} tokens: use longer rows"
+                    f"of {self._rows.sequence_len} tokens: use longer rows"
                 )
             self._start_epoch()
             self._refill()
-        while (found := self._buffer.pop_longest(space)) is not None:
-            length, conversation = found
+        while (entry := self._buffer.pop_longest(space)) is not None:
+            length, conversation = entry
             row.append(conversation)
             if not self.fills:
                 break
@@ -246,11 +247,10 @@ class ConversationLoader(Loader):
     """Batches of the conversations of `task`, in its order, from the first.
 
     Args:
-      batch_size: rows of the global batch of one micro-step. This process yields its contiguous
-        part.
       mode: "stream" (`StreamSource`), "rows" (`RowsSource`) or "single" (`SingleSource`).
       num_epochs: the loader ends with the last full batch of this many epochs (None: endless).
       name: purpose of the mixture, for logs.
+      rows: the fields of `BatchRows`.
 
     Yields dicts of inputs and targets, int32 [batch_size / process_count, sequence_len]; target -1
     is not trained.
@@ -261,31 +261,20 @@ class ConversationLoader(Loader):
         task: ConversationTask,
         tokenizer: Tokenizer,
         *,
-        batch_size: int,
-        sequence_len: int,
         mode: str,
         num_epochs: int | None = None,
-        process_index: int = 0,
-        process_count: int = 1,
         name: str = "training",
+        **rows: int,
     ):
-        self._name = name
+        self._name, shape = name, BatchRows(**rows)
         if mode not in SOURCES:
             raise UsageError(f"unknown mode {mode!r}: expected one of {', '.join(SOURCES)}")
-        if batch_size % process_count:
+        if shape.batch_size % shape.process_count:
             raise UsageError(
-                f"{process_count} processes do not divide the batch of {batch_size} rows: choose "
-                "another size"
+                f"{shape.process_count} processes do not divide the batch of {shape.batch_size} "
+                "rows: choose another size"
             )
-        rows = batch_size // process_count
-        self._make_source = functools.partial(
-            SOURCES[mode],
-            task,
-            tokenizer,
-            batch_size=batch_size,
-            sequence_len=sequence_len,
-            local_rows=slice(process_index * rows, (process_index + 1) * rows),
-        )
+        self._make_source = functools.partial(SOURCES[mode], task, tokenizer, shape)
         super().__init__(self._make_source(num_epochs=num_epochs))
 
     def count_batches(self, num_epochs: int = 1, *, at_most: int | None = None) -> int:
@@ -300,11 +289,10 @@ class ConversationLoader(Loader):
                 source.next_batch()
                 count += 1
         if source.num_cut or source.num_skipped:
-            read = source.place()["cursor"]
+            read = source.position["cursor"]
             logger.warning(
-                "%s mixture: of %s%d conversations, %d were cut and %d have nothing left to train "
-                "on and were "
-                "skipped",
+                "%s mixture: of %s%d conversations, %d were truncated and %d skipped, because "
+                "nothing was left to train on",
                 self._name,
                 "the first " * (read < source.size),
                 read,

@@ -31,10 +31,9 @@ def shards_needed(recipe: Recipe) -> int:
 
 def explain_shards(recipe: Recipe, count: int) -> str:
     return (
-        f"{count} training shards of 250M characters: {recipe.total_tokens / 1e9:.2f}B tokens to "
-        "train on, "
-        f"{CHARS_PER_TOKEN} characters each, a third more as rows cut documents; the tokenizer "
-        "takes 2B characters"
+        f"{count} training shards of 250M characters: {recipe.total_tokens / 1e9:.2f}B tokens of "
+        f"{CHARS_PER_TOKEN} characters, and a third more because rows crop documents; the "
+        "tokenizer needs 2B characters"
     )
 
 
@@ -75,20 +74,13 @@ def summary(name: str, directory: Path) -> str:
 def enough_for(name: str, train: Size) -> list[str]:
     if not train.documents:
         return [
-            "enough for nothing: there is one shard, which is validation; training needs at least "
-            "two"
+            "not enough to train: the only shard is the validation shard; at least two are needed"
         ]
     if name == "embedded":
         return ["enough for all stages of the preset for a CPU"]
-    lines = [
-        "tok_train: "
-        + (
-            "all it takes, 2 billion characters"
-            if train.text_bytes >= TOKENIZER_CHARS
-            else f"{_share(train.text_bytes / TOKENIZER_CHARS)} of the 2 billion characters it "
-            "takes at most"
-        )
-    ]
+    share = train.text_bytes / TOKENIZER_CHARS
+    percent = "all" if share >= 1 else f"{share:.1%}" if share >= 0.001 else "less than 0.1%"
+    lines = [f"tok_train: {percent} of the 2 billion characters that it reads"]
     reference = GPTConfig.modern(12)
     needs = {
         depth: chars_needed(derive_recipe(GPTConfig.modern(depth), reference=reference))
@@ -105,9 +97,5 @@ def enough_for(name: str, train: Size) -> list[str]:
         times = needs[following] / train.text_bytes
         text += f"; d{following} reads it {times:.1f} times" if times < FEW_TIMES else ""
         if not fitting and times >= FEW_TIMES:
-            text = f"too small a corpus; d{following} wants {needs[following] / 1e9:.1f} GB of text"
-    return [*lines, f"base_train: {text}", "base_loss, base_eval: the validation shard is there"]
-
-
-def _share(value: float) -> str:
-    return f"{value:.1%}" if value >= 0.001 else "less than 0.1%"
+            text = f"too small a corpus; d{following} needs {needs[following] / 1e9:.1f} GB of text"
+    return [*lines, f"base_train: {text}", "base_loss, base_eval: the validation shard exists"]

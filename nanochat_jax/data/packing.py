@@ -7,72 +7,22 @@ depends on lengths only, so a restored packer reads and tokenizes a document whe
 from bisect import bisect_left, insort
 from collections import Counter, deque
 from collections.abc import Callable
-from itertools import pairwise
 from typing import Any
 
 import numpy as np
-import pyarrow as pa
 
-from nanochat_jax.data.shards import DocumentStream, Position
+from nanochat_jax.data.documents import DocumentStream, Position
 from nanochat_jax.errors import UsageError
 
-# Makes the JSON-serializable state when called. Deferred, because a snapshot is taken for every
-# batch and almost none is used. A snapshot copies one list; Grain's deep copy of a function is
-# free.
-Snapshot = Callable[[], dict[str, Any]]
+State = dict[str, Any]  # JSON-serializable
+# Makes the state at the time of the snapshot. Every batch has a snapshot, so taking one only
+# copies a list; the state is made if it is saved.
+Snapshot = Callable[[], State]
 Rows = tuple[np.ndarray, np.ndarray]  # inputs, targets: int32 [rows, T]
 
 STATE_CHANGED = (
     "the tokenizer or the texts have changed since this data position was saved: start without it"
 )
-
-
-class TokenizedStream:
-    """A `DocumentStream` of int32 token arrays that start with BOS."""
-
-    def __init__(
-        self,
-        documents: DocumentStream,
-        encode: Callable[[pa.ChunkedArray], tuple[np.ndarray, np.ndarray]],
-    ):
-        """encode: texts -> (ids int32 [N] with BOS before each text, offsets int64 [texts + 1])."""
-        self._documents, self._encode, self.seek = documents, encode, documents.seek
-
-    @property
-    def position(self) -> Position:
-        """Position of the next document."""
-        return self._documents.position
-
-    def next_batch(self) -> list[tuple[Position, np.ndarray]]:
-        places, texts = self._documents.next_batch()
-        return list(zip(places, self._tokens(texts, places[0]), strict=True))
-
-    def load(self, places: list[Position]) -> list[np.ndarray]:
-        """Tokens of documents in one row group."""
-        return self._tokens(self._documents.load(places), places[0])
-
-    def file_name(self, file: int) -> str:
-        return self._documents.reader.paths[file].name
-
-    def file_index(self, name: str) -> int:
-        index = self._documents.reader.index.get(name)
-        if index is None:
-            directory = self._documents.reader.paths[0].parent
-            raise UsageError(
-                f"the saved data position is in {name}, which is no shard of this split in "
-                f"{directory}"
-            )
-        return index
-
-    def _tokens(self, texts: pa.ChunkedArray, place: Position) -> list[np.ndarray]:
-        try:
-            ids, offsets = self._encode(texts)
-        except ValueError as error:
-            path = self._documents.reader.paths[place.file]
-            raise UsageError(
-                f"row group {place.row_group} of shard {path} cannot be encoded: {error}"
-            ) from error
-        return [ids[start:stop] for start, stop in pairwise(offsets.tolist())]
 
 
 class FitBuffer:
@@ -102,17 +52,19 @@ class FitBuffer:
         return length, item
 
     def pop_shortest(self) -> tuple[int, Any]:
-        found = self.pop_longest(self._entries[0][0])
-        assert found is not None
-        return found
+        shortest = self.pop_longest(self._entries[0][0])
+        assert shortest is not None
+        return shortest
 
-    def copy_entries(self) -> list[tuple[int, int, Any]]:
-        return self._entries.copy()
+    def snapshot(self) -> Callable[[], list[tuple[int, Any]]]:
+        """Makes the list of (length, item) that the buffer has now, in the order added."""
+        entries = self._entries.copy()
 
-    @staticmethod
-    def by_arrival(entries: list[tuple[int, int, Any]]) -> list[tuple[int, Any]]:
-        """(length, item) of `entries` from `copy_entries`, in the order added."""
-        return [(length, item) for length, _, item in sorted(entries, key=lambda entry: -entry[1])]
+        def by_arrival() -> list[tuple[int, Any]]:
+            entries.sort(key=lambda entry: -entry[1])
+            return [(length, item) for length, _, item in entries]
+
+        return by_arrival
 
 
 class TokenRun:
@@ -143,8 +95,8 @@ class TokenRun:
 class Packer:
     """Base of both packers. `set_state` continues after the rows at which a state was taken."""
 
-    def __init__(self, source: TokenizedStream, sequence_len: int):
-        self._source, self._sequence_len = source, sequence_len
+    def __init__(self, documents: DocumentStream, sequence_len: int):
+        self._documents, self._sequence_len = documents, sequence_len
 
     def next_rows(self, count: int) -> Rows:
         raise NotImplementedError
@@ -152,22 +104,17 @@ class Packer:
     def snapshot(self) -> Snapshot:
         raise NotImplementedError
 
-    def set_state(self, state: dict[str, Any]) -> None:
-        self._source.seek(
-            Position(
-                **state["position"] | {"file": self._source.file_index(state["position"]["file"])}
-            )
-        )
+    def set_state(self, state: State) -> None:
+        file = self._documents.file_index(state["position"]["file"])
+        self._documents.seek(Position(**state["position"] | {"file": file}))
 
-    def get_state(self) -> dict[str, Any]:
-        return self.snapshot()()
-
-    def place(self) -> dict[str, Any]:
-        """The position that the source reads next."""
-        return self._to_json(self._source.position)
+    @property
+    def position(self) -> dict[str, Any]:
+        """The position at which the next document is read."""
+        return self._to_json(self._documents.position)
 
     def _to_json(self, position: Position) -> dict[str, Any]:
-        return position._asdict() | {"file": self._source.file_name(position.file)}
+        return position._asdict() | {"file": self._documents.file_name(position.file)}
 
 
 class BestFitPacker(Packer):
@@ -181,8 +128,8 @@ class BestFitPacker(Packer):
     fill the buffer pass after pass and never be trained on.
     """
 
-    def __init__(self, source: TokenizedStream, sequence_len: int, *, buffer_docs: int = 1000):
-        super().__init__(source, sequence_len)
+    def __init__(self, documents: DocumentStream, sequence_len: int, *, buffer_docs: int = 1000):
+        super().__init__(documents, sequence_len)
         self._capacity, self._buffer_docs = sequence_len + 1, buffer_docs
         self._clear()
 
@@ -193,98 +140,97 @@ class BestFitPacker(Packer):
             while filled < self._capacity:
                 self._refill()
                 space = self._capacity - filled
-                _, (number, place) = self._buffer.pop_longest(space) or self._buffer.pop_shortest()
-                piece = self._take(number, place)[:space]
+                _, (number, at) = self._buffer.pop_longest(space) or self._buffer.pop_shortest()
+                piece = self._take(number, at)[:space]
                 row[filled : filled + len(piece)] = piece
                 filled += len(piece)
         return rows[:, :-1], rows[:, 1:]
 
     def snapshot(self) -> Snapshot:
-        position, entries = self._source.position, self._buffer.copy_entries()
+        position, buffered = self._documents.position, self._buffer.snapshot()
 
-        def make() -> dict[str, Any]:
-            documents = [(length, place) for length, (_, place) in FitBuffer.by_arrival(entries)]
-            files = sorted({place.file for _, place in documents})
-            buffer = [
-                [p.epoch, files.index(p.file), p.row_group, p.row, length]
-                for length, p in documents
-            ]
+        def state() -> State:
+            documents = [(length, at) for length, (_, at) in buffered()]
+            files = sorted({at.file for _, at in documents})
             return {
                 "position": self._to_json(position),
-                "files": list(map(self._source.file_name, files)),
-                "buffer": buffer,
+                "files": list(map(self._documents.file_name, files)),
+                "buffer": [
+                    [at.epoch, files.index(at.file), at.row_group, at.row, length]
+                    for length, at in documents
+                ],
             }
 
-        return make
+        return state
 
-    def set_state(self, state: dict[str, Any]) -> None:
+    def set_state(self, state: State) -> None:
         super().set_state(state)
         self._clear()
-        files = [self._source.file_index(name) for name in state["files"]]
+        files = [self._documents.file_index(name) for name in state["files"]]
         for epoch, file, row_group, row, length in state["buffer"]:
-            place = Position(epoch, files[file], row_group, row)
-            self._unread.setdefault(place[:3], []).append((self._documents, length, place))
-            self._add(length, place)
+            at = Position(epoch, files[file], row_group, row)
+            self._unread.setdefault(at[:3], []).append((self._added, length, at))
+            self._add(length, at)
 
     def _clear(self) -> None:
         self._buffer = FitBuffer()  # items: (number, position)
-        self._documents = 0  # documents added so far; each one's number is its key below
+        self._added = 0  # documents added so far; each one's number is its key below
         self._per_epoch: Counter[int] = Counter()  # buffered documents of each pass
         self._tokens: dict[int, np.ndarray] = {}
         # Restored documents that are not read yet, by row group: (number, length, position).
         self._unread: dict[tuple[int, ...], list[tuple[int, int, Position]]] = {}
 
-    def _add(self, length: int, place: Position) -> None:
-        self._buffer.add(length, (self._documents, place))
-        self._documents += 1
-        self._per_epoch[place.epoch] += 1
+    def _add(self, length: int, at: Position) -> None:
+        self._buffer.add(length, (self._added, at))
+        self._added += 1
+        self._per_epoch[at.epoch] += 1
 
-    def _keep(self, number: int, tokens: np.ndarray) -> None:
-        # A copy: a view would keep everything that was encoded with it in memory.
+    def _cache(self, number: int, tokens: np.ndarray) -> None:
+        # A copy: a view would hold everything that was encoded with it in memory.
         self._tokens[number] = tokens[: self._capacity].copy()
 
     def _refill(self) -> None:
         while len(self._buffer) < self._buffer_docs:
-            if self._per_epoch and self._source.position.epoch > min(self._per_epoch) + 1:
+            if self._per_epoch and self._documents.position.epoch > min(self._per_epoch) + 1:
                 return
-            for place, tokens in self._source.next_batch():
-                self._keep(self._documents, tokens)
-                self._add(len(tokens), place)
+            for at, tokens in self._documents.next_batch():
+                self._cache(self._added, tokens)
+                self._add(len(tokens), at)
 
-    def _take(self, number: int, place: Position) -> np.ndarray:
-        self._per_epoch[place.epoch] -= 1
-        if not self._per_epoch[place.epoch]:
-            del self._per_epoch[place.epoch]
+    def _take(self, number: int, at: Position) -> np.ndarray:
+        self._per_epoch[at.epoch] -= 1
+        if not self._per_epoch[at.epoch]:
+            del self._per_epoch[at.epoch]
         if number not in self._tokens:
             # Load all unread documents of the row group: they are likely to be taken soon.
-            group = self._unread.pop(place[:3])
-            loaded = self._source.load([member for _, _, member in group])
+            group = self._unread.pop(at[:3])
+            loaded = self._documents.load([position for _, _, position in group])
             for (other, length, _), tokens in zip(group, loaded, strict=True):
                 if len(tokens) != length:
                     raise UsageError(STATE_CHANGED)
-                self._keep(other, tokens)
+                self._cache(other, tokens)
         return self._tokens.pop(number)
 
 
 class StreamPacker(Packer):
     """Concatenated documents, cut anywhere (upstream until January 2026), as a `TokenRun`."""
 
-    def __init__(self, source: TokenizedStream, sequence_len: int):
-        super().__init__(source, sequence_len)
+    def __init__(self, documents: DocumentStream, sequence_len: int):
+        super().__init__(documents, sequence_len)
         self._waiting: deque[tuple[Position, np.ndarray]] = deque()
-        self._at = source.position  # position of the run's current document
+        self._at = documents.position  # position of the run's current document
         self._run = TokenRun(self._next_document)
 
     def next_rows(self, count: int) -> Rows:
         return self._run.next_rows(count, self._sequence_len)
 
     def snapshot(self) -> Snapshot:
-        position, offset = self._at, self._run.offset
+        at, offset = self._at, self._run.offset
         if offset == len(self._run.piece):
-            position, offset = self._waiting[0][0] if self._waiting else self._source.position, 0
-        return lambda: {"position": self._to_json(position), "offset": offset}
+            at, offset = self._waiting[0][0] if self._waiting else self._documents.position, 0
+        return lambda: {"position": self._to_json(at), "offset": offset}
 
-    def set_state(self, state: dict[str, Any]) -> None:
+    def set_state(self, state: State) -> None:
         super().set_state(state)
         self._waiting.clear()
         self._run = TokenRun(self._next_document)
@@ -295,6 +241,6 @@ class StreamPacker(Packer):
 
     def _next_document(self) -> np.ndarray:
         if not self._waiting:
-            self._waiting.extend(self._source.next_batch())
+            self._waiting.extend(self._documents.next_batch())
         self._at, tokens = self._waiting.popleft()
         return tokens

@@ -5,11 +5,10 @@ A corpus is a directory of `shard_00000.parquet, shard_00001.parquet, ...` with 
 are the training split.
 """
 
-from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
@@ -31,8 +30,7 @@ def list_shards(directory: Path | str) -> list[Path]:
     """
     if not is_complete(Path(directory)):
         raise UsageError(
-            f"{directory} is being written, or its writing was interrupted: wait for it, or run "
-            "the same "
+            f"{directory} is being written, or its writing was interrupted: wait, or run the same "
             "`nanochat_jax.dataset` command again"
         )
     paths = sorted(Path(directory).glob("*.parquet"))
@@ -73,8 +71,7 @@ def split_shards(directory: Path | str, split: str) -> list[Path]:
     if len(paths) < 2:
         raise UsageError(
             f"only one shard in {directory} ({paths[0].name}): the last shard is validation, so "
-            "training "
-            "needs at least two; download or write more"
+            "training needs at least two; download or write more"
         )
     return paths[:-1] if split == "train" else paths[-1:]
 
@@ -96,20 +93,18 @@ def open_parquet(
         ) from error
     if column not in file.schema_arrow.names:
         names = ", ".join(file.schema_arrow.names) or "none"
-        raise UsageError(
-            f"{path} has no column {column!r}, only "
-            f"{names}{': name the text with --text-field' * foreign}"
-        )
+        advice = ": set `text_field`" if foreign else ""
+        raise UsageError(f"{path} has no column {column!r}, only {names}{advice}")
     if (count := file.schema_arrow.names.count(column)) > 1:
         raise UsageError(f"{path} has {count} columns {column!r}: rename or remove all but one")
-    kind = file.schema_arrow.field(column).type
-    plain = kind.value_type if foreign and pa.types.is_dictionary(kind) else kind
+    type_ = file.schema_arrow.field(column).type
+    plain = type_.value_type if foreign and pa.types.is_dictionary(type_) else type_
     if not (
         pa.types.is_string(plain)
         or pa.types.is_large_string(plain)
         or (foreign and pa.types.is_null(plain))
     ):
-        raise UsageError(f"column {column!r} of {path} holds {kind}, expected string")
+        raise UsageError(f"column {column!r} of {path} holds {type_}, expected string")
     return file
 
 
@@ -133,8 +128,7 @@ def read_row_group(file: pq.ParquetFile, path: Path, row_group: int) -> pa.Chunk
     except (pa.ArrowException, OSError) as error:
         raise UsageError(
             f"row group {row_group} of shard {path} is corrupt ({one_line(error)}): delete the "
-            "file and "
-            "get it again"
+            "file and get it again"
         ) from error
 
 
@@ -159,142 +153,6 @@ def require_text(paths: Sequence[Path], split: str) -> None:
     if not any(text for path in paths for text in iter_shard(path)):
         held = paths[0] if len(paths) == 1 else paths[0].parent
         raise UsageError(f"no document for {split} in {held} has any text: make the corpus again")
-
-
-class ShardReader:
-    """Row groups of a list of shards by (file, row group), with an LRU cache of decoded ones.
-
-    Raises `UsageError` at the next access if a shard's size has changed.
-    """
-
-    def __init__(self, paths: Sequence[Path], *, cached_row_groups: int = 8):
-        self.paths = list(paths)
-        self.index = {path.name: i for i, path in enumerate(self.paths)}
-        self.sizes = {path.name: path.stat().st_size for path in self.paths}
-        self._cached_row_groups = cached_row_groups
-        self._rows: dict[int, list[int]] = {}
-        self._cache: OrderedDict[tuple[int, int], pa.ChunkedArray] = OrderedDict()
-
-    def row_counts(self, file: int) -> list[int]:
-        """Documents in each row group of a file."""
-        if file not in self._rows:
-            with self._open(file) as parquet:
-                groups = range(parquet.num_row_groups)
-                self._rows[file] = [parquet.metadata.row_group(group).num_rows for group in groups]
-        return self._rows[file]
-
-    def texts(self, file: int, row_group: int, rows: Sequence[int]) -> pa.ChunkedArray:
-        """The documents `rows` of a row group. Not copied if `rows` is a range with step 1."""
-        key = (file, row_group)
-        if key not in self._cache:
-            with self._open(file) as parquet:
-                self._cache[key] = read_row_group(parquet, self.paths[file], row_group)
-            while len(self._cache) > self._cached_row_groups:
-                self._cache.popitem(last=False)
-        self._cache.move_to_end(key)
-        if isinstance(rows, range) and rows.step == 1:
-            return self._cache[key].slice(rows.start, len(rows))
-        return self._cache[key].take(pa.array(rows, pa.int64()))
-
-    def _open(self, file: int) -> pq.ParquetFile:
-        path = self.paths[file]
-        parquet = open_shard(path)
-        if path.stat().st_size != self.sizes[path.name]:
-            raise UsageError(
-                f"shard {path} has changed since this run opened it: start again to read the new "
-                "one"
-            )
-        return parquet
-
-
-class Position(NamedTuple):
-    """Position of a document, or where to look for the next one.
-
-    Completed passes, file of the split, row group of the file, row of the group.
-    """
-
-    epoch: int = 0
-    file: int = 0
-    row_group: int = 0
-    row: int = 0
-
-
-class DocumentStream:
-    """The endless sequence of documents of one virtual shard, in file order.
-
-    Virtual shard s of N reads the row groups s, s+N, ... of each file. If a file has fewer row
-    groups than N, its documents are divided among the virtual shards one by one, so that each has
-    some.
-
-    `position.epoch` is the pass of the next document.
-    """
-
-    def __init__(self, reader: ShardReader, shard: int = 0, num_shards: int = 1):
-        self.reader, self.shard, self.num_shards = reader, shard, num_shards
-        self.position = Position()
-        self._skip_exhausted()
-
-    def next_batch(self, limit: int = 128) -> tuple[list[Position], pa.ChunkedArray]:
-        """Positions and texts of up to `limit` documents, all of one row group."""
-        first_epoch = self.position.epoch
-        while True:
-            at = self.position
-            if at.epoch > first_epoch + 1:
-                raise UsageError(
-                    f"virtual shard {self.shard} of {self.num_shards} finds no text in "
-                    f"{self.reader.paths[0].parent}, only missing values"
-                )
-            rows: Sequence[int] = self._rows_left()[:limit]
-            texts = self.reader.texts(at.file, at.row_group, rows)
-            self.position = at._replace(row=rows[-1] + 1)
-            self._skip_exhausted()
-            if texts.null_count:
-                present = texts.is_valid().to_pylist()
-                rows, texts = (
-                    [row for row, valid in zip(rows, present, strict=True) if valid],
-                    texts.drop_null(),
-                )
-            if rows:
-                return [Position(at.epoch, at.file, at.row_group, row) for row in rows], texts
-
-    def load(self, places: Sequence[Position]) -> pa.ChunkedArray:
-        """The texts of documents in one row group."""
-        return self.reader.texts(
-            places[0].file, places[0].row_group, [place.row for place in places]
-        )
-
-    def seek(self, position: Position) -> None:
-        self.position = position
-        self._skip_exhausted()
-
-    def _rows_left(self) -> range:
-        at, counts = self.position, self.reader.row_counts(self.position.file)
-        if at.row_group >= len(counts):
-            return range(0)
-        if len(counts) >= self.num_shards:
-            mine = at.row_group % self.num_shards == self.shard
-            return range(at.row, counts[at.row_group]) if mine else range(0)
-        first = sum(counts[: at.row_group]) + at.row
-        return range(
-            at.row + (self.shard - first) % self.num_shards, counts[at.row_group], self.num_shards
-        )
-
-    def _skip_exhausted(self) -> None:
-        """Advance to a row group with rows left for this virtual shard."""
-        starts = 0
-        while not self._rows_left():
-            at = self.position
-            if at.row_group + 1 < len(self.reader.row_counts(at.file)):
-                self.position = Position(at.epoch, at.file, at.row_group + 1)
-            elif at.file + 1 < len(self.reader.paths):
-                self.position = Position(at.epoch, at.file + 1)
-            elif starts == 0:
-                self.position, starts = Position(at.epoch + 1), 1
-            else:
-                raise UsageError(
-                    f"virtual shard {self.shard} of {self.num_shards} finds no document in "
-                    f"{self.reader.paths[0].parent}: use more text or a smaller batch"
-                )
 
 
 class ShardWriter:

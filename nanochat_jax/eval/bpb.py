@@ -6,7 +6,7 @@ Bits per byte does not depend on the vocabulary.
 import functools
 import logging
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import NamedTuple
 
 import jax
@@ -15,7 +15,7 @@ import numpy as np
 from jax import Array
 
 from nanochat_jax.checkpoint import Loaded
-from nanochat_jax.data.loader import pretraining_loader
+from nanochat_jax.data.loader import Loader, pretraining_loader
 from nanochat_jax.errors import UsageError
 from nanochat_jax.model.compute import Compute
 from nanochat_jax.model.config import GPTConfig
@@ -23,6 +23,7 @@ from nanochat_jax.model.loss import Batch, token_nll
 from nanochat_jax.model.sharding import data_size, spread_rows
 from nanochat_jax.model.weights import Params
 from nanochat_jax.paths import Paths
+from nanochat_jax.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -69,6 +70,22 @@ def held_out_loss(
     )
 
 
+def held_out_evaluation(
+    validation: Loader, steps: int, *, config: GPTConfig, tokenizer: Tokenizer, compute: Compute
+) -> Callable[[Params], HeldOut]:
+    """`held_out_loss` as a function of the parameters, over the same batches each time."""
+    token_bytes = tokenizer.token_bytes()
+
+    def evaluate(params: Params) -> HeldOut:
+        figures = held_out_loss(
+            params, validation, steps, config=config, token_bytes=token_bytes, compute=compute
+        )
+        validation.reset()
+        return figures
+
+    return evaluate
+
+
 def corpus_bits_per_byte(
     loaded: Loaded, paths: Paths, *, device_batch_size: int, split_tokens: int, compute: Compute
 ) -> dict[str, float]:
@@ -79,9 +96,8 @@ def corpus_bits_per_byte(
     steps = split_tokens // (rows * model.sequence_len)
     if steps < 1:
         raise UsageError(
-            f"--split-tokens {split_tokens} is less than one batch of {rows * model.sequence_len} "
-            "tokens: "
-            "give more, or a smaller --device-batch-size"
+            f"`split_tokens={split_tokens}` is less than one batch of {rows * model.sequence_len} "
+            "tokens: raise it, or lower `device_batch_size`"
         )
     # imported weights do not record their corpus
     corpus = loaded.meta["data"] or paths.find_data()

@@ -38,8 +38,8 @@ def ensure_bundle(paths: Paths, *, url: str = BUNDLE_URL) -> Path:
             return target
         if target.exists() and entries(target):
             raise NotFound(
-                f"{target} has no core.yaml: it is not the evaluation bundle, move it away to "
-                "fetch that"
+                f"{target} has no core.yaml, so it is not the evaluation bundle: move it away to "
+                "download the bundle"
             )
         try:
             with new_directory(target) as aside:
@@ -50,8 +50,7 @@ def ensure_bundle(paths: Paths, *, url: str = BUNDLE_URL) -> Path:
         except NotFound as error:
             raise NotFound(
                 f"{error}; that is, unzip a copy of the bundle so that {target / 'core.yaml'} "
-                "exists, or "
-                "evaluate without CORE"
+                "exists, or evaluate without CORE"
             ) from error
     return target
 
@@ -65,8 +64,7 @@ def _check_complete(bundle: Path) -> None:
     if missing:
         raise NotFound(
             f"the evaluation bundle in {bundle} is incomplete ({len(missing)} missing, first "
-            f"{missing[0]}): "
-            "remove the directory to download it again"
+            f"{missing[0]}): remove the directory to download it again"
         )
 
 
@@ -97,13 +95,13 @@ def _is_wanted(member: zipfile.ZipInfo) -> bool:
     path = PurePosixPath(member.filename)
     if path.is_absolute() or ".." in path.parts or "\\" in member.filename:
         raise UsageError(
-            f"the evaluation bundle has a member {member.filename!r} outside its directory: not "
-            "unpacked"
+            f"the evaluation bundle has a member {member.filename!r} outside its directory: it is "
+            "not unpacked"
         )
-    kind = stat.S_IFMT(member.external_attr >> 16)
-    if kind not in (0, stat.S_IFREG, stat.S_IFDIR):
+    file_type = stat.S_IFMT(member.external_attr >> 16)
+    if file_type not in (0, stat.S_IFREG, stat.S_IFDIR):
         raise UsageError(
-            f"the evaluation bundle has a member {member.filename!r} that is no plain file: not "
-            "unpacked"
+            f"the evaluation bundle has a member {member.filename!r} that is not a plain file: it "
+            "is not unpacked"
         )
     return path.parts[0] == "eval_bundle" and not member.is_dir()  # macOS adds another directory

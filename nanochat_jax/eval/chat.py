@@ -7,6 +7,7 @@ the text.
 
 import functools
 import hashlib
+import itertools
 import json
 import logging
 import os
@@ -125,9 +126,9 @@ def evaluate_categorical(task: Task, generator: Generator) -> list[Problem]:
     """The likeliest letter of every problem; the first one on ties."""
     conversations = list(task)
     tokenizer, mesh = generator.tokenizer, generator.compute.mesh
-    prompts = [render_for_completion(tokenizer, each, MAX_PROMPT_TOKENS) for each in conversations]
+    prompts = _prompts(tokenizer, conversations)
     most = max(len(conversation["letters"]) for conversation in conversations)
-    found: dict[int, Problem] = {}
+    problems: dict[int, Problem] = {}
     for indices, tokens in padded_batches(
         prompts,
         tokens=generator.num_slots * generator.config.sequence_len,
@@ -138,23 +139,27 @@ def evaluate_categorical(task: Task, generator: Generator) -> list[Problem]:
             lengths[row] = len(prompts[index])
             ids = [_letter_id(tokenizer, letter) for letter in conversations[index]["letters"]]
             letters[row, : len(ids)] = ids
-        rows = [
-            array if mesh is None else spread_rows(mesh, array)
-            for array in (tokens, lengths, letters)
-        ]
+        rows = (tokens, lengths, letters)
+        sharded = rows if mesh is None else [spread_rows(mesh, array) for array in rows]
         logits = np.asarray(
             _letter_logits(
-                generator.params, *rows, config=generator.config, compute=generator.compute
+                generator.params, *sharded, config=generator.config, compute=generator.compute
             )
         )
         if not np.isfinite(logits[: len(indices)]).all():
             raise FloatingPointError("the model's logits are not finite")
         for row, index in enumerate(indices):
-            letter = max(
-                zip(conversations[index]["letters"], logits[row]), key=lambda pair: pair[1]
-            )[0]
-            found[index] = _judged(task, index, conversations[index], [letter], [letter])
-    return [found[index] for index in range(len(conversations))]
+            choices = conversations[index]["letters"]
+            letter = choices[int(np.argmax(logits[row, : len(choices)]))]
+            problems[index] = _judged(task, index, conversations[index], [letter], [letter])
+    return [problems[index] for index in range(len(conversations))]
+
+
+def _prompts(tokenizer: Tokenizer, conversations: Sequence[Conversation]) -> list[list[int]]:
+    return [
+        render_for_completion(tokenizer, conversation, MAX_PROMPT_TOKENS)
+        for conversation in conversations
+    ]
 
 
 @functools.partial(jax.jit, static_argnames=("config", "compute"))
@@ -171,11 +176,9 @@ def _letter_logits(
     hidden, _ = forward(params, tokens, config, compute)
     last = jnp.take_along_axis(hidden, (lengths - 1)[:, None, None], axis=1)[:, 0]
     logits = jnp.take_along_axis(unembed(params, last, config=config), letters, axis=1)
-    return (
-        logits
-        if compute.mesh is None
-        else jax.lax.with_sharding_constraint(logits, replicated(compute.mesh))
-    )
+    if compute.mesh is None:
+        return logits
+    return jax.lax.with_sharding_constraint(logits, replicated(compute.mesh))
 
 
 def _letter_id(tokenizer: Tokenizer, letter: str) -> int:
@@ -188,27 +191,13 @@ def _letter_id(tokenizer: Tokenizer, letter: str) -> int:
 def evaluate_generative(task: Task, generator: Generator, sampling: Sampling) -> list[Problem]:
     """Generate replies to all problems, then evaluate them in threads: some run programs."""
     conversations = list(task)
-    replies = generator(
-        [
-            render_for_completion(generator.tokenizer, each, MAX_PROMPT_TOKENS)
-            for each in conversations
-        ],
-        sampling,
-    )
+    replies = generator(_prompts(generator.tokenizer, conversations), sampling)
     texts = [[result.text for result in results] for results in replies]
-    completions = [
-        [generator.tokenizer.decode(result.tokens) for result in results] for results in replies
-    ]
+    decode = generator.tokenizer.decode
+    completions = [[decode(result.tokens) for result in results] for results in replies]
+    judge = functools.partial(_judged, task)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
-        return list(
-            pool.map(
-                functools.partial(_judged, task),
-                range(len(conversations)),
-                conversations,
-                texts,
-                completions,
-            )
-        )
+        return list(pool.map(judge, itertools.count(), conversations, texts, completions))
 
 
 def _judged(
@@ -253,12 +242,12 @@ def evaluate_task(task: Task, generator: Generator, sampling: Sampling) -> list[
 
 def chatcore(accuracies: Mapping[str, float], baselines: Mapping[str, float]) -> dict[str, float]:
     """`chatcore_6` and `chatcore_5`, each if `accuracies` (by task key) has all of its tasks."""
-    found = {}
+    scores = {}
     for name, keys in (("chatcore_6", CHATCORE_6), ("chatcore_5", CHATCORE_5)):
         if all(key in accuracies for key in keys):
             centered = [(accuracies[key] - baselines[key]) / (1.0 - baselines[key]) for key in keys]
-            found[name] = sum(centered) / len(centered)
-    return found
+            scores[name] = sum(centered) / len(centered)
+    return scores
 
 
 def own_key(key: str, file: Path, directory: Path, *, reserved: bool) -> str:

@@ -27,6 +27,9 @@ from nanochat_jax.tokenizer import Tokenizer
 
 logger = logging.getLogger(__name__)
 
+# what the parsers of a bundle's files raise for damaged ones
+DAMAGED = (yaml.YAMLError, csv.Error, ValueError, TypeError, AttributeError, IndexError)
+
 SHUFFLE_SEED = 1337  # order of a task's examples, before truncation to `max_per_task`
 FEWSHOT_SEED = 1234  # plus the example's index: selects its few-shot examples
 ENCODE_EXAMPLES = 64  # examples tokenized together
@@ -78,19 +81,10 @@ def read_tasks(bundle: Path) -> list[CoreTask]:
     """
     try:
         return _read_tasks(bundle)
-    except (
-        yaml.YAMLError,
-        csv.Error,
-        ValueError,
-        TypeError,
-        AttributeError,
-        IndexError,
-        RecursionError,
-    ) as error:
+    except (*DAMAGED, RecursionError) as error:
         raise UsageError(
             f"core.yaml or eval_meta_data.csv in {bundle} is damaged ({one_line(error)}): remove "
-            "the directory to "
-            "download it again"
+            "the directory to download it again"
         ) from error
 
 
@@ -127,8 +121,7 @@ def read_items(task: CoreTask, max_per_task: int = -1) -> list[Item]:
                 except ValueError as error:
                     raise UsageError(
                         f"{task.path} line {number} is damaged ({error}): remove the evaluation "
-                        "bundle to "
-                        "download it again"
+                        "bundle to download it again"
                     ) from error
     random.Random(SHUFFLE_SEED).shuffle(items)
     return items[:max_per_task] if max_per_task > 0 else items

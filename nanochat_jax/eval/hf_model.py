@@ -20,10 +20,13 @@ try:
     from transformers import AutoModelForCausalLM, AutoTokenizer
 except ImportError as error:
     raise NotFound(
-        f"--hf-path needs PyTorch and transformers ({error}): pip install 'nanochat_jax[torch]'"
+        f"`hf_path` needs PyTorch and transformers ({error}): pip install 'nanochat_jax[torch]'"
     ) from error
 
 log = logging.getLogger(__name__)
+
+# what transformers raises for a damaged directory
+DAMAGED = (OSError, ValueError, LookupError, TypeError, AttributeError, RecursionError)
 
 
 class HFTokenizer:
@@ -46,16 +49,15 @@ class HFTokenizer:
             text, add_special_tokens=False, split_special_tokens=True, verbose=False
         )["input_ids"]
         before = [] if prepend is None else [prepend]
-        return before + ids if isinstance(text, str) else [before + each for each in ids]
+        return before + ids if isinstance(text, str) else [before + row for row in ids]
 
     def encode_batch(
         self, texts: Any, prepend: int, num_threads: int
     ) -> tuple[np.ndarray, np.ndarray]:
         """Ids and offsets of an Arrow array of texts, as `Tokenizer.encode_batch`."""
-        found = self.encode(texts.to_pylist(), prepend)
-        return np.concatenate([np.array(ids, np.int32) for ids in found]), np.cumsum(
-            [0, *map(len, found)]
-        )
+        rows = self.encode(texts.to_pylist(), prepend)
+        ids = np.concatenate([np.array(row, np.int32) for row in rows])
+        return ids, np.cumsum([0, *map(len, rows)])
 
     def decode(self, ids: Sequence[int]) -> str:
         return str(self._tokenizer.decode(list(ids)))
@@ -64,11 +66,10 @@ class HFTokenizer:
         """UTF-8 bytes of each id decoded separately, 0 for special ones: [size] int32."""
         special = set(self._tokenizer.all_special_ids)
         texts = self._tokenizer.batch_decode([[i] for i in range(min(size, len(self._tokenizer)))])
-        found = np.zeros(size, np.int32)
-        found[: len(texts)] = [
-            0 if i in special else len(text.encode()) for i, text in enumerate(texts)
-        ]
-        return found
+        num_bytes = np.zeros(size, np.int32)
+        for i, text in enumerate(texts):
+            num_bytes[i] = 0 if i in special else len(text.encode())
+        return num_bytes
 
 
 class HFModel:
@@ -81,24 +82,16 @@ class HFModel:
     def __init__(self, directory: Path, *, tokens: int, trust_remote_code: bool = False) -> None:
         if not (directory / "config.json").is_file():
             raise NotFound(
-                f"--hf-path {directory}: no config.json there, it is not a directory of a "
-                "transformers model"
+                f"`hf_path={directory}`: no config.json there, so it is not a transformers model"
             )
         try:
             self.tokenizer = HFTokenizer(directory, trust_remote_code=trust_remote_code)
             model = AutoModelForCausalLM.from_pretrained(
                 directory, trust_remote_code=trust_remote_code, dtype="auto"
             )
-        except (
-            OSError,
-            ValueError,
-            LookupError,
-            TypeError,
-            AttributeError,
-            RecursionError,
-        ) as error:
+        except DAMAGED as error:
             raise UsageError(
-                f"--hf-path {directory}: transformers cannot load it: {one_line(error)}"
+                f"`hf_path={directory}`: transformers cannot load it: {one_line(error)}"
             ) from error
         self.device = "cuda" if torch.cuda.is_available() else "cpu"
         self.model, self.tokens = model.eval().to(self.device), tokens
@@ -150,8 +143,8 @@ class HFModel:
                 ):
                     scores[e][r] = score
                 start = stop
-            for (key, group), found in zip(window, scores, strict=True):
-                yield key, [found[r] for r in range(len(group))]
+            for (key, group), by_row in zip(window, scores, strict=True):
+                yield key, [by_row[r] for r in range(len(group))]
 
     def _crop(self, row: Row) -> Row:
         cut = max(0, row.end - self._longest) if self._longest else 0

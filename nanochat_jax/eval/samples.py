@@ -3,10 +3,9 @@
 import logging
 from collections.abc import Sequence
 
-from nanochat_jax.checkpoint import Loaded
 from nanochat_jax.infer.engine import Engine
 from nanochat_jax.infer.request import Request
-from nanochat_jax.model.compute import Compute
+from nanochat_jax.tokenizer import Tokenizer
 
 log = logging.getLogger(__name__)
 
@@ -21,32 +20,28 @@ PROMPTS = (
 )
 
 
-def _generate(loaded: Loaded, requests: list[Request], compute: Compute) -> list[str]:
-    engine = Engine(
-        loaded.config, loaded.params, loaded.tokenizer, num_slots=len(requests), compute=compute
-    )
-    return [result.text for result in engine.generate(requests)]
-
-
-def greedy_samples(loaded: Loaded, *, compute: Compute, max_tokens: int = 16) -> list[str]:
+def greedy_samples(engine: Engine, tokenizer: Tokenizer, *, max_tokens: int = 16) -> list[str]:
     """Each prompt with its greedy continuation."""
-    encode, bos = loaded.tokenizer.encode, loaded.tokenizer.bos_id
     requests = [
-        Request(tuple(encode(prompt, prepend=bos)), max_tokens=max_tokens, temperature=0.0)
+        Request(
+            tuple(tokenizer.encode(prompt, prepend=tokenizer.bos_id)),
+            max_tokens=max_tokens,
+            temperature=0.0,
+        )
         for prompt in PROMPTS
     ]
-    return [prompt + text for prompt, text in zip(PROMPTS, _generate(loaded, requests, compute))]
+    return [prompt + result.text for prompt, result in zip(PROMPTS, engine.generate(requests))]
 
 
 def free_samples(
-    loaded: Loaded, count: int, *, compute: Compute, max_tokens: int = 128
+    engine: Engine, tokenizer: Tokenizer, count: int, *, max_tokens: int = 128
 ) -> list[str]:
     """Texts sampled at temperature 1 from only the beginning-of-sequence token."""
     requests = [
-        Request((loaded.tokenizer.bos_id,), max_tokens=max_tokens, temperature=1.0, seed=i)
+        Request((tokenizer.bos_id,), max_tokens=max_tokens, temperature=1.0, seed=i)
         for i in range(count)
     ]
-    return _generate(loaded, requests, compute)
+    return [result.text for result in engine.generate(requests)]
 
 
 def sample_items(greedy: Sequence[str], free: Sequence[str] = ()) -> list[dict[str, str]]:

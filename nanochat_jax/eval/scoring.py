@@ -120,13 +120,13 @@ def _shard(cache: KVCache, mesh: Mesh | None) -> KVCache:
     if mesh is None:
         return cache
 
-    def place(x: Array) -> Array:
+    def shard(x: Array) -> Array:
         heads = "model" if x.ndim == 4 and x.shape[1] % mesh.shape["model"] == 0 else None
         return jax.lax.with_sharding_constraint(
             x, NamedSharding(mesh, PartitionSpec("data", *[heads] * (x.ndim > 1)))
         )
 
-    return jax.tree.map(place, cache)
+    return jax.tree.map(shard, cache)
 
 
 @functools.partial(jax.jit, static_argnames=("config", "compute"))
@@ -239,7 +239,7 @@ class Scorer:
         devices = 1 if mesh is None else data_size(mesh)
         return devices * max(1, self.num_rows * ROW_LENGTH // max(ROW_LENGTH, longest))
 
-    def _place(self, array: np.ndarray) -> Array | np.ndarray:
+    def _sharded(self, array: np.ndarray) -> Array | np.ndarray:
         mesh = self.compute.mesh
         return array if mesh is None else spread_rows(mesh, array)
 
@@ -256,7 +256,7 @@ class Scorer:
             for row, example in enumerate(batch):
                 piece = example.rows[0].tokens[at : min(at + MOST_TOKENS, example.shared)]
                 tokens[row, : len(piece)] = piece
-            new = self._place(tokens), self._place(np.clip(shared - at, 0, MOST_TOKENS))
+            new = self._sharded(tokens), self._sharded(np.clip(shared - at, 0, MOST_TOKENS))
             if at == 0:
                 cache = _begin(self.params, *new, **options)
             else:
@@ -274,18 +274,16 @@ class Scorer:
                     piece = given.tokens[example.shared : given.end]
                     tokens[row, : len(piece)] = piece
                     span[row] = given.start - example.shared, given.end - example.shared
-            placed = tuple(map(self._place, (tokens, *span.T)))
-            *totals, k, v = _score(self.params, k, v, rest, placed, **options)
+            sharded = tuple(map(self._sharded, (tokens, *span.T)))
+            *totals, k, v = _score(self.params, k, v, rest, sharded, **options)
             sums.append(totals)
         return sums
 
     def _reserve(self, cache: KVCache, length: int) -> KVCache:
         target = _cache_length(length)
-        return (
-            cache
-            if cache.k[0].shape[2] >= target
-            else _grow(cache, length=target, mesh=self.compute.mesh)
-        )
+        if cache.k[0].shape[2] >= target:
+            return cache
+        return _grow(cache, length=target, mesh=self.compute.mesh)
 
 
 def _read(

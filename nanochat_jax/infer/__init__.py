@@ -1,11 +1,12 @@
 """Inference: one engine of slots for evaluation, rollouts, the command line and the server.
 
-request.py     requests, results and the state of one generation (tool calls, stop strings)
+request.py     sampling, requests, results, and the state of one generation
 sampling.py    logits to token ids on the device
 decode.py      jitted functions: prefill, insert, copy, resize, decode
-engine.py      slots, padded lengths and continuous batching
-scheduler.py   a thread that owns an engine loop and serves many callers
+engine.py      slots and continuous batching
+scheduler.py   a thread that runs one engine loop for many callers
 streaming.py   token bytes to text, complete characters only
-padding.py     padded batches
+padding.py     padded sizes and batches
+bench.py       measuring the speed of prefill and decoding
 calculator.py  the calculator tool
 """

@@ -1,4 +1,4 @@
-"""The engine's jitted functions: prefill, insert, copy, resize and multi-step decode.
+"""The engine's jitted functions: prefill, copy, resize and multi-step decode.
 
 Parameters are in the form of `split_layers`. Sizes are padded (engine.py), which bounds the number
 of compilations. Shapes: B slots, S positions per slot, R slots and K steps per dispatch, N prompts
@@ -17,6 +17,7 @@ import numpy as np
 from jax import Array, lax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from nanochat_jax.infer.request import Generation
 from nanochat_jax.infer.sampling import SamplingParams, log_probability, noise_for, sample
 from nanochat_jax.model.compute import Compute
 from nanochat_jax.model.config import GPTConfig
@@ -31,8 +32,10 @@ class DecodeConfig:
 
     config: GPTConfig
     compute: Compute
-    shortest: int  # minimum positions of a prefilled prompt; limits the shapes of `insert`
     pause: int  # token id that ends a slot's dispatch, for a tool call
+
+
+Index = Array | np.ndarray  # [R] int32
 
 
 class Slots(NamedTuple):
@@ -48,65 +51,64 @@ class Slots(NamedTuple):
 
 
 class DecodeInputs(NamedTuple):
-    """Inputs of up to K decode steps for R slots, from the rows of `new_rows`."""
+    """Inputs of up to K decode steps for R slots."""
 
-    slot: Array | np.ndarray  # [R] int32, ascending slot indices; all slots if R is B
-    # [R] int32, positions filled; S or more leaves the slot unchanged
-    length: Array | np.ndarray
-    previous: Array | np.ndarray  # [R] int32, the token before the newest
-    token: Array | np.ndarray  # [R] int32, the newest token, not yet in the cache
-    active: Array | np.ndarray  # [R] bool
-    remaining: Array | np.ndarray  # [R] int32, tokens the slot may still emit
-    injected: Array | np.ndarray  # [R, K] int32, tokens to emit in place of drawn ones
-    num_injected: Array | np.ndarray  # [R] int32
-    stop: Array | np.ndarray  # [R, M] int32, drawn tokens that end the sequence; padded with -1
-    logprobs: Array | np.ndarray  # [R] bool, whether to compute them
-    temperature: Array | np.ndarray  # [R] float32, and so on: see SamplingParams
-    top_k: Array | np.ndarray  # [R] int32
-    top_p: Array | np.ndarray  # [R] float32
-    seed: Array | np.ndarray  # [R, 2] uint32
+    rows: dict[str, Array | np.ndarray]  # by the field names of `new_rows`
     steps: Array | np.integer  # [] int32, at most K
 
     @property
     def sampling(self) -> SamplingParams:
-        return SamplingParams(self.temperature, self.top_k, self.top_p, self.seed)
+        return SamplingParams(*(self.rows[name] for name in SamplingParams._fields))
 
 
 def new_rows(count: int, *, length: int, steps: int, stops: int) -> np.ndarray:
-    """Return a structured array of `count` inactive rows for `decode_inputs`.
+    """Return a structured array of `count` inactive rows.
 
-    `length` is the cache's length, which leaves a slot unchanged; `stops` is the number of stop
-    tokens per row.
+    `length` is the cache's length, which leaves a slot unchanged; `steps` is K; `stops` is the
+    number of stop tokens per row.
     """
-    rows = np.zeros(
-        count,
-        [
-            ("slot", np.int32),
-            ("length", np.int32),
-            ("previous", np.int32),
-            ("token", np.int32),
-            ("active", bool),
-            ("remaining", np.int32),
-            ("injected", np.int32, (steps,)),
-            ("num_injected", np.int32),
-            ("stop", np.int32, (stops,)),
-            ("logprobs", bool),
-            ("temperature", np.float32),
-            ("top_k", np.int32),
-            ("top_p", np.float32),
-            ("seed", np.uint32, (2,)),
-        ],
-    )
+    fields: list[Any] = [
+        ("slot", np.int32),  # ascending slot indices; all slots if R is B
+        ("length", np.int32),  # positions filled; S or more leaves the slot unchanged
+        ("previous", np.int32),  # the token before the newest
+        ("token", np.int32),  # the newest token, not yet in the cache
+        ("active", bool),
+        ("remaining", np.int32),  # tokens the slot may still emit
+        ("injected", np.int32, (steps,)),  # tokens to emit in place of drawn ones
+        ("num_injected", np.int32),
+        ("stop", np.int32, (stops,)),  # drawn tokens that end the sequence; padded with -1
+        ("logprobs", bool),  # whether to compute them
+        ("temperature", np.float32),  # and so on: see SamplingParams
+        ("top_k", np.int32),
+        ("top_p", np.float32),
+        ("seed", np.uint32, (2,)),
+    ]
+    rows = np.zeros(count, fields)
     rows["length"], rows["stop"], rows["top_p"] = length, -1, 1.0
     return rows
 
 
+def fill_row(row: np.void, generation: Generation, vocab_size: int) -> None:
+    """Fill one of `new_rows` with the next decode steps of a generation."""
+    request = generation.request
+    injected = list(generation.injected)[: len(row["injected"])]
+    row["length"], row["active"] = generation.length, True
+    row["previous"], row["token"] = generation.newest
+    row["remaining"] = generation.max_tokens - len(generation.tokens)
+    row["injected"][: len(injected)], row["num_injected"] = injected, len(injected)
+    row["stop"][: len(generation.stop_ids)] = generation.stop_ids
+    row["logprobs"] = request.logprobs
+    row["temperature"], row["top_p"] = request.temperature, request.top_p
+    row["top_k"] = min(request.top_k, vocab_size)
+    row["seed"] = request.seed >> 32 & 0xFFFFFFFF, request.seed & 0xFFFFFFFF
+
+
 def decode_inputs(rows: np.ndarray, steps: int) -> DecodeInputs:
     """Convert rows to `DecodeInputs` for `steps` steps."""
-    fields = [name for name in DecodeInputs._fields if name != "steps"]
-    return DecodeInputs._make(
-        [*(np.ascontiguousarray(rows[name]) for name in fields), np.int32(steps)]
-    )
+    columns: dict[str, Array | np.ndarray] = {
+        name: np.ascontiguousarray(rows[name]) for name in rows.dtype.names or ()
+    }
+    return DecodeInputs(columns, np.int32(steps))
 
 
 def greedy_inputs(count: int, *, length: int, steps: int) -> DecodeInputs:
@@ -139,15 +141,18 @@ def _rows(head: Array, *, size: int) -> Array:
     return head[:, :size].T
 
 
-def cache_sharding(rows: int, heads: int, mesh: Mesh, *, row_axis: int = 0) -> NamedSharding:
+def cache_sharding(rows: int, heads: int, mesh: Mesh) -> NamedSharding:
     """Return a sharding of rows over the data axis and of key/value heads over the model axis.
 
-    Rows are axis `row_axis`, heads the next. An axis that does not divide evenly is replicated.
+    An axis that does not divide evenly is replicated.
     """
-    spec: list[str | None] = [None] * row_axis
-    spec.append("data" if rows % mesh.shape["data"] == 0 else None)
-    spec.append("model" if heads % mesh.shape["model"] == 0 else None)
-    return NamedSharding(mesh, PartitionSpec(*spec))
+    return NamedSharding(
+        mesh,
+        PartitionSpec(
+            "data" if rows % mesh.shape["data"] == 0 else None,
+            "model" if heads % mesh.shape["model"] == 0 else None,
+        ),
+    )
 
 
 def _place(cache: Any, mesh: Mesh | None) -> Any:
@@ -184,61 +189,24 @@ def resize(slots: Slots, *, length: int, static: DecodeConfig) -> Slots:
     return _place(jax.tree.map(fit, slots), static.compute.mesh)
 
 
-@functools.partial(jax.jit, static_argnames="static")
-def prefill(
-    params: Params, tokens: Array, lengths: Array, *, static: DecodeConfig
-) -> tuple[Array, ...]:
-    """Return keys and values per prompt: N arrays [2, L, G, max(T, `static.shortest`), h].
-
-    tokens [N, T] int32, padded on the right; lengths [N] int32.
-    """
-    config, mesh = static.config, static.compute.mesh
-    cache = init_cache(config, tokens.shape[0], tokens.shape[1], static.compute.dtype)
-    cache = cache._replace(k=_place(cache.k, mesh), v=_place(cache.v, mesh))
-    _, cache = forward(
-        params, tokens, config, static.compute, cache=cache, valid=lengths, fresh=True
-    )
-    rows = []
-    for row in range(tokens.shape[0]):
-        prompt = jnp.stack(
-            [jnp.stack([layer[row] for layer in each]) for each in (cache.k, cache.v)]
-        )
-        missing = max(0, static.shortest - prompt.shape[3])
-        prompt = jnp.pad(prompt, ((0, 0), (0, 0), (0, 0), (0, missing), (0, 0)))
-        if mesh is not None:
-            prompt = lax.with_sharding_constraint(
-                prompt, cache_sharding(1, config.n_kv_head, mesh, row_axis=1)
-            )
-        rows.append(prompt)
-    return tuple(rows)
-
-
-@functools.partial(jax.jit, donate_argnames="slots", static_argnames="static")
-def insert(slots: Slots, prompt: Array, slot: Array, *, static: DecodeConfig) -> Slots:
-    """Write one prefilled prompt [2, L, G, T, h] into a slot; padding beyond S is dropped."""
-
-    def put(old: tuple[Array, ...], new: Array) -> tuple[Array, ...]:
-        new = new[:, None, :, : slots.length]
-        return tuple(
-            lax.dynamic_update_slice(x, new[layer], (slot, 0, 0, 0)) for layer, x in enumerate(old)
-        )
-
-    return _place(Slots(put(slots.k, prompt[0]), put(slots.v, prompt[1])), static.compute.mesh)
-
-
 @functools.partial(jax.jit, donate_argnames="slots", static_argnames="static")
 def copy(slots: Slots, source: Array, target: Array, *, static: DecodeConfig) -> Slots:
     """Copy the keys and values of slot `source` to slot `target`."""
+    mesh = static.compute.mesh
+    slot = jnp.arange(len(slots.k[0]))[:, None, None, None]
 
     def put(x: Array) -> Array:
-        return lax.dynamic_update_slice(
-            x, lax.dynamic_slice_in_dim(x, source, 1), (target, 0, 0, 0)
-        )
+        if mesh is None or mesh.shape["data"] == 1:
+            row = lax.dynamic_slice_in_dim(x, source, 1)
+            return lax.dynamic_update_slice(x, row, (target, 0, 0, 0))
+        # Slicing a sharded axis would gather it; this moves one slot.
+        row = jnp.where(slot == source, x, 0).sum(axis=0, keepdims=True)
+        return jnp.where(slot == target, row, x)
 
-    return _place(jax.tree.map(put, slots), static.compute.mesh)
+    return _place(jax.tree.map(put, slots), mesh)
 
 
-def _take(slots: Slots, index: Array) -> Slots:
+def _take(slots: Slots, index: Index) -> Slots:
     """Return the slots in `index` [R]."""
     if len(index) == len(slots.k[0]):
         return slots
@@ -247,17 +215,64 @@ def _take(slots: Slots, index: Array) -> Slots:
     )
 
 
-def _put(slots: Slots, some: Slots, index: Array) -> Slots:
-    """Return all slots, with those in `index` [R] replaced by `some`."""
+def _put(slots: Slots, some: Slots, index: Index, start: Index, *, size: int) -> Slots:
+    """Return all slots; those in `index` get `size` positions from `start` [R] of `some`.
+
+    Near the end of the cache, the slice and the update begin earlier, both at the same position.
+    """
     if len(index) == len(slots.k[0]):
         return some
 
     def put(x: Array, new: Array) -> Array:
         for row, slot in enumerate(index):
-            x = lax.dynamic_update_slice_in_dim(x, new[row : row + 1], slot, 0)
+            at = (0, start[row], 0)
+            window = lax.dynamic_slice(new[row], at, (x.shape[1], size, x.shape[3]))
+            x = lax.dynamic_update_slice(x, window[None], (slot, *at))
         return x
 
     return jax.tree.map(put, slots, some)
+
+
+class DecodeState(NamedTuple):
+    """State between two decode steps."""
+
+    step: Array  # []
+    cache: KVCache
+    token: Array  # [R]
+    active: Array  # [R]
+    remaining: Array  # [R]
+    emitted: Array  # [R, K]
+    logprobs: Array  # [R, K]
+
+
+class PrefillInputs(NamedTuple):
+    """Up to T prompt tokens for each of R slots."""
+
+    slot: np.ndarray  # [R] int32, ascending slot indices; all slots if R is B
+    start: np.ndarray  # [R] int32, positions filled; S or more leaves the slot unchanged
+    previous: np.ndarray  # [R] int32, the token before the first
+    tokens: np.ndarray  # [R, T] int32, padded on the right
+    valid: np.ndarray  # [R] int32, number of tokens that are not padding
+
+
+@functools.partial(jax.jit, donate_argnames="slots", static_argnames="static")
+def prefill(params: Params, slots: Slots, inputs: PrefillInputs, *, static: DecodeConfig) -> Slots:
+    """Append prompt tokens to slots. Padding is overwritten by what follows."""
+    cache = _rows_of(params, slots, inputs.slot, inputs.start, inputs.previous, static)
+    tokens, valid = jnp.asarray(inputs.tokens), jnp.asarray(inputs.valid)
+    _, cache = forward(params, tokens, static.config, static.compute, cache=cache, valid=valid)
+    new = Slots(cache.k, cache.v)
+    slots = _put(slots, new, inputs.slot, inputs.start, size=inputs.tokens.shape[1])
+    return _place(slots, static.compute.mesh)
+
+
+def _rows_of(
+    params: Params, slots: Slots, index: Index, length: Index, previous: Index, static: DecodeConfig
+) -> KVCache:
+    """Return the cache of the slots in `index` [R], filled to `length` [R]."""
+    # Smearing mixes the normalized embedding of the previous token into the next.
+    embedding = rms_norm(params["wte"][previous].astype(static.compute.dtype))
+    return KVCache(*_take(slots, index), jnp.asarray(length), embedding)
 
 
 @functools.partial(jax.jit, donate_argnames="slots", static_argnames="static")
@@ -271,56 +286,64 @@ def decode(
     tokens [R, K] (-1 if inactive) and their log-probabilities [R, K] (NaN if inactive or not
     requested). If R < B, the steps run on copies of the R slots and do not read the others.
     """
-    config, mesh = static.config, static.compute.mesh
-    cap = functools.partial(softcap, config=config)
-
-    def advance(state):
-        step, cache, token, active, remaining, emitted, logprobs = state
-        valid = active.astype(jnp.int32)
-        hidden, cache = forward(
-            params, token[:, None], config, static.compute, cache=cache, valid=valid
-        )
-        logits = lax.dot_general(
-            params["lm_head_rows"],
-            hidden[:, 0],
-            (((1,), (1,)), ((), ())),
-            preferred_element_type=jnp.float32,
-        )  # [V, B], before the softcap
-        drawn = sample(logits, inputs.sampling, noise[step], cap)
-        is_injected = step < inputs.num_injected
-        token = jnp.where(active, jnp.where(is_injected, inputs.injected[:, step], drawn), token)
-        emitted = emitted.at[:, step].set(jnp.where(active, token, -1))
-        asked = active & inputs.logprobs
-        logprobs = logprobs.at[:, step].set(log_probability(logits, token, asked, cap))
-        remaining = remaining - active
-        halted = ~is_injected & (
-            jnp.any(token[:, None] == inputs.stop, axis=-1) | (token == static.pause)
-        )
-        cache = cache._replace(k=_place(cache.k, mesh), v=_place(cache.v, mesh))
-        return (
-            step + 1,
-            cache,
-            token,
-            active & ~halted & (remaining > 0),
-            remaining,
-            emitted,
-            logprobs,
-        )
-
-    def running(state):
-        step, _, _, active, *_ = state
-        return (step < inputs.steps) & jnp.any(active)
-
+    mesh, rows = static.compute.mesh, inputs.rows
     # An active slot emits at every step, so its positions are consecutive.
-    position = inputs.length + 1 + jnp.arange(inputs.injected.shape[1])[:, None]
-    noise = noise_for(inputs.sampling.seed, position, config.vocab_size)
-    # Smearing mixes the normalized embedding of the previous token into the newest.
-    previous = rms_norm(params["wte"][inputs.previous].astype(static.compute.dtype))
-    index = jnp.asarray(inputs.slot)
-    cache = KVCache(*_take(slots, index), jnp.asarray(inputs.length), previous)
-    emitted = jnp.full(inputs.injected.shape, -1, jnp.int32)
-    logprobs = jnp.full(inputs.injected.shape, jnp.nan, jnp.float32)
-    state = (jnp.int32(0), cache, inputs.token, inputs.active, inputs.remaining, emitted, logprobs)
-    _, cache, _, _, _, emitted, logprobs = lax.while_loop(running, advance, state)
-    slots = _put(slots, Slots(cache.k, cache.v), index)
-    return _place(slots, mesh), _replicate(emitted, mesh), _replicate(logprobs, mesh)
+    position = rows["length"] + 1 + jnp.arange(rows["injected"].shape[1])[:, None]
+    noise = noise_for(inputs.sampling.seed, position, static.config.vocab_size)
+    state = DecodeState(
+        jnp.int32(0),
+        _rows_of(params, slots, rows["slot"], rows["length"], rows["previous"], static),
+        jnp.asarray(rows["token"]),
+        jnp.asarray(rows["active"]),
+        jnp.asarray(rows["remaining"]),
+        jnp.full(rows["injected"].shape, -1, jnp.int32),
+        jnp.full(rows["injected"].shape, jnp.nan, jnp.float32),
+    )
+    state = lax.while_loop(
+        lambda state: (state.step < inputs.steps) & jnp.any(state.active),
+        lambda state: _decode_step(params, state, inputs, noise[state.step], static),
+        state,
+    )
+    new = Slots(state.cache.k, state.cache.v)
+    size = rows["injected"].shape[1]
+    slots = _put(slots, new, rows["slot"], rows["length"], size=size)
+    return _place(slots, mesh), _replicate(state.emitted, mesh), _replicate(state.logprobs, mesh)
+
+
+def _decode_step(
+    params: Params, state: DecodeState, inputs: DecodeInputs, noise: Array, static: DecodeConfig
+) -> DecodeState:
+    """Feed the newest token of each row and emit the next. `noise` is from `noise_for`."""
+    config, mesh, step, active = static.config, static.compute.mesh, state.step, state.active
+    rows = inputs.rows
+    cap = functools.partial(softcap, config=config)
+    hidden, cache = forward(
+        params,
+        state.token[:, None],
+        config,
+        static.compute,
+        cache=state.cache,
+        valid=active.astype(jnp.int32),
+    )
+    logits = lax.dot_general(
+        params["lm_head_rows"],
+        hidden[:, 0],
+        (((1,), (1,)), ((), ())),
+        preferred_element_type=jnp.float32,
+    )  # [V, R], before the softcap
+    drawn = sample(logits, inputs.sampling, noise, cap)
+    is_injected = step < rows["num_injected"]
+    token = jnp.where(is_injected, rows["injected"][:, step], drawn)
+    token = jnp.where(active, token, state.token)
+    logprobs = log_probability(logits, token, active & rows["logprobs"], cap)
+    remaining = state.remaining - active
+    is_stop = jnp.any(token[:, None] == rows["stop"], axis=-1) | (token == static.pause)
+    return DecodeState(
+        step + 1,
+        cache._replace(k=_place(cache.k, mesh), v=_place(cache.v, mesh)),
+        token,
+        active & (is_injected | ~is_stop) & (remaining > 0),
+        remaining,
+        state.emitted.at[:, step].set(jnp.where(active, token, -1)),
+        state.logprobs.at[:, step].set(logprobs),
+    )

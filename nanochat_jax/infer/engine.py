@@ -1,25 +1,24 @@
 """The engine: continuous batching over a fixed number of slots in one KV cache.
 
-Prompts are padded, prefilled in batches and inserted into free slots; a prompt already cached in a
-slot is copied instead. One dispatch advances the active slots by several tokens. Between
-dispatches, `EngineLoop` ends sequences, answers tool calls and admits new requests. The cache
+A prompt reuses the longest prefix that a slot holds (slots.py). The rest is prefilled in pieces of
+a few lengths, between the dispatches that advance the active slots by several tokens. Between
+dispatches, `EngineLoop` also ends sequences, answers tool calls and admits new requests. The cache
 length and the number of slots per dispatch are as small as the active sequences allow, because
 attention reads all of them.
 
 Each request has its own random stream, independent of the batch. Batch composition can change the
-last bits of the logits (about 1e-6 in float32), because it changes the prefill batch, the slots
-per dispatch and the cache length.
+last bits of the logits (about 1e-6 in float32), because it changes the reused prefix, the prefill
+batch, the slots per dispatch and the cache length.
 
 `Engine` is immutable and may be shared; `EngineLoop` holds the state of one batch in flight and
 belongs to one thread.
 """
 
 import copy
-import itertools
 import logging
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -27,14 +26,9 @@ import numpy as np
 
 from nanochat_jax.infer import decode
 from nanochat_jax.infer.decode import DecodeConfig, Slots
-from nanochat_jax.infer.request import (
-    MAX_STOP_TOKENS,
-    Generation,
-    Request,
-    Result,
-    TokenizerLike,
-    Vocabulary,
-)
+from nanochat_jax.infer.padding import cache_lengths, row_counts, smallest_fit
+from nanochat_jax.infer.request import Generation, Request, Result, TokenizerLike, Vocabulary
+from nanochat_jax.infer.slots import Slot, SlotTable
 from nanochat_jax.model.compute import REFERENCE, Compute
 from nanochat_jax.model.config import GPTConfig
 from nanochat_jax.model.sharding import param_shardings
@@ -42,59 +36,27 @@ from nanochat_jax.model.weights import Params
 
 log = logging.getLogger(__name__)
 
-SHORTEST_PROMPT = 32  # smallest padded length of a prefill
-SHORTEST_CACHE = 256
 FIRST_TOKEN_SECONDS = 0.1  # a slower dispatch delays first tokens too much
-# tokens, padding included, of a prefill with several prompts: enough for any device
+# Padded lengths of a prefill. A piece is used if at least two thirds of it would be tokens.
+PIECES = (16, 64, 256)
+PREFILL_ROWS = 8  # prompts of one prefill
+# Tokens to prefill, padding included, before the next dispatch: at most so many while other
+# requests stream, and while none does.
+PREFILL_TOKENS_STREAMING = 512
 PREFILL_TOKENS = 2048
-
-
-def buckets(smallest: int, largest: int) -> tuple[int, ...]:
-    """Return sizes doubling from `smallest` while below `largest`, then `largest`."""
-    sizes = []
-    while smallest < largest:
-        sizes.append(smallest)
-        smallest *= 2
-    return (*sizes, largest)
-
-
-def cache_lengths(largest: int) -> tuple[int, ...]:
-    """Return cache lengths: doubling from `SHORTEST_CACHE`, with one halfway between.
-
-    Finer steps pay off because every decode step reads the complete cache.
-    """
-    sizes = buckets(min(SHORTEST_CACHE, largest), largest)
-    halfway = (size + size // 2 for size in sizes)
-    return tuple(sorted({*sizes, *(size for size in halfway if size < largest)}))
-
-
-def row_counts(num_slots: int) -> tuple[int, ...]:
-    """Return the numbers of slots per dispatch: 1, 8, 64, ... and `num_slots`.
-
-    Each count is compiled once per cache length.
-    """
-    return (
-        *itertools.takewhile(
-            lambda count: count < num_slots, (8**power for power in itertools.count())
-        ),
-        num_slots,
-    )
-
-
-def _bucket(size: int, sizes: Iterable[int]) -> int:
-    return next(each for each in sizes if each >= size)
+# Dispatches for which the cache stays long enough for an idle slot's tokens.
+KEEP_DISPATCHES = 256
 
 
 class Engine:
     """A model ready to generate.
 
     Args:
-        params: the engine stores them in the compute dtype, sharded over the mesh.
+        params: stored in the compute dtype, sharded over the mesh.
         num_slots: maximum number of concurrent sequences.
         steps_per_dispatch: tokens per slot and dispatch. More hides dispatch latency; fewer stream
             more smoothly and waste less on sequences that end.
         max_len: tokens per sequence, prompt included; the model's `sequence_len` if None.
-        max_prefill_rows: maximum number of prompts per prefill.
         compute: slots are sharded over its mesh's data axis and heads over its model axis, if the
           sizes divide.
     """
@@ -109,15 +71,12 @@ class Engine:
         compute: Compute = REFERENCE,
         steps_per_dispatch: int = 8,
         max_len: int | None = None,
-        max_prefill_rows: int = 8,
     ) -> None:
-        for name, value in (
-            ("num_slots", num_slots),
-            ("steps_per_dispatch", steps_per_dispatch),
-            ("max_prefill_rows", max_prefill_rows),
-        ):
-            if value < 1:
-                raise ValueError(f"{name} must be at least 1, got {value}")
+        if num_slots < 1 or steps_per_dispatch < 1:
+            raise ValueError(
+                "num_slots and steps_per_dispatch must be at least 1, "
+                f"got {num_slots} and {steps_per_dispatch}"
+            )
         self.config = config
         self.tokenizer = tokenizer
         self.num_slots = num_slots
@@ -125,25 +84,29 @@ class Engine:
         self.max_len = config.sequence_len if max_len is None else max_len
         if self.max_len < 2:
             raise ValueError(
-                f"max_len must be at least 2, a prompt and a reply, got {self.max_len}"
+                f"max_len must be at least 2, for prompt and reply, got {self.max_len}"
             )
         self.vocabulary = Vocabulary(tokenizer)
-        self.prompt_buckets = buckets(min(SHORTEST_PROMPT, self.max_len), self.max_len)
         self.cache_buckets = cache_lengths(self.max_len)
+        self.pieces = tuple(piece for piece in PIECES if piece <= self.max_len) or (self.max_len,)
         # Slots sharded over devices are not gathered.
         self.row_buckets = (
             row_counts(num_slots)
             if compute.mesh is None or compute.mesh.shape["data"] == 1
             else (num_slots,)
         )
-        self.static = DecodeConfig(
-            config, compute, self.cache_buckets[0], self.vocabulary.python_end
-        )
-        self._max_prefill_rows = min(max_prefill_rows, num_slots)
+        self.prefill_rows = tuple(rows for rows in self.row_buckets if rows <= PREFILL_ROWS)
+        self.prefill_rows = self.prefill_rows or (num_slots,)
+        self.static = DecodeConfig(config, compute, self.vocabulary.python_end)
         self._compiled: set[tuple[Any, ...]] = set()  # only for the log
-        self._take(params)
+        self._set_params(params)
 
-    def _take(self, params: Params) -> None:
+    @property
+    def devices(self) -> list[jax.Device]:
+        mesh = self.static.compute.mesh
+        return jax.devices()[:1] if mesh is None else list(mesh.devices.flat)
+
+    def _set_params(self, params: Params) -> None:
         # A cast inside the decoding loop would read full-precision parameters every step.
         compute = self.static.compute
         params = jax.tree.map(lambda leaf: leaf.astype(compute.dtype), params)
@@ -154,7 +117,7 @@ class Engine:
     def with_params(self, params: Params) -> "Engine":
         """Return an engine with other parameters that reuses the compiled programs."""
         other = copy.copy(self)
-        other._take(params)
+        other._set_params(params)
         return other
 
     def generation(self, request: Request) -> Generation:
@@ -178,15 +141,10 @@ class Engine:
                 f"prompt of {len(prompt)} tokens does not fit in the context of {self.max_len}"
             )
         stop = [
-            self.vocabulary.resolve(each, self.config.vocab_size) for each in request.stop_tokens
+            self.vocabulary.resolve(token, self.config.vocab_size) for token in request.stop_tokens
         ]
-        return Generation(
-            request,
-            prompt,
-            min(request.max_tokens, self.max_len - len(prompt)),
-            stop,
-            self.vocabulary,
-        )
+        max_tokens = min(request.max_tokens, self.max_len - len(prompt))
+        return Generation(request, prompt, max_tokens, stop, self.vocabulary)
 
     def generate(self, requests: Sequence[Request]) -> list[Result]:
         """Return the results of any number of requests, in order.
@@ -215,28 +173,19 @@ class Engine:
             for rows in self.row_buckets:
                 loop.decode([], rows=rows)
             loop.copy(0, 0)
-        prompts = {
-            bucket: [loop.prefill([(0,)] * rows, bucket) for rows in self.prefill_rows(bucket)][0][
-                0
-            ]
-            for bucket in self.prompt_buckets
-        }
-        for size in reversed(self.cache_buckets):
-            loop.resize(size)
-            for shorter, bucket in zip(
-                (0, *self.prompt_buckets), self.prompt_buckets, strict=False
-            ):
-                if shorter < size:
-                    loop.insert(prompts[bucket], 0)
+            for piece in self.pieces:
+                for rows in self.prefill_rows:
+                    loop.prefill([], piece, rows=rows)
         log.info(
             "the engine is ready: %d programs in %.1f s",
             len(self._compiled),
             time.monotonic() - began,
         )
 
-    def prefill_rows(self, bucket: int) -> tuple[int, ...]:
-        """Return the batch sizes of a prefill of padded length `bucket`: 1 and the maximum."""
-        return tuple(sorted({1, max(1, min(self._max_prefill_rows, PREFILL_TOKENS // bucket))}))
+    def piece_for(self, missing: int) -> int:
+        """Return the padded length of the next prefill of a prompt that lacks `missing` tokens."""
+        full = (piece for piece in reversed(self.pieces) if 3 * missing >= 2 * piece)
+        return next(full, self.pieces[0])
 
     def log_compilation(self, program: str, *shape: int) -> None:
         if (program, *shape) not in self._compiled:
@@ -257,76 +206,76 @@ class EngineLoop:
         self._streaming = streaming
         # whether the last dispatch was full and slow; assumed before the first
         self._slow = streaming
-        self._slots: list[Generation | None] = [None] * engine.num_slots
-        # Cached prefix of each slot: the prompt without its last token. Outlives the generation.
-        self._held: list[tuple[int, ...]] = [()] * engine.num_slots
+        self._slots = SlotTable(engine.num_slots)
+        self._dispatches = 0
         self.cache = Slots((), ())  # allocated for the first sequence
 
     @property
     def num_active(self) -> int:
-        return sum(each is not None for each in self._slots)
+        return len(self._slots.occupied)
 
     @property
     def num_free(self) -> int:
-        return len(self._slots) - self.num_active
+        return len(self._slots.free)
 
     def admit(self, generations: Sequence[Generation]) -> None:
-        """Assign a slot to each generation and prefill its prompt, or copy it from a slot.
+        """Assign a slot to each generation. `step` prefills what the slot lacks of the prompt.
 
-        Raises ValueError for more than `num_free`. The first decode step feeds the last prompt
-        token and samples the first new token.
+        The last prompt token is left to the first decode step, which samples the first new token.
+        Raises ValueError for more than `num_free`.
         """
         if len(generations) > self.num_free:
             raise ValueError(f"{len(generations)} generations for {self.num_free} free slots")
-        if not generations:
-            return
-        self._make_room(generations)
-        wanted = {generation.prompt[:-1] for generation in generations}
-        new: dict[int, dict[tuple[int, ...], list[int]]] = {}  # slots by prompt by padded length
-        for generation in generations:
-            free = [slot for slot, occupant in enumerate(self._slots) if occupant is None]
-            prompt = generation.prompt[:-1]
-            sources = (
-                [slot for slot, held in enumerate(self._held) if held == prompt] if prompt else []
-            )
-            slot = next((slot for slot in free if slot in sources), None)
-            if slot is None:
-                slot = next((slot for slot in free if self._held[slot] not in wanted), free[0])
-                if sources:
-                    self.copy(sources[0], slot)
-                elif prompt:
-                    by_prompt = new.setdefault(
-                        _bucket(len(prompt), self._engine.prompt_buckets), {}
-                    )
-                    by_prompt.setdefault(prompt, []).append(slot)
-                self._held[slot] = prompt if sources else ()
-            self._slots[slot] = generation
-        for bucket, by_prompt in new.items():
-            self._prefill(bucket, deque(by_prompt.items()))
+        self._slots.assign(generations, self._dispatches)
+
+    def fill(self, budget: int | None = None) -> None:
+        """Copy the prefixes and prefill the rest of the admitted prompts.
+
+        With a `budget`, only until a slot is ready and so many tokens, padding included, are
+        prefilled; a prefill of several slots is not larger than the budget.
+        """
+        self._make_room()
+        left = budget
+        while True:
+            for source, target in self._slots.copies():
+                self.copy(source.index, target.index)
+            waiting = [slot for slot in self._slots.occupied if slot.missing and not slot.source]
+            ready = any(slot.is_ready for slot in self._slots)
+            if not waiting or (left is not None and ready and left <= 0):
+                return
+            waiting.sort(key=lambda slot: slot.last_used)
+            piece = self._engine.piece_for(waiting[0].missing)
+            batch = [slot for slot in waiting if self._engine.piece_for(slot.missing) == piece]
+            most = self._engine.prefill_rows[-1]
+            # A batch at most half full costs more than separate prefills.
+            if 2 * len(batch) <= most or (budget is not None and most * piece > budget):
+                batch = batch[:1]
+            self.prefill(batch[:most], piece)
+            if left is not None:
+                left -= piece * len(batch[:most])
 
     def step(self, meanwhile: Callable[[], None] = lambda: None) -> None:
         """Advance every active slot by up to `steps_per_dispatch` tokens.
 
         `meanwhile` is called after the dispatch, while the device computes.
         """
-        active = [
-            (slot, generation)
-            for slot, generation in enumerate(self._slots)
-            if generation is not None
-        ]
-        if not active:
+        if not self.num_active:
             return meanwhile()
-        self._make_room()
         began = time.monotonic()
-        short = self._slow and any(not generation.tokens for _, generation in active)
+        streams = any(slot.is_ready and slot.active.tokens for slot in self._slots)
+        budget = PREFILL_TOKENS_STREAMING if streams else PREFILL_TOKENS
+        self.fill(budget if self._streaming else None)
+        active = [slot for slot in self._slots if slot.is_ready]
+        short = self._slow and any(not slot.active.tokens for slot in active)
         rows, emitted, logprobs = self.decode(
             active, steps=1 if short else self._engine.steps_per_dispatch
         )
+        self._dispatches += 1
         meanwhile()
         # waits for the device
         tokens, logs = np.asarray(emitted).tolist(), np.asarray(logprobs).tolist()
-        for row, (slot, generation) in zip(rows, active, strict=True):
-            self._accept(slot, generation, tokens[row], logs[row])
+        for row, slot in zip(rows, active, strict=True):
+            self._accept(slot, tokens[row], logs[row])
         # Never two short dispatches in a row: new requests would slow down all others.
         self._slow = (
             self._streaming and not short and time.monotonic() - began > FIRST_TOKEN_SECONDS
@@ -336,17 +285,27 @@ class EngineLoop:
         """End a generation early with its tokens so far. No effect if it is done."""
         if not generation.done:
             generation.finish("cancelled")
-        if generation in self._slots:
-            self._slots[self._slots.index(generation)] = None
+        for slot in self._slots.occupied:
+            if slot.generation is generation:
+                slot.release(self._dispatches)
 
-    def _make_room(self, newcomers: Sequence[Generation] = ()) -> None:
-        """Resize the cache to the length that the next step needs."""
+    def _make_room(self) -> None:
+        """Resize the cache to the length that the next step needs.
+
+        It also keeps the tokens of conversations that may continue soon.
+        """
         steps = self._engine.steps_per_dispatch
-        present = [each for each in (*self._slots, *newcomers) if each is not None]
         needed = max(
-            min(each.length + steps, len(each.prompt) + each.max_tokens) for each in present
+            min(generation.length + steps, len(generation.prompt) + generation.max_tokens)
+            for slot in self._slots.occupied
+            if (generation := slot.generation)
         )
-        self.resize(_bucket(needed, self._engine.cache_buckets))
+        kept = (
+            len(slot.kept)
+            for slot in self._slots.free
+            if slot.last_used + KEEP_DISPATCHES > self._dispatches
+        )
+        self.resize(smallest_fit(max(needed, *kept, 1), self._engine.cache_buckets))
 
     def resize(self, length: int) -> None:
         """Resize the cache to `length` positions, one of the engine's `cache_buckets`."""
@@ -362,25 +321,33 @@ class EngineLoop:
             size = sizes[sizes.index(old) + (1 if length > old else -1)]
             engine.log_compilation("resize", engine.num_slots, old, size)
             self.cache = decode.resize(self.cache, length=size, static=engine.static)
-        self._held = [held if len(held) <= length else () for held in self._held]
+        self._slots.truncate(length)
 
-    def prefill(self, prompts: Sequence[tuple[int, ...]], bucket: int) -> tuple[jax.Array, ...]:
-        """Return keys and values of prompts padded to `bucket`, filler rows last."""
+    def prefill(self, batch: Sequence[Slot], piece: int, *, rows: int = 1) -> None:
+        """Prefill the next tokens of these slots, at most `piece`, on at least `rows` slots."""
         engine = self._engine
-        rows = _bucket(len(prompts), engine.prefill_rows(bucket))
-        tokens = np.zeros((rows, bucket), np.int32)
-        lengths = np.ones(rows, np.int32)
-        for row, prompt in enumerate(prompts):
-            tokens[row, : len(prompt)] = prompt
-            lengths[row] = len(prompt)
-        engine.log_compilation("prefill", rows, bucket)
-        return decode.prefill(engine.params, tokens, lengths, static=engine.static)
+        rows = smallest_fit(max(rows, len(batch)), engine.prefill_rows)
+        slots, row_of = self._rows([slot.index for slot in batch], rows)
+        start, previous = np.full(rows, self.cache.length, np.int32), np.zeros(rows, np.int32)
+        tokens, valid = np.zeros((rows, piece), np.int32), np.zeros(rows, np.int32)
+        for row, slot in zip(row_of, batch, strict=True):
+            prompt, first = slot.active.prompt, slot.filled
+            new = prompt[first : min(first + piece, len(prompt) - 1)]
+            start[row], valid[row], tokens[row, : len(new)] = first, len(new), new
+            previous[row] = prompt[first - 1] if first else 0
+            slot.filled += len(new)
+        engine.log_compilation("prefill", rows, piece, self.cache.length)
+        inputs = decode.PrefillInputs(slots, start, previous, tokens, valid)
+        self.cache = decode.prefill(engine.params, self.cache, inputs, static=engine.static)
 
-    def insert(self, prompt: jax.Array, slot: int) -> None:
-        """Write one prefilled prompt into a slot."""
-        engine = self._engine
-        engine.log_compilation("insert", engine.num_slots, self.cache.length, prompt.shape[3])
-        self.cache = decode.insert(self.cache, prompt, np.int32(slot), static=engine.static)
+    def _rows(self, used: list[int], rows: int) -> tuple[np.ndarray, list[int]]:
+        """Return `rows` ascending slot indices that include `used`, and the row of each of these.
+
+        The others leave their slots unchanged.
+        """
+        others = [slot.index for slot in self._slots if slot.index not in used]
+        slots = np.sort(np.array(used + others[: rows - len(used)], np.int32))
+        return slots, np.searchsorted(slots, used).tolist()
 
     def copy(self, source: int, target: int) -> None:
         """Copy slot `source` to slot `target`."""
@@ -391,71 +358,47 @@ class EngineLoop:
         )
 
     def decode(
-        self, active: Sequence[tuple[int, Generation]], *, steps: int = 1, rows: int = 1
+        self, active: Sequence[Slot], *, steps: int = 1, rows: int = 1
     ) -> tuple[list[int], jax.Array, jax.Array]:
-        """Dispatch `steps` decode steps for these (slot, generation), on at least `rows` slots.
+        """Dispatch `steps` decode steps for these slots, on at least `rows` slots.
 
-        Returns each generation's row index, the tokens [R, K] (-1 if inactive) and their
+        Returns each slot's row index, the tokens [R, K] (-1 if inactive) and their
         log-probabilities [R, K].
         """
-        engine, most = self._engine, self._engine.steps_per_dispatch
-        rows = _bucket(max(rows, len(active)), engine.row_buckets)
-        taken = [slot for slot, _ in active]
-        idle = [slot for slot, occupant in enumerate(self._slots) if occupant is None]
-        slots = sorted(taken + idle[: rows - len(taken)])
-        row_of = np.searchsorted(slots, taken).tolist()
-        stops = len(engine.vocabulary.terminal) + MAX_STOP_TOKENS
-        table = decode.new_rows(rows, length=self.cache.length, steps=most, stops=stops)
+        engine = self._engine
+        rows = smallest_fit(max(rows, len(active)), engine.row_buckets)
+        slots, row_of = self._rows([slot.index for slot in active], rows)
+        table = decode.new_rows(
+            rows,
+            length=self.cache.length,
+            steps=engine.steps_per_dispatch,
+            stops=engine.vocabulary.max_stop_ids,
+        )
         table["slot"] = slots
-        for row, (_, generation) in zip(row_of, active, strict=True):
-            request, injected = generation.request, list(generation.forced)[:most]
-            at = table[row]
-            at["length"], at["active"] = generation.length, True
-            at["previous"], at["token"] = generation.newest
-            at["remaining"] = generation.max_tokens - len(generation.tokens)
-            at["injected"][: len(injected)], at["num_injected"] = injected, len(injected)
-            at["stop"][: len(generation.stop_ids)] = generation.stop_ids
-            at["logprobs"], at["temperature"], at["top_p"] = (
-                request.logprobs,
-                request.temperature,
-                request.top_p,
-            )
-            at["top_k"] = min(request.top_k, engine.config.vocab_size)
-            at["seed"] = (request.seed >> 32 & 0xFFFFFFFF, request.seed & 0xFFFFFFFF)
+        for row, slot in zip(row_of, active, strict=True):
+            decode.fill_row(table[row], slot.active, engine.config.vocab_size)
         engine.log_compilation("decode", rows, self.cache.length)
         self.cache, emitted, logprobs = decode.decode(
             engine.params, self.cache, decode.decode_inputs(table, steps), static=engine.static
         )
         return row_of, emitted, logprobs
 
-    def _prefill(self, bucket: int, waiting: deque[tuple[tuple[int, ...], list[int]]]) -> None:
-        """Prefill prompts of one padded length and insert each into its slots."""
-        most = self._engine.prefill_rows(bucket)[-1]
-        while waiting:
-            # A batch at most half full costs more than separate prefills.
-            size = min(most, len(waiting)) if 2 * len(waiting) > most else 1
-            batch = [waiting.popleft() for _ in range(size)]
-            computed = self.prefill([prompt for prompt, _ in batch], bucket)
-            for (prompt, slots), keys_and_values in zip(batch, computed, strict=False):
-                for slot in slots:
-                    self.insert(keys_and_values, slot)
-                    self._held[slot] = prompt
-
-    def _accept(
-        self, slot: int, generation: Generation, tokens: list[int], logprobs: list[float]
-    ) -> None:
-        """Pass new tokens to their generation; an exception becomes its `error`."""
+    def _accept(self, slot: Slot, tokens: list[int], logprobs: list[float]) -> None:
+        """Pass new tokens to the slot's generation; an exception becomes its `error`."""
+        generation = slot.active
         try:
             for token, logprob in zip(tokens, logprobs, strict=True):
                 if token < 0 or generation.done:
                     break
                 if token >= self._engine.config.vocab_size:
                     raise FloatingPointError("the model's logits are not finite")
-                sampled = not generation.forced
+                sampled = not generation.injected
                 if not sampled:
-                    generation.forced.popleft()
+                    generation.injected.popleft()
                 generation.accept(token, sampled=sampled, logprob=logprob)
         except Exception as error:
             generation.error = error
         if generation.done:
-            self._slots[slot] = None
+            slot.release(self._dispatches)
+        if generation.error is not None:
+            slot.kept = ()

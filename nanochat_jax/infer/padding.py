@@ -1,9 +1,11 @@
-"""Padded batches with few distinct shapes, under a token budget."""
+"""Padded sizes: few distinct shapes, because each one is compiled."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from itertools import groupby
 
 import numpy as np
+
+SHORTEST_CACHE = 256
 
 
 def bucket(length: int, unit: int = 32, *, steps: int = 2) -> int:
@@ -36,3 +38,35 @@ def padded_batches(
             for row, index in zip(batch, chosen):
                 row[: len(sequences[index])] = sequences[index]
             yield chosen, batch
+
+
+def buckets(smallest: int, largest: int) -> tuple[int, ...]:
+    """Return sizes doubling from `smallest` while below `largest`, then `largest`."""
+    sizes = []
+    while smallest < largest:
+        sizes.append(smallest)
+        smallest *= 2
+    return (*sizes, largest)
+
+
+def cache_lengths(largest: int) -> tuple[int, ...]:
+    """Return cache lengths: doubling from `SHORTEST_CACHE`, with one halfway between.
+
+    Finer steps pay off because every decode step reads the complete cache.
+    """
+    sizes = buckets(min(SHORTEST_CACHE, largest), largest)
+    halfway = (size + size // 2 for size in sizes)
+    return tuple(sorted({*sizes, *(size for size in halfway if size < largest)}))
+
+
+def row_counts(num_slots: int) -> tuple[int, ...]:
+    """Return the numbers of slots per dispatch: 1, 8, 64, ... and `num_slots`.
+
+    Each count is compiled once per cache length.
+    """
+    return (*(8**power for power in range(20) if 8**power < num_slots), num_slots)
+
+
+def smallest_fit(size: int, sizes: Iterable[int]) -> int:
+    """Return the smallest of the ascending `sizes` that holds `size`."""
+    return next(padded for padded in sizes if padded >= size)

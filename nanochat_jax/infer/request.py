@@ -1,10 +1,10 @@
-"""Requests, results and the state of one generation."""
+"""Requests, their sampling, results, and the state of one generation."""
 
 import math
 from collections import deque
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol
 
 from nanochat_jax.errors import UsageError
 from nanochat_jax.infer.calculator import calculate
@@ -34,20 +34,18 @@ class NoTokenizer:
 
     def encode(self, text: str) -> list[int]:
         raise UsageError(
-            "these weights came without a tokenizer: give token ids, or put tokenizer.pkl beside "
-            "them"
+            "these weights have no tokenizer: pass token ids, or put tokenizer.pkl beside them"
         )
 
     def decode_bytes(self, ids: list[int]) -> bytes:
         return b""
 
 
-@dataclass(frozen=True)
-class Request:
-    """One generation.
+@dataclass(frozen=True, kw_only=True)
+class Sampling:
+    """How to draw a reply.
 
     Attributes:
-        tokens: the prompt, with its special tokens; at least one.
         max_tokens: maximum number of new tokens, injected ones included; limited by the context.
         temperature: sampling temperature; 0 is greedy.
         top_k: keep the k most likely tokens; 0 keeps all.
@@ -55,13 +53,8 @@ class Request:
         seed: seed of the random stream, which does not depend on other requests in the batch.
         stop: the text ends before the first of these strings to appear.
         stop_tokens: at most `MAX_STOP_TOKENS` ids or names of special tokens that end the reply.
-        truncate: cut a prompt that leaves no room for `max_tokens` (or half of the context) from
-            the left, after a leading bos.
-        logprobs: whether to return the log-probability of each token.
     """
 
-    tokens: tuple[int, ...]
-    _: KW_ONLY
     max_tokens: int = 256
     temperature: float = 1.0
     top_k: int = 0
@@ -69,13 +62,8 @@ class Request:
     seed: int = 0
     stop: tuple[str, ...] = ()
     stop_tokens: tuple[int | str, ...] = ()
-    truncate: bool = False
-    logprobs: bool = False
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "tokens", tuple(map(int, self.tokens)))
-        if not self.tokens:
-            raise ValueError("the prompt has no tokens")
         if self.max_tokens < 1:
             raise ValueError(f"max_tokens must be at least 1, got {self.max_tokens}")
         if not (self.temperature >= 0 and math.isfinite(self.temperature)):
@@ -85,16 +73,41 @@ class Request:
         if not 0 < self.top_p <= 1:
             raise ValueError(f"top_p must be over 0 and at most 1, got {self.top_p}")
         if isinstance(self.stop, str) or not all(self.stop):
-            raise ValueError(
-                f"stop must be a sequence of strings that are not empty, got {self.stop!r}"
-            )
-        object.__setattr__(self, "stop", tuple(self.stop))
+            raise ValueError(f"stop must be a sequence of nonempty strings, got {self.stop!r}")
         if isinstance(self.stop_tokens, str) or len(self.stop_tokens) > MAX_STOP_TOKENS:
             raise ValueError(
-                f"stop_tokens must be a sequence of at most {MAX_STOP_TOKENS}, got "
-                f"{self.stop_tokens!r}"
+                f"stop_tokens must be a sequence of at most {MAX_STOP_TOKENS}, "
+                f"got {self.stop_tokens!r}"
             )
+        object.__setattr__(self, "stop", tuple(self.stop))
         object.__setattr__(self, "stop_tokens", tuple(self.stop_tokens))
+
+    def request(self, tokens: Iterable[int], **changes: Any) -> "Request":
+        """Return a request with this sampling, except for `changes`."""
+        return Request(tuple(tokens), **vars(self) | changes)
+
+
+@dataclass(frozen=True)
+class Request(Sampling):
+    """One generation: a prompt and how to draw its reply.
+
+    Attributes:
+        tokens: the prompt, with its special tokens; at least one.
+        truncate: cut a prompt that leaves no room for `max_tokens` (or half of the context) from
+            the left, after a leading bos.
+        logprobs: return the log-probability of each token.
+    """
+
+    tokens: tuple[int, ...]
+    _: KW_ONLY
+    truncate: bool = False
+    logprobs: bool = False
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        object.__setattr__(self, "tokens", tuple(map(int, self.tokens)))
+        if not self.tokens:
+            raise ValueError("the prompt has no tokens")
 
 
 @dataclass(frozen=True)
@@ -116,6 +129,7 @@ class Result:
           "cancelled".
         text: the text outside tool calls and their output, without special tokens.
         prompt_tokens: length of the prompt, after truncation.
+        cached_tokens: number of prompt tokens whose keys and values were already in the cache.
         logprobs: if requested, the natural log-probability of each token, sampled or injected,
             before temperature, top-k and top-p.
     """
@@ -125,6 +139,7 @@ class Result:
     finish_reason: FinishReason
     text: str
     prompt_tokens: int
+    cached_tokens: int = 0
     logprobs: list[float] | None = None
 
 
@@ -140,6 +155,14 @@ class Vocabulary:
         self.terminal = (special["<|assistant_end|>"], special["<|bos|>"])
         self.python_start, self.python_end = special["<|python_start|>"], special["<|python_end|>"]
         self.output_start, self.output_end = special["<|output_start|>"], special["<|output_end|>"]
+
+    @property
+    def max_stop_ids(self) -> int:
+        """Maximum number of ids that end a reply: terminal tokens and a request's own."""
+        return len(self.terminal) + MAX_STOP_TOKENS
+
+    def text(self, ids: list[int]) -> str:
+        return self.tokenizer.decode_bytes(ids).decode("utf-8", errors="replace")
 
     def resolve(self, stop: int | str, vocab_size: int) -> int:
         """Return the id of a stop token. Raises ValueError if it is unknown."""
@@ -158,11 +181,11 @@ class Vocabulary:
 
 
 class Generation:
-    """An active request: its tokens so far, the tool state machine and the text.
+    """An active request: its tokens so far, its text and its tool calls.
 
-    Tool calls: the tokens between python_start and python_end are an expression. If the calculator
-    has a value for it, output_start, the value and output_end are queued in `forced`; the engine
-    feeds them in place of drawn tokens.
+    The tokens between python_start and python_end are an expression. If the calculator has a value
+    for it, output_start, the value and output_end are queued in `injected`; the engine feeds them
+    in place of drawn tokens.
     """
 
     def __init__(
@@ -180,9 +203,10 @@ class Generation:
         self.tokens: list[int] = []
         self.sampled: list[bool] = []
         self.logprobs: list[float] = []
-        self.forced: deque[int] = deque()
+        self.injected: deque[int] = deque()
         self.finish_reason: FinishReason | None = None
         self.error: Exception | None = None  # fails only this request
+        self.reused = 0  # prompt tokens whose keys and values were in the cache already
         self._vocabulary = vocabulary
         self._expression: list[int] | None = None
         self._in_output = False
@@ -198,6 +222,11 @@ class Generation:
     def length(self) -> int:
         """Number of tokens in the KV cache: all but the newest, which the next step feeds."""
         return len(self.prompt) + len(self.tokens) - 1
+
+    @property
+    def cached(self) -> tuple[int, ...]:
+        """The tokens in the KV cache, once the prompt is prefilled."""
+        return (*self.prompt, *self.tokens)[: self.length]
 
     @property
     def newest(self) -> tuple[int, int]:
@@ -235,10 +264,7 @@ class Generation:
     def finish(self, reason: FinishReason) -> None:
         self._show(self._stream.finish())
         if self._expression:  # an unclosed tool call is reported without a result
-            expression = self._vocabulary.tokenizer.decode_bytes(self._expression).decode(
-                "utf-8", errors="replace"
-            )
-            self._events.append(ToolCall(expression, None))
+            self._events.append(ToolCall(self._vocabulary.text(self._expression), None))
             self._expression = None
         self.finish_reason = reason
 
@@ -260,6 +286,7 @@ class Generation:
             self.finish_reason,
             "".join(self._text),
             len(self.prompt),
+            self.reused,
             logprobs,
         )
 
@@ -267,17 +294,12 @@ class Generation:
         vocabulary, tokens, self._expression = self._vocabulary, self._expression, None
         if not tokens:
             return
-        expression = vocabulary.tokenizer.decode_bytes(tokens).decode("utf-8", errors="replace")
+        expression = vocabulary.text(tokens)
         value = calculate(expression)
         output = None if value is None else str(value)
         if output is not None:
-            self.forced.extend(
-                [
-                    vocabulary.output_start,
-                    *vocabulary.tokenizer.encode(output),
-                    vocabulary.output_end,
-                ]
-            )
+            ids = vocabulary.tokenizer.encode(output)
+            self.injected.extend([vocabulary.output_start, *ids, vocabulary.output_end])
         self._events.append(ToolCall(expression, output))
 
     def _show(self, text: str) -> None:

@@ -225,16 +225,20 @@ def _block_size(vocab_size: int, count: int = 1) -> int:
     return 2 ** max(0, round(math.log2(vocab_size / count) / 2))
 
 
-def log_probability(logits: Array, tokens: Array, asked: Array, transform: Map = identity) -> Array:
+def log_probability(
+    logits: Array, tokens: Array, requested: Array, transform: Map = identity
+) -> Array:
     """Return natural log-probabilities [B] of `tokens` [B] under logits [V, B].
 
-    Rows where `asked` [B] is false are NaN.
+    Rows where `requested` [B] is false are NaN.
     """
 
     def compute() -> Array:
         chosen = transform(
             logits.at[tokens, jnp.arange(len(tokens))].get(mode="fill", fill_value=jnp.nan)
         )
-        return jnp.where(asked, chosen - jax.nn.logsumexp(transform(logits), axis=0), jnp.nan)
+        return jnp.where(requested, chosen - jax.nn.logsumexp(transform(logits), axis=0), jnp.nan)
 
-    return lax.cond(jnp.any(asked), compute, lambda: jnp.full(tokens.shape, jnp.nan, logits.dtype))
+    return lax.cond(
+        jnp.any(requested), compute, lambda: jnp.full(tokens.shape, jnp.nan, logits.dtype)
+    )

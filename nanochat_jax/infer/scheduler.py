@@ -1,20 +1,24 @@
-"""A scheduler thread that runs one engine loop for many callers and streams their text."""
+"""A scheduler thread that runs one engine loop for many callers and passes on their text."""
 
-import asyncio
+import functools
 import logging
 import threading
 from collections import deque
-from collections.abc import AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future
+from queue import SimpleQueue
 
 from nanochat_jax.infer.engine import Engine, EngineLoop
 from nanochat_jax.infer.request import Generation, Request, Result, ToolCall
 
 log = logging.getLogger(__name__)
 
-# prompt tokens admitted between two steps; a single longer prompt is allowed
-ADMITTED_TOKENS = 2048
-
+# Text (complete characters, never part of a stop string), tool calls, and finally the result.
 Event = str | ToolCall | Result
+# Takes the index of a request and its new events. The last event is a `Result`, or the exception
+# that ended the generation. Called in the scheduler's thread, so it must not wait. If it raises
+# RuntimeError, as `call_soon_threadsafe` of a closed event loop does, the request is cancelled.
+Receiver = Callable[[int, list[Event | Exception]], object]
 
 
 class QueueFull(Exception):
@@ -22,20 +26,18 @@ class QueueFull(Exception):
 
 
 class Handle:
-    """A submitted request, iterable with `for` or `async for` by one consumer.
+    """A submitted request. One consumer can iterate over its events, unless a receiver gets them.
 
-    Yields text (complete characters, never part of a stop string), tool calls in order, and
-    finally the `Result`. Raises if the generation failed.
+    Iteration raises the exception that ended the generation.
     """
 
-    def __init__(self, generation: Generation) -> None:
+    def __init__(self, generation: Generation, receive: Callable | None = None) -> None:
         self.request = generation.request
         self._generation = generation
-        self._changed = threading.Condition()
-        self._events: deque[str | ToolCall] = deque()
-        self._outcome: Result | Exception | None = None
         self._cancelled = False
-        self._wake: Callable[[], object] | None = None
+        self._outcome: Future[Result] = Future()
+        self._queue: SimpleQueue[list[Event | Exception]] = SimpleQueue()
+        self._receive = receive or self._queue.put
 
     def cancel(self) -> None:
         """Request cancellation. No effect if done; else the reason is normally "cancelled"."""
@@ -43,7 +45,7 @@ class Handle:
 
     @property
     def cancelled(self) -> bool:
-        """Whether cancelled by `cancel` or because the consumer's event loop closed."""
+        """Whether cancelled by `cancel` or because the receiver is gone."""
         return self._cancelled
 
     def result(self, timeout: float | None = None) -> Result:
@@ -51,59 +53,26 @@ class Handle:
 
         Raises the generation's error, or TimeoutError after `timeout` seconds.
         """
-        with self._changed:
-            if not self._changed.wait_for(lambda: self._outcome is not None, timeout):
-                raise TimeoutError(f"no result after {timeout} seconds")
-            outcome = self._outcome
-        if isinstance(outcome, Exception):
-            raise outcome
-        assert outcome is not None  # it was waited for
-        return outcome
-
-    def events(self) -> Iterator[Event]:
-        """Yield the events of `for event in handle`."""
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._events or self._outcome is not None)
-                if not self._events:
-                    break
-                event = self._events.popleft()
-            yield event
-        yield self.result()
+        return self._outcome.result(timeout)
 
     def __iter__(self) -> Iterator[Event]:
-        return self.events()
+        while True:
+            for event in self._queue.get():
+                if isinstance(event, Exception):
+                    raise event
+                yield event
+                if isinstance(event, Result):
+                    return
 
-    async def __aiter__(self) -> AsyncIterator[Event]:
-        loop, changed = asyncio.get_running_loop(), asyncio.Event()
-        with self._changed:
-            self._wake = lambda: loop.call_soon_threadsafe(changed.set)
+    def _publish(self, events: list[Event | Exception]) -> None:
+        if isinstance(events[-1], Result):
+            self._outcome.set_result(events[-1])
+        elif isinstance(events[-1], Exception):
+            self._outcome.set_exception(events[-1])
         try:
-            while True:
-                changed.clear()
-                with self._changed:
-                    events, over = list(self._events), self._outcome is not None
-                    self._events.clear()
-                for event in events:
-                    yield event
-                if over:
-                    break
-                await changed.wait()
-        finally:
-            with self._changed:
-                self._wake = None
-        yield self.result()
-
-    def _publish(self, events: list[str | ToolCall], outcome: Result | Exception | None) -> None:
-        with self._changed:
-            self._events.extend(events)
-            self._outcome = outcome
-            self._changed.notify_all()
-            if self._wake is not None:
-                try:
-                    self._wake()
-                except RuntimeError:  # the consumer's event loop is closed
-                    self._cancelled = True
+            self._receive(events)
+        except RuntimeError:
+            self._cancelled = True
 
 
 class Scheduler:
@@ -114,7 +83,7 @@ class Scheduler:
     """
 
     def __init__(self, engine: Engine, *, max_waiting: int = 64) -> None:
-        self._engine = engine
+        self.engine = engine
         self._max_waiting = max_waiting
         self._changed = threading.Condition()
         self._waiting: deque[Handle] = deque()
@@ -154,29 +123,33 @@ class Scheduler:
             self._thread.join()
 
     def submit(self, request: Request) -> Handle:
-        """Queue a request.
+        """Queue a request; its events are read from the handle. Raises as `submit_all`."""
+        return self.submit_all([request])[0]
+
+    def submit_all(
+        self, requests: Sequence[Request], receive: Receiver | None = None
+    ) -> list[Handle]:
+        """Queue all requests or none.
+
+        Args:
+            receive: gets the events of all requests; without it they are read from the handles.
 
         Raises:
-            ValueError: the prompt does not fit the context, or the prompt or a stop token has an id
-              outside the vocabulary.
+            ValueError: a prompt does not fit the context, a prompt or a stop token has an id
+              outside the vocabulary, or there are more requests than slots plus queue positions.
             QueueFull: too many requests wait.
             RuntimeError: the scheduler is not running, or its engine has failed.
         """
-        return self.submit_all([request])[0]
-
-    def submit_all(self, requests: Sequence[Request]) -> list[Handle]:
-        """Queue all requests or none.
-
-        Raises the same errors as `submit`, and ValueError if there are more requests than slots
-        plus queue positions.
-        """
-        most = self._engine.num_slots + self._max_waiting
+        most = self.engine.num_slots + self._max_waiting
         if len(requests) > most:
             raise ValueError(
                 f"{len(requests)} requests together are more than {most}, the slots and places in "
                 "the queue"
             )
-        handles = [Handle(self._engine.generation(request)) for request in requests]
+        handles = [
+            Handle(self.engine.generation(request), receive and functools.partial(receive, index))
+            for index, request in enumerate(requests)
+        ]
         with self._changed:
             if self._failure is not None:
                 raise RuntimeError("the engine has failed") from self._failure
@@ -185,7 +158,7 @@ class Scheduler:
             # cancelled requests leave before the next step
             waiting = sum(not handle.cancelled for handle in self._waiting)
             # slots that waiting requests get before the next step
-            free = self._engine.num_slots - len(self._live)
+            free = self.engine.num_slots - len(self._live)
             if waiting + len(handles) > self._max_waiting + max(0, free):
                 raise QueueFull(f"{waiting} requests wait already, of at most {self._max_waiting}")
             self._waiting.extend(handles)
@@ -194,7 +167,7 @@ class Scheduler:
 
     def _run(self) -> None:
         try:
-            self._serve(EngineLoop(self._engine))
+            self._serve(EngineLoop(self.engine))
             message = "the scheduler was closed"
         except Exception as error:
             log.exception("the engine failed; all requests end")
@@ -210,7 +183,7 @@ class Scheduler:
         for handle in unfinished:
             failure = RuntimeError(message)
             failure.__cause__ = self._failure
-            handle._publish([], failure)
+            handle._publish([failure])
 
     def _serve(self, loop: EngineLoop) -> None:
         while True:
@@ -221,40 +194,29 @@ class Scheduler:
                 # read once: another thread may set it
                 taken = [handle for handle in self._waiting if handle.cancelled]
                 self._waiting = deque(handle for handle in self._waiting if handle not in taken)
-                taken += self._next(loop.num_free)
+                number = min(loop.num_free, len(self._waiting))
+                taken += [self._waiting.popleft() for _ in range(number)]
                 admitted = [handle._generation for handle in taken]
                 self._live.update(zip(admitted, taken, strict=True))
             for generation, handle in self._live.items():
                 if handle.cancelled:
                     loop.cancel(generation)
             if admitted:
-                self._deliver()  # the prefill may be slow, compile or fail
+                self._deliver()  # their prefill may be slow, compile or fail
             loop.admit([generation for generation in admitted if not generation.done])
             # Otherwise deliver events while the device computes, so that it never waits for I/O.
             loop.step(meanwhile=self._deliver)
         self._deliver()
 
-    def _next(self, num_free: int) -> list[Handle]:
-        """Pop the requests to admit before the next step, in FIFO order."""
-        taken: list[Handle] = []
-        tokens = 0
-        while self._waiting and len(taken) < num_free:
-            tokens += len(self._waiting[0]._generation.prompt)
-            if taken and tokens > ADMITTED_TOKENS:
-                break
-            taken.append(self._waiting.popleft())
-        return taken
-
     def _deliver(self) -> None:
         """Publish new events to every caller and drop finished requests."""
         for generation, handle in list(self._live.items()):
-            events = generation.take_events()
-            outcome: Result | Exception | None = None
+            events: list[Event | Exception] = [*generation.take_events()]
             if generation.done:
                 del self._live[generation]
                 try:
-                    outcome = generation.result()
+                    events.append(generation.result())
                 except Exception as error:  # only this request failed; its caller gets the error
-                    outcome = error
-            if events or outcome is not None:
-                handle._publish(events, outcome)
+                    events.append(error)
+            if events:
+                handle._publish(events)

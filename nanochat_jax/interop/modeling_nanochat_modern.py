@@ -1,12 +1,11 @@
-"""The nanochat model of July 2026 for Hugging Face transformers; travels with the weights, needs
-`trust_remote_code=True`.
+"""The nanochat model of July 2026 for Hugging Face transformers, saved beside its weights.
 
-Parameters carry nanochat's own names. Letters: B batch, T new tokens, S tokens seen and new, D
-width, H query heads, K key/value heads, h head width.
+Load it with `trust_remote_code=True`. Parameters have nanochat's own names. Letters of shapes: B
+batch, T new tokens, S cached and new tokens, D width, H query heads, K key/value heads, h head
+width.
 
-The smear mixes the embedding of the token before into each position, so that a decoding step needs
-the id of the token before it: `generate` passes it as `previous_input_ids`; in a loop of your own
-the model remembers it with the cache.
+The smear adds the embedding of the previous token to each position, so a decoding step needs that
+token. `generate` passes it as `previous_input_ids`; if it is missing, the cache has the embedding.
 """
 
 import torch
@@ -31,7 +30,7 @@ class NanoChatModernConfig(PretrainedConfig):
         num_attention_heads=6,
         num_key_value_heads=6,
         max_position_embeddings=2048,
-        windows=(),  # per layer: how many keys before its own position a query sees
+        windows=(),  # per layer: number of earlier keys that a query attends to
         value_embed_layers=(),
         rotary_base=100000.0,
         qk_scale=1.2,
@@ -63,7 +62,7 @@ def rms_norm(x, eps):
 
 
 def rotate(x, cos, sin):
-    """Rotary embedding of x [B, T, heads, h], halves layout, turning by the negative angle."""
+    """Rotary embedding of x [B, T, heads, h]: rotates its halves by the negative angle."""
     x1, x2 = x.float().chunk(2, dim=-1)
     return torch.cat([x1 * cos + x2 * sin, x2 * cos - x1 * sin], dim=-1).to(x.dtype)
 
@@ -90,12 +89,12 @@ class Attention(nn.Module):
         if value_embed is not None:
             gate = 3.0 * torch.sigmoid(self.ve_gate(x[..., :VE_GATE_CHANNELS]))
             v = v + gate.unsqueeze(-1) * value_embed.view_as(v)
-        q, k = (self.qk_scale * rms_norm(rotate(each, cos, sin), self.eps) for each in (q, k))
-        q, k, v = (each.transpose(1, 2) for each in (q, k, v))  # [B, heads, T, h]
+        q, k = (self.qk_scale * rms_norm(rotate(t, cos, sin), self.eps) for t in (q, k))
+        q, k, v = (t.transpose(1, 2) for t in (q, k, v))  # [B, heads, T, h]
         if cache is not None:
             k, v = cache.update(k, v, self.layer)
         if self.kv_heads != self.heads:
-            k, v = (each.repeat_interleave(self.heads // self.kv_heads, dim=1) for each in (k, v))
+            k, v = (t.repeat_interleave(self.heads // self.kv_heads, dim=1) for t in (k, v))
         out = F.scaled_dot_product_attention(q, k, v, attn_mask=mask)
         return self.c_proj(out.transpose(1, 2).reshape(batch, length, width))
 
@@ -180,9 +179,8 @@ class NanoChatModernForCausalLM(PreTrainedModel, GenerationMixin):
     ):
         """Logits [B, T, V] in float32 of input_ids [B, T].
 
-        attention_mask [B, S], 0 where a token is padding; previous_input_ids [B, 1], the token
-        before the new ones; cache, called past_key_values by transformers before 5.24: the keys
-        and values seen.
+        attention_mask [B, S] is 0 for padding. previous_input_ids [B, 1] is the token before
+        input_ids. cache (past_key_values before transformers 5.24) has the earlier keys and values.
         """
         cache = past_key_values if cache is None else cache
         config = self.config
@@ -202,10 +200,8 @@ class NanoChatModernForCausalLM(PreTrainedModel, GenerationMixin):
         if position_ids is None:
             position_ids = torch.arange(seen, seen + length, device=device)[None]
         cos, sin = self._rotary(position_ids)
-        masks = {
-            window: self._mask(window, seen, length, attention_mask, device)
-            for window in set(config.windows)
-        }
+        new = (seen, length, attention_mask, device)
+        masks = {window: self._mask(window, *new) for window in set(config.windows)}
 
         x0, middle = x, None
         for i, block in enumerate(self.transformer.h):
@@ -219,31 +215,30 @@ class NanoChatModernForCausalLM(PreTrainedModel, GenerationMixin):
         x = rms_norm(x - self.backout_lambda.to(x.dtype) * middle, config.rms_norm_eps)
         kept = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
         logits = self.lm_head(x[:, kept])[..., : config.vocab_size].float()
-        logits = config.final_logit_softcapping * torch.tanh(
-            logits / config.final_logit_softcapping
-        )
+        softcap = config.final_logit_softcapping
+        logits = softcap * torch.tanh(logits / softcap)
         loss = None
         if labels is not None:
             loss = self.loss_function(logits, labels, config.vocab_size, **kwargs)
         return CausalLMOutputWithPast(loss=loss, logits=logits, past_key_values=cache)
 
     def _smear(self, x, cache, seen, attention_mask, previous_input_ids):
-        """Add a gated share of the embedding before, unsmeared, to each position that has one."""
+        """Add a gated share of the previous position's embedding, before its own smear."""
         if seen == 0:
             before = torch.zeros_like(x[:, :1])
         elif previous_input_ids is not None:
             before = rms_norm(self.transformer.wte(previous_input_ids), self.config.rms_norm_eps)
         else:
-            known, before = getattr(cache, "nanochat_last_embedding", (None, None))
-            if known != seen:
+            position, before = getattr(cache, "nanochat_last_embedding", (None, None))
+            if position != seen:
                 raise ValueError(
-                    "the cache was cut or copied: pass previous_input_ids [B, 1], the token "
+                    "the cache was truncated or copied: pass previous_input_ids [B, 1], the token "
                     "before input_ids"
                 )
         if cache is not None:
             cache.nanochat_last_embedding = (seen + x.shape[1], x[:, -1:])
         previous = torch.cat([before, x[:, :-1]], dim=1)
-        if attention_mask is not None:  # padding before a sequence is no token
+        if attention_mask is not None:  # padding before a sequence does not count
             padded = F.pad(attention_mask, (1, 0))[:, seen : seen + x.shape[1]]
             previous = previous * (padded != 0)[..., None]
         gate = torch.sigmoid(self.smear_gate(x[..., :SMEAR_GATE_CHANNELS]))
@@ -258,9 +253,7 @@ class NanoChatModernForCausalLM(PreTrainedModel, GenerationMixin):
 
     @staticmethod
     def _mask(window, seen, length, attention_mask, device):
-        """True [B or 1, 1, T, S] where a query may look: itself, and real tokens at most `window`
-        positions before.
-        """
+        """[B or 1, 1, T, S], True for a query's keys: itself, and real tokens in its window."""
         query = torch.arange(seen, seen + length, device=device)[:, None]
         distance = query - torch.arange(seen + length, device=device)[None]
         visible = ((distance >= 0) & (distance <= window))[None, None]

@@ -1,10 +1,10 @@
-"""nanochat's PyTorch checkpoints: tensors by upstream's names, its metadata, its tokenizer. Both
-ways, both eras.
+"""PyTorch nanochat's checkpoints: model, metadata and tokenizer, of both architectures, in and out.
 
-    model_<step>.pt  meta_<step>.json        beside them, in `tokenizer/`, or in `tokenizer/` of
-    the base directory: tokenizer.pkl    token_bytes.pt
+    model_<step>.pt, meta_<step>.json
+    tokenizer.pkl, token_bytes.pt       in the same directory, in `tokenizer/` in it, or in
+                                        `tokenizer/` of the base directory
 
-torch keeps a matrix as (out, in); ours are [in, out] and equal layers are stacked.
+torch stores a matrix as (out, in); ours are [in, out], and equal layers are stacked.
 """
 
 import dataclasses
@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, get_args
 
+import jax
 import ml_dtypes
 import numpy as np
 import tiktoken
@@ -26,68 +27,73 @@ from nanochat_jax.errors import NotFound, UsageError
 from nanochat_jax.files import parse_json
 from nanochat_jax.interop.torch_file import read_encoding, read_pt, write_pt
 from nanochat_jax.model.config import GPTConfig
-from nanochat_jax.model.weights import Params, abstract_params
+from nanochat_jax.model.weights import Params, abstract_params, layer_weights
 from nanochat_jax.paths import base_tokenizer
 from nanochat_jax.tokenizer import RANKS_FILE, ByteRule, Tokenizer
 
-# of upstream's model_config
 SHAPE_FIELDS = ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd")
-BLOCK_NAMES = {
-    "c_q": "attn.c_q",
-    "c_k": "attn.c_k",
-    "c_v": "attn.c_v",
-    "c_proj": "attn.c_proj",
-    "mlp_fc": "mlp.c_fc",
-    "mlp_proj": "mlp.c_proj",
+# Our weight -> upstream's tensor, or one tensor per layer. Matrices are transposed, except tables.
+NAMES = {
+    "wte": "transformer.wte.weight",
+    "lm_head": "lm_head.weight",
+    "c_q": "transformer.h.{layer}.attn.c_q.weight",
+    "c_k": "transformer.h.{layer}.attn.c_k.weight",
+    "c_v": "transformer.h.{layer}.attn.c_v.weight",
+    "c_proj": "transformer.h.{layer}.attn.c_proj.weight",
+    "mlp_fc": "transformer.h.{layer}.mlp.c_fc.weight",
+    "mlp_proj": "transformer.h.{layer}.mlp.c_proj.weight",
+    "ve_gate": "transformer.h.{layer}.attn.ve_gate.weight",
+    "value_embeds": "value_embeds.{layer}.weight",
+    "smear_gate": "smear_gate.weight",
+    "resid_lambdas": "resid_lambdas",
+    "x0_lambdas": "x0_lambdas",
+    "smear_lambda": "smear_lambda",
+    "backout_lambda": "backout_lambda",
 }
+TABLES = ("wte", "value_embeds")
 
 
 class Entry(NamedTuple):
-    """Where a foreign tensor lives in our parameters."""
+    """A foreign tensor and its position in our parameters."""
 
     name: str
     path: tuple[str, ...]
-    layer: int | None  # index on the leading axis of a stack
+    position: int | None  # on the leading axis of a stack; None: the whole parameter
     transposed: bool
 
 
 @dataclass(frozen=True)
 class Imported:
-    """A foreign checkpoint as ours: parameters are float32 arrays on the host."""
+    """A foreign checkpoint in our form: parameters are float32 arrays on the host."""
 
     config: GPTConfig
     params: Params
     tokenizer: Tokenizer | None
     step: int
     meta: dict[str, Any]
-    byte_rule: ByteRule = "raw"  # how its bits per byte count a token's bytes
+    byte_rule: ByteRule = "raw"  # how a token's bytes are counted for bits per byte
 
 
-def entries(config: GPTConfig) -> list[Entry]:
-    """Every tensor of a model by upstream's name."""
-    found = [
-        Entry("transformer.wte.weight", ("wte",), None, False),
-        Entry("lm_head.weight", ("lm_head",), None, True),
-    ]
-    for layer in range(config.n_layer):
-        found += [
-            Entry(f"transformer.h.{layer}.{theirs}.weight", ("blocks", ours), layer, True)
-            for ours, theirs in BLOCK_NAMES.items()
+def entries(config: GPTConfig, names: Mapping[str, str] = NAMES) -> list[Entry]:
+    """All tensors of a model, by the names of another program.
+
+    Raises `UsageError` if `names` lacks a weight that the model declares.
+    """
+    weights = {path[-1].key: path for path, _ in jax.tree.leaves_with_path(abstract_params(config))}
+    if unknown := sorted(set(weights) - set(names)):
+        raise UsageError(
+            f"the model has weights that the other program lacks: {', '.join(unknown)}; it can be "
+            "neither imported nor exported"
+        )
+    table = []
+    for weight, keys in weights.items():
+        name, path = names[weight], tuple(key.key for key in keys)
+        stack = enumerate(layer_weights(config)[weight][1]) if "{layer}" in name else [(None, None)]
+        table += [
+            Entry(name.format(layer=layer), path, index, weight not in TABLES)
+            for index, layer in stack
         ]
-    for rank, layer in enumerate(config.value_embed_layers):
-        found += [
-            Entry(f"value_embeds.{layer}.weight", ("value_embeds",), rank, False),
-            Entry(f"transformer.h.{layer}.attn.ve_gate.weight", ("ve_gate",), rank, True),
-        ]
-    if config.smear:
-        found.append(Entry("smear_gate.weight", ("smear_gate",), None, True))
-    scalars = {
-        "resid_lambdas": config.lambdas,
-        "x0_lambdas": config.lambdas,
-        "smear_lambda": config.smear,
-        "backout_lambda": config.backout,
-    }
-    return found + [Entry(name, (name,), None, False) for name, there in scalars.items() if there]
+    return table
 
 
 def _leaf(tree: Any, path: Sequence[str]) -> Any:
@@ -97,29 +103,29 @@ def _leaf(tree: Any, path: Sequence[str]) -> Any:
 def to_params(
     tensors: Mapping[str, np.ndarray], table: Sequence[Entry], config: GPTConfig, *, where: Path
 ) -> Params:
-    """Our parameters, float32, from tensors by their foreign names.
+    """Our parameters, float32, from foreign tensors by name.
 
-    Raises `UsageError`, naming the tensor, for one that is missing, unexpected, of another shape
-    or not of floats.
+    Raises `UsageError` with the name of a tensor that is missing, unexpected, has another shape or
+    is not of floats.
     """
-    known = {entry.name for entry in table}
-    for kind, names in (("lacks", known - set(tensors)), ("has unexpected", set(tensors) - known)):
-        if names:
-            more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    names = {entry.name for entry in table}
+    for problem, wrong in (
+        ("lacks", names - set(tensors)),
+        ("has unexpected", set(tensors) - names),
+    ):
+        if wrong:
+            more = f" and {len(wrong) - 3} more" if len(wrong) > 3 else ""
             raise UsageError(
-                f"{where} {kind} tensors {', '.join(sorted(names)[:3])}{more} for a {config.arch} "
-                "model of "
-                f"{config.n_layer} layers: nothing was imported"
+                f"{where} {problem} tensors {', '.join(sorted(wrong)[:3])}{more} for a "
+                f"{config.arch} model of {config.n_layer} layers: nothing was imported"
             )
     shapes = abstract_params(config)
     params: Params = {key: {} if isinstance(value, dict) else None for key, value in shapes.items()}
     for entry in table:
-        shape = _leaf(shapes, entry.path).shape
-        tensor = tensors[entry.name]
-        expected = shape if entry.layer is None else shape[1:]
-        found = tensor.shape[::-1] if entry.transposed else tensor.shape
-        if found != expected:
-            expected = expected[::-1] if entry.transposed else expected
+        shape, tensor = _leaf(shapes, entry.path).shape, tensors[entry.name]
+        expected = shape if entry.position is None else shape[1:]
+        expected = expected[::-1] if entry.transposed else expected
+        if tensor.shape != expected:
             raise UsageError(
                 f"{where}: {entry.name} has shape {tensor.shape}, the model's config makes it "
                 f"{expected}"
@@ -129,29 +135,28 @@ def to_params(
                 f"{where}: {entry.name} has dtype {tensor.dtype}, weights must be floats"
             )
         tensor = tensor.T if entry.transposed else tensor
-        *parents, last = entry.path
-        owner = _leaf(params, parents)
-        if entry.layer is None:
+        owner, last = _leaf(params, entry.path[:-1]), entry.path[-1]
+        if entry.position is None:
             owner[last] = np.ascontiguousarray(tensor, np.float32)
         else:
             if owner.get(last) is None:
                 owner[last] = np.empty(shape, np.float32)
-            owner[last][entry.layer] = tensor
+            owner[last][entry.position] = tensor
     return params
 
 
 def from_params(params: Params, table: Sequence[Entry]) -> dict[str, np.ndarray]:
-    """Tensors by their foreign names, float32."""
+    """Foreign tensors by name, float32."""
     tensors = {}
     for entry in table:
         leaf = np.asarray(_leaf(params, entry.path), np.float32)
-        leaf = leaf if entry.layer is None else leaf[entry.layer]
+        leaf = leaf if entry.position is None else leaf[entry.position]
         tensors[entry.name] = np.ascontiguousarray(leaf.T if entry.transposed else leaf)
     return tensors
 
 
 def pick_step(directory: Path, step: int | None) -> int:
-    """The step asked for, else the greatest that has a model file."""
+    """`step` if it has a model file; by default the greatest that has one."""
     steps = sorted(
         int(match[1])
         for path in directory.glob("model_*.pt")
@@ -173,16 +178,15 @@ def read_checkpoint(
     tokenizer: Path | None = None,
     rotary_dtype: str | None = None,
 ) -> Imported:
-    """Read one step of an upstream checkpoint directory, of either era.
+    """Read one step of an upstream checkpoint directory, of either architecture.
 
     Args:
       step: default the greatest.
-      tokenizer: directory of its tokenizer; default beside the checkpoint or in its base
-        directory. None may be found.
-      rotary_dtype: of the classic era's rotary tables; default bfloat16, to which upstream rounds
+      tokenizer: directory of its tokenizer; default see `find_tokenizer`. May be missing.
+      rotary_dtype: of a classic model's rotary tables; default bfloat16, to which upstream rounds
         them.
 
-    Raises `NotFound` and `UsageError`, which name the file or the tensor.
+    Raises `NotFound` and `UsageError`, with the name of the file or tensor.
     """
     step = pick_step(directory, step)
     model_path, meta_path = directory / f"model_{step:06d}.pt", directory / f"meta_{step:06d}.json"
@@ -190,7 +194,7 @@ def read_checkpoint(
         meta = parse_json(meta_path.read_bytes())
         shape = dict(meta["model_config"])
     except FileNotFoundError as error:
-        raise NotFound(f"{meta_path} does not exist: the model's shape is in it") from error
+        raise NotFound(f"{meta_path} does not exist: it has the model's shape") from error
     except (ValueError, KeyError, TypeError) as error:
         raise UsageError(f"{meta_path} holds no model_config ({error!r})") from error
     tensors = read_pt(model_path)
@@ -201,10 +205,10 @@ def read_checkpoint(
     tensors = {name.removeprefix("_orig_mod."): value for name, value in tensors.items()}
     config = _config(shape, tensors, meta_path, rotary_dtype)
     params = to_params(tensors, entries(config), config, where=model_path)
-    place = tokenizer or find_tokenizer(directory)
-    found = read_tokenizer(place) if place else None
-    check_vocabulary(config, found, directory)
-    return Imported(config, params, found, step, meta, _byte_rule(found, place))
+    vocabulary = tokenizer or find_tokenizer(directory)
+    words = read_tokenizer(vocabulary) if vocabulary else None
+    check_vocabulary(config, words, directory)
+    return Imported(config, params, words, step, meta, _byte_rule(words, vocabulary))
 
 
 def _config(
@@ -229,7 +233,7 @@ def _config(
 
 
 def read_tokenizer(directory: Path) -> Tokenizer:
-    """The tokenizer in a directory, upstream's pickle or our text files."""
+    """The tokenizer in a directory: upstream's pickle or our text files."""
     if not (path := directory / "tokenizer.pkl").is_file():
         if (directory / RANKS_FILE).is_file():
             return Tokenizer.load(directory)
@@ -248,18 +252,15 @@ def read_tokenizer(directory: Path) -> Tokenizer:
 
 
 def find_tokenizer(directory: Path) -> Path | None:
-    """Where a checkpoint's tokenizer lies: beside it, in `tokenizer/` under it, or in that of its
-    base directory.
-    """
-    for place in (directory, directory / "tokenizer", base_tokenizer(directory)):
-        if (place / "tokenizer.pkl").is_file() or (place / RANKS_FILE).is_file():
-            return place
-    return None
+    """Directory of a checkpoint's tokenizer: that directory, or `tokenizer/` in it or its base."""
+    candidates = (directory, directory / "tokenizer", base_tokenizer(directory))
+    names = ("tokenizer.pkl", RANKS_FILE)
+    return next((p for p in candidates if any((p / name).is_file() for name in names)), None)
 
 
-def _byte_rule(tokenizer: Tokenizer | None, place: Path | None) -> ByteRule:
-    """Which rule made the `token_bytes.pt` beside a tokenizer; "raw" where there is none."""
-    if tokenizer is None or place is None or not (path := place / "token_bytes.pt").is_file():
+def _byte_rule(tokenizer: Tokenizer | None, directory: Path | None) -> ByteRule:
+    """The rule that made the `token_bytes.pt` beside a tokenizer; "raw" without this file."""
+    if not tokenizer or not directory or not (path := directory / "token_bytes.pt").is_file():
         return "raw"
     counts = read_pt(path)
     for rule in get_args(ByteRule):
@@ -276,9 +277,13 @@ def check_vocabulary(config: GPTConfig, tokenizer: Tokenizer | None, where: Path
         )
 
 
-def upstream_shape(config: GPTConfig) -> dict[str, Any]:
-    """Upstream's `model_config`. Raises `UsageError` for a model that upstream's code would
-    compute otherwise.
+def upstream_shape(
+    config: GPTConfig, target: str = "nanochat", free: Sequence[str] = ("rotary_dtype",)
+) -> dict[str, Any]:
+    """Upstream's `model_config`.
+
+    Raises `UsageError` if any field that is not in `free` differs from the architecture's: the
+    target's code would compute something else.
     """
     shape = {name: getattr(config, name) for name in SHAPE_FIELDS}
     if config.arch == "modern":
@@ -286,16 +291,14 @@ def upstream_shape(config: GPTConfig) -> dict[str, Any]:
         plain = GPTConfig.modern(config.n_layer, **shape)
     else:
         plain = GPTConfig.classic(config.n_layer, **shape)
-    changed = {
-        field.name
+    if changed := [
+        f"{field.name}={getattr(config, field.name)!r}"
         for field in dataclasses.fields(GPTConfig)
-        if getattr(plain, field.name) != getattr(config, field.name)
-    } - {"rotary_dtype"}
-    if changed:
+        if field.name not in free and getattr(plain, field.name) != getattr(config, field.name)
+    ]:
         raise UsageError(
-            f"nanochat has no {config.arch} model with "
-            + ", ".join(f"{name}={getattr(config, name)!r}" for name in sorted(changed))
-            + ": it cannot be exported to it"
+            f"{target} has no {config.arch} model with {', '.join(sorted(changed))}: the model "
+            "cannot be exported to it"
         )
     return shape
 
@@ -312,16 +315,15 @@ def write_checkpoint(
 ) -> None:
     """Write model, metadata and tokenizer as upstream does.
 
-    The embedding tables are bfloat16, as upstream's are on CUDA, if that loses nothing; otherwise
-    float32, as on a CPU.
+    Embedding tables are bfloat16, as upstream's are on CUDA, if they are exact in it; otherwise
+    float32.
     """
     shape = upstream_shape(config)
-    tensors = from_params(params, entries(config))
-    for name, tensor in tensors.items():
-        if name == "transformer.wte.weight" or name.startswith("value_embeds."):
-            half = tensor.astype(ml_dtypes.bfloat16)
-            if np.array_equal(half.astype(np.float32), tensor):
-                tensors[name] = half
+    tensors = from_params(params, table := entries(config))
+    for name in (entry.name for entry in table if entry.path[-1] in TABLES):
+        half = tensors[name].astype(ml_dtypes.bfloat16)
+        if np.array_equal(half.astype(np.float32), tensors[name]):
+            tensors[name] = half
     encoding = tiktoken.Encoding(
         "rustbpe",
         pat_str=tokenizer.pattern,

@@ -1,9 +1,8 @@
 """PyTorch's `.pt` files and nanochat's `tokenizer.pkl`, read and written without torch.
 
 A `.pt` file is a zip archive: `data.pkl` is a pickle of the tensors' names, shapes and strides,
-`data/<key>` are their bytes. Pickles can run code when they are read. Ours are read by unpicklers
-that know the few classes such files need and refuse every other, so that nothing a file brings
-along is ever executed.
+`data/<key>` are their bytes. Unpickling can run code, so our unpicklers accept the few classes that
+such files need and refuse all others: nothing from a file is executed.
 """
 
 import collections
@@ -40,23 +39,21 @@ ALIGNMENT = 64  # of each tensor in the file, as torch aligns them
 def read_pt(path: Path) -> Any:
     """What `torch.save` wrote: a tensor as an array, a state dict as a dict of arrays.
 
-    Raises `NotFound` if there is no such file; `UsageError`, with the file's name, if it is torn,
-    or holds anything but plain containers of tensors.
+    Raises `NotFound` if the file is missing, and `UsageError` if it is damaged or holds anything
+    but plain containers of tensors.
     """
     with _refusing(path), zipfile.ZipFile(path) as archive:
-        if packed := [
-            info.filename for info in archive.infolist() if info.compress_type != zipfile.ZIP_STORED
-        ]:
-            raise ValueError(
-                f"{packed[0]} is compressed, which torch never does: little could unpack to very "
-                "much"
-            )
+        for info in archive.infolist():
+            if info.compress_type != zipfile.ZIP_STORED:
+                raise ValueError(
+                    f"{info.filename} is compressed, which torch never does: it could unpack to "
+                    "any size"
+                )
         names = archive.namelist()
-        root = next(
-            (name.removesuffix("data.pkl") for name in names if name.endswith("/data.pkl")), None
-        )
-        if root is None:
-            raise ValueError("there is no data.pkl in it")
+        roots = [name.removesuffix("data.pkl") for name in names if name.endswith("/data.pkl")]
+        if not roots:
+            raise ValueError("it has no data.pkl")
+        root = roots[0]
         if f"{root}byteorder" in names and archive.read(f"{root}byteorder") != b"little":
             raise ValueError("it was written on a big-endian machine")
         with archive.open(f"{root}data.pkl") as file:
@@ -65,18 +62,17 @@ def read_pt(path: Path) -> Any:
 
 @contextmanager
 def _refusing(path: Path) -> Iterator[None]:
-    """Whatever is wrong with a file becomes one line that names it."""
+    """Turns any error in this block into a `UsageError` with the file's name."""
     try:
         yield
     except FileNotFoundError as error:
         raise NotFound(f"{path} does not exist") from error
     except UsageError:
         raise
-    except Exception as error:  # damaged pickles raise nearly anything
+    except Exception as error:  # damaged pickles raise nearly any exception
         raise UsageError(
             f"{path} cannot be read ({type(error).__name__}: {one_line(error)}): it is damaged or "
-            "not what "
-            "its name says"
+            "another kind of file"
         ) from error
 
 
@@ -110,9 +106,7 @@ class _TensorUnpickler(pickle.Unpickler):
 
 
 class _RebuildTensor:
-    """Called by the pickle. An object without attributes, where a function would have some for a
-    pickle to set.
-    """
+    """Called by the pickle. It has no attributes that a pickle could set, unlike a function."""
 
     __slots__ = ()
 
@@ -124,9 +118,8 @@ class _RebuildTensor:
         stride: tuple[int, ...],
         *_: Any,
     ) -> np.ndarray:
-        if any(not isinstance(n, int) or n < 0 for n in (offset, *shape, *stride)) or len(
-            shape
-        ) != len(stride):
+        numbers = (offset, *shape, *stride)
+        if len(shape) != len(stride) or any(not isinstance(n, int) or n < 0 for n in numbers):
             raise ValueError(f"a tensor has shape {shape}, strides {stride}, offset {offset}")
         last = offset + sum((size - 1) * step for size, step in zip(shape, stride))
         if math.prod(shape) and last >= storage.size:
@@ -134,9 +127,8 @@ class _RebuildTensor:
                 f"a tensor of shape {shape} reaches past the {storage.size} elements of its storage"
             )
         byte_strides = [step * storage.dtype.itemsize for step in stride]
-        return np.lib.stride_tricks.as_strided(
-            storage[offset:], shape, byte_strides, writeable=False
-        )
+        view = np.lib.stride_tricks.as_strided
+        return view(storage[offset:], shape, byte_strides, writeable=False)
 
 
 class _RebuildParameter:
@@ -147,36 +139,32 @@ class _RebuildParameter:
 
 
 def write_pt(path: Path, content: np.ndarray | Mapping[str, np.ndarray]) -> None:
-    """Write an array, or a state dict of arrays, so that `torch.load(path, weights_only=True)`
-    gives it back.
+    """Write an array or a state dict for `torch.load(path, weights_only=True)`.
 
-    Straight to `path`: a caller that may be interrupted writes to a directory aside and renames
-    that.
+    Not atomic: callers write to a temporary directory and rename it.
     """
     root = path.stem
-    names, arrays = (
-        (None, [content])
-        if isinstance(content, np.ndarray)
-        else (list(content), list(content.values()))
-    )
+    if isinstance(content, np.ndarray):
+        names, arrays = None, [content]
+    else:
+        names, arrays = list(content), list(content.values())
     with path.open("wb") as file, zipfile.ZipFile(file, "w", zipfile.ZIP_STORED) as archive:
         archive.writestr(f"{root}/data.pkl", _pickle(names, arrays))
         archive.writestr(f"{root}/byteorder", "little")
         for key, array in enumerate(arrays):
             info = zipfile.ZipInfo(f"{root}/data/{key}")
-            # local header, name, head of the padding
+            # after the local header, the name and the head of the padding
             start = file.tell() + 30 + len(info.filename) + 4
-            info.extra = struct.pack("<2sH", b"FB", -start % ALIGNMENT) + b"Z" * (
-                -start % ALIGNMENT
-            )
+            padding = -start % ALIGNMENT
+            info.extra = struct.pack("<2sH", b"FB", padding) + b"Z" * padding
             archive.writestr(info, np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
         archive.writestr(f"{root}/version", "3\n")
 
 
 def _pickle(names: list[str] | None, arrays: list[np.ndarray]) -> bytes:
-    """The protocol-2 pickle of a state dict, or of one tensor where `names` is None.
+    """The protocol-2 pickle of a state dict, or of one tensor if `names` is None.
 
-    Spelled in opcodes: a pickler would import torch to check the names it writes.
+    Written opcode by opcode, because a pickler would import torch to check the names it writes.
     """
     storage_names = {dtype: name for name, dtype in STORAGES.items()}
 
@@ -194,31 +182,19 @@ def _pickle(names: list[str] | None, arrays: list[np.ndarray]) -> bytes:
 
     def tensor(key: int, array: np.ndarray) -> bytes:
         storage = b"ctorch\n%s\n" % storage_names[array.dtype].encode()
-        reference = (
-            tuple_of(text("storage"), storage, text(str(key)), text("cpu"), number(array.size))
-            + b"Q"
-        )
+        size = number(array.size)
+        reference = tuple_of(text("storage"), storage, text(str(key)), text("cpu"), size) + b"Q"
         strides = np.cumprod((1, *array.shape[:0:-1]))[::-1].tolist() if array.ndim else []
+        shape, steps = (tuple_of(*map(number, numbers)) for numbers in (array.shape, strides))
         hooks = b"ccollections\nOrderedDict\n)R"
-        return (
-            b"ctorch._utils\n_rebuild_tensor_v2\n"
-            + tuple_of(
-                reference,
-                number(0),
-                tuple_of(*map(number, array.shape)),
-                tuple_of(*map(number, strides)),
-                b"\x89",
-                hooks,
-            )
-            + b"R"
-        )
+        arguments = tuple_of(reference, number(0), shape, steps, b"\x89", hooks)
+        return b"ctorch._utils\n_rebuild_tensor_v2\n" + arguments + b"R"
 
     tensors = [tensor(key, array) for key, array in enumerate(arrays)]
     if names is None:
         return b"\x80\x02" + tensors[0] + b"."
-    return (
-        b"\x80\x02}(" + b"".join(text(name) + value for name, value in zip(names, tensors)) + b"u."
-    )
+    items = b"".join(text(name) + value for name, value in zip(names, tensors))
+    return b"\x80\x02}(" + items + b"u."
 
 
 @dataclass

@@ -52,7 +52,7 @@ def choose_kernel(compute: Compute, q: Array | jax.ShapeDtypeStruct) -> str:
     for name, (refuses, _) in KERNELS.items():
         reason = refuses(q, device)
         if compute.attention == name and reason:
-            raise UsageError(f"--attention {name}: {reason}; choose xla or auto")
+            raise UsageError(f"`attention={name}`: {reason}; choose xla or auto")
         if compute.attention == name or (compute.attention == "auto" and not reason):
             return name
     return "xla"
@@ -134,8 +134,8 @@ def _causal_fwd(q: Array, k: Array, v: Array, window: int | None) -> tuple[Array
     for rows, columns, mask in _blocks(q.shape[1], window):
         weights = _weights(queries[..., rows, :], k_columns[..., columns], shift[..., rows], mask)
         total = weights.sum(axis=-1)
-        product = _einsum("bkgts,bksh->bkgth", weights.astype(v.dtype), values[:, :, columns])
-        parts.append(product / total[..., None])
+        summed = _einsum("bkgts,bksh->bkgth", weights.astype(v.dtype), values[:, :, columns])
+        parts.append(summed / total[..., None])
         log_sum.append(jnp.log(total) + shift[..., rows])
     out = checkpoint_name(_by_position(jnp.concatenate(parts, axis=3), q), SAVED)
     return out, (q, k, v, out, checkpoint_name(jnp.concatenate(log_sum, axis=3), SAVED))

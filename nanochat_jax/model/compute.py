@@ -80,8 +80,8 @@ class Compute:
     def replace(self, **changes: Any) -> "Compute":
         return dataclasses.replace(self, **changes)
 
-    def whole(self, name: str, weight: Array) -> Array:
-        """The complete weight, right before it is used."""
+    def gathered(self, name: str, weight: Array) -> Array:
+        """The complete weight. Called right before it is used."""
         return weight if self.gather is None else self.gather(name, weight)
 
     @property

@@ -1,4 +1,4 @@
-"""The model's configuration: everything that `--depth` decides.
+"""The model's configuration: everything that the depth decides.
 
 Two architectures are one model with different fields: `classic` is nanochat of December 2025
 (Hugging Face's NanoChatForCausalLM), `modern` is nanochat of July 2026.
@@ -79,8 +79,7 @@ class GPTConfig:
         if self.qk_scale**2 * math.sqrt(self.head_dim) >= LARGEST_SCORE:
             raise ValueError(
                 f"head width {self.head_dim} is too large: scores could reach qk_scale^2 "
-                "sqrt(head width), which "
-                f"must be below {LARGEST_SCORE}"
+                f"sqrt(head width), which must be below {LARGEST_SCORE}"
             )
 
     @classmethod
@@ -88,7 +87,11 @@ class GPTConfig:
         """The `classic` architecture: width 64 * depth, heads of 128."""
         n_embd = 64 * depth
         n_head = max(1, math.ceil(n_embd / 128))
-        era = dict(
+        values: dict[str, Any] = dict(
+            n_layer=depth,
+            n_head=n_head,
+            n_kv_head=n_head,
+            n_embd=n_embd,
             arch="classic",
             window_pattern=None,
             rotary_base=10_000.0,
@@ -100,13 +103,7 @@ class GPTConfig:
             vocab_multiple=1,
             vocab_size=65536,
         )
-        return cls(
-            **(
-                dict(n_layer=depth, n_head=n_head, n_kv_head=n_head, n_embd=n_embd)
-                | era
-                | overrides
-            )
-        )
+        return cls(**(values | overrides))
 
     @classmethod
     def modern(
@@ -115,9 +112,8 @@ class GPTConfig:
         """The `modern` architecture: width depth * aspect_ratio, rounded up to whole heads."""
         n_embd = round_up(depth * aspect_ratio, head_dim)
         n_head = n_embd // head_dim
-        return cls(
-            **(dict(n_layer=depth, n_head=n_head, n_kv_head=n_head, n_embd=n_embd) | overrides)
-        )
+        values = dict(n_layer=depth, n_head=n_head, n_kv_head=n_head, n_embd=n_embd)
+        return cls(**(values | overrides))
 
     @classmethod
     def from_dict(cls, values: dict[str, Any]) -> "GPTConfig":

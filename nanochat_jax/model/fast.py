@@ -1,7 +1,7 @@
 """The functions of `layers.py` in the forms that XLA runs fastest: same values, hand-written
 gradients.
 
-Results marked `checkpoint_name(x, SAVED)` are saved for the backward pass under `--remat minimal`.
+Results marked `checkpoint_name(x, SAVED)` are saved for the backward pass under `remat="minimal"`.
 """
 
 import functools

@@ -94,7 +94,7 @@ def forward(
     positions = start[:, None] + jnp.arange(length, dtype=jnp.int32)
     rotary = rotary_tables(positions, config.head_dim, config.rotary_base, config.rotary_dtype)
 
-    embedding = rms_norm(compute.whole("wte", params["wte"])[tokens].astype(compute.dtype))
+    embedding = rms_norm(compute.gathered("wte", params["wte"])[tokens].astype(compute.dtype))
     x = _smear(params, embedding, cache) if config.smear else embedding
     context = Context(config, compute, tokens, positions, rotary, x, fresh)
     x, middle, new_kv = _run_layers(params, x, cache, context)
@@ -130,7 +130,7 @@ def _smear(params: Params, embedding: Array, cache: KVCache | None) -> Array:
 def _layer(
     x: Array, weights: Layer, kv: KV | None, window: int | None, context: Context
 ) -> tuple[Array, KV | None]:
-    weights = {name: context.compute.whole(name, weight) for name, weight in weights.items()}
+    weights = {name: context.compute.gathered(name, weight) for name, weight in weights.items()}
     if context.config.lambdas:
         x = weights["resid_lambdas"] * x + weights["x0_lambdas"] * context.x0
     with jax.named_scope("attention"):

@@ -41,11 +41,10 @@ def token_nll(
     """
     hidden, _ = forward(params, batch.inputs, config, compute)
     unembedding = params["lm_head"][:, : config.vocab_size].astype(compute.dtype)
+    unembedding = compute.gathered("lm_head", unembedding)
     weights = jnp.ones(batch.targets.shape) if batch.weights is None else batch.weights
     chunk = chunk_length(batch.targets.shape, config.vocab_size, compute.num_shards)
-    return cross_entropy(
-        hidden, compute.whole("lm_head", unembedding), batch.targets, weights, config.softcap, chunk
-    )
+    return cross_entropy(hidden, unembedding, batch.targets, weights, config.softcap, chunk)
 
 
 def target_scores(

@@ -1,5 +1,5 @@
-"""Hyperparameters that the model's shape decides: steps, batch size, weight decay, learning-rate
-scale.
+"""Hyperparameters of pretraining: each architecture's defaults, and what the model's shape decides
+(steps, batch size, weight decay, learning-rate scale).
 """
 
 import math
@@ -8,6 +8,60 @@ from dataclasses import dataclass
 from nanochat_jax.errors import UsageError
 from nanochat_jax.model.config import GPTConfig
 from nanochat_jax.model.size import flops_per_token, num_params, num_scaling_params
+
+
+@dataclass(frozen=True, kw_only=True)
+class Defaults:
+    """Upstream's settings of one architecture.
+
+    Attributes:
+      embedding_lr, unembedding_lr, scalar_lr: learning rates of the AdamW groups at width 768.
+      matrix_lr: Muon's learning rate.
+      weight_decay: modern: Muon's cautious decay before scaling; classic: the AdamW groups'.
+      grad_clip: largest norm of the gradient; 0: no limit.
+      warmup_steps: steps of rising learning rate.
+      warmdown_ratio: share of the run with falling learning rate.
+      final_lr_frac: learning rate at the end, as a share of its peak.
+      target_param_data_ratio: training tokens per parameter (modern: per scaling parameter).
+      packing: how documents fill rows: see data/packing.py.
+    """
+
+    embedding_lr: float
+    unembedding_lr: float
+    matrix_lr: float = 0.02
+    scalar_lr: float = 0.5
+    weight_decay: float
+    grad_clip: float
+    warmup_steps: int
+    warmdown_ratio: float
+    final_lr_frac: float
+    target_param_data_ratio: float
+    packing: str
+
+
+MODERN = Defaults(
+    embedding_lr=0.3,
+    unembedding_lr=0.008,
+    weight_decay=0.28,
+    grad_clip=0.0,
+    warmup_steps=40,
+    warmdown_ratio=0.65,
+    final_lr_frac=0.05,
+    target_param_data_ratio=12,
+    packing="bestfit",
+)
+CLASSIC = Defaults(
+    embedding_lr=0.2,
+    unembedding_lr=0.004,
+    weight_decay=0.0,
+    grad_clip=1.0,
+    warmup_steps=0,
+    warmdown_ratio=0.2,
+    final_lr_frac=0.0,
+    target_param_data_ratio=20,
+    packing="stream",
+)
+DEFAULTS = {"modern": MODERN, "classic": CLASSIC}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +100,9 @@ def derive_recipe(
     constants were tuned.
     """
     modern = config.arch == "modern"
-    ratio = target_param_data_ratio if target_param_data_ratio > 0 else (12.0 if modern else 20.0)
+    ratio = target_param_data_ratio
+    if ratio <= 0:
+        ratio = DEFAULTS[config.arch].target_param_data_ratio
     lr_scale = 1.0
     if modern:
         tokens = int(ratio * num_scaling_params(config))
@@ -66,8 +122,8 @@ def derive_recipe(
             num_iterations = tokens // batch
     if num_iterations < 1:
         raise UsageError(
-            f"the run would have {num_iterations} steps of {batch} tokens: give --num-iterations, "
-            "or a smaller --total-batch-size"
+            f"the run would have {num_iterations} steps of {batch} tokens: set `num_iterations`, "
+            "or a smaller `total_batch_size`"
         )
     return Recipe(
         total_batch_size=batch,

@@ -58,21 +58,25 @@ def mesh_shape(
         return count, 1
     match = re.fullmatch(r"(\d+)x(\d+)", text)
     if not match or 0 in (data := int(match[1]), model := int(match[2])):
-        raise UsageError(f"--mesh {text!r} is not of the form DxM, such as 8x1 (or auto)")
+        raise UsageError(f"`mesh` {text!r} is not of the form DxM, such as 8x1 (or auto)")
     needed = data * model
     if needed > count or (all_of_them and needed != count):
         flags = f"XLA_FLAGS=--xla_force_host_platform_device_count={needed}"
         hint = f"; to try a mesh on a CPU set {flags}"
         raise UsageError(
-            f"--mesh {text} needs {needed} devices, found {count} ({platform}): give a mesh that "
-            "fits, or auto"
-            f"{hint if platform == 'cpu' else ''}"
+            f"`mesh={text}` needs {needed} devices, found {count} ({platform}): choose a mesh that "
+            f"fits, or auto{hint if platform == 'cpu' else ''}"
         )
     return data, model
 
 
 def data_size(mesh: Mesh) -> int:
     return mesh.shape["data"]
+
+
+def mesh_text(mesh: Mesh) -> str:
+    """The mesh as in `mesh=8x1`."""
+    return "x".join(map(str, mesh.shape.values()))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -100,7 +104,7 @@ def param_shardings(config: GPTConfig, mesh: Mesh, *, fsdp: bool = False) -> Any
     if config.n_kv_head % mesh.shape["model"]:
         raise UsageError(
             f"{config.n_kv_head} key/value heads cannot be split over a model axis of "
-            f"{mesh.shape['model']}: choose a --mesh DxM whose M divides them"
+            f"{mesh.shape['model']}: choose a `mesh` DxM whose M divides them"
         )
     rules = FSDP_RULES if fsdp else RULES
     shapes = abstract_params(config)
@@ -123,7 +127,7 @@ def optimizer_shardings(opt_state: Any, params: Any, shardings: Any, mesh: Mesh)
     )
     longest = max(len(path) for path in by_path)
 
-    def place(path: tuple, leaf: Any) -> NamedSharding:
+    def sharding(path: tuple, leaf: Any) -> NamedSharding:
         keys = _keys(path)
         for length in range(longest, 0, -1):
             if keys[-length:] in by_path:
@@ -132,7 +136,7 @@ def optimizer_shardings(opt_state: Any, params: Any, shardings: Any, mesh: Mesh)
                     return NamedSharding(mesh, _add_data_axis(spec, leaf.shape, mesh))
         return replicated(mesh)
 
-    return jax.tree.map_with_path(place, opt_state)
+    return jax.tree.map_with_path(sharding, opt_state)
 
 
 def gradient_shardings(config: GPTConfig, shardings: Any, mesh: Mesh) -> Any:
@@ -198,14 +202,14 @@ def sum_over_data(
         total, count = jax.lax.psum((total, count), "data")
         return total, count, jax.tree.map(collect, gradients, params, share)
 
-    rows, whole = PartitionSpec(None, "data"), PartitionSpec()
+    rows, replica = PartitionSpec(None, "data"), PartitionSpec()
     return jax.shard_map(
         shard,
         mesh=mesh,
         in_specs=(only_manual(params), rows),
         axis_names=manual,
         check_vma=False,
-        out_specs=(whole, whole, only_manual(share)),
+        out_specs=(replica, replica, only_manual(share)),
     )
 
 
@@ -248,10 +252,8 @@ def data_share(mesh: Mesh) -> tuple[int, int]:
     first, size, rows = mine[0], len(mine), mesh.shape["data"]
     if mine != list(range(first, first + size)) or rows % size or first % size:
         raise UsageError(
-            f"--mesh {'x'.join(map(str, mesh.shape.values()))}: the devices of one process must "
-            "lie together "
-            f"on the data axis, these are at {mine}: choose a model axis that divides the devices "
-            "of a host"
+            f"`mesh={mesh_text(mesh)}`: the devices of one process must be neighbors on the data "
+            f"axis, these are at {mine}: choose a model axis that divides the devices of a host"
         )
     return first // size, rows // size
 

@@ -174,12 +174,11 @@ def optimizer_groups(config: GPTConfig) -> Params:
 @functools.lru_cache(maxsize=64)
 def layer_weights(config: GPTConfig) -> dict[str, tuple[tuple[str, ...], tuple[int, ...]]]:
     """The per-layer weights: name -> (keys into the parameters, layers that have one)."""
-    found = {}
+    weights = {}
     is_axes = lambda node: isinstance(node, tuple)  # noqa: E731
     for path, axes in jax.tree.leaves_with_path(logical_axes(config), is_leaf=is_axes):
         if axes[0] in (LAYERS, VALUE_LAYERS):
-            layers = (
-                tuple(range(config.n_layer)) if axes[0] == LAYERS else config.value_embed_layers
-            )
-            found[path[-1].key] = (tuple(key.key for key in path), layers)
-    return found
+            every = axes[0] == LAYERS
+            layers = tuple(range(config.n_layer)) if every else config.value_embed_layers
+            weights[path[-1].key] = (tuple(key.key for key in path), layers)
+    return weights

@@ -1,1 +1,1 @@
-"""The report of a run: sections that stages log, put together as Markdown, HTML and JSON."""
+"""The report of a run: stages log sections, which become one document."""

@@ -1,18 +1,17 @@
-"""Line charts as inline SVG, with the standard library only.
+"""Line charts as inline SVG.
 
-Colours are CSS classes (`s0`, `s1`, ... for series), so a page gives them for light and dark.
-Every text is escaped.
+Colors are CSS classes (`s0`, `s1`, ... by series), which the page defines for light and dark.
+matplotlib would write fixed colors and ten times the bytes, and the package does not depend on it.
 """
 
 import dataclasses
 import html
 import math
-import zlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-WIDTH, HEIGHT = 480, 270  # of the viewBox; the page scales it
-LEFT, RIGHT, TOP, BOTTOM = 66, 14, 12, 46
+WIDTH, HEIGHT = 480, 250  # of the viewBox; the page scales it
+LEFT, RIGHT, TOP, BOTTOM = 46, 466, 12, 208  # edges of the plot area
 MAX_POINTS = 500  # per line; a screen shows no more
 
 Point = tuple[float, float]
@@ -28,8 +27,9 @@ class Line:
 
 
 def ticks(low: float, high: float, count: int = 5, *, whole: bool = False) -> list[float]:
-    """About `count` round numbers (1, 2 or 5 times a power of ten) inside [low, high]; `whole`:
-    integers alone.
+    """About `count` round numbers (1, 2 or 5 times a power of ten) in [low, high].
+
+    With `whole`, all of them are integers.
     """
     if not high > low:
         return [low]
@@ -42,37 +42,70 @@ def ticks(low: float, high: float, count: int = 5, *, whole: bool = False) -> li
 
 
 def smooth(points: Sequence[Point]) -> list[Point]:
-    """Exponential moving average over about a fiftieth of the points, corrected for its start at
-    zero (as in Adam).
-    """
+    """Exponential moving average over about 2% of the points, bias-corrected as in Adam."""
     span = min(max(len(points) / 50, 4), 50)
     factor = 1 - 2 / (span + 1)
-    out, average = [], 0.0
+    smoothed, average = [], 0.0
     for index, (x, y) in enumerate(points, start=1):
         average = factor * average + (1 - factor) * y
-        out.append((x, average / (1 - factor**index)))
-    return out
+        smoothed.append((x, average / (1 - factor**index)))
+    return smoothed
 
 
 def thin(points: Sequence[Point], limit: int = MAX_POINTS) -> list[Point]:
-    """At most about `limit` points: equal buckets by index, each kept as its lowest and highest
-    point.
-    """
+    """About `limit` points: the lowest and the highest of each group of consecutive points."""
     if len(points) <= limit:
         return list(points)
     size = math.ceil(2 * len(points) / limit)
-    buckets = [points[start : start + size] for start in range(0, len(points), size)]
-    return [
-        point for bucket in buckets for point in sorted({min(bucket, key=_y), max(bucket, key=_y)})
-    ]
+    groups = (points[start : start + size] for start in range(0, len(points), size))
+    return [p for group in groups for p in sorted({min(group, key=_y), max(group, key=_y)})]
 
 
-def line_chart(title: str, lines: Sequence[Line], *, x_label: str, y_label: str) -> str:
-    """A figure with axes, ticks and, where there are several lines, a legend. Points that are not
-    finite are left out.
+@dataclass(frozen=True)
+class _Axes:
+    """The range of the data, and its mapping to the plot area."""
 
-    The first steps of a run lie far above the rest: where they would flatten it, they are cut off,
-    and it says so.
+    x_low: float
+    x_high: float
+    y_low: float
+    y_high: float
+    cut: bool  # the first points lie above y_high
+    whole: bool  # x values are integers
+
+    @classmethod
+    def around(cls, points: Sequence[Point]) -> "_Axes":
+        xs, ys = [x for x, _ in points], [y for _, y in points]
+        x_low, x_high, y_low, y_high = min(xs), max(xs), min(ys), max(ys)
+        settled = max(y for x, y in points if x >= x_low + 0.03 * (x_high - x_low))
+        cut = len(points) > 30 and settled - y_low < 0.6 * (y_high - y_low)
+        y_high = settled if cut else y_high
+        pad = 0.06 * (y_high - y_low) or abs(y_high) * 0.05 or 1.0
+        y_low, y_high = (y_low - pad if y_low < 0 else max(y_low - pad, 0.0)), y_high + pad
+        if x_high == x_low:
+            x_low, x_high = x_low - 1, x_high + 1
+        return cls(x_low, x_high, y_low, y_high, cut, all(x == int(x) for x in xs))
+
+    def position(self, point: Point) -> Point:
+        x = LEFT + (point[0] - self.x_low) / (self.x_high - self.x_low) * (RIGHT - LEFT)
+        y = TOP + (self.y_high - point[1]) / (self.y_high - self.y_low) * (BOTTOM - TOP)
+        return round(x, 1), round(max(y, -HEIGHT), 1)
+
+    def svg(self, x_label: str) -> str:
+        parts = [_rule("axis", LEFT, BOTTOM, RIGHT, BOTTOM)]
+        for value in ticks(self.y_low, self.y_high):
+            _, y = self.position((self.x_low, value))
+            parts += [_rule("grid", LEFT, y, RIGHT, y), _tick(LEFT - 7, y + 4, value, "end")]
+        for value in ticks(self.x_low, self.x_high, whole=self.whole):
+            x, _ = self.position((value, self.y_low))
+            parts += [_rule("axis", x, BOTTOM, x, BOTTOM + 4), _tick(x, BOTTOM + 18, value)]
+        parts.append(_text((LEFT + RIGHT) / 2, HEIGHT - 6, x_label, "label"))
+        return "".join(parts)
+
+
+def line_chart(title: str, lines: Sequence[Line], *, x_label: str = "step") -> str:
+    """A figure with axes and, for several lines, a legend; "" without a finite point.
+
+    If the first steps are so high that they would flatten the rest, they are cut off, with a note.
     """
     lines = [
         dataclasses.replace(line, points=[p for p in line.points if all(map(math.isfinite, p))])
@@ -81,78 +114,42 @@ def line_chart(title: str, lines: Sequence[Line], *, x_label: str, y_label: str)
     lines = [line for line in lines if line.points]
     if not lines:
         return ""
-    points = [point for line in lines for point in line.points]
-    x_low, x_high, y_low, y_high = (
-        min(points)[0],
-        max(points)[0],
-        min(map(_y, points)),
-        max(map(_y, points)),
-    )
-    settled = max(y for x, y in points if x >= x_low + 0.03 * (x_high - x_low))
-    cut = len(points) > 30 and settled - y_low < 0.6 * (y_high - y_low)
-    if cut:
-        y_high = settled
-    pad = 0.06 * (y_high - y_low) or abs(y_high) * 0.05 or 1.0
-    y_low, y_high = (y_low - pad if y_low < 0 else max(y_low - pad, 0.0)), y_high + pad
-    if x_high == x_low:
-        x_low, x_high = x_low - 1, x_high + 1
-    right, floor = WIDTH - RIGHT, HEIGHT - BOTTOM
-
-    def place(point: Point) -> Point:
-        x = LEFT + (point[0] - x_low) / (x_high - x_low) * (right - LEFT)
-        y = TOP + (y_high - point[1]) / (y_high - y_low) * (floor - TOP)
-        return round(x, 1), round(max(y, -HEIGHT), 1)
-
-    # unique on the page, the same every time
-    clip = f"clip-{zlib.crc32(repr((title, x_high, y_high)).encode()):x}"
-    parts = [
-        f'<clipPath id="{clip}"><rect x="{LEFT}" y="{TOP}" width="{right - LEFT}" height="{floor - TOP}"/></clipPath>'
-    ]
-    for value in ticks(y_low, y_high):
-        _, y = place((x_low, value))
-        parts += [
-            _rule("grid", LEFT, y, right, y),
-            _text(LEFT - 7, y + 4, _number(value), "tick", "end"),
-        ]
-    # there is no half a step
-    for value in ticks(x_low, x_high, whole=all(x == int(x) for x, _ in points)):
-        x, _ = place((value, y_low))
-        parts += [
-            _rule("axis", x, floor, x, floor + 4),
-            _text(x, floor + 20, _number(value), "tick"),
-        ]
-    parts += [
-        _rule("axis", LEFT, floor, right, floor),
-        _text((LEFT + right) / 2, HEIGHT - 8, x_label, "label"),
-    ]
-    parts.append(
-        f'<g transform="translate(13 {(TOP + floor) / 2}) rotate(-90)">{_text(0, 0, y_label, "label")}</g>'
-    )
-    for line in lines:
-        style = f"line s{line.color}" + " faint" * line.faint
-        path = " ".join(f"{x},{y}" for x, y in map(place, thin(line.points)))
-        parts.append(f'<g clip-path="url(#{clip})"><polyline class="{style}" points="{path}"/></g>')
-    for line in lines:
-        shown = thin(line.points, 60) if line.markers or len(line.points) == 1 else []
-        for point in shown:
-            if point[1] <= y_high:
-                x, y = place(point)
-                tip = html.escape(f"{line.label}, {x_label} {point[0]:g}: {point[1]:.4f}")
-                parts.append(
-                    f'<circle class="dot s{line.color}" cx="{x}" cy="{y}" r="3.2"><title>{tip}</title></circle>'
-                )
-    notes = '<p class="note">The first steps lie above the top of the axis.</p>' if cut else ""
-    if len(lines) > 1:
-        keys = "".join(
-            f'<li><i class="key s{line.color}{" faint" * line.faint}"></i>{html.escape(line.label)}</li>'
-            for line in lines
-        )
-        notes = f'<ul class="legend">{keys}</ul>{notes}'
+    axes = _Axes.around([point for line in lines for point in line.points])
+    area = f'x="{LEFT}" y="{TOP}" width="{RIGHT - LEFT}" height="{BOTTOM - TOP}"'
+    box = f'viewBox="{LEFT} {TOP} {RIGHT - LEFT} {BOTTOM - TOP}"'
+    curves = "".join(_polyline(line, axes) for line in lines)
+    dots = "".join(_markers(line, axes, x_label) for line in lines)
+    keys = [f'<li><i class="key {_style(i)}"></i>{html.escape(i.label)}</li>' for i in lines]
+    notes = [f'<ul class="legend">{"".join(keys)}</ul>'] if len(lines) > 1 else []
+    if axes.cut:
+        notes.append('<p class="note">The first steps are above the top of the axis.</p>')
     title = html.escape(title)
     return (
-        f'<figure><figcaption>{title}</figcaption><svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{title}">'
-        f"{''.join(parts)}</svg>{notes}</figure>"
+        f"<figure><figcaption>{title}</figcaption>"
+        f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{title}">'
+        f"{axes.svg(x_label)}<svg {area} {box}>{curves}</svg>{dots}</svg>{''.join(notes)}</figure>"
     )
+
+
+def _style(line: Line) -> str:
+    return f"s{line.color}" + " faint" * line.faint
+
+
+def _polyline(line: Line, axes: _Axes) -> str:
+    path = " ".join(f"{x},{y}" for x, y in map(axes.position, thin(line.points)))
+    return f'<polyline class="line {_style(line)}" points="{path}"/>'
+
+
+def _markers(line: Line, axes: _Axes, x_label: str) -> str:
+    """Dots with tooltips, for lines with few points."""
+    dots = []
+    for point in thin(line.points, 60) if line.markers or len(line.points) == 1 else []:
+        if point[1] <= axes.y_high:
+            x, y = axes.position(point)
+            tip = html.escape(f"{line.label}, {x_label} {point[0]:g}: {point[1]:.4f}")
+            circle = f'<circle class="dot s{line.color}" cx="{x}" cy="{y}" r="3.2">'
+            dots.append(f"{circle}<title>{tip}</title></circle>")
+    return "".join(dots)
 
 
 def _rule(style: str, x1: float, y1: float, x2: float, y2: float) -> str:
@@ -160,14 +157,15 @@ def _rule(style: str, x1: float, y1: float, x2: float, y2: float) -> str:
 
 
 def _text(x: float, y: float, text: str, style: str, anchor: str = "middle") -> str:
-    return f'<text class="{style}" x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{html.escape(text)}</text>'
+    at = f'x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}"'
+    return f'<text class="{style}" {at}>{html.escape(text)}</text>'
 
 
-def _number(value: float) -> str:
+def _tick(x: float, y: float, value: float, anchor: str = "middle") -> str:
     for size, suffix in ((1e9, "B"), (1e6, "M"), (1e3, "k")):
         if abs(value) >= size:
-            return f"{value / size:g}{suffix}"
-    return f"{value:.6g}"
+            return _text(x, y, f"{value / size:g}{suffix}", "tick", anchor)
+    return _text(x, y, f"{value:.6g}", "tick", anchor)
 
 
 def _y(point: Point) -> float:

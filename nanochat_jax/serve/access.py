@@ -1,4 +1,4 @@
-"""Checks before every handler (host name, key, origin, body) and the form of error responses."""
+"""Checks before every handler (host name, key, origin, body), and error responses."""
 
 import asyncio
 import hashlib
@@ -14,14 +14,14 @@ from aiohttp import hdrs, http_exceptions, web
 
 from nanochat_jax.serve.chat_request import BadRequest
 from nanochat_jax.serve.metrics import Metrics
+from nanochat_jax.serve.settings import ServerConfig
 
 log = logging.getLogger(__name__)
 
 HEADERS = {
     "Content-Security-Policy": "default-src 'none'; script-src 'self'; style-src 'self'; "
-    "img-src 'self'; "
-    "connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'; "
-    "require-trusted-types-for 'script'; trusted-types dompurify",
+    "img-src 'self'; connect-src 'self'; base-uri 'none'; form-action 'none'; "
+    "frame-ancestors 'none'; require-trusted-types-for 'script'; trusted-types dompurify",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Server": "nanochat_jax",
@@ -31,23 +31,15 @@ BODY_SECONDS = 15.0  # for a body to arrive
 CONTENT_ENCODINGS = {"", "identity", "gzip", "deflate", "br", "zstd"}  # those that aiohttp decodes
 # Paths that need the API key, if the server has one.
 GUARDED = ("/chat/completions", "/models", "/v1/", "/metrics", "/stats")
-# Paths of OpenAI's API; most do not exist here. /chat/completions is also the page's, so it is
-# absent.
-OPENAI_PATHS = (
-    "/v1",
-    "/audio",
-    "/completions",
-    "/embeddings",
-    "/images",
-    "/models",
-    "/moderations",
-    "/responses",
+# Paths of OpenAI's API; most do not exist here. Not /chat/completions, which is also the page's.
+OPENAI_PATHS = tuple(
+    "/v1 /audio /completions /embeddings /images /models /moderations /responses".split()
 )
 OPENAI_ENDPOINTS = "POST /v1/chat/completions and GET /v1/models"
-CLIENT_LEFT = 499  # nginx's number for a client that did not wait
-RETRY_AFTER = "2"  # seconds, for a client told 503
+CLIENT_LEFT = 499  # nginx's status for a client that did not wait
+RETRY_AFTER = "2"  # seconds, with status 503
 
-OPENAI = web.RequestKey("openai", bool)  # set where a body shows that it is for OpenAI's API
+OPENAI = web.RequestKey("openai", bool)  # set if the body is for OpenAI's API
 
 Handler = Callable[[web.Request], Any]
 
@@ -106,23 +98,19 @@ def _one_line(error: Exception) -> str:
     return "".join(char if char.isprintable() else "?" for char in line)
 
 
-def middlewares(
-    metrics: Metrics, *, hosts: tuple[str, ...], api_key: str | None, cors: bool
-) -> list[Any]:
-    """In the order that requests pass them."""
+def middlewares(metrics: Metrics, config: ServerConfig, hosts: tuple[str, ...]) -> list[Any]:
+    """The middlewares, in the order that requests pass them."""
     return [
         _counting(metrics),
         _errors,
         *([_host_check(hosts)] if "*" not in hosts else []),
-        *([_preflight] if cors else []),
-        *([_key_check(api_key)] if api_key is not None else []),
+        *([_preflight] if config.cors_origins else []),
+        *([_key_check(config.key)] if config.key is not None else []),
     ]
 
 
 def add_headers(cors_origins: tuple[str, ...]) -> Any:
-    """A signal handler for all responses. Pages of these origins ("*": of all) may read them, no
-    others.
-    """
+    """A signal handler for all responses. Only pages of these origins ("*": all) may read them."""
 
     async def add(request: web.Request, response: web.StreamResponse) -> None:
         response.headers.update(HEADERS)
@@ -133,12 +121,11 @@ def add_headers(cors_origins: tuple[str, ...]) -> Any:
         if origin and ("*" in cors_origins or origin in cors_origins):
             response.headers["Access-Control-Allow-Origin"] = origin
             response.headers["Access-Control-Expose-Headers"] = "X-Dropped-Messages, Retry-After"
-            asked = request.headers.get(
-                hdrs.ACCESS_CONTROL_REQUEST_HEADERS, "Authorization, Content-Type"
-            )
             if request.method == hdrs.METH_OPTIONS:
                 response.headers["Access-Control-Allow-Methods"] = "GET, POST"
-                response.headers["Access-Control-Allow-Headers"] = asked
+                response.headers["Access-Control-Allow-Headers"] = request.headers.get(
+                    hdrs.ACCESS_CONTROL_REQUEST_HEADERS, "Authorization, Content-Type"
+                )
                 response.headers["Access-Control-Max-Age"] = "600"
 
     return add
@@ -184,7 +171,7 @@ async def _errors(request: web.Request, handler: Handler) -> web.StreamResponse:
         return _error(request, error.status, error.reason)
     except ConnectionError as error:
         log.info("a client left: %s", error)
-        return web.Response(status=CLIENT_LEFT)  # for the count alone: nobody is there to read it
+        return web.Response(status=CLIENT_LEFT)  # only counted: nobody reads it
     except Exception:
         log.exception("a request failed")
         return _error(request, 500, "the server failed; its log says why")
@@ -198,7 +185,7 @@ def _error(
     code: str | None = None,
 ) -> web.Response:
     """{"detail": text}, or an error in OpenAI's form, in which wrong types are 400 as well."""
-    # quoted: clients wrote them
+    # quoted, because clients wrote them
     log.info("%s %r: %d, %r", request.method, request.raw_path[:200], status, detail[:200])
     body: dict[str, Any] = {"detail": detail}
     if for_openai(request):
@@ -214,9 +201,7 @@ def _error(
 
 
 def for_openai(request: web.Request) -> bool:
-    """Whether a request is for OpenAI's API, by its path, its body or a header of OpenAI's
-    clients.
-    """
+    """Whether a request is for OpenAI's API: by path, body, or a header of OpenAI's clients."""
     by_header = "X-Stainless-Lang" in request.headers
     return by_header or OPENAI in request or request.path.startswith(OPENAI_PATHS)
 
@@ -224,25 +209,25 @@ def for_openai(request: web.Request) -> bool:
 def error_body(
     status: int, detail: str, param: str | None = None, code: str | None = None
 ) -> dict[str, Any]:
-    """An error as OpenAI's clients know it."""
-    kind = {401: "authentication_error", 404: "not_found_error"}.get(
+    """An error in OpenAI's form."""
+    error_type = {401: "authentication_error", 404: "not_found_error"}.get(
         status, "server_error" if status >= 500 else "invalid_request_error"
     )
-    return {"error": {"message": detail, "type": kind, "param": param, "code": code}}
+    return {"error": {"message": detail, "type": error_type, "param": param, "code": code}}
 
 
 def _host_check(hosts: tuple[str, ...]) -> Any:
-    """Refuse a browser that was told a foreign name is this machine's address (DNS rebinding).
+    """Refuse unknown host names, against DNS rebinding.
 
-    The page that did so would pass for one of ours. It needs a name of its own, so addresses need
-    not be checked.
+    In that attack, a foreign name resolves to this machine, so the browser takes the attacker's
+    page for one of ours. It needs a name, so addresses are accepted.
     """
     names = {"localhost", *(host.lower() for host in hosts)}
 
     @web.middleware
     async def check(request: web.Request, handler: Handler) -> web.StreamResponse:
-        given = request.headers.get(hdrs.HOST, "localhost").lower()  # browsers always send one
-        name = re.sub(r":\d*$", "", given).rstrip(".")
+        host = request.headers.get(hdrs.HOST, "localhost").lower()  # browsers always send one
+        name = re.sub(r":\d*$", "", host).rstrip(".")
         if (
             name not in names
             and not name.endswith(".localhost")
@@ -250,7 +235,8 @@ def _host_check(hosts: tuple[str, ...]) -> Any:
         ):
             raise BadRequest(
                 403,
-                f"this server does not go by the name {given[:80]!r}: --allowed-hosts adds names",
+                f"this server does not accept the host name {host[:80]!r}: start it with "
+                "`nanochat serve --allowed-hosts NAME`",
                 code="host_not_allowed",
             )
         return await handler(request)
@@ -268,7 +254,7 @@ def _is_address(text: str) -> bool:
 
 @web.middleware
 async def _preflight(request: web.Request, handler: Handler) -> web.StreamResponse:
-    """What a browser asks before it sends JSON across origins; `add_headers` answers it."""
+    """Answer a browser's question before JSON across origins, with the headers of `add_headers`."""
     if (
         request.method == hdrs.METH_OPTIONS
         and hdrs.ACCESS_CONTROL_REQUEST_METHOD in request.headers
@@ -285,14 +271,11 @@ def _key_check(api_key: str) -> Any:
         if request.path.startswith(GUARDED):
             scheme, _, key = request.headers.get(hdrs.AUTHORIZATION, "").partition(" ")
             given = hashlib.sha256(key.strip().encode(errors="replace")).digest()
-            # Digests, compared in constant time: how long it takes says neither the key's length
-            # nor its beginning.
+            # Digests, compared in constant time, so that the time reveals nothing of the key.
             if not secrets.compare_digest(given, expected) or scheme.lower() != "bearer":
-                said = (
-                    "this is not this server's API key" if key else "this server wants its API key"
-                )
+                problem = "the API key is wrong" if key else "this server requires an API key"
                 raise BadRequest(
-                    401, f"{said}, as `Authorization: Bearer <key>`", code="invalid_api_key"
+                    401, f"{problem}: send `Authorization: Bearer KEY`", code="invalid_api_key"
                 )
         return await handler(request)
 

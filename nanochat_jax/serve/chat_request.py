@@ -1,19 +1,19 @@
-"""A chat request: its types, its limits, and the prompt made of it.
+"""The page's chat request: its types and limits, and how messages become a prompt.
 
     {"messages": [{"role": "user", "content": "2+2?"}], "temperature": 0.8, "max_tokens": 512,
-    "top_k": 50}
+     "top_k": 50}
 
-The assistant's content may also be a list of parts, as in `nanochat_jax.conversation`, so that its
+An assistant's content may also be a list of parts, as in `nanochat_jax.conversation`, so that its
 tool calls keep their tokens: `[{"type": "python", "text": "2+2"}, {"type": "python_output",
-"text": "4"}, {"type": "text", "text": "4."}]`. Whatever is in a text is ordinary text: control
-tokens come from the structure alone, never from what a client wrote.
+"text": "4"}, {"type": "text", "text": "4."}]`. Text from a client never becomes a control token;
+these come only from the structure.
 
-The models below check requests, and openapi.py describes them. A body with other fields is for
-OpenAI's API (`for_page`).
+openapi.py describes the models below. A body with other fields is for OpenAI's API (`for_page`).
 """
 
-from collections.abc import Sequence
-from typing import Annotated, Any, Literal, TypeVar
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import (
     BaseModel,
@@ -27,17 +27,20 @@ from pydantic import (
 )
 
 from nanochat_jax.conversation import render_message
+from nanochat_jax.infer.request import Sampling
 from nanochat_jax.tokenizer import Tokenizer, without_surrogates
 
 MAX_MESSAGES = 500
 MAX_PARTS = 1000  # of a message
-# of what a user wrote; a reply is limited by the total alone, or it could not be sent back
+# of a user's message; only the total limits a reply, so that it can be sent back
 MAX_MESSAGE_CHARS = 8000
 MAX_TOTAL_CHARS = 32000
 MAX_TOKENS = 4096  # of a reply
+MAX_TOP_K = 200
+MAX_TEMPERATURE = 2.0
 MAX_DETAIL_CHARS = 300
-# Mistakes of a value, by pydantic's names; all others are of a type.
-LIMITS = {
+# pydantic's names of errors of a value; all others are errors of a type
+VALUE_ERRORS = {
     "greater_than",
     "greater_than_equal",
     "less_than_equal",
@@ -48,32 +51,31 @@ LIMITS = {
     "string_too_long",
     "value_error",
 }
-# Tags of unions in pydantic's error locations; they are not names of fields.
+# tags of unions in pydantic's error locations, which are not names of fields
 TAGS = {"user", "assistant", "system", "developer", "tool", "str", "list"}
 
 
 class BadRequest(Exception):
-    """A request that is not served: 422 for a wrong type, 400 for what is over a limit, 503 for a
-    busy server.
+    """A refused request.
 
-    `param` is the field that is wrong and `code` the kind of mistake, for clients that look at
-    them.
+    Attributes:
+        status: 422 for a wrong type, 400 for a wrong value, 503 if the server is busy, and so on.
+        param: the wrong field.
+        code: the type of error, for programs.
     """
 
     def __init__(
         self, status: int, detail: str, *, param: str | None = None, code: str | None = None
     ) -> None:
         super().__init__(detail)
-        self.status = status
-        self.detail = (
-            detail if len(detail) <= MAX_DETAIL_CHARS else detail[: MAX_DETAIL_CHARS - 3] + "..."
-        )
-        self.param = param
-        self.code = code
+        self.status, self.param, self.code = status, param, code
+        if len(detail) > MAX_DETAIL_CHARS:
+            detail = detail[: MAX_DETAIL_CHARS - 3] + "..."
+        self.detail = detail
 
 
 class Strict(BaseModel):
-    """As JSON has it: a boolean is no number, a number no string; 2.0 is an integer."""
+    """Types as in JSON: true is not a number, "1" is not a number, 2.0 is an integer."""
 
     model_config = ConfigDict(strict=True, frozen=True, allow_inf_nan=False)
 
@@ -81,8 +83,8 @@ class Strict(BaseModel):
 Whole = BeforeValidator(
     lambda value: int(value) if isinstance(value, float) and value.is_integer() else value
 )
-Temperature = Annotated[float, Field(ge=0, le=2)]
-TopK = Annotated[int, Field(ge=0, le=200), Whole]
+Temperature = Annotated[float, Field(ge=0, le=MAX_TEMPERATURE)]
+TopK = Annotated[int, Field(ge=0, le=MAX_TOP_K), Whole]
 MaxTokens = Annotated[int, Field(ge=1, le=MAX_TOKENS), Whole]
 Unicode = BeforeValidator(lambda text: without_surrogates(text) if isinstance(text, str) else text)
 Text = Annotated[str, Field(min_length=1, max_length=MAX_MESSAGE_CHARS), Unicode]
@@ -92,27 +94,19 @@ Ending = Literal["reply", "continue", "none"]
 text_or_parts = Discriminator(lambda content: "list" if isinstance(content, list) else "str")
 
 
-class Sampling(Strict):
-    """How a reply is drawn; a server's defaults, or those with a request's own values in their
-    place.
-    """
+class SamplingFields(Strict):
+    """Fields of a request that override the server's sampling; None leaves the default."""
 
-    temperature: Temperature = 0.8
-    top_k: TopK = 50  # 0 keeps all tokens
-    max_tokens: MaxTokens = 512
-
-
-class Asked(Strict):
-    """What a client may say of the reply; None is left to the server."""
+    SAMPLING: ClassVar[tuple[str, ...]] = ("temperature", "top_k", "max_tokens")
 
     temperature: Temperature | None = None
     top_k: TopK | None = None
     max_tokens: MaxTokens | None = None
 
     def sampling(self, defaults: Sampling) -> Sampling:
-        given = {name: getattr(self, name) for name in Sampling.model_fields}
-        return defaults.model_copy(
-            update={name: value for name, value in given.items() if value is not None}
+        given = {name: getattr(self, name) for name in self.SAMPLING}
+        return dataclasses.replace(
+            defaults, **{name: value for name, value in given.items() if value is not None}
         )
 
 
@@ -137,34 +131,35 @@ class AssistantMessage(Strict):
     ]
 
 
-class ChatRequest(Asked):
+class ChatRequest(SamplingFields):
     model_config = ConfigDict(json_schema_extra={"additionalProperties": {"type": "null"}})
 
     messages: Annotated[
         list[Annotated[UserMessage | AssistantMessage, Field(discriminator="role")]],
-        # or a body could hold many errors
+        # fail_fast: otherwise a body could have very many errors
         Field(min_length=1, max_length=MAX_MESSAGES, fail_fast=True),
     ]
 
     @model_validator(mode="after")
     def _within_limits(self) -> "ChatRequest":
-        lengths = [
-            len(content)
-            if isinstance(content := message.content, str)
-            else sum(len(part.text) for part in content)
+        texts = [
+            text
             for message in self.messages
+            for text in (
+                [message.content]
+                if isinstance(message.content, str)
+                else [part.text for part in message.content]
+            )
         ]
-        if sum(lengths) > MAX_TOTAL_CHARS:
+        if (length := sum(map(len, texts))) > MAX_TOTAL_CHARS:
             raise ValueError(
-                f"the conversation has {sum(lengths)} characters; at most {MAX_TOTAL_CHARS} are "
-                "allowed"
+                f"the conversation has {length} characters; the limit is {MAX_TOTAL_CHARS}"
             )
         return self
 
 
 def for_page(body: Any) -> bool:
-    """Whether a body is in the page's protocol, upstream's: all its fields are `ChatRequest`'s or
-    null.
+    """Whether a body is in the page's protocol: all its fields are `ChatRequest`'s or null.
 
     OpenAI's clients post to the same path if their base URL lacks /v1. They always send `model`.
     """
@@ -177,42 +172,36 @@ M = TypeVar("M", bound=BaseModel)
 
 
 def check(model: type[M], body: Any) -> M:
-    """A decoded JSON body as `model`. Raises `BadRequest`: 422 if a type is wrong, else 400 if a
-    value is.
-    """
+    """Return a decoded JSON body as `model`. Raises `BadRequest` for its first error."""
     try:
         return model.model_validate(body)
     except ValidationError as error:
-        found = error.errors(include_url=False)[0]
-    steps = [str(step) for index, step in enumerate(found["loc"]) if index == 0 or step not in TAGS]
-    value, where = found["input"], ".".join(steps)
-    if found["type"] == "extra_forbidden":
-        name = where[:80]
-        raise BadRequest(
-            400,
-            f"{name} is not supported by this server; leave it out",
-            param=name,
-            code="unsupported_parameter",
-        )
-    chosen = value.get("role") if found["type"] == "union_tag_invalid" else value
-    known = (
-        isinstance(chosen, str)
-        if found["type"] in ("literal_error", "union_tag_invalid")
-        else found["type"] in LIMITS
-    )
-    not_object = found["type"] in ("model_type", "model_attributes_type")
-    message = "Input should be an object" if not_object else found["msg"]
-    text = (
-        str(found["ctx"]["error"])
-        if found["type"] == "value_error"
-        else f"{where or 'the body'}: {message}"
-    )
-    shown = (
-        f", got {value!r}"
-        if isinstance(value, int | float) or isinstance(value, str) and len(value) < 50
-        else ""
-    )
-    raise BadRequest(400 if known else 422, text + shown, param=where or None)
+        raise _bad_request(error.errors(include_url=False)[0]) from None
+
+
+def _bad_request(error: Mapping[str, Any]) -> BadRequest:
+    """An error of pydantic's: 422 for a wrong type, 400 for a wrong value."""
+    name, value, location = error["type"], error["input"], error["loc"]
+    steps = [str(step) for at, step in enumerate(location) if at == 0 or step not in TAGS]
+    field = ".".join(steps)
+    if name == "extra_forbidden":
+        field = field[:80]
+        detail = f"{field} is not supported by this server; leave it out"
+        return BadRequest(400, detail, param=field, code="unsupported_parameter")
+    if name in ("literal_error", "union_tag_invalid"):
+        chosen = value if name == "literal_error" else value.get("role")
+        is_value_error = isinstance(chosen, str)
+    else:
+        is_value_error = name in VALUE_ERRORS
+    if name == "value_error":
+        detail = str(error["ctx"]["error"])
+    elif name in ("model_type", "model_attributes_type"):
+        detail = f"{field or 'the body'}: Input should be an object"
+    else:
+        detail = f"{field or 'the body'}: {error['msg']}"
+    if isinstance(value, int | float) or isinstance(value, str) and len(value) < 50:
+        detail += f", got {value!r}"
+    return BadRequest(400 if is_value_error else 422, detail, param=field or None)
 
 
 def make_prompt(
@@ -224,13 +213,13 @@ def make_prompt(
     drop: bool = True,
     ending: Ending = "reply",
 ) -> tuple[tuple[int, ...], int]:
-    """Prompt of a conversation, and how many of its first messages were left out to make it fit in
-    `max_len` tokens.
+    """Return a conversation's prompt, and how many of its first messages were dropped.
 
-    Messages are dropped from the start, up to one of the user's, until the prompt leaves room for
-    `max_tokens` or, if that is more, for a quarter of the context. The last message is never
-    dropped: if it alone fills the context, `BadRequest` (400) is raised; and without `drop`, if
-    all of them do.
+    With `drop`, messages are dropped from the start, up to one of the user's, until a context of
+    `max_len` tokens has room for `max_tokens` more, or for a quarter of the context if that is
+    less. The last message is never dropped.
+
+    Raises `BadRequest` (400) if the rest does not fit the context.
     """
     encoded = [
         render_message(tokenizer, message["role"], message["content"])[0] for message in messages

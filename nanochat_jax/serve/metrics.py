@@ -1,4 +1,4 @@
-"""What the server counts, in Prometheus' words; GET /metrics shows it."""
+"""Prometheus metrics of the server, for GET /metrics."""
 
 from typing import Any
 
@@ -15,26 +15,27 @@ REPLY_BUCKETS = (0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 120, 300, 600)
 
 
 class Metrics:
-    """One application's metrics, in a registry of their own.
+    """One application's metrics, in their own registry.
 
-    A reply's pieces come in bursts, one for each dispatch of the engine. So `inter_token_seconds`
-    is not the gap between two pieces, mostly 0, but a reply's time after its first token, by
-    token: one observation for each reply.
+    Tokens come in bursts, one per dispatch of the engine, so the gap between two is mostly 0.
+    `inter_token_seconds` is instead a reply's time after its first token, divided by the number of
+    its other tokens: one observation per reply.
     """
 
-    def __init__(self, scheduler: Scheduler, num_slots: int) -> None:
+    def __init__(self, scheduler: Scheduler) -> None:
         self.registry = CollectorRegistry()
         named: dict[str, Any] = {"namespace": "nanochat", "registry": self.registry}
         self.http_requests = Counter(
-            "http_requests", "Answers by route and status", ["route", "status"], **named
+            "http_requests", "Responses by route and status", ["route", "status"], **named
         )
-        self.prompt_tokens = Counter(
-            "prompt_tokens", "Tokens of the prompts of finished replies", **named
+        self.prompt_tokens = Counter("prompt_tokens", "Prompt tokens of finished replies", **named)
+        self.cached_tokens = Counter(
+            "cached_prompt_tokens", "Prompt tokens that were in the cache already", **named
         )
         self.generated_tokens = Counter(
-            "generated_tokens", "Tokens generated, those a tool wrote included", **named
+            "generated_tokens", "Generated tokens, tool results included", **named
         )
-        self.replies = Counter("replies", "Replies by what ended them", ["reason"], **named)
+        self.replies = Counter("replies", "Replies by reason of their end", ["reason"], **named)
         self.ttft = Histogram(
             "time_to_first_token_seconds",
             "From the request to the first text or tool call",
@@ -43,7 +44,7 @@ class Metrics:
         )
         self.inter_token = Histogram(
             "inter_token_seconds",
-            "Mean time from a token to the next, by reply",
+            "Mean time between tokens of a reply",
             buckets=TOKEN_BUCKETS,
             **named,
         )
@@ -53,18 +54,19 @@ class Metrics:
             buckets=REPLY_BUCKETS,
             **named,
         )
-        Gauge("slots", "Replies that can be generated at the same time", **named).set(num_slots)
+        Gauge("slots", "Replies that can be generated at the same time", **named).set(
+            scheduler.engine.num_slots
+        )
         Gauge("active_requests", "Slots in use", **named).set_function(lambda: scheduler.num_active)
         Gauge("waiting_requests", "Requests in the queue", **named).set_function(
             lambda: scheduler.num_waiting
         )
 
     def finished(self, result: Result, first: float | None, seconds: float) -> None:
-        """Count a reply that took `seconds` in all and `first` seconds to its first event, None if
-        it had none.
-        """
+        """Count a reply: seconds to its first token (None without tokens) and to its end."""
         self.replies.labels(result.finish_reason).inc()
         self.prompt_tokens.inc(result.prompt_tokens)
+        self.cached_tokens.inc(result.cached_tokens)
         self.generated_tokens.inc(len(result.tokens))
         self.duration.observe(seconds)
         if first is not None:

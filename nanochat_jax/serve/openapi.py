@@ -1,20 +1,72 @@
-"""The description of both APIs that GET /openapi.json gives: OpenAPI 3.1. Requests are described
-by what checks them.
-"""
+"""GET /openapi.json: a description of both APIs in OpenAPI 3.1, from the models of their bodies."""
 
-from typing import Any
+from dataclasses import dataclass
+from typing import Any, Literal
 
+from pydantic import BaseModel
 from pydantic.json_schema import models_json_schema
 
 from nanochat_jax.serve.chat_request import ChatRequest
-from nanochat_jax.serve.openai_api import CompletionRequest
+from nanochat_jax.serve.openai_api import Completion, ModelCard, ModelList
+from nanochat_jax.serve.openai_request import CompletionRequest
 
 Schema = dict[str, Any]
 
-ERRORS = {
-    "400": "over a limit, not supported, or not decodable",
+
+class Health(BaseModel):
+    status: Literal["ok", "failed"]
+    ready: bool
+    num_gpus: int
+    available_workers: int
+    model: dict[str, Any]
+    defaults: dict[str, Any]
+    api_key: bool
+
+
+class Worker(BaseModel):
+    gpu_id: int
+    device: str
+
+
+class Stats(BaseModel):
+    total_workers: int
+    available_workers: int
+    busy_workers: int
+    queued_requests: int
+    workers: list[Worker]
+
+
+class Detail(BaseModel):
+    detail: str
+
+
+class Error(BaseModel):
+    message: str
+    type: str
+    param: str | None
+    code: str | None
+
+
+class OpenAIError(BaseModel):
+    error: Error
+
+
+@dataclass(frozen=True)
+class Operation:
+    path: str
+    name: str
+    summary: str
+    answers: tuple[type[BaseModel] | str, ...]  # a model of JSON, or another content type
+    statuses: str = ""  # of errors
+    errors: tuple[type[BaseModel], ...] = (Detail,)
+    body: type[BaseModel] | None = None
+    open: bool = False  # needs no key
+
+
+STATUSES = {
+    "400": "a wrong value, an unsupported field, or a body that cannot be decoded",
     "401": "the key is wrong",
-    "403": "the server has another name: --allowed-hosts",
+    "403": "the host name is not accepted",
     "404": "there is no such model",
     "408": "the body did not arrive in time",
     "413": "the body is too large",
@@ -23,151 +75,97 @@ ERRORS = {
     "503": "the queue is full: see Retry-After",
     "504": "the reply took too long",
 }
-TEXT, WHOLE, TRUTH = {"type": "string"}, {"type": "integer"}, {"type": "boolean"}
+EVENTS = "text/event-stream"
+BODY_STATUSES = "400 403 408 413 500 503"
+OPERATIONS = (
+    Operation(
+        "/chat/completions",
+        "chat",
+        "A reply as server-sent events; a body with other fields is for OpenAI's API",
+        (EVENTS,),
+        f"{BODY_STATUSES} 422",
+        (Detail, OpenAIError),
+        ChatRequest,
+    ),
+    Operation(
+        "/v1/chat/completions",
+        "openai_chat",
+        "OpenAI's chat completions: a completion, or its chunks as events",
+        (EVENTS, Completion),
+        f"{BODY_STATUSES} 404 504",
+        (OpenAIError,),
+        CompletionRequest,
+    ),
+    Operation("/v1/models", "list_models", "The one model", (ModelList,), "", (OpenAIError,)),
+    Operation(
+        "/v1/models/{model}",
+        "show_model",
+        "The model, if that is its id",
+        (ModelCard,),
+        "404",
+        (OpenAIError,),
+    ),
+    Operation("/health", "health", "Whether the server works", (Health,), open=True),
+    Operation("/stats", "stats", "How many slots are in use", (Stats,)),
+    Operation("/metrics", "metrics", "Prometheus metrics", ("text/plain",)),
+)
 
 
-def describe(model: str, *, keyed: bool) -> Schema:
-    """The description as JSON; `keyed` if clients must give a key."""
-    bodies, definitions = models_json_schema(
-        [(ChatRequest, "validation"), (CompletionRequest, "validation")],
-        ref_template="#/components/schemas/{model}",
+def describe(*, keyed: bool) -> Schema:
+    """The description as JSON; `keyed` if clients must send a key."""
+    models: dict[type[BaseModel], Literal["validation", "serialization"]] = {}
+    for operation in OPERATIONS:
+        answers = [answer for answer in operation.answers if not isinstance(answer, str)]
+        models |= dict.fromkeys([*answers, *operation.errors], "serialization")
+        if operation.body is not None:
+            models[operation.body] = "validation"
+    schemas, definitions = models_json_schema(
+        list(models.items()), ref_template="#/components/schemas/{model}"
     )
-    detail = _object(detail=TEXT)
-    text_or_null = {"type": ["string", "null"]}
-    error = _object(error=_object(message=TEXT, type=TEXT, param=text_or_null, code=text_or_null))
-    card = _object(
-        id={"const": model},
-        object={"const": "model"},
-        created=WHOLE,
-        owned_by=TEXT,
-        max_model_len=WHOLE,
-    )
-    choice = _object(
-        index=WHOLE,
-        message=_object(role={"const": "assistant"}, content=TEXT),
-        finish_reason={"enum": ["stop", "length"]},
-    )
-    completion = _object(
-        id=TEXT,
-        object={"const": "chat.completion"},
-        created=WHOLE,
-        model={"const": model},
-        choices={"type": "array", "items": choice},
-        usage=_object(prompt_tokens=WHOLE, completion_tokens=WHOLE, total_tokens=WHOLE),
-    )
-    health = _object(
-        status={"enum": ["ok", "failed"]},
-        ready=TRUTH,
-        num_gpus=WHOLE,
-        available_workers=WHOLE,
-        model={"type": "object"},
-        defaults={"type": "object"},
-        api_key=TRUTH,
-    )
-    stats = _object(
-        total_workers=WHOLE, available_workers=WHOLE, busy_workers=WHOLE, queued_requests=WHOLE
-    )
-
-    def operation(
-        name: str,
-        summary: str,
-        answer: Schema,
-        *errors: str,
-        schema: Schema = detail,
-        open: bool = False,
-        **more: Any,
-    ) -> Schema:
-        guarded = keyed and not open
-        told = {
-            status: _json(schema, ERRORS[status])
-            for status in (*errors, *(["401"] if guarded else []))
-        }
-        return {
-            "operationId": name,
-            "summary": summary,
-            "responses": {"200": {"description": "done", **answer}, **told},
-            **({"security": [{"bearer": []}]} if guarded else {}),
-            **more,
-        }
-
-    def body(of: type) -> Schema:
-        return {
-            "required": True,
-            "content": {"application/json": {"schema": bodies[of, "validation"]}},
-        }
-
-    events: Schema = {"text/event-stream": {}}
-    reading = ("400", "403", "408", "413", "500", "503")
-    name_in_path = {"name": "model", "in": "path", "required": True, "schema": TEXT}
+    refs: dict[Any, Schema] = {model: schema for (model, _), schema in schemas.items()}
+    components: Schema = {"schemas": definitions["$defs"]}
+    if keyed:
+        components["securitySchemes"] = {"bearer": {"type": "http", "scheme": "bearer"}}
     return {
         "openapi": "3.1.0",
-        "info": {
-            "title": "nanochat_jax",
-            "version": "1",
-            "description": "A small ChatGPT, served.",
-        },
+        "info": {"title": "nanochat_jax", "version": "1", "description": "A small ChatGPT."},
         "paths": {
-            "/chat/completions": {
-                "post": operation(
-                    "chat",
-                    "A reply as server-sent events; a body with other fields is for OpenAI's API",
-                    {"content": events},
-                    *reading,
-                    "422",
-                    schema={"anyOf": [detail, error]},
-                    requestBody=body(ChatRequest),
-                )
-            },
-            "/v1/chat/completions": {
-                "post": operation(
-                    "openai_chat",
-                    "OpenAI's chat completions: a completion, or its chunks as events",
-                    {"content": {**events, **_json(completion)["content"]}},
-                    *reading,
-                    "404",
-                    "504",
-                    schema=error,
-                    requestBody=body(CompletionRequest),
-                )
-            },
-            "/v1/models": {
-                "get": operation(
-                    "list_models",
-                    "The one model",
-                    _json(_object(object={"const": "list"}, data={"type": "array", "items": card})),
-                    schema=error,
-                )
-            },
-            "/v1/models/{model}": {
-                "get": operation(
-                    "show_model",
-                    "The model, if that is its id",
-                    _json(card),
-                    "404",
-                    schema=error,
-                    parameters=[name_in_path],
-                )
-            },
-            "/health": {"get": operation("health", "Whether it is up", _json(health), open=True)},
-            "/stats": {"get": operation("stats", "How many slots are busy", _json(stats))},
-            "/metrics": {
-                "get": operation("metrics", "Prometheus' numbers", {"content": {"text/plain": {}}})
-            },
+            operation.path: {
+                "post" if operation.body else "get": _describe(operation, refs, keyed=keyed)
+            }
+            for operation in OPERATIONS
         },
-        "components": {
-            "schemas": definitions["$defs"],
-            **(
-                {"securitySchemes": {"bearer": {"type": "http", "scheme": "bearer"}}}
-                if keyed
-                else {}
-            ),
-        },
+        "components": components,
     }
 
 
-def _object(**properties: Schema) -> Schema:
-    return {"type": "object", "properties": properties, "required": list(properties)}
-
-
-def _json(schema: Schema, description: str = "done") -> Schema:
-    return {"description": description, "content": {"application/json": {"schema": schema}}}
+def _describe(operation: Operation, refs: dict[Any, Schema], *, keyed: bool) -> Schema:
+    guarded = keyed and not operation.open
+    content = {
+        answer if isinstance(answer, str) else "application/json": (
+            {} if isinstance(answer, str) else {"schema": refs[answer]}
+        )
+        for answer in operation.answers
+    }
+    responses = {"200": {"description": "done", "content": content}}
+    error = {"schema": {"anyOf": [refs[model] for model in operation.errors]}}
+    for status in operation.statuses.split() + ["401"] * guarded:
+        responses[status] = {
+            "description": STATUSES[status],
+            "content": {"application/json": error},
+        }
+    described: Schema = {
+        "operationId": operation.name,
+        "summary": operation.summary,
+        "responses": responses,
+    }
+    if guarded:
+        described["security"] = [{"bearer": []}]
+    if operation.body is not None:
+        body = {"application/json": {"schema": refs[operation.body]}}
+        described["requestBody"] = {"required": True, "content": body}
+    if "{model}" in operation.path:
+        described["parameters"] = [
+            {"name": "model", "in": "path", "required": True, "schema": {"type": "string"}}
+        ]
+    return described

@@ -1,9 +1,8 @@
-"""Replies on their way: requests handed to the scheduler, their events, and what can end them
-early.
+"""Replies in progress: from the scheduler's events to a client, and what can end them early.
 
-Both APIs stand on this: `Replies.open` queues requests and gives their events, with a deadline,
-and with an end when the server shuts down; `EventStream` writes server-sent events to a client
-that may go away or stop reading.
+Both APIs use `Replies.open`, which queues requests and yields their events. It has a deadline and
+ends when the server shuts down. `EventStream` writes server-sent events to a client that may leave
+or stop reading.
 """
 
 import asyncio
@@ -16,63 +15,61 @@ from typing import Any
 
 from aiohttp import web
 
-from nanochat_jax.infer.request import Request, Result, ToolCall
-from nanochat_jax.infer.scheduler import Handle, QueueFull, Scheduler
+from nanochat_jax.infer.request import Request, Result
+from nanochat_jax.infer.scheduler import Event, Handle, QueueFull, Scheduler
 from nanochat_jax.serve.chat_request import BadRequest
 from nanochat_jax.serve.metrics import Metrics
 
 log = logging.getLogger(__name__)
 
-Event = str | ToolCall | Result
-
 # once: json.dumps with an option makes a new encoder each time
 encode = json.JSONEncoder(ensure_ascii=False).encode
 
 UNSENT_BYTES = 16 * 1024  # a client with more than this unsent is not reading ...
-STALL_SECONDS = 0.75  # ... and is given up if that lasts
+STALL_SECONDS = 0.75  # ... and is disconnected if that lasts
 
 
 class ReplyError(Exception):
-    """A reply that broke off, in words for the client. `code` is "timeout", "shutdown" or
-    "failed".
-    """
+    """A reply ended early. `detail` is for the client; `code` is a key of `STATUS`."""
+
+    STATUS = {"timeout": 504, "shutdown": 503, "failed": 500}
 
     def __init__(self, code: str, detail: str) -> None:
         super().__init__(detail)
         self.code = code
         self.detail = detail
 
+    @property
+    def status(self) -> int:
+        return self.STATUS[self.code]
+
 
 class _Reply:
-    """The events of requests queued together, in one queue."""
+    """Requests queued together, and the queue of their events."""
 
-    def __init__(self, handles: Sequence[Handle]) -> None:
-        self.handles = handles
-        self.remaining = len(handles)  # whose result has not been read
-        self.queue: asyncio.Queue[tuple[int, Event | Exception]] = asyncio.Queue()
+    def __init__(self, num_requests: int) -> None:
+        self.handles: list[Handle] = []
+        self.unfinished = num_requests
+        self.queue: asyncio.Queue[tuple[int, list[Event | Exception]]] = asyncio.Queue()
+        self._loop = asyncio.get_running_loop()
 
-    async def follow(self, index: int) -> None:
-        try:
-            async for event in self.handles[index]:
-                self.queue.put_nowait((index, event))
-        except Exception as error:
-            self.queue.put_nowait((index, error))
+    def receive(self, index: int, events: list[Event | Exception]) -> None:
+        """Queue events of one request; called in the scheduler's thread."""
+        self._loop.call_soon_threadsafe(self.queue.put_nowait, (index, events))
 
-    def break_off(self, error: ReplyError) -> None:
-        """Free the slots now; whoever reads the events sees the error after those that came
-        before.
-        """
+    def cancel(self) -> None:
+        """Free the slots. No effect on requests that are done."""
         for handle in self.handles:
             handle.cancel()
-        self.queue.put_nowait((0, error))
+
+    def break_off(self, error: ReplyError) -> None:
+        """Cancel; the reader gets the error after the events that came before it."""
+        self.cancel()
+        self.queue.put_nowait((0, [error]))
 
 
 class Replies:
-    """All replies of an application, over one scheduler.
-
-    Args:
-      deadline: seconds a reply may take, its time in the queue included.
-    """
+    """All replies of an application. A reply may take `deadline` seconds, queueing included."""
 
     def __init__(self, scheduler: Scheduler, metrics: Metrics, *, deadline: float) -> None:
         self._scheduler = scheduler
@@ -80,7 +77,7 @@ class Replies:
         self._deadline = deadline
         self._live: set[_Reply] = set()
         self._closing = False
-        self.failed = False  # the engine is gone for good, as a request found out
+        self.failed = False  # a request was refused because the engine has failed
 
     @property
     def ready(self) -> bool:
@@ -90,33 +87,28 @@ class Replies:
     async def open(
         self, requests: Sequence[Request]
     ) -> AsyncIterator[AsyncIterator[list[tuple[int, Event]]]]:
-        """Queue requests together; gives their events, each with the index of its request, in
-        lists of what has come. Leaving cancels the rest.
+        """Queue requests together; gives lists of (index of the request, event) as they come.
 
-        Raises `BadRequest` if they cannot be queued; the events raise `ReplyError` if the reply
-        breaks off.
+        Leaving the block cancels unfinished requests. Raises `BadRequest` if the requests cannot be
+        queued; the iterator raises `ReplyError` if the reply ends early.
         """
         start = time.perf_counter()
-        reply = _Reply(self._submit(requests))
+        reply = _Reply(len(requests))
+        self._submit(requests, reply)
         self._live.add(reply)
         late = ReplyError("timeout", f"the reply took longer than {self._deadline:g} seconds")
         timer = asyncio.get_running_loop().call_later(self._deadline, reply.break_off, late)
-        followers = [asyncio.create_task(reply.follow(index)) for index in range(len(requests))]
         try:
             yield self._events(reply, start)
         finally:
             timer.cancel()
             self._live.discard(reply)
-            if reply.remaining:
+            if reply.unfinished:
                 self._metrics.replies.labels("disconnected").inc()
-            for handle, follower in zip(reply.handles, followers, strict=True):
-                handle.cancel()  # nothing happens to one that is done
-                follower.cancel()
+            reply.cancel()
 
     async def shut_down(self, grace: float) -> None:
-        """Take no more requests; let the replies in flight end for `grace` seconds, then break
-        them off.
-        """
+        """Refuse new requests. Replies in progress get `grace` seconds, then they are ended."""
         self._closing = True
         end = time.perf_counter() + grace
         while self._live and time.perf_counter() < end:
@@ -124,52 +116,56 @@ class Replies:
         for reply in self._live:
             reply.break_off(ReplyError("shutdown", "the server is shutting down"))
 
-    def _submit(self, requests: Sequence[Request]) -> list[Handle]:
+    def _submit(self, requests: Sequence[Request], reply: _Reply) -> None:
         if self._closing:
             raise BadRequest(503, "the server is shutting down")
         try:
-            return self._scheduler.submit_all(requests)
+            reply.handles = self._scheduler.submit_all(requests, reply.receive)
         except QueueFull as error:
             raise BadRequest(503, f"{error}: try again in a while", code="overloaded") from error
         except ValueError as error:  # such as more choices than ever fit
             raise BadRequest(400, str(error)) from error
-        except RuntimeError as error:  # the engine is gone for good; the scheduler has logged why
+        except RuntimeError as error:  # the engine has failed; the scheduler has logged why
             self.failed = True
             raise BadRequest(503, f"{error}: restart the server") from error
 
     async def _events(self, reply: _Reply, start: float) -> AsyncIterator[list[tuple[int, Event]]]:
-        first: dict[int, float] = {}
-        while reply.remaining:
-            came = [await reply.queue.get()]
+        first: dict[int, float] = {}  # seconds to the first event of each request
+        while reply.unfinished:
+            received = [await reply.queue.get()]
             while not reply.queue.empty():
-                came.append(reply.queue.get_nowait())
+                received.append(reply.queue.get_nowait())
             seconds = time.perf_counter() - start
             batch: list[tuple[int, Event]] = []
             error = None
-            for index, event in came:
+            for index, event in ((index, event) for index, events in received for event in events):
                 if isinstance(event, Exception):
                     error = event
                     break
                 first.setdefault(index, seconds)
                 if isinstance(event, Result):
-                    reply.remaining -= 1
-                    self._metrics.finished(event, first[index] if event.tokens else None, seconds)
-                    log.info(
-                        "%d prompt tokens, %d generated in %.1f s (%s)",
-                        event.prompt_tokens,
-                        len(event.tokens),
-                        seconds,
-                        event.finish_reason,
-                    )
+                    reply.unfinished -= 1
+                    self._finished(event, first[index], seconds)
                 batch.append((index, event))
             if batch:
                 yield batch
-            if error is not None and reply.remaining:
-                reply.remaining = 0
-                raise self._broken(error)
+            if error is not None and reply.unfinished:
+                reply.unfinished = 0
+                raise self._reply_error(error)
 
-    def _broken(self, error: Exception) -> ReplyError:
-        # of this generation; the client is told, the log has the rest
+    def _finished(self, result: Result, first: float, seconds: float) -> None:
+        self._metrics.finished(result, first if result.tokens else None, seconds)
+        log.info(
+            "%d prompt tokens, %d of them cached, %d generated in %.1f s (%s)",
+            result.prompt_tokens,
+            result.cached_tokens,
+            len(result.tokens),
+            seconds,
+            result.finish_reason,
+        )
+
+    def _reply_error(self, error: Exception) -> ReplyError:
+        """The error for the client, which does not see the details of a failed generation."""
         if not isinstance(error, ReplyError):
             log.error("a generation failed", exc_info=error)
             error = ReplyError("failed", "the generation failed; the server's log says why")
@@ -178,9 +174,9 @@ class Replies:
 
 
 class EventStream:
-    """A response of server-sent events, and a context manager: what fails inside breaks the
-    connection off, since it is too late for another response. Sending to a client that went away
-    raises ConnectionError.
+    """A response of server-sent events, as a context manager.
+
+    An error inside the block aborts the connection, because it is too late for another response.
     """
 
     def __init__(self, request: web.Request, headers: Mapping[str, str] | None = None) -> None:
@@ -198,7 +194,7 @@ class EventStream:
         await self.response.prepare(self._request)
         return self
 
-    async def __aexit__(self, kind: Any, error: BaseException | None, traceback: Any) -> None:
+    async def __aexit__(self, _type: Any, error: BaseException | None, _traceback: Any) -> None:
         if error is None:
             await self.response.write_eof()
         elif isinstance(error, Exception) and not isinstance(error, ConnectionError):
@@ -208,8 +204,9 @@ class EventStream:
             raise ConnectionResetError("the stream failed") from error
 
     async def send(self, *events: Mapping[str, Any] | str) -> None:
-        """Write events, text as it is, together; waits while the client is behind, and gives it up
-        if it does not read at all.
+        """Write events together: JSON, or text as it is. Waits for a slow client.
+
+        Raises ConnectionError if the client left, or does not read at all.
         """
         texts = (data if isinstance(data, str) else encode(data) for data in events)
         data = "".join(f"data: {text}\n\n" for text in texts).encode(errors="replace")

@@ -36,22 +36,19 @@ def last_answer(text: str) -> Fraction | None:
     for mark in reversed(list(_MARK.finditer(text))):
         if not _BEGUN.match(text, mark.end()):
             continue
-        found = _NUMBER.match(text, mark.end())
-        return None if found is None else _value(found)
+        number = _NUMBER.match(text, mark.end())
+        return None if number is None else _value(number)
     return None
 
 
-def _value(found: re.Match[str]) -> Fraction | None:
-    digits = re.sub("[,\u00a0\u2009\u202f]", "", found["number"])
+def _value(match: re.Match[str]) -> Fraction | None:
+    digits = re.sub("[,\u00a0\u2009\u202f]", "", match["number"])
     try:
-        value = (
-            Fraction(digits)
-            * Fraction(10) ** int(found["exponent"] or 0)
-            / int(found["divisor"] or 1)
-        )
+        value = Fraction(digits) * Fraction(10) ** int(match["exponent"] or 0)
+        value /= int(match["divisor"] or 1)
     except (ValueError, ZeroDivisionError):  # too many digits, or division by 0
         return None
-    return value if found["sign"] in ("", "+") else -value
+    return value if match["sign"] in ("", "+") else -value
 
 
 def same_text(reply: str, reference: str) -> bool:

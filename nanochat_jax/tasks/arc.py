@@ -2,6 +2,7 @@
 
 from nanochat_jax.paths import Paths
 from nanochat_jax.tasks.base import Conversation
+from nanochat_jax.tasks.hub import HubData
 from nanochat_jax.tasks.multiple_choice import MultipleChoice, multiple_choice
 
 
@@ -11,11 +12,12 @@ class ARC(MultipleChoice):
     Some questions have 3 or 5 choices, or digits instead of letters.
     """
 
+    data = HubData("allenai/ai2_arc", "210d026faf9955653af8916fad021475a3f00453")
     columns = ("question", "choices", "answerKey")
 
     def __init__(self, paths: Paths, subset: str, split: str) -> None:
         self.key = subset.lower().replace("-", "_")
-        super().__init__(paths, "allenai/ai2_arc", subset, split)
+        super().__init__(paths, subset, split)
 
     def get_example(self, index: int) -> Conversation:
         row = self.row(index)

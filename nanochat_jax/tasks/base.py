@@ -103,6 +103,10 @@ class TaskMixture(Task):
         return self.tasks[conversation["task"]].evaluate(conversation, completion)
 
 
+def lines(table: str) -> list[str]:
+    return table.strip().split("\n")
+
+
 def user(content: str) -> dict[str, str]:
     return {"role": "user", "content": content}
 

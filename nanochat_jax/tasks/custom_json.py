@@ -17,7 +17,7 @@ from nanochat_jax.tasks.skills import split_of
 
 
 class CustomJSON(Task):
-    """A file of records of one kind: one per line (JSON Lines) or in one JSON array.
+    """A file of records of one type: one per line (JSON Lines) or in one JSON array.
 
     Blank lines are skipped. The keys of a record determine its format:
 
@@ -50,36 +50,35 @@ class CustomJSON(Task):
         packed = self.path.suffix.lower().removeprefix(".") in COMPRESSIONS
         name = Path(self.path.stem).stem if packed else self.path.stem
         self.key = name.lower().replace("-", "_").replace(" ", "_")
-        found: list[tuple[str, Conversation]] = []
-        for place, text, value in self._records():
+        records: list[tuple[str, Conversation]] = []
+        for position, text, value in self._records():
             try:
                 conversation = _conversation(value)
                 if judged and "letters" not in conversation:
                     _check_reference(conversation["messages"][-1]["content"])
             except ValueError as error:
-                raise UsageError(f"{self.path} {place}: {error}") from error
-            found.append((text, conversation))
-        if not found:
+                raise UsageError(f"{self.path} {position}: {error}") from error
+            records.append((text, conversation))
+        if not records:
             raise UsageError(f"{self.path} holds no conversation")
-        kinds = {"letters" in conversation for _, conversation in found}
-        if len(kinds) > 1:
+        has_letters = {"letters" in conversation for _, conversation in records}
+        if len(has_letters) > 1:
             raise UsageError(
-                f"{self.path} holds both conversations and questions with choices: make two files "
-                "of it"
+                f"{self.path} holds both conversations and questions with choices: split it into "
+                "two files"
             )
         self.conversations = [
-            conversation for text, conversation in found if split in (None, split_of(text))
+            conversation for text, conversation in records if split in (None, split_of(text))
         ]
         if not self.conversations:
             raise UsageError(
-                f"{self.path}: none of its {len(found)} records falls to the split {split}: give "
-                "more"
+                f"{self.path}: none of its {len(records)} records is in the split {split}: add more"
             )
-        self.eval_type = "categorical" if kinds == {True} else "generative"
-        if self.eval_type == "categorical":
-            self.baseline = sum(1 / len(each["letters"]) for each in self.conversations) / len(
-                self.conversations
-            )
+        self.eval_type = "generative"
+        if has_letters == {True}:
+            self.eval_type = "categorical"
+            chances = [1 / len(conversation["letters"]) for conversation in self.conversations]
+            self.baseline = sum(chances) / len(chances)
 
     def _records(self) -> Iterator[tuple[str, str, Any]]:
         """(position, text, value) of each record."""
@@ -117,7 +116,7 @@ class CustomJSON(Task):
 
 def _values(whole: Any, num_lines: int) -> list[Any]:
     """The records of a file that is one JSON value; empty if it must be read as JSON Lines."""
-    if isinstance(whole, list) and not any(_is_message(each) for each in whole):
+    if isinstance(whole, list) and not any(map(_is_message, whole)):
         return whole
     return [whole] if num_lines > 1 else []
 
@@ -138,8 +137,7 @@ def _check_reference(content: Any) -> None:
     if has_answer(reference) and last_answer(reference) is None:
         answer = reference[reference.rindex("####") :]
         raise ValueError(
-            f"the answer {answer[:40]!r} is not a number that can be read: write it as in '#### "
-            "1,234.5'"
+            f"the answer {answer[:40]!r} is not a number: write it as in '#### 1,234.5'"
         )
 
 
@@ -168,20 +166,11 @@ def _chat(messages: Any, value: dict[str, Any]) -> Conversation:
     if value.get("system"):
         messages = [{"role": "system", "content": value["system"]}, *messages]
     if turns_of(messages)[-1][0] != "assistant":
-        raise ValueError(
-            f"message {len(messages) - 1} has nothing after it: the last one must be the "
-            "assistant's"
-        )
+        raise ValueError(f"message {len(messages) - 1}: the last message must be the assistant's")
     return {"messages": messages}
 
 
-SHAREGPT_ROLES = {
-    "human": "user",
-    "gpt": "assistant",
-    "chatgpt": "assistant",
-    "bing": "assistant",
-    "bard": "assistant",
-}
+SHAREGPT_ROLES = dict.fromkeys(("gpt", "chatgpt", "bing", "bard"), "assistant") | {"human": "user"}
 
 
 def _plain_message(message: dict[str, Any]) -> dict[str, Any]:
@@ -215,27 +204,22 @@ def _question(value: dict[str, Any]) -> Conversation:
     if missing := [name for name in ("question", "choices", "answer") if name not in value]:
         raise ValueError(f"no {missing[0]!r}")
     question, choices, answer = value["question"], value["choices"], value["answer"]
-    if (
-        not isinstance(question, str)
-        or not isinstance(choices, list)
-        or not all(isinstance(c, str) for c in choices)
-    ):
+    strings = isinstance(choices, list) and all(isinstance(choice, str) for choice in choices)
+    if not isinstance(question, str) or not strings:
         raise ValueError("question must be a string and choices an array of strings")
     if not 2 <= len(choices) <= len(string.ascii_uppercase):
         raise ValueError(f"{len(choices)} choices: expected 2 to {len(string.ascii_uppercase)}")
     letters = list(string.ascii_uppercase[: len(choices)])
     if isinstance(answer, int) and not isinstance(answer, bool) and 0 <= answer < len(choices):
         answer = letters[answer]
-    elif (
-        answer in letters
-        and choices.count(answer) == 1
-        and choices[letters.index(answer)] != answer
-    ):
-        raise ValueError(
-            f"the answer {answer!r} is both a letter and the text of another choice: give the index"
-        )
     elif choices.count(answer) == 1:
-        answer = letters[choices.index(answer)]
+        letter = letters[choices.index(answer)]
+        if answer in letters and answer != letter:
+            raise ValueError(
+                f"the answer {answer!r} is both a letter and the text of another choice: give the "
+                "index"
+            )
+        answer = letter
     elif answer not in letters:
         raise ValueError(
             f"the answer {answer!r} is no index, letter or text of the {len(choices)} choices"

@@ -79,7 +79,7 @@ def _run(directory: str, timeout: float, memory_bytes: int) -> ExecutionResult:
     # confinement and the end of the program are reported through a pipe, whose content cannot be
     # altered.
     status, status_end = os.pipe()
-    with TemporaryFile() as out, TemporaryFile() as err, open(status, "rb", buffering=0) as told:
+    with TemporaryFile() as out, TemporaryFile() as err, open(status, "rb", buffering=0) as report:
         command = [sys.executable, "-I", "-S", "-B", "-X", "utf8", str(CHILD)]
         command += [str(memory_bytes), str(math.ceil(timeout) + 1), str(status_end)]
         try:
@@ -95,48 +95,50 @@ def _run(directory: str, timeout: float, memory_bytes: int) -> ExecutionResult:
             )
         finally:
             os.close(status_end)
-        timed_out = False
-        try:
-            process.wait(timeout)
-        except subprocess.TimeoutExpired:
-            timed_out = True
-        finally:
-            _kill_group(process)
-            process.wait()
+        timed_out = _kill_after(process, timeout)
         stdout = os.pread(out.fileno(), MAX_OUTPUT_BYTES, 0)
-        stderr = os.pread(
-            err.fileno(),
-            MAX_OUTPUT_BYTES,
-            max(0, os.fstat(err.fileno()).st_size - MAX_OUTPUT_BYTES),
-        )
+        skipped = max(0, os.fstat(err.fileno()).st_size - MAX_OUTPUT_BYTES)
+        stderr = os.pread(err.fileno(), MAX_OUTPUT_BYTES, skipped)
         os.set_blocking(status, False)  # an escaped process could hold the other end
-        record = told.read(MAX_OUTPUT_BYTES) or b""
+        record = report.read(MAX_OUTPUT_BYTES) or b""
 
     measures, _, end = record.decode("utf-8", "replace").partition("\n")
     lines = stderr.strip().splitlines()
-    memory_exceeded = bool(lines) and lines[-1].startswith(b"MemoryError")
-    success = not timed_out and process.returncode == 0 and end == "finished\n"
-    if success:
-        error = None
-    elif timed_out:
-        error = f"TimeoutError: no end within {timeout:g} s"
-    elif process.returncode < 0:
-        number = -process.returncode
-        known = number in set(signal.Signals)
-        error = f"killed by {signal.Signals(number).name if known else f'signal {number}'}"
-    elif process.returncode == 0:
-        error = "SystemExit: left before its last line"
-    else:
-        error = lines[-1].decode("utf-8", "replace") if lines else f"exit code {process.returncode}"
+    last_line = lines[-1].decode("utf-8", "replace") if lines else ""
+    error = f"TimeoutError: no end within {timeout:g} s" if timed_out else None
+    if not timed_out and (process.returncode or end != "finished\n"):
+        error = _describe_exit(process.returncode, last_line)
     return ExecutionResult(
-        success=success,
+        success=error is None,
         stdout=stdout.decode("utf-8", "replace"),
         stderr=stderr.decode("utf-8", "replace"),
         error=error,
         timeout=timed_out,
-        memory_exceeded=memory_exceeded,
+        memory_exceeded=last_line.startswith("MemoryError"),
         confined=frozenset(measures.split()),
     )
+
+
+def _kill_after(process: subprocess.Popen, timeout: float) -> bool:
+    """Wait for the process and kill its group; returns whether it ran into the time limit."""
+    try:
+        process.wait(timeout)
+        return False
+    except subprocess.TimeoutExpired:
+        return True
+    finally:
+        _kill_group(process)
+        process.wait()
+
+
+def _describe_exit(code: int, last_line: str) -> str:
+    """Why a program failed, from its exit code and the last line of its standard error."""
+    if code > 0:
+        return last_line or f"exit code {code}"
+    if code == 0:
+        return "SystemExit: left before its last line"
+    known = -code in set(signal.Signals)
+    return f"killed by {signal.Signals(-code).name if known else f'signal {-code}'}"
 
 
 def _kill_group(process: subprocess.Popen) -> None:

@@ -27,145 +27,37 @@ LANDLOCK_WRITE_FILE, LANDLOCK_TRUNCATE = 1 << 1, 1 << 14
 # remove or create entries of any kind, write files
 LANDLOCK_CHANGE_TREE = 0b1_1111_1111_0000 | LANDLOCK_WRITE_FILE
 
-# Audit architecture and numbers of the forbidden system calls: children, sockets, signals to
-# others, other processes' memory, priorities and limits, sessions, namespaces, keys, files in
-# memory; and what Landlock does not restrict: modes, owners, times and attributes of files,
-# truncation by name (linux/audit.h, unistd.h).
-SYSCALLS = {
-    "x86_64": (
-        0xC000003E,
-        {
-            "shmget": 29,
-            "socket": 41,
-            "socketpair": 53,
-            "clone": 56,
-            "fork": 57,
-            "vfork": 58,
-            "execve": 59,
-            "kill": 62,
-            "ptrace": 101,
-            "setpgid": 109,
-            "setsid": 112,
-            "rt_sigqueueinfo": 129,
-            "setpriority": 141,
-            "sched_setparam": 142,
-            "sched_setscheduler": 144,
-            "setrlimit": 160,
-            "tkill": 200,
-            "sched_setaffinity": 203,
-            "tgkill": 234,
-            "add_key": 248,
-            "request_key": 249,
-            "keyctl": 250,
-            "ioprio_set": 251,
-            "migrate_pages": 256,
-            "unshare": 272,
-            "move_pages": 279,
-            "rt_tgsigqueueinfo": 297,
-            "prlimit64": 302,
-            "setns": 308,
-            "process_vm_readv": 310,
-            "process_vm_writev": 311,
-            "sched_setattr": 314,
-            "memfd_create": 319,
-            "bpf": 321,
-            "execveat": 322,
-            "pidfd_send_signal": 424,
-            "io_uring_setup": 425,
-            "pidfd_open": 434,
-            "clone3": 435,
-            "pidfd_getfd": 438,
-            "ioctl": 16,
-            "truncate": 76,
-            "chmod": 90,
-            "fchmod": 91,
-            "chown": 92,
-            "fchown": 93,
-            "lchown": 94,
-            "utime": 132,
-            "setxattr": 188,
-            "lsetxattr": 189,
-            "fsetxattr": 190,
-            "removexattr": 197,
-            "lremovexattr": 198,
-            "fremovexattr": 199,
-            "utimes": 235,
-            "fchownat": 260,
-            "futimesat": 261,
-            "fchmodat": 268,
-            "utimensat": 280,
-            "fchmodat2": 452,
-            "setxattrat": 463,
-            "removexattrat": 466,
-            "file_setattr": 469,
-        },
-    ),
-    "aarch64": (
-        0xC00000B7,
-        {
-            "ioprio_set": 30,
-            "unshare": 97,
-            "ptrace": 117,
-            "sched_setparam": 118,
-            "sched_setscheduler": 119,
-            "sched_setaffinity": 122,
-            "kill": 129,
-            "tkill": 130,
-            "tgkill": 131,
-            "rt_sigqueueinfo": 138,
-            "setpriority": 140,
-            "setpgid": 154,
-            "setsid": 157,
-            "setrlimit": 164,
-            "shmget": 194,
-            "socket": 198,
-            "socketpair": 199,
-            "add_key": 217,
-            "request_key": 218,
-            "keyctl": 219,
-            "clone": 220,
-            "execve": 221,
-            "migrate_pages": 238,
-            "move_pages": 239,
-            "rt_tgsigqueueinfo": 240,
-            "prlimit64": 261,
-            "setns": 268,
-            "process_vm_readv": 270,
-            "process_vm_writev": 271,
-            "sched_setattr": 274,
-            "memfd_create": 279,
-            "bpf": 280,
-            "execveat": 281,
-            "pidfd_send_signal": 424,
-            "io_uring_setup": 425,
-            "pidfd_open": 434,
-            "clone3": 435,
-            "pidfd_getfd": 438,
-            "setxattr": 5,
-            "lsetxattr": 6,
-            "fsetxattr": 7,
-            "removexattr": 14,
-            "lremovexattr": 15,
-            "fremovexattr": 16,
-            "ioctl": 29,
-            "truncate": 45,
-            "fchmod": 52,
-            "fchmodat": 53,
-            "fchownat": 54,
-            "fchown": 55,
-            "utimensat": 88,
-            "fchmodat2": 452,
-            "setxattrat": 463,
-            "removexattrat": 466,
-            "file_setattr": 469,
-        },
-    ),
-}
-
-
-FCNTL = {"x86_64": 72, "aarch64": 25}
+# Forbidden system calls with their numbers on x86_64 and aarch64 (linux/unistd.h): children,
+# sockets, signals to others, other processes' memory, priorities and limits, sessions, namespaces,
+# keys, files in memory; and what Landlock does not restrict: modes, owners, times and attributes of
+# files, truncation by name.
+FORBIDDEN = """
+shmget 29 194, socket 41 198, socketpair 53 199, clone 56 220, fork 57 -, vfork 58 -,
+execve 59 221, kill 62 129, ptrace 101 117, setpgid 109 154, setsid 112 157,
+rt_sigqueueinfo 129 138, setpriority 141 140, sched_setparam 142 118,
+sched_setscheduler 144 119, setrlimit 160 164, tkill 200 130, sched_setaffinity 203 122,
+tgkill 234 131, add_key 248 217, request_key 249 218, keyctl 250 219, ioprio_set 251 30,
+migrate_pages 256 238, unshare 272 97, move_pages 279 239, rt_tgsigqueueinfo 297 240,
+prlimit64 302 261, setns 308 268, process_vm_readv 310 270, process_vm_writev 311 271,
+sched_setattr 314 274, memfd_create 319 279, bpf 321 280, execveat 322 281,
+pidfd_send_signal 424 424, io_uring_setup 425 425, pidfd_open 434 434, clone3 435 435,
+pidfd_getfd 438 438, ioctl 16 29, truncate 76 45, chmod 90 -, fchmod 91 52, chown 92 -,
+fchown 93 55, lchown 94 -, utime 132 -, setxattr 188 5, lsetxattr 189 6, fsetxattr 190 7,
+removexattr 197 14, lremovexattr 198 15, fremovexattr 199 16, utimes 235 -,
+fchownat 260 54, futimesat 261 -, fchmodat 268 53, utimensat 280 88, fchmodat2 452 452,
+setxattrat 463 463, removexattrat 466 466, file_setattr 469 469
+"""
+# Audit architecture (linux/audit.h) and the number of fcntl.
+ARCHITECTURES = {"x86_64": (0xC000003E, 72), "aarch64": (0xC00000B7, 25)}
 # F_SETOWN, F_SETSIG, F_SETOWN_EX: make a file send signals to another process
 OWNER_COMMANDS = (8, 10, 15)
+
+
+def forbidden_numbers(machine: str) -> list[int]:
+    """Numbers of the forbidden system calls of an architecture, sorted."""
+    column = 1 + list(ARCHITECTURES).index(machine)
+    numbers = [call.split()[column] for call in FORBIDDEN.split(",")]
+    return sorted(int(number) for number in numbers if number != "-")
 
 
 def limit_resources(memory_bytes: int, cpu_seconds: int) -> None:
@@ -216,19 +108,19 @@ def forbid_writing_outside(libc: ctypes.CDLL, directory: str) -> bool:
 
 
 def filter_system_calls(libc: ctypes.CDLL) -> bool:
-    """Apply a seccomp filter: the calls in `SYSCALLS` fail with EPERM."""
-    if platform.machine() not in SYSCALLS:
+    """Apply a seccomp filter: the calls in `FORBIDDEN` fail with EPERM."""
+    machine = platform.machine()
+    if machine not in ARCHITECTURES:
         return False
-    architecture, numbers = SYSCALLS[platform.machine()]
-    # BPF_LD|W|ABS, BPF_JMP|JEQ|K, BPF_JMP|JGE|K, BPF_RET|K
+    architecture, fcntl = ARCHITECTURES[machine]
+    denied, owners = forbidden_numbers(machine), len(OWNER_COMMANDS)
+    # BPF_LD|W|ABS, BPF_JMP|JEQ|K, BPF_JMP|JGE|K, BPF_RET|K; an instruction is (code, instructions
+    # to skip if true, if false, operand).
     load, equal, at_least, give = 0x20, 0x15, 0x35, 0x06
     allow, refuse = 0x7FFF0000, 0x00050001  # SECCOMP_RET_ALLOW, SECCOMP_RET_ERRNO | EPERM
-    denied = sorted(numbers.values())
-    # fcntl's second argument
-    tail = [(equal, 0, len(OWNER_COMMANDS) + 1, FCNTL[platform.machine()]), (load, 0, 0, 24)]
-    tail += [
-        (equal, len(OWNER_COMMANDS) - i, 0, command) for i, command in enumerate(OWNER_COMMANDS)
-    ]
+    # For fcntl, the second argument decides.
+    tail = [(equal, 0, owners + 1, fcntl), (load, 0, 0, 24)]
+    tail += [(equal, owners - i, 0, command) for i, command in enumerate(OWNER_COMMANDS)]
     tail += [(give, 0, 0, allow), (give, 0, 0, refuse)]
     end = len(denied) + len(tail)
     # On x86_64, numbers from 0x40000000 are the x32 variants of the same calls: refuse them.
@@ -239,14 +131,10 @@ def filter_system_calls(libc: ctypes.CDLL) -> bool:
         (at_least, end - 1, 0, 0x40000000),
     ]
     program += [(equal, end - 2 - i, 0, number) for i, number in enumerate(denied)]
-    program += tail
-    code = ctypes.create_string_buffer(
-        b"".join(struct.pack("HBBI", *instruction) for instruction in program)
-    )
-    header = ctypes.create_string_buffer(
-        struct.pack("HxxxxxxP", len(program), ctypes.addressof(code))
-    )
-    return libc.prctl(PR_SET_SECCOMP, 2, header, 0, 0) == 0
+    packed = b"".join(struct.pack("HBBI", *instruction) for instruction in program + tail)
+    code = ctypes.create_string_buffer(packed)
+    header = struct.pack("HxxxxxxP", len(program + tail), ctypes.addressof(code))
+    return libc.prctl(PR_SET_SECCOMP, 2, ctypes.create_string_buffer(header), 0, 0) == 0
 
 
 def confine() -> list[str]:

@@ -7,7 +7,7 @@ import re
 
 from nanochat_jax.paths import Paths
 from nanochat_jax.tasks.base import Conversation, Part, assistant, python, python_output, text, user
-from nanochat_jax.tasks.hub import HubTask
+from nanochat_jax.tasks.hub import HubData, HubTask
 
 CALL = re.compile(r"<<([^>]+)>>")
 FINAL_ANSWER = re.compile(r"#### (\-?[0-9\.\,]+)")
@@ -40,14 +40,15 @@ def same_final_answer(conversation: Conversation, completion: str) -> bool:
 
 
 class GSM8K(HubTask):
-    """`subset` is main or socratic."""
+    """The configuration `main` of the data set."""
 
+    data = HubData("openai/gsm8k", "e53f048856ff4f594e959d75785d2c2d37b678ee")
     columns = ("question", "answer")
     key = "gsm8k"
     eval_type = "generative"
 
-    def __init__(self, paths: Paths, split: str, *, subset: str = "main") -> None:
-        super().__init__(paths, "openai/gsm8k", subset, split)
+    def __init__(self, paths: Paths, split: str) -> None:
+        super().__init__(paths, "main", split)
 
     def get_example(self, index: int) -> Conversation:
         row = self.row(index)

@@ -2,10 +2,11 @@
 
 import re
 
+from nanochat_jax.errors import UsageError
 from nanochat_jax.paths import Paths
 from nanochat_jax.tasks.base import Conversation, assistant, user
 from nanochat_jax.tasks.execution import execute_code
-from nanochat_jax.tasks.hub import HubTask
+from nanochat_jax.tasks.hub import HubData, HubTask
 
 CODE_BLOCK = re.compile(r"```(?:python)?\s*\n(.*?)\n```", re.DOTALL)
 TIME_LIMIT_S = 5.0
@@ -33,12 +34,15 @@ def extract_program(reply: str) -> str:
 class HumanEval(HubTask):
     """164 problems, only a test split."""
 
+    data = HubData("openai/openai_humaneval", "7dce6050a7d6d172f3cc5c32aa97f52fa1a2e544")
     columns = ("prompt", "canonical_solution", "entry_point", "test")
     key = "humaneval"
     eval_type = "generative"
 
-    def __init__(self, paths: Paths) -> None:
-        super().__init__(paths, "openai/openai_humaneval", "openai_humaneval", "test")
+    def __init__(self, paths: Paths, split: str = "test") -> None:
+        if split != "test":
+            raise UsageError(f"HumanEval has only the split test, not {split!r}")
+        super().__init__(paths, "openai_humaneval", split)
 
     def get_example(self, index: int) -> Conversation:
         row = self.row(index)

@@ -3,29 +3,26 @@
 import logging
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Mapping
 from os.path import samefile
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from nanochat_jax.data.convert import file_format
 from nanochat_jax.errors import UsageError
 from nanochat_jax.paths import Paths
-from nanochat_jax.tasks.arc import ARC
 from nanochat_jax.tasks.base import Conversation, Task, TaskMixture
 from nanochat_jax.tasks.chitchat import ChitChat
 from nanochat_jax.tasks.custom_json import CustomJSON
-from nanochat_jax.tasks.gsm8k import GSM8K
-from nanochat_jax.tasks.identity import Identity, identity_conversations
-from nanochat_jax.tasks.mmlu import MMLU
+from nanochat_jax.tasks.identity import Identity
+from nanochat_jax.tasks.registry import MIXED
 from nanochat_jax.tasks.skills import Arithmetic, LetterCount, Spelling, load_words
-from nanochat_jax.tasks.smoltalk import SmolTalk
-from nanochat_jax.tasks.spelling import SimpleSpelling, SpellingBee, load_words_alpha
 
 logger = logging.getLogger(__name__)
 
 Stage = Literal["mid", "sft"]
 Split = Literal["train", "val"]
+TASK_SPLITS: dict[Split, Literal["train", "test"]] = {"train": "train", "val": "test"}
 
 # Conversations of each generated skill in one pass; small talk is used once.
 OFFLINE_SIZES = {
@@ -50,13 +47,8 @@ class Chained(Task):
 
     def get_example(self, index: int) -> Conversation:
         end = self.starts[index + 1] if index + 1 < len(self.starts) else len(self.task)
-        return {
-            "messages": [
-                message
-                for i in range(self.starts[index], end)
-                for message in self.task[i]["messages"]
-            ]
-        }
+        parts = [self.task[i]["messages"] for i in range(self.starts[index], end)]
+        return {"messages": [message for messages in parts for message in messages]}
 
 
 def offline_mixture(stage: Stage, split: Split, paths: Paths) -> Task:
@@ -64,13 +56,10 @@ def offline_mixture(stage: Stage, split: Split, paths: Paths) -> Task:
 
     Needs the embedded corpus (for its word list) and the packages of the extra `offline`.
     """
-    sizes = (
-        OFFLINE_SIZES[stage]
-        if split == "train"
-        else dict.fromkeys(OFFLINE_SIZES[stage], OFFLINE_VAL_SIZE)
-    )
+    sizes, part = OFFLINE_SIZES[stage], TASK_SPLITS[split]
+    if split == "val":
+        sizes = dict.fromkeys(sizes, OFFLINE_VAL_SIZE)
     words = load_words(paths.data("embedded"))
-    part: Literal["train", "test"] = "train" if split == "train" else "test"
     return Chained(
         TaskMixture(
             [
@@ -90,42 +79,30 @@ def upstream_mixture(
     paths: Paths,
     *,
     after: str = "mid",
-    mmlu_epochs: int | None = None,
-    gsm8k_epochs: int | None = None,
+    epochs: Mapping[str, int] | None = None,
 ) -> TaskMixture:
     """The mixtures of nanochat's speedruns.
 
     - `mid`: 848K conversations.
     - `sft` after "mid" (December 2025): 22.4K, with 0 passes over MMLU and 1 over GSM8K.
     - `sft` after "base" (2026): with 3 passes over MMLU and 4 over GSM8K.
+
+    `epochs` replaces the passes over MMLU and GSM8K, by name.
     """
     straight = stage == "sft" and after == "base"
     if split == "val":
-        return named_mixture(
-            "SmolTalk,MMLU:5200,GSM8K:420" if stage == "mid" or straight else "SmolTalk",
-            paths,
-            "test",
-        )
+        full = stage == "mid" or straight
+        return named_mixture("SmolTalk,MMLU:5200,GSM8K:420" if full else "SmolTalk", paths, "test")
     if stage == "mid":
         return named_mixture("SmolTalk,MMLU,GSM8K,Identity*2,SimpleSpelling,SpellingBee", paths)
-    mmlu, gsm8k = (3, 4) if straight else (0, 1)
-    passes = {
-        "MMLU": mmlu if mmlu_epochs is None else mmlu_epochs,
-        "GSM8K": gsm8k if gsm8k_epochs is None else gsm8k_epochs,
-    }
+    passes = {"MMLU": 3 if straight else 0, "GSM8K": 4 if straight else 1, **(epochs or {})}
     knowledge = [f"{name}*{count}" for name, count in passes.items() if count > 0]
     if straight:
-        return named_mixture(",".join(["SmolTalk", *knowledge]), paths)
-    return named_mixture(
-        ",".join(
-            [
-                "ARC-Easy,ARC-Challenge",
-                *knowledge,
-                "SmolTalk:10000,Identity,SimpleSpelling:300,SpellingBee:300",
-            ]
-        ),
-        paths,
-    )
+        parts = ["SmolTalk", *knowledge]
+    else:
+        parts = ["ARC-Easy", "ARC-Challenge", *knowledge]
+        parts += ["SmolTalk:10000", "Identity", "SimpleSpelling:300", "SpellingBee:300"]
+    return named_mixture(",".join(parts), paths)
 
 
 def mixture_for(
@@ -136,49 +113,46 @@ def mixture_for(
     *,
     named: str | None = None,
     after: str = "mid",
-    mmlu_epochs: int | None = None,
-    gsm8k_epochs: int | None = None,
+    **epochs: int | None,
 ) -> Task:
     """The mixture of a corpus: offline for `embedded`, else upstream's (also for None).
 
-    `named` replaces the training mixture, not validation. `mmlu_epochs` and `gsm8k_epochs` change
-    the passes of upstream's mixture.
+    `named` replaces the training mixture, not validation. `epochs` are `mmlu_epochs` and
+    `gsm8k_epochs`, the passes of upstream's mixture (None: its default).
     """
-    epochs_given = mmlu_epochs is not None or gsm8k_epochs is not None
+    passes = {
+        name.removesuffix("_epochs").upper(): count
+        for name, count in epochs.items()
+        if count is not None
+    }
     if named and split == "train":
-        if epochs_given:
+        if passes:
             raise UsageError(
-                "--mmlu-epochs and --gsm8k-epochs: give the weights in --mixture, as in MMLU*3"
+                "`mmlu_epochs` and `gsm8k_epochs`: give the weights in `mixture`, as in MMLU*3"
             )
         return named_mixture(named, paths)
     if data != "embedded":
-        return upstream_mixture(
-            stage, split, paths, after=after, mmlu_epochs=mmlu_epochs, gsm8k_epochs=gsm8k_epochs
-        )
-    if epochs_given:
+        return upstream_mixture(stage, split, paths, after=after, epochs=passes)
+    if passes:
         raise UsageError(
-            "--mmlu-epochs and --gsm8k-epochs: the mixture of the embedded corpus has neither"
+            "`mmlu_epochs` and `gsm8k_epochs`: the mixture of the embedded corpus has neither"
         )
     return offline_mixture(stage, split, paths)
 
 
-MIXED_TASKS = (
-    "SmolTalk",
-    "MMLU",
-    "GSM8K",
-    "ARC-Easy",
-    "ARC-Challenge",
-    "Identity",
-    "SimpleSpelling",
-    "SpellingBee",
-    "ChitChat",
-)
+class MixtureEntry(NamedTuple):
+    """An entry of a mixture such as `MMLU*3`: a task or file, "*", ":" or None, and the number."""
+
+    text: str
+    name: str
+    sign: str | None
+    number: float
 
 
-def mixture_entries(named: str) -> list[tuple[str, str, str | None, float]]:
-    """(text, name, sign, number) of each entry of a mixture; the sign is "*", ":" or None.
+def mixture_entries(named: str) -> list[MixtureEntry]:
+    """The entries of a mixture. Reads no files.
 
-    Reads no files. Raises `UsageError` for an unknown name or an invalid weight.
+    Raises `UsageError` for an unknown name or an invalid weight.
     """
     entries = []
     for entry in map(str.strip, named.split(",")):
@@ -194,11 +168,11 @@ def mixture_entries(named: str) -> list[tuple[str, str, str | None, float]]:
             raise UsageError(
                 f"the weight of {entry!r} must be a positive number, as in {name}*2.5"
             ) from None
-        if file_format(name) != "jsonl" and name not in MIXED_TASKS:
+        if file_format(name) != "jsonl" and name not in MIXED:
             raise UsageError(
-                f"unknown task {name!r}: expected {', '.join(MIXED_TASKS)} or a file FILE.jsonl"
+                f"unknown task {name!r}: expected {', '.join(MIXED)} or a file FILE.jsonl"
             )
-        entries.append((entry, name, sign, weight))
+        entries.append(MixtureEntry(entry, name, sign, weight))
     return entries
 
 
@@ -210,42 +184,30 @@ def named_mixture(
     Entries are tasks or files of conversations, with a weight (*) or the number of first
     conversations to use (:). Raises `UsageError` for an unknown name or an invalid weight.
     """
-    tasks: dict[str, Callable[[], Task]] = {
-        "SmolTalk": lambda: SmolTalk(paths, split),
-        "MMLU": lambda: MMLU(paths, "auxiliary_train" if split == "train" else split),
-        "GSM8K": lambda: GSM8K(paths, split),
-        "ARC-Easy": lambda: ARC(paths, "ARC-Easy", split),
-        "ARC-Challenge": lambda: ARC(paths, "ARC-Challenge", split),
-        "Identity": lambda: identity_conversations(paths.base),
-        "SimpleSpelling": lambda: SimpleSpelling(load_words_alpha(paths.base), split, size=200_000),
-        "SpellingBee": lambda: SpellingBee(load_words_alpha(paths.base), split, size=80_000),
-        "ChitChat": lambda: ChitChat(split),
-    }
-    entries: list[tuple[str, str, str | None, float]] = []
+    entries: list[MixtureEntry] = []
     files: dict[str, Task] = {}
-    for parsed in mixture_entries(named):  # read all files before downloading anything
-        text, name, *_ = parsed
-        if name not in tasks:
-            task = CustomJSON(Path(name), judged=False)
-            if same := [other for other in files if samefile(other, name)]:
+    for entry in mixture_entries(named):  # read all files before downloading anything
+        if entry.name not in MIXED:
+            task = CustomJSON(Path(entry.name), judged=False)
+            if same := [other for other in files if samefile(other, entry.name)]:
                 logger.warning(
                     "%s: the file is %s again and is read once; to train on it twice, write %s*2",
-                    text,
+                    entry.text,
                     same[0],
                     same[0],
                 )
                 continue
-            files[name] = task
-        entries.append(parsed)
-    chosen: list[Task] = []
+            files[entry.name] = task
+        entries.append(entry)
+    tasks: list[Task] = []
     weights = []
-    for entry, name, sign, weight in entries:
-        chosen.append(files[name] if name in files else tasks[name]())
-        weights.append(min(1.0, weight / len(chosen[-1])) if sign == ":" else weight)
-        if round(weights[-1] * len(chosen[-1])) < 1:
+    for text, name, sign, number in entries:
+        tasks.append(files[name] if name in files else MIXED[name](paths, split))
+        size = len(tasks[-1])
+        weights.append(min(1.0, number / size) if sign == ":" else number)
+        if round(weights[-1] * size) < 1:
             raise UsageError(
-                f"{entry!r} takes none of the {len(chosen[-1])} conversations of {name}: give "
-                "more weight, or "
+                f"{text!r} takes none of the {size} conversations of {name}: give more weight, or "
                 "leave it out"
             )
-    return TaskMixture(chosen, weights)
+    return TaskMixture(tasks, weights)

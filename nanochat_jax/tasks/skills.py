@@ -9,6 +9,7 @@ and copies tokens, not letters.
 """
 
 import hashlib
+import operator
 import random
 import re
 from collections.abc import Sequence
@@ -16,7 +17,16 @@ from pathlib import Path
 from typing import Literal
 
 from nanochat_jax.errors import NotFound
-from nanochat_jax.tasks.base import Conversation, Task, assistant, python, python_output, text, user
+from nanochat_jax.tasks.base import (
+    Conversation,
+    Task,
+    assistant,
+    lines,
+    python,
+    python_output,
+    text,
+    user,
+)
 
 Split = Literal["train", "test"]
 
@@ -24,6 +34,99 @@ TEST_SHARE = 10  # one item in this many is in the test split
 MADE_UP_SHARE, LONGEST_MADE_UP = 0.3, 12  # of training words; maximum letters
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
+
+ARITHMETIC_QUESTIONS = lines("""
+What is {}?
+What is {}?
+What is {}?
+What is {}?
+What's {}?
+{}
+{} =
+{} = ?
+{}?
+Calculate {}.
+Calculate {}
+Compute {}.
+How much is {}?
+What does {} equal?
+Please compute {}.
+Can you calculate {}?
+Work out {}.
+what is {}
+Tell me what {} is.
+Solve {}.
+""")
+OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
+SPOKEN = {"+": ["plus"], "-": ["minus"], "*": ["times", "multiplied by", "x"]}
+SPOKEN["/"] = ["divided by"]
+WORD_QUESTIONS = {
+    "+": lines("""
+What is the sum of {a} and {b}?
+Add {a} and {b}.
+Add {b} to {a}.
+Find the sum of {a} and {b}.
+What do you get if you add {b} to {a}?
+Increase {a} by {b}.
+How much are {a} and {b} together?
+I have {a} apples and get {b} more. How many are there?
+"""),
+    "-": lines("""
+What is the difference between {a} and {b}?
+Subtract {b} from {a}.
+Take {b} away from {a}.
+How much more is {a} than {b}?
+Decrease {a} by {b}.
+What is left of {a} without {b}?
+I have {a} apples and eat {b} of them. How many are left?
+"""),
+    "*": lines("""
+What is the product of {a} and {b}?
+Multiply {a} by {b}.
+Find the product of {a} and {b}.
+What do you get if you multiply {a} by {b}?
+There are {a} boxes of {b} apples. How many are there?
+"""),
+    "/": lines("""
+Divide {a} by {b}.
+What do you get if you divide {a} by {b}?
+Share {a} among {b}.
+"""),
+}
+SPELLING_QUESTIONS = lines("""
+Spell the word {}
+Spell the word {}.
+Spell the word {}.
+Spell {}
+Spell {}.
+How do you spell {}?
+How do you spell {}?
+How is {} spelled?
+Can you spell {}?
+Please spell {}.
+Please spell the word {}.
+What are the letters of {}?
+how do you spell {}
+spell {}
+Spell out the word {}.
+""")
+COUNT_QUESTIONS = lines("""
+How many {letter} are in {word}?
+How many {letter} are in {word}?
+How many {letter} in {word}?
+How many {letter} are there in {word}?
+How many {letter}'s are in {word}?
+How many letters {letter} are in {word}?
+How many times does {letter} appear in {word}?
+How many times does the letter {letter} appear in {word}?
+How often does {letter} occur in {word}?
+Count the {letter} in {word}.
+Count the letter {letter} in {word}.
+How many {letter} are in the word {word}?
+How many {letter}'s are there in the word {word}?
+how many {letter} are in {word}
+How many {letter} does {word} have?
+""")
 
 
 def split_of(item: str) -> Split:
@@ -72,35 +175,6 @@ class Arithmetic(Skill):
 
     key = "arithmetic"
 
-    SPOKEN = {
-        "+": ["plus"],
-        "-": ["minus"],
-        "*": ["times", "multiplied by", "x"],
-        "/": ["divided by"],
-    }
-    QUESTIONS = [
-        "What is {}?",
-        "What is {}?",
-        "What is {}?",
-        "What is {}?",
-        "What's {}?",
-        "{}",
-        "{} =",
-        "{} = ?",
-        "{}?",
-        "Calculate {}.",
-        "Calculate {}",
-        "Compute {}.",
-        "How much is {}?",
-        "What does {} equal?",
-        "Please compute {}.",
-        "Can you calculate {}?",
-        "Work out {}.",
-        "what is {}",
-        "Tell me what {} is.",
-        "Solve {}.",
-    ]
-
     def make(self, rng: random.Random) -> Conversation:
         while True:
             operation, a, b = self.draw(rng)
@@ -110,22 +184,9 @@ class Arithmetic(Skill):
                 break
         expression = f"{a} {operation} {b}"
         question = self.ask(rng, operation, a, b)
-        result = {"+": a + b, "-": a - b, "*": a * b, "/": a / b if operation == "/" else None}[
-            operation
-        ]
-        return {
-            "messages": [
-                user(question),
-                assistant(
-                    [
-                        python(expression),
-                        python_output(str(result)),
-                        text(f"{expression} = {result}"),
-                    ]
-                ),
-            ],
-            "answer": result,
-        }
+        result = OPERATIONS[operation](a, b)
+        reply = [python(expression), python_output(str(result)), text(f"{expression} = {result}")]
+        return {"messages": [user(question), assistant(reply)], "answer": result}
 
     def ask(self, rng: random.Random, operation: str, a: int, b: int) -> str:
         form = rng.random()
@@ -134,8 +195,8 @@ class Arithmetic(Skill):
         elif form < 0.82:
             asked = f"{a}{operation}{b}"
         else:
-            asked = f"{a} {rng.choice(self.SPOKEN[operation])} {b}"
-        return rng.choice(self.QUESTIONS).format(asked)
+            asked = f"{a} {rng.choice(SPOKEN[operation])} {b}"
+        return rng.choice(ARITHMETIC_QUESTIONS).format(asked)
 
     @staticmethod
     def draw(rng: random.Random) -> tuple[str, int, int]:
@@ -159,42 +220,8 @@ class WordArithmetic(Arithmetic):
 
     key = "word_arithmetic"
 
-    ASKED = {
-        "+": [
-            "What is the sum of {a} and {b}?",
-            "Add {a} and {b}.",
-            "Add {b} to {a}.",
-            "Find the sum of {a} and {b}.",
-            "What do you get if you add {b} to {a}?",
-            "Increase {a} by {b}.",
-            "How much are {a} and {b} together?",
-            "I have {a} apples and get {b} more. How many are there?",
-        ],
-        "-": [
-            "What is the difference between {a} and {b}?",
-            "Subtract {b} from {a}.",
-            "Take {b} away from {a}.",
-            "How much more is {a} than {b}?",
-            "Decrease {a} by {b}.",
-            "What is left of {a} without {b}?",
-            "I have {a} apples and eat {b} of them. How many are left?",
-        ],
-        "*": [
-            "What is the product of {a} and {b}?",
-            "Multiply {a} by {b}.",
-            "Find the product of {a} and {b}.",
-            "What do you get if you multiply {a} by {b}?",
-            "There are {a} boxes of {b} apples. How many are there?",
-        ],
-        "/": [
-            "Divide {a} by {b}.",
-            "What do you get if you divide {a} by {b}?",
-            "Share {a} among {b}.",
-        ],
-    }
-
     def ask(self, rng: random.Random, operation: str, a: int, b: int) -> str:
-        return rng.choice(self.ASKED[operation]).format(a=a, b=b)
+        return rng.choice(WORD_QUESTIONS[operation]).format(a=a, b=b)
 
 
 class WordSkill(Skill):
@@ -225,28 +252,10 @@ class Spelling(WordSkill):
 
     key = "spelling"
 
-    QUESTIONS = [
-        "Spell the word {}",
-        "Spell the word {}.",
-        "Spell the word {}.",
-        "Spell {}",
-        "Spell {}.",
-        "How do you spell {}?",
-        "How do you spell {}?",
-        "How is {} spelled?",
-        "Can you spell {}?",
-        "Please spell {}.",
-        "Please spell the word {}.",
-        "What are the letters of {}?",
-        "how do you spell {}",
-        "spell {}",
-        "Spell out the word {}.",
-    ]
-
     def make(self, rng: random.Random) -> Conversation:
         word = self.draw_word(rng)
         asked = word if rng.random() < 0.5 else f'"{word}"'
-        question = rng.choice(self.QUESTIONS).format(asked)
+        question = rng.choice(SPELLING_QUESTIONS).format(asked)
         return {"messages": [user(question), assistant("-".join(word))], "answer": word}
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
@@ -263,24 +272,6 @@ class LetterCount(WordSkill):
 
     key = "letter_count"
 
-    QUESTIONS = [
-        "How many {letter} are in {word}?",
-        "How many {letter} are in {word}?",
-        "How many {letter} in {word}?",
-        "How many {letter} are there in {word}?",
-        "How many {letter}'s are in {word}?",
-        "How many letters {letter} are in {word}?",
-        "How many times does {letter} appear in {word}?",
-        "How many times does the letter {letter} appear in {word}?",
-        "How often does {letter} occur in {word}?",
-        "Count the {letter} in {word}.",
-        "Count the letter {letter} in {word}.",
-        "How many {letter} are in the word {word}?",
-        "How many {letter}'s are there in the word {word}?",
-        "how many {letter} are in {word}",
-        "How many {letter} does {word} have?",
-    ]
-
     def make(self, rng: random.Random) -> Conversation:
         word = self.draw_word(rng)
         letter = self.draw_letter(word, rng)
@@ -293,7 +284,7 @@ class LetterCount(WordSkill):
         reply = f"It appears {count} {'time' if count == 1 else 'times'}."
         return {
             "messages": [
-                user(rng.choice(self.QUESTIONS).format(letter=asked_letter, word=asked_word)),
+                user(rng.choice(COUNT_QUESTIONS).format(letter=asked_letter, word=asked_word)),
                 assistant([python(call), python_output(str(count)), text(reply)]),
             ],
             "answer": count,

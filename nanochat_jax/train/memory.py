@@ -70,15 +70,15 @@ def estimate_memory(
     # with Muon's temporaries
     optimizer = (4 * matrices + 8 * tables + 24 * matrices) / (data * model)
     # tables gathered for use
-    whole = 2 * 4 * config.padded_vocab_size * config.n_embd if fsdp else 0
+    gathered = 2 * 4 * config.padded_vocab_size * config.n_embd if fsdp else 0
     hidden = 2 * rows * config.sequence_len * config.n_embd * (0.5 if gpu else 1.0)
-    kept = {
+    saved = {
         "none": 34 * config.n_layer,
         "minimal": 14 * config.n_layer + 110,
         "block": config.n_layer + 110,
         "full": 3 * math.isqrt(config.n_layer) + 110,
     }[remat]
-    return weights / ways + optimizer + whole + hidden * kept + 3 * 4 * CHUNK_ELEMENTS
+    return weights / ways + optimizer + gathered + hidden * saved + 3 * 4 * CHUNK_ELEMENTS
 
 
 def choose_memory(
@@ -107,16 +107,12 @@ def choose_memory(
     gpu = mesh.devices.flat[0].platform == "gpu"
     choices = [("none", False, size) for size in sizes[: 2 if gpu else 1]]
     choices += [("minimal", True, size) for size in sizes]
-    choices += [
-        (saving, spread, size)
-        for size in sizes
-        for saving, spread in (("block", False), ("block", True))
-    ]
+    choices += [("block", sharded, size) for size in sizes for sharded in (False, True)]
     choices += [("full", True, sizes[-1])]
-    for saving, spread, size in choices:
+    for mode, sharded, size in choices:
         chosen = (
-            saving if remat == "auto" else remat,
-            (spread if fsdp is None else fsdp) and data_size(mesh) > 1,
+            mode if remat == "auto" else remat,
+            (sharded if fsdp is None else fsdp) and data_size(mesh) > 1,
         )
         needed = estimate_memory(
             config,
@@ -131,7 +127,7 @@ def choose_memory(
             break
     if limit is not None:
         log.info(
-            "--device-batch-size %s --remat %s --fsdp %s: about %.1f of %.1f GiB",
+            "`device_batch_size=%s` `remat=%s` `fsdp=%s`: about %.1f of %.1f GiB",
             rows or size,
             chosen[0],
             str(chosen[1]).lower(),
@@ -173,30 +169,36 @@ def compile_step(
     return compiled, needed
 
 
-def out_of_memory(shape: BatchShape, mesh: Mesh, needed: int | None = None) -> UsageError:
+def out_of_memory(shape: BatchShape | None, mesh: Mesh, needed: int | None = None) -> UsageError:
+    """The error of a step that does not fit, with advice; `shape`: None if steps differ."""
+    if shape is None:
+        return UsageError(
+            "a step does not fit into memory: halve `device_batch_size` or `num_slots`, set "
+            "`remat=block`, or set `fsdp`"
+        )
     rows, limit = shape.micro_rows // data_size(mesh), memory_limit()
-    said = (
-        f"a step of {rows} rows of {shape.sequence_len} tokens per device does not fit into memory"
-    )
+    size = ""
     if needed and limit:
-        said += f": it needs {needed / 2**30:.1f} GiB of {limit / 2**30:.1f} GiB"
+        size = f": it needs {needed / 2**30:.1f} GiB of {limit / 2**30:.1f} GiB"
     smaller = [
         size for size in range(1, rows // 2 + 1) if shape.rows % (size * data_size(mesh)) == 0
     ]
     advice = (
-        f"halve --device-batch-size (try {smaller[-1]}), or "
+        f"halve `device_batch_size` (try {smaller[-1]})"
         if smaller
-        else "--device-batch-size is at its smallest; "
+        else "`device_batch_size` is at its smallest"
     )
     return UsageError(
-        f"{said}; {advice}give --remat block or full, --fsdp, or a smaller --depth or --max-seq-len"
+        f"a step of {rows} rows of {shape.sequence_len} tokens per device does not fit into "
+        f"memory{size}; {advice}, or set `remat=block` or `remat=full`, `fsdp`, or a smaller "
+        "`depth` or `max_seq_len`"
     )
 
 
 def choose_batch_shape(
     total_batch_size: int,
-    device_batch_size: int | str,
     sequence_len: int,
+    device_batch_size: int | str,
     mesh: Mesh,
     step_fn: jax.stages.Wrapped,
     state: TrainState,
@@ -206,8 +208,8 @@ def choose_batch_shape(
         return batch_shape(total_batch_size, int(device_batch_size), sequence_len, mesh)
     if (limit := memory_limit()) is None:
         raise UsageError(
-            f"--device-batch-size auto: {jax.devices()[0].device_kind} does not tell its memory, "
-            "give a number"
+            f"`device_batch_size=auto`: {jax.devices()[0].device_kind} does not report its memory; "
+            "set a number"
         )
     usable = limit * USABLE_MEMORY.get(jax.devices()[0].platform, 0.92)
     rows = batch_shape(total_batch_size, 1, sequence_len, mesh).rows // data_size(mesh)
@@ -222,9 +224,9 @@ def choose_batch_shape(
         except UsageError:
             needed = None
         log.info(
-            "--device-batch-size %d needs %s of %.1f GiB",
+            "`device_batch_size=%d` needs %s of %.1f GiB",
             sizes[middle],
-            "more than there is" if needed is None else f"{needed / 2**30:.2f} GiB",
+            "more than the device has" if needed is None else f"{needed / 2**30:.2f} GiB",
             usable / 2**30,
         )
         if needed is not None and needed <= usable:

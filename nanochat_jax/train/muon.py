@@ -111,7 +111,7 @@ def muon(
         cautious decay).
       beta2: decay of NorMuon's second moment.
       compute_dtype: dtype of the iteration's matmuls (bfloat16 on accelerators).
-      mesh: if given, the stacked matrices are sharded over all its devices.
+      mesh: the stacked matrices are sharded over all its devices.
     """
     modern = variant == "modern"
     orthogonalize = orthogonalize_modern if modern else orthogonalize_classic
@@ -129,31 +129,32 @@ def muon(
 
     def update(grads: Any, state: MuonState, params: Any = None) -> tuple[Any, MuonState]:
         beta = momentum(state.count)
-        buffers = jax.tree.map(lambda m, g: beta * m + (1.0 - beta) * g, state.momentum, grads)
-        nesterov = jax.tree.map(lambda m, g: beta * m + (1.0 - beta) * g, buffers, grads)
+        average = lambda m, g: beta * m + (1.0 - beta) * g  # noqa: E731
+        buffers = jax.tree.map(average, state.momentum, grads)
+        nesterov = jax.tree.map(average, buffers, grads)
         steps = _orthogonalize_tree(nesterov, orthogonalize, compute_dtype, mesh)
         second_moment = state.second_moment
         if modern:
-            leaves, treedef = jax.tree.flatten(steps)
-            pairs = [
-                normalize_variance(g, v, beta2)
-                for g, v in zip(leaves, jax.tree.leaves(second_moment))
-            ]
-            steps, second_moment = (jax.tree.unflatten(treedef, part) for part in zip(*pairs))
+            pairs = jax.tree.map(
+                lambda step, moment: normalize_variance(step, moment, beta2), steps, second_moment
+            )
+            steps, second_moment = jax.tree.transpose(
+                jax.tree.structure(steps), jax.tree.structure((0, 0)), pairs
+            )
         rate = learning_rate(state.count)
         decay = weight_decay(state.count) if weight_decay is not None else None
-
-        def apply(step: Array, p: Array) -> Array:
-            eta = rate * math.sqrt(max(1.0, step.shape[-1] / step.shape[-2]))  # fan_out / fan_in
-            if decay is not None:  # cautious: only where decay and update agree
-                step = step + decay * p * (step * p >= 0)
-            return (-eta * step).astype(p.dtype)
-
-        return jax.tree.map(apply, steps, params), MuonState(
-            state.count + 1, buffers, second_moment
-        )
+        updates = jax.tree.map(lambda step, p: _update(step, p, rate, decay), steps, params)
+        return updates, MuonState(state.count + 1, buffers, second_moment)
 
     return optax.GradientTransformation(init, update)
+
+
+def _update(step: Array, p: Array, rate: Array, decay: Array | None) -> Array:
+    """What is added to the matrices `p`, from their orthogonalized step."""
+    eta = rate * math.sqrt(max(1.0, step.shape[-1] / step.shape[-2]))  # fan_out / fan_in
+    if decay is not None:  # cautious: only where decay and update agree
+        step = step + decay * p * (step * p >= 0)
+    return (-eta * step).astype(p.dtype)
 
 
 def _orthogonalize_tree(tree: Any, orthogonalize: Callable, dtype: Any, mesh: Mesh | None) -> Any:

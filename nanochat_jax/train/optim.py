@@ -9,6 +9,7 @@ from jax import Array
 
 from nanochat_jax.model.compute import REFERENCE, Compute
 from nanochat_jax.model.config import GPTConfig
+from nanochat_jax.model.recipe import CLASSIC, MODERN
 from nanochat_jax.model.weights import MATRICES, SCALARS, optimizer_groups
 from nanochat_jax.train.muon import muon
 
@@ -18,20 +19,26 @@ EPS = 1e-10
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """Learning rates before width scaling; `weight_decay` of the matrices (modern).
+    """Learning rates before width scaling, AdamW's weight decay and gradient clipping.
 
-    For `classic`, `weight_decay` is that of the AdamW groups.
+    Attributes:
+      weight_decay: of the AdamW groups of `classic`. `modern` does not use it: its AdamW groups
+        have fixed decays, and Muon's is `Schedules.weight_decay`.
+      grad_clip: largest norm of the gradient; 0: no limit.
     """
 
-    embedding_lr: float = 0.3
-    unembedding_lr: float = 0.008
-    matrix_lr: float = 0.02
-    scalar_lr: float = 0.5
+    embedding_lr: float = MODERN.embedding_lr
+    unembedding_lr: float = MODERN.unembedding_lr
+    matrix_lr: float = MODERN.matrix_lr
+    scalar_lr: float = MODERN.scalar_lr
     weight_decay: float = 0.0
-    grad_clip: float = 0.0  # classic: 1.0; 0 turns it off
+    grad_clip: float = 0.0
 
 
-CLASSIC_RATES = dict(embedding_lr=0.2, unembedding_lr=0.004, matrix_lr=0.02, grad_clip=1.0)
+CLASSIC_RATES = {
+    name: getattr(CLASSIC, name)
+    for name in ("embedding_lr", "unembedding_lr", "matrix_lr", "grad_clip")
+}
 
 
 def trapezoid(
@@ -119,10 +126,8 @@ def make_optimizer(
     def rate(value: float) -> Schedule:
         return lambda step: value * lr_multiplier(step)
 
-    embedding, unembedding = (
-        rates.embedding_lr * lr_scale * width_scale,
-        rates.unembedding_lr * lr_scale * width_scale,
-    )
+    embedding = rates.embedding_lr * lr_scale * width_scale
+    unembedding = rates.unembedding_lr * lr_scale * width_scale
     scalar = rates.scalar_lr * lr_scale
     if config.arch == "modern":
         groups = {

@@ -2,8 +2,8 @@
 
 Several replies to each prompt are sampled from the current parameters, and a task rewards them. A
 reply's advantage is its reward minus the mean reward of the prompt's replies; it weights the
-log-probability of each sampled token. Of GRPO (Shao et al. 2024, arXiv:2402.03300), the division by
-the standard deviation, the KL penalty, ratios and clipping are left out; samples are always
+log-probability of each sampled token. This is GRPO (Shao et al. 2024, arXiv:2402.03300) without the
+division by the standard deviation, the KL penalty, ratios and clipping; samples are always
 on-policy. A prompt whose replies all have the same reward contributes nothing.
 """
 
@@ -55,59 +55,63 @@ def sample_rollouts(
 
     The seed determines the random streams.
     """
-
-    def cut(tokens: list[int]) -> tuple[int, ...]:
-        """The prompt as the engine truncates it, so that training uses the same tokens."""
-        return engine.generation(
-            Request(tuple(tokens), max_tokens=sampling.max_new_tokens, truncate=True)
-        ).prompt
-
-    rendered = [render_for_completion(tokenizer, each, MAX_PROMPT_TOKENS) for each in conversations]
-    fitting = list(map(cut, rendered))
-    if count := sum(
-        len(short) < len(tokens) for short, tokens in zip(fitting, rendered, strict=True)
-    ):
-        log.warning(
-            "%d of %d prompts are too long for the context of %d tokens: the beginning of each is "
-            "cut off",
-            count,
-            len(fitting),
-            engine.max_len,
-        )
-    prompts = [prompt for prompt in fitting for _ in range(sampling.num_samples)]
-    streams = np.random.SeedSequence(sampling.seed).generate_state(len(prompts))
-    results = engine.generate(
-        [
-            Request(
-                prompt,
-                max_tokens=sampling.max_new_tokens,
-                temperature=sampling.temperature,
-                top_k=sampling.top_k,
-                seed=int(stream),
-                logprobs=True,
-            )
-            for prompt, stream in zip(prompts, streams)
-        ]
-    )
+    rendered = [
+        render_for_completion(tokenizer, conversation, MAX_PROMPT_TOKENS)
+        for conversation in conversations
+    ]
+    requests = _requests(_truncated(engine, rendered, sampling.max_new_tokens), sampling)
     rollouts = []
-    for i, (prompt, result) in enumerate(zip(prompts, results, strict=True)):
-        reward = float(task.evaluate(conversations[i // sampling.num_samples], result.text))
-        log_prob = sum(
-            each
-            for each, sampled in zip(result.logprobs or (), result.sampled, strict=True)
-            if sampled
-        )
+    for i, (request, result) in enumerate(zip(requests, engine.generate(requests), strict=True)):
+        prompt, sampled = request.tokens, list(result.sampled)
+        log_probs = zip(result.logprobs or (), sampled, strict=True)
         rollouts.append(
             Rollout(
                 [*prompt, *result.tokens],
-                [False] * len(prompt) + list(result.sampled),
-                reward,
-                log_prob,
+                [False] * len(prompt) + sampled,
+                float(task.evaluate(conversations[i // sampling.num_samples], result.text)),
+                sum(log_prob for log_prob, is_sampled in log_probs if is_sampled),
             )
         )
     return [
         rollouts[i : i + sampling.num_samples]
         for i in range(0, len(rollouts), sampling.num_samples)
+    ]
+
+
+def _truncated(
+    engine: Engine, prompts: Sequence[list[int]], max_tokens: int
+) -> list[tuple[int, ...]]:
+    """The prompts as the engine truncates them, so that training uses the same tokens."""
+    truncated = [
+        engine.generation(Request(tuple(tokens), max_tokens=max_tokens, truncate=True)).prompt
+        for tokens in prompts
+    ]
+    count = sum(len(short) < len(tokens) for short, tokens in zip(truncated, prompts, strict=True))
+    if count:
+        log.warning(
+            "%d of %d prompts are longer than the context of %d tokens: their beginnings are cut "
+            "off",
+            count,
+            len(prompts),
+            engine.max_len,
+        )
+    return truncated
+
+
+def _requests(prompts: Sequence[tuple[int, ...]], sampling: Sampling) -> list[Request]:
+    """`num_samples` requests per prompt, in order, each with its own random stream."""
+    count = len(prompts) * sampling.num_samples
+    streams = np.random.SeedSequence(sampling.seed).generate_state(count)
+    return [
+        Request(
+            prompts[i // sampling.num_samples],
+            max_tokens=sampling.max_new_tokens,
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            seed=int(stream),
+            logprobs=True,
+        )
+        for i, stream in enumerate(streams)
     ]
 
 
@@ -202,9 +206,8 @@ class RewardWatch:
             self._due *= 2
             log.warning(
                 "all replies to each prompt had the same reward in the last %d steps (mean %.2f), "
-                "so nothing was "
-                "learned: check the references of the task, raise --num-samples, or choose easier "
-                "or harder problems",
+                "so nothing was learned: check the references of the task, raise `num_samples`, "
+                "or choose easier or harder problems",
                 self._flat,
                 figures["reward"],
             )

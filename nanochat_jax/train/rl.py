@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import jax
 from jax.sharding import Mesh
 
-from nanochat_jax.checkpoint import Loaded, find_model, load_model, lock_tag
+from nanochat_jax.checkpoint import Loaded, find_model, lock_tag
 from nanochat_jax.cli import LARGEST_SEED, flag
 from nanochat_jax.devices import start
 from nanochat_jax.errors import UsageError
@@ -23,16 +23,17 @@ from nanochat_jax.model.attention import check_attention
 from nanochat_jax.model.compute import Compute, device_of, resolve_dtype
 from nanochat_jax.model.config import GPTConfig
 from nanochat_jax.model.kernels import LANES
-from nanochat_jax.model.sharding import data_size, make_mesh, spread_rows
+from nanochat_jax.model.sharding import data_size, make_mesh, mesh_text, spread_rows
 from nanochat_jax.model.size import num_params
 from nanochat_jax.model.weights import Params
 from nanochat_jax.paths import Paths
-from nanochat_jax.report import sections
 from nanochat_jax.tasks import load_eval_task, task_names
 from nanochat_jax.tasks.base import Task, TaskMixture
 from nanochat_jax.tasks.custom_json import CustomJSON
-from nanochat_jax.train.finetune import ContinueConfig
-from nanochat_jax.train.loop import Evaluation, Job, StepBatch, train
+from nanochat_jax.train.config import ContinueConfig, RunConfig, count, factor, inherited
+from nanochat_jax.train.finetune import continued_job, continued_optimizer, load_source
+from nanochat_jax.train.job import Evaluation, StepBatch
+from nanochat_jax.train.loop import train
 from nanochat_jax.train.optim import Schedules, constant, trapezoid
 from nanochat_jax.train.policy import (
     RewardWatch,
@@ -43,7 +44,8 @@ from nanochat_jax.train.policy import (
     sample_rollouts,
     statistics,
 )
-from nanochat_jax.train.setup import set_up
+from nanochat_jax.train.reporting import log_training
+from nanochat_jax.train.setup import Run, set_up
 
 log = logging.getLogger(__name__)
 
@@ -53,81 +55,61 @@ class ChatRLConfig(ContinueConfig):
     source: str = flag("sft", "stage to start from", choices=["mid", "sft"])
     task: str = flag(
         "auto",
-        "what to learn, such as GSM8K, or several joined by |, which are mixed; auto: GSM8K, or "
+        "training task, such as GSM8K, or several joined by |, which are mixed; auto: GSM8K, or "
         "WordArithmetic for a model of the embedded corpus",
         check=task_names,
     )
     task_file: str | None = flag(
-        None, "learn the problems of this JSON Lines file instead; a tenth of them is held out"
+        None, "train on the problems of this JSON Lines file instead; a tenth of them is held out"
     )
-    device_batch_size: int = flag(
+    device_batch_size: int = count(
         8,
-        "rows per device and micro-step; the loss is a mean over the tokens of as many",
-        at_least=1,
+        "rows per device and micro-step; the loss is averaged over the tokens of this many rows",
         at_most=10**6,
     )
-    examples_per_step: int = flag(16, "prompts of an optimizer step", at_least=1, at_most=10**6)
-    num_samples: int = flag(16, "replies sampled of each prompt", at_least=1, at_most=10**6)
-    num_slots: int = flag(64, "replies in flight at once", at_least=1, at_most=10**6)
-    max_new_tokens: int = flag(256, "longest reply in tokens", at_least=1, at_most=2**24)
+    examples_per_step: int = count(16, "prompts per optimizer step", at_most=10**6)
+    num_samples: int = count(16, "replies sampled per prompt", at_most=10**6)
+    num_slots: int = count(64, "replies generated in parallel", at_most=10**6)
+    max_new_tokens: int = count(256, "longest reply in tokens", at_most=2**24)
     temperature: float = flag(1.0, "sampling temperature; 0 is greedy", at_least=0, at_most=100)
-    top_k: int = flag(50, "sample among the k likeliest tokens; 0: all", at_least=0, at_most=10**6)
-    init_lr_frac: float = flag(
-        0.05, "factor of all rates, which fall linearly to 0", at_least=1e-9, at_most=1000
+    top_k: int = count(50, "sample among the k likeliest tokens; 0: all", at_least=0, at_most=10**6)
+    init_lr_frac: float = factor(0.05, "factor of all learning rates, which fall linearly to 0")
+    num_epochs: int = count(1, "passes over the training problems", at_most=10**6)
+    num_iterations: int = count(-1, "optimizer steps; -1: by the epochs", also=-1)
+    eval_every: int = count(
+        60, "steps between evaluations; -1: only at the start and the end", also=-1
     )
-    num_epochs: int = flag(1, "passes over the training problems", at_least=1, at_most=10**6)
-    num_iterations: int = flag(
-        -1, "optimizer steps; -1: by the epochs", at_least=1, at_most=10**9, also=-1
-    )
-    eval_every: int = flag(
-        60,
-        "steps between evaluations; -1: only at the start and the end",
-        at_least=1,
-        at_most=10**9,
-        also=-1,
-    )
-    eval_examples: int = flag(400, "test problems of an evaluation", at_least=1, at_most=10**9)
-    save_every: int = flag(
-        60,
-        "steps between checkpoints; -1: before every evaluation; 0: only at the end",
-        at_least=0,
-        at_most=10**9,
-        also=-1,
-    )
-    seed: int = flag(42, "seed of the sampling", at_least=0, at_most=LARGEST_SEED)
+    eval_examples: int = count(400, "test problems of an evaluation")
+    save_every: int = inherited(RunConfig, "save_every", 60)
+    seed: int = count(42, "seed of the sampling", at_least=0, at_most=LARGEST_SEED)
 
     def __post_init__(self) -> None:
         super().__post_init__()
         if self.num_samples % self.device_batch_size:
             raise ValueError(
-                f"--num-samples {self.num_samples} is not a multiple of --device-batch-size "
-                f"{self.device_batch_size}"
+                f"`num_samples={self.num_samples}` is not a multiple of "
+                f"`device_batch_size={self.device_batch_size}`"
             )
 
 
 def load_tasks(config: ChatRLConfig, data: str | None, paths: Paths) -> tuple[str, Task, Task]:
     """(name, problems to train on, held-out problems)."""
-    name = (
-        config.task
-        if config.task != "auto"
-        else "WordArithmetic"
-        if data == "embedded"
-        else "GSM8K"
-    )
-    found = []
+    name = config.task
+    if name == "auto":
+        name = "WordArithmetic" if data == "embedded" else "GSM8K"
+    splits = []
     for split in ("train", "test"):
         if config.task_file:
             tasks: list[Task] = [CustomJSON(Path(config.task_file), split=split)]
             name = tasks[0].key
         else:
-            tasks = [load_eval_task(each, paths, split) for each in name.split("|")]
+            tasks = [load_eval_task(part, paths, split) for part in name.split("|")]
         if any(task.eval_type != "generative" for task in tasks):
             raise UsageError(
-                f"{name} has no replies to reward: choose a task whose answers are written, such "
-                "as GSM8K"
+                f"{name} has no generated replies to reward: choose a task such as GSM8K"
             )
-        found.append(TaskMixture(tasks) if len(tasks) > 1 else tasks[0])
-    return name, found[0], found[1]
+        splits.append(TaskMixture(tasks) if len(tasks) > 1 else tasks[0])
+    return name, splits[0], splits[1]
 
 
 class Sampler:
@@ -184,13 +166,8 @@ class RolloutSource:
     def __init__(
         self, config: ChatRLConfig, sampler: Sampler, task: Task, unit: int, mesh: Mesh
     ) -> None:
-        self._config, self.sampler, self._task, self._unit, self._mesh = (
-            config,
-            sampler,
-            task,
-            unit,
-            mesh,
-        )
+        self._config, self.sampler, self._task = config, sampler, task
+        self._unit, self._mesh = unit, mesh
         self._watch = RewardWatch()
 
     def next_batch(self, step: int, params: Params) -> StepBatch:
@@ -206,8 +183,8 @@ class RolloutSource:
             unit=self._unit,
             micro_rows=config.device_batch_size * data_size(self._mesh),
         )
-        placed = jax.tree.map(partial(spread_rows, self._mesh, axis=1), batch)
-        return StepBatch(placed, batch._asdict(), figures)
+        sharded = jax.tree.map(partial(spread_rows, self._mesh, axis=1), batch)
+        return StepBatch(sharded, batch._asdict(), figures)
 
     def get_state(self) -> dict[str, Any]:
         """Empty: the step number determines the prompts and the random streams."""
@@ -228,56 +205,39 @@ def reinforce(config: ChatRLConfig) -> None:
     """Run the stage: from a finetuned model to checkpoints, metrics and a section of the report."""
     paths = Paths.from_env()
     start(paths, config, compile_cache=config.compile_cache)
-    # A task named by flag needs no model: report typos in it before loading one.
+    # A task named in the config needs no model: report typos in it before loading one.
     named = load_tasks(config, None, paths) if config.task_file or config.task != "auto" else None
     make_directory(paths.report)
-    with lock_tag(
-        paths.checkpoints("rl") / find_model(paths, config.source, config.model_tag).name
-    ):
+    tag = find_model(paths, config.source, config.model_tag).name
+    with lock_tag(paths.checkpoints("rl") / tag):
         _reinforce(config, paths, named)
 
 
 def _reinforce(config: ChatRLConfig, paths: Paths, named: tuple[str, Task, Task] | None) -> None:
     mesh = make_mesh(config.mesh)
-    loaded = load_model(
-        paths,
-        config.source,
-        tag=config.model_tag,
-        step=config.step,
-        mesh=mesh,
-        fsdp=bool(config.fsdp),
-    )
-    model, meta = loaded.config, loaded.meta
-    name, task, test = named or load_tasks(config, meta["data"], paths)
-    num_steps = (
-        config.num_iterations
-        if config.num_iterations > 0
-        else (len(task) // config.examples_per_step * config.num_epochs)
-    )
+    loaded = load_source(config, paths, config.source, mesh)
+    name, task, test = named or load_tasks(config, loaded.meta["data"], paths)
+    num_steps = config.num_iterations
+    if num_steps <= 0:
+        num_steps = len(task) // config.examples_per_step * config.num_epochs
     if num_steps < 1:
         raise UsageError(
-            f"--examples-per-step {config.examples_per_step} is more than {name}'s {len(task)} "
+            f"`examples_per_step={config.examples_per_step}` is more than {name}'s {len(task)} "
             "problems"
         )
-
     multiplier = trapezoid(num_steps, warmup=0, warmdown_ratio=1.0, final_fraction=0.0)
     schedules = Schedules(lr_multiplier=multiplier, momentum=constant(0.95))
     run = set_up(
         config,
-        model,
+        loaded.config,
         mesh,
-        lambda compute: config.optimizer(loaded, schedules, compute),
-        tokens=None,
+        lambda compute: continued_optimizer(config, loaded, schedules, compute),
+        batch=None,
         params=loaded.params,
-        reserved=sampling_memory(config, model, mesh),
+        reserved=sampling_memory(config, loaded.config, mesh),
     )
-    compute = run.compute
     loaded = dataclasses.replace(loaded, params=run.state.params)
-    # row lengths are a multiple of this; Splash needs full lanes
-    unit = LANES if device_of(mesh).platform == "tpu" else 32
-    # before anything is deleted or sampled
-    check_attention(compute, length=unit, head_dim=model.head_dim)
-    source = RolloutSource(config, Sampler(config, loaded, compute), task, unit, mesh)
+    source = _source(config, loaded, task, run)
     log.info(
         "chat_rl: %s, %d problems, %d steps of %d x %d replies, mesh %s, %s",
         name,
@@ -285,49 +245,35 @@ def _reinforce(config: ChatRLConfig, paths: Paths, named: tuple[str, Task, Task]
         num_steps,
         config.examples_per_step,
         config.num_samples,
-        "x".join(map(str, mesh.shape.values())),
-        compute.dtype,
+        mesh_text(mesh),
+        run.compute.dtype,
     )
-
-    job = Job(
+    evaluation = Evaluation(
+        config.eval_every, lambda params: source.sampler.evaluate(params, test), at_start=True
+    )
+    job = continued_job(
+        config,
+        paths,
+        loaded,
+        "rl",
         name="chat_rl",
-        config=config,
-        model=model,
-        directory=paths.checkpoints("rl") / loaded.tag,
-        logs=paths.logs("rl") / loaded.tag,
         num_steps=num_steps,
         shape=None,
         lr_multiplier=multiplier,
-        evaluations=[
-            Evaluation(
-                config.eval_every,
-                lambda params: source.sampler.evaluate(params, test),
-                at_start=True,
-            )
-        ],
-        metadata={
-            "task": name,
-            "from": [config.source, loaded.tag, loaded.step],
-            **{key: meta[key] for key in ("tokenizer", "data", "rates")},
-        },
-        tokenizer=loaded.tokenizer,
-        origin=loaded,
+        evaluations=[evaluation],
+        metadata={"task": name},
         shown=("reward", "sequence_length"),
     )
     began = time.monotonic()
     outcome = train(job, run.state, run.shardings, run.step_fn, source)
-    if jax.process_index() == 0:
-        results: dict[str, float | str] = {
-            "task": name,
-            "num_iterations": num_steps,
-            **outcome.last,
-            "seconds": time.monotonic() - began,
-        }
-        sections.log_section(
-            paths.report,
-            "Chat RL",
-            [dataclasses.asdict(config), results],
-            stage="chat_rl",
-            results=results,
-            curves=job.logs / "metrics.jsonl",
-        )
+    seconds = time.monotonic() - began
+    results = {"task": name, "num_iterations": num_steps, **outcome.last, "seconds": seconds}
+    log_training(job, paths, "Chat RL", results)
+
+
+def _source(config: ChatRLConfig, loaded: Loaded, task: Task, run: Run) -> RolloutSource:
+    # row lengths are a multiple of this; Splash needs full lanes
+    unit = LANES if device_of(run.mesh).platform == "tpu" else 32
+    # before anything is deleted or sampled
+    check_attention(run.compute, length=unit, head_dim=loaded.config.head_dim)
+    return RolloutSource(config, Sampler(config, loaded, run.compute), task, unit, run.mesh)

@@ -11,7 +11,7 @@ from nanochat_jax.model.compute import Compute
 from nanochat_jax.model.config import GPTConfig
 from nanochat_jax.model.sharding import data_size, param_shardings
 from nanochat_jax.model.weights import Params
-from nanochat_jax.train.loop import RunConfig
+from nanochat_jax.train.config import RunConfig
 from nanochat_jax.train.memory import accelerator_memory, choose_batch_shape, choose_memory
 from nanochat_jax.train.step import BatchShape, TrainState, init_state, make_train_step
 
@@ -31,6 +31,11 @@ class Run:
     step_fn: jax.stages.Wrapped
     shape: BatchShape | None
 
+    @property
+    def mesh(self) -> Mesh:
+        assert self.compute.mesh is not None
+        return self.compute.mesh
+
 
 def set_up(
     config: RunConfig,
@@ -38,21 +43,19 @@ def set_up(
     mesh: Mesh,
     optimizer_for: Callable[[Compute], optax.GradientTransformation],
     *,
-    tokens: int | None,
-    length: int = 0,
+    batch: tuple[int, int] | None,
     params: Params | None = None,
     reserved: int = 0,
 ) -> Run:
     """Choose what fits into memory; build the state and the step.
 
     Args:
-      tokens: per step; None if batches differ in shape.
-      length: tokens per row; 0: the model's.
+      batch: (tokens per step, tokens per row); None if batches differ in shape.
       params: initial parameters; by default drawn with the config's seed.
       reserved: bytes per device needed by something else.
     """
-    limit, length = accelerator_memory(), length or model.sequence_len
-    step_rows = tokens // length // data_size(mesh) if tokens else 2**30
+    limit = accelerator_memory()
+    step_rows = batch[0] // batch[1] // data_size(mesh) if batch else 2**30
     rows, remat, fsdp = choose_memory(
         model,
         mesh,
@@ -70,7 +73,5 @@ def set_up(
         model, optimizer, mesh, fsdp=fsdp, seed=config.seed, params=params
     )
     step_fn = make_train_step(model, optimizer, compute, shardings)
-    shape = None
-    if tokens:
-        shape = choose_batch_shape(tokens, rows, length, mesh, step_fn, state)
+    shape = choose_batch_shape(*batch, rows, mesh, step_fn, state) if batch else None
     return Run(compute, state, shardings, step_fn, shape)

@@ -65,16 +65,14 @@ def batch_shape(
     """
     if total_batch_size % sequence_len or total_batch_size < 1:
         raise UsageError(
-            f"--total-batch-size {total_batch_size} is not a multiple of the sequence length "
-            f"{sequence_len}: "
-            f"try {max(total_batch_size // sequence_len, 1) * sequence_len}"
+            f"`total_batch_size={total_batch_size}` is not a multiple of the sequence length "
+            f"{sequence_len}: try {max(total_batch_size // sequence_len, 1) * sequence_len}"
         )
     rows, devices = total_batch_size // sequence_len, data_size(mesh)
     if rows % devices:
         raise UsageError(
-            f"--total-batch-size {total_batch_size} has {rows} rows of {sequence_len} tokens, "
-            "which do not "
-            f"divide over {devices} data-parallel devices: try "
+            f"`total_batch_size={total_batch_size}` has {rows} rows of {sequence_len} tokens, "
+            f"which do not divide over {devices} data-parallel devices: try "
             f"{-(-rows // devices) * devices * sequence_len}"
         )
     micro_rows = min(device_batch_size * devices, rows)
@@ -83,9 +81,8 @@ def batch_shape(
             size for size in range(1, device_batch_size + 1) if rows % (size * devices) == 0
         )
         raise UsageError(
-            f"--device-batch-size {device_batch_size} on {devices} data-parallel devices does not "
-            "divide the "
-            f"{rows} rows of a step: try --device-batch-size {fitting}"
+            f"`device_batch_size={device_batch_size}` on {devices} data-parallel devices does not "
+            f"divide the {rows} rows of a step: try `device_batch_size={fitting}`"
         )
     return BatchShape(rows, rows // micro_rows, sequence_len)
 

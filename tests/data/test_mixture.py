@@ -129,13 +129,10 @@ def test_conversations_longer_than_a_row_are_cut_and_those_with_nothing_to_learn
     task = [chat("q" * 200, "answer"), chat("q" * 10, "a" * 200), chat("hello", "there")]
     loader = make(task, tokenizer, "rows", num_epochs=1, batch_size=1)
     assert loader.count_batches() == 2
-    assert (
-        "training mixture: of 3 conversations, 2 were cut and 1 have nothing left to train on"
-        in caplog.text
-    )
+    assert "training mixture: of 3 conversations, 2 were truncated and 1 skipped" in caplog.text
     batches = list(loader)
     assert [int((batch["targets"] != -1).sum()) for batch in batches] == [T + 1 - 14, 6]
-    assert loader.place == {"epoch": 0, "cursor": 3}
+    assert loader.position == {"epoch": 0, "cursor": 3}
     assert (loader.get_state()["num_cut"], loader.get_state()["num_skipped"]) == (2, 1)
     with pytest.raises(
         UsageError, match="none of the 1 conversations has a token to train on within a row of 96"
@@ -159,7 +156,7 @@ def test_what_a_part_of_an_epoch_cuts_is_counted_too(tokenizer, caplog, mode):
     assert 0 < cut <= read < 300 and cut >= read - 2
     caplog.clear()
     loader.count_batches(2 if mode == "stream" else 1)
-    assert "validation mixture: of 300 conversations, 298 were cut" in caplog.text
+    assert "validation mixture: of 300 conversations, 298 were truncated" in caplog.text
 
 
 @pytest.mark.parametrize("mode", MODES)

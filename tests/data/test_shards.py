@@ -4,19 +4,13 @@ named.
 
 import itertools
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from nanochat_jax.data.shards import (
-    DocumentStream,
-    Position,
-    ShardReader,
-    iter_documents,
-    list_shards,
-    split_shards,
-    write_shards,
-)
+from nanochat_jax.data.documents import DocumentStream, Position, ShardReader
+from nanochat_jax.data.shards import iter_documents, list_shards, split_shards, write_shards
 from nanochat_jax.errors import NotFound, UsageError
 
 
@@ -24,13 +18,27 @@ def numbered(count, start=0):
     return [f"document {i}" for i in range(start, start + count)]
 
 
+def encode(texts):
+    """The bytes of the texts as tokens."""
+    parts = [np.frombuffer(text.encode(), np.uint8) for text in texts.to_pylist()]
+    return np.concatenate(parts), np.cumsum([0, *map(len, parts)])
+
+
+def decode(documents):
+    return [bytes(tokens.astype(np.uint8)).decode() for tokens in documents]
+
+
+def make_stream(reader, shard=0, num_shards=1):
+    return DocumentStream(reader, encode, shard, num_shards)
+
+
 def next_batch(stream):
-    places, texts = stream.next_batch()
-    return list(zip(places, texts.to_pylist(), strict=True))
+    positions, tokens = zip(*stream.next_batch(), strict=True)
+    return list(zip(positions, decode(tokens), strict=True))
 
 
 def one_pass(reader, shard, num_shards):
-    stream, texts = DocumentStream(reader, shard, num_shards), []
+    stream, texts = make_stream(reader, shard, num_shards), []
     while stream.position.epoch == 0:
         texts += [text for _, text in next_batch(stream)]
     return texts
@@ -93,7 +101,7 @@ def test_virtual_shards_share_out_every_document_once(tmp_path, files, rows_per_
 def test_stream_continues_from_any_position_and_starts_over(tmp_path):
     write_shards(numbered(3000), tmp_path / "corpus", rows_per_shard=1500, val_texts=["v"])
     reader = ShardReader(split_shards(tmp_path / "corpus", "train"))
-    stream = DocumentStream(reader, 1, 2)
+    stream = make_stream(reader, 1, 2)
     places, texts = zip(
         *itertools.chain.from_iterable(next_batch(stream) for _ in range(30)), strict=True
     )
@@ -101,18 +109,18 @@ def test_stream_continues_from_any_position_and_starts_over(tmp_path):
     start_over = [place.epoch for place in places].index(1)
     assert texts[start_over:] == texts[: len(texts) - start_over]
     for i in range(0, len(places), 97):
-        again = DocumentStream(reader, 1, 2)
+        again = make_stream(reader, 1, 2)
         again.seek(places[i])
         batch = next_batch(again)
         expected = list(zip(places[i:], texts[i:], strict=True))[: len(batch)]
         assert batch[: len(expected)] == expected
-        assert again.load(list(places[i : i + 1])).to_pylist() == [texts[i]]
+        assert decode(again.load(list(places[i : i + 1]))) == [texts[i]]
 
 
 def test_missing_values_are_skipped(tmp_path):
     path = tmp_path / "shard_0.parquet"
     pq.write_table(pa.table({"text": pa.array(["a", None, "", None, "b"])}), path)
-    batch = next_batch(DocumentStream(ShardReader([path])))
+    batch = next_batch(make_stream(ShardReader([path])))
     assert batch == [(Position(row=0), "a"), (Position(row=2), ""), (Position(row=4), "b")]
     pq.write_table(pa.table({"text": pa.array(["v"])}), tmp_path / "shard_1.parquet")
     assert list(iter_documents(tmp_path, "train")) == ["a", "", "b"]
@@ -125,14 +133,14 @@ def test_a_corpus_without_a_text_is_an_error_not_a_hang(tmp_path, texts):
     with pytest.raises(
         UsageError, match=f"virtual shard 0 of 1 finds no (document|text) in {tmp_path}"
     ):
-        DocumentStream(ShardReader([path])).next_batch()
+        make_stream(ShardReader([path])).next_batch()
 
 
 def test_a_shard_that_changes_or_vanishes_during_the_run_is_named(tmp_path):
     paths = write_shards(numbered(3000), tmp_path / "corpus", rows_per_shard=1024, val_texts=["v"])
     reader = ShardReader(paths[:-1])
     for _ in range(8):
-        DocumentStream(reader).next_batch()
+        make_stream(reader).next_batch()
     paths[1].write_bytes(paths[-1].read_bytes())
     with pytest.raises(UsageError, match=r"shard_00001\.parquet has changed since"):
         one_pass(reader, 0, 1)

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from chain_model import ASSISTANT_START, CHAIN, END, OUTPUT_END, PYTHON, PYTHON_END, chain_params
 from golden_data import load_trained
+from random_model import random_params
 
 from nanochat_jax.conversation import render_for_completion
 from nanochat_jax.errors import UsageError
@@ -20,7 +21,6 @@ from nanochat_jax.model.compute import Compute
 from nanochat_jax.model.config import GPTConfig
 from nanochat_jax.model.gpt import forward, unembed
 from nanochat_jax.model.sharding import make_mesh
-from nanochat_jax.model.weights import abstract_params
 from nanochat_jax.paths import Paths
 from nanochat_jax.tasks.arc import ARC
 from nanochat_jax.tasks.base import Task, assistant, user
@@ -56,10 +56,7 @@ class Letters(Task):
 
 @pytest.fixture(scope="module")
 def params():
-    rng = np.random.default_rng(1)
-    return jax.tree.map(
-        lambda w: rng.normal(0, 0.3, w.shape).astype(np.float32), abstract_params(CONFIG)
-    )
+    return random_params(CONFIG)
 
 
 def test_batches_hold_every_sequence_once_and_have_few_shapes():
@@ -72,15 +69,11 @@ def test_batches_hold_every_sequence_once_and_have_few_shapes():
     assert seen == {i: each + [0] * (bucket(i + 1) - i - 1) for i, each in enumerate(sequences)}
 
 
-def letters_of(task, params, **options):
+def letters_of(task, params, mesh=None):
     generator = Generator(
-        config=CONFIG,
-        params=params,
-        tokenizer=TOKENIZER,
-        num_slots=2,
-        compute=Compute(mesh=options.pop("mesh", None)),
+        config=CONFIG, params=params, tokenizer=TOKENIZER, num_slots=2, compute=Compute(mesh=mesh)
     )
-    return chat.evaluate_categorical(task, generator, **options)
+    return chat.evaluate_categorical(task, generator)
 
 
 @pytest.mark.parametrize("mesh", [None, "2x1"])
@@ -136,9 +129,8 @@ def test_replies_are_judged_by_their_text_alone_and_long_prompts_are_not_cut():
     assert [problem.passed for problem in problems] == [True] * 5
     called = "<|python_start|>6*7<|python_end|><|output_start|>42<|output_end|>=ok"
     assert {problem.completions for problem in problems} == {(called,)}
-    problems = chat.evaluate_generative(
-        Product().view(stop=2), generator, Sampling(max_new_tokens=9)
-    )
+    few = Product().view(stop=2)
+    problems = chat.evaluate_generative(few, generator, Sampling(max_new_tokens=9))
     cut = "<|python_start|>6*7<|python_end|><|output_start|>42<|output_end|>"
     assert [problem.completions for problem in problems] == [(cut,)] * 2
     assert not any(problem.passed for problem in problems)
@@ -181,23 +173,10 @@ def test_chatcore_is_only_given_for_all_its_tasks():
         ("arc_easy", "arc_challenge", "mmlu"), 0.25
     )
     # Accuracies and result of an independent report of the classic code, which counts six tasks.
-    accuracies = {
-        "arc_easy": 0.4684,
-        "arc_challenge": 0.3362,
-        "mmlu": 0.3314,
-        "gsm8k": 0.0697,
-        "humaneval": 0.0915,
-        "spelling_bee": 1.0,
-    }
+    accuracies = dict(zip(chat.CHATCORE_6, (0.4684, 0.3362, 0.3314, 0.0697, 0.0915, 1.0)))
     assert chat.chatcore(accuracies, baselines)["chatcore_6"] == pytest.approx(0.2793, abs=1e-4)
     # The README's table counts five.
-    five = {
-        "arc_easy": 0.3876,
-        "arc_challenge": 0.2807,
-        "mmlu": 0.3151,
-        "gsm8k": 0.0455,
-        "humaneval": 0.0854,
-    }
+    five = dict(zip(chat.CHATCORE_5, (0.3876, 0.2807, 0.3151, 0.0455, 0.0854)))
     assert chat.chatcore(five, baselines) == {"chatcore_5": pytest.approx(0.0884, abs=1e-4)}
     assert chat.chatcore({"arithmetic": 1.0}, {"arithmetic": 0.0}) == {}
 

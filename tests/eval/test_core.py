@@ -17,6 +17,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from golden_data import load_trained
+from random_model import random_params
 
 from nanochat_jax.errors import NotFound, UsageError
 from nanochat_jax.eval import core, scoring
@@ -28,7 +29,6 @@ from nanochat_jax.model.compute import Compute
 from nanochat_jax.model.config import GPTConfig
 from nanochat_jax.model.gpt import forward, unembed
 from nanochat_jax.model.sharding import make_mesh
-from nanochat_jax.model.weights import abstract_params
 from nanochat_jax.paths import Paths
 from nanochat_jax.tokenizer import Tokenizer
 
@@ -39,11 +39,7 @@ CONFIG = GPTConfig.modern(
 
 @pytest.fixture(scope="module")
 def params():
-    # initial weights predict nothing: unembedding and projections are (nearly) zero
-    rng = np.random.default_rng(1)
-    return jax.tree.map(
-        lambda w: rng.normal(0, 0.3, w.shape).astype(np.float32), abstract_params(CONFIG)
-    )
+    return random_params(CONFIG)
 
 
 def random_rows(count: int, lengths: tuple[int, ...]) -> list[Row]:
@@ -242,30 +238,24 @@ def alone(rows: list[Row]) -> list[tuple[int, list[Row]]]:
 
 
 def random_examples(shared: tuple[int, ...], choices: int) -> list[tuple[int, list[Row]]]:
-    """Examples whose rows begin with so many tokens in common; the spans begin there or later."""
+    """Examples whose rows share prefixes of these lengths; spans begin there or later."""
     rng, examples = np.random.default_rng(1), []
     for i, size in enumerate(shared):
         prefix = rng.integers(0, 300, size)
         rows = []
         for _ in range(1 + i % choices):
-            tokens = np.concatenate([prefix, rng.integers(0, 300, rng.integers(1, 40))]).astype(
-                np.int32
-            )
-            rows.append(
-                Row(
-                    tokens,
-                    int(rng.integers(max(1, size), len(tokens))) if i % 3 else max(1, size),
-                    len(tokens),
-                )
-            )
+            rest = rng.integers(0, 300, rng.integers(1, 40))
+            tokens = np.concatenate([prefix, rest]).astype(np.int32)
+            start = int(rng.integers(max(1, size), len(tokens))) if i % 3 else max(1, size)
+            rows.append(Row(tokens, start, len(tokens)))
         examples.append((i, rows))
     return examples
 
 
 @pytest.mark.parametrize("arch", ["classic", "modern"])
 def test_scores_equal_a_plain_computation_at_any_length(arch, monkeypatch):
-    """Prompts of no chunk, one and several (windows and sequence_len included), with and without a
-    common beginning.
+    """Prompts of zero to several chunks, beyond windows and sequence_len, with and without a shared
+    prefix.
     """
     monkeypatch.setattr(scoring, "MOST_TOKENS", 32)
     monkeypatch.setattr(scoring, "WINDOW", 7)
@@ -275,10 +265,7 @@ def test_scores_equal_a_plain_computation_at_any_length(arch, monkeypatch):
         if arch == "modern"
         else GPTConfig.classic(2, n_embd=64, n_head=2, n_kv_head=1, sequence_len=64, vocab_size=300)
     )
-    rng = np.random.default_rng(1)
-    params = jax.tree.map(
-        lambda w: rng.normal(0, 0.3, w.shape).astype(np.float32), abstract_params(config)
-    )
+    params = random_params(config)
     plain = jax.jit(
         lambda params, tokens: unembed(
             params, forward(params, tokens[None], config=config)[0][0], config=config
@@ -302,20 +289,22 @@ def test_scores_equal_a_plain_computation_at_any_length(arch, monkeypatch):
             assert score.all_argmax == (log_probs[at - 1].argmax(-1) == row.tokens[at]).all()
 
 
-def test_what_rows_share_is_computed_once(params, monkeypatch):
-    """Four choices after 64 tokens that they share take two pieces of them, not eight."""
+def test_a_shared_prefix_is_computed_once(params, monkeypatch):
+    """Four choices that share 64 tokens take two pieces of them, not eight."""
     monkeypatch.setattr(scoring, "MOST_TOKENS", 32)
-    pieces, begin, extend = [], scoring._begin, scoring._extend
-    monkeypatch.setattr(
-        scoring,
-        "_begin",
-        lambda *args, **options: pieces.append(args[1].shape) or begin(*args, **options),
-    )
-    monkeypatch.setattr(
-        scoring,
-        "_extend",
-        lambda *args, **options: pieces.append(args[2].shape) or extend(*args, **options),
-    )
+    pieces = []
+
+    def record(name, argument):
+        function = getattr(scoring, name)
+
+        def recording(*args, **options):
+            pieces.append(args[argument].shape)
+            return function(*args, **options)
+
+        monkeypatch.setattr(scoring, name, recording)
+
+    record("_begin", 1)
+    record("_extend", 2)
     rows = [Row(np.r_[np.arange(65), last].astype(np.int32), 65, 66) for last in (7, 8, 9, 10)]
     ((_, scores),) = Scorer(config=CONFIG, params=params, num_rows=1)([(0, rows)])
     assert pieces == [(1, 32), (1, 32)] and len({score.mean_nll for score in scores}) == 4

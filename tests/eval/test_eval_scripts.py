@@ -11,22 +11,22 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from random_model import random_params
 
 from nanochat_jax.checkpoint import Checkpoints, load_model
 from nanochat_jax.errors import NotFound, UsageError
+from nanochat_jax.eval.base_model import BaseEvalConfig
+from nanochat_jax.eval.base_model import evaluate_base as base_eval
+from nanochat_jax.eval.chat_model import ChatEvalConfig
+from nanochat_jax.eval.chat_model import evaluate_chat as chat_eval
 from nanochat_jax.metrics import read_metrics
 from nanochat_jax.model.config import GPTConfig
-from nanochat_jax.model.weights import abstract_params
 from nanochat_jax.paths import Paths
 from nanochat_jax.tasks.base import Task, assistant, user
 from nanochat_jax.tokenizer import Tokenizer
 from nanochat_jax.train import rl as rl_train
 from nanochat_jax.train.optim import OptimizerConfig
 from nanochat_jax.train.rl import ChatRLConfig, reinforce
-from scripts.base_eval import BaseEvalConfig
-from scripts.base_eval import main as base_eval
-from scripts.chat_eval import ChatEvalConfig
-from scripts.chat_eval import main as chat_eval
 
 TOKENIZER = Tokenizer({bytes([i]): i for i in range(256)})
 MODEL = GPTConfig.classic(
@@ -48,10 +48,7 @@ def paths(tmp_path, monkeypatch):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
     paths = Paths(tmp_path)
     TOKENIZER.save(paths.tokenizer)
-    rng = np.random.default_rng(0)
-    params = jax.tree.map(
-        lambda w: jnp.asarray(rng.normal(0, 0.1, w.shape), jnp.float32), abstract_params(MODEL)
-    )
+    params = jax.tree.map(jnp.asarray, random_params(MODEL, 0.1))
     meta = {
         "model_config": dataclasses.asdict(MODEL),
         "tokenizer": TOKENIZER.fingerprint(),
@@ -75,9 +72,9 @@ def test_base_eval_says_that_core_was_not_run(paths, caplog):
     base_eval(BaseEvalConfig(mesh="1x1"))
     logged = section(paths, "base-model-evaluation")
     assert logged["results"] == {} and any(
-        "CORE was not run" in str(item) for item in logged["items"]
+        "CORE was not evaluated" in str(item) for item in logged["items"]
     )
-    assert "CORE was not run" in caplog.text
+    assert "CORE was not evaluated" in caplog.text
     assert any("unconditioned sample 7" in item for item in logged["items"])
 
 
@@ -105,43 +102,26 @@ def test_base_eval_refuses_an_unknown_kind():
         BaseEvalConfig(eval="bpb,typo")
 
 
-def test_chat_eval_writes_problems_and_results(paths):
-    chat_eval(
-        ChatEvalConfig(
-            source="sft",
-            task_name="Arithmetic",
-            max_problems=3,
-            max_new_tokens=4,
-            batch_size=4,
-            mesh="1x1",
-        )
-    )
-    assert section(paths, "chat-evaluation-sft")["results"] == {"arithmetic": 0.0}
-    assert section(paths, "chat-evaluation-sft")["stage"] == "chat_eval_sft"
-    lines = (
-        (paths.checkpoints("sft") / "d1" / "chat_eval_arithmetic.jsonl").read_text().splitlines()
-    )
-    assert [json.loads(line)["index"] for line in lines] == [0, 1, 2]
+QUICK = dict(source="sft", max_new_tokens=4, batch_size=4, mesh="1x1")
 
 
-def test_chat_eval_of_a_file_keeps_the_results_of_tasks(paths, tmp_path):
-    options = dict(source="sft", max_problems=2, max_new_tokens=4, batch_size=2, mesh="1x1")
-    chat_eval(ChatEvalConfig(task_name="Arithmetic", **options))
-    before = (paths.checkpoints("sft") / "d1" / "chat_eval_arithmetic.jsonl").read_bytes()
+def test_chat_eval_writes_problems_and_a_file_keeps_the_results_of_tasks(paths, tmp_path):
+    directory = paths.checkpoints("sft") / "d1"
+    chat_eval(ChatEvalConfig(task_name="Arithmetic", max_problems=3, **QUICK))
+    logged = section(paths, "chat-evaluation-sft")
+    assert (logged["results"], logged["stage"]) == ({"arithmetic": 0.0}, "chat_eval_sft")
+    before = (directory / "chat_eval_arithmetic.jsonl").read_text()
+    assert [json.loads(line)["index"] for line in before.splitlines()] == [0, 1, 2]
+
     (tmp_path / "arithmetic.jsonl").write_text(json.dumps([user("1+1?"), assistant("two")]))
-    chat_eval(ChatEvalConfig(task_file=str(tmp_path / "arithmetic.jsonl"), **options))
+    chat_eval(ChatEvalConfig(task_file=str(tmp_path / "arithmetic.jsonl"), **QUICK))
     logged = section(paths, "chat-evaluation-sft")
     first, second = logged["results"]
-    assert (
-        first == "arithmetic"
-        and second.startswith("arithmetic_")
-        and logged["model"] == "d1, step 5"
-    )
-    assert (
-        "Results of earlier evaluations, with settings of their own: arithmetic" in logged["items"]
-    )
-    assert (paths.checkpoints("sft") / "d1" / "chat_eval_arithmetic.jsonl").read_bytes() == before
-    assert (paths.checkpoints("sft") / "d1" / f"chat_eval_{second}.jsonl").exists()
+    assert first == "arithmetic" and second.startswith("arithmetic_")
+    assert logged["model"] == "d1, step 5"
+    assert "Results of earlier evaluations, with their own settings: arithmetic" in logged["items"]
+    assert (directory / "chat_eval_arithmetic.jsonl").read_text() == before
+    assert (directory / f"chat_eval_{second}.jsonl").exists()
 
 
 def test_chat_eval_fails_on_a_task_that_cannot_be_loaded(paths):
@@ -191,14 +171,8 @@ def test_rl_saves_evaluates_and_resumes(paths, monkeypatch):
     lines = read_metrics(directory / "metrics.jsonl")
     kinds = [("eval", 0), ("train", 0), ("train", 1), ("train", 2), ("eval", 3)]
     assert [(line["kind"], line["step"]) for line in lines] == kinds
-    assert set(section(paths, "chat-rl")["results"]) == {
-        "task",
-        "num_iterations",
-        "accuracy",
-        "pass@1",
-        "pass@2",
-        "seconds",
-    }
+    names = {"task", "num_iterations", "accuracy", "pass@1", "pass@2", "seconds"}
+    assert set(section(paths, "chat-rl")["results"]) == names
 
     shutil.rmtree(directory / "3")  # as if it had been stopped after step 2
     reinforce(dataclasses.replace(config, resume=True))
@@ -250,40 +224,21 @@ def test_rl_stopped_by_a_signal_goes_on_as_if_it_had_not_been(paths, monkeypatch
 
 def test_rl_refuses_what_it_cannot_reward_or_resume(paths, tmp_path):
     questions = tmp_path / "questions.jsonl"
-    questions.write_text(
-        "".join(
-            json.dumps({"question": f"{i}?", "choices": ["a", "b"], "answer": 0}) + "\n"
-            for i in range(40)
-        )
-    )
-    with pytest.raises(UsageError, match="no replies to reward"):
+    question = json.dumps({"question": "1?", "choices": ["a", "b"], "answer": 0})
+    questions.write_text(f"{question}\n" * 40)
+    with pytest.raises(UsageError, match="no generated replies to reward"):
         reinforce(dataclasses.replace(RL, task_file=str(questions)))
     with pytest.raises(UsageError, match="'Arithmatic'"):
         reinforce(dataclasses.replace(RL, task="Arithmatic"))
     assert not paths.checkpoints("rl").exists()
 
 
-def test_a_file_of_ones_own_is_evaluated_and_learned(paths, tmp_path):
+def test_a_file_of_conversations_is_evaluated_and_learned(paths, tmp_path):
     chats = tmp_path / "my-chats.jsonl"
     chats.write_text(
-        "".join(
-            json.dumps(
-                [{"role": "user", "content": f"{i}"}, {"role": "assistant", "content": "yes"}]
-            )
-            + "\n"
-            for i in range(40)
-        )
+        "".join(json.dumps([user(f"{i}"), assistant("yes")]) + "\n" for i in range(40))
     )
-    chat_eval(
-        ChatEvalConfig(
-            source="sft",
-            task_file=str(chats),
-            max_problems=3,
-            max_new_tokens=4,
-            batch_size=4,
-            mesh="1x1",
-        )
-    )
+    chat_eval(ChatEvalConfig(task_file=str(chats), max_problems=3, **QUICK))
     assert section(paths, "chat-evaluation-sft")["results"] == {"my_chats": 0.0}
     reinforce(dataclasses.replace(RL, task_file=str(chats), num_iterations=1))
     assert section(paths, "chat-rl")["results"]["task"] == "my_chats"

@@ -5,16 +5,19 @@ and honest refusals.
 import json
 import shutil
 
-import jax
 import numpy as np
 import pytest
 
 torch = pytest.importorskip("torch", reason="needs the extra `torch`")
 transformers = pytest.importorskip("transformers", reason="needs the extra `torch`")
 
+from random_model import random_params  # noqa: E402
+
 from nanochat_jax.data.loader import pretraining_loader  # noqa: E402
 from nanochat_jax.data.shards import write_shards  # noqa: E402
 from nanochat_jax.errors import NotFound, UsageError  # noqa: E402
+from nanochat_jax.eval.base_model import BaseEvalConfig  # noqa: E402
+from nanochat_jax.eval.base_model import evaluate_base as base_eval  # noqa: E402
 from nanochat_jax.eval.bpb import held_out_loss  # noqa: E402
 from nanochat_jax.eval.hf_model import HFModel  # noqa: E402
 from nanochat_jax.eval.scoring import Row, Scorer  # noqa: E402
@@ -22,10 +25,7 @@ from nanochat_jax.interop.hf import write_hf  # noqa: E402
 from nanochat_jax.model.compute import Compute  # noqa: E402
 from nanochat_jax.model.config import GPTConfig  # noqa: E402
 from nanochat_jax.model.sharding import make_mesh  # noqa: E402
-from nanochat_jax.model.weights import abstract_params  # noqa: E402
 from nanochat_jax.tokenizer import Tokenizer  # noqa: E402
-from scripts.base_eval import BaseEvalConfig  # noqa: E402
-from scripts.base_eval import main as base_eval  # noqa: E402
 
 TOKENIZER = Tokenizer.train(
     ["the river and the mountain, the letter and the silver window"] * 9, 280
@@ -37,10 +37,7 @@ CONFIG = GPTConfig.classic(
 
 @pytest.fixture(scope="module")
 def params():
-    rng = np.random.default_rng(0)
-    return jax.tree.map(
-        lambda w: rng.normal(0, 0.2, w.shape).astype(np.float32), abstract_params(CONFIG)
-    )
+    return random_params(CONFIG, 0.2)
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,4 @@
-"""What we write, read by the real torch and transformers: the same tensors, logits, tokens and
-generated text.
-"""
+"""What we write, read by the real torch and transformers: tensors, logits, tokens, text."""
 
 import copy
 import dataclasses
@@ -43,17 +41,14 @@ def tokenizer():
 
 @pytest.fixture(params=["classic", "modern"], scope="module")
 def saved(request, tokenizer, tmp_path_factory):
-    """A model of random weights, ours and transformers'; short windows of 128 keys, an odd
-    vocabulary, grouped heads.
-    """
+    """A model of random weights, ours and transformers': windows of 128 keys, grouped heads."""
     make = {"classic": GPTConfig.classic, "modern": GPTConfig.modern}[request.param]
-    config = make(
-        5, n_embd=48, n_head=4, n_kv_head=2, vocab_size=tokenizer.vocab_size, sequence_len=512
-    )
-    leaves, treedef = jax.tree.flatten(init_params(config, jax.random.key(0)))
-    keys = jax.random.split(jax.random.key(1), len(leaves))
-    params = jax.tree.unflatten(
-        treedef, [x + 0.1 * jax.random.normal(k, x.shape) for x, k in zip(leaves, keys)]
+    shape = dict(n_embd=48, n_head=4, n_kv_head=2, sequence_len=512)
+    config = make(5, vocab_size=tokenizer.vocab_size, **shape)
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda x: x + 0.1 * rng.normal(size=x.shape).astype(np.float32),
+        init_params(config, jax.random.key(0)),
     )
     directory = tmp_path_factory.mktemp(request.param)
     write_hf(directory, config, params, tokenizer)
@@ -67,17 +62,15 @@ def torch_logits(model, tokens):
 
 
 def test_transformers_gives_our_logits(saved):
-    """300 tokens, well past the short windows."""
+    """160 tokens reach past the short windows."""
     ours, theirs, _ = saved
-    tokens = np.random.default_rng(0).integers(0, ours.config.vocab_size, (2, 300))
+    tokens = np.random.default_rng(0).integers(0, ours.config.vocab_size, (2, 160))
     assert theirs.dtype == torch.float32
     assert np.abs(torch_logits(theirs, tokens) - ours.logits(tokens)).max() < 1e-4
 
 
 def test_transformers_generates_our_tokens(saved):
-    """Through its cache, without it, with another prompt's left padding, and past the short
-    windows.
-    """
+    """With and without its cache, padded on the left, with beams, past the short windows."""
     ours, theirs, _ = saved
     rng = np.random.default_rng(1)
     prompts = [rng.integers(0, 256, size).tolist() for size in (120, 113)]
@@ -103,13 +96,10 @@ def test_a_loop_of_ones_own_over_the_cache_gives_the_same_logits(saved):
     tokens = np.random.default_rng(2).integers(0, ours.config.vocab_size, (2, 40))
     expected, cache, start = ours.logits(tokens), None, 0
     for size in (20, 1, 1, 10, 8):
+        part = slice(start, start + size)
         with torch.no_grad():
-            out = theirs(
-                torch.as_tensor(tokens[:, start : start + size]),
-                past_key_values=cache,
-                use_cache=True,
-            )
-        np.testing.assert_allclose(out.logits.numpy(), expected[:, start : start + size], atol=1e-4)
+            out = theirs(torch.as_tensor(tokens[:, part]), past_key_values=cache, use_cache=True)
+        np.testing.assert_allclose(out.logits.numpy(), expected[:, part], atol=1e-4)
         cache, start = out.past_key_values, start + size
 
 
@@ -136,21 +126,14 @@ def hf_tokenizer(saved):
     return transformers.AutoTokenizer.from_pretrained(saved[2])
 
 
+RANGES = [(32, 126), (9, 13), (0xA0, 0x24F), (0x300, 0x36F), (0x400, 0x4FF), (0x4E00, 0x4E80)]
+RANGES += [(0x1F600, 0x1F64F), (0x2000, 0x206F), (0x0, 0xD7FF)]
+
+
 def random_texts(count):
     rng = random.Random(0)
-    ranges = [
-        (32, 126),
-        (9, 13),
-        (0xA0, 0x24F),
-        (0x300, 0x36F),
-        (0x400, 0x4FF),
-        (0x4E00, 0x4E80),
-        (0x1F600, 0x1F64F),
-        (0x2000, 0x206F),
-        (0x0, 0xD7FF),
-    ]
     for _ in range(count):
-        yield "".join(chr(rng.randint(*rng.choice(ranges))) for _ in range(rng.randint(1, 60)))
+        yield "".join(chr(rng.randint(*rng.choice(RANGES))) for _ in range(rng.randint(1, 60)))
 
 
 def test_the_tokenizer_gives_our_ids_on_any_text(tokenizer, hf_tokenizer):
@@ -161,41 +144,33 @@ def test_the_tokenizer_gives_our_ids_on_any_text(tokenizer, hf_tokenizer):
     assert dict(hf_tokenizer.get_added_vocab()) == tokenizer.special_tokens
 
 
+def said(*contents):
+    """Messages of user and assistant in turn; a list of pairs is a message of parts."""
+    return [
+        {
+            "role": role,
+            "content": content
+            if isinstance(content, str)
+            else [{"type": part_type, "text": text} for part_type, text in content],
+        }
+        for role, content in zip(("user", "assistant") * 2, contents)
+    ]
+
+
+SYSTEM = {"role": "system", "content": "Be brief. ☕"}
 CHATS = [
-    [{"role": "user", "content": "Hello"}, {"role": "assistant", "content": "Hi\n there "}],
+    said("Hello", "Hi\n there "),
+    [SYSTEM, *said(" {{ x }} 'q' ", "")],
+    said(
+        *("a", "b", "3+4?"),
+        [("text", "It is "), ("python", "3+4"), ("python_output", "7"), ("text", "7.")],
+    ),
     [
-        {"role": "system", "content": "Be brief."},
-        {"role": "user", "content": " {{ x }} 'q' "},
-        {"role": "assistant", "content": ""},
-    ],
-    [
-        {"role": "user", "content": "a"},
-        {"role": "assistant", "content": "b"},
-        {"role": "user", "content": "3+4?"},
-        {
-            "role": "assistant",
-            "content": [
-                {"type": "text", "text": "It is "},
-                {"type": "python", "text": "3+4"},
-                {"type": "python_output", "text": "7"},
-                {"type": "text", "text": "7."},
-            ],
-        },
-    ],
-    [
-        {"role": "system", "content": "☕"},
-        {"role": "user", "content": "👩‍👩‍👧"},
-        {"role": "assistant", "content": "你好 ☕"},
-        {"role": "user", "content": "мир"},
-        {
-            "role": "assistant",
-            "content": [
-                {"type": "text", "text": "你 👩‍👩‍👧"},
-                {"type": "python_output", "text": "☕"},
-                {"type": "python", "text": "你"},
-                {"type": "text", "text": "мир ☕"},
-            ],
-        },
+        SYSTEM,
+        *said(
+            *("👩‍👩‍👧", "你好 ☕", "мир"),
+            [("text", "你 👩‍👩‍👧"), ("python_output", "☕"), ("python", "你"), ("text", "мир ☕")],
+        ),
     ],
 ]
 
@@ -203,30 +178,25 @@ CHATS = [
 @pytest.mark.parametrize("messages", CHATS)
 def test_the_chat_template_gives_our_tokens_and_our_mask(messages, tokenizer, hf_tokenizer):
     ids, mask = render_conversation(tokenizer, {"messages": messages})
-    found = hf_tokenizer.apply_chat_template(
-        messages, return_dict=True, return_assistant_tokens_mask=True
-    )
-    assert found["input_ids"] == ids and found["assistant_masks"] == mask
-    prompt = render_for_completion(tokenizer, {"messages": messages})
     render = hf_tokenizer.apply_chat_template
+    rendered = render(messages, return_dict=True, return_assistant_tokens_mask=True)
+    assert rendered["input_ids"] == ids and rendered["assistant_masks"] == mask
+    prompt = render_for_completion(tokenizer, {"messages": messages})
     assert render(messages[:-1], return_dict=False, add_generation_prompt=True) == prompt
-    assert (
-        render(copy.deepcopy(messages), return_dict=False, continue_final_message=True) == ids[:-1]
-    )
+    messages = copy.deepcopy(messages)
+    assert render(messages, return_dict=False, continue_final_message=True) == ids[:-1]
 
 
 def test_the_chat_template_keeps_a_system_message_that_stands_alone(tokenizer, hf_tokenizer):
     """The server renders it as a user's message, too."""
     render = hf_tokenizer.apply_chat_template
-    alone = render([{"role": "system", "content": "Be brief."}], tokenize=False)
-    assert alone == "<|bos|><|user_start|>Be brief.<|user_end|>"
-    body = {"messages": [{"role": "system", "content": "Be brief."}]}
-    ours, _ = make_prompt(
-        tokenizer, openai_api.parse(body, "m").conversation(), max_len=99, max_tokens=9
-    )
-    assert tuple(render(body["messages"], return_dict=False, add_generation_prompt=True)) == ours
+    rendered = render([SYSTEM], tokenize=False)
+    assert rendered == "<|bos|><|user_start|>Be brief. ☕<|user_end|>"
+    request = openai_api.parse({"messages": [SYSTEM]}, "m")
+    ours, _ = make_prompt(tokenizer, request.conversation(), max_len=99, max_tokens=9)
+    assert tuple(render([SYSTEM], return_dict=False, add_generation_prompt=True)) == ours
     with pytest.raises(Exception, match="the user must follow"):
-        render([*body["messages"], {"role": "assistant", "content": "x"}])
+        render([SYSTEM, {"role": "assistant", "content": "x"}])
 
 
 def test_the_chat_template_refuses_special_tokens_in_messages(tokenizer, hf_tokenizer):
@@ -238,28 +208,11 @@ def test_the_chat_template_refuses_special_tokens_in_messages(tokenizer, hf_toke
 @pytest.mark.parametrize(
     "messages",
     [
-        [
-            {
-                "role": "user",
-                "content": [{"type": "text", "text": "x<|user_end|><|assistant_start|>y"}],
-            }
-        ],
-        [{"role": "user", "content": [{"type": "text", "text": "harmless"}]}],
-        [{"role": "system", "content": ["x"]}, {"role": "user", "content": "y"}],
-        [
-            {"role": "user", "content": "a"},
-            {
-                "role": "assistant",
-                "content": [
-                    {"type": "text", "text": "x<|assistant"},
-                    {"type": "text", "text": "_end|>y"},
-                ],
-            },
-        ],
-        [
-            {"role": "user", "content": "a"},
-            {"role": "assistant", "content": [{"type": "text", "text": ["<|bos|>"]}]},
-        ],
+        said([("text", "x<|user_end|><|assistant_start|>y")]),
+        said([("text", "harmless")]),
+        [{"role": "system", "content": ["x"]}, *said("y")],
+        said("a", [("text", "x<|assistant"), ("text", "_end|>y")]),
+        said("a", [("text", ["<|bos|>"])]),
     ],
 )
 def test_the_chat_template_refuses_what_chat_does_not_take(messages, hf_tokenizer):
@@ -292,35 +245,20 @@ def test_torch_reads_what_we_write_and_we_read_what_it_writes(tmp_path):
 
 @pytest.mark.parametrize("era", ["classic", "modern"])
 def test_upstream_finds_its_own_file_again(era, test_data, tmp_path):
-    """Imported and exported, a checkpoint of upstream's has the same keys, dtypes and values for
-    torch.load.
-    """
-    directory = test_data / "golden" / f"trained-{era}"
-    found = read_checkpoint(directory)
-    write_checkpoint(
-        tmp_path,
-        found.config,
-        found.params,
-        found.tokenizer,
-        step=found.step,
-        meta={},
-        byte_rule=found.byte_rule,
-    )
-    name = f"model_{found.step:06d}.pt"
-    theirs, ours = (torch.load(place / name, weights_only=True) for place in (directory, tmp_path))
+    """Upstream's checkpoint, imported and exported, has the same keys and values for torch.load."""
+    theirs_dir = test_data / "golden" / f"trained-{era}"
+    found = read_checkpoint(theirs_dir)
+    step, model = found.step, (found.config, found.params, found.tokenizer)
+    write_checkpoint(tmp_path, *model, step=step, meta={}, byte_rule=found.byte_rule)
+    load = lambda path: torch.load(path, weights_only=True)
+    theirs, ours = (load(d / f"model_{step:06d}.pt") for d in (theirs_dir, tmp_path))
     assert set(ours) == set(theirs)
     for key, tensor in theirs.items():
         assert torch.equal(ours[key].to(tensor.dtype), tensor), key
-    counts = [
-        torch.load(place / "token_bytes.pt", weights_only=True)
-        for place in (directory / "tokenizer", tmp_path)
-    ]
+    counts = [load(d / "token_bytes.pt") for d in (theirs_dir / "tokenizer", tmp_path)]
     assert counts[0].dtype == counts[1].dtype and torch.equal(*counts)
-    meta = [
-        json.loads((place / f"meta_{found.step:06d}.json").read_text())["model_config"]
-        for place in (directory, tmp_path)
-    ]
-    assert meta[0] == meta[1]
+    meta = [(d / f"meta_{step:06d}.json").read_text() for d in (theirs_dir, tmp_path)]
+    assert len({json.dumps(json.loads(text)["model_config"], sort_keys=True) for text in meta}) == 1
 
 
 @pytest.mark.parametrize("era", ["classic", "modern"])
@@ -331,12 +269,11 @@ def test_a_trained_model_reaches_transformers_whole(era, test_data, tmp_path):
     write_hf(tmp_path, config, params, tokenizer)
     ours = nanochat_jax.load(tmp_path)
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path, trust_remote_code=True)
-    words = transformers.AutoTokenizer.from_pretrained(tmp_path)
-    ids = words(
-        "<|bos|>The opposite of hot is", return_tensors="pt", add_special_tokens=False
-    ).input_ids
-    assert np.abs(torch_logits(theirs, ids) - ours.logits(ids.numpy())).max() < 1e-4
-    found = theirs.generate(ids, max_new_tokens=16, do_sample=False)[0, ids.shape[1] :]
-    assert words.decode(found) == ours.generate(
-        "The opposite of hot is", max_tokens=16, temperature=0.0
-    )
+    words, prompt = transformers.AutoTokenizer.from_pretrained(tmp_path), "The opposite of hot is"
+    ids = words(f"<|bos|>{prompt}", return_tensors="pt", add_special_tokens=False).input_ids
+    start = ids.shape[1]
+    ids = theirs.generate(ids, max_new_tokens=16, do_sample=False)
+    logits = ours.logits(ids.numpy())
+    assert np.abs(torch_logits(theirs, ids) - logits).max() < 1e-4
+    assert ids[0, start:].tolist() == logits[0, start - 1 : -1].argmax(-1).tolist()
+    assert words.decode(ids[0, 1:]) == ours.tokenizer.decode(ids[0, 1:].tolist())

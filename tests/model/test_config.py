@@ -15,7 +15,7 @@ from nanochat_jax.model.size import (
     num_scalar_params,
     num_scaling_params,
 )
-from scripts.base_train import BaseTrainConfig, model_config, recipe
+from nanochat_jax.train.pretrain import BaseTrainConfig, model_config, recipe
 
 # depth, width, heads, parameters, scaling parameters, log2 of the batch, steps, weight decay,
 # training FLOPs

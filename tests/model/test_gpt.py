@@ -8,14 +8,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec
 
+from nanochat_jax.model import gpt, size, weights
 from nanochat_jax.model.attention import causal_attention
 from nanochat_jax.model.compute import REMAT, Compute
 from nanochat_jax.model.config import GPTConfig
 from nanochat_jax.model.gpt import forward, init_cache, layer_groups, unembed
-from nanochat_jax.model.layers import rotary_norm, rotary_tables
 from nanochat_jax.model.loss import cross_entropy
+from nanochat_jax.model.sharding import make_mesh, param_shardings
 from nanochat_jax.model.weights import init_params
+from nanochat_jax.train.optim import OptimizerConfig, Schedules, constant, make_optimizer
 
 CONFIGS = {
     "classic": GPTConfig.classic(
@@ -155,32 +158,6 @@ def test_attention_equals_a_plain_masked_softmax(window):
     np.testing.assert_allclose(causal_attention(q, k, v, window=window), expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("length, start", [(7, 0), (1, 5)])  # a row, and a token that is decoded
-def test_rotary_norm_has_the_gradient_of_its_plain_formula(length, start):
-    """A turn of each pair by an angle of its own as one complex product, then the norm,
-    differentiated by JAX.
-    """
-    drawn, cotangent = (
-        jax.random.normal(key, (2, length, 3, 8)) for key in jax.random.split(jax.random.key(4))
-    )
-    positions = start + jnp.arange(length)[None].repeat(2, axis=0)
-    tables = rotary_tables(positions, 8, 100.0, "float32")
-
-    def plain(x):
-        turned = (x[..., :4] + 1j * x[..., 4:]) * jnp.exp(
-            -1j * positions[..., None, None] * 100.0 ** (-jnp.arange(4) / 4)
-        )
-        turned = jnp.concatenate([turned.real, turned.imag], axis=-1)
-        return 1.2 * turned / jnp.sqrt((turned**2).mean(-1, keepdims=True) + 2**-23)
-
-    for x in (drawn, 1e-2 * drawn, 100 * drawn):
-        expected, backward = jax.vjp(plain, x)
-        found, found_backward = jax.vjp(lambda x: rotary_norm(x, *tables, 1.2), x)
-        np.testing.assert_allclose(found, expected, rtol=2e-5, atol=2e-6)
-        (expected,), (found,) = backward(cotangent), found_backward(cotangent)
-        np.testing.assert_allclose(found, expected, rtol=2e-5, atol=3e-6 * np.abs(expected).max())
-
-
 @pytest.mark.parametrize("remat", REMAT[1:])
 def test_rematerialised_gradients_equal_plain_ones(model, remat):
     config, params = model
@@ -235,6 +212,56 @@ def test_initial_classic_loss_is_ln_v():
         hidden, params["lm_head"], tokens, jnp.ones(tokens.shape), config.softcap, 9
     )
     assert (nll == jnp.log(jnp.float32(config.vocab_size))).all()
+
+
+@pytest.fixture
+def gated(monkeypatch):
+    """Models of more than two layers have a matrix that others lack."""
+
+    class Gated(weights.Blocks):
+        def __init__(self, config, declare):
+            super().__init__(config, declare)
+            if config.n_layer > 2:
+                shape, axes = (config.n_layer, config.n_embd, 8), (weights.LAYERS, "embed", None)
+                self.gate = declare(shape, axes, weights._constant(1.0), weights.MATRICES)
+
+    derived = (weights._declared, weights.layer_weights, size.param_counts)
+    monkeypatch.setattr(weights, "Blocks", Gated)
+    for function in derived:
+        function.cache_clear()
+    yield
+    for function in derived:
+        function.cache_clear()
+
+
+@pytest.mark.parametrize(
+    "era, depth, gates, scan",
+    [("modern", 3, 3, False), ("classic", 4, 4, True), ("classic", 2, 0, False)],
+)
+def test_an_optional_matrix_is_declared_in_one_place(gated, monkeypatch, era, depth, gates, scan):
+    """Layers, shardings, counts and optimizer follow from its declaration."""
+    config = dataclasses.replace(CONFIGS[era], n_layer=depth)
+    run_layer = gpt._layer
+
+    def layer(x, matrices, *rest, context):
+        assert ("gate" in matrices) == bool(gates)
+        if gates:
+            x = x + (x @ matrices["gate"]).sum(axis=-1, keepdims=True)
+        return run_layer(x, matrices, *rest, context=context)
+
+    monkeypatch.setattr(gpt, "_layer", layer)
+    params, tokens = init_params(config, jax.random.key(0)), random_tokens(config, 1, 8)
+    total = lambda params: forward(params, tokens, config, Compute(scan=scan))[0][..., 0].sum()
+    grads = jax.jit(jax.grad(total))(params)
+    assert size.num_params(config) == sum(leaf.size for leaf in jax.tree.leaves(params))
+    assert len(params["blocks"].get("gate", ())) == gates
+    if gates:
+        schedules = Schedules(lr_multiplier=constant(1.0), momentum=constant(0.9))
+        optimizer = make_optimizer(config, OptimizerConfig(), schedules)
+        updates, _ = jax.jit(optimizer.update)(grads, optimizer.init(params), params)
+        assert (np.abs(updates["blocks"]["gate"]).max(axis=(1, 2)) > 0).all()
+        sharding = param_shardings(config, make_mesh("8x1"), fsdp=True)["blocks"]["gate"]
+        assert sharding.spec == PartitionSpec(None, "data", None)
 
 
 ROOT_3, N = 3**0.5, 192

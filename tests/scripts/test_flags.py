@@ -1,6 +1,4 @@
-"""Every command's flags: each number has a range, each name is checked, and nothing that no run
-can mean is taken.
-"""
+"""Every command's flags: numbers have a range, names are checked, meaningless values are refused."""
 
 import dataclasses
 import importlib
@@ -14,17 +12,14 @@ from nanochat_jax import cli, dataset
 from nanochat_jax.__main__ import commands
 from nanochat_jax.devices import DeviceFlags
 from nanochat_jax.errors import UsageError
-from nanochat_jax.serve.chat_request import BadRequest, Sampling, check
+from nanochat_jax.eval.base_model import BaseEvalConfig
+from nanochat_jax.eval.chat_model import ChatEvalConfig
+from nanochat_jax.serve.chat_request import BadRequest, SamplingFields, check
+from nanochat_jax.train.pretrain import BaseTrainConfig
 from nanochat_jax.train.rl import ChatRLConfig
-from scripts.base_eval import BaseEvalConfig
-from scripts.base_train import BaseTrainConfig
+from nanochat_jax.train.stages import ChatSFTConfig, MidTrainConfig
 from scripts.chat_cli import Config as ChatConfig
-from scripts.chat_eval import ChatEvalConfig
-from scripts.chat_sft import ChatSFTConfig
-from scripts.export_weights import ExportConfig
-from scripts.import_weights import ImportConfig
 from scripts.infer_bench import Config as BenchConfig
-from scripts.mid_train import MidTrainConfig
 from scripts.serve import Config as ServeConfig
 from scripts.speedrun import SpeedrunConfig
 from scripts.tok_train import Config as TokConfig
@@ -34,16 +29,13 @@ from scripts.tpu_plan import PlanConfig
 def flag_types():
     """The flag dataclasses of all commands, by module and name."""
     sys.path.append(str(Path(__file__).parents[2] / "docs"))
-    found = {}
-    for name in (*commands().values(), "tpu.plan", "tour"):
-        for kind in vars(importlib.import_module(name)).values():
-            if (
-                isinstance(kind, type)
-                and dataclasses.is_dataclass(kind)
-                and any("help" in field.metadata for field in dataclasses.fields(kind))
-            ):
-                found[f"{kind.__module__}.{kind.__qualname__}"] = kind
-    return found
+    return {
+        f"{value.__module__}.{value.__qualname__}": value
+        for name in (*commands().values(), "tpu.plan", "tour")
+        for value in vars(importlib.import_module(name)).values()
+        if isinstance(value, type) and dataclasses.is_dataclass(value)
+        if any("help" in field.metadata for field in dataclasses.fields(value))
+    }
 
 
 FLAG_TYPES = flag_types()
@@ -53,62 +45,47 @@ def parse(config_type, *argv):
     return cli.parse(config_type, argv, prog="test", description=None)
 
 
+def flags_of(name):
+    """(field, its types) of each flag of a dataclass, without positional arguments."""
+    hints = typing.get_type_hints(FLAG_TYPES[name])
+    for field in dataclasses.fields(FLAG_TYPES[name]):
+        if "range" in field.metadata:
+            yield field, {hints[field.name], *typing.get_args(hints[field.name])}
+
+
 def test_all_commands_are_walked():
-    assert {
-        BaseTrainConfig,
-        MidTrainConfig,
-        ChatSFTConfig,
-        ChatRLConfig,
-        ServeConfig,
-        SpeedrunConfig,
-        TokConfig,
-        PlanConfig,
+    assert {BaseTrainConfig, ChatRLConfig, ServeConfig, SpeedrunConfig, TokConfig, PlanConfig} | {
         dataset.DownloadConfig,
         dataset.HfConfig,
         dataset.LocalConfig,
-        ImportConfig,
-        ExportConfig,
         BenchConfig,
         ChatConfig,
-        ChatEvalConfig,
-        BaseEvalConfig,
     } <= set(FLAG_TYPES.values())
-    assert any(kind.__qualname__ == "TourConfig" for kind in FLAG_TYPES.values())
+    assert any(config_type.__qualname__ == "TourConfig" for config_type in FLAG_TYPES.values())
 
 
 @pytest.mark.parametrize("name", FLAG_TYPES)
 def test_each_number_has_a_range_and_each_name_a_check(name):
-    kind = FLAG_TYPES[name]
-    hints = typing.get_type_hints(kind)
-    for field in dataclasses.fields(kind):
-        if "range" not in field.metadata:  # arguments
-            continue
+    for field, types in flags_of(name):
         least, most, also = field.metadata["range"]
-        if {int, float} & {hints[field.name], *typing.get_args(hints[field.name])}:
+        if {int, float} & types:
             assert least is not None and most is not None, f"--{field.name} takes any number"
             assert also is None or (also == -1 and "-1" in field.metadata["help"]), field.name
-            cli._check_range(field, field.default)
+            cli.flags.check_range(field, field.default)
         assert field.default != "", f"--{field.name} has an empty default"
         if field.name in ("model_tag", "run", "mixture", "task", "task_name"):
             assert field.metadata["check"], f"--{field.name} takes any text"
 
 
 @pytest.mark.parametrize("name", FLAG_TYPES)
-@pytest.mark.parametrize("blank", ["", " "])
-def test_no_text_flag_takes_a_blank(name, blank):
+def test_no_text_flag_takes_a_blank(name):
     """An unset shell variable is not the same as leaving a flag out."""
-    kind = FLAG_TYPES[name]
-    hints = typing.get_type_hints(kind)
-    for field in dataclasses.fields(kind):
-        if "range" in field.metadata and str in (
-            hints[field.name],
-            *typing.get_args(hints[field.name]),
-        ):
-            with pytest.raises(
-                UsageError,
-                match=f"-{field.name.replace('_', '-').removesuffix('-dir')}.*''|got ' '",
-            ):
-                parse(kind, f"--{field.name}", blank)
+    for field, types in flags_of(name):
+        if str in types:
+            flag = field.name.replace("_", "-").removesuffix("-dir")
+            for blank in ("", " "):
+                with pytest.raises(UsageError, match=f"-{flag}.*''|got ' '"):
+                    parse(FLAG_TYPES[name], f"--{field.name}", blank)
 
 
 MEANINGLESS = [
@@ -153,12 +130,13 @@ MEANINGLESS = [
 
 @pytest.mark.parametrize(
     "config_type, name, value",
-    [(kind, name, value) for kind, name, values in MEANINGLESS for value in values],
+    [(config_type, name, value) for config_type, name, values in MEANINGLESS for value in values],
 )
 def test_numbers_that_no_run_can_mean_are_refused(config_type, name, value):
     with pytest.raises(UsageError) as refused:
         parse(config_type, name, value)
-    assert name in str(refused.value) and "got" in str(refused.value)
+    message = cli.with_flags(str(refused.value), config_type)
+    assert name in message and "got" in message
 
 
 @pytest.mark.parametrize(
@@ -184,16 +162,27 @@ def test_values_at_the_edges_keep_their_meaning(config_type, argv, expected):
     assert {name: getattr(parse(config_type, *argv), name) for name in expected} == expected
 
 
-@pytest.mark.parametrize(
-    "name", [name for name, kind in FLAG_TYPES.items() if hasattr(kind, "model_tag")]
-)
-@pytest.mark.parametrize(
-    "tag",
-    [".", "..", "../x", "a/b", "/tmp/x", ".hidden", "-x", "a\nb", "a\\b", "*", "x" * 101, "\udcff"],
-)
-def test_a_model_tag_is_a_name(name, tag):
-    with pytest.raises(UsageError, match="--model-tag.*is not a name"):
-        parse(FLAG_TYPES[name], f"--model-tag={tag}")
+TAGS = [
+    ".",
+    "..",
+    "../x",
+    "a/b",
+    "/tmp/x",
+    ".hidden",
+    "-x",
+    "a\nb",
+    "a\\b",
+    "*",
+    "x" * 101,
+    "\udcff",
+]
+
+
+@pytest.mark.parametrize("name", [n for n, cls in FLAG_TYPES.items() if hasattr(cls, "model_tag")])
+def test_a_model_tag_is_a_name(name):
+    for tag in TAGS:
+        with pytest.raises(UsageError, match="--model-tag.*is not a name"):
+            parse(FLAG_TYPES[name], f"--model-tag={tag}")
 
 
 @pytest.mark.parametrize("tag", ["d20", "d20-test", "lr=0.02", "größer", "v1.2_a+b@c", "7"])
@@ -221,7 +210,7 @@ def test_names_are_checked_when_flags_are_read(config_type, argv, named):
 
 
 @pytest.mark.parametrize(
-    "name", [name for name, kind in FLAG_TYPES.items() if issubclass(kind, DeviceFlags)]
+    "name", [name for name, cls in FLAG_TYPES.items() if issubclass(cls, DeviceFlags)]
 )
 def test_every_script_on_devices_has_device_type(name):
     assert FLAG_TYPES[name].device_type is None
@@ -231,7 +220,7 @@ def test_every_script_on_devices_has_device_type(name):
 
 def test_scripts_that_load_a_model_run_on_devices():
     assert all(
-        issubclass(kind, DeviceFlags) for kind in FLAG_TYPES.values() if hasattr(kind, "model_tag")
+        issubclass(cls, DeviceFlags) for cls in FLAG_TYPES.values() if hasattr(cls, "model_tag")
     )
 
 
@@ -240,7 +229,7 @@ def test_the_server_takes_the_defaults_that_requests_could_name(name):
     field = next(field for field in dataclasses.fields(ServeConfig) if field.name == name)
     least, most, _ = field.metadata["range"]
     for value in (least, most):
-        assert getattr(check(Sampling, {name: value}), name) == value
+        assert getattr(check(SamplingFields, {name: value}), name) == value
     for outside in (least - 1, most + 1):
         with pytest.raises(BadRequest):
-            check(Sampling, {name: outside})
+            check(SamplingFields, {name: outside})

@@ -10,6 +10,7 @@ import pytest
 import tiktoken
 
 from nanochat_jax.errors import NotFound, UsageError
+from nanochat_jax.eval import compression
 from nanochat_jax.paths import Paths
 from nanochat_jax.tokenizer import Tokenizer
 from scripts import tok_eval, tok_train
@@ -88,7 +89,7 @@ def test_tok_eval_without_a_network_says_so_and_goes_on(base, monkeypatch, capsy
 
     tok_train.main(tok_train.Config(vocab_size=300))
     monkeypatch.setattr(tiktoken, "get_encoding", get_encoding)
-    monkeypatch.setattr(tok_eval, "DOWNLOAD_SECONDS", 0.1)
+    monkeypatch.setattr(compression, "DOWNLOAD_SECONDS", 0.1)
     tok_eval.main(tok_eval.Config())
     results = json.loads((base.report / "tokenizer-evaluation.json").read_text())["results"]
     assert results["bytes_per_token_news"] > 1

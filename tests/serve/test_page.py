@@ -8,18 +8,14 @@ import threading
 from contextlib import contextmanager
 from pathlib import Path
 
-import jax
 import pytest
 from aiohttp import web
-from test_server import TOKENIZER, FakeHandle, FakeScheduler
+from fakes import MODEL, TOKENIZER, FakeHandle, FakeScheduler, small_engine
 
-from nanochat_jax.infer.engine import Engine
 from nanochat_jax.infer.request import ToolCall
 from nanochat_jax.infer.scheduler import QueueFull, Scheduler
-from nanochat_jax.model.config import GPTConfig
-from nanochat_jax.model.weights import init_params
 from nanochat_jax.serve import server
-from nanochat_jax.serve.chat_request import Sampling
+from nanochat_jax.serve.settings import ServerConfig
 
 playwright_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 expect = playwright_api.expect
@@ -27,7 +23,7 @@ expect.set_options(timeout=20_000)
 
 NAMES = ("chromium", "chromium-browser", "google-chrome")
 CHROMIUM = next(filter(None, map(shutil.which, NAMES)), None)
-INFO = {"name": "sft d4, step 60", "source": "sft", "tag": "d4", "step": 60, "context": 2048}
+MODEL_NAME = "sft d4, step 60"
 HOLD = object()  # in a reply: wait for `script.release()`
 
 pytestmark = pytest.mark.skipif(CHROMIUM is None, reason=f"none of {', '.join(NAMES)} on PATH")
@@ -37,15 +33,16 @@ class Script(FakeScheduler):
     """Each request gets the next of `replies`; an exception among them is raised."""
 
     def reset(self):
-        self.__init__()
+        self.__init__(max_len=2**17)
         self.replies, self.go_on = [], asyncio.Event()
 
-    def submit_all(self, requests):
+    def submit_all(self, requests, receive):
         self.requests += requests
         reply = self.replies.pop(0) if self.replies else ["Yes."]
         if isinstance(reply, Exception):
             raise reply
-        self.handles.append(FakeHandle([self.go_on if event is HOLD else event for event in reply]))
+        events = [self.go_on if event is HOLD else event for event in reply]
+        self.handles.append(FakeHandle(events, lambda events: receive(0, events)))
         return self.handles[-1:]
 
     def release(self):
@@ -57,10 +54,9 @@ class Script(FakeScheduler):
 
 
 @contextmanager
-def serving(scheduler, max_len=2**17, defaults=None):
+def serving(scheduler, **flags):
     """The URL of a server that runs in its own thread."""
-    options = {"max_len": max_len, "num_slots": 2, "defaults": defaults or Sampling()}
-    app = server.create_app(scheduler, TOKENIZER, INFO, **options)
+    app = server.create_app(scheduler, MODEL, ServerConfig(**flags))
     runner = web.AppRunner(app, **server.runner_options() | {"shutdown_timeout": 0.1})
     sock = server.bind("127.0.0.1", 0)
     loop = scheduler.loop = asyncio.new_event_loop()
@@ -122,7 +118,7 @@ def open_page(browser, served, script):
         page.set_default_timeout(20_000)
         page.emulate_media(**emulate)
         page.goto(served[0])
-        expect(page.locator("#model")).to_have_text(INFO["name"])
+        expect(page.locator("#model")).to_have_text(MODEL_NAME)
         return page
 
     open_page.problems, open_page.confirms = [], True
@@ -418,8 +414,8 @@ def test_slash_commands_set_the_sampling(page, script):
         "/topk 7": "topk is now 7.",
         "/topk 201": "topk must be a whole number from 0 to 200, not 201.",
         "/topk": "topk is 7.",
-        "/length 4096": "length must be a whole number from 1 to 2048, not 4096.",
-        "/help": "most tokens of a reply, 1 to 2048",
+        "/length 5000": "length must be a whole number from 1 to 4096, not 5000.",
+        "/help": "most tokens of a reply, 1 to 4096",
         "/nothing": "There is no command /nothing.",
     }.items():
         send(page, command)
@@ -445,7 +441,7 @@ def test_settings_are_sent_survive_a_reload_and_can_be_reset(page, script):
         assert field.evaluate("(node) => node.validity.valid") == valid
 
     button(page, "Settings").click()
-    expect(page.locator("#model-info")).to_contain_text("2048 tokens")
+    expect(page.locator("#model-info")).to_contain_text(f"{2**17} tokens")
     expect(page.locator("#set-temperature")).to_have_attribute("placeholder", "0.8")
     set_field("temperature", "1.5")
     set_field("topk", "3")
@@ -465,15 +461,15 @@ def test_settings_are_sent_survive_a_reload_and_can_be_reset(page, script):
     assert sampling("Hello") == (0.8, 50, 512)
 
 
-@pytest.mark.parametrize("context, longest", [(256, "256"), (8192, "4096")])
-def test_a_reply_is_at_most_as_long_as_the_context(page, monkeypatch, context, longest):
-    monkeypatch.setitem(INFO, "context", context)
-    page.reload()
-    button(page, "Settings").click()
-    expect(page.locator("#model-info")).to_contain_text(f"{context} tokens")
-    expect(page.locator("#set-length")).to_have_attribute("max", longest)
-    expect(page.locator("#set-length")).to_have_attribute("placeholder", str(min(512, context)))
-    expect(page.locator("#settings")).to_contain_text(f"Tokens of a reply, at most {longest}.")
+def test_a_reply_is_at_most_as_long_as_the_context(page, script):
+    for context, longest in (256, "256"), (8192, "4096"):
+        script.engine.max_len = context
+        page.reload()
+        button(page, "Settings").click()
+        expect(page.locator("#model-info")).to_contain_text(f"{context} tokens")
+        expect(page.locator("#set-length")).to_have_attribute("max", longest)
+        expect(page.locator("#set-length")).to_have_attribute("placeholder", str(min(512, context)))
+        expect(page.locator("#settings")).to_contain_text(f"Tokens of a reply, at most {longest}.")
 
 
 def test_an_api_key_is_requested_and_sent_as_a_bearer_token(page):
@@ -602,38 +598,19 @@ def test_finished_blocks_of_a_long_reply_are_not_drawn_again(page, script):
 
 A, E = "alert(1)", "http://evil.example"
 HOSTILE = [
-    "<script>window.hacked = 1</script>",
-    "<img src=x onerror='window.hacked = 1'>",
-    f"<svg onload={A}>",
-    f"<iframe src='javascript:{A}'></iframe>",
-    f"<img src={E}/pixel.png>",
-    "<style>body { display: none }</style>",
-    f"<a href='javascript:{A}'>x</a>",
-    "<a href=data:text/html,x>x</a>",
-    f"[x](javascript:{A})",
-    f"[x](JaVaScRiPt:{A})",
-    f"[x](&#106;avascript:{A})",
-    f"[x](java\tscript:{A})",
-    "[x](vbscript:msgbox)",
-    f"[x](data:text/html,<script>{A}</script>)",
-    "[x](//evil.example)",
-    f"<javascript:{A}>",
-    "[x](https://bank.example@evil.example)",
-    f"[x][1]\n\n[1]: javascript:{A}",
-    f"![x]({E}/pixel.png)",
-    f"![x](javascript:{A})",
-    f"[![x]({E}/p)]({E})",
-    f'[x](https://ok.example" onmouseover="{A})',
-    f'```"><script>{A}</script>\nx\n```',
-    "```hidden\nx\n```",
-    "```constructor\nx\n```",
+    *("<script>window.hacked = 1</script>", "<img src=x onerror='window.hacked = 1'>"),
+    *(f"<svg onload={A}>", f"<iframe src='javascript:{A}'></iframe>", f"<img src={E}/pixel.png>"),
+    *("<style>body { display: none }</style>", f"<a href='javascript:{A}'>x</a>"),
+    *("<a href=data:text/html,x>x</a>", f"[x](javascript:{A})", f"[x](JaVaScRiPt:{A})"),
+    *(f"[x](&#106;avascript:{A})", f"[x](java\tscript:{A})", "[x](vbscript:msgbox)"),
+    *(f"[x](data:text/html,<script>{A}</script>)", "[x](//evil.example)", f"<javascript:{A}>"),
+    *("[x](https://bank.example@evil.example)", f"[x][1]\n\n[1]: javascript:{A}"),
+    *(f"![x]({E}/pixel.png)", f"![x](javascript:{A})", f"[![x]({E}/p)]({E})"),
+    *(f'[x](https://ok.example" onmouseover="{A})', f'```"><script>{A}</script>\nx\n```'),
+    *("```hidden\nx\n```", "```constructor\nx\n```", f"`<img src=x onerror={A}>`"),
     f"| <img src=x onerror={A}> |\n|--|\n| <script>{A}</script> |",
-    f"`<img src=x onerror={A}>`",
-    f"<form action={E}><button>x</button></form>",
-    f"<base href={E}>",
-    f"<br onclick={A}>",
-    f"<meta http-equiv=refresh content='0;url={E}'>",
-    f"<link rel=stylesheet href={E}>",
+    *(f"<form action={E}><button>x</button></form>", f"<base href={E}>", f"<br onclick={A}>"),
+    *(f"<meta http-equiv=refresh content='0;url={E}'>", f"<link rel=stylesheet href={E}>"),
     "<p style='position:fixed;inset:0' id=composer class=x data-a=1 aria-hidden=true>x</p>",
     "<math><mtext><table><mglyph><style><!--</style><img title='--&gt;&lt;img src=1 "
     f"onerror={A}&gt;'>",
@@ -641,22 +618,10 @@ HOSTILE = [
     f"<noscript><p title='</noscript><img src=x onerror={A}>'>",
     f"<form><math><mtext></form><form><mglyph><style></math><img src onerror={A}>",
     f"<template><script>{A}</script></template>",
-    f"<object data={E}></object><embed src={E}>",
-    f"<video src={E} autoplay>",
-    f"<body onload={A} background={E}>",
-    "\ue000\ue001\uf8ff",
-    ">" * 3000,
-    "- " * 1500 + "x",
-    "[" * 3000,
-    "*" * 3000 + "a",
-    "\\(" * 1500,
-    "$a" * 1500,
-    "$$\n\\[\n" * 700,
-    "`" * 3001 + "a",
-    "**a" * 1500,
-    "*_" * 3000,
-    "<" * 3000,
-    "[a](" * 2000,
+    *(f"<object data={E}></object><embed src={E}>", f"<video src={E} autoplay>"),
+    *(f"<body onload={A} background={E}>", "\ue000\ue001\uf8ff", ">" * 3000, "- " * 1500 + "x"),
+    *("[" * 3000, "*" * 3000 + "a", "\\(" * 1500, "$a" * 1500, "$$\n\\[\n" * 700),
+    *("`" * 3001 + "a", "**a" * 1500, "*_" * 3000, "<" * 3000, "[a](" * 2000),
     "*a **b " * 1000 + "** *" * 1000,
 ]
 ALLOWED = """a blockquote br code del em h3 hr li ol p pre span strong sub sup table tbody td th
@@ -742,8 +707,7 @@ print(smallest([5, 2, 9], 2), "done")
 )
 
 
-@pytest.mark.parametrize("width", [320, 375])
-def test_nothing_is_cut_off_on_a_phone(page, script, tmp_path, width):
+def test_nothing_is_cut_off_on_a_phone(page, script, tmp_path, width=320):
     page.set_viewport_size({"width": width, "height": 700})
     show(page, script, [ToolCall("345+678", "1023"), RICH + "x" * 300], "How? " + "y" * 100)
     send(page, "/help")
@@ -844,13 +808,8 @@ def test_the_drawer_takes_the_focus_and_returns_it(page, script):
 
 
 def test_a_model_answers_through_the_real_engine(browser):
-    shape = {"aspect_ratio": 32, "head_dim": 32, "sequence_len": 64}
-    config = GPTConfig.modern(1, vocab_size=TOKENIZER.vocab_size, **shape)
-    params = init_params(config, jax.random.key(0))
-    engine = Engine(config, params, TOKENIZER, num_slots=2)
-    with Scheduler(engine) as scheduler:
-        defaults = Sampling(max_tokens=24, temperature=1.0)
-        with serving(scheduler, engine.max_len, defaults) as url:
+    with Scheduler(small_engine()) as scheduler:
+        with serving(scheduler, max_tokens=24, temperature=1.0) as url:
             page = browser.new_page()
             page.goto(url)
             send(page, "Hello")

@@ -27,23 +27,8 @@ from nanochat_jax.tasks.skills import (
     split_of,
 )
 
-STEMS = ("gover", "straw", "open", "settle", "win", "under", "commit", "peace", "labor", "nation")
-ENDINGS = (
-    "ment",
-    "berry",
-    "ing",
-    "ters",
-    "dow",
-    "stand",
-    "tee",
-    "ful",
-    "able",
-    "al",
-    "ion",
-    "ist",
-    "ness",
-    "ship",
-)
+STEMS = "gover straw open settle win under commit peace labor nation".split()
+ENDINGS = "ment berry ing ters dow stand tee ful able al ion ist ness ship".split()
 WORDS = [stem + ending for stem in STEMS for ending in ENDINGS]
 needs_chitchat = pytest.mark.skipif(
     find_spec("chitchat_dataset") is None,

@@ -21,7 +21,7 @@ from nanochat_jax.model.attention import causal_attention
 from nanochat_jax.model.compute import Compute
 from nanochat_jax.model.config import GPTConfig
 from nanochat_jax.model.recipe import derive_recipe
-from scripts.base_train import BaseTrainConfig, optimizer_parts
+from nanochat_jax.train.pretrain import BaseTrainConfig, optimizer_parts
 
 ROOT = Path(__file__).parents[2]
 

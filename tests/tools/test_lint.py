@@ -1,5 +1,6 @@
 """The linters that the workflow runs, where they are installed (extra `dev`)."""
 
+import os
 import shutil
 import subprocess
 import sys
@@ -8,20 +9,27 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
+DOCKER, TPU = ROOT / "docker", ROOT / "tpu"
+SHELL = ("run1000.sh", "speedrun.sh", "test.sh", "scripts/setup_env.sh")
 
 
-def lint(tool: str, *argv: str) -> None:
-    path = shutil.which(tool, path=str(Path(sys.executable).parent))
-    if path is None:
-        pytest.skip(f"{tool} is not installed")
-    found = subprocess.run([path, *argv], capture_output=True, text=True, cwd=ROOT)
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["ruff", "check", "--no-cache", "."],
+        ["ruff", "format", "--no-cache", "--check", "."],
+        ["shellcheck", "-x", "-e", "SC2119", *SHELL, *DOCKER.glob("*.sh")],
+        ["shellcheck", "-x", *TPU.glob("*.sh"), TPU / "slurm.sbatch"],
+        ["hadolint", DOCKER / "Dockerfile"],
+        ["check-jsonschema", "--builtin-schema", "vendor.compose-spec", *DOCKER.glob("*.yml")],
+        pytest.param(["mypy", "--cache-dir={scratch}"], marks=pytest.mark.slow),
+    ],
+    ids=lambda command: " ".join(map(str, command[:2])),
+)
+def test_a_linter_finds_nothing(command, tmp_path):
+    tool = shutil.which(command[0], path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    if tool is None:
+        pytest.skip(f"{command[0]} is not installed")
+    argv = [str(word).format(scratch=tmp_path) for word in command[1:]]
+    found = subprocess.run([tool, *argv], capture_output=True, text=True, cwd=ROOT)
     assert found.returncode == 0, found.stdout + found.stderr
-
-
-def test_ruff_finds_nothing():
-    lint("ruff", "check", "--no-cache", ".")
-
-
-@pytest.mark.slow
-def test_mypy_finds_nothing(tmp_path):
-    lint("mypy", f"--cache-dir={tmp_path}")

@@ -328,16 +328,12 @@ def test_the_largest_batch_is_the_last_that_fits():
 
 def test_a_step_takes_at_least_the_slowest_of_its_costs_and_one_at_a_time_the_sum_over_kernels():
     chip = CHIPS["h100"]
-    seconds = {
-        "products": 3.0,
-        "kernels": 1.0,
-        "element-wise": 2.0,
-        "copies": 0.5,
-        "collectives": 0.25,
+    kinds = ("products", "kernels", "element-wise", "copies", "collectives")
+    traffic = {
+        kind: seconds * chip.bandwidth for kind, seconds in zip(kinds, (3.0, 1.0, 2.0, 0.5, 0.25))
     }
     cost = HloCost(
-        traffic=defaultdict(float, {kind: each * chip.bandwidth for kind, each in seconds.items()}),
-        sent=Counter({"all-gather": 1.5 * chip.link}),
+        traffic=defaultdict(float, traffic), sent=Counter({"all-gather": 1.5 * chip.link})
     )
 
     def plan(products):
@@ -379,8 +375,8 @@ def test_without_the_compiler_the_plan_says_how_to_get_it():
         topology_devices("v6e:2x4")
 
 
-def plan(*flags):
-    command = [sys.executable, "-m", "tpu.plan", *flags]
+def plan(flags):
+    command = [sys.executable, "-m", "tpu.plan", *flags.split()]
     done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout.splitlines()[-1])
@@ -390,18 +386,8 @@ def plan(*flags):
 @pytest.mark.slow
 def test_a_train_step_compiles_for_a_slice_of_several_hosts():
     found = plan(
-        "--depth",
-        "2",
-        "--topology",
-        "v5e-16",
-        "--vocab-size",
-        "4096",
-        "--device-batch-size",
-        "1",
-        "--total-batch-size",
-        "65536",
-        "--num-iterations",
-        "10",
+        "--depth 2 --topology v5e-16 --vocab-size 4096 --device-batch-size 1 "
+        "--total-batch-size 65536 --num-iterations 10"
     )
     config = GPTConfig.modern(2, vocab_size=4096)
     assert found["devices"] == 16 and found["memory"]["fits"] and found["loops_counted_once"] == 0
@@ -415,7 +401,7 @@ def test_a_train_step_compiles_for_a_slice_of_several_hosts():
 @pytest.mark.slow
 @pytest.mark.parametrize("topology, mfu", [("v5e-16", 0.6), ("v6e-8", 0.6)])
 def test_d20_compiles_and_fits_with_the_default_settings(topology, mfu):
-    found = plan("--depth", "20", "--topology", topology)
+    found = plan(f"--depth 20 --topology {topology}")
     config = GPTConfig.modern(20)
     assert found["memory"]["fits"] and found["device_batch_size"] >= 8 and found["mfu_bound"] >= mfu
     # No logits of all positions: nothing is as large.
@@ -429,9 +415,7 @@ def test_d20_compiles_and_fits_with_the_default_settings(topology, mfu):
 @needs_libtpu
 @pytest.mark.slow
 def test_decoding_on_one_chip_moves_the_matrices_and_the_cache_and_little_else():
-    found = plan(
-        "--depth", "8", "--topology", "v6e-1", "--max-seq-len", "512", "--decode", "--slots", "8"
-    )
+    found = plan("--depth 8 --topology v6e-1 --max-seq-len 512 --decode --slots 8")
     config = GPTConfig.modern(8, sequence_len=512)
     assert found["memory"]["parameters"] == 2 * num_params(config)
     assert found["memory"]["fits"] and not found["collectives"]
@@ -453,7 +437,7 @@ needs_cuda = pytest.mark.skipif(
 @needs_cuda
 @pytest.mark.slow
 def test_the_estimated_memory_of_gpus_holds_what_a_plan_needs_and_little_more():
-    found = plan("--depth", "12", "--topology", "h100:8")
+    found = plan("--depth 12 --topology h100:8")
     estimated = estimate_memory(
         GPTConfig.modern(12),
         found["device_batch_size"],
@@ -470,22 +454,8 @@ def test_the_estimated_memory_of_gpus_holds_what_a_plan_needs_and_little_more():
 @pytest.mark.parametrize("attention", ["auto", "xla"])
 def test_a_train_step_compiles_for_a_gpu_with_the_attention_that_runs_there(attention):
     found = plan(
-        "--depth",
-        "2",
-        "--topology",
-        "h100:1",
-        "--vocab-size",
-        "4096",
-        "--device-batch-size",
-        "1",
-        "--remat",
-        "minimal",
-        "--total-batch-size",
-        "4096",
-        "--num-iterations",
-        "10",
-        "--attention",
-        attention,
+        "--depth 2 --topology h100:1 --vocab-size 4096 --device-batch-size 1 --remat minimal "
+        f"--total-batch-size 4096 --num-iterations 10 --attention {attention}"
     )
     assert found["memory"]["parameters"] == 4 * num_params(GPTConfig.modern(2, vocab_size=4096))
     assert found["loops_counted_once"] == 0 and 0.5 < found["flops"] / found["model_flops"] < 1.2

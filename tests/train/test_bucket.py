@@ -19,11 +19,11 @@ from test_train import run as train_run
 
 pytest.importorskip("gcsfs")
 
-from nanochat_jax import checkpoint, storage  # noqa: E402
-from nanochat_jax.checkpoint import lock_tag, saved_steps  # noqa: E402
+from nanochat_jax import storage  # noqa: E402
+from nanochat_jax.checkpoint import lock_tag, locking  # noqa: E402
 from nanochat_jax.errors import UsageError  # noqa: E402
 from nanochat_jax.metrics import read_metrics  # noqa: E402
-from nanochat_jax.paths import Paths  # noqa: E402
+from nanochat_jax.paths import Paths, saved_steps  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -274,7 +274,7 @@ def test_a_lock_whose_answer_was_lost_is_still_ones_own(server, place, monkeypat
         while server.generations[lock_object(place)] < first + 2:  # heartbeats
             assert time.monotonic() < deadline
             time.sleep(0.02)
-        assert not checkpoint._bucket_locks[str(place)].lost
+        assert not locking._bucket_locks[str(place)].lost
     assert lock_object(place) not in server.objects
 
 
@@ -293,7 +293,7 @@ def test_a_lock_in_the_bucket_is_renewed_until_another_run_takes_it(
         first = server.generations[lock_object(place)]
         wait_for(lambda: server.generations[lock_object(place)] > first + 1)
         hold(server, place, machine="another")
-        wait_for(lambda: checkpoint._bucket_locks[str(place)].lost)
+        wait_for(lambda: locking._bucket_locks[str(place)].lost)
         with pytest.raises(UsageError, match="another run has taken .* over"):
             train_run(place, logs=tmp_path)
     assert json.loads(server.objects[lock_object(place)])["id"] == "other"
@@ -315,18 +315,8 @@ def test_a_bucket_that_refuses_the_lock_is_one_line(server, place):
 
 FLAGS = [
     *MODEL,
-    "--total-batch-size",
-    "512",
-    "--device-batch-size",
-    "1",
-    "--num-iterations",
-    "8",
-    "--save-every",
-    "2",
-    "--eval-every",
-    "-1",
-    "--eval-tokens",
-    "512",
+    *"--total-batch-size 512 --device-batch-size 1 --num-iterations 8".split(),
+    *"--save-every 2 --eval-every -1 --eval-tokens 512".split(),
 ]
 
 
@@ -363,15 +353,8 @@ def test_a_run_killed_in_the_middle_of_saves_loses_nothing(server, tmp_path):
     # Another command on a machine with the bucket alone: the tokenizer comes from there, too.
     (tmp_path / "empty").mkdir()
     paths.data("embedded").rename(tmp_path / "empty" / paths.data("embedded").name)
-    said = run(
-        "base_loss",
-        "--split-tokens",
-        "512",
-        "--device-batch-size",
-        "2",
-        base=tmp_path / "empty",
-        env=env,
-    )
+    flags = "--split-tokens 512 --device-batch-size 2".split()
+    said = run("base_loss", *flags, base=tmp_path / "empty", env=env)
     assert f"{read_metrics(killed / 'metrics.jsonl')[-1]['val_bpb']:.4f}" in said
 
 

@@ -8,7 +8,9 @@ import numpy as np
 import optax
 import pytest
 
+from nanochat_jax.model.config import GPTConfig
 from nanochat_jax.model.sharding import make_mesh
+from nanochat_jax.model.weights import abstract_params
 from nanochat_jax.train.muon import (
     NEWTON_SCHULZ,
     muon,
@@ -17,9 +19,12 @@ from nanochat_jax.train.muon import (
     orthogonalize_modern,
 )
 from nanochat_jax.train.optim import (
+    OptimizerConfig,
+    Schedules,
     constant,
     cosine_decay,
     linear_momentum,
+    make_optimizer,
     modern_momentum,
     trapezoid,
 )
@@ -204,3 +209,19 @@ def test_schedules_have_upstreams_values_at_their_corners():
     assert [float(decay(step)) for step in (0, 100, 200, 400)] == pytest.approx(
         [0.28, 0.28 * 0.853553, 0.14, 0.0], abs=1e-6
     )
+
+
+@pytest.mark.parametrize("arch", ["classic", "modern"])
+def test_weight_decay_of_the_rates_is_for_classic_only(arch):
+    config = getattr(GPTConfig, arch)(1, n_embd=32, n_head=1, n_kv_head=1, vocab_size=64)
+    params = jax.tree.map(lambda leaf: jnp.ones(leaf.shape), abstract_params(config))
+
+    def update(weight_decay):
+        schedules = Schedules(lr_multiplier=constant(1.0), momentum=constant(0.9))
+        rates = OptimizerConfig(weight_decay=weight_decay)
+        optimizer = make_optimizer(config, rates, schedules)
+        return jax.jit(optimizer.update)(params, optimizer.init(params), params)[0]
+
+    same = jax.tree.map(lambda a, b: bool((a == b).all()), update(0.0), update(0.5))
+    matrices = all(jax.tree.leaves(same["blocks"]))
+    assert matrices and same["wte"] == same["lm_head"] == (arch == "modern")

@@ -1,7 +1,8 @@
-"""The training scripts on a small corpus: each stage reads the one before it, resumes bit for bit,
-and survives kill -9.
+"""The training stages on a small corpus: each continues the one before, resumes bit for bit and
+survives kill -9.
 """
 
+import dataclasses
 import importlib.util
 import shutil
 import subprocess
@@ -20,7 +21,9 @@ from nanochat_jax.model.weights import abstract_params
 from nanochat_jax.train import finetune
 from nanochat_jax.train.finetune import warm_optimizer
 from nanochat_jax.train.optim import OptimizerConfig, Schedules, constant, make_optimizer
-from scripts import base_loss, base_train, chat_sft, mid_train
+from nanochat_jax.train.pretrain import BaseTrainConfig, pretrain
+from nanochat_jax.train.stages import ChatSFTConfig, MidTrainConfig, midtrain, supervised_finetune
+from scripts import base_loss
 
 needs_chitchat = pytest.mark.skipif(
     importlib.util.find_spec("chitchat_dataset") is None, reason="the extra offline"
@@ -43,40 +46,29 @@ def paths(tmp_path_factory):
     return make_base(tmp_path_factory.mktemp("base"))
 
 
+def base_config(**changes):
+    shape = dict(depth=2, aspect_ratio=16, head_dim=16, max_seq_len=64, data="embedded")
+    return BaseTrainConfig(**shape | COMMON | changes)
+
+
 @needs_chitchat
 @pytest.mark.slow
-def test_every_stage_builds_on_the_one_before_and_resumes_bit_for_bit(paths, monkeypatch):
+def test_every_stage_continues_the_one_before_and_resumes_bit_for_bit(paths, monkeypatch):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(paths.base))
-    for source, script, config in (
-        (
-            "base",
-            base_train,
-            lambda **more: base_train.BaseTrainConfig(
-                depth=2,
-                aspect_ratio=16,
-                head_dim=16,
-                max_seq_len=64,
-                data="embedded",
-                **COMMON,
-                **more,
-            ),
-        ),
-        (
-            "mid",
-            mid_train,
-            lambda **more: mid_train.MidTrainConfig(load_optimizer=True, **COMMON, **more),
-        ),
-        ("sft", chat_sft, lambda **more: chat_sft.ChatSFTConfig(**COMMON, **more)),
+    for source, stage, config in (
+        ("base", pretrain, base_config()),
+        ("mid", midtrain, MidTrainConfig(load_optimizer=True, **COMMON)),
+        ("sft", supervised_finetune, ChatSFTConfig(**COMMON)),
     ):
         directory = paths.checkpoints(source) / "d2"
-        script.main(config())
+        stage(config)
         first = losses(directory)
         shutil.rmtree(directory / "6")  # as if killed before the last save
-        script.main(config(resume=True))
+        stage(dataclasses.replace(config, resume=True))
         assert len(first) == 6 and first == losses(directory), source
 
     before = sorted(path.name for path in paths.checkpoints("mid").rglob("*"))
-    mid_train.main(mid_train.MidTrainConfig(dry_run=True, **COMMON))
+    midtrain(MidTrainConfig(dry_run=True, **COMMON))
     assert before == sorted(path.name for path in paths.checkpoints("mid").rglob("*"))
 
     base_loss.main(base_loss.BaseLossConfig(mesh="1x1", device_batch_size=2, split_tokens=512))
@@ -87,53 +79,41 @@ def test_every_stage_builds_on_the_one_before_and_resumes_bit_for_bit(paths, mon
 
 @pytest.fixture(scope="module", params=["modern", "classic"])
 def trained(request, paths):
-    """The tag of a base model of that arch."""
+    """The tag of a base model of that architecture."""
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.setenv("NANOCHAT_BASE_DIR", str(paths.base))
-        base_train.main(
-            base_train.BaseTrainConfig(
-                depth=2,
-                aspect_ratio=16,
-                head_dim=16,
-                max_seq_len=64,
-                data="embedded",
-                arch=request.param,
-                **COMMON | dict(model_tag=request.param),
-            )
-        )
+        pretrain(base_config(arch=request.param, model_tag=request.param))
     return request.param
 
 
 @needs_chitchat
 @pytest.mark.slow
-def test_muons_momentum_warms_up_but_in_classic_finetuning(paths, trained, monkeypatch):
+def test_muons_momentum_warms_up_except_in_classic_sft(paths, trained, monkeypatch):
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(paths.base))
-    seen = []
+    momenta = []
 
-    class Seen(Exception):
+    class Recorded(Exception):
         pass
 
     def record(config, rates, schedules, compute):
-        seen.append([float(schedules.momentum(step)) for step in (0, 150, 300, 900)])
-        raise Seen
+        momenta.append([float(schedules.momentum(step)) for step in (0, 150, 300, 900)])
+        raise Recorded
 
     monkeypatch.setattr(finetune, "make_optimizer", record)
     common = COMMON | dict(model_tag=trained)
-    for run in (
-        lambda: mid_train.main(mid_train.MidTrainConfig(**common)),
-        lambda: chat_sft.main(chat_sft.ChatSFTConfig(source="base", **common)),
+    for stage, config in (
+        (midtrain, MidTrainConfig(**common)),
+        (supervised_finetune, ChatSFTConfig(source="base", **common)),
     ):
-        with pytest.raises(Seen):
-            run()
+        with pytest.raises(Recorded):
+            stage(config)
     warming = [pytest.approx(value) for value in (0.85, 0.9, 0.95, 0.95)]
-    assert seen == [warming, [pytest.approx(0.95)] * 4 if trained == "classic" else warming]
+    assert momenta == [warming, [pytest.approx(0.95)] * 4 if trained == "classic" else warming]
 
 
 @needs_chitchat
 @pytest.mark.slow
-def test_a_warm_optimizer_has_the_moments_of_the_stage_before_and_schedules_that_begin_anew(
-    paths, trained
-):
+def test_a_warm_optimizer_has_the_saved_moments_and_schedules_at_step_0(paths, trained):
     loaded, mesh = load_model(paths, "base", tag=trained), make_mesh("1x1")
     optimizer = make_optimizer(
         loaded.config,
@@ -162,21 +142,15 @@ def test_a_warm_optimizer_has_the_moments_of_the_stage_before_and_schedules_that
 
 
 @pytest.mark.slow
-def test_killed_runs_end_as_if_they_had_been_left_alone():
-    killed = subprocess.run(
-        [sys.executable, Path(__file__).parents[1] / "kill_runs.py", "--kills", "3"],
-        capture_output=True,
-        text=True,
-    )
+def test_killed_runs_end_like_a_run_that_was_not():
+    command = [sys.executable, Path(__file__).parents[1] / "kill_runs.py", "--kills", "3"]
+    killed = subprocess.run(command, capture_output=True, text=True)
     assert killed.returncode == 0, killed.stdout + killed.stderr
 
 
 @pytest.mark.slow
 def test_a_device_type_that_is_not_there_is_refused_in_one_line(paths):
     (process,) = start("base_loss", "--device-type", "cuda", base=paths.base)
-    said = process.communicate()[1]
-    assert (
-        process.returncode == 2
-        and said.startswith("error: --device-type cuda")
-        and said.count("\n") == 1
-    ), said
+    error = process.communicate()[1]
+    assert process.returncode == 2 and error.count("\n") == 1, error
+    assert error.startswith("error: --device-type cuda")

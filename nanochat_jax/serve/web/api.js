@@ -36,7 +36,7 @@ export async function* complete(turns, { temperature, top_k, max_tokens, key }, 
     if (chunk.done) throw new Error(LOST);
     const blocks = (rest + chunk.value).split("\n\n");
     rest = blocks.pop();
-    for (const block of blocks.filter((each) => each.startsWith("data: "))) {
+    for (const block of blocks.filter((line) => line.startsWith("data: "))) {
       const event = JSON.parse(block.slice(6));
       if (event.error) throw new Error(sentence(event.error));
       if (event.done) return;

@@ -61,17 +61,17 @@ function drawComposer() {
 
 function drawSidebar() {
   const focused = document.activeElement.id;
-  const rows = chats.map((each) => {
-    const open = button(each.title, () => show(each));
-    open.title = each.title;
-    open.id = `open-${each.id}`;
-    if (each.id === chat.id) open.setAttribute("aria-current", "true");
+  const rows = chats.map((item) => {
+    const open = button(item.title, () => show(item));
+    open.title = item.title;
+    open.id = `open-${item.id}`;
+    if (item.id === chat.id) open.setAttribute("aria-current", "true");
     const remove = element("button.round", icon("remove"));
     remove.type = "button";
     remove.title = "Delete this conversation";
-    remove.ariaLabel = `Delete this conversation: ${each.title}`;
-    remove.id = `delete-${each.id}`;
-    remove.addEventListener("click", () => confirm(`Delete "${each.title}"?`) && forget(each));
+    remove.ariaLabel = `Delete this conversation: ${item.title}`;
+    remove.id = `delete-${item.id}`;
+    remove.addEventListener("click", () => confirm(`Delete "${item.title}"?`) && forget(item));
     return element("li", open, remove);
   });
   $("conversations").replaceChildren(
@@ -117,21 +117,21 @@ function keepBottom(change) {
 
 // ---- conversations
 
-function save(which) {
-  which.updated = Date.now();
-  const saved = store.save(which);
-  if (which.turns.some((turn) => turn.role === "user")) {
-    chats = [which, ...chats.filter((each) => each.id !== which.id)];
-    if (which === chat) history.replaceState(null, "", `#${chat.id}`); // for a reload
+function save(conversation) {
+  conversation.updated = Date.now();
+  const saved = store.save(conversation);
+  if (conversation.turns.some((turn) => turn.role === "user")) {
+    chats = [conversation, ...chats.filter((item) => item.id !== conversation.id)];
+    if (conversation === chat) history.replaceState(null, "", `#${chat.id}`); // for a reload
   }
-  if (!saved && !which.turns.some((turn) => turn.text === STORAGE_FULL)) {
-    which.turns.push({ role: "note", text: STORAGE_FULL });
+  if (!saved && !conversation.turns.some((turn) => turn.text === STORAGE_FULL)) {
+    conversation.turns.push({ role: "note", text: STORAGE_FULL });
   }
 }
 
-function show(which) {
+function show(conversation) {
   endEdit();
-  chat = which;
+  chat = conversation;
   history.replaceState(null, "", chat.turns.length ? `#${chat.id}` : location.pathname);
   if (narrow.matches) showSidebar(false);
   draw();
@@ -143,20 +143,20 @@ function newConversation() {
   show(store.newConversation());
 }
 
-function forget(which) {
-  requests.get(which.id)?.abort();
-  store.remove(which);
-  chats = chats.filter((each) => each !== which);
-  if (which === chat) return newConversation();
+function forget(conversation) {
+  requests.get(conversation.id)?.abort();
+  store.remove(conversation);
+  chats = chats.filter((item) => item !== conversation);
+  if (conversation === chat) return newConversation();
   drawSidebar();
   ($("page").inert ? $("close-sidebar") : input).focus();
 }
 
 // Another tab changed the conversations. Those with a reply in progress here stay as they are.
 function takeChanges() {
-  const here = chats.filter((each) => requests.has(each.id));
-  chats = [...here, ...store.loadConversations().filter((each) => !requests.has(each.id))];
-  const changed = chats.find((each) => each.id === chat.id);
+  const here = chats.filter((item) => requests.has(item.id));
+  chats = [...here, ...store.loadConversations().filter((item) => !requests.has(item.id))];
+  const changed = chats.find((item) => item.id === chat.id);
   if (!changed && chat.turns.length) return drawSidebar(); // deleted there, still on screen here
   if (changed && editing === null) chat = changed;
   keepBottom(draw);
@@ -215,7 +215,7 @@ function regenerate(index) {
 
 async function reply() {
   const own = chat; // the user may open another conversation before the reply ends
-  const asked = own.turns.slice();
+  const question = own.turns.slice();
   const turn = { role: "assistant", parts: [], state: "streaming" };
   const controller = new AbortController();
   own.turns.push(turn);
@@ -227,7 +227,7 @@ async function reply() {
   const began = performance.now();
   let [pieces, saved] = [0, began];
   try {
-    for await (const event of complete(asked, sampling(), controller.signal)) {
+    for await (const event of complete(question, sampling(), controller.signal)) {
       if ("dropped" in event) {
         turn.dropped = event.dropped;
         continue;
@@ -346,9 +346,9 @@ narrow.addEventListener("change", () => showSidebar(!narrow.matches && settings.
 for (const text of SUGGESTIONS) $("suggestions").append(button(text, () => ask(text)));
 
 setUp(() => {
-  for (const each of chats) forget(each);
+  for (const item of chats) forget(item);
 });
 showSidebar(!narrow.matches && settings.sidebar !== false);
 store.onChange(takeChanges);
-show(chats.find((each) => `#${each.id}` === location.hash) ?? chat);
+show(chats.find((item) => `#${item.id}` === location.hash) ?? chat);
 watchServer();

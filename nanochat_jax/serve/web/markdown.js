@@ -155,7 +155,7 @@ export function render(node, parts) {
   const old = drawn.get(node) ?? [];
   const changed = tokens.findIndex((token, at) => old[at]?.key !== token.raw + links);
   const from = changed < 0 ? tokens.length : changed;
-  for (const { nodes } of old.slice(from)) for (const each of nodes) each.remove();
+  for (const { nodes } of old.slice(from)) for (const child of nodes) child.remove();
   const blocks = tokens.slice(from).map((token) => {
     const fragment = sanitize(marked.parser([token]));
     addControls(fragment, tools);

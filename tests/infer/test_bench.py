@@ -1,6 +1,4 @@
-"""The inference benchmark as a user runs it: a table, then one JSON line whose figures fit
-together.
-"""
+"""The inference benchmark: a table, then one JSON line whose figures agree."""
 
 import json
 import math
@@ -12,22 +10,14 @@ import pytest
 from nanochat_jax.checkpoint import Loaded
 from nanochat_jax.cli import parse
 from nanochat_jax.errors import UsageError
+from nanochat_jax.infer import bench as infer_bench
+from nanochat_jax.infer.bench import flops_per_token, keys_read
 from nanochat_jax.model.config import GPTConfig
 from nanochat_jax.model.weights import init_params
-from scripts import infer_bench
-from scripts.infer_bench import Config, flops_per_token, keys_read
+from scripts import infer_bench as script
+from scripts.infer_bench import Config
 
-MODEL = GPTConfig.modern(2, vocab_size=320, sequence_len=256, n_embd=64, n_head=2, n_kv_head=1)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def quick_compilation():
-    """These tests spend their time in the compiler; how fast its programs run does not matter
-    here.
-    """
-    jax.config.update("jax_disable_most_optimizations", True)
-    yield
-    jax.config.update("jax_disable_most_optimizations", False)
+MODEL = GPTConfig.classic(1, vocab_size=320, sequence_len=64, n_embd=32, n_head=2, n_kv_head=1)
 
 
 @pytest.fixture
@@ -37,9 +27,9 @@ def bench(monkeypatch, tmp_path, capsys):
             MODEL, init_params(MODEL, jax.random.key(0)), None, {}, Path("d2"), 7, "base"
         )
         monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
-        monkeypatch.setattr(infer_bench, "start", lambda *_, **__: None)
-        monkeypatch.setattr(infer_bench, "load_model", lambda *_, **__: loaded)
-        infer_bench.main(Config(**options))
+        monkeypatch.setattr(script, "start", lambda *_, **__: None)
+        monkeypatch.setattr(script, "load_model", lambda *_, **__: loaded)
+        script.main(Config(**options))
         return capsys.readouterr().out.splitlines()
 
     return run
@@ -48,7 +38,7 @@ def bench(monkeypatch, tmp_path, capsys):
 def test_the_last_line_is_json_and_agrees_with_the_table(bench):
     *table, last = bench(prompt_tokens=10_000, decode_tokens=20, batch_sizes="1,3", mesh="2x1")
     found = json.loads(last)
-    assert (found["source"], found["step"], found["prompt_tokens"]) == ("base", 7, 256 - 20)
+    assert (found["source"], found["step"], found["prompt_tokens"]) == ("base", 7, 64 - 20)
     # a CPU
     assert (
         found["peak_flops_per_sec"]
@@ -108,10 +98,10 @@ def test_operations_and_keys_by_hand():
 )
 def test_values_out_of_range_are_refused(wrong):
     flags = [f"--{name}={value}" for name, value in wrong.items()]
-    with pytest.raises(UsageError, match=str(next(iter(wrong.values()))) or "--batch-sizes"):
+    with pytest.raises(UsageError, match=str(next(iter(wrong.values()))) or "batch_sizes"):
         parse(Config, flags, prog="infer_bench", description="")
 
 
 def test_a_reply_longer_than_the_context_is_refused(bench):
-    with pytest.raises(UsageError, match="--decode-tokens 256 leaves no room"):
+    with pytest.raises(UsageError, match="`decode_tokens=256` leaves no room"):
         bench(decode_tokens=256)

@@ -1,4 +1,4 @@
-"""The chat in the terminal: what it shows, what it remembers, and how it is left."""
+"""Chat in a terminal: what it prints, what it remembers, and how it ends."""
 
 import gc
 import io
@@ -27,6 +27,7 @@ from nanochat_jax.checkpoint import Loaded
 from nanochat_jax.errors import UsageError
 from nanochat_jax.infer.engine import Engine, EngineLoop
 from nanochat_jax.paths import Paths
+from nanochat_jax.serve import terminal
 from scripts import chat_cli
 from scripts.chat_cli import Config
 
@@ -36,9 +37,7 @@ REPLY = [*"Hé: ".encode(), PYTHON, *b"1+2", PYTHON_END, OUTPUT, *b"3", OUTPUT_E
 
 @pytest.fixture
 def talk(monkeypatch, tmp_path, capsys):
-    """Run the script on lines typed by a user; returns its exit code, its output, and the prompts
-    the model saw.
-    """
+    """Run the script on lines typed by a user; returns exit code, output and prompts."""
 
     def run(*lines, texts=CHAT, stdin=None, **options):
         params = chain_params(*texts)
@@ -103,11 +102,11 @@ def test_bytes_that_are_no_text_do_not_end_a_chat(talk):
 
 def test_an_input_that_is_closed_is_an_empty_one(monkeypatch):
     monkeypatch.setattr(sys, "stdin", None)
-    chat_cli.readable_input()
+    terminal.make_stdin_readable()
     assert sys.stdin.read() == ""
 
 
-def test_help_is_shown_and_is_no_message(talk):
+def test_help_is_printed_and_not_sent(talk):
     _, out, prompts = talk("/help")
     assert out.count("/clear starts over") == 2 and not prompts
 
@@ -173,12 +172,7 @@ def test_the_parameters_are_in_memory_once(monkeypatch, tmp_path, dtype):
     loaded = [Loaded(CHAIN, chain_params(*CHAT), TOKENIZER, {}, tmp_path, 1, "sft")]
     masters = [weakref.ref(leaf) for leaf in jax.tree.leaves(loaded[0].params["blocks"])]
     monkeypatch.setattr(pretrained, "load_model", lambda *_, **__: loaded.pop())
-    engine, model = pretrained.load_engine(
-        Paths(tmp_path), "sft", tag=None, step=None, dtype=dtype, num_slots=1
-    )
+    engine, model = pretrained.load_engine(Paths(tmp_path), "sft", Config(dtype=dtype), num_slots=1)
     gc.collect()
-    assert (
-        model.step == 1
-        and len(jax.tree.leaves(engine.params["blocks"]))
-        and not any(master() for master in masters)
-    )
+    assert model.step == 1 and jax.tree.leaves(engine.params["blocks"])
+    assert not any(master() for master in masters)

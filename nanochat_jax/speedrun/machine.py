@@ -1,0 +1,61 @@
+"""The devices that the stages will run on."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import dataclass
+
+import jax
+
+from nanochat_jax.devices import find_devices
+from nanochat_jax.errors import UsageError
+from nanochat_jax.metrics import peak_flops
+
+MODEL_FLOPS_UTILIZATION = 0.4  # assumed if the device's peak is known
+# float32 training on x86 cores: 5e10 on a busy machine to 1.1e11 on an idle one
+CPU_FLOPS_PER_CORE = 8e10
+
+
+def describe_devices(device_type: str | None) -> None:
+    """Print platform, kind, number and peak FLOP/s of the devices as a JSON line."""
+    if device_type:
+        jax.config.update("jax_platforms", device_type)
+    devices = find_devices(device_type)
+    first = devices[0]
+    print(json.dumps([first.platform, first.device_kind, len(devices), peak_flops(first)]))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Machine:
+    """Devices of one platform; `peak_flops` is that of one device, None if unknown."""
+
+    platform: str
+    kind: str
+    count: int
+    peak_flops: float | None
+
+    @classmethod
+    def probe(cls, device_type: str | None = None) -> "Machine":
+        """This machine. A separate process looks, because only one process can hold a TPU."""
+        code = (
+            "from nanochat_jax import cli; from nanochat_jax.speedrun import machine; "
+            f"cli.guard(lambda: machine.describe_devices({device_type!r}))"
+        )
+        probe = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+        if probe.returncode:
+            errors = [line for line in probe.stderr.splitlines() if line.startswith("error: ")]
+            raise UsageError(
+                errors[0].removeprefix("error: ")
+                if errors
+                else f"JAX does not start on this machine: {probe.stderr}"
+            )
+        platform, kind, count, peak = json.loads(probe.stdout.splitlines()[-1])
+        return cls(platform=platform, kind=kind, count=count, peak_flops=peak)
+
+    @property
+    def training_flops(self) -> float:
+        """Expected FLOP/s of all devices together."""
+        if self.platform == "cpu":
+            return CPU_FLOPS_PER_CORE * (os.cpu_count() or 1)
+        return (self.peak_flops or 1e14) * MODEL_FLOPS_UTILIZATION * self.count

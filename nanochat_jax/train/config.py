@@ -1,0 +1,182 @@
+"""Flags that several training stages share. A stage's own flags are in its module.
+
+`RunConfig` is what the loop needs, `TrainConfig` adds text, `ContinueConfig` an earlier stage's
+model, `FinetuneConfig` both.
+"""
+
+import dataclasses
+from dataclasses import dataclass
+from typing import Any, Literal
+
+from nanochat_jax.cli import LARGEST, LARGEST_SEED, directory_name, flag, run_name
+from nanochat_jax.devices import ModelFlags, Processes
+from nanochat_jax.model.compute import ATTENTION, REMAT
+from nanochat_jax.tasks.mixtures import mixture_entries
+
+
+def count(default: int | None, help: str, *, at_least: int = 1, **options: Any) -> Any:
+    """A flag for a number of things: 1 to 10^9 unless `options` change the range."""
+    return flag(default, help, at_least=at_least, **{"at_most": 10**9} | options)
+
+
+def rate(default: float | None, help: str) -> Any:
+    """A flag for a learning rate or a weight decay."""
+    return flag(default, help, at_least=0, at_most=100)
+
+
+def factor(default: float, help: str, **options: Any) -> Any:
+    """A flag for a positive factor."""
+    return flag(default, help, at_least=1e-9, at_most=1000, **options)
+
+
+def fraction(default: float | None, help: str) -> Any:
+    """A flag for a number from 0 to 1."""
+    return flag(default, help, at_least=0, at_most=1)
+
+
+def inherited(config_type: type, name: str, default: Any) -> Any:
+    """The flag `name` of another dataclass with another default."""
+    field = next(field for field in dataclasses.fields(config_type) if field.name == name)
+    return dataclasses.field(default=default, metadata=field.metadata)
+
+
+@dataclass(frozen=True, kw_only=True)
+class RunConfig(Processes):
+    """Flags of every training stage."""
+
+    run: str = flag("dummy", "wandb run name; dummy turns wandb off", check=run_name)
+    mesh: str = flag("auto", "devices as DxM: D-way data and M-way tensor parallelism")
+    fsdp: bool | None = flag(
+        None, "shard the parameters over the data axis too; default: if memory requires it"
+    )
+    dtype: str = flag("auto", "compute dtype", choices=["auto", "float32", "bfloat16"])
+    remat: str = flag(
+        "auto",
+        "activations that the backward pass recomputes, to save memory: none; minimal: all but "
+        "matmuls and attention; block: all inside of layers; full: most layers' inputs too (no "
+        "effect on a CPU, whose compiler undoes it); auto: chosen by memory",
+        choices=["auto", *REMAT, "elementwise"],
+    )
+    attention: str = flag(
+        "auto",
+        "attention kernel; auto: splash on TPUs, cudnn on NVIDIA GPUs, else xla",
+        choices=ATTENTION,
+    )
+    device_batch_size: int | Literal["auto"] | None = count(
+        None,
+        "rows per device and micro-step; auto: the most that fit into memory, by compiling; "
+        "default 32, or 16 or 8 if more should not fit",
+        at_most=10**6,
+    )
+    num_iterations: int = count(-1, "optimizer steps; -1: the recipe's horizon", also=-1)
+    eval_every: int = count(250, "steps between evaluations; -1: only at the end", also=-1)
+    save_every: int = count(
+        -1,
+        "steps between checkpoints; -1: before every evaluation; 0: only at the end",
+        at_least=0,
+        also=-1,
+    )
+    keep: int = count(2, "number of newest checkpoints to keep")
+    resume: bool = flag(False, "continue from the newest checkpoint of this tag, if there is one")
+    resume_from_step: int = count(
+        -1,
+        "continue from this step of the tag; later ones are renamed. -1: see --resume",
+        at_least=0,
+        also=-1,
+    )
+    fresh: bool = flag(False, "delete the checkpoints that this tag already has, and start over")
+    model_tag: str | None = flag(
+        None, "name of the checkpoint directory; default d<depth>", check=directory_name
+    )
+    seed: int = count(42, "seed of the initial weights", at_least=0, at_most=LARGEST_SEED)
+    profile: str | None = flag(
+        None,
+        "START:STOP, steps to trace for xprof; the trace goes to profile/ beside the checkpoints",
+    )
+    compile_cache: bool = flag(
+        True, "keep compiled programs under the base directory for the next start"
+    )
+
+    def __post_init__(self) -> None:
+        if self.remat == "elementwise":  # the mode's former name
+            object.__setattr__(self, "remat", "minimal")
+        if self.resuming and self.fresh:
+            raise ValueError(
+                "`resume` continues from a tag's checkpoints, `fresh` deletes them: choose one"
+            )
+        self.profiled_steps  # noqa: B018  (raises if it is malformed)
+
+    @property
+    def resuming(self) -> bool:
+        return self.resume or self.resume_from_step >= 0
+
+    @property
+    def profiled_steps(self) -> range:
+        if self.profile is None:
+            return range(0)
+        start, colon, stop = self.profile.partition(":")
+        if not (colon and start.isdecimal() and stop.isdecimal() and int(start) < int(stop)):
+            raise ValueError(
+                f"`profile` {self.profile!r} is not START:STOP, two steps such as 10:13"
+            )
+        return range(int(start), int(stop))
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(RunConfig):
+    """Flags of the stages that train on text."""
+
+    total_batch_size: int = count(
+        -1,
+        "tokens per optimizer step; -1: the recipe's, or those of the base run",
+        at_most=2**40,
+        also=-1,
+    )
+    eval_tokens: int = count(20 * 524288, "tokens of an evaluation", at_most=LARGEST)
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContinueConfig(RunConfig):
+    """Flags of a stage that continues another stage's model."""
+
+    model_tag: str | None = inherited(ModelFlags, "model_tag", None)
+    step: int | None = inherited(ModelFlags, "step", None)
+    embedding_lr: float | None = rate(
+        None, "learning rate of the embedding tables; default the base run's"
+    )
+    unembedding_lr: float | None = rate(
+        None, "learning rate of the unembedding; default the base run's"
+    )
+    matrix_lr: float | None = rate(
+        None, "learning rate of the matrices (Muon); default the base run's"
+    )
+    weight_decay: float = rate(0.0, "modern: Muon's cautious decay; classic: AdamW's")
+    init_lr_frac: float = factor(1.0, "factor of all learning rates")
+
+
+@dataclass(frozen=True, kw_only=True)
+class FinetuneConfig(ContinueConfig, TrainConfig):
+    """Flags of midtraining and SFT."""
+
+    load_optimizer: bool = flag(
+        False, "load the previous stage's optimizer state; learning-rate schedules restart"
+    )
+    mixture: str | None = flag(
+        None,
+        "training data, such as SmolTalk:10000,MMLU*3,chats.jsonl: tasks or files of "
+        "conversations, each with a weight (*) or a number of conversations (:); default: the "
+        "corpus's mixture",
+        check=mixture_entries,
+    )
+    max_seq_len: int | None = count(
+        None, "tokens of a row; default the base model's", at_most=2**24
+    )
+    dry_run: bool = flag(False, "save no checkpoint and no section of the report")
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.resuming and self.dry_run:
+            raise ValueError(
+                "`dry_run` starts over and saves nothing, `resume` continues from a checkpoint: "
+                "choose one"
+            )

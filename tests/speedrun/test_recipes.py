@@ -1,0 +1,217 @@
+"""The commands, notes and estimates of a pipeline, by machine, corpus and flags."""
+
+import re
+import sys
+
+import pytest
+
+from nanochat_jax.cli import parse
+from nanochat_jax.errors import UsageError
+from nanochat_jax.paths import Paths
+from nanochat_jax.speedrun.machine import Machine
+from nanochat_jax.speedrun.plan import SpeedrunConfig, plan_stages, print_plan
+from nanochat_jax.speedrun.recipes import STAGE_NAMES
+from nanochat_jax.speedrun.stages import stage_keys
+from nanochat_jax.train.pretrain import BaseTrainConfig
+from nanochat_jax.train.rl import ChatRLConfig
+from nanochat_jax.train.stages import ChatSFTConfig, MidTrainConfig
+from scripts.base_loss import BaseLossConfig
+from scripts.speedrun import next_commands
+
+CPU = Machine(platform="cpu", kind="cpu", count=1, peak_flops=None)
+GPUS = Machine(platform="gpu", kind="NVIDIA H100", count=8, peak_flops=989e12)
+TRAINING = ("base_train", "mid_train", "chat_sft")
+
+
+def planned(machine=GPUS, on_disk=(), **flags):
+    stages, _ = plan_stages(SpeedrunConfig(**flags), machine, "dummy", dict(on_disk))
+    return {stage.name: stage for stage in stages}
+
+
+def title(machine, on_disk, **flags):
+    return plan_stages(SpeedrunConfig(**flags), machine, "dummy", on_disk)[1]
+
+
+def test_a_gpu_node_trains_d20_on_real_data():
+    stages = planned(mesh="8x1", with_rl=True)
+    assert tuple(stages) == STAGE_NAMES
+    base = stages["base_train"]
+    assert "climbmix" in base.args
+    assert "896.5M parameters" in base.note and "4,980 steps" in base.note
+
+
+def test_without_an_accelerator_the_pipeline_needs_no_network():
+    stages = planned(CPU, {"climbmix": 8}, skip="base_eval,report")
+    left_out = ("data_rest", "base_eval", "report", "chat_rl", "chat_eval_rl")
+    assert list(stages) == [name for name in STAGE_NAMES if name not in left_out]
+    assert stages["data"].args == ("embedded",)
+
+
+def test_a_command_is_printed_as_one_would_type_it():
+    stages = planned(CPU, smoke=True, with_rl=True, depth=6)
+    assert stages["mid_train"].text() == (
+        "python -m scripts.mid_train --model-tag d6 --total-batch-size 4096 --num-iterations 4 "
+        "--init-lr-frac 0.5 --warmdown-ratio 0.5 --eval-every 80 --eval-tokens 8192 --mesh auto "
+        "--device-batch-size 16 --save-every 100 --run dummy"
+    )
+    assert "--task 'WordArithmetic|Spelling'" in stages["chat_rl"].text()
+    smoke = planned(smoke=True, mesh="8x1")
+    assert smoke["base_eval"].text().endswith("--model-tag d20 --max-per-task 8 --mesh 8x1")
+
+
+@pytest.mark.parametrize(
+    ("on_disk", "words"),
+    [
+        ({}, []),
+        ({"embedded": 4}, []),
+        (
+            {"fineweb": 3, "embedded": 4},
+            ["base_data (3 training shards) not used", "`data=fineweb` trains on it"],
+        ),
+        (
+            {"custom": 1, "climbmix": 8},
+            [
+                "base_data_custom (1 training shards) and base_data_climbmix (8 training shards) "
+                "not used",
+                "`data=custom` trains on it",
+            ],
+        ),
+    ],
+)
+def test_without_an_accelerator_the_title_names_unused_shards(on_disk, words):
+    default = title(CPU, on_disk)
+    assert all(text in default for text in words) and ("not used" in default) == bool(words)
+    for name in on_disk:
+        assert title(CPU, on_disk, data=name) == f"speedrun: d4 on {name}"
+
+
+def test_the_shards_that_the_depth_needs_are_fetched_and_explained():
+    """d20 trains on 5.22B tokens: 135 shards of 250M characters, with 4.8 characters a token and
+    a third that is cropped.
+    """
+    stages = planned(on_disk={"climbmix": 40}, mesh="8x1")
+    first, rest = stages["data"], stages["data_rest"]
+    assert first.args == ("--dataset", "climbmix", "-n", "10") and not first.background
+    assert rest.args == ("--dataset", "climbmix", "-n", "136") and rest.background
+    for text in ("first 10 of 136 training shards", "5.22B tokens", "40 are on disk"):
+        assert text in first.note
+    assert [name for name in stages if stages[name].waits_for == "data_rest"] == ["base_train"]
+    assert list(planned(depth=4))[:2] == ["data", "tok_train"]
+
+
+@pytest.mark.parametrize(
+    ("on_disk", "data"),
+    [
+        ({}, "climbmix"),
+        ({"fineweb": 3}, "fineweb"),
+        ({"fineweb": 3, "climbmix": 1}, "climbmix"),
+        ({"custom": 1, "fineweb": 3}, "custom"),
+    ],
+)
+def test_the_corpus_on_disk_is_the_default(on_disk, data):
+    assert title(GPUS, on_disk) == f"speedrun: d20 on {data}"
+    assert ("data" in planned(on_disk=on_disk)) is (data != "custom")
+    assert next(iter(planned(on_disk=on_disk, skip="data"))) == "tok_train"
+
+
+def test_a_custom_corpus_must_exist():
+    with pytest.raises(UsageError, match="make one with `python -m nanochat_jax.dataset hf`"):
+        planned(data="custom")
+
+
+@pytest.mark.parametrize(
+    ("argv", "named"),
+    [
+        (["--skip=base"], "base"),
+        (["--resume", "--fresh"], "only one"),
+        (["--depth=0"], "0"),
+        (["--device-batch-size=0"], "0"),
+    ],
+)
+def test_invalid_flags_are_refused_with_the_value(argv, named):
+    with pytest.raises(UsageError, match=named):
+        parse(SpeedrunConfig, argv, prog="speedrun", description="")
+
+
+def test_memory_savings_reach_every_training_stage_and_change_no_key():
+    flags = dict(mesh="8x1", depth=32, with_rl=True)
+    stages = planned(device_batch_size=2, remat="block", fsdp=True, **flags)
+    configs = (BaseTrainConfig, MidTrainConfig, ChatSFTConfig, ChatRLConfig)
+    parsed = {
+        name: parse(config_type, stages[name].command()[3:], prog=name, description="")
+        for name, config_type in zip((*TRAINING, "chat_rl"), configs, strict=True)
+    }
+    assert {(each.remat, each.fsdp) for each in parsed.values()} == {("block", True)}
+    assert [parsed[name].device_batch_size for name in TRAINING] == [2, 2, 2]
+    assert parsed["chat_rl"].device_batch_size == ChatRLConfig.device_batch_size
+    assert stage_keys(stages.values(), "a") == stage_keys(planned(**flags).values(), "a")
+    auto = planned(device_batch_size="auto", **flags)
+    assert all(("--device-batch-size", "auto") == auto[name].placement[2:4] for name in TRAINING)
+    # has no `auto`
+    parse(BaseLossConfig, auto["base_loss"].command()[3:], prog="base_loss", description="")
+
+
+@pytest.mark.parametrize(
+    ("machine", "flags", "stage", "text"),
+    [
+        # steps of 2^20 tokens; of 32 rows of 2,048 tokens
+        (GPUS, {}, "mid_train", "848,000 conversations, about 400M tokens in 381 steps"),
+        (GPUS, {}, "chat_sft", "22,400 conversations, about 12M tokens in 183 steps"),
+        (GPUS, dict(smoke=True), "mid_train", "in 4 steps"),
+        (CPU, {}, "mid_train", "1.0M tokens in 250 steps"),
+        (CPU, {}, "chat_sft", "in 60 steps"),
+        (CPU, dict(smoke=True), "mid_train", "16k tokens in 4 steps"),
+        (GPUS, dict(device_batch_size="auto"), "base_train", "as many rows per device as fit"),
+    ],
+)
+def test_the_plan_tells_the_length_of_a_stage(machine, flags, stage, text):
+    assert text in planned(machine, **flags)[stage].note
+
+
+def gibibytes(machine=GPUS, **flags):
+    note = planned(machine, **flags)["base_train"].note
+    return float(re.search(r"about ([\d.]+) GiB per device", note)[1])
+
+
+def test_the_memory_of_the_plan():
+    """At least the compiled plan's (tpu/plans), and not much more: d20 on 16 chips, 16 rows each,
+    takes 10.2 GiB.
+    """
+    v5e = Machine(platform="tpu", kind="TPU v5e", count=16, peak_flops=197e12)
+    saving = dict(remat="block", fsdp=True)
+    assert 10.2 < gibibytes(v5e, device_batch_size=16, mesh="16x1", **saving) < 13
+    settings = [
+        dict(device_batch_size=8),
+        dict(device_batch_size=4),
+        dict(device_batch_size=4, fsdp=True),
+        dict(device_batch_size=4, fsdp=True, remat="block"),
+        dict(device_batch_size=4, fsdp=True, remat="full"),
+    ]
+    needed = [gibibytes(mesh="8x1", depth=32, **flags) for flags in settings]
+    assert needed == sorted(needed, reverse=True) and len(set(needed)) == len(needed)
+
+
+def test_the_plan_names_the_stages_whose_time_is_unknown(capsys):
+    print_plan(list(planned(CPU).values()), CPU, "")
+    assert "time in all:" in capsys.readouterr().out
+    print_plan(list(planned().values()), GPUS, "")
+    unknown = "data, base_loss, base_eval, chat_eval_mid, chat_eval_sft"
+    assert f"time in all, without {unknown}:" in capsys.readouterr().out
+
+
+def test_the_last_lines_name_the_commands_to_chat_with_the_model(tmp_path, monkeypatch):
+    for tag in ("d4", "d20"):
+        (tmp_path / f"chatsft_checkpoints/{tag}/60/params").mkdir(parents=True)
+    (tmp_path / "chatrl_checkpoints/d4/36/params").mkdir(parents=True)
+    paths = Paths(tmp_path)
+    monkeypatch.setattr(sys, "orig_argv", [".venv/bin/python", "-m", "scripts.speedrun"])
+    largest, small = (list(planned(CPU, depth=depth).values()) for depth in (20, 4))
+    assert next_commands(largest, paths).splitlines() == [
+        "talk to the model:  .venv/bin/python -m scripts.chat_cli",
+        "or in the browser:  .venv/bin/python -m scripts.serve",
+    ]
+    assert "scripts.serve -g d4" in next_commands(small, paths)
+    assert next_commands(small[:4], paths) == ""
+    monkeypatch.setattr(sys, "orig_argv", ["/usr/bin/python3", "/usr/bin/nanochat", "speedrun"])
+    with_rl = list(planned(CPU, with_rl=True).values())
+    assert next_commands(with_rl, paths).endswith("nanochat serve -i rl")
