@@ -11,20 +11,24 @@ the same vocabulary.
 Then it encodes part of the text with every encoder that is installed, in a process pinned to one
 core and in one pinned to `--threads`. All ids must be equal before anything is timed. Encoders
 take turns. Each is made again for every round and sees a tenth of the text first. "unseen" is its
-best first pass over the rest, "again" its best second pass. gigatoken only has the pattern with
-groups of three digits, so the comparison runs for both patterns.
+first pass over the rest, "again" its second pass; the tables have the best round and the median.
+gigatoken only has the pattern with groups of three digits, so the comparison runs for both
+patterns; `--ranks` measures it with the tokens of a file, such as cl100k_base's, instead of
+trained ones. `--vocab-sizes ""` leaves out training.
 
 At last it encodes texts made to be hard, at two lengths: linear time is a ratio of 10. The last
 line is JSON.
 """
 
 import argparse
+import base64
 import hashlib
 import itertools
 import json
 import os
 import random
 import re
+import statistics
 import subprocess
 import sys
 import sysconfig
@@ -240,20 +244,23 @@ def measure_encoding(directory: Path, threads: int, repeats: int) -> dict:
             expected = ids
         elif not all(map(np.array_equal, ids, expected)) or len(ids) != len(expected):
             raise RuntimeError(f"{name} returns other ids than our tokenizer")
-    best = {name: [float("inf")] * 2 for name in found}
+    seconds: dict[str, tuple[list, list]] = {name: ([], []) for name in found}
     load = os.getloadavg()[0]
     for _ in range(repeats):
         for name, make in found.items():
             encode, _ = make()
             encode(seen)
             given = pa.array(unseen) if name == ARROW else unseen
-            for number in range(2):
-                seconds, _ = quickest(partial(encode, given), 1)
-                best[name][number] = min(best[name][number], seconds)
+            for times in seconds[name]:
+                times.append(quickest(partial(encode, given), 1)[0])
     megabytes = sum(len(text.encode()) for text in unseen) / 1e6
     speeds = {
-        name: {"unseen": megabytes / first, "again": megabytes / second}
-        for name, (first, second) in best.items()
+        name: {
+            f"{passage}{suffix}": megabytes / of(times)
+            for passage, times in zip(("unseen", "again"), passes)
+            for suffix, of in (("", min), ("_median", statistics.median))
+        }
+        for name, passes in seconds.items()
     }
     return {
         "megabytes": megabytes,
@@ -263,12 +270,18 @@ def measure_encoding(directory: Path, threads: int, repeats: int) -> dict:
     }
 
 
-def compare_encoding(console: Console, texts: list[str], threads: int, repeats: int) -> dict:
+def compare_encoding(
+    console: Console, texts: list[str], ranks: Path | None, threads: int, repeats: int
+) -> dict:
     """Both patterns at one thread and at `threads`, each in a process of its own."""
     results: dict[str, dict] = {}
     for digits, pattern in (("2", SPLIT_PATTERN), ("3", SPLIT_PATTERN.replace("{1,2}", "{1,3}"))):
         trainer = rustbpe.Tokenizer()
-        trainer.train_from_iterator(texts, 32_768, pattern=pattern)
+        if ranks and digits == "3":
+            tokens = [base64.b64decode(line.split()[0]) for line in ranks.read_bytes().splitlines()]
+            trainer = rustbpe.Tokenizer.from_tokens(tokens, pattern)
+        else:
+            trainer.train_from_iterator(texts, 32_768, pattern=pattern)
         with tempfile.TemporaryDirectory() as name:
             directory = Path(name)
             Tokenizer(dict(trainer.get_mergeable_ranks()), pattern=pattern).save(directory)
@@ -288,13 +301,19 @@ def compare_encoding(console: Console, texts: list[str], threads: int, repeats: 
                 )
                 results[f"{digits} digits, {count} thread{'s' * (count > 1)}"] = result
     for title, result in results.items():
-        table = Table(
-            "encoder", "unseen, MB/s", "again, MB/s", "ours / this, unseen", "again", title=title
+        headings = (
+            "unseen, MB/s",
+            "median",
+            "again, MB/s",
+            "median",
+            "ours / this, unseen",
+            "again",
         )
+        table = Table("encoder", *headings, title=title)
         ours = result["mb_per_s"]["ours"]
         for name, speed in result["mb_per_s"].items():
-            ratios = [f"{ours[kind] / speed[kind]:.2f}" for kind in ("unseen", "again")]
-            table.add_row(name, f"{speed['unseen']:.1f}", f"{speed['again']:.1f}", *ratios)
+            ratios = [f"{ours[passage] / speed[passage]:.2f}" for passage in ("unseen", "again")]
+            table.add_row(name, *(f"{rate:.1f}" for rate in speed.values()), *ratios)
         console.print(table)
         before, after = result["load"]
         missing = f"; not installed: {', '.join(result['missing'])}" if result["missing"] else ""
@@ -302,6 +321,11 @@ def compare_encoding(console: Console, texts: list[str], threads: int, repeats: 
             f"load average {before:.1f} to {after:.1f} on {os.cpu_count()} cores; ids "
             f"equal{missing}"
         )
+    one, several = (f"3 digits, {count}" for count in ("1 thread", f"{threads} threads"))
+    if several in results:
+        for name in ("ours", ARROW):
+            rates = [results[title]["mb_per_s"][name]["again"] for title in (one, several)]
+            console.print(f"{name}: {threads} threads are {rates[1] / rates[0]:.2f} times one")
     return results
 
 
@@ -354,6 +378,7 @@ def main() -> None:
     parser.add_argument(
         "--threads", type=int, default=os.cpu_count(), help="of the second encoding comparison"
     )
+    parser.add_argument("--ranks", type=Path, help="tokens in tiktoken's format (default: trained)")
     here = f"{sysconfig.get_path('purelib')},{sysconfig.get_path('stdlib')},/usr/share"
     parser.add_argument(
         "--text", default=here, help="directories to take text files from, with commas between"
@@ -371,7 +396,7 @@ def main() -> None:
             f"{sizes.total() / 1e6:.1f} MB of text ({parts}) from {options.text}; "
             f"{os.cpu_count()} cores"
         )
-        for vocab_size in map(int, options.vocab_sizes.split(",")):
+        for vocab_size in map(int, filter(None, options.vocab_sizes.split(","))):
             results = measure_training(
                 options.trainers.split(";"), vocab_size, path, options.repeats
             )
@@ -392,7 +417,9 @@ def main() -> None:
         tokenizer = Tokenizer.train(read_text(path), 32_768 + len(SPECIAL_TOKENS))
         # about 5 MB
         texts = list(itertools.islice(read_text(path), 0, None, max(1, options.megabytes // 5)))
-    figures["encoding"] = compare_encoding(console, texts, options.threads, max(3, options.repeats))
+    figures["encoding"] = compare_encoding(
+        console, texts, options.ranks, options.threads, max(3, options.repeats)
+    )
     figures["hard_texts"] = measure_hard_texts(tokenizer)
     table = Table(
         "10 million characters of", "seconds", "times that of 1 million", title="Ours, one thread"

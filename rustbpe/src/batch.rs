@@ -6,6 +6,7 @@ use std::sync::Mutex;
 use std::thread;
 
 use crate::encode::{huge, Encoder, Scratch};
+use crate::texts::Text;
 
 /// Threads take the texts in runs of about this many bytes: enough to make the taking cheap, and so few that all
 /// threads finish at about the same time.
@@ -32,7 +33,7 @@ pub struct Encoded {
 }
 
 /// The number of a job, and its texts.
-type Job<'t> = (usize, Vec<&'t str>);
+type Job<T> = (usize, Vec<T>);
 
 /// What one thread has encoded: the ids of its jobs, and how many ids each text has.
 #[derive(Default)]
@@ -46,16 +47,16 @@ struct Share {
 /// The ids of all `texts`, each after `prepend` if that is given. Other threads start to encode while this one still
 /// takes texts from the iterator, which may need the GIL. What needs no GIL runs in `without_gil`: this thread encodes
 /// too, with `check` after each job, and at last all threads copy the ids together. An error ends all work.
-pub fn encode_batch<'t, E: From<String> + Send>(
+pub fn encode_batch<T: Text, E: From<String> + Send>(
     encoder: &Encoder,
     pool: &Pool,
-    texts: impl Iterator<Item = Result<&'t str, E>>,
+    texts: impl Iterator<Item = Result<T, E>>,
     prepend: Option<i32>,
     num_threads: usize,
     without_gil: impl FnOnce(&mut (dyn FnMut() + Send)),
     mut check: impl FnMut() -> Result<(), E> + Send,
 ) -> Result<Encoded, E> {
-    let (sender, receiver) = std::sync::mpsc::channel::<Job>();
+    let (sender, receiver) = std::sync::mpsc::channel::<Job<T>>();
     let (receiver, stop, text_bytes) = (Mutex::new(receiver), AtomicBool::new(false), AtomicUsize::new(0));
     let work = |check: &mut (dyn FnMut() -> Result<(), E> + Send)| {
         let share = pool.with(encoder, |scratch| {
@@ -98,9 +99,9 @@ pub fn encode_batch<'t, E: From<String> + Send>(
 }
 
 /// Sends the texts in jobs of about `JOB_BYTES`, and calls `after` with the number and the bytes of each.
-fn send_jobs<'t, E>(
-    texts: impl Iterator<Item = Result<&'t str, E>>,
-    sender: Sender<Job<'t>>,
+fn send_jobs<T: Text, E>(
+    texts: impl Iterator<Item = Result<T, E>>,
+    sender: Sender<Job<T>>,
     mut after: impl FnMut(usize, usize),
 ) -> Result<(), E> {
     let (mut texts, mut number) = (texts.peekable(), 0);
@@ -108,7 +109,7 @@ fn send_jobs<'t, E>(
         let (mut job, mut size) = (Vec::new(), 0);
         while let Some(text) = texts.next_if(|_| size < JOB_BYTES) {
             job.push(text?);
-            size += job[job.len() - 1].len();
+            size += job[job.len() - 1].num_bytes();
         }
         let _ = sender.send((number, job)); // the receiver lives as long as the caller
         after(number, size);
@@ -120,12 +121,13 @@ fn send_jobs<'t, E>(
 fn encode_job(
     encoder: &Encoder,
     scratch: &mut Scratch,
-    texts: &[&str],
+    texts: &[impl Text],
     prepend: Option<i32>,
     share: &mut Share,
 ) -> Result<(), String> {
+    let mut buffer = Vec::new();
     for text in texts {
-        let start = share.ids.len();
+        let (text, start) = (text.read(&mut buffer)?, share.ids.len());
         share.ids.extend(prepend);
         encoder.encode(text, scratch, &mut share.ids)?;
         share.lens.push(share.ids.len() - start);

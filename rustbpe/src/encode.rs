@@ -1,13 +1,14 @@
 //! A vocabulary, and from text to ids and back.
 //!
-//! Encoding is what tiktoken defines: a chunk that is a token gets that token's id; in any other, of all neighbours
-//! that together are a token the pair of the lowest id merges, the leftmost first, until none is left.
+//! Encoding is what tiktoken defines: a chunk that is a token gets that token's id. In any other chunk, of all neighbours
+//! that together spell a token, the pair with the lowest id merges, the leftmost first, until none is left.
 
 use std::cmp::Reverse;
 use std::collections::BTreeMap;
 use std::hash::BuildHasher;
+use std::ops::Range;
 
-use hashbrown::{DefaultHashBuilder, HashTable};
+use hashbrown::{DefaultHashBuilder, HashMap, HashTable};
 
 use crate::gpt4::BATCH;
 use crate::key;
@@ -17,22 +18,22 @@ use crate::train::Pair;
 /// No token.
 const NONE: u32 = u32::MAX;
 
-/// The tokens of a vocabulary and which pairs of them make another.
+/// Chunks of up to this many bytes are merged with one bit for each byte; longer ones by `merge_long`.
+const SHORT: usize = 63;
+
+/// The number of bits of a position in a short chunk.
+const PLACE_BITS: u32 = 6;
+
+/// The tokens of a vocabulary and their ids.
 pub struct Vocabulary {
     tokens: Vec<Vec<u8>>,
-    hasher: DefaultHashBuilder,
-    /// Ids by the hash of the token's bytes.
-    ids: HashTable<u32>,
-    /// The ids of the tokens that pairs make, NONE where a place is free: a pair is at the first free place from its hash
-    /// on when it comes. More than one pair may spell a token, but merging arrives at
-    /// no more than one of them: what happens within the token's bytes does not depend on what is around them.
-    merges: Vec<(Pair, u32)>,
-    /// Bits by the hash of a pair: if its bit is not set, the pair makes no token. Most pairs are told apart by this,
-    /// which is a fraction of the table's size.
-    filter: Vec<u64>,
-    byte_ids: [u32; 256],
-    /// What two bytes make, by the number that they are.
-    byte_merges: Vec<u32>,
+    /// The ids of tokens that are short enough for a key.
+    short: HashTable<(u128, u32)>,
+    /// The ids of the others, and the length of the longest.
+    long: HashMap<Vec<u8>, u32>,
+    longest: usize,
+    /// The ids of tokens of two bytes, or NONE, by the number that the bytes are.
+    pairs: Vec<u32>,
 }
 
 impl Vocabulary {
@@ -45,54 +46,31 @@ impl Vocabulary {
         Self::from_tokens(tokens).expect("merges make distinct tokens of all bytes")
     }
 
-    /// Token `i` gets the id `i`. Fails if a token is there twice or one of the 256 bytes is not.
+    /// Token `i` gets the id `i`. Fails if a token is there twice, one of the 256 bytes is missing, or there are too
+    /// many tokens.
     pub fn from_tokens(tokens: Vec<Vec<u8>>) -> Result<Self, String> {
-        let size = tokens.len();
-        let mut vocabulary = Self {
-            tokens,
-            hasher: DefaultHashBuilder::default(),
-            ids: HashTable::with_capacity(size),
-            merges: table((size + size / 4).next_power_of_two(), ((NONE, NONE), NONE)),
-            filter: table(size.next_power_of_two() / 4, 0),
-            byte_ids: [NONE; 256],
-            byte_merges: vec![NONE; 1 << 16],
-        };
+        if tokens.len() > (NONE >> PLACE_BITS) as usize {
+            return Err(format!("{} tokens are too many: at most {}", tokens.len(), NONE >> PLACE_BITS));
+        }
+        let (short, longest) = (HashTable::with_capacity(tokens.len()), tokens.iter().map(Vec::len).max().unwrap_or(0));
+        let mut vocabulary = Self { tokens, short, long: HashMap::new(), longest, pairs: vec![NONE; 1 << 16] };
         for (id, token) in (0..).zip(&vocabulary.tokens) {
-            if let Some(twin) = vocabulary.id(token) {
+            let twin = vocabulary.id(token, 0, token.len());
+            if twin != NONE {
                 return Err(format!("tokens {twin} and {id} are the same: {:?}", String::from_utf8_lossy(token)));
             }
-            let hash = |&id: &u32| vocabulary.hasher.hash_one(vocabulary.tokens[id as usize].as_slice());
-            vocabulary.ids.insert_unique(hash(&id), id, hash);
-        }
-        for byte in 0..=255 {
-            let id = vocabulary.id(&[byte]).ok_or_else(|| format!("byte {byte} is not in the vocabulary"))?;
-            vocabulary.byte_ids[usize::from(byte)] = id;
-        }
-        vocabulary.find_merges();
-        Ok(vocabulary)
-    }
-
-    /// Merges the bytes of each token, the shorter ones first, as far as the merges found so far go: if two parts are
-    /// left, they are the pair that makes the token. If more are left, only a chunk that is the token gets it.
-    fn find_merges(&mut self) {
-        let mut by_length: Vec<u32> = (0..self.tokens.len() as u32).collect();
-        by_length.sort_by_key(|&id| self.tokens[id as usize].len());
-        let mut buffers = Buffers::default();
-        for id in by_length {
-            let token = &self.tokens[id as usize];
-            if token.len() > 1 {
-                self.merge(token, &mut buffers);
-                if let [left, right] = buffers.ids[..] {
-                    let hash = hash_pair((left, right));
-                    let (word, bit) = self.filter_bit(hash);
-                    self.filter[word] |= bit;
-                    let place = self.place((left, right), hash);
-                    self.merges[place] = ((left, right), id);
-                    if let [first, second] = token[..] {
-                        self.byte_merges[usize::from(first) << 8 | usize::from(second)] = id;
-                    }
+            if let Some(key) = key::of(token, 0, token.len()) {
+                vocabulary.short.insert_unique(key::hash(key), (key, id), |&(key, _)| key::hash(key));
+                if let [first, second] = token[..] {
+                    vocabulary.pairs[usize::from(first) << 8 | usize::from(second)] = id;
                 }
+            } else {
+                vocabulary.long.insert(token.clone(), id);
             }
+        }
+        match (0..=255).find(|&byte| vocabulary.id(&[byte], 0, 1) == NONE) {
+            Some(byte) => Err(format!("byte {byte} is not in the vocabulary")),
+            None => Ok(vocabulary),
         }
     }
 
@@ -101,49 +79,14 @@ impl Vocabulary {
         &self.tokens
     }
 
-    fn id(&self, token: &[u8]) -> Option<u32> {
-        let hash = self.hasher.hash_one(token);
-        self.ids.find(hash, |&id| self.tokens[id as usize] == token).copied()
-    }
-
-    /// The id of the token that two tokens make together, or NONE.
+    /// The id of the token `text[start..end]`, or NONE. Inside a longer text this is faster than with a copy.
     #[inline]
-    fn product(&self, left: u32, right: u32) -> u32 {
-        let hash = hash_pair((left, right));
-        let (word, bit) = self.filter_bit(hash);
-        if self.filter[word] & bit == 0 {
-            return NONE;
+    fn id(&self, text: &[u8], start: usize, end: usize) -> u32 {
+        match key::of(text, start, end) {
+            Some(key) => self.short.find(key::hash(key), |entry| entry.0 == key).map_or(NONE, |entry| entry.1),
+            None if end - start > self.longest => NONE,
+            None => self.long.get(&text[start..end]).copied().unwrap_or(NONE),
         }
-        self.merges[self.place((left, right), hash)].1
-    }
-
-    /// What `id` makes with the one before it and the one after it.
-    #[inline]
-    fn two_products(&self, left: u32, id: u32, right: u32) -> (u32, u32) {
-        let pairs = [(left, id), (id, right)];
-        let hashes = pairs.map(hash_pair);
-        let may_be = hashes.map(|hash| {
-            let (word, bit) = self.filter_bit(hash);
-            prefetch(&self.merges[(hash >> 32) as usize & (self.merges.len() - 1)]);
-            self.filter[word] & bit != 0
-        });
-        let product = |at: usize| if may_be[at] { self.merges[self.place(pairs[at], hashes[at])].1 } else { NONE };
-        (product(0), product(1))
-    }
-
-    /// Where the pair is, or would be.
-    fn place(&self, pair: Pair, hash: u64) -> usize {
-        let mask = self.merges.len() - 1;
-        let mut place = (hash >> 32) as usize & mask;
-        while self.merges[place].0 != pair && self.merges[place].1 != NONE {
-            place = (place + 1) & mask;
-        }
-        place
-    }
-
-    #[inline]
-    fn filter_bit(&self, hash: u64) -> (usize, u64) {
-        ((hash >> 6) as usize & (self.filter.len() - 1), 1 << (hash & 63))
     }
 
     /// The bytes of `ids` joined, or the first id that is not in the vocabulary.
@@ -155,110 +98,91 @@ impl Vocabulary {
         }
         Ok(bytes)
     }
-}
 
-#[inline]
-fn hash_pair(pair: Pair) -> u64 {
-    let product = u128::from(u64::from(pair.0) << 32 | u64::from(pair.1)).wrapping_mul(0x9e37_79b9_7f4a_7c15_f39c);
-    product as u64 ^ (product >> 64) as u64
-}
-
-/// Chunks up to this long are merged by searching the best pair over and over, which is fast because it needs no more
-/// than two small arrays; longer ones by `merge_long`, whose time does not grow with the square of the length.
-const SHORT_CHUNK: usize = 128;
-
-/// Space for merging a chunk.
-#[derive(Default)]
-struct Buffers {
-    ids: Vec<u32>,
-    /// What each id and the next one make.
-    products: Vec<u32>,
-}
-
-impl Vocabulary {
-    /// Merges a chunk as far as it goes and leaves the result in `buffers.ids`.
-    fn merge(&self, chunk: &[u8], Buffers { ids, products }: &mut Buffers) {
-        ids.clear();
-        ids.extend(chunk.iter().map(|&byte| self.byte_ids[usize::from(byte)]));
-        products.clear();
-        let pairs = chunk.windows(2).map(|pair| usize::from(pair[0]) << 8 | usize::from(pair[1]));
-        products.extend(pairs.map(|pair| self.byte_merges[pair]));
-        products.push(NONE); // nothing follows the last
-        if ids.len() <= SHORT_CHUNK {
-            self.merge_short(ids, products);
+    /// Merges the bytes of the chunk `text[start..end]` and appends the ids of what is left.
+    fn merge(&self, text: &[u8], start: usize, end: usize, ids: &mut Vec<i32>) {
+        if end - start <= SHORT {
+            self.merge_short(text, start, end, ids);
         } else {
-            self.merge_long(ids, products);
+            self.merge_long(&text[start..end], ids);
         }
-        ids.retain(|&id| id != NONE);
     }
 
-    /// Merged-away ids become NONE.
-    fn merge_short(&self, ids: &mut [u32], products: &mut [u32]) {
-        let len = ids.len();
-        let (mut next, mut previous) = ([0; SHORT_CHUNK], [0; SHORT_CHUNK]);
-        for (at, (next, previous)) in next.iter_mut().zip(&mut previous).take(len).enumerate() {
-            (*next, *previous) = (at + 1, at.wrapping_sub(1));
+    fn merge_short(&self, text: &[u8], start: usize, end: usize, ids: &mut Vec<i32>) {
+        let len = end - start;
+        let id = |from: usize, to: usize| self.id(text, start + from, start + to);
+        // What the part that starts at a place makes with the next part: its id, and in the low bits the place.
+        let mut products = [NONE; SHORT + 1];
+        let product = |at: usize, end: usize| match id(at, end) {
+            NONE => NONE,
+            id => id << PLACE_BITS | at as u32,
+        };
+        let mut merged = [NONE; SHORT + 1]; // the ids of parts of more than one byte
+        let mut starts = u64::MAX >> (SHORT - len); // of parts, and the end of the chunk
+        let next = |starts: u64, at: usize| at + 1 + (starts >> at >> 1).trailing_zeros() as usize;
+        for (at, pair) in text[start..end].windows(2).enumerate() {
+            let id = self.pairs[usize::from(pair[0]) << 8 | usize::from(pair[1])];
+            products[at] = if id == NONE { NONE } else { id << PLACE_BITS | at as u32 };
         }
         loop {
-            let places = products.iter().zip(0..).map(|(&product, at)| u64::from(product) << 32 | at);
-            let lowest = places.min().unwrap_or(u64::MAX);
-            let (best, at) = ((lowest >> 32) as u32, lowest as u32 as usize);
+            // 16 places at a time, which takes no branches.
+            let groups = products.chunks_exact(16).take(len.div_ceil(16));
+            let best =
+                groups.map(|group| group.iter().fold(NONE, |low, &product| low.min(product))).fold(NONE, u32::min);
             if best == NONE {
-                return;
+                break;
             }
-            let right = next[at];
-            let (before, after) = (previous[at], next[right]);
-            (ids[at], ids[right]) = (best, NONE);
-            (products[at], products[right]) = (NONE, NONE);
-            next[at] = after;
-            // Both at once, so that their loads do not wait for each other. There is no token NONE.
-            let id = |at: usize| ids.get(at).copied().unwrap_or(NONE);
-            let (with_left, with_right) = self.two_products(id(before), best, id(after));
-            products[at] = with_right;
-            if after < len {
-                previous[after] = at;
+            let at = best as usize % (1 << PLACE_BITS);
+            let right = next(starts, at);
+            starts &= !(1 << right);
+            (merged[at], products[right]) = (best >> PLACE_BITS, NONE);
+            let after = next(starts, at);
+            products[at] = if after < len { product(at, next(starts, after)) } else { NONE };
+            if at > 0 {
+                let before = (starts << (64 - at)).leading_zeros() as usize;
+                products[at - 1 - before] = product(at - 1 - before, after);
             }
-            if before < len {
-                products[before] = with_left;
-            }
+        }
+        let mut at = 0;
+        while at < len {
+            let part = if merged[at] == NONE { id(at, at + 1) } else { merged[at] };
+            ids.push(part as i32);
+            at = next(starts, at);
         }
     }
 
     /// The same in near-linear time: places wait in a list for each product, and a whole list is merged at once, left to
     /// right.
-    fn merge_long(&self, ids: &mut [u32], products: &mut [u32]) {
-        let len = ids.len() as u32;
-        let mut next: Vec<u32> = (1..=len).collect();
-        let mut previous: Vec<u32> = (0..len).map(|at| at.wrapping_sub(1)).collect();
+    fn merge_long(&self, chunk: &[u8], ids: &mut Vec<i32>) {
+        let len = chunk.len();
+        let mut next: Vec<u32> = (1..=len as u32).collect();
+        let mut previous: Vec<u32> = (0..len as u32).map(|at| at.wrapping_sub(1)).collect();
+        let product = |at: usize, end: usize| if end <= len { self.id(chunk, at, end) } else { NONE };
+        let mut products: Vec<u32> = (0..len).map(|at| product(at, at + 2)).collect();
         let mut waiting = BTreeMap::<u32, Vec<u32>>::new();
-        for (at, &product) in (0..).zip(products.iter()).filter(|(_, &product)| product != NONE) {
+        for (at, &product) in (0..).zip(&products).filter(|(_, &product)| product != NONE) {
             waiting.entry(product).or_default().push(at);
         }
         while let Some((best, mut places)) = waiting.pop_first() {
             places.sort_unstable_by_key(|&at| Reverse(at));
-            while let Some(at) = places.pop() {
-                if products[at as usize] != best {
+            while let Some(at) = places.pop().map(|at| at as usize) {
+                if products[at] != best {
                     continue; // a neighbour was merged since
                 }
-                let right = next[at as usize];
-                let (before, after) = (previous[at as usize], next[right as usize]);
-                (ids[at as usize], ids[right as usize]) = (best, NONE);
-                (products[at as usize], products[right as usize]) = (NONE, NONE);
-                next[at as usize] = after;
+                let right = next[at] as usize;
+                let (before, after) = (previous[at] as usize, next[right] as usize);
+                (next[at], products[right], products[at]) = (after as u32, NONE, NONE);
                 if after < len {
-                    previous[after as usize] = at;
-                    products[at as usize] = self.product(best, ids[after as usize]);
+                    previous[after] = at as u32;
+                    products[at] = product(at, next[after] as usize);
                 }
                 if before < len {
-                    products[before as usize] = self.product(ids[before as usize], best);
+                    products[before] = product(before, after);
                 }
                 let mut lowest = NONE;
-                for place in [before, at].into_iter().filter(|&place| place < len) {
-                    let product = products[place as usize];
-                    if product != NONE {
-                        waiting.entry(product).or_default().push(place);
-                        lowest = lowest.min(product);
-                    }
+                for at in [before, at].into_iter().filter(|&at| at < len && products[at] != NONE) {
+                    waiting.entry(products[at]).or_default().push(at as u32);
+                    lowest = lowest.min(products[at]);
                 }
                 if lowest < best {
                     // Cannot happen in a trained vocabulary, where a token is younger than its parts. No merge makes a
@@ -268,77 +192,175 @@ impl Vocabulary {
                 }
             }
         }
+        let mut at = 0;
+        while at < len {
+            ids.push(self.id(chunk, at, next[at] as usize) as i32);
+            at = next[at] as usize;
+        }
     }
 }
 
-/// The key of no chunk, where a place in a table is free.
-const NO_KEY: u128 = u128::MAX;
-
-/// Tokens that are short enough for a key, by the hashes of their keys. A token whose bucket is full of tokens of lower
-/// ids is left out.
-struct Words {
-    buckets: Vec<Bucket>,
-    shift: u32,
+/// What a thread remembers of chunks: 16 MiB of short ones and 2 MiB of others, however much text it encodes.
+struct Cache {
+    short: Box<[Line; 1 << LINE_BITS]>,
+    long: Box<[Long; 1 << LONG_BITS]>,
 }
 
-/// One cache line.
+const LINE_BITS: u32 = 18;
+const LONG_BITS: u32 = 14;
+
+/// The most ids of a chunk in a line.
+const LINE_IDS: usize = 4;
+
+/// Two chunks that fall on the same place, the one used last first, in one line of the processor's cache.
 #[derive(Clone, Copy)]
 #[repr(align(64))]
-struct Bucket {
-    keys: [u128; 3],
-    ids: [i32; 4], // the last is not used
+struct Line {
+    /// The keys of the chunks, with the number of their ids in the upper half of the last byte.
+    keys: [u128; 2],
+    ids: [[i32; LINE_IDS]; 2],
 }
 
-impl Words {
-    fn new(tokens: &[Vec<u8>]) -> Self {
-        let bits = tokens.len().max(2).ilog2();
-        let empty = Bucket { keys: [NO_KEY; 3], ids: [0; 4] };
-        let mut words = Self { buckets: table(1 << bits, empty), shift: 64 - bits };
-        for (id, token) in (0..).zip(tokens) {
-            let Some(key) = key::of(token, 0, token.len()) else { continue };
-            let bucket = &mut words.buckets[(key::hash(key) >> words.shift) as usize];
-            if let Some(free) = bucket.keys.iter().position(|&key| key == NO_KEY) {
-                (bucket.keys[free], bucket.ids[free]) = (key, id);
-            }
+/// A chunk that has no key or more ids. It is not empty, so `len` is 0 where there is none.
+#[derive(Clone, Copy)]
+#[repr(align(64))]
+struct Long {
+    len: u8,
+    count: u8,
+    bytes: [u8; SHORT - 1],
+    ids: [i32; 16],
+}
+
+impl Line {
+    /// The ids of the chunk that was used last and their number, if that has the key.
+    #[inline(always)]
+    fn get(&self, key: u128) -> Option<(&[i32; LINE_IDS], usize)> {
+        // What is left of a key that is the same is the number of ids.
+        let difference = self.keys[0] ^ key;
+        (difference << 4 == 0).then_some((&self.ids[0], (difference >> 124) as usize))
+    }
+
+    fn swap(&mut self) {
+        self.keys.swap(0, 1);
+        self.ids.swap(0, 1);
+    }
+}
+
+/// What one thread remembers and reuses from chunk to chunk.
+pub struct Scratch {
+    splitter: Splitter,
+    cache: Cache,
+    hasher: DefaultHashBuilder,
+    keys: [Key; BATCH],
+    ids: [i32; BATCH * LINE_IDS],
+}
+
+/// The key of a chunk and its place among the lines of the cache.
+#[derive(Clone, Copy, Default)]
+struct Key {
+    key: u128,
+    place: u32,
+}
+
+/// Splits and encodes text.
+pub struct Encoder {
+    pub vocabulary: Vocabulary,
+    pub splitter: Splitter,
+}
+
+impl Encoder {
+    pub fn new(vocabulary: Vocabulary, splitter: Splitter) -> Self {
+        Self { vocabulary, splitter }
+    }
+
+    pub fn scratch(&self) -> Scratch {
+        let line = Line { keys: [0; 2], ids: [[0; LINE_IDS]; 2] };
+        let long = Long { len: 0, count: 0, bytes: [0; SHORT - 1], ids: [0; 16] };
+        Scratch {
+            splitter: self.splitter.clone(),
+            cache: Cache { short: table(line), long: table(long) },
+            hasher: DefaultHashBuilder::default(),
+            keys: [Key::default(); BATCH],
+            ids: [0; BATCH * LINE_IDS],
         }
-        words
     }
 
-    #[inline(always)]
-    fn bucket(&self, hash: u64) -> &Bucket {
-        // SAFETY: `new` made two to the power of `64 - shift` buckets, and no more bits of the hash are left.
-        unsafe { self.buckets.get_unchecked((hash >> self.shift) as usize) }
+    /// Appends the ids of `text` to `out`.
+    pub fn encode(&self, text: &str, scratch: &mut Scratch, out: &mut Vec<i32>) -> Result<(), String> {
+        let Scratch { splitter, cache, hasher, keys, ids } = scratch;
+        if u32::try_from(text.len()).is_err() {
+            return Err(format!("a text of {} bytes is too long: cut it below 4 GiB", text.len()));
+        }
+        splitter.for_each_run(text, &mut |first, ends| {
+            make_keys(text.as_bytes(), first, ends, cache, keys);
+            let mut count = 0;
+            for (index, &Key { key, place }) in keys.iter().enumerate().take(ends.len()) {
+                if let Some((chunk_ids, new)) = cache.short[place as usize % (1 << LINE_BITS)].get(key) {
+                    ids[count..count + LINE_IDS].copy_from_slice(chunk_ids);
+                    count += new;
+                } else {
+                    out.extend_from_slice(&ids[..std::mem::take(&mut count)]);
+                    let start = index.checked_sub(1).map_or(first, |previous| ends[previous] as usize);
+                    self.encode_other(text.as_bytes(), start..ends[index] as usize, keys[index], hasher, cache, out);
+                }
+            }
+            out.extend_from_slice(&ids[..count]);
+        })
     }
 
-    /// Whether the key is here, and its id if it is.
-    #[inline(always)]
-    fn get(&self, key: u128, hash: u64) -> (bool, i32) {
-        let bucket = self.bucket(hash);
-        let [first, second, third] = bucket.keys.map(|other| other == key);
-        (first | second | third, bucket.ids[usize::from(second) | usize::from(third) << 1])
+    /// Appends the ids of a chunk that is not the first in its line.
+    #[cold]
+    fn encode_other(
+        &self,
+        text: &[u8],
+        chunk: Range<usize>,
+        Key { key, place }: Key,
+        hasher: &DefaultHashBuilder,
+        cache: &mut Cache,
+        out: &mut Vec<i32>,
+    ) {
+        let line = &mut cache.short[place as usize];
+        line.swap();
+        if let Some((ids, count)) = line.get(key) {
+            return out.extend_from_slice(&ids[..count]);
+        }
+        let bytes = &text[chunk.clone()];
+        let hash = if key == key::NONE { hasher.hash_one(bytes) } else { key::hash(key) };
+        let long = &mut cache.long[(hash >> (64 - LONG_BITS)) as usize];
+        if long.bytes.get(..usize::from(long.len)) == Some(bytes) {
+            line.swap();
+            return out.extend_from_slice(&long.ids[..usize::from(long.count)]);
+        }
+        let first = out.len();
+        match self.vocabulary.id(text, chunk.start, chunk.end) {
+            NONE => self.vocabulary.merge(text, chunk.start, chunk.end, out),
+            id => out.push(id as i32),
+        }
+        let ids = &out[first..];
+        if key != key::NONE && ids.len() <= LINE_IDS {
+            line.keys[0] = key | (ids.len() as u128) << 124;
+            line.ids[0][..ids.len()].copy_from_slice(ids);
+            return;
+        }
+        line.swap();
+        if bytes.len() <= long.bytes.len() && ids.len() <= long.ids.len() {
+            (long.len, long.count) = (bytes.len() as u8, ids.len() as u8);
+            long.bytes[..bytes.len()].copy_from_slice(bytes);
+            long.ids[..ids.len()].copy_from_slice(ids);
+        }
     }
 }
 
-/// An empty vector for `len` entries, on huge pages where the system has them: with small ones, much of the time of a
-/// look-up goes into finding where the page is, and much of that of writing into getting it.
-pub fn huge<T>(len: usize) -> Vec<T> {
-    let vector: Vec<T> = Vec::with_capacity(len);
-    #[cfg(target_os = "linux")]
-    {
-        const PAGE: usize = 4096; // where the kernel's are larger it refuses, which does no harm
-        let start = vector.as_ptr().cast::<u8>().cast_mut();
-        let size = len * size_of::<T>();
-        let skip = start.align_offset(PAGE).min(size);
-        // SAFETY: the range is within the vector's memory, and the advice does not change what is in it.
-        unsafe { libc::madvise(start.add(skip).cast(), size - skip, libc::MADV_HUGEPAGE) };
+/// Gives the chunks keys and places in the cache, and starts to load these.
+#[inline(never)] // so that it has the processor's registers for itself; it runs once for many chunks
+fn make_keys(text: &[u8], first: usize, ends: &[u32], cache: &Cache, keys: &mut [Key; BATCH]) {
+    let mut start = first as u32;
+    for (&end, place) in ends.iter().zip(keys) {
+        let key = key::of(text, start as usize, end as usize).unwrap_or(key::NONE);
+        *place = Key { key, place: (key::hash(key) >> (64 - LINE_BITS)) as u32 };
+        prefetch(&cache.short[place.place as usize % (1 << LINE_BITS)]);
+        start = end;
     }
-    vector
-}
-
-fn table<T: Copy>(len: usize, entry: T) -> Vec<T> {
-    let mut table = huge(len);
-    table.resize(len, entry);
-    table
 }
 
 /// Starts to load a cache line that will be needed soon.
@@ -354,184 +376,31 @@ fn prefetch<T>(line: &T) {
     let _ = line;
 }
 
-/// What a thread remembers of chunks that are no tokens: 4 MiB of short ones, in pairs, and 1 MiB of others.
-struct Cache {
-    /// The two chunks that last fell on each place, the latest first.
-    short: Vec<[Short; 2]>,
-    long: Vec<Long>,
+fn table<T: Copy, const LEN: usize>(entry: T) -> Box<[T; LEN]> {
+    let mut table = huge(LEN);
+    table.resize(LEN, entry);
+    table.into_boxed_slice().try_into().unwrap_or_else(|_| unreachable!("it has this length"))
 }
 
-const SHORT_BITS: u32 = 16;
-const LONG_BITS: u32 = 13;
-
-const CACHED_IDS: usize = 4;
-const LONG_IDS: usize = 16;
-const LONG_BYTES: usize = 62;
-
-#[derive(Clone, Copy)]
-struct Short {
-    key: u128,
-    ids: [i32; CACHED_IDS], // -1 after the last
-}
-
-/// A chunk that has no key or more ids. It is not empty, so `len` is 0 where there is none.
-#[derive(Clone, Copy)]
-#[repr(align(64))]
-struct Long {
-    len: u8,
-    count: u8,
-    bytes: [u8; LONG_BYTES],
-    ids: [i32; LONG_IDS],
-}
-
-impl Cache {
-    fn new() -> Self {
-        let long = Long { len: 0, count: 0, bytes: [0; LONG_BYTES], ids: [0; LONG_IDS] };
-        Self { short: table(1 << SHORT_BITS, [Short::new(NO_KEY, &[]); 2]), long: table(1 << LONG_BITS, long) }
-    }
-
-    #[inline]
-    fn place(hash: u64) -> usize {
-        (hash >> (64 - SHORT_BITS)) as usize
-    }
-
-    #[inline]
-    fn get(&self, key: u128, hash: u64) -> Option<&Short> {
-        self.short[Self::place(hash)].iter().find(|short| short.key == key)
-    }
-}
-
-impl Short {
-    /// `ids` are no more than fit.
-    fn new(key: u128, ids: &[i32]) -> Self {
-        let mut short = Self { key, ids: [-1; CACHED_IDS] };
-        short.ids[..ids.len()].copy_from_slice(ids);
-        short
-    }
-}
-
-/// What one thread remembers and reuses from chunk to chunk.
-pub struct Scratch {
-    splitter: Splitter,
-    run: Run,
-    cache: Cache,
-    buffers: Buffers,
-}
-
-/// Adjacent chunks.
-struct Run {
-    keys: [u128; BATCH], // 0 for a chunk that is too long
-    hashes: [u64; BATCH],
-    ids: [i32; BATCH],
-    /// The chunks that `Words` does not have.
-    others: [usize; BATCH],
-}
-
-/// Splits and encodes text.
-pub struct Encoder {
-    pub vocabulary: Vocabulary,
-    pub splitter: Splitter,
-    words: Words,
-}
-
-impl Encoder {
-    pub fn new(vocabulary: Vocabulary, splitter: Splitter) -> Self {
-        let words = Words::new(vocabulary.tokens());
-        Self { vocabulary, splitter, words }
-    }
-
-    pub fn scratch(&self) -> Scratch {
-        let run = Run { keys: [0; BATCH], hashes: [0; BATCH], ids: [0; BATCH], others: [0; BATCH] };
-        Scratch { splitter: self.splitter.clone(), run, cache: Cache::new(), buffers: Buffers::default() }
-    }
-
-    /// Appends the ids of `text` to `out`.
-    pub fn encode(&self, text: &str, scratch: &mut Scratch, out: &mut Vec<i32>) -> Result<(), String> {
-        let Scratch { splitter, run, cache, buffers } = scratch;
-        if u32::try_from(text.len()).is_err() {
-            return Err(format!("a text of {} bytes is too long: cut it below 4 GiB", text.len()));
+/// An empty vector for `len` entries, on huge pages where the system has them: with small ones, much of the time of
+/// writing goes into getting them.
+pub fn huge<T>(len: usize) -> Vec<T> {
+    let vector: Vec<T> = Vec::with_capacity(len);
+    #[cfg(target_os = "linux")]
+    {
+        extern "C" {
+            fn madvise(start: *mut u8, len: usize, advice: i32) -> i32;
         }
-        splitter.for_each_run(text, &mut |first, ends| {
-            self.make_keys(text.as_bytes(), first, ends, run);
-            let missing = self.find_words(ends.len(), run);
-            let others = &run.others[..missing];
-            others.iter().for_each(|&at| prefetch(&cache.short[Cache::place(run.hashes[at])]));
-            let mut done = 0;
-            for &at in others {
-                out.extend_from_slice(&run.ids[done..at]);
-                done = at + 1;
-                match cache.get(run.keys[at], run.hashes[at]) {
-                    Some(short) => out.extend(short.ids.iter().take_while(|&&id| id >= 0)),
-                    None => {
-                        let start = if at == 0 { first } else { ends[at - 1] };
-                        let chunk = &text.as_bytes()[start..ends[at]];
-                        self.encode_other(chunk, run.keys[at], run.hashes[at], cache, buffers, out);
-                    }
-                }
-            }
-            out.extend_from_slice(&run.ids[done..ends.len()]);
-        })
+        const PAGE: usize = 4096; // where the kernel's are larger it refuses, which does no harm
+        const HUGE_PAGES: i32 = 14;
+        let start = vector.as_ptr().cast::<u8>().cast_mut();
+        let size = len * size_of::<T>();
+        let skip = start.align_offset(PAGE).min(size);
+        // SAFETY: this is the C library's signature on Linux. The range is within the vector's memory, and the advice
+        // does not change what is in it.
+        unsafe { madvise(start.add(skip), size - skip, HUGE_PAGES) };
     }
-
-    /// Gives the chunks keys and starts to load where `find_words` will look.
-    #[inline(never)] // so that it has the processor's registers for itself; it runs once for many chunks
-    fn make_keys(&self, text: &[u8], mut start: usize, ends: &[usize], run: &mut Run) {
-        for (&end, (key, hash)) in ends.iter().zip(run.keys.iter_mut().zip(&mut run.hashes)) {
-            *key = key::of(text, start, end).unwrap_or(0);
-            *hash = key::hash(*key);
-            prefetch(self.words.bucket(*hash));
-            start = end;
-        }
-    }
-
-    /// Looks the first `count` chunks up in `Words`. Returns how many are not there. No branch depends on the text.
-    #[inline(never)]
-    fn find_words(&self, count: usize, run: &mut Run) -> usize {
-        let Run { keys, hashes, ids, others } = run;
-        let mut missing = 0;
-        for at in 0..count.min(BATCH) {
-            let found;
-            (found, ids[at]) = self.words.get(keys[at], hashes[at]);
-            others[missing % BATCH] = at;
-            missing += usize::from(!found);
-        }
-        missing
-    }
-
-    /// Appends the ids of a chunk that is neither in `Words` nor among the short ones of the cache.
-    #[cold]
-    fn encode_other(
-        &self,
-        chunk: &[u8],
-        key: u128,
-        hash: u64,
-        cache: &mut Cache,
-        buffers: &mut Buffers,
-        out: &mut Vec<i32>,
-    ) {
-        let long_hash = self.vocabulary.hasher.hash_one(chunk);
-        let long = &mut cache.long[(long_hash >> (64 - LONG_BITS)) as usize];
-        if long.bytes.get(..usize::from(long.len)) == Some(chunk) {
-            return out.extend(&long.ids[..usize::from(long.count)]);
-        }
-        // A bucket has no free place if a token had to be left out.
-        let may_be_token = key == 0 || !self.words.bucket(hash).keys.contains(&NO_KEY);
-        match may_be_token.then(|| self.vocabulary.id(chunk)).flatten() {
-            Some(id) => buffers.ids.splice(.., [id]).for_each(drop),
-            None => self.vocabulary.merge(chunk, buffers),
-        }
-        let start = out.len();
-        out.extend(buffers.ids.iter().map(|&id| id as i32));
-        let ids = &out[start..];
-        if key != 0 && ids.len() <= CACHED_IDS {
-            let places = &mut cache.short[Cache::place(hash)];
-            *places = [Short::new(key, ids), places[0]];
-        } else if chunk.len() <= LONG_BYTES && ids.len() <= LONG_IDS {
-            (long.len, long.count) = (chunk.len() as u8, ids.len() as u8);
-            long.bytes[..chunk.len()].copy_from_slice(chunk);
-            long.ids[..ids.len()].copy_from_slice(ids);
-        }
-    }
+    vector
 }
 
 #[cfg(test)]
@@ -559,16 +428,17 @@ mod tests {
     }
 
     /// tiktoken's definition: any two neighbours that together spell a token may merge.
-    fn merge_by_spelling(vocabulary: &Vocabulary, chunk: &[u8]) -> Vec<u32> {
+    fn merge_by_spelling(vocabulary: &Vocabulary, chunk: &[u8]) -> Vec<i32> {
+        let id = |token: &[u8]| vocabulary.id(token, 0, token.len());
         let mut parts: Vec<Vec<u8>> = chunk.iter().map(|&byte| vec![byte]).collect();
         loop {
-            let pairs = parts.windows(2).map(|pair| vocabulary.id(&pair.concat()).unwrap_or(NONE)).enumerate();
+            let pairs = parts.windows(2).map(|pair| id(&pair.concat())).enumerate();
             match pairs.min_by_key(|&(_, id)| id) {
                 Some((at, id)) if id != NONE => {
                     let right = parts.remove(at + 1);
                     parts[at].extend(right);
                 }
-                _ => return parts.iter().map(|part| vocabulary.id(part).unwrap()).collect(),
+                _ => return parts.iter().map(|part| id(part) as i32).collect(),
             }
         }
     }
@@ -590,11 +460,11 @@ mod tests {
                 }
             }
             let vocabulary = Vocabulary::from_tokens(tokens).unwrap();
-            let mut buffers = Buffers::default();
-            for length in [1, 2, 5, 20, 60, SHORT_CHUNK + 1, 300] {
+            for length in [1, 2, 5, 20, SHORT, SHORT + 1, 300] {
                 let chunk: Vec<u8> = (0..length).map(|_| b"aaabc"[random(5)]).collect();
-                vocabulary.merge(&chunk, &mut buffers);
-                assert_eq!(buffers.ids, merge_by_spelling(&vocabulary, &chunk));
+                let mut ids = Vec::new();
+                vocabulary.merge(&chunk, 0, length, &mut ids);
+                assert_eq!(ids, merge_by_spelling(&vocabulary, &chunk));
             }
         }
     }

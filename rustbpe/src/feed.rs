@@ -8,7 +8,7 @@ use pyo3::exceptions::PyValueError;
 use pyo3::prelude::*;
 use pyo3::types::PyIterator;
 
-use crate::texts::{as_string, Texts};
+use crate::texts::{as_string, ArrowStrings, Text, Texts};
 
 /// Texts go to a thread when they have this many bytes, or there are as many as the caller said.
 const BATCH_BYTES: usize = 1 << 20;
@@ -94,7 +94,9 @@ impl<'a> Feed<'a> {
             let noted = |error: PyErr| add_note(py, error, &format!("while reading {path}"));
             let file = pyarrow.call_method1("ParquetFile", (path,)).map_err(noted)?;
             for group in 0..file.getattr("num_row_groups")?.extract()? {
+                let mut buffer = Vec::new();
                 for text in read_column(&file, group, column).map_err(noted)?.iter() {
+                    let text = text.read(&mut buffer).map_err(|error| noted(PyValueError::new_err(error)))?;
                     if !self.push(py, text)? {
                         break 'files;
                     }
@@ -137,12 +139,12 @@ impl<'a> Feed<'a> {
     }
 }
 
-fn read_column(file: &Bound<'_, PyAny>, group: usize, column: &str) -> PyResult<Texts> {
+fn read_column(file: &Bound<'_, PyAny>, group: usize, column: &str) -> PyResult<ArrowStrings> {
     let names: Vec<String> = file.getattr("schema_arrow")?.getattr("names")?.extract()?;
     if !names.iter().any(|name| name == column) {
         return Err(PyValueError::new_err(format!("no column {column:?}, only {}", names.join(", "))));
     }
-    Texts::from_arrow(&file.call_method1("read_row_group", (group, [column]))?.call_method1("column", (0,))?)
+    ArrowStrings::new(&file.call_method1("read_row_group", (group, [column]))?.call_method1("column", (0,))?)
 }
 
 fn add_note(py: Python<'_>, error: PyErr, note: &str) -> PyErr {

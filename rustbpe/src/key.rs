@@ -3,6 +3,9 @@
 /// Longer chunks have no key.
 pub const MAX_LEN: usize = 15;
 
+/// No chunk's key: a length of 0 below other bytes than none.
+pub const NONE: u128 = 1;
+
 /// Keeps the bytes of a chunk by its length, from 0 to 15.
 static MASKS: [u128; MAX_LEN + 1] = {
     let (mut masks, mut len) = ([0; MAX_LEN + 1], 1);

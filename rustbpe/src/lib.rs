@@ -12,6 +12,7 @@ mod train;
 
 use std::sync::atomic::AtomicBool;
 use std::sync::mpsc::SyncSender;
+use std::sync::LazyLock;
 use std::thread;
 
 use numpy::{IntoPyArray, PyArray1};
@@ -24,11 +25,14 @@ use counts::{count_chunks, ChunkCounts};
 use encode::{Encoder, Vocabulary};
 use feed::{Feed, Limits, Progress};
 use split::{Splitter, DEFAULT_PATTERN};
-use texts::{as_string, Texts};
+use texts::{as_string, ArrowStrings, Text, Texts};
 use train::{learn_merges, Words};
 
 /// More threads than any machine has cores would only cost memory, and at some number none can be started.
 const MAX_THREADS: usize = 1024;
+
+/// More threads than this would share cores and each need a cache.
+static CORES: LazyLock<usize> = LazyLock::new(|| thread::available_parallelism().map_or(1, |count| count.get()));
 
 /// A byte-level BPE tokenizer: ids 0..=255 are bytes, then come the learned merges.
 #[pyclass]
@@ -175,8 +179,8 @@ impl Tokenizer {
         prepend: Option<i32>,
         num_threads: usize,
     ) -> PyResult<Arrays<'py>> {
-        let texts = Texts::from_arrow(array)?;
-        self.encode_texts(array.py(), texts.iter().map(Ok), prepend, num_threads)
+        let strings = ArrowStrings::new(array)?;
+        self.encode_texts(array.py(), strings.iter().map(Ok), prepend, num_threads)
     }
 
     /// The bytes that `ids` stand for, which need not be whole UTF-8 characters.
@@ -215,8 +219,7 @@ impl Tokenizer {
                 return Err(PyValueError::new_err(format!("vocab_size must be at most {}, got {vocab_size}", u32::MAX)))
             }
         };
-        let cores = || thread::available_parallelism().map_or(1, |count| count.get());
-        let threads = num_threads.unwrap_or_else(cores).clamp(1, MAX_THREADS);
+        let threads = num_threads.unwrap_or(*CORES).clamp(1, MAX_THREADS);
         let splitter = Splitter::new(pattern.unwrap_or(DEFAULT_PATTERN)).map_err(Failure::from)?;
         let mut progress = Progress::new(progress);
         let vocabulary = py.detach(|| -> Result<_, Failure> {
@@ -229,14 +232,14 @@ impl Tokenizer {
         Ok(())
     }
 
-    fn encode_texts<'py, 't>(
+    fn encode_texts<'py>(
         &self,
         py: Python<'py>,
-        texts: impl Iterator<Item = Result<&'t str, Failure>>,
+        texts: impl Iterator<Item = Result<impl Text, Failure>>,
         prepend: Option<i32>,
         num_threads: usize,
     ) -> PyResult<Arrays<'py>> {
-        let (mut signals, threads) = (Progress::new(None), num_threads.min(MAX_THREADS));
+        let (mut signals, threads) = (Progress::new(None), num_threads.min(*CORES));
         let check = || signals.update("", 0, None).map_err(Failure::from);
         let without_gil = |work: &mut (dyn FnMut() + Send)| py.detach(work);
         let encoded = encode_batch(&self.encoder, &self.pool, texts, prepend, threads, without_gil, check)?;

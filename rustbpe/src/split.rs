@@ -34,19 +34,19 @@ impl Splitter {
 
     /// Calls `visit` for runs of adjacent chunks, left to right, with the start of the first and the ends of all. Text
     /// between matches of the pattern is skipped. Fails if matching needs more backtracking than the engine allows.
-    pub fn for_each_run(&self, text: &str, visit: &mut dyn FnMut(usize, &[usize])) -> Result<(), String> {
+    pub fn for_each_run(&self, text: &str, visit: &mut dyn FnMut(usize, &[u32])) -> Result<(), String> {
         if let Some(max_digits) = self.max_digits {
             let (mut chunks, mut ends, mut start) = (gpt4::Chunks::new(text, max_digits), [0; gpt4::BATCH], 0);
             while let ends @ [.., last] = chunks.next_ends(&mut ends) {
                 visit(start, ends);
-                start = *last;
+                start = *last as usize;
             }
             return Ok(());
         }
         for found in self.regex.find_iter(text) {
             let found = found.map_err(|error| format!("split pattern {:?}: {error}", self.pattern()))?;
             if !found.range().is_empty() {
-                visit(found.start(), &[found.end()]); // a pattern may match nothing between two chunks
+                visit(found.start(), &[found.end() as u32]); // a pattern may match nothing between two chunks
             }
         }
         Ok(())
@@ -56,7 +56,7 @@ impl Splitter {
     pub fn for_each(&self, text: &str, mut visit: impl FnMut(Range<usize>)) -> Result<(), String> {
         self.for_each_run(text, &mut |mut start, ends| {
             for &end in ends {
-                visit(std::mem::replace(&mut start, end)..end);
+                visit(std::mem::replace(&mut start, end as usize)..end as usize);
             }
         })
     }

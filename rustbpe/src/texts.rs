@@ -1,7 +1,7 @@
 //! Several texts in one allocation, and how they come from Python.
 
 use pyo3::buffer::PyBuffer;
-use pyo3::exceptions::{PyTypeError, PyValueError};
+use pyo3::exceptions::PyTypeError;
 use pyo3::prelude::*;
 use pyo3::types::PyString;
 
@@ -30,62 +30,93 @@ impl Texts {
     pub fn num_bytes(&self) -> usize {
         self.text.len()
     }
+}
 
-    /// The strings of a pyarrow Array or ChunkedArray, which never become Python strings; nulls are left out.
-    pub fn from_arrow(array: &Bound<'_, PyAny>) -> PyResult<Self> {
+/// The strings of an Arrow array where they lie: nothing is copied or checked before a thread reads them.
+#[derive(Default)]
+pub struct ArrowStrings {
+    /// The offsets of the strings of each chunk, and the buffer that they point into.
+    chunks: Vec<(Vec<usize>, Option<PyBuffer<i8>>)>,
+}
+
+impl ArrowStrings {
+    /// Of a pyarrow Array or ChunkedArray, without its nulls.
+    pub fn new(array: &Bound<'_, PyAny>) -> PyResult<Self> {
         let kind = array.getattr("type")?.str()?.to_string();
         if !["string", "large_string", "string_view"].contains(&kind.as_str()) {
             return Err(PyTypeError::new_err(format!("expected strings, got an Arrow array of {kind}")));
         }
         let array = array.call_method0("drop_null")?.call_method1("cast", ("large_string",))?;
-        let mut texts = Self::default();
+        let mut strings = Self::default();
         match array.getattr_opt("chunks")? {
-            Some(chunks) => chunks.try_iter()?.try_for_each(|chunk| texts.push_arrow_chunk(&chunk?))?,
-            None => texts.push_arrow_chunk(&array)?,
+            Some(chunks) => chunks.try_iter()?.try_for_each(|chunk| strings.push_chunk(&chunk?))?,
+            None => strings.push_chunk(&array)?,
         }
-        Ok(texts)
+        Ok(strings)
     }
 
     /// `chunk` is a pyarrow LargeStringArray without nulls.
-    fn push_arrow_chunk(&mut self, chunk: &Bound<'_, PyAny>) -> PyResult<()> {
+    fn push_chunk(&mut self, chunk: &Bound<'_, PyAny>) -> PyResult<()> {
         let (first, len): (usize, usize) = (chunk.getattr("offset")?.extract()?, chunk.len()?);
-        if len == 0 {
-            return Ok(());
+        if len > 0 {
+            let buffers = chunk.call_method0("buffers")?;
+            let offsets = buffers.get_item(1)?.call_method1("slice", (first * 8, (len + 1) * 8))?;
+            let offsets: Vec<u8> =
+                PyBuffer::<i8>::get(&offsets)?.to_vec(chunk.py())?.into_iter().map(|byte| byte as u8).collect();
+            let offsets = offsets.chunks_exact(8).map(|bytes| i64::from_ne_bytes(bytes.try_into().expect("8 bytes")));
+            let bytes = buffers.get_item(2)?;
+            let bytes = if bytes.is_none() { None } else { Some(PyBuffer::get(&bytes)?) };
+            self.chunks.push((offsets.map(|offset| offset as usize).collect(), bytes));
         }
-        let buffers = chunk.call_method0("buffers")?;
-        let offsets = bytes_of(&buffers.get_item(1)?, first * 8, (len + 1) * 8)?;
-        let offsets = offsets.chunks_exact(8).map(|bytes| i64::from_ne_bytes(bytes.try_into().expect("8 bytes")));
-        let offsets: Vec<usize> = offsets.map(|offset| offset as usize).collect();
-        let (start, end) = (offsets[0], offsets[len]);
-        if end == start {
-            self.ends.extend(std::iter::repeat_n(self.text.len(), len));
-            return Ok(());
-        }
-        let bytes = bytes_of(&buffers.get_item(2)?, start, end.saturating_sub(start))?;
-        let text = String::from_utf8(bytes).map_err(|error| bad_text(&error.to_string()))?;
-        if let Some(pair) = offsets.windows(2).find(|pair| text.get(pair[0] - start..pair[1] - start).is_none()) {
-            return Err(bad_text(&format!("bytes {} to {} are not whole characters", pair[0], pair[1])));
-        }
-        let shift = self.text.len();
-        if shift == 0 {
-            self.text = text;
-        } else {
-            self.text.push_str(&text);
-        }
-        self.ends.extend(offsets[1..].iter().map(|offset| offset - start + shift));
         Ok(())
+    }
+
+    pub fn iter(&self) -> impl Iterator<Item = Unchecked<'_>> {
+        self.chunks.iter().flat_map(|(offsets, buffer)| {
+            let bytes: &[u8] = match buffer {
+                // SAFETY: the buffer holds this many bytes as long as `self` lives, and Arrow forbids to change the
+                // bytes of an array. Whoever does so nevertheless garbles text: UTF-8 is checked in a copy.
+                Some(buffer) => unsafe { std::slice::from_raw_parts(buffer.buf_ptr().cast(), buffer.len_bytes()) },
+                None => &[],
+            };
+            offsets.windows(2).map(|pair| Unchecked(bytes.get(pair[0]..pair[1])))
+        })
     }
 }
 
-fn bad_text(reason: &str) -> PyErr {
-    PyValueError::new_err(format!("the Arrow array has a string that is not UTF-8: {reason}"))
+/// A text that threads can read.
+pub trait Text: Copy + Send {
+    fn num_bytes(&self) -> usize;
+
+    /// The text, in `buffer` if it has to be copied.
+    fn read<'a>(&'a self, buffer: &'a mut Vec<u8>) -> Result<&'a str, String>;
 }
 
-/// A copy of a part of a pyarrow Buffer. Copying is quick, and what is copied nobody can change while we read it.
-fn bytes_of(buffer: &Bound<'_, PyAny>, start: usize, len: usize) -> PyResult<Vec<u8>> {
-    let part = buffer.call_method1("slice", (start, len))?;
-    let bytes = PyBuffer::<i8>::get(&part)?.to_vec(buffer.py())?;
-    Ok(bytes.into_iter().map(|byte| byte as u8).collect())
+impl Text for &str {
+    fn num_bytes(&self) -> usize {
+        self.len()
+    }
+
+    fn read<'a>(&'a self, _: &'a mut Vec<u8>) -> Result<&'a str, String> {
+        Ok(self)
+    }
+}
+
+/// Bytes that should be UTF-8; None if they are not in their buffer.
+#[derive(Clone, Copy)]
+pub struct Unchecked<'t>(Option<&'t [u8]>);
+
+impl Text for Unchecked<'_> {
+    fn num_bytes(&self) -> usize {
+        self.0.map_or(0, <[u8]>::len)
+    }
+
+    fn read<'a>(&'a self, buffer: &'a mut Vec<u8>) -> Result<&'a str, String> {
+        let bad_text = |reason: &str| format!("the Arrow array has a string that is not UTF-8: {reason}");
+        buffer.clear();
+        buffer.extend_from_slice(self.0.ok_or_else(|| bad_text("its offsets are wrong"))?);
+        std::str::from_utf8(buffer).map_err(|error| bad_text(&error.to_string()))
+    }
 }
 
 /// `item` as a str, or an error that says which one is none.
