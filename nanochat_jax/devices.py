@@ -10,7 +10,7 @@ import jax
 
 from nanochat_jax.cli import LARGEST, directory_name, flag
 from nanochat_jax.errors import UsageError, one_line
-from nanochat_jax.paths import Paths
+from nanochat_jax.paths import CHECKPOINT_DIRS, Paths
 
 # Options of glibc's mallopt (malloc.h).
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
@@ -35,6 +35,7 @@ class DeviceFlags:
 class Processes(DeviceFlags):
     """Flags of every script that can run as several processes, one per host."""
 
+    mesh: str = flag("auto", "devices as DxM: D-way data and M-way tensor parallelism")
     coordinator: str | None = flag(
         None,
         "host:port of process 0, for a run of several processes; unnecessary where JAX detects "
@@ -67,6 +68,13 @@ class ModelFlags(DeviceFlags):
         at_most=LARGEST,
     )
     dtype: str = flag("auto", "compute dtype", short="-d", choices=["auto", "float32", "bfloat16"])
+
+
+@dataclass(frozen=True, kw_only=True)
+class StageFlags(ModelFlags):
+    """Flags of every script that loads the model of any stage."""
+
+    source: str = flag("sft", "stage of the model", short="-i", choices=[*CHECKPOINT_DIRS])
 
 
 def start(paths: Paths, flags: DeviceFlags | None = None, *, compile_cache: bool = True) -> None:

@@ -11,6 +11,9 @@ import re
 from collections.abc import Iterator
 from pathlib import Path
 
+# What reading data of another form raises.
+MALFORMED = (ValueError, LookupError, TypeError, AttributeError)
+
 
 class UsageError(Exception):
     """A user error: what failed, the value, and what to do, in one line."""
@@ -45,6 +48,19 @@ def write_failure(error: BaseException) -> str:
         )
         chain = chain.__cause__ or chain.__context__  # type: ignore[assignment]
     return f"the disk is full, no space is left: {text}" if full else text
+
+
+@contextlib.contextmanager
+def explaining(what: str, advice: str, *types: type[Exception]) -> Iterator[None]:
+    """Turn errors of `types` (`MALFORMED` if none) into `UsageError`: `what` (error): `advice`."""
+    caught = types or MALFORMED
+    try:
+        yield
+    except UsageError:
+        raise
+    except caught as error:
+        text = repr(error) if isinstance(error, KeyError) else one_line(error)
+        raise UsageError(f"{what} ({text}): {advice}") from error
 
 
 @contextlib.contextmanager

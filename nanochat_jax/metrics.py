@@ -16,7 +16,7 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from nanochat_jax.errors import UsageError, naming, one_line
+from nanochat_jax.errors import UsageError, explaining, naming
 from nanochat_jax.files import write_file
 from nanochat_jax.storage import Directory, is_remote
 
@@ -144,13 +144,9 @@ class MetricsLog:
         """Update the copy in the bucket, if there is one. Raises `UsageError` if that fails."""
         if self._file is None or self._copy is None:
             return
-        try:
+        what, advice = f"{self._copy} could not be written", "fix that, then continue with `resume`"
+        with explaining(what, advice, Exception):  # any error of the network
             self._copy.write_bytes(self.path.read_bytes())
-        except Exception as error:  # any error of the network
-            raise UsageError(
-                f"{self._copy} could not be written ({one_line(error)}): fix that, then continue "
-                "with `resume`"
-            ) from error
 
     def close(self) -> None:
         if self._file is not None:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from nanochat_jax.cli import user_path
 from nanochat_jax.errors import NotFound, UsageError
-from nanochat_jax.files import create_directory, empty_directory
+from nanochat_jax.files import create_directory
 from nanochat_jax.storage import COMMITTED, Directory, delete, is_remote, move, open_bucket
 
 CHECKPOINT_DIRS = {
@@ -194,17 +194,6 @@ def refuse_foreign(directory: Directory) -> None:
             f"{directory} holds checkpoints of nanochat's PyTorch code, such as {foreign[0]}: "
             "set another `model_tag`, or another base directory with NANOCHAT_BASE_DIR"
         )
-
-
-def remove_directory(directory: Directory) -> None:
-    """Delete the content of a directory.
-
-    On a disk the directory itself stays: it may be a link or a mount point.
-    """
-    if is_remote(directory):
-        delete(directory)
-    else:
-        empty_directory(directory)
 
 
 def rename_directory(directory: Directory, target: Directory) -> None:

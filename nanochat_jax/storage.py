@@ -18,7 +18,7 @@ import uuid
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeAlias, Union
 
-from nanochat_jax.errors import UsageError, one_line
+from nanochat_jax.errors import UsageError, explaining, one_line
 from nanochat_jax.files import describe_process
 
 if TYPE_CHECKING:  # imported on use: most commands need no bucket
@@ -41,15 +41,12 @@ def is_remote(directory: Directory) -> bool:
 @functools.cache
 def open_bucket(url: str) -> epath.Path:
     """The path `url` (gs://bucket/...). Raises `UsageError` if the bucket cannot be reached."""
-    try:
+    advice = "pip install 'nanochat-jax[gcs]'"
+    with explaining(f"checkpoints in {url} need gcsfs", advice, ImportError):
         import fsspec
         import gcsfs  # noqa: F401  (required by fsspec)
         from google.cloud import storage
         from google.cloud.storage.retry import DEFAULT_RETRY
-    except ImportError as error:
-        raise UsageError(
-            f"checkpoints in {url} need gcsfs ({error}): pip install 'nanochat-jax[gcs]'"
-        ) from error
     # Other processes and TensorStore change the listings.
     fsspec.config.conf.setdefault("gcs", {})["use_listings_cache"] = False
     # otherwise etils uses TensorFlow's file system if TensorFlow is installed
@@ -128,15 +125,10 @@ class ObjectLock:
         self.lost = False
 
     def __enter__(self) -> ObjectLock:
-        try:
+        advice = "check that this machine's account may write objects there"
+        # any error of the network or the bucket
+        with explaining(f"{self._directory} cannot be locked", advice, Exception):
             self._acquire()
-        except UsageError:
-            raise
-        except Exception as error:  # any error of the network or the bucket
-            raise UsageError(
-                f"{self._directory} cannot be locked ({one_line(error)}): check that this "
-                "machine's account may write objects there"
-            ) from error
         self._thread.start()
         return self
 

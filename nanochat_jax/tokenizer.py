@@ -1,4 +1,4 @@
-"""The tokenizer: byte-level BPE with a GPT-4 style split pattern, implemented in the crate `rustbpe`.
+"""The tokenizer: byte-level BPE with a GPT-4 style split pattern, by the crate `rustbpe`.
 
 It encodes as tiktoken does with the same vocabulary and pattern. Ids are the bytes 0..255, then the
 merges in the order learned, then the special tokens. Text never becomes a special token: `<|bos|>`
@@ -11,7 +11,6 @@ On disk it is two text files, so loading never runs code:
 """
 
 import base64
-import binascii
 import hashlib
 import json
 import logging
@@ -20,11 +19,11 @@ from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
-from typing import TYPE_CHECKING, Any, Literal, overload
+from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from nanochat_jax.errors import NotFound, UsageError, one_line
+from nanochat_jax.errors import NotFound, UsageError, explaining
 from nanochat_jax.files import parse_json, write_file
 
 if TYPE_CHECKING:  # generation needs names of special tokens from here, and no Arrow
@@ -34,7 +33,10 @@ logger = logging.getLogger(__name__)
 
 # GPT-4's pattern, but with numbers in groups of two digits: three need too much of a small
 # vocabulary.
-SPLIT_PATTERN = r"""'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*|\s*[\r\n]|\s+(?!\S)|\s+"""
+SPLIT_PATTERN = (
+    r"'(?i:[sdmt]|ll|ve|re)|[^\r\n\p{L}\p{N}]?+\p{L}+|\p{N}{1,2}| ?[^\s\p{L}\p{N}]++[\r\n]*"
+    r"|\s*[\r\n]|\s+(?!\S)|\s+"
+)
 
 SPECIAL_TOKENS = (
     "<|bos|>",  # starts every document and conversation
@@ -54,18 +56,19 @@ Progress = Callable[[str, int, int | None], None]
 
 RANKS_FILE = "mergeable_ranks.tiktoken"
 META_FILE = "meta.json"
+TRAIN_AGAIN = "train the tokenizer again"
 
 
 def _crate() -> ModuleType:
     """The compiled crate. Imported late, so that `--help` works without it."""
-    try:
+    advice = (
+        "run `bash test.sh --collect-only -q`, or `maturin develop --release --manifest-path "
+        "rustbpe/Cargo.toml`"
+    )
+    with explaining("the tokenizer's Rust crate is not built", advice, ImportError):
         from nanochat_jax import rustbpe
-    except ImportError as error:
-        raise UsageError(
-            f"the tokenizer's Rust crate is not built ({one_line(error)}): run `bash test.sh "
-            "--collect-only -q`, or `maturin develop --release --manifest-path rustbpe/Cargo.toml`"
-        ) from error
-    return rustbpe
+
+        return rustbpe
 
 
 class Tokenizer:
@@ -170,24 +173,14 @@ class Tokenizer:
                 f"no tokenizer: {error.filename} is missing, run `python -m scripts.tok_train`"
             ) from error
         ranks = _parse_ranks(ranks_text, ranks_path)
-        try:
+        with explaining(f"{meta_path} is damaged", TRAIN_AGAIN):
             meta = parse_json(meta_text)
             names = ("pattern", "special_tokens", "vocab_size", "fingerprint")
             pattern, special_tokens, vocab_size, fingerprint = (meta[name] for name in names)
-        except (ValueError, KeyError, TypeError) as error:
-            raise UsageError(
-                f"{meta_path} is damaged ({error!r}): train the tokenizer again"
-            ) from error
-        try:
+        with explaining(f"{ranks_path} is damaged", TRAIN_AGAIN):
             tokenizer = cls(ranks, pattern=pattern, special_tokens=special_tokens)
-        except (ValueError, TypeError) as error:
-            raise UsageError(
-                f"{ranks_path} is damaged ({error}): train the tokenizer again"
-            ) from error
         if tokenizer.vocab_size != vocab_size or tokenizer.fingerprint() != fingerprint:
-            raise UsageError(
-                f"{ranks_path} and {meta_path} do not belong together: train the tokenizer again"
-            )
+            raise UsageError(f"{ranks_path} and {meta_path} do not belong together: {TRAIN_AGAIN}")
         return tokenizer
 
     def save(self, directory: Path) -> None:
@@ -220,23 +213,13 @@ class Tokenizer:
                 f"no special token {name!r}: there are {', '.join(self.special_tokens)}"
             ) from None
 
-    @overload
     def encode(
         self,
-        text: str,
+        text: str | list[str],
         prepend: Token | None = None,
         append: Token | None = None,
         num_threads: int = 8,
-    ) -> list[int]: ...
-    @overload
-    def encode(
-        self,
-        text: list[str],
-        prepend: Token | None = None,
-        append: Token | None = None,
-        num_threads: int = 8,
-    ) -> list[list[int]]: ...
-    def encode(self, text, prepend=None, append=None, num_threads=8):
+    ) -> Any:
         """The ids of a string, or a list of ids per string of a list.
 
         `prepend` and `append` are tokens (an id or a special token's name) to add to each result.
@@ -327,14 +310,10 @@ def _format_ranks(ranks: Mapping[bytes, int]) -> bytes:
 def _parse_ranks(text: bytes, path: Path) -> dict[bytes, int]:
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(text.splitlines(), start=1):
-        try:
+        with explaining(f"{path}, line {number} is damaged", TRAIN_AGAIN):
             encoded, rank = line.split()
             token = base64.b64decode(encoded, validate=True)
             if token in ranks:
                 raise ValueError("the same token again")
             ranks[token] = int(rank)
-        except (ValueError, binascii.Error) as error:
-            raise UsageError(
-                f"{path}, line {number} is damaged ({error}): train the tokenizer again"
-            ) from error
     return ranks

@@ -24,7 +24,6 @@ from nanochat_jax.report import sections
 
 @dataclass(frozen=True, kw_only=True)
 class BaseLossConfig(ModelFlags, Processes):
-    mesh: str = flag("auto", "devices as DxM: D-way data and M-way tensor parallelism")
     device_batch_size: int = flag(32, "rows per device", at_least=1, at_most=10**6)
     split_tokens: int = flag(20 * 524288, "tokens of each split", at_least=1, at_most=LARGEST)
 

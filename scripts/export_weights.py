@@ -9,20 +9,19 @@ from dataclasses import dataclass
 from nanochat_jax import cli
 from nanochat_jax.checkpoint import load_model
 from nanochat_jax.cli import flag, user_path
-from nanochat_jax.devices import ModelFlags, start
+from nanochat_jax.devices import StageFlags, start
 from nanochat_jax.files import entries, new_directory
 from nanochat_jax.interop.hf import write_hf
 from nanochat_jax.interop.torch_checkpoint import write_checkpoint
 from nanochat_jax.interop.transfer import upstream_meta
 from nanochat_jax.model.size import num_params
-from nanochat_jax.paths import CHECKPOINT_DIRS, Paths
+from nanochat_jax.paths import Paths
 
 log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ExportConfig(ModelFlags):
-    source: str = flag("sft", "stage of the model", choices=[*CHECKPOINT_DIRS], short="-i")
+class ExportConfig(StageFlags):
     format: str = flag(
         "nanochat",
         "nanochat: upstream's .pt files; hf: a directory for transformers",

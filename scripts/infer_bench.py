@@ -10,20 +10,18 @@ from dataclasses import dataclass
 
 from nanochat_jax import cli
 from nanochat_jax.checkpoint import load_model
-from nanochat_jax.cli import flag
-from nanochat_jax.devices import ModelFlags, start
+from nanochat_jax.cli import flag, inherited
+from nanochat_jax.devices import StageFlags, start
 from nanochat_jax.infer import bench
 from nanochat_jax.infer.bench import Workload
 from nanochat_jax.model.compute import Compute
 from nanochat_jax.model.sharding import make_mesh
-from nanochat_jax.paths import CHECKPOINT_DIRS, Paths
+from nanochat_jax.paths import Paths
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Workload, ModelFlags):
-    source: str = flag(
-        "base", "stage whose model to load", short="-i", choices=list(CHECKPOINT_DIRS)
-    )
+class Config(Workload, StageFlags):
+    source: str = inherited(StageFlags, "source", "base")
     mesh: str = flag("1x1", "devices as DxM: slots over D, heads over M; auto uses all on D")
 
 

@@ -12,10 +12,10 @@ from dataclasses import dataclass
 
 from nanochat_jax import cli
 from nanochat_jax.cli import flag
-from nanochat_jax.devices import ModelFlags, start
+from nanochat_jax.devices import StageFlags, start
 from nanochat_jax.infer.scheduler import Scheduler
 from nanochat_jax.model.sharding import make_mesh
-from nanochat_jax.paths import CHECKPOINT_DIRS, Paths
+from nanochat_jax.paths import Paths
 from nanochat_jax.pretrained import load_engine
 from nanochat_jax.serve import server
 from nanochat_jax.serve.settings import ServerConfig
@@ -26,10 +26,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(ServerConfig, ModelFlags):
-    source: str = flag(
-        "sft", "stage whose model to load", short="-i", choices=list(CHECKPOINT_DIRS)
-    )
+class Config(ServerConfig, StageFlags):
     slots: int = flag(
         8,
         "maximum number of replies in progress; more requests wait in a queue",

@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nanochat_jax import cli
-from nanochat_jax.cli import flag, same_flag
+from nanochat_jax.cli import flag, inherited
 from nanochat_jax.infer import decode
 from nanochat_jax.infer.decode import DecodeConfig, cache_sharding
 from nanochat_jax.metrics import format_seconds
@@ -68,25 +68,25 @@ EXIT_DOES_NOT_FIT = 3
 @dataclass(frozen=True, kw_only=True)
 class PlanConfig:
     topology: str = flag("v6e:2x4", "CHIP:SHAPE, such as v6e:2x4, v5e-16, v5p:2x2x2 or h100:8")
-    mesh: str = same_flag(BaseTrainConfig, "mesh")
-    depth: int = same_flag(BaseTrainConfig, "depth")
-    arch: str = same_flag(BaseTrainConfig, "arch")
-    max_seq_len: int = same_flag(BaseTrainConfig, "max_seq_len")
+    mesh: str = inherited(BaseTrainConfig, "mesh")
+    depth: int = inherited(BaseTrainConfig, "depth")
+    arch: str = inherited(BaseTrainConfig, "arch")
+    max_seq_len: int = inherited(BaseTrainConfig, "max_seq_len")
     vocab_size: int = flag(
         32768, "vocabulary size (upstream's classic models: 65536)", at_least=1, at_most=2**24
     )
-    aspect_ratio: int = same_flag(BaseTrainConfig, "aspect_ratio")
-    head_dim: int = same_flag(BaseTrainConfig, "head_dim")
-    window_pattern: str = same_flag(BaseTrainConfig, "window_pattern")
-    attention: str = same_flag(BaseTrainConfig, "attention")
-    fsdp: bool | None = same_flag(BaseTrainConfig, "fsdp")
-    remat: str = same_flag(BaseTrainConfig, "remat")
-    device_batch_size: int | Literal["auto"] | None = same_flag(
+    aspect_ratio: int = inherited(BaseTrainConfig, "aspect_ratio")
+    head_dim: int = inherited(BaseTrainConfig, "head_dim")
+    window_pattern: str = inherited(BaseTrainConfig, "window_pattern")
+    attention: str = inherited(BaseTrainConfig, "attention")
+    fsdp: bool | None = inherited(BaseTrainConfig, "fsdp")
+    remat: str = inherited(BaseTrainConfig, "remat")
+    device_batch_size: int | Literal["auto"] | None = inherited(
         BaseTrainConfig, "device_batch_size"
     )
-    total_batch_size: int = same_flag(BaseTrainConfig, "total_batch_size")
-    num_iterations: int = same_flag(BaseTrainConfig, "num_iterations")
-    target_param_data_ratio: float = same_flag(BaseTrainConfig, "target_param_data_ratio")
+    total_batch_size: int = inherited(BaseTrainConfig, "total_batch_size")
+    num_iterations: int = inherited(BaseTrainConfig, "num_iterations")
+    target_param_data_ratio: float = inherited(BaseTrainConfig, "target_param_data_ratio")
     decode: bool = flag(False, "plan the engine's decoding instead of training")
     slots: int = flag(8, "sequences decoded together (with --decode)", at_least=1, at_most=10**6)
     compiler_options: str | None = flag(

@@ -16,7 +16,7 @@ from nanochat_jax.checkpoint.integrity import (
     read_state,
     read_trees,
 )
-from nanochat_jax.errors import NotFound, UsageError
+from nanochat_jax.errors import NotFound, UsageError, explaining
 from nanochat_jax.model.config import GPTConfig
 from nanochat_jax.model.sharding import abstract_tree, make_mesh, param_shardings
 from nanochat_jax.model.weights import Params, abstract_params
@@ -119,13 +119,10 @@ def load_optimizer(loaded: Loaded, abstract: Any) -> Any:
     path = loaded.directory / str(loaded.step)
     if not (path / "optimizer").is_dir():
         raise NotFound(f"{path} was saved without an optimizer: set `load_optimizer=0`")
+    what = f"the optimizer state in {path} cannot be read"
     checksums = loaded.meta.get(CHECKSUMS, {})
-    try:
+    with explaining(what, "set `load_optimizer=0`", Damaged):
         trees = read_trees(loaded.directory, loaded.step, checksums, optimizer=abstract)
-    except Damaged as error:
-        raise UsageError(
-            f"the optimizer state in {path} cannot be read ({error}): set `load_optimizer=0`"
-        ) from error
     return trees["optimizer"]
 
 

@@ -11,10 +11,9 @@ from nanochat_jax.cli.flags import (
     arguments,
     directory_name,
     flag,
+    inherited,
     parse,
     run_name,
-    same_flag,
-    spelled,
     user_path,
 )
 from nanochat_jax.cli.running import (

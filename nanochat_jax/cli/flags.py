@@ -85,16 +85,11 @@ def flag(
     return dataclasses.field(default=default, metadata=metadata)
 
 
-def spelled(name: str, value: Any) -> str:
-    """The flag `name` with a value, as on a command line."""
-    flag_name = f"--{name.replace('_', '-')}"
-    return f"no {flag_name}" if value is None else f"{flag_name} {value}"
-
-
-def same_flag(config_type: type, name: str) -> Any:
-    """A copy of another dataclass's field: its default, help and range."""
+def inherited(config_type: type, name: str, default: Any = dataclasses.MISSING) -> Any:
+    """The flag `name` of another dataclass, with another default if one is given."""
     field = next(field for field in dataclasses.fields(config_type) if field.name == name)
-    return dataclasses.field(default=field.default, metadata=field.metadata)
+    default = field.default if default is dataclasses.MISSING else default
+    return dataclasses.field(default=default, metadata=field.metadata)
 
 
 def arguments(help: str) -> Any:

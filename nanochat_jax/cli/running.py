@@ -215,10 +215,7 @@ def run(
 def run_commands(
     commands: Mapping[str, tuple[Callable[..., int | None], type, str]], *, default: str, prog: str
 ) -> NoReturn:
-    """Entry point of a module whose first argument may name a command.
-
-    `commands` gives the function, flags and description of each.
-    """
+    """Entry point of a module whose first argument may name a command."""
     argv = sys.argv[1:]
     if argv[:1] == ["--"]:
         del argv[0]

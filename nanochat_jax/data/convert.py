@@ -29,7 +29,7 @@ from nanochat_jax.data.shards import (
     shard_name,
     write_series,
 )
-from nanochat_jax.errors import NotFound, UsageError, one_line
+from nanochat_jax.errors import NotFound, UsageError, explaining, one_line
 from nanochat_jax.files import (
     entries,
     finish_directory,
@@ -58,7 +58,7 @@ def read_documents(path: Path, field: str, cut_chars: int) -> Iterator[str | Non
     format = file_format(path.name)
     if format is None:
         raise UsageError(f"{path} is not in a supported format: expected {', '.join(FORMATS)}")
-    try:
+    with _named(path):
         if format == "parquet":  # in batches: one row group may hold the whole file
             with open_parquet(
                 path, field, foreign=True, buffer_size=1 << 20, pre_buffer=False
@@ -73,10 +73,19 @@ def read_documents(path: Path, field: str, cut_chars: int) -> Iterator[str | Non
                 yield from _read_jsonl(text, path, field)
             else:
                 yield from _read_csv(text, path, field, "\t" if format == "tsv" else ",")
-    except UnicodeDecodeError as error:  # from a parquet column
-        raise UsageError(f"{path} is not UTF-8 text ({error})") from error
+
+
+@contextlib.contextmanager
+def _named(path: Path) -> Iterator[None]:
+    """Raise errors of reading a file as `NotFound` or `UsageError` with its path."""
+    try:
+        yield
     except UsageError:
         raise
+    except UnicodeDecodeError as error:
+        raise UsageError(f"{path} is not UTF-8 text ({error})") from error
+    except FileNotFoundError as error:
+        raise NotFound(f"{path} does not exist") from error
     except (pa.ArrowException, OSError) as error:
         raise UsageError(f"{path} cannot be read: {one_line(error)}") from error
 
@@ -88,20 +97,12 @@ def open_text(path: Path, newline: str | None = None) -> Iterator[io.TextIOWrapp
     Read errors, also inside the `with` block, are raised as `NotFound` or `UsageError` with the
     file.
     """
-    try:
+    with _named(path):
         compression = COMPRESSIONS.get(path.suffix.lower().removeprefix("."))
         with path.open("rb", 1 << 20) as file:
             if compression is not None:
                 file = io.BufferedReader(pa.input_stream(file, compression), 1 << 20)
             yield io.TextIOWrapper(file, encoding="utf-8-sig", newline=newline)
-    except UnicodeDecodeError as error:
-        raise UsageError(f"{path} is not UTF-8 text ({error})") from error
-    except UsageError:
-        raise
-    except FileNotFoundError as error:
-        raise NotFound(f"{path} does not exist") from error
-    except (pa.ArrowException, OSError) as error:
-        raise UsageError(f"{path} cannot be read: {one_line(error)}") from error
 
 
 FORMATS = {
@@ -145,12 +146,8 @@ def _read_jsonl(lines: Iterable[str], path: Path, field: str) -> Iterator[str | 
     for number, line in enumerate(lines, 1):
         if not line.strip():
             continue
-        try:
+        with explaining(f"{path} line {number} is not JSON", "expected one object a line"):
             row = parse_json(line)
-        except ValueError as error:
-            raise UsageError(
-                f"{path} line {number} is not JSON ({error}): expected one object a line"
-            ) from error
         if not isinstance(row, dict):
             raise UsageError(
                 f"{path} line {number} is a JSON {type(row).__name__}: expected one object a line"

@@ -42,7 +42,8 @@ WORD_LENGTHS = range(3, 11)
 # Ô and Õ are Mac Roman quotation marks decoded as Latin-1.
 _PLAIN = str.maketrans("–•“”‘’⁄ÔÕ", "--\"\"''/''", "") | {ord("—"): "--"}
 _NOTE = re.compile(
-    r"\s*\[[^\]]*(?:laughter|applause|inaudible|app note|audience|delivered|read before|correction|[0-9]{4})[^\]]*\]",
+    r"\s*\[[^\]]*(?:laughter|applause|inaudible|app note|audience|delivered|read before|correction"
+    r"|[0-9]{4})[^\]]*\]",
     re.IGNORECASE,
 )
 _INTERRUPTION = re.compile(r"^(?:Audience members?|Rep\.\s\w+|Mr\.\s\w+)\.\s")

@@ -13,7 +13,7 @@ import weakref
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 from grain.experimental import ThreadPrefetchDatasetIterator
@@ -28,17 +28,6 @@ logger = logging.getLogger(__name__)
 Batch = dict[str, np.ndarray]  # inputs, targets: int32 [rows, T]; target -1 is not trained
 PACKERS: dict[str, type[Packer]] = {"bestfit": BestFitPacker, "stream": StreamPacker}
 PREFETCHED_BATCHES = 4
-
-
-class Encoder(Protocol):
-    """The part of `Tokenizer` that data loading needs."""
-
-    @property
-    def bos_id(self) -> int: ...
-
-    def encode_batch(
-        self, texts: Any, prepend: int, num_threads: int
-    ) -> tuple[np.ndarray, np.ndarray]: ...
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -201,7 +190,7 @@ class PretrainingSource(Source):
 
 def pretraining_loader(
     directory: Path | str,
-    tokenizer: Encoder,
+    tokenizer: Any,
     *,
     split: str,
     packing: str = "bestfit",
@@ -212,6 +201,7 @@ def pretraining_loader(
     """Endless batches of `split` ("train" or "val"), from its beginning.
 
     Args:
+      tokenizer: a `Tokenizer`, or another object with `bos_id` and `encode_batch`.
       packing: "bestfit" (`BestFitPacker`) or "stream" (`StreamPacker`).
       num_shards: virtual shards; default gcd(batch_size, 8). One shard in one process gives
         upstream's batches for one rank.

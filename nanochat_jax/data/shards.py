@@ -13,7 +13,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from nanochat_jax.errors import NotFound, UsageError, one_line
+from nanochat_jax.errors import NotFound, UsageError, explaining, one_line
 from nanochat_jax.files import is_complete, new_directory, parse_json, write_file
 from nanochat_jax.tokenizer import without_surrogates
 
@@ -45,7 +45,9 @@ def list_shards(directory: Path | str) -> list[Path]:
 def read_manifest(directory: Path) -> dict[str, Any]:
     """The manifest that `dataset hf` and `dataset local` write; empty for other corpora."""
     path = directory / MANIFEST
-    try:
+    if not path.exists():
+        return {}
+    with explaining(f"{path} is damaged", "remove the corpus and make it again"):
         manifest = parse_json(path.read_text(encoding="utf-8"))
         for entry in manifest.get("sources", ()):  # fields that callers use unchecked
             if (
@@ -55,12 +57,6 @@ def read_manifest(directory: Path) -> dict[str, Any]:
                 raise TypeError(f"{entry!r:.80} is not a source")
             "".join(entry["shards"])
         return manifest
-    except FileNotFoundError:
-        return {}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise UsageError(
-            f"{path} is damaged ({error!r}): remove the corpus and make it again"
-        ) from error
 
 
 def split_shards(directory: Path | str, split: str) -> list[Path]:
@@ -83,14 +79,11 @@ def open_parquet(
 
     `foreign` also accepts dictionary-encoded and null columns. Raises `UsageError` with the file.
     """
-    try:
+    if not path.exists():
+        raise NotFound(f"{path} does not exist")
+    what = f"{path} is not a readable parquet file"
+    with explaining(what, "delete it and get it again", pa.ArrowException, OSError):
         file = pq.ParquetFile(path, **options)
-    except FileNotFoundError as error:
-        raise NotFound(f"{path} does not exist") from error
-    except (pa.ArrowException, OSError) as error:
-        raise UsageError(
-            f"{path} is not a readable parquet file ({one_line(error)}): delete it and get it again"
-        ) from error
     if column not in file.schema_arrow.names:
         names = ", ".join(file.schema_arrow.names) or "none"
         advice = ": set `text_field`" if foreign else ""
@@ -123,13 +116,9 @@ def text_size(file: pq.ParquetFile) -> int:
 
 
 def read_row_group(file: pq.ParquetFile, path: Path, row_group: int) -> pa.ChunkedArray:
-    try:
+    what = f"row group {row_group} of shard {path} is corrupt"
+    with explaining(what, "delete the file and get it again", pa.ArrowException, OSError):
         return file.read_row_group(row_group, columns=[TEXT_COLUMN], use_threads=False).column(0)
-    except (pa.ArrowException, OSError) as error:
-        raise UsageError(
-            f"row group {row_group} of shard {path} is corrupt ({one_line(error)}): delete the "
-            "file and get it again"
-        ) from error
 
 
 def iter_documents(directory: Path | str, split: str) -> Iterator[str]:

@@ -45,7 +45,6 @@ class BaseEvalConfig(ModelFlags, Processes):
     device_batch_size: int = flag(
         32, "rows of the model's length per device", at_least=1, at_most=10**6
     )
-    mesh: str = flag("auto", "devices as DxM: D-way data and M-way tensor parallelism")
     hf_path: str | None = flag(
         None, "evaluate this directory of a transformers model instead; needs the extra torch"
     )

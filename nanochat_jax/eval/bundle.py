@@ -4,7 +4,7 @@ import stat
 import zipfile
 from pathlib import Path, PurePosixPath
 
-from nanochat_jax.errors import NotFound, UsageError
+from nanochat_jax.errors import NotFound, UsageError, explaining
 from nanochat_jax.eval.core import read_tasks
 from nanochat_jax.files import (
     entries,
@@ -70,21 +70,17 @@ def _check_complete(bundle: Path) -> None:
 
 def _unpack(archive: Path, directory: Path) -> None:
     """Extract the plain files below `eval_bundle/`."""
-    try:
-        with zipfile.ZipFile(archive) as bundle:
-            members = [member for member in bundle.infolist() if _is_wanted(member)]
-            size = sum(member.file_size for member in members)
-            if size > MAX_UNPACKED_BYTES:
-                raise UsageError(
-                    f"{archive.name} unpacks to {size} bytes: that is not the evaluation bundle"
-                )
-            for member in members:
-                member.filename = member.filename.removeprefix("eval_bundle/")
-                bundle.extract(member, directory)  # checks the CRC
-    except zipfile.BadZipFile as error:
-        raise UsageError(
-            f"the downloaded evaluation bundle is damaged ({error}): try again"
-        ) from error
+    what = "the downloaded evaluation bundle is damaged"
+    with explaining(what, "try again", zipfile.BadZipFile), zipfile.ZipFile(archive) as bundle:
+        members = [member for member in bundle.infolist() if _is_wanted(member)]
+        size = sum(member.file_size for member in members)
+        if size > MAX_UNPACKED_BYTES:
+            raise UsageError(
+                f"{archive.name} unpacks to {size} bytes: that is not the evaluation bundle"
+            )
+        for member in members:
+            member.filename = member.filename.removeprefix("eval_bundle/")
+            bundle.extract(member, directory)  # checks the CRC
 
 
 def _is_wanted(member: zipfile.ZipInfo) -> bool:

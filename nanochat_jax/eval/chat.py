@@ -23,7 +23,7 @@ import numpy as np
 from jax import Array
 
 from nanochat_jax.conversation import render_for_completion
-from nanochat_jax.errors import UsageError
+from nanochat_jax.errors import UsageError, explaining
 from nanochat_jax.files import parse_json, write_file
 from nanochat_jax.infer.engine import Engine
 from nanochat_jax.infer.padding import padded_batches
@@ -256,10 +256,8 @@ def own_key(key: str, file: Path, directory: Path, *, reserved: bool) -> str:
     `chat_eval_files.json` in `directory` maps keys to files.
     """
     record, path = directory / "chat_eval_files.json", str(file.resolve())
-    try:
+    with explaining(f"{record} is damaged", "delete it"):
         known = dict(parse_json(record.read_bytes())) if record.exists() else {}
-    except (ValueError, TypeError) as error:
-        raise UsageError(f"{record} is damaged ({error}): delete it") from error
     if reserved or known.get(key, path) != path:
         key = f"{key}_{hashlib.sha256(path.encode()).hexdigest()[:8]}"
     write_file(record, json.dumps(known | {key: path}, indent=1) + "\n")

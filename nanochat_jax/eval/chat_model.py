@@ -9,7 +9,7 @@ import jax
 
 from nanochat_jax.checkpoint import load_model
 from nanochat_jax.cli import flag
-from nanochat_jax.devices import ModelFlags, Processes, start
+from nanochat_jax.devices import Processes, StageFlags, start
 from nanochat_jax.eval.chat import (
     Generator,
     Sampling,
@@ -22,7 +22,7 @@ from nanochat_jax.eval.chat import (
 from nanochat_jax.files import make_directory
 from nanochat_jax.model.compute import Compute
 from nanochat_jax.model.sharding import data_size, make_mesh
-from nanochat_jax.paths import CHECKPOINT_DIRS, Paths
+from nanochat_jax.paths import Paths
 from nanochat_jax.report import sections
 from nanochat_jax.tasks import eval_tasks_for, is_reserved, load_eval_task, task_names
 from nanochat_jax.tasks.base import Task
@@ -32,8 +32,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChatEvalConfig(ModelFlags, Processes):
-    source: str = flag("sft", "stage of the model", short="-i", choices=[*CHECKPOINT_DIRS])
+class ChatEvalConfig(StageFlags, Processes):
     task_name: str | None = flag(
         None,
         "tasks joined by |; default those that fit the model's corpus",
@@ -65,7 +64,6 @@ class ChatEvalConfig(ModelFlags, Processes):
     max_problems: int | None = flag(
         None, "problems of each task; default all", short="-x", at_least=1, at_most=10**9
     )
-    mesh: str = flag("auto", "devices as DxM: D-way data and M-way tensor parallelism")
 
     def __post_init__(self) -> None:
         if self.task_name and self.task_file:

@@ -20,7 +20,7 @@ import numpy as np
 import yaml
 
 from nanochat_jax.data.convert import open_text
-from nanochat_jax.errors import UsageError, one_line
+from nanochat_jax.errors import UsageError, explaining
 from nanochat_jax.eval.scoring import Row, RowScore, common_length
 from nanochat_jax.files import parse_json
 from nanochat_jax.tokenizer import Tokenizer
@@ -79,32 +79,24 @@ def read_tasks(bundle: Path) -> list[CoreTask]:
     Raises `UsageError` if they are damaged, and KeyError or FileNotFoundError if something is
     missing.
     """
-    try:
-        return _read_tasks(bundle)
-    except (*DAMAGED, RecursionError) as error:
-        raise UsageError(
-            f"core.yaml or eval_meta_data.csv in {bundle} is damaged ({one_line(error)}): remove "
-            "the directory to download it again"
-        ) from error
-
-
-def _read_tasks(bundle: Path) -> list[CoreTask]:
-    entries = yaml.safe_load((bundle / "core.yaml").read_text(encoding="utf-8"))["icl_tasks"]
-    with (bundle / "eval_meta_data.csv").open(newline="", encoding="utf-8") as file:
-        baselines = {
-            row["Eval Task"]: float(row["Random baseline"]) for row in csv.DictReader(file)
-        }
-    return [
-        CoreTask(
-            label=entry["label"],
-            type=entry["icl_task_type"],
-            path=bundle / "eval_data" / entry["dataset_uri"],
-            num_fewshot=entry["num_fewshot"][0],
-            delimiter=entry.get("continuation_delimiter", " "),
-            baseline=0.01 * baselines[entry["label"]],
-        )
-        for entry in entries
-    ]
+    what = f"core.yaml or eval_meta_data.csv in {bundle} is damaged"
+    with explaining(what, "remove the directory to download it again", *DAMAGED, RecursionError):
+        entries = yaml.safe_load((bundle / "core.yaml").read_text(encoding="utf-8"))["icl_tasks"]
+        with (bundle / "eval_meta_data.csv").open(newline="", encoding="utf-8") as file:
+            baselines = {
+                row["Eval Task"]: float(row["Random baseline"]) for row in csv.DictReader(file)
+            }
+        return [
+            CoreTask(
+                label=entry["label"],
+                type=entry["icl_task_type"],
+                path=bundle / "eval_data" / entry["dataset_uri"],
+                num_fewshot=entry["num_fewshot"][0],
+                delimiter=entry.get("continuation_delimiter", " "),
+                baseline=0.01 * baselines[entry["label"]],
+            )
+            for entry in entries
+        ]
 
 
 def read_items(task: CoreTask, max_per_task: int = -1) -> list[Item]:
@@ -112,17 +104,12 @@ def read_items(task: CoreTask, max_per_task: int = -1) -> list[Item]:
 
     Raises `UsageError` with file and line for a line that is not an example of the task.
     """
-    items = []
+    items, advice = [], "remove the evaluation bundle to download it again"
     with open_text(task.path) as file:
         for number, line in enumerate(file, 1):
             if line.strip():
-                try:
+                with explaining(f"{task.path} line {number} is damaged", advice, ValueError):
                     items.append(_checked(task, parse_json(line)))
-                except ValueError as error:
-                    raise UsageError(
-                        f"{task.path} line {number} is damaged ({error}): remove the evaluation "
-                        "bundle to download it again"
-                    ) from error
     random.Random(SHUFFLE_SEED).shuffle(items)
     return items[:max_per_task] if max_per_task > 0 else items
 

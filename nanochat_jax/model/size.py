@@ -5,9 +5,7 @@ import functools
 import jax
 
 from nanochat_jax.model.config import SMEAR_GATE_CHANNELS, GPTConfig
-from nanochat_jax.model.weights import MATRICES, SCALARS, abstract_params, optimizer_groups
-
-SCALAR_GROUPS = (SCALARS, "resid_lambdas", "x0_lambdas")
+from nanochat_jax.model.weights import MATRICES, abstract_params, optimizer_groups
 
 
 @functools.lru_cache(maxsize=64)
@@ -30,10 +28,6 @@ def num_params(config: GPTConfig) -> int:
 def num_matrix_params(config: GPTConfig) -> int:
     """Parameters of all matrices inside the blocks, value-embedding gates included."""
     return param_counts(config)[MATRICES]
-
-
-def num_scalar_params(config: GPTConfig) -> int:
-    return sum(param_counts(config).get(group, 0) for group in SCALAR_GROUPS)
 
 
 def num_scaling_params(config: GPTConfig) -> int:

@@ -5,7 +5,7 @@ import logging
 from pathlib import Path
 from typing import Any
 
-from nanochat_jax.errors import NotFound, UsageError
+from nanochat_jax.errors import NotFound, explaining
 from nanochat_jax.files import keep_old, make_directory, parse_json, write_file
 from nanochat_jax.report.html import page
 from nanochat_jax.report.machine import code_size, machine_facts
@@ -93,13 +93,10 @@ def _header(report_dir: Path) -> tuple[str | None, dict[str, str], str]:
     text = prose.read_text("utf-8") if prose.exists() else "# nanochat training report\n"
     if not path.exists():
         return None, machine_facts(), text
-    try:
+    advice = "delete it; the report then has no start time"
+    with explaining(f"{path} cannot be read", advice):
         header = parse_json(path.read_bytes())
         return header["started"], header["facts"], text
-    except (ValueError, KeyError, TypeError) as error:
-        raise UsageError(
-            f"{path} cannot be read ({error!r}): delete it; the report then has no start time"
-        ) from error
 
 
 def _signature(text: str) -> str:

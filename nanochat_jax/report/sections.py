@@ -14,7 +14,7 @@ from datetime import datetime
 from pathlib import Path
 from typing import Any
 
-from nanochat_jax.errors import UsageError
+from nanochat_jax.errors import UsageError, explaining
 from nanochat_jax.files import locked, parse_json, write_file
 
 SECTION_ORDER = (
@@ -136,15 +136,11 @@ def earlier_evaluation(report_dir: Path, section: str, model: str) -> Iterator[S
 
 
 def read_section(path: Path) -> Section:
-    try:
+    with explaining(f"{path} is not a report section", "delete it and rerun its stage"):
         section = Section(slug=path.stem, **parse_json(path.read_bytes()))
         if not (isinstance(section.results, dict) and isinstance(section.items, list)):
             raise TypeError("`results` must be an object and `items` an array")
         return section
-    except (ValueError, TypeError) as error:
-        raise UsageError(
-            f"{path} is not a report section ({error}): delete it and rerun its stage"
-        ) from error
 
 
 def read_sections(report_dir: Path, *, strict: bool = True) -> list[Section]:

@@ -4,9 +4,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from nanochat_jax.cli import flag, run_name
+from nanochat_jax.cli import flag, inherited, run_name
 from nanochat_jax.data.needs import TOKENIZER_SHARDS, explain_shards, shards_needed
-from nanochat_jax.devices import DeviceFlags
+from nanochat_jax.devices import DeviceFlags, Processes
 from nanochat_jax.errors import UsageError
 from nanochat_jax.metrics import format_count, format_seconds
 from nanochat_jax.model.compute import REMAT
@@ -45,7 +45,7 @@ SMALL_SECONDS |= dict(chat_eval_mid=30, chat_eval_sft=30, chat_rl=300, chat_eval
 
 @dataclass(frozen=True, kw_only=True)
 class SpeedrunConfig(DeviceFlags):
-    mesh: str = flag("auto", "devices as DxM: D-way data and M-way tensor parallelism")
+    mesh: str = inherited(Processes, "mesh")
     depth: int | None = flag(
         None,
         f"number of layers, from which all settings follow; default 20, {SMALL_DEPTH} on a CPU",

@@ -1,17 +1,20 @@
 """The interface of a task: conversations by index, and evaluation of a reply.
 
-A conversation is `{"messages": [{"role", "content"}, ...], ...extras}`. After an optional system
-message, roles alternate between user and assistant. Content is a string or, for an assistant, a
-list of parts `{"type": "text" | "python" | "python_output", "text"}`. The last message of an
-evaluated conversation is the reference reply.
+Conversations have the form of conversation.py, and may have other keys. The last message of an
 """
 
 import copy
+import json
 import random
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Any, Literal, Self
 
 from nanochat_jax.errors import UsageError
+
+# The wordings of generated conversations, by task.
+PHRASES: dict[str, Any] = json.loads(Path(__file__).with_name("phrases.json").read_text("utf-8"))
+
 
 Conversation = dict[str, Any]
 Part = dict[str, str]
@@ -84,8 +87,7 @@ class TaskMixture(Task):
         if sum(counts) > MAX_CONVERSATIONS:
             raise UsageError(
                 f"the mixture takes {sum(counts):,} conversations, more than "
-                f"{MAX_CONVERSATIONS:,}: give "
-                "smaller weights, and train for more epochs"
+                f"{MAX_CONVERSATIONS:,}: give smaller weights, and train for more epochs"
             )
         self.order = [
             (t, i % len(self.tasks[t])) for t, count in enumerate(counts) for i in range(count)
@@ -101,10 +103,6 @@ class TaskMixture(Task):
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
         return self.tasks[conversation["task"]].evaluate(conversation, completion)
-
-
-def lines(table: str) -> list[str]:
-    return table.strip().split("\n")
 
 
 def user(content: str) -> dict[str, str]:

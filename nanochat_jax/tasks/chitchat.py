@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from nanochat_jax.data.embedded import package_dir
-from nanochat_jax.errors import UsageError, one_line
+from nanochat_jax.errors import explaining
 from nanochat_jax.files import parse_json
 from nanochat_jax.tasks.base import Conversation, Task, assistant, user
 from nanochat_jax.tasks.skills import Split, split_of
@@ -21,26 +21,31 @@ MAX_TURN_CHARACTERS = 220
 
 # Stems: each matches the words that start with it.
 RUDE = re.compile(
-    r"\b(?:fuck|f\*|wtf|shit|bullshit|bitch|bastard|cunt|dick|cock|puss[yi]|ass\b|asses\b|asshole|dumbass|badass|arse"
-    r"|damn|goddam|crap|piss|poop|pee\b|fart|slut|whor|hooker|prostitut|stripper|fag|homo\b|dyke|tranny|nigg|negro|chink|retard|moron|idiot"
-    r"|stupid|dumb|loser|rape|rapi|molest|sex|porn|nude|naked|horny|boob|tits?\b|penis|vagina|erect|orgasm|condom|virgin|suicid|kill"
-    r"|murder|hitler|nazi|terroris|cocaine|heroin|meth\b|weed\b|drunk|stoned|hell\b|jesus\b|omg|shut up|hate you|ugly"
-    r"|creep|gay\b|lesbian|butt\b|sucks?\b)",
+    r"\b(?:fuck|f\*|wtf|shit|bullshit|bitch|bastard|cunt|dick|cock|puss[yi]|ass\b|asses\b|asshole"
+    r"|dumbass|badass|arse|damn|goddam|crap|piss|poop|pee\b|fart|slut|whor|hooker|prostitut"
+    r"|stripper|fag|homo\b|dyke|tranny|nigg|negro|chink|retard|moron|idiot|stupid|dumb|loser|rape"
+    r"|rapi|molest|sex|porn|nude|naked|horny|boob|tits?\b|penis|vagina|erect|orgasm|condom|virgin"
+    r"|suicid|kill|murder|hitler|nazi|terroris|cocaine|heroin|meth\b|weed\b|drunk|stoned|hell\b"
+    r"|jesus\b|omg|shut up|hate you|ugly|creep|gay\b|lesbian|butt\b|sucks?\b)",
     re.IGNORECASE,
 )
 PRIVATE = re.compile(
     # links, handles, years, phone numbers
     r"https?:|www\.|\w\.(?:com|org|net|edu|gov|io)\b|@|\d{4}|\d[\d .()-]{6,}\d"
-    r"|\b(?:snap ?chat|insta(?:gram)?|face ?book|twitter|venmo|slack|discord|user ?name|e-?mail|phone|address|number)\b"
-    r"|\bname'?s?\b|\b(?:i am|i'm|im|this is) (?-i:[A-Z])|\b(?:years?|yrs?) old\b|\bbirthday\b|\bturn(?:ed|ing)? \d"
-    r"|\b(?:byu|uvu|provo|orem|utah|salt lake|idaho|rexburg|mormon|lds|mission|missionary|bishop|stake|professor)\b"
+    r"|\b(?:snap ?chat|insta(?:gram)?|face ?book|twitter|venmo|slack|discord|user ?name|e-?mail"
+    r"|phone|address|number)\b"
+    r"|\bname'?s?\b|\b(?:i am|i'm|im|this is) (?-i:[A-Z])|\b(?:years?|yrs?) old\b|\bbirthday\b"
+    r"|\bturn(?:ed|ing)? \d"
+    r"|\b(?:byu|uvu|provo|orem|utah|salt lake|idaho|rexburg|mormon|lds|mission|missionary|bishop"
+    r"|stake|professor)\b"
     r"|\b(?:from|live in|lives in|lived in|born in|grew up in) (?-i:[A-Z])",
     re.IGNORECASE,
 )
 # the contest itself, and the connection between the partners
 ABOUT_THE_SITE = re.compile(
-    r"\b(?:chit ?chat|leader ?board|disconnect|reconnect|connection|ratings?|rated|points|prompt|extra credit|survey"
-    r"|bots?|glitch|anybody|anyone (?:here|there)|are you (?:still )?there|you there|chatting|challenge)\b",
+    r"\b(?:chit ?chat|leader ?board|disconnect|reconnect|connection|ratings?|rated|points|prompt"
+    r"|extra credit|survey|bots?|glitch|anybody|anyone (?:here|there)|are you (?:still )?there"
+    r"|you there|chatting|challenge)\b",
     re.IGNORECASE,
 )
 NOISE = re.compile(r"(.)\1{3,}|(?:ha){4,}|[^ -~]|[\\^_|~<>{}\[\]=+*#/]|[A-Z]{6,}", re.DOTALL)
@@ -93,12 +98,9 @@ def _reduce(value: dict[str, Any]) -> Any:
 @functools.lru_cache(maxsize=1)
 def load_conversations(path: Path) -> tuple[tuple[str, ...], ...]:
     """All usable conversations, in the file's order, without duplicates."""
-    try:
+    what, advice = f"{path} is damaged", "reinstall the package chitchat-dataset"
+    with explaining(what, advice):
         cleaned = parse_json(path.read_bytes(), object_hook=_reduce).values()
-    except (ValueError, TypeError, AttributeError) as error:
-        raise UsageError(
-            f"{path} is damaged ({one_line(error)}): reinstall the package chitchat-dataset"
-        ) from error
     return tuple(dict.fromkeys(tuple(turns) for turns in cleaned if turns))
 
 

@@ -18,7 +18,7 @@ import pyarrow.parquet as pq
 
 from nanochat_jax.data.hub import clean_up, fetch, first_line
 from nanochat_jax.data.hub_dataset import glob_pattern, list_dataset
-from nanochat_jax.errors import NotFound, UsageError, one_line
+from nanochat_jax.errors import NotFound, UsageError, explaining
 from nanochat_jax.files import (
     COMPLETE,
     PARTIAL,
@@ -68,16 +68,12 @@ def load_split(paths: Paths, data: HubData, subset: str, split: str) -> pa.Table
                     raise NotFound(
                         f"{name} is not in {folder} and cannot be downloaded: {first_line(error)}"
                     ) from error
-    try:
+    what, advice = f"{name} in {folder} is damaged", "delete the directory to download it again"
+    with explaining(what, advice, OSError, ValueError, TypeError, pa.ArrowException):
         files = parse_json((folder / MANIFEST).read_bytes())
         table = pa.concat_tables([pq.read_table(folder / file) for file in files]).combine_chunks()
         if not table.num_rows:
             raise ValueError("it has no rows")
-    except (OSError, ValueError, TypeError, pa.ArrowException) as error:
-        raise UsageError(
-            f"{name} in {folder} is damaged ({one_line(error)}): delete the directory to "
-            "download it again"
-        ) from error
     return table
 
 

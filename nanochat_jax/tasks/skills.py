@@ -18,10 +18,10 @@ from typing import Literal
 
 from nanochat_jax.errors import NotFound
 from nanochat_jax.tasks.base import (
+    PHRASES,
     Conversation,
     Task,
     assistant,
-    lines,
     python,
     python_output,
     text,
@@ -35,98 +35,8 @@ MADE_UP_SHARE, LONGEST_MADE_UP = 0.3, 12  # of training words; maximum letters
 LETTERS = "abcdefghijklmnopqrstuvwxyz"
 NUMBER = re.compile(r"-?\d[\d,]*(?:\.\d+)?")
 
-ARITHMETIC_QUESTIONS = lines("""
-What is {}?
-What is {}?
-What is {}?
-What is {}?
-What's {}?
-{}
-{} =
-{} = ?
-{}?
-Calculate {}.
-Calculate {}
-Compute {}.
-How much is {}?
-What does {} equal?
-Please compute {}.
-Can you calculate {}?
-Work out {}.
-what is {}
-Tell me what {} is.
-Solve {}.
-""")
 OPERATIONS = {"+": operator.add, "-": operator.sub, "*": operator.mul, "/": operator.truediv}
-SPOKEN = {"+": ["plus"], "-": ["minus"], "*": ["times", "multiplied by", "x"]}
-SPOKEN["/"] = ["divided by"]
-WORD_QUESTIONS = {
-    "+": lines("""
-What is the sum of {a} and {b}?
-Add {a} and {b}.
-Add {b} to {a}.
-Find the sum of {a} and {b}.
-What do you get if you add {b} to {a}?
-Increase {a} by {b}.
-How much are {a} and {b} together?
-I have {a} apples and get {b} more. How many are there?
-"""),
-    "-": lines("""
-What is the difference between {a} and {b}?
-Subtract {b} from {a}.
-Take {b} away from {a}.
-How much more is {a} than {b}?
-Decrease {a} by {b}.
-What is left of {a} without {b}?
-I have {a} apples and eat {b} of them. How many are left?
-"""),
-    "*": lines("""
-What is the product of {a} and {b}?
-Multiply {a} by {b}.
-Find the product of {a} and {b}.
-What do you get if you multiply {a} by {b}?
-There are {a} boxes of {b} apples. How many are there?
-"""),
-    "/": lines("""
-Divide {a} by {b}.
-What do you get if you divide {a} by {b}?
-Share {a} among {b}.
-"""),
-}
-SPELLING_QUESTIONS = lines("""
-Spell the word {}
-Spell the word {}.
-Spell the word {}.
-Spell {}
-Spell {}.
-How do you spell {}?
-How do you spell {}?
-How is {} spelled?
-Can you spell {}?
-Please spell {}.
-Please spell the word {}.
-What are the letters of {}?
-how do you spell {}
-spell {}
-Spell out the word {}.
-""")
-COUNT_QUESTIONS = lines("""
-How many {letter} are in {word}?
-How many {letter} are in {word}?
-How many {letter} in {word}?
-How many {letter} are there in {word}?
-How many {letter}'s are in {word}?
-How many letters {letter} are in {word}?
-How many times does {letter} appear in {word}?
-How many times does the letter {letter} appear in {word}?
-How often does {letter} occur in {word}?
-Count the {letter} in {word}.
-Count the letter {letter} in {word}.
-How many {letter} are in the word {word}?
-How many {letter}'s are there in the word {word}?
-how many {letter} are in {word}
-How many {letter} does {word} have?
-""")
+SPOKEN = {"+": ["plus"], "-": ["minus"], "*": ["times", "multiplied by", "x"], "/": ["divided by"]}
 
 
 def split_of(item: str) -> Split:
@@ -196,7 +106,7 @@ class Arithmetic(Skill):
             asked = f"{a}{operation}{b}"
         else:
             asked = f"{a} {rng.choice(SPOKEN[operation])} {b}"
-        return rng.choice(ARITHMETIC_QUESTIONS).format(asked)
+        return rng.choice(PHRASES["arithmetic"]).format(asked)
 
     @staticmethod
     def draw(rng: random.Random) -> tuple[str, int, int]:
@@ -221,7 +131,7 @@ class WordArithmetic(Arithmetic):
     key = "word_arithmetic"
 
     def ask(self, rng: random.Random, operation: str, a: int, b: int) -> str:
-        return rng.choice(WORD_QUESTIONS[operation]).format(a=a, b=b)
+        return rng.choice(PHRASES["word_arithmetic"][operation]).format(a=a, b=b)
 
 
 class WordSkill(Skill):
@@ -255,7 +165,7 @@ class Spelling(WordSkill):
     def make(self, rng: random.Random) -> Conversation:
         word = self.draw_word(rng)
         asked = word if rng.random() < 0.5 else f'"{word}"'
-        question = rng.choice(SPELLING_QUESTIONS).format(asked)
+        question = rng.choice(PHRASES["spelling"]).format(asked)
         return {"messages": [user(question), assistant("-".join(word))], "answer": word}
 
     def evaluate(self, conversation: Conversation, completion: str) -> bool:
@@ -282,13 +192,9 @@ class LetterCount(WordSkill):
         count = word.count(letter)
         call = f'"{word}".count("{letter}")' if before == '"' else f'" {word}".count("{letter}")'
         reply = f"It appears {count} {'time' if count == 1 else 'times'}."
-        return {
-            "messages": [
-                user(rng.choice(COUNT_QUESTIONS).format(letter=asked_letter, word=asked_word)),
-                assistant([python(call), python_output(str(count)), text(reply)]),
-            ],
-            "answer": count,
-        }
+        question = rng.choice(PHRASES["letter_count"]).format(letter=asked_letter, word=asked_word)
+        parts = [python(call), python_output(str(count)), text(reply)]
+        return {"messages": [user(question), assistant(parts)], "answer": count}
 
     @staticmethod
     def draw_letter(word: str, rng: random.Random) -> str:

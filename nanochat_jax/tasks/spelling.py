@@ -8,9 +8,9 @@ from pathlib import Path
 
 from nanochat_jax.files import fetch_file
 from nanochat_jax.tasks.base import (
+    PHRASES,
     Conversation,
     assistant,
-    lines,
     python,
     python_output,
     text,
@@ -19,73 +19,19 @@ from nanochat_jax.tasks.base import (
 from nanochat_jax.tasks.gsm8k import same_final_answer
 from nanochat_jax.tasks.skills import LETTERS, Skill, Split
 
-WORDS_URL = "https://raw.githubusercontent.com/dwyl/english-words/20f5cc9b3f0ccc8ce45d814c532b7c2031bba31c/words_alpha.txt"
+WORDS_URL = (
+    "https://raw.githubusercontent.com/dwyl/english-words/"
+    "20f5cc9b3f0ccc8ce45d814c532b7c2031bba31c/words_alpha.txt"
+)
 WORDS_SHA256 = "3ed0c94610d8bcf7c11bbb49c56aa49c7234d32b66824df91f554169e572da48"
 # Python seeds with the absolute value: negative seeds would repeat training items.
 TEST_SEED = 10_000_000
 
-QUESTIONS = lines("""
-How many {letter} are in the word {word}
-How many {letter} are in {word}
-How many {letter} are there in {word}
-How many {letter} are there in the word {word}
-How many {letter} does {word} have
-How many {letter} does the word {word} contain
-How many times does {letter} appear in {word}
-How many times does the letter {letter} occur in {word}
-How many times is {letter} used in the word {word}
-How often does {letter} appear in {word}
-How often is the letter {letter} found in {word}
-Count the number of {letter} in {word}
-Count the {letter} in the word {word}
-Count every {letter} in {word}
-Count how many times {letter} occurs in {word}
-Can you count the {letter} letters in {word}
-Could you count how many {letter} are in {word}
-Please count the letter {letter} in the word {word}
-Please tell me how many {letter} are in {word}
-Tell me the number of {letter} in {word}
-Tell me how often {letter} occurs in the word {word}
-What is the number of {letter} in {word}
-What is the count of the letter {letter} in {word}
-In the word {word}, how many {letter} are there
-In {word}, how often does the letter {letter} appear
-Looking at {word}, how many {letter} do you see
-Given the word {word}, count the {letter}
-I need the number of {letter} in {word}
-Find how many {letter} are in the word {word}
-Number of {letter} in {word}
-¿Cuántas {letter} hay en {word}?
-¿Cuántas veces aparece {letter} en {word}?
-Cuenta las letras {letter} en la palabra {word}
-¿Cuántas letras {letter} tiene la palabra {word}?
-{word}里有多少个{letter}
-单词{word}中有几个{letter}
-请数一数{word}中的字母{letter}
-{letter}在{word}中出现了多少次
-{word}에 {letter}가 몇 개 있나요
-{word}라는 단어에 {letter}가 몇 번 나오나요
-단어 {word}에서 {letter}의 개수를 세어 주세요
-{word}에 들어 있는 {letter}는 모두 몇 개인가요
-Combien de {letter} y a-t-il dans {word}
-Combien de fois la lettre {letter} apparaît-elle dans {word}
-Compte les {letter} dans le mot {word}
-Wie viele {letter} sind in {word}
-Wie oft kommt {letter} in {word} vor
-Zähle die Buchstaben {letter} im Wort {word}
-{word}に{letter}はいくつありますか
-{word}の中に{letter}は何回出てきますか
-単語{word}に含まれる{letter}を数えてください
-""")
-
 
 def load_words_alpha(base: Path) -> list[str]:
     """The word list, downloaded to the base directory if missing."""
-    return (
-        fetch_file(WORDS_URL, base / "words_alpha.txt", sha256=WORDS_SHA256)
-        .read_text(encoding="utf-8")
-        .split()
-    )
+    path = fetch_file(WORDS_URL, base / "words_alpha.txt", sha256=WORDS_SHA256)
+    return path.read_text(encoding="utf-8").split()
 
 
 class _OfWords(Skill):
@@ -108,7 +54,7 @@ class SpellingBee(_OfWords):
         rng = self.rng(index)
         word = rng.choice(self.words)
         letter = rng.choice(word) if rng.random() < 0.9 else rng.choice(LETTERS)
-        question = rng.choice(QUESTIONS)
+        question = rng.choice(PHRASES["spelling_bee"])
         if rng.random() < 0.3:
             question = question.lower()
         letter_quote, word_quote = rng.choice(["", "'", '"']), rng.choice(["", "'", '"'])

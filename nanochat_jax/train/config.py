@@ -4,11 +4,10 @@
 model, `FinetuneConfig` both.
 """
 
-import dataclasses
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from nanochat_jax.cli import LARGEST, LARGEST_SEED, directory_name, flag, run_name
+from nanochat_jax.cli import LARGEST, LARGEST_SEED, directory_name, flag, inherited, run_name
 from nanochat_jax.devices import ModelFlags, Processes
 from nanochat_jax.model.compute import ATTENTION, REMAT
 from nanochat_jax.tasks.mixtures import mixture_entries
@@ -34,18 +33,11 @@ def fraction(default: float | None, help: str) -> Any:
     return flag(default, help, at_least=0, at_most=1)
 
 
-def inherited(config_type: type, name: str, default: Any) -> Any:
-    """The flag `name` of another dataclass with another default."""
-    field = next(field for field in dataclasses.fields(config_type) if field.name == name)
-    return dataclasses.field(default=default, metadata=field.metadata)
-
-
 @dataclass(frozen=True, kw_only=True)
 class RunConfig(Processes):
     """Flags of every training stage."""
 
     run: str = flag("dummy", "wandb run name; dummy turns wandb off", check=run_name)
-    mesh: str = flag("auto", "devices as DxM: D-way data and M-way tensor parallelism")
     fsdp: bool | None = flag(
         None, "shard the parameters over the data axis too; default: if memory requires it"
     )
@@ -139,8 +131,8 @@ class TrainConfig(RunConfig):
 class ContinueConfig(RunConfig):
     """Flags of a stage that continues another stage's model."""
 
-    model_tag: str | None = inherited(ModelFlags, "model_tag", None)
-    step: int | None = inherited(ModelFlags, "step", None)
+    model_tag: str | None = inherited(ModelFlags, "model_tag")
+    step: int | None = inherited(ModelFlags, "step")
     embedding_lr: float | None = rate(
         None, "learning rate of the embedding tables; default the base run's"
     )

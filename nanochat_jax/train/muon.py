@@ -29,7 +29,8 @@ POLAR_EXPRESS = (  # Amsel et al., 2025: the best polynomial of each iteration
 
 
 class MuonState(NamedTuple):
-    count: Array  # type: ignore[assignment]  # () int32, steps done; optax's name for it, also a tuple method
+    # () int32, steps done; optax's name for it, also a tuple method
+    count: Array  # type: ignore[assignment]
     momentum: Any  # like the parameters
     second_moment: Any  # modern: [..., 1, out] if out >= in else [..., in, 1]; classic: empty
 
@@ -40,7 +41,10 @@ def _iterate(x: Array, coefficients: tuple[tuple[float, float, float], ...]) -> 
     Matmuls accumulate in float32.
     """
     wide = x.shape[-1] >= x.shape[-2]
-    dot = lambda s, a, b: jnp.einsum(s, a, b, preferred_element_type=jnp.float32).astype(x.dtype)  # noqa: E731
+
+    def dot(equation: str, a: Array, b: Array) -> Array:
+        return jnp.einsum(equation, a, b, preferred_element_type=jnp.float32).astype(x.dtype)
+
     for a, b, c in coefficients:
         gram = dot("kio,kjo->kij", x, x) if wide else dot("kio,kip->kop", x, x)
         poly = b * gram + c * dot("kij,kjl->kil", gram, gram)

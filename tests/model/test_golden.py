@@ -18,8 +18,8 @@ from nanochat_jax.model.size import (
     flops_per_token,
     num_matrix_params,
     num_params,
-    num_scalar_params,
     num_scaling_params,
+    param_counts,
 )
 from nanochat_jax.train.optim import OptimizerConfig, Schedules, make_optimizer
 
@@ -138,6 +138,9 @@ def test_optimizer_trace_equals_upstream(path):
             )
 
 
+SCALARS = ("scalars", "resid_lambdas", "x0_lambdas")  # optimizer groups
+
+
 def test_model_shape_and_flops_equal_upstream():
     traces = [path for path in TRACES if "flops_per_token" in path.read_text()]
     if not traces:
@@ -148,6 +151,6 @@ def test_model_shape_and_flops_equal_upstream():
         assert list(config.windows) == trace["window_sizes"]
         assert flops_per_token(config) == trace["flops_per_token"]
         assert num_params(config) == counts["total"]
-        assert num_scalar_params(config) == counts["scalars"]
+        assert sum(param_counts(config).get(group, 0) for group in SCALARS) == counts["scalars"]
         assert num_matrix_params(config) == counts["transformer_matrices"]
         assert num_scaling_params(config) == counts["transformer_matrices"] + counts["lm_head"]

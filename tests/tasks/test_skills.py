@@ -109,10 +109,7 @@ def test_no_identity_question_is_in_both_splits():
         }
 
     every = {
-        (o + q).lower().rstrip("?.")
-        for o in OPENERS
-        for questions, _ in ABOUT.values()
-        for q in questions
+        (o + q).lower().rstrip("?.") for o in OPENERS for topic in ABOUT for q in topic["questions"]
     }
     train, test = asked("train"), asked("test")
     assert test <= every

@@ -75,7 +75,7 @@ def test_spelling_bee_counts_and_its_test_items_are_no_training_items():
         for a in ("abra", "berry", "cable", "dodge")
         for b in ("cadabra", "bee", "bell", "dad", "zoo")
     ]
-    assert (len(spelling.QUESTIONS), len(set(spelling.QUESTIONS))) == (51, 51)
+    assert len(set(spelling.PHRASES["spelling_bee"])) == 51
     train, test = (spelling.SpellingBee(words, split, size=300) for split in ("train", "test"))
     for conversation in [*train, *test]:
         manual, _, call, output, final = (
