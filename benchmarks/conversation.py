@@ -172,7 +172,8 @@ def main() -> None:
         for name, rounds in columns.items()
     }
     print(
-        f"d{options.depth}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; ms to the first token"
+        f"d{options.depth}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; "
+        "ms to the first token"
     )
     for name, values in medians.items():
         print(f"  {name:10}" + "".join(f"{value:8.0f}" for value in values))

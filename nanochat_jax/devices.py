@@ -87,7 +87,7 @@ def start(paths: Paths, flags: DeviceFlags | None = None, *, compile_cache: bool
     flags = flags or DeviceFlags()
     if flags.device_type:
         jax.config.update("jax_platforms", flags.device_type)
-    _one_heap()
+    _mallopt(M_ARENA_MAX, 1)  # one heap for all threads: others get large blocks from the kernel
     join_processes(flags if isinstance(flags, Processes) else Processes())
     jax.config.update("jax_enable_compilation_cache", compile_cache)
     jax.config.update("jax_compilation_cache_dir", str(paths.compile_cache))
@@ -97,7 +97,11 @@ def start(paths: Paths, flags: DeviceFlags | None = None, *, compile_cache: bool
     if jax.process_index() > 0:  # process 0 logs for all; the others log warnings only
         logging.getLogger().setLevel(logging.WARNING)
     if platform == "cpu":
-        _keep_memory()
+        # By default glibc returns XLA's large buffers to the kernel after every step and gets them
+        # back page fault by page fault: a fifth to a third of a small model's training time. This
+        # costs about twice a step's temporaries in memory, because of fragmentation.
+        _mallopt(M_MMAP_MAX, 0)
+        _mallopt(M_TRIM_THRESHOLD, -1)  # never
 
 
 def find_devices(device_type: str | None = None) -> list[jax.Device]:
@@ -185,25 +189,6 @@ def _mallopt(option: int, value: int) -> None:
     libc = ctypes.CDLL(None)
     if sys.platform == "linux" and hasattr(libc, "mallopt"):  # glibc
         libc.mallopt(option, value)
-
-
-def _one_heap() -> None:
-    """Use one heap for all threads. Call before there are threads.
-
-    Other heaps get large blocks from the kernel each time.
-    """
-    _mallopt(M_ARENA_MAX, 1)
-
-
-def _keep_memory() -> None:
-    """Keep freed memory in the allocator.
-
-    By default glibc returns XLA's large buffers to the kernel after every step and gets them back
-    page fault by page fault: a fifth to a third of a small model's training time on a CPU. This
-    costs about twice a step's temporaries in memory, because of fragmentation.
-    """
-    _mallopt(M_MMAP_MAX, 0)
-    _mallopt(M_TRIM_THRESHOLD, -1)  # never
 
 
 def release_memory() -> None:

@@ -40,9 +40,6 @@ class Chip:
     link: float  # bytes/s sent to the other devices of the slice or node, over all links
     shapes: tuple[str, ...] = ()  # shapes of the slices that cloud providers offer
 
-    def peak(self, name: str) -> float:
-        return PEAKS[name][0]
-
 
 CHIPS = {
     "v5e": Chip(
@@ -236,7 +233,7 @@ class Plan:
         """Seconds of the matmuls (products), of HBM and of the links, each at its peak rate."""
         chip = CHIPS[self.chip]
         return {
-            "products": self.flops / chip.peak(self.chip),
+            "products": self.flops / PEAKS[self.chip][0],
             "memory": self.cost.hbm_bytes / chip.bandwidth,
             "links": sum(self.cost.sent.values()) / chip.link,
         }
@@ -272,7 +269,7 @@ class Plan:
         It can exceed 1. By convention, model FLOPs count every key of the window for each query.
         The first queries of a row see fewer keys, and fused attention computes only those.
         """
-        return self.model_flops / (CHIPS[self.chip].peak(self.chip) * seconds)
+        return self.model_flops / (PEAKS[self.chip][0] * seconds)
 
     @property
     def tokens_per_second(self) -> float:

@@ -53,9 +53,6 @@ SLICES = {"dynamic-slice", "slice", "gather"}
 UPDATES = {"dynamic-update-slice": 1, "scatter": 2}
 
 
-# --------------------------------------------------------------------------------------------------
-
-
 def visible_pairs(length: int, window: int | None) -> int:
     """Number of (query, key) pairs of causal attention over one row with this window.
 
@@ -153,9 +150,6 @@ def _inner_jaxprs(params: dict[str, Any]) -> Iterator[Any]:
                 yield part.jaxpr
 
 
-# --------------------------------------------------------------------------------------------------
-
-
 @dataclass
 class HloCost:
     """Cost of one step on one device."""
@@ -220,9 +214,6 @@ class _CostCounter:
         moved = _operand_bytes(start.operands, scope) + hbm_bytes(op.result)
         self.cost.traffic["collectives"] += times * moved
 
-    def _collective_start(self, op: Instruction, scope: Computation, times: float) -> None:
-        """Nothing: the matching `-done` counts, because its result has the plain type."""
-
     def _send(self, kind: str, size: float, group: int, times: float) -> None:
         self.cost.sent[kind] += times * size * SENT[kind](group)
         self.cost.calls[kind] += int(times)
@@ -280,7 +271,7 @@ COUNTERS: dict[str, Callable[[_CostCounter, Instruction, Computation, float], No
     **dict.fromkeys(UPDATES, _CostCounter._update),
     **dict.fromkeys(SENT, _CostCounter._collective),
     **dict.fromkeys((f"{kind}-done" for kind in SENT), _CostCounter._collective),
-    **dict.fromkeys((f"{kind}-start" for kind in SENT), _CostCounter._collective_start),
+    **dict.fromkeys((f"{kind}-start" for kind in SENT), lambda *_: None),  # `-done` counts
 }
 
 
@@ -312,9 +303,6 @@ def _kind_of(computations: dict[str, Computation], op: Instruction) -> str:
         return "kernels"
     copy = op.opcode.removesuffix("-start") in ("copy", "reshape", "transpose")
     return "copies" if copy else "element-wise"
-
-
-# --------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)

@@ -40,10 +40,7 @@ class Restored:
 
 
 class Checkpoints:
-    """The steps of one run, saved asynchronously.
-
-    Use as a context manager, so that no step is left incomplete.
-    """
+    """The steps of one run, saved asynchronously."""
 
     def __init__(self, directory: Directory, *, keep: int | None = None) -> None:
         self.directory = directory

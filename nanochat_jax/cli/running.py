@@ -70,10 +70,7 @@ def setup_logging(config_type: type = NoFlags) -> None:
 
 
 def invocation(module: str) -> str:
-    """The command with which the user started `module`, for usage lines.
-
-    `nanochat COMMAND` (nanochat_jax/__main__.py) or `python -m ...`.
-    """
+    """The command with which the user started `module`, for usage lines."""
     command = module.partition(".")[2]
     for word, following in itertools.pairwise([*sys.orig_argv[1:], ""]):
         if Path(word).stem == "nanochat":

@@ -92,11 +92,7 @@ def _named(path: Path) -> Iterator[None]:
 
 @contextlib.contextmanager
 def open_text(path: Path, newline: str | None = None) -> Iterator[io.TextIOWrapper]:
-    """Open a UTF-8 file, decompressed by its extension, without a byte order mark.
-
-    Read errors, also inside the `with` block, are raised as `NotFound` or `UsageError` with the
-    file.
-    """
+    """Open a UTF-8 file, decompressed by its extension, without a byte order mark."""
     with _named(path):
         compression = COMPRESSIONS.get(path.suffix.lower().removeprefix("."))
         with path.open("rb", 1 << 20) as file:
@@ -199,13 +195,10 @@ def write_corpus(
 ) -> dict[str, Any] | None:
     """Create a corpus of `documents` in `directory`, or add them to the existing corpus.
 
-    Each training shard has `rows_per_shard` documents, except the last. `val_fraction` of the
-    documents, evenly spaced and including the first, go to the validation shard. Documents that are
-    missing, empty or only white space are skipped. The new corpus, including existing documents, is
-    written to a temporary directory and then moved.
-
-    Returns the manifest entry of the source, or None if the corpus already contains it. Raises
-    `UsageError` if there is another corpus and `append` is False, or fewer than two documents.
+    `val_fraction` of the documents, evenly spaced and including the first, go to the validation
+    shard; those without text are skipped. Returns the manifest entry of the source, or None if the
+    corpus already contains it. Raises `UsageError` if there is another corpus and `append` is
+    False, or fewer than two documents.
     """
     with locked(directory):
         finish_directory(directory)

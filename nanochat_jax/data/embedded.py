@@ -84,10 +84,7 @@ def read_speeches(directory: Path) -> dict[str, list[str]]:
 
 
 def clean(text: str) -> Iterator[str]:
-    """The prose paragraphs of one speech, each on one line.
-
-    Removes notes of editors and audience, headings and signatures.
-    """
+    """The prose paragraphs of one speech, each on one line."""
     for paragraph in re.split(r"\n\s*\n", text.translate(_PLAIN)):
         paragraph = _SPEAKER.sub("", _NOTE.sub("", " ".join(paragraph.split())).strip())
         if _INTERRUPTION.match(paragraph) or len(paragraph.split()) < 4:

@@ -102,10 +102,7 @@ class Loader:
         return batch
 
     def get_state(self) -> State:
-        """The state after the last batch returned, without the prefetched ones.
-
-        `position` is the same for logs. It costs nothing, but has a value only after a batch.
-        """
+        """The state after the last batch returned, without the prefetched ones."""
         return self._snapshot()
 
     def set_state(self, state: State) -> None:
@@ -248,11 +245,10 @@ def pretraining_loader(
 
 
 def merge_states(states: Sequence[State]) -> State:
-    """Merge the states that all processes took after the same batch, in any order.
+    """Merge the states that all processes took after the same batch, for any number of processes.
 
-    A conversation loader has the same state on every process; a pretraining loader has the state of
-    its virtual shards. The result restores on any number of processes. Raises ValueError if the
-    states are of different runs or steps, or do not cover every virtual shard exactly once.
+    Raises ValueError if they are of different runs or steps, or do not cover every virtual shard
+    exactly once.
     """
     merged = states[0].copy()
     for state in states:

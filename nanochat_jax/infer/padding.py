@@ -40,21 +40,14 @@ def padded_batches(
             yield chosen, batch
 
 
-def buckets(smallest: int, largest: int) -> tuple[int, ...]:
-    """Return sizes doubling from `smallest` while below `largest`, then `largest`."""
-    sizes = []
-    while smallest < largest:
-        sizes.append(smallest)
-        smallest *= 2
-    return (*sizes, largest)
-
-
 def cache_lengths(largest: int) -> tuple[int, ...]:
     """Return cache lengths: doubling from `SHORTEST_CACHE`, with one halfway between.
 
     Finer steps pay off because every decode step reads the complete cache.
     """
-    sizes = buckets(min(SHORTEST_CACHE, largest), largest)
+    smallest = min(SHORTEST_CACHE, largest)
+    doubled = (smallest << power for power in range(largest.bit_length()))
+    sizes = [*(size for size in doubled if size < largest), largest]
     halfway = (size + size // 2 for size in sizes)
     return tuple(sorted({*sizes, *(size for size in halfway if size < largest)}))
 

@@ -27,20 +27,12 @@ Map = Callable[[Array], Array]
 
 
 class SamplingParams(NamedTuple):
-    """Settings of each row.
+    """Settings of each row, as in `request.Sampling`."""
 
-    Attributes:
-        temperature: [B] float32; 0 takes the most likely token.
-        top_k: [B] int32; keep the k most likely tokens, 0 keeps all.
-        top_p: [B] float32 in (0, 1]; keep the fewest most likely tokens whose probability, after
-            temperature and top-k, reaches p; 1 keeps all.
-        seed: [B, 2] uint32; the high and low half of the request's seed.
-    """
-
-    temperature: Array | np.ndarray
-    top_k: Array | np.ndarray
-    top_p: Array | np.ndarray
-    seed: Array | np.ndarray
+    temperature: Array | np.ndarray  # [B] float32
+    top_k: Array | np.ndarray  # [B] int32
+    top_p: Array | np.ndarray  # [B] float32
+    seed: Array | np.ndarray  # [B, 2] uint32, the high and low half of the request's seed
 
 
 class _Rows(NamedTuple):
@@ -175,9 +167,6 @@ def noise_for(seed: Array | np.ndarray, position: Array | np.ndarray, vocab_size
     return jnp.vectorize(of_row, signature="(k),()->(n)")(
         jnp.broadcast_to(seed, (*position.shape, 2)), position
     )
-
-
-# ------------------------------------------------------------------------------------------ ranking
 
 
 def most_likely(logits: Array, count: int) -> tuple[Array, Array]:

@@ -18,9 +18,6 @@ from nanochat_jax.model.layers import apply_rotary as plain_rotary
 SAVED = "saved"  # `jax.checkpoint`'s name for results that are expensive to recompute
 
 
-# ------------------------------------------------------------------------------------------- matmul
-
-
 def linear(x: Array, weight: Array, axes: int = 1) -> Array:
     """`layers.linear`; the result is saved for the backward pass.
 
@@ -106,9 +103,6 @@ def matmul_transposed(x: Array, y: Array) -> Array:
     ).T
 
 
-# ------------------------------------------------------------------------- rotary embedding and nor
-
-
 def apply_rotary(x: Array, cos: Array, sin: Array) -> Array:
     """`layers.apply_rotary`.
 
@@ -166,9 +160,6 @@ def _rotary_norm_bwd(scale: float, residuals: tuple, d_out: Array) -> tuple[Arra
 
 
 rotary_norm.defvjp(_rotary_norm_fwd, _rotary_norm_bwd)
-
-
-# ------------------------------------------------------------------------------------------------ M
 
 
 @jax.custom_jvp

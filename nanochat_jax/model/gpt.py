@@ -12,7 +12,7 @@ width, F MLP width, L layers, V vocabulary.
 import functools
 import math
 from collections.abc import Callable, Sequence
-from typing import Any, NamedTuple, overload
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -52,21 +52,6 @@ class Context(NamedTuple):
     fresh: bool  # the cache was empty: new tokens attend only to one another
 
 
-@overload
-def forward(
-    params: Params,
-    tokens: Array,
-    config: GPTConfig,
-    compute: Compute = ...,
-    *,
-    cache: KVCache,
-    valid: Array | None = ...,
-    fresh: bool = ...,
-) -> tuple[Array, KVCache]: ...
-@overload
-def forward(
-    params: Params, tokens: Array, config: GPTConfig, compute: Compute = ..., *, cache: None = ...
-) -> tuple[Array, None]: ...
 def forward(
     params: Params,
     tokens: Array,
@@ -76,11 +61,12 @@ def forward(
     cache: KVCache | None = None,
     valid: Array | None = None,
     fresh: bool = False,
-) -> tuple[Array, KVCache | None]:
-    """(final hidden states [B, T, D] before the unembedding, the new cache) of tokens [B, T] int32.
+) -> tuple[Array, Any]:
+    """(final hidden states [B, T, D] before the unembedding, the new `KVCache` or None).
 
     Args:
       params: the weights of the layers are stacked, [L, ...], or tuples of L arrays.
+      tokens: [B, T] int32.
       cache: None: tokens start at position 0. Otherwise row b's tokens take positions
         `cache.length[b]` onward and attend to all before them. The returned cache has
         `length + valid`.
@@ -122,9 +108,6 @@ def _smear(params: Params, embedding: Array, cache: KVCache | None) -> Array:
     previous = jnp.concatenate([first, embedding[:, :-1]], axis=1)
     gate = jax.nn.sigmoid(linear(embedding[..., :SMEAR_GATE_CHANNELS], params["smear_gate"]))
     return embedding + params["smear_lambda"].astype(embedding.dtype) * gate * previous
-
-
-# ---------------------------------------------------------------------------------------- one layer
 
 
 def _layer(
@@ -178,9 +161,6 @@ def _write(cache: Array, new: Array, context: Context) -> Array:
         heads = jnp.arange(new.shape[2])
         return cache.at[rows[..., None], heads, positions[..., None]].set(new, mode="drop")
     return cache.at[rows, :, positions].set(new, mode="drop")
-
-
-# --------------------------------------------------------------------------------------- all layers
 
 
 def layer_groups(config: GPTConfig, *, scan: bool, keep_few: bool) -> tuple[int, int]:
@@ -325,9 +305,6 @@ def _split_layers(stacks: Stacks, config: GPTConfig, layers: range) -> list[Laye
         {name: next(weights) for name, weights in pieces.items() if i in owners[name]}
         for i in layers
     ]
-
-
-# --------------------------------------------------------------------------------------------- head
 
 
 def unembed(params: Params, hidden: Array, *, config: GPTConfig) -> Array:

@@ -103,6 +103,10 @@ def _unchunk(x: Array, length: int) -> Array:
     return jnp.moveaxis(x, 0, 1).reshape(x.shape[1], -1, *x.shape[3:])[:, :length]
 
 
+def _in_chunks(hidden: Array, targets: Array, weights: Array, chunk: int) -> tuple[Array, ...]:
+    return _chunks(hidden, chunk, 0), _chunks(targets, chunk, -1), _chunks(weights, chunk, 0)
+
+
 def _chunk_nll(
     hidden: Array, weight: Array, targets: Array, softcap: float
 ) -> tuple[Array, Array, Array]:
@@ -120,7 +124,6 @@ def cross_entropy(
     hidden: Array, weight: Array, targets: Array, token_weights: Array, softcap: float, chunk: int
 ) -> tuple[Array, Array]:
     """Weighted sum of negative log-likelihoods, and each of them.
-
     Args:
       hidden: [B, T, D] final hidden states, in the compute dtype.
       weight: [D, V] unembedding.
@@ -129,9 +132,7 @@ def cross_entropy(
       softcap: logits are softcap * tanh(logits / softcap).
       chunk: positions whose logits are computed at once.
 
-    Returns:
-      (sum over tokens of token_weight * nll, nll [B, T] in nats with 0 where ignored). Only the
-      sum has a gradient.
+    Returns as `token_nll`.
     """
     weight = weight.astype(hidden.dtype)
 
@@ -140,11 +141,7 @@ def cross_entropy(
         nll, _, _ = _chunk_nll(hidden, weight, targets, softcap)
         return total + (nll * scale).sum(), nll
 
-    inputs = (
-        _chunks(hidden, chunk, 0),
-        _chunks(targets, chunk, -1),
-        _chunks(token_weights, chunk, 0),
-    )
+    inputs = _in_chunks(hidden, targets, token_weights, chunk)
     total, nll = jax.lax.scan(body, jnp.zeros((), jnp.float32), inputs)
     return total, _unchunk(nll, targets.shape[1])
 
@@ -170,11 +167,7 @@ def _cross_entropy_fwd(hidden, weight, targets, token_weights, softcap, chunk):
         )
         return (total + (nll * scale[..., 0]).sum(), d_weight), (nll, d_hidden.astype(hidden.dtype))
 
-    inputs = (
-        _chunks(hidden, chunk, 0),
-        _chunks(targets, chunk, -1),
-        _chunks(token_weights, chunk, 0),
-    )
+    inputs = _in_chunks(hidden, targets, token_weights, chunk)
     start = (jnp.zeros((), jnp.float32), jnp.zeros(weight.shape, jnp.float32))
     (total, d_weight), (nll, d_hidden) = jax.lax.scan(body, start, inputs)
     length = targets.shape[1]

@@ -12,25 +12,13 @@ from nanochat_jax.model.size import flops_per_token, num_params, num_scaling_par
 
 @dataclass(frozen=True, kw_only=True)
 class Defaults:
-    """Upstream's settings of one architecture.
-
-    Attributes:
-      embedding_lr, unembedding_lr, scalar_lr: learning rates of the AdamW groups at width 768.
-      matrix_lr: Muon's learning rate.
-      weight_decay: modern: Muon's cautious decay before scaling; classic: the AdamW groups'.
-      grad_clip: largest norm of the gradient; 0: no limit.
-      warmup_steps: steps of rising learning rate.
-      warmdown_ratio: share of the run with falling learning rate.
-      final_lr_frac: learning rate at the end, as a share of its peak.
-      target_param_data_ratio: training tokens per parameter (modern: per scaling parameter).
-      packing: how documents fill rows: see data/packing.py.
-    """
+    """Upstream's settings of one architecture; the flags of train/pretrain.py explain them."""
 
     embedding_lr: float
     unembedding_lr: float
     matrix_lr: float = 0.02
     scalar_lr: float = 0.5
-    weight_decay: float
+    weight_decay: float  # modern: Muon's cautious decay before scaling; classic: the AdamW groups'
     grad_clip: float
     warmup_steps: int
     warmdown_ratio: float

@@ -19,20 +19,9 @@ from nanochat_jax.tasks.skills import split_of
 class CustomJSON(Task):
     """A file of records of one type: one per line (JSON Lines) or in one JSON array.
 
-    Blank lines are skipped. The keys of a record determine its format:
-
-    - `[{"role": "user", "content": "..."}, {"role": "assistant", "content": "..."}, ...]`, or the
-      same array under `messages`. The assistant's content may be a list of parts, as in
-      `nanochat_jax.conversation`.
-    - `{"conversations": [{"from": "human", "value": "..."}, {"from": "gpt", "value": "..."}, ...]}`
-      (ShareGPT).
-    - `{"instruction": "...", "input": "...", "output": "..."}` (Alpaca).
-    - `{"question": "...", "choices": ["...", ...], "answer": 0}`: evaluated by the likeliest
-      letter. The answer is the index of a choice, its letter, or its text.
-
-    The last message of a conversation is the reference. If it has a `#### number`, a reply is
-    correct if its last `#### number` has the same value. Otherwise, a reply is correct if it equals
-    the reference except for case and white space.
+    The keys of a record determine its format; docs/data.md lists them. A reply is correct if its
+    last `#### number` has the value of the reference's; if the reference has none, if the texts are
+    equal except for case and white space.
 
     Args:
       split: "train" (nine tenths of the records, by a hash of each), "test" (the rest) or None

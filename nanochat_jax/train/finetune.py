@@ -55,11 +55,8 @@ class Stage:
     """One finetuning stage: its flags, and how it differs from others.
 
     Attributes:
-      name: "mid_train" or "chat_sft".
       section: section of the report.
       source, target: the stage whose model is loaded, and where the result is saved.
-      mode: how conversations fill rows: see data/mixture.py.
-      primary: metric whose minimum is reported.
       step_rows: rows per step without a batch size; None: the base run's tokens per step.
       mixture: from (corpus, split, paths).
       lr_schedule: from the number of steps.

@@ -91,8 +91,6 @@ class Job:
     """One stage's training, besides the state and the data.
 
     Attributes:
-      name: "base_train", "mid_train", "chat_sft" or "chat_rl".
-      directory: the tag's checkpoints.
       logs: for metrics, traces and dumps; like `directory`, unless that is in a bucket.
       shape: of each batch; None: it differs per step, so the step is not compiled in advance.
       metadata: saved in every checkpoint: tokenizer fingerprint, corpus, ...

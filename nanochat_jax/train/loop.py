@@ -135,6 +135,13 @@ class _Loop:
             log.warning("stopped by signal %d at step %d: %s", self._stop.signal, step, advice)
             raise SystemExit(EXIT_STOPPED) from None
 
+    def _global(self, position: dict[str, Any]) -> dict[str, Any]:
+        """The run's data position, from those of all processes at the same step."""
+        mesh = self.state.params["wte"].sharding.mesh
+        shares = dict(gather_json([data_share(mesh)[0], position]))
+        states = [shares[index] for index in sorted(shares)]
+        return merge_states(states) if "shards" in position else states[0]
+
     def _flush(self) -> None:
         """Wait for the step in flight and log it."""
         if self._pending:
@@ -154,7 +161,7 @@ class _Loop:
             "model_config": dataclasses.asdict(job.model),
             "loop": dataclasses.asdict(self.totals),
             "config": dataclasses.asdict(job.config),
-            "position": _global_position(position, _mesh_of(self.state)) if position else {},
+            "position": self._global(position) if position else {},
         }
         assert not own.keys() & job.metadata.keys()
         self._reporter.log.copy()
@@ -191,17 +198,6 @@ class _Loop:
         self._pending = (step, metrics, batch, self._source.position)
         if self._source.on_policy:  # the next batch waits for this step anyway
             self._flush()
-
-
-def _mesh_of(state: TrainState) -> jax.sharding.Mesh:
-    return state.params["wte"].sharding.mesh
-
-
-def _global_position(state: dict[str, Any], mesh: jax.sharding.Mesh) -> dict[str, Any]:
-    """The run's data position, from those of all processes at the same step."""
-    shares = dict(gather_json([data_share(mesh)[0], state]))
-    states = [shares[index] for index in sorted(shares)]
-    return merge_states(states) if "shards" in state else states[0]
 
 
 @contextlib.contextmanager
