@@ -192,10 +192,7 @@ def _mallopt(option: int, value: int) -> None:
 
 
 def release_memory() -> None:
-    """Return unused memory to the kernel: a server's caches of changing lengths leave gaps.
-
-    Takes 20 to 150 ms in which no other thread can allocate.
-    """
+    """Return unused memory to the kernel: a server's caches of changing lengths leave gaps."""
     libc = ctypes.CDLL(None)
     if sys.platform == "linux" and hasattr(libc, "malloc_trim"):  # glibc
         libc.malloc_trim(0)

@@ -24,10 +24,7 @@ class NotFound(UsageError, FileNotFoundError):
 
 
 def one_line(error: BaseException) -> str:
-    """The text of an error on one line, for a `UsageError`.
-
-    Long text loses its middle, not its end, where the cause is.
-    """
+    """The text of an error on one line, for a `UsageError`."""
     text = re.sub(r" \[(source locations|tensorstore_spec)=.*", "", " ".join(str(error).split()))
     if len(text) > 500:
         text = f"{text[:200]} ... {text[-295:]}"
@@ -35,10 +32,7 @@ def one_line(error: BaseException) -> str:
 
 
 def write_failure(error: BaseException) -> str:
-    """The cause of a failed write, on one line.
-
-    A full disk is named, even if a library wrapped the system's error in its own exception.
-    """
+    """The cause of a failed write, on one line."""
     text = one_line(error)
     chain, full = error, False
     while chain is not None and not full:

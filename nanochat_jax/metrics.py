@@ -240,10 +240,7 @@ def format_seconds(seconds: float) -> str:
 
 
 class Display:
-    """Progress of a loop: a live bar on a terminal, else a line every few seconds.
-
-    `total` may change.
-    """
+    """Progress of a loop: a live bar on a terminal, else a line every few seconds."""
 
     def __init__(
         self, stage: str, total: int, *, start: int = 0, plain_every: float = 10.0

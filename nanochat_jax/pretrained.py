@@ -144,10 +144,7 @@ class Model:
 def load_engine(
     paths: Paths, source: str, flags: ModelFlags, *, mesh: Mesh | None = None, **options: Any
 ) -> tuple[Engine, Loaded]:
-    """Return an engine with `options` for a stage's model, and the model without its parameters.
-
-    Only the engine's parameters, in the compute dtype, stay in memory.
-    """
+    """Return an engine with `options` for a stage's model, and the model without its parameters."""
     model = load_model(paths, source, tag=flags.model_tag, step=flags.step, mesh=mesh)
     compute = Compute.on(mesh, dtype=flags.dtype)
     engine = Engine(model.config, model.params, model.tokenizer, compute=compute, **options)

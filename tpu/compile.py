@@ -421,10 +421,7 @@ def train_plan(
 
 
 def largest_batch(attempt: Callable[[int], Plan], rows: int) -> tuple[int, Plan]:
-    """Return the largest number of rows per device whose plan fits, and that plan.
-
-    Tries powers of two up to `rows`. Each attempt compiles once.
-    """
+    """Return the largest number of rows per device whose plan fits, and that plan."""
     best = None
     size = 1
     while size <= rows:

@@ -161,10 +161,7 @@ def plan_training(config: PlanConfig, target: Target) -> tuple[Plan, dict[str, A
 
 
 def plan_decoding(config: PlanConfig, target: Target) -> Plan:
-    """Return the plan of a decode step: one token for each of `slots` sequences.
-
-    The cache has `max_seq_len` positions.
-    """
+    """Return the plan of a decode step: one token for each of `slots` sequences."""
     mesh = target.mesh
     model, _ = model_config(config.training(), config.vocab_size)
     static = DecodeConfig(model, Compute.on(mesh, dtype=jnp.bfloat16), pause=-1)
@@ -193,10 +190,7 @@ def plan_decoding(config: PlanConfig, target: Target) -> Plan:
 
 
 def decode_params(model: GPTConfig, mesh: jax.sharding.Mesh) -> dict[str, Any]:
-    """Return abstract parameters in bfloat16, in the engine's form.
-
-    Each layer has its own arrays, and the unembedding has a row per token.
-    """
+    """Return abstract parameters in bfloat16, in the engine's form."""
     dtype = jnp.dtype(jnp.bfloat16)
     abstract = jax.tree.map(
         lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), abstract_params(model)

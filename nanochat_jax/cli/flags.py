@@ -134,10 +134,7 @@ def _parse_text(text: str) -> str:
 
 
 def _converter(hint: Any) -> Callable[[str], Any]:
-    """Function from text to a value of the annotated type.
-
-    `int | None` takes an integer; `int | Literal["auto"]` takes an integer or the word.
-    """
+    """Function from text to a value of the annotated type."""
     if typing.get_origin(hint) not in (types.UnionType, typing.Union):
         return {bool: _parse_bool, int: _parse_int, str: _parse_text}.get(hint, hint)
     options = typing.get_args(hint)

@@ -96,10 +96,7 @@ def clean(text: str) -> Iterator[str]:
 
 
 def split_speeches(sizes: Mapping[str, int]) -> set[str]:
-    """Names of the validation speeches.
-
-    In each era, this is the speech whose size is nearest to `VAL_FRACTION` of the era.
-    """
+    """Names of the validation speeches."""
     names = sorted(sizes)
     held_out = set()
     for era in range(NUM_ERAS):

@@ -14,10 +14,7 @@ logger = logging.getLogger(__name__)
 
 
 def expand(names: Sequence[str]) -> Iterator[Path]:
-    """The given files, and files of supported formats in given directories.
-
-    Logs the entries of directories that are skipped.
-    """
+    """The given files, and files of supported formats in given directories."""
     for path in map(Path, names):
         if not path.is_dir():
             yield path

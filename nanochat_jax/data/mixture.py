@@ -278,11 +278,7 @@ class ConversationLoader(Loader):
         super().__init__(self._make_source(num_epochs=num_epochs))
 
     def count_batches(self, num_epochs: int = 1, *, at_most: int | None = None) -> int:
-        """Number of full batches in `num_epochs` epochs, counted by making them.
-
-        Stops at `at_most`, which is meant for one epoch. Logs how many conversations are truncated
-        or skipped.
-        """
+        """Number of full batches in `num_epochs` epochs, counted by making them."""
         source, count = self._make_source(num_epochs=num_epochs), 0
         with contextlib.suppress(StopIteration):
             while count != at_most:

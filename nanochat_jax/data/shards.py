@@ -198,10 +198,7 @@ class ShardWriter:
 def write_series(
     texts: Iterable[str], directory: Path, *, first: int = 0, rows_per_shard: int | None = None
 ) -> list[str]:
-    """Write texts to shards numbered from `first`; returns the shards' file names.
-
-    Each has `rows_per_shard` documents, except the last (None: one shard).
-    """
+    """Write texts to shards numbered from `first`; returns the shards' file names."""
     names: list[str] = []
     shard = None
     for text in texts:

@@ -84,10 +84,7 @@ def _unpack(archive: Path, directory: Path) -> None:
 
 
 def _is_wanted(member: zipfile.ZipInfo) -> bool:
-    """Whether to extract a member. Raises `UsageError` if it is unsafe.
-
-    Paths outside the directory, links and special files are unsafe.
-    """
+    """Whether to extract a member. Raises `UsageError` if it is unsafe."""
     path = PurePosixPath(member.filename)
     if path.is_absolute() or ".." in path.parts or "\\" in member.filename:
         raise UsageError(

@@ -251,10 +251,7 @@ def chatcore(accuracies: Mapping[str, float], baselines: Mapping[str, float]) ->
 
 
 def own_key(key: str, file: Path, directory: Path, *, reserved: bool) -> str:
-    """Key of a question file's results: `key`, plus a hash if `reserved` or another file's.
-
-    `chat_eval_files.json` in `directory` maps keys to files.
-    """
+    """Key of a question file's results: `key`, plus a hash if `reserved` or another file's."""
     record, path = directory / "chat_eval_files.json", str(file.resolve())
     with explaining(f"{record} is damaged", "delete it"):
         known = dict(parse_json(record.read_bytes())) if record.exists() else {}

@@ -23,10 +23,7 @@ HEADER = ("Text", "Bytes", "Tokens", "Ratio", "Our tokens", "Our ratio", "Relati
 def measure_compression(
     tokenizer: Tokenizer, corpus: Path
 ) -> tuple[dict[str, float], list[dict[str, int] | str]]:
-    """Bytes per token by text, and the report's content: vocabulary sizes and Markdown tables.
-
-    Prints the tables.
-    """
+    """Bytes per token by text, and the report's content: vocabulary sizes and Markdown tables."""
     texts = evaluation_texts(corpus)
     sizes = {name: len(text.encode()) for name, text in texts.items()}
     ours = {name: _count_tokens(tokenizer, name, text) for name, text in texts.items()}

@@ -63,10 +63,7 @@ class CoreTask:
 
 @dataclass(frozen=True)
 class CoreResult:
-    """Accuracy by task, in the bundle's order, also centered so that guessing is 0.
-
-    `core` is the mean of the centered accuracies.
-    """
+    """Accuracy by task, in the bundle's order, also centered so that guessing is 0."""
 
     accuracy: dict[str, float]
     centered: dict[str, float]
@@ -227,11 +224,7 @@ def evaluate_core(
     max_per_task: int = -1,
     on_example: Callable[[str, int, list[Row], list[RowScore], bool], None] | None = None,
 ) -> CoreResult:
-    """Evaluate the tasks of a bundle.
-
-    Examples of all tasks share batches, so few shapes are compiled and few rows are padding.
-    `on_example(label, index, rows, scores, correct)` is called after each example.
-    """
+    """Evaluate the tasks of a bundle."""
     tasks = read_tasks(bundle)
     items = [read_items(task, max_per_task) for task in tasks]
     for task, of_task in zip(tasks, items, strict=True):

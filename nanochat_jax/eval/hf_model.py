@@ -120,10 +120,7 @@ class HFModel:
     def __call__(
         self, examples: Iterable[tuple[Key, Sequence[Row]]]
     ) -> Iterator[tuple[Key, list[RowScore]]]:
-        """(key, rows) to (key, score of each row), in the same order.
-
-        Padding is on the right, where causal attention ignores it.
-        """
+        """(key, rows) to (key, score of each row), in the same order."""
         source = iter(examples)
         while window := list(islice(source, WINDOW)):
             rows = [

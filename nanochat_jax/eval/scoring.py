@@ -133,10 +133,7 @@ def _shard(cache: KVCache, mesh: Mesh | None) -> KVCache:
 def _begin(
     params: Params, tokens: Array, valid: Array, *, config: GPTConfig, compute: Compute
 ) -> KVCache:
-    """A cache of the first valid [B] of tokens [B, T].
-
-    The last layer's output is unused, so XLA does not compute it.
-    """
+    """A cache of the first valid [B] of tokens [B, T]."""
     cache = _shard(
         init_cache(config, tokens.shape[0], tokens.shape[1], compute.dtype), compute.mesh
     )
@@ -209,11 +206,7 @@ class Scorer:
     def __call__(
         self, examples: Iterable[tuple[Key, Sequence[Row]]]
     ) -> Iterator[tuple[Key, list[RowScore]]]:
-        """(key, rows) to (key, score of each row), in another order.
-
-        A batch is read after the next one is dispatched, so the device computes while the host
-        tokenizes.
-        """
+        """(key, rows) to (key, score of each row), in another order."""
         pending: tuple[list[_Example], list[tuple[Array, Array]]] | None = None
         for batch in self._batches(examples):
             scores = self._dispatch(batch)

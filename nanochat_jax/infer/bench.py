@@ -257,10 +257,7 @@ def measure_batch(
 
 
 def measure_prefill(engine: Engine, card: dict[str, Any]) -> dict[str, Any]:
-    """Tokens/s of one prompt's prefill, the fastest of three.
-
-    The prompt's last token is left to decoding, so nothing is unembedded.
-    """
+    """Tokens/s of one prompt's prefill, the fastest of three."""
     length, times = card["prompt_tokens"] - 1, []
     for seed in range(4):
         loop = EngineLoop(engine)

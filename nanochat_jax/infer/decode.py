@@ -216,10 +216,7 @@ def _take(slots: Slots, index: Index) -> Slots:
 
 
 def _put(slots: Slots, some: Slots, index: Index, start: Index, *, size: int) -> Slots:
-    """Return all slots; those in `index` get `size` positions from `start` [R] of `some`.
-
-    Near the end of the cache, the slice and the update begin earlier, both at the same position.
-    """
+    """Return all slots; those in `index` get `size` positions from `start` [R] of `some`."""
     if len(index) == len(slots.k[0]):
         return some
 

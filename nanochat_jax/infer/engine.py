@@ -255,10 +255,7 @@ class EngineLoop:
                 left -= piece * len(batch[:most])
 
     def step(self, meanwhile: Callable[[], None] = lambda: None) -> None:
-        """Advance every active slot by up to `steps_per_dispatch` tokens.
-
-        `meanwhile` is called after the dispatch, while the device computes.
-        """
+        """Advance every active slot by up to `steps_per_dispatch` tokens."""
         if not self.num_active:
             return meanwhile()
         began = time.monotonic()
@@ -290,10 +287,7 @@ class EngineLoop:
                 slot.release(self._dispatches)
 
     def _make_room(self) -> None:
-        """Resize the cache to the length that the next step needs.
-
-        It also keeps the tokens of conversations that may continue soon.
-        """
+        """Resize the cache to the length that the next step needs."""
         steps = self._engine.steps_per_dispatch
         needed = max(
             min(generation.length + steps, len(generation.prompt) + generation.max_tokens)
@@ -341,10 +335,7 @@ class EngineLoop:
         self.cache = decode.prefill(engine.params, self.cache, inputs, static=engine.static)
 
     def _rows(self, used: list[int], rows: int) -> tuple[np.ndarray, list[int]]:
-        """Return `rows` ascending slot indices that include `used`, and the row of each of these.
-
-        The others leave their slots unchanged.
-        """
+        """Return `rows` ascending slot indices that include `used`, and the row of each of these."""
         others = [slot.index for slot in self._slots if slot.index not in used]
         slots = np.sort(np.array(used + others[: rows - len(used)], np.int32))
         return slots, np.searchsorted(slots, used).tolist()

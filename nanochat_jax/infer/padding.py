@@ -41,10 +41,7 @@ def padded_batches(
 
 
 def cache_lengths(largest: int) -> tuple[int, ...]:
-    """Return cache lengths: doubling from `SHORTEST_CACHE`, with one halfway between.
-
-    Finer steps pay off because every decode step reads the complete cache.
-    """
+    """Return cache lengths: doubling from `SHORTEST_CACHE`, with one halfway between."""
     smallest = min(SHORTEST_CACHE, largest)
     doubled = (smallest << power for power in range(largest.bit_length()))
     sizes = [*(size for size in doubled if size < largest), largest]
@@ -53,10 +50,7 @@ def cache_lengths(largest: int) -> tuple[int, ...]:
 
 
 def row_counts(num_slots: int) -> tuple[int, ...]:
-    """Return the numbers of slots per dispatch: 1, 8, 64, ... and `num_slots`.
-
-    Each count is compiled once per cache length.
-    """
+    """Return the numbers of slots per dispatch: 1, 8, 64, ... and `num_slots`."""
     return (*(8**power for power in range(20) if 8**power < num_slots), num_slots)
 
 

@@ -140,10 +140,7 @@ def _draw_listed(
 
 
 def _draw_by_block(values: Array, noise: Array) -> Array:
-    """Draw indices [B] from scaled logits [M, B]: first a block, then a token within it.
-
-    Two short draws need less noise than one over all M.
-    """
+    """Draw indices [B] from scaled logits [M, B]: first a block, then a token within it."""
     rows, size = values.shape[1], _block_size(len(values))
     blocks = _blocks(values, size)
     block = first_argmax(jax.nn.logsumexp(blocks, axis=1).T + noise[:, : len(blocks)])

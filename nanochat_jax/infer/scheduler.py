@@ -26,10 +26,7 @@ class QueueFull(Exception):
 
 
 class Handle:
-    """A submitted request. One consumer can iterate over its events, unless a receiver gets them.
-
-    Iteration raises the exception that ended the generation.
-    """
+    """A submitted request. One consumer can iterate over its events, unless a receiver gets them."""
 
     def __init__(self, generation: Generation, receive: Callable | None = None) -> None:
         self.request = generation.request

@@ -115,10 +115,7 @@ class SlotTable:
             generation.reused = slot.filled
 
     def _longest(self, generation: Generation) -> tuple[Slot, int]:
-        """Return the slot with the longest prefix of the prompt, now or soon, and its length.
-
-        A slot that itself waits for another is no source, so that waiting never is a circle.
-        """
+        """Return the slot with the longest prefix of the prompt, now or soon, and its length."""
         prompt = generation.prompt[:-1]
         shared = [
             (0 if slot.source else shared_length(prompt, slot.planned), slot) for slot in self.slots

@@ -313,11 +313,7 @@ def write_checkpoint(
     meta: Mapping[str, Any],
     byte_rule: ByteRule = "raw",
 ) -> None:
-    """Write model, metadata and tokenizer as upstream does.
-
-    Embedding tables are bfloat16, as upstream's are on CUDA, if they are exact in it; otherwise
-    float32.
-    """
+    """Write model, metadata and tokenizer as upstream does."""
     shape = upstream_shape(config)
     tensors = from_params(params, table := entries(config))
     for name in (entry.name for entry in table if entry.path[-1] in TABLES):

@@ -23,10 +23,7 @@ RATES = ("embedding_lr", "unembedding_lr", "matrix_lr", "scalar_lr")
 def save_imported(
     imported: Imported, paths: Paths, directory: Directory, *, origin: str, fresh: bool
 ) -> None:
-    """Save a foreign checkpoint as a step of the tag `directory`, with its tokenizer.
-
-    `fresh` deletes the tag's checkpoints first. `origin` is recorded in the checkpoint.
-    """
+    """Save a foreign checkpoint as a step of the tag `directory`, with its tokenizer."""
     tokenizer, tokenizer_dir = _choose_tokenizer(imported, paths, directory)
     if tokenizer_dir == paths.tokenizer:
         make_directory(tokenizer_dir)

@@ -92,10 +92,7 @@ def transpose(x: Array) -> Array:
 
 
 def matmul_transposed(x: Array, y: Array) -> Array:
-    """x^T y in float32: [M, N] of x [R, M] and y [R, N].
-
-    Why: only the narrower operand is copied.
-    """
+    """x^T y in float32: [M, N] of x [R, M] and y [R, N]."""
     if x.shape[1] <= y.shape[1]:
         return jnp.dot(transpose(x), y, preferred_element_type=jnp.float32)
     return jax.lax.optimization_barrier(

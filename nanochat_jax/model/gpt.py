@@ -146,10 +146,7 @@ def _attention(
 
 
 def _write(cache: Array, new: Array, context: Context) -> Array:
-    """Write new keys or values [B, T, K, h] at their positions of a layer's cache [B, K, S, h].
-
-    Positions past the end are dropped.
-    """
+    """Write new keys or values [B, T, K, h] at their positions of a layer's cache [B, K, S, h]."""
     new, positions = new.astype(cache.dtype), context.positions
     rows = jnp.arange(new.shape[0])[:, None]
     if context.fresh:

@@ -50,10 +50,7 @@ def cudnn_refuses(q: Array | jax.ShapeDtypeStruct, device: jax.Device) -> str | 
 
 
 def _on_each_device(attend: Callable[..., Array], mesh: Mesh | None, *qkv: Array) -> Array:
-    """`attend(q, k, v)` per device, over the mesh axes that are not manual already.
-
-    If an axis does not divide rows or heads, all of its devices compute them.
-    """
+    """`attend(q, k, v)` per device, over the mesh axes that are not manual already."""
     manual = jax.sharding.get_abstract_mesh().manual_axes
     axes = {axis for axis in mesh.axis_names if axis not in manual} if mesh is not None else set()
     if mesh is None or not axes:
@@ -118,10 +115,7 @@ def _splash_kernel(length: int, heads: int, window: int | None, interpret: bool)
 def splash_attention(
     q: Array, k: Array, v: Array, *, window: int | None, mesh: Mesh | None, interpret: bool = False
 ) -> Array:
-    """`attention.causal_attention` by Pallas's Splash kernel for TPUs. T is a multiple of 128.
-
-    `interpret` runs the kernel step by step on any device, for tests.
-    """
+    """`attention.causal_attention` by Pallas's Splash kernel for TPUs. T is a multiple of 128."""
 
     def local(q: Array, k: Array, v: Array) -> Array:
         kernel = _splash_kernel(q.shape[1], q.shape[2], window, interpret)

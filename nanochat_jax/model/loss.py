@@ -79,10 +79,7 @@ def first_argmax(values: Array, axis: int = -1) -> Array:
 
 
 def chunk_length(shape: tuple[int, ...], vocab: int, num_shards: int = 1) -> int:
-    """Positions per chunk of rows [B, T] within each device's logits budget.
-
-    Divides T if a divisor is near.
-    """
+    """Positions per chunk of rows [B, T] within each device's logits budget."""
     batch, length = shape
     fewest = min(length, -(-batch * length * vocab // (CHUNK_ELEMENTS * num_shards)))
     count = next((n for n in range(fewest, min(2 * fewest, length) + 1) if length % n == 0), fewest)
@@ -90,10 +87,7 @@ def chunk_length(shape: tuple[int, ...], vocab: int, num_shards: int = 1) -> int
 
 
 def _chunks(x: Array, chunk: int, fill: float) -> Array:
-    """[B, T, ...] -> [T / chunk, B, chunk, ...]. The batch axis stays sharded.
-
-    If `chunk` does not divide T, the last chunk is padded with `fill`.
-    """
+    """[B, T, ...] -> [T / chunk, B, chunk, ...]. The batch axis stays sharded."""
     if missing := -x.shape[1] % chunk:
         x = jnp.pad(x, ((0, 0), (0, missing)) + ((0, 0),) * (x.ndim - 2), constant_values=fill)
     return jnp.moveaxis(x.reshape(x.shape[0], -1, chunk, *x.shape[2:]), 1, 0)

@@ -27,10 +27,7 @@ class Line:
 
 
 def ticks(low: float, high: float, count: int = 5, *, whole: bool = False) -> list[float]:
-    """About `count` round numbers (1, 2 or 5 times a power of ten) in [low, high].
-
-    With `whole`, all of them are integers.
-    """
+    """About `count` round numbers (1, 2 or 5 times a power of ten) in [low, high]."""
     if not high > low:
         return [low]
     rough = (high - low) / count

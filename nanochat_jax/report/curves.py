@@ -36,10 +36,7 @@ Row = Mapping[str, Any]
 
 
 def rows_by_kind(rows: Sequence[Row]) -> dict[str, list[Row]]:
-    """Rows of metrics by kind ("train", "eval"), by rising step.
-
-    Of a step that was logged twice, as after a resume, the later row counts.
-    """
+    """Rows of metrics by kind ("train", "eval"), by rising step."""
     kinds: dict[str, dict[float, Row]] = {}
     for row in rows:
         kinds.setdefault(str(row.get("kind")), {})[row["step"]] = row

@@ -152,10 +152,7 @@ def runner_options() -> dict[str, Any]:
 
 
 def run(app: web.Application, sock: socket.socket, on_ready: Callable[[], None]) -> None:
-    """Serve until SIGINT or SIGTERM, then finish the replies in progress.
-
-    A second signal stops immediately.
-    """
+    """Serve until SIGINT or SIGTERM, then finish the replies in progress."""
     app.cleanup_ctx.append(_releasing)
     web.run_app(app, sock=sock, print=lambda _: on_ready(), **runner_options())
 

@@ -111,10 +111,7 @@ class SpeedrunConfig(DeviceFlags):
 def plan_stages(
     config: SpeedrunConfig, machine: Machine, wandb_run: str, on_disk: Mapping[str, int]
 ) -> tuple[list[Stage], str]:
-    """(the stages of this run in order, a title).
-
-    `on_disk`: number of training shards on disk, by corpus.
-    """
+    """(the stages of this run in order, a title)."""
     plan = _Plan(config, machine, wandb_run, on_disk)
     stages = [plan.stage(name, command) for name, command in plan.commands.items()]
     title = f"speedrun: d{plan.depth} on {plan.data}"

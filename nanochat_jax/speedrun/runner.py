@@ -190,10 +190,7 @@ def _call(command: list[str]) -> int:
 
 
 class Background:
-    """A stage that runs beside the others.
-
-    Its output goes to a file; the last lines are printed if it fails.
-    """
+    """A stage that runs beside the others."""
 
     def __init__(self, command: list[str], log: Path) -> None:
         self.log = log

@@ -36,10 +36,7 @@ class Stage:
 
 
 def stage_keys(stages: Iterable[Stage], run: str) -> dict[str, str]:
-    """A key per stage: a hash of its command and of those of the producing stages before it.
-
-    So a changed setting reruns only what depends on it.
-    """
+    """A key per stage: a hash of its command and of those of the producing stages before it."""
     keys, chain = {}, run
     for stage in stages:
         content = json.dumps([chain, stage.module, stage.args])

@@ -7,10 +7,7 @@ from nanochat_jax.tasks.multiple_choice import MultipleChoice, multiple_choice
 
 
 class ARC(MultipleChoice):
-    """`subset` is ARC-Easy or ARC-Challenge.
-
-    Some questions have 3 or 5 choices, or digits instead of letters.
-    """
+    """`subset` is ARC-Easy or ARC-Challenge."""
 
     data = HubData("allenai/ai2_arc", "210d026faf9955653af8916fad021475a3f00453")
     columns = ("question", "choices", "answerKey")

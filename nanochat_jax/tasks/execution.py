@@ -149,10 +149,7 @@ def _kill_group(process: subprocess.Popen) -> None:
 
 
 def _remove(directory: str) -> None:
-    """Delete a directory tree of any depth.
-
-    `rm` is several times faster than shutil on many files.
-    """
+    """Delete a directory tree of any depth."""
     if subprocess.run(["rm", "-rf", directory], stderr=subprocess.DEVNULL).returncode:
         subprocess.run(["chmod", "-R", "u+rwx", directory], check=False, stderr=subprocess.DEVNULL)
         subprocess.run(["rm", "-rf", directory], check=True)

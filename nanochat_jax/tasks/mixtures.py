@@ -52,10 +52,7 @@ class Chained(Task):
 
 
 def offline_mixture(stage: Stage, split: Split, paths: Paths) -> Task:
-    """Small talk, arithmetic, spelling, letter counting and identity chats, without network access.
-
-    Needs the embedded corpus (for its word list) and the packages of the extra `offline`.
-    """
+    """Small talk, arithmetic, spelling, letter counting and identity chats, without network access."""
     sizes, part = OFFLINE_SIZES[stage], TASK_SPLITS[split]
     if split == "val":
         sizes = dict.fromkeys(sizes, OFFLINE_VAL_SIZE)

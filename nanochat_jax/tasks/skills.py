@@ -144,10 +144,7 @@ class WordSkill(Skill):
             raise ValueError(f"none of the {len(words)} words given is of the split {split}")
 
     def draw_word(self, rng: random.Random) -> str:
-        """A word of the split.
-
-        In training, some are made of parts of two words, so that they cannot be memorized.
-        """
+        """A word of the split."""
         word = rng.choice(self.words)
         if self.split == "train" and rng.random() < MADE_UP_SHARE:
             other = rng.choice(self.words)

@@ -119,10 +119,7 @@ def continued_job(
 def continued_optimizer(
     config: ContinueConfig, loaded: Loaded, schedules: Schedules, compute: Compute
 ) -> optax.GradientTransformation:
-    """The optimizer, with the base run's learning rates unless `config` sets them.
-
-    `init_lr_frac` scales the rates of all groups.
-    """
+    """The optimizer, with the base run's learning rates unless `config` sets them."""
     changed: dict[str, Any] = {
         name: value
         for name in ("embedding_lr", "unembedding_lr", "matrix_lr")

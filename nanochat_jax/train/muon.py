@@ -36,10 +36,7 @@ class MuonState(NamedTuple):
 
 
 def _iterate(x: Array, coefficients: tuple[tuple[float, float, float], ...]) -> Array:
-    """X <- aX + (bA + cA^2)X with the Gram matrix A of the shorter side; x [K, in, out].
-
-    Matmuls accumulate in float32.
-    """
+    """X <- aX + (bA + cA^2)X with the Gram matrix A of the shorter side; x [K, in, out]."""
     wide = x.shape[-1] >= x.shape[-2]
 
     def dot(equation: str, a: Array, b: Array) -> Array:
@@ -162,10 +159,7 @@ def _update(step: Array, p: Array, rate: Array, decay: Array | None) -> Array:
 
 
 def _orthogonalize_tree(tree: Any, orthogonalize: Callable, dtype: Any, mesh: Mesh | None) -> Any:
-    """Orthogonalize every matrix of the tree.
-
-    Matrices of one shape form one stack, sharded over the mesh.
-    """
+    """Orthogonalize every matrix of the tree."""
     leaves, treedef = jax.tree.flatten(tree)
     groups: dict[tuple[int, int], list[int]] = {}
     for index, leaf in enumerate(leaves):

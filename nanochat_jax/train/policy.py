@@ -51,10 +51,7 @@ def sample_rollouts(
     conversations: Sequence[Conversation],
     sampling: Sampling,
 ) -> list[list[Rollout]]:
-    """`num_samples` rewarded replies to each conversation, generated together.
-
-    The seed determines the random streams.
-    """
+    """`num_samples` rewarded replies to each conversation, generated together."""
     rendered = [
         render_for_completion(tokenizer, conversation, MAX_PROMPT_TOKENS)
         for conversation in conversations

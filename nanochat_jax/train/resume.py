@@ -75,10 +75,7 @@ def require_same_run(job: Job, saved: dict[str, Any]) -> None:
 def explaining_differences(
     config: RunConfig, directory: Directory, metadata: dict[str, Any]
 ) -> Iterator[None]:
-    """Add the settings that differ from the saved run's to a `UsageError` when resuming.
-
-    `metadata` is what this run saves.
-    """
+    """Add the settings that differ from the saved run's to a `UsageError` when resuming."""
     try:
         yield
     except UsageError as error:
