@@ -65,11 +65,15 @@ def open_bucket(url: str) -> epath.Path:
     return epath.Path(url)
 
 
-def _objects(directory: epath.Path) -> tuple[list[str], list[str]]:
-    """(markers under a path, inner ones last; all other objects), by name."""
+def _file_system() -> Any:
     import fsspec
 
-    names = fsspec.filesystem("gcs").find(str(directory))
+    return fsspec.filesystem("gcs")
+
+
+def _objects(directory: epath.Path) -> tuple[list[str], list[str]]:
+    """(markers under a path, inner ones last; all other objects), by name."""
+    names = _file_system().find(str(directory))
     marks = [name for name in names if name.endswith(f"/{COMMITTED}")]
     return sorted(marks, key=lambda name: name.count("/")), [
         name for name in names if name not in set(marks)
@@ -77,23 +81,19 @@ def _objects(directory: epath.Path) -> tuple[list[str], list[str]]:
 
 
 def delete(directory: epath.Path) -> None:
-    import fsspec
-
     marks, others = _objects(directory)
     for names in (*([mark] for mark in marks), others):
         if names:
-            fsspec.filesystem("gcs").rm(names)
+            _file_system().rm(names)
 
 
 def move(directory: epath.Path, target: epath.Path) -> None:
     """Rename a directory, by copies inside the bucket."""
-    import fsspec
-
     marks, others = _objects(directory)
     start, new = str(directory).removeprefix("gs://"), str(target).removeprefix("gs://")
     for names in (others, *([mark] for mark in reversed(marks))):
         if names:
-            fsspec.filesystem("gcs").copy(names, [new + name.removeprefix(start) for name in names])
+            _file_system().copy(names, [new + name.removeprefix(start) for name in names])
     delete(directory)
 
 

@@ -15,17 +15,15 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from nanochat_jax.errors import UsageError, one_line
 from nanochat_jax.metrics import PEAKS
 from nanochat_jax.model.config import GPTConfig
-from nanochat_jax.model.loss import Batch
 from nanochat_jax.model.sharding import abstract_tree
 from nanochat_jax.model.size import flops_per_token
-from nanochat_jax.train.memory import is_out_of_memory
-from nanochat_jax.train.step import BatchShape, TrainState
+from nanochat_jax.train.memory import is_out_of_memory, program_bytes
+from nanochat_jax.train.step import BatchShape, TrainState, abstract_batch
 from tpu.cost import HloCost, hlo_cost, jaxpr_flops
 
 GIB = 2**30
@@ -41,17 +39,11 @@ class Chip:
     shapes: tuple[str, ...] = ()  # shapes of the slices that cloud providers offer
 
 
+SHAPES = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 CHIPS = {
-    "v5e": Chip(
-        int(15.75 * GIB), 819e9, 100e9, ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
-    ),
+    "v5e": Chip(int(15.75 * GIB), 819e9, 100e9, SHAPES),
     "v5p": Chip(int(95.74 * GIB), 2.765e12, 300e9),
-    "v6e": Chip(
-        int(31.25 * GIB),
-        1.638e12,
-        224e9,
-        ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16"),
-    ),
+    "v6e": Chip(int(31.25 * GIB), 1.638e12, 224e9, SHAPES),
     # SXM modules. Memory is 92% of the total that CUDA reports. Links are NVLink 4 and 5 in one
     # direction. Sources: NVIDIA's data sheets.
     "h100": Chip(int(79.1 * GIB * 0.92), 3.352e12, 450e9),
@@ -349,13 +341,6 @@ def compile_plan(program: Program, target: Target) -> Plan:
     compiled = _compile(program, target)
     stats, text = compiled.memory_analysis(), compiled.as_text()
     assert stats is not None and text is not None
-    total = (
-        stats.argument_size_in_bytes
-        + stats.output_size_in_bytes
-        - stats.alias_size_in_bytes
-        + stats.temp_size_in_bytes
-        + stats.generated_code_size_in_bytes
-    )
     devices = target.mesh.size
     return Plan(
         chip=target.chip,
@@ -364,7 +349,7 @@ def compile_plan(program: Program, target: Target) -> Plan:
             parameters=tree_bytes(program.parameters),
             optimizer=tree_bytes(program.state),
             temporary=stats.temp_size_in_bytes,
-            total=total,
+            total=program_bytes(stats) + stats.generated_code_size_in_bytes,
             limit=CHIPS[target.chip].hbm,
         ),
         flops=program.flops / devices,
@@ -400,12 +385,7 @@ def train_plan(
 ) -> Plan:
     """Return the plan of a train step from `make_train_step`, for the shapes of `state`."""
     state = abstract_tree(state, shardings)
-    rows = jax.ShapeDtypeStruct(
-        (shape.accumulation, shape.micro_rows, shape.sequence_len),
-        jnp.int32,
-        sharding=NamedSharding(target.mesh, PartitionSpec(None, "data")),
-    )
-    batch = Batch(rows, rows)
+    batch = abstract_batch(shape, target.mesh)
     platform = "tpu" if _is_tpu(target.chip) else "cuda"
     with assumed_cudnn():
         program = Program(

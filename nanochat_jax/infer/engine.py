@@ -335,7 +335,7 @@ class EngineLoop:
         self.cache = decode.prefill(engine.params, self.cache, inputs, static=engine.static)
 
     def _rows(self, used: list[int], rows: int) -> tuple[np.ndarray, list[int]]:
-        """Return `rows` ascending slot indices that include `used`, and the row of each of these."""
+        """Return `rows` ascending slot indices that include `used`, and the rows of these."""
         others = [slot.index for slot in self._slots if slot.index not in used]
         slots = np.sort(np.array(used + others[: rows - len(used)], np.int32))
         return slots, np.searchsorted(slots, used).tolist()

@@ -26,7 +26,7 @@ class QueueFull(Exception):
 
 
 class Handle:
-    """A submitted request. One consumer can iterate over its events, unless a receiver gets them."""
+    """A submitted request. One consumer can iterate over its events, if no receiver gets them."""
 
     def __init__(self, generation: Generation, receive: Callable | None = None) -> None:
         self.request = generation.request

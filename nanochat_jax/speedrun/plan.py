@@ -2,16 +2,16 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Literal
 
-from nanochat_jax.cli import flag, inherited, run_name
+from nanochat_jax.cli import flag, inherited, parse, run_name
 from nanochat_jax.data.needs import TOKENIZER_SHARDS, explain_shards, shards_needed
 from nanochat_jax.devices import DeviceFlags, Processes
 from nanochat_jax.errors import UsageError
 from nanochat_jax.metrics import format_count, format_seconds
 from nanochat_jax.model.compute import REMAT
 from nanochat_jax.model.config import GPTConfig
-from nanochat_jax.model.recipe import Recipe, derive_recipe
+from nanochat_jax.model.recipe import Recipe
 from nanochat_jax.model.sharding import mesh_shape
 from nanochat_jax.model.size import flops_per_token, num_params
 from nanochat_jax.paths import CHECKPOINT_DIRS, DATA_DIRS
@@ -29,6 +29,7 @@ from nanochat_jax.speedrun.recipes import (
 )
 from nanochat_jax.speedrun.stages import Stage
 from nanochat_jax.train.memory import estimate_memory
+from nanochat_jax.train.pretrain import BaseTrainConfig, model_config, recipe
 
 SOURCES = {"base_train": "base", "mid_train": "mid", "chat_sft": "sft", "chat_rl": "rl"}
 PRODUCERS = {"data", "tok_train", *SOURCES}  # the other stages measure
@@ -142,7 +143,7 @@ class _Plan:
                 self.commands[name] = replace_flags(self.commands[name], flags)
         if not config.with_rl:
             del self.commands["chat_rl"], self.commands["chat_eval_rl"]
-        self.model, self.recipe = _model_and_recipe(self.depth, self.commands)
+        self.model, self.recipe = _model_and_recipe(self.commands)
         if not self.small:
             self._count_shards()
 
@@ -280,23 +281,13 @@ class _Plan:
         return ""
 
 
-def _model_and_recipe(depth: int, commands: Mapping[str, list[str]]) -> tuple[GPTConfig, Recipe]:
+def _model_and_recipe(commands: Mapping[str, list[str]]) -> tuple[GPTConfig, Recipe]:
     """The model that `base_train` makes of its flags, and its training recipe."""
-    base = commands["base_train"]
-    shape: dict[str, Any] = dict(
-        sequence_len=int(flag_value(base, "--max-seq-len", "2048")),
-        vocab_size=int(flag_value(commands["tok_train"], "--vocab-size", "")),
-        head_dim=int(flag_value(base, "--head-dim", "128")),
-        window_pattern=flag_value(base, "--window-pattern", "SSSL"),
-    )
-    model = GPTConfig.modern(depth, **shape)
-    recipe = derive_recipe(
-        model,
-        reference=GPTConfig.modern(12, **shape),
-        total_batch_size=int(flag_value(base, "--total-batch-size", "-1")),
-        num_iterations=int(flag_value(base, "--num-iterations", "-1")),
-    )
-    return model, recipe
+    module, *arguments = commands["base_train"]
+    base = parse(BaseTrainConfig, arguments, prog=module, description=None)
+    vocab_size = int(flag_value(commands["tok_train"], "--vocab-size", ""))
+    model, reference = model_config(base, vocab_size)
+    return model, recipe(base, model, reference)
 
 
 def _why_embedded(on_disk: Mapping[str, int]) -> str:

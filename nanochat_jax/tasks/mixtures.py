@@ -52,7 +52,7 @@ class Chained(Task):
 
 
 def offline_mixture(stage: Stage, split: Split, paths: Paths) -> Task:
-    """Small talk, arithmetic, spelling, letter counting and identity chats, without network access."""
+    """Small talk, arithmetic, spelling, letter counting and identity chats, without a network."""
     sizes, part = OFFLINE_SIZES[stage], TASK_SPLITS[split]
     if split == "val":
         sizes = dict.fromkeys(sizes, OFFLINE_VAL_SIZE)

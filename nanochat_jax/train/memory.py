@@ -5,17 +5,17 @@ import math
 import os
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import jax
-import jax.numpy as jnp
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
 from nanochat_jax.errors import UsageError
 from nanochat_jax.model.config import GPTConfig
-from nanochat_jax.model.loss import CHUNK_ELEMENTS, Batch
+from nanochat_jax.model.loss import CHUNK_ELEMENTS
 from nanochat_jax.model.sharding import abstract_tree, data_size
 from nanochat_jax.model.size import num_matrix_params, num_params
-from nanochat_jax.train.step import BatchShape, TrainState, batch_shape
+from nanochat_jax.train.step import BatchShape, TrainState, abstract_batch, batch_shape
 
 log = logging.getLogger(__name__)
 
@@ -144,29 +144,23 @@ def compile_step(
 
     Raises `UsageError` if a device has less memory.
     """
-    rows = jax.ShapeDtypeStruct(
-        (shape.accumulation, shape.micro_rows, shape.sequence_len),
-        jnp.int32,
-        sharding=NamedSharding(mesh, PartitionSpec(None, "data")),
-    )
     abstract = abstract_tree(state, jax.tree.map(lambda leaf: leaf.sharding, state))
     try:
-        compiled = step_fn.lower(abstract, Batch(rows, rows)).compile()
+        compiled = step_fn.lower(abstract, abstract_batch(shape, mesh)).compile()
     except jax.errors.JaxRuntimeError as error:
         if is_out_of_memory(error):  # TPU compilers detect it
             raise out_of_memory(shape, mesh) from error
         raise
-    memory = compiled.memory_analysis()
-    assert memory is not None
-    needed = (
-        memory.argument_size_in_bytes
-        + memory.output_size_in_bytes
-        - memory.alias_size_in_bytes
-        + memory.temp_size_in_bytes
-    )
+    needed = program_bytes(compiled.memory_analysis())
     if (limit := memory_limit()) and needed > limit:
         raise out_of_memory(shape, mesh, needed)
     return compiled, needed
+
+
+def program_bytes(memory: Any) -> int:
+    """Bytes per device of a compiled program's arguments, results and temporaries."""
+    sizes = memory.argument_size_in_bytes + memory.output_size_in_bytes
+    return sizes - memory.alias_size_in_bytes + memory.temp_size_in_bytes
 
 
 def out_of_memory(shape: BatchShape | None, mesh: Mesh, needed: int | None = None) -> UsageError:

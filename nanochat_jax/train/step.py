@@ -15,7 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from jax import Array
-from jax.sharding import Mesh
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from nanochat_jax.errors import UsageError
 from nanochat_jax.model.compute import Compute
@@ -85,6 +85,16 @@ def batch_shape(
             f"divide the {rows} rows of a step: try `device_batch_size={fitting}`"
         )
     return BatchShape(rows, rows // micro_rows, sequence_len)
+
+
+def abstract_batch(shape: BatchShape, mesh: Mesh) -> Batch:
+    """A step's batch as shapes and shardings."""
+    rows = jax.ShapeDtypeStruct(
+        (shape.accumulation, shape.micro_rows, shape.sequence_len),
+        jnp.int32,
+        sharding=NamedSharding(mesh, PartitionSpec(None, "data")),
+    )
+    return Batch(rows, rows)
 
 
 def shard_batch(rows: Batch, shape: BatchShape, mesh: Mesh) -> Batch:
