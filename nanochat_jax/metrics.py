@@ -65,6 +65,8 @@ PEAKS = {
     "v2": (45e12, 0.7e12),
 }
 
+PLAIN_SECONDS = 10.0  # between progress lines without a terminal
+
 
 def _peaks(device: jax.Device) -> tuple[float | None, float | None]:
     kind = device.device_kind.lower()
@@ -242,11 +244,9 @@ def format_seconds(seconds: float) -> str:
 class Display:
     """Progress of a loop: a live bar on a terminal, else a line every few seconds."""
 
-    def __init__(
-        self, stage: str, total: int, *, start: int = 0, plain_every: float = 10.0
-    ) -> None:
+    def __init__(self, stage: str, total: int, *, start: int = 0) -> None:
         self._stage, self.total, self._start = stage, total, start
-        self._plain_every, self._began, self._last = plain_every, time.monotonic(), float("-inf")
+        self._began, self._last = time.monotonic(), float("-inf")
         self._bar: Progress | None = None
         # process 0 only: `devices.start` sets the log levels
         enabled = log.isEnabledFor(logging.INFO)
@@ -270,7 +270,7 @@ class Display:
         info = " · ".join([*(f"{name} {text}" for name, text in shown.items()), f"{left} left"])
         if self._bar is not None:
             self._bar.update(self._task, completed=step, total=self.total, info=info)
-        elif now - self._last >= self._plain_every or step == self.total:
+        elif now - self._last >= PLAIN_SECONDS or step == self.total:
             self._last = now
             log.info("%s %d/%d · %s", self._stage, step, self.total, info)
 

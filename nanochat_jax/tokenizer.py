@@ -106,16 +106,9 @@ class Tokenizer:
         return make, (self.mergeable_ranks,)
 
     @classmethod
-    def train(
-        cls, texts: Iterable[str], vocab_size: int, *, progress: Progress | None = None
-    ) -> "Tokenizer":
-        """Train `vocab_size` tokens including special tokens; fewer if the text is too small.
-
-        `progress(stage, done, total)` is called several times a second: with characters in the
-        stage "count", where total may be None, then with merges in the stage "merge". Its
-        exceptions end training.
-        """
-        return cls._learn(vocab_size, "train_from_iterator", texts, progress=progress)
+    def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
+        """Train `vocab_size` tokens including special tokens; fewer if the text is too small."""
+        return cls._learn(vocab_size, "train_from_iterator", texts)
 
     @classmethod
     def train_from_parquet(
@@ -130,7 +123,9 @@ class Tokenizer:
         """Like `train`, on the `text` columns of Parquet files, without Python strings.
 
         Documents are truncated to `doc_cap` characters. Reading stops after the document that
-        exceeds `max_chars` in total.
+        exceeds `max_chars` in total. `progress(stage, done, total)` is called several times a
+        second: with characters in the stage "count", where total may be None, then with merges in
+        the stage "merge". Its exceptions end training.
         """
         return cls._learn(
             vocab_size,

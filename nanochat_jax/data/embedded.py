@@ -194,11 +194,7 @@ def build(directory: Path) -> None:
             more={WORDS: "\n".join(words) + "\n", MARKER: json.dumps(facts, indent=1) + "\n"},
         )
     logger.info(
-        "embedded corpus: %d train and %d validation documents (%.1f + %.1f MB) and %d words in %s",
-        len(train),
-        len(val),
-        train_bytes / 1e6,
-        val_bytes / 1e6,
-        len(words),
-        directory,
+        f"embedded corpus: {len(train)} train and {len(val)} validation documents "
+        f"({train_bytes / 1e6:.1f} + {val_bytes / 1e6:.1f} MB) and {len(words)} words in "
+        f"{directory}"
     )

@@ -111,10 +111,8 @@ def select_files(listing: Listing, subset: str | None, split: str) -> list[str]:
         if chosen := [name for name in files if file_format(name) == format]:
             if len(chosen) < len(files):
                 logger.info(
-                    "reading %d %s files; %d files of the split have other formats",
-                    len(chosen),
-                    format,
-                    len(files) - len(chosen),
+                    f"reading {len(chosen)} {format} files; {len(files) - len(chosen)} files of "
+                    "the split have other formats"
                 )
             return chosen
     return []

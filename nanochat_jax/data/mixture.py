@@ -287,12 +287,8 @@ class ConversationLoader(Loader):
         if source.num_cut or source.num_skipped:
             read = source.position["cursor"]
             logger.warning(
-                "%s mixture: of %s%d conversations, %d were truncated and %d skipped, because "
-                "nothing was left to train on",
-                self._name,
-                "the first " * (read < source.size),
-                read,
-                source.num_cut // num_epochs,
-                source.num_skipped // num_epochs,
+                f"{self._name} mixture: of {'the first ' * (read < source.size)}{read} "
+                f"conversations, {source.num_cut // num_epochs} were truncated and "
+                f"{source.num_skipped // num_epochs} skipped, because nothing was left to train on"
             )
         return count

@@ -118,10 +118,6 @@ def corpus_bits_per_byte(
         )
         batches.close()
         results[f"{split}_bpb"] = figures.bpb
-        log.info(
-            "%s: %.4f bits per byte over %s tokens",
-            split,
-            figures.bpb,
-            f"{steps * rows * model.sequence_len:,}",
-        )
+        tokens = steps * rows * model.sequence_len
+        log.info(f"{split}: {figures.bpb:.4f} bits per byte over {tokens:,} tokens")
     return results

@@ -126,7 +126,7 @@ def evaluate_categorical(task: Task, generator: Generator) -> list[Problem]:
     """The likeliest letter of every problem; the first one on ties."""
     conversations = list(task)
     tokenizer, mesh = generator.tokenizer, generator.compute.mesh
-    prompts = _prompts(tokenizer, conversations)
+    prompts = prompts_of(tokenizer, conversations)
     most = max(len(conversation["letters"]) for conversation in conversations)
     problems: dict[int, Problem] = {}
     for indices, tokens in padded_batches(
@@ -155,7 +155,7 @@ def evaluate_categorical(task: Task, generator: Generator) -> list[Problem]:
     return [problems[index] for index in range(len(conversations))]
 
 
-def _prompts(tokenizer: Tokenizer, conversations: Sequence[Conversation]) -> list[list[int]]:
+def prompts_of(tokenizer: Tokenizer, conversations: Sequence[Conversation]) -> list[list[int]]:
     return [
         render_for_completion(tokenizer, conversation, MAX_PROMPT_TOKENS)
         for conversation in conversations
@@ -191,7 +191,7 @@ def _letter_id(tokenizer: Tokenizer, letter: str) -> int:
 def evaluate_generative(task: Task, generator: Generator, sampling: Sampling) -> list[Problem]:
     """Generate replies to all problems, then evaluate them in threads: some run programs."""
     conversations = list(task)
-    replies = generator(_prompts(generator.tokenizer, conversations), sampling)
+    replies = generator(prompts_of(generator.tokenizer, conversations), sampling)
     texts = [[result.text for result in results] for results in replies]
     decode = generator.tokenizer.decode
     completions = [[decode(result.tokens) for result in results] for results in replies]
@@ -230,12 +230,8 @@ def evaluate_task(task: Task, generator: Generator, sampling: Sampling) -> list[
     else:
         raise ValueError(f"{type(task).__name__} is only for training, it cannot be evaluated")
     logger.info(
-        "%s: %d of %d right (%.2f%%) in %.1f s",
-        task.key,
-        sum(problem.passed for problem in problems),
-        len(problems),
-        100 * accuracy(problems),
-        time.monotonic() - began,
+        f"{task.key}: {sum(problem.passed for problem in problems)} of {len(problems)} right "
+        f"({accuracy(problems):.2%}) in {time.monotonic() - began:.1f} s"
     )
     return problems
 

@@ -20,27 +20,17 @@ PROMPTS = (
 )
 
 
-def greedy_samples(engine: Engine, tokenizer: Tokenizer, *, max_tokens: int = 16) -> list[str]:
-    """Each prompt with its greedy continuation."""
-    requests = [
-        Request(
-            tuple(tokenizer.encode(prompt, prepend=tokenizer.bos_id)),
-            max_tokens=max_tokens,
-            temperature=0.0,
-        )
-        for prompt in PROMPTS
-    ]
+def greedy_samples(engine: Engine, tokenizer: Tokenizer) -> list[str]:
+    """Each prompt with its greedy continuation of 16 tokens."""
+    prompts = [tuple(tokenizer.encode(prompt, prepend=tokenizer.bos_id)) for prompt in PROMPTS]
+    requests = [Request(prompt, max_tokens=16, temperature=0.0) for prompt in prompts]
     return [prompt + result.text for prompt, result in zip(PROMPTS, engine.generate(requests))]
 
 
-def free_samples(
-    engine: Engine, tokenizer: Tokenizer, count: int, *, max_tokens: int = 128
-) -> list[str]:
-    """Texts sampled at temperature 1 from only the beginning-of-sequence token."""
-    requests = [
-        Request((tokenizer.bos_id,), max_tokens=max_tokens, temperature=1.0, seed=i)
-        for i in range(count)
-    ]
+def free_samples(engine: Engine, tokenizer: Tokenizer, count: int) -> list[str]:
+    """Texts of 128 tokens sampled at temperature 1 from only the beginning-of-sequence token."""
+    prompt = (tokenizer.bos_id,)
+    requests = [Request(prompt, max_tokens=128, temperature=1.0, seed=i) for i in range(count)]
     return [result.text for result in engine.generate(requests)]
 
 

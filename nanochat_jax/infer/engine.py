@@ -176,11 +176,8 @@ class Engine:
             for piece in self.pieces:
                 for rows in self.prefill_rows:
                     loop.prefill([], piece, rows=rows)
-        log.info(
-            "the engine is ready: %d programs in %.1f s",
-            len(self._compiled),
-            time.monotonic() - began,
-        )
+        seconds = time.monotonic() - began
+        log.info("the engine is ready: %d programs in %.1f s", len(self._compiled), seconds)
 
     def piece_for(self, missing: int) -> int:
         """Return the padded length of the next prefill of a prompt that lacks `missing` tokens."""

@@ -64,21 +64,18 @@ class Sampling:
     stop_tokens: tuple[int | str, ...] = ()
 
     def __post_init__(self) -> None:
-        if self.max_tokens < 1:
-            raise ValueError(f"max_tokens must be at least 1, got {self.max_tokens}")
-        if not (self.temperature >= 0 and math.isfinite(self.temperature)):
-            raise ValueError(f"temperature must be 0 or more, got {self.temperature}")
-        if self.top_k < 0:
-            raise ValueError(f"top_k must be 0 (all tokens) or more, got {self.top_k}")
-        if not 0 < self.top_p <= 1:
-            raise ValueError(f"top_p must be over 0 and at most 1, got {self.top_p}")
-        if isinstance(self.stop, str) or not all(self.stop):
-            raise ValueError(f"stop must be a sequence of nonempty strings, got {self.stop!r}")
-        if isinstance(self.stop_tokens, str) or len(self.stop_tokens) > MAX_STOP_TOKENS:
-            raise ValueError(
-                f"stop_tokens must be a sequence of at most {MAX_STOP_TOKENS}, "
-                f"got {self.stop_tokens!r}"
-            )
+        texts = not isinstance(self.stop, str) and all(self.stop)
+        few = not isinstance(self.stop_tokens, str) and len(self.stop_tokens) <= MAX_STOP_TOKENS
+        for name, valid, rule in (
+            ("max_tokens", self.max_tokens >= 1, "at least 1"),
+            ("temperature", 0 <= self.temperature < math.inf, "0 or more"),
+            ("top_k", self.top_k >= 0, "0 (all tokens) or more"),
+            ("top_p", 0 < self.top_p <= 1, "over 0 and at most 1"),
+            ("stop", texts, "a sequence of nonempty strings"),
+            ("stop_tokens", few, f"a sequence of at most {MAX_STOP_TOKENS}"),
+        ):
+            if not valid:
+                raise ValueError(f"{name} must be {rule}, got {getattr(self, name)!r}")
         object.__setattr__(self, "stop", tuple(self.stop))
         object.__setattr__(self, "stop_tokens", tuple(self.stop_tokens))
 

@@ -5,6 +5,7 @@ Two architectures are one model with different fields: `classic` is nanochat of 
 """
 
 import math
+import re
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
@@ -54,33 +55,32 @@ class GPTConfig:
         for name in ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        if self.n_embd % self.n_head:
-            raise ValueError(f"n_embd {self.n_embd} is not divisible by n_head {self.n_head}")
-        if self.n_head % self.n_kv_head:
-            raise ValueError(
-                f"n_head {self.n_head} is not a multiple of n_kv_head {self.n_kv_head}"
-            )
-        if self.head_dim % 2:
-            raise ValueError(
-                f"head width {self.head_dim} must be even, rotary embeddings turn pairs"
-            )
+        heads, width, pattern = self.n_head, self.head_dim, self.window_pattern
         narrowest = max(SMEAR_GATE_CHANNELS * self.smear, VE_GATE_CHANNELS * self.value_embeds)
-        if self.n_embd < narrowest:
-            raise ValueError(
-                f"n_embd {self.n_embd} must be at least {narrowest}, the channels that the gates "
-                "read"
-            )
-        if self.window_pattern is not None and (
-            not self.window_pattern or set(self.window_pattern) - set("SL")
+        too_large = self.qk_scale**2 * math.sqrt(width) >= LARGEST_SCORE
+        for wrong, message in (
+            (self.n_embd % heads, f"n_embd {self.n_embd} is not divisible by n_head {heads}"),
+            (
+                heads % self.n_kv_head,
+                f"n_head {heads} is no multiple of n_kv_head {self.n_kv_head}",
+            ),
+            (width % 2, f"head width {width} must be even, rotary embeddings turn pairs"),
+            (
+                self.n_embd < narrowest,
+                f"n_embd {self.n_embd} is below {narrowest}, what gates read",
+            ),
+            (
+                pattern is not None and not re.fullmatch("[SL]+", pattern),
+                f"window_pattern {pattern!r} must be made of the letters S and L",
+            ),
+            (
+                too_large,
+                f"head width {width} is too large: scores could reach qk_scale^2 "
+                f"sqrt(head width), which must be below {LARGEST_SCORE}",
+            ),
         ):
-            raise ValueError(
-                f"window_pattern {self.window_pattern!r} must be made of the letters S and L"
-            )
-        if self.qk_scale**2 * math.sqrt(self.head_dim) >= LARGEST_SCORE:
-            raise ValueError(
-                f"head width {self.head_dim} is too large: scores could reach qk_scale^2 "
-                f"sqrt(head width), which must be below {LARGEST_SCORE}"
-            )
+            if wrong:
+                raise ValueError(message)
 
     @classmethod
     def classic(cls, depth: int, **overrides: Any) -> "GPTConfig":

@@ -156,12 +156,8 @@ class Replies:
     def _finished(self, result: Result, first: float, seconds: float) -> None:
         self._metrics.finished(result, first if result.tokens else None, seconds)
         log.info(
-            "%d prompt tokens, %d of them cached, %d generated in %.1f s (%s)",
-            result.prompt_tokens,
-            result.cached_tokens,
-            len(result.tokens),
-            seconds,
-            result.finish_reason,
+            f"{result.prompt_tokens} prompt tokens, {result.cached_tokens} of them cached, "
+            f"{len(result.tokens)} generated in {seconds:.1f} s ({result.finish_reason})"
         )
 
     def _reply_error(self, error: Exception) -> ReplyError:

@@ -10,17 +10,3 @@ from nanochat_jax.tasks.registry import (
     load_eval_task,
     task_names,
 )
-
-__all__ = [
-    "EVAL_TASKS",
-    "Task",
-    "TaskMixture",
-    "eval_task_name",
-    "eval_tasks_for",
-    "is_reserved",
-    "load_eval_task",
-    "mixture_for",
-    "offline_mixture",
-    "task_names",
-    "upstream_mixture",
-]

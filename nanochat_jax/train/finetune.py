@@ -199,13 +199,8 @@ def _finetune(stage: Stage, paths: Paths, named: Task | None) -> None:
     assert run.shape is not None
     loaded = dataclasses.replace(loaded, params=run.state.params)
     log.info(
-        "%s: %d conversations, %d steps of %s tokens, mesh %s, %s",
-        stage.name,
-        len(mixture),
-        num_steps,
-        f"{run.shape.tokens:,}",
-        mesh_text(mesh),
-        run.compute.dtype,
+        f"{stage.name}: {len(mixture)} conversations, {num_steps} steps of {run.shape.tokens:,} "
+        f"tokens, mesh {mesh_text(mesh)}, {run.compute.dtype}"
     )
     rows = run.shape.micro_rows
     validation = loader(stage.mixture(data, "val", paths), batch_size=rows, name="validation")

@@ -127,12 +127,8 @@ def choose_memory(
             break
     if limit is not None:
         log.info(
-            "`device_batch_size=%s` `remat=%s` `fsdp=%s`: about %.1f of %.1f GiB",
-            rows or size,
-            chosen[0],
-            str(chosen[1]).lower(),
-            needed / 2**30,
-            limit / 2**30,
+            f"`device_batch_size={rows or size}` `remat={chosen[0]}` "
+            f"`fsdp={str(chosen[1]).lower()}`: about {needed / 2**30:.1f} of {limit / 2**30:.1f} GiB"
         )
     return rows or size, *chosen
 
@@ -217,12 +213,8 @@ def choose_batch_shape(
             _, needed = compile_step(step_fn, state, shape, mesh)
         except UsageError:
             needed = None
-        log.info(
-            "`device_batch_size=%d` needs %s of %.1f GiB",
-            sizes[middle],
-            "more than the device has" if needed is None else f"{needed / 2**30:.2f} GiB",
-            usable / 2**30,
-        )
+        size = "more than the device has" if needed is None else f"{needed / 2**30:.2f} GiB"
+        log.info(f"`device_batch_size={sizes[middle]}` needs {size} of {usable / 2**30:.1f} GiB")
         if needed is not None and needed <= usable:
             fits, low = shape, middle + 1
         else:

@@ -14,8 +14,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from nanochat_jax.conversation import render_for_completion
-from nanochat_jax.eval.chat import MAX_PROMPT_TOKENS, Sampling
+from nanochat_jax.eval.chat import Sampling, prompts_of
 from nanochat_jax.infer.engine import Engine
 from nanochat_jax.infer.padding import bucket as padded_length
 from nanochat_jax.infer.request import Request
@@ -52,10 +51,7 @@ def sample_rollouts(
     sampling: Sampling,
 ) -> list[list[Rollout]]:
     """`num_samples` rewarded replies to each conversation, generated together."""
-    rendered = [
-        render_for_completion(tokenizer, conversation, MAX_PROMPT_TOKENS)
-        for conversation in conversations
-    ]
+    rendered = prompts_of(tokenizer, conversations)
     requests = _requests(_truncated(engine, rendered, sampling.max_new_tokens), sampling)
     rollouts = []
     for i, (request, result) in enumerate(zip(requests, engine.generate(requests), strict=True)):

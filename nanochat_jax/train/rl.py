@@ -239,14 +239,8 @@ def _reinforce(config: ChatRLConfig, paths: Paths, named: tuple[str, Task, Task]
     loaded = dataclasses.replace(loaded, params=run.state.params)
     source = _source(config, loaded, task, run)
     log.info(
-        "chat_rl: %s, %d problems, %d steps of %d x %d replies, mesh %s, %s",
-        name,
-        len(task),
-        num_steps,
-        config.examples_per_step,
-        config.num_samples,
-        mesh_text(mesh),
-        run.compute.dtype,
+        f"chat_rl: {name}, {len(task)} problems, {num_steps} steps of {config.examples_per_step} x "
+        f"{config.num_samples} replies, mesh {mesh_text(mesh)}, {run.compute.dtype}"
     )
     evaluation = Evaluation(
         config.eval_every, lambda params: source.sampler.evaluate(params, test), at_start=True
