@@ -55,19 +55,17 @@ class GPTConfig:
         for name in ("sequence_len", "vocab_size", "n_layer", "n_head", "n_kv_head", "n_embd"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        heads, width, pattern = self.n_head, self.head_dim, self.window_pattern
+        heads, kv_heads, width = self.n_head, self.n_kv_head, self.head_dim
+        pattern = self.window_pattern
         narrowest = max(SMEAR_GATE_CHANNELS * self.smear, VE_GATE_CHANNELS * self.value_embeds)
         too_large = self.qk_scale**2 * math.sqrt(width) >= LARGEST_SCORE
         for wrong, message in (
             (self.n_embd % heads, f"n_embd {self.n_embd} is not divisible by n_head {heads}"),
-            (
-                heads % self.n_kv_head,
-                f"n_head {heads} is no multiple of n_kv_head {self.n_kv_head}",
-            ),
+            (heads % kv_heads, f"n_head {heads} is not a multiple of n_kv_head {kv_heads}"),
             (width % 2, f"head width {width} must be even, rotary embeddings turn pairs"),
             (
                 self.n_embd < narrowest,
-                f"n_embd {self.n_embd} is below {narrowest}, what gates read",
+                f"n_embd {self.n_embd} must be at least {narrowest}, the channels that gates read",
             ),
             (
                 pattern is not None and not re.fullmatch("[SL]+", pattern),

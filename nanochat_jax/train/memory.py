@@ -128,7 +128,8 @@ def choose_memory(
     if limit is not None:
         log.info(
             f"`device_batch_size={rows or size}` `remat={chosen[0]}` "
-            f"`fsdp={str(chosen[1]).lower()}`: about {needed / 2**30:.1f} of {limit / 2**30:.1f} GiB"
+            f"`fsdp={str(chosen[1]).lower()}`: about {needed / 2**30:.1f} of "
+            f"{limit / 2**30:.1f} GiB"
         )
     return rows or size, *chosen
 
