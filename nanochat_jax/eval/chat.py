@@ -48,20 +48,13 @@ CHATCORE_6 = (*CHATCORE_5, "spelling_bee")
 
 @dataclass(frozen=True, kw_only=True)
 class Problem:
-    """One problem and its result.
-
-    Attributes:
-      index: index in the task.
-      question: the last user message.
-      completions: the replies with tool calls and special tokens; the chosen letter of a
-        categorical task.
-      passed: the visible text of one of the replies is correct.
-    """
+    """One problem and its result."""
 
     index: int
-    question: str
+    question: str  # the last user message
+    # the replies with tool calls and special tokens; the chosen letter of a categorical task
     completions: tuple[str, ...]
-    passed: bool
+    passed: bool  # the visible text of one of the replies is correct
 
 
 def accuracy(problems: Sequence[Problem]) -> float:

@@ -190,18 +190,13 @@ def _score(
 
 @dataclass(frozen=True, kw_only=True)
 class Scorer:
-    """Scores examples with a model.
-
-    Attributes:
-      num_rows: examples per batch on each device of the data axis; fewer if longer than
-        `ROW_LENGTH`.
-      compute: rows are sharded over the data axis of its mesh.
-    """
+    """Scores examples with a model."""
 
     config: GPTConfig
     params: Params
+    # examples per batch on each device of the data axis; fewer if longer than `ROW_LENGTH`
     num_rows: int = 8
-    compute: Compute = REFERENCE
+    compute: Compute = REFERENCE  # rows are sharded over the data axis of its mesh
 
     def __call__(
         self, examples: Iterable[tuple[Key, Sequence[Row]]]

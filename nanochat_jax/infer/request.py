@@ -43,24 +43,17 @@ class NoTokenizer:
 
 @dataclass(frozen=True, kw_only=True)
 class Sampling:
-    """How to draw a reply.
+    """How to draw a reply."""
 
-    Attributes:
-        max_tokens: maximum number of new tokens, injected ones included; limited by the context.
-        temperature: sampling temperature; 0 is greedy.
-        top_k: keep the k most likely tokens; 0 keeps all.
-        top_p: keep the fewest most likely tokens whose probability reaches p; 1 keeps all.
-        seed: seed of the random stream, which does not depend on other requests in the batch.
-        stop: the text ends before the first of these strings to appear.
-        stop_tokens: at most `MAX_STOP_TOKENS` ids or names of special tokens that end the reply.
-    """
-
+    # maximum number of new tokens, injected ones included; limited by the context
     max_tokens: int = 256
-    temperature: float = 1.0
-    top_k: int = 0
+    temperature: float = 1.0  # 0 is greedy
+    top_k: int = 0  # keep the k most likely tokens; 0 keeps all
+    # keep the fewest most likely tokens whose probability reaches p; 1 keeps all
     top_p: float = 1.0
-    seed: int = 0
-    stop: tuple[str, ...] = ()
+    seed: int = 0  # seed of the random stream, which does not depend on other requests in the batch
+    stop: tuple[str, ...] = ()  # the text ends before the first of these strings to appear
+    # at most `MAX_STOP_TOKENS` ids or names of special tokens that end the reply
     stop_tokens: tuple[int | str, ...] = ()
 
     def __post_init__(self) -> None:
@@ -86,19 +79,14 @@ class Sampling:
 
 @dataclass(frozen=True)
 class Request(Sampling):
-    """One generation: a prompt and how to draw its reply.
+    """One generation: a prompt and how to draw its reply."""
 
-    Attributes:
-        tokens: the prompt, with its special tokens; at least one.
-        truncate: cut a prompt that leaves no room for `max_tokens` (or half of the context) from
-            the left, after a leading bos.
-        logprobs: return the log-probability of each token.
-    """
-
-    tokens: tuple[int, ...]
+    tokens: tuple[int, ...]  # the prompt, with its special tokens; at least one
     _: KW_ONLY
+    # cut a prompt that leaves no room for `max_tokens` (or half of the context) from the left,
+    # after a leading bos
     truncate: bool = False
-    logprobs: bool = False
+    logprobs: bool = False  # return the log-probability of each token
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -117,26 +105,18 @@ class ToolCall:
 
 @dataclass(frozen=True)
 class Result:
-    """The outcome of a request.
+    """The outcome of a request."""
 
-    Attributes:
-        tokens: the generated ids, without the terminal token.
-        sampled: for each token, True if the model sampled it, False if it was injected.
-        finish_reason: "stop" (a terminal token, a stop token or a stop string), "length", or
-          "cancelled".
-        text: the text outside tool calls and their output, without special tokens.
-        prompt_tokens: length of the prompt, after truncation.
-        cached_tokens: number of prompt tokens whose keys and values were already in the cache.
-        logprobs: if requested, the natural log-probability of each token, sampled or injected,
-            before temperature, top-k and top-p.
-    """
-
-    tokens: list[int]
-    sampled: list[bool]
+    tokens: list[int]  # the generated ids, without the terminal token
+    sampled: list[bool]  # for each token, True if the model sampled it, False if it was injected
+    # "stop" (a terminal token, a stop token or a stop string), "length", or "cancelled"
     finish_reason: FinishReason
-    text: str
-    prompt_tokens: int
+    text: str  # the text outside tool calls and their output, without special tokens
+    prompt_tokens: int  # length of the prompt, after truncation
+    # number of prompt tokens whose keys and values were already in the cache
     cached_tokens: int = 0
+    # if requested, the natural log-probability of each token, sampled or injected, before
+    # temperature, top-k and top-p
     logprobs: list[float] | None = None
 
 

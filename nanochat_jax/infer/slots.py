@@ -27,23 +27,17 @@ def shared_length(a: Sequence[int], b: Sequence[int]) -> int:
 
 @dataclass(eq=False)
 class Slot:
-    """One row of the cache.
-
-    Attributes:
-        generation: the active request, or None.
-        filled: tokens of its prompt in the cache. The last prompt token is never prefilled: the
-            first decode step feeds it.
-        kept: the tokens that the slot holds while it has no generation.
-        source: the slot whose prefix will be copied once it is filled that far, or None.
-        last_used: the dispatch at which it was last assigned, released or chosen as a source.
-    """
+    """One row of the cache."""
 
     index: int
     generation: Generation | None = None
+    # tokens of its prompt in the cache. The last prompt token is never prefilled: the first decode
+    # step feeds it.
     filled: int = 0
-    kept: tuple[int, ...] = ()
+    kept: tuple[int, ...] = ()  # the tokens that the slot holds while it has no generation
+    # the slot whose prefix will be copied once it is filled that far, or None
     source: "Slot | None" = None
-    last_used: int = 0
+    last_used: int = 0  # the dispatch at which it was last assigned, released or chosen as a source
 
     @property
     def active(self) -> Generation:

@@ -30,28 +30,20 @@ CHILD = Path(__file__).with_name("execution_child.py")
 
 @dataclass(frozen=True, kw_only=True)
 class ExecutionResult:
-    """The result of running a program.
+    """The result of running a program."""
 
-    Attributes:
-      success: it reached its last line without an exception. An early exit (`sys.exit(0)`) is not a
-        success, because later assertions did not run.
-      stdout: at most the first `MAX_OUTPUT_BYTES`. Writing more than 16 MiB is an error in the
-        program.
-      stderr: at most the last `MAX_OUTPUT_BYTES`.
-      error: None on success, else one line: the exception, the signal or the time limit.
-      timeout: it was killed at the time limit.
-      memory_exceeded: it ended in a MemoryError.
-      confined: measures in effect beyond resource limits. "network": a namespace without network.
-        "files": writes only below its temporary directory. "syscalls": no children, sockets,
-        signals to others, or changes of modes, owners, times or attributes of files.
-    """
-
+    # it reached its last line without an exception. An early exit (`sys.exit(0)`) is not a success,
+    # because later assertions did not run.
     success: bool
+    # at most the first `MAX_OUTPUT_BYTES`. Writing more than 16 MiB is an error in the program.
     stdout: str
-    stderr: str
-    error: str | None
-    timeout: bool
+    stderr: str  # at most the last `MAX_OUTPUT_BYTES`
+    error: str | None  # None on success, else one line: the exception, the signal or the time limit
+    timeout: bool  # it was killed at the time limit
     memory_exceeded: bool
+    # measures in effect beyond resource limits. "network": a namespace without network. "files":
+    # writes only below its temporary directory. "syscalls": no children, sockets, signals to
+    # others, or changes of modes, owners, times or attributes of files.
     confined: frozenset[str]
 
 

@@ -30,16 +30,12 @@ Load = Callable[[Paths, Split], Task]
 
 @dataclass(frozen=True, kw_only=True)
 class Entry:
-    """Where a task is used, and how it is loaded there. None: not used.
+    """Where a task is used, and how it is loaded there. None: not used."""
 
-    Attributes:
-      evaluate: for evaluation and reinforcement learning, with a `key` and an `eval_type`.
-      mix: for training mixtures.
-      offline: evaluated by default for models of the embedded corpus, otherwise for the others.
-    """
-
+    # for evaluation and reinforcement learning, with a `key` and an `eval_type`
     evaluate: Load | None = None
     mix: Load | None = None
+    # evaluated by default for models of the embedded corpus, otherwise for the others
     offline: bool = False
 
 

@@ -88,34 +88,24 @@ class Evaluation:
 
 @dataclass(frozen=True, kw_only=True)
 class Job:
-    """One stage's training, besides the state and the data.
-
-    Attributes:
-      logs: for metrics, traces and dumps; like `directory`, unless that is in a bucket.
-      shape: of each batch; None: it differs per step, so the step is not compiled in advance.
-      metadata: saved in every checkpoint: tokenizer fingerprint, corpus, ...
-      primary: metric whose minimum is recorded.
-      dry_run: save nothing.
-      tokenizer: saved with the checkpoints if they would lack one.
-      origin: the model that this one continues.
-      shown: metrics on the progress display.
-    """
+    """One stage's training, besides the state and the data."""
 
     name: str
     config: RunConfig
     model: GPTConfig
     directory: Directory
-    logs: Path
+    logs: Path  # for metrics, traces and dumps; like `directory`, unless that is in a bucket
     num_steps: int
+    # of each batch; None: it differs per step, so the step is not compiled in advance
     shape: BatchShape | None
     lr_multiplier: Callable[[Any], Any]
     evaluations: Sequence[Evaluation]
-    metadata: dict[str, Any]
-    primary: str = "val_bpb"
+    metadata: dict[str, Any]  # saved in every checkpoint: tokenizer fingerprint, corpus, ...
+    primary: str = "val_bpb"  # metric whose minimum is recorded
     dry_run: bool = False
-    tokenizer: Tokenizer | None = None
+    tokenizer: Tokenizer | None = None  # saved with the checkpoints if they would lack one
     origin: Loaded | None = None
-    shown: Sequence[str] = ()
+    shown: Sequence[str] = ()  # metrics on the progress display
 
 
 @dataclass(frozen=True)

@@ -19,20 +19,16 @@ EPS = 1e-10
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig:
-    """Learning rates before width scaling, AdamW's weight decay and gradient clipping.
-
-    Attributes:
-      weight_decay: of the AdamW groups of `classic`. `modern` does not use it: its AdamW groups
-        have fixed decays, and Muon's is `Schedules.weight_decay`.
-      grad_clip: largest norm of the gradient; 0: no limit.
-    """
+    """Learning rates before width scaling, AdamW's weight decay and gradient clipping."""
 
     embedding_lr: float = MODERN.embedding_lr
     unembedding_lr: float = MODERN.unembedding_lr
     matrix_lr: float = MODERN.matrix_lr
     scalar_lr: float = MODERN.scalar_lr
+    # of the AdamW groups of `classic`. `modern` does not use it: its AdamW groups have fixed
+    # decays, and Muon's is `Schedules.weight_decay`.
     weight_decay: float = 0.0
-    grad_clip: float = 0.0
+    grad_clip: float = 0.0  # largest norm of the gradient; 0: no limit
 
 
 CLASSIC_RATES = {
@@ -96,18 +92,12 @@ def adamw(
 
 @dataclass(frozen=True, kw_only=True)
 class Schedules:
-    """Hyperparameters as functions of the step.
+    """Hyperparameters as functions of the step."""
 
-    Attributes:
-      lr_multiplier: factor of all learning rates.
-      momentum: Muon's.
-      weight_decay: the matrices' cautious decay (modern only).
-      lr_scale: constant factor of the rates, from the batch size (modern: sqrt(B / 2^19)).
-    """
-
-    lr_multiplier: Schedule
-    momentum: Schedule
-    weight_decay: Schedule | None = None
+    lr_multiplier: Schedule  # factor of all learning rates
+    momentum: Schedule  # Muon's
+    weight_decay: Schedule | None = None  # the matrices' cautious decay (modern only)
+    # constant factor of the rates, from the batch size (modern: sqrt(B / 2^19))
     lr_scale: float = 1.0
 
 

@@ -29,18 +29,12 @@ FLAT_STEPS = 3  # steps without different rewards before the first warning
 
 @dataclass(frozen=True)
 class Rollout:
-    """One reply.
+    """One reply."""
 
-    Attributes:
-      tokens: of the prompt and the reply.
-      sampled: per token, whether the model sampled it (not the prompt's, not a tool's).
-      log_prob: sum over sampled tokens, before temperature and top-k.
-    """
-
-    tokens: list[int]
-    sampled: list[bool]
+    tokens: list[int]  # of the prompt and the reply
+    sampled: list[bool]  # per token, whether the model sampled it (not the prompt's, not a tool's)
     reward: float
-    log_prob: float = 0.0
+    log_prob: float = 0.0  # sum over sampled tokens, before temperature and top-k
 
 
 def sample_rollouts(

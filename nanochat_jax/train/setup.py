@@ -18,18 +18,13 @@ from nanochat_jax.train.step import BatchShape, TrainState, init_state, make_tra
 
 @dataclass(frozen=True)
 class Run:
-    """A stage that is ready to train.
-
-    Attributes:
-      shape: of its batches; None if it differs per step.
-      step_fn: the jitted step of step.py.
-    """
+    """A stage that is ready to train."""
 
     compute: Compute
     state: TrainState
     shardings: TrainState
-    step_fn: jax.stages.Wrapped
-    shape: BatchShape | None
+    step_fn: jax.stages.Wrapped  # the jitted step of step.py
+    shape: BatchShape | None  # of its batches; None if it differs per step
 
     @property
     def mesh(self) -> Mesh:
