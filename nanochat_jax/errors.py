@@ -45,7 +45,7 @@ def write_failure(error: BaseException) -> str:
 
 
 @contextlib.contextmanager
-def explaining(what: str, advice: str, *types: type[Exception]) -> Iterator[None]:
+def explaining(what: str, advice: str = "", *types: type[Exception]) -> Iterator[None]:
     """Turn errors of `types` (`MALFORMED` if none) into `UsageError`: `what` (error): `advice`."""
     caught = types or MALFORMED
     try:
@@ -54,7 +54,7 @@ def explaining(what: str, advice: str, *types: type[Exception]) -> Iterator[None
         raise
     except caught as error:
         text = repr(error) if isinstance(error, KeyError) else one_line(error)
-        raise UsageError(f"{what} ({text}): {advice}") from error
+        raise UsageError(f"{what} ({text})" + (advice and f": {advice}")) from error
 
 
 @contextlib.contextmanager

@@ -106,6 +106,16 @@ class Tokenizer:
         return make, (self.mergeable_ranks,)
 
     @classmethod
+    def from_ids(
+        cls, ranks: Mapping[bytes, int], special: Mapping[str, int], pattern: str
+    ) -> "Tokenizer":
+        """The tokenizer with these ids. Raises ValueError unless `special` follow the others."""
+        names = sorted(special, key=special.__getitem__)
+        if [special[name] for name in names] != list(range(len(ranks), len(ranks) + len(names))):
+            raise ValueError(f"the special tokens do not follow the {len(ranks)} others")
+        return cls(ranks, pattern=pattern, special_tokens=names)
+
+    @classmethod
     def train(cls, texts: Iterable[str], vocab_size: int) -> "Tokenizer":
         """Train `vocab_size` tokens including special tokens; fewer if the text is too small."""
         return cls._learn(vocab_size, "train_from_iterator", texts)

@@ -16,7 +16,7 @@ import numpy as np
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from nanochat_jax.errors import NotFound, UsageError, one_line
+from nanochat_jax.errors import MALFORMED, NotFound, explaining
 from nanochat_jax.files import parse_json
 from nanochat_jax.interop.hf_tokenizer import read_hf_tokenizer, write_hf_tokenizer
 from nanochat_jax.interop.torch_checkpoint import (
@@ -149,10 +149,8 @@ def write_hf(
     if modern:
         shutil.copyfile(MODELING, directory / MODELING.name)
     weights = directory / "model.safetensors"
-    try:
+    with explaining(f"{weights} could not be written", "", SafetensorError):
         save_file(tensors, weights, metadata={"format": "pt"})
-    except SafetensorError as error:
-        raise UsageError(f"{weights} could not be written: {one_line(error)}") from error
     # safetensors makes the file readable by its owner only
     weights.chmod((directory / "config.json").stat().st_mode)
 
@@ -167,21 +165,19 @@ def read_hf(
       rotary_dtype: of a classic model's rotary tables; default float32, as in transformers.
     """
     path = directory / "config.json"
-    try:
+    what = f"{path} is not the config of a nanochat model"
+    with explaining(what, "", *MALFORMED, ArithmeticError):
         shape = parse_json(path.read_bytes())
         config, table = _read_config(shape, rotary_dtype)
-    except (ValueError, KeyError, TypeError, AttributeError, ArithmeticError) as error:
-        raise UsageError(f"{path} is not the config of a nanochat model ({error!r})") from error
     files = sorted(directory.glob("*.safetensors"))
     if not files:
         raise NotFound(f"no .safetensors file in {directory}")
     tensors: dict[str, np.ndarray] = {}
     for file in files:
-        try:
+        # the library's errors have no public base class
+        with explaining(f"{file} cannot be read", "", Exception):
             with safe_open(file, framework="numpy") as opened:
                 tensors |= {name: opened.get_tensor(name) for name in opened.keys()}
-        except Exception as error:  # the library's errors have no public base class
-            raise UsageError(f"{file} cannot be read ({one_line(error)})") from error
     params = to_params(tensors, table, config, where=directory)
     vocabulary = directory / "tokenizer.json"
     words = None

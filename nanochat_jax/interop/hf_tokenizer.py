@@ -5,7 +5,7 @@ from pathlib import Path
 from typing import Any
 
 from nanochat_jax.conversation import PARTS
-from nanochat_jax.errors import UsageError
+from nanochat_jax.errors import UsageError, explaining
 from nanochat_jax.files import parse_json
 from nanochat_jax.tokenizer import Tokenizer
 
@@ -111,7 +111,7 @@ def chat_template(special_tokens: list[str]) -> str:
 
 def read_hf_tokenizer(path: Path) -> Tokenizer:
     """The vocabulary in a byte-level `tokenizer.json`. Merges are ignored: ids give their order."""
-    try:
+    with explaining(f"{path} is not a byte-level BPE like nanochat's"):
         content = parse_json(path.read_bytes())
         special = {token["content"]: token["id"] for token in content["added_tokens"]}
         byte = _byte_of_character()
@@ -122,12 +122,7 @@ def read_hf_tokenizer(path: Path) -> Tokenizer:
         }
         steps = content["pre_tokenizer"]["pretokenizers"]
         pattern = [step["pattern"]["Regex"] for step in steps if step["type"] == "Split"][0]
-        names = sorted(special, key=special.__getitem__)
-        if [special[name] for name in names] != list(range(len(ranks), len(ranks) + len(names))):
-            raise ValueError(f"the special tokens do not follow the {len(ranks)} others")
-        return Tokenizer(ranks, pattern=pattern, special_tokens=names)
-    except (ValueError, KeyError, TypeError, IndexError, AttributeError) as error:
-        raise UsageError(f"{path} is not a byte-level BPE like nanochat's ({error!r})") from error
+        return Tokenizer.from_ids(ranks, special, pattern)
 
 
 def _byte_of_character() -> dict[str, int]:

@@ -23,7 +23,7 @@ import ml_dtypes
 import numpy as np
 import tiktoken
 
-from nanochat_jax.errors import NotFound, UsageError
+from nanochat_jax.errors import NotFound, UsageError, explaining
 from nanochat_jax.files import parse_json
 from nanochat_jax.interop.torch_file import read_encoding, read_pt, write_pt
 from nanochat_jax.model.config import GPTConfig
@@ -190,13 +190,11 @@ def read_checkpoint(
     """
     step = pick_step(directory, step)
     model_path, meta_path = directory / f"model_{step:06d}.pt", directory / f"meta_{step:06d}.json"
-    try:
+    if not meta_path.exists():
+        raise NotFound(f"{meta_path} does not exist: it has the model's shape")
+    with explaining(f"{meta_path} holds no model_config"):
         meta = parse_json(meta_path.read_bytes())
         shape = dict(meta["model_config"])
-    except FileNotFoundError as error:
-        raise NotFound(f"{meta_path} does not exist: it has the model's shape") from error
-    except (ValueError, KeyError, TypeError) as error:
-        raise UsageError(f"{meta_path} holds no model_config ({error!r})") from error
     tensors = read_pt(model_path)
     if not isinstance(tensors, dict) or not all(
         isinstance(value, np.ndarray) for value in tensors.values()
@@ -239,14 +237,10 @@ def read_tokenizer(directory: Path) -> Tokenizer:
             return Tokenizer.load(directory)
         raise NotFound(f"no tokenizer.pkl and no {RANKS_FILE} in {directory}")
     encoding = read_encoding(path)
-    special = sorted(encoding.special_tokens, key=encoding.special_tokens.__getitem__)
-    first = len(encoding.mergeable_ranks)
-    if [encoding.special_tokens[name] for name in special] != list(
-        range(first, first + len(special))
-    ):
-        raise UsageError(f"{path}: the special tokens do not follow the {first} others")
     try:
-        return Tokenizer(encoding.mergeable_ranks, pattern=encoding.pattern, special_tokens=special)
+        return Tokenizer.from_ids(
+            encoding.mergeable_ranks, encoding.special_tokens, encoding.pattern
+        )
     except ValueError as error:
         raise UsageError(f"{path}: {error}") from error
 

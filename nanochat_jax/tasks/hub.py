@@ -97,10 +97,9 @@ def _download_split(data: HubData, pattern: str, folder: Path) -> None:
 
 
 def _check_parquet(path: Path) -> None:
-    try:
+    what = f"{path} is not a readable parquet file"
+    with explaining(what, "", pa.ArrowException, OSError):
         pq.ParquetFile(path).close()
-    except (pa.ArrowException, OSError) as error:
-        raise UsageError(f"{path} is not a readable parquet file ({first_line(error)})") from error
 
 
 class HubTask(Task):
