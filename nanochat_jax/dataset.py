@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from nanochat_jax import cli
-from nanochat_jax.cli import NoFlags, flag
+from nanochat_jax.cli import NoFlags, count, flag
 from nanochat_jax.data import embedded, hub_dataset
 from nanochat_jax.data.convert import describe, read_documents, write_corpus
 from nanochat_jax.data.hub import clean_up, fetch, first_line
@@ -143,15 +143,14 @@ def download(
 
 @dataclass(frozen=True, kw_only=True)
 class DownloadConfig:
-    num_shards: int = flag(
+    num_shards: int = count(
         8,
         "number of training shards, -1: all; the validation shard is added",
         short="-n",
-        at_least=1,
         at_most=10_000,
         also=-1,
     )
-    num_workers: int = flag(4, "parallel downloads", short="-w", at_least=1, at_most=256)
+    num_workers: int = count(4, "parallel downloads", short="-w", at_most=256)
     dataset: str = flag("climbmix", "which corpus", choices=sorted(HUB_CORPORA))
 
 
@@ -177,7 +176,7 @@ class CorpusConfig:
     text_field: str = flag(
         "text", "column of parquet and csv files, or key of JSON Lines, that holds the text"
     )
-    rows_per_shard: int = flag(500_000, "documents per shard", at_least=1, at_most=10**9)
+    rows_per_shard: int = count(500_000, "documents per shard")
     val_fraction: float = flag(
         0.005, "share of the documents that goes to the validation shard", at_least=0, at_most=0.99
     )

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import jax
 
-from nanochat_jax.cli import LARGEST, directory_name, flag
+from nanochat_jax.cli import LARGEST, count, directory_name, flag
 from nanochat_jax.errors import UsageError, one_line
 from nanochat_jax.paths import CHECKPOINT_DIRS, Paths
 
@@ -41,8 +41,8 @@ class Processes(DeviceFlags):
         "host:port of process 0, for a run of several processes; unnecessary where JAX detects "
         "them (Slurm, Open MPI, TPU slices)",
     )
-    num_processes: int | None = flag(
-        None, "number of processes (with --coordinator)", at_least=1, at_most=10**6
+    num_processes: int | None = count(
+        None, "number of processes (with --coordinator)", at_most=10**6
     )
     process_id: int | None = flag(
         None, "index of this process, from 0 (with --coordinator)", at_least=0, at_most=10**6

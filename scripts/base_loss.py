@@ -10,7 +10,7 @@ import jax
 
 from nanochat_jax import cli
 from nanochat_jax.checkpoint import load_model
-from nanochat_jax.cli import LARGEST, flag
+from nanochat_jax.cli import LARGEST, count
 from nanochat_jax.devices import ModelFlags, Processes, start
 from nanochat_jax.eval.bpb import corpus_bits_per_byte
 from nanochat_jax.eval.samples import PROMPTS, greedy_samples, sample_items
@@ -24,8 +24,8 @@ from nanochat_jax.report import sections
 
 @dataclass(frozen=True, kw_only=True)
 class BaseLossConfig(ModelFlags, Processes):
-    device_batch_size: int = flag(32, "rows per device", at_least=1, at_most=10**6)
-    split_tokens: int = flag(20 * 524288, "tokens of each split", at_least=1, at_most=LARGEST)
+    device_batch_size: int = count(32, "rows per device", at_most=10**6)
+    split_tokens: int = count(20 * 524288, "tokens of each split", at_most=LARGEST)
 
 
 def main(config: BaseLossConfig) -> None:

@@ -10,7 +10,7 @@ The model's calculations are printed as [345+678 = 1023].
 from dataclasses import dataclass
 
 from nanochat_jax import cli
-from nanochat_jax.cli import LARGEST_SEED, flag
+from nanochat_jax.cli import LARGEST_SEED, count, flag
 from nanochat_jax.devices import StageFlags, start
 from nanochat_jax.infer.request import Sampling
 from nanochat_jax.paths import Paths
@@ -31,7 +31,7 @@ class Config(StageFlags):
         at_least=0,
         at_most=10**6,
     )
-    max_tokens: int = flag(256, "maximum length of a reply in tokens", at_least=1, at_most=2**24)
+    max_tokens: int = count(256, "maximum length of a reply in tokens", at_most=2**24)
     seed: int = flag(
         42,
         "random seed; a conversation with the same seed repeats itself",

@@ -11,7 +11,7 @@ import logging
 from dataclasses import dataclass
 
 from nanochat_jax import cli
-from nanochat_jax.cli import flag
+from nanochat_jax.cli import count, flag
 from nanochat_jax.devices import StageFlags, start
 from nanochat_jax.infer.scheduler import Scheduler
 from nanochat_jax.model.sharding import make_mesh
@@ -27,18 +27,11 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True, kw_only=True)
 class Config(ServerConfig, StageFlags):
-    slots: int = flag(
-        8,
-        "maximum number of replies in progress; more requests wait in a queue",
-        at_least=1,
-        at_most=10**6,
+    slots: int = count(
+        8, "maximum number of replies in progress; more requests wait in a queue", at_most=10**6
     )
-    num_gpus: int | None = flag(
-        None,
-        "devices to shard the slots over: short for --mesh <n>x1",
-        short="-n",
-        at_least=1,
-        at_most=10**6,
+    num_gpus: int | None = count(
+        None, "devices to shard the slots over: short for --mesh <n>x1", short="-n", at_most=10**6
     )
     mesh: str | None = flag(
         None, "devices as DxM: slots over D, heads over M; auto uses all on D; default one device"

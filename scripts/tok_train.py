@@ -10,7 +10,7 @@ import time
 from dataclasses import dataclass
 
 from nanochat_jax import cli
-from nanochat_jax.cli import flag
+from nanochat_jax.cli import count, flag
 from nanochat_jax.data.shards import split_shards
 from nanochat_jax.data.vocabulary import train_tokenizer
 from nanochat_jax.files import make_directory
@@ -25,18 +25,13 @@ class Config:
     data: str = flag(
         "auto", "corpus to train on; auto: the one on disk", choices=["auto", *DATA_DIRS]
     )
-    max_chars: int = flag(
+    max_chars: int = count(
         2_000_000_000,
         "characters to train on; the document that exceeds them is the last",
-        at_least=1,
         at_most=cli.LARGEST,
     )
-    doc_cap: int = flag(
-        10_000, "characters to take of one document", at_least=1, at_most=cli.LARGEST
-    )
-    vocab_size: int = flag(
-        32_768, "number of tokens, special tokens included", at_least=1, at_most=2**24
-    )
+    doc_cap: int = count(10_000, "characters to take of one document", at_most=cli.LARGEST)
+    vocab_size: int = count(32_768, "number of tokens, special tokens included", at_most=2**24)
 
 
 def main(config: Config) -> None:

@@ -28,7 +28,7 @@ from rich.console import Console
 from rich.table import Table
 
 from nanochat_jax import cli
-from nanochat_jax.cli import flag, inherited
+from nanochat_jax.cli import count, flag, inherited
 from nanochat_jax.infer import decode
 from nanochat_jax.infer.decode import DecodeConfig, cache_sharding
 from nanochat_jax.metrics import format_seconds
@@ -72,8 +72,8 @@ class PlanConfig:
     depth: int = inherited(BaseTrainConfig, "depth")
     arch: str = inherited(BaseTrainConfig, "arch")
     max_seq_len: int = inherited(BaseTrainConfig, "max_seq_len")
-    vocab_size: int = flag(
-        32768, "vocabulary size (upstream's classic models: 65536)", at_least=1, at_most=2**24
+    vocab_size: int = count(
+        32768, "vocabulary size (upstream's classic models: 65536)", at_most=2**24
     )
     aspect_ratio: int = inherited(BaseTrainConfig, "aspect_ratio")
     head_dim: int = inherited(BaseTrainConfig, "head_dim")
@@ -88,7 +88,7 @@ class PlanConfig:
     num_iterations: int = inherited(BaseTrainConfig, "num_iterations")
     target_param_data_ratio: float = inherited(BaseTrainConfig, "target_param_data_ratio")
     decode: bool = flag(False, "plan the engine's decoding instead of training")
-    slots: int = flag(8, "sequences decoded together (with --decode)", at_least=1, at_most=10**6)
+    slots: int = count(8, "sequences decoded together (with --decode)", at_most=10**6)
     compiler_options: str | None = flag(
         None,
         "XLA options NAME=VALUE, separated by commas; a real run reads LIBTPU_INIT_ARGS instead",

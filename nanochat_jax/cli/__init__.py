@@ -9,6 +9,7 @@ from nanochat_jax.cli.flags import (
     LARGEST_SEED,
     NoFlags,
     arguments,
+    count,
     directory_name,
     flag,
     inherited,

@@ -85,6 +85,11 @@ def flag(
     return dataclasses.field(default=default, metadata=metadata)
 
 
+def count(default: int | None, help: str, *, at_least: int = 1, **options: Any) -> Any:
+    """A flag for a number of things: 1 to 10^9 unless `options` change the range."""
+    return flag(default, help, at_least=at_least, **{"at_most": 10**9} | options)
+
+
 def inherited(config_type: type, name: str, default: Any = dataclasses.MISSING) -> Any:
     """The flag `name` of another dataclass, with another default if one is given."""
     field = next(field for field in dataclasses.fields(config_type) if field.name == name)

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 
 from nanochat_jax.checkpoint import load_model
-from nanochat_jax.cli import LARGEST, flag
+from nanochat_jax.cli import LARGEST, count, flag
 from nanochat_jax.devices import ModelFlags, Processes, start
 from nanochat_jax.eval.bpb import corpus_bits_per_byte
 from nanochat_jax.eval.bundle import ensure_bundle, has_bundle
@@ -36,15 +36,11 @@ class BaseEvalConfig(ModelFlags, Processes):
         "which of core, bpb and sample, separated by commas; auto: samples, and CORE if its bundle "
         "is on disk or the model's corpus was downloaded",
     )
-    max_per_task: int = flag(
-        -1, "examples of each CORE task; -1: all", at_least=1, at_most=10**9, also=-1
+    max_per_task: int = count(-1, "examples of each CORE task; -1: all", also=-1)
+    split_tokens: int = count(
+        40 * 524288, "tokens of each split for bits per byte", at_most=LARGEST
     )
-    split_tokens: int = flag(
-        40 * 524288, "tokens of each split for bits per byte", at_least=1, at_most=LARGEST
-    )
-    device_batch_size: int = flag(
-        32, "rows of the model's length per device", at_least=1, at_most=10**6
-    )
+    device_batch_size: int = count(32, "rows of the model's length per device", at_most=10**6)
     hf_path: str | None = flag(
         None, "evaluate this directory of a transformers model instead; needs the extra torch"
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 import jax
 
 from nanochat_jax.checkpoint import load_model
-from nanochat_jax.cli import flag
+from nanochat_jax.cli import count, flag
 from nanochat_jax.devices import Processes, StageFlags, start
 from nanochat_jax.eval.chat import (
     Generator,
@@ -45,25 +45,20 @@ class ChatEvalConfig(StageFlags, Processes):
     temperature: float = flag(
         0.0, "sampling temperature; 0 is greedy", short="-t", at_least=0, at_most=100
     )
-    max_new_tokens: int = flag(
-        512, "longest reply in tokens", short="-m", at_least=1, at_most=2**24
-    )
-    num_samples: int = flag(
-        1, "replies per problem; one correct reply passes", short="-n", at_least=1, at_most=10**6
+    max_new_tokens: int = count(512, "longest reply in tokens", short="-m", at_most=2**24)
+    num_samples: int = count(
+        1, "replies per problem; one correct reply passes", short="-n", at_most=10**6
     )
     top_k: int = flag(
         50, "sample among the k likeliest tokens; 0: all", short="-k", at_least=0, at_most=10**6
     )
-    batch_size: int = flag(
+    batch_size: int = count(
         32,
         "replies in parallel per device, and multiple-choice prompts of a batch",
         short="-b",
-        at_least=1,
         at_most=10**6,
     )
-    max_problems: int | None = flag(
-        None, "problems of each task; default all", short="-x", at_least=1, at_most=10**9
-    )
+    max_problems: int | None = count(None, "problems of each task; default all", short="-x")
 
     def __post_init__(self) -> None:
         if self.task_name and self.task_file:

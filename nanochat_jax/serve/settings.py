@@ -6,7 +6,7 @@ import re
 import socket
 from dataclasses import dataclass
 
-from nanochat_jax.cli import flag
+from nanochat_jax.cli import count, flag
 from nanochat_jax.infer.request import Sampling
 from nanochat_jax.serve.chat_request import MAX_TEMPERATURE, MAX_TOKENS, MAX_TOP_K
 
@@ -31,18 +31,11 @@ class ServerConfig:
         at_least=0,
         at_most=MAX_TOP_K,
     )
-    max_tokens: int = flag(
-        512,
-        "default maximum length of a reply in tokens",
-        short="-m",
-        at_least=1,
-        at_most=MAX_TOKENS,
+    max_tokens: int = count(
+        512, "default maximum length of a reply in tokens", short="-m", at_most=MAX_TOKENS
     )
-    max_queue: int = flag(
-        64,
-        "maximum number of requests that wait for a slot; more get status 503",
-        at_least=1,
-        at_most=10**6,
+    max_queue: int = count(
+        64, "maximum number of requests that wait for a slot; more get status 503", at_most=10**6
     )
     timeout: float = flag(
         600.0, "seconds that a reply may take, queueing included", at_least=0.001, at_most=10**9

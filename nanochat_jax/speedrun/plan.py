@@ -4,7 +4,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from nanochat_jax.cli import flag, inherited, parse, run_name
+from nanochat_jax.cli import count, flag, inherited, parse, run_name
 from nanochat_jax.data.needs import TOKENIZER_SHARDS, explain_shards, shards_needed
 from nanochat_jax.devices import DeviceFlags, Processes
 from nanochat_jax.errors import UsageError
@@ -47,11 +47,10 @@ SMALL_SECONDS |= dict(chat_eval_mid=30, chat_eval_sft=30, chat_rl=300, chat_eval
 @dataclass(frozen=True, kw_only=True)
 class SpeedrunConfig(DeviceFlags):
     mesh: str = inherited(Processes, "mesh")
-    depth: int | None = flag(
+    depth: int | None = count(
         None,
         f"number of layers, from which all settings follow; default 20, {SMALL_DEPTH} on a CPU",
         short="-d",
-        at_least=1,
         at_most=1000,
     )
     data: str | None = flag(
@@ -60,11 +59,10 @@ class SpeedrunConfig(DeviceFlags):
         "network",
         choices=[*DATA_DIRS],
     )
-    device_batch_size: int | Literal["auto"] | None = flag(
+    device_batch_size: int | Literal["auto"] | None = count(
         None,
         "rows per device and micro-step of base, mid and SFT; auto: the most that fit; default by "
         "the device's memory",
-        at_least=1,
         at_most=10**6,
     )
     remat: str | None = flag(
@@ -159,8 +157,8 @@ class _Plan:
             return
         self.shards = shards_needed(self.recipe)
         self.first_shards = min(self.shards, TOKENIZER_SHARDS)
-        for name, count in (("data", self.first_shards), ("data_rest", self.shards)):
-            self.commands[name] = replace_flags(self.commands[name], ["-n", str(count)])
+        for name, number in (("data", self.first_shards), ("data_rest", self.shards)):
+            self.commands[name] = replace_flags(self.commands[name], ["-n", str(number)])
         if self.shards == self.first_shards:
             del self.commands["data_rest"]
 

@@ -7,15 +7,10 @@ model, `FinetuneConfig` both.
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from nanochat_jax.cli import LARGEST, LARGEST_SEED, directory_name, flag, inherited, run_name
+from nanochat_jax.cli import LARGEST, LARGEST_SEED, count, directory_name, flag, inherited, run_name
 from nanochat_jax.devices import ModelFlags, Processes
 from nanochat_jax.model.compute import ATTENTION, REMAT
 from nanochat_jax.tasks.mixtures import mixture_entries
-
-
-def count(default: int | None, help: str, *, at_least: int = 1, **options: Any) -> Any:
-    """A flag for a number of things: 1 to 10^9 unless `options` change the range."""
-    return flag(default, help, at_least=at_least, **{"at_most": 10**9} | options)
 
 
 def rate(default: float | None, help: str) -> Any:

@@ -14,7 +14,7 @@ from typing import Any
 import jax
 
 from nanochat_jax.checkpoint import lock_tag
-from nanochat_jax.cli import flag
+from nanochat_jax.cli import count, flag
 from nanochat_jax.data.loader import Loader, pretraining_loader
 from nanochat_jax.devices import start
 from nanochat_jax.eval.bpb import held_out_evaluation
@@ -32,7 +32,7 @@ from nanochat_jax.model.weights import Params
 from nanochat_jax.paths import DATA_DIRS, Paths
 from nanochat_jax.storage import Directory
 from nanochat_jax.tokenizer import Tokenizer
-from nanochat_jax.train.config import TrainConfig, count, factor, fraction, rate
+from nanochat_jax.train.config import TrainConfig, factor, fraction, rate
 from nanochat_jax.train.job import Evaluation, Job, LoaderSource, Outcome
 from nanochat_jax.train.loop import train
 from nanochat_jax.train.optim import (

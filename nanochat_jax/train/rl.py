@@ -13,7 +13,7 @@ import jax
 from jax.sharding import Mesh
 
 from nanochat_jax.checkpoint import Loaded, find_model, lock_tag
-from nanochat_jax.cli import LARGEST_SEED, flag, inherited
+from nanochat_jax.cli import LARGEST_SEED, count, flag, inherited
 from nanochat_jax.devices import start
 from nanochat_jax.errors import UsageError
 from nanochat_jax.eval.chat import Sampling
@@ -30,7 +30,7 @@ from nanochat_jax.paths import Paths
 from nanochat_jax.tasks import load_eval_task, task_names
 from nanochat_jax.tasks.base import Task, TaskMixture
 from nanochat_jax.tasks.custom_json import CustomJSON
-from nanochat_jax.train.config import ContinueConfig, RunConfig, count, factor
+from nanochat_jax.train.config import ContinueConfig, RunConfig, factor
 from nanochat_jax.train.finetune import continued_job, continued_optimizer, load_source
 from nanochat_jax.train.job import Evaluation, StepBatch
 from nanochat_jax.train.loop import train

@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 from nanochat_jax.checkpoint import Loaded
-from nanochat_jax.cli import flag, inherited
+from nanochat_jax.cli import count, flag, inherited
 from nanochat_jax.eval.chat import Generator, Sampling, accuracy, chatcore, evaluate_task
 from nanochat_jax.model.compute import Compute
 from nanochat_jax.model.weights import Params
@@ -12,7 +12,7 @@ from nanochat_jax.paths import Paths
 from nanochat_jax.tasks import eval_tasks_for, load_eval_task
 from nanochat_jax.tasks.base import Task
 from nanochat_jax.tasks.mixtures import Split, mixture_for
-from nanochat_jax.train.config import FinetuneConfig, TrainConfig, count, fraction
+from nanochat_jax.train.config import FinetuneConfig, TrainConfig, fraction
 from nanochat_jax.train.finetune import Stage, finetune
 from nanochat_jax.train.job import Evaluation
 from nanochat_jax.train.optim import Schedule, constant, trapezoid
