@@ -40,7 +40,7 @@ class Handle:
         self._receive = receive or self._queue.put
 
     def cancel(self) -> None:
-        """Request cancellation. No effect if done; else `finish_reason` becomes "cancelled"."""
+        """Request cancellation. No effect if done; else the result is usually "cancelled"."""
         self._cancelled = True
 
     @property

@@ -138,7 +138,7 @@ class SlotTable:
         return min(self.free, key=lambda slot: slot.last_used)
 
     def copies(self) -> list[tuple[Slot, Slot]]:
-        """Return (source, target) of each prefix that can be copied now.
+        """Return (source, target) of the prefixes that can be copied now, in this order.
 
         A slot also stops waiting if its source will never hold the planned prefix. It then copies
         the shorter prefix that the source holds, or nothing.

@@ -106,7 +106,7 @@ def matmul_transposed(x: Array, y: Array) -> Array:
     ).T
 
 
-# ------------------------------------------------------------------------- rotary and norm
+# ------------------------------------------------------------------------ rotary embedding and norm
 
 
 def apply_rotary(x: Array, cos: Array, sin: Array) -> Array:
