@@ -143,8 +143,8 @@ class Scheduler:
         most = self.engine.num_slots + self._max_waiting
         if len(requests) > most:
             raise ValueError(
-                f"{len(requests)} requests together are more than the {most} slots and queue "
-                "positions"
+                f"{len(requests)} requests together are more than {most}, the number of slots "
+                "and queue positions"
             )
         handles = [
             Handle(self.engine.generation(request), receive and functools.partial(receive, index))
