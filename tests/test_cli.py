@@ -243,10 +243,7 @@ def test_a_current_directory_that_is_gone_is_named(tmp_path, import_first):
         env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
     )
     assert done.returncode == 2
-    assert (
-        done.stderr
-        == "error: the current directory does not exist any more: change to another one\n"
-    )
+    assert done.stderr == "error: the current directory no longer exists: change to another one\n"
 
 
 @pytest.mark.parametrize("home", [None, ""])

@@ -19,7 +19,7 @@ SAVED = "saved"  # `jax.checkpoint`'s name for results that are expensive to rec
 
 
 def linear(x: Array, weight: Array, axes: int = 1) -> Array:
-    """`layers.linear`; the result is saved for the backward pass.
+    """`layers.linear`; the result is `SAVED`.
 
     Why: on a CPU, the operands of the backward pass are row-major (2x in float32, 4x in bfloat16).
     On a TPU, heads are an axis of the result, and attention reads them without a copy.
@@ -28,7 +28,7 @@ def linear(x: Array, weight: Array, axes: int = 1) -> Array:
 
 
 def unsaved_linear(x: Array, weight: Array) -> Array:
-    """`linear` whose result the backward pass recomputes."""
+    """`linear`, but the result is not `SAVED`."""
     return _linear(x, weight.astype(x.dtype), 1)
 
 
@@ -177,7 +177,7 @@ def _squared_relu_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Ar
 def mlp(x: Array, mlp_fc: Array, mlp_proj: Array) -> Array:
     """`layers.mlp`.
 
-    Why: the hidden layer [B, T, F] is not saved; on a TPU, recomputing it is cheaper than an HBM
+    Why: the hidden layer [B, T, F] is not `SAVED`: on a TPU, recomputing it is cheaper than an HBM
     round trip.
     """
     return linear(squared_relu(unsaved_linear(x, mlp_fc)), mlp_proj)

@@ -16,7 +16,7 @@ import numpy as np
 
 from nanochat_jax.eval.chat import Sampling, prompts_of
 from nanochat_jax.infer.engine import Engine
-from nanochat_jax.infer.padding import bucket as padded_length
+from nanochat_jax.infer.padding import padded_length
 from nanochat_jax.infer.request import Request
 from nanochat_jax.model.loss import Batch
 from nanochat_jax.tasks.base import Conversation, Task
