@@ -92,7 +92,7 @@ def test_steps_there_are_neither_overwritten_nor_continued_unasked_and_fresh_del
     server, saved, place, tmp_path
 ):
     copy_to(server, saved, place)
-    with pytest.raises(UsageError, match="2, 4, 6.*--resume"):
+    with pytest.raises(UsageError, match="2, 4, 6.*`resume`"):
         train_run(place, logs=tmp_path)
     train_run(place, logs=tmp_path, fresh=True, save_every=0)
     assert saved_steps(place) == [STEPS]

@@ -368,7 +368,7 @@ def test_a_model_is_compared_as_a_config():
 
 def test_an_existing_run_is_neither_overwritten_nor_continued_unasked(tmp_path):
     run(tmp_path / "d3")
-    with pytest.raises(UsageError, match="--resume"):
+    with pytest.raises(UsageError, match="`resume` continues"):
         run(tmp_path / "d3")
 
 
