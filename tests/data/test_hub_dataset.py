@@ -88,7 +88,7 @@ def test_the_card_decides(subset, split, expected):
 def test_an_unclear_subset_is_asked_for():
     with pytest.raises(UsageError, match="several subsets: set `subset` to one of en, fr"):
         select_files(listing(*NAMES, configs=(CONFIGS[0], CONFIGS[2])), None, "train")
-    with pytest.raises(NotFound, match="no subset 'es': there are en, de, fr"):
+    with pytest.raises(NotFound, match="no subset 'es'; it has en, de, fr"):
         select_files(listing(*NAMES, configs=CONFIGS), "es", "train")
 
 
