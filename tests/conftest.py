@@ -37,9 +37,7 @@ def pytest_xdist_auto_num_workers() -> int:
 
 @pytest.fixture(scope="session")
 def test_data() -> Path:
-    """The folder of reference data (`data/`, `golden/`); tests that need it are skipped where
-    there is none.
-    """
+    """The folder of reference data (`data/`, `golden/`); without it its tests are skipped."""
     folder = os.environ.get("NANOCHAT_TEST_DATA")
     if not folder:
         pytest.skip("NANOCHAT_TEST_DATA is not set: no reference data")

@@ -6,11 +6,7 @@ import re
 
 import pytest
 
-from nanochat_jax.conversation import (
-    render_conversation,
-    render_for_completion,
-    visualize_tokenization,
-)
+from nanochat_jax.conversation import render_conversation, render_for_completion
 from nanochat_jax.tokenizer import RANKS_FILE, SPECIAL_TOKENS, Tokenizer, _parse_ranks
 
 PYTHON = [
@@ -151,12 +147,3 @@ def test_a_bad_conversation_is_an_error_that_gives_the_message(tokenizer, conver
 def test_a_completion_needs_an_answer_to_drop(tokenizer, conversation):
     with pytest.raises(ValueError, match="last message must be the assistant's"):
         render_for_completion(tokenizer, conversation)
-
-
-def test_learned_tokens_are_shown_green_and_others_red(tokenizer):
-    red, green, gray, reset = "\033[91m", "\033[92m", "\033[90m", "\033[0m"
-    assert visualize_tokenization(tokenizer, [97, 98], [0, 1]) == f"{red}a{reset}|{green}b{reset}"
-    assert (
-        visualize_tokenization(tokenizer, [97], [1], with_token_id=True)
-        == f"{green}a{reset}{gray}(97){reset}"
-    )

@@ -1,6 +1,4 @@
-"""Shards: what is written is read back in order, virtual shards share it out, and damage is
-named.
-"""
+"""Shards come back in order, virtual shards share them out, and damage is named."""
 
 import itertools
 
@@ -96,25 +94,6 @@ def test_virtual_shards_share_out_every_document_once(tmp_path, files, rows_per_
     parts = [one_pass(reader, shard, num_shards) for shard in range(num_shards)]
     assert sorted(itertools.chain(*parts), key=int) == [str(i) for i in range(next(ids))]
     assert all(part == sorted(part, key=int) for part in parts)
-
-
-def test_stream_continues_from_any_position_and_starts_over(tmp_path):
-    write_shards(numbered(3000), tmp_path / "corpus", rows_per_shard=1500, val_texts=["v"])
-    reader = ShardReader(split_shards(tmp_path / "corpus", "train"))
-    stream = make_stream(reader, 1, 2)
-    places, texts = zip(
-        *itertools.chain.from_iterable(next_batch(stream) for _ in range(30)), strict=True
-    )
-    assert places[-1].epoch == 3
-    start_over = [place.epoch for place in places].index(1)
-    assert texts[start_over:] == texts[: len(texts) - start_over]
-    for i in range(0, len(places), 97):
-        again = make_stream(reader, 1, 2)
-        again.seek(places[i])
-        batch = next_batch(again)
-        expected = list(zip(places[i:], texts[i:], strict=True))[: len(batch)]
-        assert batch[: len(expected)] == expected
-        assert decode(again.load(list(places[i : i + 1]))) == [texts[i]]
 
 
 def test_missing_values_are_skipped(tmp_path):

@@ -1,6 +1,4 @@
-"""Properties of the model: causality, windows, and that decoding through the cache equals the full
-forward pass.
-"""
+"""Properties of the model: causality, and decoding through the cache equals the full forward pass."""
 
 import dataclasses
 
@@ -67,9 +65,7 @@ def test_gradients_prove_causality(model):
 
 
 def test_cached_decode_equals_full_forward_for_rows_at_different_positions(model):
-    """Lengths cross the short window (128), prefill is in uneven pieces with padding, one row at a
-    time sits still.
-    """
+    """Lengths cross the short window (128); prefill is in uneven pieces; rows pause."""
     config, params = model
     length = 140
     tokens = random_tokens(config, 3, length)
@@ -116,9 +112,6 @@ ODD_SHAPES = {
 @pytest.mark.parametrize("shape", ODD_SHAPES)
 @pytest.mark.parametrize("era", CONFIGS)
 def test_any_shape_decodes_as_it_reads(era, shape):
-    """The forward pass, and decoding through the cache past the short window, for shapes off the
-    dial.
-    """
     config = dataclasses.replace(CONFIGS[era], n_layer=2)
     change = {
         name: value
@@ -239,7 +232,6 @@ def gated(monkeypatch):
     [("modern", 3, 3, False), ("classic", 4, 4, True), ("classic", 2, 0, False)],
 )
 def test_an_optional_matrix_is_declared_in_one_place(gated, monkeypatch, era, depth, gates, scan):
-    """Layers, shardings, counts and optimizer follow from its declaration."""
     config = dataclasses.replace(CONFIGS[era], n_layer=depth)
     run_layer = gpt._layer
 
@@ -300,9 +292,7 @@ INITIAL = {
 
 @pytest.mark.parametrize("era", CONFIGS)
 def test_initial_parameters_have_upstreams_distributions(era):
-    """Every one of them, by bounds, mean and spread; half as many key/value heads, so that fan-out
-    is not fan-in.
-    """
+    """Half as many key/value heads, so that fan-out is not fan-in."""
     config = dataclasses.replace(
         CONFIGS[era], n_embd=N, n_head=4, n_kv_head=2, n_layer=5, vocab_size=500
     )
@@ -333,7 +323,6 @@ def test_initial_parameters_have_upstreams_distributions(era):
 
 
 def test_initial_matrices_are_independent():
-    """No two layers, tables or projections share their random numbers."""
     params = init_params(dataclasses.replace(CONFIGS["modern"], n_embd=64), jax.random.key(7))
     matrices = [
         np.asarray(layer).ravel()[:2000]

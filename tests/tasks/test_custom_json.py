@@ -48,7 +48,6 @@ def test_custom_json_reads_conversations(tmp_path):
 
 
 def test_a_file_of_questions_is_a_categorical_task(tmp_path):
-    """The answer as an index, a letter or a text of its choice."""
     answers = [
         (["x", "y", "z"], 2, "C"),
         (["x", "y"], "B", "B"),

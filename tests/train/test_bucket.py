@@ -1,6 +1,4 @@
-"""Checkpoints in a bucket, against a server on this machine that speaks Google Cloud Storage's
-API.
-"""
+"""Checkpoints in a bucket, against a server that speaks Google Cloud Storage's API."""
 
 import itertools
 import json

@@ -354,7 +354,6 @@ def test_a_damaged_checkpoint_falls_back_to_the_step_before(
 
 
 def test_a_model_is_compared_as_a_config():
-    """A field that was added after the checkpoint was saved does not refuse it."""
     job = SimpleNamespace(model=MODEL, directory="d3", metadata={}, num_steps=STEPS)
     before = dataclasses.asdict(MODEL)
     for config, accepted in (
@@ -364,12 +363,6 @@ def test_a_model_is_compared_as_a_config():
     ):
         with nullcontext() if accepted else pytest.raises(UsageError, match="another shape"):
             require_same_run(job, {"model_config": config, "step": 2})
-
-
-def test_an_existing_run_is_neither_overwritten_nor_continued_unasked(tmp_path):
-    run(tmp_path / "d3")
-    with pytest.raises(UsageError, match="--resume"):
-        run(tmp_path / "d3")
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
@@ -413,13 +406,6 @@ def test_the_automatic_batch_is_the_largest_that_fits(monkeypatch):
     monkeypatch.setattr(memory, "memory_limit", lambda: needed[12] - 1)
     with pytest.raises(UsageError, match=r"halve `device_batch_size` \(try 6\)"):
         compile_step(step_fn, state, shapes[12], mesh)
-
-
-def test_profile_writes_a_trace_of_the_steps(tmp_path):
-    run(tmp_path / "d3", profile="2:4")
-    assert list((tmp_path / "d3" / "profile").rglob("*.xplane.pb"))
-    with pytest.raises(ValueError, match="4:2"):
-        TrainConfig(profile="4:2")
 
 
 @pytest.mark.parametrize("mesh", ["16x1", "3", "0x1", "8x", "axb"])
