@@ -350,15 +350,6 @@ def test_an_id_without_a_token_is_refused(token):
         rustbpe.Tokenizer().decode([97, token])
 
 
-@pytest.mark.parametrize("seed", range(4))
-def test_arbitrary_bytes_come_back(tokenizer, seed):
-    noise = random.Random(seed).randbytes(5000)
-    for text in (noise.decode("latin-1"), noise.decode("utf-8", "replace")):
-        assert tokenizer.decode(tokenizer.encode(text)) == text
-        assert tokenizer.encode(text) == reference(tokenizer).encode_ordinary(text)
-    assert tokenizer.decode_bytes(list(noise)) == noise
-
-
 def test_text_without_a_place_to_cut_gets_tiktokens_ids(tokenizer):
     rng = random.Random(0)
     for text in (
@@ -370,11 +361,6 @@ def test_text_without_a_place_to_cut_gets_tiktokens_ids(tokenizer):
         ids = tokenizer.encode(text)
         assert ids == reference(tokenizer).encode_ordinary(text)
         assert tokenizer.decode(ids) == text
-
-
-def test_a_list_gives_the_ids_of_each(tokenizer):
-    assert tokenizer.encode(TEXTS, num_threads=3) == [tokenizer.encode(text) for text in TEXTS]
-    assert tokenizer.encode([]) == []
 
 
 def test_a_batch_is_the_ids_of_all_texts_in_one_array(tokenizer):

@@ -10,7 +10,6 @@ from huggingface_hub import constants
 from nanochat_jax import dataset
 from nanochat_jax.data.hub_dataset import Listing, glob_pattern, select_files
 from nanochat_jax.data.shards import iter_documents
-from nanochat_jax.errors import NotFound, UsageError
 
 REPO = "owner/texts"
 
@@ -81,13 +80,6 @@ NAMES = (
 )
 def test_the_card_decides(subset, split, expected):
     assert select_files(listing(*NAMES, configs=CONFIGS), subset, split) == expected
-
-
-def test_an_unclear_subset_is_asked_for():
-    with pytest.raises(UsageError, match="several subsets: set `subset` to one of en, fr"):
-        select_files(listing(*NAMES, configs=(CONFIGS[0], CONFIGS[2])), None, "train")
-    with pytest.raises(NotFound, match="no subset 'es': there are en, de, fr"):
-        select_files(listing(*NAMES, configs=CONFIGS), "es", "train")
 
 
 @pytest.mark.parametrize(

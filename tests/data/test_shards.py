@@ -128,25 +128,6 @@ def test_a_shard_that_changes_or_vanishes_during_the_run_is_named(tmp_path):
         one_pass(reader, 0, 1)
 
 
-def test_mistakes_name_the_file_and_what_to_do(tmp_path):
-    with pytest.raises(NotFound, match=r"no parquet shards in .*nowhere: run"):
-        list_shards(tmp_path / "nowhere")
-    pq.write_table(pa.table({"text": ["a"]}), tmp_path / "shard_0.parquet")
-    with pytest.raises(UsageError, match=r"only one shard .*shard_0\.parquet"):
-        split_shards(tmp_path, "train")
-    pq.write_table(pa.table({"content": ["a"], "id": [1]}), tmp_path / "shard_1.parquet")
-    with pytest.raises(
-        UsageError, match=r"shard_1\.parquet has no column 'text', only content, id"
-    ):
-        list(iter_documents(tmp_path, "val"))
-    pq.write_table(pa.table({"text": [1]}), tmp_path / "shard_1.parquet")
-    with pytest.raises(UsageError, match=r"'text' of .*shard_1\.parquet holds int64"):
-        list(iter_documents(tmp_path, "val"))
-    (tmp_path / "shard_1.parquet").write_bytes((tmp_path / "shard_0.parquet").read_bytes()[:-7])
-    with pytest.raises(UsageError, match=r"shard_1\.parquet is not a readable parquet file"):
-        list(iter_documents(tmp_path, "val"))
-
-
 def test_a_damaged_row_group_is_named(tmp_path):
     write_shards(numbered(3000), tmp_path / "corpus", rows_per_shard=3000, val_texts=["v"])
     path = split_shards(tmp_path / "corpus", "train")[0]

@@ -17,7 +17,7 @@ import pytest
 from golden_data import load_trained
 from random_model import random_params
 
-from nanochat_jax.errors import NotFound, UsageError
+from nanochat_jax.errors import UsageError
 from nanochat_jax.eval import core, scoring
 from nanochat_jax.eval.bundle import ensure_bundle
 from nanochat_jax.eval.core import CoreTask
@@ -470,13 +470,3 @@ def test_a_bad_archive_is_refused_and_leaves_nothing(serve, tmp_path, spoil):
     with pytest.raises(UsageError):
         ensure_bundle(paths, url=publish(content))
     assert left_behind(paths) == [] and not (tmp_path / "evil").exists()
-
-
-def test_an_incomplete_directory_is_named(tmp_path):
-    paths = Paths(tmp_path)
-    for name, content in bundle_files().items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(content)
-    (paths.eval_bundle / "eval_data/b/words.jsonl").unlink()
-    with pytest.raises(NotFound, match="words.jsonl"):
-        ensure_bundle(paths)

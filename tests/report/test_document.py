@@ -8,7 +8,6 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
-from nanochat_jax.errors import NotFound, UsageError
 from nanochat_jax.report import sections
 from nanochat_jax.report.document import generate, reset
 
@@ -195,19 +194,6 @@ def test_a_users_file_is_kept_and_a_report_is_replaced(tmp_path, caplog, name):
     with (out / name).open("a") as file:
         file.write("and what I think of it")
     assert files() == expected | {name.replace(".", ".old-2.")}
-
-
-def test_errors_are_one_line_with_the_path(tmp_path):
-    report, file = tmp_path / "report", tmp_path / "file"
-    with pytest.raises(NotFound, match="no sections"):
-        generate(report, tmp_path)
-    log_small_run(report)
-    file.touch()
-    with pytest.raises(UsageError, match=f"{file} is a file where a directory is needed"):
-        generate(report, file)
-    (report / "midtraining.json").write_text('{"section": "Midtr')
-    with pytest.raises(UsageError, match=r"midtraining\.json is not a report section"):
-        generate(report, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["report", "Results", "header", "", "!!"])

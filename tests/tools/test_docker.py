@@ -67,29 +67,6 @@ def test_the_image_has_an_allowed_python_and_its_variants_are_extras():
         assert done.returncode == code
 
 
-@pytest.mark.parametrize(
-    "path, name", [pytest.param(path, name, id=name) for path in COMPOSE for name in services(path)]
-)
-def test_a_service_agrees_with_the_image(path, name):
-    service = services(path)[name]
-    build = service["build"]
-    context = (path.parent / build["context"]).resolve()
-    assert context == ROOT and (context / build["dockerfile"]) == DOCKER / "Dockerfile"
-    assert set(build["args"]) <= {argument.split("=")[0] for argument in arguments("ARG")}
-    variant = build["args"]["VARIANT"]
-    assert service["image"] == f"nanochat-jax:{variant}"  # the variants do not overwrite each other
-    assert service["volumes"] == [f"nanochat_cache:{VOLUME}"] and service["shm_size"] == "1g"
-    assert arguments("VOLUME") == [VOLUME] and f"NANOCHAT_BASE_DIR={VOLUME}" in arguments("ENV")[-1]
-    resources = service.get("deploy", {}).get("resources", {})
-    reserved = (
-        [device["capabilities"] for device in resources["reservations"]["devices"]]
-        if (resources)
-        else []
-    )
-    assert reserved == ([["gpu"]] if variant == "gpu" else [])
-    assert ("profiles" in service) == (variant == "cpu")  # one service starts without a name
-
-
 def test_the_page_is_published_on_this_machine_only_by_default():
     for service in services(DOCKER / "docker-compose.web.yml").values():
         assert service["ports"] == ["${WEB_ADDRESS:-127.0.0.1}:${WEB_PORT:-8000}:8000"]

@@ -16,7 +16,6 @@ from benchmarks.gpu import program
 from benchmarks.gpu.checks import relative_errors
 from benchmarks.gpu.plan import PHASES
 from benchmarks.gpu.record import FILE_NAME, read_results
-from benchmarks.gpu.timing import device_events, reduce_events
 from nanochat_jax.model.attention import causal_attention
 from nanochat_jax.model.compute import Compute
 from nanochat_jax.model.config import GPTConfig
@@ -207,30 +206,3 @@ def test_an_attention_with_a_window_off_by_one_is_noticed():
 
 def event(name, start, duration):
     return SimpleNamespace(name=name, start_ns=start, duration_ns=duration)
-
-
-def test_kernels_of_a_trace_are_those_of_the_gpu_streams():
-    streams = [
-        SimpleNamespace(
-            name="Stream #13(Compute)",
-            events=[
-                event("fusion_1", 0, 3e6),
-                event("fusion_2", 4e6, 1e6),
-                event("gemm", 5e6, 2e6),
-            ],
-        ),
-        SimpleNamespace(name="XLA Ops", events=[event("fusion.1", 0, 9e6)]),
-    ]
-    host = SimpleNamespace(
-        name="/host:CPU",
-        lines=[SimpleNamespace(name="tf_XLATfrtCpuClient", events=[event("host", 0, 9e6)])],
-    )
-    gpu = SimpleNamespace(name="/device:GPU:0", lines=streams)
-    events = list(device_events(SimpleNamespace(planes=[host, gpu])))
-    found = reduce_events(events, units=2)
-    assert found["kernels"] == [["fusion_1", 1.5, 0.5], ["gemm", 1.0, 0.5], ["fusion_2", 0.5, 0.5]]
-    assert found["families"] == [["fusion", 2.0, 1.0], ["gemm", 1.0, 0.5]]
-    assert (found["busy_ms"], found["span_ms"], found["calls"]) == (3.0, 3.5, 1.5)
-    assert list(device_events(SimpleNamespace(planes=[host]))) == [("host", 0, 9e6)]
-    with pytest.raises(RuntimeError, match="CUPTI"):
-        reduce_events([], units=2)

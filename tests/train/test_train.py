@@ -36,8 +36,7 @@ from nanochat_jax.train.optim import (
     modern_momentum,
     trapezoid,
 )
-from nanochat_jax.train.pretrain import BaseTrainConfig
-from nanochat_jax.train.resume import differences, require_same_run
+from nanochat_jax.train.resume import require_same_run
 from nanochat_jax.train.step import batch_shape, init_state, make_train_step
 from nanochat_jax.train.stopping import EXIT_STOPPED
 
@@ -274,29 +273,6 @@ def test_a_refused_resume_lists_the_settings_that_differ_and_renames_nothing(sav
     with pytest.raises(UsageError, match="set `num_iterations=6` or more"):
         run(directory, num_steps=3, resume=True)
     assert saved_steps(directory) == [2, 4, 6]
-
-
-@pytest.mark.parametrize(
-    "before, resolved, flags, now, difference",
-    [
-        (
-            dict(total_batch_size=128),
-            {},
-            dict(total_batch_size=256),
-            {},
-            "`total_batch_size=128` (now `total_batch_size=256`)",
-        ),
-        ({}, dict(data="embedded"), {}, dict(data="custom"), "`data=embedded` (now `data=custom`)"),
-        (dict(data_shards=4), {}, {}, {}, "`data_shards=4` (now no `data_shards`)"),
-        (dict(eval_every=3, seed=1), {}, {}, {}, ""),
-    ],
-)
-def test_only_settings_that_a_saved_state_depends_on_are_listed(
-    before, resolved, flags, now, difference
-):
-    saved = {"config": dataclasses.asdict(BaseTrainConfig(**before)), **resolved}
-    text = f". The saved run had {difference}" if difference else ""
-    assert differences(BaseTrainConfig(**flags), now, saved) == text
 
 
 def test_fresh_deletes_the_steps_of_the_tag_and_nothing_else(saved_run, tmp_path):
