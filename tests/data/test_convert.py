@@ -2,6 +2,7 @@
 
 import bz2
 import gzip
+import io
 import json
 import subprocess
 import sys
@@ -29,6 +30,12 @@ def as_csv(texts, delimiter=",", newline="\n"):
     cells = ['"' + (text or "").replace('"', '""') + '"' for text in texts]
     rows = [f"id{delimiter}text", *(f"{i}{delimiter}{cell}" for i, cell in enumerate(cells))]
     return newline.join(rows).encode()
+
+
+def as_parquet(table):
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer)
+    return buffer.getvalue()
 
 
 @pytest.mark.parametrize(
@@ -90,40 +97,43 @@ def test_text_is_cut_where_a_paragraph_ends():
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", b'{"text": "a"}\n{"text": \n', r"a\.jsonl line 2 is not JSON"),
-        ("a.json", b'[{"text": "a"}]', r"a\.json line 1 is a JSON list: expected one object"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": \n', "line 2 is not JSON"),
+        ("a.json", b'[{"text": "a"}]', "line 1 is a JSON list: expected one object"),
         (
             "a.jsonl",
             b'{"content": "a", "id": 1}',
-            r"a\.jsonl has no key 'text', only content, id: set `text_field`",
+            "has no key 'text', only content, id: set `text_field`",
         ),
-        (
-            "a.jsonl",
-            b'{"text": "a"}\n{"text": 3}',
-            r"'text' in .*a\.jsonl line 2 is int, expected a string",
-        ),
+        ("a.jsonl", b'{"text": "a"}\n{"text": 3}', "line 2 is int, expected a string"),
         (
             "a.jsonl",
             b'{"text": "a"}\n' + b"[" * 100_000,
-            r"a\.jsonl line 2 is not JSON \(it is nested too deeply\)",
+            "line 2 is not JSON .it is nested too deeply",
         ),
         (
             "a.jsonl",
             b'{"text": "a", "n": ' + b"1" * 5000 + b"}",
-            r"a\.jsonl line 1 is not JSON \(Exceeds the limit",
+            "line 1 is not JSON .Exceeds the limit",
         ),
-        ("a.csv", b"text,text\n1,a", r"a\.csv has 2 columns 'text'"),
-        ("a.csv", b"id,content\n1,a", r"a\.csv has no column 'text', only id, content"),
-        ("a.csv", b'text\n"open', r"a\.csv line [12] is not CSV"),
-        ("a.txt", b"caf\xe9", r"a\.txt is not UTF-8 text"),
-        ("a.jsonl.gz", gzip.compress(as_jsonl(["a"] * 1000))[:-30], r"a\.jsonl\.gz cannot be read"),
-        ("a.parquet", b"PAR1 torn", r"a\.parquet is not a readable parquet file"),
-        ("a.docx", b"", r"a\.docx is not in a supported format: expected parquet, jsonl"),
+        ("a.csv", b"text,text\n1,a", "has 2 columns 'text'"),
+        ("a.csv", b"id,content\n1,a", "has no column 'text', only id, content"),
+        ("a.csv", b'text\n"open', "line [12] is not CSV"),
+        ("a.txt", b"caf\xe9", "is not UTF-8 text"),
+        ("a.jsonl.gz", gzip.compress(as_jsonl(["a"] * 1000))[:-30], "cannot be read"),
+        ("a.parquet", b"PAR1 torn", "is not a readable parquet file"),
+        ("a.docx", b"", "is not in a supported format: expected parquet, jsonl"),
+        ("a.parquet", as_parquet(pa.table({"n": [1]})), "has no column 'text', only n"),
+        ("a.parquet", as_parquet(pa.table({"text": [1]})), "holds int64, expected string"),
+        (
+            "a.parquet",
+            as_parquet(pa.table([["a"], ["b"]], names=["text", "text"])),
+            "has 2 columns",
+        ),
     ],
 )
 def test_faults_name_the_file_and_the_line(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(UsageError, match=message):
+    with pytest.raises(UsageError, match=rf"{name}.* {message}"):
         list(read_documents(tmp_path / name, "text", 0))
 
 
@@ -326,41 +336,24 @@ def test_local_files_and_directories(tmp_path, command):
 
 
 def test_what_is_left_out_of_directories_and_given_twice_is_logged(tmp_path, command):
-    folder = tmp_path / "texts"
+    folder, cut = tmp_path / "texts", ("--cut-chars", "50")
     (folder / ".venv").mkdir(parents=True)
     (folder / "a.txt").write_text("one two " * 30)
     for name in (".venv/licence.txt", ".hidden.txt", "b.pdf"):
         (folder / name).write_text("not this " * 30)
     (folder / "linked").symlink_to(tmp_path)
-    (tmp_path / "same.txt").hardlink_to(folder / "a.txt")
-    (tmp_path / "link.txt").symlink_to(folder / "a.txt")
-    code, _, err = command(
-        "local",
-        "--cut-chars",
-        "50",
-        folder,
-        tmp_path / "same.txt",
-        tmp_path / "link.txt",
-        f"{folder}/../texts/a.txt",
-    )
-    assert code == 0 and err.count("is read once") == 3
-    assert (
-        f"{folder}: 4 hidden entries, linked" in err
-        and f"{folder}/.venv" in err
-        and f"{folder}/b.pdf" in err
-    )
+    same, link, new = (tmp_path / f"{name}.txt" for name in ("same", "link", "new"))
+    same.hardlink_to(folder / "a.txt")
+    link.symlink_to(folder / "a.txt")
+    code, _, err = command("local", *cut, folder, same, link, f"{folder}/../texts/a.txt")
+    assert code == 0 and err.count("is read once") == 3 and f"{folder}: 4 hidden entries" in err
+    new.write_text("three four " * 30)
+    assert "it is already in" in command("local", "--append", *cut, link, new)[2]
+    assert "already" in command("local", "--append", *cut, link)[1]
     corpus = tmp_path / "base" / "base_data_custom"
-    (entry,) = json.loads((corpus / "manifest.json").read_text())["sources"]
-    assert entry["source"]["files"][0]["name"] == str((folder / "a.txt").resolve())
-    (tmp_path / "new.txt").write_text("three four " * 30)
-    code, _, err = command(
-        "local", "--append", "--cut-chars", "50", tmp_path / "link.txt", tmp_path / "new.txt"
-    )
-    assert code == 0 and "link.txt is skipped: it is already in" in err
-    code, out, _ = command("local", "--append", "--cut-chars", "50", tmp_path / "link.txt")
-    assert code == 0 and "already" in out
-    texts = [*iter_documents(corpus, "train"), *iter_documents(corpus, "val")]
-    assert " ".join(texts).count("one") == 30 and " ".join(texts).count("three") == 30
+    texts = " ".join([*iter_documents(corpus, "train"), *iter_documents(corpus, "val")])
+    counts = [texts.count(word) for word in ("one", "three", "not this")]
+    assert counts == [30, 30, 0]
     code, _, err = command("local", folder / ".venv")  # named by the user
     assert code == 2 and "set --append to add to it" in err
 
