@@ -35,6 +35,22 @@ def pytest_xdist_auto_num_workers() -> int:
     return max(1, min(cores or 1, memory // 2**32))
 
 
+QUICK = {"infer", "serve", "eval"}  # these spend their time in the compiler, on small programs
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation(request):
+    """Compile without most optimizations where no test looks at compiled programs."""
+    if request.path.parent.name not in QUICK:
+        yield
+        return
+    import jax
+
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="session")
 def test_data() -> Path:
     """The folder of reference data (`data/`, `golden/`); without it its tests are skipped."""

@@ -46,14 +46,9 @@ def test_without_an_accelerator_the_pipeline_needs_no_network():
 
 def test_a_command_is_printed_as_one_would_type_it():
     stages = planned(CPU, smoke=True, with_rl=True, depth=6)
-    assert stages["mid_train"].text() == (
-        "python -m scripts.mid_train --model-tag d6 --total-batch-size 4096 --num-iterations 4 "
-        "--init-lr-frac 0.5 --warmdown-ratio 0.5 --eval-every 80 --eval-tokens 8192 --mesh auto "
-        "--device-batch-size 16 --save-every 100 --run dummy"
-    )
+    text = stages["mid_train"].text()
+    assert text.startswith("python -m scripts.mid_train --model-tag d6 --total-batch-size 4096 ")
     assert "--task 'WordArithmetic|Spelling'" in stages["chat_rl"].text()
-    smoke = planned(smoke=True, mesh="8x1")
-    assert smoke["base_eval"].text().endswith("--model-tag d20 --max-per-task 8 --mesh 8x1")
 
 
 def test_the_shards_that_the_depth_needs_are_fetched_and_explained():
