@@ -171,9 +171,8 @@ def main() -> None:
         name: [1000 * statistics.median(turn) for turn in zip(*rounds, strict=True)]
         for name, rounds in columns.items()
     }
-    print(
-        f"d{options.depth}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}; ms to the first token"
-    )
+    load = os.getloadavg()[0]
+    print(f"d{options.depth}, {os.cpu_count()} cores, load {load:.1f}; ms to the first token")
     for name, values in medians.items():
         print(f"  {name:10}" + "".join(f"{value:8.0f}" for value in values))
     summary: dict[str, Any] = {"benchmark": "conversation", "depth": options.depth, "ms": medians}

@@ -22,9 +22,9 @@ from nanochat_jax.storage import Directory, is_remote
 
 log = logging.getLogger(__name__)
 
-# (dense bfloat16 FLOP/s, bytes/s of the memory) by a name in the lower-case device kind; the first
-# match counts. From the vendors' data sheets; half of the FLOP/s if they are given with sparsity
-# (H100, H200: 1,979e12, B200: 4.5e15).
+# (dense bfloat16 FLOP/s, memory bytes/s) by a name that the lower-case device kind contains. The
+# first match counts. From the vendors' data sheets, halved where they count sparsity (H100, H200:
+# 1,979e12, B200: 4.5e15).
 PEAKS = {
     "gb200": (2.5e15, 8e12),
     "b200": (2.25e15, 8e12),
@@ -97,7 +97,7 @@ def peak_memory_bytes() -> int:
 class MetricsLog:
     """Writes one JSON object per line, in process 0.
 
-    A resumed run drops the lines after the restored step. If the run's steps (`steps`) are in a
+    A resumed run drops the lines from the restored step on. If the run's steps (`steps`) are in a
     bucket, a copy of the file is saved next to them.
     """
 
@@ -157,8 +157,7 @@ class MetricsLog:
             self._file.close()
             try:
                 self.copy()
-            # not an error of the run: the last checkpoint came with a copy
-            except UsageError as error:
+            except UsageError as error:  # does not fail the run: the last save made a copy
                 log.warning("%s", error)
 
 
@@ -231,7 +230,7 @@ def start_wandb(run: str, project: str, config: dict[str, Any]) -> Any:
 
 
 def format_count(number: float) -> str:
-    """A large number for people: 512, 16k, 5,221.9M."""
+    """A large number in short form: 512, 16k, 5,221.9M."""
     if number >= 1e6:
         return f"{number / 1e6:,.1f}M"
     return f"{number / 1e3:,.0f}k" if number >= 1e3 else f"{number:.0f}"
@@ -270,7 +269,7 @@ class Display:
             self._bar.start()
 
     def update(self, step: int, **shown: str) -> None:
-        """Show that `step` steps are done; `shown`: short texts by name."""
+        """Display that `step` steps are done. `shown`: short texts to display, by name."""
         now, done, left = time.monotonic(), step - self._start, "?"
         if done > 0:
             left = format_seconds((now - self._began) / done * (self.total - step))

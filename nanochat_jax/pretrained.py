@@ -24,7 +24,7 @@ from nanochat_jax.conversation import render_for_completion
 from nanochat_jax.devices import ModelFlags
 from nanochat_jax.errors import NotFound
 from nanochat_jax.infer.engine import Engine
-from nanochat_jax.infer.padding import bucket
+from nanochat_jax.infer.padding import padded_length
 from nanochat_jax.infer.request import NoTokenizer, Request
 from nanochat_jax.interop.hf import read_hf
 from nanochat_jax.interop.torch_checkpoint import Imported, read_checkpoint
@@ -80,7 +80,7 @@ class Model:
             )
         rows, length = tokens.shape
         # Few lengths mean few compilations; padding on the right does not change the rest.
-        padded = np.zeros((rows, bucket(length)), np.int32)
+        padded = np.zeros((rows, padded_length(length)), np.int32)
         padded[:, :length] = tokens
         return np.asarray(
             _logits(self.params, padded, config=self.config, compute=self.compute)[:, :length],

@@ -167,7 +167,7 @@ def plan_decoding(config: PlanConfig, target: Target) -> Plan:
     """
     mesh = target.mesh
     model, _ = model_config(config.training(), config.vocab_size)
-    static = DecodeConfig(model, Compute.on(mesh, dtype=jnp.bfloat16), pause=-1)
+    static = DecodeConfig(model, Compute.on(mesh, dtype=jnp.bfloat16), python_end=-1)
     params = decode_params(model, mesh)
     shape = (config.slots, model.n_kv_head, model.sequence_len, model.head_dim)
     layer: Any = jax.ShapeDtypeStruct(

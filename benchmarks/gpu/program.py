@@ -181,7 +181,7 @@ class Decoding:
 
     def _static(self) -> DecodeConfig:
         # No token has the id `vocab_size`, so no row pauses.
-        return DecodeConfig(self.config, Compute.on(None), pause=self.config.vocab_size)
+        return DecodeConfig(self.config, Compute.on(None), python_end=self.config.vocab_size)
 
     def new_params(self) -> Any:
         @jax.jit

@@ -44,7 +44,7 @@ def with_flags(message: str, config_type: type) -> str:
 
 
 class _FlagFormatter(logging.Formatter):
-    """Log messages with settings as flags, see `with_flags`."""
+    """Prints settings in log messages as flags; see `with_flags`."""
 
     def __init__(self, config_type: type) -> None:
         super().__init__("%(message)s")
@@ -86,10 +86,10 @@ def invocation(module: str) -> str:
 
 
 def catch_errors() -> None:
-    """Report Ctrl-C and disk errors without a traceback, also while a program imports.
+    """Report Ctrl-C and disk errors without a traceback, even while a program is importing.
 
     In callbacks of the garbage collector (JAX has one), Python reports exceptions but does not
-    raise them. So the signal of a Ctrl-C is sent again.
+    raise them. A Ctrl-C there is sent again.
     """
     report = sys.unraisablehook
 
@@ -127,7 +127,7 @@ def _disk_error(error: OSError) -> str:
         try:
             os.getcwd()
         except OSError:
-            return "the current directory does not exist any more: change to another one"
+            return "the current directory no longer exists: change to another one"
     return error.strerror or one_line(error)
 
 
@@ -151,7 +151,7 @@ def _report(error: UsageError | OSError) -> int:
 
 
 def _flush() -> None:
-    """Write buffered output. Discard what cannot be written, or Python reports it at exit."""
+    """Write buffered output. Discard what cannot be written; Python would report it at exit."""
     for stream in (sys.stdout, sys.stderr):
         try:
             if stream is not None:
@@ -185,7 +185,7 @@ def guard(work: Callable[[], int | None]) -> NoReturn:
         print("stopped", file=sys.stderr)
         code = EXIT_INTERRUPTED
     _flush()
-    # immediately: a device that still computes crashes when the interpreter frees its memory
+    # without cleanup: freeing a device's memory while it computes would crash
     if code == EXIT_INTERRUPTED:
         os._exit(code)
     sys.exit(code or 0)
@@ -217,7 +217,7 @@ def run_commands(
 ) -> NoReturn:
     """Entry point of a module whose first argument may name a command.
 
-    `commands` gives the function, flags and description of each.
+    `commands` has the function, flags and description of each command by its name.
     """
     argv = sys.argv[1:]
     if argv[:1] == ["--"]:

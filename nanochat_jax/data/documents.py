@@ -68,7 +68,7 @@ class ShardReader:
 
 
 class Position(NamedTuple):
-    """Position of a document: completed passes, file of the split, row group, row of the group."""
+    """Position of a document: completed passes, file of the split, row group, row in the group."""
 
     epoch: int = 0
     file: int = 0
@@ -82,7 +82,7 @@ class DocumentStream:
     Virtual shard s of N reads the row groups s, s+N, ... of each file. If a file has fewer row
     groups than N, its documents are divided among the virtual shards one by one.
 
-    `position` is where the search for the next document starts; its epoch is that document's.
+    `position` is where the search for the next document starts. It has that document's epoch.
     """
 
     def __init__(self, reader: ShardReader, encode: Encode, shard: int = 0, num_shards: int = 1):

@@ -2,7 +2,7 @@
 
 A data set card may assign files to subsets and splits. Otherwise paths decide, as in the library
 `datasets`: a path contains `train`, `validation`, `test` or a synonym. If no path does, all files
-are `train`. Data sets in other formats than `READABLE` are read from the Hub's parquet branch.
+are `train`. Data sets in formats other than `READABLE` are read from the Hub's parquet branch.
 """
 
 import itertools
@@ -132,7 +132,7 @@ def _choose_config(configs: Sequence[dict[str, Any]], subset: str | None) -> dic
     for config in configs:
         if config.get("config_name") == subset:
             return config
-    raise NotFound(f"the data set has no subset {subset!r}: there are {names}")
+    raise NotFound(f"the data set has no subset {subset!r}; it has {names}")
 
 
 def _patterns(data_files: Any, split: str) -> list[str]:

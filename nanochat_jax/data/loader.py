@@ -25,7 +25,7 @@ from nanochat_jax.errors import UsageError
 
 logger = logging.getLogger(__name__)
 
-Batch = dict[str, np.ndarray]  # inputs, targets: int32 [rows, T]; target -1 is not trained
+HostBatch = dict[str, np.ndarray]  # inputs, targets: int32 [rows, T]; target -1 is not trained
 PACKERS: dict[str, type[Packer]] = {"bestfit": BestFitPacker, "stream": StreamPacker}
 PREFETCHED_BATCHES = 4
 
@@ -58,10 +58,10 @@ class BatchRows:
         return slice(self.process_index * count, (self.process_index + 1) * count)
 
 
-class Source:
+class BatchSource:
     """What a `Loader` prefetches: an iterator over (batch, position, snapshot)."""
 
-    def next_batch(self) -> Batch:
+    def next_batch(self) -> HostBatch:
         """Raises StopIteration at the end, if there is one."""
         raise NotImplementedError
 
@@ -76,10 +76,10 @@ class Source:
     def set_state(self, state: State) -> None:
         raise NotImplementedError
 
-    def __iter__(self) -> "Source":
+    def __iter__(self) -> "BatchSource":
         return self
 
-    def __next__(self) -> tuple[Batch, dict[str, Any], Snapshot]:
+    def __next__(self) -> tuple[HostBatch, dict[str, Any], Snapshot]:
         return self.next_batch(), self.position, self.snapshot()
 
     def get_state(self) -> State:
@@ -90,7 +90,7 @@ class Source:
 class Loader:
     """Iterator over the batches of a source, with the state after the last batch returned."""
 
-    def __init__(self, source: Source):
+    def __init__(self, source: BatchSource):
         self._snapshot = source.snapshot()
         self._first_state = self._snapshot()
         iterator = ThreadPrefetchDatasetIterator(source, PREFETCHED_BATCHES)
@@ -108,7 +108,7 @@ class Loader:
     def __iter__(self) -> "Loader":
         return self
 
-    def __next__(self) -> Batch:
+    def __next__(self) -> HostBatch:
         batch, self.position, self._snapshot = next(self._iterator)
         return batch
 
@@ -135,7 +135,7 @@ def _close(open_iterators: list[ThreadPrefetchDatasetIterator]) -> None:
         open_iterators.pop().close()
 
 
-class PretrainingSource(Source):
+class PretrainingSource(BatchSource):
     """This process's rows of each global batch, from the packers of its virtual shards."""
 
     def __init__(
@@ -150,7 +150,7 @@ class PretrainingSource(Source):
         self._packers, self._rows_per_shard = packers, rows_per_shard
         self._settings, self._corpus = settings, corpus
 
-    def next_batch(self) -> Batch:
+    def next_batch(self) -> HostBatch:
         rows = [packer.next_rows(self._rows_per_shard) for packer in self._packers.values()]
         inputs, targets = map(np.concatenate, zip(*rows, strict=True))
         return {"inputs": inputs, "targets": targets}

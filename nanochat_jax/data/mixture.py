@@ -14,7 +14,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from nanochat_jax.conversation import render_conversation
-from nanochat_jax.data.loader import Batch, BatchRows, Loader, Source
+from nanochat_jax.data.loader import BatchRows, BatchSource, HostBatch, Loader
 from nanochat_jax.data.packing import STATE_CHANGED, FitBuffer, Snapshot, State, TokenRun
 from nanochat_jax.errors import UsageError, one_line
 from nanochat_jax.tokenizer import Tokenizer
@@ -32,7 +32,7 @@ class ConversationTask(Protocol):
     def __getitem__(self, index: int) -> Mapping[str, Any]: ...
 
 
-class ConversationSource(Source):
+class ConversationSource(BatchSource):
     """Base of all modes: renders conversations and makes `num_epochs` passes (None: endless)."""
 
     mode: str
@@ -137,7 +137,7 @@ class StreamSource(ConversationSource):
     def _clear(self) -> None:
         self._run = TokenRun(self._next_conversation)
 
-    def next_batch(self) -> Batch:
+    def next_batch(self) -> HostBatch:
         inputs, targets = self._run.next_rows(self._rows.batch_size, self._rows.sequence_len)
         return {"inputs": inputs[self._rows.local], "targets": targets[self._rows.local]}
 
@@ -180,7 +180,7 @@ class RowsSource(ConversationSource):
     def _clear(self) -> None:
         self._buffer = FitBuffer()  # items: (index, ids, mask)
 
-    def next_batch(self) -> Batch:
+    def next_batch(self) -> HostBatch:
         shape = (self._rows.batch_size, self._max_tokens)
         tokens, learned = np.full(shape, self._tokenizer.bos_id, np.int32), np.zeros(shape, bool)
         for row, row_learned in zip(tokens, learned, strict=True):

@@ -22,7 +22,7 @@ def train_tokenizer(
 ) -> Tokenizer:
     """A tokenizer trained on the text of `shards`; see `Tokenizer.train_from_parquet`.
 
-    Raises `UsageError` for a vocabulary that is too small and for a damaged shard.
+    Raises `UsageError` for a vocabulary that is too small or a damaged shard.
     """
     expected = 0
     for path in shards:
@@ -36,13 +36,13 @@ def train_tokenizer(
     except (ValueError, OSError, pa.ArrowException) as error:
         raise UsageError(" ".join([str(error), *getattr(error, "__notes__", [])])) from error
     if tokenizer.decode(tokenizer.encode(ROUND_TRIP_TEXT)) != ROUND_TRIP_TEXT:
-        raise RuntimeError("decoding does not restore the text that the trained tokenizer encodes")
+        raise RuntimeError("the trained tokenizer does not decode what it encodes to the same text")
     return tokenizer
 
 
 @contextlib.contextmanager
 def _progress(expected_chars: int) -> Iterator[Progress]:
-    """Show the progress of the stages, one after the other."""
+    """Display the progress of the two stages, one after the other."""
     displays: dict[str, Display] = {}
 
     def close() -> None:

@@ -19,7 +19,7 @@ import numpy as np
 from jax import Array
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from nanochat_jax.infer.padding import bucket
+from nanochat_jax.infer.padding import padded_length
 from nanochat_jax.model.compute import REFERENCE, Compute
 from nanochat_jax.model.config import GPTConfig
 from nanochat_jax.model.gpt import KVCache, forward, init_cache
@@ -97,11 +97,11 @@ class _Example:
 
 def _shared_length(length: int) -> int:
     """Padded length of a shared prefix. Finer than other lengths, as most of the work is here."""
-    return bucket(length, BLOCK, steps=4)
+    return padded_length(length, BLOCK, steps=4)
 
 
 def _cache_length(length: int) -> int:
-    return bucket(length, BLOCK, steps=1)
+    return padded_length(length, BLOCK, steps=1)
 
 
 @functools.partial(jax.jit, static_argnames=("length", "mesh"))
@@ -249,7 +249,7 @@ class Scorer:
         count = self._batch_rows(batch)
         shared = np.zeros(count, np.int32)
         shared[: len(batch)] = [example.shared for example in batch]
-        size = bucket(max(example.longest_rest for example in batch), 8, steps=1)
+        size = padded_length(max(example.longest_rest for example in batch), 8, steps=1)
         longest = int(shared.max())
         for at in range(0, max(1, longest), MOST_TOKENS):
             tokens = np.zeros((count, min(MOST_TOKENS, _shared_length(longest - at))), np.int32)

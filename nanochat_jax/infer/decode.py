@@ -1,8 +1,8 @@
 """The engine's jitted functions: prefill, copy, resize and multi-step decode.
 
 Parameters are in the form of `split_layers`. Sizes are padded (engine.py), which bounds the number
-of compilations. Shapes: B slots, S positions per slot, R slots and K steps per dispatch, N prompts
-per prefill, T padded prompt length, L layers, G key/value heads, h head width.
+of compilations. Shapes: B slots, S positions per slot, R slots and K steps per dispatch, T padded
+length of a prefill, L layers, G key/value heads, h head width.
 
 The cache holds only keys and values; `DecodeInputs` carries the length of each slot.
 """
@@ -32,7 +32,7 @@ class DecodeConfig:
 
     config: GPTConfig
     compute: Compute
-    pause: int  # token id that ends a slot's dispatch, for a tool call
+    python_end: int  # token id that ends a tool call, and so a slot's dispatch
 
 
 Index = Array | np.ndarray  # [R] int32
@@ -281,8 +281,8 @@ def decode(
 ) -> tuple[Slots, Array, Array]:
     """Advance every active slot by up to `inputs.steps` tokens.
 
-    A slot becomes inactive when it emits a stop token or `static.pause` that was not injected, or
-    has no tokens remaining; the loop ends when no slot is active. Returns the cache, the emitted
+    A slot becomes inactive when it emits a stop token or `static.python_end` that was not injected,
+    or has no tokens remaining. The loop ends when no slot is active. Returns the cache, the emitted
     tokens [R, K] (-1 if inactive) and their log-probabilities [R, K] (NaN if inactive or not
     requested). If R < B, the steps run on copies of the R slots and do not read the others.
     """
@@ -337,7 +337,7 @@ def _decode_step(
     token = jnp.where(active, token, state.token)
     logprobs = log_probability(logits, token, active & rows["logprobs"], cap)
     remaining = state.remaining - active
-    is_stop = jnp.any(token[:, None] == rows["stop"], axis=-1) | (token == static.pause)
+    is_stop = jnp.any(token[:, None] == rows["stop"], axis=-1) | (token == static.python_end)
     return DecodeState(
         step + 1,
         cache._replace(k=_place(cache.k, mesh), v=_place(cache.v, mesh)),

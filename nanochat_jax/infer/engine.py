@@ -40,8 +40,8 @@ FIRST_TOKEN_SECONDS = 0.1  # a slower dispatch delays first tokens too much
 # Padded lengths of a prefill. A piece is used if at least two thirds of it would be tokens.
 PIECES = (16, 64, 256)
 PREFILL_ROWS = 8  # prompts of one prefill
-# Tokens to prefill, padding included, before the next dispatch: at most so many while other
-# requests stream, and while none does.
+# Most tokens to prefill, padding included, before the next dispatch: while other requests stream,
+# and otherwise.
 PREFILL_TOKENS_STREAMING = 512
 PREFILL_TOKENS = 2048
 # Dispatches for which the cache stays long enough for an idle slot's tokens.
@@ -231,8 +231,8 @@ class EngineLoop:
     def fill(self, budget: int | None = None) -> None:
         """Copy the prefixes and prefill the rest of the admitted prompts.
 
-        With a `budget`, only until a slot is ready and so many tokens, padding included, are
-        prefilled; a prefill of several slots is not larger than the budget.
+        With a `budget`, stop once a slot is ready and `budget` tokens, padding included, are
+        prefilled. A prefill of several slots is never larger than the budget.
         """
         self._make_room()
         left = budget
@@ -292,7 +292,7 @@ class EngineLoop:
     def _make_room(self) -> None:
         """Resize the cache to the length that the next step needs.
 
-        It also keeps the tokens of conversations that may continue soon.
+        It stays long enough for the tokens of recently used idle slots.
         """
         steps = self._engine.steps_per_dispatch
         needed = max(

@@ -8,7 +8,7 @@ import numpy as np
 SHORTEST_CACHE = 256
 
 
-def bucket(length: int, unit: int = 32, *, steps: int = 2) -> int:
+def padded_length(length: int, unit: int = 32, *, steps: int = 2) -> int:
     """Return the padded length of a sequence, a multiple of `unit`.
 
     There are `steps` padded lengths per doubling; for 2: `unit` times 1, 2, 3, 4, 6, 8, 12, ...
@@ -28,7 +28,7 @@ def padded_batches(
     """
 
     def padded(index: int) -> int:
-        return bucket(len(sequences[index]))
+        return padded_length(len(sequences[index]))
 
     for length, group in groupby(sorted(range(len(sequences)), key=padded), key=padded):
         indices, rows = list(group), devices * max(1, tokens // (length * devices))

@@ -58,7 +58,7 @@ def identity(x: Array) -> Array:
 
 
 def sample(logits: Array, params: SamplingParams, noise: Array, transform: Map = identity) -> Array:
-    """Draw one token id per row.
+    """Draw one token id per row. At temperature 0, it is the most likely token.
 
     Args:
         logits: [V, B] float32.
@@ -142,7 +142,7 @@ def _draw_listed(
         drawn = _draw_by_block(kept.T, noise)
     else:
         drawn = first_argmax(kept + noise[:, :count])  # the Gumbel-max trick
-    index = jnp.where(rows.random, drawn, 0)
+    index = jnp.where(rows.random, drawn, 0)  # greedy rows: rank 0
     settled = ~beyond | ((rows.top_k == vocab_size) & (listed / total >= rows.top_p))
     return jnp.take_along_axis(ids, index[:, None], axis=-1)[:, 0], settled, greatest
 

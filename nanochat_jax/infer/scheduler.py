@@ -1,4 +1,4 @@
-"""A scheduler thread that runs one engine loop for many callers and passes on their text."""
+"""A thread that runs one engine loop for many callers and passes on the generated text."""
 
 import functools
 import logging
@@ -40,12 +40,12 @@ class Handle:
         self._receive = receive or self._queue.put
 
     def cancel(self) -> None:
-        """Request cancellation. No effect if done; else the reason is normally "cancelled"."""
+        """Request cancellation. No effect if done; else the result is usually "cancelled"."""
         self._cancelled = True
 
     @property
     def cancelled(self) -> bool:
-        """Whether cancelled by `cancel` or because the receiver is gone."""
+        """Whether `cancel` was called or the receiver is gone."""
         return self._cancelled
 
     def result(self, timeout: float | None = None) -> Result:
@@ -143,8 +143,8 @@ class Scheduler:
         most = self.engine.num_slots + self._max_waiting
         if len(requests) > most:
             raise ValueError(
-                f"{len(requests)} requests together are more than {most}, the slots and places in "
-                "the queue"
+                f"{len(requests)} requests together are more than {most}, the number of slots "
+                "and queue positions"
             )
         handles = [
             Handle(self.engine.generation(request), receive and functools.partial(receive, index))
@@ -191,7 +191,7 @@ class Scheduler:
                 self._changed.wait_for(lambda: self._waiting or self._live or self._closing)
                 if self._closing:
                     break
-                # read once: another thread may set it
+                # read `cancelled` once: another thread may set it
                 taken = [handle for handle in self._waiting if handle.cancelled]
                 self._waiting = deque(handle for handle in self._waiting if handle not in taken)
                 number = min(loop.num_free, len(self._waiting))

@@ -3,8 +3,8 @@
 A prompt starts from the longest prefix of its tokens that any slot holds: its own conversation's
 earlier turns, another conversation with the same system prompt, or the same prompt. The reused
 tokens need not end where a request ended: generated text is not always tokenized the same when it
-comes back in the next prompt. Prefixes stay until their slot is given to another request, least
-recently used first.
+comes back in the next prompt. A slot keeps its tokens until it is assigned to another request. The
+least recently used slot is assigned first.
 """
 
 from collections.abc import Iterator, Sequence
@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 from nanochat_jax.infer.request import Generation
 
-# A shorter prefix is not copied from another slot, unless it is the complete prompt: prefilling it
-# with the rest costs as much.
+# A shorter prefix is copied from another slot only if it is the complete prompt. Otherwise,
+# prefilling it together with the rest costs as much.
 MIN_COPIED = 16
 
 
@@ -33,7 +33,7 @@ class Slot:
         generation: the active request, or None.
         filled: tokens of its prompt in the cache. The last prompt token is never prefilled: the
             first decode step feeds it.
-        kept: the tokens that the slot holds while it has no generation.
+        kept: the tokens that an idle slot holds.
         source: the slot whose prefix will be copied once it is filled that far, or None.
         last_used: the dispatch at which it was last assigned, released or chosen as a source.
     """
@@ -100,7 +100,7 @@ class SlotTable:
         A prefix in another slot is not copied yet: that slot becomes `Slot.source`. `now` is the
         number of the next dispatch.
         """
-        for generation in generations:  # what one of them reuses must not go to another
+        for generation in generations:  # a slot that one of them reuses is assigned last
             source, length = self._longest(generation)
             if source.generation is None and length >= MIN_COPIED:
                 source.last_used = now
@@ -115,9 +115,9 @@ class SlotTable:
             generation.reused = slot.filled
 
     def _longest(self, generation: Generation) -> tuple[Slot, int]:
-        """Return the slot with the longest prefix of the prompt, now or soon, and its length.
+        """Return the slot that holds or will hold the longest prefix of the prompt, and its length.
 
-        A slot that itself waits for another is no source, so that waiting never is a circle.
+        A slot that waits for another slot is never a source, so slots cannot wait in a circle.
         """
         prompt = generation.prompt[:-1]
         shared = [
@@ -129,7 +129,10 @@ class SlotTable:
         return slot, length
 
     def _choose(self, source: Slot, length: int) -> Slot:
-        """Return `source` if it is free and little of what it holds is lost, else the oldest."""
+        """Return `source` if it is free and at least half of its tokens are reused.
+
+        Otherwise return the least recently used free slot.
+        """
         if source.generation is None and 2 * length >= len(source.kept):
             return source
         return min(self.free, key=lambda slot: slot.last_used)
@@ -137,8 +140,8 @@ class SlotTable:
     def copies(self) -> list[tuple[Slot, Slot]]:
         """Return (source, target) of the prefixes that can be copied now, in this order.
 
-        Waiting ends as well if the source does not hold the prefix and will not: it then shares
-        less, or nothing.
+        A slot also stops waiting if its source will never hold the planned prefix. It then copies
+        the shorter prefix that the source holds, or nothing.
         """
         ready = []
         for slot in self.occupied:

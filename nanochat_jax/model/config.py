@@ -1,4 +1,6 @@
-"""The model's configuration: everything that the depth decides.
+"""The model's configuration: its shape, which the depth decides, and its architecture.
+
+What else the depth decides is listed in docs/code.md.
 
 Two architectures are one model with different fields: `classic` is nanochat of December 2025
 (Hugging Face's NanoChatForCausalLM), `modern` is nanochat of July 2026.

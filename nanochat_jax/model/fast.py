@@ -22,7 +22,7 @@ SAVED = "saved"  # `jax.checkpoint`'s name for results that are expensive to rec
 
 
 def linear(x: Array, weight: Array, axes: int = 1) -> Array:
-    """`layers.linear`; the result is saved for the backward pass.
+    """`layers.linear`; the result is `SAVED`.
 
     Why: on a CPU, the operands of the backward pass are row-major (2x in float32, 4x in bfloat16).
     On a TPU, heads are an axis of the result, and attention reads them without a copy.
@@ -31,7 +31,7 @@ def linear(x: Array, weight: Array, axes: int = 1) -> Array:
 
 
 def unsaved_linear(x: Array, weight: Array) -> Array:
-    """`linear` whose result the backward pass recomputes."""
+    """`linear`, but the result is not `SAVED`."""
     return _linear(x, weight.astype(x.dtype), 1)
 
 
@@ -106,7 +106,7 @@ def matmul_transposed(x: Array, y: Array) -> Array:
     ).T
 
 
-# ------------------------------------------------------------------------- rotary embedding and nor
+# ------------------------------------------------------------------------ rotary embedding and norm
 
 
 def apply_rotary(x: Array, cos: Array, sin: Array) -> Array:
@@ -168,7 +168,7 @@ def _rotary_norm_bwd(scale: float, residuals: tuple, d_out: Array) -> tuple[Arra
 rotary_norm.defvjp(_rotary_norm_fwd, _rotary_norm_bwd)
 
 
-# ------------------------------------------------------------------------------------------------ M
+# ---------------------------------------------------------------------------------------------- MLP
 
 
 @jax.custom_jvp
@@ -189,7 +189,7 @@ def _squared_relu_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Ar
 def mlp(x: Array, mlp_fc: Array, mlp_proj: Array) -> Array:
     """`layers.mlp`.
 
-    Why: the hidden layer [B, T, F] is not saved; on a TPU, recomputing it is cheaper than an HBM
+    Why: the hidden layer [B, T, F] is not `SAVED`: on a TPU, recomputing it is cheaper than an HBM
     round trip.
     """
     return linear(squared_relu(unsaved_linear(x, mlp_fc)), mlp_proj)

@@ -1,5 +1,7 @@
 """Hyperparameters of pretraining: each architecture's defaults, and what the model's shape decides
 (steps, batch size, weight decay, learning-rate scale).
+
+`train.optim.make_optimizer` also scales the AdamW groups' learning rates by the width.
 """
 
 import math

@@ -43,7 +43,7 @@ def reset(report_dir: Path) -> None:
 def generate(report_dir: Path, out_dir: Path) -> None:
     """Write the three documents to `report_dir`, and report.md and report.html also to `out_dir`.
 
-    An existing file that is not an unchanged report is renamed.
+    An existing file that is not a report, or was edited, is renamed.
 
     Raises `NotFound` if no section was logged, and `UsageError` for a damaged section or a
     directory that cannot be written.

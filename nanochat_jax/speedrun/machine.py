@@ -18,7 +18,7 @@ CPU_FLOPS_PER_CORE = 8e10
 
 
 def describe_devices(device_type: str | None) -> None:
-    """Print platform, kind, number and peak FLOP/s of the devices as a JSON line."""
+    """Print platform, kind, count and peak FLOP/s of the devices as a JSON line."""
     if device_type:
         jax.config.update("jax_platforms", device_type)
     devices = find_devices(device_type)
@@ -28,7 +28,7 @@ def describe_devices(device_type: str | None) -> None:
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """Devices of one platform; `peak_flops` is that of one device, None if unknown."""
+    """Devices of one platform. `peak_flops` is per device; None if unknown."""
 
     platform: str
     kind: str
@@ -37,7 +37,7 @@ class Machine:
 
     @classmethod
     def probe(cls, device_type: str | None = None) -> "Machine":
-        """This machine. A separate process looks, because only one process can hold a TPU."""
+        """Detect this machine's devices, in a child process: only one process can hold a TPU."""
         code = (
             "from nanochat_jax import cli; from nanochat_jax.speedrun import machine; "
             f"cli.guard(lambda: machine.describe_devices({device_type!r}))"

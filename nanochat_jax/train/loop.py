@@ -1,8 +1,8 @@
 """The training loop of all stages, RL included: train, log, evaluate, save, resume, stop.
 
-Each step does, in this order: save, evaluate, stop if it is the last, train. So no failed
-evaluation loses a checkpoint. A step's metrics are read after the next one is dispatched, so the
-device never waits for logging.
+Each step does, in this order: stop if a signal asked for it, save, evaluate, train unless it is the
+last. So no failed evaluation loses a checkpoint. A step's metrics are read after the next one is
+dispatched, so the device never waits for logging.
 """
 
 import contextlib

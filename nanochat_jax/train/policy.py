@@ -17,7 +17,7 @@ import numpy as np
 from nanochat_jax.conversation import render_for_completion
 from nanochat_jax.eval.chat import MAX_PROMPT_TOKENS, Sampling
 from nanochat_jax.infer.engine import Engine
-from nanochat_jax.infer.padding import bucket as padded_length
+from nanochat_jax.infer.padding import padded_length
 from nanochat_jax.infer.request import Request
 from nanochat_jax.model.loss import Batch
 from nanochat_jax.tasks.base import Conversation, Task

@@ -25,7 +25,7 @@ class MidTrainConfig(FinetuneConfig):
 
 
 def midtrain(config: MidTrainConfig) -> None:
-    """Chat format, tools and skills: all tokens of the conversations are trained."""
+    """Teach the chat format, tools and skills. The loss is over all tokens of the conversations."""
     finetune(
         Stage(
             config=config,
@@ -60,13 +60,13 @@ class ChatSFTConfig(FinetuneConfig):
     device_batch_size: int | Literal["auto"] = count(
         4, "rows per device and micro-step; auto: the most that fit into memory", at_most=10**6
     )
-    target_examples_per_step: int = count(32, "rows of a step, without --total-batch-size")
+    target_examples_per_step: int = count(32, "rows per step, unless --total-batch-size is set")
     init_lr_frac: float = inherited(FinetuneConfig, "init_lr_frac", 0.02)
     warmup_ratio: float = fraction(0.0, "share of the run with rising learning rate")
     warmdown_ratio: float = inherited(MidTrainConfig, "warmdown_ratio", 1.0)
     final_lr_frac: float = fraction(0.0, "learning rate at the end, as a share of its peak")
     eval_every: int = inherited(TrainConfig, "eval_every", 100)
-    eval_steps: int | None = count(None, "batches of an evaluation, instead of --eval-tokens")
+    eval_steps: int | None = count(None, "batches per evaluation; overrides --eval-tokens")
     mmlu_epochs: int | None = count(
         None, "passes over MMLU in the mixture; default 0, from base 3", at_least=0, at_most=10**6
     )
@@ -92,7 +92,7 @@ class ChatSFTConfig(FinetuneConfig):
 
 
 def supervised_finetune(config: ChatSFTConfig) -> None:
-    """Only the assistant's tokens are trained."""
+    """Teach to reply. The loss is over the assistant's tokens only."""
 
     def mixture(data: str | None, split: Split, paths: Paths) -> Task:
         return mixture_for(

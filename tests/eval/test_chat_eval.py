@@ -14,7 +14,7 @@ from nanochat_jax.conversation import render_for_completion
 from nanochat_jax.errors import UsageError
 from nanochat_jax.eval import chat
 from nanochat_jax.eval.chat import Generator, Sampling
-from nanochat_jax.infer.padding import bucket, padded_batches
+from nanochat_jax.infer.padding import padded_batches, padded_length
 from nanochat_jax.model.compute import Compute
 from nanochat_jax.model.config import GPTConfig
 from nanochat_jax.model.gpt import forward, unembed
@@ -64,7 +64,9 @@ def test_batches_hold_every_sequence_once_and_have_few_shapes():
         shapes.add(tokens.shape)
         seen |= {index: tokens[row].tolist() for row, index in enumerate(indices)}
     assert shapes == {(8, 32), (4, 64), (2, 96), (2, 128)}
-    assert seen == {i: each + [0] * (bucket(i + 1) - i - 1) for i, each in enumerate(sequences)}
+    assert seen == {
+        i: each + [0] * (padded_length(i + 1) - i - 1) for i, each in enumerate(sequences)
+    }
 
 
 def letters_of(task, params, mesh=None):

@@ -1,5 +1,7 @@
 """The forms that XLA runs fastest compute what the plain formulas do, in value and in gradient."""
 
+import inspect
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -78,3 +80,11 @@ def test_every_function_of_the_module_is_compared():
         and getattr(value, "__module__", None) == fast.__name__
     }
     assert public == {name.split(",")[0].split(" ")[0] for name in PAIRS}
+
+
+def test_both_forms_take_the_same_arguments():
+    for name, plain in inspect.getmembers(layers, inspect.isfunction):
+        if hasattr(fast, name):
+            assert [*inspect.signature(plain).parameters] == [
+                *inspect.signature(getattr(fast, name)).parameters
+            ], name

@@ -51,13 +51,13 @@ class CountedBatches:
     """
 
     def __init__(self, stop_at=None):
-        self.position, self.stop_at = 0, stop_at
+        self.count, self.stop_at = 0, stop_at
 
     def __next__(self):
-        if self.position == self.stop_at:
+        if self.count == self.stop_at:
             os.kill(os.getpid(), signal.SIGTERM)
-        rng = np.random.default_rng(self.position)
-        self.position += 1
+        rng = np.random.default_rng(self.count)
+        self.count += 1
         tokens = rng.integers(0, MODEL.vocab_size, (ROWS, MODEL.sequence_len + 1)).astype(np.int32)
         targets = np.where(rng.random((ROWS, MODEL.sequence_len)) < 0.3, -1, tokens[:, 1:]).astype(
             np.int32
@@ -66,13 +66,13 @@ class CountedBatches:
 
     @property
     def position(self):
-        return {"position": self.position}
+        return {"position": self.count}
 
     def get_state(self):
-        return {"position": self.position}
+        return {"position": self.count}
 
     def set_state(self, state):
-        self.position = state["position"]
+        self.count = state["position"]
 
 
 @functools.cache
@@ -230,7 +230,7 @@ def test_a_save_that_fails_in_the_background_stops_the_run_at_the_next_step(tmp_
 
     class Slow(CountedBatches):
         def __next__(self):
-            if self.position == 2:
+            if self.count == 2:
                 time.sleep(2)
             return super().__next__()
 
@@ -240,7 +240,7 @@ def test_a_save_that_fails_in_the_background_stops_the_run_at_the_next_step(tmp_
     batches = Slow()
     with pytest.raises(UsageError, match="step 2 could not be written.*No space left"):
         run(tmp_path / "d3", save_every=2, batches=batches)
-    assert batches.position <= 4 and not saved_steps(tmp_path / "d3")
+    assert batches.count <= 4 and not saved_steps(tmp_path / "d3")
 
 
 def test_resume_from_step_goes_back_and_keeps_what_it_replaces(reference, saved_run, tmp_path):
@@ -347,7 +347,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
             batch = super().__next__()
             return (
                 batch
-                if self.position <= 2
+                if self.count <= 2
                 else {n: np.full_like(x, 2**30) for n, x in batch.items()}
             )
 
