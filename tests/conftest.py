@@ -35,7 +35,12 @@ def pytest_xdist_auto_num_workers() -> int:
     return max(1, min(cores or 1, memory // 2**32))
 
 
-QUICK = {"infer", "serve", "eval"}  # these spend their time in the compiler, on small programs
+QUICK = {
+    "infer",
+    "serve",
+    "eval",
+    "model",
+}  # these spend their time in the compiler, on small programs
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -4,7 +4,6 @@ import itertools
 import json
 import os
 import shutil
-import socket
 import time
 
 import jax
@@ -169,16 +168,9 @@ def test_refused_writes_stop_the_run_in_one_line(server, place, tmp_path):
     assert "\n" not in str(stopped.value)
 
 
-@pytest.mark.parametrize(
-    "url, said", [("gs://missing/run", "404"), ("gs://bucket/run", "Max retries")]
-)
-def test_a_bucket_out_of_reach_is_one_line(server, monkeypatch, url, said):
-    if said != "404":  # no server at all
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{free.getsockname()[1]}")
-    with pytest.raises(UsageError, match=rf"{url} cannot be reached .*{said}") as error:
-        storage.open_bucket.__wrapped__(url)
+def test_a_bucket_out_of_reach_is_one_line(server):
+    with pytest.raises(UsageError, match="gs://missing/run cannot be reached .*404") as error:
+        storage.open_bucket.__wrapped__("gs://missing/run")
     assert "\n" not in str(error.value)
 
 

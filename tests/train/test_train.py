@@ -346,9 +346,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
         def __next__(self):
             batch = super().__next__()
             return (
-                batch
-                if self.count <= 2
-                else {n: np.full_like(x, 2**30) for n, x in batch.items()}
+                batch if self.count <= 2 else {n: np.full_like(x, 2**30) for n, x in batch.items()}
             )
 
     with pytest.raises(UsageError, match=r"loss of step 2 .*last good checkpoint is step 2"):
