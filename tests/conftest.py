@@ -35,18 +35,14 @@ def pytest_xdist_auto_num_workers() -> int:
     return max(1, min(cores or 1, memory // 2**32))
 
 
-QUICK = {
-    "infer",
-    "serve",
-    "eval",
-    "model",
-}  # these spend their time in the compiler, on small programs
+# Folders and files that spend their time in the compiler, on small programs.
+QUICK = {"infer", "serve", "eval", "test_gpt.py", "test_remat.py"}
 
 
 @pytest.fixture(scope="module", autouse=True)
 def quick_compilation(request):
     """Compile without most optimizations where no test looks at compiled programs."""
-    if request.path.parent.name not in QUICK:
+    if not QUICK & {request.path.parent.name, request.path.name}:
         yield
         return
     import jax
