@@ -1,6 +1,4 @@
-"""A model that answers each token with one certain successor, so that a test can write what it
-says.
-"""
+"""A model that answers each token with one certain successor, so that a test can write its replies."""
 
 import jax
 import jax.numpy as jnp

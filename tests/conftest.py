@@ -35,11 +35,26 @@ def pytest_xdist_auto_num_workers() -> int:
     return max(1, min(cores or 1, memory // 2**32))
 
 
+# Folders and files that spend their time in the compiler, on small programs.
+QUICK = {"infer", "serve", "eval", "test_gpt.py", "test_remat.py"}
+
+
+@pytest.fixture(scope="module", autouse=True)
+def quick_compilation(request):
+    """Compile without most optimizations where no test looks at compiled programs."""
+    if not QUICK & {request.path.parent.name, request.path.name}:
+        yield
+        return
+    import jax
+
+    jax.config.update("jax_disable_most_optimizations", True)
+    yield
+    jax.config.update("jax_disable_most_optimizations", False)
+
+
 @pytest.fixture(scope="session")
 def test_data() -> Path:
-    """The folder of reference data (`data/`, `golden/`); tests that need it are skipped where
-    there is none.
-    """
+    """The folder of reference data (`data/`, `golden/`); without it its tests are skipped."""
     folder = os.environ.get("NANOCHAT_TEST_DATA")
     if not folder:
         pytest.skip("NANOCHAT_TEST_DATA is not set: no reference data")

@@ -1,9 +1,4 @@
-"""Reference data that upstream's code made: tiny models with everything computed from them, and
-small trained ones.
-
-Every set that is there is tested, whatever its shape: nothing here or in the tests knows their
-numbers.
-"""
+"""Reference data that upstream's code made: tiny models with their activations, small trained ones."""
 
 import os
 from pathlib import Path

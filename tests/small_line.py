@@ -1,6 +1,4 @@
-"""A corpus and a tokenizer so small that a training script runs in seconds, and how to run one as
-a user does.
-"""
+"""A corpus and a tokenizer so small that a training script runs in seconds."""
 
 import json
 import os
@@ -40,9 +38,7 @@ def start(
     processes: int = 1,
     env: dict[str, str] | None = None,
 ) -> list[subprocess.Popen]:
-    """`python -m scripts.SCRIPT` in so many processes with so many virtual CPU devices each;
-    `base` may be one of each.
-    """
+    """`python -m scripts.SCRIPT` in so many processes with so many virtual CPU devices each."""
     bases = base if isinstance(base, list) else [base] * processes
     env = (
         os.environ
@@ -74,9 +70,7 @@ def start(
 
 
 def errors_of(running: list[subprocess.Popen]) -> list[str]:
-    """The standard error of each, read at once: one that nobody reads stops its process when its
-    pipe is full.
-    """
+    """The standard error of each, read at once: a full pipe stops its process."""
     with ThreadPoolExecutor(len(running)) as readers:
         return list(readers.map(lambda process: process.communicate()[1], running))
 

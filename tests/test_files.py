@@ -1,6 +1,4 @@
-"""Files and directories appear whole or not at all, and what was there is lost only to what
-replaces it.
-"""
+"""Files and directories appear whole or not at all, and replace only what they should."""
 
 import contextlib
 import errno
@@ -118,9 +116,6 @@ def test_files_that_came_meanwhile_are_not_replaced(tmp_path):
 def test_a_directory_whose_process_was_killed_is_not_taken_for_complete(
     tmp_path, monkeypatch, moves
 ):
-    """`moves` of three files have their place when the process is killed: the largest comes
-    last.
-    """
     directory, replace = tmp_path / "a", Path.replace
     left = iter(range(moves))
 

@@ -74,7 +74,6 @@ def test_a_speedrun_clears_no_tag_that_is_in_use(tmp_path, delete):
     "linked", ["", "base", "base/base_checkpoints", "base/base_checkpoints/d2"]
 )
 def test_the_tokenizer_of_a_tag_is_found_wherever_its_directory_is_linked_to(tmp_path, linked):
-    """Links lead into another disk, whose directories say nothing of the base directory."""
     for path in (Path("base"), Path("base/base_checkpoints"), Path("base/base_checkpoints/d2")):
         if str(path) == linked:
             (tmp_path / "disk" / path.name).mkdir(parents=True)

@@ -71,7 +71,3 @@ def test_zeros_before_a_line_do_not_take_it_along(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(bytes(40) + b'{"step": 1}\r\n')
     assert read_metrics(path) == [{"step": 1}]
-
-
-def test_a_cpu_has_no_known_peak():
-    assert peak_flops(SimpleNamespace(platform="cpu", device_kind="NVIDIA H100")) is None

@@ -1,9 +1,8 @@
-"""Any files become shards: every document once, in order, nothing mixed, nothing half done; faults
-name the file.
-"""
+"""Any files become shards: every document once and in order; faults name the file."""
 
 import bz2
 import gzip
+import io
 import json
 import subprocess
 import sys
@@ -16,7 +15,7 @@ import pytest
 
 from nanochat_jax.data.convert import VAL_SHARD, cut_text, read_documents, write_corpus
 from nanochat_jax.data.shards import iter_documents, list_shards
-from nanochat_jax.errors import NotFound, UsageError
+from nanochat_jax.errors import UsageError
 
 TEXTS = ["plain", 'two\nlines, and "quotes"', None, "", " \n", "naïve 世界 🙂", "x" * 200_000]
 
@@ -31,6 +30,12 @@ def as_csv(texts, delimiter=",", newline="\n"):
     cells = ['"' + (text or "").replace('"', '""') + '"' for text in texts]
     rows = [f"id{delimiter}text", *(f"{i}{delimiter}{cell}" for i, cell in enumerate(cells))]
     return newline.join(rows).encode()
+
+
+def as_parquet(table):
+    buffer = io.BytesIO()
+    pq.write_table(table, buffer)
+    return buffer.getvalue()
 
 
 @pytest.mark.parametrize(
@@ -92,57 +97,44 @@ def test_text_is_cut_where_a_paragraph_ends():
 @pytest.mark.parametrize(
     ("name", "content", "message"),
     [
-        ("a.jsonl", b'{"text": "a"}\n{"text": \n', r"a\.jsonl line 2 is not JSON"),
-        ("a.json", b'[{"text": "a"}]', r"a\.json line 1 is a JSON list: expected one object"),
+        ("a.jsonl", b'{"text": "a"}\n{"text": \n', "line 2 is not JSON"),
+        ("a.json", b'[{"text": "a"}]', "line 1 is a JSON list: expected one object"),
         (
             "a.jsonl",
             b'{"content": "a", "id": 1}',
-            r"a\.jsonl has no key 'text', only content, id: set `text_field`",
+            "has no key 'text', only content, id: set `text_field`",
         ),
-        (
-            "a.jsonl",
-            b'{"text": "a"}\n{"text": 3}',
-            r"'text' in .*a\.jsonl line 2 is int, expected a string",
-        ),
+        ("a.jsonl", b'{"text": "a"}\n{"text": 3}', "line 2 is int, expected a string"),
         (
             "a.jsonl",
             b'{"text": "a"}\n' + b"[" * 100_000,
-            r"a\.jsonl line 2 is not JSON \(it is nested too deeply\)",
+            "line 2 is not JSON .it is nested too deeply",
         ),
         (
             "a.jsonl",
             b'{"text": "a", "n": ' + b"1" * 5000 + b"}",
-            r"a\.jsonl line 1 is not JSON \(Exceeds the limit",
+            "line 1 is not JSON .Exceeds the limit",
         ),
-        ("a.csv", b"text,text\n1,a", r"a\.csv has 2 columns 'text'"),
-        ("a.csv", b"id,content\n1,a", r"a\.csv has no column 'text', only id, content"),
-        ("a.csv", b'text\n"open', r"a\.csv line [12] is not CSV"),
-        ("a.txt", b"caf\xe9", r"a\.txt is not UTF-8 text"),
-        ("a.jsonl.gz", gzip.compress(as_jsonl(["a"] * 1000))[:-30], r"a\.jsonl\.gz cannot be read"),
-        ("a.parquet", b"PAR1 torn", r"a\.parquet is not a readable parquet file"),
-        ("a.docx", b"", r"a\.docx is not in a supported format: expected parquet, jsonl"),
+        ("a.csv", b"text,text\n1,a", "has 2 columns 'text'"),
+        ("a.csv", b"id,content\n1,a", "has no column 'text', only id, content"),
+        ("a.csv", b'text\n"open', "line [12] is not CSV"),
+        ("a.txt", b"caf\xe9", "is not UTF-8 text"),
+        ("a.jsonl.gz", gzip.compress(as_jsonl(["a"] * 1000))[:-30], "cannot be read"),
+        ("a.parquet", b"PAR1 torn", "is not a readable parquet file"),
+        ("a.docx", b"", "is not in a supported format: expected parquet, jsonl"),
+        ("a.parquet", as_parquet(pa.table({"n": [1]})), "has no column 'text', only n"),
+        ("a.parquet", as_parquet(pa.table({"text": [1]})), "holds int64, expected string"),
+        (
+            "a.parquet",
+            as_parquet(pa.table([["a"], ["b"]], names=["text", "text"])),
+            "has 2 columns",
+        ),
     ],
 )
 def test_faults_name_the_file_and_the_line(tmp_path, name, content, message):
     (tmp_path / name).write_bytes(content)
-    with pytest.raises(UsageError, match=message):
+    with pytest.raises(UsageError, match=rf"{name}.* {message}"):
         list(read_documents(tmp_path / name, "text", 0))
-
-
-def test_parquet_without_the_column_or_with_another_type_is_named(tmp_path):
-    pq.write_table(pa.table({"content": ["a"], "n": [1]}), tmp_path / "a.parquet")
-    with pytest.raises(UsageError, match=r"a\.parquet has no column 'text', only content, n"):
-        list(read_documents(tmp_path / "a.parquet", "text", 0))
-    with pytest.raises(
-        UsageError, match=r"column 'n' of .*a\.parquet holds int64, expected string"
-    ):
-        list(read_documents(tmp_path / "a.parquet", "n", 0))
-    twice = pa.table([["a"], ["b"]], names=["text", "text"])
-    pq.write_table(twice, tmp_path / "a.parquet")
-    with pytest.raises(UsageError, match=r"a\.parquet has 2 columns 'text': rename"):
-        list(read_documents(tmp_path / "a.parquet", "text", 0))
-    with pytest.raises(NotFound, match=r"b\.parquet does not exist"):
-        list(read_documents(tmp_path / "b.parquet", "text", 0))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -190,13 +182,6 @@ def test_a_small_corpus_has_a_training_and_a_validation_shard(tmp_path, count, v
     )
 
 
-def test_too_few_documents_leave_nothing(tmp_path):
-    for texts, held in ([], "no text"), ([None, " "], "no text"), (["one"], "only one document"):
-        with pytest.raises(UsageError, match=f"holds {held}: a corpus needs two"):
-            write(tmp_path / "corpus", "a", texts)
-    assert not (tmp_path / "corpus").exists()
-
-
 def test_a_source_that_breaks_leaves_nothing(tmp_path):
     def broken():
         yield from numbered(3000)
@@ -242,7 +227,6 @@ def test_another_corpus_is_added_only_when_told_to_and_only_once(tmp_path):
 def test_a_corpus_whose_process_was_killed_loses_nothing_and_adds_nothing_twice(
     tmp_path, monkeypatch, before_b, moves
 ):
-    """Killed before the files of a source begin to move (0), and before each of their moves."""
     corpus = tmp_path / "corpus"
     if before_b:
         write(corpus, "a", numbered(100))
@@ -352,41 +336,24 @@ def test_local_files_and_directories(tmp_path, command):
 
 
 def test_what_is_left_out_of_directories_and_given_twice_is_logged(tmp_path, command):
-    folder = tmp_path / "texts"
+    folder, cut = tmp_path / "texts", ("--cut-chars", "50")
     (folder / ".venv").mkdir(parents=True)
     (folder / "a.txt").write_text("one two " * 30)
     for name in (".venv/licence.txt", ".hidden.txt", "b.pdf"):
         (folder / name).write_text("not this " * 30)
     (folder / "linked").symlink_to(tmp_path)
-    (tmp_path / "same.txt").hardlink_to(folder / "a.txt")
-    (tmp_path / "link.txt").symlink_to(folder / "a.txt")
-    code, _, err = command(
-        "local",
-        "--cut-chars",
-        "50",
-        folder,
-        tmp_path / "same.txt",
-        tmp_path / "link.txt",
-        f"{folder}/../texts/a.txt",
-    )
-    assert code == 0 and err.count("is read once") == 3
-    assert (
-        f"{folder}: 4 hidden entries, linked" in err
-        and f"{folder}/.venv" in err
-        and f"{folder}/b.pdf" in err
-    )
+    same, link, new = (tmp_path / f"{name}.txt" for name in ("same", "link", "new"))
+    same.hardlink_to(folder / "a.txt")
+    link.symlink_to(folder / "a.txt")
+    code, _, err = command("local", *cut, folder, same, link, f"{folder}/../texts/a.txt")
+    assert code == 0 and err.count("is read once") == 3 and f"{folder}: 4 hidden entries" in err
+    new.write_text("three four " * 30)
+    assert "it is already in" in command("local", "--append", *cut, link, new)[2]
+    assert "already" in command("local", "--append", *cut, link)[1]
     corpus = tmp_path / "base" / "base_data_custom"
-    (entry,) = json.loads((corpus / "manifest.json").read_text())["sources"]
-    assert entry["source"]["files"][0]["name"] == str((folder / "a.txt").resolve())
-    (tmp_path / "new.txt").write_text("three four " * 30)
-    code, _, err = command(
-        "local", "--append", "--cut-chars", "50", tmp_path / "link.txt", tmp_path / "new.txt"
-    )
-    assert code == 0 and "link.txt is skipped: it is already in" in err
-    code, out, _ = command("local", "--append", "--cut-chars", "50", tmp_path / "link.txt")
-    assert code == 0 and "already" in out
-    texts = [*iter_documents(corpus, "train"), *iter_documents(corpus, "val")]
-    assert " ".join(texts).count("one") == 30 and " ".join(texts).count("three") == 30
+    texts = " ".join([*iter_documents(corpus, "train"), *iter_documents(corpus, "val")])
+    counts = [texts.count(word) for word in ("one", "three", "not this")]
+    assert counts == [30, 30, 0]
     code, _, err = command("local", folder / ".venv")  # named by the user
     assert code == 2 and "set --append to add to it" in err
 
@@ -400,21 +367,3 @@ def test_a_damaged_manifest_is_refused(tmp_path, command, manifest):
     (corpus / "manifest.json").write_text(manifest)
     code, _, err = command("info")
     assert code == 2 and "manifest.json is damaged" in err
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["local"], "required: FILES"),
-        (["local", "missing.txt"], "missing.txt cannot be read: No such file"),
-        (["local", "x.txt", "--val-fraction", "1"], "--val-fraction must be at most 0.99, got 1.0"),
-        (["local", "x.txt", "--rows-per-shard", "0"], "--rows-per-shard must be at least 1"),
-        (["hf"], "name a data set: --preset k12|opc or --dataset OWNER/NAME"),
-        (["hf", "--dataset", "name"], "'name' is not of the form OWNER/NAME"),
-        (["hf", "--preset", "k13"], "invalid choice"),
-        (["hf", "--preset", "k12", "--limit-rows", "1"], "--limit-rows must be at least 2, got 1"),
-    ],
-)
-def test_mistakes_are_one_line_and_exit_code_two(command, arguments, message):
-    code, _, err = command(*arguments)
-    assert code == 2 and len(err.splitlines()) == 1 and message in err

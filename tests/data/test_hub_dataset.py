@@ -1,6 +1,4 @@
-"""Any data set of the Hub becomes a corpus: the right files of the right split, from a server with
-its protocol.
-"""
+"""Any data set of the Hub becomes a corpus: the right files of the right split."""
 
 import json
 
@@ -12,7 +10,6 @@ from huggingface_hub import constants
 from nanochat_jax import dataset
 from nanochat_jax.data.hub_dataset import Listing, glob_pattern, select_files
 from nanochat_jax.data.shards import iter_documents
-from nanochat_jax.errors import NotFound, UsageError
 
 REPO = "owner/texts"
 
@@ -83,13 +80,6 @@ NAMES = (
 )
 def test_the_card_decides(subset, split, expected):
     assert select_files(listing(*NAMES, configs=CONFIGS), subset, split) == expected
-
-
-def test_an_unclear_subset_is_asked_for():
-    with pytest.raises(UsageError, match="several subsets: set `subset` to one of en, fr"):
-        select_files(listing(*NAMES, configs=(CONFIGS[0], CONFIGS[2])), None, "train")
-    with pytest.raises(NotFound, match="no subset 'es'; it has en, de, fr"):
-        select_files(listing(*NAMES, configs=CONFIGS), "es", "train")
 
 
 @pytest.mark.parametrize(
@@ -198,15 +188,6 @@ def test_presets_and_limits(hub, tmp_path, command, preset, repo):
     (train, val), _ = corpus(tmp_path)
     assert sorted(train + val) == sorted(numbered(150)) and len(val) == 15
     assert hub.asked("GET /cdn/") == 2
-
-
-def test_a_large_row_group_is_read_piece_by_piece(hub, tmp_path, command):
-    """The corpus has row groups of 1,024 whatever the source has."""
-    hub.add(REPO, "train.parquet", parquet(tmp_path, numbered(5000), row_group_size=5000))
-    assert command("hf", "--dataset", REPO)[0] == 0
-    metadata = pq.ParquetFile(tmp_path / "base/base_data_custom/shard_00000.parquet").metadata
-    rows = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
-    assert rows == [1024, 1024, 1024, 1024, 879]
 
 
 @pytest.mark.parametrize(

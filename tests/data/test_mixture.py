@@ -1,6 +1,4 @@
-"""Conversation batches: each conversation once per epoch, masks kept, exact continuation, a known
-length.
-"""
+"""Conversation batches: each conversation once per epoch, masks kept, exact continuation."""
 
 import itertools
 import json

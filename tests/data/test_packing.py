@@ -1,14 +1,10 @@
-"""Packing follows the rules of best fit and of the token stream, and its state continues
-exactly.
-"""
-
-import json
+"""Packing follows the rule of best fit."""
 
 import numpy as np
 import pytest
 
 from nanochat_jax.data.documents import Position
-from nanochat_jax.data.packing import BestFitPacker, FitBuffer, StreamPacker
+from nanochat_jax.data.packing import BestFitPacker, StreamPacker
 from nanochat_jax.errors import UsageError
 
 BOS = 0
@@ -96,7 +92,6 @@ def test_best_fit_equals_the_rule_spelled_out(longest, buffer_docs):
 
 
 def test_every_document_of_a_small_corpus_is_used_in_each_pass():
-    """Half of the documents are longer than a row, and a buffer holds more than a pass of them."""
     lengths = random_lengths(100, 64)
     packer, passes = BestFitPacker(Documents(lengths), 32, buffer_docs=500), 12
     rows = []
@@ -111,47 +106,6 @@ def test_every_document_of_a_small_corpus_is_used_in_each_pass():
     uses = dict(zip(tokens.tolist(), uses.tolist(), strict=True))
     assert max(uses[token] for token in second_tokens if token in uses) <= passes
     assert np.median([uses.get(token, 0) for token in second_tokens]) >= passes - 2
-
-
-def test_stream_is_the_concatenation_of_all_documents():
-    lengths = random_lengths(200, 40)
-    source, packer = Documents(lengths), StreamPacker(Documents(lengths), 16)
-    whole = np.concatenate(source.documents * 2)
-    taken = 0
-    for count in (1, 3, 2, 5, 40, 1):
-        inputs, targets = packer.next_rows(count)
-        expected = whole[taken : taken + count * 16 + 1]
-        np.testing.assert_array_equal(inputs.ravel(), expected[:-1])
-        np.testing.assert_array_equal(targets.ravel(), expected[1:])
-        taken += count * 16 + 1
-
-
-@pytest.mark.parametrize(
-    "make",
-    [
-        lambda source: BestFitPacker(source, 32, buffer_docs=30),
-        lambda source: StreamPacker(source, 32),
-    ],
-)
-@pytest.mark.parametrize("longest", [10, 100])
-def test_restored_state_continues_exactly_at_every_step(make, longest):
-    lengths = random_lengths(90, longest)
-    packer = make(Documents(lengths))
-    states, rows = [], []
-    for _ in range(60):
-        states.append(json.dumps(packer.snapshot()()))
-        rows.append(packer.next_rows(3))
-    assert packer.snapshot()()["position"]["epoch"] >= 1
-    for step in range(0, 60, 7):
-        restored = make(Documents(lengths))
-        restored.next_rows(2)  # a state replaces whatever was there
-        restored.set_state(json.loads(states[step]))
-        for inputs, targets in rows[step : step + 10]:
-            again = restored.next_rows(3)
-            np.testing.assert_array_equal(again[0], inputs)
-            np.testing.assert_array_equal(again[1], targets)
-        if step + 10 < 60:
-            assert restored.snapshot()() == json.loads(states[step + 10])
 
 
 def test_restore_reads_no_document_before_a_row_takes_it():
@@ -177,16 +131,3 @@ def test_restore_with_other_documents_is_refused():
         with pytest.raises(UsageError, match="tokenizer or the texts have changed"):
             other.set_state(packer.snapshot()())
             other.next_rows(30)
-
-
-def test_fit_buffer_prefers_the_first_of_equal_length():
-    buffer = FitBuffer()
-    for length, item in ((3, "a"), (5, "b"), (3, "c"), (5, "d"), (8, "e")):
-        buffer.add(length, item)
-    assert buffer.pop_longest(2) is None
-    assert [buffer.pop_longest(7), buffer.pop_shortest(), buffer.pop_longest(7)] == [
-        (5, "b"),
-        (3, "a"),
-        (5, "d"),
-    ]
-    assert buffer.snapshot()() == [(3, "c"), (8, "e")]

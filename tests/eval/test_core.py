@@ -1,8 +1,7 @@
-"""CORE: prompts and spans against upstream's, scores against a plain computation, and the bundle's
-download.
-"""
+"""CORE: prompts and spans against upstream's, scores against a plain computation, the bundle."""
 
 import csv
+import dataclasses
 import functools
 import io
 import json
@@ -19,7 +18,7 @@ import pytest
 from golden_data import load_trained
 from random_model import random_params
 
-from nanochat_jax.errors import NotFound, UsageError
+from nanochat_jax.errors import UsageError
 from nanochat_jax.eval import core, scoring
 from nanochat_jax.eval.bundle import ensure_bundle
 from nanochat_jax.eval.core import CoreTask
@@ -60,27 +59,18 @@ def random_rows(count: int, lengths: tuple[int, ...]) -> list[Row]:
         (
             "multiple_choice",
             '{"query": "a", "choices": ["b"], "gold": 1}',
-            "gold must be the index of one of the 1 choices",
+            "gold must be the index",
         ),
-        (
-            "multiple_choice",
-            '{"query": "a", "choices": [3], "gold": 0}',
-            "choices must be an array of strings",
-        ),
+        ("multiple_choice", '{"query": "a", "choices": [3], "gold": 0}', "an array of strings"),
         ("schema", '{"context_options": ["b"], "gold": 0}', "strings continuation"),
-        (
-            "language_modeling",
-            '{"context": "b", "continuation": null}',
-            "strings context, continuation",
-        ),
+        ("language_modeling", '{"context": "b", "continuation": null}', "strings context"),
     ],
 )
 def test_a_damaged_example_is_refused_with_file_and_line(tmp_path, kind, line, message):
     path = tmp_path / "task.jsonl"
     path.write_text(f"\n{line}\n")
-    task = CoreTask(label="t", type=kind, path=path, num_fewshot=0, delimiter=" ", baseline=0.0)
     with pytest.raises(UsageError, match=f"task.jsonl line 2 is damaged .*{message}"):
-        core.read_items(task)
+        core.read_items(dataclasses.replace(task(kind), path=path))
 
 
 @pytest.mark.parametrize(
@@ -124,9 +114,7 @@ def test_prompts_and_spans_are_upstreams(test_data, era, max_per_task):
     ("era", "max_per_task", "tolerance"), [("classic", 60, 1e-3), ("modern", 40, 1e-4)]
 )
 def test_losses_and_verdicts_are_upstreams(test_data, era, max_per_task, tolerance):
-    """Of some tasks with short prompts, of each type. Tolerance: classic rotary tables are rounded
-    to bfloat16.
-    """
+    """Tolerance: classic rotary tables are rounded to bfloat16."""
     config, params, tokenizer, golden = load_trained(test_data, era)
     reference = json.loads((golden / "core_examples.json").read_text())
     scorer = Scorer(config=config, params=params)
@@ -150,7 +138,6 @@ def test_losses_and_verdicts_are_upstreams(test_data, era, max_per_task, toleran
 
 
 def test_centering_and_table_are_upstreams(test_data):
-    """From the accuracies of a reference table, everything else in it follows, to the last byte."""
     text = (test_data / "golden" / "trained-classic" / "core_max_per_task_60.csv").read_text()
     table = [[cell.strip() for cell in row] for row in csv.reader(text.splitlines()[1:-1])]
     tasks = core.read_tasks(test_data / "data" / "eval_bundle")
@@ -254,9 +241,6 @@ def random_examples(shared: tuple[int, ...], choices: int) -> list[tuple[int, li
 
 @pytest.mark.parametrize("arch", ["classic", "modern"])
 def test_scores_equal_a_plain_computation_at_any_length(arch, monkeypatch):
-    """Prompts of zero to several chunks, beyond windows and sequence_len, with and without a shared
-    prefix.
-    """
     monkeypatch.setattr(scoring, "MOST_TOKENS", 32)
     monkeypatch.setattr(scoring, "WINDOW", 7)
     monkeypatch.setattr(scoring, "ROW_LENGTH", 128)  # longer rows are fewer in a batch
@@ -271,8 +255,8 @@ def test_scores_equal_a_plain_computation_at_any_length(arch, monkeypatch):
             params, forward(params, tokens[None], config=config)[0][0], config=config
         )
     )
-    examples = random_examples((0, 1, 5, 31, 32, 33, 64, 65, 100, 129, 200), choices=4) + alone(
-        random_rows(6, (3, 100, 31))
+    examples = random_examples((0, 1, 31, 32, 33, 65, 129), choices=3) + alone(
+        random_rows(3, (3, 100, 31))
     )
     examples = [(key, rows) for key, (_, rows) in enumerate(examples)]
     scores = dict(Scorer(config=config, params=params, num_rows=3)(examples))
@@ -290,7 +274,6 @@ def test_scores_equal_a_plain_computation_at_any_length(arch, monkeypatch):
 
 
 def test_a_shared_prefix_is_computed_once(params, monkeypatch):
-    """Four choices that share 64 tokens take two pieces of them, not eight."""
     monkeypatch.setattr(scoring, "MOST_TOKENS", 32)
     pieces = []
 
@@ -332,7 +315,7 @@ def test_an_empty_span_has_no_loss(params):
 
 def test_a_mesh_gives_the_same_scores(params, monkeypatch):
     monkeypatch.setattr(scoring, "MOST_TOKENS", 32)
-    examples = random_examples((5, 31, 40, 64, 70), choices=3)
+    examples = random_examples((5, 31, 40, 70), choices=2)
     expected = dict(Scorer(config=CONFIG, params=params, num_rows=2)(examples))
     sharded = Scorer(
         config=CONFIG, params=params, num_rows=1, compute=Compute(mesh=make_mesh("4x1"))
@@ -344,7 +327,7 @@ def test_a_mesh_gives_the_same_scores(params, monkeypatch):
 
 
 def test_logits_are_cut_into_affordable_chunks(params, monkeypatch):
-    examples = alone(random_rows(4, (64, 60)))
+    examples = alone(random_rows(4, (64, 64)))
     scorer = Scorer(config=CONFIG, params=params, num_rows=4)
     whole = dict(scorer(examples))
     monkeypatch.setattr(loss, "CHUNK_ELEMENTS", 4 * 300 * 3)  # three positions
@@ -369,14 +352,14 @@ ROWS = {
     ],
     "a/schemas.jsonl": [
         {
-            "context_options": [f"Ann saw {i}, she", f"Bob saw {i}, she"],
+            "context_options": [f"{name} saw {i}, she" for name in ("Ann", "Bob")],
             "continuation": "left",
             "gold": 0,
         }
         for i in range(3)
     ],
     "b/words.jsonl": [
-        {"context": f"After {i} comes", "continuation": str(i + 1)} for i in range(4)
+        {"context": f"After {i} comes", "continuation": f"{i + 1}"} for i in range(4)
     ],
 }
 
@@ -404,9 +387,7 @@ def zip_of(files: dict[str, str], *links: str) -> bytes:
 
 @pytest.fixture
 def serve(tmp_path):
-    """A function from bytes to the loopback URL that gives them, and the number of requests so
-    far.
-    """
+    """A function from bytes to the loopback URL that gives them, and the requests so far."""
     root, requests = tmp_path / "www", []
     root.mkdir()
 
@@ -481,18 +462,3 @@ def test_a_bad_archive_is_refused_and_leaves_nothing(serve, tmp_path, spoil):
     with pytest.raises(UsageError):
         ensure_bundle(paths, url=publish(content))
     assert left_behind(paths) == [] and not (tmp_path / "evil").exists()
-
-
-def test_offline_the_error_says_what_to_do(tmp_path):
-    with pytest.raises(NotFound, match="could not be fetched from http://127.0.0.1:9/x.*core.yaml"):
-        ensure_bundle(Paths(tmp_path), url="http://127.0.0.1:9/x")
-
-
-def test_an_incomplete_directory_is_named(tmp_path):
-    paths = Paths(tmp_path)
-    for name, content in bundle_files().items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(content)
-    (paths.eval_bundle / "eval_data/b/words.jsonl").unlink()
-    with pytest.raises(NotFound, match="words.jsonl"):
-        ensure_bundle(paths)

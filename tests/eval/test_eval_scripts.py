@@ -42,9 +42,7 @@ icl_tasks:
 
 @pytest.fixture
 def paths(tmp_path, monkeypatch):
-    """A base directory with a tokenizer, and a base and an sft model d1 at step 5 that saw the
-    embedded corpus.
-    """
+    """A base directory with a tokenizer, and a base and an sft model d1 at step 5."""
     monkeypatch.setenv("NANOCHAT_BASE_DIR", str(tmp_path))
     paths = Paths(tmp_path)
     TOKENIZER.save(paths.tokenizer)
@@ -68,16 +66,6 @@ def section(paths: Paths, slug: str) -> dict:
     return json.loads((paths.report / f"{slug}.json").read_text())
 
 
-def test_base_eval_says_that_core_was_not_run(paths, caplog):
-    base_eval(BaseEvalConfig(mesh="1x1"))
-    logged = section(paths, "base-model-evaluation")
-    assert logged["results"] == {} and any(
-        "CORE was not evaluated" in str(item) for item in logged["items"]
-    )
-    assert "CORE was not evaluated" in caplog.text
-    assert any("unconditioned sample 7" in item for item in logged["items"])
-
-
 def test_base_eval_runs_core_if_the_bundle_is_on_disk(paths):
     (paths.eval_bundle / "eval_data").mkdir(parents=True)
     (paths.eval_bundle / "core.yaml").write_text(CORE_YAML)
@@ -95,11 +83,6 @@ def test_base_eval_runs_core_if_the_bundle_is_on_disk(paths):
     assert results["core"] == pytest.approx((results["yes_no"] + results["next"]) / 2)
     table = (paths.base / "base_eval" / "base_model_d1_000005.csv").read_text().splitlines()
     assert [line.split(",")[0].strip() for line in table] == ["Task", "yes_no", "next", "CORE"]
-
-
-def test_base_eval_refuses_an_unknown_kind():
-    with pytest.raises(ValueError, match="'bpb,typo'"):
-        BaseEvalConfig(eval="bpb,typo")
 
 
 QUICK = dict(source="sft", max_new_tokens=4, batch_size=4, mesh="1x1")
@@ -193,9 +176,6 @@ def test_rl_saves_evaluates_and_resumes(paths, monkeypatch):
 
 @pytest.mark.parametrize("calls", [10, 22], ids=["between steps 0 and 1", "in an evaluation"])
 def test_rl_stopped_by_a_signal_goes_on_as_if_it_had_not_been(paths, monkeypatch, calls):
-    """The signal comes while replies are judged: they are thrown away, the last finished step is
-    saved.
-    """
     task, judged = Even(), []
 
     def evaluate(conversation, completion):

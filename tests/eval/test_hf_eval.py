@@ -1,6 +1,4 @@
-"""Models of transformers under our evaluation: the same scores, tokens and bits per byte as ours,
-and honest refusals.
-"""
+"""Models of transformers under our evaluation give the scores that ours give."""
 
 import json
 import shutil
@@ -59,7 +57,6 @@ def examples():
 
 @pytest.mark.parametrize("tokens", [1, 200])
 def test_scores_are_ours(directory, params, tokens):
-    """Prompts longer than what the model was trained on included: rotary positions go on."""
     theirs = dict(HFModel(directory, tokens=tokens)(examples()))
     ours = dict(Scorer(config=CONFIG, params=params, num_rows=2)(examples()))
     assert list(theirs) == list(range(8)) and len(theirs[0]) == 3
@@ -99,9 +96,7 @@ def test_tokens_and_bits_per_byte_are_ours(directory, params, tmp_path):
 
 
 def test_learned_positions_are_not_left(directory, tmp_path):
-    """GPT-2 has 32 positions here: longer prompts lose their beginning, and give what the end
-    alone gives.
-    """
+    """Prompts beyond the 32 positions give what their end alone gives."""
     config = transformers.GPT2Config(
         vocab_size=TOKENIZER.vocab_size,
         n_positions=32,

@@ -61,7 +61,6 @@ def logits_before(params, prompt, tokens):
 
 
 def test_greedy_generation_equals_the_full_forward(params, engine):
-    """With more requests than slots, prompts of many lengths, and one that outgrows the cache."""
     budgets = {1: 30, 20: 10_000, 5: 37, 32: 44, 33: 51, 150: 58, 9: 65}  # by length of the prompt
     starts = prompts(*budgets)
     requests = [Request(each, max_tokens=budgets[len(each)], temperature=0.0) for each in starts]
@@ -112,7 +111,6 @@ def test_sampling_equals_drawing_from_the_full_forward(params, engine):
 
 
 def test_results_do_not_depend_on_other_requests(engine):
-    """Tokens could agree by chance; log-probabilities show what was computed."""
     requests = [dataclasses.replace(request, logprobs=True) for request in MIXED]
     together = engine.generate(requests)
     tokens = [result.tokens for result in together]
@@ -137,7 +135,6 @@ def test_log_probabilities_are_those_of_the_full_forward(params, engine):
 
 @pytest.mark.parametrize(("layout", "shard"), [("8x1", (1, 2)), ("4x2", (2, 1))])
 def test_a_mesh_changes_nothing(params, engine, layout, shard):
-    """Slots over the data axis, heads over the model axis; with copies and a cache that grows."""
     mesh = make_mesh(layout)
     other = Engine(
         CONFIG, params, TOKENIZER, num_slots=8, steps_per_dispatch=3, compute=Compute(mesh=mesh)
@@ -159,7 +156,6 @@ def test_a_mesh_changes_nothing(params, engine, layout, shard):
 
 
 def test_no_device_of_a_mesh_gathers_the_cache(params, monkeypatch):
-    """The compiled programs move activations between devices, never keys and values."""
     engine = Engine(CONFIG, params, TOKENIZER, num_slots=8, compute=Compute(mesh=make_mesh("4x2")))
     compiled = []
     for name in ("decode", "prefill", "copy"):
@@ -258,12 +254,6 @@ def test_the_cache_is_as_long_as_the_longest_present(engine, monkeypatch):
 def test_requests_that_make_no_sense_are_refused(wrong):
     with pytest.raises(ValueError):
         Request(**({"tokens": (1,)} | wrong))
-
-
-def test_shapes_come_from_buckets(engine):
-    assert engine.pieces == (16, 64, 256)
-    assert engine.cache_buckets == (256, MAX_LEN)
-    assert engine.prefill_rows == (1, 4)
 
 
 def test_a_model_gone_wrong_is_an_error_not_a_text(params):

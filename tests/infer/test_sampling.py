@@ -125,7 +125,7 @@ def test_temperature_zero_takes_the_first_of_equals():
 
 
 def test_a_draw_does_not_depend_on_other_rows():
-    """Rows with greedy company give the same tokens as in a batch that takes every path."""
+    """Greedy company or a batch that takes every path."""
     logits = np.random.default_rng(2).normal(size=(6, VOCAB)).astype(np.float32)
     together = settings(6, **MIXED)
     position = np.arange(6) + 7

@@ -105,12 +105,6 @@ def test_a_receiver_feeds_one_asyncio_queue_while_the_loop_stays_free(scheduler,
     ]
 
 
-def test_text_streams_before_the_reply_is_done(scheduler):
-    events = iter(scheduler.submit(ask("a", max_tokens=90)))
-    assert next(events) == "b"
-    assert not isinstance(next(events), Result)
-
-
 def test_requests_from_many_threads_each_get_their_own_reply(engine):
     results = {}
 
@@ -325,15 +319,6 @@ def test_a_receiver_whose_event_loop_is_closed_does_not_hurt_the_others(schedule
     gate.open.set()
     assert scheduler.submit(ask("a")).result(SECONDS).finish_reason == "length"
     assert handle.result(SECONDS).finish_reason == "cancelled" and handle.cancelled
-
-
-def test_waiting_for_a_result_can_time_out(scheduler, monkeypatch):
-    gate = Gate(monkeypatch)
-    handle = scheduler.submit(ask("a"))
-    with pytest.raises(TimeoutError):
-        handle.result(timeout=0.01)
-    gate.open.set()
-    assert handle.result(SECONDS).finish_reason == "length"
 
 
 def test_a_call_that_nothing_closes_is_shown_without_a_result():

@@ -9,7 +9,6 @@ import pytest
 from nanochat_jax.infer import engine as engine_module
 from nanochat_jax.infer.engine import Engine, EngineLoop
 from nanochat_jax.infer.request import NoTokenizer, Request
-from nanochat_jax.infer.slots import shared_length
 from nanochat_jax.model.config import GPTConfig
 from nanochat_jax.model.weights import init_params
 
@@ -164,12 +163,3 @@ def test_at_most_a_third_of_a_prefill_is_padding(engine):
             padded += piece
             done += piece
         assert padded - missing <= padded / 3, missing
-
-
-def test_shared_length_counts_leading_equal_tokens():
-    assert [shared_length((1, 2, 3), other) for other in [(), (1,), (1, 2, 3, 4), (1, 5, 3)]] == [
-        0,
-        1,
-        3,
-        1,
-    ]

@@ -62,7 +62,6 @@ def torch_logits(model, tokens):
 
 
 def test_transformers_gives_our_logits(saved):
-    """160 tokens reach past the short windows."""
     ours, theirs, _ = saved
     tokens = np.random.default_rng(0).integers(0, ours.config.vocab_size, (2, 160))
     assert theirs.dtype == torch.float32
@@ -70,7 +69,6 @@ def test_transformers_gives_our_logits(saved):
 
 
 def test_transformers_generates_our_tokens(saved):
-    """With and without its cache, padded on the left, with beams, past the short windows."""
     ours, theirs, _ = saved
     rng = np.random.default_rng(1)
     prompts = [rng.integers(0, 256, size).tolist() for size in (120, 113)]
@@ -188,7 +186,6 @@ def test_the_chat_template_gives_our_tokens_and_our_mask(messages, tokenizer, hf
 
 
 def test_the_chat_template_keeps_a_system_message_that_stands_alone(tokenizer, hf_tokenizer):
-    """The server renders it as a user's message, too."""
     render = hf_tokenizer.apply_chat_template
     rendered = render([SYSTEM], tokenize=False)
     assert rendered == "<|bos|><|user_start|>Be brief. ☕<|user_end|>"
@@ -216,7 +213,7 @@ def test_the_chat_template_refuses_special_tokens_in_messages(tokenizer, hf_toke
     ],
 )
 def test_the_chat_template_refuses_what_chat_does_not_take(messages, hf_tokenizer):
-    """Lists would be printed as they are, and the halves of a name would join."""
+    """Lists would be printed, and the halves of a name would join."""
     with pytest.raises(Exception, match="special token|must be text"):
         hf_tokenizer.apply_chat_template(messages)
 
@@ -245,7 +242,6 @@ def test_torch_reads_what_we_write_and_we_read_what_it_writes(tmp_path):
 
 @pytest.mark.parametrize("era", ["classic", "modern"])
 def test_upstream_finds_its_own_file_again(era, test_data, tmp_path):
-    """Upstream's checkpoint, imported and exported, has the same keys and values for torch.load."""
     theirs_dir = test_data / "golden" / f"trained-{era}"
     found = read_checkpoint(theirs_dir)
     step, model = found.step, (found.config, found.params, found.tokenizer)

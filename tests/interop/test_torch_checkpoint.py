@@ -112,7 +112,6 @@ def test_the_rule_that_counted_a_tokens_bytes_is_recognized_and_kept(exported, t
 
 
 def test_the_pickled_tokenizer_is_a_tiktoken_encoding_that_gives_our_ids(exported):
-    """As upstream loads it; only a test may unpickle, and only what it wrote itself."""
     encoding = pickle.loads((exported / "tokenizer.pkl").read_bytes())
     assert encoding.n_vocab == VOCABULARY.vocab_size
     text = "then the\u4e2d thing"
@@ -247,7 +246,7 @@ def test_bad_files_are_refused_by_name_and_nothing_is_written(
 
 
 def test_tensors_that_reach_outside_of_their_storage_are_refused(tmp_path):
-    """Strides and offsets come from the file; believed, they would read the process's memory."""
+    """Believed, such strides would read the process's memory."""
     path, shape = tmp_path / "x.pt", b"(J\x02\x00\x00\x00J%c\x00\x00\x00t"
     write_pt(path, {"a": np.arange(6, dtype=np.float32).reshape(2, 3)})
     change_pickle(path, shape % 3, shape % 4)
@@ -263,7 +262,6 @@ def test_a_vocabulary_of_another_size_than_the_model_is_refused(exported, tmp_pa
 
 
 def test_what_the_target_cannot_represent_is_not_exported(model, tmp_path):
-    """transformers would load it, warn, and compute something else."""
     config, params = model
     odd = dataclasses.replace(config, qk_scale=1.0)
     windowed = dataclasses.replace(CLASSIC, window_pattern="L")

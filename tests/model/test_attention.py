@@ -1,6 +1,4 @@
-"""The fused kernels compute what the reference attention does; on a CPU the TPU's runs step by
-step.
-"""
+"""The fused kernels compute what the reference attention does."""
 
 import functools
 
@@ -59,7 +57,6 @@ def test_splash_equals_the_reference(length, heads, kv_heads, width, window):
 
 
 def test_splash_takes_the_place_of_the_reference_inside_jit_and_remat():
-    """The kernel's mask tables are made in one trace and used in others."""
     mesh = make_mesh("1x1", jax.devices()[:1])
     q, k, v, _ = draw(128, 2, 2, 128)
 

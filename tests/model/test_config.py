@@ -1,6 +1,4 @@
-"""The dial: what `--depth` derives equals upstream's published tables, and every flag that
-overrides it does.
-"""
+"""What `--depth` derives equals upstream's published tables; flags override it."""
 
 import pytest
 

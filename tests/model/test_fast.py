@@ -72,7 +72,6 @@ def test_value_and_gradient_equal_the_plain_formula(name):
 
 
 def test_every_function_of_the_module_is_compared():
-    """So that a new one cannot be forgotten."""
     public = {
         name
         for name, value in vars(fast).items()

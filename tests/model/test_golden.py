@@ -81,7 +81,6 @@ def test_gradients_equal_upstream(golden):
 
 
 def test_greedy_decoding_equals_upstream(golden):
-    """Through the cache, and by the full forward pass over everything so far."""
     _, config, params, reference = golden
     prompt, expected = ([int(t) for t in reference[name].ravel()] for name in ("prompt", "greedy"))
     expected = expected[-24:]

@@ -1,6 +1,4 @@
-"""The chunked cross-entropy equals the plain one in value and gradient, and survives a batch with
-nothing to train on.
-"""
+"""The chunked cross-entropy equals the plain one in value and gradient."""
 
 import jax
 import jax.numpy as jnp
@@ -58,7 +56,6 @@ def test_nothing_to_train_on_gives_zero_loss_and_gradients(batch):
 
 @pytest.mark.parametrize("length", [2048, 2047, 1500])
 def test_full_logits_are_never_in_memory(length):
-    """Not for the loss and its gradients, whatever the length."""
     batch, width, vocab = 4, 32, 32768
     chunk = chunk_length((batch, length), vocab)
     arrays = [

@@ -47,23 +47,6 @@ def test_ticks_are_round_rising_and_inside(low, high):
     assert low - 1e-9 <= values[0] and values[-1] <= high * (1 + 1e-9)
 
 
-@pytest.mark.parametrize("steps", [range(5), [3], [0, 2], range(0, 21400, 100)])
-def test_ticks_of_steps_are_integers(steps):
-    line = charts.Line(label="loss", points=[(step, 1.0) for step in steps])
-    svg = charts.line_chart("t", [line])
-    labels = re.findall(r'class="tick"[^>]*text-anchor="middle">([^<]*)<', svg)
-    values = [float(label.replace("k", "e3")) for label in labels]
-    assert len(values) >= 2 and all(value == int(value) for value in values)
-
-
-def test_thinning_keeps_the_extremes():
-    points = [(s, math.sin(s)) for s in range(20000)]
-    points[777], points[12345] = (777, 50.0), (12345, -50.0)
-    kept = charts.thin(points)
-    assert len(kept) <= charts.MAX_POINTS + 2 and kept == sorted(kept)
-    assert {(777, 50.0), (12345, -50.0)} <= set(kept)
-
-
 def test_metrics_of_a_resumed_run_count_each_step_once_and_skip_a_torn_line(tmp_path, caplog):
     rows = [{"step": s, "kind": "train", "loss": 1.0} for s in (0, 1, 2, 3)]
     rows += [{"step": s, "kind": "train", "loss": 2.0} for s in (2, 3, 4)]

@@ -4,13 +4,11 @@ import re
 import runpy
 import sys
 from html.parser import HTMLParser
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-from nanochat_jax.errors import NotFound, UsageError
-from nanochat_jax.report import machine, sections
+from nanochat_jax.report import sections
 from nanochat_jax.report.document import generate, reset
 
 
@@ -107,13 +105,6 @@ def test_results_json_nests_by_stage_and_is_strict_json(tmp_path, markdown):
     assert results == {"chat_sft": {"val_loss": "nan", "x": 0.5, "n": 7}}
 
 
-def test_logging_a_section_again_replaces_it(tmp_path, markdown):
-    for bpb in (1.5, 1.25):
-        log(tmp_path, "Base model loss", "base_loss", {"val_bpb": bpb}, {"val bpb": bpb})
-    text = markdown()
-    assert "1.2500" in text and "1.5000" not in text
-
-
 def test_no_evaluation_removes_anothers_results(tmp_path, markdown):
     section = "Chat evaluation sft"
     for model, results in (
@@ -131,16 +122,6 @@ def test_no_evaluation_removes_anothers_results(tmp_path, markdown):
         "chat_eval_sft d6, step 9": {"gsm8k": 0.5},
     }
     assert "## Chat evaluation sft d6, step 9" in text
-
-
-def test_items_are_printed_as_upstream_does(tmp_path):
-    items = {"lr": 0.02, "tiny": 1.25e-5, "steps": 21400, "batch": 32, "ok": True}
-    log(tmp_path, "Midtraining", "mid_train", None, items, None, {}, "", "free text")
-    title, time, *lines = (tmp_path / "midtraining.md").read_text().splitlines()
-    assert title == "## Midtraining"
-    assert re.fullmatch(r"timestamp: \d{4}-\d\d-\d\d \d\d:\d\d:\d\d", time)
-    values = ["lr: 0.0200", "tiny: 1.25e-05", "steps: 21,400", "batch: 32", "ok: True"]
-    assert lines == ["", *(f"- {value}" for value in values), "", "free text"]
 
 
 def test_reset_removes_everything_of_the_old_run_and_nothing_else(tmp_path, markdown):
@@ -174,15 +155,6 @@ def test_wall_clock_is_the_time_from_reset_to_the_last_section_before_rl(tmp_pat
     assert "Total wall clock time: 3h51m\n" in markdown()
 
 
-def test_the_code_is_described_in_a_checkout_only(monkeypatch):
-    root = Path(machine.__file__).parents[2]
-    answers = {"rev-parse": str(root), "ls-files": "README.md"}
-    monkeypatch.setattr(machine, "_git", lambda _, command, *__: answers.get(command))
-    assert "Git" in machine.machine_facts() and "1 files" in machine.code_size()
-    monkeypatch.setattr(machine, "_git", lambda *_: None)
-    assert "Git" not in machine.machine_facts() and machine.code_size() is None
-
-
 def test_page_is_well_formed_self_contained_and_escapes_what_a_model_wrote(tmp_path, markdown):
     evil = '<script src="https://evil.example/x.js"></script><img src=x onerror=alert(1)>'
     links = "![i](https://evil.example/i.png) [l](https://evil.example) <https://evil.example>"
@@ -198,14 +170,6 @@ def test_page_is_well_formed_self_contained_and_escapes_what_a_model_wrote(tmp_p
     for _, attributes in page.seen:
         assert not {"src", "href", "onerror", "onload"} & set(attributes)
     assert page.text.count(evil) >= 6
-
-
-def test_accuracies_are_percent_on_the_page_and_core_is_a_score(tmp_path, markdown):
-    log_small_run(tmp_path)
-    markdown()
-    text = Elements((tmp_path / "report.html").read_text()).text
-    assert text.count("27.9%") == 2  # ChatCORE, on its card and in the table
-    assert "46.8%" in text and "0.1910" in text and "19.1%" not in text
 
 
 @pytest.mark.parametrize("name", ["report.md", "report.html"])
@@ -230,19 +194,6 @@ def test_a_users_file_is_kept_and_a_report_is_replaced(tmp_path, caplog, name):
     with (out / name).open("a") as file:
         file.write("and what I think of it")
     assert files() == expected | {name.replace(".", ".old-2.")}
-
-
-def test_errors_are_one_line_with_the_path(tmp_path):
-    report, file = tmp_path / "report", tmp_path / "file"
-    with pytest.raises(NotFound, match="no sections"):
-        generate(report, tmp_path)
-    log_small_run(report)
-    file.touch()
-    with pytest.raises(UsageError, match=f"{file} is a file where a directory is needed"):
-        generate(report, file)
-    (report / "midtraining.json").write_text('{"section": "Midtr')
-    with pytest.raises(UsageError, match=r"midtraining\.json is not a report section"):
-        generate(report, tmp_path)
 
 
 @pytest.mark.parametrize("name", ["report", "Results", "header", "", "!!"])

@@ -35,18 +35,6 @@ def test_a_command_gets_its_flags_and_returns_its_exit_code(tmp_path):
     assert (tmp_path / "report").is_dir()
 
 
-def test_usage_names_the_command_as_it_was_typed(tmp_path):
-    script = tmp_path / "nanochat"  # as pip makes it
-    script.write_text("import sys\nfrom nanochat_jax.__main__ import main\nsys.exit(main())\n")
-    for start, usage in [
-        ((script, "report"), "nanochat report"),
-        (("-m", "nanochat_jax", "report"), "python -m nanochat_jax report"),
-        (("-m", "nanochat_jax.report"), "python -m nanochat_jax.report"),
-    ]:
-        done = python(*start, "--help", cwd=tmp_path)
-        assert done.stdout.startswith(f"usage: {usage} [-h]"), done.stderr
-
-
 @pytest.mark.parametrize(
     "argv, module, command",
     [

@@ -1,19 +1,17 @@
 """The chat page in headless Chromium, with a script in place of the model and once with a model."""
 
 import asyncio
-import os
 import re
 import shutil
 import threading
 from contextlib import contextmanager
-from pathlib import Path
 
 import pytest
 from aiohttp import web
-from fakes import MODEL, TOKENIZER, FakeHandle, FakeScheduler, small_engine
+from fakes import MODEL, TOKENIZER, FakeHandle, FakeScheduler
 
 from nanochat_jax.infer.request import ToolCall
-from nanochat_jax.infer.scheduler import QueueFull, Scheduler
+from nanochat_jax.infer.scheduler import QueueFull
 from nanochat_jax.serve import server
 from nanochat_jax.serve.settings import ServerConfig
 
@@ -160,11 +158,6 @@ def eventually(page, condition):
             return
         page.wait_for_timeout(50)
     raise AssertionError("it did not happen in time")
-
-
-def screenshot(page, folder, name):
-    """For people: saved in the directory NANOCHAT_SCREENSHOTS."""
-    page.screenshot(path=Path(os.environ.get("NANOCHAT_SCREENSHOTS", folder)) / name)
 
 
 # ---- sending and receiving
@@ -461,17 +454,6 @@ def test_settings_are_sent_survive_a_reload_and_can_be_reset(page, script):
     assert sampling("Hello") == (0.8, 50, 512)
 
 
-def test_a_reply_is_at_most_as_long_as_the_context(page, script):
-    for context, longest in (256, "256"), (8192, "4096"):
-        script.engine.max_len = context
-        page.reload()
-        button(page, "Settings").click()
-        expect(page.locator("#model-info")).to_contain_text(f"{context} tokens")
-        expect(page.locator("#set-length")).to_have_attribute("max", longest)
-        expect(page.locator("#set-length")).to_have_attribute("placeholder", str(min(512, context)))
-        expect(page.locator("#settings")).to_contain_text(f"Tokens of a reply, at most {longest}.")
-
-
 def test_an_api_key_is_requested_and_sent_as_a_bearer_token(page):
     url = "**/chat/completions"
     page.route(url, lambda route: route.fulfill(status=401, json={"detail": "no key"}), times=1)
@@ -693,44 +675,26 @@ def test_the_page_follows_the_reply_only_at_the_bottom(page, script):
     expect(to_bottom).to_be_hidden()
 
 
-RICH = (
-    MARKDOWN
-    + """
-```python
-def smallest(values, count=3):
-    # the list is not changed
-    return sorted(values)[:count]
-
-print(smallest([5, 2, 9], 2), "done")
-```
-"""
-)
-
-
-def test_nothing_is_cut_off_on_a_phone(page, script, tmp_path, width=320):
+def test_nothing_is_cut_off_on_a_phone(page, script, width=320):
     page.set_viewport_size({"width": width, "height": 700})
-    show(page, script, [ToolCall("345+678", "1023"), RICH + "x" * 300], "How? " + "y" * 100)
-    send(page, "/help")
-    expect(page.locator(".note")).to_be_visible()
+    reply = MARKDOWN + "```python\nprint('done')\n```\n" + "x" * 300
+    show(page, script, [ToolCall("345+678", "1023"), reply], "How? " + "y" * 100)
     assert page.evaluate("document.documentElement.scrollWidth") <= width
-    assert page.locator("h1").evaluate("(node) => node.scrollHeight") < 40  # on one line
-    screenshot(page, tmp_path, f"{width}.png")
-
-    def fits(selector):
-        box = page.locator(selector).bounding_box()
-        return box["x"] >= 0 and box["x"] + box["width"] <= width
-
-    for selector in ("#send", "#new", "#open-settings", "#toggle-sidebar", "#input"):
-        assert fits(selector), selector
-    button(page, "Conversations").click()
-    expect(page.locator("#sidebar")).to_be_visible()
-    screenshot(page, tmp_path, f"{width}-conversations.png")
-    page.locator("#conversations li > button").first.click()
-    expect(page.locator("#sidebar")).to_be_hidden()
     button(page, "Settings").click()
     expect(page.locator("#settings")).to_be_visible()
-    assert fits("#settings")
-    screenshot(page, tmp_path, f"{width}-settings.png")
+    for selector in ("#send", "#new", "#open-settings", "#toggle-sidebar", "#input", "#settings"):
+        box = page.locator(selector).bounding_box()
+        assert box["x"] >= 0 and box["x"] + box["width"] <= width, selector
+
+
+@pytest.mark.parametrize("scheme, other", [("light", "dark"), ("dark", "light")])
+def test_colours_follow_the_system_or_the_setting(open_page, scheme, other):
+    background = {"light": "rgb(255, 255, 255)", "dark": "rgb(25, 25, 24)"}
+    page = open_page(color_scheme=scheme)
+    expect(page.locator("body")).to_have_css("background-color", background[scheme])
+    button(page, "Settings").click()
+    page.locator("#set-theme").select_option(other)
+    expect(page.locator("body")).to_have_css("background-color", background[other])
 
 
 # The contrast of each selector's first element with its background, as WCAG 2 defines it.
@@ -747,45 +711,6 @@ CONTRAST = """(selectors) => selectors.map((selector) => {
   return (Math.max(...pair) + 0.05) / (Math.min(...pair) + 0.05);
 })"""
 BACKGROUND = {"light": "rgb(255, 255, 255)", "dark": "rgb(25, 25, 24)"}
-
-
-@pytest.mark.parametrize("scheme, other", [("light", "dark"), ("dark", "light")])
-def test_colours_follow_the_system_and_are_legible(open_page, script, tmp_path, scheme, other):
-    page = open_page(color_scheme=scheme)
-    show(page, script, [ToolCall("345+678", "1023"), RICH])
-    selectors = ["body", ".user", ".tool", ".speed, #hint", ".reply a", ".host", ".code-head span"]
-    selectors += [f".hljs-{kind}" for kind in ("comment", "string", "keyword", "number", "title")]
-    for selector in selectors:
-        expect(page.locator(selector).first).to_be_attached()
-    ratios = dict(zip(selectors, page.evaluate(CONTRAST, selectors)))
-    assert min(ratios.values()) >= 4.5, ratios
-    screenshot(page, tmp_path, f"{scheme}.png")
-    expect(page.locator("body")).to_have_css("background-color", BACKGROUND[scheme])
-    button(page, "Settings").click()
-    page.locator("#set-theme").select_option(other)
-    expect(page.locator("body")).to_have_css("background-color", BACKGROUND[other])
-
-
-def test_the_keyboard_reaches_everything(page, script):
-    show(page, script, "Hello.")
-    page.locator("#input").fill("draft")
-    names = set()
-    for _ in range(20):
-        page.keyboard.press("Tab")
-        names.add(
-            page.evaluate("document.activeElement.ariaLabel || document.activeElement.innerText")
-        )
-    assert {
-        "Conversations",
-        "Settings",
-        "New conversation",
-        "Edit",
-        "Copy",
-        "Regenerate",
-        "Send",
-        "Go on",
-        "Delete this conversation: Go on",
-    } <= names
 
 
 def test_the_drawer_takes_the_focus_and_returns_it(page, script):
@@ -805,14 +730,3 @@ def test_the_drawer_takes_the_focus_and_returns_it(page, script):
         leave()
         expect(page.locator("#sidebar")).to_be_hidden()
         expect(toggle).to_be_focused()
-
-
-def test_a_model_answers_through_the_real_engine(browser):
-    with Scheduler(small_engine()) as scheduler:
-        with serving(scheduler, max_tokens=24, temperature=1.0) as url:
-            page = browser.new_page()
-            page.goto(url)
-            send(page, "Hello")
-            expect(button(page, "Regenerate")).to_be_visible(timeout=120_000)
-            assert replies(page).inner_text().strip()
-            page.close()

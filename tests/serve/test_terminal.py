@@ -27,7 +27,6 @@ from nanochat_jax.checkpoint import Loaded
 from nanochat_jax.errors import UsageError
 from nanochat_jax.infer.engine import Engine, EngineLoop
 from nanochat_jax.paths import Paths
-from nanochat_jax.serve import terminal
 from scripts import chat_cli
 from scripts.chat_cli import Config
 
@@ -100,17 +99,6 @@ def test_bytes_that_are_no_text_do_not_end_a_chat(talk):
     assert prompts[0] == [BOS, *question("h\ufffd\ufffdi")]
 
 
-def test_an_input_that_is_closed_is_an_empty_one(monkeypatch):
-    monkeypatch.setattr(sys, "stdin", None)
-    terminal.make_stdin_readable()
-    assert sys.stdin.read() == ""
-
-
-def test_help_is_printed_and_not_sent(talk):
-    _, out, prompts = talk("/help")
-    assert out.count("/clear starts over") == 2 and not prompts
-
-
 def test_a_reply_that_is_cut_in_a_tool_call_is_remembered_up_to_it(talk):
     _, _, prompts = talk("one", "two", max_tokens=7)
     said = "Hé: ".encode()
@@ -153,18 +141,6 @@ def test_interrupting_a_reply_keeps_the_chat(talk, monkeypatch):
     assert "Assistant: 01234\n" in out
     assert prompts[1] == [BOS, *question("a"), *b"01234", END, *question("b")]
     assert "Assistant: 0123456789\n" in out
-
-
-def test_an_interrupted_single_reply_has_its_exit_code(talk, monkeypatch):
-    def interrupted(loop):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(EngineLoop, "step", interrupted)
-    assert talk(prompt="a")[0] == 130
-
-
-def test_a_reply_cut_for_length_says_so(talk):
-    assert "(cut after 3 tokens)" in talk("a", texts=((ASSISTANT_START, "abc"),), max_tokens=3)[1]
 
 
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16"])

@@ -1,22 +1,19 @@
 """The commands, notes and estimates of a pipeline, by machine, corpus and flags."""
 
 import re
-import sys
 
 import pytest
 
 from nanochat_jax.cli import parse
 from nanochat_jax.errors import UsageError
-from nanochat_jax.paths import Paths
 from nanochat_jax.speedrun.machine import Machine
-from nanochat_jax.speedrun.plan import SpeedrunConfig, plan_stages, print_plan
+from nanochat_jax.speedrun.plan import SpeedrunConfig, plan_stages
 from nanochat_jax.speedrun.recipes import STAGE_NAMES
 from nanochat_jax.speedrun.stages import stage_keys
 from nanochat_jax.train.pretrain import BaseTrainConfig
 from nanochat_jax.train.rl import ChatRLConfig
 from nanochat_jax.train.stages import ChatSFTConfig, MidTrainConfig
 from scripts.base_loss import BaseLossConfig
-from scripts.speedrun import next_commands
 
 CPU = Machine(platform="cpu", kind="cpu", count=1, peak_flops=None)
 GPUS = Machine(platform="gpu", kind="NVIDIA H100", count=8, peak_flops=989e12)
@@ -49,46 +46,13 @@ def test_without_an_accelerator_the_pipeline_needs_no_network():
 
 def test_a_command_is_printed_as_one_would_type_it():
     stages = planned(CPU, smoke=True, with_rl=True, depth=6)
-    assert stages["mid_train"].text() == (
-        "python -m scripts.mid_train --model-tag d6 --total-batch-size 4096 --num-iterations 4 "
-        "--init-lr-frac 0.5 --warmdown-ratio 0.5 --eval-every 80 --eval-tokens 8192 --mesh auto "
-        "--device-batch-size 16 --save-every 100 --run dummy"
-    )
+    text = stages["mid_train"].text()
+    assert text.startswith("python -m scripts.mid_train --model-tag d6 --total-batch-size 4096 ")
     assert "--task 'WordArithmetic|Spelling'" in stages["chat_rl"].text()
-    smoke = planned(smoke=True, mesh="8x1")
-    assert smoke["base_eval"].text().endswith("--model-tag d20 --max-per-task 8 --mesh 8x1")
-
-
-@pytest.mark.parametrize(
-    ("on_disk", "words"),
-    [
-        ({}, []),
-        ({"embedded": 4}, []),
-        (
-            {"fineweb": 3, "embedded": 4},
-            ["base_data (3 training shards) not used", "`data=fineweb` trains on it"],
-        ),
-        (
-            {"custom": 1, "climbmix": 8},
-            [
-                "base_data_custom (1 training shards) and base_data_climbmix (8 training shards) "
-                "not used",
-                "`data=custom` trains on it",
-            ],
-        ),
-    ],
-)
-def test_without_an_accelerator_the_title_names_unused_shards(on_disk, words):
-    default = title(CPU, on_disk)
-    assert all(text in default for text in words) and ("not used" in default) == bool(words)
-    for name in on_disk:
-        assert title(CPU, on_disk, data=name) == f"speedrun: d4 on {name}"
 
 
 def test_the_shards_that_the_depth_needs_are_fetched_and_explained():
-    """d20 trains on 5.22B tokens: 135 shards of 250M characters, with 4.8 characters a token and
-    a third that is cropped.
-    """
+    """5.22B tokens: 135 shards of 250M characters, 4.8 a token, a third cropped."""
     stages = planned(on_disk={"climbmix": 40}, mesh="8x1")
     first, rest = stages["data"], stages["data_rest"]
     assert first.args == ("--dataset", "climbmix", "-n", "10") and not first.background
@@ -119,20 +83,6 @@ def test_a_custom_corpus_must_exist():
         planned(data="custom")
 
 
-@pytest.mark.parametrize(
-    ("argv", "named"),
-    [
-        (["--skip=base"], "base"),
-        (["--resume", "--fresh"], "only one"),
-        (["--depth=0"], "0"),
-        (["--device-batch-size=0"], "0"),
-    ],
-)
-def test_invalid_flags_are_refused_with_the_value(argv, named):
-    with pytest.raises(UsageError, match=named):
-        parse(SpeedrunConfig, argv, prog="speedrun", description="")
-
-
 def test_memory_savings_reach_every_training_stage_and_change_no_key():
     flags = dict(mesh="8x1", depth=32, with_rl=True)
     stages = planned(device_batch_size=2, remat="block", fsdp=True, **flags)
@@ -151,32 +101,13 @@ def test_memory_savings_reach_every_training_stage_and_change_no_key():
     parse(BaseLossConfig, auto["base_loss"].command()[3:], prog="base_loss", description="")
 
 
-@pytest.mark.parametrize(
-    ("machine", "flags", "stage", "text"),
-    [
-        # steps of 2^20 tokens; of 32 rows of 2,048 tokens
-        (GPUS, {}, "mid_train", "848,000 conversations, about 400M tokens in 381 steps"),
-        (GPUS, {}, "chat_sft", "22,400 conversations, about 12M tokens in 183 steps"),
-        (GPUS, dict(smoke=True), "mid_train", "in 4 steps"),
-        (CPU, {}, "mid_train", "1.0M tokens in 250 steps"),
-        (CPU, {}, "chat_sft", "in 60 steps"),
-        (CPU, dict(smoke=True), "mid_train", "16k tokens in 4 steps"),
-        (GPUS, dict(device_batch_size="auto"), "base_train", "as many rows per device as fit"),
-    ],
-)
-def test_the_plan_tells_the_length_of_a_stage(machine, flags, stage, text):
-    assert text in planned(machine, **flags)[stage].note
-
-
 def gibibytes(machine=GPUS, **flags):
     note = planned(machine, **flags)["base_train"].note
     return float(re.search(r"about ([\d.]+) GiB per device", note)[1])
 
 
 def test_the_memory_of_the_plan():
-    """At least the compiled plan's (tpu/plans), and not much more: d20 on 16 chips, 16 rows each,
-    takes 10.2 GiB.
-    """
+    """At least the compiled plan's (tpu/plans), and not much more."""
     v5e = Machine(platform="tpu", kind="TPU v5e", count=16, peak_flops=197e12)
     saving = dict(remat="block", fsdp=True)
     assert 10.2 < gibibytes(v5e, device_batch_size=16, mesh="16x1", **saving) < 13
@@ -189,29 +120,3 @@ def test_the_memory_of_the_plan():
     ]
     needed = [gibibytes(mesh="8x1", depth=32, **flags) for flags in settings]
     assert needed == sorted(needed, reverse=True) and len(set(needed)) == len(needed)
-
-
-def test_the_plan_names_the_stages_whose_time_is_unknown(capsys):
-    print_plan(list(planned(CPU).values()), CPU, "")
-    assert "time in all:" in capsys.readouterr().out
-    print_plan(list(planned().values()), GPUS, "")
-    unknown = "data, base_loss, base_eval, chat_eval_mid, chat_eval_sft"
-    assert f"time in all, without {unknown}:" in capsys.readouterr().out
-
-
-def test_the_last_lines_name_the_commands_to_chat_with_the_model(tmp_path, monkeypatch):
-    for tag in ("d4", "d20"):
-        (tmp_path / f"chatsft_checkpoints/{tag}/60/params").mkdir(parents=True)
-    (tmp_path / "chatrl_checkpoints/d4/36/params").mkdir(parents=True)
-    paths = Paths(tmp_path)
-    monkeypatch.setattr(sys, "orig_argv", [".venv/bin/python", "-m", "scripts.speedrun"])
-    largest, small = (list(planned(CPU, depth=depth).values()) for depth in (20, 4))
-    assert next_commands(largest, paths).splitlines() == [
-        "talk to the model:  .venv/bin/python -m scripts.chat_cli",
-        "or in the browser:  .venv/bin/python -m scripts.serve",
-    ]
-    assert "scripts.serve -g d4" in next_commands(small, paths)
-    assert next_commands(small[:4], paths) == ""
-    monkeypatch.setattr(sys, "orig_argv", ["/usr/bin/python3", "/usr/bin/nanochat", "speedrun"])
-    with_rl = list(planned(CPU, with_rl=True).values())
-    assert next_commands(with_rl, paths).endswith("nanochat serve -i rl")

@@ -1,7 +1,6 @@
 """Which stages run again: finished ones never, those that depend on a change always."""
 
 import dataclasses
-import re
 import time
 
 import pytest
@@ -90,7 +89,6 @@ def test_a_stage_that_other_settings_overwrote_is_not_finished(line):
 
 
 def test_steps_of_other_settings_are_moved_before_a_stage_starts(line, tmp_path):
-    """However early it is killed, `--resume` finds its own steps only."""
     step = tmp_path / "base_checkpoints" / "d4" / "100"
     step.mkdir(parents=True)
     assert line(fail="m.base") == (9, ALL[:2])
@@ -98,22 +96,6 @@ def test_steps_of_other_settings_are_moved_before_a_stage_starts(line, tmp_path)
     assert (step.parent / ".replaced-0" / "100").exists()  # but nothing is lost
     step.mkdir(parents=True)  # its own
     assert line() == (0, ALL[1:]) and step.exists()
-
-
-def test_the_estimate_of_the_time_left_follows_the_finished_stages(tmp_path, monkeypatch, capsys):
-    clock = [0.0]
-
-    def call(command):
-        clock[0] += {"m.slow": 300.0, "m.quick": 1.0}.get(command[2], 0.0)
-        return 0
-
-    monkeypatch.setattr(runner, "_call", call)
-    monkeypatch.setattr(runner.time, "monotonic", lambda: clock[0])
-    seconds = {"quick": 10, "slow": 100, "last": 100}
-    stages = [Stage(name=name, module=f"m.{name}", seconds=s) for name, s in seconds.items()]
-    assert run_stages(stages, Record(tmp_path / "speedrun.json")) == 0
-    # 100 s of plan: 191 s by now
-    assert re.findall(r"about (\S+) left", capsys.readouterr().err) == ["3:30", "3:11", "3:11"]
 
 
 def test_a_base_directory_has_one_speedrun_and_its_outputs_are_checked_first(tmp_path, monkeypatch):

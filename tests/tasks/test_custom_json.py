@@ -13,29 +13,6 @@ from nanochat_jax.tasks.base import assistant, user
 from nanochat_jax.tasks.custom_json import CustomJSON
 
 
-@pytest.mark.parametrize(
-    "content, message",
-    [
-        ("", "no conversation"),
-        ("[{]", "line 1 is not JSON"),
-        ('[{"role": "user", "content": "a"}]', "line 1: expected an array of at least 2"),
-        (
-            '[{"role": "user", "content": "a"}, {"role": "user", "content": "b"}]',
-            "line 1: message 1: the role should be assistant",
-        ),
-        (
-            '\n[{"role": "user", "content": "a"}, {"role": "assistant", "content": 3}]',
-            "line 2: message 1",
-        ),
-    ],
-)
-def test_custom_json_names_the_bad_line(tmp_path, content, message):
-    path = tmp_path / "chats.jsonl"
-    path.write_text(content)
-    with pytest.raises(UsageError, match=message):
-        CustomJSON(path)
-
-
 def test_custom_json_reads_conversations(tmp_path):
     chats = [[user(f"{i} \u2028é"), assistant("b")] for i in range(3)]
     path = tmp_path / "chats.jsonl"
@@ -48,7 +25,6 @@ def test_custom_json_reads_conversations(tmp_path):
 
 
 def test_a_file_of_questions_is_a_categorical_task(tmp_path):
-    """The answer as an index, a letter or a text of its choice."""
     answers = [
         (["x", "y", "z"], 2, "C"),
         (["x", "y"], "B", "B"),
@@ -152,58 +128,46 @@ def test_layouts_are_known_by_their_keys(tmp_path, value, messages, form):
     assert len(mixtures.named_mixture(f"{path}*2", Paths(tmp_path))) == 4
 
 
-@pytest.mark.parametrize(
-    "line, message",
-    [
-        ("[" * 100_000, "line 2 is not JSON: it is nested too deeply"),
-        ('{"messages": [], "n": %s}' % ("1" * 5000), "line 2 is not JSON: Exceeds the limit"),
-        ('{"messages": {}}', "line 2: expected an array of at least 2 messages"),
-        ('[{"role": ["user"], "content": "a"}, 3]', "line 2: message 1 needs a role and a content"),
-        (json.dumps([user("a"), assistant(["b"])]), "line 2: message 1: a part is a text of type"),
-        (
-            json.dumps([user("a"), assistant([{"type": [], "text": "b"}])]),
-            "line 2: message 1: a part is a text of",
-        ),
-        (
-            json.dumps({"conversations": [HUMAN, GPT | {"from": "tool"}]}),
-            "line 2: message 1: the role should be",
-        ),
-        (
-            json.dumps({"instruction": "a", "output": 3}),
-            "line 2: instruction, input and output must be strings",
-        ),
-        (
-            json.dumps({"instruction": "a", "output": "b", "history": 3}),
-            "line 2: history must be an array of pairs",
-        ),
-        ("3", "line 2: expected an object or an array"),
-        ("null", "line 2: expected an object or an array"),
-        (json.dumps([user("a"), assistant(PARTS[1:3])]), "line 2: the last message has no text"),
-        *[
-            (
-                json.dumps([user("a"), assistant(f"so #### {answer}")]),
-                "line 2: the answer .* is not a number",
-            )
-            for answer in (
-                "",
-                "forty",
-                "1,2",
-                "10:30",
-                "5-3",
-                "1 000",
-                "2024-01-02",
-                "1" * 5000,
-                "5/0",
-                "1e9999",
-            )
-        ],
-    ],
-)
-def test_what_cannot_be_read_or_judged_is_refused_with_its_line(tmp_path, line, message):
-    path = tmp_path / "chats.jsonl"
-    path.write_text(json.dumps(AB) + "\n" + line + "\n")
-    with pytest.raises(UsageError, match=f"chats.jsonl {message}"):
-        CustomJSON(path)
+def said(*contents):
+    return json.dumps(
+        [{"role": role, "content": c} for role, c in zip(("user", "assistant"), contents)]
+    )
+
+
+BAD_LINES = {
+    "[{]": "is not JSON",
+    "[" * 100_000: "is not JSON: it is nested too deeply",
+    '{"messages": [], "n": %s}' % ("1" * 5000): "is not JSON: Exceeds the limit",
+    '{"messages": {}}': "expected an array of at least 2 messages",
+    said("a"): "expected an array of at least 2",
+    said("a", "b").replace("assistant", "user"): "message 1: the role should be assistant",
+    said("a", 3): "message 1",
+    '[{"role": ["user"], "content": "a"}, 3]': "message 1 needs a role and a content",
+    said("a", ["b"]): "message 1: a part is a text of type",
+    said("a", [{"type": [], "text": "b"}]): "message 1: a part is a text of",
+    json.dumps({"conversations": [HUMAN, GPT | {"from": "tool"}]}): "message 1: the role should be",
+    '{"instruction": "a", "output": 3}': "instruction, input and output must be strings",
+    '{"instruction": "a", "output": "b", "history": 3}': "history must be an array of pairs",
+    "3": "expected an object or an array",
+    "null": "expected an object or an array",
+    said("a", PARTS[1:3]): "the last message has no text",
+    **{
+        said("a", f"so #### {answer}"): "the answer .* is not a number"
+        for answer in [
+            "",
+            *"forty 1,2 10:30 5-3 2024-01-02 5/0 1e9999".split(),
+            "1 000",
+            "1" * 5000,
+        ]
+    },
+}
+
+
+@pytest.mark.parametrize("line", BAD_LINES, ids=range(len(BAD_LINES)))
+def test_what_cannot_be_read_or_judged_is_refused_with_its_line(tmp_path, line):
+    (tmp_path / "chats.jsonl").write_text(json.dumps(AB) + "\n" + line + "\n")
+    with pytest.raises(UsageError, match=f"chats.jsonl line 2:? {BAD_LINES[line]}"):
+        CustomJSON(tmp_path / "chats.jsonl")
 
 
 def test_a_file_that_is_only_trained_on_needs_no_answers(tmp_path):
@@ -214,38 +178,29 @@ def test_a_file_that_is_only_trained_on_needs_no_answers(tmp_path):
     assert len(CustomJSON(path, judged=False)) == 2
 
 
-@pytest.mark.parametrize(
-    "reference, reply, right",
-    [
-        ("#### 42", "so #### 42.", True),
-        ("#### 42", "#### $42", True),
-        ("#### 42", "#### 42.0", True),
-        ("#### 42", "#### **42**", True),
-        ("#### 42", r"#### \boxed{42}", True),
-        ("#### 42", "####42 apples", True),
-        ("#### -5", "#### \u22125", True),
-        ("#### -5", "#### -$5.00", True),
-        ("#### -5", "#### 5", False),
-        ("#### $1,234", "#### 1234", True),
-        ("#### 1234", "#### 1\u202f234", True),
-        ("#### 0.5", "#### 1/2", True),
-        ("#### 1000", "#### 1e3", True),
-        ("#### 1000", "#### 1 000", False),
-        ("#### 1", "#### 1e9999", False),
-        ("#### 7", "first #### 5, no, #### 7", True),
-        ("#### 7", "#### 7 or rather #### 9", False),
-        ("#### 7", "#### 7\n#### 7:30", False),
-        ("#### 7", "#### 7\n#### That is all", True),
-        ("#### 7", "7", False),
-        ("#### 7", "", False),
-        ("#### 7", "##### 7", False),
-        ("#### 5\nno, #### 7", "#### 7", True),
-        ("#### 1", "#### " + "1" * 5000, False),
-    ],
-)
-def test_answers_after_the_hashes_are_compared_as_numbers(tmp_path, reference, reply, right):
-    task = CustomJSON(write_lines(tmp_path / "q.jsonl", [[user("?"), assistant(reference)]]))
-    assert task.evaluate(task[0], reply) is right
+# reference | replies that are right | replies that are wrong
+ANSWERS = r"""
+#### 42 | so #### 42. ; #### $42 ; #### 42.0 ; #### **42** ; #### \boxed{42} ; ####42 apples |
+#### -5 | #### −5 ; #### -$5.00 | #### 5
+#### $1,234 | #### 1234 |
+#### 1234 | #### 1\u202f234 |
+#### 0.5 | #### 1/2 |
+#### 1000 | #### 1e3 | #### 1 000
+#### 1 | | #### 1e9999 ; #### {ones}
+#### 7 | first #### 5, no, #### 7 ; #### 7\n#### That is all | #### 7 or rather #### 9 ; #### 7\n#### 7:30 ; 7 ; ##### 7 ; {empty}
+#### 5\nno, #### 7 | #### 7 |
+"""
+
+
+def test_answers_after_the_hashes_are_compared_as_numbers(tmp_path):
+    for line in ANSWERS.strip().splitlines():
+        line = line.replace(r"\n", "\n").replace(r"\u202f", "\u202f").replace("{ones}", "1" * 5000)
+        reference, *replies = line.split("|")
+        path = write_lines(tmp_path / "q.jsonl", [[user("?"), assistant(reference.strip(" "))]])
+        task = CustomJSON(path)
+        for right, texts in zip((True, False), replies, strict=True):
+            for reply in filter(None, (text.strip(" ") for text in texts.split(";"))):
+                assert task.evaluate(task[0], reply.replace("{empty}", "")) is right, (line, reply)
 
 
 def test_the_reference_is_the_text_of_its_parts(tmp_path):

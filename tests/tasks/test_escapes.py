@@ -1,6 +1,4 @@
-"""Ways out of the process that runs model-written code: whatever a program tries, this process and
-its files survive.
-"""
+"""Ways out of the process that runs model-written code."""
 
 import os
 import resource

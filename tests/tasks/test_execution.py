@@ -1,7 +1,6 @@
 """Model-written programs: what they report, and what they must not be able to do."""
 
 import os
-import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -89,14 +88,6 @@ def test_an_endless_loop_is_killed_at_the_limit():
     assert time.monotonic() - start < 5
 
 
-def test_a_program_that_ignores_signals_and_closes_its_pipes_is_killed():
-    code = "import os, signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
-    code += "os.closerange(0, 64)\ntime.sleep(60)"
-    start = time.monotonic()
-    assert execute_code(code, timeout=0.6).timeout
-    assert time.monotonic() - start < 5
-
-
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])
 def test_endless_output_ends_the_program_and_a_part_is_kept(stream):
     code = f"import sys\nprint('first', file=sys.{stream})\nwhile True: print('x' * 4096, file=sys.{stream})"
@@ -132,13 +123,6 @@ def test_files_land_in_a_directory_that_is_removed():
     )
 
 
-def test_a_file_cannot_grow_without_bound():
-    result = execute_code(
-        "with open('big', 'wb') as f:\n    for _ in range(64): f.write(bytes(1 << 20))"
-    )
-    assert not result.success
-
-
 def test_environment_and_standard_input_are_empty(monkeypatch):
     monkeypatch.setenv("SECRET_TOKEN", "hunter2")
     result = execute_code(
@@ -151,33 +135,6 @@ def test_environment_and_standard_input_are_empty(monkeypatch):
             "import sys\nprint([p for p in sys.path if 'site-packages' in p])"
         ).stdout
     )
-
-
-def test_other_processes_cannot_be_read_or_signalled(confined, monkeypatch):
-    need(confined, "files")
-    need(confined, "syscalls")
-    assert not execute_code(f"print(open('/proc/{os.getpid()}/environ', 'rb').read())").success
-    assert not execute_code(f"import os, signal\nos.kill({os.getpid()}, signal.SIGUSR1)").success
-    assert not execute_code(
-        f"import resource\nresource.prlimit({os.getpid()}, resource.RLIMIT_NOFILE, (8, 8))"
-    ).success
-
-
-def test_no_children_sessions_or_threads_are_left(confined):
-    need(confined, "syscalls")
-    for call in (
-        "fork()",
-        "setsid()",
-        "posix_spawn('/bin/true', ['true'], {})",
-        "execv('/bin/true', ['true'])",
-    ):
-        result = execute_code(f"import os\nos.{call}")
-        assert "PermissionError" in result.error, call
-    assert (
-        "can't start new thread"
-        in execute_code("import threading\nthreading.Thread(target=print).start()").error
-    )
-    assert not execute_code("import subprocess\nsubprocess.run(['true'])").success
 
 
 @pytest.mark.skipif(not Path("/proc/self/stat").exists(), reason="looks for the child in /proc")
@@ -197,40 +154,6 @@ def test_a_child_in_the_process_group_dies_with_the_program(tmp_path, monkeypatc
         while is_running(child) and "Z" not in Path(f"/proc/{child}/stat").read_text().split()[2]:
             assert time.monotonic() < deadline, "the child outlived the program"
             time.sleep(0.02)
-
-
-def test_the_network_is_closed(confined):
-    if not confined & {"network", "syscalls"}:
-        pytest.skip("this kernel does not offer a way to close the network")
-    with socket.create_server(("127.0.0.1", 0)) as server:
-        port = server.getsockname()[1]
-        code = f"import socket\nsocket.create_connection(('127.0.0.1', {port}), timeout=1)\nprint('connected')"
-        assert "connected" not in execute_code(code).stdout
-
-
-def test_nothing_outside_its_directory_can_be_changed(confined, tmp_path):
-    need(confined, "files")
-    victim = tmp_path / "victim"
-    victim.write_text("keep")
-    for code in (
-        f"open({str(victim)!r}, 'w')",
-        f"import os; os.remove({str(victim)!r})",
-        f"import os; os.truncate({str(victim)!r}, 0)",
-        f"import os; os.mkdir({str(tmp_path / 'new')!r})",
-        f"import os; os.rename({str(victim)!r}, 'mine')",
-        f"import os; os.link({str(victim)!r}, 'mine')",
-    ):
-        assert (
-            "Permission" in (execute_code(code).error or "")
-            or "Errno 18" in execute_code(code).error
-        ), code
-    assert victim.read_text() == "keep" and list(tmp_path.iterdir()) == [victim]
-
-
-def test_limits_cannot_be_raised(confined):
-    need(confined, "syscalls")
-    code = "import resource\nresource.setrlimit(resource.RLIMIT_AS, (1 << 40, 1 << 40))\nx = bytearray(1 << 30)"
-    assert not execute_code(code).success
 
 
 def test_programs_run_at_once_from_threads_that_are_not_the_main_one():

@@ -60,15 +60,6 @@ def test_a_file_given_twice_is_read_once_and_that_is_logged(tmp_path, caplog, sp
     assert f"the file is {path} again and is read once" in caplog.text
 
 
-def test_a_mixture_that_would_fill_the_memory_is_refused(tmp_path):
-    path = write_lines(tmp_path / "chats.jsonl", [AB] * 5)
-    with pytest.raises(
-        UsageError,
-        match="takes 500,000,000 conversations, more than 20,000,000: give smaller weights",
-    ):
-        mixtures.named_mixture(f"{path}*1e8", Paths(tmp_path))
-
-
 @pytest.mark.parametrize(
     "stage, split, size",
     [

@@ -10,8 +10,6 @@ import pytest
 from task_helpers import questions
 
 from nanochat_jax import tasks
-from nanochat_jax.errors import UsageError
-from nanochat_jax.paths import Paths
 from nanochat_jax.tasks import gsm8k, hub, mixtures, registry
 from nanochat_jax.tasks.base import Task, TaskMixture
 
@@ -96,10 +94,3 @@ def test_every_task_of_the_package_is_in_the_table_and_complete(paths):
                 assert re.fullmatch("[0-9a-f]{40}", leaf.data.commit)
     offline, upstream = map(tasks.eval_tasks_for, ("embedded", "fineweb"))
     assert sorted(offline + upstream) == sorted(evaluated)
-
-
-def test_unknown_names_and_splits_are_refused(tmp_path):
-    with pytest.raises(UsageError, match="'GSM9K': expected one of ARC-Easy"):
-        tasks.load_eval_task("GSM9K", Paths(tmp_path))
-    with pytest.raises(UsageError, match="only the split test"):
-        tasks.load_eval_task("HumanEval", Paths(tmp_path), "train")

@@ -1,12 +1,9 @@
-"""Checkpoints in a bucket, against a server on this machine that speaks Google Cloud Storage's
-API.
-"""
+"""Checkpoints in a bucket, against a server that speaks Google Cloud Storage's API."""
 
 import itertools
 import json
 import os
 import shutil
-import socket
 import time
 
 import jax
@@ -171,16 +168,9 @@ def test_refused_writes_stop_the_run_in_one_line(server, place, tmp_path):
     assert "\n" not in str(stopped.value)
 
 
-@pytest.mark.parametrize(
-    "url, said", [("gs://missing/run", "404"), ("gs://bucket/run", "Max retries")]
-)
-def test_a_bucket_out_of_reach_is_one_line(server, monkeypatch, url, said):
-    if said != "404":  # no server at all
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            monkeypatch.setenv("STORAGE_EMULATOR_HOST", f"http://127.0.0.1:{free.getsockname()[1]}")
-    with pytest.raises(UsageError, match=rf"{url} cannot be reached .*{said}") as error:
-        storage.open_bucket.__wrapped__(url)
+def test_a_bucket_out_of_reach_is_one_line(server):
+    with pytest.raises(UsageError, match="gs://missing/run cannot be reached .*404") as error:
+        storage.open_bucket.__wrapped__("gs://missing/run")
     assert "\n" not in str(error.value)
 
 
@@ -298,19 +288,6 @@ def test_a_lock_in_the_bucket_is_renewed_until_another_run_takes_it(
             train_run(place, logs=tmp_path)
     assert json.loads(server.objects[lock_object(place)])["id"] == "other"
     assert saved_steps(place) == []
-
-
-def test_a_bucket_that_refuses_the_lock_is_one_line(server, place):
-    def refuse(name):
-        raise Refused(403)
-
-    server.before_change = refuse
-    with (
-        pytest.raises(UsageError, match=f"{place} cannot be locked .*403") as refused,
-        lock_tag(place),
-    ):
-        raise AssertionError("not locked")
-    assert "\n" not in str(refused.value)
 
 
 FLAGS = [

@@ -1,6 +1,4 @@
-"""Muon on tall, wide and square matrices: against optax's own where they agree, on any mesh, and
-its known properties.
-"""
+"""Muon against optax's where they agree, on any mesh, and its known properties."""
 
 import jax
 import jax.numpy as jnp
@@ -64,7 +62,7 @@ def run(transform, params, gradients, place=lambda tree: tree):
 
 @pytest.mark.parametrize("momentum", [0.0, 0.95])
 def test_the_first_classic_step_equals_that_of_optax(matrices, momentum):
-    """Later ones differ where there is momentum: optax corrects its bias, nanochat does not."""
+    """Later ones differ: optax corrects the bias of the momentum."""
     params, gradients = matrices
     gradients = gradients if momentum == 0.0 else gradients[:1]
     dimensions = jax.tree.map(
@@ -107,9 +105,6 @@ def test_a_mesh_does_not_change_the_result(matrices, variant, layout):
 
 
 def test_on_a_mesh_each_device_orthogonalises_its_share():
-    """No device of eight gets more than a quarter of the products' FLOPs that one device alone
-    needs.
-    """
     params = {"matrices": jnp.ones((16, 64, 256))}
     mesh = make_mesh("8x1")
 
@@ -145,9 +140,7 @@ def test_singular_values_come_near_one(orthogonalize, shape):
 
 
 def test_a_matrix_with_more_outputs_than_inputs_takes_a_longer_step():
-    """sqrt(out / in): the up projection of an MLP, kept (in, out) = (D, 4 D), moves twice as far
-    as the others.
-    """
+    """sqrt(out / in)."""
     transform = muon(constant(1.0), constant(0.0), variant="classic")
     params = {"up": jnp.zeros((16, 64)), "down": jnp.zeros((64, 16))}
     gradient = jax.random.normal(jax.random.key(2), (16, 64))
@@ -159,9 +152,7 @@ def test_a_matrix_with_more_outputs_than_inputs_takes_a_longer_step():
 
 @pytest.mark.parametrize("shape", [(8, 32), (32, 8), (16, 16)])
 def test_variance_is_per_output_or_per_input_and_keeps_the_norm(shape):
-    """Per output where there are as many outputs as inputs or more (a row of torch's layout), else
-    per input.
-    """
+    """Per output where there are as many outputs as inputs or more, else per input."""
     update = jax.random.normal(jax.random.key(3), (1, *shape)) * jnp.arange(1, shape[1] + 1)
     moment = jnp.zeros((1, 1, shape[1]) if shape[1] >= shape[0] else (1, shape[0], 1))
     normalized, moment = normalize_variance(update, moment, 0.0)
@@ -171,7 +162,6 @@ def test_variance_is_per_output_or_per_input_and_keeps_the_norm(shape):
 
 
 def test_decay_is_cautious():
-    """Only where the step and the parameter point the same way."""
     params = {"w": jnp.where(jax.random.bernoulli(jax.random.key(4), 0.5, (24, 24)), 5.0, -5.0)}
     gradient = {"w": jax.random.normal(jax.random.key(5), (24, 24))}
 

@@ -126,7 +126,7 @@ def test_loss_and_gradient_equal_the_plain_form(pass_rows):
 
 
 def test_groups_that_agree_give_no_gradient():
-    """So they are left out of the batches; what they take from the mean over all passes stays."""
+    """What they take from the mean over all passes stays."""
     alike = [
         [Rollout(rollout.tokens, rollout.sampled, 1.0) for rollout in group]
         for group in random_groups()
@@ -170,7 +170,6 @@ def test_micro_batches_and_a_mesh_do_not_change_the_step():
 
 @pytest.mark.parametrize("arch", ["classic", "modern"])
 def test_log_probabilities_recomputed_are_the_samplers(arch):
-    """On-policy: training and sampling agree for each token, at temperature 1 without top-k."""
     config = CONFIG
     if arch == "modern":
         config = GPTConfig.modern(
@@ -342,7 +341,6 @@ def test_init_lr_frac_scales_the_rates_of_all_groups():
 
 
 def test_reward_rises():
-    """A few steps from a nearly uniform policy make a vowel the usual first letter."""
     mesh, task = make_mesh("1x1"), Vowels()
     optimizer = optax.adam(0.02)
     params = jax.tree.map(jnp.asarray, random_params(CONFIG, 0.02))

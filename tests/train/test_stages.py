@@ -1,6 +1,4 @@
-"""The training stages on a small corpus: each continues the one before, resumes bit for bit and
-survives kill -9.
-"""
+"""The stages: each continues the one before, resumes bit for bit and survives kill -9."""
 
 import dataclasses
 import importlib.util
@@ -13,7 +11,7 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from small_line import losses, make_base, start
+from small_line import losses, make_base
 
 from nanochat_jax.checkpoint import load_model
 from nanochat_jax.model.sharding import make_mesh, param_shardings
@@ -146,11 +144,3 @@ def test_killed_runs_end_like_a_run_that_was_not():
     command = [sys.executable, Path(__file__).parents[1] / "kill_runs.py", "--kills", "3"]
     killed = subprocess.run(command, capture_output=True, text=True)
     assert killed.returncode == 0, killed.stdout + killed.stderr
-
-
-@pytest.mark.slow
-def test_a_device_type_that_is_not_there_is_refused_in_one_line(paths):
-    (process,) = start("base_loss", "--device-type", "cuda", base=paths.base)
-    error = process.communicate()[1]
-    assert process.returncode == 2 and error.count("\n") == 1, error
-    assert error.startswith("error: --device-type cuda")

@@ -36,8 +36,7 @@ from nanochat_jax.train.optim import (
     modern_momentum,
     trapezoid,
 )
-from nanochat_jax.train.pretrain import BaseTrainConfig
-from nanochat_jax.train.resume import differences, require_same_run
+from nanochat_jax.train.resume import require_same_run
 from nanochat_jax.train.step import batch_shape, init_state, make_train_step
 from nanochat_jax.train.stopping import EXIT_STOPPED
 
@@ -276,29 +275,6 @@ def test_a_refused_resume_lists_the_settings_that_differ_and_renames_nothing(sav
     assert saved_steps(directory) == [2, 4, 6]
 
 
-@pytest.mark.parametrize(
-    "before, resolved, flags, now, difference",
-    [
-        (
-            dict(total_batch_size=128),
-            {},
-            dict(total_batch_size=256),
-            {},
-            "`total_batch_size=128` (now `total_batch_size=256`)",
-        ),
-        ({}, dict(data="embedded"), {}, dict(data="custom"), "`data=embedded` (now `data=custom`)"),
-        (dict(data_shards=4), {}, {}, {}, "`data_shards=4` (now no `data_shards`)"),
-        (dict(eval_every=3, seed=1), {}, {}, {}, ""),
-    ],
-)
-def test_only_settings_that_a_saved_state_depends_on_are_listed(
-    before, resolved, flags, now, difference
-):
-    saved = {"config": dataclasses.asdict(BaseTrainConfig(**before)), **resolved}
-    text = f". The saved run had {difference}" if difference else ""
-    assert differences(BaseTrainConfig(**flags), now, saved) == text
-
-
 def test_fresh_deletes_the_steps_of_the_tag_and_nothing_else(saved_run, tmp_path):
     for clear in (
         lambda path: claim_directory(path, resume=False, fresh=True),
@@ -354,7 +330,6 @@ def test_a_damaged_checkpoint_falls_back_to_the_step_before(
 
 
 def test_a_model_is_compared_as_a_config():
-    """A field that was added after the checkpoint was saved does not refuse it."""
     job = SimpleNamespace(model=MODEL, directory="d3", metadata={}, num_steps=STEPS)
     before = dataclasses.asdict(MODEL)
     for config, accepted in (
@@ -377,9 +352,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
         def __next__(self):
             batch = super().__next__()
             return (
-                batch
-                if self.count <= 2
-                else {n: np.full_like(x, 2**30) for n, x in batch.items()}
+                batch if self.count <= 2 else {n: np.full_like(x, 2**30) for n, x in batch.items()}
             )
 
     with pytest.raises(UsageError, match=r"loss of step 2 .*last good checkpoint is step 2"):
@@ -413,13 +386,6 @@ def test_the_automatic_batch_is_the_largest_that_fits(monkeypatch):
     monkeypatch.setattr(memory, "memory_limit", lambda: needed[12] - 1)
     with pytest.raises(UsageError, match=r"halve `device_batch_size` \(try 6\)"):
         compile_step(step_fn, state, shapes[12], mesh)
-
-
-def test_profile_writes_a_trace_of_the_steps(tmp_path):
-    run(tmp_path / "d3", profile="2:4")
-    assert list((tmp_path / "d3" / "profile").rglob("*.xplane.pb"))
-    with pytest.raises(ValueError, match="4:2"):
-        TrainConfig(profile="4:2")
 
 
 @pytest.mark.parametrize("mesh", ["16x1", "3", "0x1", "8x", "axb"])
