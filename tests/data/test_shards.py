@@ -137,3 +137,22 @@ def test_a_damaged_row_group_is_named(tmp_path):
     path.write_bytes(content)
     with pytest.raises(UsageError, match=r"row group 1 of shard .*shard_00000\.parquet is corrupt"):
         list(iter_documents(tmp_path / "corpus", "train"))
+
+
+def test_stream_continues_from_any_position_and_starts_over(tmp_path):
+    write_shards(numbered(3000), tmp_path / "corpus", rows_per_shard=1500, val_texts=["v"])
+    reader = ShardReader(split_shards(tmp_path / "corpus", "train"))
+    stream = make_stream(reader, 1, 2)
+    places, texts = zip(
+        *itertools.chain.from_iterable(next_batch(stream) for _ in range(30)), strict=True
+    )
+    assert places[-1].epoch == 3
+    start_over = [place.epoch for place in places].index(1)
+    assert texts[start_over:] == texts[: len(texts) - start_over]
+    for i in range(0, len(places), 97):
+        again = make_stream(reader, 1, 2)
+        again.seek(places[i])
+        batch = next_batch(again)
+        expected = list(zip(places[i:], texts[i:], strict=True))[: len(batch)]
+        assert batch[: len(expected)] == expected
+        assert decode(again.load(list(places[i : i + 1]))) == [texts[i]]

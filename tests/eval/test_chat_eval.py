@@ -199,3 +199,24 @@ def test_accuracy_on_arc_is_upstreams(test_data, tmp_path):
     generator = Generator(config=config, params=params, tokenizer=tokenizer, num_slots=4)
     problems = chat.evaluate_categorical(task.view(stop=60), generator)
     assert sum(problem.passed for problem in problems) == 5
+
+
+def test_an_answer_of_two_tokens_is_an_error(params):
+    class Words(Letters):
+        def get_example(self, index):
+            return {"messages": [user("?"), assistant("AB")], "letters": ["AB", "C"]}
+
+    with pytest.raises(ValueError, match="'AB' is 2 tokens"):
+        letters_of(Words(), params)
+
+
+def test_tasks_that_cannot_be_evaluated_are_errors(params):
+    generator = Generator(config=CONFIG, params=params, tokenizer=TOKENIZER)
+
+    class Training(Product):
+        eval_type = None
+
+    with pytest.raises(ValueError, match="only for training"):
+        chat.evaluate_task(Training(), generator, Sampling())
+    with pytest.raises(UsageError, match="no problems"):
+        chat.evaluate_task(Product().view(5), generator, Sampling())

@@ -4,7 +4,7 @@ import threading
 
 import numpy as np
 
-from nanochat_jax.infer.calculator import MAX_MAGNITUDE, calculate
+from nanochat_jax.infer.calculator import MAX_CHARACTERS, MAX_MAGNITUDE, calculate
 
 RESULTS = {
     **{"345+678": "1023", "12*7": "84", " 1,200 * 3 ": "3600", "7/2": "3.5", "6/2": "3.0"},
@@ -77,3 +77,15 @@ def test_computes_in_any_thread_without_evaluating_python(monkeypatch):
     thread.start()
     thread.join()
     assert values == [42]
+
+
+def test_deep_nesting_neither_raises_nor_overflows():
+    assert calculate("(" * 120 + "1" + ")" * 120) == 1
+    assert calculate("-" * 250 + "1") == 1
+    assert calculate("-" * 100_000 + "1") is None
+
+
+def test_long_sums_within_the_limit_are_computed():
+    assert calculate("+".join(["1"] * 128)) == 128
+    assert len("+".join(["1"] * 128)) <= MAX_CHARACTERS
+    assert calculate("+".join(["1"] * 129)) is None

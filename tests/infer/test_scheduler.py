@@ -328,3 +328,18 @@ def test_a_call_that_nothing_closes_is_shown_without_a_result():
         generation.accept(token, sampled=True)
     assert generation.finish_reason == "length"
     assert generation.take_events() == [ToolCall("1+", None)]
+
+
+def test_text_streams_before_the_reply_is_done(scheduler):
+    events = iter(scheduler.submit(ask("a", max_tokens=90)))
+    assert next(events) == "b"
+    assert not isinstance(next(events), Result)
+
+
+def test_waiting_for_a_result_can_time_out(scheduler, monkeypatch):
+    gate = Gate(monkeypatch)
+    handle = scheduler.submit(ask("a"))
+    with pytest.raises(TimeoutError):
+        handle.result(timeout=0.01)
+    gate.open.set()
+    assert handle.result(SECONDS).finish_reason == "length"

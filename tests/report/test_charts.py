@@ -70,3 +70,11 @@ def test_curves_of_each_stage_are_drawn_and_missing_files_named(tmp_path):
         "Pretraining: validation bits per byte",
     ]
     assert "lost is missing" in drawn
+
+
+def test_thinning_keeps_the_extremes():
+    points = [(s, math.sin(s)) for s in range(20000)]
+    points[777], points[12345] = (777, 50.0), (12345, -50.0)
+    kept = charts.thin(points)
+    assert len(kept) <= charts.MAX_POINTS + 2 and kept == sorted(kept)
+    assert {(777, 50.0), (12345, -50.0)} <= set(kept)

@@ -4,11 +4,12 @@ import re
 import runpy
 import sys
 from html.parser import HTMLParser
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from nanochat_jax.report import sections
+from nanochat_jax.report import machine, sections
 from nanochat_jax.report.document import generate, reset
 
 
@@ -221,3 +222,19 @@ def test_commands_reset_and_generate_into_the_current_directory(tmp_path, monkey
     for name in ("report.md", "report.html"):
         assert (here / name).read_bytes() == (base / "report" / name).read_bytes()
     assert "mid_train" in (base / "report/results.json").read_text()
+
+
+def test_logging_a_section_again_replaces_it(tmp_path, markdown):
+    for bpb in (1.5, 1.25):
+        log(tmp_path, "Base model loss", "base_loss", {"val_bpb": bpb}, {"val bpb": bpb})
+    text = markdown()
+    assert "1.2500" in text and "1.5000" not in text
+
+
+def test_the_code_is_described_in_a_checkout_only(monkeypatch):
+    root = Path(machine.__file__).parents[2]
+    answers = {"rev-parse": str(root), "ls-files": "README.md"}
+    monkeypatch.setattr(machine, "_git", lambda _, command, *__: answers.get(command))
+    assert "Git" in machine.machine_facts() and "1 files" in machine.code_size()
+    monkeypatch.setattr(machine, "_git", lambda *_: None)
+    assert "Git" not in machine.machine_facts() and machine.code_size() is None

@@ -1,6 +1,7 @@
 """The scripts that train the tokenizer and measure its compression."""
 
 import json
+import shutil
 import time
 
 import pyarrow as pa
@@ -8,6 +9,7 @@ import pyarrow.parquet as pq
 import pytest
 import tiktoken
 
+from nanochat_jax.errors import NotFound, UsageError
 from nanochat_jax.eval import compression
 from nanochat_jax.paths import Paths
 from nanochat_jax.tokenizer import Tokenizer
@@ -81,3 +83,20 @@ def test_tok_eval_without_a_network_says_so_and_goes_on(base, monkeypatch, capsy
         if "No comparison with GPT-2 and GPT-4" in line
     ]
     assert len(shown) == 1 and ("TimeoutError" if hangs else "ConnectionError") in shown[0]
+
+
+def test_tok_train_refuses_a_small_vocabulary_a_bad_shard_and_no_data(base):
+    with pytest.raises(UsageError, match="at least 265"):
+        tok_train.main(tok_train.Config(vocab_size=100))
+    shard = base.data("embedded") / "shard_00000.parquet"
+    content = bytearray(shard.read_bytes())
+    content[4:40] = bytes(36)  # the pages are broken, the footer is not
+    shard.write_bytes(content)
+    with pytest.raises(UsageError, match="shard_00000.parquet"):
+        tok_train.main(tok_train.Config(vocab_size=300))
+    shard.write_bytes(content[:-5])
+    with pytest.raises(UsageError, match="shard_00000.parquet"):
+        tok_train.main(tok_train.Config(vocab_size=300))
+    shutil.rmtree(base.data("embedded"))
+    with pytest.raises(NotFound):
+        tok_train.main(tok_train.Config())

@@ -268,3 +268,15 @@ async def test_only_pages_of_the_origins_named_may_read_the_answers():
         assert (await ask(session, mine), await ask(session, other)) == (mine, None)
     async with client(FakeScheduler(), cors_origin="*") as session:
         assert await ask(session, other) == other
+
+
+def test_a_failure_of_the_servers_own_keeps_its_traceback(caplog):
+    async def run():
+        async with client(FakeScheduler()):
+            try:
+                raise RuntimeError("a bug")
+            except RuntimeError:
+                logging.getLogger("aiohttp.server").exception("Unhandled exception")
+
+    asyncio.run(run())
+    assert "Traceback" in caplog.text and "a bug" in caplog.text

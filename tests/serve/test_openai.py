@@ -512,3 +512,11 @@ async def test_schemathesis_finds_no_request_that_breaks_the_description(tmp_pat
         )
         output = (await process.communicate())[0].decode()
     assert process.returncode == 0, output
+
+
+async def test_a_conversation_over_the_context_is_refused_not_cut():
+    async with openai_client(FakeScheduler(max_len=64)) as api:
+        long = [{"role": "user", "content": "x" * 30}] * 3
+        with pytest.raises(openai.BadRequestError, match="context is 64") as caught:
+            await api.chat.completions.create(model=MODEL_ID, messages=long)
+        assert caught.value.code == "context_length_exceeded"

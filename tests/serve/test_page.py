@@ -1,10 +1,12 @@
 """The chat page in headless Chromium, with a script in place of the model and once with a model."""
 
 import asyncio
+import os
 import re
 import shutil
 import threading
 from contextlib import contextmanager
+from pathlib import Path
 
 import pytest
 from aiohttp import web
@@ -14,6 +16,51 @@ from nanochat_jax.infer.request import ToolCall
 from nanochat_jax.infer.scheduler import QueueFull
 from nanochat_jax.serve import server
 from nanochat_jax.serve.settings import ServerConfig
+
+MARKDOWN = """\
+# Title
+**bold**, *italic*, `code`, ~~gone~~ and 2*3*4 = 2**3*3, H<sub>2</sub>O, <b>x</b> and List<int>
+
+1. one
+2. two
+   - inner
+
+> quoted
+
+| a | b |
+|:--|--:|
+| 1<br>0 | **2** |
+
+- [x] done
+
+---
+[site](https://example.org/x) and https://example.org/y
+![chart](http://evil.example/i) [https://bank.example](https://evil.example/login)
+
+So \\(a_1*b_2*c\\), \\[E = mc^2\\], $$x_i$$ and $y_j$ at $5 and $6, not \\*bold\\*.
+$$
+\\int_0^1 f*g*h
+$$
+"""
+
+RICH = (
+    MARKDOWN
+    + """
+```python
+def smallest(values, count=3):
+    # the list is not changed
+    return sorted(values)[:count]
+
+print(smallest([5, 2, 9], 2), "done")
+```
+"""
+)
+
+
+def screenshot(page, folder, name):
+    """For people: saved in the directory NANOCHAT_SCREENSHOTS."""
+    page.screenshot(path=Path(os.environ.get("NANOCHAT_SCREENSHOTS", folder)) / name)
+
 
 playwright_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
 expect = playwright_api.expect
@@ -730,3 +777,53 @@ def test_the_drawer_takes_the_focus_and_returns_it(page, script):
         leave()
         expect(page.locator("#sidebar")).to_be_hidden()
         expect(toggle).to_be_focused()
+
+
+def test_a_reply_is_at_most_as_long_as_the_context(page, script):
+    for context, longest in (256, "256"), (8192, "4096"):
+        script.engine.max_len = context
+        page.reload()
+        button(page, "Settings").click()
+        expect(page.locator("#model-info")).to_contain_text(f"{context} tokens")
+        expect(page.locator("#set-length")).to_have_attribute("max", longest)
+        expect(page.locator("#set-length")).to_have_attribute("placeholder", str(min(512, context)))
+        expect(page.locator("#settings")).to_contain_text(f"Tokens of a reply, at most {longest}.")
+
+
+@pytest.mark.parametrize("scheme, other", [("light", "dark"), ("dark", "light")])
+def test_colours_follow_the_system_and_are_legible(open_page, script, tmp_path, scheme, other):
+    page = open_page(color_scheme=scheme)
+    show(page, script, [ToolCall("345+678", "1023"), RICH])
+    selectors = ["body", ".user", ".tool", ".speed, #hint", ".reply a", ".host", ".code-head span"]
+    selectors += [f".hljs-{kind}" for kind in ("comment", "string", "keyword", "number", "title")]
+    for selector in selectors:
+        expect(page.locator(selector).first).to_be_attached()
+    ratios = dict(zip(selectors, page.evaluate(CONTRAST, selectors)))
+    assert min(ratios.values()) >= 4.5, ratios
+    screenshot(page, tmp_path, f"{scheme}.png")
+    expect(page.locator("body")).to_have_css("background-color", BACKGROUND[scheme])
+    button(page, "Settings").click()
+    page.locator("#set-theme").select_option(other)
+    expect(page.locator("body")).to_have_css("background-color", BACKGROUND[other])
+
+
+def test_the_keyboard_reaches_everything(page, script):
+    show(page, script, "Hello.")
+    page.locator("#input").fill("draft")
+    names = set()
+    for _ in range(20):
+        page.keyboard.press("Tab")
+        names.add(
+            page.evaluate("document.activeElement.ariaLabel || document.activeElement.innerText")
+        )
+    assert {
+        "Conversations",
+        "Settings",
+        "New conversation",
+        "Edit",
+        "Copy",
+        "Regenerate",
+        "Send",
+        "Go on",
+        "Delete this conversation: Go on",
+    } <= names

@@ -27,6 +27,7 @@ from nanochat_jax.checkpoint import Loaded
 from nanochat_jax.errors import UsageError
 from nanochat_jax.infer.engine import Engine, EngineLoop
 from nanochat_jax.paths import Paths
+from nanochat_jax.serve import terminal
 from scripts import chat_cli
 from scripts.chat_cli import Config
 
@@ -152,3 +153,17 @@ def test_the_parameters_are_in_memory_once(monkeypatch, tmp_path, dtype):
     gc.collect()
     assert model.step == 1 and jax.tree.leaves(engine.params["blocks"])
     assert not any(master() for master in masters)
+
+
+def test_an_input_that_is_closed_is_an_empty_one(monkeypatch):
+    monkeypatch.setattr(sys, "stdin", None)
+    terminal.make_stdin_readable()
+    assert sys.stdin.read() == ""
+
+
+def test_an_interrupted_single_reply_has_its_exit_code(talk, monkeypatch):
+    def interrupted(loop):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(EngineLoop, "step", interrupted)
+    assert talk(prompt="a")[0] == 130

@@ -1,6 +1,7 @@
 """Which stages run again: finished ones never, those that depend on a change always."""
 
 import dataclasses
+import re
 import time
 
 import pytest
@@ -175,3 +176,19 @@ def test_a_failure_of_another_stage_stops_the_background(tmp_path, monkeypatch):
     start = time.monotonic()
     assert run_stages(stages, Record(tmp_path / "speedrun.json")) == 5
     assert time.monotonic() - start < 30
+
+
+def test_the_estimate_of_the_time_left_follows_the_finished_stages(tmp_path, monkeypatch, capsys):
+    clock = [0.0]
+
+    def call(command):
+        clock[0] += {"m.slow": 300.0, "m.quick": 1.0}.get(command[2], 0.0)
+        return 0
+
+    monkeypatch.setattr(runner, "_call", call)
+    monkeypatch.setattr(runner.time, "monotonic", lambda: clock[0])
+    seconds = {"quick": 10, "slow": 100, "last": 100}
+    stages = [Stage(name=name, module=f"m.{name}", seconds=s) for name, s in seconds.items()]
+    assert run_stages(stages, Record(tmp_path / "speedrun.json")) == 0
+    # 100 s of plan: 191 s by now
+    assert re.findall(r"about (\S+) left", capsys.readouterr().err) == ["3:30", "3:11", "3:11"]

@@ -7,6 +7,7 @@ import pytest
 from task_helpers import questions
 
 from nanochat_jax.tasks.base import Task, TaskMixture, user
+from nanochat_jax.tasks.skills import Arithmetic, Spelling
 
 
 class Count(Task):
@@ -69,3 +70,13 @@ def test_weights_are_passes_over_a_task():
         "9/1": 1,
         "9/2": 1,
     }
+
+
+def test_a_mixture_judges_by_the_task_that_a_conversation_is_of():
+    mixture = TaskMixture([Arithmetic("test", 20), Spelling("test", 20, ["stone", "happy"])])
+    replies = [
+        "".join(part["text"] for part in content) if isinstance(content, list) else content
+        for content in (conversation["messages"][1]["content"] for conversation in mixture)
+    ]
+    assert all(map(mixture.evaluate, mixture, replies))
+    assert not any(mixture.evaluate(conversation, "b-a-d 0") for conversation in mixture)

@@ -1,6 +1,7 @@
 """Model-written programs: what they report, and what they must not be able to do."""
 
 import os
+import socket
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -161,3 +162,79 @@ def test_programs_run_at_once_from_threads_that_are_not_the_main_one():
         results = list(pool.map(lambda i: execute_code(f"print({i})").stdout, range(8)))
     assert results == [f"{i}\n" for i in range(8)]
     assert threading.active_count() < 20
+
+
+def test_a_program_that_ignores_signals_and_closes_its_pipes_is_killed():
+    code = "import os, signal, time\nsignal.signal(signal.SIGTERM, signal.SIG_IGN)\n"
+    code += "os.closerange(0, 64)\ntime.sleep(60)"
+    start = time.monotonic()
+    assert execute_code(code, timeout=0.6).timeout
+    assert time.monotonic() - start < 5
+
+
+def test_a_file_cannot_grow_without_bound():
+    result = execute_code(
+        "with open('big', 'wb') as f:\n    for _ in range(64): f.write(bytes(1 << 20))"
+    )
+    assert not result.success
+
+
+def test_other_processes_cannot_be_read_or_signalled(confined, monkeypatch):
+    need(confined, "files")
+    need(confined, "syscalls")
+    assert not execute_code(f"print(open('/proc/{os.getpid()}/environ', 'rb').read())").success
+    assert not execute_code(f"import os, signal\nos.kill({os.getpid()}, signal.SIGUSR1)").success
+    assert not execute_code(
+        f"import resource\nresource.prlimit({os.getpid()}, resource.RLIMIT_NOFILE, (8, 8))"
+    ).success
+
+
+def test_no_children_sessions_or_threads_are_left(confined):
+    need(confined, "syscalls")
+    for call in (
+        "fork()",
+        "setsid()",
+        "posix_spawn('/bin/true', ['true'], {})",
+        "execv('/bin/true', ['true'])",
+    ):
+        result = execute_code(f"import os\nos.{call}")
+        assert "PermissionError" in result.error, call
+    assert (
+        "can't start new thread"
+        in execute_code("import threading\nthreading.Thread(target=print).start()").error
+    )
+    assert not execute_code("import subprocess\nsubprocess.run(['true'])").success
+
+
+def test_the_network_is_closed(confined):
+    if not confined & {"network", "syscalls"}:
+        pytest.skip("this kernel does not offer a way to close the network")
+    with socket.create_server(("127.0.0.1", 0)) as server:
+        port = server.getsockname()[1]
+        code = f"import socket\nsocket.create_connection(('127.0.0.1', {port}), timeout=1)\nprint('connected')"
+        assert "connected" not in execute_code(code).stdout
+
+
+def test_nothing_outside_its_directory_can_be_changed(confined, tmp_path):
+    need(confined, "files")
+    victim = tmp_path / "victim"
+    victim.write_text("keep")
+    for code in (
+        f"open({str(victim)!r}, 'w')",
+        f"import os; os.remove({str(victim)!r})",
+        f"import os; os.truncate({str(victim)!r}, 0)",
+        f"import os; os.mkdir({str(tmp_path / 'new')!r})",
+        f"import os; os.rename({str(victim)!r}, 'mine')",
+        f"import os; os.link({str(victim)!r}, 'mine')",
+    ):
+        assert (
+            "Permission" in (execute_code(code).error or "")
+            or "Errno 18" in execute_code(code).error
+        ), code
+    assert victim.read_text() == "keep" and list(tmp_path.iterdir()) == [victim]
+
+
+def test_limits_cannot_be_raised(confined):
+    need(confined, "syscalls")
+    code = "import resource\nresource.setrlimit(resource.RLIMIT_AS, (1 << 40, 1 << 40))\nx = bytearray(1 << 30)"
+    assert not execute_code(code).success

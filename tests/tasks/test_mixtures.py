@@ -76,3 +76,12 @@ def test_upstream_mixtures(paths, stage, split, size):
         roles = [message["role"] for message in mixture[i]["messages"]]
         turns = roles[1:] if roles[0] == "system" else roles
         assert turns == ["user", "assistant"] * (len(turns) // 2)
+
+
+def test_a_mixture_that_would_fill_the_memory_is_refused(tmp_path):
+    path = write_lines(tmp_path / "chats.jsonl", [AB] * 5)
+    with pytest.raises(
+        UsageError,
+        match="takes 500,000,000 conversations, more than 20,000,000: give smaller weights",
+    ):
+        mixtures.named_mixture(f"{path}*1e8", Paths(tmp_path))

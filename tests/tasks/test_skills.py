@@ -3,6 +3,7 @@
 import json
 import random
 import re
+from collections import Counter
 from importlib.util import find_spec
 
 import pytest
@@ -244,3 +245,31 @@ def test_offline_mixture_holds_each_of_its_conversations_once(stage, tmp_path):
     for name in tasks.eval_tasks_for("embedded"):
         task = tasks.load_eval_task(name, paths).view(stop=10)
         assert len(task) == 10 and task.eval_type == "generative" and task.baseline == 0
+
+
+def test_a_reply_to_another_question_is_wrong():
+    for task in skills("test", 100)[:3]:
+        right = [task.evaluate(task[i], reply(task[(i + 1) % 100])) for i in range(100)]
+        assert sum(right) < (50 if task.key == "letter_count" else 10)
+
+
+def test_answering_once_does_not_pay_in_letter_counting():
+    counts = Counter(conversation["answer"] for conversation in LetterCount("test", 1_000, WORDS))
+    assert max(counts.values()) < 550 and len(counts) >= 3
+
+
+def test_the_usual_ways_to_ask_are_trained():
+    asked = [question(c) for c in Arithmetic("train", 1_000)] + [
+        question(c) for c in Spelling("train", 1_000, WORDS)
+    ]
+    asked += [question(c) for c in LetterCount("train", 1_000, WORDS)]
+    for form in (
+        r"What is \d+ \+ \d+\?",
+        r"What is \d+\*\d+\?",
+        r"\d+ - \d+",
+        r"Spell the word [a-z]+",
+        r'How do you spell "[a-z]+"\?',
+        r"How many [a-z] are in [a-z]+\?",
+        r'How many [a-z] are in "[a-z]+"\?',
+    ):
+        assert any(re.fullmatch(form, text) for text in asked), form

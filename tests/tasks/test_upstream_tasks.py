@@ -93,3 +93,13 @@ def test_spelling_bee_counts_and_its_test_items_are_no_training_items():
     # A handful of equal questions is chance; seeds that repeat would make all of them equal.
     assert len({*questions(train)} & {*questions(test)}) < 30
     assert questions(train) == questions(spelling.SpellingBee(words, "train", size=300))
+
+
+def test_simple_spelling_form():
+    words = [f"word{chr(97 + i)}" for i in range(26)]
+    task = spelling.SimpleSpelling(words, "train", size=50)
+    for conversation in task:
+        asked, reply = (message["content"] for message in conversation["messages"])
+        word = asked.removeprefix("Spell the word: ")
+        assert word in words and reply == f"{word}:{','.join(word)}"
+    assert questions(task) != questions(spelling.SimpleSpelling(words, "test", size=50))

@@ -3,6 +3,7 @@
 import os
 import re
 import shutil
+import stat
 import subprocess
 import tomllib
 from pathlib import Path
@@ -145,3 +146,36 @@ def test_run1000_is_the_speedrun_at_depth_32_and_takes_its_flags(tmp_path, given
     module, *argv = done.stdout.splitlines()[1:]
     config = cli.parse(SpeedrunConfig, argv, prog=module, description="")
     assert module == "scripts.speedrun" and config.depth == depth
+
+
+@pytest.mark.parametrize(
+    "path, name", [pytest.param(path, name, id=name) for path in COMPOSE for name in services(path)]
+)
+def test_a_service_agrees_with_the_image(path, name):
+    service = services(path)[name]
+    build = service["build"]
+    context = (path.parent / build["context"]).resolve()
+    assert context == ROOT and (context / build["dockerfile"]) == DOCKER / "Dockerfile"
+    assert set(build["args"]) <= {argument.split("=")[0] for argument in arguments("ARG")}
+    variant = build["args"]["VARIANT"]
+    assert service["image"] == f"nanochat-jax:{variant}"  # the variants do not overwrite each other
+    assert service["volumes"] == [f"nanochat_cache:{VOLUME}"] and service["shm_size"] == "1g"
+    assert arguments("VOLUME") == [VOLUME] and f"NANOCHAT_BASE_DIR={VOLUME}" in arguments("ENV")[-1]
+    resources = service.get("deploy", {}).get("resources", {})
+    reserved = (
+        [device["capabilities"] for device in resources["reservations"]["devices"]]
+        if (resources)
+        else []
+    )
+    assert reserved == ([["gpu"]] if variant == "gpu" else [])
+    assert ("profiles" in service) == (variant == "cpu")  # one service starts without a name
+
+
+def test_the_image_has_the_commands_of_its_services():
+    assert arguments("CMD") == ['["nanochat-web"]']
+    for name in ("web", "train"):
+        target = f"docker/{name}.sh /usr/local/bin/nanochat-{name}"
+        assert any(rest.endswith(target) for rest in arguments("COPY"))
+        assert (DOCKER / f"{name}.sh").stat().st_mode & stat.S_IXUSR
+    for service in services(DOCKER / "docker-compose.train.yml").values():
+        assert service["entrypoint"] == ["nanochat-train"] and service["command"] == []

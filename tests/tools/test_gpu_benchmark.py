@@ -15,7 +15,7 @@ import pytest
 from benchmarks.gpu import program
 from benchmarks.gpu.checks import relative_errors
 from benchmarks.gpu.plan import PHASES
-from benchmarks.gpu.record import FILE_NAME, read_results
+from benchmarks.gpu.record import FILE_NAME, Recorder, read_results
 from nanochat_jax.model.attention import causal_attention
 from nanochat_jax.model.compute import Compute
 from nanochat_jax.model.config import GPTConfig
@@ -206,3 +206,19 @@ def test_an_attention_with_a_window_off_by_one_is_noticed():
 
 def event(name, start, duration):
     return SimpleNamespace(name=name, start_ns=start, duration_ns=duration)
+
+
+def test_limits_add_up_to_less_than_nine_minutes():
+    assert sum(phase.seconds for phase in PHASES) <= 530
+
+
+def test_results_are_appended_and_a_last_line_that_was_cut_off_is_left_out(tmp_path, capsys):
+    Recorder(tmp_path, "a", "b", 0.0)("first", value=1, ok=False)
+    size = (tmp_path / FILE_NAME).stat().st_size
+    Recorder(tmp_path, "a", "c", 0.0)("second", kernels=[["x", 1.0, 2]])
+    with (tmp_path / FILE_NAME).open("a") as file:
+        file.write('{"name": "thi')
+    found = read_results(tmp_path / FILE_NAME)
+    assert [(line["run"], line["name"]) for line in found] == [("b", "first"), ("c", "second")]
+    assert [line["name"] for line in read_results(tmp_path / FILE_NAME, size)] == ["second"]
+    assert "a/b first: value 1, ok NO" in capsys.readouterr().out

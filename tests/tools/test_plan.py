@@ -15,6 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from jax._src.cudnn import fused_attention_stablehlo
 from jax.sharding import NamedSharding, PartitionSpec
 
 from nanochat_jax.errors import UsageError
@@ -442,3 +443,11 @@ def test_a_train_step_compiles_for_a_gpu_with_the_attention_that_runs_there(atte
     assert called == (calls if attention == "auto" else {}) and ("cuDNN" in found["not_exact"]) == (
         attention == "auto"
     )
+
+
+def test_cudnn_is_assumed_no_longer_than_asked_for():
+    check = fused_attention_stablehlo.check_cudnn_version
+    with pytest.raises(ZeroDivisionError), assumed_cudnn():
+        assert fused_attention_stablehlo.check_cudnn_version() >= 90000
+        raise ZeroDivisionError
+    assert fused_attention_stablehlo.check_cudnn_version is check

@@ -77,3 +77,10 @@ def test_mistakes_are_refused_before_anything_is_run(gcloud, script, argv):
     assert (
         done.returncode == 2 and done.stderr.count("\n") == 1 and not (gcloud / "called").exists()
     )
+
+
+def test_flags_reach_the_workers_quoted(gcloud):
+    command = shlex.split(
+        launch(gcloud, "run.sh", "--dry-run", "base_train", "--run", "my run; rm -rf /").stdout
+    )[-1]
+    assert r"my\ run\;\ rm\ -rf\ /" in command and "NANOCHAT_DISTRIBUTED=1" in command

@@ -36,7 +36,8 @@ from nanochat_jax.train.optim import (
     modern_momentum,
     trapezoid,
 )
-from nanochat_jax.train.resume import require_same_run
+from nanochat_jax.train.pretrain import BaseTrainConfig
+from nanochat_jax.train.resume import differences, require_same_run
 from nanochat_jax.train.step import batch_shape, init_state, make_train_step
 from nanochat_jax.train.stopping import EXIT_STOPPED
 
@@ -424,3 +425,33 @@ def test_the_largest_model_that_has_a_step_is_meant_where_no_tag_is_named(tmp_pa
     for name in ("mine", "d4-test", "d4"):
         (tmp_path / "base_checkpoints" / name / "7" / "params").mkdir(parents=True)
         assert Paths(tmp_path).find_tag("base") == name
+
+
+@pytest.mark.parametrize(
+    "before, resolved, flags, now, difference",
+    [
+        (
+            dict(total_batch_size=128),
+            {},
+            dict(total_batch_size=256),
+            {},
+            "`total_batch_size=128` (now `total_batch_size=256`)",
+        ),
+        ({}, dict(data="embedded"), {}, dict(data="custom"), "`data=embedded` (now `data=custom`)"),
+        (dict(data_shards=4), {}, {}, {}, "`data_shards=4` (now no `data_shards`)"),
+        (dict(eval_every=3, seed=1), {}, {}, {}, ""),
+    ],
+)
+def test_only_settings_that_a_saved_state_depends_on_are_listed(
+    before, resolved, flags, now, difference
+):
+    saved = {"config": dataclasses.asdict(BaseTrainConfig(**before)), **resolved}
+    text = f". The saved run had {difference}" if difference else ""
+    assert differences(BaseTrainConfig(**flags), now, saved) == text
+
+
+def test_profile_writes_a_trace_of_the_steps(tmp_path):
+    run(tmp_path / "d3", profile="2:4")
+    assert list((tmp_path / "d3" / "profile").rglob("*.xplane.pb"))
+    with pytest.raises(ValueError, match="4:2"):
+        TrainConfig(profile="4:2")

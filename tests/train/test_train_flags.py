@@ -93,3 +93,9 @@ def test_the_automatic_batch_is_a_word_among_numbers():
 def test_mistakes_are_refused(argv, named):
     with pytest.raises(UsageError, match=named):
         parse(BaseTrainConfig, *argv)
+
+
+@pytest.mark.parametrize("resume", [["--resume"], ["--resume-from-step", "3"]])
+def test_a_dry_run_goes_on_with_no_checkpoint(resume):
+    with pytest.raises(UsageError, match="`dry_run`"):
+        parse(MidTrainConfig, "--dry-run", *resume)
