@@ -19,6 +19,7 @@ from jax._src.cudnn import fused_attention_stablehlo
 from jax.sharding import NamedSharding, PartitionSpec
 
 from nanochat_jax.errors import UsageError
+from nanochat_jax.metrics import PEAKS
 from nanochat_jax.model.attention import causal_attention
 from nanochat_jax.model.compute import Compute
 from nanochat_jax.model.config import GPTConfig
@@ -324,8 +325,8 @@ def test_a_step_takes_at_least_the_slowest_of_its_costs_and_one_at_a_time_the_su
             "h100",
             8,
             Memory(0, 0, 0, 0, 0),
-            flops=products * chip.peak("h100"),
-            model_flops=3.0 * chip.peak("h100"),
+            flops=products * PEAKS["h100"][0],
+            model_flops=3.0 * PEAKS["h100"][0],
             cost=cost,
             tokens=10,
             compile_seconds=0.0,
