@@ -252,7 +252,10 @@ class EngineLoop:
                 left -= piece * len(batch[:most])
 
     def step(self, meanwhile: Callable[[], None] = lambda: None) -> None:
-        """Advance every active slot by up to `steps_per_dispatch` tokens."""
+        """Advance every active slot by up to `steps_per_dispatch` tokens.
+
+        `meanwhile` is called while the device computes.
+        """
         if not self.num_active:
             return meanwhile()
         began = time.monotonic()
@@ -336,7 +339,8 @@ class EngineLoop:
 
     def _rows(self, used: list[int], rows: int) -> tuple[np.ndarray, list[int]]:
         """Return `rows` ascending slot indices that include `used`, and the rows of these."""
-        others = [slot.index for slot in self._slots if slot.index not in used]
+        taken = set(used)
+        others = [slot.index for slot in self._slots if slot.index not in taken]
         slots = np.sort(np.array(used + others[: rows - len(used)], np.int32))
         return slots, np.searchsorted(slots, used).tolist()
 

@@ -1,7 +1,7 @@
 """The commands of the pipeline as one would type them: `stage  module arguments`.
 
-An indented line continues the line above. `plan.py` fills in {depth} and {data}, counts the shards
-that the depth needs, and appends what depends on the machine: mesh, batch per device, memory
+An indented row belongs to the command before it. `plan.py` fills in {depth} and {data}, counts the
+shards that the depth needs, and appends what depends on the machine: mesh, batch per device, memory
 savings, logging.
 """
 

@@ -517,31 +517,6 @@ def test_an_api_key_is_requested_and_sent_as_a_bearer_token(page):
 
 # ---- Markdown
 
-MARKDOWN = """\
-# Title
-**bold**, *italic*, `code`, ~~gone~~ and 2*3*4 = 2**3*3, H<sub>2</sub>O, <b>x</b> and List<int>
-
-1. one
-2. two
-   - inner
-
-> quoted
-
-| a | b |
-|:--|--:|
-| 1<br>0 | **2** |
-
-- [x] done
-
----
-[site](https://example.org/x) and https://example.org/y
-![chart](http://evil.example/i) [https://bank.example](https://evil.example/login)
-
-So \\(a_1*b_2*c\\), \\[E = mc^2\\], $$x_i$$ and $y_j$ at $5 and $6, not \\*bold\\*.
-$$
-\\int_0^1 f*g*h
-$$
-"""
 ELEMENTS = {
     "h3": ["Title"],
     "strong": ["bold", "2"],
