@@ -77,6 +77,17 @@ class StageFlags(ModelFlags):
     source: str = flag("sft", "stage of the model", short="-i", choices=[*CHECKPOINT_DIRS])
 
 
+@dataclass(frozen=True, kw_only=True)
+class EngineFlags(StageFlags):
+    """Flags of every script that generates with the model of any stage."""
+
+    cache_dtype: str = flag(
+        "auto",
+        "dtype of keys and values; auto: the compute dtype, but float32 on a CPU",
+        choices=["auto", "float32", "bfloat16"],
+    )
+
+
 def start(paths: Paths, flags: DeviceFlags | None = None, *, compile_cache: bool = True) -> None:
     """Set up JAX. Call once, before JAX is used.
 

@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 
 from nanochat_jax.checkpoint import Loaded, load_directory, load_model
 from nanochat_jax.conversation import render_for_completion
-from nanochat_jax.devices import ModelFlags
+from nanochat_jax.devices import EngineFlags
 from nanochat_jax.errors import NotFound
 from nanochat_jax.infer.engine import Engine
 from nanochat_jax.infer.padding import padded_length
@@ -142,11 +142,11 @@ class Model:
 
 
 def load_engine(
-    paths: Paths, source: str, flags: ModelFlags, *, mesh: Mesh | None = None, **options: Any
+    paths: Paths, source: str, flags: EngineFlags, *, mesh: Mesh | None = None, **options: Any
 ) -> tuple[Engine, Loaded]:
     """Return an engine with `options` for a stage's model, and the model without its parameters."""
     model = load_model(paths, source, tag=flags.model_tag, step=flags.step, mesh=mesh)
-    compute = Compute.on(mesh, dtype=flags.dtype)
+    compute = Compute.on(mesh, dtype=flags.dtype, cache_dtype=flags.cache_dtype)
     engine = Engine(model.config, model.params, model.tokenizer, compute=compute, **options)
     return engine, dataclasses.replace(model, params={})
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from nanochat_jax import cli
 from nanochat_jax.cli import count, flag
-from nanochat_jax.devices import StageFlags, start
+from nanochat_jax.devices import EngineFlags, start
 from nanochat_jax.infer.scheduler import Scheduler
 from nanochat_jax.model.sharding import make_mesh
 from nanochat_jax.paths import Paths
@@ -26,7 +26,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(ServerConfig, StageFlags):
+class Config(ServerConfig, EngineFlags):
     slots: int = count(
         8, "maximum number of replies in progress; more requests wait in a queue", at_most=10**6
     )

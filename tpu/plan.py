@@ -34,6 +34,7 @@ from nanochat_jax.infer.decode import DecodeConfig, cache_sharding
 from nanochat_jax.metrics import format_seconds
 from nanochat_jax.model.compute import Compute
 from nanochat_jax.model.config import GPTConfig
+from nanochat_jax.model.rows import Rows
 from nanochat_jax.model.sharding import (
     abstract_tree,
     data_size,
@@ -201,13 +202,14 @@ def decode_params(model: GPTConfig, mesh: jax.sharding.Mesh) -> dict[str, Any]:
         sharding = NamedSharding(mesh, PartitionSpec(*stack.sharding.spec[1:]))
         return (jax.ShapeDtypeStruct(stack.shape[1:], dtype, sharding=sharding),) * stack.shape[0]
 
-    head = params.pop("lm_head")
+    head = params["lm_head"]
     rows = NamedSharding(mesh, PartitionSpec(*reversed((*head.sharding.spec, None, None)[:2])))
     return params | {
         "blocks": {name: layers(stack) for name, stack in params["blocks"].items()},
         **{name: layers(params[name]) for name in ("value_embeds",) if name in params},
-        "lm_head_rows": jax.ShapeDtypeStruct(
-            (model.vocab_size, model.n_embd), dtype, sharding=rows
+        "lm_head": Rows(
+            jax.ShapeDtypeStruct((model.vocab_size, model.n_embd), dtype, sharding=rows),
+            shape=(model.n_embd, model.vocab_size),
         ),
     }
 

@@ -37,9 +37,11 @@ from nanochat_jax.model.weights import Params
 log = logging.getLogger(__name__)
 
 FIRST_TOKEN_SECONDS = 0.1  # a slower dispatch delays first tokens too much
-# Padded lengths of a prefill. A piece is used if at least two thirds of it would be tokens.
-PIECES = (16, 64, 256)
-PREFILL_ROWS = 8  # prompts of one prefill
+# Padded lengths of a prefill. A piece is used if at least two thirds of it would be tokens. Finer
+# pieces cost more dispatches per prompt, each about as much as 30 to 45 tokens on a CPU.
+PIECES = (16, 32, 64, 128, 256)
+# Slots and padded length of a prefill of several prompts. More tokens gain nothing on any device.
+BATCH_ROWS, BATCH_PIECE = 8, 64
 # Most tokens to prefill, padding included, before the next dispatch: while other requests stream,
 # and otherwise.
 PREFILL_TOKENS_STREAMING = 512
@@ -95,8 +97,10 @@ class Engine:
             if compute.mesh is None or compute.mesh.shape["data"] == 1
             else (num_slots,)
         )
-        self.prefill_rows = tuple(rows for rows in self.row_buckets if rows <= PREFILL_ROWS)
-        self.prefill_rows = self.prefill_rows or (num_slots,)
+        fewest, *more = self.row_buckets
+        self.prefill_shapes = [(fewest, piece) for piece in self.pieces]
+        if more and more[0] <= BATCH_ROWS and BATCH_PIECE in self.pieces:
+            self.prefill_shapes.append((more[0], BATCH_PIECE))
         self.static = DecodeConfig(config, compute, self.vocabulary.python_end)
         self._compiled: set[tuple[Any, ...]] = set()  # only for the log
         self._set_params(params)
@@ -112,7 +116,7 @@ class Engine:
         params = jax.tree.map(lambda leaf: leaf.astype(compute.dtype), params)
         if compute.mesh is not None:
             params = jax.device_put(params, param_shardings(self.config, compute.mesh))
-        self.params = decode.split_layers(params, config=self.config)
+        self.params = decode.split_layers(params, config=self.config, compute=compute)
 
     def with_params(self, params: Params) -> "Engine":
         """Return an engine with other parameters that reuses the compiled programs."""
@@ -173,16 +177,23 @@ class Engine:
             for rows in self.row_buckets:
                 loop.decode([], rows=rows)
             loop.copy(0, 0)
-            for piece in self.pieces:
-                for rows in self.prefill_rows:
-                    loop.prefill([], piece, rows=rows)
+            for rows, piece in self.prefill_shapes:
+                loop.prefill([], rows, piece)
         seconds = time.monotonic() - began
         log.info("the engine is ready: %d programs in %.1f s", len(self._compiled), seconds)
 
-    def piece_for(self, missing: int) -> int:
-        """Return the padded length of the next prefill of a prompt that lacks `missing` tokens."""
-        full = (piece for piece in reversed(self.pieces) if 3 * missing >= 2 * piece)
-        return next(full, self.pieces[0])
+    def prefill_shape(self, missing: Sequence[int], *, most: int | None = None) -> tuple[int, int]:
+        """Return (rows, padded length) of the next prefill of prompts that lack `missing` tokens.
+
+        It takes the first prompts, as many as it has rows. A prefill of several is chosen if it has
+        at most `most` tokens, padding included.
+        """
+        rows, piece = self.prefill_shapes[-1]
+        tokens = sum(min(count, piece) for count in missing[:rows])
+        if 3 * tokens >= 2 * rows * piece and (most is None or rows * piece <= most):
+            return rows, piece
+        full = (piece for piece in reversed(self.pieces) if 3 * missing[0] >= 2 * piece)
+        return self.row_buckets[0], next(full, self.pieces[0])
 
     def log_compilation(self, program: str, *shape: int) -> None:
         if (program, *shape) not in self._compiled:
@@ -241,15 +252,11 @@ class EngineLoop:
             if not waiting or (left is not None and ready and left <= 0):
                 return
             waiting.sort(key=lambda slot: slot.last_used)
-            piece = self._engine.piece_for(waiting[0].missing)
-            batch = [slot for slot in waiting if self._engine.piece_for(slot.missing) == piece]
-            most = self._engine.prefill_rows[-1]
-            # A batch at most half full costs more than separate prefills.
-            if 2 * len(batch) <= most or (budget is not None and most * piece > budget):
-                batch = batch[:1]
-            self.prefill(batch[:most], piece)
+            missing = [slot.missing for slot in waiting]
+            rows, piece = self._engine.prefill_shape(missing, most=budget)
+            self.prefill(waiting[:rows], rows, piece)
             if left is not None:
-                left -= piece * len(batch[:most])
+                left -= rows * piece
 
     def step(self, meanwhile: Callable[[], None] = lambda: None) -> None:
         """Advance every active slot by up to `steps_per_dispatch` tokens.
@@ -320,10 +327,9 @@ class EngineLoop:
             self.cache = decode.resize(self.cache, length=size, static=engine.static)
         self._slots.truncate(length)
 
-    def prefill(self, batch: Sequence[Slot], piece: int, *, rows: int = 1) -> None:
-        """Prefill the next tokens of these slots, at most `piece`, on at least `rows` slots."""
+    def prefill(self, batch: Sequence[Slot], rows: int, piece: int) -> None:
+        """Prefill the next tokens of these slots, at most `piece` of each and `rows` slots."""
         engine = self._engine
-        rows = smallest_fit(max(rows, len(batch)), engine.prefill_rows)
         slots, row_of = self._rows([slot.index for slot in batch], rows)
         start, previous = np.full(rows, self.cache.length, np.int32), np.zeros(rows, np.int32)
         tokens, valid = np.zeros((rows, piece), np.int32), np.zeros(rows, np.int32)

@@ -26,6 +26,7 @@ class Compute:
     Attributes:
       mesh: axes ("data", "model"): rows are sharded over data, heads over model; None: one device.
       dtype: of activations and matmul operands.
+      cache_dtype: of the KV cache; None: `dtype`.
       remat: what the backward pass recomputes:
 
         | mode | saved for the backward pass |
@@ -45,6 +46,7 @@ class Compute:
 
     mesh: Mesh | None = None
     dtype: Any = jnp.dtype(jnp.float32)
+    cache_dtype: Any = None
     remat: str = "none"
     attention: str | Callable[..., Array] = "xla"
     scan: bool = False
@@ -52,6 +54,7 @@ class Compute:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
+        object.__setattr__(self, "cache_dtype", jnp.dtype(self.cache_dtype or self.dtype))
         for name, value, allowed in (
             ("remat", self.remat, REMAT),
             ("attention", self.attention, ATTENTION),
@@ -61,17 +64,30 @@ class Compute:
 
     @classmethod
     def on(
-        cls, mesh: Mesh | None, *, dtype: Any = "auto", remat: str = "none", attention: str = "auto"
+        cls,
+        mesh: Mesh | None,
+        *,
+        dtype: Any = "auto",
+        cache_dtype: Any = "auto",
+        remat: str = "none",
+        attention: str = "auto",
     ) -> "Compute":
         """The `Compute` for a mesh, or for the first device.
+
+        A `cache_dtype` of "auto" is float32 on a CPU, where attention in bfloat16 is slower, and
+        `dtype` on accelerators.
 
         Layers run as a loop on TPUs only. On GPUs a loop would copy the stacked weights and
         activations, and programs compile fast without it.
         """
         platform = device_of(mesh).platform
+        dtype = resolve_dtype(dtype, platform)
+        if cache_dtype == "auto":
+            cache_dtype = jnp.float32 if platform == "cpu" else dtype
         return cls(
             mesh=mesh,
-            dtype=resolve_dtype(dtype, platform),
+            dtype=dtype,
+            cache_dtype=cache_dtype,
             remat=remat,
             attention=attention,
             scan=platform == "tpu",
