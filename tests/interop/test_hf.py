@@ -138,6 +138,7 @@ def test_the_tokenizer_gives_our_ids_on_any_text(tokenizer, hf_tokenizer):
     for text in [*TEXTS, *random_texts(500)]:
         ids = tokenizer.encode(text)
         assert hf_tokenizer.encode(text, add_special_tokens=False) == ids, repr(text)
+        assert hf_tokenizer.encode(text) == [tokenizer.bos_id, *ids]
         assert hf_tokenizer.decode(ids) == text
     assert dict(hf_tokenizer.get_added_vocab()) == tokenizer.special_tokens
 
