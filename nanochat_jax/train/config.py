@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 from nanochat_jax.cli import LARGEST, LARGEST_SEED, count, directory_name, flag, inherited, run_name
 from nanochat_jax.devices import ModelFlags, Processes
+from nanochat_jax.metrics import TRACKERS
 from nanochat_jax.model.compute import ATTENTION, REMAT
 from nanochat_jax.tasks.mixtures import mixture_entries
 
@@ -32,7 +33,13 @@ def fraction(default: float | None, help: str) -> Any:
 class RunConfig(Processes):
     """Flags of every training stage."""
 
-    run: str = flag("dummy", "wandb run name; dummy turns wandb off", check=run_name)
+    run: str = flag("dummy", "name of the run in the tracker; dummy: none", check=run_name)
+    tracker: str | None = flag(
+        None,
+        "where curves are logged: wandb; trackio, on this machine and without an account; none. "
+        "Default wandb if the run has a name",
+        choices=[*TRACKERS],
+    )
     fsdp: bool | None = flag(
         None, "shard the parameters over the data axis too; default: if memory requires it"
     )
