@@ -7,7 +7,6 @@ import logging
 import math
 import os
 import re
-import resource
 import sys
 import time
 from pathlib import Path
@@ -92,6 +91,8 @@ def peak_bandwidth(device: jax.Device) -> float | None:
 
 def peak_memory_bytes() -> int:
     """Peak memory of the first local device; on a CPU, of the process."""
+    import resource  # which Windows lacks; only inference runs there
+
     stats = jax.local_devices()[0].memory_stats() or {}
     unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
     return (

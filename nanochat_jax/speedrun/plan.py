@@ -28,6 +28,7 @@ from nanochat_jax.speedrun.recipes import (
     replace_flags,
 )
 from nanochat_jax.speedrun.stages import Stage
+from nanochat_jax.train.config import refuse_windows
 from nanochat_jax.train.memory import estimate_memory
 from nanochat_jax.train.pretrain import BaseTrainConfig, model_config, recipe
 
@@ -94,6 +95,7 @@ class SpeedrunConfig(DeviceFlags):
     dry_run: bool = flag(False, "print the plan and exit")
 
     def __post_init__(self) -> None:
+        refuse_windows()
         if self.remat == "elementwise":  # the old name of "minimal"
             object.__setattr__(self, "remat", "minimal")
         if self.resume and self.fresh:

@@ -4,6 +4,7 @@
 model, `FinetuneConfig` both.
 """
 
+import os
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -27,6 +28,15 @@ def factor(default: float, help: str, **options: Any) -> Any:
 def fraction(default: float | None, help: str) -> Any:
     """A flag for a number from 0 to 1."""
     return flag(default, help, at_least=0, at_most=1)
+
+
+def refuse_windows() -> None:
+    """Raise ValueError on Windows, which lacks the locks and signals that training needs."""
+    if os.name == "nt":
+        raise ValueError(
+            "training runs on Linux and macOS only: on Windows, use WSL2 or a container "
+            "(docs/platforms.md)"
+        )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +102,7 @@ class RunConfig(Processes):
     )
 
     def __post_init__(self) -> None:
+        refuse_windows()
         if self.remat == "elementwise":  # the mode's former name
             object.__setattr__(self, "remat", "minimal")
         if self.resuming and self.fresh:
