@@ -52,12 +52,15 @@ Unicode = BeforeValidator(_unicode)
 Text = Annotated[str, Field(max_length=MAX_TOTAL_CHARS), Unicode]
 Stop = Annotated[str, Field(min_length=1, max_length=200), Unicode]
 Stops = Annotated[list[Stop], Field(max_length=4)]
-OneOrMoreStops = Annotated[
-    Stops,
-    BeforeValidator(
-        lambda stop: [stop] if isinstance(stop, str) else stop, json_schema_input_type=Stop | Stops
-    ),
-]
+
+
+def one_or_more(stops: Any) -> BeforeValidator:
+    """Accept one stop string in place of a list."""
+    return BeforeValidator(
+        lambda stop: [stop] if isinstance(stop, str) else stop, json_schema_input_type=Stop | stops
+    )
+
+
 Seed = Annotated[int, Field(ge=-(2**63), le=2**63 - 1), Whole]
 
 
@@ -233,7 +236,7 @@ class CompletionRequest(SamplingFields, Known):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES), Whole] | None = None
     seed: Seed | None = None
-    stop: OneOrMoreStops | None = None
+    stop: Annotated[Stops, one_or_more(Stops)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     logprobs: bool | None = None

@@ -38,10 +38,11 @@ from nanochat_jax.serve.openai_request import (
     NEUTRAL_FIELDS,
     AnyTopK,
     Known,
-    OneOrMoreStops,
     Seed,
+    Stop,
     Text,
     check_model,
+    one_or_more,
     seeds,
 )
 from nanochat_jax.serve.replies import Replies
@@ -49,6 +50,8 @@ from nanochat_jax.tokenizer import Tokenizer
 
 MAX_PROMPTS = 256  # of one request
 
+# Some tasks of lm-evaluation-harness have more than the four that chat allows.
+Stops = Annotated[list[Stop], Field(max_length=16)]
 TokenId = Annotated[int, Field(ge=0, lt=2**31), Whole]
 TokenIds = Annotated[list[TokenId], Field(min_length=1, max_length=2**17, fail_fast=True)]
 Prompts = Annotated[
@@ -83,7 +86,7 @@ class TextCompletionRequest(SamplingFields, Known):
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES), Whole] | None = None
     seed: Seed | None = None
-    stop: OneOrMoreStops | None = None
+    stop: Annotated[Stops, one_or_more(Stops)] | None = None
 
 
 class TextChoice(BaseModel):

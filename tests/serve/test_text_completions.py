@@ -7,9 +7,10 @@ import jax
 import numpy as np
 import openai
 import pytest
-from fakes import MODEL_ID, TOKENIZER, FakeScheduler, small_engine
+from fakes import MODEL_ID, TOKENIZER, FakeScheduler, messages, small_engine
 from test_openai import ASK, openai_client
 
+from nanochat_jax.conversation import render_for_completion
 from nanochat_jax.eval.scoring import Row, Scorer
 from nanochat_jax.infer.request import Request
 from nanochat_jax.infer.scheduler import Scheduler
@@ -183,6 +184,7 @@ async def test_scores_need_the_key_and_end_at_the_deadline():
         assert response.status == 504 and "longer than 0.001" in await response.text()
 
 
+ANSWER = {"role": "assistant", "content": ""}
 QUESTIONS = [
     ("2+2 is", ["four", "5", " a fish"], 0),
     ("The sky is ", ["blue", "red"], 1),
@@ -192,7 +194,7 @@ QUESTIONS = [
 
 
 @pytest.mark.slow
-async def test_lm_eval_finds_our_own_scores(params, scheduler, tmp_path, monkeypatch):
+async def test_lm_eval_finds_our_own_scores(engine, params, scheduler, tmp_path, monkeypatch):
     pytest.importorskip("transformers", reason="needs the extra `torch`")
     for name in ("HF_HUB_OFFLINE", "HF_DATASETS_OFFLINE", "HF_EVALUATE_OFFLINE"):
         monkeypatch.setenv(name, "1")
@@ -203,38 +205,61 @@ async def test_lm_eval_finds_our_own_scores(params, scheduler, tmp_path, monkeyp
     data = tmp_path / "questions.jsonl"
     rows = [dict(zip(("question", "choices", "gold"), row)) for row in QUESTIONS]
     data.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    task = {
-        "task": "questions",
+    dataset = {
         "dataset_path": "json",
         "dataset_kwargs": {"data_files": {"test": str(data)}, "cache_dir": str(tmp_path)},
         "test_split": "test",
-        "output_type": "multiple_choice",
         "doc_to_text": "{{question}}",
-        "doc_to_choice": "{{choices}}",
         "doc_to_target": "{{gold}}",
-        "metric_list": [{"metric": "acc"}, {"metric": "acc_norm"}],
     }
-    async with openai_client(scheduler) as api:
-        arguments = {
-            "model": MODEL_ID,
-            "base_url": f"{api.base_url}completions",
-            "tokenizer": str(tmp_path),
-            "tokenizer_backend": "huggingface",
-            "add_bos_token": True,
-            "max_length": 64,
-            "num_concurrent": 2,
-        }
-        results = await asyncio.to_thread(
-            lm_eval.simple_evaluate,
-            model="local-completions",
-            model_args=arguments,
-            tasks=[task],
-            batch_size=3,
+    choice = dataset | {
+        "task": "questions",
+        "output_type": "multiple_choice",
+        "doc_to_choice": "{{choices}}",
+        "metric_list": [{"metric": "acc"}],
+    }
+    written = dataset | {
+        "task": "answers",
+        "output_type": "generate_until",
+        "generation_kwargs": {"until": list("\n#?!"), "max_gen_toks": 6},
+        "metric_list": [{"metric": "exact_match"}],
+    }
+
+    def evaluate(model, path, tasks, **options):
+        arguments = {"model": MODEL_ID, "base_url": f"{api.base_url}{path}", "max_length": 64}
+        found = lm_eval.simple_evaluate(
+            model=model,
+            model_args=arguments | options.pop("model_args", {}),
+            tasks=tasks,
             bootstrap_iters=0,
+            **options,
+        )
+        ordered = {
+            name: [s["resps"] for s in sorted(samples, key=lambda sample: sample["doc_id"])]
+            for name, samples in found["samples"].items()
+        }
+        return found["results"], ordered
+
+    tokens = {"tokenizer": str(tmp_path), "tokenizer_backend": "huggingface"}
+    tokens |= {"add_bos_token": True, "num_concurrent": 2}
+    async with openai_client(scheduler) as api:
+        results, answers = await asyncio.to_thread(
+            evaluate,
+            "local-completions",
+            "completions",
+            [choice, written],
+            model_args=tokens,
+            batch_size=3,
+        )
+        _, chats = await asyncio.to_thread(
+            evaluate,
+            "local-chat-completions",
+            "chat/completions",
+            [written],
+            apply_chat_template=True,
         )
     expected = our_scores(params)
-    samples = sorted(results["samples"]["questions"], key=lambda sample: sample["doc_id"])
-    found = [[response[0] for response in sample["resps"]] for sample in samples]
+    found = [[response[0] for response in responses] for responses in answers["questions"]]
     for ours, theirs in zip(expected, found, strict=True):
         assert [float(ll) for ll, _ in theirs] == pytest.approx([ll for ll, _ in ours], abs=1e-3)
         assert [str(greedy) for _, greedy in theirs] == [str(greedy) for _, greedy in ours]
@@ -242,7 +267,18 @@ async def test_lm_eval_finds_our_own_scores(params, scheduler, tmp_path, monkeyp
         max(range(len(scores)), key=lambda i: scores[i][0]) == gold
         for scores, (_, _, gold) in zip(expected, QUESTIONS)
     ]
-    assert results["results"]["questions"]["acc,none"] == pytest.approx(np.mean(right), abs=1e-3)
+    assert results["questions"]["acc,none"] == pytest.approx(np.mean(right), abs=1e-3)
+    for responses, chat, (question, _, _) in zip(answers["answers"], chats["answers"], QUESTIONS):
+        sampling = {"max_tokens": 6, "temperature": 0.0}
+        sampling["stop"] = (*"\n#?!", "<|assistant_end|>")
+        prompts = (
+            TOKENIZER.encode(question, prepend=BOS),
+            render_for_completion(
+                TOKENIZER, {"messages": [*messages(question)["messages"], ANSWER]}
+            ),
+        )
+        whole = engine.generate([Request(tuple(prompt), **sampling) for prompt in prompts])
+        assert [responses[0][0], chat[0][0]] == [result.text for result in whole]
 
 
 def our_scores(params):
