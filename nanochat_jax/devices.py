@@ -22,12 +22,21 @@ PLATFORMS = ("cpu", "cuda", "rocm", "tpu")  # values of `device_type`
 HEARTBEAT_SECONDS = 60
 
 
+def _not_mps(name: str) -> str:
+    if name == "mps":
+        raise ValueError(
+            "'mps', an Apple GPU, is not supported by JAX: leave this flag out, and the Mac's CPU "
+            "computes"
+        )
+    return name
+
+
 @dataclass(frozen=True, kw_only=True)
 class DeviceFlags:
     """Flags of every script that uses JAX."""
 
     device_type: str | None = flag(
-        None, "platform to run on; default the best available", choices=PLATFORMS
+        None, "platform to run on; default the best available", choices=PLATFORMS, check=_not_mps
     )
 
 
@@ -197,13 +206,11 @@ def _join(coordinator: str | None, count: int | None, index: int | None, names: 
 
 
 def _mallopt(option: int, value: int) -> None:
-    libc = ctypes.CDLL(None)
-    if sys.platform == "linux" and hasattr(libc, "mallopt"):  # glibc
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):  # glibc
         libc.mallopt(option, value)
 
 
 def release_memory() -> None:
     """Return unused memory to the kernel: a server's caches of changing lengths leave gaps."""
-    libc = ctypes.CDLL(None)
-    if sys.platform == "linux" and hasattr(libc, "malloc_trim"):  # glibc
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):  # glibc
         libc.malloc_trim(0)

@@ -3,6 +3,7 @@
     GET  /                          the page, and the files of web/ that it loads
     POST /chat/completions          a reply as server-sent events (chat_request.py)
     POST /v1/chat/completions       OpenAI's API (openai_api.py); also without /v1
+    POST /v1/completions            completions of text (text_completions.py); also without /v1
     GET  /v1/models                 likewise
     GET  /health, /stats, /metrics  status; slots in use; Prometheus metrics
     GET  /openapi.json              a description of the above
@@ -44,6 +45,7 @@ from nanochat_jax.serve.openai_api import OpenAIServer
 from nanochat_jax.serve.openapi import Health, Stats, Worker, describe
 from nanochat_jax.serve.replies import EventStream, Replies, ReplyError
 from nanochat_jax.serve.settings import ServerConfig
+from nanochat_jax.serve.text_completions import TextCompletions
 
 log = logging.getLogger(__name__)
 
@@ -86,6 +88,13 @@ def create_app(
         max_len=scheduler.engine.max_len,
         defaults=config.sampling,
     )
+    completions = TextCompletions(
+        replies=replies,
+        engine=scheduler.engine,
+        tokenizer=model.tokenizer,
+        model=openai.model,
+        defaults=config.sampling,
+    )
     server = _ChatServer(scheduler, replies, model, config, openai)
 
     async def show_metrics(request: web.Request) -> web.Response:
@@ -98,6 +107,7 @@ def create_app(
     for prefix, chat in ("", server.chat_completions), ("/v1", openai.chat_completions):
         for slash in "", "/":
             app.router.add_post(f"{prefix}/chat/completions{slash}", chat)
+            app.router.add_post(f"{prefix}/completions{slash}", completions.complete)
             app.router.add_get(f"{prefix}/models{slash}", openai.list_models)
             app.router.add_get(f"{prefix}/models/{{model:.*[^/]}}{slash}", openai.show_model)
     app.router.add_get("/health", server.health)

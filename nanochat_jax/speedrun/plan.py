@@ -8,7 +8,7 @@ from nanochat_jax.cli import count, flag, inherited, parse, run_name
 from nanochat_jax.data.needs import TOKENIZER_SHARDS, explain_shards, shards_needed
 from nanochat_jax.devices import DeviceFlags, Processes
 from nanochat_jax.errors import UsageError
-from nanochat_jax.metrics import format_count, format_seconds
+from nanochat_jax.metrics import TRACKERS, format_count, format_seconds
 from nanochat_jax.model.compute import REMAT
 from nanochat_jax.model.config import GPTConfig
 from nanochat_jax.model.recipe import Recipe
@@ -28,6 +28,7 @@ from nanochat_jax.speedrun.recipes import (
     replace_flags,
 )
 from nanochat_jax.speedrun.stages import Stage
+from nanochat_jax.train.config import refuse_windows
 from nanochat_jax.train.memory import estimate_memory
 from nanochat_jax.train.pretrain import BaseTrainConfig, model_config, recipe
 
@@ -73,8 +74,14 @@ class SpeedrunConfig(DeviceFlags):
     fsdp: bool = flag(False, "shard the parameters over the data axis too, to save memory")
     run: str | None = flag(
         None,
-        "wandb run name; dummy turns wandb off; default $WANDB_RUN, else dummy",
+        "name of the run in the tracker; dummy: none; default $WANDB_RUN, else dummy",
         check=run_name,
+    )
+    tracker: str | None = flag(
+        None,
+        "where curves are logged: wandb; trackio, on this machine and without an account; none. "
+        "Default wandb if the run has a name",
+        choices=[*TRACKERS],
     )
     resume: bool = flag(False, "continue the last run and skip its finished stages (the default)")
     fresh: bool = flag(False, "start a new run: every stage runs again and replaces its old result")
@@ -88,6 +95,7 @@ class SpeedrunConfig(DeviceFlags):
     dry_run: bool = flag(False, "print the plan and exit")
 
     def __post_init__(self) -> None:
+        refuse_windows()
         if self.remat == "elementwise":  # the old name of "minimal"
             object.__setattr__(self, "remat", "minimal")
         if self.resume and self.fresh:
@@ -108,10 +116,10 @@ class SpeedrunConfig(DeviceFlags):
 
 
 def plan_stages(
-    config: SpeedrunConfig, machine: Machine, wandb_run: str, on_disk: Mapping[str, int]
+    config: SpeedrunConfig, machine: Machine, run: str, on_disk: Mapping[str, int]
 ) -> tuple[list[Stage], str]:
     """(the stages of this run in order, a title)."""
-    plan = _Plan(config, machine, wandb_run, on_disk)
+    plan = _Plan(config, machine, run, on_disk)
     stages = [plan.stage(name, command) for name, command in plan.commands.items()]
     title = f"speedrun: d{plan.depth} on {plan.data}"
     if machine.platform == "cpu" and not config.data:
@@ -123,9 +131,9 @@ class _Plan:
     """What the stages of one run share."""
 
     def __init__(
-        self, config: SpeedrunConfig, machine: Machine, wandb_run: str, on_disk: Mapping[str, int]
+        self, config: SpeedrunConfig, machine: Machine, run: str, on_disk: Mapping[str, int]
     ) -> None:
-        self.config, self.machine, self.wandb_run = config, machine, wandb_run
+        self.config, self.machine, self.run = config, machine, run
         self.cpu = machine.platform == "cpu"
         self.depth = config.depth or (SMALL_DEPTH if self.cpu else 20)
         found = next((name for name in DATA_DIRS if on_disk.get(name)), "climbmix")
@@ -201,7 +209,9 @@ class _Plan:
         if trains and name != "chat_rl":
             flags += ["--save-every", "100" if self.small else "1000"]
         if trains:
-            flags += ["--run", self.wandb_run]
+            flags += ["--run", self.run]
+        if trains and self.config.tracker:
+            flags += ["--tracker", self.config.tracker]
         return tuple(flags)
 
     def _device_batch(self) -> int:

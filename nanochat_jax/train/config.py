@@ -4,11 +4,13 @@
 model, `FinetuneConfig` both.
 """
 
+import os
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from nanochat_jax.cli import LARGEST, LARGEST_SEED, count, directory_name, flag, inherited, run_name
 from nanochat_jax.devices import ModelFlags, Processes
+from nanochat_jax.metrics import TRACKERS
 from nanochat_jax.model.compute import ATTENTION, REMAT
 from nanochat_jax.tasks.mixtures import mixture_entries
 
@@ -28,11 +30,26 @@ def fraction(default: float | None, help: str) -> Any:
     return flag(default, help, at_least=0, at_most=1)
 
 
+def refuse_windows() -> None:
+    """Raise ValueError on Windows, which lacks the locks and signals that training needs."""
+    if os.name == "nt":
+        raise ValueError(
+            "training runs on Linux and macOS only: on Windows, use WSL2 or a container "
+            "(docs/platforms.md)"
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunConfig(Processes):
     """Flags of every training stage."""
 
-    run: str = flag("dummy", "wandb run name; dummy turns wandb off", check=run_name)
+    run: str = flag("dummy", "name of the run in the tracker; dummy: none", check=run_name)
+    tracker: str | None = flag(
+        None,
+        "where curves are logged: wandb; trackio, on this machine and without an account; none. "
+        "Default wandb if the run has a name",
+        choices=[*TRACKERS],
+    )
     fsdp: bool | None = flag(
         None, "shard the parameters over the data axis too; default: if memory requires it"
     )
@@ -85,6 +102,7 @@ class RunConfig(Processes):
     )
 
     def __post_init__(self) -> None:
+        refuse_windows()
         if self.remat == "elementwise":  # the mode's former name
             object.__setattr__(self, "remat", "minimal")
         if self.resuming and self.fresh:

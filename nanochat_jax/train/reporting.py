@@ -51,14 +51,14 @@ class Reporter:
         totals: Totals,
         resumed_at: int | None,
         mesh: jax.sharding.Mesh,
-        wandb_run: Any,
+        tracker_run: Any,
     ) -> None:
-        self._job, self._totals, self._wandb = job, totals, wandb_run
+        self._job, self._totals, self._tracker = job, totals, tracker_run
         self.log = MetricsLog(
             job.logs / "metrics.jsonl",
             resume_step=resumed_at,
             steps=job.directory,
-            wandb_run=wandb_run,
+            tracker_run=tracker_run,
         )
         self.display = Display(job.name, job.num_steps, start=resumed_at or 0)
         peak = peak_flops(jax.devices()[0])
@@ -159,8 +159,8 @@ class Reporter:
     def close(self) -> None:
         self.display.close()
         self.log.close()
-        if self._wandb is not None:
-            self._wandb.finish()
+        if self._tracker is not None:
+            self._tracker.finish()
 
 
 def log_training(job: Job, paths: Paths, section: str, results: Mapping[str, Any]) -> None:

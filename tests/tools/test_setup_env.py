@@ -112,7 +112,9 @@ def test_the_constraints_hold_one_allowed_version_of_every_dependency():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     direct = project["dependencies"] + [
-        line for name in ("offline", "wandb", "torch", "docs", "dev") for line in extras[name]
+        line
+        for name in ("offline", "wandb", "trackio", "torch", "docs", "dev")
+        for line in extras[name]
     ]
     for python in ("3.11", "3.12", "3.13"):
         where = {
