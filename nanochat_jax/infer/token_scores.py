@@ -119,13 +119,7 @@ def _score(
 
     def score(inputs: tuple[Array, Array]) -> tuple[Array, Array, Array]:
         hidden, targets = inputs
-        logits = lax.dot_general(
-            params["lm_head_rows"],
-            hidden,
-            (((1,), (1,)), ((), ())),
-            preferred_element_type=jnp.float32,
-        )  # [V, chunk]
-        logits = softcap(logits, config=config)
+        logits = softcap(params["lm_head"].columns(hidden), config=config)  # [V, chunk]
         log_z = jax.nn.logsumexp(logits, axis=0)
         values, ids = most_likely(logits, count)
         return logits[targets, jnp.arange(chunk)] - log_z, ids, values - log_z[:, None]
