@@ -91,7 +91,8 @@ def start(paths: Paths, flags: DeviceFlags | None = None, *, compile_cache: bool
     join_processes(flags if isinstance(flags, Processes) else Processes())
     jax.config.update("jax_enable_compilation_cache", compile_cache)
     jax.config.update("jax_compilation_cache_dir", str(paths.compile_cache))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    # Small programs too: those of loading a checkpoint take a second to compile.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     platform = find_devices(flags.device_type)[0].platform
     if jax.process_index() > 0:  # process 0 logs for all; the others log warnings only

@@ -13,6 +13,7 @@ from aiohttp import web
 
 from nanochat_jax.checkpoint import Loaded
 from nanochat_jax.infer.engine import Engine
+from nanochat_jax.infer.programs import Programs
 from nanochat_jax.infer.request import Result
 from nanochat_jax.model.config import GPTConfig
 from nanochat_jax.model.weights import init_params
@@ -64,7 +65,9 @@ class FakeScheduler:
 
     def __init__(self, *events, error=None, max_len=2048, num_slots=2, devices=("cpu",)):
         self.events, self.error, self.requests, self.handles = events, error, [], []
-        self.engine = SimpleNamespace(max_len=max_len, num_slots=num_slots, devices=devices)
+        self.engine = SimpleNamespace(
+            max_len=max_len, num_slots=num_slots, devices=devices, programs=Programs()
+        )
 
     def submit_all(self, requests, receive):
         if self.error:
