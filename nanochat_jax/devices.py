@@ -17,6 +17,9 @@ M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
 
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")  # values of `device_type`
 
+# The fraction of a GPU's memory that JAX takes. JAX's default is 0.75.
+GPU_MEMORY, MEMORY_VARIABLES = "0.92", ("XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_CLIENT_MEM_FRACTION")
+
 # A process without a heartbeat for so long is considered dead, and the others exit. JAX's default
 # is 100.
 HEARTBEAT_SECONDS = 60
@@ -85,6 +88,8 @@ def start(paths: Paths, flags: DeviceFlags | None = None, *, compile_cache: bool
       compile_cache: cache compiled programs under the base directory.
     """
     flags = flags or DeviceFlags()
+    if not any(name in os.environ for name in MEMORY_VARIABLES):
+        os.environ[MEMORY_VARIABLES[0]] = GPU_MEMORY
     if flags.device_type:
         jax.config.update("jax_platforms", flags.device_type)
     _mallopt(M_ARENA_MAX, 1)  # one heap for all threads: others get large blocks from the kernel

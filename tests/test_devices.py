@@ -1,0 +1,27 @@
+"""Start-up: what is set before JAX starts."""
+
+import os
+
+import pytest
+from command import settings_restored
+
+from nanochat_jax import devices
+from nanochat_jax.paths import Paths
+
+VARIABLES = ("XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_CLIENT_MEM_FRACTION")
+
+
+@pytest.mark.parametrize(
+    "name, value", [(None, "0.92"), (VARIABLES[0], "0.5"), (VARIABLES[1], "1")]
+)
+def test_gpus_give_92_percent_of_their_memory_unless_a_variable_says_otherwise(
+    tmp_path, name, value
+):
+    with settings_restored() as patch:
+        for variable in VARIABLES:
+            patch.delenv(variable, raising=False)
+        if name:
+            patch.setenv(name, value)
+        devices.start(Paths(tmp_path))
+        assert {os.environ[v] for v in VARIABLES if v in os.environ} == {value}
+        os.environ.pop(VARIABLES[0], None)
