@@ -20,6 +20,9 @@ PLATFORMS = ("cpu", "cuda", "rocm", "tpu")  # values of `device_type`
 # The fraction of a GPU's memory that JAX takes. JAX's default is 0.75.
 GPU_MEMORY, MEMORY_VARIABLES = "0.92", ("XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_CLIENT_MEM_FRACTION")
 
+# XLA then adds in a fixed order instead of with atomics, and passes the wish on to cuDNN.
+DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
+
 # A process without a heartbeat for so long is considered dead, and the others exit. JAX's default
 # is 100.
 HEARTBEAT_SECONDS = 60
@@ -49,6 +52,11 @@ class Processes(DeviceFlags):
     )
     process_id: int | None = flag(
         None, "index of this process, from 0 (with --coordinator)", at_least=0, at_most=10**6
+    )
+    deterministic: bool = flag(
+        False,
+        "on NVIDIA GPUs, only operations whose result does not vary: equal runs have equal bits; "
+        "compiling takes several times as long, a step perhaps a fifth longer",
     )
 
 
@@ -92,6 +100,8 @@ def start(paths: Paths, flags: DeviceFlags | None = None, *, compile_cache: bool
         os.environ[MEMORY_VARIABLES[0]] = GPU_MEMORY
     if flags.device_type:
         jax.config.update("jax_platforms", flags.device_type)
+    if isinstance(flags, Processes) and flags.deterministic:
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DETERMINISTIC}"
     _mallopt(M_ARENA_MAX, 1)  # one heap for all threads: others get large blocks from the kernel
     join_processes(flags if isinstance(flags, Processes) else Processes())
     jax.config.update("jax_enable_compilation_cache", compile_cache)

@@ -6,6 +6,7 @@ import pytest
 from command import settings_restored
 
 from nanochat_jax import devices
+from nanochat_jax.devices import DETERMINISTIC, Processes
 from nanochat_jax.paths import Paths
 
 VARIABLES = ("XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_CLIENT_MEM_FRACTION")
@@ -25,3 +26,10 @@ def test_gpus_give_92_percent_of_their_memory_unless_a_variable_says_otherwise(
         devices.start(Paths(tmp_path))
         assert {os.environ[v] for v in VARIABLES if v in os.environ} == {value}
         os.environ.pop(VARIABLES[0], None)
+
+
+def test_deterministic_adds_to_the_flags_of_xla(tmp_path):
+    with settings_restored() as patch:
+        patch.setenv("XLA_FLAGS", "--xla_dump_to=x")
+        devices.start(Paths(tmp_path), Processes(deterministic=True))
+        assert os.environ["XLA_FLAGS"].split() == ["--xla_dump_to=x", DETERMINISTIC]

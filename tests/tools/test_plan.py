@@ -4,6 +4,7 @@ import functools
 import importlib.util
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import pytest
 from jax._src.cudnn import fused_attention_stablehlo
 from jax.sharding import NamedSharding, PartitionSpec
 
+from nanochat_jax.devices import DETERMINISTIC
 from nanochat_jax.errors import UsageError
 from nanochat_jax.metrics import PEAKS
 from nanochat_jax.model.attention import causal_attention
@@ -353,9 +355,15 @@ needs_libtpu = pytest.mark.skipif(
 )
 
 
-def plan(flags):
+def plan(flags, **environment):
     command = [sys.executable, "-m", "tpu.plan", *flags.split()]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
+        env=os.environ | environment,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -407,7 +415,7 @@ def test_decoding_on_one_chip_moves_the_matrices_and_the_cache_and_little_else()
 
 
 needs_cuda = pytest.mark.skipif(
-    importlib.util.find_spec("jax_cuda12_plugin") is None,
+    not any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)),
     reason="XLA's compiler for GPUs is not installed",
 )
 
@@ -444,6 +452,25 @@ def test_a_train_step_compiles_for_a_gpu_with_the_attention_that_runs_there(atte
     assert called == (calls if attention == "auto" else {}) and ("cuDNN" in found["not_exact"]) == (
         attention == "auto"
     )
+
+
+@needs_cuda
+@pytest.mark.slow
+def test_a_deterministic_step_adds_without_atomics(tmp_path):
+    def atomics(name, *flags):
+        # Without a GPU, XLA cannot choose kernels of Triton that it calls deterministic.
+        writes = f"--xla_dump_to={tmp_path / name}", "--xla_dump_emitter_re=.*"
+        plan(
+            "--depth 2 --topology h100:1 --vocab-size 512 --max-seq-len 256 --device-batch-size 1 "
+            "--total-batch-size 512 --num-iterations 10",
+            XLA_FLAGS=" ".join(("--xla_gpu_enable_triton_gemm=false", *writes, *flags)),
+        )
+        programs = [path.read_text() for path in (tmp_path / name).glob("*.ptx")]
+        assert programs
+        return sum(len(re.findall(r"\b(?:atom|red)\.", text)) for text in programs)
+
+    assert atomics("default") > 0
+    assert atomics("deterministic", DETERMINISTIC) == 0
 
 
 def test_cudnn_is_assumed_no_longer_than_asked_for():
