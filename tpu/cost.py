@@ -159,6 +159,8 @@ class HloCost:
     traffic: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     sent: Counter = field(default_factory=Counter)  # bytes sent to other devices, by collective
     calls: Counter = field(default_factory=Counter)  # collectives executed, by kind
+    network: float = 0.0  # bytes sent to other TPU slices
+    transfers: int = 0  # sends to other TPU slices
     largest: tuple[int, str] = (0, "")  # elements and shape of the largest array
     unknown_loops: int = 0  # loops without a constant trip count; their bodies are counted once
 
@@ -218,6 +220,13 @@ class _CostCounter:
         self.cost.sent[kind] += times * size * SENT[kind](group)
         self.cost.calls[kind] += int(times)
 
+    def _to_slices(self, op: Instruction, scope: Computation, times: float) -> None:
+        # libtpu splits a collective over several slices: within one, and between them by the hosts.
+        if "xla_megascale_runtime" in op.attributes:
+            self.cost.network += times * total_bytes(scope[op.operands[0]].result)
+            self.cost.transfers += int(times)
+        self.cost.traffic["collectives"] += times * _operand_bytes(op.operands, scope)
+
     def _fusion(self, op: Instruction, scope: Computation, times: float) -> None:
         moved = _fusion_bytes(self.computations, op, scope)
         self.cost.traffic[_kind_of(self.computations, op)] += times * moved
@@ -264,6 +273,7 @@ COUNTERS: dict[str, Callable[[_CostCounter, Instruction, Computation, float], No
     "async-start": _CostCounter._call,
     "conditional": _CostCounter._call,
     "fusion": _CostCounter._fusion,
+    "send": _CostCounter._to_slices,
     "slice": _CostCounter._slice,
     "dynamic-slice": _CostCounter._slice,
     "slice-start": _CostCounter._slice_start,

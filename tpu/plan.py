@@ -68,6 +68,7 @@ EXIT_DOES_NOT_FIT = 3
 @dataclass(frozen=True, kw_only=True)
 class PlanConfig:
     topology: str = flag("v6e:2x4", "CHIP:SHAPE, such as v6e:2x4, v5e-16, v5p:2x2x2 or h100:8")
+    slices: int = count(1, "number of such TPU slices, connected by the network", at_most=1000)
     mesh: str = inherited(BaseTrainConfig, "mesh")
     depth: int = inherited(BaseTrainConfig, "depth")
     arch: str = inherited(BaseTrainConfig, "arch")
@@ -242,6 +243,12 @@ def table(plan: Plan, facts: dict[str, Any]) -> Table:
     for kind, sent in plan.cost.sent.most_common():
         shown.add_row(f"  {kind}", f"{plan.cost.calls[kind]:,} calls, {sent / GIB:,.3f} GiB sent")
     shown.add_row("links", f"{plan.times['links'] * 1e3:,.2f} ms at peak")
+    if "network" in plan.times:
+        shown.add_row(
+            "between slices",
+            f"{plan.cost.transfers:,} transfers, {plan.cost.network / GIB:,.3f} GiB sent, "
+            f"{plan.times['network'] * 1e3:,.2f} ms at peak",
+        )
     shown.add_row("largest array", plan.cost.largest[1])
     for name, seconds in (("roofline", plan.step_seconds), ("one at a time", plan.serial_seconds)):
         shown.add_row(
@@ -254,12 +261,13 @@ def table(plan: Plan, facts: dict[str, Any]) -> Table:
 
 
 def main(config: PlanConfig) -> int | None:
-    chip, devices = topology_devices(config.topology)
+    chip, devices = topology_devices(config.topology, config.slices)
     mesh = make_mesh(config.mesh, devices)
     target = Target(chip, mesh, config.options)
     facts: dict[str, Any] = {
         "program": "decode" if config.decode else "train",
         "topology": config.topology,
+        "slices": config.slices,
         "devices": mesh.size,
         "mesh": mesh_text(mesh),
         "depth": config.depth,

@@ -350,6 +350,14 @@ def test_an_unknown_topology_is_refused_in_one_line(name):
     assert "\n" not in str(refused.value)
 
 
+def test_only_tpus_have_slices_and_these_divide_the_data_axis():
+    with pytest.raises(UsageError, match="`slices=2`: only TPUs have slices"):
+        topology_devices("h100:8", slices=2)
+    devices = [SimpleNamespace(platform="tpu", slice_index=index // 2) for index in range(6)]
+    with pytest.raises(UsageError, match="2-way data parallelism cannot be split over 3 slices"):
+        make_mesh("2x3", devices)
+
+
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu, the compiler, is not installed"
 )
@@ -412,6 +420,37 @@ def test_decoding_on_one_chip_moves_the_matrices_and_the_cache_and_little_else()
     assert found["memory"]["optimizer"] == cache  # what is carried from step to step
     # no table of embeddings, and no cache in another layout
     assert found["hbm_bytes"] < 1.5 * (matrices + cache)
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_slices_exchange_gradients_and_parameters_once_a_step():
+    # Rows of 2,048 tokens on 8 chips: one micro-batch, then four.
+    one, four = (
+        plan(
+            "--depth 2 --topology v5e:2x2 --slices 2 --vocab-size 4096 --device-batch-size 1 "
+            f"--num-iterations 10 --total-batch-size {16384 * rounds}"
+        )
+        for rounds in (1, 4)
+    )
+    assert (one["devices"], one["mesh"], one["accumulation"], four["accumulation"]) == (
+        8,
+        "8x1",
+        1,
+        4,
+    )
+    # Each chip sends its quarter of the gradients, and what others need of the parameters.
+    quarter = 4 * num_params(GPTConfig.modern(2, vocab_size=4096)) / 4
+    for found in one, four:
+        assert quarter / 2 < found["network"]["bytes_sent"] < 4 * quarter
+    assert four["network"]["bytes_sent"] < 1.1 * one["network"]["bytes_sent"]
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_d4_compiles_for_two_slices():
+    found = plan("--depth 4 --topology v6e:4x4 --slices 2")
+    assert found["devices"] == 32 and found["memory"]["fits"] and found["network"]["transfers"]
 
 
 needs_cuda = pytest.mark.skipif(
