@@ -25,6 +25,7 @@ from nanochat_jax.model.size import flops_per_token
 from nanochat_jax.train.memory import is_out_of_memory, program_bytes
 from nanochat_jax.train.step import BatchShape, TrainState, abstract_batch
 from tpu.cost import HloCost, hlo_cost, jaxpr_flops
+from tpu.cycles import Kernel, estimated_kernels
 
 GIB = 2**30
 
@@ -224,6 +225,7 @@ class Plan:
     cost: HloCost
     tokens: int  # per step, over all devices
     compile_seconds: float
+    kernels: Sequence[Kernel] = ()  # with the compiler's estimates (TPUs only), the longest first
 
     @property
     def times(self) -> dict[str, float]:
@@ -278,6 +280,11 @@ class Plan:
     def tokens_per_second(self) -> float:
         return self.tokens / self.step_seconds
 
+    @property
+    def estimated_cycles(self) -> int:
+        """Cycles of a step in the compiler's estimate; see cycles.py for what it leaves out."""
+        return sum(kernel.cycles for kernel in self.kernels)
+
     def as_json(self) -> dict[str, Any]:
         return {
             "chip": self.chip,
@@ -303,6 +310,7 @@ class Plan:
                 "mfu": self.mfu(self.serial_seconds),
                 "tokens_per_second": self.tokens / self.serial_seconds,
             },
+            "estimated_cycles": self.estimated_cycles,
             "tokens_per_second": self.tokens_per_second,
             "tokens_per_step": self.tokens,
             "compile_seconds": self.compile_seconds,
@@ -369,6 +377,7 @@ def compile_plan(program: Program, target: Target) -> Plan:
         cost=hlo_cost(text),
         tokens=program.tokens,
         compile_seconds=time.perf_counter() - began,
+        kernels=estimated_kernels(text),
     )
 
 

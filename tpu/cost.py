@@ -21,6 +21,7 @@ from tpu.hlo import (
     group_size,
     hbm_bytes,
     parse_hlo,
+    rounds,
     total_bytes,
 )
 
@@ -200,8 +201,7 @@ class _CostCounter:
             COUNTERS.get(op.opcode, _CostCounter._other)(self, op, scope, times)
 
     def _loop(self, op: Instruction, scope: Computation, times: float) -> None:
-        known = re.search(r'known_trip_count"?:\{"?n"?:"?(\d+)', op.attributes)
-        count = int(known[1]) if known else _trip_count(self.computations[op.called("condition")])
+        count = rounds(op, self.computations)
         self.cost.unknown_loops += count is None
         self.count(op.called("body"), times * (count or 1))
 
@@ -283,18 +283,6 @@ COUNTERS: dict[str, Callable[[_CostCounter, Instruction, Computation, float], No
     **dict.fromkeys((f"{kind}-done" for kind in SENT), _CostCounter._collective),
     **dict.fromkeys((f"{kind}-start" for kind in SENT), lambda *_: None),  # `-done` counts
 }
-
-
-def _trip_count(condition: Computation) -> int | None:
-    """Iterations of a counting loop: the largest integer constant in its condition."""
-    return max(
-        (
-            int(op.argument)
-            for op in condition.values()
-            if op.opcode == "constant" and op.argument.isdigit()
-        ),
-        default=None,
-    )
 
 
 def _operand_bytes(operands: Iterable[str], scope: Computation) -> int:

@@ -94,6 +94,9 @@ class PlanConfig:
         None,
         "XLA options NAME=VALUE, separated by commas; a real run reads LIBTPU_INIT_ARGS instead",
     )
+    kernels: int = count(
+        0, "number of kernels to list, by the compiler's estimate (TPUs)", at_least=0, at_most=10**6
+    )
     price: float = flag(0.0, "price of one device per hour (0: unknown)", at_least=0, at_most=10**9)
 
     def __post_init__(self) -> None:
@@ -256,6 +259,8 @@ def table(plan: Plan, facts: dict[str, Any]) -> Table:
             f"{seconds * 1e3:,.2f} ms a step, MFU at most {100 * plan.mfu(seconds):.1f}%, "
             f"{plan.tokens / seconds:,.0f} tokens/s",
         )
+    if plan.kernels:
+        shown.add_row("compiler's estimate", f"{plan.estimated_cycles / 1e6:,.1f}M cycles a step")
     shown.add_row("compiled in", f"{plan.compile_seconds:.0f} s")
     return shown
 
@@ -296,6 +301,12 @@ def main(config: PlanConfig) -> int | None:
         if any("cudnn" in name for name in plan.cost.kernels):
             facts["not_exact"] += "; cuDNN's workspace is not in the memory"
     Console().print(table(plan, facts))
+    for kernel in plan.kernels[: config.kernels]:
+        share = kernel.cycles / plan.estimated_cycles
+        print(
+            f"{kernel.cycles / 1e6:12,.2f}M cycles {share:6.1%} {kernel.calls:7,} x {kernel.kind} "
+            f"{kernel.result} of {kernel.scope}"
+        )
     print(json.dumps(facts | plan.as_json()))
     return None if plan.memory.fits else EXIT_DOES_NOT_FIT
 

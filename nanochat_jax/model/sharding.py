@@ -45,7 +45,9 @@ def make_mesh(text: str = "auto", devices: Sequence[jax.Device] | None = None) -
         text, len(devices), devices[0].platform, all_of_them=jax.process_count() > 1
     )
     devices, kinds = devices[: data * model], (AxisType.Auto,) * 2
-    slices = len({device.slice_index for device in devices}) if devices[0].platform == "tpu" else 1
+    # GPUs have slices too, their hosts; any mesh works there.
+    on_tpu = devices[0].platform == "tpu"
+    slices = len({getattr(device, "slice_index", 0) for device in devices}) if on_tpu else 1
     if slices == 1:
         return jax.make_mesh((data, model), AXES, axis_types=kinds, devices=devices)
     if data % slices:

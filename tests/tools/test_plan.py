@@ -44,6 +44,7 @@ from tpu.compile import (
     topology_devices,
 )
 from tpu.cost import HloCost, hlo_cost, jaxpr_flops, visible_pairs
+from tpu.cycles import Kernel, estimated_kernels
 from tpu.hlo import parse_hlo
 
 CONFIG = GPTConfig.modern(1, sequence_len=64, vocab_size=64)
@@ -350,6 +351,44 @@ def test_an_unknown_topology_is_refused_in_one_line(name):
     assert "\n" not in str(refused.value)
 
 
+def test_estimated_cycles_count_each_round_of_a_loop_and_rank_the_kernels():
+    """Hand-written: only the compiler for TPUs writes estimates."""
+    text = """HloModule counted
+
+inner (p: f32[8]) -> f32[8] {
+  %p = f32[8]{0} parameter(0)
+  ROOT %twice = f32[8]{0} add(%p, %p)
+}
+
+body (b: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %b = (s32[], f32[8]) parameter(0)
+  %i = s32[] get-tuple-element(%b), index=0
+  %x = f32[8]{0} get-tuple-element(%b), index=1
+  %add_fusion.7 = f32[8]{0} fusion(%x), kind=kLoop, calls=%inner, metadata={op_name="step/mlp/add"}, backend_config={"estimated_cycles":"100"}
+  %add_fusion.8.clone = f32[8]{0} fusion(%add_fusion.7), kind=kLoop, calls=%inner, metadata={op_name="step/mlp/add"}, backend_config={"estimated_cycles":"50"}
+  ROOT %next = (s32[], f32[8]) tuple(%i, %add_fusion.8.clone)
+}
+
+cond (c: (s32[], f32[8])) -> pred[] {
+  %c = (s32[], f32[8]) parameter(0)
+  %j = s32[] get-tuple-element(%c), index=0
+  %ten = s32[] constant(10)
+  ROOT %less = pred[] compare(%j, %ten), direction=LT
+}
+
+ENTRY %main (start: (s32[], f32[8])) -> f32[8] {
+  %start = (s32[], f32[8]) parameter(0)
+  %loop = (s32[], f32[8]) while(%start), condition=%cond, body=%body
+  %y = f32[8]{0} get-tuple-element(%loop), index=1
+  ROOT %copy.3 = f32[8]{0} copy(%y), backend_config={"estimated_cycles":"7"}
+}
+"""
+    assert estimated_kernels(text) == [
+        Kernel("add_fusion", "f32[8]", "step/mlp/add", calls=20, cycles=1500),
+        Kernel("copy", "f32[8]", "", calls=1, cycles=7),
+    ]
+
+
 def test_only_tpus_have_slices_and_these_divide_the_data_axis():
     with pytest.raises(UsageError, match="`slices=2`: only TPUs have slices"):
         topology_devices("h100:8", slices=2)
@@ -385,6 +424,7 @@ def test_a_train_step_compiles_for_a_slice_of_several_hosts():
     )
     config = GPTConfig.modern(2, vocab_size=4096)
     assert found["devices"] == 16 and found["memory"]["fits"] and found["loops_counted_once"] == 0
+    assert found["estimated_cycles"] > 0
     assert found["memory"]["parameters"] == 4 * num_params(config)
     # What MFU counts is all of the window for every query; executed are the visible pairs, and
     # Muon.
