@@ -168,7 +168,8 @@ def load(
             (`config.json`, `.safetensors`).
         tag: a stage's model tag; default the largest `d<depth>`.
         step: default the newest.
-        dtype: compute dtype; "auto" is float32 on a CPU and bfloat16 elsewhere.
+        dtype: compute dtype; "auto" is bfloat16 where the device has it, else float32 (see
+            `resolve_dtype`).
         mesh: devices as DxM.
         rotary_dtype: dtype of the rotary tables; default as in training (see `read_foreign`).
 

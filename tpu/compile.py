@@ -25,6 +25,7 @@ from nanochat_jax.model.size import flops_per_token
 from nanochat_jax.train.memory import is_out_of_memory, program_bytes
 from nanochat_jax.train.step import BatchShape, TrainState, abstract_batch
 from tpu.cost import HloCost, hlo_cost, jaxpr_flops
+from tpu.cycles import Kernel, estimated_kernels
 
 GIB = 2**30
 
@@ -36,14 +37,15 @@ class Chip:
     hbm: int  # bytes of HBM that a program may use
     bandwidth: float  # bytes/s of HBM
     link: float  # bytes/s sent to the other devices of the slice or node, over all links
+    network: float = 0.0  # bytes/s to other TPU slices: the host's network cards, per chip
     shapes: tuple[str, ...] = ()  # shapes of the slices that cloud providers offer
 
 
 SHAPES = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 CHIPS = {
-    "v5e": Chip(int(15.75 * GIB), 819e9, 100e9, SHAPES),
-    "v5p": Chip(int(95.74 * GIB), 2.765e12, 300e9),
-    "v6e": Chip(int(31.25 * GIB), 1.638e12, 224e9, SHAPES),
+    "v5e": Chip(int(15.75 * GIB), 819e9, 100e9, 3.125e9, SHAPES),
+    "v5p": Chip(int(95.74 * GIB), 2.765e12, 300e9, 6.25e9),
+    "v6e": Chip(int(31.25 * GIB), 1.638e12, 224e9, 12.5e9, SHAPES),
     # SXM modules. Memory is 92% of the total that CUDA reports. Links are NVLink 4 and 5 in one
     # direction. Sources: NVIDIA's data sheets.
     "h100": Chip(int(79.1 * GIB * 0.92), 3.352e12, 450e9),
@@ -107,13 +109,17 @@ LIBTPU_ENVIRONMENT = {
 }
 
 
-def topology_devices(name: str) -> tuple[str, list[jax.Device]]:
+def topology_devices(name: str, slices: int = 1) -> tuple[str, list[jax.Device]]:
     """Return the chip and the compile-only devices of "v6e:2x4", "v6e-8", "v5p:2x2x2" or "h100:8".
+
+    With `slices`, they are the devices of several such TPU slices.
 
     Raises `UsageError` if the topology is unknown or its compiler is not installed.
     """
     chip, shape = _parse_topology(name)
     tpu = _is_tpu(chip)
+    if slices > 1 and not tpu:
+        raise UsageError(f"`slices={slices}`: only TPUs have slices; use `topology={chip}:N`")
     if tpu and not _has("libtpu"):
         raise UsageError(f"`topology={name}`: {INSTALL_TPU}")
     if not tpu and not (
@@ -123,7 +129,7 @@ def topology_devices(name: str) -> tuple[str, list[jax.Device]]:
     for variable, value in LIBTPU_ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
     try:
-        return chip, (_tpu_devices if tpu else _gpu_devices)(chip, shape)
+        return chip, _tpu_devices(chip, shape, slices) if tpu else _gpu_devices(chip, shape)
     except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:
         raise UsageError(f"`topology={name}`: {one_line(error)}") from error
 
@@ -147,12 +153,12 @@ def _parse_topology(name: str) -> tuple[str, str]:
     return chip, by_count[int(shape)]
 
 
-def _tpu_devices(chip: str, shape: str) -> list[jax.Device]:
+def _tpu_devices(chip: str, shape: str, slices: int) -> list[jax.Device]:
     from jax.experimental import topologies
 
     bounds = {"chips_per_host_bounds": (1, 1, 1)} if shape == "1x1" else {}
     return topologies.get_topology_desc(
-        platform="tpu", topology_name=f"{chip}:{shape}", **bounds
+        platform="tpu", topology_name=f"{chip}:{shape}", num_slices=slices, **bounds
     ).devices
 
 
@@ -219,20 +225,26 @@ class Plan:
     cost: HloCost
     tokens: int  # per step, over all devices
     compile_seconds: float
+    kernels: Sequence[Kernel] = ()  # with the compiler's estimates (TPUs only), the longest first
 
     @property
     def times(self) -> dict[str, float]:
-        """Seconds of the matmuls (products), of HBM and of the links, each at its peak rate."""
+        """Seconds of the matmuls (products), of HBM, of the links and, with several slices, of the
+        network between them, each at its peak rate.
+        """
         chip = CHIPS[self.chip]
-        return {
+        times = {
             "products": self.flops / PEAKS[self.chip][0],
             "memory": self.cost.hbm_bytes / chip.bandwidth,
             "links": sum(self.cost.sent.values()) / chip.link,
         }
+        if self.cost.transfers:
+            times["network"] = self.cost.network / chip.network
+        return times
 
     @property
     def step_seconds(self) -> float:
-        """The roofline: the slowest of the three `times`, if it hides the other two."""
+        """The roofline: the slowest of the `times`, if it hides the others."""
         return max(self.times.values())
 
     @property
@@ -253,6 +265,7 @@ class Plan:
             - products
             - collectives
             + max(times["links"], collectives)
+            + times.get("network", 0.0)
         )
 
     def mfu(self, seconds: float) -> float:
@@ -267,6 +280,11 @@ class Plan:
     def tokens_per_second(self) -> float:
         return self.tokens / self.step_seconds
 
+    @property
+    def estimated_cycles(self) -> int:
+        """Cycles of a step in the compiler's estimate; see cycles.py for what it leaves out."""
+        return sum(kernel.cycles for kernel in self.kernels)
+
     def as_json(self) -> dict[str, Any]:
         return {
             "chip": self.chip,
@@ -280,6 +298,7 @@ class Plan:
                 kind: {"calls": self.cost.calls[kind], "bytes_sent": self.cost.sent[kind]}
                 for kind in self.cost.sent
             },
+            "network": {"transfers": self.cost.transfers, "bytes_sent": self.cost.network},
             "kernels": dict(self.cost.kernels),
             "largest_array": self.cost.largest[1],
             "loops_counted_once": self.cost.unknown_loops,
@@ -291,6 +310,7 @@ class Plan:
                 "mfu": self.mfu(self.serial_seconds),
                 "tokens_per_second": self.tokens / self.serial_seconds,
             },
+            "estimated_cycles": self.estimated_cycles,
             "tokens_per_second": self.tokens_per_second,
             "tokens_per_step": self.tokens,
             "compile_seconds": self.compile_seconds,
@@ -357,6 +377,7 @@ def compile_plan(program: Program, target: Target) -> Plan:
         cost=hlo_cost(text),
         tokens=program.tokens,
         compile_seconds=time.perf_counter() - began,
+        kernels=estimated_kernels(text),
     )
 
 

@@ -21,6 +21,7 @@ from tpu.hlo import (
     group_size,
     hbm_bytes,
     parse_hlo,
+    rounds,
     total_bytes,
 )
 
@@ -159,6 +160,8 @@ class HloCost:
     traffic: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     sent: Counter = field(default_factory=Counter)  # bytes sent to other devices, by collective
     calls: Counter = field(default_factory=Counter)  # collectives executed, by kind
+    network: float = 0.0  # bytes sent to other TPU slices
+    transfers: int = 0  # sends to other TPU slices
     largest: tuple[int, str] = (0, "")  # elements and shape of the largest array
     unknown_loops: int = 0  # loops without a constant trip count; their bodies are counted once
 
@@ -198,8 +201,7 @@ class _CostCounter:
             COUNTERS.get(op.opcode, _CostCounter._other)(self, op, scope, times)
 
     def _loop(self, op: Instruction, scope: Computation, times: float) -> None:
-        known = re.search(r'known_trip_count"?:\{"?n"?:"?(\d+)', op.attributes)
-        count = int(known[1]) if known else _trip_count(self.computations[op.called("condition")])
+        count = rounds(op, self.computations)
         self.cost.unknown_loops += count is None
         self.count(op.called("body"), times * (count or 1))
 
@@ -217,6 +219,13 @@ class _CostCounter:
     def _send(self, kind: str, size: float, group: int, times: float) -> None:
         self.cost.sent[kind] += times * size * SENT[kind](group)
         self.cost.calls[kind] += int(times)
+
+    def _to_slices(self, op: Instruction, scope: Computation, times: float) -> None:
+        # libtpu splits a collective over several slices: within one, and between them by the hosts.
+        if "xla_megascale_runtime" in op.attributes:
+            self.cost.network += times * total_bytes(scope[op.operands[0]].result)
+            self.cost.transfers += int(times)
+        self.cost.traffic["collectives"] += times * _operand_bytes(op.operands, scope)
 
     def _fusion(self, op: Instruction, scope: Computation, times: float) -> None:
         moved = _fusion_bytes(self.computations, op, scope)
@@ -264,6 +273,7 @@ COUNTERS: dict[str, Callable[[_CostCounter, Instruction, Computation, float], No
     "async-start": _CostCounter._call,
     "conditional": _CostCounter._call,
     "fusion": _CostCounter._fusion,
+    "send": _CostCounter._to_slices,
     "slice": _CostCounter._slice,
     "dynamic-slice": _CostCounter._slice,
     "slice-start": _CostCounter._slice_start,
@@ -273,18 +283,6 @@ COUNTERS: dict[str, Callable[[_CostCounter, Instruction, Computation, float], No
     **dict.fromkeys((f"{kind}-done" for kind in SENT), _CostCounter._collective),
     **dict.fromkeys((f"{kind}-start" for kind in SENT), lambda *_: None),  # `-done` counts
 }
-
-
-def _trip_count(condition: Computation) -> int | None:
-    """Iterations of a counting loop: the largest integer constant in its condition."""
-    return max(
-        (
-            int(op.argument)
-            for op in condition.values()
-            if op.opcode == "constant" and op.argument.isdigit()
-        ),
-        default=None,
-    )
 
 
 def _operand_bytes(operands: Iterable[str], scope: Computation) -> int:

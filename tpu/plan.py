@@ -69,6 +69,7 @@ EXIT_DOES_NOT_FIT = 3
 @dataclass(frozen=True, kw_only=True)
 class PlanConfig:
     topology: str = flag("v6e:2x4", "CHIP:SHAPE, such as v6e:2x4, v5e-16, v5p:2x2x2 or h100:8")
+    slices: int = count(1, "number of such TPU slices, connected by the network", at_most=1000)
     mesh: str = inherited(BaseTrainConfig, "mesh")
     depth: int = inherited(BaseTrainConfig, "depth")
     arch: str = inherited(BaseTrainConfig, "arch")
@@ -93,6 +94,9 @@ class PlanConfig:
     compiler_options: str | None = flag(
         None,
         "XLA options NAME=VALUE, separated by commas; a real run reads LIBTPU_INIT_ARGS instead",
+    )
+    kernels: int = count(
+        0, "number of kernels to list, by the compiler's estimate (TPUs)", at_least=0, at_most=10**6
     )
     price: float = flag(0.0, "price of one device per hour (0: unknown)", at_least=0, at_most=10**9)
 
@@ -244,6 +248,12 @@ def table(plan: Plan, facts: dict[str, Any]) -> Table:
     for kind, sent in plan.cost.sent.most_common():
         shown.add_row(f"  {kind}", f"{plan.cost.calls[kind]:,} calls, {sent / GIB:,.3f} GiB sent")
     shown.add_row("links", f"{plan.times['links'] * 1e3:,.2f} ms at peak")
+    if "network" in plan.times:
+        shown.add_row(
+            "between slices",
+            f"{plan.cost.transfers:,} transfers, {plan.cost.network / GIB:,.3f} GiB sent, "
+            f"{plan.times['network'] * 1e3:,.2f} ms at peak",
+        )
     shown.add_row("largest array", plan.cost.largest[1])
     for name, seconds in (("roofline", plan.step_seconds), ("one at a time", plan.serial_seconds)):
         shown.add_row(
@@ -251,17 +261,20 @@ def table(plan: Plan, facts: dict[str, Any]) -> Table:
             f"{seconds * 1e3:,.2f} ms a step, MFU at most {100 * plan.mfu(seconds):.1f}%, "
             f"{plan.tokens / seconds:,.0f} tokens/s",
         )
+    if plan.kernels:
+        shown.add_row("compiler's estimate", f"{plan.estimated_cycles / 1e6:,.1f}M cycles a step")
     shown.add_row("compiled in", f"{plan.compile_seconds:.0f} s")
     return shown
 
 
 def main(config: PlanConfig) -> int | None:
-    chip, devices = topology_devices(config.topology)
+    chip, devices = topology_devices(config.topology, config.slices)
     mesh = make_mesh(config.mesh, devices)
     target = Target(chip, mesh, config.options)
     facts: dict[str, Any] = {
         "program": "decode" if config.decode else "train",
         "topology": config.topology,
+        "slices": config.slices,
         "devices": mesh.size,
         "mesh": mesh_text(mesh),
         "depth": config.depth,
@@ -290,6 +303,12 @@ def main(config: PlanConfig) -> int | None:
         if any("cudnn" in name for name in plan.cost.kernels):
             facts["not_exact"] += "; cuDNN's workspace is not in the memory"
     Console().print(table(plan, facts))
+    for kernel in plan.kernels[: config.kernels]:
+        share = kernel.cycles / plan.estimated_cycles
+        print(
+            f"{kernel.cycles / 1e6:12,.2f}M cycles {share:6.1%} {kernel.calls:7,} x {kernel.kind} "
+            f"{kernel.result} of {kernel.scope}"
+        )
     print(json.dumps(facts | plan.as_json()))
     return None if plan.memory.fits else EXIT_DOES_NOT_FIT
 

@@ -15,7 +15,6 @@ belongs to one thread.
 """
 
 import copy
-import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -27,14 +26,13 @@ import numpy as np
 from nanochat_jax.infer import decode
 from nanochat_jax.infer.decode import DecodeConfig, Slots
 from nanochat_jax.infer.padding import cache_lengths, row_counts, smallest_fit
+from nanochat_jax.infer.programs import Programs
 from nanochat_jax.infer.request import Generation, Request, Result, TokenizerLike, Vocabulary
 from nanochat_jax.infer.slots import Slot, SlotTable
 from nanochat_jax.model.compute import REFERENCE, Compute
 from nanochat_jax.model.config import GPTConfig
 from nanochat_jax.model.sharding import param_shardings
 from nanochat_jax.model.weights import Params
-
-log = logging.getLogger(__name__)
 
 FIRST_TOKEN_SECONDS = 0.1  # a slower dispatch delays first tokens too much
 # Padded lengths of a prefill. A piece is used if at least two thirds of it would be tokens. Finer
@@ -102,7 +100,7 @@ class Engine:
         if more and more[0] <= BATCH_ROWS and BATCH_PIECE in self.pieces:
             self.prefill_shapes.append((more[0], BATCH_PIECE))
         self.static = DecodeConfig(config, compute, self.vocabulary.python_end)
-        self._compiled: set[tuple[Any, ...]] = set()  # only for the log
+        self.programs = Programs()
         self._set_params(params)
 
     @property
@@ -168,20 +166,6 @@ class Engine:
             loop.step()
         return [generation.result() for generation in generations]
 
-    def warmup(self) -> None:
-        """Compile every program that serving can need."""
-        began = time.monotonic()
-        loop = EngineLoop(self)
-        for size in self.cache_buckets:
-            loop.resize(size)
-            for rows in self.row_buckets:
-                loop.decode([], rows=rows)
-            loop.copy(0, 0)
-            for rows, piece in self.prefill_shapes:
-                loop.prefill([], rows, piece)
-        seconds = time.monotonic() - began
-        log.info("the engine is ready: %d programs in %.1f s", len(self._compiled), seconds)
-
     def prefill_shape(self, missing: Sequence[int], *, most: int | None = None) -> tuple[int, int]:
         """Return (rows, padded length) of the next prefill of prompts that lack `missing` tokens.
 
@@ -194,11 +178,6 @@ class Engine:
             return rows, piece
         full = (piece for piece in reversed(self.pieces) if 3 * missing[0] >= 2 * piece)
         return self.row_buckets[0], next(full, self.pieces[0])
-
-    def log_compilation(self, program: str, *shape: int) -> None:
-        if (program, *shape) not in self._compiled:
-            self._compiled.add((program, *shape))
-            log.debug("compiling %s %s", program, list(shape))
 
 
 class EngineLoop:
@@ -315,16 +294,17 @@ class EngineLoop:
         """Resize the cache to `length` positions, one of the engine's `cache_buckets`."""
         engine = self._engine
         if not self.cache.k:
-            engine.log_compilation("new_slots", engine.num_slots, engine.cache_buckets[0])
-            self.cache = decode.new_slots(
-                rows=engine.num_slots, length=engine.cache_buckets[0], static=engine.static
+            rows, shortest = engine.num_slots, engine.cache_buckets[0]
+            self.cache = self.run(
+                decode.new_slots, sizes=(rows, shortest), rows=rows, length=shortest
             )
         sizes = engine.cache_buckets
         # one size at a time, so that only adjacent sizes are compiled
         while (old := self.cache.length) != length:
             size = sizes[sizes.index(old) + (1 if length > old else -1)]
-            engine.log_compilation("resize", engine.num_slots, old, size)
-            self.cache = decode.resize(self.cache, length=size, static=engine.static)
+            self.cache = self.run(
+                decode.resize, self.cache, sizes=(engine.num_slots, old, size), length=size
+            )
         self._slots.truncate(length)
 
     def prefill(self, batch: Sequence[Slot], rows: int, piece: int) -> None:
@@ -339,9 +319,9 @@ class EngineLoop:
             start[row], valid[row], tokens[row, : len(new)] = first, len(new), new
             previous[row] = prompt[first - 1] if first else 0
             slot.filled += len(new)
-        engine.log_compilation("prefill", rows, piece, self.cache.length)
         inputs = decode.PrefillInputs(slots, start, previous, tokens, valid)
-        self.cache = decode.prefill(engine.params, self.cache, inputs, static=engine.static)
+        sizes = rows, piece, self.cache.length
+        self.cache = self.run(decode.prefill, engine.params, self.cache, inputs, sizes=sizes)
 
     def _rows(self, used: list[int], rows: int) -> tuple[np.ndarray, list[int]]:
         """Return `rows` ascending slot indices that include `used`, and the rows of these."""
@@ -352,11 +332,9 @@ class EngineLoop:
 
     def copy(self, source: int, target: int) -> None:
         """Copy slot `source` to slot `target`."""
-        engine = self._engine
-        engine.log_compilation("copy", engine.num_slots, self.cache.length)
-        self.cache = decode.copy(
-            self.cache, np.int32(source), np.int32(target), static=engine.static
-        )
+        sizes = self._engine.num_slots, self.cache.length
+        slots = np.int32(source), np.int32(target)
+        self.cache = self.run(decode.copy, self.cache, *slots, sizes=sizes)
 
     def decode(
         self, active: Sequence[Slot], *, steps: int = 1, rows: int = 1
@@ -378,11 +356,16 @@ class EngineLoop:
         table["slot"] = slots
         for row, slot in zip(row_of, active, strict=True):
             decode.fill_row(table[row], slot.active, engine.config.vocab_size)
-        engine.log_compilation("decode", rows, self.cache.length)
-        self.cache, emitted, logprobs = decode.decode(
-            engine.params, self.cache, decode.decode_inputs(table, steps), static=engine.static
+        inputs, sizes = decode.decode_inputs(table, steps), (rows, self.cache.length)
+        self.cache, emitted, logprobs = self.run(
+            decode.decode, engine.params, self.cache, inputs, sizes=sizes
         )
         return row_of, emitted, logprobs
+
+    def run(self, function: Any, *args: Any, sizes: tuple[int, ...], **static: Any) -> Any:
+        """Run a jitted function of decode.py. `sizes` are what it is compiled for."""
+        with self._engine.programs.use(function.__name__, *sizes):
+            return function(*args, static=self._engine.static, **static)
 
     def _accept(self, slot: Slot, tokens: list[int], logprobs: list[float]) -> None:
         """Pass new tokens to the slot's generation; an exception becomes its `error`."""

@@ -5,7 +5,9 @@ and hashable, so jitted functions take it as a static argument.
 """
 
 import dataclasses
+import logging
 import math
+import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -15,8 +17,16 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import Mesh
 
+from nanochat_jax.errors import UsageError
+from nanochat_jax.model import kernels
+from nanochat_jax.model.sharding import gather_json
+
+log = logging.getLogger(__name__)
+
 REMAT = ("none", "minimal", "block", "full")
 ATTENTION = ("auto", "xla", "splash", "cudnn")
+DTYPES = ("float32", "bfloat16")
+DTYPE_VARIABLE = "NANOCHAT_DTYPE"
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -77,20 +87,23 @@ class Compute:
         A `cache_dtype` of "auto" is float32 on a CPU, where attention in bfloat16 is slower, and
         `dtype` on accelerators.
 
+        Tries cuDNN attention where it would be used. If it fails, "auto" becomes the reference,
+        with a warning; "cudnn" raises `UsageError`.
+
         Layers run as a loop on TPUs only. On GPUs a loop would copy the stacked weights and
         activations, and programs compile fast without it.
         """
-        platform = device_of(mesh).platform
-        dtype = resolve_dtype(dtype, platform)
+        device = device_of(mesh)
+        dtype = resolve_dtype(dtype, device)
         if cache_dtype == "auto":
-            cache_dtype = jnp.float32 if platform == "cpu" else dtype
+            cache_dtype = jnp.float32 if device.platform == "cpu" else dtype
         return cls(
             mesh=mesh,
             dtype=dtype,
             cache_dtype=cache_dtype,
             remat=remat,
-            attention=attention,
-            scan=platform == "tpu",
+            attention=_working_attention(attention, device, dtype),
+            scan=device.platform == "tpu",
         )
 
     def replace(self, **changes: Any) -> "Compute":
@@ -117,8 +130,40 @@ def device_of(mesh: Mesh | None) -> jax.Device:
     return jax.devices()[0] if mesh is None else mesh.devices.flat[0]
 
 
-def resolve_dtype(name: Any, platform: str | None = None) -> Any:
-    """The compute dtype: "auto" is float32 on a CPU and bfloat16 on accelerators."""
+def resolve_dtype(name: Any, device: jax.Device | None = None) -> Any:
+    """The compute dtype.
+
+    "auto" is `NANOCHAT_DTYPE`, or else float32 on CPUs and on GPUs without bfloat16 (before
+    Ampere), and bfloat16 on other devices.
+    """
     if name == "auto":
-        name = "float32" if (platform or jax.devices()[0].platform) == "cpu" else "bfloat16"
+        name = os.environ.get(DTYPE_VARIABLE) or _default_dtype(device or jax.devices()[0])
+        if name not in DTYPES:
+            raise UsageError(f"{DTYPE_VARIABLE}={name}: expected {' or '.join(DTYPES)}")
     return jnp.dtype(name)
+
+
+def _default_dtype(device: jax.Device) -> str:
+    capability = kernels.cuda_capability(device)
+    slow = device.platform == "cpu" or (capability is not None and capability < 8.0)
+    return "float32" if slow else "bfloat16"
+
+
+def _working_attention(attention: str, device: jax.Device, dtype: Any) -> str:
+    queries = jax.ShapeDtypeStruct((1, kernels.LANES, 1, kernels.LANES), dtype)
+    # Devices that are only compiled for (`tpu.plan`) are not among those of this machine.
+    if (
+        attention not in ("auto", "cudnn")
+        or device not in jax.devices()
+        or kernels.cudnn_refuses(queries, device)
+    ):
+        return attention
+    failures = [text for text in gather_json(kernels.cudnn_failure()) if text]
+    if not failures:
+        return attention
+    if attention == "cudnn":
+        raise UsageError(f"`attention=cudnn`: cuDNN fails ({failures[0]}); choose xla or auto")
+    log.warning(
+        f"cuDNN attention fails ({failures[0]}): using XLA's, which is slower and needs more memory"
+    )
+    return "xla"

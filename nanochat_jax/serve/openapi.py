@@ -12,11 +12,19 @@ from nanochat_jax.serve.openai_request import CompletionRequest
 from nanochat_jax.serve.text_completions import TextCompletion, TextCompletionRequest
 
 Schema = dict[str, Any]
+# "starting": programs are still compiled; requests are served, but may wait for theirs.
+Status = Literal["starting", "ok", "failed"]
+
+
+class Compilation(BaseModel):
+    compiled: int
+    left: int
 
 
 class Health(BaseModel):
-    status: Literal["ok", "failed"]
+    status: Status
     ready: bool
+    programs: Compilation
     num_gpus: int
     available_workers: int
     model: dict[str, Any]

@@ -42,7 +42,7 @@ from nanochat_jax.serve import access, metrics
 from nanochat_jax.serve.access import read_json
 from nanochat_jax.serve.chat_request import ChatRequest, check, for_page, make_prompt
 from nanochat_jax.serve.openai_api import OpenAIServer
-from nanochat_jax.serve.openapi import Health, Stats, Worker, describe
+from nanochat_jax.serve.openapi import Compilation, Health, Stats, Status, Worker, describe
 from nanochat_jax.serve.replies import EventStream, Replies, ReplyError
 from nanochat_jax.serve.settings import ServerConfig
 from nanochat_jax.serve.text_completions import TextCompletions
@@ -213,9 +213,12 @@ class _ChatServer:
 
     async def health(self, request: web.Request) -> web.Response:
         model, engine, sampling = self.model, self.scheduler.engine, self.config.sampling
+        programs = Compilation(compiled=engine.programs.compiled, left=engine.programs.left)
+        status: Status = "starting" if programs.left else "ok"
         health = Health(
-            status="failed" if self.replies.failed else "ok",
+            status="failed" if self.replies.failed else status,
             ready=self.replies.ready,
+            programs=programs,
             num_gpus=len(engine.devices),
             available_workers=engine.num_slots - self.scheduler.num_active,
             model={

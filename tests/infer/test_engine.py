@@ -14,7 +14,6 @@ from nanochat_jax.infer import decode
 from nanochat_jax.infer import engine as engine_module
 from nanochat_jax.infer.engine import Engine, EngineLoop, Request
 from nanochat_jax.infer.sampling import SamplingParams, noise_for, sample
-from nanochat_jax.infer.scheduler import Scheduler
 from nanochat_jax.model.compute import Compute
 from nanochat_jax.model.config import GPTConfig
 from nanochat_jax.model.gpt import forward, unembed
@@ -381,47 +380,6 @@ def test_cancelling_frees_the_slot_for_the_next(monkeypatch):
     loop.step()
     assert brief.result().text == "d"
     assert all(len(other.tokens) == 16 and not other.done for other in others)
-
-
-def test_after_warmup_200_requests_compile_nothing(caplog):
-    engine = chain_engine(
-        ("ab",), ("Q:", PYTHON, "12*34", PYTHON_END), (OUTPUT_END, "fine", END), num_slots=8
-    )
-    caplog.set_level("INFO", logger="nanochat_jax.infer.engine")
-    engine.warmup()
-    known = re.search(r"(\d+) programs", caplog.text)
-    assert known and int(known[1]) < 40
-    rng = np.random.default_rng(0)
-
-    def request(seed):
-        letters = rng.choice([ord("a"), ord("b"), ord("Q")], rng.integers(1, 90))
-        return Request(
-            tuple(letters.tolist()),
-            seed=seed,
-            max_tokens=int(rng.integers(1, 60)),
-            temperature=float(rng.integers(0, 2)),
-            top_k=int(rng.integers(0, 70)),
-            top_p=float(rng.choice([0.3, 1.0])),
-            logprobs=bool(rng.integers(0, 2)),
-            stop_tokens=(7,) * int(rng.integers(0, 3)),
-        )
-
-    requests = [request(seed) for seed in range(200)]
-    compiled = []
-
-    def listen(event, *_, **__):
-        if event.endswith("backend_compile_duration"):
-            compiled.append(event)
-
-    jax.monitoring.register_event_duration_secs_listener(listen)
-    with Scheduler(engine, max_waiting=200) as scheduler:
-        handles = scheduler.submit_all(requests)
-        results = [handle.result(120) for handle in handles]
-    assert not compiled
-    assert any(not all(result.sampled) for result in results)
-    assert {result.finish_reason for result in results} == {"stop", "length"}
-    jax.jit(lambda x: x + len(compiled))(0)
-    assert compiled  # the listener hears
 
 
 @pytest.mark.parametrize("cache_dtype", ["auto", "bfloat16"])

@@ -12,6 +12,7 @@ from aiohttp import web
 
 from nanochat_jax.checkpoint import Loaded
 from nanochat_jax.infer.engine import Engine
+from nanochat_jax.infer.programs import Programs
 from nanochat_jax.infer.request import Result
 from nanochat_jax.model.config import GPTConfig
 from nanochat_jax.model.weights import init_params
@@ -63,6 +64,7 @@ class FakeEngine:
 
     def __init__(self, max_len, num_slots, devices):
         self.max_len, self.num_slots, self.devices = max_len, num_slots, devices
+        self.programs = Programs()
 
     def __getattr__(self, name):
         return getattr(small_engine(), name)

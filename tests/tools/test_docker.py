@@ -62,7 +62,7 @@ def test_the_image_has_an_allowed_python_and_its_variants_are_extras():
     bounds = re.fullmatch(r">=3\.(\d+),<3\.(\d+)", PROJECT["project"]["requires-python"])
     assert int(bounds[1]) <= int(version.removeprefix("3.")) < int(bounds[2])
     run = next(rest for rest in arguments("RUN") if "VARIANT" in rest)
-    variants = re.search(r"in ([a-z|]+)\)", run)[1].split("|")
+    variants = re.search(r"in ([a-z0-9|-]+)\)", run)[1].split("|")
     assert {*variants, "offline", "wandb"} <= set(PROJECT["project"]["optional-dependencies"])
     check = run[run.index("case") : run.index("esac") + 4]
     for variant, code in [*((variant, 0) for variant in variants), ("rocm", 1), ("", 1)]:
