@@ -69,7 +69,7 @@ impl<'a> Chunks<'a> {
     /// The ends of the next chunks, which are adjacent. Empty at the end of the text.
     pub fn next_ends<'b>(&mut self, ends: &'b mut [u32; BATCH]) -> &'b [u32] {
         #[cfg(target_arch = "x86_64")]
-        if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("bmi1") {
+        if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("bmi1") && is_x86_feature_detected!("lzcnt") {
             // SAFETY: the processor has what the function is compiled for.
             return unsafe { self.find_ends_avx2(ends) };
         }
@@ -77,7 +77,7 @@ impl<'a> Chunks<'a> {
     }
 
     #[cfg(target_arch = "x86_64")]
-    #[target_feature(enable = "avx2,bmi1")]
+    #[target_feature(enable = "avx2,bmi1,popcnt,lzcnt")]
     fn find_ends_avx2<'b>(&mut self, ends: &'b mut [u32; BATCH]) -> &'b [u32] {
         self.find_ends(ends)
     }
@@ -88,15 +88,24 @@ impl<'a> Chunks<'a> {
         while count <= BATCH - BLOCK && self.at < self.text.len() {
             let (base, mut starts) = (self.at, self.starts());
             if starts == 0 {
-                ends[count] = self.long_chunk_end() as u32;
+                self.at = self.long_chunk_end();
+                ends[count] = self.at as u32;
                 count += 1;
+                continue;
             }
-            while starts != 0 {
-                ends[count] = base as u32 + starts.trailing_zeros();
-                count += 1;
-                starts &= starts - 1;
+            let (number, last) = (starts.count_ones() as usize, u64::BITS - 1 - starts.leading_zeros());
+            // Eight at a time, although there may be fewer: fewer branches are hard to predict.
+            for group in ends[count..count + BLOCK].chunks_exact_mut(8) {
+                for end in group {
+                    *end = base as u32 + starts.trailing_zeros();
+                    starts &= starts.wrapping_sub(1);
+                }
+                if starts == 0 {
+                    break;
+                }
             }
-            self.at = ends[count - 1] as usize;
+            count += number;
+            self.at = base + last as usize;
         }
         &ends[..count]
     }
