@@ -6,7 +6,7 @@ use std::sync::Mutex;
 use std::thread;
 
 use crate::encode::{Encoder, Scratch};
-use crate::processor::huge;
+use crate::processor::{huge, prefetch};
 use crate::texts::Text;
 
 /// Threads take the texts in runs of about this many bytes: enough to make the taking cheap, and so few that all
@@ -110,7 +110,7 @@ fn send_jobs<T: Text, E>(
         let (mut job, mut size) = (Vec::new(), 0);
         while let Some(text) = texts.next_if(|_| size < JOB_BYTES) {
             job.push(text?);
-            size += job[job.len() - 1].num_bytes();
+            size += job[job.len() - 1].bytes().len();
         }
         let _ = sender.send((number, job)); // the receiver lives as long as the caller
         after(number, size);
@@ -127,7 +127,11 @@ fn encode_job(
     share: &mut Share,
 ) -> Result<(), String> {
     let mut buffer = Vec::new();
-    for text in texts {
+    for (index, text) in texts.iter().enumerate() {
+        if let Some(next) = texts.get(index + 1) {
+            // The processor loads ahead inside of a text only.
+            next.bytes().chunks(64).take(8).for_each(prefetch);
+        }
         let (text, start) = (text.read(&mut buffer)?, share.ids.len());
         share.ids.extend(prepend);
         encoder.encode(text, scratch, &mut share.ids)?;

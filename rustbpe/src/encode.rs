@@ -86,6 +86,7 @@ struct Batch {
     /// those that were found.
     missed: [u32; BATCH],
     results: [Missed; BATCH],
+    /// What is merged at the moment, and the places of the results.
     lanes: [(usize, Merging); LANES],
 }
 
@@ -132,6 +133,7 @@ impl Encoder {
             lanes: [(0, Merging::new(&self.vocabulary, &[])); LANES],
         };
         let mut cache = Cache { short: table(line), long: table(long), hasher: DefaultHashBuilder::default() };
+        // Tokens are words that are not new. The most frequent ones come last, and so first in their lines.
         for (id, token) in self.vocabulary.tokens().iter().enumerate().rev() {
             if let Some(key @ 1..) = key::of(token, 0, token.len()) {
                 cache.short[(key::hash(key) >> (64 - LINE_BITS)) as usize].insert(key, &[id as i32]);
@@ -146,11 +148,11 @@ impl Encoder {
         if u32::try_from(text.len()).is_err() {
             return Err(format!("a text of {} bytes is too long: cut it below 4 GiB", text.len()));
         }
-        splitter.for_each_run(text, &mut |first, ends| {
-            self.encode_batch(text.as_bytes(), first, ends, cache, batch, out)
-        })
+        splitter
+            .for_each_run(text, &mut |first, ends| self.encode_batch(text.as_bytes(), first, ends, cache, batch, out))
     }
 
+    /// Appends the ids of adjacent chunks: those of chunks that were found, and between them those of the others.
     fn encode_batch(
         &self,
         text: &[u8],
@@ -202,31 +204,37 @@ impl Encoder {
                     result.ids[..LINE_IDS].copy_from_slice(&line.ids[0]);
                     result.count = (line.keys[0] >> COUNT_BIT) as usize;
                 }
-                None if key != key::NONE && self.vocabulary.is_reachable() => {
+                None if key != key::NONE && self.vocabulary.is_merged(bytes(index)) => {
                     batch.lanes[used] = (at, Merging::new(&self.vocabulary, bytes(index)));
                     used += 1;
                 }
                 _ => {}
             }
             if used == LANES || at + 1 == num_missed {
-                let mut merged = true;
-                while std::mem::take(&mut merged) {
-                    for (_, lane) in &mut batch.lanes[..used] {
-                        merged |= lane.step(&self.vocabulary);
-                    }
-                }
-                for (at, lane) in &batch.lanes[..std::mem::take(&mut used)] {
-                    let (index, result) = (batch.missed[*at] as usize % BATCH, &mut batch.results[*at]);
-                    for (id, place) in lane.ids().zip(&mut result.ids) {
-                        *place = id;
-                        result.count += 1;
-                    }
-                    let (ids, Chunk { key, place }) = (&result.ids[..result.count], batch.chunks[index]);
-                    cache.short[place as usize].insert(key, ids);
-                    if ids.len() > LINE_IDS {
-                        cache.long(bytes(index), key).insert(bytes(index), ids);
-                    }
-                }
+                self.merge_lanes(&bytes, std::mem::take(&mut used), cache, batch);
+            }
+        }
+    }
+
+    /// Merges the chunks in the first lanes and remembers their ids.
+    #[inline(always)]
+    fn merge_lanes<'t>(&self, bytes: impl Fn(usize) -> &'t [u8], used: usize, cache: &mut Cache, batch: &mut Batch) {
+        let mut merged = used > 0;
+        while std::mem::take(&mut merged) {
+            for (_, lane) in &mut batch.lanes[..used] {
+                merged |= lane.step(&self.vocabulary);
+            }
+        }
+        for (at, lane) in &batch.lanes[..used] {
+            let (index, result) = (batch.missed[*at] as usize % BATCH, &mut batch.results[*at]);
+            for (id, place) in lane.ids().zip(&mut result.ids) {
+                *place = id;
+                result.count += 1;
+            }
+            let (ids, Chunk { key, place }) = (&result.ids[..result.count], batch.chunks[index]);
+            cache.short[place as usize].insert(key, ids);
+            if ids.len() > LINE_IDS {
+                cache.long(bytes(index), key).insert(bytes(index), ids);
             }
         }
     }

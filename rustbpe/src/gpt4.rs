@@ -16,6 +16,8 @@ use std::sync::LazyLock;
 
 use regex_syntax::hir::{Class as HirClass, HirKind};
 
+use crate::processor::widest;
+
 #[derive(Clone, Copy, PartialEq, Eq)]
 enum Class {
     Letter,
@@ -68,22 +70,12 @@ impl<'a> Chunks<'a> {
 
     /// The ends of the next chunks, which are adjacent. Empty at the end of the text.
     pub fn next_ends<'b>(&mut self, ends: &'b mut [u32; BATCH]) -> &'b [u32] {
-        #[cfg(target_arch = "x86_64")]
-        if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("bmi1") && is_x86_feature_detected!("lzcnt") {
-            // SAFETY: the processor has what the function is compiled for.
-            return unsafe { self.find_ends_avx2(ends) };
-        }
-        self.find_ends(ends)
-    }
-
-    #[cfg(target_arch = "x86_64")]
-    #[target_feature(enable = "avx2,bmi1,popcnt,lzcnt")]
-    fn find_ends_avx2<'b>(&mut self, ends: &'b mut [u32; BATCH]) -> &'b [u32] {
-        self.find_ends(ends)
+        let count = widest(|| self.find_ends(ends));
+        &ends[..count]
     }
 
     #[inline(always)]
-    fn find_ends<'b>(&mut self, ends: &'b mut [u32; BATCH]) -> &'b [u32] {
+    fn find_ends(&mut self, ends: &mut [u32; BATCH]) -> usize {
         let mut count = 0;
         while count <= BATCH - BLOCK && self.at < self.text.len() {
             let (base, mut starts) = (self.at, self.starts());
@@ -107,7 +99,7 @@ impl<'a> Chunks<'a> {
             count += number;
             self.at = base + last as usize;
         }
-        &ends[..count]
+        count
     }
 
     /// The starts of chunks in the next block, except the first byte, which is one. Starts that depend on text after the

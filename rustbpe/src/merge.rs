@@ -98,7 +98,6 @@ impl Vocabulary {
     }
 
     /// Appends the ids of a chunk: its own if it is a token, else those of what its bytes merge to.
-    #[inline]
     pub fn encode(&self, chunk: &[u8], ids: &mut Vec<i32>) {
         match self.unreachable.get(chunk) {
             Some(&id) => ids.push(id as i32),
@@ -119,9 +118,10 @@ impl Vocabulary {
         self.byte_pairs[usize::from(pair[0]) << 8 | usize::from(pair[1])]
     }
 
-    /// Whether merging gives the ids of all chunks.
-    pub fn is_reachable(&self) -> bool {
-        self.unreachable.is_empty()
+    /// Whether merging makes the ids of the chunk.
+    #[inline(always)]
+    pub fn is_merged(&self, chunk: &[u8]) -> bool {
+        !self.unreachable.contains_key(chunk)
     }
 
     /// Merges a chunk in near-linear time: places wait in a list for each product, and a whole list is merged at once,
@@ -132,21 +132,12 @@ impl Vocabulary {
         let mut previous: Vec<u32> = (0..len as u32).map(|at| at.wrapping_sub(1)).collect();
         let mut parts: Vec<u32> = chunk.iter().map(|&byte| self.bytes[usize::from(byte)]).collect();
         let mut products: Vec<u32> = chunk.windows(2).map(|pair| self.byte_pair(pair)).chain([NONE]).collect();
-        let (mut lists, mut waiting) = (HashMap::<u32, Vec<u32>>::new(), BinaryHeap::new());
-        let wait = |product: u32, at: usize, waiting: &mut BinaryHeap<Reverse<u32>>, lists: &mut HashMap<u32, Vec<u32>>| {
-            if product != NONE {
-                let list = lists.entry(product).or_insert_with(|| {
-                    waiting.push(Reverse(product));
-                    Vec::new()
-                });
-                list.push(at as u32);
-            }
-        };
+        let mut waiting = Waiting::default();
         for (at, &product) in products.iter().enumerate() {
-            wait(product, at, &mut waiting, &mut lists);
+            waiting.push(product, at);
         }
-        while let Some(Reverse(best)) = waiting.pop() {
-            let mut places = lists.remove(&best).unwrap_or_default();
+        while let Some(Reverse(best)) = waiting.products.pop() {
+            let mut places = waiting.places.remove(&best).unwrap_or_default();
             places.sort_unstable_by_key(|&at| Reverse(at));
             while let Some(at) = places.pop().map(|at| at as usize) {
                 if products[at] != best {
@@ -158,17 +149,17 @@ impl Vocabulary {
                 if after < len {
                     previous[after] = at as u32;
                     products[at] = self.pairs.get(best, parts[after]);
-                    wait(products[at], at, &mut waiting, &mut lists);
+                    waiting.push(products[at], at);
                 }
                 if before < len {
                     products[before] = self.pairs.get(parts[before], best);
-                    wait(products[before], before, &mut waiting, &mut lists);
+                    waiting.push(products[before], before);
                 }
-                if waiting.peek().is_some_and(|&Reverse(lowest)| lowest < best) {
+                if waiting.products.peek().is_some_and(|&Reverse(lowest)| lowest < best) {
                     // Cannot happen in a trained vocabulary, where a token is younger than its parts. No merge makes a
                     // pair with its own product, so nobody has started another list for `best`.
-                    waiting.push(Reverse(best));
-                    lists.insert(best, places);
+                    waiting.products.push(Reverse(best));
+                    waiting.places.insert(best, places);
                     break;
                 }
             }
@@ -177,6 +168,25 @@ impl Vocabulary {
         while at < len {
             ids.push(parts[at] as i32);
             at = next[at] as usize;
+        }
+    }
+}
+
+/// The places that wait for each product, and the products of which there are any, the lowest first.
+#[derive(Default)]
+struct Waiting {
+    places: HashMap<u32, Vec<u32>>,
+    products: BinaryHeap<Reverse<u32>>,
+}
+
+impl Waiting {
+    fn push(&mut self, product: u32, at: usize) {
+        if product != NONE {
+            let places = self.places.entry(product).or_insert_with(|| {
+                self.products.push(Reverse(product));
+                Vec::new()
+            });
+            places.push(at as u32);
         }
     }
 }
@@ -225,7 +235,8 @@ impl Merging {
         Self { parts, products, starts: u64::MAX >> (PLACES - 1 - end), end, last: [0; 3] }
     }
 
-    /// Merges one pair. False if none is left.
+    /// Merges one pair. False if none is left. What the new part makes with its neighbours is looked up at the next step,
+    /// so that the processor can load it in the meantime, while other chunks make a step.
     #[inline(always)]
     pub fn step(&mut self, vocabulary: &Vocabulary) -> bool {
         let Self { parts, products, starts, end, last } = self;
@@ -271,7 +282,8 @@ fn product(id: u32, at: usize) -> u32 {
     }
 }
 
-/// The token that two tokens make. Each entry is one number: left id, right id, product; 0 if free.
+/// The token that two tokens make. Each entry is one number: left id, right id, product; 0 if free. That is little, because
+/// most of the time goes into waiting for them.
 struct PairTable(Vec<u64>);
 
 impl PairTable {

@@ -1,5 +1,8 @@
-//! Large tables.
+//! What the processor and the system offer: wide vectors, loading ahead, huge pages.
 
+use std::sync::LazyLock;
+
+/// A table on huge pages that is full of `entry`.
 pub fn table<T: Copy, const LEN: usize>(entry: T) -> Box<[T; LEN]> {
     let mut table = huge(LEN);
     table.resize(LEN, entry);
@@ -29,7 +32,7 @@ pub fn huge<T>(len: usize) -> Vec<T> {
 
 /// Starts to load a cache line that will be needed soon.
 #[inline(always)]
-pub fn prefetch<T>(line: &T) {
+pub fn prefetch<T: ?Sized>(line: &T) {
     #[cfg(target_arch = "x86_64")]
     {
         use std::arch::x86_64::{_mm_prefetch, _MM_HINT_T0};
@@ -40,16 +43,24 @@ pub fn prefetch<T>(line: &T) {
     let _ = line;
 }
 
-/// Runs `work`, compiled for wide vectors if the processor has them. What it calls must be inlined.
+/// Runs `work`, compiled for wide vectors and instructions on bits if the processor has them. What it calls must be
+/// inlined.
 #[inline(always)]
 pub fn widest<R>(work: impl FnOnce() -> R) -> R {
     #[cfg(target_arch = "x86_64")]
     {
-        #[target_feature(enable = "avx2,bmi1,bmi2,lzcnt")]
+        #[target_feature(enable = "avx2,bmi1,bmi2,lzcnt,popcnt")]
         fn wide<R>(work: impl FnOnce() -> R) -> R {
             work()
         }
-        if is_x86_feature_detected!("avx2") && is_x86_feature_detected!("bmi2") && is_x86_feature_detected!("lzcnt") {
+        static HAS: LazyLock<bool> = LazyLock::new(|| {
+            is_x86_feature_detected!("avx2")
+                && is_x86_feature_detected!("bmi1")
+                && is_x86_feature_detected!("bmi2")
+                && is_x86_feature_detected!("lzcnt")
+                && is_x86_feature_detected!("popcnt")
+        });
+        if *HAS {
             // SAFETY: the processor has what the function is compiled for.
             return unsafe { wide(work) };
         }

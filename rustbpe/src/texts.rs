@@ -86,15 +86,15 @@ impl ArrowStrings {
 
 /// A text that threads can read.
 pub trait Text: Copy + Send {
-    fn num_bytes(&self) -> usize;
+    fn bytes(&self) -> &[u8];
 
     /// The text, in `buffer` if it has to be copied.
     fn read<'a>(&'a self, buffer: &'a mut Vec<u8>) -> Result<&'a str, String>;
 }
 
 impl Text for &str {
-    fn num_bytes(&self) -> usize {
-        self.len()
+    fn bytes(&self) -> &[u8] {
+        self.as_bytes()
     }
 
     fn read<'a>(&'a self, _: &'a mut Vec<u8>) -> Result<&'a str, String> {
@@ -107,8 +107,8 @@ impl Text for &str {
 pub struct Unchecked<'t>(Option<&'t [u8]>);
 
 impl Text for Unchecked<'_> {
-    fn num_bytes(&self) -> usize {
-        self.0.map_or(0, <[u8]>::len)
+    fn bytes(&self) -> &[u8] {
+        self.0.unwrap_or(&[])
     }
 
     fn read<'a>(&'a self, buffer: &'a mut Vec<u8>) -> Result<&'a str, String> {
