@@ -16,7 +16,8 @@ const LONG_BITS: u32 = 14;
 /// The most ids of a chunk in a line.
 const LINE_IDS: usize = 4;
 
-/// The most ids of a long chunk: no fewer than bytes in a chunk that has a key.
+/// The most bytes and ids of a long chunk. The ids are no fewer than the bytes of a chunk that has a key.
+const LONG_BYTES: usize = 62;
 const LONG_IDS: usize = 16;
 
 /// What a thread remembers of chunks: 16 MiB of short ones and 2 MiB of others, however much text it encodes.
@@ -45,7 +46,7 @@ const TOO_MANY: u128 = 1 << 124;
 struct Long {
     len: u8,
     count: u8,
-    bytes: [u8; 62],
+    bytes: [u8; LONG_BYTES],
     ids: [i32; LONG_IDS],
 }
 
@@ -124,7 +125,7 @@ impl Encoder {
 
     pub fn scratch(&self) -> Scratch {
         let line = Line { keys: [0; 2], ids: [[0; LINE_IDS]; 2] };
-        let long = Long { len: 0, count: 0, bytes: [0; 62], ids: [0; LONG_IDS] };
+        let long = Long { len: 0, count: 0, bytes: [0; LONG_BYTES], ids: [0; LONG_IDS] };
         let batch = Batch {
             chunks: [Chunk { key: key::NONE, place: 0 }; BATCH],
             ids: [0; LINE_IDS * BATCH],

@@ -1,7 +1,5 @@
 //! What the processor and the system offer: wide vectors, loading ahead, huge pages.
 
-use std::sync::LazyLock;
-
 /// A table on huge pages that is full of `entry`.
 pub fn table<T: Copy, const LEN: usize>(entry: T) -> Box<[T; LEN]> {
     let mut table = huge(LEN);
@@ -49,6 +47,7 @@ pub fn prefetch<T: ?Sized>(line: &T) {
 pub fn widest<R>(work: impl FnOnce() -> R) -> R {
     #[cfg(target_arch = "x86_64")]
     {
+        use std::sync::LazyLock;
         #[target_feature(enable = "avx2,bmi1,bmi2,lzcnt,popcnt")]
         fn wide<R>(work: impl FnOnce() -> R) -> R {
             work()
