@@ -113,7 +113,7 @@ def test_training_stops_when_no_pair_is_left(caplog):
     [
         ((["a"], 255), ValueError, "at least 256, got 255"),
         ((["a"], -1), ValueError, "at least 256, got -1"),
-        ((["a"], 2**40), ValueError, "at most 4294967295, got 1099511627776"),
+        ((["a"], 2**40), ValueError, "at most 2097151, got 1099511627776"),
         ((["a"], 300, 0), ValueError, "buffer_size"),
         ((["a"], 300, 1, "("), ValueError, "bad split pattern"),
         ((["a", 3], 300), TypeError, "item 1 is int"),
