@@ -15,6 +15,8 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import Mesh
 
+from nanochat_jax.model.precision import PRECISIONS, check_units
+
 REMAT = ("none", "minimal", "block", "full")
 ATTENTION = ("auto", "xla", "splash", "cudnn")
 
@@ -41,6 +43,7 @@ class Compute:
         cache).
       gather: `gather(name, weight)` returns the complete weight where each device holds a part
         (`sharding.gather_over_data`); None: weights are complete, or XLA gathers them.
+      precision: of the layers' matmuls in training, a name in `PRECISIONS` (precision.py).
     """
 
     mesh: Mesh | None = None
@@ -49,32 +52,45 @@ class Compute:
     attention: str | Callable[..., Array] = "xla"
     scan: bool = False
     gather: Callable[[str, Array], Array] | None = None
+    precision: str = "bf16"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
         for name, value, allowed in (
             ("remat", self.remat, REMAT),
             ("attention", self.attention, ATTENTION),
+            ("precision", self.precision, PRECISIONS),
         ):
             if isinstance(value, str) and value not in allowed:
                 raise ValueError(f"{name} {value!r} is none of {', '.join(allowed)}")
 
     @classmethod
     def on(
-        cls, mesh: Mesh | None, *, dtype: Any = "auto", remat: str = "none", attention: str = "auto"
+        cls,
+        mesh: Mesh | None,
+        *,
+        dtype: Any = "auto",
+        remat: str = "none",
+        attention: str = "auto",
+        precision: str = "bf16",
     ) -> "Compute":
         """The `Compute` for a mesh, or for the first device.
+
+        Raises `UsageError` if the device has no units for the precision.
 
         Layers run as a loop on TPUs only. On GPUs a loop would copy the stacked weights and
         activations, and programs compile fast without it.
         """
-        platform = device_of(mesh).platform
+        device = device_of(mesh)
+        check_units(precision, device)
+        platform = device.platform
         return cls(
             mesh=mesh,
             dtype=resolve_dtype(dtype, platform),
             remat=remat,
             attention=attention,
             scan=platform == "tpu",
+            precision=precision,
         )
 
     def replace(self, **changes: Any) -> "Compute":

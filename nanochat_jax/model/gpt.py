@@ -120,15 +120,17 @@ def _layer(
         out, kv = _attention(rms_norm(x), weights, kv, window, context)
         x = x + out
     with jax.named_scope("mlp"):
-        return x + mlp(rms_norm(x), weights["mlp_fc"], weights["mlp_proj"]), kv
+        matrices = weights["mlp_fc"], weights["mlp_proj"]
+        return x + mlp(rms_norm(x), *matrices, context.compute.precision), kv
 
 
 def _attention(
     x: Array, weights: Layer, kv: KV | None, window: int | None, context: Context
 ) -> tuple[Array, KV | None]:
     config, compute = context.config, context.compute
+    matmul = functools.partial(linear, precision=compute.precision)
     q, k, v = (
-        linear(x, weights[name].reshape(x.shape[-1], -1, config.head_dim))
+        matmul(x, weights[name].reshape(x.shape[-1], -1, config.head_dim))
         for name in ("c_q", "c_k", "c_v")
     )
     if "value_embeds" in weights:
@@ -142,7 +144,7 @@ def _attention(
         out = self_attention(q, k, v, window=window, compute=compute)
     else:
         out = cached_attention(q, *kv, context.positions, window=window)
-    return linear(out, weights["c_proj"].reshape(*out.shape[2:], -1), axes=2), kv
+    return matmul(out, weights["c_proj"].reshape(*out.shape[2:], -1), axes=2), kv
 
 
 def _write(cache: Array, new: Array, context: Context) -> Array:
