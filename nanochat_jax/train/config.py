@@ -18,7 +18,7 @@ def rate(default: float | None, help: str) -> Any:
     return flag(default, help, at_least=0, at_most=100)
 
 
-def factor(default: float, help: str, **options: Any) -> Any:
+def factor(default: float | None, help: str, **options: Any) -> Any:
     """A flag for a positive factor."""
     return flag(default, help, at_least=1e-9, at_most=1000, **options)
 
