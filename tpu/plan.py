@@ -81,6 +81,9 @@ class PlanConfig:
     attention: str = inherited(BaseTrainConfig, "attention")
     fsdp: bool | None = inherited(BaseTrainConfig, "fsdp")
     remat: str = inherited(BaseTrainConfig, "remat")
+    precision: str = inherited(BaseTrainConfig, "precision")
+    fp8: bool = inherited(BaseTrainConfig, "fp8")
+    fp8_recipe: str = inherited(BaseTrainConfig, "fp8_recipe")
     device_batch_size: int | Literal["auto"] | None = inherited(
         BaseTrainConfig, "device_batch_size"
     )
@@ -135,7 +138,13 @@ def plan_training(config: PlanConfig, target: Target) -> tuple[Plan, dict[str, A
         step_rows=most,
         limit=CHIPS[target.chip].hbm,
     )
-    compute = Compute.on(mesh, dtype=jnp.bfloat16, remat=remat, attention=config.attention)
+    compute = Compute.on(
+        mesh,
+        dtype=jnp.bfloat16,
+        remat=remat,
+        attention=config.attention,
+        precision=training.step_precision,
+    )
     optimizer = make_optimizer(model, rates, schedules, compute)
     state, shardings = state_shardings(model, optimizer, mesh, fsdp=fsdp)
     step = make_train_step(model, optimizer, compute, shardings)
@@ -157,6 +166,7 @@ def plan_training(config: PlanConfig, target: Target) -> tuple[Plan, dict[str, A
         "accumulation": shape.accumulation,
         "remat": remat,
         "fsdp": fsdp,
+        "precision": compute.precision,
     }
 
 
@@ -231,6 +241,11 @@ def table(plan: Plan, facts: dict[str, Any]) -> Table:
         f"{plan.flops / 1e12:,.2f} TFLOP, {plan.times['products'] * 1e3:,.2f} ms at peak"
         + (f" (MFU counts {plan.model_flops / 1e12:,.2f})" if facts["program"] == "train" else ""),
     )
+    if plan.low_flops:
+        shown.add_row(
+            "  in low precision",
+            f"{plan.low_flops / 1e12:,.2f} TFLOP, {plan.cost.low_precision:,} calls",
+        )
     shown.add_row(
         "memory traffic",
         f"{plan.cost.hbm_bytes / GIB:,.2f} GiB, {plan.times['memory'] * 1e3:,.2f} ms at peak",
