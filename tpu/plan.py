@@ -47,6 +47,7 @@ from nanochat_jax.model.weights import abstract_params
 from nanochat_jax.train.memory import choose_memory
 from nanochat_jax.train.optim import make_optimizer
 from nanochat_jax.train.pretrain import BaseTrainConfig, model_config, optimizer_parts, recipe
+from nanochat_jax.train.setup import table_dtype
 from nanochat_jax.train.step import batch_shape, make_train_step, state_shardings
 from tpu.compile import (
     CHIPS,
@@ -82,6 +83,7 @@ class PlanConfig:
     fsdp: bool | None = inherited(BaseTrainConfig, "fsdp")
     remat: str = inherited(BaseTrainConfig, "remat")
     precision: str = inherited(BaseTrainConfig, "precision")
+    table_dtype: str = inherited(BaseTrainConfig, "table_dtype")
     fp8: bool = inherited(BaseTrainConfig, "fp8")
     fp8_recipe: str = inherited(BaseTrainConfig, "fp8_recipe")
     device_batch_size: int | Literal["auto"] | None = inherited(
@@ -146,7 +148,8 @@ def plan_training(config: PlanConfig, target: Target) -> tuple[Plan, dict[str, A
         precision=training.step_precision,
     )
     optimizer = make_optimizer(model, rates, schedules, compute)
-    state, shardings = state_shardings(model, optimizer, mesh, fsdp=fsdp)
+    tables = table_dtype(training, model, compute)
+    state, shardings = state_shardings(model, optimizer, mesh, fsdp=fsdp, tables=tables)
     step = make_train_step(model, optimizer, compute, shardings)
 
     def attempt(rows: int) -> Plan:
@@ -167,6 +170,7 @@ def plan_training(config: PlanConfig, target: Target) -> tuple[Plan, dict[str, A
         "remat": remat,
         "fsdp": fsdp,
         "precision": compute.precision,
+        "tables": str(tables),
     }
 
 

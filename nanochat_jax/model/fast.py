@@ -37,6 +37,27 @@ def unsaved_linear(x: Array, weight: Array, axes: int = 1, precision: str = "bf1
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def lookup(table: Array, tokens: Array, dtype: jnp.dtype) -> Array:
+    """The rows of `table` [V, D] for tokens [B, T], in `dtype`: [B, T, D].
+
+    Why: the gradient of a bfloat16 table is summed in float32. In bfloat16, a sum of equal terms
+    stops growing at 256 of them, and frequent tokens have more.
+    """
+    return table[tokens].astype(dtype)
+
+
+def _lookup_bwd(dtype: jnp.dtype, saved: tuple[Array, Array], d_rows: Array) -> tuple[Array, None]:
+    table, tokens = saved
+    summed = jnp.zeros(table.shape, jnp.float32).at[tokens].add(d_rows.astype(jnp.float32))
+    return summed.astype(table.dtype), None
+
+
+lookup.defvjp(
+    lambda table, tokens, dtype: (lookup(table, tokens, dtype), (table, tokens)), _lookup_bwd
+)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
 def _linear(x: Array, weight: Array, axes: int) -> Array:
     def flat(x: Array, weight: Array) -> Array:
         rows = weight.reshape(math.prod(weight.shape[:axes]), -1)

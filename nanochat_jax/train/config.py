@@ -43,6 +43,12 @@ class RunConfig(Processes):
         "later); int8 (TPU v5e, v5p, v6e). A resumed run may change it",
         choices=["bf16", "fp8", "int8"],
     )
+    table_dtype: str = flag(
+        "auto",
+        "dtype of the embedding tables and their optimizer state in memory; auto: the compute "
+        "dtype for modern on accelerators, else float32. Checkpoints hold float32",
+        choices=["auto", "float32", "bfloat16"],
+    )
     fp8: bool = flag(False, "the same as --precision fp8")
     fp8_recipe: str = flag(
         "tensorwise",

@@ -3,8 +3,10 @@
 import logging
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from jax.sharding import Mesh
 
@@ -76,9 +78,18 @@ def set_up(
     if params is not None:
         params = jax.device_put(params, param_shardings(model, mesh, fsdp=fsdp))
     optimizer = optimizer_for(compute)
+    tables = table_dtype(config, model, compute)
     state, shardings = init_state(
-        model, optimizer, mesh, fsdp=fsdp, seed=config.seed, params=params
+        model, optimizer, mesh, fsdp=fsdp, seed=config.seed, params=params, tables=tables
     )
     step_fn = make_train_step(model, optimizer, compute, shardings)
     shape = choose_batch_shape(*batch, rows, mesh, step_fn, state) if batch else None
     return Run(compute.replace(precision="bf16"), state, shardings, step_fn, shape)
+
+
+def table_dtype(config: RunConfig, model: GPTConfig, compute: Compute) -> Any:
+    """The dtype of the embedding tables and their moments; "auto" as upstream on accelerators."""
+    if config.table_dtype != "auto":
+        return jnp.dtype(config.table_dtype)
+    accelerator = device_of(compute.mesh).platform != "cpu"
+    return compute.dtype if accelerator and model.arch == "modern" else jnp.dtype("float32")
