@@ -128,9 +128,9 @@ def _bpb_by_ratio(rows: Sequence[Row]) -> str:
 
 
 def _parameters(rows: Sequence[Row]) -> str:
-    """Parameters of each optimizer group, by depth."""
+    """Parameters of each optimizer group, by depth. The scalars would be a line at 0."""
     models = {row["depth"]: row for row in rows}
-    groups = [name for name in rows[0] if name not in COLUMNS]
+    groups = [name for name in rows[0] if name not in (*COLUMNS, "scalars")]
     lines = [
         Line(
             label=name,
