@@ -3,6 +3,7 @@
 python -m scripts.speedrun                  no accelerator: a small model, no network needed
 python -m scripts.speedrun --with-rl        the same, then reinforcement learning
 python -m scripts.speedrun --mesh 8x1       on 8xH100: the d20 model on FineWeb-Edu or ClimbMix
+python -m scripts.speedrun --recipe record  d24 as upstream trained its record in 2026
 python -m scripts.speedrun --dry-run        print the commands and estimated times
 
 The commands are in nanochat_jax/speedrun/recipes.py.

@@ -41,6 +41,10 @@ class Chip:
     shapes: tuple[str, ...] = ()  # shapes of the slices that cloud providers offer
 
 
+# float8 and int8 FLOP/s as a multiple of bfloat16's, on every chip that has units for them.
+# Sources: the data sheets of H100, H200 and B200, Google's pages on v5e, v5p and v6e.
+LOW_PRECISION_SPEEDUP = 2.0
+
 SHAPES = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 CHIPS = {
     "v5e": Chip(int(15.75 * GIB), 819e9, 100e9, 3.125e9, SHAPES),
@@ -221,6 +225,7 @@ class Plan:
     devices: int
     memory: Memory
     flops: float  # of the executed matmuls, recomputation included
+    low_flops: float  # the part of `flops` with float8 or int8 operands
     model_flops: float  # that MFU counts
     cost: HloCost
     tokens: int  # per step, over all devices
@@ -233,8 +238,9 @@ class Plan:
         network between them, each at its peak rate.
         """
         chip = CHIPS[self.chip]
+        low = self.low_flops * (1 - 1 / LOW_PRECISION_SPEEDUP)
         times = {
-            "products": self.flops / PEAKS[self.chip][0],
+            "products": (self.flops - low) / PEAKS[self.chip][0],
             "memory": self.cost.hbm_bytes / chip.bandwidth,
             "links": sum(self.cost.sent.values()) / chip.link,
         }
@@ -271,8 +277,9 @@ class Plan:
     def mfu(self, seconds: float) -> float:
         """Model FLOPs utilization of a step that takes `seconds`.
 
-        It can exceed 1. By convention, model FLOPs count every key of the window for each query.
-        The first queries of a row see fewer keys, and fused attention computes only those.
+        The peak is bfloat16's in every precision. MFU can exceed 1: by convention, model FLOPs
+        count every key of the window for each query. The first queries of a row see fewer keys,
+        and fused attention computes only those.
         """
         return self.model_flops / (PEAKS[self.chip][0] * seconds)
 
@@ -291,6 +298,8 @@ class Plan:
             "devices": self.devices,
             "memory": asdict(self.memory) | {"fits": self.memory.fits},
             "flops": self.flops,
+            "low_precision_flops": self.low_flops,
+            "low_precision_matmuls": self.cost.low_precision,
             "model_flops": self.model_flops,
             "hbm_bytes": self.cost.hbm_bytes,
             "traffic": dict(self.cost.traffic),
@@ -349,6 +358,7 @@ class Program:
     flops: float
     model_flops: float
     tokens: int
+    low_flops: float = 0.0  # the part of `flops` with float8 or int8 operands
 
 
 def compile_plan(program: Program, target: Target) -> Plan:
@@ -373,6 +383,7 @@ def compile_plan(program: Program, target: Target) -> Plan:
             limit=CHIPS[target.chip].hbm,
         ),
         flops=program.flops / devices,
+        low_flops=program.low_flops / devices,
         model_flops=program.model_flops / devices,
         cost=hlo_cost(text),
         tokens=program.tokens,
@@ -409,12 +420,14 @@ def train_plan(
     batch = abstract_batch(shape, target.mesh)
     platform = "tpu" if _is_tpu(target.chip) else "cuda"
     with assumed_cudnn():
+        jaxpr = step.trace(state, batch).jaxpr
         program = Program(
             step,
             (state, batch),
             parameters=state.params,
             state=state.optimizer,
-            flops=jaxpr_flops(step.trace(state, batch).jaxpr, config, platform=platform),
+            flops=jaxpr_flops(jaxpr, config, platform=platform),
+            low_flops=jaxpr_flops(jaxpr, config, platform=platform, low_precision=True),
             model_flops=float(flops_per_token(config)) * shape.tokens,
             tokens=shape.tokens,
         )

@@ -63,19 +63,22 @@ def visible_pairs(length: int, window: int | None) -> int:
     return span * (span + 1) // 2 + (length - span) * span
 
 
-def jaxpr_flops(jaxpr: Any, config: GPTConfig, *, platform: str) -> float:
+def jaxpr_flops(
+    jaxpr: Any, config: GPTConfig, *, platform: str, low_precision: bool = False
+) -> float:
     """FLOPs of the matmuls of a traced step over all devices, recomputation included.
 
     `platform` is "cpu", "tpu" or "cuda". A fused attention kernel counts 2 matmuls in the forward
     pass and 5 in the backward pass, for the pairs that its mask leaves. For a Pallas kernel, the
-    number of pairs is averaged over the layers.
+    number of pairs is averaged over the layers. `low_precision`: only matmuls with operands of one
+    byte.
     """
-    return _FlopCounter(config, platform).total(jaxpr.jaxpr)
+    return _FlopCounter(config, platform, low_precision).total(jaxpr.jaxpr)
 
 
 class _FlopCounter:
-    def __init__(self, config: GPTConfig, platform: str) -> None:
-        self.config, self.platform = config, platform
+    def __init__(self, config: GPTConfig, platform: str, low_precision: bool) -> None:
+        self.config, self.platform, self.low_precision = config, platform, low_precision
         pairs = sum(visible_pairs(config.sequence_len, window) for window in config.windows)
         self.pairs = pairs / config.n_layer
 
@@ -85,11 +88,12 @@ class _FlopCounter:
     def _equation(self, eqn: Any) -> float:
         name = eqn.primitive.name
         if name == "dot_general":
-            return _matmul_flops(eqn)
+            counts = not self.low_precision or eqn.invars[0].aval.dtype.itemsize == 1
+            return _matmul_flops(eqn) if counts else 0.0
         if name == "pallas_call":
-            return self._pallas_flops(eqn)
+            return 0.0 if self.low_precision else self._pallas_flops(eqn)
         if name in (CUDNN_FORWARD, CUDNN_BACKWARD):
-            return _cudnn_flops(eqn)
+            return 0.0 if self.low_precision else _cudnn_flops(eqn)
         if name == "cond":
             return max(self.total(branch.jaxpr) for branch in self._branches(eqn.params))
         return _repeats(eqn) * sum(self.total(inner) for inner in _inner_jaxprs(eqn.params))
@@ -163,6 +167,7 @@ class HloCost:
     network: float = 0.0  # bytes sent to other TPU slices
     transfers: int = 0  # sends to other TPU slices
     largest: tuple[int, str] = (0, "")  # elements and shape of the largest array
+    low_precision: int = 0  # matmuls executed with float8 or int8 operands
     unknown_loops: int = 0  # loops without a constant trip count; their bodies are counted once
 
     @property
@@ -198,6 +203,7 @@ class _CostCounter:
         for op in scope.values():
             for array in arrays(op.result):
                 self.cost.largest = max(self.cost.largest, (array.elements, array.shape))
+            self.cost.low_precision += int(times) * _is_low_precision(op, scope)
             COUNTERS.get(op.opcode, _CostCounter._other)(self, op, scope, times)
 
     def _loop(self, op: Instruction, scope: Computation, times: float) -> None:
@@ -231,6 +237,7 @@ class _CostCounter:
         moved = _fusion_bytes(self.computations, op, scope)
         self.cost.traffic[_kind_of(self.computations, op)] += times * moved
         scatter = "all-reduce-scatter" in op.attributes
+        self.cost.low_precision += int(times) * _low_precision_inside(self.computations, op)
         for inner in self.computations[op.called("calls")].values():
             channel = re.search(r"channel_id=\d+", inner.attributes)
             if inner.opcode not in SENT or not channel or channel[0] in self.fused_channels:
@@ -283,6 +290,26 @@ COUNTERS: dict[str, Callable[[_CostCounter, Instruction, Computation, float], No
     **dict.fromkeys((f"{kind}-done" for kind in SENT), _CostCounter._collective),
     **dict.fromkeys((f"{kind}-start" for kind in SENT), lambda *_: None),  # `-done` counts
 }
+
+
+def _is_low_precision(op: Instruction, scope: Computation) -> bool:
+    """Whether an instruction is a matmul with operands in float8 or int8."""
+    matmul = op.opcode in ("dot", "convolution") or '"__cublas$lt$matmul' in op.attributes
+    if not matmul or len(op.operands) < 2:
+        return False
+    operands = [scope[name].result for name in op.operands[:2] if name in scope]
+    return len(operands) == 2 and all(re.match(r"(f8\w+|s8)\[", text) for text in operands)
+
+
+def _low_precision_inside(computations: dict[str, Computation], fusion: Instruction) -> int:
+    """Number of low-precision matmuls in a fusion, and in fusions inside of it."""
+    body = computations[fusion.called("calls")]
+    return sum(
+        _low_precision_inside(computations, op)
+        if op.opcode == "fusion"
+        else _is_low_precision(op, body)
+        for op in body.values()
+    )
 
 
 def _operand_bytes(operands: Iterable[str], scope: Computation) -> int:

@@ -48,6 +48,7 @@ from nanochat_jax.model.weights import abstract_params
 from nanochat_jax.train.memory import choose_memory
 from nanochat_jax.train.optim import make_optimizer
 from nanochat_jax.train.pretrain import BaseTrainConfig, model_config, optimizer_parts, recipe
+from nanochat_jax.train.setup import table_dtype
 from nanochat_jax.train.step import batch_shape, make_train_step, state_shardings
 from tpu.compile import (
     CHIPS,
@@ -83,6 +84,10 @@ class PlanConfig:
     attention: str = inherited(BaseTrainConfig, "attention")
     fsdp: bool | None = inherited(BaseTrainConfig, "fsdp")
     remat: str = inherited(BaseTrainConfig, "remat")
+    precision: str = inherited(BaseTrainConfig, "precision")
+    table_dtype: str = inherited(BaseTrainConfig, "table_dtype")
+    fp8: bool = inherited(BaseTrainConfig, "fp8")
+    fp8_recipe: str = inherited(BaseTrainConfig, "fp8_recipe")
     device_batch_size: int | Literal["auto"] | None = inherited(
         BaseTrainConfig, "device_batch_size"
     )
@@ -140,9 +145,16 @@ def plan_training(config: PlanConfig, target: Target) -> tuple[Plan, dict[str, A
         step_rows=most,
         limit=CHIPS[target.chip].hbm,
     )
-    compute = Compute.on(mesh, dtype=jnp.bfloat16, remat=remat, attention=config.attention)
+    compute = Compute.on(
+        mesh,
+        dtype=jnp.bfloat16,
+        remat=remat,
+        attention=config.attention,
+        precision=training.step_precision,
+    )
     optimizer = make_optimizer(model, rates, schedules, compute)
-    state, shardings = state_shardings(model, optimizer, mesh, fsdp=fsdp)
+    tables = table_dtype(training, model, compute)
+    state, shardings = state_shardings(model, optimizer, mesh, fsdp=fsdp, tables=tables)
     step = make_train_step(model, optimizer, compute, shardings)
 
     def attempt(rows: int) -> Plan:
@@ -162,6 +174,8 @@ def plan_training(config: PlanConfig, target: Target) -> tuple[Plan, dict[str, A
         "accumulation": shape.accumulation,
         "remat": remat,
         "fsdp": fsdp,
+        "precision": compute.precision,
+        "tables": str(tables),
     }
 
 
@@ -237,6 +251,11 @@ def table(plan: Plan, facts: dict[str, Any]) -> Table:
         f"{plan.flops / 1e12:,.2f} TFLOP, {plan.times['products'] * 1e3:,.2f} ms at peak"
         + (f" (MFU counts {plan.model_flops / 1e12:,.2f})" if facts["program"] == "train" else ""),
     )
+    if plan.low_flops:
+        shown.add_row(
+            "  in low precision",
+            f"{plan.low_flops / 1e12:,.2f} TFLOP, {plan.cost.low_precision:,} calls",
+        )
     shown.add_row(
         "memory traffic",
         f"{plan.cost.hbm_bytes / GIB:,.2f} GiB, {plan.times['memory'] * 1e3:,.2f} ms at peak",

@@ -22,9 +22,10 @@ from nanochat_jax.infer.request import Generation
 from nanochat_jax.infer.sampling import SamplingParams, log_probability, noise_for, sample
 from nanochat_jax.model.compute import Compute, device_of
 from nanochat_jax.model.config import GPTConfig
+from nanochat_jax.model.fast import lookup
 from nanochat_jax.model.gpt import KVCache, forward, init_cache, softcap
 from nanochat_jax.model.layers import rms_norm
-from nanochat_jax.model.rows import Rows, as_table, lookup
+from nanochat_jax.model.rows import Rows, as_table
 from nanochat_jax.model.weights import Params
 
 

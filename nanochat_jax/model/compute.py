@@ -19,6 +19,7 @@ from jax.sharding import Mesh
 
 from nanochat_jax.errors import UsageError
 from nanochat_jax.model import kernels
+from nanochat_jax.model.precision import PRECISIONS, check_units
 from nanochat_jax.model.sharding import gather_json
 
 log = logging.getLogger(__name__)
@@ -52,6 +53,7 @@ class Compute:
         cache).
       gather: `gather(name, weight)` returns the complete weight where each device holds a part
         (`sharding.gather_over_data`); None: weights are complete, or XLA gathers them.
+      precision: of the layers' matmuls in training, a name in `PRECISIONS` (precision.py).
     """
 
     mesh: Mesh | None = None
@@ -61,6 +63,7 @@ class Compute:
     attention: str | Callable[..., Array] = "xla"
     scan: bool = False
     gather: Callable[[str, Array], Array] | None = None
+    precision: str = "bf16"
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "dtype", jnp.dtype(self.dtype))
@@ -68,6 +71,7 @@ class Compute:
         for name, value, allowed in (
             ("remat", self.remat, REMAT),
             ("attention", self.attention, ATTENTION),
+            ("precision", self.precision, PRECISIONS),
         ):
             if isinstance(value, str) and value not in allowed:
                 raise ValueError(f"{name} {value!r} is none of {', '.join(allowed)}")
@@ -81,6 +85,7 @@ class Compute:
         cache_dtype: Any = "auto",
         remat: str = "none",
         attention: str = "auto",
+        precision: str = "bf16",
     ) -> "Compute":
         """The `Compute` for a mesh, or for the first device.
 
@@ -88,12 +93,14 @@ class Compute:
         `dtype` on accelerators.
 
         Tries cuDNN attention where it would be used. If it fails, "auto" becomes the reference,
-        with a warning; "cudnn" raises `UsageError`.
+        with a warning; "cudnn" raises `UsageError`. So does a precision for which the device has no
+        units.
 
         Layers run as a loop on TPUs only. On GPUs a loop would copy the stacked weights and
         activations, and programs compile fast without it.
         """
         device = device_of(mesh)
+        check_units(precision, device)
         dtype = resolve_dtype(dtype, device)
         if cache_dtype == "auto":
             cache_dtype = jnp.float32 if device.platform == "cpu" else dtype
@@ -104,6 +111,7 @@ class Compute:
             remat=remat,
             attention=_working_attention(attention, device, dtype),
             scan=device.platform == "tpu",
+            precision=precision,
         )
 
     def replace(self, **changes: Any) -> "Compute":

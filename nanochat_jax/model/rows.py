@@ -3,7 +3,6 @@
 import dataclasses
 import math
 from dataclasses import dataclass, field
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -72,16 +71,8 @@ def _matmul(x: Array, y: Array) -> Array:
 
 
 def as_table(table: Array) -> Array:
-    """A bfloat16 table [V, ...] for `lookup`, stored as the same bits in uint16.
+    """A bfloat16 table [V, ...] for `fast.lookup`, stored as the same bits in uint16.
 
     Why: XLA's CPU gather of bfloat16 first converts the complete table to float32.
     """
     return jax.lax.bitcast_convert_type(table, jnp.uint16)
-
-
-def lookup(table: Array, tokens: Array, dtype: Any) -> Array:
-    """The rows of a table [V, ...] for tokens of any shape, in `dtype`."""
-    rows = table[tokens]
-    if table.dtype == jnp.uint16:
-        rows = jax.lax.bitcast_convert_type(rows, jnp.bfloat16)
-    return rows.astype(dtype)

@@ -26,7 +26,7 @@ from nanochat_jax.train.job import Evaluation, Job, Outcome, Source, is_due
 from nanochat_jax.train.memory import compile_step, is_out_of_memory, out_of_memory
 from nanochat_jax.train.reporting import Reporter, Totals
 from nanochat_jax.train.resume import restore
-from nanochat_jax.train.step import TrainState
+from nanochat_jax.train.step import TrainState, saved_form, stored_form
 from nanochat_jax.train.stopping import EXIT_STOPPED, Interrupted, StopRequest
 
 log = logging.getLogger(__name__)
@@ -102,7 +102,7 @@ class _Loop:
             return False
         self.start = self._saved_at = restored.step
         self.totals = Totals(**restored.state.get("loop", {}))
-        self.state = TrainState(restored.params, restored.optimizer)
+        self.state = stored_form(TrainState(restored.params, restored.optimizer), self.state)
         log.info("resuming %s at step %d", self.job.directory, self.start)
         return True
 
@@ -168,8 +168,8 @@ class _Loop:
         self._reporter.log.copy()
         self.checkpoints.save(
             step,
-            self.state.params,
-            self.state.optimizer,
+            saved_form(self.state.params),
+            saved_form(self.state.optimizer),
             json.loads(json.dumps(own | job.metadata)),
         )
         self._saved_at = step

@@ -134,7 +134,11 @@ class Reporter:
     def evaluated(self, step: int, figures: dict[str, float]) -> None:
         if self._job.primary in figures:
             self._totals.minimum = min(self._totals.minimum, figures[self._job.primary])
-        self.log.write(step=step, kind="eval", time=time.time(), **figures)
+        spent: dict[str, float] = {"total_training_time": self._totals.seconds}
+        if self._job.shape:
+            tokens = step * self._job.shape.tokens
+            spent["total_training_flops"] = float(flops_per_token(self._job.model)) * tokens
+        self.log.write(step=step, kind="eval", time=time.time(), **spent, **figures)
         texts = [f"{name} {value:.4f}" for name, value in figures.items()]
         if len(texts) > 6:  # such as RL's pass@k for each k; metrics.jsonl has all
             texts[4:-1] = ["..."]

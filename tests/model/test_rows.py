@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from nanochat_jax.model import fast, layers
-from nanochat_jax.model.rows import FEWEST_VECTORS, MOST_COLUMNS, Rows, as_table, lookup
+from nanochat_jax.model.fast import lookup
+from nanochat_jax.model.rows import FEWEST_VECTORS, MOST_COLUMNS, Rows, as_table
 
 TOLERANCE = {"float32": 1e-6, "bfloat16": 2**-8}
 

@@ -146,6 +146,25 @@ def compiled_text(f, *arguments):
     return jax.jit(f).lower(*arguments).compile().as_text()
 
 
+def test_low_precision_matmuls_are_counted_in_the_jaxpr_and_in_the_compiled_loop():
+    weight, plain = jnp.ones((64, 64), jnp.int8), jnp.ones((64, 64))
+
+    def step(x):
+        def body(carry, _):
+            sums = jnp.dot(carry, weight, preferred_element_type=jnp.int32)
+            return (sums // 64).astype(jnp.int8), sums.astype(jnp.float32) @ plain
+
+        return jax.lax.scan(body, x, length=5)[1]
+
+    one, x = 2 * 64**3, jnp.ones((64, 64), jnp.int8)
+    jaxpr = jax.make_jaxpr(step)(x)
+    total, low = (
+        jaxpr_flops(jaxpr, CONFIG, platform="cpu", low_precision=only) for only in (False, True)
+    )
+    assert (total, low) == (10 * one, 5 * one)
+    assert hlo_cost(compiled_text(step, x)).low_precision == 5
+
+
 def test_every_instruction_of_a_module_is_parsed():
     text = compiled_text(
         lambda x: jax.lax.fori_loop(0, 3, lambda _, y: jnp.sort(y @ y), x), jnp.ones((16, 16))
@@ -323,12 +342,13 @@ def test_a_step_takes_at_least_the_slowest_of_its_costs_and_one_at_a_time_the_su
         traffic=defaultdict(float, traffic), sent=Counter({"all-gather": 1.5 * chip.link})
     )
 
-    def plan(products):
+    def plan(products, low=0.0):
         return Plan(
             "h100",
             8,
             Memory(0, 0, 0, 0, 0),
             flops=products * PEAKS["h100"][0],
+            low_flops=low * PEAKS["h100"][0],
             model_flops=3.0 * PEAKS["h100"][0],
             cost=cost,
             tokens=10,
@@ -342,6 +362,8 @@ def test_a_step_takes_at_least_the_slowest_of_its_costs_and_one_at_a_time_the_su
         [5 + 2.5 + 1.5, 4 + 2.5 + 1.5]
     )
     assert plan(5.0).as_json()["one_at_a_time"]["mfu"] == pytest.approx(3 / 9)
+    # Low-precision products take half of the time.
+    assert plan(8.0, low=2.0).times["products"] == pytest.approx(6 + 2 / 2)
 
 
 @pytest.mark.parametrize("name", ["v9:2x4", "v6e", "v6e-7", "h100:"])
