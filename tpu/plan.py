@@ -222,13 +222,11 @@ def decode_params(model: GPTConfig, mesh: jax.sharding.Mesh) -> dict[str, Any]:
 
     head = params["lm_head"]
     rows = NamedSharding(mesh, PartitionSpec(*reversed((*head.sharding.spec, None, None)[:2])))
+    values: Any = jax.ShapeDtypeStruct((model.vocab_size, model.n_embd), dtype, sharding=rows)
     return params | {
         "blocks": {name: layers(stack) for name, stack in params["blocks"].items()},
         **{name: layers(params[name]) for name in ("value_embeds",) if name in params},
-        "lm_head": Rows(
-            jax.ShapeDtypeStruct((model.vocab_size, model.n_embd), dtype, sharding=rows),
-            shape=(model.n_embd, model.vocab_size),
-        ),
+        "lm_head": Rows(values, shape=(model.n_embd, model.vocab_size)),
     }
 
 

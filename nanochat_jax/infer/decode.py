@@ -128,11 +128,10 @@ def split_layers(params: Params, *, config: GPTConfig, compute: Compute) -> Para
     on CPUs and TPUs, every step would copy the stacks. `lm_head` becomes `Rows`. In bfloat16 on
     CPUs, so do the block weights, and tables take the form of `as_table`.
     """
-    on_cpu = device_of(compute.mesh).platform == "cpu"
-    if on_cpu and compute.dtype == jnp.bfloat16:
+    matrix: Callable[[Array], Any] = _unchanged
+    table: Callable[[Array], Array] = _unchanged
+    if device_of(compute.mesh).platform == "cpu" and compute.dtype == jnp.bfloat16:
         matrix, table = Rows.of, as_table
-    else:
-        matrix = table = _unchanged
     blocks = {name: _split(stack, matrix) for name, stack in params["blocks"].items()}
     params = params | {"blocks": blocks, "wte": table(params["wte"])}
     if "value_embeds" in params:
