@@ -1,4 +1,4 @@
-"""Reference data that upstream's code made: tiny models with their activations, small trained ones."""
+"""Reference data made by upstream's code: tiny models with activations, small trained models."""
 
 import os
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Properties of the model: causality, and decoding through the cache equals the full forward pass."""
+"""The model is causal, and decoding through the cache equals the full forward pass."""
 
 import dataclasses
 import functools
