@@ -36,7 +36,7 @@ def pytest_xdist_auto_num_workers() -> int:
 
 
 # Folders and files that spend their time in the compiler, on small programs.
-QUICK = {"infer", "serve", "eval", "test_gpt.py", "test_remat.py"}
+QUICK = {"infer", "serve", "eval", "model"}
 
 
 @pytest.fixture(scope="module", autouse=True)
