@@ -1,4 +1,4 @@
-"""A model that answers each token with one certain successor, so that a test can write its replies."""
+"""A model that answers each token with one certain successor: a test can write its replies."""
 
 import jax
 import jax.numpy as jnp

@@ -30,7 +30,7 @@ class Ended(NamedTuple):
 
 @contextlib.contextmanager
 def settings_restored():
-    """Restore what a command changes for its whole process: JAX's settings, signal hooks, logging."""
+    """Restore what a command changes for its process: JAX's settings, signal hooks, logging."""
     saved = {name: getattr(jax.config, name) for name in SETTINGS}
     root = logging.getLogger()
     handlers, level = root.handlers[:], root.level

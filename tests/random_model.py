@@ -1,4 +1,4 @@
-"""Random parameters: initial ones predict nothing, as projections and unembedding are (nearly) 0."""
+"""Random parameters: initial ones predict nothing, as projections and unembedding are about 0."""
 
 import jax
 import numpy as np

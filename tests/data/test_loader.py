@@ -156,8 +156,9 @@ jax.distributed.initialize(f"127.0.0.1:{port}", num_processes=2, process_id=inde
 from nanochat_jax.data.loader import pretraining_loader
 from nanochat_jax.model.sharding import global_batch, make_mesh
 from nanochat_jax.tokenizer import Tokenizer
-loader = pretraining_loader(corpus, Tokenizer({bytes([byte]): byte for byte in range(256)}), split="train", batch_size=8,
-                            sequence_len=48, buffer_docs=64, process_index=index, process_count=2)
+tokenizer = Tokenizer({bytes([byte]): byte for byte in range(256)})
+loader = pretraining_loader(corpus, tokenizer, split="train", batch_size=8, sequence_len=48,
+                            buffer_docs=64, process_index=index, process_count=2)
 mesh = make_mesh("auto")
 for _ in range(5):
     rows = global_batch(mesh, next(loader)["inputs"][None], batch_axis=1)

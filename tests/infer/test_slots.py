@@ -1,4 +1,4 @@
-"""Prefix reuse: which slot a request gets, what it starts from, and that the tokens are the same."""
+"""Prefix reuse: which slot a request gets, where it starts, and that the tokens are the same."""
 
 import random
 

@@ -1,6 +1,7 @@
 """Parity with upstream: tensors that its PyTorch code made, both architectures, float32 on the CPU,
 and ids of its tokenizer."""
 
+import functools
 import json
 
 import jax
@@ -43,6 +44,15 @@ def mean_loss(params, config, inputs, targets):
     return cross_entropy(hidden, weight, targets, scale, config.softcap, inputs.shape[1] // 4)
 
 
+# One program for all tests of a configuration.
+value_and_grad = jax.jit(jax.value_and_grad(mean_loss, has_aux=True), static_argnums=1)
+
+
+@functools.partial(jax.jit, static_argnums=2)
+def all_logits(params, tokens, config):
+    return unembed(params, forward(params, tokens, config=config)[0], config=config)
+
+
 def assert_trees_close(tree, reference, tolerance):
     def check(path, a, b):
         error = np.linalg.norm(np.asarray(a) - b) / max(np.linalg.norm(b), 1e-30)
@@ -53,9 +63,9 @@ def assert_trees_close(tree, reference, tolerance):
 
 def test_logits_and_losses_equal_upstream(golden):
     _, config, params, reference = golden
-    hidden, _ = forward(params, reference["inputs"], config=config)
-    assert np.abs(unembed(params, hidden, config=config) - reference["logits"]).max() < 1e-4
-    loss, nll = mean_loss(params, config, reference["inputs"], reference["targets"])
+    logits = all_logits(params, reference["inputs"], config)
+    assert np.abs(logits - reference["logits"]).max() < 1e-4
+    (loss, nll), _ = value_and_grad(params, config, reference["inputs"], reference["targets"])
     np.testing.assert_allclose(loss, reference["loss_mean"], rtol=1e-5)
     np.testing.assert_allclose(nll.ravel(), reference["loss_none"].ravel(), atol=1e-4)
 
@@ -65,15 +75,13 @@ def test_logits_with_exact_rotary_tables_equal_upstream(golden):
     if "logits_fp32_rotary" not in reference:
         pytest.skip("this era keeps its rotary tables in float32")
     config = read_checkpoint(directory, rotary_dtype="float32").config
-    logits = unembed(params, forward(params, reference["inputs"], config=config)[0], config=config)
+    logits = all_logits(params, reference["inputs"], config)
     assert np.abs(logits - reference["logits_fp32_rotary"]).max() < 1e-4
 
 
 def test_gradients_equal_upstream(golden):
     directory, config, params, reference = golden
-    grads, _ = jax.grad(mean_loss, has_aux=True)(
-        params, config, reference["inputs"], reference["targets"]
-    )
+    _, grads = value_and_grad(params, config, reference["inputs"], reference["targets"])
     assert_trees_close(grads, load_golden(directory, "grads", config), 1e-4)
 
 
@@ -82,16 +90,21 @@ def test_greedy_decoding_equals_upstream(golden):
     prompt, expected = ([int(t) for t in reference[name].ravel()] for name in ("prompt", "greedy"))
     expected = expected[-24:]
     cache = init_cache(config, 1, len(prompt) + len(expected))
-    step = jax.jit(lambda tokens, cache: forward(params, tokens, config=config, cache=cache))
-    hidden, cache = step(np.array([prompt], np.int32), cache)
-    generated = []
-    for _ in expected:
-        generated.append(int(unembed(params, hidden[:, -1], config=config).argmax()))
-        hidden, cache = step(np.array([generated[-1:]], np.int32), cache)
+
+    @jax.jit
+    def step(tokens, cache):
+        hidden, cache = forward(params, tokens, config=config, cache=cache)
+        return unembed(params, hidden[:, -1], config=config).argmax(), cache
+
+    token, cache = step(np.array([prompt], np.int32), cache)
+    generated = [int(token)]
+    while len(generated) < len(expected):
+        token, cache = step(np.array([generated[-1:]], np.int32), cache)
+        generated.append(int(token))
     assert generated == expected
     # By induction: each token is the greatest logit after all before it.
     whole = np.array([prompt + expected[:-1]], np.int32)
-    logits = unembed(params, forward(params, whole, config=config)[0], config=config)
+    logits = all_logits(params, whole, config)
     assert logits[0, len(prompt) - 1 :].argmax(axis=-1).tolist() == expected
 
 
@@ -121,11 +134,11 @@ def test_optimizer_trace_equals_upstream(path):
     )
     params = jax.tree.map(jnp.asarray, read_checkpoint(directory).params)
     state = optimizer.init(params)
-    value_and_grad = jax.jit(jax.value_and_grad(mean_loss, has_aux=True), static_argnums=1)
+    update = jax.jit(optimizer.update)
     for step, expected in enumerate(trace["loss_before_step"]):
         (loss, _), grads = value_and_grad(params, config, batch["inputs"], batch["targets"])
         np.testing.assert_allclose(loss, expected, rtol=1e-2 if rounded else 1e-4)
-        updates, state = jax.jit(optimizer.update)(grads, state, params)
+        updates, state = update(grads, state, params)
         params = optax.apply_updates(params, updates)
         name = f"params_after_step{step + 1}{suffix}"
         if (directory / f"{name}.safetensors").exists():

@@ -161,7 +161,8 @@ def test_page_is_well_formed_self_contained_and_escapes_what_a_model_wrote(tmp_p
     links = "![i](https://evil.example/i.png) [l](https://evil.example) <https://evil.example>"
     reset(tmp_path)
     log_small_run(tmp_path)
-    table = f"### {evil}\n\n| a | b |\n|---|---|\n| {evil} | 2 |\n\n```\n{evil}\n```\n\n- {evil}\n\n{links}"
+    table = f"### {evil}\n\n| a | b |\n|---|---|\n| {evil} | 2 |\n\n"
+    table += f"```\n{evil}\n```\n\n- {evil}\n\n{links}"
     log(tmp_path, f"Odd {evil}", evil, {evil: evil}, {"sample": evil, evil: 1}, table)
     results = {evil.upper(): 0.5, "devices": evil}
     log(tmp_path, "Chat evaluation mid", "chat_eval_mid", results)

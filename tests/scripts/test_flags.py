@@ -1,4 +1,4 @@
-"""Every command's flags: numbers have a range, names are checked, meaningless values are refused."""
+"""Every command's flags: numbers have a range, names are checked, other values are refused."""
 
 import dataclasses
 import importlib
@@ -77,10 +77,12 @@ def test_no_text_flag_takes_a_blank(name):
 
 # Values that no run can mean, by command and flag.
 MEANINGLESS = {
-    BaseTrainConfig: """num_iterations 0 -7 nan inf 1e30 1.5 | target_flops 0 -2 nan inf | target_param_data_ratio 0 -8 nan inf
-        | total_batch_size 0 -2 | matrix_lr -1 nan inf 1e9 | lr_scale 0 -0.5 nan | weight_decay -1 nan | warmup_steps -5
-        | warmdown_ratio 65 -1 nan | final_lr_frac 2 -0.1 nan | grad_clip -1 nan | seed -1 99999999999999999999
-        | depth 0 -1 1000000000 | eval_every 0 -2 | save_every -2 | resume_from_step -2 | num_processes 0""",
+    BaseTrainConfig: """num_iterations 0 -7 nan inf 1e30 1.5 | target_flops 0 -2 nan inf
+        | target_param_data_ratio 0 -8 nan inf | total_batch_size 0 -2 | matrix_lr -1 nan inf 1e9
+        | lr_scale 0 -0.5 nan | weight_decay -1 nan | warmup_steps -5 | warmdown_ratio 65 -1 nan
+        | final_lr_frac 2 -0.1 nan | grad_clip -1 nan | seed -1 99999999999999999999
+        | depth 0 -1 1000000000 | eval_every 0 -2 | save_every -2 | resume_from_step -2
+        | num_processes 0""",
     BaseEvalConfig: "max_per_task 0 -5 | step -1",
     MidTrainConfig: "init_lr_frac 0 -1 nan inf",
     ChatSFTConfig: "eval_steps 0 -1 | mmlu_epochs -1 | chatcore_max_cat 0 -2",
@@ -110,7 +112,8 @@ def test_numbers_that_no_run_can_mean_are_refused(config_type):
     [
         (
             BaseTrainConfig,
-            "num_iterations=-1 lr_scale=-1 target_flops=-1 save_every=0 matrix_lr=0 seed=4294967295",
+            "num_iterations=-1 lr_scale=-1 target_flops=-1 save_every=0 matrix_lr=0 "
+            "seed=4294967295",
         ),
         (BaseEvalConfig, "max_per_task=-1"),
         (dataset.DownloadConfig, "num_shards=-1"),

@@ -332,7 +332,7 @@ REFUSED = [
 ]
 
 
-# Fields of OpenAI's API and of other servers: values that cannot change the reply, and values that would.
+# Fields of OpenAI's API and of other servers: values that cannot change the reply, and others.
 NEUTRAL = (
     dict(
         user="x",

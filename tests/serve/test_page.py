@@ -424,7 +424,8 @@ def test_damaged_storage_is_ignored(page, script):
       const turns = { b: [{ role: "assistant" }], c: [{ role: "user", text: "valid" }] };
       localStorage.setItem("nanochat.chat.a", "{");
       for (const [id, value] of Object.entries(turns)) {
-        localStorage.setItem(`nanochat.chat.${id}`, JSON.stringify({ id, title: "valid", turns: value }));
+        const chat = JSON.stringify({ id, title: "valid", turns: value });
+        localStorage.setItem(`nanochat.chat.${id}`, chat);
       }
       localStorage.setItem("nanochat.settings", "[[");
     }""")
@@ -728,8 +729,9 @@ CONTRAST = """(selectors) => selectors.map((selector) => {
   };
   const node = document.querySelector(selector);
   let behind = node;
-  while (getComputedStyle(behind).backgroundColor === "rgba(0, 0, 0, 0)") behind = behind.parentElement;
-  const pair = [getComputedStyle(node).color, getComputedStyle(behind).backgroundColor].map(luminance);
+  const background = (node) => getComputedStyle(node).backgroundColor;
+  while (background(behind) === "rgba(0, 0, 0, 0)") behind = behind.parentElement;
+  const pair = [getComputedStyle(node).color, background(behind)].map(luminance);
   return (Math.max(...pair) + 0.05) / (Math.min(...pair) + 0.05);
 })"""
 BACKGROUND = {"light": "rgb(255, 255, 255)", "dark": "rgb(25, 25, 24)"}

@@ -22,24 +22,29 @@ LIBC = "import ctypes\nlibc = ctypes.CDLL(None, use_errno=True)\n"
 # this user) and {port} (a server of ours on the loopback address) are is filled in.
 ATTEMPTS = {
     # up the stack, and through what Python leaves within reach
-    "frames": "import sys\nf = sys._getframe()\nwhile f.f_back: f = f.f_back\nopen({victim!r}, 'w').write(str(f.f_locals))",
-    "frame of a generator": "g = (x for x in [1])\nb = g.gi_frame.f_builtins\nb['open']({victim!r}, 'w')",
+    "frames": "import sys\nf = sys._getframe()\nwhile f.f_back: f = f.f_back\n"
+    "open({victim!r}, 'w').write(str(f.f_locals))",
+    "frame of a generator": "g = (x for x in [1])\nb = g.gi_frame.f_builtins\n"
+    "b['open']({victim!r}, 'w')",
     "frame of an exception": "try: 1 / 0\nexcept Exception as e: "
     "e.__traceback__.tb_frame.f_back.f_globals['os'].remove({victim!r})",
     "subclasses": "for c in object.__subclasses__():\n    if c.__name__ == '_wrap_close':\n"
     "        assert c.__init__.__globals__['system']('rm -rf {home}') == 0",
-    "globals of the runner": "import __main__, sys\nfor m in list(sys.modules.values()):\n    getattr(m, 'os', m)\n"
-    "sys.modules['os'].unlink({victim!r})",
-    "garbage collector": "import gc, os\n[o for o in gc.get_objects() if type(o) is dict]\nos.rename({victim!r}, 'mine')",
-    "rebuilt builtins": "import importlib, builtins\nimportlib.reload(builtins)\nbuiltins.open({victim!r}, 'a').write('x')",
-    "builtins of another interpreter": "import subprocess, sys\nsubprocess.run([sys.executable, '-c', 'open({victim!r}, "
-    '"w")\'])',
+    "globals of the runner": "import __main__, sys\nfor m in list(sys.modules.values()):\n"
+    "    getattr(m, 'os', m)\nsys.modules['os'].unlink({victim!r})",
+    "garbage collector": "import gc, os\n[o for o in gc.get_objects() if type(o) is dict]\n"
+    "os.rename({victim!r}, 'mine')",
+    "rebuilt builtins": "import importlib, builtins\nimportlib.reload(builtins)\n"
+    "builtins.open({victim!r}, 'a').write('x')",
+    "builtins of another interpreter": "import subprocess, sys\n"
+    "subprocess.run([sys.executable, '-c', 'open({victim!r}, \"w\")'])",
     "atexit": "import atexit, os\natexit.register(os.remove, {victim!r})",
-    "finalizer": "import os, weakref\nclass A: pass\na = A()\nweakref.finalize(a, os.remove, {victim!r})\ndel a",
+    "finalizer": "import os, weakref\nclass A: pass\na = A()\n"
+    "weakref.finalize(a, os.remove, {victim!r})\ndel a",
     "audit hook": "import sys\nsys.addaudithook(lambda *a: None)\nopen({victim!r}, 'w')",
     # imports
-    "import of the package": "import sys\nsys.path.insert(0, {root!r})\nimport nanochat_jax.paths as p\n"
-    "from pathlib import Path\np.remove_directory(Path({home!r}))",
+    "import of the package": "import sys\nsys.path.insert(0, {root!r})\n"
+    "import nanochat_jax.paths as p\nfrom pathlib import Path\np.remove_directory(Path({home!r}))",
     "pickle": "import pickle, os\nclass A:\n    def __reduce__(self): return os.remove, "
     "({victim!r},)\npickle.loads(pickle.dumps(A()))",
     "shutil": "import shutil\nshutil.rmtree({home!r})",
@@ -51,43 +56,53 @@ ATTEMPTS = {
     "ctypes system": LIBC + "assert libc.system(b'rm -rf {home}') == 0",
     "ctypes fork": LIBC + "pid = libc.fork()\nassert pid >= 0\nwhile True: pass",
     "ctypes bad pointer": "import ctypes\nctypes.string_at(0)",
-    "ctypes write over the interpreter": "import ctypes\nctypes.memset(id(int), 255, 4096)\nint('1') + 1",
+    "ctypes write over the interpreter": "import ctypes\nctypes.memset(id(int), 255, 4096)\n"
+    "int('1') + 1",
     "raw clone": LIBC + "assert libc.syscall(56, 17, 0, 0, 0, 0) >= 0",
     "ptrace": LIBC + "assert libc.ptrace(16, {other}, 0, 0) == 0",
     "memory of another process": "open('/proc/{pid}/mem', 'r+b').seek(4096)",
     "environment of another process": "open('/proc/{pid}/environ', 'rb').read()",
     "process_vm_writev": LIBC + "assert libc.process_vm_writev({pid}, 0, 0, 0, 0, 0) == 0",
     "mount": LIBC + "assert libc.mount(b'none', b'/mnt', b'tmpfs', 0, None) == 0",
-    "chroot": "import os\nos.mkdir('jail'); os.chroot('jail'); os.chroot('../../../../..')\nos.remove({victim!r})",
+    "chroot": "import os\nos.mkdir('jail'); os.chroot('jail'); os.chroot('../../../../..')\n"
+    "os.remove({victim!r})",
     "new namespaces": LIBC + "assert libc.unshare(0x10000000 | 0x00020000) == 0",
-    "limits raised": "import resource\nfor r in (resource.RLIMIT_AS, resource.RLIMIT_NPROC, resource.RLIMIT_FSIZE):\n"
+    "limits raised": "import resource\n"
+    "for r in (resource.RLIMIT_AS, resource.RLIMIT_NPROC, resource.RLIMIT_FSIZE):\n"
     "    resource.setrlimit(r, (resource.RLIM_INFINITY, resource.RLIM_INFINITY))",
-    "limits of the parent": "import resource\nresource.prlimit({pid}, resource.RLIMIT_NOFILE, (3, 3))",
+    "limits of the parent": "import resource\n"
+    "resource.prlimit({pid}, resource.RLIMIT_NOFILE, (3, 3))",
     "priority of the parent": "import os\nos.setpriority(os.PRIO_PROCESS, {pid}, 19)",
     "processors of the parent": "import os\nos.sched_setaffinity({pid}, [0])",
-    "scheduler of the parent": "import os\nos.sched_setscheduler({pid}, os.SCHED_IDLE, os.sched_param(0))",
+    "scheduler of the parent": "import os\n"
+    "os.sched_setscheduler({pid}, os.SCHED_IDLE, os.sched_param(0))",
     # processes and threads
     "fork bomb": "import os\nwhile True: os.fork()",
-    "fork bomb that catches": "import os\nwhile True:\n    try: os.fork()\n    except OSError: pass",
+    "fork bomb that catches": "import os\nwhile True:\n    try: os.fork()\n"
+    "    except OSError: pass",
     "shell fork bomb": "import os\nassert os.system(':(){{ :|:& }};:') == 0",
-    "thread bomb": "import threading\nwhile True: threading.Thread(target=lambda: [None for _ in iter(int, 1)]).start()",
-    "daemon": "import os\nif os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0:\n        while True: "
-    "os.utime({victim!r})",
+    "thread bomb": "import threading\n"
+    "while True: threading.Thread(target=lambda: [None for _ in iter(int, 1)]).start()",
+    "daemon": "import os\nif os.fork() == 0:\n    os.setsid()\n    if os.fork() == 0:\n"
+    "        while True: os.utime({victim!r})",
     "multiprocessing": "import multiprocessing as m\nm.Process(target=print).start()",
     "spawn": "import os\nos.posix_spawn('/bin/rm', ['rm', '-rf', {home!r}], {{}})",
     "exec": "import os\nos.execv('/bin/rm', ['rm', '-rf', {home!r}])",
     # signals
-    "signals by a pipe": "import fcntl, os\nr, w = os.pipe()\nfcntl.fcntl(r, 8, {pid})\nfcntl.fcntl(r, 10, 9)\n"
-    "fcntl.fcntl(r, fcntl.F_SETFL, os.O_ASYNC | os.O_NONBLOCK)\nos.write(w, b'x')",
+    "signals by a pipe": "import fcntl, os\nr, w = os.pipe()\nfcntl.fcntl(r, 8, {pid})\n"
+    "fcntl.fcntl(r, 10, 9)\nfcntl.fcntl(r, fcntl.F_SETFL, os.O_ASYNC | os.O_NONBLOCK)\n"
+    "os.write(w, b'x')",
     "kill the parent": "import os\nos.kill({pid}, 9)",
     "kill the group of the parent": "import os\nos.killpg(os.getpgid({pid}), 9)",
     "kill everyone": "import os\nos.kill(-1, 9)",
     "kill another process": "import os\nos.kill({other}, 9)",
     "queued signal": LIBC + "assert libc.sigqueue({other}, 9, 0) == 0",
     "pidfd": "import os, signal\nsignal.pidfd_send_signal(os.pidfd_open({other}), 9)",
-    "signals ignored": "import signal, time\nfor s in range(1, 65):\n    try: signal.signal(s, signal.SIG_IGN)\n"
-    "    except (OSError, ValueError): pass\nwhile True: time.sleep(1)",
-    "alarm": "import signal, time\nsignal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)\ntime.sleep(60)",
+    "signals ignored": "import signal, time\nfor s in range(1, 65):\n"
+    "    try: signal.signal(s, signal.SIG_IGN)\n    except (OSError, ValueError): pass\n"
+    "while True: time.sleep(1)",
+    "alarm": "import signal, time\nsignal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)\n"
+    "time.sleep(60)",
     # files
     "overwrite": "open({victim!r}, 'w').write('gone')",
     "append": "open({victim!r}, 'a').write('more')",
@@ -98,7 +113,8 @@ ATTEMPTS = {
     "times": "import os\nos.utime({victim!r}, (1, 1))",
     "owner": "import os\nos.chown({victim!r}, 65534, 65534)",
     "attribute": "import os\nos.setxattr({victim!r}, 'user.mark', b'x')",
-    "flags of a file": "import fcntl, os\nfcntl.ioctl(os.open({victim!r}, os.O_RDONLY), 0x40086602, b'\\x80' + bytes(7))",
+    "flags of a file": "import fcntl, os\n"
+    "fcntl.ioctl(os.open({victim!r}, os.O_RDONLY), 0x40086602, b'\\x80' + bytes(7))",
     "new directory": "import os\nos.mkdir({home!r} + '/new')",
     "delete": "import os\nos.remove({victim!r})",
     "replace": "import os\nopen('x', 'w').close()\nos.replace('x', {victim!r})",
@@ -106,23 +122,28 @@ ATTEMPTS = {
     "device": "open('/dev/sda', 'wb').write(b'x')\n",
     "terminal": "open('/dev/tty', 'w').write('hello')",
     "kernel settings": "open('/proc/sys/kernel/panic', 'w').write('1')\n",
-    "file descriptors of the parent": "import os\nfor fd in os.listdir('/proc/{pid}/fd'): open('/proc/{pid}/fd/' + fd, "
-    "'w').write('x')",
-    "inherited descriptors": "import os\nfor fd in range(3, 256):\n    try: os.write(fd, b'x' * 100)\n    except OSError: "
-    "pass\nraise SystemExit",
+    "file descriptors of the parent": "import os\n"
+    "for fd in os.listdir('/proc/{pid}/fd'): open('/proc/{pid}/fd/' + fd, 'w').write('x')",
+    "inherited descriptors": "import os\nfor fd in range(3, 256):\n"
+    "    try: os.write(fd, b'x' * 100)\n    except OSError: pass\nraise SystemExit",
     "symlink": "import os\nos.symlink({victim!r}, 'link')\nopen('link', 'w').write('gone')",
-    "symlink left for the clean-up": "import os\nos.symlink({home!r}, 'link')\nos.mkdir('d')\nos.symlink({home!r}, "
-    "'d/link')\nos.chmod('d', 0)\n1 / 0",
-    "directory swapped for a symlink": "import os\ncwd = os.getcwd()\nos.rename(cwd, cwd + '-old')\nos.symlink({home!r}, cwd)",
+    "symlink left for the clean-up": "import os\nos.symlink({home!r}, 'link')\nos.mkdir('d')\n"
+    "os.symlink({home!r}, 'd/link')\nos.chmod('d', 0)\n1 / 0",
+    "directory swapped for a symlink": "import os\ncwd = os.getcwd()\n"
+    "os.rename(cwd, cwd + '-old')\nos.symlink({home!r}, cwd)",
     "hard link": "import os\nos.link({victim!r}, 'mine')\nopen('mine', 'w').write('gone')",
     "fifo": "import os\nos.mkfifo('fifo')\nopen('fifo').read()",
-    "disk filled": "for i in range(10_000):\n    with open(str(i), 'wb') as f: f.write(bytes(1 << 24))",
+    "disk filled": "for i in range(10_000):\n"
+    "    with open(str(i), 'wb') as f: f.write(bytes(1 << 24))",
     "many files": "import os\ni = 0\nwhile True:\n    os.mkdir(str(i)); i += 1",
     "deep directories": "import os\nwhile True:\n    os.mkdir('d'); os.chdir('d')",
-    "names that are options": "import os\nos.mkdir('-rf'); os.mkdir('--no-preserve-root'); os.chmod('-rf', 0)\n1 / 0",
+    "names that are options": "import os\n"
+    "os.mkdir('-rf'); os.mkdir('--no-preserve-root'); os.chmod('-rf', 0)\n1 / 0",
     # network
-    "socket": "import socket\nsocket.create_connection(('127.0.0.1', {port}), timeout=1).send(b'out')",
-    "datagram": "import socket\nsocket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b'out', ('127.0.0.1', {port}))",
+    "socket": "import socket\n"
+    "socket.create_connection(('127.0.0.1', {port}), timeout=1).send(b'out')",
+    "datagram": "import socket\n"
+    "socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b'out', ('127.0.0.1', {port}))",
     "unix socket": "import socket\na, b = socket.socketpair()\na.send(b'x')",
     "urllib": "import urllib.request\nurllib.request.urlopen('http://127.0.0.1:{port}', timeout=1)",
     "asyncio server": "import asyncio\nasyncio.run(asyncio.start_server(print, '0.0.0.0', 0))",
@@ -138,7 +159,8 @@ ATTEMPTS = {
     "catastrophic expression": "import re\nre.match('(a+)+$', 'a' * 64 + 'b')",
     "endless output": "import sys\nwhile True: sys.stdout.write('x' * 65536)",
     "endless errors": "import sys\nwhile True: sys.stderr.write('x' * 65536)",
-    "output without lines": "import os\nwhile True: os.write(1, bytes(1 << 16)); os.write(2, bytes(1 << 16))",
+    "output without lines": "import os\n"
+    "while True: os.write(1, bytes(1 << 16)); os.write(2, bytes(1 << 16))",
     "endless recursion": "import sys\nsys.setrecursionlimit(1 << 30)\ndef f(): f()\nf()",
     "deep source": "eval('(' * 100_000 + ')' * 100_000)",
     "standard input": "input()",

@@ -91,7 +91,8 @@ def test_an_endless_loop_is_killed_at_the_limit():
 
 @pytest.mark.parametrize("stream", ["stdout", "stderr"])
 def test_endless_output_ends_the_program_and_a_part_is_kept(stream):
-    code = f"import sys\nprint('first', file=sys.{stream})\nwhile True: print('x' * 4096, file=sys.{stream})"
+    code = f"import sys\nprint('first', file=sys.{stream})\n"
+    code += f"while True: print('x' * 4096, file=sys.{stream})"
     result = execute_code(code, timeout=30)
     kept = getattr(result, stream)
     assert not result.success and not result.timeout and result.error
@@ -110,7 +111,8 @@ def test_memory_is_limited():
 def test_files_land_in_a_directory_that_is_removed():
     before = leftovers()
     deep = "import os\nfor _ in range(1500):\n    os.mkdir('d'); os.chdir('d')"
-    locked = "import os\nos.makedirs('a/b')\nopen('a/b/c', 'w').close()\nos.chmod('a/b', 0); os.chmod('a', 0)"
+    locked = "import os\nos.makedirs('a/b')\nopen('a/b/c', 'w').close()\n"
+    locked += "os.chmod('a/b', 0); os.chmod('a', 0)"
     for code in (
         "open('x.txt', 'w').write('hello')\nprint(open('x.txt').read())",
         deep,
@@ -211,7 +213,8 @@ def test_the_network_is_closed(confined):
         pytest.skip("this kernel does not offer a way to close the network")
     with socket.create_server(("127.0.0.1", 0)) as server:
         port = server.getsockname()[1]
-        code = f"import socket\nsocket.create_connection(('127.0.0.1', {port}), timeout=1)\nprint('connected')"
+        code = f"import socket\nsocket.create_connection(('127.0.0.1', {port}), timeout=1)\n"
+        code += "print('connected')"
         assert "connected" not in execute_code(code).stdout
 
 
@@ -236,5 +239,6 @@ def test_nothing_outside_its_directory_can_be_changed(confined, tmp_path):
 
 def test_limits_cannot_be_raised(confined):
     need(confined, "syscalls")
-    code = "import resource\nresource.setrlimit(resource.RLIMIT_AS, (1 << 40, 1 << 40))\nx = bytearray(1 << 30)"
+    code = "import resource\nresource.setrlimit(resource.RLIMIT_AS, (1 << 40, 1 << 40))\n"
+    code += "x = bytearray(1 << 30)"
     assert not execute_code(code).success

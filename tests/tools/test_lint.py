@@ -22,7 +22,7 @@ SHELL = ("run1000.sh", "speedrun.sh", "test.sh", "scripts/setup_env.sh")
         ["shellcheck", "-x", *TPU.glob("*.sh"), TPU / "slurm.sbatch"],
         ["hadolint", DOCKER / "Dockerfile"],
         ["check-jsonschema", "--builtin-schema", "vendor.compose-spec", *DOCKER.glob("*.yml")],
-        pytest.param(["mypy", "--cache-dir={scratch}"], marks=pytest.mark.slow),
+        ["mypy", "--cache-dir={scratch}"],
     ],
     ids=lambda command: " ".join(map(str, command[:2])),
 )

@@ -79,7 +79,7 @@ def test_products_inside_loops_count_once_a_round():
     assert flops_on("cpu", jax.grad(jax.checkpoint(step)), x) == 3 * forward
 
 
-def test_of_code_for_several_platforms_the_planned_one_counts_and_of_a_condition_the_dearer_branch():
+def test_the_planned_platforms_code_counts_and_of_a_condition_the_dearer_branch():
     def products(count):
         return lambda x: functools.reduce(lambda y, _: jnp.tanh(y @ weight), range(count), x)
 
@@ -200,7 +200,8 @@ inner (p0: f32[100,8,128], p1: s32[]) -> f32[1,8,128] {
   %p1 = s32[]{:T(128)} parameter(1)
   %zero = s32[]{:T(128)} constant(0)
   %half = f32[50,8,128]{2,1,0:T(8,128)} slice(%p0), slice={[0:50], [0:8], [0:128]}
-  ROOT %slice = f32[1,8,128]{2,1,0:T(8,128)} dynamic-slice(%half, %p1, %zero, %zero), dynamic_slice_sizes={1,8,128}
+  ROOT %slice = f32[1,8,128]{2,1,0:T(8,128)} dynamic-slice(%half, %p1, %zero, %zero), \
+dynamic_slice_sizes={1,8,128}
 }
 
 outer (q0: f32[100,8,128], q1: s32[], q2: f32[50,8,128]) -> f32[50,8,128] {
@@ -216,7 +217,8 @@ scattered (r0: f32[50,8,128], r1: f32[1,8,128], r2: s32[1]) -> f32[50,8,128] {
   %r0 = f32[50,8,128]{2,1,0:T(8,128)} parameter(0)
   %r1 = f32[1,8,128]{2,1,0:T(8,128)} parameter(1)
   %r2 = s32[1]{0:T(128)} parameter(2)
-  ROOT %written = f32[50,8,128]{2,1,0:T(8,128)} scatter(%r0, %r2, %r1), update_window_dims={1,2}, to_apply=%last
+  ROOT %written = f32[50,8,128]{2,1,0:T(8,128)} scatter(%r0, %r2, %r1), \
+update_window_dims={1,2}, to_apply=%last
 }
 
 ENTRY %main (x: f32[100,8,128], i: s32[], y: f32[8,64]) -> f32[8,64] {

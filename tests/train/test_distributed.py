@@ -1,4 +1,4 @@
-"""Several processes: the losses of one on any mesh, and checkpoints that any number can continue."""
+"""Several processes: losses equal those of one, and any number continues their checkpoints."""
 
 import os
 import shutil

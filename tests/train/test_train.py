@@ -267,7 +267,8 @@ def test_a_refused_resume_lists_the_settings_that_differ_and_renames_nothing(sav
             raise UsageError("the data is another")
 
     directory = shutil.copytree(saved_run, tmp_path / "d3")
-    said = r"the data is another\. The saved run had `total_batch_size=-1` \(now `total_batch_size=64`\)$"
+    said = r"the data is another\. "
+    said += r"The saved run had `total_batch_size=-1` \(now `total_batch_size=64`\)$"
     for how in (dict(resume=True), dict(resume_from_step=2)):
         with pytest.raises(UsageError, match=said):
             run(directory, total_batch_size=64, batches=Other(), **how)
