@@ -129,8 +129,8 @@ def hf_tokenizer(saved):
 def test_the_tokenizer_loads_without_torch(saved):
     code = (
         "import sys; sys.modules['torch'] = None; import transformers; "
-        "tokenizer = transformers.AutoTokenizer.from_pretrained(sys.argv[1], trust_remote_code=True)"
-        "; print(tokenizer('ab').input_ids)"
+        "tokenizer = transformers.AutoTokenizer.from_pretrained("
+        "sys.argv[1], trust_remote_code=True); print(tokenizer('ab').input_ids)"
     )
     shown = subprocess.run(
         [sys.executable, "-c", code, saved[2]], capture_output=True, text=True, check=True

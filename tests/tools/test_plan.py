@@ -233,7 +233,7 @@ ENTRY %main (x: f32[100,8,128], i: s32[], y: f32[8,64]) -> f32[8,64] {
   %near = f32[8,64]{0,1:T(8,128)S(1)} copy(%y)
   ROOT %back = f32[8,64]{1,0:T(8,128)} copy(%y)
 }
-"""
+"""  # noqa: E501
     tile = 8 * 128 * 4
     # Half a tile of values lies in a whole one; what is copied to the chip (S(1)) is only read. A
     # tile is sliced off and written, another scattered from the chip.

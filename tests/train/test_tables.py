@@ -1,4 +1,4 @@
-"""Embedding tables in bfloat16: they learn as in float32, resume exactly, and are saved as float32."""
+"""Embedding tables in bfloat16 learn as in float32, resume exactly, and are saved as float32."""
 
 import dataclasses
 import shutil
