@@ -12,8 +12,7 @@
 #     the rest     half an hour: 400M tokens of midtraining, SFT; the time of the evaluations is a guess
 #     in all       about 20 hours; 480 dollars at 3 dollars per GPU hour, so 1,000 leave room for a restart
 #     memory       batch per device, --remat and --fsdp follow from a GPU's memory: on 80 GB 8 rows, sharded parameters and
-#                  --remat minimal, 34 GiB by the compiled plan. JAX uses three quarters of the memory by default;
-#                  XLA_PYTHON_CLIENT_MEM_FRACTION=0.92 uses more
+#                  --remat minimal, 34 GiB by the compiled plan
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
 source scripts/setup_env.sh

@@ -184,6 +184,7 @@ def compare(options: argparse.Namespace) -> dict[str, Any]:
 def measure_mixed(options: argparse.Namespace) -> dict[str, Any]:
     """Total tokens/s of 32 requests of mixed lengths, submitted together and one at a time."""
     from nanochat_jax.infer.request import Request
+    from nanochat_jax.infer.warmup import compile_all
 
     rng = np.random.default_rng(2)
     requests = [
@@ -196,8 +197,8 @@ def measure_mixed(options: argparse.Namespace) -> dict[str, Any]:
         for index in range(32)
     ]
     together, single = make_engine(options, options.slots), make_engine(options, 1)
-    together.warmup()
-    single.warmup()
+    compile_all(together)
+    compile_all(single)
     best = {}
 
     def measure(name: str, engine: Any, batches: list[list[Request]]) -> list[list[int]]:

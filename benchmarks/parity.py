@@ -1,11 +1,13 @@
 """Compare final bits per byte with upstream's, for both architectures.
 
-    NANOCHAT_TEST_DATA=DIR python benchmarks/parity.py [classic modern]
+    NANOCHAT_TEST_DATA=DIR python benchmarks/parity.py [classic modern] [--precision fp8 int8]
 
 Upstream's d4 runs come with the reference data: their settings, and their bits per byte at the last
 step. Text, vocabulary, shape, batches and schedule are the same; initial weights differ, so the
-figures agree to about the spread between seeds. Prints a table, then one JSON line; exit code 1 if
-the difference exceeds 0.03 bits per byte.
+figures agree to about the spread between seeds. With --precision the same runs are repeated with
+low-precision matmuls, which a CPU emulates, and compared with our own float32 run. Prints a table,
+then one JSON line; exit code 1 if a difference exceeds 0.03 bits per byte, or 0.01 between
+precisions.
 """
 
 import argparse
@@ -18,7 +20,7 @@ import tempfile
 import time
 from pathlib import Path
 
-TOLERANCE = 0.03
+TOLERANCE, PRECISION_TOLERANCE = 0.03, 0.01
 ARCHS = ("classic", "modern")
 # Upstream's settings that affect the result; the others are about logging, evaluating and saving.
 SETTINGS = (
@@ -29,7 +31,7 @@ SETTINGS = (
 )
 
 
-def train(arch: str, reference: Path, corpus: Path) -> dict[str, float]:
+def train(arch: str, precision: str, reference: Path, corpus: Path) -> dict[str, float]:
     """Train like upstream's checkpoint in `reference`; returns figures of both."""
     meta = json.loads(next(reference.glob("meta_*.json")).read_text())
     with tempfile.TemporaryDirectory() as base:
@@ -48,7 +50,8 @@ def train(arch: str, reference: Path, corpus: Path) -> dict[str, float]:
             if settings.get(name) is not None
         ]
         start = time.perf_counter()
-        common = f"--arch {arch} --data fineweb --mesh 1x1 --dtype float32 --model-tag ours"
+        low = "" if precision == "float32" else f"--precision {precision} "
+        common = f"{low}--arch {arch} --data fineweb --mesh 1x1 --dtype float32 --model-tag ours"
         run("scripts.base_train", *common.split(), "--eval-every=-1", "--data-shards=1", *flags)
         seconds = time.perf_counter() - start
         log = (Path(base) / "base_checkpoints/ours/metrics.jsonl").read_text()
@@ -56,9 +59,10 @@ def train(arch: str, reference: Path, corpus: Path) -> dict[str, float]:
     ours = [row["val_bpb"] for row in rows if "val_bpb" in row][-1]
     return {
         "steps": meta["step"],
-        "upstream_bpb": meta["val_bpb"],
+        "reference_bpb": meta["val_bpb"],
         "ours_bpb": ours,
         "difference": ours - meta["val_bpb"],
+        "tolerance": TOLERANCE,
         "seconds": seconds,
     }
 
@@ -70,7 +74,11 @@ def main() -> int:
     parser.add_argument(
         "archs", nargs="*", metavar="ARCH", help=f"{' or '.join(ARCHS)}; default both"
     )
-    archs = parser.parse_args().archs or ARCHS
+    parser.add_argument(
+        "--precision", nargs="+", default=[], choices=("fp8", "int8"), help="also train with these"
+    )
+    options = parser.parse_args()
+    archs = options.archs or ARCHS
     if unknown := set(archs) - set(ARCHS):
         parser.error(f"no architecture {', '.join(sorted(unknown))}: expected {' or '.join(ARCHS)}")
     if not os.environ.get("NANOCHAT_TEST_DATA"):
@@ -80,22 +88,28 @@ def main() -> int:
         )
         return 2
     data = Path(os.environ["NANOCHAT_TEST_DATA"])
-    results = {
-        arch: train(arch, data / "golden" / f"trained-{arch}", data / "data" / "base_data")
-        for arch in archs
-    }
+    results = {}
+    for arch in archs:
+        for precision in ("float32", *options.precision):
+            row = train(
+                arch, precision, data / "golden" / f"trained-{arch}", data / "data" / "base_data"
+            )
+            if precision != "float32":
+                row["reference_bpb"] = results[f"{arch} float32"]["ours_bpb"]
+                row["difference"] = row["ours_bpb"] - row["reference_bpb"]
+                row["tolerance"] = PRECISION_TOLERANCE
+            results[f"{arch} {precision}"] = row
     print(
-        f"\n{'arch':8}  {'steps':>5}  {'upstream':>8}  {'ours':>8}  {'difference':>10}  "
+        f"\n{'run':15}  {'steps':>5}  {'reference':>9}  {'ours':>8}  {'difference':>10}  "
         f"{'seconds':>7}"
     )
-    for arch, row in results.items():
+    for name, row in results.items():
         print(
-            f"{arch:8}  {row['steps']:5}  {row['upstream_bpb']:8.4f}  {row['ours_bpb']:8.4f}  "
-            f"{row['difference']:+10.4f}  "
-            f"{row['seconds']:7.0f}"
+            f"{name:15}  {row['steps']:5}  {row['reference_bpb']:9.4f}  {row['ours_bpb']:8.4f}  "
+            f"{row['difference']:+10.4f}  {row['seconds']:7.0f}"
         )
     print(json.dumps(results))
-    return int(any(abs(row["difference"]) > TOLERANCE for row in results.values()))
+    return int(any(abs(row["difference"]) > row["tolerance"] for row in results.values()))
 
 
 if __name__ == "__main__":

@@ -74,12 +74,13 @@ def serve(options: argparse.Namespace, slots: int) -> None:
     from nanochat_jax.checkpoint import Loaded
     from nanochat_jax.infer.engine import Engine
     from nanochat_jax.infer.scheduler import Scheduler
+    from nanochat_jax.infer.warmup import compile_all
     from nanochat_jax.serve import server
     from nanochat_jax.serve.settings import ServerConfig
 
     tokenizer, config, params = make_model(options)
     engine = Engine(config, params, tokenizer, num_slots=slots)
-    engine.warmup()
+    compile_all(engine)
     with (
         Scheduler(engine, max_waiting=options.max_queue) as scheduler,
         server.bind("127.0.0.1", 0) as sock,

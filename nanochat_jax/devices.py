@@ -15,11 +15,31 @@ from nanochat_jax.paths import CHECKPOINT_DIRS, Paths
 # Options of glibc's mallopt (malloc.h).
 M_TRIM_THRESHOLD, M_MMAP_MAX, M_ARENA_MAX = -1, -4, -8
 
+# Earlier ones miscompile concatenations, and add float32 with compare-and-swap loops before Hopper.
+FIRST_GPU_JAX = (0, 11, 1)
+
+log = logging.getLogger(__name__)
+
 PLATFORMS = ("cpu", "cuda", "rocm", "tpu")  # values of `device_type`
+
+# The fraction of a GPU's memory that JAX takes. JAX's default is 0.75.
+GPU_MEMORY, MEMORY_VARIABLES = "0.92", ("XLA_PYTHON_CLIENT_MEM_FRACTION", "XLA_CLIENT_MEM_FRACTION")
+
+# XLA then adds in a fixed order instead of with atomics, and passes the wish on to cuDNN.
+DETERMINISTIC = "--xla_gpu_deterministic_ops=true"
 
 # A process without a heartbeat for so long is considered dead, and the others exit. JAX's default
 # is 100.
 HEARTBEAT_SECONDS = 60
+
+
+def _not_mps(name: str) -> str:
+    if name == "mps":
+        raise ValueError(
+            "'mps', an Apple GPU, is not supported by JAX: leave this flag out, and the Mac's CPU "
+            "computes"
+        )
+    return name
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -27,7 +47,7 @@ class DeviceFlags:
     """Flags of every script that uses JAX."""
 
     device_type: str | None = flag(
-        None, "platform to run on; default the best available", choices=PLATFORMS
+        None, "platform to run on; default the best available", choices=PLATFORMS, check=_not_mps
     )
 
 
@@ -46,6 +66,11 @@ class Processes(DeviceFlags):
     )
     process_id: int | None = flag(
         None, "index of this process, from 0 (with --coordinator)", at_least=0, at_most=10**6
+    )
+    deterministic: bool = flag(
+        False,
+        "on NVIDIA GPUs, only operations whose result does not vary: equal runs have equal bits; "
+        "compiling takes several times as long, a step perhaps a fifth longer",
     )
 
 
@@ -77,6 +102,17 @@ class StageFlags(ModelFlags):
     source: str = flag("sft", "stage of the model", short="-i", choices=[*CHECKPOINT_DIRS])
 
 
+@dataclass(frozen=True, kw_only=True)
+class EngineFlags(StageFlags):
+    """Flags of every script that generates with the model of any stage."""
+
+    cache_dtype: str = flag(
+        "auto",
+        "dtype of keys and values; auto: the compute dtype, but float32 on a CPU",
+        choices=["auto", "float32", "bfloat16"],
+    )
+
+
 def start(paths: Paths, flags: DeviceFlags | None = None, *, compile_cache: bool = True) -> None:
     """Set up JAX. Call once, before JAX is used.
 
@@ -85,15 +121,25 @@ def start(paths: Paths, flags: DeviceFlags | None = None, *, compile_cache: bool
       compile_cache: cache compiled programs under the base directory.
     """
     flags = flags or DeviceFlags()
+    if not any(name in os.environ for name in MEMORY_VARIABLES):
+        os.environ[MEMORY_VARIABLES[0]] = GPU_MEMORY
     if flags.device_type:
         jax.config.update("jax_platforms", flags.device_type)
+    if isinstance(flags, Processes) and flags.deterministic:
+        os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {DETERMINISTIC}"
     _mallopt(M_ARENA_MAX, 1)  # one heap for all threads: others get large blocks from the kernel
     join_processes(flags if isinstance(flags, Processes) else Processes())
     jax.config.update("jax_enable_compilation_cache", compile_cache)
     jax.config.update("jax_compilation_cache_dir", str(paths.compile_cache))
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+    # Small programs too: those of loading a checkpoint take a second to compile.
+    jax.config.update("jax_persistent_cache_min_compile_time_secs", 0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
     platform = find_devices(flags.device_type)[0].platform
+    if platform == "gpu" and jax.__version_info__ < FIRST_GPU_JAX:
+        log.warning(
+            f"JAX {jax.__version__} computes wrong or slow on some GPUs: use Python 3.12 or later "
+            f"with JAX {'.'.join(map(str, FIRST_GPU_JAX))} or later"
+        )
     if jax.process_index() > 0:  # process 0 logs for all; the others log warnings only
         logging.getLogger().setLevel(logging.WARNING)
     if platform == "cpu":
@@ -134,6 +180,9 @@ def join_processes(flags: Processes) -> None:
     `JAX_COORDINATOR_ADDRESS` (host:port of process 0), `JAX_NUM_PROCESSES` and `JAX_PROCESS_ID`.
     JAX finds them itself under Slurm, Open MPI, on TPU slices that name their workers in the
     environment, and with `NANOCHAT_DISTRIBUTED=1` (TPU VMs).
+
+    Raises `UsageError` if values are missing, or under torchrun and similar launchers: each of
+    their processes would train alone.
     """
     env = os.environ
     named = (flags.coordinator, flags.num_processes, flags.process_id)
@@ -156,6 +205,11 @@ def join_processes(flags: Processes) -> None:
         or any(_count(name) > 1 for name in ("SLURM_STEP_NUM_TASKS", "OMPI_COMM_WORLD_SIZE"))
     ):
         jax.distributed.initialize(heartbeat_timeout_seconds=HEARTBEAT_SECONDS)
+    elif "RANK" in env and (processes := _count("WORLD_SIZE")) > 1:
+        raise UsageError(
+            f"a launcher (torchrun?) started {processes} processes: start one per host without it, "
+            f"for example with `mesh={processes}x1`; each process uses all GPUs of its host"
+        )
 
 
 def _count(variable: str) -> int:
@@ -186,13 +240,11 @@ def _join(coordinator: str | None, count: int | None, index: int | None, names: 
 
 
 def _mallopt(option: int, value: int) -> None:
-    libc = ctypes.CDLL(None)
-    if sys.platform == "linux" and hasattr(libc, "mallopt"):  # glibc
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "mallopt"):  # glibc
         libc.mallopt(option, value)
 
 
 def release_memory() -> None:
     """Return unused memory to the kernel: a server's caches of changing lengths leave gaps."""
-    libc = ctypes.CDLL(None)
-    if sys.platform == "linux" and hasattr(libc, "malloc_trim"):  # glibc
+    if sys.platform == "linux" and hasattr(libc := ctypes.CDLL(None), "malloc_trim"):  # glibc
         libc.malloc_trim(0)

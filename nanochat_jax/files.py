@@ -1,7 +1,6 @@
 """Atomic writes of files and directories, locks, and downloads."""
 
 import contextlib
-import fcntl
 import hashlib
 import http.client
 import itertools
@@ -18,6 +17,11 @@ from pathlib import Path
 from typing import Any
 
 from nanochat_jax.errors import NotFound, UsageError, naming
+
+try:
+    import fcntl
+except ImportError:  # Windows, where only inference runs
+    fcntl = None  # type: ignore[assignment]
 
 logger = logging.getLogger(__name__)
 
@@ -37,7 +41,10 @@ def parse_json(text: str | bytes, **options: Any) -> Any:
 
 def fsync(path: Path) -> None:
     """Wait until a file, or the entries of a directory, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
+    windows = os.name == "nt"  # which syncs only files that are open for writing
+    if windows and path.is_dir():
+        return
+    descriptor = os.open(path, os.O_RDWR if windows else os.O_RDONLY)
     try:
         os.fsync(descriptor)
     finally:
@@ -211,6 +218,10 @@ def keep_old(path: Path) -> Path | None:
 
 @contextlib.contextmanager
 def _only_writer(directory: Path) -> Iterator[None]:
+    if fcntl is None:  # Windows cannot open a directory
+        with naming(directory):
+            yield
+        return
     descriptor = os.open(directory, os.O_RDONLY)
     try:
         if try_lock(descriptor) is False:
@@ -227,8 +238,10 @@ def _only_writer(directory: Path) -> Iterator[None]:
 def try_lock(descriptor: int) -> bool | None:
     """Lock an open file until it is closed or this process ends.
 
-    False if another process holds the lock, None if the file system has no locks.
+    False if another process holds the lock, None if the file system or Windows has no such locks.
     """
+    if fcntl is None:
+        return None
     try:
         fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
@@ -248,7 +261,7 @@ def lock_file(path: Path, name: str, advice: str) -> Iterator[None]:
     descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         with contextlib.suppress(OSError):
-            os.fchmod(descriptor, 0o666)  # other users with write access must be able to lock it
+            path.chmod(0o666)  # other users with write access must be able to lock it
         locked = try_lock(descriptor)
         if locked is False:
             owner = os.pread(descriptor, 1000, 0).decode(errors="replace").strip()

@@ -1,12 +1,12 @@
-"""Output of a run: metrics.jsonl, progress display, wandb; and the device's peak rates."""
+"""Output of a run: metrics.jsonl, progress display, trackers; and the device's peak rates."""
 
 import contextlib
+import importlib
 import json
 import logging
 import math
 import os
 import re
-import resource
 import sys
 import time
 from pathlib import Path
@@ -16,12 +16,14 @@ import jax
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
-from nanochat_jax.errors import UsageError, explaining, naming
+from nanochat_jax.errors import UsageError, explaining, naming, one_line
 from nanochat_jax.files import write_file
 from nanochat_jax.storage import Directory, is_remote
 
 log = logging.getLogger(__name__)
 
+# The module of each tracker, with its name for people.
+TRACKERS = {"wandb": "Weights & Biases", "trackio": "Trackio", "none": "nothing"}
 # (dense bfloat16 FLOP/s, memory bytes/s) by a name that the lower-case device kind contains. The
 # first match counts. From the vendors' data sheets, halved where they count sparsity (H100, H200:
 # 1,979e12, B200: 4.5e15).
@@ -89,6 +91,8 @@ def peak_bandwidth(device: jax.Device) -> float | None:
 
 def peak_memory_bytes() -> int:
     """Peak memory of the first local device; on a CPU, of the process."""
+    import resource  # which Windows lacks; only inference runs there
+
     stats = jax.local_devices()[0].memory_stats() or {}
     unit = 1 if sys.platform == "darwin" else 1024  # of ru_maxrss
     return (
@@ -109,10 +113,10 @@ class MetricsLog:
         *,
         resume_step: int | None,
         steps: Directory | None = None,
-        wandb_run: Any = None,
+        tracker_run: Any = None,
     ) -> None:
         self.path = path
-        self._wandb = wandb_run
+        self._tracker = tracker_run
         self._file = None
         self._copy = steps / path.name if steps is not None and is_remote(steps) else None
         if jax.process_index() != 0:
@@ -134,13 +138,13 @@ class MetricsLog:
         with naming(self.path):
             self._file.write(json.dumps(values) + "\n")
             self._file.flush()
-        if self._wandb is not None:
+        if self._tracker is not None:
             numbers = {
                 f"{values['kind']}/{name}": value
                 for name, value in values.items()
                 if isinstance(value, (int, float)) and name != "step"
             }
-            self._wandb.log(numbers, step=values["step"])
+            self._tracker.log(numbers, step=values["step"])
 
     def copy(self) -> None:
         """Update the copy in the bucket, if there is one. Raises `UsageError` if that fails."""
@@ -213,18 +217,25 @@ def read_metrics(path: Path) -> list[dict[str, Any]]:
     return rows
 
 
-def start_wandb(run: str, project: str, config: dict[str, Any]) -> Any:
-    """A wandb run; None if `run` is "dummy"."""
-    if run == "dummy" or jax.process_index() != 0:
+def start_tracker(
+    tracker: str | None, run: str, project: str, tag: str, config: dict[str, Any]
+) -> Any:
+    """A run of wandb, or of trackio, which has the same interface; None without a tracker.
+
+    The default is wandb if `run` is not "dummy". The run's name is `run`, or else `tag`.
+    """
+    tracker = tracker or ("none" if run == "dummy" else "wandb")
+    if tracker == "none" or jax.process_index() != 0:
         return None
     try:
-        import wandb
+        module = importlib.import_module(tracker)
     except ImportError as error:
+        chosen = f"`run={run}`" if tracker == "wandb" and run != "dummy" else f"`tracker={tracker}`"
         raise UsageError(
-            f"`run={run}` logs to Weights & Biases, which is not installed: `pip install wandb`, "
-            "or leave `run` out"
+            f"{chosen} logs to {TRACKERS[tracker]}, which is not installed ({one_line(error)}): "
+            f"`pip install {tracker}`, or set `tracker=none`"
         ) from error
-    return wandb.init(project=project, name=run, config=config)
+    return module.init(project=project, name=tag if run == "dummy" else run, config=config)
 
 
 def format_count(number: float) -> str:

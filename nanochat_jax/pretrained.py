@@ -21,7 +21,7 @@ from jax.sharding import Mesh
 
 from nanochat_jax.checkpoint import Loaded, load_directory, load_model
 from nanochat_jax.conversation import render_for_completion
-from nanochat_jax.devices import ModelFlags
+from nanochat_jax.devices import EngineFlags
 from nanochat_jax.errors import NotFound
 from nanochat_jax.infer.engine import Engine
 from nanochat_jax.infer.padding import padded_length
@@ -142,11 +142,11 @@ class Model:
 
 
 def load_engine(
-    paths: Paths, source: str, flags: ModelFlags, *, mesh: Mesh | None = None, **options: Any
+    paths: Paths, source: str, flags: EngineFlags, *, mesh: Mesh | None = None, **options: Any
 ) -> tuple[Engine, Loaded]:
     """Return an engine with `options` for a stage's model, and the model without its parameters."""
     model = load_model(paths, source, tag=flags.model_tag, step=flags.step, mesh=mesh)
-    compute = Compute.on(mesh, dtype=flags.dtype)
+    compute = Compute.on(mesh, dtype=flags.dtype, cache_dtype=flags.cache_dtype)
     engine = Engine(model.config, model.params, model.tokenizer, compute=compute, **options)
     return engine, dataclasses.replace(model, params={})
 
@@ -168,7 +168,8 @@ def load(
             (`config.json`, `.safetensors`).
         tag: a stage's model tag; default the largest `d<depth>`.
         step: default the newest.
-        dtype: compute dtype; "auto" is float32 on a CPU and bfloat16 elsewhere.
+        dtype: compute dtype; "auto" is bfloat16 where the device has it, else float32 (see
+            `resolve_dtype`).
         mesh: devices as DxM.
         rotary_dtype: dtype of the rotary tables; default as in training (see `read_foreign`).
 

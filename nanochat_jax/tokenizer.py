@@ -15,7 +15,7 @@ import hashlib
 import json
 import logging
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from functools import partial
+from functools import cached_property, partial
 from itertools import pairwise
 from pathlib import Path
 from types import ModuleType
@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import numpy as np
 
-from nanochat_jax.errors import NotFound, UsageError, explaining
+from nanochat_jax.errors import MALFORMED, NotFound, UsageError, explaining
 from nanochat_jax.files import parse_json, write_file
 
 if TYPE_CHECKING:  # generation needs names of special tokens from here, and no Arrow
@@ -297,6 +297,10 @@ class Tokenizer:
 
     def fingerprint(self) -> str:
         """SHA-256 of everything that determines the ids of a text, in hexadecimal."""
+        return self._fingerprint
+
+    @cached_property
+    def _fingerprint(self) -> str:
         digest = hashlib.sha256(_format_ranks(self.mergeable_ranks))
         digest.update(json.dumps([self.pattern, list(self.special_tokens)]).encode())
         return digest.hexdigest()
@@ -315,10 +319,13 @@ def _format_ranks(ranks: Mapping[bytes, int]) -> bytes:
 def _parse_ranks(text: bytes, path: Path) -> dict[bytes, int]:
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(text.splitlines(), start=1):
-        with explaining(f"{path}, line {number} is damaged", TRAIN_AGAIN):
+        try:
             encoded, rank = line.split()
             token = base64.b64decode(encoded, validate=True)
             if token in ranks:
                 raise ValueError("the same token again")
             ranks[token] = int(rank)
+        except MALFORMED:  # a context manager for each line would take most of the time
+            with explaining(f"{path}, line {number} is damaged", TRAIN_AGAIN):
+                raise
     return ranks

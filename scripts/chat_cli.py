@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from nanochat_jax import cli
 from nanochat_jax.cli import LARGEST_SEED, count, flag
-from nanochat_jax.devices import StageFlags, start
+from nanochat_jax.devices import EngineFlags, start
 from nanochat_jax.infer.request import Sampling
 from nanochat_jax.paths import Paths
 from nanochat_jax.pretrained import load_engine
@@ -19,7 +19,7 @@ from nanochat_jax.serve.terminal import Terminal, make_stdin_readable
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(StageFlags):
+class Config(EngineFlags):
     prompt: str | None = flag(None, "answer this and exit", short="-p")
     temperature: float = flag(
         0.6, "sampling temperature; 0 is greedy", short="-t", at_least=0, at_most=100

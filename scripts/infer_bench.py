@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from nanochat_jax import cli
 from nanochat_jax.checkpoint import load_model
 from nanochat_jax.cli import flag, inherited
-from nanochat_jax.devices import StageFlags, start
+from nanochat_jax.devices import EngineFlags, start
 from nanochat_jax.infer import bench
 from nanochat_jax.infer.bench import Workload
 from nanochat_jax.model.compute import Compute
@@ -20,8 +20,8 @@ from nanochat_jax.paths import Paths
 
 
 @dataclass(frozen=True, kw_only=True)
-class Config(Workload, StageFlags):
-    source: str = inherited(StageFlags, "source", "base")
+class Config(Workload, EngineFlags):
+    source: str = inherited(EngineFlags, "source", "base")
     mesh: str = flag("1x1", "devices as DxM: slots over D, heads over M; auto uses all on D")
 
 
@@ -32,7 +32,7 @@ def main(config: Config) -> None:
     bench.run(
         # not kept here, so that its float32 parameters can be freed
         load_model(paths, config.source, tag=config.model_tag, step=config.step, mesh=mesh),
-        Compute.on(mesh, dtype=config.dtype),
+        Compute.on(mesh, dtype=config.dtype, cache_dtype=config.cache_dtype),
         config,
     )
 

@@ -7,13 +7,14 @@
 OpenAI's clients connect to http://127.0.0.1:8000/v1; the server prints its model's id.
 """
 
-import logging
+import contextlib
 from dataclasses import dataclass
 
 from nanochat_jax import cli
 from nanochat_jax.cli import count, flag
-from nanochat_jax.devices import StageFlags, start
+from nanochat_jax.devices import EngineFlags, start
 from nanochat_jax.infer.scheduler import Scheduler
+from nanochat_jax.infer.warmup import warmup
 from nanochat_jax.model.sharding import make_mesh
 from nanochat_jax.paths import Paths
 from nanochat_jax.pretrained import load_engine
@@ -22,11 +23,9 @@ from nanochat_jax.serve.settings import ServerConfig
 
 DESCRIPTION = "Chat with a trained model in the browser, or through OpenAI's API."
 
-log = logging.getLogger(__name__)
-
 
 @dataclass(frozen=True, kw_only=True)
-class Config(ServerConfig, StageFlags):
+class Config(ServerConfig, EngineFlags):
     slots: int = count(
         8, "maximum number of replies in progress; more requests wait in a queue", at_most=10**6
     )
@@ -37,7 +36,7 @@ class Config(ServerConfig, StageFlags):
         None, "devices as DxM: slots over D, heads over M; auto uses all on D; default one device"
     )
     warmup: bool = flag(
-        True, "compile all programs before serving; false compiles them as requests need them"
+        True, "compile all programs in the background; false compiles what requests need"
     )
 
     def __post_init__(self) -> None:
@@ -59,14 +58,9 @@ def main(config: Config) -> None:
         engine, model = load_engine(
             paths, config.source, config, mesh=make_mesh(config.devices), num_slots=config.slots
         )
-        if config.warmup:
-            log.info(
-                "compiling for all lengths of prompts and replies, about a minute; clients wait "
-                "(`warmup=0` compiles when a request needs it)"
-            )
-            engine.warmup()
         greeting = cli.with_flags(config.greeting(sock, server.model_id(model)), Config)
-        with Scheduler(engine, max_waiting=config.max_queue) as scheduler:
+        compilation = warmup(engine) if config.warmup else contextlib.nullcontext()
+        with compilation, Scheduler(engine, max_waiting=config.max_queue) as scheduler:
             app = server.create_app(scheduler, model, config, config.hosts(sock))
             server.run(app, sock, lambda: print(greeting, flush=True))
 

@@ -19,24 +19,45 @@ has_tpu() {
     return 1
 }
 
+# CUDA 13 needs driver 580 and cards of compute capability 7.5 (Turing); CUDA 12 needs driver 525.
+gpu_extra() {
+    local driver capability extra=gpu
+    while IFS=', ' read -r driver capability; do
+        if ((${driver%%.*} < 525)); then
+            say "error: the NVIDIA driver $driver is too old for JAX: install 525 or later, or 580 for CUDA 13"
+            return 1
+        fi
+        if ((${driver%%.*} < 580 || ${capability/./} < 75)); then extra=gpu-cuda12; fi
+    done < <(nvidia-smi --query-gpu=driver_version,compute_cap --format=csv,noheader)
+    echo "$extra"
+}
+
+# The lowest minor version of Python 3. JAX for Python 3.11 has faults on GPUs.
+lowest_python() { if has_gpu; then echo 12; else echo 11; fi; }
+
 machine_extras() {
-    if has_gpu; then echo gpu; elif has_tpu; then echo tpu,gcs; else echo cpu,offline; fi
+    if has_gpu; then gpu_extra; elif has_tpu; then echo tpu,gcs; else echo cpu,offline; fi
 }
 
 make_venv() {
-    local python
-    if [[ -x .venv/bin/python ]] && .venv/bin/python -c '' 2>/dev/null; then return; fi
+    local python lowest
+    lowest=$(lowest_python)
+    if [[ -x .venv/bin/python ]] && .venv/bin/python -c '' 2>/dev/null; then
+        if .venv/bin/python -c "import sys; exit(sys.version_info < (3, $lowest))"; then return; fi
+        say "error: GPUs need Python 3.12 or 3.13, and .venv has $(.venv/bin/python --version): install one, then delete .venv"
+        exit 1
+    fi
     for python in python3.13 python3.12 python3.11 python3; do
         # A name on PATH may be a shim that does not run, and some distributions omit ensurepip.
-        if "$python" -c 'import ensurepip, sys; exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' 2>/dev/null; then
+        if "$python" -c "import ensurepip, sys; exit(not (3, $lowest) <= sys.version_info[:2] <= (3, 13))" 2>/dev/null; then
             say "making .venv with $("$python" --version)"
             "$python" -m venv --clear .venv && return
         fi
     done
     if command -v uv >/dev/null; then
-        uv venv --clear --seed --python '>=3.11,<3.14' .venv && return
+        uv venv --clear --seed --python ">=3.$lowest,<3.14" .venv && return
     fi
-    say "error: no Python 3.11, 3.12 or 3.13 that can make a virtual environment was found; python3 is"
+    say "error: no Python 3.$lowest to 3.13 that can make a virtual environment was found; python3 is"
     say "$(python3 --version 2>&1 || true). Install one (for example 'sudo apt install python3 python3-venv'), or uv, which"
     say "brings its own: https://docs.astral.sh/uv/"
     exit 1

@@ -3,6 +3,7 @@
 python -m scripts.speedrun                  no accelerator: a small model, no network needed
 python -m scripts.speedrun --with-rl        the same, then reinforcement learning
 python -m scripts.speedrun --mesh 8x1       on 8xH100: the d20 model on FineWeb-Edu or ClimbMix
+python -m scripts.speedrun --recipe record  d24 as upstream trained its record in 2026
 python -m scripts.speedrun --dry-run        print the commands and estimated times
 
 The commands are in nanochat_jax/speedrun/recipes.py.
@@ -53,11 +54,11 @@ def main(config: SpeedrunConfig) -> int:
     machine = Machine.probe(config.device_type)
     if config.device_type:
         os.environ["JAX_PLATFORMS"] = config.device_type  # inherited by the stages
-    wandb_run = config.run or os.environ.get("WANDB_RUN") or "dummy"
+    run = config.run or os.environ.get("WANDB_RUN") or "dummy"
     on_disk = {
         name: max(0, len(list(paths.data(name).glob("*.parquet"))) - 1) for name in DATA_DIRS
     }
-    stages, title = plan_stages(config, machine, wandb_run, on_disk)
+    stages, title = plan_stages(config, machine, run, on_disk)
     title = cli.with_flags(title, SpeedrunConfig)
     if config.dry_run:
         print_plan(stages, machine, title)

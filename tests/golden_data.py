@@ -1,5 +1,7 @@
-"""Reference data made by upstream's code: tiny models with activations, small trained models."""
+"""Reference data that upstream's code made: tiny models with their activations, a vocabulary, and
+small trained models."""
 
+import json
 import os
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -10,17 +12,29 @@ from safetensors.numpy import load_file
 
 from nanochat_jax.interop.torch_checkpoint import entries, read_checkpoint, to_params
 from nanochat_jax.model.config import GPTConfig
-from nanochat_jax.tokenizer import Tokenizer
+from nanochat_jax.tokenizer import RANKS_FILE, Tokenizer, _parse_ranks
+
+GOLDEN = Path(__file__).with_name("golden")  # golden/README.md describes it
 
 
 def golden_sets() -> list[Path]:
-    """Directories with reference activations; none where there is no reference data."""
+    """Directories with reference activations: the repository's, and others where there are some."""
+    ours, seen = sorted(GOLDEN.glob("*/activations.safetensors")), set()
     folder = os.environ.get("NANOCHAT_TEST_DATA")
-    return (
-        sorted(path.parent for path in Path(folder).glob("golden/*/activations.safetensors"))
-        if folder
-        else []
-    )
+    others = sorted(Path(folder).glob("golden/*/activations.safetensors")) if folder else []
+    found = []
+    for path in (*ours, *others):
+        if (content := path.read_bytes()) not in seen:
+            seen.add(content)
+            found.append(path.parent)
+    return found
+
+
+def golden_tokenizer() -> tuple[Tokenizer, dict[str, Any]]:
+    """A vocabulary that upstream trained, and what upstream makes of texts and conversations."""
+    path = GOLDEN / "tokenizer" / RANKS_FILE
+    expected = json.loads(path.with_name("expected.json").read_text(encoding="utf-8"))
+    return Tokenizer(_parse_ranks(path.read_bytes(), path)), expected
 
 
 def load_golden(directory: Path, name: str, config: GPTConfig) -> dict[str, Any]:

@@ -1,9 +1,12 @@
-"""A server on this machine that speaks the Hub's protocol for data sets, with faults on demand.
+"""A server on this machine that speaks the Hub's protocol, with faults on demand: downloads of data
+sets, uploads of models.
 
     /datasets/<repo>/resolve/<revision>/<file>    HEAD: size, checksum, commit; GET: redirects to
     /cdn/ on another host /api/datasets/<repo>/revision/<revision>      the commit, the list of
     files, the card /cdn/<repo>/<revision>/<file>                 the bytes, ranges too
     /files/<name>                                 any other file
+    /api/repos/create, /api/models/<repo>/...     an upload, as one commit to `models`; refused
+    /<repo>.git/info/lfs/..., /lfs/<oid>          without the token hf_secret
 
 `faults[file name]` is how /cdn/ serves a file:
     "torn"   closes the connection in the middle of the first body        "gone"    always does,
@@ -14,6 +17,7 @@
     "gated"   answers 403 before anything else
 """
 
+import base64
 import hashlib
 import json
 import threading
@@ -34,6 +38,9 @@ class HubServer(ThreadingHTTPServer):
         self.repos: dict[tuple[str, str], dict[str, bytes]] = {}  # (repo, revision) -> files
         self.cards: dict[str, dict] = {}
         self.plain: dict[str, bytes] = {}
+        self.models: dict[str, dict[str, bytes]] = {}  # repo -> files
+        self.created: list[dict] = []  # bodies of requests to create a model
+        self.lfs: dict[str, bytes] = {}  # uploaded, by checksum
         self.faults: dict[str, str] = {}
         self.requests: Counter[str] = Counter()  # "GET /path"
         self.ranges: list[tuple[str, int]] = []  # (file name, first byte) of each ranged request
@@ -105,6 +112,58 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_GET(self):
         self.answer()
+
+    def do_PUT(self):
+        oid = self.path.rpartition("/")[2]
+        self.server.lfs[oid] = self.rfile.read(int(self.headers["Content-Length"]))
+        assert hashlib.sha256(self.server.lfs[oid]).hexdigest() == oid
+        self.reply(200, {})
+
+    def do_POST(self):
+        path, url = unquote(urlsplit(self.path).path), self.server.url
+        body = self.rfile.read(int(self.headers["Content-Length"]))
+        self.server.requests[f"POST {path}"] += 1
+        if self.headers.get("Authorization") != "Bearer hf_secret":
+            return self.json({"error": "Invalid username or password."}, 401)
+        if path == "/api/repos/create":
+            wanted = json.loads(body)
+            self.server.created.append(wanted)
+            repo = f"{wanted['organization']}/{wanted['name']}"
+            exists = repo in self.server.models
+            self.server.models.setdefault(repo, {})
+            return self.json({"url": f"{url}/{repo}", "name": repo}, 409 if exists else 200)
+        if path == "/api/validate-yaml":
+            return self.json({"errors": [], "warnings": []})
+        if path.endswith("/info/lfs/objects/batch"):
+            objects = [
+                {**item, "actions": {"upload": {"href": f"{url}/lfs/{item['oid']}"}}}
+                for item in json.loads(body)["objects"]
+            ]
+            return self.json({"transfer": "basic", "objects": objects})
+        repo = "/".join(path.split("/")[3:5])
+        if repo not in self.server.models:
+            return self.reply(404, {"X-Error-Code": "RepoNotFound"})
+        if "/preupload/" in path:
+            modes = [
+                {
+                    "path": file["path"],
+                    "uploadMode": "lfs" if file["path"].endswith(".safetensors") else "regular",
+                    "shouldIgnore": False,
+                }
+                for file in json.loads(body)["files"]
+            ]
+            return self.json({"files": modes})
+        for line in map(json.loads, body.splitlines()):  # of /commit/main
+            value = line["value"]
+            if line["key"] == "file":
+                self.server.models[repo][value["path"]] = base64.b64decode(value["content"])
+            elif line["key"] == "lfsFile":
+                self.server.models[repo][value["path"]] = self.server.lfs[value["oid"]]
+        commit = {"success": True, "commitOid": "0" * 40, "commitUrl": f"{url}/{repo}/commit/0"}
+        self.json(commit)
+
+    def json(self, content, status=200):
+        self.reply(status, {"Content-Type": "application/json"}, json.dumps(content).encode())
 
     def answer(self):
         path = unquote(urlsplit(self.path).path)
@@ -199,7 +258,7 @@ class _Handler(BaseHTTPRequestHandler):
         for name, value in {"Content-Length": str(len(body)), **headers}.items():
             self.send_header(name, value)
         self.end_headers()
-        if self.command == "GET":
+        if self.command != "HEAD":
             for start in range(
                 0, len(body), step := max(1, len(body) // 20 if slow else len(body))
             ):

@@ -1,13 +1,12 @@
-"""Rendering conversations: upstream's ids and masks, what is learned, and what is refused."""
+"""Rendering conversations: what is learned, and what is refused."""
 
 import copy
-import json
 import re
 
 import pytest
 
 from nanochat_jax.conversation import render_conversation, render_for_completion
-from nanochat_jax.tokenizer import RANKS_FILE, SPECIAL_TOKENS, Tokenizer, _parse_ranks
+from nanochat_jax.tokenizer import SPECIAL_TOKENS, Tokenizer
 
 PYTHON = [
     {"type": "text", "text": "Let me see. "},
@@ -32,21 +31,6 @@ def chat(*contents, system=None):
 @pytest.fixture(scope="module")
 def tokenizer():
     return Tokenizer.train(["What is 12 times 3? Let me see. It is 36."] * 3, 300)
-
-
-def test_ids_and_masks_equal_upstreams(test_data):
-    directory = test_data / "golden" / "tokenizer"
-    tokenizer = Tokenizer(
-        _parse_ranks((directory / RANKS_FILE).read_bytes(), directory / RANKS_FILE)
-    )
-    cases = json.loads((directory / "expected.json").read_text())["conversations"]
-    assert cases
-    for case in cases:
-        assert render_conversation(tokenizer, case["conversation"]) == (case["ids"], case["mask"])
-        assert (
-            render_conversation(tokenizer, case["conversation"], 12)[0] == case["ids_max_tokens_12"]
-        )
-        assert render_for_completion(tokenizer, case["conversation"]) == case["completion_ids"]
 
 
 def test_only_what_the_assistant_produces_is_learned(tokenizer):

@@ -1,11 +1,13 @@
 """What is known of the machine's devices, and reading of metrics.jsonl."""
 
 import json
+import sys
 from types import SimpleNamespace
 
 import pytest
 
-from nanochat_jax.metrics import MetricsLog, peak_bandwidth, peak_flops, read_metrics
+from nanochat_jax.errors import UsageError
+from nanochat_jax.metrics import MetricsLog, peak_bandwidth, peak_flops, read_metrics, start_tracker
 
 
 @pytest.mark.parametrize(
@@ -71,3 +73,44 @@ def test_zeros_before_a_line_do_not_take_it_along(tmp_path):
     path = tmp_path / "metrics.jsonl"
     path.write_bytes(bytes(40) + b'{"step": 1}\r\n')
     assert read_metrics(path) == [{"step": 1}]
+
+
+@pytest.mark.parametrize(
+    "tracker, run, module, name",
+    [
+        (None, "dummy", None, None),
+        (None, "mine", "wandb", "mine"),
+        ("wandb", "dummy", "wandb", "d4"),
+        ("trackio", "dummy", "trackio", "d4"),
+        ("trackio", "mine", "trackio", "mine"),
+        ("none", "mine", None, None),
+    ],
+)
+def test_a_tracker_gets_the_numbers_of_a_run(tracker, run, module, name, monkeypatch, tmp_path):
+    calls = []
+    fake = SimpleNamespace(
+        init=lambda **options: calls.append(options) or fake,
+        log=lambda numbers, step: calls.append((numbers, step)),
+    )
+    for other in ("wandb", "trackio"):
+        monkeypatch.setitem(sys.modules, other, fake if other == module else None)
+    started = start_tracker(tracker, run, "nanochat-base", "d4", {"depth": 4})
+    log = MetricsLog(tmp_path / "metrics.jsonl", resume_step=None, tracker_run=started)
+    log.write(step=3, kind="train", loss=1.5, mfu="n/a")
+    log.close()
+    expected = [{"project": "nanochat-base", "name": name, "config": {"depth": 4}}]
+    assert calls == ([*expected, ({"train/loss": 1.5}, 3)] if module else [])
+
+
+@pytest.mark.parametrize(
+    "tracker, run, message",
+    [
+        (None, "x", "`run=x` logs to Weights & Biases, which is not installed .*pip install wandb"),
+        ("trackio", "x", "`tracker=trackio` logs to Trackio, .*`pip install trackio`"),
+    ],
+)
+def test_a_missing_tracker_is_an_error_with_its_remedy(tracker, run, message, monkeypatch):
+    for module in ("wandb", "trackio"):
+        monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(UsageError, match=message):
+        start_tracker(tracker, run, "p", "d4", {})

@@ -25,6 +25,7 @@ from nanochat_jax.model.size import flops_per_token
 from nanochat_jax.train.memory import is_out_of_memory, program_bytes
 from nanochat_jax.train.step import BatchShape, TrainState, abstract_batch
 from tpu.cost import HloCost, hlo_cost, jaxpr_flops
+from tpu.cycles import Kernel, estimated_kernels
 
 GIB = 2**30
 
@@ -36,14 +37,19 @@ class Chip:
     hbm: int  # bytes of HBM that a program may use
     bandwidth: float  # bytes/s of HBM
     link: float  # bytes/s sent to the other devices of the slice or node, over all links
+    network: float = 0.0  # bytes/s to other TPU slices: the host's network cards, per chip
     shapes: tuple[str, ...] = ()  # shapes of the slices that cloud providers offer
 
 
+# float8 and int8 FLOP/s as a multiple of bfloat16's, on every chip that has units for them.
+# Sources: the data sheets of H100, H200 and B200, Google's pages on v5e, v5p and v6e.
+LOW_PRECISION_SPEEDUP = 2.0
+
 SHAPES = ("1x1", "2x2", "2x4", "4x4", "4x8", "8x8", "8x16", "16x16")
 CHIPS = {
-    "v5e": Chip(int(15.75 * GIB), 819e9, 100e9, SHAPES),
-    "v5p": Chip(int(95.74 * GIB), 2.765e12, 300e9),
-    "v6e": Chip(int(31.25 * GIB), 1.638e12, 224e9, SHAPES),
+    "v5e": Chip(int(15.75 * GIB), 819e9, 100e9, 3.125e9, SHAPES),
+    "v5p": Chip(int(95.74 * GIB), 2.765e12, 300e9, 6.25e9),
+    "v6e": Chip(int(31.25 * GIB), 1.638e12, 224e9, 12.5e9, SHAPES),
     # SXM modules. Memory is 92% of the total that CUDA reports. Links are NVLink 4 and 5 in one
     # direction. Sources: NVIDIA's data sheets.
     "h100": Chip(int(79.1 * GIB * 0.92), 3.352e12, 450e9),
@@ -107,13 +113,17 @@ LIBTPU_ENVIRONMENT = {
 }
 
 
-def topology_devices(name: str) -> tuple[str, list[jax.Device]]:
+def topology_devices(name: str, slices: int = 1) -> tuple[str, list[jax.Device]]:
     """Return the chip and the compile-only devices of "v6e:2x4", "v6e-8", "v5p:2x2x2" or "h100:8".
+
+    With `slices`, they are the devices of several such TPU slices.
 
     Raises `UsageError` if the topology is unknown or its compiler is not installed.
     """
     chip, shape = _parse_topology(name)
     tpu = _is_tpu(chip)
+    if slices > 1 and not tpu:
+        raise UsageError(f"`slices={slices}`: only TPUs have slices; use `topology={chip}:N`")
     if tpu and not _has("libtpu"):
         raise UsageError(f"`topology={name}`: {INSTALL_TPU}")
     if not tpu and not (
@@ -123,7 +133,7 @@ def topology_devices(name: str) -> tuple[str, list[jax.Device]]:
     for variable, value in LIBTPU_ENVIRONMENT.items():
         os.environ.setdefault(variable, value)
     try:
-        return chip, (_tpu_devices if tpu else _gpu_devices)(chip, shape)
+        return chip, _tpu_devices(chip, shape, slices) if tpu else _gpu_devices(chip, shape)
     except (jax.errors.JaxRuntimeError, ValueError, NotImplementedError) as error:
         raise UsageError(f"`topology={name}`: {one_line(error)}") from error
 
@@ -147,12 +157,12 @@ def _parse_topology(name: str) -> tuple[str, str]:
     return chip, by_count[int(shape)]
 
 
-def _tpu_devices(chip: str, shape: str) -> list[jax.Device]:
+def _tpu_devices(chip: str, shape: str, slices: int) -> list[jax.Device]:
     from jax.experimental import topologies
 
     bounds = {"chips_per_host_bounds": (1, 1, 1)} if shape == "1x1" else {}
     return topologies.get_topology_desc(
-        platform="tpu", topology_name=f"{chip}:{shape}", **bounds
+        platform="tpu", topology_name=f"{chip}:{shape}", num_slices=slices, **bounds
     ).devices
 
 
@@ -215,24 +225,32 @@ class Plan:
     devices: int
     memory: Memory
     flops: float  # of the executed matmuls, recomputation included
+    low_flops: float  # the part of `flops` with float8 or int8 operands
     model_flops: float  # that MFU counts
     cost: HloCost
     tokens: int  # per step, over all devices
     compile_seconds: float
+    kernels: Sequence[Kernel] = ()  # with the compiler's estimates (TPUs only), the longest first
 
     @property
     def times(self) -> dict[str, float]:
-        """Seconds of the matmuls (products), of HBM and of the links, each at its peak rate."""
+        """Seconds of the matmuls (products), of HBM, of the links and, with several slices, of the
+        network between them, each at its peak rate.
+        """
         chip = CHIPS[self.chip]
-        return {
-            "products": self.flops / PEAKS[self.chip][0],
+        low = self.low_flops * (1 - 1 / LOW_PRECISION_SPEEDUP)
+        times = {
+            "products": (self.flops - low) / PEAKS[self.chip][0],
             "memory": self.cost.hbm_bytes / chip.bandwidth,
             "links": sum(self.cost.sent.values()) / chip.link,
         }
+        if self.cost.transfers:
+            times["network"] = self.cost.network / chip.network
+        return times
 
     @property
     def step_seconds(self) -> float:
-        """The roofline: the slowest of the three `times`, if it hides the other two."""
+        """The roofline: the slowest of the `times`, if it hides the others."""
         return max(self.times.values())
 
     @property
@@ -253,13 +271,15 @@ class Plan:
             - products
             - collectives
             + max(times["links"], collectives)
+            + times.get("network", 0.0)
         )
 
     def mfu(self, seconds: float) -> float:
         """Model FLOPs utilization of a step that takes `seconds`.
 
-        It can exceed 1. By convention, model FLOPs count every key of the window for each query.
-        The first queries of a row see fewer keys, and fused attention computes only those.
+        The peak is bfloat16's in every precision. MFU can exceed 1: by convention, model FLOPs
+        count every key of the window for each query. The first queries of a row see fewer keys,
+        and fused attention computes only those.
         """
         return self.model_flops / (PEAKS[self.chip][0] * seconds)
 
@@ -267,12 +287,19 @@ class Plan:
     def tokens_per_second(self) -> float:
         return self.tokens / self.step_seconds
 
+    @property
+    def estimated_cycles(self) -> int:
+        """Cycles of a step in the compiler's estimate; see cycles.py for what it leaves out."""
+        return sum(kernel.cycles for kernel in self.kernels)
+
     def as_json(self) -> dict[str, Any]:
         return {
             "chip": self.chip,
             "devices": self.devices,
             "memory": asdict(self.memory) | {"fits": self.memory.fits},
             "flops": self.flops,
+            "low_precision_flops": self.low_flops,
+            "low_precision_matmuls": self.cost.low_precision,
             "model_flops": self.model_flops,
             "hbm_bytes": self.cost.hbm_bytes,
             "traffic": dict(self.cost.traffic),
@@ -280,6 +307,7 @@ class Plan:
                 kind: {"calls": self.cost.calls[kind], "bytes_sent": self.cost.sent[kind]}
                 for kind in self.cost.sent
             },
+            "network": {"transfers": self.cost.transfers, "bytes_sent": self.cost.network},
             "kernels": dict(self.cost.kernels),
             "largest_array": self.cost.largest[1],
             "loops_counted_once": self.cost.unknown_loops,
@@ -291,6 +319,7 @@ class Plan:
                 "mfu": self.mfu(self.serial_seconds),
                 "tokens_per_second": self.tokens / self.serial_seconds,
             },
+            "estimated_cycles": self.estimated_cycles,
             "tokens_per_second": self.tokens_per_second,
             "tokens_per_step": self.tokens,
             "compile_seconds": self.compile_seconds,
@@ -329,6 +358,7 @@ class Program:
     flops: float
     model_flops: float
     tokens: int
+    low_flops: float = 0.0  # the part of `flops` with float8 or int8 operands
 
 
 def compile_plan(program: Program, target: Target) -> Plan:
@@ -353,10 +383,12 @@ def compile_plan(program: Program, target: Target) -> Plan:
             limit=CHIPS[target.chip].hbm,
         ),
         flops=program.flops / devices,
+        low_flops=program.low_flops / devices,
         model_flops=program.model_flops / devices,
         cost=hlo_cost(text),
         tokens=program.tokens,
         compile_seconds=time.perf_counter() - began,
+        kernels=estimated_kernels(text),
     )
 
 
@@ -388,12 +420,14 @@ def train_plan(
     batch = abstract_batch(shape, target.mesh)
     platform = "tpu" if _is_tpu(target.chip) else "cuda"
     with assumed_cudnn():
+        jaxpr = step.trace(state, batch).jaxpr
         program = Program(
             step,
             (state, batch),
             parameters=state.params,
             state=state.optimizer,
-            flops=jaxpr_flops(step.trace(state, batch).jaxpr, config, platform=platform),
+            flops=jaxpr_flops(jaxpr, config, platform=platform),
+            low_flops=jaxpr_flops(jaxpr, config, platform=platform, low_precision=True),
             model_flops=float(flops_per_token(config)) * shape.tokens,
             tokens=shape.tokens,
         )

@@ -21,6 +21,7 @@ from tpu.hlo import (
     group_size,
     hbm_bytes,
     parse_hlo,
+    rounds,
     total_bytes,
 )
 
@@ -62,19 +63,22 @@ def visible_pairs(length: int, window: int | None) -> int:
     return span * (span + 1) // 2 + (length - span) * span
 
 
-def jaxpr_flops(jaxpr: Any, config: GPTConfig, *, platform: str) -> float:
+def jaxpr_flops(
+    jaxpr: Any, config: GPTConfig, *, platform: str, low_precision: bool = False
+) -> float:
     """FLOPs of the matmuls of a traced step over all devices, recomputation included.
 
     `platform` is "cpu", "tpu" or "cuda". A fused attention kernel counts 2 matmuls in the forward
     pass and 5 in the backward pass, for the pairs that its mask leaves. For a Pallas kernel, the
-    number of pairs is averaged over the layers.
+    number of pairs is averaged over the layers. `low_precision`: only matmuls with operands of one
+    byte.
     """
-    return _FlopCounter(config, platform).total(jaxpr.jaxpr)
+    return _FlopCounter(config, platform, low_precision).total(jaxpr.jaxpr)
 
 
 class _FlopCounter:
-    def __init__(self, config: GPTConfig, platform: str) -> None:
-        self.config, self.platform = config, platform
+    def __init__(self, config: GPTConfig, platform: str, low_precision: bool) -> None:
+        self.config, self.platform, self.low_precision = config, platform, low_precision
         pairs = sum(visible_pairs(config.sequence_len, window) for window in config.windows)
         self.pairs = pairs / config.n_layer
 
@@ -84,11 +88,12 @@ class _FlopCounter:
     def _equation(self, eqn: Any) -> float:
         name = eqn.primitive.name
         if name == "dot_general":
-            return _matmul_flops(eqn)
+            counts = not self.low_precision or eqn.invars[0].aval.dtype.itemsize == 1
+            return _matmul_flops(eqn) if counts else 0.0
         if name == "pallas_call":
-            return self._pallas_flops(eqn)
+            return 0.0 if self.low_precision else self._pallas_flops(eqn)
         if name in (CUDNN_FORWARD, CUDNN_BACKWARD):
-            return _cudnn_flops(eqn)
+            return 0.0 if self.low_precision else _cudnn_flops(eqn)
         if name == "cond":
             return max(self.total(branch.jaxpr) for branch in self._branches(eqn.params))
         return _repeats(eqn) * sum(self.total(inner) for inner in _inner_jaxprs(eqn.params))
@@ -159,7 +164,10 @@ class HloCost:
     traffic: defaultdict[str, float] = field(default_factory=lambda: defaultdict(float))
     sent: Counter = field(default_factory=Counter)  # bytes sent to other devices, by collective
     calls: Counter = field(default_factory=Counter)  # collectives executed, by kind
+    network: float = 0.0  # bytes sent to other TPU slices
+    transfers: int = 0  # sends to other TPU slices
     largest: tuple[int, str] = (0, "")  # elements and shape of the largest array
+    low_precision: int = 0  # matmuls executed with float8 or int8 operands
     unknown_loops: int = 0  # loops without a constant trip count; their bodies are counted once
 
     @property
@@ -195,11 +203,11 @@ class _CostCounter:
         for op in scope.values():
             for array in arrays(op.result):
                 self.cost.largest = max(self.cost.largest, (array.elements, array.shape))
+            self.cost.low_precision += int(times) * _is_low_precision(op, scope)
             COUNTERS.get(op.opcode, _CostCounter._other)(self, op, scope, times)
 
     def _loop(self, op: Instruction, scope: Computation, times: float) -> None:
-        known = re.search(r'known_trip_count"?:\{"?n"?:"?(\d+)', op.attributes)
-        count = int(known[1]) if known else _trip_count(self.computations[op.called("condition")])
+        count = rounds(op, self.computations)
         self.cost.unknown_loops += count is None
         self.count(op.called("body"), times * (count or 1))
 
@@ -218,10 +226,18 @@ class _CostCounter:
         self.cost.sent[kind] += times * size * SENT[kind](group)
         self.cost.calls[kind] += int(times)
 
+    def _to_slices(self, op: Instruction, scope: Computation, times: float) -> None:
+        # libtpu splits a collective over several slices: within one, and between them by the hosts.
+        if "xla_megascale_runtime" in op.attributes:
+            self.cost.network += times * total_bytes(scope[op.operands[0]].result)
+            self.cost.transfers += int(times)
+        self.cost.traffic["collectives"] += times * _operand_bytes(op.operands, scope)
+
     def _fusion(self, op: Instruction, scope: Computation, times: float) -> None:
         moved = _fusion_bytes(self.computations, op, scope)
         self.cost.traffic[_kind_of(self.computations, op)] += times * moved
         scatter = "all-reduce-scatter" in op.attributes
+        self.cost.low_precision += int(times) * _low_precision_inside(self.computations, op)
         for inner in self.computations[op.called("calls")].values():
             channel = re.search(r"channel_id=\d+", inner.attributes)
             if inner.opcode not in SENT or not channel or channel[0] in self.fused_channels:
@@ -264,6 +280,7 @@ COUNTERS: dict[str, Callable[[_CostCounter, Instruction, Computation, float], No
     "async-start": _CostCounter._call,
     "conditional": _CostCounter._call,
     "fusion": _CostCounter._fusion,
+    "send": _CostCounter._to_slices,
     "slice": _CostCounter._slice,
     "dynamic-slice": _CostCounter._slice,
     "slice-start": _CostCounter._slice_start,
@@ -275,15 +292,23 @@ COUNTERS: dict[str, Callable[[_CostCounter, Instruction, Computation, float], No
 }
 
 
-def _trip_count(condition: Computation) -> int | None:
-    """Iterations of a counting loop: the largest integer constant in its condition."""
-    return max(
-        (
-            int(op.argument)
-            for op in condition.values()
-            if op.opcode == "constant" and op.argument.isdigit()
-        ),
-        default=None,
+def _is_low_precision(op: Instruction, scope: Computation) -> bool:
+    """Whether an instruction is a matmul with operands in float8 or int8."""
+    matmul = op.opcode in ("dot", "convolution") or '"__cublas$lt$matmul' in op.attributes
+    if not matmul or len(op.operands) < 2:
+        return False
+    operands = [scope[name].result for name in op.operands[:2] if name in scope]
+    return len(operands) == 2 and all(re.match(r"(f8\w+|s8)\[", text) for text in operands)
+
+
+def _low_precision_inside(computations: dict[str, Computation], fusion: Instruction) -> int:
+    """Number of low-precision matmuls in a fusion, and in fusions inside of it."""
+    body = computations[fusion.called("calls")]
+    return sum(
+        _low_precision_inside(computations, op)
+        if op.opcode == "fusion"
+        else _is_low_precision(op, body)
+        for op in body.values()
     )
 
 

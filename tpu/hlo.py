@@ -82,6 +82,17 @@ def _closing(text: str, start: int) -> int:
     raise ValueError(f"unbalanced parentheses in HLO: {text[:120]!r}")
 
 
+def rounds(loop: Instruction, computations: dict[str, Computation]) -> int | None:
+    """Iterations of a `while`: the compiler's count, or the largest constant in its condition."""
+    if known := re.search(r'known_trip_count"?:\{"?n"?:"?(\d+)', loop.attributes):
+        return int(known[1])
+    condition = computations[loop.called("condition")].values()
+    return max(
+        (int(op.argument) for op in condition if op.opcode == "constant" and op.argument.isdigit()),
+        default=None,
+    )
+
+
 @dataclass(frozen=True)
 class Array:
     shape: str  # such as f32[8,128]

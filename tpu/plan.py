@@ -34,6 +34,7 @@ from nanochat_jax.infer.decode import DecodeConfig, cache_sharding
 from nanochat_jax.metrics import format_seconds
 from nanochat_jax.model.compute import Compute
 from nanochat_jax.model.config import GPTConfig
+from nanochat_jax.model.rows import Rows
 from nanochat_jax.model.sharding import (
     abstract_tree,
     data_size,
@@ -47,6 +48,7 @@ from nanochat_jax.model.weights import abstract_params
 from nanochat_jax.train.memory import choose_memory
 from nanochat_jax.train.optim import make_optimizer
 from nanochat_jax.train.pretrain import BaseTrainConfig, model_config, optimizer_parts, recipe
+from nanochat_jax.train.setup import table_dtype
 from nanochat_jax.train.step import batch_shape, make_train_step, state_shardings
 from tpu.compile import (
     CHIPS,
@@ -68,6 +70,7 @@ EXIT_DOES_NOT_FIT = 3
 @dataclass(frozen=True, kw_only=True)
 class PlanConfig:
     topology: str = flag("v6e:2x4", "CHIP:SHAPE, such as v6e:2x4, v5e-16, v5p:2x2x2 or h100:8")
+    slices: int = count(1, "number of such TPU slices, connected by the network", at_most=1000)
     mesh: str = inherited(BaseTrainConfig, "mesh")
     depth: int = inherited(BaseTrainConfig, "depth")
     arch: str = inherited(BaseTrainConfig, "arch")
@@ -81,6 +84,10 @@ class PlanConfig:
     attention: str = inherited(BaseTrainConfig, "attention")
     fsdp: bool | None = inherited(BaseTrainConfig, "fsdp")
     remat: str = inherited(BaseTrainConfig, "remat")
+    precision: str = inherited(BaseTrainConfig, "precision")
+    table_dtype: str = inherited(BaseTrainConfig, "table_dtype")
+    fp8: bool = inherited(BaseTrainConfig, "fp8")
+    fp8_recipe: str = inherited(BaseTrainConfig, "fp8_recipe")
     device_batch_size: int | Literal["auto"] | None = inherited(
         BaseTrainConfig, "device_batch_size"
     )
@@ -92,6 +99,9 @@ class PlanConfig:
     compiler_options: str | None = flag(
         None,
         "XLA options NAME=VALUE, separated by commas; a real run reads LIBTPU_INIT_ARGS instead",
+    )
+    kernels: int = count(
+        0, "number of kernels to list, by the compiler's estimate (TPUs)", at_least=0, at_most=10**6
     )
     price: float = flag(0.0, "price of one device per hour (0: unknown)", at_least=0, at_most=10**9)
 
@@ -135,9 +145,16 @@ def plan_training(config: PlanConfig, target: Target) -> tuple[Plan, dict[str, A
         step_rows=most,
         limit=CHIPS[target.chip].hbm,
     )
-    compute = Compute.on(mesh, dtype=jnp.bfloat16, remat=remat, attention=config.attention)
+    compute = Compute.on(
+        mesh,
+        dtype=jnp.bfloat16,
+        remat=remat,
+        attention=config.attention,
+        precision=training.step_precision,
+    )
     optimizer = make_optimizer(model, rates, schedules, compute)
-    state, shardings = state_shardings(model, optimizer, mesh, fsdp=fsdp)
+    tables = table_dtype(training, model, compute)
+    state, shardings = state_shardings(model, optimizer, mesh, fsdp=fsdp, tables=tables)
     step = make_train_step(model, optimizer, compute, shardings)
 
     def attempt(rows: int) -> Plan:
@@ -157,6 +174,8 @@ def plan_training(config: PlanConfig, target: Target) -> tuple[Plan, dict[str, A
         "accumulation": shape.accumulation,
         "remat": remat,
         "fsdp": fsdp,
+        "precision": compute.precision,
+        "tables": str(tables),
     }
 
 
@@ -201,14 +220,13 @@ def decode_params(model: GPTConfig, mesh: jax.sharding.Mesh) -> dict[str, Any]:
         sharding = NamedSharding(mesh, PartitionSpec(*stack.sharding.spec[1:]))
         return (jax.ShapeDtypeStruct(stack.shape[1:], dtype, sharding=sharding),) * stack.shape[0]
 
-    head = params.pop("lm_head")
+    head = params["lm_head"]
     rows = NamedSharding(mesh, PartitionSpec(*reversed((*head.sharding.spec, None, None)[:2])))
+    values: Any = jax.ShapeDtypeStruct((model.vocab_size, model.n_embd), dtype, sharding=rows)
     return params | {
         "blocks": {name: layers(stack) for name, stack in params["blocks"].items()},
         **{name: layers(params[name]) for name in ("value_embeds",) if name in params},
-        "lm_head_rows": jax.ShapeDtypeStruct(
-            (model.vocab_size, model.n_embd), dtype, sharding=rows
-        ),
+        "lm_head": Rows(values, shape=(model.n_embd, model.vocab_size)),
     }
 
 
@@ -231,6 +249,11 @@ def table(plan: Plan, facts: dict[str, Any]) -> Table:
         f"{plan.flops / 1e12:,.2f} TFLOP, {plan.times['products'] * 1e3:,.2f} ms at peak"
         + (f" (MFU counts {plan.model_flops / 1e12:,.2f})" if facts["program"] == "train" else ""),
     )
+    if plan.low_flops:
+        shown.add_row(
+            "  in low precision",
+            f"{plan.low_flops / 1e12:,.2f} TFLOP, {plan.cost.low_precision:,} calls",
+        )
     shown.add_row(
         "memory traffic",
         f"{plan.cost.hbm_bytes / GIB:,.2f} GiB, {plan.times['memory'] * 1e3:,.2f} ms at peak",
@@ -242,6 +265,12 @@ def table(plan: Plan, facts: dict[str, Any]) -> Table:
     for kind, sent in plan.cost.sent.most_common():
         shown.add_row(f"  {kind}", f"{plan.cost.calls[kind]:,} calls, {sent / GIB:,.3f} GiB sent")
     shown.add_row("links", f"{plan.times['links'] * 1e3:,.2f} ms at peak")
+    if "network" in plan.times:
+        shown.add_row(
+            "between slices",
+            f"{plan.cost.transfers:,} transfers, {plan.cost.network / GIB:,.3f} GiB sent, "
+            f"{plan.times['network'] * 1e3:,.2f} ms at peak",
+        )
     shown.add_row("largest array", plan.cost.largest[1])
     for name, seconds in (("roofline", plan.step_seconds), ("one at a time", plan.serial_seconds)):
         shown.add_row(
@@ -249,17 +278,20 @@ def table(plan: Plan, facts: dict[str, Any]) -> Table:
             f"{seconds * 1e3:,.2f} ms a step, MFU at most {100 * plan.mfu(seconds):.1f}%, "
             f"{plan.tokens / seconds:,.0f} tokens/s",
         )
+    if plan.kernels:
+        shown.add_row("compiler's estimate", f"{plan.estimated_cycles / 1e6:,.1f}M cycles a step")
     shown.add_row("compiled in", f"{plan.compile_seconds:.0f} s")
     return shown
 
 
 def main(config: PlanConfig) -> int | None:
-    chip, devices = topology_devices(config.topology)
+    chip, devices = topology_devices(config.topology, config.slices)
     mesh = make_mesh(config.mesh, devices)
     target = Target(chip, mesh, config.options)
     facts: dict[str, Any] = {
         "program": "decode" if config.decode else "train",
         "topology": config.topology,
+        "slices": config.slices,
         "devices": mesh.size,
         "mesh": mesh_text(mesh),
         "depth": config.depth,
@@ -288,6 +320,12 @@ def main(config: PlanConfig) -> int | None:
         if any("cudnn" in name for name in plan.cost.kernels):
             facts["not_exact"] += "; cuDNN's workspace is not in the memory"
     Console().print(table(plan, facts))
+    for kernel in plan.kernels[: config.kernels]:
+        share = kernel.cycles / plan.estimated_cycles
+        print(
+            f"{kernel.cycles / 1e6:12,.2f}M cycles {share:6.1%} {kernel.calls:7,} x {kernel.kind} "
+            f"{kernel.result} of {kernel.scope}"
+        )
     print(json.dumps(facts | plan.as_json()))
     return None if plan.memory.fits else EXIT_DOES_NOT_FIT
 

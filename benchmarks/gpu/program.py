@@ -189,7 +189,8 @@ class Decoding:
             params = init_params(self.config, key)
             return jax.tree.map(lambda leaf: leaf.astype(self.dtype), params)
 
-        return decode.split_layers(make(jax.random.key(0)), config=self.config)
+        compute = self._static().compute
+        return decode.split_layers(make(jax.random.key(0)), config=self.config, compute=compute)
 
     def new_slots(self) -> Any:
         return decode.new_slots(

@@ -16,7 +16,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from grain.experimental import ThreadPrefetchDatasetIterator
 
 from nanochat_jax.data.documents import DocumentStream, ShardReader
 from nanochat_jax.data.packing import BestFitPacker, Packer, Snapshot, State, StreamPacker
@@ -82,6 +81,9 @@ class Loader:
     def __init__(self, source: BatchSource):
         self._snapshot = source.snapshot()
         self._first_state = self._snapshot()
+        # Here, because evaluations and the planner import this module without training.
+        from grain.experimental import ThreadPrefetchDatasetIterator
+
         iterator = ThreadPrefetchDatasetIterator(source, PREFETCHED_BATCHES)
         self._open = [iterator]  # emptied by `close`, so nothing is left to shut down at exit
         # Also called when this object is garbage-collected, and at exit.
@@ -89,7 +91,7 @@ class Loader:
         self.reset()
 
     @property
-    def _iterator(self) -> ThreadPrefetchDatasetIterator:
+    def _iterator(self) -> Any:
         if not self._open:
             raise ValueError("the loader is closed")
         return self._open[0]
@@ -116,7 +118,7 @@ class Loader:
         self.set_state(self._first_state)
 
 
-def _close(open_iterators: list[ThreadPrefetchDatasetIterator]) -> None:
+def _close(open_iterators: list[Any]) -> None:
     while open_iterators:
         open_iterators.pop().close()
 

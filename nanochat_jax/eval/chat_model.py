@@ -9,7 +9,7 @@ import jax
 
 from nanochat_jax.checkpoint import load_model
 from nanochat_jax.cli import count, flag
-from nanochat_jax.devices import Processes, StageFlags, start
+from nanochat_jax.devices import EngineFlags, Processes, start
 from nanochat_jax.eval.chat import (
     Generator,
     Sampling,
@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True, kw_only=True)
-class ChatEvalConfig(StageFlags, Processes):
+class ChatEvalConfig(EngineFlags, Processes):
     task_name: str | None = flag(
         None,
         "tasks joined by |; default those that fit the model's corpus",
@@ -87,7 +87,7 @@ def evaluate_chat(config: ChatEvalConfig) -> None:
         params=loaded.params,
         tokenizer=loaded.tokenizer,
         num_slots=config.batch_size * data_size(mesh),
-        compute=Compute.on(mesh, dtype=config.dtype),
+        compute=Compute.on(mesh, dtype=config.dtype, cache_dtype=config.cache_dtype),
     )
     sampling = Sampling(
         num_samples=config.num_samples,

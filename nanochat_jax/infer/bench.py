@@ -174,7 +174,7 @@ def describe(config: GPTConfig, compute: Compute, workload: Workload) -> dict[st
     num_params = sum(leaf.size for leaf in jax.tree.leaves(shapes))
     tables = sum(shapes[name].size for name in ("wte", "value_embeds") if name in shapes)
     weight_bytes = (num_params - tables) * itemsize
-    kv_bytes = 2 * config.n_kv_head * config.head_dim * itemsize
+    kv_bytes = 2 * config.n_kv_head * config.head_dim * compute.cache_dtype.itemsize
     context_mid = workload.prompt_tokens + workload.decode_tokens // 2
     read = kv_bytes * keys_read(config, context_mid)
     total = (device.memory_stats() or {}).get("bytes_limit")

@@ -8,6 +8,7 @@ The cache holds only keys and values; `DecodeInputs` carries the length of each 
 """
 
 import functools
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -19,10 +20,12 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from nanochat_jax.infer.request import Generation
 from nanochat_jax.infer.sampling import SamplingParams, log_probability, noise_for, sample
-from nanochat_jax.model.compute import Compute
+from nanochat_jax.model.compute import Compute, device_of
 from nanochat_jax.model.config import GPTConfig
+from nanochat_jax.model.fast import lookup
 from nanochat_jax.model.gpt import KVCache, forward, init_cache, softcap
 from nanochat_jax.model.layers import rms_norm
+from nanochat_jax.model.rows import Rows, as_table
 from nanochat_jax.model.weights import Params
 
 
@@ -118,27 +121,37 @@ def greedy_inputs(count: int, *, length: int, steps: int) -> DecodeInputs:
     return decode_inputs(rows, steps)
 
 
-def split_layers(params: Params, *, config: GPTConfig) -> Params:
+def split_layers(params: Params, *, config: GPTConfig, compute: Compute) -> Params:
     """Return the parameters in the layout that decodes fastest.
 
     Stacked block weights (L, in, out) and value embeddings become tuples with one array per layer:
-    on CPUs and TPUs, every step would copy the stacks. `lm_head` becomes `lm_head_rows` [V, D].
+    on CPUs and TPUs, every step would copy the stacks. `lm_head` becomes `Rows`. In bfloat16 on
+    CPUs, so do the block weights, and tables take the form of `as_table`.
     """
-    params = params | {"blocks": {name: _split(stack) for name, stack in params["blocks"].items()}}
+    matrix: Callable[[Array], Any] = _unchanged
+    table: Callable[[Array], Array] = _unchanged
+    if device_of(compute.mesh).platform == "cpu" and compute.dtype == jnp.bfloat16:
+        matrix, table = Rows.of, as_table
+    blocks = {name: _split(stack, matrix) for name, stack in params["blocks"].items()}
+    params = params | {"blocks": blocks, "wte": table(params["wte"])}
     if "value_embeds" in params:
-        params["value_embeds"] = _split(params["value_embeds"])
-    params["lm_head_rows"] = _rows(params.pop("lm_head"), size=config.vocab_size)
+        params["value_embeds"] = _split(params["value_embeds"], table)
+    params["lm_head"] = _head(params["lm_head"], size=config.vocab_size)
     return params
 
 
-@jax.jit
-def _split(stack: Array) -> tuple[Array, ...]:
-    return tuple(layer[0] for layer in lax.split(stack, (1,) * len(stack)))
+def _unchanged(weight: Array) -> Array:
+    return weight
+
+
+@functools.partial(jax.jit, static_argnames="form")
+def _split(stack: Array, form: Callable[[Array], Any]) -> tuple[Any, ...]:
+    return tuple(form(layer[0]) for layer in lax.split(stack, (1,) * len(stack)))
 
 
 @functools.partial(jax.jit, static_argnames="size")
-def _rows(head: Array, *, size: int) -> Array:
-    return head[:, :size].T
+def _head(head: Array, *, size: int) -> Rows:
+    return Rows.of(head[:, :size])
 
 
 def cache_sharding(rows: int, heads: int, mesh: Mesh) -> NamedSharding:
@@ -174,7 +187,7 @@ def _replicate(x: Array, mesh: Mesh | None) -> Array:
 
 @functools.partial(jax.jit, static_argnames=("rows", "length", "static"))
 def new_slots(*, rows: int, length: int, static: DecodeConfig) -> Slots:
-    cache = init_cache(static.config, rows, length, static.compute.dtype)
+    cache = init_cache(static.config, rows, length, static.compute.cache_dtype)
     return _place(Slots(cache.k, cache.v), static.compute.mesh)
 
 
@@ -268,7 +281,7 @@ def _rows_of(
 ) -> KVCache:
     """Return the cache of the slots in `index` [R], filled to `length` [R]."""
     # Smearing mixes the normalized embedding of the previous token into the next.
-    embedding = rms_norm(params["wte"][previous].astype(static.compute.dtype))
+    embedding = rms_norm(lookup(params["wte"], jnp.asarray(previous), static.compute.dtype))
     return KVCache(*_take(slots, index), jnp.asarray(length), embedding)
 
 
@@ -322,12 +335,7 @@ def _decode_step(
         cache=state.cache,
         valid=active.astype(jnp.int32),
     )
-    logits = lax.dot_general(
-        params["lm_head_rows"],
-        hidden[:, 0],
-        (((1,), (1,)), ((), ())),
-        preferred_element_type=jnp.float32,
-    )  # [V, R], before the softcap
+    logits = params["lm_head"].columns(hidden[:, 0])  # [V, R], before the softcap
     drawn = sample(logits, inputs.sampling, noise, cap)
     is_injected = step < rows["num_injected"]
     token = jnp.where(is_injected, rows["injected"][:, step], drawn)

@@ -15,7 +15,6 @@ belongs to one thread.
 """
 
 import copy
-import logging
 import time
 from collections import deque
 from collections.abc import Callable, Sequence
@@ -27,6 +26,7 @@ import numpy as np
 from nanochat_jax.infer import decode
 from nanochat_jax.infer.decode import DecodeConfig, Slots
 from nanochat_jax.infer.padding import cache_lengths, row_counts, smallest_fit
+from nanochat_jax.infer.programs import Programs
 from nanochat_jax.infer.request import Generation, Request, Result, TokenizerLike, Vocabulary
 from nanochat_jax.infer.slots import Slot, SlotTable
 from nanochat_jax.model.compute import REFERENCE, Compute
@@ -34,12 +34,12 @@ from nanochat_jax.model.config import GPTConfig
 from nanochat_jax.model.sharding import param_shardings
 from nanochat_jax.model.weights import Params
 
-log = logging.getLogger(__name__)
-
 FIRST_TOKEN_SECONDS = 0.1  # a slower dispatch delays first tokens too much
-# Padded lengths of a prefill. A piece is used if at least two thirds of it would be tokens.
-PIECES = (16, 64, 256)
-PREFILL_ROWS = 8  # prompts of one prefill
+# Padded lengths of a prefill. A piece is used if at least two thirds of it would be tokens. Finer
+# pieces cost more dispatches per prompt, each about as much as 30 to 45 tokens on a CPU.
+PIECES = (16, 32, 64, 128, 256)
+# Slots and padded length of a prefill of several prompts. More tokens gain nothing on any device.
+BATCH_ROWS, BATCH_PIECE = 8, 64
 # Most tokens to prefill, padding included, before the next dispatch: while other requests stream,
 # and otherwise.
 PREFILL_TOKENS_STREAMING = 512
@@ -95,10 +95,12 @@ class Engine:
             if compute.mesh is None or compute.mesh.shape["data"] == 1
             else (num_slots,)
         )
-        self.prefill_rows = tuple(rows for rows in self.row_buckets if rows <= PREFILL_ROWS)
-        self.prefill_rows = self.prefill_rows or (num_slots,)
+        fewest, *more = self.row_buckets
+        self.prefill_shapes = [(fewest, piece) for piece in self.pieces]
+        if more and more[0] <= BATCH_ROWS and BATCH_PIECE in self.pieces:
+            self.prefill_shapes.append((more[0], BATCH_PIECE))
         self.static = DecodeConfig(config, compute, self.vocabulary.python_end)
-        self._compiled: set[tuple[Any, ...]] = set()  # only for the log
+        self.programs = Programs()
         self._set_params(params)
 
     @property
@@ -112,7 +114,7 @@ class Engine:
         params = jax.tree.map(lambda leaf: leaf.astype(compute.dtype), params)
         if compute.mesh is not None:
             params = jax.device_put(params, param_shardings(self.config, compute.mesh))
-        self.params = decode.split_layers(params, config=self.config)
+        self.params = decode.split_layers(params, config=self.config, compute=compute)
 
     def with_params(self, params: Params) -> "Engine":
         """Return an engine with other parameters that reuses the compiled programs."""
@@ -164,30 +166,18 @@ class Engine:
             loop.step()
         return [generation.result() for generation in generations]
 
-    def warmup(self) -> None:
-        """Compile every program that serving can need."""
-        began = time.monotonic()
-        loop = EngineLoop(self)
-        for size in self.cache_buckets:
-            loop.resize(size)
-            for rows in self.row_buckets:
-                loop.decode([], rows=rows)
-            loop.copy(0, 0)
-            for piece in self.pieces:
-                for rows in self.prefill_rows:
-                    loop.prefill([], piece, rows=rows)
-        seconds = time.monotonic() - began
-        log.info("the engine is ready: %d programs in %.1f s", len(self._compiled), seconds)
+    def prefill_shape(self, missing: Sequence[int], *, most: int | None = None) -> tuple[int, int]:
+        """Return (rows, padded length) of the next prefill of prompts that lack `missing` tokens.
 
-    def piece_for(self, missing: int) -> int:
-        """Return the padded length of the next prefill of a prompt that lacks `missing` tokens."""
-        full = (piece for piece in reversed(self.pieces) if 3 * missing >= 2 * piece)
-        return next(full, self.pieces[0])
-
-    def log_compilation(self, program: str, *shape: int) -> None:
-        if (program, *shape) not in self._compiled:
-            self._compiled.add((program, *shape))
-            log.debug("compiling %s %s", program, list(shape))
+        It takes the first prompts, as many as it has rows. A prefill of several is chosen if it has
+        at most `most` tokens, padding included.
+        """
+        rows, piece = self.prefill_shapes[-1]
+        tokens = sum(min(count, piece) for count in missing[:rows])
+        if 3 * tokens >= 2 * rows * piece and (most is None or rows * piece <= most):
+            return rows, piece
+        full = (piece for piece in reversed(self.pieces) if 3 * missing[0] >= 2 * piece)
+        return self.row_buckets[0], next(full, self.pieces[0])
 
 
 class EngineLoop:
@@ -241,15 +231,11 @@ class EngineLoop:
             if not waiting or (left is not None and ready and left <= 0):
                 return
             waiting.sort(key=lambda slot: slot.last_used)
-            piece = self._engine.piece_for(waiting[0].missing)
-            batch = [slot for slot in waiting if self._engine.piece_for(slot.missing) == piece]
-            most = self._engine.prefill_rows[-1]
-            # A batch at most half full costs more than separate prefills.
-            if 2 * len(batch) <= most or (budget is not None and most * piece > budget):
-                batch = batch[:1]
-            self.prefill(batch[:most], piece)
+            missing = [slot.missing for slot in waiting]
+            rows, piece = self._engine.prefill_shape(missing, most=budget)
+            self.prefill(waiting[:rows], rows, piece)
             if left is not None:
-                left -= piece * len(batch[:most])
+                left -= rows * piece
 
     def step(self, meanwhile: Callable[[], None] = lambda: None) -> None:
         """Advance every active slot by up to `steps_per_dispatch` tokens.
@@ -308,22 +294,22 @@ class EngineLoop:
         """Resize the cache to `length` positions, one of the engine's `cache_buckets`."""
         engine = self._engine
         if not self.cache.k:
-            engine.log_compilation("new_slots", engine.num_slots, engine.cache_buckets[0])
-            self.cache = decode.new_slots(
-                rows=engine.num_slots, length=engine.cache_buckets[0], static=engine.static
+            rows, shortest = engine.num_slots, engine.cache_buckets[0]
+            self.cache = self.run(
+                decode.new_slots, sizes=(rows, shortest), rows=rows, length=shortest
             )
         sizes = engine.cache_buckets
         # one size at a time, so that only adjacent sizes are compiled
         while (old := self.cache.length) != length:
             size = sizes[sizes.index(old) + (1 if length > old else -1)]
-            engine.log_compilation("resize", engine.num_slots, old, size)
-            self.cache = decode.resize(self.cache, length=size, static=engine.static)
+            self.cache = self.run(
+                decode.resize, self.cache, sizes=(engine.num_slots, old, size), length=size
+            )
         self._slots.truncate(length)
 
-    def prefill(self, batch: Sequence[Slot], piece: int, *, rows: int = 1) -> None:
-        """Prefill the next tokens of these slots, at most `piece`, on at least `rows` slots."""
+    def prefill(self, batch: Sequence[Slot], rows: int, piece: int) -> None:
+        """Prefill the next tokens of these slots, at most `piece` of each and `rows` slots."""
         engine = self._engine
-        rows = smallest_fit(max(rows, len(batch)), engine.prefill_rows)
         slots, row_of = self._rows([slot.index for slot in batch], rows)
         start, previous = np.full(rows, self.cache.length, np.int32), np.zeros(rows, np.int32)
         tokens, valid = np.zeros((rows, piece), np.int32), np.zeros(rows, np.int32)
@@ -333,9 +319,9 @@ class EngineLoop:
             start[row], valid[row], tokens[row, : len(new)] = first, len(new), new
             previous[row] = prompt[first - 1] if first else 0
             slot.filled += len(new)
-        engine.log_compilation("prefill", rows, piece, self.cache.length)
         inputs = decode.PrefillInputs(slots, start, previous, tokens, valid)
-        self.cache = decode.prefill(engine.params, self.cache, inputs, static=engine.static)
+        sizes = rows, piece, self.cache.length
+        self.cache = self.run(decode.prefill, engine.params, self.cache, inputs, sizes=sizes)
 
     def _rows(self, used: list[int], rows: int) -> tuple[np.ndarray, list[int]]:
         """Return `rows` ascending slot indices that include `used`, and the rows of these."""
@@ -346,11 +332,9 @@ class EngineLoop:
 
     def copy(self, source: int, target: int) -> None:
         """Copy slot `source` to slot `target`."""
-        engine = self._engine
-        engine.log_compilation("copy", engine.num_slots, self.cache.length)
-        self.cache = decode.copy(
-            self.cache, np.int32(source), np.int32(target), static=engine.static
-        )
+        sizes = self._engine.num_slots, self.cache.length
+        slots = np.int32(source), np.int32(target)
+        self.cache = self.run(decode.copy, self.cache, *slots, sizes=sizes)
 
     def decode(
         self, active: Sequence[Slot], *, steps: int = 1, rows: int = 1
@@ -372,11 +356,16 @@ class EngineLoop:
         table["slot"] = slots
         for row, slot in zip(row_of, active, strict=True):
             decode.fill_row(table[row], slot.active, engine.config.vocab_size)
-        engine.log_compilation("decode", rows, self.cache.length)
-        self.cache, emitted, logprobs = decode.decode(
-            engine.params, self.cache, decode.decode_inputs(table, steps), static=engine.static
+        inputs, sizes = decode.decode_inputs(table, steps), (rows, self.cache.length)
+        self.cache, emitted, logprobs = self.run(
+            decode.decode, engine.params, self.cache, inputs, sizes=sizes
         )
         return row_of, emitted, logprobs
+
+    def run(self, function: Any, *args: Any, sizes: tuple[int, ...], **static: Any) -> Any:
+        """Run a jitted function of decode.py. `sizes` are what it is compiled for."""
+        with self._engine.programs.use(function.__name__, *sizes):
+            return function(*args, static=self._engine.static, **static)
 
     def _accept(self, slot: Slot, tokens: list[int], logprobs: list[float]) -> None:
         """Pass new tokens to the slot's generation; an exception becomes its `error`."""

@@ -2,7 +2,7 @@
 
 A classic model is transformers' own NanoChat. transformers has no modern NanoChat, and would only
 warn about tensors that it does not know, so a modern model is exported with its own code
-(`modeling_nanochat_modern.py`, `trust_remote_code=True`).
+(`modeling_nanochat_modern.py`, `configuration_nanochat_modern.py`, `trust_remote_code=True`).
 """
 
 import json
@@ -38,6 +38,7 @@ from nanochat_jax.tokenizer import Tokenizer
 log = logging.getLogger(__name__)
 
 MODELING = Path(__file__).with_name("modeling_nanochat_modern.py")
+CONFIGURATION = MODELING.with_name("configuration_nanochat_modern.py")
 FIELDS = {  # of transformers' config -> of ours
     "vocab_size": "vocab_size",
     "hidden_size": "n_embd",
@@ -89,13 +90,12 @@ def _common_config(config: GPTConfig) -> dict[str, Any]:
 
 def _modern_config(config: GPTConfig) -> dict[str, Any]:
     upstream_shape(config, MODELING.name)
-    name = MODELING.stem
     return {
         "architectures": ["NanoChatModernForCausalLM"],
         "model_type": "nanochat_modern",
         "auto_map": {
-            "AutoConfig": f"{name}.NanoChatModernConfig",
-            "AutoModelForCausalLM": f"{name}.NanoChatModernForCausalLM",
+            "AutoConfig": f"{CONFIGURATION.stem}.NanoChatModernConfig",
+            "AutoModelForCausalLM": f"{MODELING.stem}.NanoChatModernForCausalLM",
         },
         **_common_config(config),
         "padded_vocab_size": config.padded_vocab_size,
@@ -147,7 +147,8 @@ def write_hf(
     for name, content in (("config.json", shape), ("generation_config.json", generation)):
         (directory / name).write_text(json.dumps(content, indent=2) + "\n")
     if modern:
-        shutil.copyfile(MODELING, directory / MODELING.name)
+        for file in (MODELING, CONFIGURATION):
+            shutil.copyfile(file, directory / file.name)
     weights = directory / "model.safetensors"
     with explaining(f"{weights} could not be written", "", SafetensorError):
         save_file(tensors, weights, metadata={"format": "pt"})
@@ -196,7 +197,9 @@ def _read_config(shape: dict[str, Any], rotary_dtype: str | None) -> tuple[GPTCo
         config = GPTConfig.modern(
             common["n_layer"], window_pattern=shape["window_pattern"], **common
         )
-        if _modern_config(config) != {key: shape.get(key) for key in _modern_config(config)}:
+        expected = _modern_config(config)
+        del expected["auto_map"]  # the names of files, not the model
+        if expected != {key: shape.get(key) for key in expected}:
             raise ValueError("its fields contradict each other")
         return config, entries(config)
     if shape["model_type"] != "nanochat":
@@ -212,7 +215,7 @@ def _read_config(shape: dict[str, Any], rotary_dtype: str | None) -> tuple[GPTCo
         rotary_dtype=rotary_dtype or "float32",
         **common,
     )
-    expected = dict(intermediate_size=4 * config.n_embd, attention_bias=False, hidden_act="relu2")
-    if changed := [key for key, value in expected.items() if shape.get(key, value) != value]:
-        raise ValueError(f"{changed[0]} is {shape[changed[0]]!r}, not {expected[changed[0]]!r}")
+    fixed = dict(intermediate_size=4 * config.n_embd, attention_bias=False, hidden_act="relu2")
+    if changed := [key for key, value in fixed.items() if shape.get(key, value) != value]:
+        raise ValueError(f"{changed[0]} is {shape[changed[0]]!r}, not {fixed[changed[0]]!r}")
     return config, entries(config, CLASSIC_NAMES)

@@ -15,9 +15,10 @@ CHAT_TEMPLATE = Path(__file__).with_name("chat_template.jinja")
 def write_hf_tokenizer(tokenizer: Tokenizer, directory: Path, *, model_max_length: int) -> None:
     """Write `tokenizer.json` and `tokenizer_config.json`.
 
-    Token ids of any text, and of any conversation, equal ours. One difference remains: the library
-    parses the name of a special token in a text as the token. The chat template refuses messages
-    that contain one.
+    Token ids of any text, and of any conversation, equal ours. A text begins with bos, as documents
+    do in training, unless `add_special_tokens=False`. One difference remains: the library parses
+    the name of a special token in a text as the token. The chat template refuses messages that
+    contain one.
     """
     settings = {
         "tokenizer_class": "PreTrainedTokenizerFast",
@@ -62,7 +63,7 @@ def _tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
     }
     return {
         "version": "1.0",
-        **dict.fromkeys(("truncation", "padding", "normalizer", "post_processor")),
+        **dict.fromkeys(("truncation", "padding", "normalizer")),
         "added_tokens": [
             {"id": rank, "content": name, **flags, "special": True}
             for name, rank in tokenizer.special_tokens.items()
@@ -71,8 +72,22 @@ def _tokenizer_json(tokenizer: Tokenizer) -> dict[str, Any]:
             "type": "Sequence",
             "pretokenizers": [split | {"behavior": "Isolated", "invert": False}, byte_level],
         },
+        "post_processor": _beginning(tokenizer.bos_id),
         "decoder": byte_level,
         "model": model,
+    }
+
+
+def _beginning(bos: int) -> dict[str, Any]:
+    """The step that begins a text with bos."""
+    name = "<|bos|>"
+    first = {"SpecialToken": {"id": name, "type_id": 0}}
+    texts = [{"Sequence": {"id": text, "type_id": 0}} for text in "AB"]
+    return {
+        "type": "TemplateProcessing",
+        "single": [first, texts[0]],
+        "pair": [first, *texts],
+        "special_tokens": {name: {"id": name, "ids": [bos], "tokens": [name]}},
     }
 
 

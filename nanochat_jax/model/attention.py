@@ -69,14 +69,18 @@ def _attend(q: Array, k: Array, v: Array, mask: Array) -> Array:
     The mask broadcasts to [B, 1, 1, T, S].
     """
     batch, q_len, n_head, head_dim = q.shape
-    n_kv_head = k.shape[1]
-    grouped = q.reshape(batch, q_len, n_kv_head, n_head // n_kv_head, head_dim)
-    scores = _einsum("btkgh,bksh->bkgts", grouped, k)
+    n_kv_head, groups = k.shape[1], n_head // k.shape[1]
+    grouped = q.reshape(batch, q_len, n_kv_head, groups, head_dim).transpose(0, 2, 3, 1, 4)
+    # One axis for groups and queries: XLA's CPU matmul is up to three times slower with two.
+    queries = grouped.reshape(batch, n_kv_head, groups * q_len, head_dim).astype(k.dtype)
+    scores = _einsum("bkqh,bksh->bkqs", queries, k)
+    scores = scores.reshape(batch, n_kv_head, groups, q_len, -1)
     scores = jnp.where(mask, scores * (1.0 / math.sqrt(head_dim)), -jnp.inf)
     scores = jnp.exp(scores - scores.max(axis=-1, keepdims=True))
-    weights = scores / scores.sum(axis=-1, keepdims=True)
-    out = _einsum("bkgts,bksh->bkgth", weights.astype(v.dtype), v)
-    return out.transpose(0, 3, 1, 2, 4).reshape(batch, q_len, n_head, head_dim).astype(q.dtype)
+    weights = (scores / scores.sum(axis=-1, keepdims=True)).astype(v.dtype)
+    out = _einsum("bkqs,bksh->bkqh", weights.reshape(batch, n_kv_head, groups * q_len, -1), v)
+    out = out.reshape(batch, n_kv_head, groups, q_len, head_dim).transpose(0, 3, 1, 2, 4)
+    return out.reshape(q.shape).astype(q.dtype)
 
 
 def _visible(q_positions: Array, k_positions: Array, window: int | None) -> Array:

@@ -14,22 +14,55 @@ from jax.ad_checkpoint import checkpoint_name
 
 from nanochat_jax.model.layers import RMS_EPS, rms_norm
 from nanochat_jax.model.layers import apply_rotary as plain_rotary
+from nanochat_jax.model.precision import low_precision_matmul, suits
+from nanochat_jax.model.rows import Rows
 
 SAVED = "saved"  # `jax.checkpoint`'s name for results that are expensive to recompute
 
 
-def linear(x: Array, weight: Array, axes: int = 1) -> Array:
-    """`layers.linear`; the result is `SAVED`.
+def linear(x: Array, weight: Array | Rows, axes: int = 1, precision: str = "bf16") -> Array:
+    """`layers.linear`; the result is `SAVED`. In low `precision` where the sizes of a weight allow.
 
     Why: on a CPU, the operands of the backward pass are row-major (2x in float32, 4x in bfloat16).
     On a TPU, heads are an axis of the result, and attention reads them without a copy.
     """
-    return checkpoint_name(_linear(x, weight.astype(x.dtype), axes), SAVED)
+    return checkpoint_name(unsaved_linear(x, weight, axes, precision), SAVED)
 
 
-def unsaved_linear(x: Array, weight: Array) -> Array:
+def unsaved_linear(x: Array, weight: Array | Rows, axes: int = 1, precision: str = "bf16") -> Array:
     """`linear`, but the result is not `SAVED`."""
-    return _linear(x, weight.astype(x.dtype), 1)
+    if isinstance(weight, Rows):
+        return weight.linear(x, axes)
+    weight = weight.astype(x.dtype)
+    if precision == "bf16" or not suits(weight, axes):
+        return _linear(x, weight, axes)
+    return low_precision_matmul(x, weight, axes, precision)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def lookup(table: Array, tokens: Array, dtype: jnp.dtype) -> Array:
+    """The rows of `table` [V, D] for tokens [B, T], in `dtype`: [B, T, D].
+
+    A table of uint16 has the bits of bfloat16 (`rows.as_table`); it is not differentiated.
+
+    Why: the gradient of a bfloat16 table is summed in float32. In bfloat16, a sum of equal terms
+    stops growing at 256 of them, and frequent tokens have more.
+    """
+    rows = table[tokens]
+    if table.dtype == jnp.uint16:
+        rows = jax.lax.bitcast_convert_type(rows, jnp.bfloat16)
+    return rows.astype(dtype)
+
+
+def _lookup_bwd(dtype: jnp.dtype, saved: tuple[Array, Array], d_rows: Array) -> tuple[Array, None]:
+    table, tokens = saved
+    summed = jnp.zeros(table.shape, jnp.float32).at[tokens].add(d_rows.astype(jnp.float32))
+    return summed.astype(table.dtype), None
+
+
+lookup.defvjp(
+    lambda table, tokens, dtype: (lookup(table, tokens, dtype), (table, tokens)), _lookup_bwd
+)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
@@ -174,10 +207,11 @@ def _squared_relu_jvp(primals: tuple[Array], tangents: tuple[Array]) -> tuple[Ar
     return squared_relu(x), 2 * jnp.maximum(x, 0) * t
 
 
-def mlp(x: Array, mlp_fc: Array, mlp_proj: Array) -> Array:
+def mlp(x: Array, mlp_fc: Array | Rows, mlp_proj: Array | Rows, precision: str = "bf16") -> Array:
     """`layers.mlp`.
 
     Why: the hidden layer [B, T, F] is not `SAVED`: on a TPU, recomputing it is cheaper than an HBM
     round trip.
     """
-    return linear(squared_relu(unsaved_linear(x, mlp_fc)), mlp_proj)
+    hidden = squared_relu(unsaved_linear(x, mlp_fc, precision=precision))
+    return linear(hidden, mlp_proj, precision=precision)

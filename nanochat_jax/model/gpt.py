@@ -21,7 +21,7 @@ from jax import Array
 from nanochat_jax.model.attention import cached_attention, self_attention
 from nanochat_jax.model.compute import REFERENCE, Compute
 from nanochat_jax.model.config import SMEAR_GATE_CHANNELS, VE_GATE_CHANNELS, GPTConfig
-from nanochat_jax.model.fast import linear, mlp, rotary_norm
+from nanochat_jax.model.fast import linear, lookup, mlp, rotary_norm
 from nanochat_jax.model.kernels import SAVE_MATMULS
 from nanochat_jax.model.layers import rms_norm, rotary_tables
 from nanochat_jax.model.weights import Params, layer_weights
@@ -80,7 +80,7 @@ def forward(
     positions = start[:, None] + jnp.arange(length, dtype=jnp.int32)
     rotary = rotary_tables(positions, config.head_dim, config.rotary_base, config.rotary_dtype)
 
-    embedding = rms_norm(compute.gathered("wte", params["wte"])[tokens].astype(compute.dtype))
+    embedding = rms_norm(lookup(compute.gathered("wte", params["wte"]), tokens, compute.dtype))
     x = _smear(params, embedding, cache) if config.smear else embedding
     context = Context(config, compute, tokens, positions, rotary, x, fresh)
     x, middle, new_kv = _run_layers(params, x, cache, context)
@@ -120,21 +120,23 @@ def _layer(
         out, kv = _attention(rms_norm(x), weights, kv, window, context)
         x = x + out
     with jax.named_scope("mlp"):
-        return x + mlp(rms_norm(x), weights["mlp_fc"], weights["mlp_proj"]), kv
+        matrices = weights["mlp_fc"], weights["mlp_proj"]
+        return x + mlp(rms_norm(x), *matrices, context.compute.precision), kv
 
 
 def _attention(
     x: Array, weights: Layer, kv: KV | None, window: int | None, context: Context
 ) -> tuple[Array, KV | None]:
     config, compute = context.config, context.compute
+    matmul = functools.partial(linear, precision=compute.precision)
     q, k, v = (
-        linear(x, weights[name].reshape(x.shape[-1], -1, config.head_dim))
+        matmul(x, weights[name].reshape(x.shape[-1], -1, config.head_dim))
         for name in ("c_q", "c_k", "c_v")
     )
     if "value_embeds" in weights:
         gate = 3.0 * jax.nn.sigmoid(linear(x[..., :VE_GATE_CHANNELS], weights["ve_gate"]))
-        value_embedding = weights["value_embeds"][context.tokens].astype(x.dtype).reshape(v.shape)
-        v = v + gate[..., None] * value_embedding
+        value_embedding = lookup(weights["value_embeds"], context.tokens, x.dtype)
+        v = v + gate[..., None] * value_embedding.reshape(v.shape)
     q, k = (rotary_norm(heads, *context.rotary, config.qk_scale) for heads in (q, k))
     if kv is not None:
         kv = (_write(kv[0], k, context), _write(kv[1], v, context))
@@ -142,7 +144,7 @@ def _attention(
         out = self_attention(q, k, v, window=window, compute=compute)
     else:
         out = cached_attention(q, *kv, context.positions, window=window)
-    return linear(out, weights["c_proj"].reshape(*out.shape[2:], -1), axes=2), kv
+    return matmul(out, weights["c_proj"].reshape(*out.shape[2:], -1), axes=2), kv
 
 
 def _write(cache: Array, new: Array, context: Context) -> Array:

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import Array
 from jax.sharding import Mesh, PartitionSpec
 
+from nanochat_jax.errors import one_line
 from nanochat_jax.model.fast import SAVED
 
 CUDNN_FORWARD = "dot_product_attention_fwd_wrapper"  # JAX's primitives of cuDNN attention
@@ -36,11 +37,19 @@ def splash_refuses(q: Array | jax.ShapeDtypeStruct, device: jax.Device) -> str |
     return None
 
 
+def cuda_capability(device: jax.Device) -> float | None:
+    """The compute capability of an NVIDIA GPU, such as 9.0; None for other devices."""
+    if device.platform not in ("gpu", "cuda") or "rocm" in device.client.platform_version.lower():
+        return None
+    return float(getattr(device, "compute_capability", 8.0))
+
+
 def cudnn_refuses(q: Array | jax.ShapeDtypeStruct, device: jax.Device) -> str | None:
     """Why cuDNN cannot compute q [B, T, H, h]; None if it can."""
-    if device.platform not in ("gpu", "cuda") or "rocm" in device.client.platform_version.lower():
+    capability = cuda_capability(device)
+    if capability is None:
         return "it runs on NVIDIA GPUs only"
-    if float(getattr(device, "compute_capability", 8.0)) < 8.0:
+    if capability < 8.0:
         return "it needs compute capability 8.0 (Ampere)"
     if q.dtype.itemsize != 2:
         return f"it computes in bfloat16, not {q.dtype}"
@@ -141,3 +150,19 @@ def cudnn_attention(
         implementation="cudnn",
     )
     return _on_each_device(attend, mesh, q, k, v)
+
+
+@functools.cache
+def cudnn_failure() -> str | None:
+    """Why cuDNN attention fails on this machine; None if a small call succeeds.
+
+    Some versions of cuDNN and of the driver refuse every call, which no property of them tells.
+    """
+    try:
+        q = jnp.ones((1, LANES, 1, 64), jnp.bfloat16, device=jax.local_devices()[0])
+        attend = functools.partial(cudnn_attention, window=LANES // 2, mesh=None)
+        total = jax.jit(jax.grad(lambda q: attend(q, q, q).astype(jnp.float32).sum()))
+        jax.block_until_ready(total(q))
+    except Exception as error:  # of JAX, of XLA, or of cuDNN
+        return one_line(error)
+    return None

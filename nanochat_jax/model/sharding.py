@@ -12,13 +12,14 @@ from typing import Any
 
 import jax
 import numpy as np
-from jax.experimental import multihost_utils
+from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from nanochat_jax.errors import UsageError
 from nanochat_jax.model.config import GPTConfig
 from nanochat_jax.model.weights import LAYERS, VALUE_LAYERS, Params, abstract_params, logical_axes
 
+AXES = ("data", "model")
 RULES = {
     "heads": "model",
     "kv_heads": "model",
@@ -34,17 +35,28 @@ FSDP_RULES = RULES | {"embed": "data", "rows": "data"}
 
 
 def make_mesh(text: str = "auto", devices: Sequence[jax.Device] | None = None) -> Mesh:
-    """The mesh for "8x1", "4x2", ...; "auto": all devices on the data axis."""
+    """The mesh for "8x1", "4x2", ...; "auto": all devices on the data axis.
+
+    Several TPU slices split the data axis into consecutive parts, because the network between
+    slices is much slower than the links within one.
+    """
     devices = jax.devices() if devices is None else devices
     data, model = mesh_shape(
         text, len(devices), devices[0].platform, all_of_them=jax.process_count() > 1
     )
-    return jax.make_mesh(
-        (data, model),
-        ("data", "model"),
-        axis_types=(AxisType.Auto,) * 2,
-        devices=devices[: data * model],
-    )
+    devices, kinds = devices[: data * model], (AxisType.Auto,) * 2
+    # GPUs have slices too, their hosts; any mesh works there.
+    on_tpu = devices[0].platform == "tpu"
+    slices = len({getattr(device, "slice_index", 0) for device in devices}) if on_tpu else 1
+    if slices == 1:
+        return jax.make_mesh((data, model), AXES, axis_types=kinds, devices=devices)
+    if data % slices:
+        raise UsageError(
+            f"`mesh={data}x{model}`: {data}-way data parallelism cannot be split over {slices} "
+            "slices; choose a multiple of them"
+        )
+    grid = mesh_utils.create_hybrid_device_mesh((data // slices, model), (slices, 1), devices)
+    return Mesh(grid, AXES, axis_types=kinds)
 
 
 def mesh_shape(

@@ -40,6 +40,7 @@ Initial = Callable[[nnx.Rngs, tuple[int, ...]], Array]
 LAYERS, VALUE_LAYERS = "layers", "value_layers"
 # optimizer groups of several weights; other groups have the name of their only weight
 MATRICES, SCALARS = "matrices", "scalars"
+TABLES = ("wte", "value_embeds")  # weights whose rows are looked up
 
 
 def _normal(std: float) -> Initial:
@@ -150,6 +151,17 @@ def _declared(config: GPTConfig) -> nnx.State:
 def abstract_params(config: GPTConfig) -> Params:
     """Shapes and dtypes of the parameters, as `jax.ShapeDtypeStruct`s."""
     return nnx.to_pure_dict(_declared(config))
+
+
+def cast_tables(params: Params, dtype: Any) -> Params:
+    """`params`, arrays or shapes, with the embedding tables in `dtype`."""
+
+    def cast(leaf: Any) -> Any:
+        if isinstance(leaf, jax.ShapeDtypeStruct):
+            return leaf.update(dtype=dtype)
+        return leaf.astype(dtype)
+
+    return params | {name: cast(params[name]) for name in TABLES if name in params}
 
 
 def _metadata(config: GPTConfig, name: str) -> Params:

@@ -87,7 +87,7 @@ class _Axes:
         y = TOP + (self.y_high - point[1]) / (self.y_high - self.y_low) * (BOTTOM - TOP)
         return round(x, 1), round(max(y, -HEIGHT), 1)
 
-    def svg(self) -> str:
+    def svg(self, x_name: str) -> str:
         parts = [_rule("axis", LEFT, BOTTOM, RIGHT, BOTTOM)]
         for value in ticks(self.y_low, self.y_high):
             _, y = self.position((self.x_low, value))
@@ -95,12 +95,14 @@ class _Axes:
         for value in ticks(self.x_low, self.x_high, whole=self.whole):
             x, _ = self.position((value, self.y_low))
             parts += [_rule("axis", x, BOTTOM, x, BOTTOM + 4), _tick(x, BOTTOM + 18, value)]
-        parts.append(_text((LEFT + RIGHT) / 2, HEIGHT - 6, "step", "label"))
+        parts.append(_text((LEFT + RIGHT) / 2, HEIGHT - 6, x_name, "label"))
         return "".join(parts)
 
 
-def line_chart(title: str, lines: Sequence[Line]) -> str:
+def line_chart(title: str, lines: Sequence[Line], x_name: str = "step") -> str:
     """A figure with axes and, for several lines, a legend; "" without a finite point.
+
+    `x_name` is below the horizontal axis.
 
     If the first steps are so high that they would flatten the rest, they are cut off, with a note.
     """
@@ -115,7 +117,7 @@ def line_chart(title: str, lines: Sequence[Line]) -> str:
     area = f'x="{LEFT}" y="{TOP}" width="{RIGHT - LEFT}" height="{BOTTOM - TOP}"'
     box = f'viewBox="{LEFT} {TOP} {RIGHT - LEFT} {BOTTOM - TOP}"'
     curves = "".join(_polyline(line, axes) for line in lines)
-    dots = "".join(_markers(line, axes) for line in lines)
+    dots = "".join(_markers(line, axes, x_name) for line in lines)
     keys = [f'<li><i class="key {_style(i)}"></i>{html.escape(i.label)}</li>' for i in lines]
     notes = [f'<ul class="legend">{"".join(keys)}</ul>'] if len(lines) > 1 else []
     if axes.cut:
@@ -124,7 +126,7 @@ def line_chart(title: str, lines: Sequence[Line]) -> str:
     return (
         f"<figure><figcaption>{title}</figcaption>"
         f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{title}">'
-        f"{axes.svg()}<svg {area} {box}>{curves}</svg>{dots}</svg>{''.join(notes)}</figure>"
+        f"{axes.svg(x_name)}<svg {area} {box}>{curves}</svg>{dots}</svg>{''.join(notes)}</figure>"
     )
 
 
@@ -137,13 +139,13 @@ def _polyline(line: Line, axes: _Axes) -> str:
     return f'<polyline class="line {_style(line)}" points="{path}"/>'
 
 
-def _markers(line: Line, axes: _Axes) -> str:
+def _markers(line: Line, axes: _Axes, x_name: str) -> str:
     """Dots with tooltips, for lines with few points."""
     dots = []
     for point in thin(line.points, 60) if line.markers or len(line.points) == 1 else []:
         if point[1] <= axes.y_high:
             x, y = axes.position(point)
-            tip = html.escape(f"{line.label}, step {point[0]:g}: {point[1]:.4f}")
+            tip = html.escape(f"{line.label}, {x_name} {point[0]:g}: {point[1]:.4f}")
             circle = f'<circle class="dot s{line.color}" cx="{x}" cy="{y}" r="3.2">'
             dots.append(f"{circle}<title>{tip}</title></circle>")
     return "".join(dots)

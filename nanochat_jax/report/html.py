@@ -9,6 +9,7 @@ from markdown_it import MarkdownIt
 
 from nanochat_jax.report.curves import draw_curves
 from nanochat_jax.report.sections import Section
+from nanochat_jax.report.series import draw_series
 from nanochat_jax.report.summary import Report, percent
 
 STYLE = Path(__file__).with_name("report.css")
@@ -47,6 +48,8 @@ def page(report: Report) -> str:
         body.append(f'<h2>Summary</h2><div class="card">{_table(report.summary)}</div>')
     if charts := draw_curves(report.sections):
         body.append(f"<h2>Curves</h2>{charts}")
+    if charts := draw_series(report.sections):
+        body.append(f"<h2>Miniseries</h2>{charts}")
     body += ["<h2>Sections</h2>", *map(_section, report.sections)]
     if report.missing:
         body.append(f'<p class="note">Sections not logged: {_text(", ".join(report.missing))}.</p>')

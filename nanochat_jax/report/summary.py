@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
+from pathlib import Path
 from typing import Any
 
 from nanochat_jax.report.sections import SECTION_ORDER, Section, format_value
@@ -67,6 +68,24 @@ def summary_rows(sections: Sequence[Section]) -> list[list[str]]:
         for name in sorted(table, key=order)
     ]
     return [["Metric", *COLUMNS], *rows] if rows else []
+
+
+def figures_of(
+    sections: Sequence[Section], source: str, tag: str, step: int
+) -> list[tuple[str, str]]:
+    """Names and values of the summary's results that are those of one model."""
+
+    def is_own(section: Section) -> bool:
+        if COLUMN_OF_STAGE.get(section.stage) != source.upper():
+            return False
+        if section.curves is None:
+            return section.model == f"{tag}, step {step}"
+        trained = Path(section.curves).parent.name, section.results.get("num_iterations")
+        return trained == (tag, step)
+
+    column = 1 + COLUMNS.index(source.upper())
+    rows = summary_rows([section for section in sections if is_own(section)])
+    return [(row[0], row[column]) for row in rows[1:]]
 
 
 def summary_markdown(report: Report) -> str:

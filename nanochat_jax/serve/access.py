@@ -30,12 +30,12 @@ MAX_BODY_BYTES = 2**20
 BODY_SECONDS = 15.0  # for a body to arrive
 CONTENT_ENCODINGS = {"", "identity", "gzip", "deflate", "br", "zstd"}  # those that aiohttp decodes
 # Paths that need the API key, if the server has one.
-GUARDED = ("/chat/completions", "/models", "/v1/", "/metrics", "/stats")
+GUARDED = ("/chat/completions", "/completions", "/models", "/v1/", "/metrics", "/stats")
 # Paths of OpenAI's API; most do not exist here. Not /chat/completions, which is also the page's.
 OPENAI_PATHS = tuple(
     "/v1 /audio /completions /embeddings /images /models /moderations /responses".split()
 )
-OPENAI_ENDPOINTS = "POST /v1/chat/completions and GET /v1/models"
+OPENAI_ENDPOINTS = "POST /v1/chat/completions, POST /v1/completions and GET /v1/models"
 CLIENT_LEFT = 499  # nginx's status for a client that did not wait
 RETRY_AFTER = "2"  # seconds, with status 503
 

@@ -2,14 +2,15 @@
 
 openai_request.py has the fields of a request. Defaults are the server's, including top-k, which a
 request may set as `top_k`. A conversation that does not fit the context is refused: an API does not
-drop messages. The reply's text excludes calculations; the usage includes them.
+drop messages. The reply's text excludes calculations; the usage and the log-probabilities include
+them. Completions of text are in text_completions.py.
 
 Reference: https://platform.openai.com/docs/api-reference/chat
 """
 
 import secrets
 import time
-from collections.abc import AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -20,7 +21,8 @@ from nanochat_jax.infer.request import Result, Sampling
 from nanochat_jax.infer.scheduler import Event
 from nanochat_jax.serve.access import OPENAI, error_body, read_json
 from nanochat_jax.serve.chat_request import BadRequest, make_prompt
-from nanochat_jax.serve.openai_request import check_model, parse
+from nanochat_jax.serve.logprobs import ChatLogprobs, chat_logprobs
+from nanochat_jax.serve.openai_request import CompletionRequest, check_model, parse
 from nanochat_jax.serve.replies import EventStream, Replies, ReplyError, encode
 from nanochat_jax.tokenizer import Tokenizer
 
@@ -49,7 +51,7 @@ class ReplyMessage(BaseModel):
 class Choice(BaseModel):
     index: int
     message: ReplyMessage
-    logprobs: None = None
+    logprobs: ChatLogprobs | None = None
     finish_reason: Literal["stop", "length", "cancelled"]
 
 
@@ -130,35 +132,46 @@ class OpenAIServer:
             "model": self.model,
         }
         requests = chat.requests(prompt, sampling)
+
+        async def logprobs(results: Sequence[Result]) -> list[ChatLogprobs | None]:
+            return await self._logprobs(chat, prompt, results)
+
+        if not chat.stream:
+            results = await self.replies.results(requests)
+            completion = _completion(head, results, await logprobs(results))
+            return web.json_response(completion.model_dump())
+        options = chat.stream_options
+        chunks = _Chunks(head, len(requests), bool(options is not None and options.include_usage))
         async with self.replies.open(requests) as events:
-            if chat.stream:
-                options = chat.stream_options
-                chunks = _Chunks(
-                    head, len(requests), bool(options is not None and options.include_usage)
-                )
-                return await _stream(request, chunks, events)
-            try:
-                results = {
-                    index: event
-                    async for batch in events
-                    for index, event in batch
-                    if isinstance(event, Result)
-                }
-            except ReplyError as error:
-                raise BadRequest(error.status, error.detail, code=error.code) from error
-        return web.json_response(_completion(head, results).model_dump())
+            return await _stream(request, chunks, events, logprobs)
+
+    async def _logprobs(
+        self, chat: CompletionRequest, prompt: tuple[int, ...], results: Sequence[Result]
+    ) -> list[ChatLogprobs | None]:
+        """Log-probabilities of replies to one prompt, if the request wants them."""
+        top = chat.top_logprobs or 0
+        if not (chat.logprobs or top):
+            return [None] * len(results)
+        scores = await self.replies.scores([[*prompt, *r.tokens] for r in results], top)
+        return [
+            chat_logprobs(self.tokenizer, result.tokens, scored, top)
+            for result, scored in zip(results, scores)
+        ]
 
 
-def _completion(head: Mapping[str, Any], results: Mapping[int, Result]) -> Completion:
+def _completion(
+    head: Mapping[str, Any], results: Sequence[Result], logprobs: Sequence[ChatLogprobs | None]
+) -> Completion:
     choices = [
         Choice(
             index=index,
             message=ReplyMessage(content=result.text),
+            logprobs=logged,
             finish_reason=result.finish_reason,
         )
-        for index, result in sorted(results.items())
+        for index, (result, logged) in enumerate(zip(results, logprobs))
     ]
-    return Completion(**head, choices=choices, usage=Usage.of(results.values()))
+    return Completion(**head, choices=choices, usage=Usage.of(results))
 
 
 class _Chunks:
@@ -175,9 +188,14 @@ class _Chunks:
         ]
 
     def delta(
-        self, index: int, delta: Mapping[str, Any], reason: str | None = None
+        self,
+        index: int,
+        delta: Mapping[str, Any],
+        reason: str | None = None,
+        logprobs: ChatLogprobs | None = None,
     ) -> dict[str, Any]:
-        choice = {"index": index, "delta": delta, "logprobs": None, "finish_reason": reason}
+        logged = None if logprobs is None else logprobs.model_dump()
+        choice = {"index": index, "delta": delta, "logprobs": logged, "finish_reason": reason}
         usage = {"usage": None} if self.include_usage else {}
         return {**self.head, "choices": [choice], **usage}
 
@@ -189,8 +207,12 @@ class _Chunks:
 
 
 async def _stream(
-    request: web.Request, chunks: _Chunks, events: AsyncIterator[list[tuple[int, Event]]]
+    request: web.Request,
+    chunks: _Chunks,
+    events: AsyncIterator[list[tuple[int, Event]]],
+    logprobs: Callable[[Sequence[Result]], Awaitable[list[ChatLogprobs | None]]],
 ) -> web.StreamResponse:
+    """Stream replies. The log-probabilities of a reply come with its last chunk."""
     results: list[Result] = []
     async with EventStream(request) as stream:
         try:
@@ -203,12 +225,13 @@ async def _stream(
                         send.append(chunks.text(index, event))
                     elif isinstance(event, Result):
                         results.append(event)
-                        send.append(chunks.delta(index, {}, event.finish_reason))
+                        [logged] = await logprobs([event])
+                        send.append(chunks.delta(index, {}, event.finish_reason, logged))
                 if send:
                     await stream.send(*send)
             if chunks.include_usage:
                 await stream.send(chunks.usage(results))
             await stream.send("[DONE]")
-        except ReplyError as error:
+        except (ReplyError, BadRequest) as error:
             await stream.send(error_body(error.status, error.detail, code=error.code))
     return stream.response

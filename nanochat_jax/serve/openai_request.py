@@ -17,6 +17,7 @@ from pydantic import BeforeValidator, ConfigDict, Field, Tag, model_validator
 from pydantic_core import PydanticCustomError
 
 from nanochat_jax.infer.request import Request, Sampling
+from nanochat_jax.infer.token_scores import MOST_TOP
 from nanochat_jax.serve.chat_request import (
     MAX_MESSAGE_CHARS,
     MAX_MESSAGES,
@@ -51,6 +52,16 @@ Unicode = BeforeValidator(_unicode)
 Text = Annotated[str, Field(max_length=MAX_TOTAL_CHARS), Unicode]
 Stop = Annotated[str, Field(min_length=1, max_length=200), Unicode]
 Stops = Annotated[list[Stop], Field(max_length=4)]
+
+
+def one_or_more(stops: Any) -> BeforeValidator:
+    """Accept one stop string in place of a list."""
+    return BeforeValidator(
+        lambda stop: [stop] if isinstance(stop, str) else stop, json_schema_input_type=Stop | stops
+    )
+
+
+Seed = Annotated[int, Field(ge=-(2**63), le=2**63 - 1), Whole]
 
 
 def _or_minus_one(number: Any, meaning: int) -> BeforeValidator:
@@ -187,7 +198,6 @@ NEUTRAL_FIELDS: Mapping[str, tuple[Any, ...] | None] = {
     "include_stop_str_in_output": (False,),
     "length_penalty": (1,),
     "logit_bias": ({},),
-    "logprobs": (False,),
     "min_p": (0,),
     "min_tokens": (0,),
     "modalities": (["text"],),
@@ -199,7 +209,6 @@ NEUTRAL_FIELDS: Mapping[str, tuple[Any, ...] | None] = {
     "stop_token_ids": ([],),
     "tool_choice": ("none", "auto"),
     "tools": ([],),
-    "top_logprobs": (0,),
     "typical_p": (1,),
     "use_beam_search": (False,),
     "verbosity": ("medium",),
@@ -226,19 +235,12 @@ class CompletionRequest(SamplingFields, Known):
     top_k: AnyTopK | None = None
     top_p: Annotated[float, Field(gt=0, le=1)] | None = None
     n: Annotated[int, Field(ge=1, le=MAX_CHOICES), Whole] | None = None
-    seed: Annotated[int, Field(ge=-(2**63), le=2**63 - 1), Whole] | None = None
-    stop: (
-        Annotated[
-            Stops,
-            BeforeValidator(
-                lambda stop: [stop] if isinstance(stop, str) else stop,
-                json_schema_input_type=Stop | Stops,
-            ),
-        ]
-        | None
-    ) = None
+    seed: Seed | None = None
+    stop: Annotated[Stops, one_or_more(Stops)] | None = None
     stream: bool | None = None
     stream_options: StreamOptions | None = None
+    logprobs: bool | None = None
+    top_logprobs: Annotated[int, Field(ge=0, le=MOST_TOP), Whole] | None = None
     add_generation_prompt: bool | None = None
     continue_final_message: bool | None = None
 
@@ -284,10 +286,13 @@ class CompletionRequest(SamplingFields, Known):
         return dataclasses.replace(sampling, max_tokens=self.max_completion_tokens)
 
     def requests(self, prompt: tuple[int, ...], sampling: Sampling) -> list[Request]:
-        seed = secrets.randbelow(2**31) if self.seed is None else self.seed
-        return [
-            sampling.request(prompt, seed=(seed + index) % 2**64) for index in range(self.n or 1)
-        ]
+        return [sampling.request(prompt, seed=seed) for seed in seeds(self.seed, self.n or 1)]
+
+
+def seeds(first: int | None, count: int) -> list[int]:
+    """Seeds of `count` replies; random ones without a `first`."""
+    first = secrets.randbelow(2**31) if first is None else first
+    return [(first + index) % 2**64 for index in range(count)]
 
 
 def parse(body: Any, model: str) -> CompletionRequest:

@@ -1,4 +1,4 @@
-"""GET /openapi.json: a description of both APIs in OpenAPI 3.1, from the models of their bodies."""
+"""GET /openapi.json: a description of all APIs in OpenAPI 3.1, from the models of their bodies."""
 
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -9,13 +9,22 @@ from pydantic.json_schema import models_json_schema
 from nanochat_jax.serve.chat_request import ChatRequest
 from nanochat_jax.serve.openai_api import Completion, ModelCard, ModelList
 from nanochat_jax.serve.openai_request import CompletionRequest
+from nanochat_jax.serve.text_completions import TextCompletion, TextCompletionRequest
 
 Schema = dict[str, Any]
+# "starting": programs are still compiled; requests are served, but may wait for theirs.
+Status = Literal["starting", "ok", "failed"]
+
+
+class Compilation(BaseModel):
+    compiled: int
+    left: int
 
 
 class Health(BaseModel):
-    status: Literal["ok", "failed"]
+    status: Status
     ready: bool
+    programs: Compilation
     num_gpus: int
     available_workers: int
     model: dict[str, Any]
@@ -95,6 +104,15 @@ OPERATIONS = (
         f"{BODY_STATUSES} 404 504",
         (OpenAIError,),
         CompletionRequest,
+    ),
+    Operation(
+        "/v1/completions",
+        "openai_complete",
+        "OpenAI's completions of text, with log-probabilities of the prompt",
+        (TextCompletion,),
+        f"{BODY_STATUSES} 404 504",
+        (OpenAIError,),
+        TextCompletionRequest,
     ),
     Operation("/v1/models", "list_models", "The one model", (ModelList,), "", (OpenAIError,)),
     Operation(

@@ -1,8 +1,8 @@
 """Replies in progress: from the scheduler's events to a client, and what can end them early.
 
-Both APIs use `Replies.open`, which queues requests and yields their events. It has a deadline and
-ends when the server shuts down. `EventStream` writes server-sent events to a client that may leave
-or stop reading.
+All APIs use `Replies.open`, which queues requests and yields their events. It has a deadline and
+ends when the server shuts down. `Replies.scores` computes log-probabilities of tokens that exist
+already. `EventStream` writes server-sent events to a client that may leave or stop reading.
 """
 
 import asyncio
@@ -17,6 +17,7 @@ from aiohttp import web
 
 from nanochat_jax.infer.request import Request, Result
 from nanochat_jax.infer.scheduler import Event, Handle, QueueFull, Scheduler
+from nanochat_jax.infer.token_scores import TokenScores, batches, score_tokens
 from nanochat_jax.serve.chat_request import BadRequest
 from nanochat_jax.serve.metrics import Metrics
 
@@ -27,6 +28,7 @@ encode = json.JSONEncoder(ensure_ascii=False).encode
 
 UNSENT_BYTES = 16 * 1024  # a client with more than this unsent is not reading ...
 STALL_SECONDS = 0.75  # ... and is disconnected if that lasts
+MOST_SCORINGS = 256  # that may wait for their turn
 
 
 class ReplyError(Exception):
@@ -77,6 +79,8 @@ class Replies:
         self._deadline = deadline
         self._live: set[_Reply] = set()
         self._closing = False
+        self._scoring = asyncio.Lock()
+        self._num_scorings = 0
         self.failed = False  # a request was refused because the engine has failed
 
     @property
@@ -106,6 +110,48 @@ class Replies:
             if reply.unfinished:
                 self._metrics.replies.labels("disconnected").inc()
             reply.cancel()
+
+    async def results(self, requests: Sequence[Request]) -> list[Result]:
+        """Wait for the results of all requests, in order. Raises `BadRequest`."""
+        async with self.open(requests) as events:
+            try:
+                done = {
+                    index: event
+                    async for batch in events
+                    for index, event in batch
+                    if isinstance(event, Result)
+                }
+            except ReplyError as error:
+                raise BadRequest(error.status, error.detail, code=error.code) from error
+        return [done[index] for index in range(len(requests))]
+
+    async def scores(self, sequences: Sequence[Sequence[int]], top: int) -> list[TokenScores]:
+        """Score sequences of tokens, with the `top` most likely tokens at each position.
+
+        One batch at a time is computed, in another thread, between the engine's dispatches or
+        beside them. Raises `BadRequest`.
+        """
+        if self._closing:
+            raise BadRequest(503, "the server is shutting down")
+        if self._num_scorings >= MOST_SCORINGS:
+            detail = f"{MOST_SCORINGS} requests wait for log-probabilities: try again in a while"
+            raise BadRequest(503, detail, code="overloaded")
+        engine = self._scheduler.engine
+        done: dict[int, TokenScores] = {}
+        self._num_scorings += 1
+        try:
+            async with asyncio.timeout(self._deadline):
+                for indices in batches(sequences):
+                    batch = [sequences[index] for index in indices]
+                    async with self._scoring:
+                        scores = await asyncio.to_thread(score_tokens, engine, batch, top)
+                    done.update(zip(indices, scores))
+        except TimeoutError as error:
+            detail = f"the log-probabilities took longer than {self._deadline:g} seconds"
+            raise BadRequest(504, detail, code="timeout") from error
+        finally:
+            self._num_scorings -= 1
+        return [done[index] for index in range(len(sequences))]
 
     async def shut_down(self, grace: float) -> None:
         """Refuse new requests. Replies in progress get `grace` seconds, then they are ended."""

@@ -3,6 +3,7 @@
     GET  /                          the page, and the files of web/ that it loads
     POST /chat/completions          a reply as server-sent events (chat_request.py)
     POST /v1/chat/completions       OpenAI's API (openai_api.py); also without /v1
+    POST /v1/completions            completions of text (text_completions.py); also without /v1
     GET  /v1/models                 likewise
     GET  /health, /stats, /metrics  status; slots in use; Prometheus metrics
     GET  /openapi.json              a description of the above
@@ -41,9 +42,10 @@ from nanochat_jax.serve import access, metrics
 from nanochat_jax.serve.access import read_json
 from nanochat_jax.serve.chat_request import ChatRequest, check, for_page, make_prompt
 from nanochat_jax.serve.openai_api import OpenAIServer
-from nanochat_jax.serve.openapi import Health, Stats, Worker, describe
+from nanochat_jax.serve.openapi import Compilation, Health, Stats, Status, Worker, describe
 from nanochat_jax.serve.replies import EventStream, Replies, ReplyError
 from nanochat_jax.serve.settings import ServerConfig
+from nanochat_jax.serve.text_completions import TextCompletions
 
 log = logging.getLogger(__name__)
 
@@ -86,6 +88,13 @@ def create_app(
         max_len=scheduler.engine.max_len,
         defaults=config.sampling,
     )
+    completions = TextCompletions(
+        replies=replies,
+        engine=scheduler.engine,
+        tokenizer=model.tokenizer,
+        model=openai.model,
+        defaults=config.sampling,
+    )
     server = _ChatServer(scheduler, replies, model, config, openai)
 
     async def show_metrics(request: web.Request) -> web.Response:
@@ -98,6 +107,7 @@ def create_app(
     for prefix, chat in ("", server.chat_completions), ("/v1", openai.chat_completions):
         for slash in "", "/":
             app.router.add_post(f"{prefix}/chat/completions{slash}", chat)
+            app.router.add_post(f"{prefix}/completions{slash}", completions.complete)
             app.router.add_get(f"{prefix}/models{slash}", openai.list_models)
             app.router.add_get(f"{prefix}/models/{{model:.*[^/]}}{slash}", openai.show_model)
     app.router.add_get("/health", server.health)
@@ -203,9 +213,12 @@ class _ChatServer:
 
     async def health(self, request: web.Request) -> web.Response:
         model, engine, sampling = self.model, self.scheduler.engine, self.config.sampling
+        programs = Compilation(compiled=engine.programs.compiled, left=engine.programs.left)
+        status: Status = "starting" if programs.left else "ok"
         health = Health(
-            status="failed" if self.replies.failed else "ok",
+            status="failed" if self.replies.failed else status,
             ready=self.replies.ready,
+            programs=programs,
             num_gpus=len(engine.devices),
             available_workers=engine.num_slots - self.scheduler.num_active,
             model={

@@ -11,6 +11,7 @@ import jax
 from nanochat_jax.devices import find_devices
 from nanochat_jax.errors import UsageError
 from nanochat_jax.metrics import peak_flops
+from nanochat_jax.model.precision import has_units
 
 MODEL_FLOPS_UTILIZATION = 0.4  # assumed if the device's peak is known
 # float32 training on x86 cores: 5e10 on a busy machine to 1.1e11 on an idle one
@@ -18,22 +19,27 @@ CPU_FLOPS_PER_CORE = 8e10
 
 
 def describe_devices(device_type: str | None) -> None:
-    """Print platform, kind, count and peak FLOP/s of the devices as a JSON line."""
+    """Print platform, kind, count, peak FLOP/s and float8 units of the devices as a JSON line."""
     if device_type:
         jax.config.update("jax_platforms", device_type)
     devices = find_devices(device_type)
     first = devices[0]
-    print(json.dumps([first.platform, first.device_kind, len(devices), peak_flops(first)]))
+    float8 = has_units("fp8", first)
+    print(json.dumps([first.platform, first.device_kind, len(devices), peak_flops(first), float8]))
 
 
 @dataclass(frozen=True, kw_only=True)
 class Machine:
-    """Devices of one platform. `peak_flops` is per device; None if unknown."""
+    """Devices of one platform. `peak_flops` is per device; None if unknown.
+
+    `float8`: the devices multiply in float8 faster than in bfloat16.
+    """
 
     platform: str
     kind: str
     count: int
     peak_flops: float | None
+    float8: bool = False
 
     @classmethod
     def probe(cls, device_type: str | None = None) -> "Machine":
@@ -50,8 +56,8 @@ class Machine:
                 if errors
                 else f"JAX does not start on this machine: {probe.stderr}"
             )
-        platform, kind, count, peak = json.loads(probe.stdout.splitlines()[-1])
-        return cls(platform=platform, kind=kind, count=count, peak_flops=peak)
+        platform, kind, count, peak, float8 = json.loads(probe.stdout.splitlines()[-1])
+        return cls(platform=platform, kind=kind, count=count, peak_flops=peak, float8=float8)
 
     @property
     def training_flops(self) -> float:

@@ -8,7 +8,7 @@ from nanochat_jax.cli import count, flag, inherited, parse, run_name
 from nanochat_jax.data.needs import TOKENIZER_SHARDS, explain_shards, shards_needed
 from nanochat_jax.devices import DeviceFlags, Processes
 from nanochat_jax.errors import UsageError
-from nanochat_jax.metrics import format_count, format_seconds
+from nanochat_jax.metrics import TRACKERS, format_count, format_seconds
 from nanochat_jax.model.compute import REMAT
 from nanochat_jax.model.config import GPTConfig
 from nanochat_jax.model.recipe import Recipe
@@ -17,10 +17,14 @@ from nanochat_jax.model.size import flops_per_token, num_params
 from nanochat_jax.paths import CHECKPOINT_DIRS, DATA_DIRS
 from nanochat_jax.speedrun.machine import Machine
 from nanochat_jax.speedrun.recipes import (
+    NOT_IN_RECORD,
+    RECORD,
+    RECORD_DEPTH,
     SCALED,
     SMALL,
     SMALL_DEPTH,
     SMALL_DEVICE_BATCH,
+    SMALL_RECORD,
     SMOKE,
     STAGE_NAMES,
     flag_value,
@@ -28,6 +32,7 @@ from nanochat_jax.speedrun.recipes import (
     replace_flags,
 )
 from nanochat_jax.speedrun.stages import Stage
+from nanochat_jax.train.config import refuse_windows
 from nanochat_jax.train.memory import estimate_memory
 from nanochat_jax.train.pretrain import BaseTrainConfig, model_config, recipe
 
@@ -36,6 +41,7 @@ PRODUCERS = {"data", "tok_train", *SOURCES}  # the other stages measure
 
 # Size of one pass over the mixtures (tasks/mixtures.py), for estimates: conversations, tokens.
 MIXTURES = {"mid_train": (848_000, 400e6), "chat_sft": (22_400, 12e6)}
+SFT_FROM_BASE = (793_000, 400e6)
 SFT_ROWS, SFT_DEVICE_BATCH = 32, 4
 
 # Estimated seconds of the stages whose FLOPs are not counted.
@@ -47,9 +53,16 @@ SMALL_SECONDS |= dict(chat_eval_mid=30, chat_eval_sft=30, chat_rl=300, chat_eval
 @dataclass(frozen=True, kw_only=True)
 class SpeedrunConfig(DeviceFlags):
     mesh: str = inherited(Processes, "mesh")
+    recipe: str = flag(
+        "guide",
+        "guide: base, midtraining, SFT; record: as upstream in 2026, 8 tokens per parameter, "
+        "float8 on GPUs that have it, then SFT straight from base",
+        choices=["guide", "record"],
+    )
     depth: int | None = count(
         None,
-        f"number of layers, from which all settings follow; default 20, {SMALL_DEPTH} on a CPU",
+        "number of layers, from which all settings follow; default 20, of the record "
+        f"{RECORD_DEPTH}, {SMALL_DEPTH} on a CPU",
         short="-d",
         at_most=1000,
     )
@@ -73,8 +86,14 @@ class SpeedrunConfig(DeviceFlags):
     fsdp: bool = flag(False, "shard the parameters over the data axis too, to save memory")
     run: str | None = flag(
         None,
-        "wandb run name; dummy turns wandb off; default $WANDB_RUN, else dummy",
+        "name of the run in the tracker; dummy: none; default $WANDB_RUN, else dummy",
         check=run_name,
+    )
+    tracker: str | None = flag(
+        None,
+        "where curves are logged: wandb; trackio, on this machine and without an account; none. "
+        "Default wandb if the run has a name",
+        choices=[*TRACKERS],
     )
     resume: bool = flag(False, "continue the last run and skip its finished stages (the default)")
     fresh: bool = flag(False, "start a new run: every stage runs again and replaces its old result")
@@ -88,6 +107,7 @@ class SpeedrunConfig(DeviceFlags):
     dry_run: bool = flag(False, "print the plan and exit")
 
     def __post_init__(self) -> None:
+        refuse_windows()
         if self.remat == "elementwise":  # the old name of "minimal"
             object.__setattr__(self, "remat", "minimal")
         if self.resume and self.fresh:
@@ -108,12 +128,12 @@ class SpeedrunConfig(DeviceFlags):
 
 
 def plan_stages(
-    config: SpeedrunConfig, machine: Machine, wandb_run: str, on_disk: Mapping[str, int]
+    config: SpeedrunConfig, machine: Machine, run: str, on_disk: Mapping[str, int]
 ) -> tuple[list[Stage], str]:
     """(the stages of this run in order, a title)."""
-    plan = _Plan(config, machine, wandb_run, on_disk)
+    plan = _Plan(config, machine, run, on_disk)
     stages = [plan.stage(name, command) for name, command in plan.commands.items()]
-    title = f"speedrun: d{plan.depth} on {plan.data}"
+    title = f"speedrun: d{plan.depth} on {plan.data}" + (", the record" if plan.record else "")
     if machine.platform == "cpu" and not config.data:
         title += f" ({_why_embedded(on_disk)})"
     return [stage for stage in stages if stage.name not in config.skipped], title
@@ -123,11 +143,13 @@ class _Plan:
     """What the stages of one run share."""
 
     def __init__(
-        self, config: SpeedrunConfig, machine: Machine, wandb_run: str, on_disk: Mapping[str, int]
+        self, config: SpeedrunConfig, machine: Machine, run: str, on_disk: Mapping[str, int]
     ) -> None:
-        self.config, self.machine, self.wandb_run = config, machine, wandb_run
+        self.config, self.machine, self.run = config, machine, run
         self.cpu = machine.platform == "cpu"
-        self.depth = config.depth or (SMALL_DEPTH if self.cpu else 20)
+        self.record = config.recipe == "record"
+        full_depth = RECORD_DEPTH if self.record else 20
+        self.depth = config.depth or (SMALL_DEPTH if self.cpu else full_depth)
         found = next((name for name in DATA_DIRS if on_disk.get(name)), "climbmix")
         self.data = config.data or ("embedded" if self.cpu else found)
         self.have = on_disk.get(self.data, 0)
@@ -136,14 +158,25 @@ class _Plan:
         self.commands = read_recipe(
             SMALL if self.small else SCALED, depth=self.depth, data=self.data
         )
+        if self.record:
+            for name in NOT_IN_RECORD:
+                del self.commands[name]
+            self._replace(SMALL_RECORD if self.small else RECORD)
+            if machine.float8:
+                self.commands["base_train"] += ["--precision", "fp8"]
         if config.smoke:
-            for name, flags in read_recipe(SMOKE).items():
-                self.commands[name] = replace_flags(self.commands[name], flags)
+            self._replace(SMOKE)
         if not config.with_rl:
             del self.commands["chat_rl"], self.commands["chat_eval_rl"]
         self.model, self.recipe = _model_and_recipe(self.commands)
         if not self.small:
             self._count_shards()
+
+    def _replace(self, flags_by_stage: str) -> None:
+        """Replace or add flags of the stages that run."""
+        for name, flags in read_recipe(flags_by_stage).items():
+            if name in self.commands:
+                self.commands[name] = replace_flags(self.commands[name], flags)
 
     def _count_shards(self) -> None:
         """Fetch the tokenizer's shards first, then the rest in the background."""
@@ -201,7 +234,9 @@ class _Plan:
         if trains and name != "chat_rl":
             flags += ["--save-every", "100" if self.small else "1000"]
         if trains:
-            flags += ["--run", self.wandb_run]
+            flags += ["--run", self.run]
+        if trains and self.config.tracker:
+            flags += ["--tracker", self.config.tracker]
         return tuple(flags)
 
     def _device_batch(self) -> int:
@@ -220,7 +255,7 @@ class _Plan:
         if config.device_batch_size == "auto":
             return "auto", "as many rows per device as fit"
         rows = self._device_batch()
-        if name == "chat_sft":
+        if name == "chat_sft" and not self.record:
             rows = min(rows, SMALL_DEVICE_BATCH if self.small else SFT_DEVICE_BATCH)
         step_rows = -(-step_tokens // self.model.sequence_len // self.ways)  # per device
         needed = estimate_memory(
@@ -244,14 +279,14 @@ class _Plan:
             tokens: float = recipe.total_tokens
         else:
             default = recipe.total_batch_size
-            if name == "chat_sft":
+            if name == "chat_sft" and not self.record:
                 default = SFT_ROWS * self.model.sequence_len
             step_tokens = int(flag_value(command, "--total-batch-size", str(default)))
             steps = int(flag_value(command, "--num-iterations", "0"))
             tokens = steps * step_tokens
         if steps:
             return tokens, step_tokens, f"{format_count(tokens)} tokens in {steps:,} steps"
-        conversations, tokens = MIXTURES[name]
+        conversations, tokens = SFT_FROM_BASE if self.record else MIXTURES[name]
         return (
             tokens,
             step_tokens,

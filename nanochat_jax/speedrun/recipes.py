@@ -55,7 +55,23 @@ chat_eval_rl   scripts.chat_eval -i rl --model-tag d{depth}
 report         nanochat_jax.report generate
 """
 
-# Replaces or adds flags of either recipe, to try an installation.
+# `--recipe record` replaces or adds these flags and leaves out the stages below: upstream's way to
+# GPT-2's CORE in 2026. 8 tokens per parameter, no midtraining, its cadence of evaluations; SFT's
+# defaults follow from its source. float8 where the chip has units for it (plan.py).
+RECORD = """
+base_train     --target-param-data-ratio 8 --eval-tokens 41943040 --core-metric-every 2000
+base_eval      --split-tokens 20971520
+chat_sft       --source base
+"""
+# SFT makes up for midtraining.
+SMALL_RECORD = """
+chat_sft       --source base --num-iterations 300 --init-lr-frac 0.5 --eval-every 100
+               --chatcore-every -1
+"""
+NOT_IN_RECORD = ("base_loss", "mid_train", "chat_eval_mid")
+RECORD_DEPTH = 24
+
+# Replaces or adds flags of each recipe, to try an installation.
 SMOKE = """
 base_train     --num-iterations 4 --eval-tokens 8192
 base_loss      --split-tokens 16384

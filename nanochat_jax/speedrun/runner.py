@@ -10,6 +10,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -68,7 +69,7 @@ def clear_tag(directory: Path, *, delete: bool) -> None:
         if delete:
             delete_steps(directory)
         elif kept := set_aside(directory, ".replaced"):
-            _headline(f"{directory} holds the steps of another run: moved to {kept}")
+            headline(f"{directory} holds the steps of another run: moved to {kept}")
 
 
 def run_stages(stages: list[Stage], record: Record) -> int:
@@ -94,12 +95,12 @@ class _Run:
 
     def all(self) -> int:
         if not self.record.begun:
-            if code := _call([sys.executable, "-m", "nanochat_jax.report", "reset"]):
+            if code := call([sys.executable, "-m", "nanochat_jax.report", "reset"]):
                 return code
         for number, stage in enumerate(self.stages, 1):
             label = f"[{number}/{len(self.stages)}] {stage.name}"
             if self.record.finished.get(stage.name) == self.keys[stage.name]:
-                _headline(f"{label}: already finished")
+                headline(f"{label}: already finished")
                 continue
             if code := self._wait_for(stage.waits_for, label):
                 return code
@@ -107,12 +108,12 @@ class _Run:
             if stage.background:
                 log = self.record.path.with_name(f"{stage.name}.log")
                 self.background[stage.name] = Background(stage.command(), log)
-                _headline(f"{label} · {stage.note} · in the background, see {log}")
+                headline(f"{label} · {stage.note} · in the background, see {log}")
                 continue
             self._announce(stage, label, rest=self.stages[number - 1 :])
             if code := self._run(stage):
                 return code
-        _headline(f"all {len(self.stages)} stages done in {self._elapsed()}")
+        headline(f"all {len(self.stages)} stages done in {self._elapsed()}")
         return 0
 
     def _elapsed(self) -> str:
@@ -122,14 +123,14 @@ class _Run:
         seconds = sum(later.seconds for later in rest)
         left = time_left(seconds, planned=self._planned, taken=self._taken)
         estimate = f", about {format_seconds(left)} left in all" if left else ""
-        _headline(f"{label} · {stage.note or stage.text()} · {self._elapsed()} so far{estimate}")
+        headline(f"{label} · {stage.note or stage.text()} · {self._elapsed()} so far{estimate}")
 
     def _wait_for(self, name: str, label: str) -> int:
         """Wait until a background stage ends, if it runs; returns its exit code."""
         if name not in self.background:
             return 0
         process = self.background.pop(name)
-        _headline(f"{label}: waits for {name} (see {process.log})")
+        headline(f"{label}: waits for {name} (see {process.log})")
         if code := process.wait():
             return _failed(next(stage for stage in self.stages if stage.name == name), code)
         self.record.finished[name] = self.keys[name]
@@ -147,7 +148,7 @@ class _Run:
 
     def _run(self, stage: Stage) -> int:
         start = time.monotonic()
-        if code := _call(stage.command(*(["--resume"] if stage.checkpoints else []))):
+        if code := call(stage.command(*(["--resume"] if stage.checkpoints else []))):
             return _failed(stage, code)
         if stage.seconds:
             self._planned += stage.seconds
@@ -166,18 +167,18 @@ def _failed(stage: Stage, code: int) -> int:
     return code
 
 
-def _headline(text: str) -> None:
+def headline(text: str) -> None:
     bold, plain = ("\x1b[1m", "\x1b[0m") if sys.stderr.isatty() else ("", "")
     print(f"{bold}{text}{plain}", file=sys.stderr, flush=True)
 
 
-def _call(command: list[str]) -> int:
-    """Run a stage on this terminal; returns its exit code.
+def call(command: list[str], environment: Mapping[str, str] | None = None) -> int:
+    """Run a stage on this terminal; returns its exit code. `environment`: default the same.
 
     Ctrl-C reaches it through the terminal, and SIGTERM is forwarded. The stage is not killed: it
     saves and exits.
     """
-    process = subprocess.Popen(command)
+    process = subprocess.Popen(command, env=environment)
     old = signal.signal(signal.SIGTERM, lambda number, _: process.send_signal(number))
     try:
         while True:

@@ -4,11 +4,13 @@
 model, `FinetuneConfig` both.
 """
 
+import os
 from dataclasses import dataclass
 from typing import Any, Literal
 
 from nanochat_jax.cli import LARGEST, LARGEST_SEED, count, directory_name, flag, inherited, run_name
 from nanochat_jax.devices import ModelFlags, Processes
+from nanochat_jax.metrics import TRACKERS
 from nanochat_jax.model.compute import ATTENTION, REMAT
 from nanochat_jax.tasks.mixtures import mixture_entries
 
@@ -18,7 +20,7 @@ def rate(default: float | None, help: str) -> Any:
     return flag(default, help, at_least=0, at_most=100)
 
 
-def factor(default: float, help: str, **options: Any) -> Any:
+def factor(default: float | None, help: str, **options: Any) -> Any:
     """A flag for a positive factor."""
     return flag(default, help, at_least=1e-9, at_most=1000, **options)
 
@@ -28,15 +30,48 @@ def fraction(default: float | None, help: str) -> Any:
     return flag(default, help, at_least=0, at_most=1)
 
 
+def refuse_windows() -> None:
+    """Raise ValueError on Windows, which lacks the locks and signals that training needs."""
+    if os.name == "nt":
+        raise ValueError(
+            "training runs on Linux and macOS only: on Windows, use WSL2 or a container "
+            "(docs/platforms.md)"
+        )
+
+
 @dataclass(frozen=True, kw_only=True)
 class RunConfig(Processes):
     """Flags of every training stage."""
 
-    run: str = flag("dummy", "wandb run name; dummy turns wandb off", check=run_name)
+    run: str = flag("dummy", "name of the run in the tracker; dummy: none", check=run_name)
+    tracker: str | None = flag(
+        None,
+        "where curves are logged: wandb; trackio, on this machine and without an account; none. "
+        "Default wandb if the run has a name",
+        choices=[*TRACKERS],
+    )
     fsdp: bool | None = flag(
         None, "shard the parameters over the data axis too; default: if memory requires it"
     )
     dtype: str = flag("auto", "compute dtype", choices=["auto", "float32", "bfloat16"])
+    precision: str = flag(
+        "bf16",
+        "precision of the layers' matmuls in training: bf16 (the compute dtype); fp8 (H100 and "
+        "later); int8 (TPU v5e, v5p, v6e). A resumed run may change it",
+        choices=["bf16", "fp8", "int8"],
+    )
+    table_dtype: str = flag(
+        "auto",
+        "dtype of the embedding tables and their optimizer state in memory; auto: the compute "
+        "dtype for modern on accelerators, else float32. Checkpoints hold float32",
+        choices=["auto", "float32", "bfloat16"],
+    )
+    fp8: bool = flag(False, "the same as --precision fp8")
+    fp8_recipe: str = flag(
+        "tensorwise",
+        "scales of fp8: one per tensor, or per row and column (slower, more accurate)",
+        choices=["tensorwise", "rowwise"],
+    )
     remat: str = flag(
         "auto",
         "activations that the backward pass recomputes, to save memory: none; minimal: all but "
@@ -85,13 +120,25 @@ class RunConfig(Processes):
     )
 
     def __post_init__(self) -> None:
+        refuse_windows()
         if self.remat == "elementwise":  # the mode's former name
             object.__setattr__(self, "remat", "minimal")
         if self.resuming and self.fresh:
             raise ValueError(
                 "`resume` continues from a tag's checkpoints, `fresh` deletes them: choose one"
             )
+        if self.fp8 and self.precision == "int8":
+            raise ValueError("`fp8` and `precision=int8` are alternatives: choose one")
+        if self.fp8_recipe != "tensorwise" and not self.step_precision.startswith("fp8"):
+            raise ValueError(f"`fp8_recipe={self.fp8_recipe}` needs `precision=fp8`")
         self.profiled_steps  # noqa: B018  (raises if it is malformed)
+
+    @property
+    def step_precision(self) -> str:
+        """`Compute.precision` of the training step."""
+        if not (self.fp8 or self.precision == "fp8"):
+            return self.precision
+        return "fp8" if self.fp8_recipe == "tensorwise" else "fp8_rowwise"
 
     @property
     def resuming(self) -> bool:

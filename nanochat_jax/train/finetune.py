@@ -46,6 +46,7 @@ from nanochat_jax.train.optim import (
 )
 from nanochat_jax.train.reporting import log_training
 from nanochat_jax.train.setup import Run, set_up
+from nanochat_jax.train.step import saved_form, stored_form
 
 log = logging.getLogger(__name__)
 
@@ -153,9 +154,8 @@ def warm_optimizer(
     clipped = loaded.source == "base" and loaded.meta["rates"]["grad_clip"] > 0
     saved = optax.chain(optax.clip_by_global_norm(1.0), optimizer) if clipped else optimizer
     abstract = jax.eval_shape(saved.init, params)
-    state = load_optimizer(
-        loaded, abstract_tree(abstract, optimizer_shardings(abstract, params, shardings, mesh))
-    )
+    placed = abstract_tree(abstract, optimizer_shardings(abstract, params, shardings, mesh))
+    state = stored_form(load_optimizer(loaded, saved_form(placed)), abstract)
     scheduled = (MuonState, optax.ScaleByScheduleState)
     return jax.tree.map(
         lambda node: (

@@ -20,13 +20,13 @@ import jax
 from nanochat_jax.checkpoint import Checkpoints, claim_directory, keep_tokenizer
 from nanochat_jax.data.loader import merge_states
 from nanochat_jax.errors import UsageError
-from nanochat_jax.metrics import Profiler, start_wandb
+from nanochat_jax.metrics import Profiler, start_tracker
 from nanochat_jax.model.sharding import barrier, data_share, gather_json
 from nanochat_jax.train.job import Evaluation, Job, Outcome, Source, is_due
 from nanochat_jax.train.memory import compile_step, is_out_of_memory, out_of_memory
 from nanochat_jax.train.reporting import Reporter, Totals
 from nanochat_jax.train.resume import restore
-from nanochat_jax.train.step import TrainState
+from nanochat_jax.train.step import TrainState, saved_form, stored_form
 from nanochat_jax.train.stopping import EXIT_STOPPED, Interrupted, StopRequest
 
 log = logging.getLogger(__name__)
@@ -45,8 +45,9 @@ def train(
     if job.shape is not None:
         # What can fail for lack of memory or a package runs before `fresh` deletes anything.
         step_fn, _ = compile_step(step_fn, state, job.shape, mesh)
-    wandb_run = start_wandb(
-        config.run, f"nanochat-{job.name.removeprefix('chat_')}", dataclasses.asdict(config)
+    project = f"nanochat-{job.name.removeprefix('chat_')}"
+    tracker_run = start_tracker(
+        config.tracker, config.run, project, job.directory.name, dataclasses.asdict(config)
     )
     with (
         _directories(job) as job,
@@ -58,7 +59,7 @@ def train(
         loop = _Loop(job, state, step_fn, source, checkpoints, stop)
         del state
         resumed = config.resuming and loop.restore(shardings)
-        reporter = Reporter(job, loop.totals, loop.start if resumed else None, mesh, wandb_run)
+        reporter = Reporter(job, loop.totals, loop.start if resumed else None, mesh, tracker_run)
         profiler = Profiler(config.profiled_steps, job.logs / "profile")
         with _explained(job, mesh, checkpoints):
             try:
@@ -101,7 +102,7 @@ class _Loop:
             return False
         self.start = self._saved_at = restored.step
         self.totals = Totals(**restored.state.get("loop", {}))
-        self.state = TrainState(restored.params, restored.optimizer)
+        self.state = stored_form(TrainState(restored.params, restored.optimizer), self.state)
         log.info("resuming %s at step %d", self.job.directory, self.start)
         return True
 
@@ -167,8 +168,8 @@ class _Loop:
         self._reporter.log.copy()
         self.checkpoints.save(
             step,
-            self.state.params,
-            self.state.optimizer,
+            saved_form(self.state.params),
+            saved_form(self.state.optimizer),
             json.loads(json.dumps(own | job.metadata)),
         )
         self._saved_at = step

@@ -2,7 +2,9 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
+import jax
 import jax.numpy as jnp
 import optax
 from jax import Array
@@ -90,6 +92,19 @@ def adamw(
     return optax.adamw(learning_rate, b1=b1, b2=b2, eps=EPS, weight_decay=weight_decay)
 
 
+def in_float32(transform: optax.GradientTransformation) -> optax.GradientTransformation:
+    """`transform` computed in float32, with a state in the parameters' dtype."""
+
+    def up(tree: Any) -> Any:
+        return jax.tree.map(lambda x: x.astype(jnp.float32) if x.dtype == jnp.bfloat16 else x, tree)
+
+    def update(grads: Any, state: Any, params: Any = None) -> tuple[Any, Any]:
+        updates, new = transform.update(up(grads), up(state), up(params))
+        return updates, jax.tree.map(lambda x, old: x.astype(old.dtype), new, state)
+
+    return optax.GradientTransformation(transform.init, update)
+
+
 @dataclass(frozen=True, kw_only=True)
 class Schedules:
     """Hyperparameters as functions of the step."""
@@ -122,8 +137,8 @@ def make_optimizer(
     if config.arch == "modern":
         groups = {
             "lm_head": adamw(rate(unembedding), 0.8, 0.96, 0.01),
-            "wte": adamw(rate(embedding), 0.8, 0.995, 0.001),
-            "value_embeds": adamw(rate(0.5 * embedding), 0.8, 0.995, 0.01),
+            "wte": in_float32(adamw(rate(embedding), 0.8, 0.995, 0.001)),
+            "value_embeds": in_float32(adamw(rate(0.5 * embedding), 0.8, 0.995, 0.01)),
             "resid_lambdas": adamw(rate(0.01 * scalar), 0.8, 0.95, 0.05),
             "x0_lambdas": adamw(rate(scalar), 0.96, 0.95, 0.0),
             SCALARS: adamw(rate(0.2), 0.8, 0.95, 0.0),
@@ -131,7 +146,7 @@ def make_optimizer(
     else:
         groups = {
             "lm_head": adamw(rate(unembedding), 0.8, 0.95, rates.weight_decay),
-            "wte": adamw(rate(embedding), 0.8, 0.95, rates.weight_decay),
+            "wte": in_float32(adamw(rate(embedding), 0.8, 0.95, rates.weight_decay)),
         }
     groups[MATRICES] = muon(
         rate(rates.matrix_lr * lr_scale),

@@ -51,14 +51,14 @@ class Reporter:
         totals: Totals,
         resumed_at: int | None,
         mesh: jax.sharding.Mesh,
-        wandb_run: Any,
+        tracker_run: Any,
     ) -> None:
-        self._job, self._totals, self._wandb = job, totals, wandb_run
+        self._job, self._totals, self._tracker = job, totals, tracker_run
         self.log = MetricsLog(
             job.logs / "metrics.jsonl",
             resume_step=resumed_at,
             steps=job.directory,
-            wandb_run=wandb_run,
+            tracker_run=tracker_run,
         )
         self.display = Display(job.name, job.num_steps, start=resumed_at or 0)
         peak = peak_flops(jax.devices()[0])
@@ -134,7 +134,11 @@ class Reporter:
     def evaluated(self, step: int, figures: dict[str, float]) -> None:
         if self._job.primary in figures:
             self._totals.minimum = min(self._totals.minimum, figures[self._job.primary])
-        self.log.write(step=step, kind="eval", time=time.time(), **figures)
+        spent: dict[str, float] = {"total_training_time": self._totals.seconds}
+        if self._job.shape:
+            tokens = step * self._job.shape.tokens
+            spent["total_training_flops"] = float(flops_per_token(self._job.model)) * tokens
+        self.log.write(step=step, kind="eval", time=time.time(), **spent, **figures)
         texts = [f"{name} {value:.4f}" for name, value in figures.items()]
         if len(texts) > 6:  # such as RL's pass@k for each k; metrics.jsonl has all
             texts[4:-1] = ["..."]
@@ -159,8 +163,8 @@ class Reporter:
     def close(self) -> None:
         self.display.close()
         self.log.close()
-        if self._wandb is not None:
-            self._wandb.finish()
+        if self._tracker is not None:
+            self._tracker.finish()
 
 
 def log_training(job: Job, paths: Paths, section: str, results: Mapping[str, Any]) -> None:

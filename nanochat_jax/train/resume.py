@@ -16,7 +16,7 @@ from nanochat_jax.paths import saved_steps
 from nanochat_jax.storage import Directory
 from nanochat_jax.train.config import RunConfig
 from nanochat_jax.train.job import Job, Source
-from nanochat_jax.train.step import TrainState
+from nanochat_jax.train.step import TrainState, saved_form
 
 # Settings that a saved state depends on. The resolved values of `RESOLVED` are saved as well.
 RESOLVED = ("data", "packing", "total_batch_size")
@@ -40,7 +40,7 @@ def restore(
         require_same_run(job, saved)
         source.set_state(saved["position"])
 
-    abstract = abstract_tree(state, shardings)
+    abstract = saved_form(abstract_tree(state, shardings))
     if checkpoints.steps():
         for leaf in jax.tree.leaves(state):
             leaf.delete()

@@ -31,7 +31,7 @@ from nanochat_jax.model.sharding import (
     replicated,
     sum_over_data,
 )
-from nanochat_jax.model.weights import Params, abstract_params, init_params
+from nanochat_jax.model.weights import Params, abstract_params, cast_tables, init_params
 
 
 class TrainState(NamedTuple):
@@ -167,11 +167,40 @@ def make_train_step(
     return jax.jit(step, donate_argnums=0, out_shardings=(shardings, replicated(mesh)))
 
 
+def saved_form(tree: Any) -> Any:
+    """A tree of arrays or shapes as checkpoints hold it: bfloat16 as float32."""
+    return _cast(tree, jax.tree.map(lambda x: jnp.float32 if _is_bfloat16(x) else x.dtype, tree))
+
+
+def stored_form(tree: Any, state: Any) -> Any:
+    """A tree of arrays from a checkpoint, in the dtypes of `state`."""
+    return _cast(tree, jax.tree.map(lambda x: x.dtype, state))
+
+
+def _is_bfloat16(x: Any) -> bool:
+    return x.dtype == jnp.bfloat16
+
+
+def _cast(tree: Any, dtypes: Any) -> Any:
+    def cast(x: Any, dtype: Any) -> Any:
+        if x.dtype == dtype:
+            return x
+        return x.update(dtype=dtype) if isinstance(x, jax.ShapeDtypeStruct) else x.astype(dtype)
+
+    return jax.tree.map(cast, tree, dtypes)
+
+
 def state_shardings(
-    config: GPTConfig, optimizer: optax.GradientTransformation, mesh: Mesh, *, fsdp: bool
+    config: GPTConfig,
+    optimizer: optax.GradientTransformation,
+    mesh: Mesh,
+    *,
+    fsdp: bool,
+    tables: Any = jnp.float32,
 ) -> tuple[TrainState, TrainState]:
-    """(shapes of a train state, its shardings)."""
-    params, param_sharding = abstract_params(config), param_shardings(config, mesh, fsdp=fsdp)
+    """(shapes of a train state, its shardings). `tables`: dtype of the embedding tables."""
+    params = cast_tables(abstract_params(config), tables)
+    param_sharding = param_shardings(config, mesh, fsdp=fsdp)
     opt_state = jax.eval_shape(optimizer.init, params)
     opt_sharding = optimizer_shardings(opt_state, params, param_sharding, mesh)
     return TrainState(params, opt_state), TrainState(param_sharding, opt_sharding)
@@ -185,13 +214,19 @@ def init_state(
     fsdp: bool,
     seed: int,
     params: Params | None = None,
+    tables: Any = jnp.float32,
 ) -> tuple[TrainState, TrainState]:
-    """(a sharded train state, its shardings); parameters are drawn with `seed` unless given."""
-    _, shardings = state_shardings(config, optimizer, mesh, fsdp=fsdp)
+    """(a sharded train state, its shardings); parameters are drawn with `seed` unless given.
+
+    `tables`: dtype of the embedding tables and of their moments.
+    """
+    _, shardings = state_shardings(config, optimizer, mesh, fsdp=fsdp, tables=tables)
     if params is None:
-        params = jax.jit(lambda key: init_params(config, key), out_shardings=shardings.params)(
-            jax.random.key(seed)
-        )
+        params = jax.jit(
+            lambda key: cast_tables(init_params(config, key), tables),
+            out_shardings=shardings.params,
+        )(jax.random.key(seed))
+    params = cast_tables(params, tables)
     return TrainState(
         params, jax.jit(optimizer.init, out_shardings=shardings.optimizer)(params)
     ), shardings

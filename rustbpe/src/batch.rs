@@ -5,7 +5,8 @@ use std::sync::mpsc::Sender;
 use std::sync::Mutex;
 use std::thread;
 
-use crate::encode::{huge, Encoder, Scratch};
+use crate::encode::{Encoder, Scratch};
+use crate::processor::{huge, prefetch};
 use crate::texts::Text;
 
 /// Threads take the texts in runs of about this many bytes: enough to make the taking cheap, and so few that all
@@ -46,7 +47,7 @@ struct Share {
 
 /// The ids of all `texts`, each after `prepend` if that is given. Other threads start to encode while this one still
 /// takes texts from the iterator, which may need the GIL. What needs no GIL runs in `without_gil`: this thread encodes
-/// too, with `check` after each job, and at last all threads copy the ids together. An error ends all work.
+/// too, with `check` before each job, and at last all threads copy the ids together. An error ends all work.
 pub fn encode_batch<T: Text, E: From<String> + Send>(
     encoder: &Encoder,
     pool: &Pool,
@@ -63,11 +64,11 @@ pub fn encode_batch<T: Text, E: From<String> + Send>(
             let ids = huge(text_bytes.load(Ordering::Relaxed) / 4 / num_threads.max(1)); // a guess
             let mut share = Share { ids, ..Share::default() };
             while !stop.load(Ordering::Relaxed) {
+                check()?;
                 let received = receiver.lock().unwrap().recv();
                 let Ok((number, texts)) = received else { break };
                 encode_job(encoder, scratch, &texts, prepend, &mut share)?;
                 share.jobs.push((number, share.ids.len(), share.lens.len()));
-                check()?;
             }
             Ok(share)
         });
@@ -109,7 +110,7 @@ fn send_jobs<T: Text, E>(
         let (mut job, mut size) = (Vec::new(), 0);
         while let Some(text) = texts.next_if(|_| size < JOB_BYTES) {
             job.push(text?);
-            size += job[job.len() - 1].num_bytes();
+            size += job[job.len() - 1].bytes().len();
         }
         let _ = sender.send((number, job)); // the receiver lives as long as the caller
         after(number, size);
@@ -126,7 +127,11 @@ fn encode_job(
     share: &mut Share,
 ) -> Result<(), String> {
     let mut buffer = Vec::new();
-    for text in texts {
+    for (index, text) in texts.iter().enumerate() {
+        if let Some(next) = texts.get(index + 1) {
+            // The processor loads ahead inside of a text only.
+            next.bytes().chunks(64).take(8).for_each(prefetch);
+        }
         let (text, start) = (text.read(&mut buffer)?, share.ids.len());
         share.ids.extend(prepend);
         encoder.encode(text, scratch, &mut share.ids)?;
@@ -185,7 +190,7 @@ fn concat(parts: &[&[i32]], num_threads: usize) -> Vec<i32> {
 #[cfg(test)]
 mod tests {
     use super::*;
-    use crate::encode::Vocabulary;
+    use crate::merge::Vocabulary;
     use crate::split::{Splitter, DEFAULT_PATTERN};
 
     fn encoder() -> Encoder {

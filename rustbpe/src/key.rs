@@ -29,6 +29,7 @@ pub fn of(text: &[u8], start: usize, end: usize) -> Option<u128> {
 }
 
 #[cold]
+#[inline(never)]
 fn window_at_end(chunk: &[u8]) -> [u8; MAX_LEN + 1] {
     let mut window = [0; MAX_LEN + 1];
     window[..chunk.len()].copy_from_slice(chunk);
@@ -43,10 +44,8 @@ pub fn bytes(key: u128) -> ([u8; MAX_LEN + 1], usize) {
 /// A hash of the key. The upper bits are the better ones.
 #[inline(always)]
 pub fn hash(key: u128) -> u64 {
-    // Half the key times the other half, folded, after XOR with two arbitrary constants so that neither factor is 0.
-    let (low, high) = (key as u64 ^ 0x9e37_79b9_7f4a_7c15, (key >> 64) as u64 ^ 0xd1b5_4a32_d192_ed03);
-    let product = u128::from(low) * u128::from(high);
-    product as u64 ^ (product >> 64) as u64
+    let (low, high) = (key as u64, (key >> 64) as u64);
+    (low ^ high.wrapping_mul(0x9e37_79b9_7f4a_7c15)).wrapping_mul(0xd1b5_4a32_d192_ed03)
 }
 
 #[cfg(test)]

@@ -6,6 +6,8 @@ mod encode;
 mod feed;
 mod gpt4;
 mod key;
+mod merge;
+mod processor;
 mod split;
 mod texts;
 mod train;
@@ -22,8 +24,9 @@ use pyo3::types::{PyBytes, PyString};
 
 use batch::{encode_batch, Pool};
 use counts::{count_chunks, ChunkCounts};
-use encode::{Encoder, Vocabulary};
+use encode::Encoder;
 use feed::{Feed, Limits, Progress};
+use merge::{Vocabulary, MAX_TOKENS};
 use split::{Splitter, DEFAULT_PATTERN};
 use texts::{as_string, ArrowStrings, Text, Texts};
 use train::{learn_merges, Words};
@@ -210,15 +213,14 @@ impl Tokenizer {
         num_threads: Option<usize>,
         feed: impl FnOnce(SyncSender<Texts>, &AtomicBool, &mut Progress) -> PyResult<()> + Send,
     ) -> PyResult<()> {
-        let num_merges = match u32::try_from(vocab_size) {
-            Ok(size @ 256..) => size as usize - 256,
-            _ if vocab_size < 256 => {
-                return Err(PyValueError::new_err(format!("vocab_size must be at least 256, got {vocab_size}")))
+        let num_merges = match vocab_size {
+            ..256 => Err(format!("vocab_size must be at least 256, got {vocab_size}")),
+            _ if vocab_size > MAX_TOKENS as i64 => {
+                Err(format!("vocab_size must be at most {MAX_TOKENS}, got {vocab_size}"))
             }
-            _ => {
-                return Err(PyValueError::new_err(format!("vocab_size must be at most {}, got {vocab_size}", u32::MAX)))
-            }
+            _ => Ok(vocab_size as usize - 256),
         };
+        let num_merges = num_merges.map_err(Failure::from)?;
         let threads = num_threads.unwrap_or(*CORES).clamp(1, MAX_THREADS);
         let splitter = Splitter::new(pattern.unwrap_or(DEFAULT_PATTERN)).map_err(Failure::from)?;
         let mut progress = Progress::new(progress);

@@ -86,15 +86,15 @@ impl ArrowStrings {
 
 /// A text that threads can read.
 pub trait Text: Copy + Send {
-    fn num_bytes(&self) -> usize;
+    fn bytes(&self) -> &[u8];
 
     /// The text, in `buffer` if it has to be copied.
     fn read<'a>(&'a self, buffer: &'a mut Vec<u8>) -> Result<&'a str, String>;
 }
 
 impl Text for &str {
-    fn num_bytes(&self) -> usize {
-        self.len()
+    fn bytes(&self) -> &[u8] {
+        self.as_bytes()
     }
 
     fn read<'a>(&'a self, _: &'a mut Vec<u8>) -> Result<&'a str, String> {
@@ -107,15 +107,15 @@ impl Text for &str {
 pub struct Unchecked<'t>(Option<&'t [u8]>);
 
 impl Text for Unchecked<'_> {
-    fn num_bytes(&self) -> usize {
-        self.0.map_or(0, <[u8]>::len)
+    fn bytes(&self) -> &[u8] {
+        self.0.unwrap_or(&[])
     }
 
     fn read<'a>(&'a self, buffer: &'a mut Vec<u8>) -> Result<&'a str, String> {
         let bad_text = |reason: &str| format!("the Arrow array has a string that is not UTF-8: {reason}");
         buffer.clear();
         buffer.extend_from_slice(self.0.ok_or_else(|| bad_text("its offsets are wrong"))?);
-        std::str::from_utf8(buffer).map_err(|error| bad_text(&error.to_string()))
+        simdutf8::basic::from_utf8(buffer).map_err(|error| bad_text(&error.to_string()))
     }
 }
 

@@ -102,9 +102,9 @@ def test_equal_prompts_of_one_batch_share_one_prefill(engine, monkeypatch):
     monkeypatch.setattr(
         EngineLoop,
         "prefill",
-        lambda loop, batch, piece, **more: (
+        lambda loop, batch, rows, piece: (
             pieces.append(len(batch)),
-            prefill(loop, batch, piece, **more),
+            prefill(loop, batch, rows, piece),
         ),
     )
     request = greedy(tokens(5, 80))
@@ -159,7 +159,17 @@ def test_at_most_a_third_of_a_prefill_is_padding(engine):
     for missing in range(22, 600):  # the shortest piece has 16 tokens
         done = padded = 0
         while done < missing:
-            piece = engine.piece_for(missing - done)
+            _, piece = engine.prefill_shape([missing - done])
             padded += piece
             done += piece
         assert padded - missing <= padded / 3, missing
+
+
+@pytest.mark.parametrize("count", [1, 5, 8, 20])
+def test_at_most_a_third_of_a_prefill_of_several_prompts_is_padding(engine, count):
+    for missing in range(20, 300):
+        rows, piece = engine.prefill_shape([missing] * count)
+        tokens = min(rows, count) * min(missing, piece)
+        assert 3 * tokens >= 2 * rows * piece, missing
+        if rows > 1:
+            assert engine.prefill_shape([missing] * count, most=rows * piece - 1)[0] == 1

@@ -4,6 +4,8 @@ import copy
 import dataclasses
 import json
 import random
+import subprocess
+import sys
 
 import jax
 import numpy as np
@@ -124,6 +126,19 @@ def hf_tokenizer(saved):
     return transformers.AutoTokenizer.from_pretrained(saved[2])
 
 
+def test_the_tokenizer_loads_without_torch(saved):
+    code = (
+        "import sys; sys.modules['torch'] = None; import transformers; "
+        "tokenizer = transformers.AutoTokenizer.from_pretrained("
+        "sys.argv[1], trust_remote_code=True); print(tokenizer('ab').input_ids)"
+    )
+    shown = subprocess.run(
+        [sys.executable, "-c", code, saved[2]], capture_output=True, text=True, check=True
+    )
+    tokenizer = saved[0].tokenizer
+    assert shown.stdout.strip() == str(tokenizer.encode("ab", prepend=tokenizer.bos_id))
+
+
 RANGES = [(32, 126), (9, 13), (0xA0, 0x24F), (0x300, 0x36F), (0x400, 0x4FF), (0x4E00, 0x4E80)]
 RANGES += [(0x1F600, 0x1F64F), (0x2000, 0x206F), (0x0, 0xD7FF)]
 
@@ -138,6 +153,7 @@ def test_the_tokenizer_gives_our_ids_on_any_text(tokenizer, hf_tokenizer):
     for text in [*TEXTS, *random_texts(500)]:
         ids = tokenizer.encode(text)
         assert hf_tokenizer.encode(text, add_special_tokens=False) == ids, repr(text)
+        assert hf_tokenizer.encode(text) == [tokenizer.bos_id, *ids]
         assert hf_tokenizer.decode(ids) == text
     assert dict(hf_tokenizer.get_added_vocab()) == tokenizer.special_tokens
 

@@ -1,6 +1,8 @@
 """The fused kernels compute what the reference attention does."""
 
 import functools
+import re
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -9,8 +11,9 @@ import pytest
 from jax.sharding import AxisType, PartitionSpec
 
 from nanochat_jax.errors import UsageError
+from nanochat_jax.model import kernels
 from nanochat_jax.model.attention import causal_attention, check_attention, choose_kernel
-from nanochat_jax.model.compute import Compute
+from nanochat_jax.model.compute import Compute, resolve_dtype
 from nanochat_jax.model.kernels import cudnn_attention, splash_attention
 from nanochat_jax.model.sharding import make_mesh
 
@@ -114,6 +117,40 @@ def test_the_choice_follows_device_dtype_and_shape():
     assert (
         loops(Device("tpu")) and not loops(Device("gpu", "cuda 12090")) and not loops(Device("cpu"))
     )
+
+
+def test_where_cudnn_fails_a_warning_names_the_error_and_xla_attention_is_used(monkeypatch, caplog):
+    # On a CPU, cuDNN attention does fail.
+    monkeypatch.setattr(kernels, "cuda_capability", lambda device: 9.0)
+    assert Compute.on(None, dtype="bfloat16").attention == "xla"
+    assert re.search(r"cuDNN attention fails \(.*cudnn.*\): using XLA's", caplog.text, re.I)
+    with pytest.raises(UsageError, match=r"`attention=cudnn`: cuDNN fails \(.*choose xla or auto"):
+        Compute.on(None, dtype="bfloat16", attention="cudnn")
+    monkeypatch.setattr(kernels, "cudnn_failure", lambda: None)
+    assert Compute.on(None, dtype="bfloat16").attention == "auto"
+
+
+def test_the_dtype_follows_the_device_unless_the_environment_names_it(monkeypatch):
+    class Gpu:
+        platform, client = "gpu", SimpleNamespace(platform_version="cuda 13000")
+
+        def __init__(self, capability):
+            self.compute_capability = capability
+
+    devices = [Gpu("7.5"), Gpu("8.0"), Gpu("10.0"), jax.devices()[0]]
+    monkeypatch.delenv("NANOCHAT_DTYPE", raising=False)
+    assert [str(resolve_dtype("auto", device)) for device in devices] == [
+        "float32",
+        "bfloat16",
+        "bfloat16",
+        "float32",
+    ]
+    monkeypatch.setenv("NANOCHAT_DTYPE", "bfloat16")
+    assert resolve_dtype("auto", devices[0]) == jnp.bfloat16
+    assert resolve_dtype("float32", devices[1]) == jnp.float32
+    monkeypatch.setenv("NANOCHAT_DTYPE", "float16")
+    with pytest.raises(UsageError, match="NANOCHAT_DTYPE=float16: expected float32 or bfloat16"):
+        resolve_dtype("auto")
 
 
 @pytest.mark.skipif(

@@ -29,6 +29,11 @@ PAIRS = {
         (draw(2, 5, 3, 4), draw(3, 4, 6)),
     ),
     "unsaved_linear": (layers.linear, fast.unsaved_linear, (draw(2, 5, 6), draw(6, 9))),
+    "lookup": (
+        lambda table: table[jnp.array([[0, 3, 3], [1, 0, 3]])],
+        lambda table: fast.lookup(table, jnp.array([[0, 3, 3], [1, 0, 3]]), jnp.dtype("float32")),
+        (draw(5, 4),),
+    ),
     "transpose": (lambda x: x.swapaxes(-1, -2), fast.transpose, (draw(3, 4, 5),)),
     "matmul_transposed, narrow": (
         lambda x, y: x.T @ y,
@@ -83,8 +88,17 @@ def test_every_function_of_the_module_is_compared():
 
 
 def test_both_forms_take_the_same_arguments():
+    """But for the precision of training, which plain formulas do not have."""
     for name, plain in inspect.getmembers(layers, inspect.isfunction):
         if hasattr(fast, name):
+            names = [*inspect.signature(getattr(fast, name)).parameters]
             assert [*inspect.signature(plain).parameters] == [
-                *inspect.signature(getattr(fast, name)).parameters
+                name for name in names if name != "precision"
             ], name
+
+
+def test_the_gradient_of_a_bfloat16_table_is_summed_in_float32():
+    tokens, table = jnp.zeros((1, 1000), jnp.int32), jnp.ones((2, 1), jnp.bfloat16)
+    total = lambda table: fast.lookup(table, tokens, jnp.dtype("bfloat16")).sum()  # noqa: E731
+    gradient = jax.grad(total)(table)
+    assert gradient.dtype == jnp.bfloat16 and gradient[0, 0] == 1000 and gradient[1, 0] == 0

@@ -1,4 +1,5 @@
-"""Numerics against tensors that upstream's PyTorch made, both eras, float32 on the CPU."""
+"""Parity with upstream: tensors that its PyTorch code made, both architectures, float32 on the CPU,
+and ids of its tokenizer."""
 
 import functools
 import json
@@ -8,9 +9,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from golden_data import golden_sets, load_golden
+from golden_data import golden_sets, golden_tokenizer, load_golden
 from safetensors.numpy import load_file
 
+from nanochat_jax.conversation import render_conversation, render_for_completion
 from nanochat_jax.interop.torch_checkpoint import read_checkpoint
 from nanochat_jax.model.compute import Compute
 from nanochat_jax.model.gpt import forward, init_cache, unembed
@@ -57,11 +59,6 @@ def assert_trees_close(tree, reference, tolerance):
         assert error < tolerance, f"{jax.tree_util.keystr(path)}: relative error {error:.2e}"
 
     jax.tree.map_with_path(check, tree, reference)
-
-
-def test_the_checkpoint_holds_the_reference_weights(golden):
-    directory, config, params, _ = golden
-    jax.tree.map(np.testing.assert_array_equal, params, load_golden(directory, "model", config))
 
 
 def test_logits_and_losses_equal_upstream(golden):
@@ -135,7 +132,7 @@ def test_optimizer_trace_equals_upstream(path):
         schedules,
         Compute(dtype=jnp.bfloat16 if rounded else jnp.float32),
     )
-    params = load_golden(directory, "model", config)
+    params = jax.tree.map(jnp.asarray, read_checkpoint(directory).params)
     state = optimizer.init(params)
     update = jax.jit(optimizer.update)
     for step, expected in enumerate(trace["loss_before_step"]):
@@ -166,3 +163,20 @@ def test_model_shape_and_flops_equal_upstream():
         assert sum(param_counts(config).get(group, 0) for group in SCALARS) == counts["scalars"]
         assert num_matrix_params(config) == counts["transformer_matrices"]
         assert num_scaling_params(config) == counts["transformer_matrices"] + counts["lm_head"]
+
+
+def test_ids_equal_upstream():
+    tokenizer, expected = golden_tokenizer()
+    assert tokenizer.special_tokens == expected["special_tokens"]
+    assert tokenizer.pattern == expected["pattern"]
+    for sample in expected["samples"]:
+        assert tokenizer.encode(sample["text"]) == sample["ids"], sample["text"]
+
+
+def test_ids_and_masks_of_conversations_equal_upstream():
+    tokenizer, expected = golden_tokenizer()
+    for case in expected["conversations"]:
+        conversation = case["conversation"]
+        assert render_conversation(tokenizer, conversation) == (case["ids"], case["mask"])
+        assert render_conversation(tokenizer, conversation, 12)[0] == case["ids_max_tokens_12"]
+        assert render_for_completion(tokenizer, conversation) == case["completion_ids"]

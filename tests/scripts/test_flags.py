@@ -159,7 +159,7 @@ def test_names_are_checked_when_flags_are_read(config_type, argv, named):
 )
 def test_every_script_on_devices_has_device_type(name):
     assert FLAG_TYPES[name].device_type is None
-    with pytest.raises(UsageError, match="--device-type.*'mps'"):
+    with pytest.raises(UsageError, match="--device-type.*'mps', an Apple GPU, is not supported"):
         parse(FLAG_TYPES[name], "--device-type", "mps")
 
 

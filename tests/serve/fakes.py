@@ -5,7 +5,6 @@ import functools
 import json
 from contextlib import asynccontextmanager
 from pathlib import Path
-from types import SimpleNamespace
 
 import aiohttp
 import jax
@@ -13,6 +12,7 @@ from aiohttp import web
 
 from nanochat_jax.checkpoint import Loaded
 from nanochat_jax.infer.engine import Engine
+from nanochat_jax.infer.programs import Programs
 from nanochat_jax.infer.request import Result
 from nanochat_jax.model.config import GPTConfig
 from nanochat_jax.model.weights import init_params
@@ -59,12 +59,23 @@ class FakeHandle:
         receive([Result([1, 2], [True, True], reason, text, 3)])
 
 
+class FakeEngine:
+    """The numbers of its own; weights and vocabulary, for scoring tokens, of `small_engine`."""
+
+    def __init__(self, max_len, num_slots, devices):
+        self.max_len, self.num_slots, self.devices = max_len, num_slots, devices
+        self.programs = Programs()
+
+    def __getattr__(self, name):
+        return getattr(small_engine(), name)
+
+
 class FakeScheduler:
     num_active, num_waiting = 2, 1
 
     def __init__(self, *events, error=None, max_len=2048, num_slots=2, devices=("cpu",)):
         self.events, self.error, self.requests, self.handles = events, error, [], []
-        self.engine = SimpleNamespace(max_len=max_len, num_slots=num_slots, devices=devices)
+        self.engine = FakeEngine(max_len, num_slots, devices)
 
     def submit_all(self, requests, receive):
         if self.error:

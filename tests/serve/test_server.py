@@ -265,6 +265,19 @@ async def test_health_and_stats_count_slots():
         }
 
 
+async def test_health_is_starting_until_all_programs_are_compiled():
+    scheduler = FakeScheduler()
+    programs = scheduler.engine.programs
+    programs.total = 2
+    async with client(scheduler) as session:
+        for status, left in (("starting", 2), ("starting", 1), ("ok", 0)):
+            health = await (await session.get("/health")).json()
+            assert (health["status"], health["ready"]) == (status, True)
+            assert health["programs"] == {"compiled": 2 - left, "left": left}
+            with programs.use("decode", left):
+                pass
+
+
 async def test_metrics_count_requests_replies_and_tokens():
     async with client(FakeScheduler("Hel", "lo")) as session:
         await session.post("/chat/completions", json=HELLO)

@@ -1,5 +1,6 @@
 """The commands, notes and estimates of a pipeline, by machine, corpus and flags."""
 
+import dataclasses
 import re
 
 import pytest
@@ -35,6 +36,33 @@ def test_a_gpu_node_trains_d20_on_real_data():
     base = stages["base_train"]
     assert "climbmix" in base.args
     assert "896.5M parameters" in base.note and "4,980 steps" in base.note
+
+
+def test_the_record_is_upstreams_of_2026():
+    """d24: 5,568 steps of 2^20 tokens, float8, then SFT from base with the base run's batch."""
+    h100 = dataclasses.replace(GPUS, float8=True)
+    stages = planned(h100, recipe="record")
+    assert list(stages) == [
+        *("data", "data_rest", "tok_train", "tok_eval", "base_train", "base_eval"),
+        *("chat_sft", "chat_eval_sft", "report"),
+    ]
+    note = stages["base_train"].note
+    assert "1384.1M parameters, 5,838.5M tokens in 5,568 steps" in note
+    base = parse(BaseTrainConfig, stages["base_train"].command()[3:], prog="", description="")
+    assert (base.step_precision, base.target_param_data_ratio) == ("fp8", 8)
+    cadence = (base.eval_every, base.core_metric_every, base.sample_every)
+    assert cadence == (250, 2000, 2000) and base.eval_tokens == 80 * 524288
+    sft = parse(ChatSFTConfig, stages["chat_sft"].command()[3:], prog="", description="")
+    assert sft.source == "base" and sft.load_optimizer
+    assert sft.target_examples_per_step is None and sft.device_batch_size is None
+    assert "--precision" not in planned(GPUS, recipe="record")["base_train"].args
+
+
+def test_the_record_without_an_accelerator_is_small_and_has_no_midtraining():
+    stages = planned(CPU, recipe="record", smoke=True)
+    assert not {"mid_train", "chat_eval_mid", "base_loss", "data_rest"} & {*stages}
+    assert "--num-iterations 4" in stages["chat_sft"].text()
+    assert "--source base" in stages["chat_sft"].text()
 
 
 def test_without_an_accelerator_the_pipeline_needs_no_network():

@@ -45,7 +45,7 @@ def line(tmp_path, monkeypatch):
             calls.append((module.removeprefix("m."), *flags))
             return 9 if module == fail else 0
 
-        monkeypatch.setattr(runner, "_call", call)
+        monkeypatch.setattr(runner, "call", call)
         path = tmp_path / "speedrun.json"
         saved = path.exists() and not fresh
         record = Record.open(Paths(tmp_path), fresh=False) if saved else Record(path)
@@ -104,7 +104,7 @@ def test_a_base_directory_has_one_speedrun_and_its_outputs_are_checked_first(tmp
     monkeypatch.chdir(tmp_path)
     cpu = Machine(platform="cpu", kind="cpu", count=1, peak_flops=None)
     monkeypatch.setattr(Machine, "probe", lambda device_type: cpu)
-    monkeypatch.setattr(runner, "_call", lambda command: pytest.fail("a stage started"))
+    monkeypatch.setattr(runner, "call", lambda command: pytest.fail("a stage started"))
     with (
         lock_file(tmp_path / "base" / ".speedrun.lock", "", ""),
         pytest.raises(UsageError, match="the speedrun of .* in use"),
@@ -146,7 +146,7 @@ def test_a_background_stage_runs_beside_others_until_one_waits_for_it(
         calls.append((command[2], (tmp_path / "rest").exists()))
         return 0
 
-    monkeypatch.setattr(runner, "_call", call)
+    monkeypatch.setattr(runner, "call", call)
     stages = [
         Stage(name="data", module="m.data", produces=True),
         Stage(name="rest", module="background", args=(str(code),), background=True),
@@ -168,7 +168,7 @@ def test_a_background_stage_runs_beside_others_until_one_waits_for_it(
 def test_a_failure_of_another_stage_stops_the_background(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "background.py").write_text("import time\ntime.sleep(60)\n")
-    monkeypatch.setattr(runner, "_call", lambda command: 5 if command[2] == "m.tok" else 0)
+    monkeypatch.setattr(runner, "call", lambda command: 5 if command[2] == "m.tok" else 0)
     stages = [
         Stage(name="rest", module="background", background=True),
         Stage(name="tokenizer", module="m.tok"),
@@ -185,7 +185,7 @@ def test_the_estimate_of_the_time_left_follows_the_finished_stages(tmp_path, mon
         clock[0] += {"m.slow": 300.0, "m.quick": 1.0}.get(command[2], 0.0)
         return 0
 
-    monkeypatch.setattr(runner, "_call", call)
+    monkeypatch.setattr(runner, "call", call)
     monkeypatch.setattr(runner.time, "monotonic", lambda: clock[0])
     seconds = {"quick": 10, "slow": 100, "last": 100}
     stages = [Stage(name=name, module=f"m.{name}", seconds=s) for name, s in seconds.items()]

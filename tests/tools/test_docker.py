@@ -2,9 +2,11 @@
 
 import os
 import re
+import shlex
 import shutil
 import stat
 import subprocess
+import sys
 import tomllib
 from pathlib import Path
 
@@ -60,7 +62,7 @@ def test_the_image_has_an_allowed_python_and_its_variants_are_extras():
     bounds = re.fullmatch(r">=3\.(\d+),<3\.(\d+)", PROJECT["project"]["requires-python"])
     assert int(bounds[1]) <= int(version.removeprefix("3.")) < int(bounds[2])
     run = next(rest for rest in arguments("RUN") if "VARIANT" in rest)
-    variants = re.search(r"in ([a-z|]+)\)", run)[1].split("|")
+    variants = re.search(r"in ([a-z0-9|-]+)\)", run)[1].split("|")
     assert {*variants, "offline", "wandb"} <= set(PROJECT["project"]["optional-dependencies"])
     check = run[run.index("case") : run.index("esac") + 4]
     for variant, code in [*((variant, 0) for variant in variants), ("rocm", 1), ("", 1)]:
@@ -171,6 +173,32 @@ def test_a_service_agrees_with_the_image(path, name):
     assert ("profiles" in service) == (variant == "cpu")  # one service starts without a name
 
 
+def compose_commands():
+    """The words of every `docker compose` command in the documents and in the compose files."""
+    for path in [*(ROOT / "docs").glob("*.md"), ROOT / "README.md", *COMPOSE]:
+        text = path.read_text().replace("\\\n", " ")
+        for found in re.finditer(r"docker compose (-f .*?)(?=  +#|;|`|$)", text, re.MULTILINE):
+            yield path.name, shlex.split(found[1])
+
+
+def test_the_commands_of_the_guide_name_services_and_what_they_can_run(started):
+    commands = list(compose_commands())
+    assert len(commands) > 5 and any(words[2] == "run" for _, words in commands)
+    for _, (_, file, action, *rest) in commands:
+        names = [word for word in rest if not word.startswith("-")]
+        service = services(ROOT / file)[names[0]]
+        assert action in ("up", "run")
+        argv = rest[rest.index(names[0]) + 1 :]
+        if action == "run":
+            assert service["entrypoint"] == ["nanochat-train"] and argv
+            module, argv = started("train.sh", *argv)
+            parser = {"scripts.speedrun": SpeedrunConfig, "nanochat_jax.dataset": HfConfig}[module]
+            argv = argv[1:] if parser is HfConfig else argv
+            cli.parse(parser, argv, prog=module, description="")
+        else:
+            assert not argv
+
+
 def test_the_image_has_the_commands_of_its_services():
     assert arguments("CMD") == ['["nanochat-web"]']
     for name in ("web", "train"):
@@ -179,3 +207,45 @@ def test_the_image_has_the_commands_of_its_services():
         assert (DOCKER / f"{name}.sh").stat().st_mode & stat.S_IXUSR
     for service in services(DOCKER / "docker-compose.train.yml").values():
         assert service["entrypoint"] == ["nanochat-train"] and service["command"] == []
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(shutil.which("cargo") is None, reason="needs cargo")
+def test_the_steps_of_the_image_work_in_a_plain_directory(tmp_path):
+    source, wheels, site, binaries = (tmp_path / name for name in ("src", "wheels", "site", "bin"))
+    for name in copied():
+        copy = shutil.copytree if (ROOT / name).is_dir() else shutil.copy
+        if not name.startswith("docker/"):
+            source.mkdir(exist_ok=True)
+            copy(ROOT / name, source / name)
+    shutil.rmtree(source / "rustbpe/target", ignore_errors=True)
+    env = os.environ | {"PATH": f"{binaries}:{Path(sys.executable).parent}:{os.environ['PATH']}"}
+    env |= {"CARGO_TARGET_DIR": str(ROOT / "rustbpe/target"), "PYTHONPATH": str(site)}
+    env |= {"NANOCHAT_BASE_DIR": str(tmp_path / "base")}
+
+    def run(command, where):
+        command = command.replace("/wheels", str(wheels))
+        done = subprocess.run(
+            ["bash", "-euo", "pipefail", "-c", command],
+            cwd=where,
+            env=env,
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stdout + done.stderr
+        return done.stdout
+
+    [build] = [rest for rest in arguments("RUN") if "pip wheel" in rest]
+    wheels.mkdir()
+    # 0 is off: pip then builds with the maturin of this environment, without a network
+    run(f"PIP_NO_BUILD_ISOLATION=0 {build}", source)
+    run(f"pip install --no-deps --target {site} $(echo /wheels/*.whl)", tmp_path)
+    binaries.mkdir()
+    for name in ("web", "train"):
+        shutil.copy(DOCKER / f"{name}.sh", binaries / f"nanochat-{name}")
+    (empty := tmp_path / "workspace").mkdir()
+    where = "import nanochat_jax.rustbpe as r; print(r.__file__)"
+    assert str(site) in run(f"nanochat-train python -c '{where}'", empty)
+    assert "base_train" in run("nanochat-train --depth 4 --dry-run", empty)
+    assert "usage:" in run("nanochat-train python -m nanochat_jax.dataset hf --help", empty)
+    assert "--slots" in run("nanochat-web --help", empty)

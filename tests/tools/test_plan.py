@@ -4,6 +4,7 @@ import functools
 import importlib.util
 import json
 import math
+import os
 import re
 import subprocess
 import sys
@@ -18,6 +19,7 @@ import pytest
 from jax._src.cudnn import fused_attention_stablehlo
 from jax.sharding import NamedSharding, PartitionSpec
 
+from nanochat_jax.devices import DETERMINISTIC
 from nanochat_jax.errors import UsageError
 from nanochat_jax.metrics import PEAKS
 from nanochat_jax.model.attention import causal_attention
@@ -42,6 +44,7 @@ from tpu.compile import (
     topology_devices,
 )
 from tpu.cost import HloCost, hlo_cost, jaxpr_flops, visible_pairs
+from tpu.cycles import Kernel, estimated_kernels
 from tpu.hlo import parse_hlo
 
 CONFIG = GPTConfig.modern(1, sequence_len=64, vocab_size=64)
@@ -143,6 +146,25 @@ def compiled_text(f, *arguments):
     return jax.jit(f).lower(*arguments).compile().as_text()
 
 
+def test_low_precision_matmuls_are_counted_in_the_jaxpr_and_in_the_compiled_loop():
+    weight, plain = jnp.ones((64, 64), jnp.int8), jnp.ones((64, 64))
+
+    def step(x):
+        def body(carry, _):
+            sums = jnp.dot(carry, weight, preferred_element_type=jnp.int32)
+            return (sums // 64).astype(jnp.int8), sums.astype(jnp.float32) @ plain
+
+        return jax.lax.scan(body, x, length=5)[1]
+
+    one, x = 2 * 64**3, jnp.ones((64, 64), jnp.int8)
+    jaxpr = jax.make_jaxpr(step)(x)
+    total, low = (
+        jaxpr_flops(jaxpr, CONFIG, platform="cpu", low_precision=only) for only in (False, True)
+    )
+    assert (total, low) == (10 * one, 5 * one)
+    assert hlo_cost(compiled_text(step, x)).low_precision == 5
+
+
 def test_every_instruction_of_a_module_is_parsed():
     text = compiled_text(
         lambda x: jax.lax.fori_loop(0, 3, lambda _, y: jnp.sort(y @ y), x), jnp.ones((16, 16))
@@ -211,7 +233,7 @@ ENTRY %main (x: f32[100,8,128], i: s32[], y: f32[8,64]) -> f32[8,64] {
   %near = f32[8,64]{0,1:T(8,128)S(1)} copy(%y)
   ROOT %back = f32[8,64]{1,0:T(8,128)} copy(%y)
 }
-"""
+"""  # noqa: E501
     tile = 8 * 128 * 4
     # Half a tile of values lies in a whole one; what is copied to the chip (S(1)) is only read. A
     # tile is sliced off and written, another scattered from the chip.
@@ -322,12 +344,13 @@ def test_a_step_takes_at_least_the_slowest_of_its_costs_and_one_at_a_time_the_su
         traffic=defaultdict(float, traffic), sent=Counter({"all-gather": 1.5 * chip.link})
     )
 
-    def plan(products):
+    def plan(products, low=0.0):
         return Plan(
             "h100",
             8,
             Memory(0, 0, 0, 0, 0),
             flops=products * PEAKS["h100"][0],
+            low_flops=low * PEAKS["h100"][0],
             model_flops=3.0 * PEAKS["h100"][0],
             cost=cost,
             tokens=10,
@@ -341,6 +364,8 @@ def test_a_step_takes_at_least_the_slowest_of_its_costs_and_one_at_a_time_the_su
         [5 + 2.5 + 1.5, 4 + 2.5 + 1.5]
     )
     assert plan(5.0).as_json()["one_at_a_time"]["mfu"] == pytest.approx(3 / 9)
+    # Low-precision products take half of the time.
+    assert plan(8.0, low=2.0).times["products"] == pytest.approx(6 + 2 / 2)
 
 
 @pytest.mark.parametrize("name", ["v9:2x4", "v6e", "v6e-7", "h100:"])
@@ -350,14 +375,66 @@ def test_an_unknown_topology_is_refused_in_one_line(name):
     assert "\n" not in str(refused.value)
 
 
+def test_estimated_cycles_count_each_round_of_a_loop_and_rank_the_kernels():
+    """Hand-written: only the compiler for TPUs writes estimates."""
+    text = """HloModule counted
+
+inner (p: f32[8]) -> f32[8] {
+  %p = f32[8]{0} parameter(0)
+  ROOT %twice = f32[8]{0} add(%p, %p)
+}
+
+body (b: (s32[], f32[8])) -> (s32[], f32[8]) {
+  %b = (s32[], f32[8]) parameter(0)
+  %i = s32[] get-tuple-element(%b), index=0
+  %x = f32[8]{0} get-tuple-element(%b), index=1
+  %add_fusion.7 = f32[8]{0} fusion(%x), kind=kLoop, calls=%inner, metadata={op_name="step/mlp/add"}, backend_config={"estimated_cycles":"100"}
+  %add_fusion.8.clone = f32[8]{0} fusion(%add_fusion.7), kind=kLoop, calls=%inner, metadata={op_name="step/mlp/add"}, backend_config={"estimated_cycles":"50"}
+  ROOT %next = (s32[], f32[8]) tuple(%i, %add_fusion.8.clone)
+}
+
+cond (c: (s32[], f32[8])) -> pred[] {
+  %c = (s32[], f32[8]) parameter(0)
+  %j = s32[] get-tuple-element(%c), index=0
+  %ten = s32[] constant(10)
+  ROOT %less = pred[] compare(%j, %ten), direction=LT
+}
+
+ENTRY %main (start: (s32[], f32[8])) -> f32[8] {
+  %start = (s32[], f32[8]) parameter(0)
+  %loop = (s32[], f32[8]) while(%start), condition=%cond, body=%body
+  %y = f32[8]{0} get-tuple-element(%loop), index=1
+  ROOT %copy.3 = f32[8]{0} copy(%y), backend_config={"estimated_cycles":"7"}
+}
+"""
+    assert estimated_kernels(text) == [
+        Kernel("add_fusion", "f32[8]", "step/mlp/add", calls=20, cycles=1500),
+        Kernel("copy", "f32[8]", "", calls=1, cycles=7),
+    ]
+
+
+def test_only_tpus_have_slices_and_these_divide_the_data_axis():
+    with pytest.raises(UsageError, match="`slices=2`: only TPUs have slices"):
+        topology_devices("h100:8", slices=2)
+    devices = [SimpleNamespace(platform="tpu", slice_index=index // 2) for index in range(6)]
+    with pytest.raises(UsageError, match="2-way data parallelism cannot be split over 3 slices"):
+        make_mesh("2x3", devices)
+
+
 needs_libtpu = pytest.mark.skipif(
     importlib.util.find_spec("libtpu") is None, reason="libtpu, the compiler, is not installed"
 )
 
 
-def plan(flags):
+def plan(flags, **environment):
     command = [sys.executable, "-m", "tpu.plan", *flags.split()]
-    done = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parents[2])
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        cwd=Path(__file__).parents[2],
+        env=os.environ | environment,
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     return json.loads(done.stdout.splitlines()[-1])
 
@@ -371,6 +448,7 @@ def test_a_train_step_compiles_for_a_slice_of_several_hosts():
     )
     config = GPTConfig.modern(2, vocab_size=4096)
     assert found["devices"] == 16 and found["memory"]["fits"] and found["loops_counted_once"] == 0
+    assert found["estimated_cycles"] > 0
     assert found["memory"]["parameters"] == 4 * num_params(config)
     # What MFU counts is all of the window for every query; executed are the visible pairs, and
     # Muon.
@@ -408,8 +486,39 @@ def test_decoding_on_one_chip_moves_the_matrices_and_the_cache_and_little_else()
     assert found["hbm_bytes"] < 1.5 * (matrices + cache)
 
 
+@needs_libtpu
+@pytest.mark.slow
+def test_slices_exchange_gradients_and_parameters_once_a_step():
+    # Rows of 2,048 tokens on 8 chips: one micro-batch, then four.
+    one, four = (
+        plan(
+            "--depth 2 --topology v5e:2x2 --slices 2 --vocab-size 4096 --device-batch-size 1 "
+            f"--num-iterations 10 --total-batch-size {16384 * rounds}"
+        )
+        for rounds in (1, 4)
+    )
+    assert (one["devices"], one["mesh"], one["accumulation"], four["accumulation"]) == (
+        8,
+        "8x1",
+        1,
+        4,
+    )
+    # Each chip sends its quarter of the gradients, and what others need of the parameters.
+    quarter = 4 * num_params(GPTConfig.modern(2, vocab_size=4096)) / 4
+    for found in one, four:
+        assert quarter / 2 < found["network"]["bytes_sent"] < 4 * quarter
+    assert four["network"]["bytes_sent"] < 1.1 * one["network"]["bytes_sent"]
+
+
+@needs_libtpu
+@pytest.mark.slow
+def test_d4_compiles_for_two_slices():
+    found = plan("--depth 4 --topology v6e:4x4 --slices 2")
+    assert found["devices"] == 32 and found["memory"]["fits"] and found["network"]["transfers"]
+
+
 needs_cuda = pytest.mark.skipif(
-    importlib.util.find_spec("jax_cuda12_plugin") is None,
+    not any(importlib.util.find_spec(f"jax_cuda{version}_plugin") for version in (12, 13)),
     reason="XLA's compiler for GPUs is not installed",
 )
 
@@ -446,6 +555,25 @@ def test_a_train_step_compiles_for_a_gpu_with_the_attention_that_runs_there(atte
     assert called == (calls if attention == "auto" else {}) and ("cuDNN" in found["not_exact"]) == (
         attention == "auto"
     )
+
+
+@needs_cuda
+@pytest.mark.slow
+def test_a_deterministic_step_adds_without_atomics(tmp_path):
+    def atomics(name, *flags):
+        # Without a GPU, XLA cannot choose kernels of Triton that it calls deterministic.
+        writes = f"--xla_dump_to={tmp_path / name}", "--xla_dump_emitter_re=.*"
+        plan(
+            "--depth 2 --topology h100:1 --vocab-size 512 --max-seq-len 256 --device-batch-size 1 "
+            "--total-batch-size 512 --num-iterations 10",
+            XLA_FLAGS=" ".join(("--xla_gpu_enable_triton_gemm=false", *writes, *flags)),
+        )
+        programs = [path.read_text() for path in (tmp_path / name).glob("*.ptx")]
+        assert programs
+        return sum(len(re.findall(r"\b(?:atom|red)\.", text)) for text in programs)
+
+    assert atomics("default") > 0
+    assert atomics("deterministic", DETERMINISTIC) == 0
 
 
 def test_cudnn_is_assumed_no_longer_than_asked_for():

@@ -15,7 +15,8 @@ PYTHON = """#!/bin/sh
 case "$*" in
 *"pip install"*) echo "$*" >>asked.txt ;;
 *"config list"*) ;;
-*--version*) echo "Python 3.13.0" ;;
+*--version*) echo "Python 3.${MINOR:-13}.0" ;;
+*"sys.version_info < (3, 12)"*) [ "${MINOR:-13}" -ge 12 ] ;;
 esac
 """
 
@@ -103,6 +104,38 @@ def test_what_is_missing_to_build_the_crate_is_said_before_anything_is_installed
     assert said in error and error.startswith("error: ")
 
 
+GPUS = {
+    "580.65.06, 9.0": "gpu",
+    "580.65.06, 10.0": "gpu",
+    "580.65.06, 7.0": "gpu-cuda12",
+    "580.65.06, 9.0\n580.65.06, 7.0": "gpu-cuda12",
+    "570.124.06, 9.0": "gpu-cuda12",
+}
+
+
+def add_gpu(checkout, line):
+    listing = f'case "$1" in -L) echo "GPU 0: a card" ;; *) echo "{line}" ;; esac'
+    checkout.tool("nvidia-smi", listing)
+
+
+@pytest.mark.parametrize("line, extra", GPUS.items())
+def test_driver_and_cards_choose_the_cuda_version(checkout, line, extra):
+    add_gpu(checkout, line)
+    [asked] = checkout("dev")
+    assert asked.endswith(f"--editable .[{extra},dev]")
+
+
+def test_an_old_driver_and_an_old_python_are_refused_in_one_line(checkout):
+    add_gpu(checkout, "470.82.01, 7.5")
+    [error] = checkout(ends=1)
+    assert (
+        error.startswith("error: the NVIDIA driver 470.82.01 is too old") and "\n" not in error[:-1]
+    )
+    add_gpu(checkout, "580.65.06, 9.0")
+    [error] = checkout(ends=1, MINOR="11")
+    assert error.startswith("error: GPUs need Python 3.12") and "\n" not in error[:-1]
+
+
 def pins():
     lines = [line.strip() for line in (ROOT / "constraints.txt").read_text().splitlines()]
     return [Requirement(line) for line in lines if line and not line.startswith("#")]
@@ -112,9 +145,12 @@ def test_the_constraints_hold_one_allowed_version_of_every_dependency():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     extras = project["optional-dependencies"]
     direct = project["dependencies"] + [
-        line for name in ("offline", "wandb", "torch", "docs", "dev") for line in extras[name]
+        line
+        for name in ("offline", "wandb", "trackio", "torch", "docs", "dev")
+        for line in extras[name]
     ]
     for python in ("3.11", "3.12", "3.13"):
+        gpu = extras["gpu"] + extras["gpu-cuda12"] if python != "3.11" else []
         where = {
             "python_version": python,
             "python_full_version": f"{python}.1",
@@ -130,7 +166,7 @@ def test_the_constraints_hold_one_allowed_version_of_every_dependency():
                     only.operator == "=="
                     and found.setdefault(normal(pin.name), only.version) == only.version
                 )
-        for line in direct:
+        for line in direct + gpu:
             wanted = Requirement(line)
             if wanted.name != "pip":  # which installs all the others
                 assert wanted.specifier.contains(found[normal(wanted.name)]), (

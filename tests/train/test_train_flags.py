@@ -22,7 +22,7 @@ FLAGS = {
         device_batch_size=1 total_batch_size=512 {OPTIMIZER} scalar_lr=0.4 grad_clip=0.5
         warmup_ratio=0.1 warmup_steps=3 warmdown_ratio=0.3 final_lr_frac=0.1 resume_from_step=10
         eval_every=50 eval_tokens=512 core_metric_every=100 core_metric_max_per_task=10
-        sample_every=100 save_every=10 model_tag=tag""",
+        sample_every=100 save_every=10 model_tag=tag fp8=true""",
     MidTrainConfig: f"""
         {CONTINUED} num_iterations=5 max_seq_len=512 device_batch_size=2 init_lr_frac=0.5
         eval_every=10 eval_tokens=512 total_batch_size=1024 dry_run=true""",
@@ -99,3 +99,26 @@ def test_mistakes_are_refused(argv, named):
 def test_a_dry_run_goes_on_with_no_checkpoint(resume):
     with pytest.raises(UsageError, match="`dry_run`"):
         parse(MidTrainConfig, "--dry-run", *resume)
+
+
+def test_sft_has_the_defaults_of_the_stage_that_it_continues():
+    """Upstream's of December 2025 after midtraining, of 2026 straight from base."""
+    mid, base = parse(ChatSFTConfig), parse(ChatSFTConfig, "--source", "base")
+    expected = {
+        "init_lr_frac": (0.02, 0.8),
+        "warmup_ratio": (0.0, 0.0),
+        "warmdown_ratio": (1.0, 0.5),
+        "final_lr_frac": (0.0, 0.0),
+        "eval_every": (100, 200),
+        "eval_tokens": (20 * 524288, 40 * 524288),
+        "chatcore_every": (-1, 200),
+        "chatcore_max_sample": (24, 24),
+        "load_optimizer": (False, True),
+        "device_batch_size": (4, None),
+        "target_examples_per_step": (32, None),
+    }
+    for name, (after_mid, after_base) in expected.items():
+        assert (getattr(mid, name), getattr(base, name)) == (after_mid, after_base), name
+    given = ("--load-optimizer", "0", "--chatcore-every", "-1", "--init-lr-frac", "0.02")
+    base = parse(ChatSFTConfig, "--source", "base", *given)
+    assert (base.load_optimizer, base.chatcore_every, base.init_lr_frac) == (False, -1, 0.02)
