@@ -388,8 +388,10 @@ body (b: (s32[], f32[8])) -> (s32[], f32[8]) {
   %b = (s32[], f32[8]) parameter(0)
   %i = s32[] get-tuple-element(%b), index=0
   %x = f32[8]{0} get-tuple-element(%b), index=1
-  %add_fusion.7 = f32[8]{0} fusion(%x), kind=kLoop, calls=%inner, metadata={op_name="step/mlp/add"}, backend_config={"estimated_cycles":"100"}
-  %add_fusion.8.clone = f32[8]{0} fusion(%add_fusion.7), kind=kLoop, calls=%inner, metadata={op_name="step/mlp/add"}, backend_config={"estimated_cycles":"50"}
+  %add_fusion.7 = f32[8]{0} fusion(%x), kind=kLoop, calls=%inner, \
+metadata={op_name="step/mlp/add"}, backend_config={"estimated_cycles":"100"}
+  %add_fusion.8.clone = f32[8]{0} fusion(%add_fusion.7), kind=kLoop, calls=%inner, \
+metadata={op_name="step/mlp/add"}, backend_config={"estimated_cycles":"50"}
   ROOT %next = (s32[], f32[8]) tuple(%i, %add_fusion.8.clone)
 }
 
