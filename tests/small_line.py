@@ -46,6 +46,8 @@ def start(
         | {
             "JAX_PLATFORMS": "cpu",
             "OMP_WAIT_POLICY": "PASSIVE",
+            # Compiling takes most of such a run's time, and no test looks at its programs.
+            "JAX_DISABLE_MOST_OPTIMIZATIONS": "1",
             "XLA_FLAGS": f"--xla_force_host_platform_device_count={devices}",
         }
     )

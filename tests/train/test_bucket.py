@@ -339,14 +339,14 @@ def test_a_run_killed_in_the_middle_of_saves_loses_nothing(server, tmp_path):
 def test_two_processes_without_a_disk_in_common_train_as_one_and_go_on_as_one(server, tmp_path):
     bases = [make_base(tmp_path / str(index)).base for index in range(2)]
     env = {"NANOCHAT_CHECKPOINT_DIR": "gs://bucket/pod"}
-    run("base_train", *FLAGS, "--mesh", "8x1", base=bases[0], devices=8)  # on the disk
-    flags = [*FLAGS, "--mesh", "8x1", "--model-tag", "pod"]
-    refused = start("base_train", *flags, base=bases, devices=4, processes=2)
+    run("base_train", *FLAGS, "--mesh", "2x1", base=bases[0], devices=2)  # on the disk
+    flags = [*FLAGS, "--mesh", "2x1", "--model-tag", "pod"]
+    refused = start("base_train", *flags, base=bases, devices=1, processes=2)
     said = errors_of(refused)
     assert all(process.returncode == 2 for process in refused) and all(
         "NANOCHAT_CHECKPOINT_DIR" in text for text in said
     ), said
-    run("base_train", *flags, "--keep", "3", base=bases, devices=4, processes=2, env=env)
+    run("base_train", *flags, "--keep", "3", base=bases, devices=1, processes=2, env=env)
     place = storage.open_bucket("gs://bucket/pod") / "base_checkpoints" / "pod"
     assert saved_steps(place) == [4, 6, 8]
     np.testing.assert_allclose(
@@ -355,7 +355,7 @@ def test_two_processes_without_a_disk_in_common_train_as_one_and_go_on_as_one(se
         rtol=1e-5,
     )
     storage.delete(place / "8")
-    run("base_train", *flags, "--resume", base=bases[1], devices=8, env=env)
+    run("base_train", *flags, "--resume", base=bases[1], devices=2, env=env)
     np.testing.assert_allclose(
         losses(bases[1] / "base_checkpoints" / "pod"),
         losses(bases[0] / "base_checkpoints" / "d2"),

@@ -45,10 +45,25 @@ def one(paths):
 
 
 @pytest.fixture(scope="module")
-def two(paths):
-    """Two processes with 4 devices each."""
-    train(paths, "two", "8x1", TWO)
-    return paths.checkpoints("base") / "two"
+def named(paths):
+    """Two processes with 4 devices each, named by flags: their directory and standard errors."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    flags = [*FLAGS, *f"--mesh 8x1 --model-tag two --coordinator 127.0.0.1:{port}".split()]
+    count = "--num-processes 2 --process-id".split()
+    running = [
+        start("base_train", *flags, *count, str(index), base=paths.base, devices=4)[0]
+        for index in range(2)
+    ]
+    logs = errors_of(running)
+    assert [process.returncode for process in running] == [0, 0], logs
+    return paths.checkpoints("base") / "two", logs
+
+
+@pytest.fixture(scope="module")
+def two(named):
+    return named[0]
 
 
 def assert_equal_runs(run, expected):
@@ -113,24 +128,10 @@ def test_a_dead_process_ends_the_others_with_an_error(paths, victim):
     running[victim].communicate()
 
 
-def test_flags_name_the_processes_as_the_environment_does(paths, one):
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    flags = [*FLAGS, *f"--mesh 8x1 --model-tag flags --coordinator 127.0.0.1:{port}".split()]
-    running = [
-        start(
-            "base_train",
-            *flags,
-            *f"--num-processes 2 --process-id {index}".split(),
-            base=paths.base,
-            devices=4,
-        )[0]
-        for index in range(2)
-    ]
-    logs = errors_of(running)
-    assert [process.returncode for process in running] == [0, 0], logs
-    assert_equal_runs(one.with_name("flags"), one)
+def test_flags_name_the_processes_as_the_environment_does(one, named):
+    """The other tests name them by the environment."""
+    directory, logs = named
+    assert_equal_runs(directory, one)
     assert "in 4 steps" in logs[0] and "in 4 steps" not in logs[1]
 
 
