@@ -29,12 +29,14 @@ TINY = 1e-30  # a tensor of zeros is scaled as if this were its largest entry
 
 def has_units(precision: str, device: jax.Device) -> bool:
     """Whether a device multiplies in this precision faster than in bfloat16."""
+    if precision == "bf16":
+        return True
     kind = device.device_kind.lower()
     if precision == "int8":
         return "tpu v5" in kind or "tpu v6" in kind
     capability = str(getattr(device, "compute_capability", ""))  # "9.0"; ROCm: "gfx942"
     nvidia = capability[:1].isdigit() and float(capability) >= 8.9
-    return precision == "bf16" or nvidia or "tpu7" in kind
+    return nvidia or "tpu7" in kind
 
 
 def check_units(precision: str, device: jax.Device) -> None:
