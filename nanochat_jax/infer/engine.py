@@ -44,8 +44,9 @@ BATCH_ROWS, BATCH_PIECE = 8, 64
 # and otherwise.
 PREFILL_TOKENS_STREAMING = 512
 PREFILL_TOKENS = 2048
-# Dispatches for which the cache stays long enough for an idle slot's tokens.
-KEEP_DISPATCHES = 256
+# Dispatches for which the cache stays long enough for an idle slot's tokens. After about as many,
+# the longer cache has cost the others as much time as prefilling the lost tokens again would.
+KEEP_DISPATCHES = 16
 
 
 class Engine:
