@@ -311,3 +311,27 @@ def test_initial_matrices_are_independent():
 def test_impossible_shapes_are_refused_with_the_value(change):
     with pytest.raises(ValueError, match=str(next(iter(change.values())))):
         dataclasses.replace(CONFIGS["modern"], **change)
+
+
+@pytest.mark.parametrize("make", [GPTConfig.classic, GPTConfig.modern])
+def test_every_declared_weight_is_used(make):
+    config = make(4, head_dim=16, aspect_ratio=16, vocab_size=32, sequence_len=16)
+    shapes = weights.abstract_params(config)
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(lambda leaf: jnp.asarray(rng.normal(size=leaf.shape), "float32"), shapes)
+    tokens = jnp.asarray(rng.integers(0, 32, (2, 16)))
+
+    @jax.jit
+    def gradients(params):
+        def total(params):
+            hidden, _ = forward(params, tokens, config)
+            return jnp.sum(unembed(params, hidden, config=config)[..., ::2])
+
+        return jax.grad(total)(params)
+
+    unused = [
+        jax.tree_util.keystr(path)
+        for path, gradient in jax.tree.leaves_with_path(gradients(params))
+        if not np.any(gradient)
+    ]
+    assert not unused
