@@ -70,7 +70,7 @@ class Processes(DeviceFlags):
     deterministic: bool = flag(
         False,
         "on NVIDIA GPUs, only operations whose result does not vary: equal runs have equal bits; "
-        "compiling takes several times as long, a step perhaps a fifth longer",
+        "compilation and steps take longer",
     )
 
 

@@ -29,7 +29,7 @@ from nanochat_jax.metrics import peak_bandwidth, peak_flops, peak_memory_bytes
 from nanochat_jax.model.compute import Compute
 from nanochat_jax.model.config import GPTConfig
 from nanochat_jax.model.size import num_matrix_params
-from nanochat_jax.model.weights import abstract_params
+from nanochat_jax.model.weights import TABLES, abstract_params
 
 STEPS_PER_DISPATCH = 8
 
@@ -172,7 +172,7 @@ def describe(config: GPTConfig, compute: Compute, workload: Workload) -> dict[st
     num_devices = 1 if compute.mesh is None else compute.mesh.size
     shapes, itemsize = abstract_params(config), dtype.itemsize
     num_params = sum(leaf.size for leaf in jax.tree.leaves(shapes))
-    tables = sum(shapes[name].size for name in ("wte", "value_embeds") if name in shapes)
+    tables = sum(shapes[name].size for name in TABLES if name in shapes)
     weight_bytes = (num_params - tables) * itemsize
     kv_bytes = 2 * config.n_kv_head * config.head_dim * compute.cache_dtype.itemsize
     context_mid = workload.prompt_tokens + workload.decode_tokens // 2

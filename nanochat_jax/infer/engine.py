@@ -130,10 +130,7 @@ class Engine:
         or if a stop token is unknown.
         """
         prompt = request.tokens
-        if not all(0 <= token < self.config.vocab_size for token in prompt):
-            raise ValueError(
-                f"the prompt has ids outside of the vocabulary of {self.config.vocab_size}"
-            )
+        self.check_ids(prompt)
         if request.truncate:
             room = self.max_len - min(request.max_tokens, self.max_len // 2)
             if len(prompt) > room:
@@ -148,6 +145,13 @@ class Engine:
         ]
         max_tokens = min(request.max_tokens, self.max_len - len(prompt))
         return Generation(request, prompt, max_tokens, stop, self.vocabulary)
+
+    def check_ids(self, tokens: Sequence[int]) -> None:
+        """Raise ValueError if tokens have ids outside the vocabulary."""
+        if not all(0 <= token < self.config.vocab_size for token in tokens):
+            raise ValueError(
+                f"the prompt has ids outside of the vocabulary of {self.config.vocab_size}"
+            )
 
     def generate(self, requests: Sequence[Request]) -> list[Result]:
         """Return the results of any number of requests, in order.

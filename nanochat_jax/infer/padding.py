@@ -18,6 +18,16 @@ def padded_length(length: int, unit: int = 32, *, steps: int = 2) -> int:
     return unit * step * -(-units // step)
 
 
+def by_padded_length(sequences: Sequence[Sequence[int]]) -> Iterator[tuple[int, list[int]]]:
+    """Yield each padded length and the indices of the sequences that have it, shortest first."""
+
+    def padded(index: int) -> int:
+        return padded_length(len(sequences[index]))
+
+    for length, indices in groupby(sorted(range(len(sequences)), key=padded), key=padded):
+        yield length, list(indices)
+
+
 def padded_batches(
     sequences: Sequence[Sequence[int]], *, tokens: int, devices: int = 1
 ) -> Iterator[tuple[list[int], np.ndarray]]:
@@ -27,11 +37,8 @@ def padded_batches(
     a multiple of `devices`; if T exceeds the budget per device, each device gets one row.
     """
 
-    def padded(index: int) -> int:
-        return padded_length(len(sequences[index]))
-
-    for length, group in groupby(sorted(range(len(sequences)), key=padded), key=padded):
-        indices, rows = list(group), devices * max(1, tokens // (length * devices))
+    for length, indices in by_padded_length(sequences):
+        rows = devices * max(1, tokens // (length * devices))
         for start in range(0, len(indices), rows):
             chosen = indices[start : start + rows]
             batch = np.zeros((rows, length), np.int32)

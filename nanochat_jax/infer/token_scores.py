@@ -7,7 +7,6 @@ sequences pass through the model once, without a KV cache and apart from the eng
 import functools
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from itertools import groupby
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +15,7 @@ from jax import Array, lax
 
 from nanochat_jax.infer.decode import DecodeConfig
 from nanochat_jax.infer.engine import Engine
-from nanochat_jax.infer.padding import padded_length
+from nanochat_jax.infer.padding import by_padded_length, padded_length
 from nanochat_jax.infer.sampling import most_likely
 from nanochat_jax.model.gpt import forward, softcap
 from nanochat_jax.model.weights import Params
@@ -46,12 +45,7 @@ class TokenScores:
 
 def batches(sequences: Sequence[Sequence[int]]) -> Iterator[list[int]]:
     """Yield the indices of sequences to score together, shortest first."""
-
-    def padded(index: int) -> int:
-        return padded_length(len(sequences[index]))
-
-    for length, group in groupby(sorted(range(len(sequences)), key=padded), key=padded):
-        indices = list(group)
+    for length, indices in by_padded_length(sequences):
         rows = ROWS if ROWS * length <= BATCH_TOKENS else 1
         yield from (indices[start : start + rows] for start in range(0, len(indices), rows))
 
@@ -90,10 +84,7 @@ def check_tokens(engine: Engine, sequence: Sequence[int]) -> None:
         raise ValueError(
             f"a sequence of {len(sequence)} tokens does not fit in the context of {engine.max_len}"
         )
-    if not all(0 <= token < engine.config.vocab_size for token in sequence):
-        raise ValueError(
-            f"the prompt has ids outside of the vocabulary of {engine.config.vocab_size}"
-        )
+    engine.check_ids(sequence)
 
 
 @functools.partial(jax.jit, static_argnames=("count", "static"))

@@ -2,12 +2,14 @@
 
 import csv
 import html
+import io
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 
+from nanochat_jax.files import write_file
 from nanochat_jax.report.charts import Line, Point, line_chart
 from nanochat_jax.report.sections import Section
 
@@ -26,13 +28,14 @@ Row = Mapping[str, float]
 
 def write_series(path: Path, rows: Sequence[Row]) -> None:
     """Write one row per model. All rows have the same keys; a missing number is NaN."""
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, fieldnames=list(rows[0]))
-        writer.writeheader()
-        writer.writerows(
-            {name: "" if math.isnan(value) else f"{value:.10g}" for name, value in row.items()}
-            for row in rows
-        )
+    text = io.StringIO(newline="")
+    writer = csv.DictWriter(text, fieldnames=list(rows[0]))
+    writer.writeheader()
+    writer.writerows(
+        {name: "" if math.isnan(value) else f"{value:.10g}" for name, value in row.items()}
+        for row in rows
+    )
+    write_file(path, text.getvalue())
 
 
 def read_series(path: Path) -> list[Row]:

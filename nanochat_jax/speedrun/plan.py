@@ -8,7 +8,7 @@ from nanochat_jax.cli import count, flag, inherited, parse, run_name
 from nanochat_jax.data.needs import TOKENIZER_SHARDS, explain_shards, shards_needed
 from nanochat_jax.devices import DeviceFlags, Processes
 from nanochat_jax.errors import UsageError
-from nanochat_jax.metrics import TRACKERS, format_count, format_seconds
+from nanochat_jax.metrics import format_count, format_seconds
 from nanochat_jax.model.compute import REMAT
 from nanochat_jax.model.config import GPTConfig
 from nanochat_jax.model.recipe import Recipe
@@ -32,7 +32,7 @@ from nanochat_jax.speedrun.recipes import (
     replace_flags,
 )
 from nanochat_jax.speedrun.stages import Stage
-from nanochat_jax.train.config import refuse_windows
+from nanochat_jax.train.config import RunConfig, refuse_windows
 from nanochat_jax.train.memory import estimate_memory
 from nanochat_jax.train.pretrain import BaseTrainConfig, model_config, recipe
 
@@ -89,12 +89,7 @@ class SpeedrunConfig(DeviceFlags):
         "name of the run in the tracker; dummy: none; default $WANDB_RUN, else dummy",
         check=run_name,
     )
-    tracker: str | None = flag(
-        None,
-        "where curves are logged: wandb; trackio, on this machine and without an account; none. "
-        "Default wandb if the run has a name",
-        choices=[*TRACKERS],
-    )
+    tracker: str | None = inherited(RunConfig, "tracker")
     resume: bool = flag(False, "continue the last run and skip its finished stages (the default)")
     fresh: bool = flag(False, "start a new run: every stage runs again and replaces its old result")
     skip: str | None = flag(

@@ -11,7 +11,7 @@ from typing import Any, Literal
 from nanochat_jax.cli import LARGEST, LARGEST_SEED, count, directory_name, flag, inherited, run_name
 from nanochat_jax.devices import ModelFlags, Processes
 from nanochat_jax.metrics import TRACKERS
-from nanochat_jax.model.compute import ATTENTION, REMAT
+from nanochat_jax.model.compute import ATTENTION, DTYPES, REMAT
 from nanochat_jax.tasks.mixtures import mixture_entries
 
 
@@ -53,7 +53,7 @@ class RunConfig(Processes):
     fsdp: bool | None = flag(
         None, "shard the parameters over the data axis too; default: if memory requires it"
     )
-    dtype: str = flag("auto", "compute dtype", choices=["auto", "float32", "bfloat16"])
+    dtype: str = flag("auto", "compute dtype", choices=["auto", *DTYPES])
     precision: str = flag(
         "bf16",
         "precision of the layers' matmuls in training: bf16 (the compute dtype); fp8 (H100 and "
@@ -64,7 +64,7 @@ class RunConfig(Processes):
         "auto",
         "dtype of the embedding tables and their optimizer state in memory; auto: the compute "
         "dtype for modern on accelerators, else float32. Checkpoints hold float32",
-        choices=["auto", "float32", "bfloat16"],
+        choices=["auto", *DTYPES],
     )
     fp8: bool = flag(False, "the same as --precision fp8")
     fp8_recipe: str = flag(
