@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 from jax import Array
 
-# In bfloat16, XLA's CPU matmul by a single vector is 10 times slower than by two or more, and up to
-# 16 vectors are 1.5 times as fast as the second operand.
-FEWEST_VECTORS, MOST_COLUMNS = 4, 16
+# In bfloat16, XLA's CPU matmul by a single vector is 10 times slower than by two or more. Fewer
+# vectors than this are padded, and are the second operand, which is then 1.5 times as fast.
+FEWEST_VECTORS = 4
 
 
 @jax.tree_util.register_dataclass
@@ -44,7 +44,7 @@ class Rows:
         """`layers.linear` of x with this weight."""
         kept = x.shape[: x.ndim - axes]
         vectors = x.reshape(math.prod(kept), -1)
-        if x.dtype == jnp.bfloat16 and len(vectors) <= MOST_COLUMNS:
+        if x.dtype == jnp.bfloat16 and len(vectors) < FEWEST_VECTORS:
             out = self.columns(vectors).T
         else:
             out = _matmul(vectors, self.values)
