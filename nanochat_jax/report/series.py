@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 
+from nanochat_jax.errors import MALFORMED
 from nanochat_jax.files import write_file
 from nanochat_jax.report.charts import Line, Point, line_chart
 from nanochat_jax.report.sections import Section
@@ -84,17 +85,19 @@ def _points(rows: Sequence[Row]) -> list[Point]:
 
 
 def draw_series(sections: Sequence[Section]) -> str:
-    """HTML with the charts of a logged series; a note if its file is missing."""
+    """HTML with the charts of a logged series; a note if its file is missing or damaged."""
     blocks = []
     for section in sections:
         if section.stage != STAGE or not section.curves:
             continue
         path = Path(section.curves)
-        if not path.exists():
-            blocks.append(f'<p class="note">{html.escape(f"No charts, {path} is missing.")}</p>')
+        try:
+            rows = read_series(path)
+            charts = [_bpb_by_flops(rows), _bpb_by_ratio(rows), _parameters(rows)]
+        except (FileNotFoundError, *MALFORMED) as error:
+            wrong = "missing" if isinstance(error, FileNotFoundError) else "damaged"
+            blocks.append(f'<p class="note">{html.escape(f"No charts, {path} is {wrong}.")}</p>')
             continue
-        rows = read_series(path)
-        charts = [_bpb_by_flops(rows), _bpb_by_ratio(rows), _parameters(rows)]
         blocks.append(f'<div class="charts">{"".join(charts)}</div>')
     return "".join(blocks)
 

@@ -138,3 +138,6 @@ def test_without_budgets_the_series_is_one_line(tmp_path):
     )
     charts = draw_series([section])
     assert charts.count("<figure>") == 2 and "the series, log10 of FLOPs 6: 0.1667" in charts
+    for damaged in ("", "depth,budget\n4,5\n", "depth\nfour\n"):
+        (tmp_path / "series.csv").write_text(damaged)
+        assert "is damaged" in draw_series([section])
